@@ -1,0 +1,44 @@
+# Everything a person must know: setup quickstart test test-all check bench docs.
+# Each target does its own set-up: a virtual environment in .venv with the exact versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+
+.PHONY: setup quickstart test test-all check bench docs clean
+
+setup: $(STAMP)
+
+# torch first and alone: asked for exactly, pip takes the CPU build where one is offered instead of the CUDA packages
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("compress needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt) $(TORCH_INDEX)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/compress run recipes/quickstart.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -q -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

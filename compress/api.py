@@ -1,0 +1,176 @@
+"""The Python API: what the command line does, as functions that return values and print nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, DataError
+from compress.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from compress.checkpoint.codecs import Store
+    from compress.pipeline.run import RunResult
+    from compress.plan import Plan
+    from compress.recipe import Recipe
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+    """A recipe from a file or from a mapping. Raises `RecipeError` with every mistake."""
+    from compress.recipe import load_recipe, recipe_from_mapping
+
+    if isinstance(recipe, Mapping):
+        return recipe_from_mapping(dict(recipe))
+    return load_recipe(Path(recipe), sets)
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    sets: Sequence[str] = (),
+    fresh: bool = False,
+    publish_anyway: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run a recipe: a path, or the same keys as a mapping.
+
+    A failed gate raises nothing: look at ``result.verdict``.
+
+    Args:
+        sets: overrides, as ``--set``: ``passes.0.cast.weights=fp16``.
+        fresh: compute every stage anew. publish_anyway: publish even where a gate fails.
+
+    Raises:
+        CompressError: whatever keeps the run from ending with a model.
+    """
+    from compress.pipeline.run import run as run_recipe
+
+    path = None if isinstance(recipe, Mapping) else str(recipe)
+    return run_recipe(
+        read_recipe(recipe, sets), fresh=fresh, publish_anyway=publish_anyway, progress=progress, recipe_path=path
+    )
+
+
+def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) -> Plan:
+    """What a run would give, from headers alone; reads no weights and imports no torch."""
+    from compress.checkpoint.open import open_headers
+    from compress.plan import make_plan
+
+    loaded = read_recipe(recipe, sets)
+    spec, metadata = open_headers(loaded.model, trust_remote_code=loaded.trust_remote_code, offline=loaded.offline)
+    return make_plan(loaded, spec, metadata)
+
+
+def apply(
+    name: str,
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
+    samples: int = 128,
+    length: int = 256,
+    store: Store = "stock",
+    device: str = "auto",
+    dtype: str = "float32",
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    document_separator: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Path:
+    """Apply one pass to a checkpoint and write the result to ``output``, which must not exist.
+
+    Args:
+        name: of the pass; ``settings`` are its settings as in a recipe.
+        data: calibration text files, or token ids int64 [samples, length], for passes that need them.
+
+    Returns:
+        ``output`` as a path.
+
+    Raises:
+        CompressError: the settings are wrong, the pass does not apply, or the output cannot be written.
+    """
+    import tempfile
+
+    from pydantic import ValidationError
+
+    from compress import passes, text
+    from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.write import write_checkpoint
+    from compress.passes.base import Context
+    from compress.pipeline.publish import check_output
+    from compress.pipeline.run import check_result, resolve_device
+    from compress.progress import SilentProgress
+    from compress.settings import parse_size
+
+    instance = passes.get(name)
+    try:
+        chosen = instance.settings(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise CompressError(first["msg"].removeprefix("Value error, "), where=where) from None
+    progress = progress or SilentProgress()
+    output = Path(output)
+    local = Path(model).expanduser()
+    check_output(output, local if local.exists() else None)
+    original = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    instance.plan(original.spec, chosen)  # refuse before any work
+
+    def batches(name: str) -> torch.Tensor:
+        import torch
+
+        if isinstance(data, torch.Tensor):
+            return data
+        if data is None:
+            raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
+        from compress.calibration.batches import sample_windows
+        from compress.loading import load_tokenizer
+
+        files = [data] if isinstance(data, (str, Path)) else list(data)
+        documents = text.read_documents([str(f) for f in files], document_separator)
+        assert original.folder is not None
+        return sample_windows(load_tokenizer(original.folder), documents, samples, length, seed)
+
+    with tempfile.TemporaryDirectory(prefix="compress-") as work:
+        context = Context(original, resolve_device(device), dtype, seed, None, batches, progress, Path(work))
+        result = instance.apply(original, chosen, context)
+        written = write_checkpoint(result, output, store=store, max_shard=parse_size(max_shard_size), progress=progress)
+    check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
+    return output
+
+
+def load(
+    model: str | Path, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Any checkpoint that this project writes, and any stock one, as a transformers model in evaluation mode.
+
+    Compact checkpoints are read by this package's code; the file bundled in the folder is never run.
+    """
+    from compress.loading import load_model
+
+    return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def unpack(model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None) -> Path:
+    """Write the dense stock twin of a compact checkpoint to ``output``, which must not exist."""
+    from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.write import write_checkpoint
+    from compress.pipeline.publish import check_output
+    from compress.settings import parse_size
+
+    local = Path(model).expanduser()
+    check_output(Path(output), local if local.exists() else None)
+    checkpoint = open_checkpoint(model)
+    if checkpoint.spec.structure.edits:
+        kinds = ", ".join(sorted({e.kind for e in checkpoint.spec.structure.edits}))
+        raise CompressError(f"no stock class can express this checkpoint ({kinds})", where=str(model))
+    readme = local / "README.md"
+    files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
+    write_checkpoint(checkpoint, Path(output), store="stock", max_shard=parse_size(max_shard_size), extra_files=files, progress=progress)
+    return Path(output)

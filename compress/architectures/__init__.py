@@ -1,0 +1,33 @@
+"""Model families: where blocks, embeddings, heads and norms are. All knowledge of families lives in `records`.
+
+No other module asks for a ``model_type``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.architectures.record import Architecture
+from compress.architectures.records import RECORDS
+from compress.errors import PassError
+
+__all__ = ["Architecture", "known", "of"]
+
+_BY_TYPE = {record.model_type: record for record in RECORDS}
+
+
+def known(config: Mapping[str, Any]) -> bool:
+    """Whether there is a record for the config's model type."""
+    return config.get("model_type") in _BY_TYPE
+
+
+def of(config: Mapping[str, Any]) -> Architecture:
+    """The record of the config's family. Raises `PassError` where there is none."""
+    found = _BY_TYPE.get(str(config.get("model_type")))
+    if found is None:
+        raise PassError(
+            f"the model type `{config.get('model_type')}` has no architecture record",
+            fix=f"records: {', '.join(sorted(_BY_TYPE))}; CONTRIBUTING.md says how to add one",
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Calibration: text ▶ token batches, and what blocks do to them."""

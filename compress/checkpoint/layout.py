@@ -1,0 +1,106 @@
+"""Where every byte of a checkpoint goes: shards, headers, offsets, index. The plan and the writer share it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.checkpoint.codecs import Part, parts
+from compress.checkpoint.headers import Entry, render_header
+from compress.checkpoint.spec import DENSE, DTYPE_BITS, Spec, Tensor
+
+#: Safetensors metadata key that holds, as JSON, what the header alone cannot say of some tensors.
+METADATA_KEY = "compress.tensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file: its tensors in writing order, its rendered header, its size in bytes."""
+
+    file: str
+    tensors: tuple[Tensor, ...]
+    entries: Mapping[str, Entry]
+    header: bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(e.end - e.start for e in self.entries.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All weight files of a checkpoint."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weight files (the index, a sidecar, apart)."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def index(self) -> bytes | None:
+        """The index file, None where one file holds all."""
+        if len(self.shards) == 1:
+            return None
+        names = {key: shard.file for shard in self.shards for key in shard.entries}
+        total = sum(e.end - e.start for shard in self.shards for e in shard.entries.values())
+        data = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+        return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def lay_out(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = None) -> Layout:
+    """Fill shards in natural order of names up to ``max_shard`` bytes of data; a larger tensor gets a shard of its own.
+
+    The order does not depend on that of the input's files, so that the same tensors always give the same bytes.
+
+    Within a shard, arrays of wide elements come first, so that each is aligned in the file (the reference writer does the
+    same, and memory-mapping readers need it).
+    """
+    groups: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in sorted(spec.stored(), key=lambda t: natural(t.name)):
+        size = sum(part.bytes for part in parts(tensor))
+        if groups[-1] and filled + size > max_shard:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += size
+    shards = []
+    for number, group in enumerate(groups, 1):
+        file = SINGLE_NAME if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        pieces = sorted((part for tensor in group for part in parts(tensor)), key=_alignment)
+        entries, position = {}, 0
+        for piece in pieces:
+            entries[piece.key] = Entry(piece.dtype, piece.shape, position, position + piece.bytes)
+            position += piece.bytes
+        shards.append(Shard(file, tuple(group), entries, render_header(entries, _metadata(group, metadata))))
+    return Layout(tuple(shards))
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that takes numbers in names by value: block 2 before block 10."""
+    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def _alignment(part: Part) -> int:
+    return -DTYPE_BITS[part.dtype]
+
+
+def _metadata(tensors: list[Tensor], metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """``format: pt`` (transformers asks for it), the input's own metadata, and our table where there is one."""
+    table: dict[str, dict[str, Any]] = {
+        t.name: {"storage": list(t.storage), "shape": list(t.shape), "kept": t.kept}
+        for t in tensors
+        if t.storage != DENSE or t.kept is not None
+    }
+    result = {"format": "pt", **(metadata or {})}
+    result.pop(METADATA_KEY, None)
+    if table:
+        result[METADATA_KEY] = json.dumps(table, separators=(",", ":"), sort_keys=True)
+    return result

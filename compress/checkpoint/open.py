@@ -1,0 +1,319 @@
+"""Opening a checkpoint: folder or hub id ▶ spec, and logical tensors on demand."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint import codecs, hub
+from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.layout import INDEX_NAME, METADATA_KEY, SINGLE_NAME
+from compress.checkpoint.sidecars import find_sidecars, safe_file
+from compress.checkpoint.spec import DENSE, FLOAT_DTYPES, MASKED, Edit, Spec, Structure, Tensor
+from compress.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+#: ``model_type`` of compact checkpoints: distinct, so that stock loaders refuse instead of guessing.
+COMPACT_TYPE = "compress"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor's values and its keep-mask (bool, same shape), None where it has none."""
+
+    data: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class Checkpoint(ABC):
+    """A spec and its weights. Weights are read when asked for, and not kept.
+
+    Attributes:
+        spec: structure, tensors, storage.
+        folder: where its sidecars are; None for the ones that have none.
+        sidecars: paths relative to ``folder`` of all files that travel with the weights.
+        metadata: string metadata of the weight files.
+    """
+
+    spec: Spec
+    folder: Path | None
+    sidecars: tuple[str, ...]
+    metadata: Mapping[str, str]
+    trust_remote_code: bool = False
+
+    @abstractmethod
+    def tensor(self, name: str) -> Value:
+        """Values of a stored tensor in canonical form; an alias reads its source."""
+
+
+class Stored(Checkpoint):
+    """A checkpoint on disk; `where` maps each key to its file and header entry."""
+
+    def __init__(self, folder: Path, spec: Spec, headers: Mapping[str, Header], *, trust_remote_code: bool = False) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.trust_remote_code = trust_remote_code
+        self.sidecars = find_sidecars(folder)
+        self.files = tuple(headers)
+        self.metadata = _metadata(headers)
+        self._where = {key: (file, header, e) for file, header in headers.items() for key, e in header.entries.items()}
+
+    def tensor(self, name: str) -> Value:
+        """Reads with pread into fresh memory, so that no mapped pages stay resident."""
+        from compress.checkpoint.decode import decode, part_names
+
+        tensor = self.spec.tensors[name]
+        if tensor.alias_of:
+            return self.tensor(tensor.alias_of)
+        parts = {role: self._read(key) for role, key in part_names(name, tensor.storage).items()}
+        try:
+            data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
+        if mask is not None and int(mask.sum()) != tensor.kept:
+            raise CheckpointError(
+                f"tensor {name} keeps {int(mask.sum())} weights, its metadata say {tensor.kept}",
+                where=str(self.folder),
+                fix="it was changed after it was written; write it again from its source",
+            )
+        return Value(data, mask)
+
+    def _read(self, key: str) -> torch.Tensor:
+        import torch
+
+        file, header, entry = self._where[key]
+        assert self.folder is not None
+        size = entry.end - entry.start
+        buffer = torch.empty(size, dtype=torch.uint8)
+        view = memoryview(buffer.numpy()) if size else memoryview(b"")
+        path = self.folder / file
+        try:
+            with path.open("rb", buffering=0) as stream:
+                done = 0
+                while done < size:
+                    got = os.preadv(stream.fileno(), [view[done : done + (1 << 27)]], header.data_start + entry.start + done)
+                    if got == 0:
+                        raise CheckpointError(f"ended while tensor {key} was read", where=str(path))
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+        return buffer.view(torch_dtype(entry.dtype)).reshape(entry.shape)
+
+
+class Derived(Checkpoint):
+    """A lazy change of another checkpoint; passes return it, the writer reads it once."""
+
+    def __init__(self, base: Checkpoint, spec: Spec, read: Callable[[str], Value]) -> None:
+        self.base = base
+        self.spec = spec
+        self.folder = base.folder
+        self.sidecars = base.sidecars
+        self.metadata = base.metadata
+        self.trust_remote_code = base.trust_remote_code
+        self._read = read
+
+    def tensor(self, name: str) -> Value:
+        """The changed values, brought into canonical form."""
+        value = self._read(self.spec.tensors[name].alias_of or name)
+        return value if value.mask is None else Value(codecs.canonical(value.data, value.mask), value.mask)
+
+
+def open_checkpoint(reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False) -> Stored:
+    """Open a folder, or download a hub id (``org/name``, ``org/name@revision``) and open that.
+
+    Reads headers alone. Raises `CheckpointError` for whatever does not hold together.
+    """
+    folder = Path(reference).expanduser()
+    if not folder.exists() and hub.is_hub_id(str(reference)):
+        folder = hub.download(str(reference), offline=offline)
+    spec, headers = _read_folder(folder, trust_remote_code)
+    return Stored(folder, spec, headers, trust_remote_code=trust_remote_code)
+
+
+def open_headers(
+    reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False
+) -> tuple[Spec, dict[str, str]]:
+    """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
+    folder = Path(reference).expanduser()
+    if not folder.exists() and hub.is_hub_id(str(reference)):
+        config, headers = hub.read_headers(str(reference), offline=offline)
+        return _spec(check_config(config, str(reference), trust_remote_code), headers, str(reference)), _metadata(headers)
+    spec, headers = _read_folder(folder, trust_remote_code)
+    return spec, _metadata(headers)
+
+
+def _metadata(headers: Mapping[str, Header]) -> dict[str, str]:
+    """String metadata of all weight files, ours apart."""
+    return {k: v for header in headers.values() for k, v in header.metadata.items() if k != METADATA_KEY}
+
+
+def _read_folder(folder: Path, trust_remote_code: bool) -> tuple[Spec, dict[str, Header]]:
+    if folder.is_file():
+        raise CheckpointError("is a file, not a checkpoint folder", where=str(folder), fix="name the folder that holds config.json")
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder", where=str(folder))
+    config = check_config(read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code)
+    headers = {file: read_header(folder / file) for file in _weight_files(folder)}
+    return _spec(config, headers, str(folder)), headers
+
+
+def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, Any]:
+    """The config as a dictionary that names its model type and asks for no foreign code unless that is allowed."""
+    if not isinstance(config, dict):
+        raise CheckpointError("is not a JSON object", where=where)
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise CheckpointError("has no `model_type`", where=where, fix="a config.json written by transformers has one")
+    if config["model_type"] == COMPACT_TYPE:
+        if not isinstance(config.get("base"), dict) or not isinstance(config["base"].get("model_type"), str):
+            raise CheckpointError("is a compact checkpoint's, but has no `base` config", where=where)
+        if config.get("format") != 1:
+            raise CheckpointError(f"has the compact format {config.get('format')!r}; this version reads 1", where=where, fix="update compress")
+    elif config.get("auto_map") and not trust_remote_code:
+        raise CheckpointError(
+            "asks for Python code of its own (`auto_map`)", where=where, fix="if you trust it, set trust_remote_code: true"
+        )
+    return config
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """A JSON file of a checkpoint folder."""
+    path = safe_file(folder, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = None
+        if (folder / "adapter_config.json").exists():
+            hint = "this is a PEFT adapter: merge it into its base model first (merge_and_unload)"
+        raise CheckpointError(f"has no {name}", where=str(folder), fix=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not JSON: {error}", where=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the weight files, in order, each checked to stay inside the folder."""
+    if (folder / INDEX_NAME).exists():
+        index = read_json(folder, INDEX_NAME)
+        return check_index(index, folder)
+    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
+        safe_file(folder, SINGLE_NAME)
+        return [SINGLE_NAME]
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
+        raise CheckpointError(
+            f"holds its weights as a pickle ({pickles[0]}), which can run code when opened and is refused",
+            where=str(folder),
+            fix="convert it with: " + conversion_command(folder),
+        )
+    if others := sorted(p.name for p in folder.glob("*.safetensors")):
+        raise CheckpointError(f"has {others[0]}, but no {SINGLE_NAME} and no {INDEX_NAME}", where=str(folder))
+    raise CheckpointError(f"holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}", where=str(folder))
+
+
+def conversion_command(folder: Path) -> str:
+    """A command that turns a pickle checkpoint into safetensors with stock transformers."""
+    return (
+        'python -c "import json, transformers as t; '
+        f"c = json.load(open('{folder}/config.json'))['architectures'][0]; "
+        f"getattr(t, c).from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    )
+
+
+def check_index(index: Any, folder: Path) -> list[str]:
+    """Files of a shard index; every one must be there and hold exactly the tensors that the index gives it."""
+    where = str(folder / INDEX_NAME)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
+        raise CheckpointError("has no `weight_map` of tensor names to files", where=where)
+    files = list(dict.fromkeys(names.values()))
+    for file in files:
+        if not safe_file(folder, file).is_file():
+            raise CheckpointError(f"names the file {file}, which is missing", where=where, fix="copy or download it again")
+    held = {key: file for file in files for key in read_header(folder / file).entries}
+    if lost := next((name for name, file in names.items() if held.get(name) != file), None):
+        raise CheckpointError(f"names tensor {lost} in {names[lost]}, which does not hold it", where=where)
+    if extra := next((name for name in held if name not in names), None):
+        raise CheckpointError(f"does not name tensor {extra} of {held[extra]}", where=where)
+    return files
+
+
+def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> Spec:
+    compact = config["model_type"] == COMPACT_TYPE
+    structure = (
+        Structure(config["base"], tuple(Edit(e["kind"], e["module"], e["values"]) for e in config.get("edits", ())))
+        if compact
+        else Structure(config)
+    )
+    tensors: dict[str, Tensor] = {}
+    for file, header in headers.items():
+        table = _table(header, f"{where}/{file}")
+        owners = {part.key: name for name, t in table.items() for part in codecs.parts(t)}
+        for key, entry in header.entries.items():
+            name = owners.get(key, key)
+            if name in tensors and name not in table:
+                raise CheckpointError(f"tensor {name} stands in two files", where=where)
+            tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
+    if not tensors:
+        raise CheckpointError("holds no tensor", where=where)
+    return with_aliases(Spec(structure, tensors), where)
+
+
+def _table(header: Header, where: str) -> dict[str, Tensor]:
+    """Tensors that our metadata describe, checked against the arrays in the same file."""
+    if METADATA_KEY not in header.metadata:
+        return {}
+    try:
+        rows = json.loads(header.metadata[METADATA_KEY])
+        result = {}
+        for name, row in rows.items():
+            storage = tuple(row["storage"])
+            if storage not in (DENSE, MASKED):
+                raise CheckpointError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where)
+            key = name if storage == DENSE else f"{name}.values"
+            tensor = Tensor(name, tuple(row["shape"]), header.entries[key].dtype, kept=row["kept"], storage=storage)
+            for part in codecs.parts(tensor):
+                if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
+                    raise CheckpointError(f"array {part.key} is not what the metadata say", where=where)
+            result[name] = tensor
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"has a damaged table of stored tensors: {error!r}", where=where) from None
+    return result
+
+
+def with_aliases(spec: Spec, where: str) -> Spec:
+    """Add the tensors that the config ties to others and the file therefore leaves out."""
+    from compress import architectures
+
+    if not architectures.known(spec.structure.config):
+        return spec
+    record = architectures.of(spec.structure.config)
+    record.check(spec, where)
+    aliases = {
+        target: replace(spec.tensors[source], name=target, alias_of=source, kept=None, storage=DENSE)
+        for target, source in record.ties(spec)
+    }
+    return replace(spec, tensors={**spec.tensors, **aliases})
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Safetensors dtype string ▶ torch dtype."""
+    import torch
+
+    names = {
+        **FLOAT_DTYPES,
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    }  # fmt: skip
+    result: torch.dtype = getattr(torch, names[dtype])
+    return result

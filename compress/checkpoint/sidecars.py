@@ -1,0 +1,63 @@
+"""Files that travel with the weights: tokenizer, chat template, generation config, licence, custom code …"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from compress.errors import CheckpointError
+
+#: Written anew by every pass, so not carried over.
+WRITTEN = frozenset({"config.json", "README.md", "compress.json", "modeling_compress.py"})
+#: Weights in this or other formats, which would be stale beside the new ones.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
+    ".safetensors.index.json", ".bin.index.json", ".onnx_data",
+)  # fmt: skip
+_FOLDERS_LEFT = frozenset({".git", ".cache", "__pycache__", "onnx", "openvino", "coreml", "runs"})
+
+
+def find_sidecars(folder: Path) -> tuple[str, ...]:
+    """Relative paths of all files to carry over, sorted. Links that lead out of the folder are refused."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in _FOLDERS_LEFT)
+        for file in files:
+            relative = (Path(root) / file).relative_to(folder)
+            if str(relative) in WRITTEN or file.endswith(_WEIGHTS) or file == ".gitattributes":
+                continue
+            safe_file(folder, str(relative))
+            found.append(str(relative))
+    return tuple(sorted(found))
+
+
+def safe_file(folder: Path, name: str) -> Path:
+    """The path of a file of the checkpoint, which must lie inside it.
+
+    Symbolic links may lead elsewhere within the folder, or into the ``blobs`` of a hub cache; others are refused, since a
+    downloaded checkpoint could otherwise read, and have published, any file of the machine.
+    """
+    parts = Path(name).parts
+    if not parts or ".." in parts or Path(name).is_absolute() or "\\" in name or "\0" in name:
+        raise CheckpointError(f"names the file {name!r}, which lies outside it", where=str(folder))
+    path = folder / name
+    try:
+        target, home = path.resolve(strict=path.is_symlink()), folder.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError("is a broken symbolic link", where=str(path)) from None
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if not target.is_relative_to(home) and not (blobs and target.is_relative_to(blobs)):
+        raise CheckpointError(
+            f"is a symbolic link to {target}, outside the checkpoint", where=str(path), fix="copy the file into the folder"
+        )
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise CheckpointError("is neither a file nor a folder", where=str(path))
+    return path
+
+
+def copy_sidecars(source: Path, names: tuple[str, ...], target: Path) -> None:
+    """Copy contents (not links), keeping subfolders."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(safe_file(source, name), target / name)

@@ -1,0 +1,128 @@
+"""What is known of a checkpoint without reading weights: structure, logical tensors, storage.
+
+* structure: the stock class and its config, plus the *edits* that the stock class cannot express;
+* tensors: logical name, shape, dtype, alias, keep-mask;
+* storage: how a tensor lies in the file, a chain of codec names, outermost first.
+
+This module imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+#: Bits per element of every dtype string of the safetensors format.
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+        "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    }
+)  # fmt: skip
+
+#: Float dtypes that a cast may write, narrow to wide; the widest one kept becomes ``config.dtype``.
+FLOAT_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+)
+
+DENSE: tuple[str, ...] = ("dense",)
+MASKED: tuple[str, ...] = ("mask", "dense")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One logical tensor.
+
+    Attributes:
+        name: its key in the state dict of the stock class, as the checkpoint spells it.
+        shape: logical shape (what the model sees), whatever the storage.
+        dtype: safetensors dtype string of the logical values.
+        kept: None without a keep-mask, else the number of weights the mask keeps.
+        alias_of: the tensor whose data this one shares; an alias is never stored.
+        storage: chain of codec names, outermost first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kept: int | None = None
+    alias_of: str | None = None
+    storage: tuple[str, ...] = DENSE
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the values stored densely."""
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floats of any width."""
+        return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor: the name without its last part."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of structure that the stock class cannot express; ``kind`` names the code that applies it."""
+
+    kind: str
+    module: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The stock config (a JSON object, never changed in place) and the edits on top of it."""
+
+    config: Mapping[str, Any]
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the stock config."""
+        return str(self.config["model_type"])
+
+    @property
+    def class_name(self) -> str | None:
+        """The stock class that wrote the checkpoint, where the config says so."""
+        names = self.config.get("architectures") or [None]
+        return names[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts."""
+
+    structure: Structure
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: bool = True
+
+    def stored(self) -> Iterable[Tensor]:
+        """The tensors that have bytes of their own, in file order."""
+        return (tensor for tensor in self.tensors.values() if tensor.alias_of is None)
+
+    @property
+    def parameters(self) -> int:
+        """Float elements of the model; shared tensors count once and pruned weights count."""
+        return sum(tensor.count for tensor in self.stored() if tensor.is_float)
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters that no keep-mask removes."""
+        return sum(t.count if t.kept is None else t.kept for t in self.stored() if t.is_float)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Spec:
+        """A copy with ``change`` applied to every stored tensor."""
+        return replace(self, tensors={n: t if t.alias_of else change(t) for n, t in self.tensors.items()})

@@ -1,0 +1,230 @@
+"""Writing a checkpoint: streamed, verified, and visible only when whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint import bundle, codecs
+from compress.checkpoint.codecs import Store
+from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
+from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
+from compress.checkpoint.sidecars import copy_sidecars
+from compress.checkpoint.spec import Spec, Tensor
+from compress.errors import CheckpointError, CompressError, OutputError, ResourceError
+from compress.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    import torch
+
+#: Bytes of data per shard unless the recipe says otherwise; the hub's usual size.
+DEFAULT_MAX_SHARD = 5 * 10**9
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written: the spec with its storage, weight-file bytes, a hash of all logical contents, and times."""
+
+    folder: Path
+    spec: Spec
+    bytes: int
+    content: str
+    write_seconds: float
+    verify_seconds: float
+
+
+def stored_form(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> tuple[Spec, Layout]:
+    """The spec with storage chosen and laid out exactly as `write_checkpoint` will write it."""
+    spec = codecs.with_storage(spec, store)
+    return spec, lay_out(spec, max_shard, metadata)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    store: Store = "stock",
+    max_shard: int = DEFAULT_MAX_SHARD,
+    extra_files: Mapping[str, bytes] | None = None,
+    progress: Progress | None = None,
+) -> Written:
+    """Write ``checkpoint`` to ``folder``, which must not exist; it appears by a rename, complete and verified, or not at all.
+
+    Tensors are read, encoded and written one at a time. Then every tensor is decoded from the written files and compared,
+    by SHA-256 of its logical bytes, with what was handed to the writer.
+
+    Raises:
+        OutputError: ``folder`` exists or its parent cannot be written. ResourceError: the disk is full.
+        CheckpointError: a tensor holds NaN, or the written file does not read back.
+    """
+    progress = progress or SilentProgress()
+    if folder.exists():
+        raise OutputError("exists already", where=str(folder))
+    spec, layout = stored_form(checkpoint.spec, store, max_shard, checkpoint.metadata)
+    with _temporary(folder) as temp:
+        start = time.perf_counter()
+        hashes: dict[str, str] = {}
+        with progress.task("writing", len(list(spec.stored()))) as task:
+            for shard in layout.shards:
+                _write_shard(temp / shard.file, shard, checkpoint, hashes, task)
+        _write_small(temp, checkpoint, spec, layout, extra_files or {})
+        _sync_folder(temp)
+        written = time.perf_counter()
+        with progress.task("verifying", len(hashes)) as task:
+            read_back = open_checkpoint(temp, trust_remote_code=True)
+            for name, digest in hashes.items():
+                if _digest(read_back.tensor(name)) != digest:
+                    raise CheckpointError(f"tensor {name} does not read back as it was written", where=str(folder), fix="check the disk")
+                task.advance(note=name)
+        verified = time.perf_counter()
+        os.rename(temp, folder)
+        _sync_folder(folder.parent)
+    return Written(folder, spec, layout.bytes, _content(spec, hashes), written - start, verified - written)
+
+
+def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[str, str], task: Any) -> None:
+    with path.open("wb", buffering=0) as file:
+        # reserving the space first makes a full disk an error before the work, not after it
+        os.posix_fallocate(file.fileno(), 0, shard.bytes)
+        _pwrite(file.fileno(), shard.header, 0)
+        for tensor in shard.tensors:
+            value = checkpoint.tensor(tensor.name)
+            _check_value(tensor, value)
+            hashes[tensor.name] = _digest(value)
+            for role, data in codecs.encode(value.data, value.mask, tensor).items():
+                part = next(part for part in codecs.parts(tensor) if part.role == role)
+                assert tuple(data.shape) == part.shape, (part, data.shape)
+                _pwrite(file.fileno(), _raw(data), len(shard.header) + shard.entries[part.key].start)
+            task.advance(note=tensor.name)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _check_value(tensor: Tensor, value: Value) -> None:
+    """The value is what the plan promised, and holds no NaN."""
+    import torch
+
+    data = value.data
+    assert tuple(data.shape) == tensor.shape and data.dtype == torch_dtype(tensor.dtype), (tensor, data.shape, data.dtype)
+    assert (value.mask is None) == (tensor.kept is None), tensor
+    if tensor.is_float and tensor.count and tensor.dtype in ("F16", "BF16", "F32", "F64"):
+        # one pass in the common case: a sum is finite unless some value is not
+        if not torch.isfinite(data.sum(dtype=torch.float64 if tensor.dtype == "F64" else torch.float32)):
+            count = int(torch.isnan(data).sum())
+            if count:
+                raise CheckpointError(
+                    f"tensor {tensor.name} holds {count} NaN values", fix="the checkpoint is damaged or its training diverged"
+                )
+
+
+def _raw(data: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = data.contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view[:_CHUNK], offset)
+        view, offset = view[count:], offset + count
+
+
+def _digest(value: Value) -> str:
+    """SHA-256 of the logical values in canonical form, and of the keep-mask where there is one."""
+    digest = hashlib.sha256(_raw(value.data.cpu()))
+    if value.mask is not None:
+        digest.update(_raw(codecs.pack_bits(value.mask)))
+    return digest.hexdigest()
+
+
+def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
+    rows = [(n, spec.tensors[n].dtype, list(spec.tensors[n].shape), spec.tensors[n].kept, hashes[n]) for n in sorted(hashes)]
+    config = json.dumps(spec.structure.config, sort_keys=True)
+    return hashlib.sha256((config + json.dumps(rows)).encode()).hexdigest()
+
+
+def render_config(spec: Spec) -> bytes:
+    """``config.json``: the stock one, or the compact one that wraps it."""
+    config = dict(spec.structure.config)
+    if codecs.needs_code(spec):
+        edits = [{"kind": e.kind, "module": e.module, "values": dict(e.values)} for e in spec.structure.edits]
+        config = {
+            "model_type": COMPACT_TYPE,
+            "format": 1,
+            "architectures": [bundle.CLASS_NAME],
+            "auto_map": bundle.auto_map(spec.structure.class_name),
+            "dtype": config.get("dtype", config.get("torch_dtype")),
+            "edits": edits,
+            "base": {k: v for k, v in config.items() if k != "auto_map"},
+        }
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _write_small(temp: Path, checkpoint: Checkpoint, spec: Spec, layout: Layout, extra_files: Mapping[str, bytes]) -> None:
+    if checkpoint.folder is not None:
+        copy_sidecars(checkpoint.folder, checkpoint.sidecars, temp)
+    files = {"config.json": render_config(spec), **extra_files}
+    if (index := layout.index()) is not None:
+        files[INDEX_NAME] = index
+    if codecs.needs_code(spec):
+        files[bundle.FILE_NAME] = bundle.source()
+    for name, data in files.items():
+        (temp / name).write_bytes(data)
+    for path in temp.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder``; removed unless it was renamed away. A full disk becomes a `ResourceError`."""
+    temp = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        try:
+            yield temp
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into the user's: full disk (status 4), or not writable (2)."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError("the disk is full", where=str(folder.parent), fix="free some space and run again; finished stages are kept") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise OutputError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,321 @@
+"""What the commands do: call the library, print tables or one JSON document."""
+
+from __future__ import annotations
+
+import json as json_module
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, ReportError
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
+    from compress.recipe import Recipe
+
+
+def _print_json(data: Mapping[str, Any]) -> None:
+    """One strict JSON document on stdout."""
+    from compress.report import to_json
+
+    sys.stdout.write(to_json(data) + "\n")
+
+
+def _progress(quiet: bool) -> Progress:
+    from compress.cli.progress import make_progress
+
+    return make_progress(quiet, sys.stderr)
+
+
+def run(
+    path: Path, sets: Sequence[str], *, fresh: bool, publish_anyway: bool, offline: bool, json: bool, quiet: bool
+) -> None:
+    """``compress run``."""
+    from compress.cli import tables
+    from compress.pipeline.run import run as run_recipe
+
+    recipe = _load(path, [*sets, "offline=true"] if offline else sets)
+    with _located(recipe):
+        result = run_recipe(
+            recipe, fresh=fresh, publish_anyway=publish_anyway, progress=_progress(quiet), recipe_path=str(path)
+        )
+    if json:
+        _print_json(result.report)
+    else:
+        if result.nothing_to_do:
+            print(f"nothing to do: {result.checkpoint} holds this recipe's result already (--fresh runs it again)")
+        tables.print_report(result.report)
+        if not result.published:
+            print(f"not published; the result is in {result.checkpoint} (--publish-anyway puts it in place)")
+    sys.exit(result.exit_status)
+
+
+def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> None:
+    """``compress check``: the recipe, and where its model is a folder here the plan too."""
+    from compress.recipe import resolved as resolve
+    from compress.recipe import to_yaml
+
+    recipe = _load(path, sets)
+    local = Path(recipe.model).expanduser()
+    if local.exists():
+        from compress.checkpoint.open import open_headers
+        from compress.plan import make_plan
+
+        with _located(recipe):
+            spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
+            make_plan(recipe, spec, metadata)
+    if json:
+        _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})
+    elif resolved:
+        sys.stdout.write(to_yaml(resolve(recipe)))
+    else:
+        planned = "" if local.exists() else " (its model is no local folder: passes were not tried on it)"
+        print(f"{path}: no mistakes found{planned}")
+
+
+def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
+    """``compress plan``."""
+    from compress.checkpoint.open import open_headers
+    from compress.cli import tables
+    from compress.plan import make_plan
+
+    recipe = _load(path, [*sets, "offline=true"] if offline else sets)
+    with _located(recipe):
+        spec, metadata = open_headers(recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        planned = make_plan(recipe, spec, metadata).to_dict()
+    planned["disk_free"] = shutil.disk_usage(_existing(Path(recipe.output))).free
+    if json:
+        _print_json(planned)
+    else:
+        tables.print_plan(planned)
+
+
+def inspect(checkpoint: str, *, tensors: bool, zeros: bool, trust: bool, offline: bool, json: bool) -> None:
+    """``compress inspect``."""
+    from compress.cli import tables
+    from compress.inspection import inspect as inspect_checkpoint
+
+    data = inspect_checkpoint(checkpoint, zeros=zeros, trust_remote_code=trust, offline=offline)
+    if json:
+        _print_json(data)
+    else:
+        tables.print_inspection(data, tensors=tensors or zeros)
+
+
+def diff(a: str, b: str, *, values: bool, trust: bool, json: bool) -> None:
+    """``compress diff``."""
+    from compress.cli import tables
+    from compress.inspection import diff as diff_checkpoints
+
+    data = diff_checkpoints(a, b, values=values, trust_remote_code=trust)
+    if json:
+        _print_json(data)
+    else:
+        tables.print_diff(data)
+
+
+def passes_(name: str | None, *, json: bool) -> None:
+    """``compress passes [NAME]``."""
+    from compress.cli import tables
+    from compress.passes.describe import describe, describe_all
+
+    data = describe_all() if name is None else describe(name)
+    if json:
+        _print_json(data)
+    elif name is None:
+        tables.print_passes(data["passes"])
+    else:
+        tables.print_pass(data)
+
+
+def schema(*, report: bool) -> None:
+    """``compress schema``."""
+    if report:
+        from compress.report import report_schema
+
+        data = report_schema()
+    else:
+        from compress.recipe import recipe_schema
+
+        data = recipe_schema()
+    sys.stdout.write(json_module.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def unpack(checkpoint: str, output: Path, *, max_shard_size: str, quiet: bool) -> None:
+    """``compress unpack``."""
+    from compress import api
+
+    print(f"wrote {api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=_progress(quiet))}")
+
+
+def runs(folder: Path, *, json: bool) -> None:
+    """``compress runs``."""
+    from compress.cli import tables
+    from compress.pipeline.housekeeping import list_runs
+
+    if not folder.is_dir():
+        raise CompressError("there is no such folder", where=str(folder))
+    data = list_runs(folder)
+    if json:
+        _print_json({"schema": "compress.runs/1", "runs": data})
+    else:
+        tables.print_runs(data)
+
+
+def clean(run_folder: Path, *, everything: bool, dry_run: bool) -> None:
+    """``compress clean``."""
+    from compress.pipeline.housekeeping import clean as clean_run
+    from compress.settings import format_bytes
+
+    removed, freed = clean_run(run_folder, everything=everything, dry_run=dry_run)
+    verb = "would remove" if dry_run else "removed"
+    print(f"{verb} {', '.join(removed) or 'nothing'}; {format_bytes(freed)}")
+
+
+def evaluate(
+    checkpoint: str,
+    data: Sequence[str],
+    *,
+    baseline: str | None,
+    metrics: Sequence[str],
+    separator: str | None,
+    window: int,
+    stride: int | None,
+    max_documents: int | None,
+    device: str,
+    dtype: str,
+    confidence: float,
+    trust: bool,
+    offline: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``compress eval``."""
+    from compress.cli import tables
+    from compress.pipeline.assess import Assessment, assess
+
+    document = assess(
+        checkpoint,
+        Assessment(
+            files=tuple(data),
+            separator=separator,
+            window=window,
+            stride=stride,
+            max_documents=max_documents,
+            metrics=tuple(metrics) or (("bits_per_byte", "perplexity") if data else ()),
+            device=device,
+            dtype=dtype,
+        ),
+        baseline=baseline,
+        confidence=confidence,
+        trust_remote_code=trust,
+        offline=offline,
+        progress=_progress(quiet),
+    )
+    if json:
+        _print_json(document)
+    else:
+        tables.print_assessment(document)
+
+
+def gate(
+    subject: str,
+    *,
+    baseline: str | None,
+    recipe: Path | None,
+    gates: Sequence[str],
+    confidence: float | None,
+    junit: Path | None,
+    trust: bool,
+    offline: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``compress gate``."""
+    from compress import gates as gating
+    from compress import report as reports
+    from compress.cli import tables
+    from compress.pipeline.assess import gates_from, judge_checkpoint
+
+    loaded = _load(recipe, []) if recipe is not None else None
+    wanted = gates_from(loaded, gates)
+    if Path(subject).is_dir() or not Path(subject).suffix == ".json":
+        if baseline is None:
+            raise ReportError("a checkpoint is judged against a baseline", fix="give --baseline, or name a report.json")
+        if not wanted:
+            raise ReportError("there is no gate to judge", fix="give --recipe or --gate")
+        results, settings = judge_checkpoint(
+            subject,
+            baseline,
+            wanted,
+            recipe=loaded,
+            confidence=confidence,
+            trust_remote_code=trust,
+            offline=offline,
+            progress=_progress(quiet),
+        )
+        report = None
+    else:
+        if baseline is not None:
+            raise ReportError("a report holds its own baseline", fix="leave out --baseline")
+        report = reports.load(Path(subject))
+        resolved = report["recipe"]["resolved"]
+        wanted = wanted or resolved.get("gates") or {}
+        if not wanted:
+            raise ReportError("neither the report nor the command line has a gate", where=subject, fix="give --recipe or --gate")
+        settings = {
+            "confidence": confidence if confidence is not None else resolved.get("confidence", 0.95),
+            "bootstrap": resolved.get("bootstrap", 10000),
+            "seed": resolved.get("seed", 0),
+        }
+        results = gating.judge(wanted, report["original"], report["result"], **settings)
+    status, exit_status = gating.verdict(results)
+    rows = [r.to_dict() for r in results]
+    if junit is not None:
+        base = report or {"result": {"size": {}}, "original": {"checkpoint": baseline, "size": {}}, "stages": []}
+        junit.write_text(reports.render_junit({**base, "gates": rows, "status": status, "output": subject}), encoding="utf-8")
+    if json:
+        _print_json({"schema": "compress.verdict/1", "subject": subject, "status": status, "exit_status": exit_status, "gates": rows, **settings})
+    else:
+        tables.print_gates(rows, status)
+    sys.exit(exit_status)
+
+
+def _load(path: Path, sets: Sequence[str]) -> Recipe:
+    from compress.recipe import load_recipe
+
+    return load_recipe(path, sets)
+
+
+class _located:
+    """Errors of passes are shown at the line of the recipe that asks for them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from compress.errors import PassError, RecipeError
+        from compress.recipe import locate
+
+        if not isinstance(error, PassError) or not (error.where or "").startswith("passes."):
+            return
+        _, index, name = (error.where or "").split(".", 2)
+        path = ("passes", int(index), name, error.key) if error.key else ("passes", int(index), name)
+        where, error.where = error.where, None
+        if text := locate(self.recipe, path, str(error)):
+            raise RecipeError([text]) from error
+        error.where = where
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+

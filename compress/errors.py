@@ -1,0 +1,88 @@
+"""Every error a user can meet, and the exit status it ends a command with.
+
+Exit statuses: 0 done, 1 a gate failed, 2 bad recipe, option or input, 3 a gate was inconclusive, 4 out of memory or
+disk, 70 a bug, 130 interrupted. A message is one line: where, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_GATE_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INCONCLUSIVE = 3
+EXIT_RESOURCES = 4
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+
+class CompressError(Exception):
+    """Base of all errors that are the user's to mend.
+
+    Args:
+        what: what is wrong, one line, no full stop.
+        where: the place: ``file:line:col``, a path, a tensor or module name.
+        fix: what to do about it, one line.
+    """
+
+    exit_status = EXIT_BAD_INPUT
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}; {self.fix}" if self.fix else text
+
+
+class RecipeError(CompressError):
+    """One or more mistakes in a recipe; ``problems`` holds each as rendered text (several lines each)."""
+
+    def __init__(self, problems: list[str]) -> None:
+        count = len(problems)
+        super().__init__(f"{count} mistake{'s' if count != 1 else ''} in the recipe")
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join([*self.problems, self.what])
+
+
+class CheckpointError(CompressError):
+    """A checkpoint that cannot be opened, is damaged, or does not load cleanly."""
+
+
+class DataError(CompressError):
+    """Text or labels that are missing, unreadable, too few, or shared between sets that must be apart."""
+
+
+class PassError(CompressError):
+    """A pass that cannot do what its settings ask on this checkpoint.
+
+    ``key`` names the setting at fault, so that the recipe's line can be shown.
+    """
+
+    def __init__(self, what: str, *, key: str | None = None, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.key = key
+
+
+class OutputError(CompressError):
+    """The output folder cannot be used: it holds something else, is busy, or is not writable."""
+
+
+class ReportError(CompressError):
+    """A report or a baseline that cannot be read, or lacks what a gate needs."""
+
+
+class ResourceError(CompressError):
+    """Not enough memory or disk space."""
+
+    exit_status = EXIT_RESOURCES
+
+
+class Interrupted(CompressError):
+    """The run was stopped by SIGINT or SIGTERM; finished stages are kept."""
+
+    exit_status = EXIT_INTERRUPTED

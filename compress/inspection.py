@@ -1,0 +1,152 @@
+"""What a checkpoint holds, and what differs between two. Headers alone, unless values are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compress import architectures
+from compress.checkpoint.codecs import needs_code, parts
+from compress.checkpoint.layout import lay_out, natural
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.spec import Spec, Tensor
+from compress.plan import size_of, size_on_disk
+
+
+def inspect(model: str | Path, *, zeros: bool = False, trust_remote_code: bool = False, offline: bool = False) -> dict[str, Any]:
+    """Facts of a checkpoint as JSON values, schema ``compress.inspect/1``.
+
+    Args:
+        zeros: read the weights and count the values that are zero; without it sparsity is what keep-masks say.
+    """
+    spec, metadata = open_headers(model, trust_remote_code=trust_remote_code, offline=offline)
+    size = size_of(spec, lay_out(spec, 1 << 62, metadata))
+    if Path(model).expanduser().is_dir():
+        size = size_on_disk(open_checkpoint(model, trust_remote_code=trust_remote_code))
+    counts = {}
+    if zeros:
+        checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, offline=offline)
+        counts = {t.name: int((checkpoint.tensor(t.name).data == 0).sum()) for t in spec.stored() if t.is_float}
+    return {
+        "schema": "compress.inspect/1",
+        "checkpoint": str(model),
+        "model_type": spec.structure.model_type,
+        "class": spec.structure.class_name,
+        "compact": needs_code(spec),
+        "size": asdict(size),
+        "dtypes": dict(Counter(t.dtype for t in spec.stored())),
+        "modules": modules(spec),
+        "tensors": [_row(t, counts.get(t.name)) for t in sorted(spec.tensors.values(), key=lambda t: natural(t.name))],
+    }
+
+
+def _row(tensor: Tensor, zero: int | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "storage": " ∘ ".join(tensor.storage),
+        "bytes": stored_bytes(tensor),
+        "sparsity": _sparsity(tensor),
+        "tied_to": tensor.alias_of,
+    }
+    if zero is not None:
+        row["zeros"] = zero / max(tensor.count, 1)
+    return row
+
+
+def _sparsity(tensor: Tensor) -> float | None:
+    return None if tensor.kept is None else 1 - tensor.kept / max(tensor.count, 1)
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's arrays in the file; an alias has none."""
+    return 0 if tensor.alias_of else sum(part.bytes for part in parts(tensor))
+
+
+def modules(spec: Spec) -> list[dict[str, Any]]:
+    """Bytes, parameters and sparsity by part of the model: each block, and everything outside blocks by module."""
+    groups: dict[str, list[Tensor]] = {}
+    for tensor in spec.tensors.values():
+        groups.setdefault(_group(spec, tensor), []).append(tensor)
+    return [_summary(name, groups[name]) for name in sorted(groups, key=natural)]
+
+
+def _group(spec: Spec, tensor: Tensor) -> str:
+    if architectures.known(spec.structure.config):
+        record = architectures.of(spec.structure.config)
+        index = record.block_index(tensor.name)
+        if index is not None:
+            return tensor.name[: tensor.name.index(f".{index}.")] + f".{index}"
+    return tensor.module or tensor.name
+
+
+def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
+    tensors = list(tensors)
+    own = [t for t in tensors if t.alias_of is None]
+    masked = [t for t in own if t.kept is not None]
+    tied = [t.alias_of for t in tensors if t.alias_of]
+    return {
+        "module": name,
+        "parameters": sum(t.count for t in own if t.is_float),
+        "bytes": sum(stored_bytes(t) for t in own),
+        "dtypes": sorted({t.dtype for t in own}),
+        "storage": sorted({" ∘ ".join(t.storage) for t in own}),
+        "sparsity": 1 - sum(t.kept or 0 for t in masked) / sum(t.count for t in masked) if masked else None,
+        "tied_to": tied[0] if tied and not own else None,
+    }
+
+
+def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:
+    """What changed from ``a`` to ``b``, as JSON values, schema ``compress.diff/1``.
+
+    Per tensor that both hold with equal shape: whether any value differs, the largest absolute difference and the relative
+    one, ‖b - a‖ / ‖a‖ (Frobenius, float64).
+
+    Args:
+        values: compare weights too; False compares headers alone.
+    """
+    first, second = (open_checkpoint(x, trust_remote_code=trust_remote_code) for x in (a, b))
+    rows = []
+    for name in sorted(first.spec.tensors.keys() | second.spec.tensors.keys(), key=natural):
+        before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)
+        row: dict[str, Any] = {"name": name, "change": "same"}
+        if before is None or after is None:
+            present = before or after
+            assert present is not None
+            row |= {"change": "removed" if after is None else "added", "shape": list(present.shape), "bytes": stored_bytes(present)}
+        else:
+            row |= {
+                "shape": [list(before.shape), list(after.shape)],
+                "dtype": [before.dtype, after.dtype],
+                "sparsity": [_sparsity(before), _sparsity(after)],
+                "bytes": [stored_bytes(before), stored_bytes(after)],
+            }
+            if (before.shape, before.dtype, before.kept, before.storage) != (after.shape, after.dtype, after.kept, after.storage):
+                row["change"] = "changed"
+            if values and before.shape == after.shape and not (before.alias_of and after.alias_of):
+                x, y = first.tensor(name).data.double(), second.tensor(name).data.double()
+                row["max_difference"] = float((y - x).abs().max()) if x.numel() else 0.0
+                norm = float(x.norm())
+                row["relative_difference"] = float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
+                if row["max_difference"] != 0:  # also where it is NaN
+                    row["change"] = "changed"
+        rows.append(row)
+    config = {
+        key: [first.spec.structure.config.get(key), second.spec.structure.config.get(key)]
+        for key in sorted(first.spec.structure.config.keys() | second.spec.structure.config.keys())
+        if first.spec.structure.config.get(key) != second.spec.structure.config.get(key)
+    }
+    return {
+        "schema": "compress.diff/1",
+        "a": str(a),
+        "b": str(b),
+        "size": [asdict(size_on_disk(first)), asdict(size_on_disk(second))],
+        "config": config,
+        "tensors": rows,
+        "same": all(row["change"] == "same" for row in rows) and not config,
+    }
+

@@ -1,0 +1,190 @@
+"""Checkpoint folder ▶ transformers model, strictly: nothing missing, unexpected or mismatched is let through."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    offline: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint folder or hub id, in evaluation mode.
+
+    Compact checkpoints are decoded by this package's code, never by the file in the folder. Stock ones are loaded by the
+    class that their config names.
+
+    Args:
+        dtype: ``float32``, ``bfloat16``, ``float16``; None for the checkpoint's own.
+        trust_remote_code: allow a foreign ``auto_map``.
+
+    Raises:
+        CheckpointError: unknown model type; weights missing, unexpected or of the wrong shape.
+    """
+    stored = open_checkpoint(folder, trust_remote_code=trust_remote_code, offline=offline)
+    return load_checkpoint(stored, dtype=dtype, device=device)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
+    """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet."""
+    import torch
+
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto", "output_loading_info": True}
+    if device != "cpu":
+        kwargs["device_map"] = {"": device}
+    state = None
+    if needs_code(checkpoint.spec) or not isinstance(checkpoint, Stored):
+        state = {tensor.name: checkpoint.tensor(tensor.name).data for tensor in checkpoint.spec.stored()}
+    return _load(checkpoint, kwargs, state)
+
+
+def check_keys(checkpoint: Stored) -> None:
+    """Every key of the written files is one that the stock class asks for, of the right shape, and none is missing.
+
+    The stock loader itself is asked, with all parameters on the meta device. Raises `CheckpointError`.
+    """
+    import torch
+
+    state = {t.name: torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in checkpoint.spec.stored()}
+    _load(checkpoint, {"output_loading_info": True, "dtype": "auto", "device_map": {"": "meta"}}, state)
+
+
+def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: dict[str, torch.Tensor] | None) -> PreTrainedModel:
+    import transformers
+
+    spec, folder = checkpoint.spec, checkpoint.folder
+    assert folder is not None
+    with _quiet_transformers():
+        stock, config = stock_class(checkpoint)
+        try:
+            if state is not None:
+                model, info = stock.from_pretrained(None, config=config, state_dict=state, **kwargs)
+                if model.can_generate() and (folder / "generation_config.json").exists():
+                    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            else:
+                extra = {"trust_remote_code": True} if checkpoint.trust_remote_code and spec.structure.config.get("auto_map") else {}
+                model, info = stock.from_pretrained(folder, config=config, local_files_only=True, **extra, **kwargs)
+        except RuntimeError as error:
+            if "size mismatch" in str(error) or "mismatched" in str(error):
+                raise CheckpointError(f"config and weights disagree: {_first_line(error)}", where=str(folder)) from error
+            raise
+    for what, key in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"), ("unknown to the model", "unexpected_keys")):
+        if info[key]:
+            name = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[key])[0]
+            raise CheckpointError(
+                f"config and weights disagree: {len(info[key])} weights are {what} for {stock.__name__}, such as {name}", where=str(folder)
+            )
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The transformers class of a checkpoint, and its config object. Raises `CheckpointError` for unknown model types."""
+    import transformers
+
+    structure = checkpoint.spec.structure
+    where = str(checkpoint.folder)
+    data = dict(structure.config)
+    auto_map = data.get("auto_map")
+    try:
+        if auto_map and checkpoint.trust_remote_code:
+            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=True, local_files_only=True)
+            auto = next((k for k in auto_map if k.startswith("AutoModelFor")), "AutoModel")
+            return getattr(transformers, auto), config
+        if data["model_type"] not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(
+                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}", where=where
+            )
+        config = transformers.AutoConfig.for_model(**data)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
+    except Exception as error:  # strict dataclass validation of configs raises errors of huggingface_hub's own
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
+        raise
+    name = structure.class_name
+    found = getattr(transformers, name, None) if name else None
+    if name and found is None:
+        raise CheckpointError(f"transformers {transformers.__version__} has no class {name}", where=where)
+    return found or transformers.AutoModel, config
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
+    import transformers
+
+    folder = Path(folder)
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+        raise CheckpointError("has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it")
+    try:
+        with _quiet_transformers():
+            if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+                return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            return tokenizer
+    except Exception as error:  # tokenizers raise bare Exception for damaged files
+        raise CheckpointError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(folder)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of what is checked here anyway."""
+    import transformers.utils.logging as logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
+            logging.enable_progress_bar()
+
+
+def same_logits(handed: Checkpoint, stored: Stored) -> None:
+    """The written checkpoint computes what the one handed to the writer does, on a short sample of token ids.
+
+    Raises:
+        CheckpointError: the outputs differ. Models that take no token ids are not compared.
+    """
+    import torch
+
+    outputs = []
+    for checkpoint in (handed, stored):
+        model = load_checkpoint(checkpoint, dtype="float32")
+        if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+            return
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(16).remainder(vocabulary)[None]
+        with torch.inference_mode():
+            outputs.append(model(input_ids=ids)[0])
+        del model
+    # the tensors are equal bit by bit; kernels chosen by memory alignment may still round otherwise
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= 1e-4 * max(1.0, float(outputs[0].abs().max())):
+        raise CheckpointError(f"the written model computes other values (difference {difference:.3g})", where=str(stored.folder))

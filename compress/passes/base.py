@@ -1,0 +1,140 @@
+"""What a pass is: settings, a plan on headers, and an `apply` on weights.
+
+A pass is a class with the attributes of `Pass`; the table in `compress.passes` names them, entry points of the group
+``compress.passes`` add more. The rules of order follow from ``accepts`` and ``yields`` alone.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from compress.checkpoint.spec import Spec
+from compress.errors import PassError
+from compress.settings import Settings
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+    from compress.progress import Progress
+
+Mode = Literal["stream", "sweep", "train"]
+Storage = Literal["float", "integer"]
+
+
+class PassSettings(Settings):
+    """Settings that every pass has."""
+
+    only: list[str] = Field(
+        default_factory=list, description="Limit the pass to modules that match: globs, or regular expressions after `re:`."
+    )
+    skip: list[str] = Field(default_factory=list, description="Leave these modules alone: globs, or `re:` expressions.")
+    allow_noop: bool = Field(default=False, description="Go on, instead of stopping, when the pass would change nothing.")
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a pass may know besides checkpoint and settings; there is no ambient state.
+
+    Attributes:
+        original: the checkpoint that the run started from.
+        device: torch device string. dtype: dtype string of computation (``float32``).
+        seed: seeds every choice. max_ram: bytes the pass may use, None for no limit.
+        data: set name (``calibration`` …) to its token batches, made when first asked for.
+        progress: where to report steps. work: durable folder keyed by the stage's fingerprint.
+        details: facts for the report that the pass writes, JSON values.
+    """
+
+    original: Checkpoint
+    device: str
+    dtype: str
+    seed: int
+    max_ram: int | None
+    data: Callable[[str], Any]
+    progress: Progress
+    work: Path
+    rank: int = 0
+    world: int = 1
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+S = TypeVar("S", bound=PassSettings)
+
+
+class Pass(Generic[S]):
+    """One kind of compression. Subclasses set the class attributes and write the two methods.
+
+    Attributes:
+        settings: the settings model; its field descriptions are the help text.
+        mode: how it works: ``stream`` (tensor by tensor), ``sweep`` (block by block) or ``train``.
+        needs: names of the data sets it reads, given settings (see `needed`).
+        accepts: the storage it can read. yields: storage it may leave behind.
+        preserves: what later passes may rely on: ``masks``, ``aliases``, ``integers``.
+        source: paper or repository, for help and docs.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    settings: type[S]
+    mode: ClassVar[Mode]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    accepts: ClassVar[frozenset[Storage]] = frozenset({"float"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float"})
+    preserves: ClassVar[frozenset[str]] = frozenset()
+    source: ClassVar[str] = ""
+
+    def needed(self, settings: S) -> frozenset[str]:
+        """Data sets that these settings need; all of ``needs`` unless a pass says otherwise."""
+        return self.needs
+
+    def produced(self, settings: S) -> frozenset[Storage]:
+        """Storage that these settings leave behind; all of ``yields`` unless a pass says otherwise."""
+        return self.yields
+
+    def plan(self, spec: Spec, settings: S) -> Spec:
+        """The checkpoint this pass will write, from headers alone. Raises `PassError` where it cannot apply."""
+        raise NotImplementedError
+
+    def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:
+        """The changed checkpoint, lazily: weights are read when the writer asks for them."""
+        raise NotImplementedError
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a glob, or a regular expression written ``re:…``, matches the whole module name."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    return fnmatch.fnmatchcase(module, pattern)
+
+
+def select(modules: Iterable[str], settings: PassSettings, universe: Iterable[str]) -> set[str]:
+    """Modules that the pass works on.
+
+    Args:
+        modules: what the pass would take by default; with ``only`` every module of the universe may be named.
+        universe: all modules of the checkpoint; a pattern that matches none of them is an error.
+    """
+    everything = list(dict.fromkeys(universe))
+    for key, patterns in (("only", settings.only), ("skip", settings.skip)):
+        for pattern in patterns:
+            try:
+                found = any(matches(pattern, module) for module in everything)
+            except re.error as error:
+                raise PassError(f"`{pattern}` is not a regular expression: {error}", key=key) from None
+            if not found:
+                near = _nearest(pattern, everything)
+                raise PassError(f"`{pattern}` matches no module", key=key, fix=f"a module here is `{near}`" if near else None)
+    chosen = {m for m in everything if any(matches(p, m) for p in settings.only)} if settings.only else set(modules)
+    return {m for m in chosen if not any(matches(p, m) for p in settings.skip)}
+
+
+def _nearest(pattern: str, modules: list[str]) -> str | None:
+    import difflib
+
+    close = difflib.get_close_matches(pattern.removeprefix("re:"), modules, n=1, cutoff=0.0)
+    return close[0] if close else None

@@ -1,0 +1,64 @@
+"""Passes and settings as data: the one source of ``compress passes`` and of the docs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from compress import passes
+
+
+def describe_all() -> dict[str, Any]:
+    """Every pass, schema ``compress.passes/1``."""
+    return {"schema": "compress.passes/1", "passes": [describe(name) for name in passes.names()]}
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One pass: what it does, where that comes from, and each setting with type, default and description."""
+    instance = passes.get(name)
+    return {
+        "name": name,
+        "summary": instance.summary,
+        "details": " ".join((type(instance).__doc__ or "").split()),
+        "mode": instance.mode,
+        "needs": sorted(instance.needs),
+        "accepts": sorted(instance.accepts),
+        "yields": sorted(instance.yields),
+        "preserves": sorted(instance.preserves),
+        "source": instance.source,
+        "settings": [_setting(key, field, instance) for key, field in instance.settings.model_fields.items()],
+    }
+
+
+def _setting(key: str, field: FieldInfo, instance: Any) -> dict[str, Any]:
+    schema = instance.settings.model_json_schema()
+    entry = schema["properties"][key]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    return {
+        "name": key,
+        "type": _type(entry, schema.get("$defs", {})),
+        "required": field.is_required(),
+        "default": default,
+        "description": field.description or "",
+    }
+
+
+def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A JSON schema type in words: ``50% or 0.5``, ``bf16 | fp16``, ``list of text``."""
+    if "examples" in entry:
+        return "such as " + " or ".join(str(e) for e in entry["examples"])
+    if "enum" in entry:
+        return " | ".join(str(v) for v in entry["enum"])
+    if "const" in entry:
+        return str(entry["const"])
+    if "anyOf" in entry:
+        return " or ".join(_type(e, definitions) for e in entry["anyOf"] if e.get("type") != "null")
+    if "$ref" in entry:
+        return _type(definitions[entry["$ref"].rpartition("/")[2]], definitions)
+    kind = entry.get("type")
+    if kind == "array":
+        return f"list of {_type(entry.get('items', {}), definitions)}"
+    if kind == "object":
+        return f"mapping of text to {_type(entry.get('additionalProperties', {}), definitions)}"
+    return {"string": "text", "boolean": "true or false", "integer": "integer", "number": "number"}.get(str(kind), "any")

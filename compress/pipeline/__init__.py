@@ -1,0 +1,1 @@
+"""A recipe's run: order, fingerprints, resume, evaluation, gates, publication."""

@@ -1,0 +1,210 @@
+"""Evaluation and gates outside a run: of a checkpoint by itself, or against a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import text
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.errors import CompressError, DataError, ReportError
+from compress.pipeline.fingerprint import versions
+from compress.pipeline.measure import SPEED_METRICS, TEXT_METRICS
+from compress.pipeline.run import machine, resolve_device
+from compress.plan import size_on_disk
+from compress.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from compress.gates import GateResult
+    from compress.recipe import Recipe
+
+SCHEMA = "compress.eval/1"
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What to measure, and how; kept in the result so that a later one can be paired with it."""
+
+    files: tuple[str, ...] = ()
+    separator: str | None = None
+    window: int = 256
+    stride: int | None = None
+    max_documents: int | None = None
+    metrics: tuple[str, ...] = ("bits_per_byte", "perplexity")
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+def assess(
+    checkpoint: str,
+    how: Assessment,
+    *,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint: size always, text metrics on ``how.files``, speed beside the baseline.
+
+    Args:
+        baseline: a checkpoint, measured too; or a document of this function, whose settings and text are taken.
+
+    Returns:
+        JSON values, schema ``compress.eval/1``: ``checkpoint``, ``size``, ``evaluation``, ``latency``, ``settings``,
+        and with a baseline ``baseline`` (the same keys) and ``paired`` (differences with intervals).
+    """
+    progress = progress or SilentProgress()
+    unknown = set(how.metrics) - TEXT_METRICS - SPEED_METRICS
+    if unknown:
+        raise CompressError(f"unknown metric `{min(unknown)}`", fix=f"there are: {', '.join(sorted(TEXT_METRICS | SPEED_METRICS))}")
+    stored_baseline = read_assessment(Path(baseline)) if baseline is not None and Path(baseline).is_file() else None
+    if stored_baseline is not None:
+        known = stored_baseline["settings"]
+        how = replace(
+            how,
+            files=how.files or tuple(known["files"]),
+            separator=known["separator"],
+            window=known["window"],
+            stride=known["stride"],
+            max_documents=known["max_documents"],
+            dtype=known["dtype"],
+        )
+    how = replace(how, device=resolve_device(how.device), stride=how.stride or how.window)
+    candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
+    reference: Stored | None = None
+    wants = set(how.metrics)
+    if baseline is not None and stored_baseline is None:
+        reference = open_checkpoint(baseline, trust_remote_code=trust_remote_code, offline=offline)
+    elif stored_baseline is not None and wants & ({"kl", "agreement"} | SPEED_METRICS):
+        reference = open_checkpoint(stored_baseline["checkpoint"], trust_remote_code=trust_remote_code, offline=offline)
+    if wants & ({"kl", "agreement"} | SPEED_METRICS) and reference is None:
+        metric = min(wants & ({"kl", "agreement"} | SPEED_METRICS))
+        raise CompressError(f"`{metric}` compares with another checkpoint", fix="give --baseline")
+    if wants & TEXT_METRICS and not how.files:
+        raise DataError("text metrics need text", fix="give --data")
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "checkpoint": checkpoint,
+        "versions": versions(),
+        "machine": machine(how.device),
+        "settings": {**asdict(how), "text_sha256": text.fingerprint(how.files) if how.files else None},
+        "size": asdict(size_on_disk(candidate)),
+        "evaluation": None,
+        "latency": None,
+    }
+    other: dict[str, Any] | None = None
+    if stored_baseline is not None:
+        if how.files and stored_baseline["settings"]["text_sha256"] != document["settings"]["text_sha256"]:
+            raise ReportError("the baseline was measured on other text", where=str(baseline), fix="name the same files with --data")
+        other = {key: stored_baseline[key] for key in ("checkpoint", "size", "evaluation", "latency")}
+    elif reference is not None:
+        other = {"checkpoint": baseline, "size": asdict(size_on_disk(reference)), "evaluation": None, "latency": None}
+    if wants & TEXT_METRICS:
+        _text(candidate, reference, other, how, document, progress)
+    if wants & SPEED_METRICS and other is not None and reference is not None:
+        from compress.evaluation.latency import measure_latency
+
+        assert reference.folder is not None and candidate.folder is not None
+        measured = measure_latency(
+            [reference.folder, candidate.folder],
+            dtype=how.dtype,
+            device=how.device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        other["latency"], document["latency"] = measured["original"], measured["candidate"]
+    if other is not None:
+        document["baseline"] = other
+        if document["evaluation"] is not None and other["evaluation"] is not None:
+            from compress.statistics import compare
+
+            document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)
+    return document
+
+
+def _text(
+    candidate: Stored, reference: Stored | None, other: dict[str, Any] | None, how: Assessment, document: dict[str, Any], progress: Progress
+) -> None:
+    from compress.evaluation.language import score_documents
+    from compress.loading import load_checkpoint, load_tokenizer
+
+    documents = text.read_documents(how.files, how.separator)[: how.max_documents]
+    assert candidate.folder is not None
+    model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
+    beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
+    tokenizer = load_tokenizer(candidate.folder, trust_remote_code=candidate.trust_remote_code)
+    settings: dict[str, Any] = {"window": how.window, "stride": how.stride or how.window, "progress": progress}
+    document["evaluation"] = score_documents(model, tokenizer, documents, reference=beside, **settings).to_dict()
+    if other is not None and other["evaluation"] is None and beside is not None:
+        other["evaluation"] = score_documents(beside, tokenizer, documents, **settings).to_dict()
+
+
+def read_assessment(path: Path) -> dict[str, Any]:
+    """A stored baseline. Raises `ReportError` for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"is no baseline: {error}", where=str(path)) from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ReportError("is no baseline", where=str(path), fix="write one with `compress eval CHECKPOINT --json`")
+    missing = {"checkpoint", "size", "evaluation", "latency", "settings"} - data.keys()
+    if missing:
+        raise ReportError(f"lacks `{min(missing)}`", where=str(path))
+    return data
+
+
+def gates_from(recipe: Recipe | None, sets: Sequence[str]) -> dict[str, Any]:
+    """Gates of a recipe, and those given as ``KEY.BOUND=VALUE``, in the plain form that `compress.gates.judge` reads."""
+    from compress.recipe import parse_gates, resolved
+
+    result: dict[str, Any] = dict((resolved(recipe).get("gates") or {}) if recipe is not None else {})
+    for key, bounds in parse_gates(sets).items():
+        result[key] = {**(result.get(key) or {}), **bounds}
+    return result
+
+
+def judge_checkpoint(
+    checkpoint: str,
+    baseline: str,
+    gates: Mapping[str, Any],
+    *,
+    recipe: Recipe | None,
+    confidence: float | None,
+    trust_remote_code: bool,
+    offline: bool,
+    progress: Progress,
+) -> tuple[list[GateResult], dict[str, Any]]:
+    """Measure what the gates need of a checkpoint and its baseline, and judge. Returns results and statistical settings."""
+    from compress.gates import judge
+
+    metrics = tuple(sorted({_METRIC.get(key, key) for key in gates} & (TEXT_METRICS | SPEED_METRICS)))
+    how = Assessment(metrics=metrics)
+    if recipe is not None and recipe.data.evaluation is not None:
+        section = recipe.data.evaluation
+        how = replace(
+            how,
+            files=tuple(section.files),
+            separator=recipe.document_separator,
+            window=section.window,
+            stride=section.stride,
+            max_documents=section.max_documents,
+            device=recipe.device,
+            dtype=recipe.dtype,
+        )
+    document = assess(
+        checkpoint, how, baseline=baseline, trust_remote_code=trust_remote_code, offline=offline, progress=progress
+    )
+    settings = {
+        "confidence": confidence if confidence is not None else recipe.confidence if recipe is not None else 0.95,
+        "bootstrap": recipe.bootstrap if recipe is not None else 10000,
+        "seed": recipe.seed if recipe is not None else 0,
+    }
+    return judge(gates, document["baseline"], document, **settings), settings
+
+
+#: Gates that read another metric's measurement.
+_METRIC = {"prefill": "latency", "decode": "latency"}

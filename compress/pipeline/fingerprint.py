@@ -1,0 +1,77 @@
+"""Fingerprints: what makes two stages, or two inputs, the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.open import Stored
+from compress.checkpoint.sidecars import safe_file
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    from compress import __version__
+
+    found = {"compress": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "safetensors"):
+        found[package] = metadata.version(package)
+    return found
+
+
+def fingerprint(data: Any) -> str:
+    """SHA-256 of JSON values, hexadecimal."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_input(checkpoint: Stored, cache_file: Path) -> str:
+    """SHA-256 over the contents of config, weights and sidecars.
+
+    Hashes of files that have not changed since (size, time of change, inode) are taken from ``cache_file``.
+    """
+    folder = checkpoint.folder
+    assert folder is not None
+    try:
+        known: dict[str, Any] = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    names = sorted({"config.json", *checkpoint.files, *checkpoint.sidecars})
+
+    def one(name: str) -> tuple[str, str, list[int]]:
+        path = safe_file(folder, name)
+        info = path.stat()
+        stamp = [info.st_size, info.st_mtime_ns, info.st_ino]
+        row = known.get(str(path.resolve()))
+        if row and row["stamp"] == stamp:
+            return name, row["sha256"], stamp
+        with path.open("rb") as file:
+            return name, hashlib.file_digest(file, "sha256").hexdigest(), stamp
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(one, names))
+    table = {str(safe_file(folder, name).resolve()): {"stamp": stamp, "sha256": sha} for name, sha, stamp in rows}
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache_file, json.dumps(table).encode())
+    return fingerprint([(name, sha) for name, sha, _ in rows])
+
+
+def stage_fingerprint(
+    before: str, passes: Sequence[tuple[str, Mapping[str, Any]]], data: Mapping[str, str], environment: Mapping[str, Any]
+) -> str:
+    """Of a stage: its input, its passes with every setting, the data they read, and seed, store, versions."""
+    return fingerprint([before, [[name, dict(settings)] for name, settings in passes], dict(data), dict(environment)])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a small file so that readers see the old or the new one, whole."""
+    temp = path.with_name(f".{path.name}.tmp")
+    temp.write_bytes(data)
+    temp.replace(path)

@@ -1,0 +1,138 @@
+"""Measures the original and every stage of a run, paired; measurements are kept in the run folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.checkpoint.open import Stored
+from compress.pipeline.data import DataSets
+from compress.pipeline.fingerprint import fingerprint, versions
+from compress.pipeline.folder import RunFolder
+from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+#: Metrics read off text, and those measured in processes of their own.
+TEXT_METRICS = frozenset({"bits_per_byte", "perplexity", "kl", "agreement"})
+SPEED_METRICS = frozenset({"latency", "memory"})
+
+
+@dataclass
+class Measurements:
+    """Evaluations by checkpoint. ``original`` and ``original_latency`` are None where nothing was asked for."""
+
+    recipe: Recipe
+    data: DataSets
+    folder: RunFolder
+    device: str
+    progress: Progress
+    fresh: bool = False
+    original: dict[str, Any] | None = None
+    original_latency: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
+        """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage alone."""
+        wanted = set(self.recipe.metrics)
+        for row in rows:
+            row["evaluation"] = row["latency"] = None
+        if wanted & TEXT_METRICS and self.data.files("evaluation"):
+            self._text(original, rows)
+        if wanted & SPEED_METRICS:
+            self._speed(original, rows[-1])
+
+    def _key(self, *parts: Any) -> str:
+        return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
+
+    def _text(self, original: Stored, rows: list[dict[str, Any]]) -> None:
+        from compress.evaluation.language import score_documents
+        from compress.loading import load_checkpoint, load_model
+
+        section = self.recipe.data.evaluation
+        assert section is not None
+        input_key = rows[0]["fingerprint"]  # covers the original's contents
+        base = self._key("text", self.data.fingerprint("evaluation"))
+        keys = [self._key("text", self.data.fingerprint("evaluation"), row["fingerprint"]) for row in rows]
+        names = [f"original-{self._key(base, input_key)}", *(f"stage-{key}" for key in keys)]
+        found = [None if self.fresh else self.folder.cached(name) for name in names]
+        if any(item is None for item in found):
+            documents = self.data.documents("evaluation")
+            if section.max_documents is not None:
+                documents = documents[: section.max_documents]
+            reference = load_checkpoint(original, dtype=self.recipe.dtype, device=self.device)
+            for i, name in enumerate(names):
+                if found[i] is not None:
+                    continue
+                start = time.perf_counter()
+                folder = None if i == 0 else rows[i - 1]["folder"]
+                model = (
+                    reference
+                    if folder is None
+                    else load_model(
+                        folder, dtype=self.recipe.dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code
+                    )
+                )
+                scores = score_documents(
+                    model,
+                    self.data.tokenizer(),
+                    documents,
+                    window=section.window,
+                    stride=section.stride or section.window,
+                    reference=None if folder is None else reference,
+                    progress=self.progress,
+                )
+                found[i] = {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 3)}
+                self.folder.cache(name, found[i])
+                del model
+        first, *others = found
+        assert first is not None
+        self.original = first["evaluation"]
+        for row, item in zip(rows, others, strict=True):
+            assert item is not None
+            row["evaluation"] = item["evaluation"]
+            row["seconds"] = {**row["seconds"], "evaluate": item["seconds"]}
+
+    def _speed(self, original: Stored, row: dict[str, Any]) -> None:
+        from compress.evaluation.latency import measure_latency
+
+        name = f"speed-{self._key('speed', row['fingerprint'])}"
+        data = None if self.fresh else self.folder.cached(name)
+        if data is None:
+            assert original.folder is not None
+            data = measure_latency(
+                [original.folder, Path(row["folder"])],
+                dtype=self.recipe.dtype,
+                device=self.device,
+                trust_remote_code=self.recipe.trust_remote_code,
+                threads=self.recipe.workers,
+                seed=self.recipe.seed,
+                progress=self.progress,
+            )
+            self.folder.cache(name, data)
+        self.original_latency, row["latency"] = data["original"], data["candidate"]
+
+    def data_summary(self) -> dict[str, Any]:
+        """What text was used, for the report."""
+        summary: dict[str, Any] = {"evaluation": None, "calibration": None}
+        if self.original is not None:
+            summary["evaluation"] = {
+                "files": list(self.data.files("evaluation")),
+                "sha256": self.data.fingerprint("evaluation"),
+                "documents": len(self.original["documents"]),
+                "unit": self.original["unit"],
+            }
+        if files := self.data.files("calibration"):
+            section = self.recipe.data.calibration
+            assert section is not None
+            summary["calibration"] = {
+                "files": list(files),
+                "sha256": self.data.fingerprint("calibration"),
+                "samples": section.samples,
+                "length": section.length,
+                "seed": self.recipe.seed,
+            }
+        return summary

@@ -1,0 +1,383 @@
+"""A run: plan ▶ stages ▶ evaluation ▶ gates ▶ report ▶ publication."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import passes
+from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
+from compress.checkpoint.write import Written, write_checkpoint
+from compress.errors import EXIT_OK, PassError, ResourceError
+from compress.memory import available_memory, peak_memory, reset_peak
+from compress.passes.base import Context
+from compress.pipeline.data import DataSets
+from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
+from compress.pipeline.folder import RunFolder
+from compress.pipeline.measure import Measurements
+from compress.pipeline.publish import changed_files, check_output, publish, read_provenance
+from compress.plan import PlannedStage, make_plan, planned_size, size_on_disk
+from compress.progress import Progress, SilentProgress
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        checkpoint: the published output, or the last stage's folder where it was not published.
+        report: the report's dictionary (schema ``compress.report/1``).
+        verdict: ``passed``, ``failed``, ``inconclusive``, or ``no gates``.
+        exit_status: what the command line ends with.
+    """
+
+    checkpoint: Path
+    report: dict[str, Any]
+    verdict: str
+    exit_status: int
+    published: bool
+    nothing_to_do: bool = False
+
+
+@dataclass
+class Run:
+    """The state of one run; `run` drives it."""
+
+    recipe: Recipe
+    progress: Progress
+    fresh: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.recipe.output)
+        self.folder = RunFolder(self.output.parent / f"{self.output.name}.run")
+        self.device = resolve_device(self.recipe.device)
+
+    def prepare(self) -> None:
+        """Open, plan, and refuse what cannot work, before any work."""
+        recipe = self.recipe
+        local = Path(recipe.model).expanduser()
+        check_output(self.output, local if local.exists() else None)
+        self.original = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        assert self.original.folder is not None
+        self.data = DataSets(recipe, self.original.folder)
+        self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
+        self.data.check_disjoint()
+        if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
+            raise ResourceError(
+                f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, max_ram allows {recipe.max_ram / 1e9:.2f} GB",
+                fix="`compress plan` shows which pass needs it",
+            )
+
+    def check_disk(self, missing: list[PlannedStage]) -> None:
+        """The file system has room for the stages that will be written."""
+        parent = self.output.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        need = sum(stage.size.bytes for stage in missing)
+        if need > (free := shutil.disk_usage(parent).free):
+            raise ResourceError(
+                f"the run writes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(parent), fix="free some space, or see `compress clean`"
+            )
+
+    def fingerprints(self) -> list[str]:
+        """One per stage, each covering all before it."""
+        recipe = self.recipe
+        before = hash_input(self.original, self.folder.path / "inputs.json")
+        self.input_hash = before
+        result = []
+        for stage in self.plan.stages:
+            needed = sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in stage.passes)))
+            environment: dict[str, Any] = {
+                "store": recipe.store,
+                "max_shard_size": recipe.max_shard_size,
+                "seed": recipe.seed,
+                "versions": versions(),
+            }
+            if needed:
+                environment |= {"device": self.device, "dtype": recipe.dtype}
+            before = stage_fingerprint(
+                before,
+                [(p.name, p.settings.model_dump(mode="json")) for p in stage.passes],
+                {name: self.data.fingerprint(name) for name in needed},
+                environment,
+            )
+            result.append(before)
+        return result
+
+    def compute(self, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
+        """Run the stage's passes in one read and one write, check the result, record it."""
+        start = time.perf_counter()
+        reset_peak()
+        metadata = before.metadata
+        checkpoint: Checkpoint = before
+        rows = []
+        for planned in stage.passes:
+            context = Context(
+                original=self.original,
+                device=self.device,
+                dtype=self.recipe.dtype,
+                seed=self.recipe.seed,
+                max_ram=self.recipe.max_ram,
+                data=self.data.batches,
+                progress=self.progress,
+                work=self.folder.work(key),
+            )
+            try:
+                checkpoint = passes.get(planned.name).apply(checkpoint, planned.settings, context)
+            except PassError as error:
+                error.where = error.where or f"passes.{planned.index}.{planned.name}"
+                raise
+            rows.append((planned, checkpoint.spec, context.details))
+        written = write_checkpoint(
+            checkpoint, self.folder.stages / key, store=self.recipe.store, max_shard=self.recipe.max_shard_size, progress=self.progress
+        )
+        stored = open_checkpoint(written.folder, trust_remote_code=self.recipe.trust_remote_code)
+        try:
+            verified = check_result(stored, checkpoint, self.recipe.max_ram)
+        except BaseException:
+            self.folder.drop(key)
+            raise
+        shutil.rmtree(self.folder.work(key), ignore_errors=True)
+        sizes = [asdict(planned_size(spec, self.recipe.store, self.recipe.max_shard_size, metadata)) for _, spec, _ in rows]
+        sizes[-1] = asdict(size_on_disk(stored))
+        assert sizes[-1]["bytes"] == written.bytes, (sizes[-1], written.bytes)
+        return self.folder.finish(
+            key,
+            {
+                "index": stage.index,
+                "fingerprint": print_,
+                "content": written.content,
+                "passes": [
+                    {
+                        "name": planned.name,
+                        "settings": planned.settings.model_dump(mode="json"),
+                        "planned": asdict(planned.size),
+                        "actual": size,
+                        "exact": planned.spec.exact,
+                        "details": details,
+                    }
+                    for (planned, _, details), size in zip(rows, sizes, strict=True)
+                ],
+                "size": sizes[-1],
+                "seconds": _times(start, written, verified),
+                "peak_memory": peak_memory(),
+            },
+        )
+
+    def stages(self) -> list[dict[str, Any]]:
+        """Every stage, reused or computed, as rows of the report."""
+        prints = self.fingerprints()
+        keys = [f"{p[:12]}-{'+'.join(q.name for q in s.passes)}" for p, s in zip(prints, self.plan.stages, strict=True)]
+        if self.fresh:
+            for key in keys:
+                self.folder.drop(key)
+        found = [self.folder.find(key) for key in keys]
+        self.check_disk([s for s, row in zip(self.plan.stages, found, strict=True) if row is None])
+        self.checked_input = False
+        rows, before = [], self.original
+        for stage, print_, key, row in zip(self.plan.stages, prints, keys, found, strict=True):
+            title = " + ".join(p.name for p in stage.passes)
+            self.progress.stage(stage.index, len(self.plan.stages), title)
+            if reused := row is not None:
+                self.progress.message(f"{title}: reused from an earlier run")
+            else:
+                self.folder.drop(key)
+                self._check_input(before)
+                row = self.compute(stage, before, print_, key)
+            assert row is not None
+            rows.append({**{k: v for k, v in row.items() if k != "files"}, "reused": reused, "folder": str(self.folder.stages / key)})
+            before = open_checkpoint(self.folder.stages / key, trust_remote_code=self.recipe.trust_remote_code)
+        return rows
+
+    def _check_input(self, checkpoint: Stored) -> None:
+        """Before the first stage is computed: the input loads cleanly."""
+        from compress.loading import check_keys
+
+        if not self.checked_input and checkpoint is self.original:
+            check_keys(checkpoint)
+        self.checked_input = True
+
+
+def run(
+    recipe: Recipe,
+    *,
+    fresh: bool = False,
+    publish_anyway: bool = False,
+    progress: Progress | None = None,
+    recipe_path: str | None = None,
+) -> RunResult:
+    """Run a recipe. See `RunResult`; the report is also written to the run folder.
+
+    Args:
+        fresh: compute every stage and measurement anew.
+        publish_anyway: publish although a gate failed or was inconclusive (the verdict stays).
+
+    Raises:
+        CompressError: the recipe cannot run here; nothing at the output has changed.
+    """
+    from compress import report as reports
+    from compress.gates import judge, verdict
+    from compress.recipe import resolved
+
+    progress = progress or SilentProgress()
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    state = Run(recipe, progress, fresh)
+    state.prepare()
+    with state.folder.locked():
+        wanted = resolved(recipe)
+        identity = fingerprint([wanted, state.fingerprints(), state.data.fingerprint("evaluation") if state.data.files("evaluation") else None])
+        if not fresh and (done := _already_done(state, identity)) is not None:
+            return done
+        rows = state.stages()
+        measurements = Measurements(state.recipe, state.data, state.folder, state.device, progress, fresh)
+        measurements.add(state.original, rows)
+        original = {
+            "checkpoint": recipe.model,
+            "size": asdict(size_on_disk(state.original)),
+            "evaluation": measurements.original,
+            "latency": measurements.original_latency,
+        }
+        last = rows[-1]
+        result = {key: last.get(key) for key in ("size", "evaluation", "latency")}
+        wanted_gates = wanted.get("gates") or {}
+        judged = judge(
+            wanted_gates, original, result, confidence=recipe.confidence, bootstrap=recipe.bootstrap, seed=recipe.seed
+        ) if wanted_gates else []
+        status, exit_status = verdict(judged) if judged else ("no gates", EXIT_OK)
+        published = exit_status == EXIT_OK or publish_anyway
+        report = {
+            "schema": "compress.report/1",
+            "versions": versions(),
+            "machine": machine(state.device),
+            "recipe": {"path": recipe_path, "fingerprint": identity, "resolved": wanted},
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - clock, 3),
+            "status": status,
+            "exit_status": exit_status,
+            "output": str(state.output),
+            "published": published,
+            "run_folder": str(state.folder.path),
+            "data": measurements.data_summary(),
+            "original": original,
+            "stages": rows,
+            "result": result,
+            "gates": [g.to_dict() for g in judged],
+            "notes": state.notes + measurements.notes,
+        }
+        stage_folder = Path(last["folder"])
+        if published:
+            publish(stage_folder, state.output, _provenance(state, identity, rows), {"README.md": _card(state, report)})
+        reports.save(report, state.folder.report)
+        write_atomically(state.folder.path / "report.md", reports.render_markdown(report).encode())
+        write_atomically(state.folder.path / "junit.xml", reports.render_junit(report).encode())
+        reports.append_step_summary(report)
+    return RunResult(state.output if published else stage_folder, report, status, exit_status, published)
+
+
+def _already_done(state: Run, identity: str) -> RunResult | None:
+    """The output holds this very result already, unchanged, and its report is at hand."""
+    from compress import report as reports
+    from compress.errors import ReportError
+
+    provenance = read_provenance(state.output)
+    if provenance is None or provenance.get("recipe") != identity or changed_files(state.output, provenance):
+        return None
+    try:
+        report = reports.load(state.folder.report)
+    except ReportError:
+        return None
+    if report["recipe"]["fingerprint"] != identity or not report["published"]:
+        return None
+    return RunResult(state.output, report, report["status"], report["exit_status"], True, nothing_to_do=True)
+
+
+def _provenance(state: Run, identity: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``compress.json``: where a checkpoint comes from. The same recipe gives the same text."""
+    return {
+        "schema": "compress.checkpoint/1",
+        "base_model": _base_name(state.recipe.model),
+        "passes": [{"name": p["name"], "settings": p["settings"]} for row in rows for p in row["passes"]],
+        "recipe": identity,
+        "content": rows[-1]["content"],
+        "versions": versions(),
+    }
+
+
+def _base_name(model: str) -> str:
+    """A hub id as it is; of a local folder its last name alone."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model
+
+
+def _card(state: Run, report: Mapping[str, Any]) -> bytes:
+    from compress import report as reports
+    from compress.recipe import to_yaml
+
+    assert state.original.folder is not None
+    readme = state.original.folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+    compact = needs_code(open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec)
+    recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
+    name = _base_name(state.recipe.model)
+    card = reports.model_card(
+        report, text, compact=compact, base_model=name, recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe})
+    )
+    return card.encode()
+
+
+def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> float:
+    """Keys against the stock class, and where both models fit in memory their logits. Seconds it took.
+
+    Raises `CheckpointError`.
+    """
+    from compress.loading import check_keys, same_logits
+
+    start = time.perf_counter()
+    check_keys(stored)
+    need = 2 * 4 * stored.spec.parameters
+    if need < (max_ram if max_ram is not None else available_memory() // 2):
+        same_logits(handed, stored)
+    return time.perf_counter() - start
+
+
+def _times(start: float, written: Written, checked: float) -> dict[str, float]:
+    verify = written.verify_seconds + checked
+    return {"apply_and_write": round(time.perf_counter() - start - verify, 3), "verify": round(verify, 3), "evaluate": 0.0}
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` is the first GPU where there is one."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine that figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"system": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cores": cores, "device": device}
+
+
+

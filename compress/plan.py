@@ -1,0 +1,205 @@
+"""Recipe + headers ▶ bytes, parameters, memory, disk. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures, passes
+from compress.checkpoint.codecs import Store, with_storage
+from compress.checkpoint.layout import Layout, lay_out
+from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Stored
+    from compress.recipe import Recipe
+
+#: Resident memory of the interpreter with torch and transformers loaded, measured on Linux with the CPU build.
+RUNTIME_BYTES = 450 * 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a checkpoint costs.
+
+    Attributes:
+        bytes: of all weight files. parameters: float elements, shared ones once. kept_parameters: those no mask removes.
+        active_parameters: used for one token. bits_per_weight: stored bits of data per parameter.
+        kv_bytes_per_token: cached by decoding, None without a record or a cache.
+        load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
+        tensors: number of logical tensors with bytes of their own.
+    """
+
+    bytes: int
+    parameters: int
+    kept_parameters: int
+    active_parameters: int
+    bits_per_weight: float
+    kv_bytes_per_token: int | None
+    load_bytes: int
+    tensors: int
+
+
+def size_of(spec: Spec, layout: Layout) -> Size:
+    """The size of a checkpoint that is laid out so."""
+    config = spec.structure.config
+    stored = list(spec.stored())
+    data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
+    return Size(
+        bytes=layout.bytes,
+        parameters=spec.parameters,
+        kept_parameters=spec.kept_parameters,
+        active_parameters=spec.parameters,
+        bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
+        kv_bytes_per_token=architectures.of(config).kv_bytes_per_token(config) if architectures.known(config) else None,
+        load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
+        tensors=len(stored),
+    )
+
+
+def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
+    """The size that the writer will give the spec in that store."""
+    spec = with_storage(spec, store)
+    return size_of(spec, lay_out(spec, max_shard, metadata))
+
+
+def size_on_disk(checkpoint: Stored) -> Size:
+    """Size of a checkpoint as it lies on disk: ``bytes`` are those of its weight files."""
+    assert checkpoint.folder is not None
+    size = size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 62, checkpoint.metadata))
+    return replace(size, bytes=sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files))
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """One pass: the checkpoint after it, its size in the recipe's store and in the other one."""
+
+    index: int
+    name: str
+    settings: Any
+    spec: Spec
+    size: Size
+    other_store: Size
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """Passes that run in one read and one write. ``index`` counts from 1."""
+
+    index: int
+    passes: tuple[PlannedPass, ...]
+
+    @property
+    def size(self) -> Size:
+        """Size after the last of its passes."""
+        return self.passes[-1].size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. ``disk`` is what the run folder will hold when every stage is computed."""
+
+    original: Size
+    original_spec: Spec
+    store: Store
+    stages: tuple[PlannedStage, ...]
+    peak_memory: int
+
+    @property
+    def disk(self) -> int:
+        """Bytes of weight files that the stages write."""
+        return sum(stage.size.bytes for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, schema ``compress.plan/1``."""
+        return {
+            "schema": "compress.plan/1",
+            "store": self.store,
+            "original": asdict(self.original),
+            "stages": [
+                {
+                    "index": stage.index,
+                    "passes": [
+                        {
+                            "name": p.name,
+                            "settings": p.settings.model_dump(mode="json"),
+                            "planned": asdict(p.size),
+                            "exact": p.spec.exact,
+                            "bytes_by_store": {self.store: p.size.bytes, _other(self.store): p.other_store.bytes},
+                            "peak_memory": p.peak_memory,
+                        }
+                        for p in stage.passes
+                    ],
+                }
+                for stage in self.stages
+            ],
+            "peak_memory": self.peak_memory,
+            "disk": self.disk,
+        }
+
+
+def _other(store: Store) -> Store:
+    return "compact" if store == "stock" else "stock"
+
+
+def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = None) -> Plan:
+    """Plan every pass of the recipe on the spec of its model.
+
+    Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``.
+    """
+    from compress.errors import PassError
+
+    store: Store = recipe.store
+    original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
+    current, planned = spec, []
+    for index, entry in enumerate(recipe.passes):
+        instance = passes.get(entry.name)
+        try:
+            following = instance.plan(current, entry.settings)
+        except PassError as error:
+            error.where = error.where or f"passes.{index}.{entry.name}"
+            raise
+        planned.append(
+            PlannedPass(
+                index,
+                entry.name,
+                entry.settings,
+                following,
+                planned_size(following, store, recipe.max_shard_size, metadata),
+                planned_size(following, _other(store), recipe.max_shard_size, metadata),
+                _peak(current, following, needs_model=bool(instance.needed(entry.settings)), dtype=recipe.dtype),
+            )
+        )
+        current = following
+    stages = tuple(PlannedStage(number, tuple(group)) for number, group in enumerate(fuse(planned, recipe.evaluate_at), 1))
+    peak = max(p.peak_memory for p in planned)
+    if recipe.data.evaluation is not None and recipe.metrics:
+        width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
+        peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
+    return Plan(original, spec, store, stages, peak)
+
+
+def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:
+    """Passes by stage: one each, or with ``end`` consecutive tensor-by-tensor passes together."""
+    groups: list[list[PlannedPass]] = []
+    for item in planned:
+        streams = passes.get(item.name).mode == "stream"
+        if groups and evaluate_at == "end" and streams and passes.get(groups[-1][-1].name).mode == "stream":
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def _peak(before: Spec, after: Spec, *, needs_model: bool, dtype: str) -> int:
+    """Resident bytes: a few tensors for a stream, the whole model beside them where a pass runs it."""
+    largest = max(t.dense_bytes for t in before.stored())
+    # the input, the result and a scratch copy of it, magnitudes as 8-byte keys where weights are masked
+    masks = max((8 * t.count for t in after.stored() if t.kept is not None), default=0)
+    stream = 3 * largest + 2 * masks
+    model = before.parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype] * 2 if needs_model else 0
+    return RUNTIME_BYTES + stream + model

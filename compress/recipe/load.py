@@ -1,0 +1,303 @@
+"""A recipe from files (``extends``), ``--set`` options, or a Python mapping."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from compress.errors import RecipeError
+from compress.recipe.model import PassEntry, Recipe
+from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
+from compress.recipe.problems import (
+    Entry,
+    ListNode,
+    MapNode,
+    Node,
+    Origin,
+    Place,
+    Problem,
+    Scalar,
+    dotted,
+    in_order,
+    is_null,
+)
+from compress.recipe.validate import build
+from compress.settings import Pattern
+
+
+def load_recipe(path: Path, sets: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
+    """The recipe in a file.
+
+    Args:
+        path: YAML, UTF-8, up to 1 MB. ``extends: other.yaml`` in it is relative to the file that says it.
+        sets: overrides, ``passes.0.cast.weights=fp16``; the value is YAML.
+        check_files: look whether the model and the text files are there.
+
+    Raises:
+        RecipeError: with every mistake in the recipe, all it extends, and the overrides.
+    """
+    problems: list[Problem] = []
+    root = _Files(problems).read(path, ())
+    return _finish(root, sets, problems, check_files)
+
+
+def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
+    """The recipe that a mapping says, with the keys of a file; mistakes are located by their keys.
+
+    Tuples serve as lists, paths as text. ``extends`` is relative to the current folder. Raises `RecipeError`.
+    """
+    problems: list[Problem] = []
+    root = _from_python(mapping, (), problems)
+    assert isinstance(root, MapNode)
+    extended = _Files(problems).extended(root, Path("mapping"), ())
+    return _finish(extended, sets, problems, check_files)
+
+
+def _finish(root: MapNode | None, sets: Sequence[str], problems: list[Problem], check_files: bool) -> Recipe:
+    recipe = None
+    changes = [_parse_set(text, rank, problems) for rank, text in enumerate(sets)]
+    if root is not None:
+        for change in changes:
+            if change is not None:
+                change.apply(root, problems)
+        recipe = build(root, problems, check_files=check_files)
+    if recipe is None or problems:
+        raise RecipeError([problem.render() for problem in in_order(problems)])
+    return recipe
+
+
+_UNREADABLE: dict[type[OSError], str] = {
+    FileNotFoundError: "there is no such file",
+    IsADirectoryError: "is a folder, not a recipe",
+}
+
+
+class _Files:
+    """Reads files and what they extend. A file that cannot be read ends there: None, and its problem is noted."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+
+    def read(self, path: Path, parents: tuple[Path, ...], at: Place | None = None) -> MapNode | None:
+        """The tree of a file. ``parents`` are the files that led here, ``at`` is where the last one says so."""
+        origin = Origin(str(path), rank=len(parents))
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            reason = _UNREADABLE.get(type(error), f"cannot be read: {error.strerror}")
+            self.problems.append(
+                Problem(f"{path}: {reason}" if at else reason, at or Place(origin), hint=_sibling(path))
+            )
+            return None
+        decoded = decode(data, str(path), len(parents))
+        if isinstance(decoded, Problem):
+            self.problems.append(decoded)
+            return None
+        text, origin = decoded
+        before = len(self.problems)
+        root = parse(text, origin, self.problems)
+        if root is None and len(self.problems) > before:
+            return None
+        if root is None or is_null(root):
+            self.problems.append(
+                Problem("is empty", Place(origin), hint="a recipe needs `model`, `output` and `passes`")
+            )
+            return None
+        if not isinstance(root, MapNode):
+            kind = "a list" if isinstance(root, ListNode) else "a single value"
+            hint = "a recipe is a mapping, as `model: …`, `output: …`, `passes: …`"
+            self.problems.append(Problem(f"expected a mapping at the top, got {kind}", root.place, hint=hint))
+            return None
+        root.place = Place(origin)
+        return self.extended(root, path, (*parents, path))
+
+    def extended(self, root: MapNode, path: Path, parents: tuple[Path, ...]) -> MapNode | None:
+        """The tree laid over the one that its ``extends`` names; ``parents`` ends with this file."""
+        entry = root.entries.pop("extends", None)
+        if entry is None:
+            return root
+        node = entry.node
+        place = node.place if node.place is not None and node.place.width and node.place.whole else entry.key
+        if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+            self.problems.append(Problem("`extends` expects the path of one recipe", place, ("extends",)))
+            return root
+        base_path = Path(os.path.normpath(path.parent / os.path.expanduser(node.value)))
+        known = [parent.resolve() for parent in parents]
+        if base_path.resolve() in known:
+            circle = " ▶ ".join(str(parent) for parent in [*parents[known.index(base_path.resolve()) :], base_path])
+            self.problems.append(Problem(f"`extends` goes round in a circle: {circle}", place, ("extends",)))
+            return root
+        base = self.read(base_path, parents or (path,), place)
+        # without its base a recipe would seem to lack what the base says
+        return None if base is None else _over(base, root)
+
+
+def _over(base: MapNode, top: MapNode) -> MapNode:
+    """Mappings merge, key by key; all else of ``top`` replaces what ``base`` has."""
+    entries = dict(base.entries)
+    for key, entry in top.entries.items():
+        below = entries.get(key)
+        if below is not None and isinstance(below.node, MapNode) and isinstance(entry.node, MapNode):
+            entry = Entry(_over(below.node, entry.node), entry.key)
+        entries[key] = entry
+    return MapNode(entries, top.place)
+
+
+def _sibling(path: Path) -> str | None:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f"did you mean `{path.parent / close[0]}`?" if close and close[0] != path.name else None
+
+
+_PART = re.compile(r'"(?P<double>[^"]*)"|\'(?P<single>[^\']*)\'|(?P<bare>[^.="\'][^.=]*)')
+
+
+class _Change:
+    """One ``--set``: a path, and the value to put there."""
+
+    def __init__(self, path: list[str], value: Node, place: Place) -> None:
+        self.path = path
+        self.value = value
+        self.place = place
+
+    def apply(self, root: MapNode, problems: list[Problem]) -> None:
+        """Change the tree; what lies on the way and is not there is made, for validation to judge."""
+        if self.path[0] == "extends":
+            problems.append(Problem("`extends` cannot be set", self.place, hint="write it in a recipe"))
+            return
+        node: Node = root
+        for depth, part in enumerate(self.path):
+            if isinstance(node, ListNode):
+                index = self._index(node, depth, problems)
+                if index is None:
+                    return
+                if depth == len(self.path) - 1:
+                    node.items[index] = self.value
+                    return
+                items, following = node.items, node.items[index]
+                if self._is_pass_entry(depth) and (entry := _as_entry(following)) is not None:
+                    if not self._names_pass(entry, depth, problems):
+                        return
+                    following = entry
+                if is_null(following):
+                    following = MapNode({}, self.place)
+                items[index] = node = following
+            elif isinstance(node, MapNode):
+                if depth == len(self.path) - 1:
+                    node.entries[part] = Entry(self.value, self.place)
+                    return
+                entry_here = node.entries.get(part)
+                if entry_here is None or is_null(entry_here.node):
+                    node.entries[part] = entry_here = Entry(MapNode({}, self.place), self.place)
+                node = entry_here.node
+            else:
+                owner = dotted(self.path[:depth])
+                problems.append(Problem(f"`{owner}` is a single value, there is no `{part}` in it", self.place))
+                return
+
+    def _is_pass_entry(self, depth: int) -> bool:
+        return self.path[0] == "passes" and depth == 1
+
+    def _index(self, node: ListNode, depth: int, problems: list[Problem]) -> int | None:
+        part, owner, count = self.path[depth], dotted(self.path[:depth]), len(node.items)
+        if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < count:
+            return int(part)
+        entries = f"{count} entries, 0 to {count - 1}" if count > 1 else "one entry, 0" if count else "no entries"
+        hint = None
+        if self._is_pass_entry(depth):
+            names = [name for item in node.items for name in (_as_entry(item) or MapNode()).entries]
+            if close := difflib.get_close_matches(part, names, n=1):
+                hint = f"did you mean `{dotted([*self.path[:depth], names.index(close[0]), close[0], *self.path[depth + 1 :]])}`?"
+        problems.append(Problem(f"there is no `{part}` in `{owner}`, which has {entries}", self.place, hint=hint))
+        return None
+
+    def _names_pass(self, entry: MapNode, depth: int, problems: list[Problem]) -> bool:
+        part = self.path[depth + 1]
+        if part in entry.entries:
+            return True
+        name = next(iter(entry.entries), "")
+        close = difflib.get_close_matches(part, [name], n=1, cutoff=0.5)
+        right = dotted([*self.path[: depth + 1], name, *self.path[depth + 2 :]])
+        hint = (
+            f"did you mean `{right}`?"
+            if close
+            else f"settings of it are set as `{dotted([*self.path[: depth + 1], name])}.KEY=VALUE`"
+        )
+        problems.append(Problem(f"`{dotted(self.path[: depth + 1])}` is {name}, not `{part}`", self.place, hint=hint))
+        return False
+
+
+def _as_entry(node: Node) -> MapNode | None:
+    """A pass of a recipe as a mapping, also where it is a bare name."""
+    if isinstance(node, MapNode) and len(node.entries) == 1:
+        return node
+    if isinstance(node, Scalar) and isinstance(node.value, str):
+        return MapNode({node.value: Entry(MapNode({}, node.place), node.place)}, node.place)
+    return None
+
+
+def _parse_set(text: str, rank: int, problems: list[Problem]) -> _Change | None:
+    """``a.b.2.c=value`` read; parts with dots are quoted. Place and rank put its mistakes after those of files."""
+    origin = Origin(f"--set {text}", rank=1_000 + rank)
+    place = Place(origin)
+    path: list[str] = []
+    position = 0
+    while match := _PART.match(text, position):
+        path.append(next(group for group in match.groups() if group is not None))
+        position = match.end()
+        if text[position : position + 1] != ".":
+            break
+        position += 1
+    if not path or text[position : position + 1] != "=":
+        problems.append(Problem("expected KEY=VALUE", place, hint="as --set passes.0.cast.weights=fp16"))
+        return None
+    before = len(problems)
+    value = parse(text[position + 1 :], origin, problems)
+    if len(problems) > before:
+        return None
+    return _Change(path, value if value is not None else Scalar(None, "", place), place)
+
+
+def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem]) -> Node:
+    """The tree of plain Python values; settings models and amounts are taken as what they would be in YAML."""
+    from compress.recipe.resolve import plain_settings
+
+    if len(path) > 64:
+        problems.append(Problem("nested more than 64 deep", path=path))
+        return Scalar(None, "")
+    if isinstance(value, PassEntry):
+        value = {value.name: value.settings}
+    elif isinstance(value, (BaseModel, Pattern)):
+        value = plain_settings(value)
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, Mapping):
+        return MapNode(
+            {str(key): Entry(_from_python(item, (*path, str(key)), problems)) for key, item in value.items()}
+        )
+    if isinstance(value, (list, tuple)):
+        return ListNode([_from_python(item, (*path, i), problems) for i, item in enumerate(value)])
+    if isinstance(value, str):
+        if bad := unusable(value):
+            problems.append(Problem(bad, path=path))
+            return Scalar(None, "")
+        return Scalar(value, value)
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        problems.append(Problem(f"{value} is not a finite number", path=path))
+        return Scalar(0.0, str(value))
+    if value is None or isinstance(value, (bool, int, float)):
+        return Scalar(value, str(value))
+    problems.append(
+        Problem(f"expected a plain value (text, number, list, mapping), got {type(value).__name__}", path=path)
+    )
+    return Scalar(None, "")

@@ -1,0 +1,319 @@
+"""What a recipe may hold. The descriptions here are the help, the documentation and the JSON schema."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from compress import passes
+from compress.errors import CompressError
+from compress.passes.base import PassSettings
+from compress.settings import AllowedIncrease, Settings, Size
+
+if TYPE_CHECKING:
+    from compress.recipe.problems import Source
+
+Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "latency", "memory"]
+METRICS: tuple[str, ...] = get_args(Metric)
+#: Metrics that read ``data.evaluation``.
+TEXT_METRICS = frozenset({"bits_per_byte", "perplexity", "kl", "agreement"})
+#: Gates whose metric has another name, or that need none.
+_METRIC_OF_GATE = {"size": None, "parameters": None, "prefill": "latency", "decode": "latency"}
+
+_DEVICE = r"auto|cpu|cuda(:[0-9]+)?"
+_PERCENT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*$")
+
+
+def _fail(expected: str, value: Any) -> PydanticCustomError:
+    return PydanticCustomError(
+        "amount", "expected {expected}, got {value}", {"expected": expected, "value": repr(value)}
+    )
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str) and (match := _PERCENT.match(value)):
+        return float(match[1]) / 100
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _device(value: str) -> str:
+    if re.fullmatch(_DEVICE, value) is None:
+        raise _fail("auto, cpu, cuda or cuda:N", value)
+    return value
+
+
+def _ratio(value: Any) -> float:
+    number = _number(value)
+    if number is None or number <= 0:
+        raise _fail("a ratio above 0, such as 0.4 or 40%", value)
+    return number
+
+
+def _level(value: Any) -> float:
+    number = _number(value)
+    if number is None or not 0 <= number <= 1:
+        raise _fail("a share from 0 to 1, such as 0.95 or 95%", value)
+    return number
+
+
+def _distinct(value: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for i, name in enumerate(value) if name in value[:i]]:
+        raise ValueError(f"`{twice[0]}` is named twice")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device), WithJsonSchema({"type": "string", "pattern": f"^({_DEVICE})$"})]
+Ratio = Annotated[
+    float, BeforeValidator(_ratio), WithJsonSchema({"type": ["number", "string"], "examples": [0.4, "40%"]})
+]
+Level = Annotated[
+    float, BeforeValidator(_level), WithJsonSchema({"type": ["number", "string"], "examples": [0.95, "95%"]})
+]
+Text = Annotated[str, Field(min_length=1)]
+Files = Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class Training(Settings):
+    """Text that passes train on."""
+
+    files: Files = Field(description="Text files.")
+
+
+class Calibration(Settings):
+    """Text whose activations passes look at."""
+
+    files: Files = Field(description="Text files.")
+    samples: int = Field(default=128, ge=1, description="Windows drawn from the text.")
+    length: int = Field(default=256, ge=1, description="Tokens per window.")
+
+
+class Evaluation(Settings):
+    """Text that the original and every stage are measured on."""
+
+    files: Files = Field(description="Text files; they may share no text with training or calibration.")
+    window: int = Field(default=256, ge=2, description="Tokens that the model sees at once.")
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens between the starts of two windows; the window by default, so none overlap.",
+    )
+    max_documents: int | None = Field(default=None, ge=1, description="Measure on the first so many documents only.")
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> Self:
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"a stride of {self.stride} would skip text, as the window is {self.window} tokens")
+        return self
+
+
+class Data(Settings):
+    """The text of a run."""
+
+    training: Training | None = Field(default=None, description="Text that passes train on.")
+    calibration: Calibration | None = Field(default=None, description="Text whose activations passes look at.")
+    evaluation: Evaluation | None = Field(default=None, description="Text that models are measured on.")
+
+
+class Gate(Settings):
+    """Bounds on one measured value; at least one is given."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        names = list(type(self).model_fields)
+        if all(getattr(self, name) is None for name in names):
+            raise ValueError(f"a gate needs a bound: {' or '.join(f'`{name}`' for name in names)}")
+        return self
+
+
+class SizeGate(Gate):
+    """Bounds on the bytes of all weight files."""
+
+    max: Size | None = Field(default=None, description="Most bytes, such as 500MB.")
+    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
+
+
+class ParametersGate(Gate):
+    """Bounds on the number of parameters."""
+
+    max: int | None = Field(default=None, ge=1, description="Most parameters.")
+    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
+
+
+class IncreaseGate(Gate):
+    """Bounds on a metric that is better when lower."""
+
+    max: float | None = Field(default=None, gt=0, description="Largest value.")
+    max_increase: AllowedIncrease | None = Field(
+        default=None, description="Largest increase over the original: 5% is relative, 0.02 absolute."
+    )
+
+
+class DivergenceGate(Gate):
+    """A bound on the divergence from the original."""
+
+    max: float | None = Field(default=None, ge=0, description="Largest mean divergence per token, in nats.")
+
+
+class AgreementGate(Gate):
+    """Bounds on the share of tokens where the likeliest next token is the original's."""
+
+    min: Level | None = Field(default=None, description="Smallest share, such as 0.95 or 95%.")
+    max_drop: float | None = Field(
+        default=None, ge=0, le=100, description="Largest drop from the original's 100%, in points."
+    )
+
+
+class RatioGate(Gate):
+    """A bound on a cost, as a ratio to the original's on the same machine."""
+
+    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.9 or 90%.")
+
+
+class Gates(Settings):
+    """What must hold of the result, or it is not published."""
+
+    size: SizeGate | None = Field(default=None, description="Bytes of all weight files.")
+    parameters: ParametersGate | None = Field(default=None, description="Number of parameters.")
+    bits_per_byte: IncreaseGate | None = Field(default=None, description="Bits per byte of the evaluation text.")
+    perplexity: IncreaseGate | None = Field(default=None, description="Perplexity per token of the evaluation text.")
+    kl: DivergenceGate | None = Field(default=None, description="Divergence from the original's predictions.")
+    agreement: AgreementGate | None = Field(
+        default=None, description="How often the likeliest token is the original's."
+    )
+    prefill: RatioGate | None = Field(default=None, description="Time to read a prompt.")
+    decode: RatioGate | None = Field(default=None, description="Time per generated token.")
+    memory: RatioGate | None = Field(default=None, description="Peak memory of inference.")
+
+    def given(self) -> list[str]:
+        """Names of the gates that have a bound, in order."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+def metric_of(gate: str) -> str | None:
+    """The metric a gate judges by; None where the files alone tell."""
+    return _METRIC_OF_GATE.get(gate, gate)
+
+
+@dataclass(frozen=True)
+class PassEntry:
+    """One pass of a recipe; ``settings`` is an instance of the pass's own settings model."""
+
+    name: str
+    settings: PassSettings
+
+
+def parse_pass(value: Any) -> PassEntry:
+    """``{name: settings}``, or a bare name where every setting has a default.
+
+    Raises `ValidationError` or `PydanticCustomError`; inside pydantic these get the path of the entry.
+    """
+    if isinstance(value, PassEntry):
+        return value
+    if isinstance(value, str):
+        value = {value: None}
+    if not isinstance(value, dict):
+        raise PydanticCustomError("pass_entry", "expected a pass, as `name: {settings}`")
+    if len(value) != 1:
+        given = ", ".join(f"`{key}`" for key in value) or "none"
+        raise PydanticCustomError(
+            "pass_entry",
+            "expected one pass, got {given}",
+            {
+                "given": given,
+                "hint": "an entry is `- name: {settings}`; settings stand below the name, indented further than it",
+            },
+        )
+    name, settings = next(iter(value.items()))
+    known = passes.names()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"expected one of: {', '.join(known)}" + (f"; did you mean `{close[0]}`?" if close else "")
+        raise PydanticCustomError("pass_entry", "unknown pass `{name}`", {"name": name, "hint": hint})
+    try:
+        model = passes.get(name).settings
+    except (CompressError, ImportError, AttributeError) as error:  # a plug-in that does not import
+        raise PydanticCustomError(
+            "pass_entry", "the pass `{name}` cannot be loaded: {error}", {"name": name, "error": str(error)}
+        ) from None
+    if isinstance(settings, model):
+        return PassEntry(name, settings)
+    # by way of JSON: strict about types, yet a list serves for a tuple
+    text = json.dumps({} if settings is None else settings)
+    return PassEntry(name, model.model_validate_json(text, strict=True))
+
+
+Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({})]
+
+
+class Recipe(Settings):
+    """A checkpoint, the passes that make it smaller, and the gates that the result must pass.
+
+    Made by `load_recipe` and `recipe_from_mapping`, which also check what concerns several keys (data, order, files).
+    """
+
+    model: Text = Field(description="The checkpoint: a folder, or a hub id, with @revision or not.")
+    output: Text = Field(description="Folder to write; the run keeps its stages beside it, in `<output>.run`.")
+    store: Literal["stock", "compact"] = Field(
+        default="stock",
+        description="`stock`: what any loader reads. `compact`: smaller where it can be, with a modelling file of ours.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds every choice.")
+    device: Device = Field(default="auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Number format of computation."
+    )
+    max_ram: Size | None = Field(
+        default=None, description="Most memory the run may use, such as 8GiB; no limit by default."
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="Threads of computation; as many as torch takes by default."
+    )
+    evaluate_at: Literal["stage", "end"] = Field(
+        default="stage", description="Measure after every stage, or at the end only."
+    )
+    document_separator: Text | None = Field(
+        default=None, description="Line that separates documents in text files; without it a file is one document."
+    )
+    max_shard_size: Size = Field(default=5 * 10**9, description="Most bytes per weight file, such as 5GB.")
+    trust_remote_code: bool = Field(
+        default=False, description="Allow code that a foreign checkpoint brings (its `auto_map`)."
+    )
+    offline: bool = Field(default=False, description="Use no network; hub ids come from the cache.")
+    data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
+    passes: tuple[Entry, ...] = Field(min_length=1, description="The passes, in order, each as `name: {settings}`.")
+    evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] = Field(
+        default_factory=lambda fields: ("bits_per_byte", "kl") if fields["data"].evaluation else (),
+        description="What to measure besides what gates need; bits_per_byte and kl by default, without `data.evaluation` nothing.",
+    )
+    gates: Gates = Field(default=Gates(), description="What must hold of the result, or it is not published.")
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="Confidence with which a gate on measured text is judged."
+    )
+    bootstrap: int = Field(default=10_000, ge=100, description="Resamples for confidence intervals.")
+
+    _source: Source | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Source | None:
+        """Where each part is written; None for a recipe that Python built directly."""
+        return self._source
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What to measure: ``evaluate`` and what the gates judge by, in the order of `METRICS`."""
+        wanted = {*self.evaluate, *(metric_of(gate) for gate in self.gates.given())}
+        return tuple(metric for metric in METRICS if metric in wanted)

@@ -1,0 +1,49 @@
+"""Which pass may follow which: from what passes declare, and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress import passes
+from compress.passes.base import Storage
+from compress.recipe.model import PassEntry
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """A pass that cannot read what an earlier one leaves."""
+
+    index: int
+    message: str
+    hint: str
+
+
+def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
+    """Passes in illegal places, given (index in the recipe, entry).
+
+    A pass must accept all storage that the passes before it left. A pass leaves what it produces, and the integers
+    of earlier passes where it declares that it preserves them. What the checkpoint itself holds, its plan checks.
+    """
+    left: dict[Storage, tuple[int, str]] = {}  # storage ▶ the pass that left it
+    found = []
+    for index, entry in entries:
+        instance = passes.get(entry.name)
+        for storage in [storage for storage in left if storage not in instance.accepts]:
+            earlier, name = left[storage]
+            does = "trains and accepts" if instance.mode == "train" else "accepts"
+            accepted = " and ".join(sorted(instance.accepts))
+            found.append(
+                Misplaced(
+                    index,
+                    f"{entry.name} {does} {accepted} weights, but {name} (passes.{earlier}) leaves {storage}s",
+                    f"put {entry.name} before {name}",
+                )
+            )
+            del left[storage]  # one mistake, not one for each pass that follows
+        if "integer" in left and "integers" not in instance.preserves:
+            del left["integer"]
+        left.pop("float", None)
+        for storage in instance.produced(entry.settings):
+            left[storage] = (index, entry.name)
+    return found

@@ -1,0 +1,193 @@
+"""Mistakes and where they are: places in files, the tree of what was written, and how a mistake is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from compress.errors import CompressError
+
+Path: TypeAlias = Sequence[str | int]
+#: Longest piece of a source line that is shown; of longer lines a window around the mistake.
+_SHOWN = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where text came from: a file by the name the user gave, or a ``--set`` option (then without lines).
+
+    ``rank`` orders mistakes: the recipe, what it extends, then ``--set``.
+    """
+
+    name: str
+    lines: tuple[str, ...] = ()
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A stretch of one line. ``line`` and ``column`` count from 1; ``whole`` is false where it goes on below."""
+
+    origin: Origin
+    line: int = 0
+    column: int = 0
+    width: int = 1
+    whole: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.origin.name}:{self.line}:{self.column}" if self.line else self.origin.name
+
+
+@dataclass(slots=True)
+class Scalar:
+    """A single value; ``text`` is how it was written."""
+
+    value: None | bool | int | float | str
+    text: str
+    place: Place | None = None
+
+
+@dataclass(slots=True)
+class ListNode:
+    """A list."""
+
+    items: list[Node]
+    place: Place | None = None
+
+
+@dataclass(slots=True)
+class Entry:
+    """What a key holds, and where the key is."""
+
+    node: Node
+    key: Place | None = None
+
+
+@dataclass(slots=True)
+class MapNode:
+    """A mapping; keys are text."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    place: Place | None = None
+
+    def get(self, key: str) -> Node | None:
+        """The value at a key; None where there is none, or where it is null."""
+        entry = self.entries.get(key)
+        return None if entry is None or is_null(entry.node) else entry.node
+
+
+Node: TypeAlias = Scalar | ListNode | MapNode
+
+
+def is_null(node: Node) -> bool:
+    """Whether nothing was written, or null."""
+    return isinstance(node, Scalar) and node.value is None
+
+
+def plain(node: Node) -> Any:
+    """The Python value of a node."""
+    if isinstance(node, Scalar):
+        return node.value
+    if isinstance(node, ListNode):
+        return [plain(item) for item in node.items]
+    return {key: plain(entry.node) for key, entry in node.entries.items()}
+
+
+def find_place(root: Node, path: Path, *, key: bool = False) -> Place | None:
+    """The place of a path: of its value, or of its key (``key``); of what encloses it, where it is not written.
+
+    A value that takes several lines, or none, is shown by its key.
+    """
+    node, owner, value = root, root.place, root.place
+    for part in path:
+        if isinstance(node, MapNode) and str(part) in node.entries:
+            entry = node.entries[str(part)]
+            node = entry.node
+            owner, value = entry.key or node.place, node.place
+        elif isinstance(node, ListNode) and isinstance(part, int) and 0 <= part < len(node.items):
+            node = node.items[part]
+            owner = value = node.place
+        else:
+            return owner
+    return value if _shown(value) and not key else owner
+
+
+def _shown(place: Place | None) -> bool:
+    return place is not None and place.whole and place.width > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: what is wrong, where, and what to do.
+
+    ``path`` of keys is shown where there is no place, as for a recipe made in Python.
+    """
+
+    message: str
+    place: Place | None = None
+    path: tuple[str | int, ...] = ()
+    hint: str | None = None
+
+    def render(self) -> str:
+        """``file:line:col: message``, the line, a marker under the mistake, and the hint."""
+        where = str(self.place) if self.place else dotted(self.path) or "recipe"
+        lines = [f"{where}: {self.message}"]
+        if self.place is not None and 0 < self.place.line <= len(self.place.origin.lines):
+            source, column = _window(self.place.origin.lines[self.place.line - 1], self.place.column - 1)
+            width = max(1, min(self.place.width, len(source) - column))
+            lines.append(f"{self.place.line:5d} | {source}".rstrip())
+            lines.append(f"{'':5s} | {' ' * column}{'^' * width}")
+        if self.hint:
+            lines.append(f"   {self.hint}")
+        return "\n".join(lines)
+
+
+def _window(line: str, column: int) -> tuple[str, int]:
+    """The line without tabs, cut to what is shown, and the column in it."""
+    line = line.replace("\t", " ")
+    if len(line) <= _SHOWN:
+        return line, column
+    start = max(0, column - _SHOWN // 2)
+    end = start + _SHOWN
+    head, tail = "…" if start else "", "…" if end < len(line) else ""
+    return f"{head}{line[start:end]}{tail}", column - start + len(head)
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """``passes.0.cast.weights``; a key that has a dot is quoted."""
+    return ".".join(f'"{part}"' if "." in str(part) else str(part) for part in path)
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """By file and position, each once."""
+    # what an alias repeats is one mistake, at the anchor
+    unique = {(p.place, p.message, None if p.place else p.path): p for p in reversed(list(problems))}
+    return sorted(
+        reversed(unique.values()),
+        key=lambda p: (p.place.origin.rank, p.place.line, p.place.column) if p.place else (-1, 0, 0),
+    )
+
+
+class Source:
+    """Where the parts of a recipe are written. All sources are equal: a recipe is what it says, not where."""
+
+    def __init__(self, root: MapNode) -> None:
+        self.root = root
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Source)
+
+    def __hash__(self) -> int:
+        return hash(Source)
+
+
+def locate(source: Source | None, path: Path, error: CompressError) -> str:
+    """An error met after loading, shown at its place in the recipe.
+
+    Args:
+        source: `Recipe.source`.
+        path: as ``("passes", 0, "cast", "weights")``; where it is not written, what encloses it is shown.
+    """
+    place = find_place(source.root, path) if source is not None else None
+    return Problem(error.what, place, tuple(path), error.fix).render()

@@ -1,0 +1,73 @@
+"""A recipe written out with every default, as JSON values and as YAML; reading that gives an equal recipe."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel
+
+from compress.recipe.model import Recipe
+from compress.settings import Increase, Pattern
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """JSON values of the recipe with every default; gates and data sets that it does not have are left out.
+
+    Sizes are bytes, shares fractions, relative increases percentages, patterns ``n:m``.
+    """
+    values: dict[str, Any] = plain_settings(recipe)
+    for section in ("data", "gates"):
+        values[section] = {name: value for name, value in values[section].items() if value is not None}
+    values["gates"] = {
+        gate: {k: v for k, v in bounds.items() if v is not None} for gate, bounds in values["gates"].items()
+    }
+    values["passes"] = [{entry.name: plain_settings(entry.settings)} for entry in recipe.passes]
+    return values
+
+
+def plain_settings(value: Any) -> Any:
+    """Settings as JSON values, amounts as a recipe spells them."""
+    if isinstance(value, Increase):
+        return _increase(value)
+    if isinstance(value, BaseModel):
+        return {name: plain_settings(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Pattern):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain_settings(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_settings(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain_settings(item) for item in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _increase(increase: Increase) -> Any:
+    if not increase.relative:
+        return increase.value
+    percent = f"{Decimal(repr(increase.value)) * 100:f}"
+    percent = percent.rstrip("0").rstrip(".") if "." in percent else percent
+    # a percentage is divided by 100 when read: where that rounds, say it in parts
+    return f"{percent}%" if float(percent) / 100 == increase.value else {"value": increase.value, "relative": True}
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """JSON values as YAML 1.2, keys in their order."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.allow_unicode = True
+    yaml.width = 2**16  # no folding
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.representer.ignore_aliases = lambda _: True
+    stream = io.StringIO()
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()

@@ -1,0 +1,70 @@
+"""JSON schema of recipes, for editors: from the same models that validate them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+
+from compress import passes
+from compress.recipe.model import Recipe
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+ID = "https://compress.invalid/recipe.schema.json"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe, with the settings of every pass that is installed."""
+    settings: dict[str, type[BaseModel]] = {name: passes.get(name).settings for name in passes.names()}
+    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys(settings.values())]
+    of_model, rest = models_json_schema([(model, "validation") for model in models])
+    definitions: dict[str, Any] = rest["$defs"]
+    recipe = definitions.pop(of_model[(Recipe, "validation")]["$ref"].removeprefix("#/$defs/"))
+    properties: dict[str, Any] = {
+        "extends": {
+            "type": "string",
+            "description": "Recipe to start from, relative to this file; mappings merge, lists are replaced.",
+        },
+        **recipe["properties"],
+    }
+    for section in ("data", "gates"):  # nothing below the key means none
+        property_ = properties[section]
+        properties[section] = {
+            "anyOf": [{"$ref": property_["$ref"]}, {"type": "null"}],
+            **{key: value for key, value in property_.items() if key != "$ref"},
+        }
+    entries = [_entry(name, model, of_model[(model, "validation")]) for name, model in settings.items()]
+    properties["passes"]["items"] = {"oneOf": entries}
+    for gate in [name for name in definitions if name.endswith("Gate")]:
+        definitions[gate]["minProperties"] = 1
+    return {
+        "$schema": DIALECT,
+        "$id": ID,
+        "title": "Recipe of compress",
+        "description": recipe["description"],
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+        "anyOf": [{"required": ["extends"]}, {"required": recipe["required"]}],
+        "$defs": definitions,
+    }
+
+
+def _entry(name: str, model: type[BaseModel], reference: dict[str, Any]) -> dict[str, Any]:
+    """``{name: settings}``; where every setting has a default also the bare name, or nothing after the colon."""
+    summary = passes.get(name).summary
+    try:
+        model()
+        bare = True
+    except ValidationError:
+        bare = False
+    settings = {"anyOf": [reference, {"type": "null"}]} if bare else reference
+    entry = {
+        "type": "object",
+        "description": summary,
+        "properties": {name: {"description": summary, **settings}},
+        "required": [name],
+        "additionalProperties": False,
+    }
+    return {"anyOf": [entry, {"const": name, "description": summary}]} if bare else entry

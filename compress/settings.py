@@ -1,0 +1,118 @@
+"""Settings models and the amounts they are written in.
+
+An amount is a *share* when it is a percentage or a fraction below 1, and a *count* when it is an integer from 1 up.
+Sizes take units (``500MB``); N:M sparsity is written ``2:4``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*$", re.IGNORECASE)
+_PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
+
+
+class Settings(BaseModel):
+    """Base of every settings model: frozen, unknown keys refused, every field described."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
+
+
+class Pattern(NamedTuple):
+    """N:M sparsity: of every ``m`` consecutive weights along the input dimension, ``n`` are kept."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def _fail(expected: str, value: Any) -> PydanticCustomError:
+    return PydanticCustomError("amount", "expected {expected}, got {value}", {"expected": expected, "value": repr(value)})
+
+
+def parse_size(value: Any) -> int:
+    """``500MB`` (10^6), ``4GiB`` (2^30) or a plain number of bytes, as bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.match(value) if isinstance(value, str) else None
+    if match is None or float(match[1]) == 0:
+        raise _fail("a size such as 500MB or 4GiB", value)
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_share(value: Any) -> float:
+    """``50%`` or ``0.5``, as a fraction strictly between 0 and 1."""
+    share: float | None = None
+    if isinstance(value, str) and (match := _PERCENT.match(value)):
+        share = float(match[1]) / 100
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        share = float(value)
+    if share is None or not 0 < share < 1:
+        raise _fail("a share between 0 and 1, such as 50% or 0.5", value)
+    return share
+
+
+def parse_amount(value: Any) -> float | int:
+    """A share (``25%``, ``0.25``) as a float, or a count (``2``) as an int."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value >= 1:
+            return value
+        raise _fail("a share such as 25% or 0.25, or a count from 1 up", value)
+    return parse_share(value)
+
+
+def parse_pattern(value: Any) -> Pattern:
+    """``2:4`` as ``Pattern(2, 4)``."""
+    if isinstance(value, Pattern):
+        return value
+    match = re.match(r"^\s*([0-9]+)\s*:\s*([0-9]+)\s*$", value) if isinstance(value, str) else None
+    if match is None:
+        raise _fail("an N:M pattern such as 2:4", value)
+    n, m = int(match[1]), int(match[2])
+    if not 0 < n < m:
+        raise _fail("an N:M pattern that keeps N of M weights with 0 < N < M", value)
+    return Pattern(n, m)
+
+
+def parse_increase(value: Any) -> dict[str, Any]:
+    """An allowed change: ``5%`` is relative, a plain number absolute: ``{"value": 0.05, "relative": True}``."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str) and (match := _PERCENT.match(value)):
+        return {"value": float(match[1]) / 100, "relative": True}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"value": float(value), "relative": False}
+    raise _fail("a relative change such as 5%, or an absolute one such as 0.02", value)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"], "examples": ["500MB", "4GiB"]})]
+Share = Annotated[float, BeforeValidator(parse_share), WithJsonSchema({"type": ["number", "string"], "examples": ["50%", 0.5]})]
+Amount = Annotated[float | int, BeforeValidator(parse_amount), WithJsonSchema({"type": ["number", "string"], "examples": ["25%", 2]})]
+PatternNM = Annotated[Pattern, BeforeValidator(parse_pattern), WithJsonSchema({"type": "string", "examples": ["2:4"]})]
+
+
+class Increase(Settings):
+    """An allowed increase of a metric, relative to the original's value or absolute."""
+
+    value: float = Field(description="The bound.")
+    relative: bool = Field(description="True when the bound is a share of the original's value.")
+
+
+AllowedIncrease = Annotated[
+    Increase, BeforeValidator(parse_increase), WithJsonSchema({"type": ["number", "string"], "examples": ["5%", 0.02]})
+]
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: ``8.21 MB`` (10^6), three significant digits."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}" if abs(count) / size < 1000 else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,103 @@
+"""Keep-masks by weight magnitude. Masks are bool, True where a weight is kept.
+
+An earlier mask is obeyed: what it removed scores below every other weight. Equal magnitudes are kept in row-major order,
+so that masks do not depend on the machine's sorting.
+
+Sources: Han et al. 2015 (arXiv 1506.02626); N:M, Mishra et al. 2021 (arXiv 2104.08378).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+#: Histogram resolution of a global threshold: float32 magnitudes compare like their bit patterns.
+_HIGH_BITS = 16
+
+
+class Masked(Protocol):
+    """Values and an optional keep-mask of the same shape."""
+
+    @property
+    def data(self) -> torch.Tensor: ...
+
+    @property
+    def mask(self) -> torch.Tensor | None: ...
+
+
+def scores(values: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
+    """|w| as int64 keys in the order of magnitude, -1 where an earlier mask removed the weight. float64 goes through float32."""
+    keys = values.abs().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+    return keys if earlier is None else torch.where(earlier, keys, -1)
+
+
+def keep_largest(values: torch.Tensor, kept: int, earlier: torch.Tensor | None = None) -> torch.Tensor:
+    """Mask that keeps exactly ``kept`` weights, the largest, of a tensor of any shape."""
+    flat = scores(values, earlier).flatten()
+    if kept == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = torch.kthvalue(flat, flat.numel() - kept + 1).values
+    mask = flat > threshold
+    ties = torch.nonzero(flat == threshold).flatten()[: kept - int(mask.sum())]
+    mask[ties] = True
+    if earlier is not None:
+        mask &= earlier.flatten()
+    return mask.reshape(values.shape)
+
+
+def keep_n_of_m(values: torch.Tensor, n: int, m: int, axis: int = -1, earlier: torch.Tensor | None = None) -> torch.Tensor:
+    """Mask that keeps the ``n`` largest of every ``m`` consecutive weights along ``axis`` (whose size ``m`` divides)."""
+    moved = scores(values, earlier).movedim(axis, -1)
+    groups = moved.reshape(-1, m)
+    # stable: of equal magnitudes the earlier ones are kept
+    best = torch.sort(groups, dim=-1, descending=True, stable=True).indices[:, :n]
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True) & (groups >= 0)
+    return mask.reshape(moved.shape).movedim(-1, axis).contiguous()
+
+
+def global_counts(read: Callable[[str], Masked], names: Sequence[str], kept: int) -> dict[str, int]:
+    """How many weights of each tensor one threshold over all of them keeps, ``kept`` in total, exactly.
+
+    Two passes over the tensors, a histogram of the upper and one of the lower half of the magnitudes' bits, instead of all
+    magnitudes in memory. Weights equal to the threshold are kept in the order of ``names``.
+    """
+    low_bits = 32 - _HIGH_BITS
+    high = torch.zeros(1 << _HIGH_BITS, dtype=torch.int64)
+    for name in names:
+        keys = _alive(read(name))
+        high += torch.bincount(keys >> low_bits, minlength=high.numel())
+    alive = int(high.sum())
+    if kept >= alive:
+        return {name: int(_alive(read(name)).numel()) for name in names}
+    bucket, above = _descend(high, kept)
+    low = torch.zeros(1 << low_bits, dtype=torch.int64)
+    over: dict[str, int] = {}
+    within: dict[str, torch.Tensor] = {}
+    for name in names:
+        keys = _alive(read(name))
+        over[name] = int((keys >> low_bits > bucket).sum())
+        within[name] = keys[keys >> low_bits == bucket] & ((1 << low_bits) - 1)
+        low += torch.bincount(within[name], minlength=low.numel())
+    value, more = _descend(low, kept - above)
+    left = kept - above - more
+    counts = {}
+    for name in names:
+        ties = min(left, int((within[name] == value).sum()))
+        left -= ties
+        counts[name] = over[name] + int((within[name] > value).sum()) + ties
+    return counts
+
+
+def _alive(value: Masked) -> torch.Tensor:
+    keys = scores(value.data, value.mask).flatten()
+    return keys[keys >= 0]
+
+
+def _descend(histogram: torch.Tensor, kept: int) -> tuple[int, int]:
+    """The bucket in which the ``kept``-th largest lies, and how many lie above it."""
+    above = histogram.flip(0).cumsum(0)
+    position = int(torch.searchsorted(above, kept))
+    bucket = histogram.numel() - 1 - position
+    return bucket, int(above[position] - histogram[bucket])

@@ -1,0 +1,250 @@
+"""Reading and writing checkpoints: same values, same bytes, loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from compress import passes
+from compress.checkpoint.layout import lay_out
+from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint
+from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.errors import CheckpointError, OutputError
+from compress.loading import check_keys, load_model, load_tokenizer
+from compress.passes.base import Context
+from compress.progress import SilentProgress
+from tests import pico
+
+
+def prune(checkpoint: Checkpoint, **settings: object) -> Checkpoint:
+    context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Path("/nowhere"))
+    instance = passes.get("prune_unstructured")
+    return instance.apply(checkpoint, instance.settings(**settings), context)
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_every_family_loads_stock_with_equal_logits(family, tmp_path, stock):
+    folder = pico.save(tmp_path / "in", family)
+    write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    check_keys(open_checkpoint(tmp_path / "out"))
+    torch.save(pico.logits(load_model(folder)), tmp_path / "expected.pt")
+    name = pico.FAMILIES[family][0]
+    stock(
+        f"import torch, transformers\n"
+        f"m, info = transformers.{name}.from_pretrained({str(tmp_path / 'out')!r}, output_loading_info=True)\n"
+        f"assert not any(info.values()), info\n"
+        f"x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
+        f"assert torch.equal(x, torch.load({str(tmp_path / 'expected.pt')!r}))\n"
+    )
+
+
+def test_sharded_input_and_output(tmp_path):
+    folder = pico.save(tmp_path / "in", max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    source = open_checkpoint(folder)
+    written = write_checkpoint(source, tmp_path / "out", max_shard=50_000)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].startswith("model-00001-of-")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "out" / file, "pt") as opened:
+            assert torch.equal(opened.get_tensor(name), source.tensor(name).data)
+    assert written.bytes == sum((tmp_path / "out" / f).stat().st_size for f in files)
+    assert torch.equal(pico.logits(load_model(folder)), pico.logits(load_model(tmp_path / "out")))
+
+
+def test_bytes_do_not_depend_on_the_input_shards(tmp_path):
+    whole = pico.save(tmp_path / "whole")
+    shards = pico.save(tmp_path / "shards", max_shard_size="60KB")
+    for name, folder in (("a", whole), ("b", shards)):
+        write_checkpoint(open_checkpoint(folder), tmp_path / name)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_layout_is_what_is_written(tmp_path, pico_llama):
+    pruned = prune(open_checkpoint(pico_llama), sparsity=0.5)
+    for store in ("stock", "compact"):
+        written = write_checkpoint(pruned, tmp_path / store, store=store, max_shard=40_000)
+        _, layout = stored_form(pruned.spec, store, 40_000, pruned.metadata)
+        assert layout.bytes == written.bytes
+        for shard in layout.shards:
+            assert (tmp_path / store / shard.file).stat().st_size == shard.bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compact_loads_elsewhere_with_our_logits(dtype, tmp_path, stock):
+    folder = pico.save(tmp_path / "in", dtype=dtype)
+    write_checkpoint(prune(open_checkpoint(folder), sparsity=0.6), tmp_path / "out", store="compact")
+    assert (tmp_path / "out/model.safetensors").stat().st_size < 0.85 * (folder / "model.safetensors").stat().st_size
+    torch.save(pico.logits(load_model(tmp_path / "out", dtype="float32")), tmp_path / "expected.pt")
+    out = stock(
+        "import torch, transformers\n"
+        f"m = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        "x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
+        f"assert torch.equal(x, torch.load({str(tmp_path / 'expected.pt')!r}))\n"
+        "print(type(m).__module__, len(m.generate(torch.tensor([[1, 2]]), max_new_tokens=3, do_sample=False)[0]))\n"
+        "try:\n"
+        f"    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=False)\n"
+        "except ValueError as error:\n"
+        "    print('refused')\n"
+    )
+    assert out.splitlines() == ["transformers.models.llama.modeling_llama 5", "refused"]
+
+
+@pytest.mark.parametrize(("family", "auto"), [("bert", "AutoModelForMaskedLM"), ("gpt2", "AutoModelForCausalLM"), ("opt", "AutoModelForCausalLM")])
+def test_compact_wraps_other_stock_classes(family, auto, tmp_path, stock):
+    folder = pico.save(tmp_path / "in", family)
+    write_checkpoint(prune(open_checkpoint(folder), sparsity=0.6), tmp_path / "out", store="compact")
+    torch.save(pico.logits(load_model(tmp_path / "out")), tmp_path / "expected.pt")
+    stock(
+        "import torch, transformers\n"
+        f"m = transformers.{auto}.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True)\n"
+        f"assert type(m).__name__ == {pico.FAMILIES[family][0]!r}\n"
+        f"x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
+        f"assert torch.equal(x, torch.load({str(tmp_path / 'expected.pt')!r}))\n"
+    )
+
+
+def test_compact_wraps_a_base_class_and_a_classifier(tmp_path, stock):
+    import transformers
+
+    torch.manual_seed(0)
+    classifier = transformers.BertForSequenceClassification(pico.config("bert", num_labels=3))
+    classifier.save_pretrained(tmp_path / "classifier")
+    classifier.bert.save_pretrained(tmp_path / "base")
+    for name, auto in (("classifier", "AutoModelForSequenceClassification"), ("base", "AutoModel")):
+        write_checkpoint(prune(open_checkpoint(tmp_path / name), sparsity=0.6), tmp_path / f"{name}-out", store="compact")
+        torch.save(pico.logits(load_model(tmp_path / f"{name}-out")), tmp_path / "expected.pt")
+        stock(
+            "import torch, transformers\n"
+            f"m = transformers.{auto}.from_pretrained({str(tmp_path / (name + '-out'))!r}, trust_remote_code=True)\n"
+            f"x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
+            f"assert torch.allclose(x, torch.load({str(tmp_path / 'expected.pt')!r}), atol=1e-7)\n"  # alignment of memory picks the kernel
+        )
+
+
+def test_bundled_loader_refuses_missing_weights(tmp_path, pico_llama, stock):
+    write_checkpoint(prune(open_checkpoint(pico_llama), sparsity=0.6), tmp_path / "out", store="compact")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["base"]["num_hidden_layers"] = 5
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    out = stock(
+        "import transformers\n"
+        "try:\n"
+        f"    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert "9 weights are missing, such as model.layers.4." in out
+
+
+def test_keep_masks_survive_a_dense_file(tmp_path, pico_llama):
+    """Kept weights that are exactly zero stay kept: the mask is not `value != 0`."""
+    base = open_checkpoint(pico_llama)
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def with_zeros(key: str) -> Value:
+        value = base.tensor(key)
+        if key == name:
+            value.data[0, :10] = 0
+        return value
+
+    zeroed = Derived(base, base.spec, with_zeros)
+    kept = torch.zeros(64, 32, dtype=torch.bool)
+    kept[:, :16] = True
+    spec = replace(base.spec, tensors={**base.spec.tensors, name: replace(base.spec.tensors[name], kept=64 * 16)})
+    masked = Derived(zeroed, spec, lambda key: Value(zeroed.tensor(key).data, kept if key == name else None))
+    for store in ("stock", "compact"):
+        write_checkpoint(masked, tmp_path / store, store=store)
+        read = open_checkpoint(tmp_path / store)
+        assert read.spec.tensors[name].kept == 64 * 16
+        value = read.tensor(name)
+        assert torch.equal(value.mask, kept)
+        assert torch.equal(value.data, torch.where(kept, zeroed.tensor(name).data, 0))
+    stock_file = load_file(tmp_path / "stock/model.safetensors")
+    assert stock_file[name].shape == (64, 32)
+
+
+def test_rewriting_changes_nothing(tmp_path, pico_llama):
+    pruned = prune(open_checkpoint(pico_llama), sparsity=0.5)
+    for store in ("stock", "compact"):
+        first = write_checkpoint(pruned, tmp_path / f"{store}1", store=store)
+        second = write_checkpoint(open_checkpoint(tmp_path / f"{store}1"), tmp_path / f"{store}2", store=store)
+        a, b = (tmp_path / f"{store}{i}/model.safetensors" for i in (1, 2))
+        assert a.read_bytes() == b.read_bytes()
+        assert first.content == second.content
+
+
+def test_sidecars_travel(tmp_path):
+    folder = pico.save(tmp_path / "in")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "LICENSE").write_text("licence")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"stale")
+    (folder / "custom.py").write_text("# code")
+    write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    for name in ("chat_template.jinja", "LICENSE", "1_Pooling/config.json", "custom.py", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert not (tmp_path / "out/pytorch_model.bin").exists()
+    assert load_tokenizer(tmp_path / "out").decode([66, 67]) == load_tokenizer(folder).decode([66, 67])
+
+
+def test_metadata_and_dtype_strings_are_kept(tmp_path, pico_llama):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in pico_llama.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    save_file(load_file(pico_llama / "model.safetensors"), folder / "model.safetensors", {"format": "pt", "note": "mine"})
+    write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "note": "mine"}
+
+
+def test_output_must_not_exist(tmp_path, pico_llama):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        write_checkpoint(open_checkpoint(pico_llama), tmp_path / "out")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, pico_llama):
+    base = open_checkpoint(pico_llama)
+
+    def broken(name: str) -> Value:
+        if name == "model.norm.weight":
+            raise CheckpointError("no")
+        return base.tensor(name)
+
+    with pytest.raises(CheckpointError):
+        write_checkpoint(Derived(base, base.spec, broken), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_notices_a_wrong_byte(tmp_path, pico_llama, monkeypatch):
+    from compress.checkpoint import write
+
+    real = write._pwrite
+    monkeypatch.setattr(
+        write, "_pwrite", lambda fd, data, offset: real(fd, b"\x01" + bytes(data)[1:] if offset > 10_000 else data, offset)
+    )
+    with pytest.raises(CheckpointError, match="does not read back"):
+        write_checkpoint(open_checkpoint(pico_llama), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ties_are_aliases(tmp_path):
+    folder = pico.save(tmp_path / "in", tie_word_embeddings=True)
+    spec = open_checkpoint(folder).spec
+    assert spec.tensors["lm_head.weight"].alias_of == "model.embed_tokens.weight"
+    assert spec.parameters == sum(p.numel() for p in load_model(folder).parameters())
+    assert "lm_head.weight" not in {key for shard in lay_out(spec, 1 << 40).shards for key in shard.entries}

@@ -1,0 +1,71 @@
+"""Shared fixtures. Tests build pico models from configs and need no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Two workers share the cores: more threads than that only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 pico Llama with tokenizer; read only."""
+    from tests import pico
+
+    return pico.save(tmp_path_factory.mktemp("pico") / "llama")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(training or calibration text, evaluation text with 40 documents), with nothing in common."""
+    import random
+
+    folder = tmp_path_factory.mktemp("texts")
+    words = random.Random(0)
+
+    def document(letters: str) -> str:
+        return " ".join("".join(words.choices(letters, k=words.randint(2, 7))) for _ in range(60))
+
+    (folder / "train.txt").write_text("\n<|doc|>\n".join(document("abcdefghij") for _ in range(60)))
+    (folder / "valid.txt").write_text("\n<|doc|>\n".join(document("klmnopqrst") for _ in range(40)))
+    return folder / "train.txt", folder / "valid.txt"
+
+
+@pytest.fixture
+def stock() -> Callable[[str], str]:
+    """Run Python code in a process that cannot import this package; returns its stdout."""
+
+    def run(code: str) -> str:
+        guard = (
+            "import sys\n"
+            "class _Guard:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'compress' or name.startswith('compress.'):\n"
+            "            raise ImportError('this process must not import compress')\n"
+            "sys.meta_path.insert(0, _Guard())\n"
+        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", guard + code], capture_output=True, text=True, env=environment, cwd="/", timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
