@@ -60,9 +60,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
-        if pruned.tensors == spec.tensors and not settings.allow_noop:
+        exact = self._exact(spec, chosen, settings)
+        if exact and pruned.tensors == spec.tensors and not settings.allow_noop:
             raise PassError("every chosen weight matrix is that sparse already", fix="ask for more, or leave the pass out")
-        return replace(pruned, exact=spec.exact and self._exact(spec, chosen, settings))
+        return replace(pruned, exact=spec.exact and exact)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""

@@ -33,7 +33,7 @@ _HOME = {
     "resolved": "resolve",
     "to_yaml": "resolve",
 }
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

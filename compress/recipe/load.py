@@ -27,6 +27,7 @@ from compress.recipe.problems import (
     in_order,
     is_null,
 )
+from compress.recipe.resolve import plain_settings
 from compress.recipe.validate import build
 from compress.settings import Pattern
 
@@ -43,8 +44,8 @@ def load_recipe(path: Path, sets: Sequence[str] = (), *, check_files: bool = Tru
         RecipeError: with every mistake in the recipe, all it extends, and the overrides.
     """
     problems: list[Problem] = []
-    root = _Files(problems).read(path, ())
-    return _finish(root, sets, problems, check_files)
+    files = _Files(problems)
+    return _finish(files.read(path, ()), sets, files, check_files)
 
 
 def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
@@ -55,18 +56,18 @@ def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *,
     problems: list[Problem] = []
     root = _from_python(mapping, (), problems)
     assert isinstance(root, MapNode)
-    extended = _Files(problems).extended(root, Path("mapping"), ())
-    return _finish(extended, sets, problems, check_files)
+    files = _Files(problems)
+    return _finish(files.extended(root, Path("mapping"), ()), sets, files, check_files)
 
 
-def _finish(root: MapNode | None, sets: Sequence[str], problems: list[Problem], check_files: bool) -> Recipe:
-    recipe = None
+def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:
+    recipe, problems = None, files.problems
     changes = [_parse_set(text, rank, problems) for rank, text in enumerate(sets)]
     if root is not None:
         for change in changes:
             if change is not None:
                 change.apply(root, problems)
-        recipe = build(root, problems, check_files=check_files)
+        recipe = build(root, problems, check_files=check_files, complete=files.complete)
     if recipe is None or problems:
         raise RecipeError([problem.render() for problem in in_order(problems)])
     return recipe
@@ -79,13 +80,14 @@ _UNREADABLE: dict[type[OSError], str] = {
 
 
 class _Files:
-    """Reads files and what they extend. A file that cannot be read ends there: None, and its problem is noted."""
+    """Reads files and what they extend; ``complete`` is false once a base could not be read."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
+        self.complete = True
 
     def read(self, path: Path, parents: tuple[Path, ...], at: Place | None = None) -> MapNode | None:
-        """The tree of a file. ``parents`` are the files that led here, ``at`` is where the last one says so."""
+        """The tree of a file, or None. ``parents`` are the files that led here, ``at`` where the last of them says so."""
         origin = Origin(str(path), rank=len(parents))
         try:
             with path.open("rb") as file:
@@ -118,7 +120,7 @@ class _Files:
         root.place = Place(origin)
         return self.extended(root, path, (*parents, path))
 
-    def extended(self, root: MapNode, path: Path, parents: tuple[Path, ...]) -> MapNode | None:
+    def extended(self, root: MapNode, path: Path, parents: tuple[Path, ...]) -> MapNode:
         """The tree laid over the one that its ``extends`` names; ``parents`` ends with this file."""
         entry = root.entries.pop("extends", None)
         if entry is None:
@@ -126,17 +128,19 @@ class _Files:
         node = entry.node
         place = node.place if node.place is not None and node.place.width and node.place.whole else entry.key
         if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+            self.complete = False
             self.problems.append(Problem("`extends` expects the path of one recipe", place, ("extends",)))
             return root
-        base_path = Path(os.path.normpath(path.parent / os.path.expanduser(node.value)))
+        base_path = Path(os.path.normpath(path.parent / Path(node.value).expanduser()))
         known = [parent.resolve() for parent in parents]
         if base_path.resolve() in known:
+            self.complete = False
             circle = " ▶ ".join(str(parent) for parent in [*parents[known.index(base_path.resolve()) :], base_path])
             self.problems.append(Problem(f"`extends` goes round in a circle: {circle}", place, ("extends",)))
             return root
-        base = self.read(base_path, parents or (path,), place)
-        # without its base a recipe would seem to lack what the base says
-        return None if base is None else _over(base, root)
+        base = self.read(base_path, parents, place)
+        self.complete = self.complete and base is not None
+        return root if base is None else _over(base, root)
 
 
 def _over(base: MapNode, top: MapNode) -> MapNode:
@@ -145,8 +149,9 @@ def _over(base: MapNode, top: MapNode) -> MapNode:
     for key, entry in top.entries.items():
         below = entries.get(key)
         if below is not None and isinstance(below.node, MapNode) and isinstance(entry.node, MapNode):
-            entry = Entry(_over(below.node, entry.node), entry.key)
-        entries[key] = entry
+            entries[key] = Entry(_over(below.node, entry.node), entry.key)
+        else:
+            entries[key] = entry
     return MapNode(entries, top.place)
 
 
@@ -215,9 +220,10 @@ class _Change:
         entries = f"{count} entries, 0 to {count - 1}" if count > 1 else "one entry, 0" if count else "no entries"
         hint = None
         if self._is_pass_entry(depth):
-            names = [name for item in node.items for name in (_as_entry(item) or MapNode()).entries]
+            names = [next(iter((_as_entry(item) or MapNode()).entries), "") for item in node.items]
             if close := difflib.get_close_matches(part, names, n=1):
-                hint = f"did you mean `{dotted([*self.path[:depth], names.index(close[0]), close[0], *self.path[depth + 1 :]])}`?"
+                right = dotted(["passes", names.index(close[0]), close[0], *self.path[depth + 1 :]])
+                hint = f"did you mean `{right}`?"
         problems.append(Problem(f"there is no `{part}` in `{owner}`, which has {entries}", self.place, hint=hint))
         return None
 
@@ -270,8 +276,6 @@ def _parse_set(text: str, rank: int, problems: list[Problem]) -> _Change | None:
 
 def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem]) -> Node:
     """The tree of plain Python values; settings models and amounts are taken as what they would be in YAML."""
-    from compress.recipe.resolve import plain_settings
-
     if len(path) > 64:
         problems.append(Problem("nested more than 64 deep", path=path))
         return Scalar(None, "")

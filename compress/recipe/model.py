@@ -256,7 +256,7 @@ def parse_pass(value: Any) -> PassEntry:
     return PassEntry(name, model.model_validate_json(text, strict=True))
 
 
-Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({})]
+Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
 
 
 class Recipe(Settings):
@@ -269,7 +269,7 @@ class Recipe(Settings):
     output: Text = Field(description="Folder to write; the run keeps its stages beside it, in `<output>.run`.")
     store: Literal["stock", "compact"] = Field(
         default="stock",
-        description="`stock`: what any loader reads. `compact`: smaller where it can be, with a modelling file of ours.",
+        description="`stock`: what any loader reads. `compact`: smaller where it can be, and brings its modelling file.",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seeds every choice.")
     device: Device = Field(default="auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
@@ -297,7 +297,8 @@ class Recipe(Settings):
     passes: tuple[Entry, ...] = Field(min_length=1, description="The passes, in order, each as `name: {settings}`.")
     evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] = Field(
         default_factory=lambda fields: ("bits_per_byte", "kl") if fields["data"].evaluation else (),
-        description="What to measure besides what gates need; bits_per_byte and kl by default, without `data.evaluation` nothing.",
+        description="What to measure besides what gates need. Default: bits_per_byte and kl, or nothing without "
+        "`data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="What must hold of the result, or it is not published.")
     confidence: float = Field(

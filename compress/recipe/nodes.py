@@ -192,7 +192,7 @@ class _Reader:
         if pattern is not None and not pattern.fullmatch(text):
             self.report(f"`{_short(text)}` is not a value of `!!{kind}`", place)
             return Scalar(text, text, place)
-        value: None | bool | int | float | str = text
+        value: bool | int | float | str | None = text
         if kind == "null":
             value = None
         elif kind == "bool":

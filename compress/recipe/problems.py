@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from compress.errors import CompressError
 
-Path: TypeAlias = Sequence[str | int]
+KeyPath: TypeAlias = Sequence[str | int]
 #: Longest piece of a source line that is shown; of longer lines a window around the mistake.
 _SHOWN = 160
 
@@ -43,7 +43,7 @@ class Place:
 class Scalar:
     """A single value; ``text`` is how it was written."""
 
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
     text: str
     place: Place | None = None
 
@@ -94,7 +94,7 @@ def plain(node: Node) -> Any:
     return {key: plain(entry.node) for key, entry in node.entries.items()}
 
 
-def find_place(root: Node, path: Path, *, key: bool = False) -> Place | None:
+def find_place(root: Node, path: KeyPath, *, key: bool = False) -> Place | None:
     """The place of a path: of its value, or of its key (``key``); of what encloses it, where it is not written.
 
     A value that takes several lines, or none, is shown by its key.
@@ -161,12 +161,15 @@ def dotted(path: Iterable[str | int]) -> str:
 
 def in_order(problems: Iterable[Problem]) -> list[Problem]:
     """By file and position, each once."""
-    # what an alias repeats is one mistake, at the anchor
-    unique = {(p.place, p.message, None if p.place else p.path): p for p in reversed(list(problems))}
-    return sorted(
-        reversed(unique.values()),
-        key=lambda p: (p.place.origin.rank, p.place.line, p.place.column) if p.place else (-1, 0, 0),
-    )
+    first: dict[tuple[Place | None, str, tuple[str | int, ...]], Problem] = {}
+    for problem in problems:  # what an alias repeats is one mistake, at the anchor
+        first.setdefault((problem.place, problem.message, () if problem.place else problem.path), problem)
+    return sorted(first.values(), key=_position)
+
+
+def _position(problem: Problem) -> tuple[int, int, int]:
+    place = problem.place
+    return (place.origin.rank, place.line, place.column) if place else (-1, 0, 0)
 
 
 class Source:
@@ -182,11 +185,12 @@ class Source:
         return hash(Source)
 
 
-def locate(source: Source | None, path: Path, error: CompressError) -> str:
+def locate(source: Source | None, path: KeyPath, error: CompressError) -> str:
     """An error met after loading, shown at its place in the recipe.
 
     Args:
         source: `Recipe.source`.
+        error: what is wrong, and what to do.
         path: as ``("passes", 0, "cast", "weights")``; where it is not written, what encloses it is shown.
     """
     place = find_place(source.root, path) if source is not None else None

@@ -68,6 +68,12 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     yaml.width = 2**16  # no folding
     yaml.representer.sort_base_mapping_type_on_output = False
     yaml.representer.ignore_aliases = lambda _: True
+    yaml.representer.add_representer(str, _quoted_where_needed)
     stream = io.StringIO()
     yaml.dump(dict(values), stream)
     return stream.getvalue()
+
+
+def _quoted_where_needed(representer: Any, text: str) -> Any:
+    # the library writes line breaks of Unicode bare, and they come back as spaces
+    return representer.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')

@@ -54,16 +54,22 @@ _SECTIONS = ("data", "gates")  # where nothing below the key means none
 _KEYS_SHOWN = 12
 
 
-def build(root: MapNode, problems: list[Problem], *, check_files: bool) -> Recipe | None:
-    """The recipe that a tree says; mistakes go to ``problems``, and None comes back where it says none."""
+def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete: bool) -> Recipe | None:
+    """The recipe that a tree says; mistakes go to ``problems``, and None comes back where it says none.
+
+    Without ``complete`` a base could not be read, so nothing is called missing.
+    """
     values = _values(root)
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate_json(json.dumps(values), strict=True)
         recipe._source = Source(root)
     except ValidationError as error:
-        problems += _translated(root, error.errors(include_url=False))
-    problems += _across(root, values)
+        errors = error.errors(include_url=False)
+        problems += _translated(root, [e for e in errors if complete or e["type"] != "missing" or len(e["loc"]) > 1])
+    problems += _misplaced(root, values)
+    if complete:
+        problems += _lacking(root, values)
     if check_files:
         problems += _missing_files(root)
     return recipe
@@ -88,6 +94,10 @@ def _translated(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
     for error in errors:
         path = _path(root, error)
         if error["type"] == "default_factory_not_called":  # what the default depends on is wrong already
+            continue
+        if error["type"] == "too_short" and isinstance(node := _node(root, path), ListNode) and len(node.items) >= (
+            error["ctx"]["min_length"]
+        ):  # pydantic counts the entries that are right
             continue
         if error["type"] == "extra_forbidden":
             yield _unknown_key(root, path)
@@ -272,16 +282,19 @@ def _value_hint(node: Node | None, wanted: str, errors: list[ErrorDetails]) -> s
 # --- what concerns several keys
 
 
-def _across(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
-    """Order of passes, and the data that passes, gates and metrics need; of what is right by itself."""
-    data = values.get("data", {})
-    given = {name for name, value in data.items() if value is not None} if isinstance(data, dict) else None
-    entries = list(_entries(values))
-    for wrong in misplaced(entries):
+def _misplaced(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
+    """Passes in an order that they do not allow."""
+    for wrong in misplaced(list(_entries(values))):
         yield Problem(wrong.message, *_at_pass(root, wrong.index), wrong.hint)
-    if given is None:
+
+
+def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
+    """Passes, metrics and gates that need text which ``data`` does not give."""
+    data = values.get("data", {})
+    if not isinstance(data, dict):
         return
-    for index, entry in entries:
+    given = {name for name, value in data.items() if value is not None}
+    for index, entry in _entries(values):
         for name in sorted(passes.get(entry.name).needed(entry.settings) - given):
             yield Problem(
                 f"{entry.name} needs {name} text, and there is no `data.{name}`",

@@ -1,0 +1,221 @@
+"""Speed and memory, side by side in one run: `make bench` writes docs/benchmarks.md.
+
+Checkpoints of a Llama shape with random weights are made in a scratch folder (BENCH_DIR, else the system's), cast from
+fp32 to bf16 by `compress`, by `cp` + fsync (the same bytes read), and by transformers' from_pretrained + save_pretrained, in
+turns, each in a process of its own. Start-up is measured as CPU time of whole processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES_GB = (2, 6)
+ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
+
+MAKE = """
+import sys, torch, transformers
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from compress.checkpoint.headers import Entry, render_header
+import json, os
+folder, gigabytes = Path(sys.argv[1]), float(sys.argv[2])
+hidden, inner, vocabulary = 2048, 5632, 32000
+block = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
+layers = round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / block)
+config = transformers.LlamaConfig(
+    vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=16,
+    num_key_value_heads=16, dtype="float32", architectures=["LlamaForCausalLM"])
+folder.mkdir(parents=True)
+config.save_pretrained(folder)
+with torch.device("meta"):
+    shapes = {{k: tuple(v.shape) for k, v in transformers.LlamaForCausalLM(config).state_dict().items()}}
+limit, groups, size = 1 << 30, [[]], 0
+for name, shape in shapes.items():
+    count = 4 * torch.Size(shape).numel()
+    if size + count > limit:
+        groups.append([]); size = 0
+    groups[-1].append(name); size += count
+names = {{}}
+torch.manual_seed(0)
+for i, group in enumerate(groups, 1):
+    file = f"model-{{i:05}}-of-{{len(groups):05}}.safetensors"
+    entries, position = {{}}, 0
+    for name in group:
+        end = position + 4 * torch.Size(shapes[name]).numel()
+        entries[name] = Entry("F32", shapes[name], position, end); position = end
+    with open(folder / file, "wb") as out:
+        out.write(render_header(entries, {{"format": "pt"}}))
+        for name in group:
+            out.write(memoryview((torch.randn(shapes[name]) * 0.02).numpy()).cast("B"))
+        out.flush(); os.fsync(out.fileno())
+    names |= dict.fromkeys(group, file)
+(folder / "model.safetensors.index.json").write_text(json.dumps({{"metadata": {{}}, "weight_map": names}}))
+"""
+
+CAST = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+start = time.perf_counter()
+from compress import passes
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.write import write_checkpoint
+from compress.passes.base import Context
+from compress.progress import SilentProgress
+checkpoint = open_checkpoint(sys.argv[1])
+cast = passes.get("cast")
+context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Path("."))
+result = cast.apply(checkpoint, cast.settings(weights="bf16"), context)
+written = write_checkpoint(result, Path(sys.argv[2]))
+total = time.perf_counter() - start
+print(json.dumps({{"seconds": total - written.verify_seconds, "verify": written.verify_seconds}}))
+"""
+
+STOCK = """
+import json, sys, time
+start = time.perf_counter()
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+model.save_pretrained(sys.argv[2])
+import os
+for name in os.listdir(sys.argv[2]):
+    descriptor = os.open(os.path.join(sys.argv[2], name), os.O_RDONLY); os.fsync(descriptor); os.close(descriptor)
+print(json.dumps({{"seconds": time.perf_counter() - start}}))
+"""
+
+COPY = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+subprocess.run(["cp", "-r", sys.argv[1], sys.argv[2]], check=True)
+for name in os.listdir(sys.argv[2]):
+    descriptor = os.open(os.path.join(sys.argv[2], name), os.O_RDONLY); os.fsync(descriptor); os.close(descriptor)
+print(json.dumps({{"seconds": time.perf_counter() - start}}))
+"""
+
+
+def python(code: str, *arguments: object) -> tuple[str, int, float]:
+    """Run code in a process; stdout, peak resident bytes, CPU seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.format(root=str(ROOT)), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    output, errors = process.stdout.read(), process.stderr.read()  # type: ignore[union-attr]
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(errors)
+    return output, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), usage.ru_utime + usage.ru_stime
+
+
+def streaming(scratch: Path) -> list[str]:
+    """The cast of sharded checkpoints of two sizes, beside `cp` and stock transformers."""
+    figures: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    for size in SIZES_GB:
+        python(MAKE, scratch / f"in{size}", size)
+    contenders = {"compress": CAST, "cp": COPY, "stock": STOCK}
+    for turn in range(ROUNDS):
+        for size in SIZES_GB:
+            for name, code in contenders.items():
+                if name == "stock" and size != SIZES_GB[0]:
+                    continue
+                out = scratch / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()
+                text, peak, _ = python(code, scratch / f"in{size}", out)
+                data = json.loads(text.splitlines()[-1])
+                figures.setdefault(f"{name}{size}", []).append(data["seconds"])
+                if "verify" in data:
+                    figures.setdefault(f"verify{size}", []).append(data["verify"])
+                peaks[f"{name}{size}"] = max(peak, peaks.get(f"{name}{size}", 0))
+                print(f"round {turn + 1}: {name} {size} GB: {data['seconds']:.1f} s, peak {peak / 2**20:.0f} MiB", flush=True)
+    median = {key: statistics.median(values) for key, values in figures.items()}
+    small, large = SIZES_GB
+    ours, copied = median[f"compress{large}"] - median[f"compress{small}"], median[f"cp{large}"] - median[f"cp{small}"]
+    rows = [
+        "## fp32 to bf16 cast of a sharded checkpoint",
+        "",
+        f"Random-weight Llama shape (hidden 2048), shards of 1 GiB, median of {ROUNDS} rounds taken in turns.",
+        "",
+        "| job | seconds | of it verification | peak resident MiB |",
+        "|---|---|---|---|",
+    ]
+    for key, label in (
+        (f"compress{small}", f"compress cast, {small} GB"),
+        (f"compress{large}", f"compress cast, {large} GB"),
+        (f"cp{small}", f"cp + fsync, {small} GB"),
+        (f"cp{large}", f"cp + fsync, {large} GB"),
+        (f"stock{small}", f"from_pretrained(dtype=bfloat16) + save_pretrained + fsync, {small} GB"),
+    ):
+        verify = median.get(key.replace("compress", "verify")) if key.startswith("compress") else None
+        total = median[key] + (verify or 0)
+        rows.append(f"| {label} | {total:.1f} | {f'{verify:.1f}' if verify is not None else '–'} | {peaks[key] / 2**20:.0f} |")
+    whole = median[f"compress{small}"] + median[f"verify{small}"]
+    rows += [
+        "",
+        f"- Time per byte: ({large} GB − {small} GB) without verification {ours:.1f} s, `cp` + fsync {copied:.1f} s: "
+        f"**{ours / copied:.2f} ×** (bound 1.5 ×); with verification "
+        f"{(ours + median[f'verify{large}'] - median[f'verify{small}']) / copied:.2f} ×.",
+        f"- The whole {small} GB run, verification and start-up included, against stock: **{whole / median[f'stock{small}']:.2f} ×** (bound 1 ×).",
+        f"- Peak resident memory: {peaks[f'compress{small}'] / 2**20:.0f} MiB at {small} GB, {peaks[f'compress{large}'] / 2**20:.0f} MiB at "
+        f"{large} GB (bound 1024, and the same); stock {peaks[f'stock{small}'] / 2**20:.0f} MiB at {small} GB.",
+        "",
+    ]
+    return rows
+
+
+def startup() -> list[str]:
+    """CPU time of commands that should answer at once."""
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "compress --help": [sys.executable, "-m", "compress", "--help"],
+        "compress check recipes/quickstart.yaml": [sys.executable, "-m", "compress", "check", "recipes/quickstart.yaml"],
+        "compress plan recipes/quickstart.yaml": [sys.executable, "-m", "compress", "plan", "recipes/quickstart.yaml"],
+        "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(8):
+        for name, command in commands.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if turn:  # the first fills caches
+                times[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    rows = ["## Start-up", "", "CPU time of the whole process, median of 7 turns.", "", "| command | ms |", "|---|---|"]
+    rows += [f"| `{name}` | {1000 * statistics.median(values):.0f} |" for name, values in times.items()]
+    return [*rows, "", "Bounds: 150 ms for help, 300 ms for `check`.", ""]
+
+
+def environment() -> str:
+    """What the figures were measured on."""
+    from importlib.metadata import version
+
+    cpu = next((x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
+    return f"{time.strftime('%Y-%m-%d')}, {cpu or platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {packages}."
+
+
+def main() -> None:
+    """Run all and write the page."""
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
+    try:
+        rows = ["# Benchmarks", "", "Written by `make bench`. Shared machines are noisy: read the ratios.", "", environment(), ""]
+        rows += startup() + streaming(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(rows), encoding="utf-8")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Applying one pass to a checkpoint in tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress import passes
+from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
+from compress.checkpoint.write import write_checkpoint
+from compress.passes.base import Context
+from compress.progress import SilentProgress
+
+
+def apply(checkpoint: Checkpoint, name: str, *, data: Any = None, details: dict[str, Any] | None = None, **settings: Any) -> Checkpoint:
+    """The lazily changed checkpoint."""
+    instance = passes.get(name)
+    context = Context(
+        checkpoint, "cpu", "float32", 0, None, lambda key: data, SilentProgress(), Path("/nowhere"), details={} if details is None else details
+    )
+    return instance.apply(checkpoint, instance.settings(**settings), context)
+
+
+def plan(checkpoint: Checkpoint, name: str, **settings: Any) -> Any:
+    """The planned spec."""
+    instance = passes.get(name)
+    return instance.plan(checkpoint.spec, instance.settings(**settings))
+
+
+def write(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> Stored:
+    """Written and opened again."""
+    return open_checkpoint(write_checkpoint(checkpoint, folder, **kwargs).folder)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.errors import PassError
+from compress.loading import load_model
+from tests import pico
+from tests.passes.helpers import apply, plan, write
+
+
+def test_config_and_per_layer_lists_are_cut(tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "qwen2"))
+    kinds = checkpoint.spec.structure.config["layer_types"]
+    assert kinds == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    out = write(apply(checkpoint, "prune_structured", layers=[1]), tmp_path / "out")
+    assert out.spec.structure.config["num_hidden_layers"] == 3
+    assert out.spec.structure.config["layer_types"] == ["full_attention"] + ["sliding_attention"] * 2
+    model = load_model(out.folder)
+    assert [b.self_attn.layer_idx for b in model.model.layers] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gpt_neox", "opt"])
+def test_by_count_the_block_that_changes_least_goes(family, tmp_path):
+    """Block 2 is made to do almost nothing, so it must be the one to go; its influence is checked against a plain forward."""
+    base = open_checkpoint(pico.save(tmp_path / "in", family))
+    outputs = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", "out_proj", "fc2", "output.dense")
+    from compress import architectures
+
+    record = architectures.of(base.spec.structure.config)
+
+    def quiet(name: str) -> Value:
+        value = base.tensor(name)
+        if record.block_index(name) == 2 and any(part in name for part in outputs):
+            return Value(value.data * 1e-4)
+        if family == "bert" and record.block_index(name) == 2 and "LayerNorm" in name:
+            return Value(torch.ones_like(value.data) if name.endswith("weight") else torch.zeros_like(value.data))
+        return value
+
+    quieted = write(Derived(base, base.spec, quiet), tmp_path / "quiet")
+    ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(0))
+    details: dict = {}
+    dropped = apply(quieted, "prune_structured", layers=1, data=ids, details=details)
+    assert details["removed_blocks"] == [2]
+    assert dropped.spec.structure.config[record.depth_key] == 3
+    model = load_model(quieted.folder)
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    cosine = torch.nn.functional.cosine_similarity(states[1], states[2], dim=-1)
+    assert details["block_influence"][1] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
+
+
+def test_shares_and_counts(pico_llama):
+    checkpoint = open_checkpoint(pico_llama)
+    for amount, left in ((0.5, 2), ("25%", 3), (3, 1), ([0, 1, 2], 1)):
+        assert plan(checkpoint, "prune_structured", layers=amount).structure.config["num_hidden_layers"] == left
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (4, "cannot remove 4 of 4 blocks; at most 3 can go"),
+        ("10%", "10% of 4 blocks is none"),
+        ([4], "there is no block 4: the model has 4, numbered from 0"),
+        ([0, 1, 2, 3], "cannot remove all 4 blocks"),
+    ],
+)
+def test_refusals(layers, message, pico_llama):
+    with pytest.raises(PassError, match=message) as caught:
+        plan(open_checkpoint(pico_llama), "prune_structured", layers=layers)
+    assert caught.value.key == "layers"
+
+
+def test_patterns_do_not_apply(pico_llama):
+    with pytest.raises(PassError, match="do not apply to blocks"):
+        plan(open_checkpoint(pico_llama), "prune_structured", layers=1, only=["*"])

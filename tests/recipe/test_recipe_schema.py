@@ -1,0 +1,72 @@
+"""The JSON schema accepts real recipes, refuses wrong ones, and describes every key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from compress import passes
+from compress.recipe import load_recipe, recipe_schema, resolved
+from compress.recipe.nodes import parse
+from compress.recipe.problems import Origin, plain
+from conftest import GOOD
+from test_load import FULL
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = json.loads(json.dumps(recipe_schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def values(text: str) -> Any:
+    node = parse(text, Origin("x"), [])
+    assert node is not None
+    return plain(node)
+
+
+def test_real_recipes_are_valid(validator: Any, work: Path) -> None:
+    for text in (FULL, GOOD, "extends: base.yaml\nseed: 2\n", GOOD + "data:\ngates:\n"):
+        validator.validate(values(text))
+    Path("r.yaml").write_text(FULL)
+    validator.validate(resolved(load_recipe(Path("r.yaml"))))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\noutput: o\n",
+        GOOD + "sede: 1\n",
+        GOOD + "seed: x\n",
+        GOOD + "gates: {size: {}}\n",
+        GOOD + "device: gpu\n",
+        GOOD.replace("bf16", "bf17"),
+        GOOD.replace("weights", "wieghts"),
+        GOOD.replace("cast", "quantize"),
+        GOOD.replace("- cast: {weights: bf16}", "- cast"),
+        GOOD.replace("  - cast: {weights: bf16}", "  []"),
+    ],
+)
+def test_wrong_recipes_are_not(validator: Any, text: str) -> None:
+    assert not validator.is_valid(values(text))
+
+
+def test_every_key_is_described() -> None:
+    schema = recipe_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["$id"]
+    assert schema["title"]
+    bare = [key for key, value in schema["properties"].items() if not value.get("description")]
+    for name, definition in schema["$defs"].items():
+        bare += [f"{name}.{key}" for key, value in definition.get("properties", {}).items() if not value.get("description")]
+    assert bare == []
+
+
+def test_every_pass_is_there() -> None:
+    listed = recipe_schema()["properties"]["passes"]["items"]["oneOf"]
+    assert [next(iter(entry["properties"])) for entry in listed] == passes.names()
