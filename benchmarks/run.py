@@ -138,7 +138,10 @@ def streaming(scratch: Path) -> list[str]:
                 if "verify" in data:
                     figures.setdefault(f"verify{size}", []).append(data["verify"])
                 peaks[f"{name}{size}"] = max(peak, peaks.get(f"{name}{size}", 0))
-                print(f"round {turn + 1}: {name} {size} GB: {data['seconds']:.1f} s, peak {peak / 2**20:.0f} MiB", flush=True)
+                print(
+                    f"round {turn + 1}: {name} {size} GB: {data['seconds']:.1f} s, peak {peak / 2**20:.0f} MiB",
+                    flush=True,
+                )
     median = {key: statistics.median(values) for key, values in figures.items()}
     small, large = SIZES_GB
     ours, copied = median[f"compress{large}"] - median[f"compress{small}"], median[f"cp{large}"] - median[f"cp{small}"]
@@ -159,7 +162,9 @@ def streaming(scratch: Path) -> list[str]:
     ):
         verify = median.get(key.replace("compress", "verify")) if key.startswith("compress") else None
         total = median[key] + (verify or 0)
-        rows.append(f"| {label} | {total:.1f} | {f'{verify:.1f}' if verify is not None else '–'} | {peaks[key] / 2**20:.0f} |")
+        rows.append(
+            f"| {label} | {total:.1f} | {f'{verify:.1f}' if verify is not None else '–'} | {peaks[key] / 2**20:.0f} |"
+        )
     whole = median[f"compress{small}"] + median[f"verify{small}"]
     rows += [
         "",
@@ -179,7 +184,13 @@ def startup() -> list[str]:
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
         "compress --help": [sys.executable, "-m", "compress", "--help"],
-        "compress check recipes/quickstart.yaml": [sys.executable, "-m", "compress", "check", "recipes/quickstart.yaml"],
+        "compress check recipes/quickstart.yaml": [
+            sys.executable,
+            "-m",
+            "compress",
+            "check",
+            "recipes/quickstart.yaml",
+        ],
         "compress plan recipes/quickstart.yaml": [sys.executable, "-m", "compress", "plan", "recipes/quickstart.yaml"],
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
     }
@@ -200,7 +211,14 @@ def environment() -> str:
     """What the figures were measured on."""
     from importlib.metadata import version
 
-    cpu = next((x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    cpu = next(
+        (
+            x.partition(":")[2].strip()
+            for x in Path("/proc/cpuinfo").read_text().splitlines()
+            if x.startswith("model name")
+        ),
+        "",
+    )
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
     return f"{time.strftime('%Y-%m-%d')}, {cpu or platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {packages}."
 
@@ -209,7 +227,14 @@ def main() -> None:
     """Run all and write the page."""
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        rows = ["# Benchmarks", "", "Written by `make bench`. Shared machines are noisy: read the ratios.", "", environment(), ""]
+        rows = [
+            "# Benchmarks",
+            "",
+            "Written by `make bench`. Shared machines are noisy: read the ratios.",
+            "",
+            environment(),
+            "",
+        ]
         rows += startup() + streaming(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -157,7 +157,9 @@ def load(
     return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
-def unpack(model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None) -> Path:
+def unpack(
+    model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None
+) -> Path:
     """Write the dense stock twin of a compact checkpoint to ``output``, which must not exist."""
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
@@ -172,5 +174,12 @@ def unpack(model: str | Path, output: str | Path, *, max_shard_size: int | str =
         raise CompressError(f"no stock class can express this checkpoint ({kinds})", where=str(model))
     readme = local / "README.md"
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
-    write_checkpoint(checkpoint, Path(output), store="stock", max_shard=parse_size(max_shard_size), extra_files=files, progress=progress)
+    write_checkpoint(
+        checkpoint,
+        Path(output),
+        store="stock",
+        max_shard=parse_size(max_shard_size),
+        extra_files=files,
+        progress=progress,
+    )
     return Path(output)

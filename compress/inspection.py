@@ -16,7 +16,9 @@ from compress.checkpoint.spec import Spec, Tensor
 from compress.plan import size_of, size_on_disk
 
 
-def inspect(model: str | Path, *, zeros: bool = False, trust_remote_code: bool = False, offline: bool = False) -> dict[str, Any]:
+def inspect(
+    model: str | Path, *, zeros: bool = False, trust_remote_code: bool = False, offline: bool = False
+) -> dict[str, Any]:
     """Facts of a checkpoint as JSON values, schema ``compress.inspect/1``.
 
     Args:
@@ -117,7 +119,11 @@ def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code
         if before is None or after is None:
             present = before or after
             assert present is not None
-            row |= {"change": "removed" if after is None else "added", "shape": list(present.shape), "bytes": stored_bytes(present)}
+            row |= {
+                "change": "removed" if after is None else "added",
+                "shape": list(present.shape),
+                "bytes": stored_bytes(present),
+            }
         else:
             row |= {
                 "shape": [list(before.shape), list(after.shape)],
@@ -125,13 +131,20 @@ def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code
                 "sparsity": [_sparsity(before), _sparsity(after)],
                 "bytes": [stored_bytes(before), stored_bytes(after)],
             }
-            if (before.shape, before.dtype, before.kept, before.storage) != (after.shape, after.dtype, after.kept, after.storage):
+            if (before.shape, before.dtype, before.kept, before.storage) != (
+                after.shape,
+                after.dtype,
+                after.kept,
+                after.storage,
+            ):
                 row["change"] = "changed"
             if values and before.shape == after.shape and not (before.alias_of and after.alias_of):
                 x, y = first.tensor(name).data.double(), second.tensor(name).data.double()
                 row["max_difference"] = float((y - x).abs().max()) if x.numel() else 0.0
                 norm = float(x.norm())
-                row["relative_difference"] = float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
+                row["relative_difference"] = (
+                    float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
+                )
                 if row["max_difference"] != 0:  # also where it is NaN
                     row["change"] = "changed"
         rows.append(row)
@@ -149,4 +162,3 @@ def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code
         "tensors": rows,
         "same": all(row["change"] == "same" for row in rows) and not config,
     }
-

@@ -78,17 +78,28 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: dict[str, torch
                 if model.can_generate() and (folder / "generation_config.json").exists():
                     model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
             else:
-                extra = {"trust_remote_code": True} if checkpoint.trust_remote_code and spec.structure.config.get("auto_map") else {}
+                extra = (
+                    {"trust_remote_code": True}
+                    if checkpoint.trust_remote_code and spec.structure.config.get("auto_map")
+                    else {}
+                )
                 model, info = stock.from_pretrained(folder, config=config, local_files_only=True, **extra, **kwargs)
         except RuntimeError as error:
             if "size mismatch" in str(error) or "mismatched" in str(error):
-                raise CheckpointError(f"config and weights disagree: {_first_line(error)}", where=str(folder)) from error
+                raise CheckpointError(
+                    f"config and weights disagree: {_first_line(error)}", where=str(folder)
+                ) from error
             raise
-    for what, key in (("missing", "missing_keys"), ("of another shape", "mismatched_keys"), ("unknown to the model", "unexpected_keys")):
+    for what, key in (
+        ("missing", "missing_keys"),
+        ("of another shape", "mismatched_keys"),
+        ("unknown to the model", "unexpected_keys"),
+    ):
         if info[key]:
             name = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[key])[0]
             raise CheckpointError(
-                f"config and weights disagree: {len(info[key])} weights are {what} for {stock.__name__}, such as {name}", where=str(folder)
+                f"config and weights disagree: {len(info[key])} weights are {what} for {stock.__name__}, such as {name}",
+                where=str(folder),
             )
     result: PreTrainedModel = model.eval()
     return result
@@ -102,14 +113,18 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     where = str(checkpoint.folder)
     data = dict(structure.config)
     auto_map = data.get("auto_map")
+    assert checkpoint.folder is not None
     try:
         if auto_map and checkpoint.trust_remote_code:
-            config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=True, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=True, local_files_only=True
+            )
             auto = next((k for k in auto_map if k.startswith("AutoModelFor")), "AutoModel")
             return getattr(transformers, auto), config
         if data["model_type"] not in transformers.CONFIG_MAPPING:
             raise CheckpointError(
-                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}", where=where
+                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}",
+                where=where,
             )
         config = transformers.AutoConfig.for_model(**data)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -130,12 +145,17 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     import transformers
 
     folder = Path(folder)
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
-        raise CheckpointError("has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it")
+    if not any(
+        (folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    ):
+        raise CheckpointError(
+            "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
+        )
     try:
         with _quiet_transformers():
             if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-                return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+                return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+                    tokenizer_file=str(folder / "tokenizer.json"))
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -152,7 +172,9 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of what is checked here anyway."""
-    import transformers.utils.logging as logging
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
 
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
@@ -179,7 +201,7 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
         model = load_checkpoint(checkpoint, dtype="float32")
         if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
             return
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = int(getattr(model.config, "vocab_size", 0)) or 16
         ids = torch.arange(16).remainder(vocabulary)[None]
         with torch.inference_mode():
             outputs.append(model(input_ids=ids)[0])
@@ -187,4 +209,6 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
     # the tensors are equal bit by bit; kernels chosen by memory alignment may still round otherwise
     difference = float((outputs[0] - outputs[1]).abs().max())
     if not difference <= 1e-4 * max(1.0, float(outputs[0].abs().max())):
-        raise CheckpointError(f"the written model computes other values (difference {difference:.3g})", where=str(stored.folder))
+        raise CheckpointError(
+            f"the written model computes other values (difference {difference:.3g})", where=str(stored.folder)
+        )

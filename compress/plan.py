@@ -175,7 +175,9 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
             )
         )
         current = following
-    stages = tuple(PlannedStage(number, tuple(group)) for number, group in enumerate(fuse(planned, recipe.evaluate_at), 1))
+    stages = tuple(
+        PlannedStage(number, tuple(group)) for number, group in enumerate(fuse(planned, recipe.evaluate_at), 1)
+    )
     peak = max(p.peak_memory for p in planned)
     if recipe.data.evaluation is not None and recipe.metrics:
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]

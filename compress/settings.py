@@ -34,7 +34,9 @@ class Pattern(NamedTuple):
 
 
 def _fail(expected: str, value: Any) -> PydanticCustomError:
-    return PydanticCustomError("amount", "expected {expected}, got {value}", {"expected": expected, "value": repr(value)})
+    return PydanticCustomError(
+        "amount", "expected {expected}, got {value}", {"expected": expected, "value": repr(value)}
+    )
 
 
 def parse_size(value: Any) -> int:
@@ -92,9 +94,15 @@ def parse_increase(value: Any) -> dict[str, Any]:
     raise _fail("a relative change such as 5%, or an absolute one such as 0.02", value)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"], "examples": ["500MB", "4GiB"]})]
-Share = Annotated[float, BeforeValidator(parse_share), WithJsonSchema({"type": ["number", "string"], "examples": ["50%", 0.5]})]
-Amount = Annotated[float | int, BeforeValidator(parse_amount), WithJsonSchema({"type": ["number", "string"], "examples": ["25%", 2]})]
+Size = Annotated[
+    int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"], "examples": ["500MB", "4GiB"]})
+]
+Share = Annotated[
+    float, BeforeValidator(parse_share), WithJsonSchema({"type": ["number", "string"], "examples": ["50%", 0.5]})
+]
+Amount = Annotated[
+    float | int, BeforeValidator(parse_amount), WithJsonSchema({"type": ["number", "string"], "examples": ["25%", 2]})
+]
 PatternNM = Annotated[Pattern, BeforeValidator(parse_pattern), WithJsonSchema({"type": "string", "examples": ["2:4"]})]
 
 

@@ -15,13 +15,21 @@ def passes_page() -> str:
     """Every pass and setting, from the settings models."""
     from compress.passes.describe import describe_all
 
-    lines = ["# Passes", "", "Made by `make docs` from the settings models; `compress passes NAME` prints the same.", ""]
+    lines = [
+        "# Passes",
+        "",
+        "Made by `make docs` from the settings models; `compress passes NAME` prints the same.",
+        "",
+    ]
     for entry in describe_all()["passes"]:
         lines += [f"## `{entry['name']}`", "", f"{entry['summary']} {entry['details']}", ""]
         if entry["source"]:
             lines += [f"Source: {entry['source']}.", ""]
         needs = ", ".join(f"`data.{n}`" for n in entry["needs"]) or "no data"
-        lines += [f"Works {entry['mode']}-wise, reads {needs}, preserves {', '.join(entry['preserves']) or 'nothing'}.", ""]
+        lines += [
+            f"Works {entry['mode']}-wise, reads {needs}, preserves {', '.join(entry['preserves']) or 'nothing'}.",
+            "",
+        ]
         lines += ["| setting | type | default | what it does |", "|---|---|---|---|"]
         for s in entry["settings"]:
             default = "required" if s["required"] else f"`{json.dumps(s['default'])}`"
@@ -37,7 +45,11 @@ def commands_page() -> str:
 
     def text(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "compress", *arguments, "--help"], capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-m", "compress", *arguments, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
         body = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
         return body.replace("python -m compress", "compress")

@@ -77,7 +77,9 @@ def nll_per_document(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[
     for start in range(0, len(rows), 32):
         chunk = table[start : start + 32]
         logits = model(chunk[:, :-1].clamp(min=0)).logits.float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="none", ignore_index=-100)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="none", ignore_index=-100
+        )
         for row, total in enumerate(losses.view(len(chunk), -1).sum(1).tolist()):
             result[owner[start + row]] += total
     return result
@@ -98,6 +100,7 @@ def baselines(tokenizer: Tokenizer, train: list[str], test: list[str]) -> dict[s
         return -sum(n * math.log2((known[s] + 1) / total) for s, n in seen.items()) / size
 
     tokens = [Counter(t for e in tokenizer.encode_batch(x) for t in e.ids) for x in (train, test)]
+
     def xz(data: bytes) -> int:
         return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
@@ -165,7 +168,10 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, Tokenizer, dict[s
         if score < best:
             best, kept = score, {k: v.detach().clone() for k, v in model.state_dict().items()}
         tokens = step * BATCH * LENGTH
-        print(f"epoch {number + 1}/{args.epochs}: {tokens:,} tokens, {time.time() - start:.0f} s, train loss {last:.3f}, valid {score:.4f} bits per byte", flush=True)
+        print(
+            f"epoch {number + 1}/{args.epochs}: {tokens:,} tokens, {time.time() - start:.0f} s, train loss {last:.3f}, valid {score:.4f} bits per byte",
+            flush=True,
+        )
     model.load_state_dict(kept)
     model.config.attention_dropout = 0.0
     facts = {"tokens": step * BATCH * LENGTH, "minutes": (time.time() - start) / 60}
@@ -187,7 +193,9 @@ def main() -> None:
         model, tokenizer, facts = train(args)
         model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
         model.save_pretrained(args.out)
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=1024)
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=1024
+        )
         wrapped.save_pretrained(args.out)
         print(json.dumps(facts))
     model, info = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32, output_loading_info=True)
@@ -198,7 +206,13 @@ def main() -> None:
         print(f"{value:.3f}  {name}")
     ids = torch.tensor([[0, *tokenizer.encode("My fellow citizens, ").ids]])
     torch.manual_seed(1)
-    print(repr(tokenizer.decode(model.generate(ids, max_new_tokens=60, do_sample=True, top_k=40, temperature=0.8)[0].tolist())))
+    print(
+        repr(
+            tokenizer.decode(
+                model.generate(ids, max_new_tokens=60, do_sample=True, top_k=40, temperature=0.8)[0].tolist()
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

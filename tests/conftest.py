@@ -63,7 +63,13 @@ def stock() -> Callable[[str], str]:
         )
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, "-c", guard + code], capture_output=True, text=True, env=environment, cwd="/", timeout=300, check=False
+            [sys.executable, "-c", guard + code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd="/",
+            timeout=300,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -12,7 +12,10 @@ VOCABULARY = 300
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
-    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 16}),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 16},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
@@ -66,10 +69,14 @@ def tokenizer() -> Any:
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
-def save(folder: Path, family: str = "llama", *, max_shard_size: str = "5GB", with_tokenizer: bool = True, **changes: Any) -> Path:
+def save(
+    folder: Path, family: str = "llama", *, max_shard_size: str = "5GB", with_tokenizer: bool = True, **changes: Any
+) -> Path:
     """Write a pico checkpoint with stock transformers."""
     built = model(family, **changes)
     built.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -122,10 +122,13 @@ class Architecture:
             raise CheckpointError(f"config and weights disagree: block {wrong}: {side}", where=where)
         embedding = self._find(spec, f"{self.embeddings[0]}.weight")
         if embedding is None:
-            raise CheckpointError(f"config and weights disagree: there is no {self.prefix}.{self.embeddings[0]}.weight", where=where)
+            raise CheckpointError(
+                f"config and weights disagree: there is no {self.prefix}.{self.embeddings[0]}.weight", where=where
+            )
         vocabulary = config.get("vocab_size")
         shape = spec.tensors[embedding].shape
         if isinstance(vocabulary, int) and shape[0] != vocabulary:
             raise CheckpointError(
-                f"config and weights disagree: {embedding} has {shape[0]} rows, the config says vocab_size {vocabulary}", where=where
+                f"config and weights disagree: {embedding} has {shape[0]} rows, the config says vocab_size {vocabulary}",
+                where=where,
             )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from compress.architectures.record import Architecture
 
-_LLAMA_LIKE = {
+_LLAMA_LIKE: dict[str, Any] = {
     "prefix": "model",
     "blocks": "layers",
     "embeddings": ("embed_tokens",),
@@ -28,7 +30,14 @@ RECORDS: tuple[Architecture, ...] = (
         input_axis=0,
         tie_default=True,
     ),
-    Architecture("gpt_neox", prefix="gpt_neox", blocks="layers", embeddings=("embed_in",), head="embed_out", head_tie="embed_out.weight"),
+    Architecture(
+        "gpt_neox",
+        prefix="gpt_neox",
+        blocks="layers",
+        embeddings=("embed_in",),
+        head="embed_out",
+        head_tie="embed_out.weight",
+    ),
     Architecture(
         "opt", prefix="model.decoder", blocks="layers", embeddings=("embed_tokens", "embed_positions"), tie_default=True
     ),

@@ -26,8 +26,11 @@ def block_influence(checkpoint: Checkpoint, context: Context) -> list[float]:
     model = load_checkpoint(checkpoint, dtype=context.dtype, device=context.device)
     blocks = find_blocks(model, record)
     totals = [[0.0, 0.0] for _ in blocks]
-    handles = [block.register_forward_hook(_recorder(total), with_kwargs=True) for block, total in zip(blocks, totals, strict=True)]
-    batches = ids.split(max(1, _TOKENS_PER_BATCH // ids.shape[1]))
+    handles = [
+        block.register_forward_hook(_recorder(total), with_kwargs=True)
+        for block, total in zip(blocks, totals, strict=True)
+    ]
+    batches: Any = torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1]))
     try:
         with torch.inference_mode(), context.progress.task("block influence", len(batches), "batches") as task:
             for batch in batches:

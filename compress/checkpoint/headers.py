@@ -60,7 +60,9 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
     if length > MAX_HEADER:
         raise CheckpointError(f"is no safetensors file, or damaged: its header would be {length} bytes", where=where)
     if 8 + length > size:
-        raise CheckpointError(f"is truncated: the header is {length} bytes, the file {size}", where=where, fix="copy it again")
+        raise CheckpointError(
+            f"is truncated: the header is {length} bytes, the file {size}", where=where, fix="copy it again"
+        )
     try:
         data = json.loads(read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -122,7 +124,9 @@ def _check_offsets(entries: Mapping[str, Entry], size: int, where: str) -> None:
             raise CheckpointError(f"has a hole of {entry.start - position} bytes before tensor {name}", where=where)
         if entry.end > size:
             missing = entry.end - size
-            raise CheckpointError(f"is truncated: tensor {name} ends {missing} bytes beyond the file", where=where, fix="copy it again")
+            raise CheckpointError(
+                f"is truncated: tensor {name} ends {missing} bytes beyond the file", where=where, fix="copy it again"
+            )
         position, last = entry.end, name
     if position != size:
         raise CheckpointError(f"has {size - position} bytes after its last tensor", where=where)

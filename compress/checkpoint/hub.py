@@ -13,7 +13,20 @@ from compress.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 #: Everything but weights of other formats.
-_IGNORED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "onnx/*", "openvino/*", "coreml/*"]
+_IGNORED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.ot",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+]
 T = TypeVar("T")
 
 
@@ -44,8 +57,8 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
     """Config and weight headers; of files that are not in the cache by range requests, a few kB each."""
     import huggingface_hub
 
-    from compress.checkpoint.open import _weight_files, read_json
     from compress.checkpoint.headers import read_header
+    from compress.checkpoint.open import _weight_files, read_json
 
     repo, _, revision = reference.partition("@")
     try:
@@ -53,7 +66,9 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
         return read_json(folder, "config.json"), {file: read_header(folder / file) for file in _weight_files(folder)}
     except (CheckpointError, huggingface_hub.errors.LocalEntryNotFoundError):
         if _offline(offline):
-            raise CheckpointError("is not in the local cache", where=reference, fix="download it first, or leave out --offline") from None
+            raise CheckpointError(
+                "is not in the local cache", where=reference, fix="download it first, or leave out --offline"
+            ) from None
     config = _call(reference, lambda: huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None))
     remote = _call(reference, lambda: huggingface_hub.get_safetensors_metadata(repo, revision=revision or None))
     headers = {}
@@ -74,12 +89,18 @@ def _call(reference: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
-        raise CheckpointError("is neither a folder here nor a repository that the hub shows you", where=reference) from None
+        raise CheckpointError(
+            "is neither a folder here nor a repository that the hub shows you", where=reference
+        ) from None
     except hub.NotASafetensorsRepoError:
-        raise CheckpointError("has no safetensors weights", where=reference, fix="convert it to safetensors first") from None
+        raise CheckpointError(
+            "has no safetensors weights", where=reference, fix="convert it to safetensors first"
+        ) from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         raise CheckpointError(
-            "is not in the local cache and the hub cannot be reached", where=reference, fix="check the name, the network, or --offline"
+            "is not in the local cache and the hub cannot be reached",
+            where=reference,
+            fix="check the name, the network, or --offline",
         ) from None
     except (hub.HfHubHTTPError, OSError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

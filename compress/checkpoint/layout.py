@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from compress.checkpoint.codecs import Part, parts
 from compress.checkpoint.headers import Entry, render_header
 from compress.checkpoint.spec import DENSE, DTYPE_BITS, Spec, Tensor
 
+#: `bytes`, which is the name of a size here.
+Buffer: TypeAlias = bytes
 #: Safetensors metadata key that holds, as JSON, what the header alone cannot say of some tensors.
 METADATA_KEY = "compress.tensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -44,8 +46,8 @@ class Layout:
         """Bytes of all weight files (the index, a sidecar, apart)."""
         return sum(shard.bytes for shard in self.shards)
 
-    def index(self) -> bytes | None:
-        """The index file, None where one file holds all."""
+    def index(self) -> Buffer | None:
+        """Bytes of the index file, None where one file holds all."""
         if len(self.shards) == 1:
             return None
         names = {key: shard.file for shard in self.shards for key in shard.entries}

@@ -80,7 +80,11 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
         None, config=base, state_dict=decoded_state_dict(folder), output_loading_info=True, **kwargs
     )
     unexpected = [] if auto is transformers.AutoModel else info["unexpected_keys"]
-    for what, found in (("missing", info["missing_keys"]), ("of another shape", info["mismatched_keys"]), ("unknown", unexpected)):
+    for what, found in (
+        ("missing", info["missing_keys"]),
+        ("of another shape", info["mismatched_keys"]),
+        ("unknown", unexpected),
+    ):
         if found:
             raise ValueError(f"{folder}: {len(found)} weights are {what}, such as {sorted(map(str, found))[0]}")
     if model.can_generate() and (pathlib.Path(folder) / "generation_config.json").exists():
@@ -92,7 +96,15 @@ class CompressModel:
     """What ``AutoModel…from_pretrained`` calls; it hands back a model of the stock class."""
 
     auto = transformers.AutoModel
-    _ignored = ("trust_remote_code", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "subfolder", "use_safetensors")
+    _ignored = (
+        "trust_remote_code",
+        "adapter_kwargs",
+        "code_revision",
+        "_from_auto",
+        "_commit_hash",
+        "subfolder",
+        "use_safetensors",
+    )
     _download = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 
     @classmethod

@@ -57,7 +57,9 @@ class Checkpoint(ABC):
 class Stored(Checkpoint):
     """A checkpoint on disk; `where` maps each key to its file and header entry."""
 
-    def __init__(self, folder: Path, spec: Spec, headers: Mapping[str, Header], *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, folder: Path, spec: Spec, headers: Mapping[str, Header], *, trust_remote_code: bool = False
+    ) -> None:
         self.folder = folder
         self.spec = spec
         self.trust_remote_code = trust_remote_code
@@ -93,13 +95,15 @@ class Stored(Checkpoint):
         assert self.folder is not None
         size = entry.end - entry.start
         buffer = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(buffer.numpy()) if size else memoryview(b"")
+        view = memoryview(buffer.numpy().data) if size else memoryview(b"")
         path = self.folder / file
         try:
             with path.open("rb", buffering=0) as stream:
                 done = 0
                 while done < size:
-                    got = os.preadv(stream.fileno(), [view[done : done + (1 << 27)]], header.data_start + entry.start + done)
+                    got = os.preadv(
+                        stream.fileno(), [view[done : done + (1 << 27)]], header.data_start + entry.start + done
+                    )
                     if got == 0:
                         raise CheckpointError(f"ended while tensor {key} was read", where=str(path))
                     done += got
@@ -145,7 +149,9 @@ def open_headers(
     folder = Path(reference).expanduser()
     if not folder.exists() and hub.is_hub_id(str(reference)):
         config, headers = hub.read_headers(str(reference), offline=offline)
-        return _spec(check_config(config, str(reference), trust_remote_code), headers, str(reference)), _metadata(headers)
+        return _spec(check_config(config, str(reference), trust_remote_code), headers, str(reference)), _metadata(
+            headers
+        )
     spec, headers = _read_folder(folder, trust_remote_code)
     return spec, _metadata(headers)
 
@@ -157,7 +163,9 @@ def _metadata(headers: Mapping[str, Header]) -> dict[str, str]:
 
 def _read_folder(folder: Path, trust_remote_code: bool) -> tuple[Spec, dict[str, Header]]:
     if folder.is_file():
-        raise CheckpointError("is a file, not a checkpoint folder", where=str(folder), fix="name the folder that holds config.json")
+        raise CheckpointError(
+            "is a file, not a checkpoint folder", where=str(folder), fix="name the folder that holds config.json"
+        )
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=str(folder))
     config = check_config(read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code)
@@ -175,10 +183,16 @@ def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, 
         if not isinstance(config.get("base"), dict) or not isinstance(config["base"].get("model_type"), str):
             raise CheckpointError("is a compact checkpoint's, but has no `base` config", where=where)
         if config.get("format") != 1:
-            raise CheckpointError(f"has the compact format {config.get('format')!r}; this version reads 1", where=where, fix="update compress")
+            raise CheckpointError(
+                f"has the compact format {config.get('format')!r}; this version reads 1",
+                where=where,
+                fix="update compress",
+            )
     elif config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
-            "asks for Python code of its own (`auto_map`)", where=where, fix="if you trust it, set trust_remote_code: true"
+            "asks for Python code of its own (`auto_map`)",
+            where=where,
+            fix="if you trust it, set trust_remote_code: true",
         )
     return config
 
@@ -236,7 +250,9 @@ def check_index(index: Any, folder: Path) -> list[str]:
     files = list(dict.fromkeys(names.values()))
     for file in files:
         if not safe_file(folder, file).is_file():
-            raise CheckpointError(f"names the file {file}, which is missing", where=where, fix="copy or download it again")
+            raise CheckpointError(
+                f"names the file {file}, which is missing", where=where, fix="copy or download it again"
+            )
     held = {key: file for file in files for key in read_header(folder / file).entries}
     if lost := next((name for name, file in names.items() if held.get(name) != file), None):
         raise CheckpointError(f"names tensor {lost} in {names[lost]}, which does not hold it", where=where)
@@ -276,7 +292,9 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
         for name, row in rows.items():
             storage = tuple(row["storage"])
             if storage not in (DENSE, MASKED):
-                raise CheckpointError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where)
+                raise CheckpointError(
+                    f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where
+                )
             key = name if storage == DENSE else f"{name}.values"
             tensor = Tensor(name, tuple(row["shape"]), header.entries[key].dtype, kept=row["kept"], storage=storage)
             for part in codecs.parts(tensor):

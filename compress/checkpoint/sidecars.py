@@ -49,7 +49,9 @@ def safe_file(folder: Path, name: str) -> Path:
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and not (blobs and target.is_relative_to(blobs)):
         raise CheckpointError(
-            f"is a symbolic link to {target}, outside the checkpoint", where=str(path), fix="copy the file into the folder"
+            f"is a symbolic link to {target}, outside the checkpoint",
+            where=str(path),
+            fix="copy the file into the folder",
         )
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise CheckpointError("is neither a file nor a folder", where=str(path))

@@ -97,8 +97,8 @@ class Structure:
     @property
     def class_name(self) -> str | None:
         """The stock class that wrote the checkpoint, where the config says so."""
-        names = self.config.get("architectures") or [None]
-        return names[0]
+        names = self.config.get("architectures")
+        return str(names[0]) if names else None
 
 
 @dataclass(frozen=True, slots=True)

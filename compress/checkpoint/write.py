@@ -43,7 +43,9 @@ class Written:
     verify_seconds: float
 
 
-def stored_form(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> tuple[Spec, Layout]:
+def stored_form(
+    spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None
+) -> tuple[Spec, Layout]:
     """The spec with storage chosen and laid out exactly as `write_checkpoint` will write it."""
     spec = codecs.with_storage(spec, store)
     return spec, lay_out(spec, max_shard, metadata)
@@ -84,7 +86,9 @@ def write_checkpoint(
             read_back = open_checkpoint(temp, trust_remote_code=True)
             for name, digest in hashes.items():
                 if _digest(read_back.tensor(name)) != digest:
-                    raise CheckpointError(f"tensor {name} does not read back as it was written", where=str(folder), fix="check the disk")
+                    raise CheckpointError(
+                        f"tensor {name} does not read back as it was written", where=str(folder), fix="check the disk"
+                    )
                 task.advance(note=name)
         verified = time.perf_counter()
         os.rename(temp, folder)
@@ -115,7 +119,11 @@ def _check_value(tensor: Tensor, value: Value) -> None:
     import torch
 
     data = value.data
-    assert tuple(data.shape) == tensor.shape and data.dtype == torch_dtype(tensor.dtype), (tensor, data.shape, data.dtype)
+    assert tuple(data.shape) == tensor.shape and data.dtype == torch_dtype(tensor.dtype), (
+        tensor,
+        data.shape,
+        data.dtype,
+    )
     assert (value.mask is None) == (tensor.kept is None), tensor
     if tensor.is_float and tensor.count and tensor.dtype in ("F16", "BF16", "F32", "F64"):
         # one pass in the common case: a sum is finite unless some value is not
@@ -123,7 +131,8 @@ def _check_value(tensor: Tensor, value: Value) -> None:
             count = int(torch.isnan(data).sum())
             if count:
                 raise CheckpointError(
-                    f"tensor {tensor.name} holds {count} NaN values", fix="the checkpoint is damaged or its training diverged"
+                    f"tensor {tensor.name} holds {count} NaN values",
+                    fix="the checkpoint is damaged or its training diverged",
                 )
 
 
@@ -131,7 +140,7 @@ def _raw(data: torch.Tensor) -> memoryview:
     import torch
 
     flat = data.contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -150,7 +159,9 @@ def _digest(value: Value) -> str:
 
 
 def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
-    rows = [(n, spec.tensors[n].dtype, list(spec.tensors[n].shape), spec.tensors[n].kept, hashes[n]) for n in sorted(hashes)]
+    rows = [
+        (n, spec.tensors[n].dtype, list(spec.tensors[n].shape), spec.tensors[n].kept, hashes[n]) for n in sorted(hashes)
+    ]
     config = json.dumps(spec.structure.config, sort_keys=True)
     return hashlib.sha256((config + json.dumps(rows)).encode()).hexdigest()
 
@@ -172,7 +183,9 @@ def render_config(spec: Spec) -> bytes:
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _write_small(temp: Path, checkpoint: Checkpoint, spec: Spec, layout: Layout, extra_files: Mapping[str, bytes]) -> None:
+def _write_small(
+    temp: Path, checkpoint: Checkpoint, spec: Spec, layout: Layout, extra_files: Mapping[str, bytes]
+) -> None:
     if checkpoint.folder is not None:
         copy_sidecars(checkpoint.folder, checkpoint.sidecars, temp)
     files = {"config.json": render_config(spec), **extra_files}
@@ -214,7 +227,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError("the disk is full", where=str(folder.parent), fix="free some space and run again; finished stages are kept") from error
+            raise ResourceError(
+                "the disk is full",
+                where=str(folder.parent),
+                fix="free some space and run again; finished stages are kept",
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise OutputError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from error
         raise
@@ -226,5 +243,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

@@ -19,7 +19,9 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Sets = Annotated[
     Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as passes.0.cast.weights=fp16. May be repeated."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, such as passes.0.cast.weights=fp16. May be repeated."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -38,7 +40,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -60,7 +64,9 @@ def run(
     """
     from compress.cli import commands
 
-    commands.run(recipe, sets or [], fresh=fresh, publish_anyway=publish_anyway, offline=offline, json=json, quiet=quiet)
+    commands.run(
+        recipe, sets or [], fresh=fresh, publish_anyway=publish_anyway, offline=offline, json=json, quiet=quiet
+    )
 
 
 @app.command()
@@ -116,9 +122,12 @@ def diff(
 @app.command(name="eval")
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[Optional[list[str]], typer.Option("--data", help="Text file (.txt, .jsonl). May be repeated.")] = None,
+    data: Annotated[
+        Optional[list[str]], typer.Option("--data", help="Text file (.txt, .jsonl). May be repeated.")
+    ] = None,
     baseline: Annotated[
-        Optional[str], typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote.")
+        Optional[str],
+        typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote."),
     ] = None,
     metric: Annotated[
         Optional[list[str]],
@@ -126,8 +135,12 @@ def evaluate(
     ] = None,
     separator: Annotated[Optional[str], typer.Option("--separator", help="Text between documents.")] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens of context.", min=2)] = 256,
-    stride: Annotated[Optional[int], typer.Option("--stride", help="Tokens between windows; the window by default.", min=1)] = None,
-    max_documents: Annotated[Optional[int], typer.Option("--max-documents", min=1, help="Only the first of them.")] = None,
+    stride: Annotated[
+        Optional[int], typer.Option("--stride", help="Tokens between windows; the window by default.", min=1)
+    ] = None,
+    max_documents: Annotated[
+        Optional[int], typer.Option("--max-documents", min=1, help="Only the first of them.")
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, of computation.")] = "float32",
     confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)] = 0.95,
@@ -162,14 +175,19 @@ def evaluate(
 def gate(
     subject: Annotated[str, typer.Argument(help="A run's report.json, or a checkpoint.", metavar="REPORT|CHECKPOINT")],
     baseline: Annotated[
-        Optional[str], typer.Option("--baseline", help="For a checkpoint: what `eval --json` wrote, or another checkpoint.")
+        Optional[str],
+        typer.Option("--baseline", help="For a checkpoint: what `eval --json` wrote, or another checkpoint."),
     ] = None,
     recipe: Annotated[Optional[Path], typer.Option("--recipe", help="Take the gates of this recipe.")] = None,
     gates: Annotated[
         Optional[list[str]],
-        typer.Option("--gate", metavar="KEY=VALUE", help="A gate, such as bits_per_byte.max_increase=3%. May be repeated."),
+        typer.Option(
+            "--gate", metavar="KEY=VALUE", help="A gate, such as bits_per_byte.max_increase=3%. May be repeated."
+        ),
     ] = None,
-    confidence: Annotated[Optional[float], typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)] = None,
+    confidence: Annotated[
+        Optional[float], typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)
+    ] = None,
     junit: Annotated[Optional[Path], typer.Option("--junit", help="Write JUnit XML there (for a report).")] = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,
@@ -228,7 +246,7 @@ def unpack(
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where to look.", metavar="FOLDER")] = Path("."), json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="Where to look.", metavar="FOLDER")] = Path(), json: AsJson = False
 ) -> None:
     """List run folders below a folder: their stages and the space they take."""
     from compress.cli import commands

@@ -264,7 +264,9 @@ def gate(
         resolved = report["recipe"]["resolved"]
         wanted = wanted or resolved.get("gates") or {}
         if not wanted:
-            raise ReportError("neither the report nor the command line has a gate", where=subject, fix="give --recipe or --gate")
+            raise ReportError(
+                "neither the report nor the command line has a gate", where=subject, fix="give --recipe or --gate"
+            )
         settings = {
             "confidence": confidence if confidence is not None else resolved.get("confidence", 0.95),
             "bootstrap": resolved.get("bootstrap", 10000),
@@ -275,9 +277,20 @@ def gate(
     rows = [r.to_dict() for r in results]
     if junit is not None:
         base = report or {"result": {"size": {}}, "original": {"checkpoint": baseline, "size": {}}, "stages": []}
-        junit.write_text(reports.render_junit({**base, "gates": rows, "status": status, "output": subject}), encoding="utf-8")
+        junit.write_text(
+            reports.render_junit({**base, "gates": rows, "status": status, "output": subject}), encoding="utf-8"
+        )
     if json:
-        _print_json({"schema": "compress.verdict/1", "subject": subject, "status": status, "exit_status": exit_status, "gates": rows, **settings})
+        _print_json(
+            {
+                "schema": "compress.verdict/1",
+                "subject": subject,
+                "status": status,
+                "exit_status": exit_status,
+                "gates": rows,
+                **settings,
+            }
+        )
     else:
         tables.print_gates(rows, status)
     sys.exit(exit_status)
@@ -307,7 +320,7 @@ class _located:
         _, index, name = (error.where or "").split(".", 2)
         path = ("passes", int(index), name, error.key) if error.key else ("passes", int(index), name)
         where, error.where = error.where, None
-        if text := locate(self.recipe, path, str(error)):
+        if text := locate(self.recipe.source, path, error):
             raise RecipeError([text]) from error
         error.where = where
 
@@ -317,5 +330,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-

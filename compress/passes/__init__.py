@@ -39,7 +39,8 @@ def get(name: str) -> Pass[Any]:
     else:
         close = difflib.get_close_matches(name, names(), n=1)
         raise CompressError(
-            f"no pass is called `{name}`", fix=f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names())}"
+            f"no pass is called `{name}`",
+            fix=f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names())}",
         )
     instance: Pass[Any] = found()
     return instance

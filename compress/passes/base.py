@@ -31,10 +31,13 @@ class PassSettings(Settings):
     """Settings that every pass has."""
 
     only: list[str] = Field(
-        default_factory=list, description="Limit the pass to modules that match: globs, or regular expressions after `re:`."
+        default_factory=list,
+        description="Limit the pass to modules that match: globs, or regular expressions after `re:`.",
     )
     skip: list[str] = Field(default_factory=list, description="Leave these modules alone: globs, or `re:` expressions.")
-    allow_noop: bool = Field(default=False, description="Go on, instead of stopping, when the pass would change nothing.")
+    allow_noop: bool = Field(
+        default=False, description="Go on, instead of stopping, when the pass would change nothing."
+    )
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def select(modules: Iterable[str], settings: PassSettings, universe: Iterable[st
                 raise PassError(f"`{pattern}` is not a regular expression: {error}", key=key) from None
             if not found:
                 near = _nearest(pattern, everything)
-                raise PassError(f"`{pattern}` matches no module", key=key, fix=f"a module here is `{near}`" if near else None)
+                raise PassError(
+                    f"`{pattern}` matches no module", key=key, fix=f"a module here is `{near}`" if near else None
+                )
     chosen = {m for m in everything if any(matches(p, m) for p in settings.only)} if settings.only else set(modules)
     return {m for m in chosen if not any(matches(p, m) for p in settings.skip)}
 

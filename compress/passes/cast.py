@@ -45,7 +45,9 @@ class Cast(Pass[CastSettings]):
         """Exact: dtypes change, shapes and keep-masks stay; ``config.dtype`` becomes the widest float dtype kept."""
         modules = [tensor.module for tensor in spec.stored()]
         chosen = select(modules, settings, modules)
-        select(modules, PassSettings(only=list(settings.overrides)), modules)  # a pattern that matches nothing is an error
+        select(
+            modules, PassSettings(only=list(settings.overrides)), modules
+        )  # a pattern that matches nothing is an error
 
         def change(tensor: Tensor) -> Tensor:
             if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES:
@@ -61,7 +63,9 @@ class Cast(Pass[CastSettings]):
         if dtypes:
             config.pop("torch_dtype", None)
             config["dtype"] = FLOAT_DTYPES[widest(dtypes)]
-        tensors = {n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()}
+        tensors = {
+            n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
+        }
         return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:

@@ -61,4 +61,6 @@ def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"list of {_type(entry.get('items', {}), definitions)}"
     if kind == "object":
         return f"mapping of text to {_type(entry.get('additionalProperties', {}), definitions)}"
-    return {"string": "text", "boolean": "true or false", "integer": "integer", "number": "number"}.get(str(kind), "any")
+    return {"string": "text", "boolean": "true or false", "integer": "integer", "number": "number"}.get(
+        str(kind), "any"
+    )

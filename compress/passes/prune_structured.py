@@ -32,7 +32,10 @@ Layers = Annotated[
     BeforeValidator(_layers),
     WithJsonSchema(
         {
-            "anyOf": [{"type": ["number", "string"]}, {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}],
+            "anyOf": [
+                {"type": ["number", "string"]},
+                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+            ],
             "examples": [2, "25%", [3, 4]],
         }
     ),
@@ -66,11 +69,21 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact where blocks are named or all alike; the choice by score only changes which of them go."""
         if settings.only or settings.skip:
-            raise PassError("`only` and `skip` do not apply to blocks", key="only" if settings.only else "skip", fix="name blocks in `layers`")
+            raise PassError(
+                "`only` and `skip` do not apply to blocks",
+                key="only" if settings.only else "skip",
+                fix="name blocks in `layers`",
+            )
         depth = architectures.of(spec.structure.config).depth(spec.structure.config)
-        drop = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - self._count(depth, settings), depth))
+        drop = (
+            settings.layers
+            if isinstance(settings.layers, tuple)
+            else tuple(range(depth - self._count(depth, settings), depth))
+        )
         planned = self._without(spec, drop)
-        alike = len({tuple((n, replace(spec.tensors[f], name=n)) for n, f in block) for block in _blocks(spec, depth)}) == 1
+        alike = (
+            len({tuple((n, replace(spec.tensors[f], name=n)) for n, f in block) for block in _blocks(spec, depth)}) == 1
+        )
         return replace(planned, exact=spec.exact and (alike or isinstance(settings.layers, tuple)))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
@@ -97,7 +110,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         assert not isinstance(settings.layers, tuple)
         count = settings.layers if isinstance(settings.layers, int) else round(settings.layers * depth)
         if count == 0 and not settings.allow_noop:
-            raise PassError(f"{settings.layers:.0%} of {depth} blocks is none", key="layers", fix="ask for more, or give a count")
+            raise PassError(
+                f"{settings.layers:.0%} of {depth} blocks is none", key="layers", fix="ask for more, or give a count"
+            )
         if count >= depth:
             raise PassError(f"cannot remove {count} of {depth} blocks", key="layers", fix=f"at most {depth - 1} can go")
         return count
@@ -126,7 +141,11 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             raise PassError(f"cannot remove all {depth} blocks", key="layers")
         keep = [i for i in range(depth) if i not in drop]
         tensors = {new: replace(spec.tensors[old], name=new) for old, new in self._renamed(spec, drop)}
-        return replace(spec, structure=Structure(record.cut_depth(spec.structure.config, keep), spec.structure.edits), tensors=tensors)
+        return replace(
+            spec,
+            structure=Structure(record.cut_depth(spec.structure.config, keep), spec.structure.edits),
+            tensors=tensors,
+        )
 
 
 def _blocks(spec: Spec, depth: int) -> list[list[tuple[str, str]]]:

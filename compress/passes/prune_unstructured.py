@@ -22,7 +22,9 @@ class PruneUnstructuredSettings(PassSettings):
 
     method: Literal["magnitude"] = Field(default="magnitude", description="How weights are scored: `magnitude` is |w|.")
     sparsity: Share | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
-    pattern: PatternNM | None = Field(default=None, description="N:M: keep N of every M weights along the input, as 2:4.")
+    pattern: PatternNM | None = Field(
+        default=None, description="N:M: keep N of every M weights along the input, as 2:4."
+    )
     scope: Literal["layer", "global"] = Field(
         default="layer", description="One threshold per weight matrix (`layer`), or one for all of them (`global`)."
     )
@@ -62,7 +64,9 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         pruned = spec.map(change)
         exact = self._exact(spec, chosen, settings)
         if exact and pruned.tensors == spec.tensors and not settings.allow_noop:
-            raise PassError("every chosen weight matrix is that sparse already", fix="ask for more, or leave the pass out")
+            raise PassError(
+                "every chosen weight matrix is that sparse already", fix="ask for more, or leave the pass out"
+            )
         return replace(pruned, exact=spec.exact and exact)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
@@ -85,7 +89,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
 
         if not spec.exact:
             counts: dict[str, int] = {}
-            with context.progress.task("scoring", len(chosen)) as task:
+            with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
                 if settings.pattern is not None:
                     for name in sorted(chosen):
                         counts[name] = int(mask_of(checkpoint.tensor(name), 0).sum())
@@ -93,9 +97,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                 elif settings.sparsity is not None:
                     total = sum(checkpoint.spec.tensors[name].count for name in chosen)
                     counts = global_counts(
-                        lambda name: (task.advance(note=name), checkpoint.tensor(name))[1],
+                        checkpoint.tensor,
                         sorted(chosen),
                         total - round(settings.sparsity * total),
+                        advance=lambda name: task.advance(note=name),
                     )
             spec = spec.map(lambda t: replace(t, kept=counts[t.name]) if t.name in chosen else t)
             spec = replace(spec, exact=checkpoint.spec.exact)
@@ -123,9 +128,13 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         modules = {aliases.get(module, module) for module in select(default, settings, universe)}
         names = frozenset(name for module, name in matrices.items() if module in modules)
         if not names:
-            raise PassError("no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None)
+            raise PassError(
+                "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
+            )
         if settings.pattern is not None:
-            axis = architectures.of(spec.structure.config).input_axis if architectures.known(spec.structure.config) else -1
+            axis = (
+                architectures.of(spec.structure.config).input_axis if architectures.known(spec.structure.config) else -1
+            )
             for name in sorted(names):
                 shape = spec.tensors[name].shape
                 width = shape[axis] if len(shape) == 2 else shape[-1]

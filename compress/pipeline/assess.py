@@ -60,7 +60,9 @@ def assess(
     progress = progress or SilentProgress()
     unknown = set(how.metrics) - TEXT_METRICS - SPEED_METRICS
     if unknown:
-        raise CompressError(f"unknown metric `{min(unknown)}`", fix=f"there are: {', '.join(sorted(TEXT_METRICS | SPEED_METRICS))}")
+        raise CompressError(
+            f"unknown metric `{min(unknown)}`", fix=f"there are: {', '.join(sorted(TEXT_METRICS | SPEED_METRICS))}"
+        )
     stored_baseline = read_assessment(Path(baseline)) if baseline is not None and Path(baseline).is_file() else None
     if stored_baseline is not None:
         known = stored_baseline["settings"]
@@ -99,7 +101,9 @@ def assess(
     other: dict[str, Any] | None = None
     if stored_baseline is not None:
         if how.files and stored_baseline["settings"]["text_sha256"] != document["settings"]["text_sha256"]:
-            raise ReportError("the baseline was measured on other text", where=str(baseline), fix="name the same files with --data")
+            raise ReportError(
+                "the baseline was measured on other text", where=str(baseline), fix="name the same files with --data"
+            )
         other = {key: stored_baseline[key] for key in ("checkpoint", "size", "evaluation", "latency")}
     elif reference is not None:
         other = {"checkpoint": baseline, "size": asdict(size_on_disk(reference)), "evaluation": None, "latency": None}
@@ -127,7 +131,12 @@ def assess(
 
 
 def _text(
-    candidate: Stored, reference: Stored | None, other: dict[str, Any] | None, how: Assessment, document: dict[str, Any], progress: Progress
+    candidate: Stored,
+    reference: Stored | None,
+    other: dict[str, Any] | None,
+    how: Assessment,
+    document: dict[str, Any],
+    progress: Progress,
 ) -> None:
     from compress.evaluation.language import score_documents
     from compress.loading import load_checkpoint, load_tokenizer

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import text
 from compress.errors import DataError
 from compress.pipeline.fingerprint import fingerprint
+from compress.text import Document, check_disjoint, read_documents
+from compress.text import fingerprint as fingerprint_files
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -21,7 +22,7 @@ class DataSets:
 
     recipe: Recipe
     folder: Path
-    _documents: dict[str, list[text.Document]] = field(default_factory=dict)
+    _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
     _batches: dict[str, Any] = field(default_factory=dict)
 
@@ -30,12 +31,12 @@ class DataSets:
         section = getattr(self.recipe.data, name, None)
         return () if section is None else tuple(section.files)
 
-    def documents(self, name: str) -> list[text.Document]:
+    def documents(self, name: str) -> list[Document]:
         """Documents of a set, in order."""
         if name not in self._documents:
             if not self.files(name):
                 raise DataError(f"the recipe has no data.{name}")
-            self._documents[name] = text.read_documents(self.files(name), self.recipe.document_separator)
+            self._documents[name] = read_documents(self.files(name), self.recipe.document_separator)
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
@@ -43,7 +44,9 @@ class DataSets:
         if name not in self._hashes:
             section = getattr(self.recipe.data, name)
             settings = section.model_dump(mode="json", exclude={"files"})
-            self._hashes[name] = fingerprint([text.fingerprint(self.files(name)), settings, self.recipe.document_separator])
+            self._hashes[name] = fingerprint(
+                [fingerprint_files(self.files(name)), settings, self.recipe.document_separator]
+            )
         return self._hashes[name]
 
     def tokenizer(self) -> Any:
@@ -74,4 +77,4 @@ class DataSets:
             if files := tuple(self.files(name)):
                 others.setdefault(files, name)  # often the same files: compare once
         for name in others.values():
-            text.check_disjoint(self.documents("evaluation"), self.documents(name), name)
+            check_disjoint(self.documents("evaluation"), self.documents(name), name)

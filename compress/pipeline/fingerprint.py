@@ -64,7 +64,10 @@ def hash_input(checkpoint: Stored, cache_file: Path) -> str:
 
 
 def stage_fingerprint(
-    before: str, passes: Sequence[tuple[str, Mapping[str, Any]]], data: Mapping[str, str], environment: Mapping[str, Any]
+    before: str,
+    passes: Sequence[tuple[str, Mapping[str, Any]]],
+    data: Mapping[str, str],
+    environment: Mapping[str, Any],
 ) -> str:
     """Of a stage: its input, its passes with every setting, the data they read, and seed, store, versions."""
     return fingerprint([before, [[name, dict(settings)] for name, settings in passes], dict(data), dict(environment)])

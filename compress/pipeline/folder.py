@@ -50,7 +50,9 @@ class RunFolder:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
                 raise OutputError(
-                    f"another run is working on this output (process {holder})", where=str(self.path), fix="wait for it, or stop it"
+                    f"another run is working on this output (process {holder})",
+                    where=str(self.path),
+                    fix="wait for it, or stop it",
                 ) from None
             lock.truncate(0)
             lock.write(str(os.getpid()))

@@ -73,7 +73,10 @@ class Measurements:
                     reference
                     if folder is None
                     else load_model(
-                        folder, dtype=self.recipe.dtype, device=self.device, trust_remote_code=self.recipe.trust_remote_code
+                        folder,
+                        dtype=self.recipe.dtype,
+                        device=self.device,
+                        trust_remote_code=self.recipe.trust_remote_code,
                     )
                 )
                 scores = score_documents(
@@ -85,8 +88,9 @@ class Measurements:
                     reference=None if folder is None else reference,
                     progress=self.progress,
                 )
-                found[i] = {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 3)}
-                self.folder.cache(name, found[i])
+                measured = {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 3)}
+                self.folder.cache(name, measured)
+                found[i] = measured
                 del model
         first, *others = found
         assert first is not None

@@ -42,7 +42,9 @@ def check_output(output: Path, model: Path | None) -> None:
             if not parent.is_dir():
                 raise OutputError(f"{parent} is not a folder", where=str(output))
             if not os.access(parent, os.W_OK | os.X_OK):
-                raise OutputError(f"{parent} is not writable", where=str(output), fix="name another output, or change its permissions")
+                raise OutputError(
+                    f"{parent} is not writable", where=str(output), fix="name another output, or change its permissions"
+                )
             break
     if output.is_symlink():
         raise OutputError("is a symbolic link", where=str(output), fix="name a folder of its own")
@@ -54,15 +56,23 @@ def check_output(output: Path, model: Path | None) -> None:
         return
     provenance = read_provenance(output)
     if provenance is None:
-        raise OutputError("exists and is not a result of this tool", where=str(output), fix="name another output, or remove it")
+        raise OutputError(
+            "exists and is not a result of this tool", where=str(output), fix="name another output, or remove it"
+        )
     if changed := changed_files(output, provenance):
-        raise OutputError(f"{changed[0]} was changed or added since it was published", where=str(output), fix="move the folder away, or remove it")
+        raise OutputError(
+            f"{changed[0]} was changed or added since it was published",
+            where=str(output),
+            fix="move the folder away, or remove it",
+        )
 
 
 def changed_files(output: Path, provenance: Mapping[str, Any]) -> list[str]:
     """Files whose size differs from what was published, that are missing, or that were added."""
     recorded = dict(provenance.get("files", {}))
-    present = {str(p.relative_to(output)): p.stat().st_size for p in output.rglob("*") if p.is_file() and p.name != PROVENANCE}
+    present = {
+        str(p.relative_to(output)): p.stat().st_size for p in output.rglob("*") if p.is_file() and p.name != PROVENANCE
+    }
     return sorted(name for name in recorded.keys() | present.keys() if recorded.get(name) != present.get(name))
 
 

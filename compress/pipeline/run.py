@@ -69,7 +69,9 @@ class Run:
         recipe = self.recipe
         local = Path(recipe.model).expanduser()
         check_output(self.output, local if local.exists() else None)
-        self.original = open_checkpoint(recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        self.original = open_checkpoint(
+            recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
+        )
         assert self.original.folder is not None
         self.data = DataSets(recipe, self.original.folder)
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
@@ -88,7 +90,9 @@ class Run:
         need = sum(stage.size.bytes for stage in missing)
         if need > (free := shutil.disk_usage(parent).free):
             raise ResourceError(
-                f"the run writes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(parent), fix="free some space, or see `compress clean`"
+                f"the run writes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                where=str(parent),
+                fix="free some space, or see `compress clean`",
             )
 
     def fingerprints(self) -> list[str]:
@@ -141,7 +145,11 @@ class Run:
                 raise
             rows.append((planned, checkpoint.spec, context.details))
         written = write_checkpoint(
-            checkpoint, self.folder.stages / key, store=self.recipe.store, max_shard=self.recipe.max_shard_size, progress=self.progress
+            checkpoint,
+            self.folder.stages / key,
+            store=self.recipe.store,
+            max_shard=self.recipe.max_shard_size,
+            progress=self.progress,
         )
         stored = open_checkpoint(written.folder, trust_remote_code=self.recipe.trust_remote_code)
         try:
@@ -150,7 +158,9 @@ class Run:
             self.folder.drop(key)
             raise
         shutil.rmtree(self.folder.work(key), ignore_errors=True)
-        sizes = [asdict(planned_size(spec, self.recipe.store, self.recipe.max_shard_size, metadata)) for _, spec, _ in rows]
+        sizes = [
+            asdict(planned_size(spec, self.recipe.store, self.recipe.max_shard_size, metadata)) for _, spec, _ in rows
+        ]
         sizes[-1] = asdict(size_on_disk(stored))
         assert sizes[-1]["bytes"] == written.bytes, (sizes[-1], written.bytes)
         return self.folder.finish(
@@ -197,7 +207,13 @@ class Run:
                 self._check_input(before)
                 row = self.compute(stage, before, print_, key)
             assert row is not None
-            rows.append({**{k: v for k, v in row.items() if k != "files"}, "reused": reused, "folder": str(self.folder.stages / key)})
+            rows.append(
+                {
+                    **{k: v for k, v in row.items() if k != "files"},
+                    "reused": reused,
+                    "folder": str(self.folder.stages / key),
+                }
+            )
             before = open_checkpoint(self.folder.stages / key, trust_remote_code=self.recipe.trust_remote_code)
         return rows
 
@@ -237,7 +253,13 @@ def run(
     state.prepare()
     with state.folder.locked():
         wanted = resolved(recipe)
-        identity = fingerprint([wanted, state.fingerprints(), state.data.fingerprint("evaluation") if state.data.files("evaluation") else None])
+        identity = fingerprint(
+            [
+                wanted,
+                state.fingerprints(),
+                state.data.fingerprint("evaluation") if state.data.files("evaluation") else None,
+            ]
+        )
         if not fresh and (done := _already_done(state, identity)) is not None:
             return done
         rows = state.stages()
@@ -251,10 +273,19 @@ def run(
         }
         last = rows[-1]
         result = {key: last.get(key) for key in ("size", "evaluation", "latency")}
-        wanted_gates = wanted.get("gates") or {}
-        judged = judge(
-            wanted_gates, original, result, confidence=recipe.confidence, bootstrap=recipe.bootstrap, seed=recipe.seed
-        ) if wanted_gates else []
+        wanted_gates = recipe.gates.model_dump(exclude_none=True)
+        judged = (
+            judge(
+                wanted_gates,
+                original,
+                result,
+                confidence=recipe.confidence,
+                bootstrap=recipe.bootstrap,
+                seed=recipe.seed,
+            )
+            if wanted_gates
+            else []
+        )
         status, exit_status = verdict(judged) if judged else ("no gates", EXIT_OK)
         published = exit_status == EXIT_OK or publish_anyway
         report = {
@@ -332,7 +363,11 @@ def _card(state: Run, report: Mapping[str, Any]) -> bytes:
     recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
     name = _base_name(state.recipe.model)
     card = reports.model_card(
-        report, text, compact=compact, base_model=name, recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe})
+        report,
+        text,
+        compact=compact,
+        base_model=name,
+        recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),
     )
     return card.encode()
 
@@ -354,7 +389,11 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
 
 def _times(start: float, written: Written, checked: float) -> dict[str, float]:
     verify = written.verify_seconds + checked
-    return {"apply_and_write": round(time.perf_counter() - start - verify, 3), "verify": round(verify, 3), "evaluate": 0.0}
+    return {
+        "apply_and_write": round(time.perf_counter() - start - verify, 3),
+        "verify": round(verify, 3),
+        "evaluate": 0.0,
+    }
 
 
 def resolve_device(device: str) -> str:
@@ -378,6 +417,3 @@ def machine(device: str) -> dict[str, Any]:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"system": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cores": cores, "device": device}
-
-
-

@@ -184,7 +184,7 @@ class RatioGate(Gate):
 
 
 class Gates(Settings):
-    """What must hold of the result, or it is not published."""
+    """Bounds on what was measured of the result; each gate that is given must hold."""
 
     size: SizeGate | None = Field(default=None, description="Bytes of all weight files.")
     parameters: ParametersGate | None = Field(default=None, description="Number of parameters.")

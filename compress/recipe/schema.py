@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -47,8 +49,19 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": properties,
         "anyOf": [{"required": ["extends"]}, {"required": recipe["required"]}],
-        "$defs": definitions,
+        "$defs": _referenced(definitions, properties),
     }
+
+
+def _referenced(definitions: dict[str, Any], root: Any) -> dict[str, Any]:
+    """Definitions that the root leads to, in their order; pydantic also leaves others."""
+    found: set[str] = set()
+    queue = [root]
+    while queue:
+        names = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(queue.pop()))) - found
+        found |= names
+        queue += [definitions[name] for name in names]
+    return {name: definition for name, definition in definitions.items() if name in found}
 
 
 def _entry(name: str, model: type[BaseModel], reference: dict[str, Any]) -> dict[str, Any]:

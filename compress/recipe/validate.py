@@ -95,8 +95,10 @@ def _translated(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
         path = _path(root, error)
         if error["type"] == "default_factory_not_called":  # what the default depends on is wrong already
             continue
-        if error["type"] == "too_short" and isinstance(node := _node(root, path), ListNode) and len(node.items) >= (
-            error["ctx"]["min_length"]
+        if (
+            error["type"] == "too_short"
+            and isinstance(node := _node(root, path), ListNode)
+            and len(node.items) >= (error["ctx"]["min_length"])
         ):  # pydantic counts the entries that are right
             continue
         if error["type"] == "extra_forbidden":

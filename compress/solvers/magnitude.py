@@ -47,7 +47,9 @@ def keep_largest(values: torch.Tensor, kept: int, earlier: torch.Tensor | None =
     return mask.reshape(values.shape)
 
 
-def keep_n_of_m(values: torch.Tensor, n: int, m: int, axis: int = -1, earlier: torch.Tensor | None = None) -> torch.Tensor:
+def keep_n_of_m(
+    values: torch.Tensor, n: int, m: int, axis: int = -1, earlier: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mask that keeps the ``n`` largest of every ``m`` consecutive weights along ``axis`` (whose size ``m`` divides)."""
     moved = scores(values, earlier).movedim(axis, -1)
     groups = moved.reshape(-1, m)
@@ -57,8 +59,12 @@ def keep_n_of_m(values: torch.Tensor, n: int, m: int, axis: int = -1, earlier: t
     return mask.reshape(moved.shape).movedim(-1, axis).contiguous()
 
 
-def global_counts(read: Callable[[str], Masked], names: Sequence[str], kept: int) -> dict[str, int]:
+def global_counts(
+    read: Callable[[str], Masked], names: Sequence[str], kept: int, advance: Callable[[str], None] = lambda name: None
+) -> dict[str, int]:
     """How many weights of each tensor one threshold over all of them keeps, ``kept`` in total, exactly.
+
+    ``advance`` is called with a tensor's name whenever it has been read.
 
     Two passes over the tensors, a histogram of the upper and one of the lower half of the magnitudes' bits, instead of all
     magnitudes in memory. Weights equal to the threshold are kept in the order of ``names``.
@@ -68,6 +74,7 @@ def global_counts(read: Callable[[str], Masked], names: Sequence[str], kept: int
     for name in names:
         keys = _alive(read(name))
         high += torch.bincount(keys >> low_bits, minlength=high.numel())
+        advance(name)
     alive = int(high.sum())
     if kept >= alive:
         return {name: int(_alive(read(name)).numel()) for name in names}
@@ -80,6 +87,7 @@ def global_counts(read: Callable[[str], Masked], names: Sequence[str], kept: int
         over[name] = int((keys >> low_bits > bucket).sum())
         within[name] = keys[keys >> low_bits == bucket] & ((1 << low_bits) - 1)
         low += torch.bincount(within[name], minlength=low.numel())
+        advance(name)
     value, more = _descend(low, kept - above)
     left = kept - above - more
     counts = {}

@@ -98,7 +98,10 @@ def test_compact_loads_elsewhere_with_our_logits(dtype, tmp_path, stock):
     assert out.splitlines() == ["transformers.models.llama.modeling_llama 5", "refused"]
 
 
-@pytest.mark.parametrize(("family", "auto"), [("bert", "AutoModelForMaskedLM"), ("gpt2", "AutoModelForCausalLM"), ("opt", "AutoModelForCausalLM")])
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [("bert", "AutoModelForMaskedLM"), ("gpt2", "AutoModelForCausalLM"), ("opt", "AutoModelForCausalLM")],
+)
 def test_compact_wraps_other_stock_classes(family, auto, tmp_path, stock):
     folder = pico.save(tmp_path / "in", family)
     write_checkpoint(prune(open_checkpoint(folder), sparsity=0.6), tmp_path / "out", store="compact")
@@ -120,7 +123,9 @@ def test_compact_wraps_a_base_class_and_a_classifier(tmp_path, stock):
     classifier.save_pretrained(tmp_path / "classifier")
     classifier.bert.save_pretrained(tmp_path / "base")
     for name, auto in (("classifier", "AutoModelForSequenceClassification"), ("base", "AutoModel")):
-        write_checkpoint(prune(open_checkpoint(tmp_path / name), sparsity=0.6), tmp_path / f"{name}-out", store="compact")
+        write_checkpoint(
+            prune(open_checkpoint(tmp_path / name), sparsity=0.6), tmp_path / f"{name}-out", store="compact"
+        )
         torch.save(pico.logits(load_model(tmp_path / f"{name}-out")), tmp_path / "expected.pt")
         stock(
             "import torch, transformers\n"
@@ -191,7 +196,14 @@ def test_sidecars_travel(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"stale")
     (folder / "custom.py").write_text("# code")
     write_checkpoint(open_checkpoint(folder), tmp_path / "out")
-    for name in ("chat_template.jinja", "LICENSE", "1_Pooling/config.json", "custom.py", "tokenizer.json", "generation_config.json"):
+    for name in (
+        "chat_template.jinja",
+        "LICENSE",
+        "1_Pooling/config.json",
+        "custom.py",
+        "tokenizer.json",
+        "generation_config.json",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert not (tmp_path / "out/pytorch_model.bin").exists()
     assert load_tokenizer(tmp_path / "out").decode([66, 67]) == load_tokenizer(folder).decode([66, 67])
@@ -205,7 +217,9 @@ def test_metadata_and_dtype_strings_are_kept(tmp_path, pico_llama):
     for path in pico_llama.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    save_file(load_file(pico_llama / "model.safetensors"), folder / "model.safetensors", {"format": "pt", "note": "mine"})
+    save_file(
+        load_file(pico_llama / "model.safetensors"), folder / "model.safetensors", {"format": "pt", "note": "mine"}
+    )
     write_checkpoint(open_checkpoint(folder), tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt", "note": "mine"}
@@ -235,7 +249,9 @@ def test_verification_notices_a_wrong_byte(tmp_path, pico_llama, monkeypatch):
 
     real = write._pwrite
     monkeypatch.setattr(
-        write, "_pwrite", lambda fd, data, offset: real(fd, b"\x01" + bytes(data)[1:] if offset > 10_000 else data, offset)
+        write,
+        "_pwrite",
+        lambda fd, data, offset: real(fd, b"\x01" + bytes(data)[1:] if offset > 10_000 else data, offset),
     )
     with pytest.raises(CheckpointError, match="does not read back"):
         write_checkpoint(open_checkpoint(pico_llama), tmp_path / "out")

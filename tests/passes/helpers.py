@@ -12,11 +12,21 @@ from compress.passes.base import Context
 from compress.progress import SilentProgress
 
 
-def apply(checkpoint: Checkpoint, name: str, *, data: Any = None, details: dict[str, Any] | None = None, **settings: Any) -> Checkpoint:
+def apply(
+    checkpoint: Checkpoint, name: str, *, data: Any = None, details: dict[str, Any] | None = None, **settings: Any
+) -> Checkpoint:
     """The lazily changed checkpoint."""
     instance = passes.get(name)
     context = Context(
-        checkpoint, "cpu", "float32", 0, None, lambda key: data, SilentProgress(), Path("/nowhere"), details={} if details is None else details
+        checkpoint,
+        "cpu",
+        "float32",
+        0,
+        None,
+        lambda key: data,
+        SilentProgress(),
+        Path("/nowhere"),
+        details={} if details is None else details,
     )
     return instance.apply(checkpoint, instance.settings(**settings), context)
 

@@ -23,7 +23,9 @@ def test_rounds_to_nearest_even(pico_llama):
 
 
 def test_overrides_and_the_widest_dtype(pico_llama, tmp_path):
-    out = write(apply(open_checkpoint(pico_llama), "cast", weights="bf16", overrides={"re:.*norm": "fp32"}), tmp_path / "out")
+    out = write(
+        apply(open_checkpoint(pico_llama), "cast", weights="bf16", overrides={"re:.*norm": "fp32"}), tmp_path / "out"
+    )
     dtypes = {t.name: t.dtype for t in out.spec.stored()}
     assert {d for n, d in dtypes.items() if "norm" in n} == {"F32"}
     assert {d for n, d in dtypes.items() if "norm" not in n} == {"BF16"}

@@ -20,7 +20,9 @@ def test_takes_the_matrices_of_blocks_and_nothing_else(pico_llama):
 
 def test_equals_zeroing_the_smallest_weights(pico_llama, tmp_path):
     """The pruned checkpoint computes what the original computes with those weights set to zero by plain torch."""
-    out = write(apply(open_checkpoint(pico_llama), "prune_unstructured", sparsity=0.3), tmp_path / "out", store="compact")
+    out = write(
+        apply(open_checkpoint(pico_llama), "prune_unstructured", sparsity=0.3), tmp_path / "out", store="compact"
+    )
     model = load_model(pico_llama)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -79,7 +81,9 @@ def test_head_and_tied_embeddings_by_name(tmp_path):
 
 def test_refusals(pico_llama, tmp_path):
     checkpoint = open_checkpoint(pico_llama)
-    with pytest.raises(PassError, match="has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"):
+    with pytest.raises(
+        PassError, match="has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"
+    ):
         plan(checkpoint, "prune_unstructured", pattern="12:24")
     with pytest.raises(PassError, match="no weight matrix is left"):
         plan(checkpoint, "prune_unstructured", sparsity=0.5, only=["model.norm"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import GOOD
 
 import compress
 from compress.errors import PassError, RecipeError
@@ -16,7 +17,6 @@ from compress.passes.prune_structured import PruneStructuredSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping
 from compress.settings import Increase, Pattern
-from conftest import GOOD
 
 Heads = Callable[..., list[str]]
 
@@ -133,7 +133,9 @@ gates:
   size: {max_ratio: -1}
   kl:
 """
-    assert "\n".join(problems(text)) == """\
+    assert (
+        "\n".join(problems(text))
+        == """\
 r.yaml: `output` is missing
    output: Folder to write; the run keeps its stages beside it, in `<output>.run`.
 r.yaml:2:8: ./models/tiyn: there is no such folder
@@ -197,6 +199,7 @@ r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1
 r.yaml:22:3: a gate needs a bound: `max`
    22 |   kl:
       |   ^^"""
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,10 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("evaluate: latency", "r.yaml:5:11: evaluate: expected a list, got 'latency'"),
         ("evaluate: [latency, latency]", "r.yaml:5:11: `latency` is named twice"),
         ("evaluate: [kl]", "r.yaml:5:12: kl needs text to measure on, and there is no `data.evaluation`"),
-        ("gates: {kl: {max: 1}}", "r.yaml:5:9: the gate kl needs text to measure on, and there is no `data.evaluation`"),
+        (
+            "gates: {kl: {max: 1}}",
+            "r.yaml:5:9: the gate kl needs text to measure on, and there is no `data.evaluation`",
+        ),
         ("gates: {size: {}}", "r.yaml:5:9: a gate needs a bound: `max` or `max_ratio`"),
         ("gates: {speed: {max: 1}}", "r.yaml:5:9: unknown key `speed` in gates"),
         ("gates: {size: {min: 1}}", "r.yaml:5:16: unknown key `min` in gates.size"),
@@ -244,7 +250,7 @@ def test_single_mistakes(heads: Heads, line: str, head: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "head"),
     [
-        ("cast: {weights: 16}", "r.yaml:4:20: weights: expected bf16, fp16 or fp32, got 16"),
+        ("cast: {weights: 16}", "r.yaml:4:21: weights: expected bf16, fp16 or fp32, got 16"),
         ("cast", "r.yaml:4:5: `weights` is missing in cast"),
         ("cast:", "r.yaml:4:5: `weights` is missing in cast"),
         ("cast: fp16", "r.yaml:4:11: cast: expected a mapping, got 'fp16'"),
@@ -252,9 +258,9 @@ def test_single_mistakes(heads: Heads, line: str, head: str) -> None:
         ("3", "r.yaml:4:5: expected a pass, as `name: {settings}`"),
         ("{}", "r.yaml:4:5: expected one pass, got none"),
         ("quantize", "r.yaml:4:5: unknown pass `quantize`"),
-        ("cast: {weights: fp16, only: x}", "r.yaml:4:32: only: expected a list, got 'x'"),
-        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:40: a: expected bf16, fp16 or fp32, got 'x'"),
-        ("cast: {weights: fp16, allow_noop: 1}", "r.yaml:4:37: allow_noop: expected true or false, got 1"),
+        ("cast: {weights: fp16, only: x}", "r.yaml:4:33: only: expected a list, got 'x'"),
+        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:41: a: expected bf16, fp16 or fp32, got 'x'"),
+        ("cast: {weights: fp16, allow_noop: 1}", "r.yaml:4:38: allow_noop: expected true or false, got 1"),
         ("prune_structured: {layers: 0}", "r.yaml:4:30: layers: expected a share such as 25% or 0.25, or a count from 1 up, got 0"),
         ("prune_structured: {layers: [1, a]}", "r.yaml:4:30: expected a list of block numbers from 0 up"),
         ("prune_structured: {layers: [1, 1]}", "r.yaml:4:30: a block is named twice"),
@@ -271,7 +277,9 @@ def test_mistakes_in_passes(heads: Heads, entry: str, head: str) -> None:
 def test_passes_are_a_list_with_an_entry(heads: Heads) -> None:
     top = "model: m\noutput: o\n"
     assert heads(f"{top}passes: []\n") == ["r.yaml:3:9: passes: expected at least 1 entry, got an empty list"]
-    assert heads(f"{top}passes: {{cast: {{weights: fp16}}}}\n") == ["r.yaml:3:9: passes: expected a list, got a mapping"]
+    assert heads(f"{top}passes: {{cast: {{weights: fp16}}}}\n") == [
+        "r.yaml:3:9: passes: expected a list, got a mapping"
+    ]
     assert heads(top) == ["r.yaml: `passes` is missing"]
 
 
@@ -352,7 +360,10 @@ def test_mistakes_keep_the_file_they_came_from(problems: Heads) -> None:
 
 
 def test_extends_that_cannot_be_read(heads: Heads) -> None:
-    assert heads("extends: gone.yaml\nsede: 1\n") == ["r.yaml:1:10: gone.yaml: there is no such file", "r.yaml:2:1: unknown key `sede`"]
+    assert heads("extends: gone.yaml\nsede: 1\n") == [
+        "r.yaml:1:10: gone.yaml: there is no such file",
+        "r.yaml:2:1: unknown key `sede`",
+    ]
     assert heads("extends: [a, b]\n") == ["r.yaml:1:10: `extends` expects the path of one recipe"]
     assert heads("extends:\n") == ["r.yaml:1:1: `extends` expects the path of one recipe"]
     assert heads("extends: r.yaml\n") == ["r.yaml:1:10: `extends` goes round in a circle: r.yaml ▶ r.yaml"]
@@ -371,15 +382,17 @@ def test_errors_of_a_plan_are_located(work: Path) -> None:
     error = PassError("every weight is bf16 already", key="weights", fix="leave the pass out")
     source = load_recipe(Path("r.yaml")).source
     assert locate(source, ("passes", 0, "cast", "weights"), error) == (
-        "r.yaml:4:20: every weight is bf16 already\n    4 |   - cast: {weights: bf16}\n"
-        "      |                    ^^^^\n   leave the pass out"
+        "r.yaml:4:21: every weight is bf16 already\n    4 |   - cast: {weights: bf16}\n"
+        "      |                     ^^^^\n   leave the pass out"
     )
     assert locate(source, ("passes", 0, "cast", "only"), error).startswith("r.yaml:4:5: every")
     assert locate(None, ("passes", 0, "cast", "weights"), error) == (
         "passes.0.cast.weights: every weight is bf16 already\n   leave the pass out"
     )
     changed = load_recipe(Path("r.yaml"), ["passes.0.cast.weights=fp16"]).source
-    assert locate(changed, ("passes", 0, "cast", "weights"), error).startswith("--set passes.0.cast.weights=fp16: every")
+    assert locate(changed, ("passes", 0, "cast", "weights"), error).startswith(
+        "--set passes.0.cast.weights=fp16: every"
+    )
 
 
 def test_mappings_are_recipes(work: Path) -> None:
@@ -441,7 +454,9 @@ def test_loading_imports_nothing_heavy(work: Path) -> None:
         "print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub', 'safetensors') if m in sys.modules])"
     )
     root = Path(compress.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)}, check=False
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -452,5 +467,7 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
         "print(sorted(m for m in sys.modules if m.startswith('compress.passes.')))"
     )
     root = Path(compress.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)}, check=False
+    )
     assert done.stdout == "['compress.passes.base', 'compress.passes.cast']\n"

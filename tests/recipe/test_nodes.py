@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import GOOD
 from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.recipe import load_recipe, to_yaml
 from compress.recipe.nodes import MAX_ALIASED, parse
 from compress.recipe.problems import Origin, Problem, find_place, plain
-from conftest import GOOD
 
 Heads = Callable[..., list[str]]
 
@@ -87,7 +87,10 @@ def test_a_directive_does_not_bring_yaml_1_1_back() -> None:
     [
         ("a: {b: 1, b: 2}", "x:1:11: duplicate key `b`"),
         ("a: 1\nb:\n\t- c", "x:3:1: not valid YAML: a tab cannot indent YAML"),
-        ("a: [1, 2", "x:1:9: not valid YAML: while parsing a flow sequence, expected ',' or ']', but got the end of the file"),
+        (
+            "a: [1, 2",
+            "x:1:9: not valid YAML: while parsing a flow sequence, expected ',' or ']', but got the end of the file",
+        ),
         ("a: b: c", "x:1:5: not valid YAML: a `:` cannot stand here"),
         ("a: 'x", "x:1:6: not valid YAML: while scanning a quoted scalar, found unexpected end of stream"),
         ("a: @x", "x:1:4: not valid YAML: '@' cannot start a value"),
@@ -206,7 +209,11 @@ def test_files_that_cannot_be_read(work: Path) -> None:
 
 texts = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20)
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )

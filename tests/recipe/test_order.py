@@ -112,10 +112,19 @@ def test_legal_orders(work: Path, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("names", "wrong"),
     [
-        (["quantise", "distil"], ["r.yaml:6:5: distil trains and accepts float weights, but quantise (passes.0) leaves integers"]),
-        (["quantise", "rename", "shrink"], ["r.yaml:7:5: shrink accepts float weights, but quantise (passes.0) leaves integers"]),
+        (
+            ["quantise", "distil"],
+            ["r.yaml:6:5: distil trains and accepts float weights, but quantise (passes.0) leaves integers"],
+        ),
+        (
+            ["quantise", "rename", "shrink"],
+            ["r.yaml:7:5: shrink accepts float weights, but quantise (passes.0) leaves integers"],
+        ),
         (["shrink", "recode"], ["r.yaml:6:5: recode accepts integer weights, but shrink (passes.0) leaves floats"]),
-        (["quantise", "shrink", "distil"], ["r.yaml:6:5: shrink accepts float weights, but quantise (passes.0) leaves integers"]),
+        (
+            ["quantise", "shrink", "distil"],
+            ["r.yaml:6:5: shrink accepts float weights, but quantise (passes.0) leaves integers"],
+        ),
         (
             ["quantise", "shrink", "quantise", "distil"],
             [

@@ -8,13 +8,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from conftest import GOOD
+from test_load import FULL
 
 from compress import passes
 from compress.recipe import load_recipe, recipe_schema, resolved
 from compress.recipe.nodes import parse
 from compress.recipe.problems import Origin, plain
-from conftest import GOOD
-from test_load import FULL
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,9 @@ def test_every_key_is_described() -> None:
     assert schema["title"]
     bare = [key for key, value in schema["properties"].items() if not value.get("description")]
     for name, definition in schema["$defs"].items():
-        bare += [f"{name}.{key}" for key, value in definition.get("properties", {}).items() if not value.get("description")]
+        bare += [
+            f"{name}.{key}" for key, value in definition.get("properties", {}).items() if not value.get("description")
+        ]
     assert bare == []
 
 

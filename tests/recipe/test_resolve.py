@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_load import FULL
 
 from compress.recipe import load_recipe, recipe_from_mapping, resolved, to_yaml
 from compress.settings import Increase, Pattern
-
-from test_load import FULL
 
 
 def test_a_full_recipe_round_trips(work: Path) -> None:
@@ -70,12 +69,14 @@ def test_defaults_are_written_out(work: Path) -> None:
 
 
 names = st.text(min_size=1, max_size=12).filter(lambda text: "\0" not in text and text.isprintable())
-shares = st.floats(0.001, 0.999) | st.integers(1, 99).map(lambda n: f"{n}%") | st.floats(0.01, 99.9).map(lambda x: f"{x:f}%")
+shares = (
+    st.floats(0.001, 0.999) | st.integers(1, 99).map(lambda n: f"{n}%") | st.floats(0.01, 99.9).map(lambda x: f"{x:f}%")
+)
 patterns = st.tuples(st.integers(1, 7), st.integers(1, 8)).map(lambda t: f"{t[0]}:{t[0] + t[1]}")
 entries = st.one_of(
-    st.fixed_dictionaries({"weights": st.sampled_from(["bf16", "fp16", "fp32"])}, optional={"skip": st.lists(names, max_size=2)}).map(
-        lambda s: {"cast": s}
-    ),
+    st.fixed_dictionaries(
+        {"weights": st.sampled_from(["bf16", "fp16", "fp32"])}, optional={"skip": st.lists(names, max_size=2)}
+    ).map(lambda s: {"cast": s}),
     shares.map(lambda s: {"prune_unstructured": {"sparsity": s}}),
     patterns.map(lambda p: {"prune_unstructured": {"pattern": p}}),
     st.lists(st.integers(0, 30), min_size=1, unique=True).map(lambda x: {"prune_structured": {"layers": x}}),

@@ -35,7 +35,9 @@ def test_keep_largest(seed, rows, columns, ties, with_mask, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(SEEDS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([(1, 2), (2, 4), (3, 8)]), st.booleans(), st.booleans())
+@given(
+    SEEDS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([(1, 2), (2, 4), (3, 8)]), st.booleans(), st.booleans()
+)
 def test_keep_n_of_m(seed, rows, groups, pattern, ties, with_mask):
     n, m = pattern
     values = matrix(seed, rows, groups * m, ties=ties)
@@ -56,7 +58,11 @@ def test_global_counts(seed, tensors, ties, with_mask, data):
     store = {}
     for i in range(tensors):
         values = matrix(seed + i, 3, 4 + i, ties=ties)
-        mask = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed + 50 + i)) < 0.7 if with_mask else None
+        mask = (
+            torch.rand(values.shape, generator=torch.Generator().manual_seed(seed + 50 + i)) < 0.7
+            if with_mask
+            else None
+        )
         store[f"t{i}"] = Value(values, mask)
     flat = [(abs(v), name) for name, x in store.items() for v, alive in zip(
         x.data.flatten().tolist(), (x.mask if x.mask is not None else torch.ones_like(x.data, dtype=torch.bool)).flatten().tolist(), strict=True

@@ -1,0 +1,326 @@
+"""Damaged, foreign and hostile checkpoints: one clear line each, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.checkpoint.headers import Entry, render_header
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.write import write_checkpoint
+from compress.errors import CheckpointError
+from compress.loading import check_keys, load_model, load_tokenizer
+from tests import pico
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path, pico_llama):
+    return Path(shutil.copytree(pico_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return pico.save(tmp_path / "sharded", max_shard_size="60KB")
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", r"is empty \(0 bytes\); copy or download it again"),
+    "seven bytes": (b"1234567", "is no safetensors file: only 7 bytes"),
+    "oversized header": ((1 << 40).to_bytes(8, "little") + b"{}", "its header would be 1099511627776 bytes"),
+    "header beyond the end": ((500).to_bytes(8, "little") + b"{}", "is truncated: the header is 500 bytes, the file 10"),
+    "not JSON": (raw(b"{nonsense"), "has a damaged header"),
+    "a list": (raw([]), "has a header that is not a JSON object"),
+    "deep nesting": (raw(b"[" * 100_000), "has a damaged header"),
+    "not UTF-8": (raw(b'{"\xff": 1}'), "has a damaged header"),
+    "truncated data": (raw({"a": entry(0, 8, [2])}, b"1234"), "is truncated: tensor a ends 4 bytes beyond the file"),
+    "overlap": (raw({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"1" * 12), "tensors a and b overlap"),
+    "hole": (raw({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12), "has a hole of 4 bytes before tensor b"),
+    "trailing bytes": (raw({"a": entry(0, 4, [1])}, b"1" * 9), "has 5 bytes after its last tensor"),
+    "wrong length": (raw({"a": entry(0, 4, [2])}, b"1" * 4), r"tensor a of shape \[2\] and dtype F32 needs 8 bytes"),
+    "unknown dtype": (raw({"a": entry(0, 4, [1], "Q7")}, b"1" * 4), "tensor a has the unknown dtype Q7"),
+    "negative shape": (raw({"a": entry(0, 4, [-1])}, b"1" * 4), "tensor a has a damaged header entry"),
+    "entry is a number": (raw({"a": 1}), "tensor a has a damaged header entry"),
+    "duplicate key": (raw(b'{"a": 1, "a": 2}'), "`a` stands twice"),
+    "metadata of numbers": (raw({"__metadata__": {"x": 1}}), "has metadata that are not strings"),
+    "no tensor": (raw({}), "holds no tensor"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_weight_files(case, folder):
+    data, message = FILES[case]
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_headers(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_the_reference_implementation_reads_what_we_render(tmp_path):
+    values = torch.arange(6.0).reshape(2, 3)
+    header = render_header({"ünïcode": Entry("F32", (2, 3), 0, 24)}, {"format": "pt"})
+    (tmp_path / "x.safetensors").write_bytes(header + values.numpy().tobytes())
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["ünïcode"], values)
+
+
+def test_truncated_shard(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 10)
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: is truncated: tensor .* ends 10 bytes beyond"):
+        open_headers(sharded)
+
+
+def test_missing_shard(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"names the file {shard.name}, which is missing"):
+        open_headers(sharded)
+
+
+def index_with(sharded: Path, change: Callable[[dict], None]) -> None:
+    data = json.loads((sharded / INDEX).read_text())
+    change(data["weight_map"])
+    (sharded / INDEX).write_text(json.dumps(data))
+
+
+def test_index_names_a_missing_tensor(sharded):
+    index_with(sharded, lambda names: names.update(ghost=next(iter(names.values()))))
+    with pytest.raises(CheckpointError, match="names tensor ghost in model-.*, which does not hold it"):
+        open_headers(sharded)
+
+
+def test_index_leaves_out_a_tensor(sharded):
+    index_with(sharded, lambda names: names.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"does not name tensor model.norm.weight"):
+        open_headers(sharded)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "a\\b"])
+def test_index_leads_out_of_the_folder(name, sharded):
+    index_with(sharded, lambda names: names.update({"model.norm.weight": name}))
+    with pytest.raises(CheckpointError, match="lies outside it"):
+        open_headers(sharded)
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 1}}', b"{"])
+def test_damaged_index(data, sharded):
+    (sharded / INDEX).write_bytes(data)
+    with pytest.raises(CheckpointError, match="is not JSON|has no `weight_map`"):
+        open_headers(sharded)
+
+
+def test_links_that_leave_the_folder(folder, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    (folder / "notes.txt").symlink_to(secret)
+    with pytest.raises(CheckpointError, match=r"notes.txt: is a symbolic link to .*secret, outside the checkpoint"):
+        open_checkpoint(folder)
+    (folder / "notes.txt").unlink()
+    (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="is a symbolic link to"):
+        open_headers(folder)
+
+
+def test_broken_links(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="is a broken symbolic link"):
+        open_headers(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(WEIGHTS)
+    with pytest.raises(CheckpointError, match="is a broken symbolic link"):
+        open_headers(folder)
+
+
+def test_a_hub_cache_is_links_and_opens(folder, tmp_path):
+    snapshot = tmp_path / "models--a--b/snapshots/abc"
+    blobs = tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        (blobs / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert open_checkpoint(snapshot).spec == open_checkpoint(folder).spec
+
+
+def test_pickles_are_refused_with_the_command_that_converts_them(folder, tmp_path, stock):
+    model = load_model(folder)
+    (folder / WEIGHTS).unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="as a pickle") as caught:
+        open_headers(folder)
+    import subprocess
+    import sys
+
+    command = str(caught.value).partition("convert it with: python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, capture_output=True)
+    converted = load_model(f"{folder}-safetensors")
+    assert torch.equal(pico.logits(converted), pico.logits(model))
+
+
+def test_configs(folder):
+    edit_config(folder, model_type=...)
+    with pytest.raises(CheckpointError, match="has no `model_type`"):
+        open_headers(folder)
+    edit_config(folder, model_type="llama", auto_map={"AutoModel": "custom.Model"})
+    with pytest.raises(CheckpointError, match=r"asks for Python code of its own \(`auto_map`\); if you trust it"):
+        open_headers(folder)
+    assert open_headers(folder, trust_remote_code=True)[0].parameters > 0
+    for data, message in ((b"[]", "is not a JSON object"), (b"{", "is not JSON"), (b"", "is not JSON"), (b"\xff", "is not JSON")):
+        (folder / "config.json").write_bytes(data)
+        with pytest.raises(CheckpointError, match=message):
+            open_headers(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        open_headers(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it into its base model first"):
+        open_headers(folder)
+
+
+def test_unknown_model_type(folder):
+    edit_config(folder, model_type="unheard_of")
+    with pytest.raises(CheckpointError, match="the model type `unheard_of` is unknown to transformers"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 5}, "config and weights disagree: block 4: the weights hold none"),
+        ({"num_hidden_layers": 3}, "config and weights disagree: block 3: the config says 3"),
+        ({"vocab_size": 299}, "config and weights disagree: model.embed_tokens.weight has 300 rows, the config says vocab_size 299"),
+        ({"hidden_size": "wide"}, "config.json has no usable `hidden_size`"),
+        ({"num_attention_heads": 0}, "config.json has no usable `num_attention_heads`"),
+    ],
+)
+def test_config_and_weights_disagree_by_the_headers(changes, message, folder):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        open_headers(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 72}, "config and weights disagree"),
+        ({"attention_bias": True}, r"16 weights are missing for LlamaForCausalLM, such as model.layers.0.self_attn.k_proj.bias"),
+        ({"architectures": ["Nonsense"]}, "has no class Nonsense"),
+        ({"rms_norm_eps": "small"}, "config.json cannot be used"),
+    ],
+)
+def test_config_and_weights_disagree_by_the_stock_class(changes, message, folder):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_keys(open_checkpoint(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensor_and_an_unknown_one(folder):
+    tensors = load_file(folder / WEIGHTS)
+    removed = {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"}
+    save_file(removed, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are missing .* model.layers.1.mlp.up_proj.weight"):
+        check_keys(open_checkpoint(folder))
+    save_file({**tensors, "surprise": torch.ones(2)}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are unknown to the model .* surprise"):
+        check_keys(open_checkpoint(folder))
+
+
+def test_nan_weights_are_refused(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.2.mlp.up_proj.weight holds 1 NaN values"):
+        write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_infinities_are_no_nan(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("-inf")])
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+
+
+def test_a_folder_without_weights(tmp_path, folder):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        open_headers(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint folder"):
+        open_headers(folder / WEIGHTS)
+    (folder / WEIGHTS).rename(folder / "other.safetensors")
+    with pytest.raises(CheckpointError, match="has other.safetensors, but no model.safetensors"):
+        open_headers(folder)
+    (folder / "other.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_headers(folder)
+
+
+def test_tokenizers(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer, which text needs"):
+        load_tokenizer(folder)
+
+
+def test_a_mask_that_was_tampered_with(folder, tmp_path):
+    from tests.passes.helpers import apply, write
+
+    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.5), tmp_path / "out")
+    tensors = load_file(out.folder / WEIGHTS)
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(1)
+    from safetensors import safe_open
+
+    with safe_open(out.folder / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, out.folder / WEIGHTS, metadata)
+    with pytest.raises(CheckpointError, match="keeps 2048 weights, its metadata say 1024"):
+        open_checkpoint(out.folder).tensor("model.layers.0.mlp.up_proj.weight")
+
+
+def test_compact_of_a_newer_format(folder, tmp_path):
+    from tests.passes.helpers import apply, write
+
+    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.6), tmp_path / "out", store="compact")
+    edit_config(out.folder, format=2)
+    with pytest.raises(CheckpointError, match="has the compact format 2; this version reads 1; update compress"):
+        open_headers(out.folder)
+
+
+def test_our_loader_never_runs_the_folders_file(folder, tmp_path):
+    from tests.passes.helpers import apply, write
+
+    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.6), tmp_path / "out", store="compact")
+    expected = pico.logits(load_model(out.folder))
+    (out.folder / "modeling_compress.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit('ran')\n")
+    assert torch.equal(pico.logits(load_model(out.folder)), expected)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,153 @@
+"""Killed, interrupted, out of disk, two at once: nothing half-written is ever seen, finished stages are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def recipe_file(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def write(**changes):
+        path.write_text(json.dumps(recipe(**changes)))  # JSON is YAML
+        return path
+
+    return write
+
+
+def start(path: Path, *options: str, before: str = "", **kwargs) -> subprocess.Popen:
+    """``compress run`` in a process of its own; ``before`` is Python code run first, to make trouble."""
+    code = f"import sys\nsys.argv = ['compress', 'run', {str(path)!r}, *{list(options)!r}]\n{before}\nfrom compress.cli import main\nmain()\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **kwargs,
+    )  # fmt: skip
+
+
+#: Stops at the n-th shard written, after half of it, and says so on stdout.
+PAUSE = """
+from compress.checkpoint import write
+real, count = write._pwrite, [0]
+def slow(descriptor, data, offset):
+    count[0] += offset == 0
+    real(descriptor, data, offset)
+    if count[0] == {stage} and offset > 0:
+        print("paused", flush=True)
+        time.sleep(60)
+write._pwrite = slow
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stopped_while_a_stage_is_written(number, status, stage, recipe_file, tmp_path):
+    path = recipe_file()
+    process = start(path, before=PAUSE.format(stage=stage))
+    assert process.stdout.readline() == "paused\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    if number != signal.SIGKILL:
+        assert errors.strip().splitlines()[-1].startswith("compress: interrupted; finished stages are kept")
+        assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    stages = tmp_path / "out.run/stages"
+    finished = [p for p in stages.glob("*") if p.is_dir() and not p.name.startswith(".")]
+    assert len(finished) == stage - 1
+    again = start(path)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    report = json.loads((tmp_path / "out.run/report.json").read_text())
+    assert [s["reused"] for s in report["stages"]] == [i < stage - 1 for i in range(3)]
+    assert not [p for p in stages.glob(".*")]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(recipe, recipe_file, tmp_path):
+    import compress
+
+    compress.run(recipe(output=str(tmp_path / "unbroken")))
+    path = recipe_file()
+    process = start(path, before=PAUSE.format(stage=2))
+    assert process.stdout.readline() == "paused\n"
+    process.kill()
+    process.communicate()
+    assert start(path).wait(timeout=120) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_a_second_run_at_the_same_output_is_told_so(recipe_file):
+    path = recipe_file()
+    first = start(path, before=PAUSE.format(stage=1))
+    assert first.stdout.readline() == "paused\n"
+    second = start(path)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert f"another run is working on this output (process {first.pid})" in errors
+    first.kill()
+    first.communicate()
+
+
+def test_the_disk_fills_up_half_way(recipe_file, tmp_path):
+    """A limit on file size stands in for a full disk: the kernel refuses the write (EFBIG), as it does with ENOSPC."""
+    path = recipe_file()
+    limit = 120_000
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(path, preexec_fn=limited)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "the disk is full; free some space and run again" in errors
+    assert not (tmp_path / "out").exists()
+    assert start(path).wait(timeout=120) == 0
+
+
+def test_a_folder_that_cannot_be_written(recipe_file, tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    process = start(recipe_file(output=str(locked / "out")))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "is not writable" in errors
+
+
+def test_a_bug_is_one_line_and_a_log(recipe_file):
+    process = start(recipe_file(), before="import compress.checkpoint.write as w\nw._digest = lambda v: 1 / 0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 70
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("compress: bug: ZeroDivisionError: division by zero; the traceback is in ")
+    assert "1 / 0" in Path(last.rpartition(" ")[2]).read_text()
+    assert "Traceback" not in errors
+
+
+def test_out_of_memory(recipe_file):
+    process = start(recipe_file(), before="import compress.checkpoint.write as w\ndef no(v): raise MemoryError\nw._digest = no")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "out of memory" in errors
+
+
+def test_a_bad_recipe_costs_no_torch(tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: [")
+    process = start(tmp_path / "bad.yaml", before="import atexit\natexit.register(lambda: print('torch' in sys.modules))")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output == "False\n"

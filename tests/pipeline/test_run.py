@@ -1,0 +1,248 @@
+"""Whole runs: what they write, reuse, refuse and publish."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import CompressError, DataError, OutputError, PassError, ResourceError
+from compress.loading import load_model
+from tests import pico
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json") and p.name != "compress.json"}
+
+
+def test_a_run_end_to_end(recipe, tmp_path, pico_llama, stock):
+    result = compress.run(recipe())
+    report = result.report
+    assert (result.verdict, result.exit_status, result.published) == ("passed", 0, True)
+    out = tmp_path / "out"
+    assert result.checkpoint == out
+    assert [p["name"] for s in report["stages"] for p in s["passes"]] == ["prune_structured", "prune_unstructured", "cast"]
+    for stage in report["stages"]:
+        for step in stage["passes"]:
+            assert step["exact"]
+            assert step["planned"] == step["actual"]
+        assert stage["evaluation"] is not None
+    on_disk = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert report["result"]["size"]["bytes"] == on_disk
+    assert report["original"]["size"]["bytes"] == (pico_llama / "model.safetensors").stat().st_size
+    assert on_disk < 0.6 * report["original"]["size"]["bytes"]
+    torch.save(pico.logits(compress.load(out, dtype="float32")), tmp_path / "expected.pt")
+    stock(
+        "import torch, transformers\n"
+        f"m = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        "x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
+        f"assert torch.allclose(x, torch.load({str(tmp_path / 'expected.pt')!r}), atol=1e-6)\n"
+    )
+    card = (out / "README.md").read_text()
+    assert "prune_unstructured" in card
+    assert str(tmp_path) not in card
+    provenance = json.loads((out / "compress.json").read_text())
+    assert [p["name"] for p in provenance["passes"]] == ["prune_structured", "prune_unstructured", "cast"]
+    run_folder = tmp_path / "out.run"
+    assert {"report.json", "report.md", "junit.xml"} <= {p.name for p in run_folder.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_to_do_the_second_time(recipe, tmp_path):
+    first = compress.run(recipe())
+    stamp = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    again = compress.run(recipe())
+    assert again.nothing_to_do
+    assert again.report == first.report
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_same_recipe_same_bytes(recipe, tmp_path):
+    compress.run(recipe())
+    compress.run(recipe(output=str(tmp_path / "other")))
+    assert weights(tmp_path / "out") == weights(tmp_path / "other")
+    compress.run(recipe(output=str(tmp_path / "other")), fresh=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "other")
+
+
+def test_fused_and_separate_stages_give_the_same_bytes(recipe, tmp_path):
+    compress.run(recipe())
+    fused = compress.run(recipe(output=str(tmp_path / "fused"), evaluate_at="end"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "fused")
+    (stage,) = fused.report["stages"]
+    assert len(stage["passes"]) == 3
+    sizes = [p["actual"]["bytes"] for p in stage["passes"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(p["planned"] == p["actual"] for p in stage["passes"])
+
+
+def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path):
+    compress.run(recipe())
+    passes = [{"prune_structured": {"layers": 1}}, {"prune_unstructured": {"sparsity": "70%"}}, {"cast": {"weights": "bf16"}}]
+    changed = compress.run(recipe(passes=passes))
+    assert [s["reused"] for s in changed.report["stages"]] == [True, False, False]
+    assert changed.published
+    kept = [t.kept for t in open_checkpoint(tmp_path / "out").spec.stored() if t.kept]
+    assert max(kept) == 64 * 32 - round(0.7 * 64 * 32)
+    back = compress.run(recipe())
+    assert [s["reused"] for s in back.report["stages"]] == [True, True, True]
+
+
+def test_only_gates_changed_recomputes_nothing(recipe):
+    compress.run(recipe())
+    again = compress.run(recipe(gates={"size": {"max_ratio": 0.01}}))
+    assert all(s["reused"] for s in again.report["stages"])
+    assert (again.verdict, again.exit_status, again.published) == ("failed", 1, False)
+
+
+def test_a_failed_gate_publishes_nothing(recipe, tmp_path):
+    result = compress.run(recipe(gates={"size": {"max_ratio": 0.1}}))
+    assert (result.verdict, result.exit_status) == ("failed", 1)
+    assert not (tmp_path / "out").exists()
+    load_model(result.checkpoint)
+    anyway = compress.run(recipe(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
+    assert (anyway.verdict, anyway.exit_status, anyway.published) == ("failed", 1, True)
+    load_model(tmp_path / "out")
+
+
+def test_an_earlier_result_stays_when_the_new_one_fails(recipe, tmp_path):
+    compress.run(recipe())
+    before = weights(tmp_path / "out")
+    failed = compress.run(recipe(passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}}))
+    assert not failed.published
+    assert weights(tmp_path / "out") == before
+
+
+def test_a_changed_stage_is_not_reused(recipe, tmp_path):
+    compress.run(recipe())
+    stage = next(p for p in (tmp_path / "out.run/stages").iterdir() if p.name.endswith("prune_structured"))
+    file = stage / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    again = compress.run(recipe(gates={"size": {"max_ratio": 0.61}}))
+    assert not again.report["stages"][0]["reused"]
+
+
+def test_a_changed_input_is_noticed(recipe, tmp_path, pico_llama):
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    compress.run(recipe(model=str(model)))
+    shutil.copy(pico.save(tmp_path / "b", seed=5) / "model.safetensors", model / "model.safetensors")
+    again = compress.run(recipe(model=str(model)))
+    assert not any(s["reused"] for s in again.report["stages"])
+
+
+def test_outputs_that_are_refused(recipe, tmp_path, pico_llama):
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="output and model are the same folder"):
+        compress.run(recipe(model=str(model), output=str(model)))
+    with pytest.raises(OutputError, match="the output lies inside the model's folder"):
+        compress.run(recipe(model=str(model), output=str(model / "small")))
+    with pytest.raises(OutputError, match="the model lies inside the output's folder"):
+        compress.run(recipe(model=str(model), output=str(tmp_path)))
+    out.mkdir()
+    compress.run(recipe(passes=[{"cast": {"weights": "bf16"}}], gates={}))  # an empty folder is fine
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes.txt was changed or added since it was published"):
+        compress.run(recipe())
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "thesis.doc").write_text("mine")
+    with pytest.raises(OutputError, match="exists and is not a result of this tool"):
+        compress.run(recipe())
+    assert (out / "thesis.doc").read_text() == "mine"
+    shutil.rmtree(out)
+    out.write_text("a file")
+    with pytest.raises(OutputError, match="exists and is not a folder"):
+        compress.run(recipe())
+
+
+def test_shared_text_is_refused(recipe, texts):
+    train, _ = texts
+    data = {"calibration": {"files": [str(train)], "samples": 4, "length": 32}, "evaluation": {"files": [str(train)]}}
+    with pytest.raises(DataError):
+        compress.run(recipe(data=data))
+
+
+def test_too_little_text(recipe, tmp_path, texts):
+    (tmp_path / "short.txt").write_text("too short")
+    data = {"calibration": {"files": [str(tmp_path / "short.txt")], "samples": 4, "length": 32}, "evaluation": {"files": [str(texts[1])]}}
+    with pytest.raises(DataError, match="asks for 4 samples of 32 tokens, the text gives 0"):
+        compress.run(recipe(data=data))
+
+
+def test_memory_and_disk_are_checked_before_the_work(recipe, tmp_path, monkeypatch):
+    with pytest.raises(ResourceError, match=r"the run needs about .* GB of memory, max_ram allows 0.01 GB") as caught:
+        compress.run(recipe(max_ram="10MB"))
+    assert caught.value.exit_status == 4
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
+    with pytest.raises(ResourceError, match=r"the run writes .* GB, 0.00 GB are free"):
+        compress.run(recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_a_pass_name_its_place(recipe):
+    with pytest.raises(PassError) as caught:
+        compress.run(recipe(passes=[{"cast": {"weights": "bf16"}}, {"prune_structured": {"layers": [9]}}]))
+    assert caught.value.where == "passes.1.prune_structured"
+    assert caught.value.key == "layers"
+
+
+def test_plan_api(recipe, pico_llama):
+    planned = compress.plan(recipe())
+    result = compress.run(recipe())
+    assert [s.size.bytes for s in planned.stages] == [s["size"]["bytes"] for s in result.report["stages"]]
+    last = planned.stages[-1].passes[-1]
+    stock_run = compress.run(recipe(store="stock", output=recipe()["output"] + "-stock", gates={}))
+    assert last.other_store.bytes == stock_run.report["result"]["size"]["bytes"]
+
+
+def test_apply_api(tmp_path, pico_llama, texts):
+    train, _ = texts
+    out = compress.apply("prune_structured", pico_llama, tmp_path / "a", layers=1, data=train, samples=4, length=32, document_separator="<|doc|>")
+    assert load_model(out).config.num_hidden_layers == 3
+    ids = torch.randint(0, 250, (4, 16))
+    compress.apply("prune_structured", pico_llama, tmp_path / "b", layers=2, data=ids)
+    small = compress.apply("prune_unstructured", pico_llama, tmp_path / "c", sparsity=0.6, store="compact")
+    dense = compress.unpack(small, tmp_path / "d")
+    assert torch.equal(pico.logits(compress.load(small)), pico.logits(compress.load(dense)))
+    assert open_checkpoint(dense).spec.tensors["model.layers.0.mlp.up_proj.weight"].kept is not None
+    with pytest.raises(CompressError, match="needs calibration data; give data="):
+        compress.apply("prune_structured", pico_llama, tmp_path / "e", layers=1)
+    with pytest.raises(CompressError, match="prune_unstructured.sparsty: Extra inputs|prune_unstructured"):
+        compress.apply("prune_unstructured", pico_llama, tmp_path / "e", sparsty=0.5)
+    with pytest.raises(CompressError, match="no pass is called `prune_unstructred`; did you mean `prune_unstructured`?"):
+        compress.apply("prune_unstructred", pico_llama, tmp_path / "e", sparsity=0.5)
+    with pytest.raises(OutputError):
+        compress.apply("cast", pico_llama, tmp_path / "a", weights="bf16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+
+
+def test_clean_and_runs(recipe, tmp_path):
+    from compress.pipeline.housekeeping import clean, list_runs
+
+    compress.run(recipe())
+    compress.run(recipe(passes=[{"cast": {"weights": "fp16"}}], gates={}))
+    (row,) = list_runs(tmp_path)
+    assert row["status"] == "no gates"
+    assert [s["used"] for s in row["stages"]].count(True) == 1
+    assert len(row["stages"]) == 4
+    names, freed = clean(tmp_path / "out", dry_run=True)
+    assert len(names) == 3
+    assert freed > 0
+    assert clean(tmp_path / "out.run") == (names, freed)
+    assert len(list_runs(tmp_path)[0]["stages"]) == 1
+    clean(tmp_path / "out.run", everything=True)
+    assert not (tmp_path / "out.run").exists()
+    load_model(tmp_path / "out")
+    with pytest.raises(CompressError, match="is no run folder"):
+        clean(tmp_path / "out.run")
