@@ -171,9 +171,11 @@ def streaming(scratch: Path) -> list[str]:
         f"- Time per byte: ({large} GB − {small} GB) without verification {ours:.1f} s, `cp` + fsync {copied:.1f} s: "
         f"**{ours / copied:.2f} ×** (bound 1.5 ×); with verification "
         f"{(ours + median[f'verify{large}'] - median[f'verify{small}']) / copied:.2f} ×.",
-        f"- The whole {small} GB run, verification and start-up included, against stock: **{whole / median[f'stock{small}']:.2f} ×** (bound 1 ×).",
-        f"- Peak resident memory: {peaks[f'compress{small}'] / 2**20:.0f} MiB at {small} GB, {peaks[f'compress{large}'] / 2**20:.0f} MiB at "
-        f"{large} GB (bound 1024, and the same); stock {peaks[f'stock{small}'] / 2**20:.0f} MiB at {small} GB.",
+        f"- The whole {small} GB run, verification and start-up included, against stock: "
+        f"**{whole / median[f'stock{small}']:.2f} ×** (bound 1 ×).",
+        f"- Peak resident memory: {peaks[f'compress{small}'] / 2**20:.0f} MiB at {small} GB, "
+        f"{peaks[f'compress{large}'] / 2**20:.0f} MiB at {large} GB (bound 1024, and the same); "
+        f"stock {peaks[f'stock{small}'] / 2**20:.0f} MiB at {small} GB.",
         "",
     ]
     return rows
@@ -220,7 +222,9 @@ def environment() -> str:
         "",
     )
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
-    return f"{time.strftime('%Y-%m-%d')}, {cpu or platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, {packages}."
+    cores = len(os.sched_getaffinity(0))
+    python = platform.python_version()
+    return f"{time.strftime('%Y-%m-%d')}, {cpu or platform.machine()}, {cores} cores, Python {python}, {packages}."
 
 
 def main() -> None:

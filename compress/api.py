@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.codecs import Store
     from compress.pipeline.run import RunResult
-    from compress.plan import Plan
+    from compress.planning import Plan
     from compress.recipe import Recipe
 
 
@@ -58,7 +58,7 @@ def run(
 def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) -> Plan:
     """What a run would give, from headers alone; reads no weights and imports no torch."""
     from compress.checkpoint.open import open_headers
-    from compress.plan import make_plan
+    from compress.planning import make_plan
 
     loaded = read_recipe(recipe, sets)
     spec, metadata = open_headers(loaded.model, trust_remote_code=loaded.trust_remote_code, offline=loaded.offline)

@@ -13,7 +13,7 @@ from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.spec import Spec, Tensor
-from compress.plan import size_of, size_on_disk
+from compress.planning import size_of, size_on_disk
 
 
 def inspect(

@@ -155,7 +155,8 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         with _quiet_transformers():
             if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
                 return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-                    tokenizer_file=str(folder / "tokenizer.json"))
+                    tokenizer_file=str(folder / "tokenizer.json")
+                )
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )

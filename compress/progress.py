@@ -50,10 +50,11 @@ class SilentProgress:
     """Says nothing; the default of the Python API."""
 
     def stage(self, index: int, total: int, title: str) -> None:
-        pass
+        """Nothing."""
 
     def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
+        """A task that says nothing."""
         return _SilentTask()
 
     def message(self, text: str) -> None:
-        pass
+        """Nothing."""

@@ -12,18 +12,23 @@ if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.open import Checkpoint
-    from compress.passes.base import Context
+    from compress.progress import Progress
 
 _TOKENS_PER_BATCH = 4096
 
 
-def block_influence(checkpoint: Checkpoint, context: Context) -> list[float]:
-    """Block influence (ShortGPT, arXiv 2403.03853) of every block: mean over tokens of 1 - cos(input, output)."""
+def block_influence(
+    checkpoint: Checkpoint, ids: torch.Tensor, *, dtype: str, device: str, progress: Progress
+) -> list[float]:
+    """Block influence (ShortGPT, arXiv 2403.03853) of every block: mean over tokens of 1 - cos(input, output).
+
+    Args:
+        ids: token ids of the calibration text, int64 [samples, length].
+    """
     import torch
 
-    ids: torch.Tensor = context.data("calibration")
     record = architectures.of(checkpoint.spec.structure.config)
-    model = load_checkpoint(checkpoint, dtype=context.dtype, device=context.device)
+    model = load_checkpoint(checkpoint, dtype=dtype, device=device)
     blocks = find_blocks(model, record)
     totals = [[0.0, 0.0] for _ in blocks]
     handles = [
@@ -32,7 +37,7 @@ def block_influence(checkpoint: Checkpoint, context: Context) -> list[float]:
     ]
     batches: Any = torch.split(ids, max(1, _TOKENS_PER_BATCH // ids.shape[1]))
     try:
-        with torch.inference_mode(), context.progress.task("block influence", len(batches), "batches") as task:
+        with torch.inference_mode(), progress.task("block influence", len(batches), "batches") as task:
             for batch in batches:
                 model.base_model(input_ids=batch.to(model.device))
                 task.advance()

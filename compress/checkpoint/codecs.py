@@ -36,7 +36,8 @@ def parts(tensor: Tensor) -> list[Part]:
     """The arrays that the tensor's storage chain writes, with exact shapes."""
     if tensor.storage == DENSE:
         return [Part(tensor.name, "values", tensor.shape, tensor.dtype)]
-    assert tensor.storage == MASKED and tensor.kept is not None, tensor
+    assert tensor.storage == MASKED, tensor
+    assert tensor.kept is not None, tensor
     return [
         Part(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8"),
         Part(f"{tensor.name}.values", "values", (tensor.kept,), tensor.dtype),

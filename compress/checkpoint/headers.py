@@ -109,7 +109,8 @@ def _entry(name: str, value: Any, where: str) -> Entry:
         raise CheckpointError(f"tensor {name} has a damaged header entry", where=where) from None
     if (end - start) * 8 != prod(shape) * bits:
         raise CheckpointError(
-            f"tensor {name} of shape {list(shape)} and dtype {dtype} needs {prod(shape) * bits // 8} bytes, its offsets give {end - start}",
+            f"tensor {name} of shape {list(shape)} and dtype {dtype} needs {prod(shape) * bits // 8} bytes, "
+            f"its offsets give {end - start}",
             where=where,
         )
     return Entry(dtype, shape, start, end)

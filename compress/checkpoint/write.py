@@ -91,7 +91,7 @@ def write_checkpoint(
                     )
                 task.advance(note=name)
         verified = time.perf_counter()
-        os.rename(temp, folder)
+        temp.rename(folder)
         _sync_folder(folder.parent)
     return Written(folder, spec, layout.bytes, _content(spec, hashes), written - start, verified - written)
 
@@ -119,21 +119,17 @@ def _check_value(tensor: Tensor, value: Value) -> None:
     import torch
 
     data = value.data
-    assert tuple(data.shape) == tensor.shape and data.dtype == torch_dtype(tensor.dtype), (
-        tensor,
-        data.shape,
-        data.dtype,
-    )
+    assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
+    assert data.dtype == torch_dtype(tensor.dtype), (tensor, data.dtype)
     assert (value.mask is None) == (tensor.kept is None), tensor
     if tensor.is_float and tensor.count and tensor.dtype in ("F16", "BF16", "F32", "F64"):
         # one pass in the common case: a sum is finite unless some value is not
-        if not torch.isfinite(data.sum(dtype=torch.float64 if tensor.dtype == "F64" else torch.float32)):
-            count = int(torch.isnan(data).sum())
-            if count:
-                raise CheckpointError(
-                    f"tensor {tensor.name} holds {count} NaN values",
-                    fix="the checkpoint is damaged or its training diverged",
-                )
+        total = data.sum(dtype=torch.float64 if tensor.dtype == "F64" else torch.float32)
+        if not torch.isfinite(total) and (count := int(torch.isnan(data).sum())):
+            raise CheckpointError(
+                f"tensor {tensor.name} holds {count} NaN values",
+                fix="the checkpoint is damaged or its training diverged",
+            )
 
 
 def _raw(data: torch.Tensor) -> memoryview:

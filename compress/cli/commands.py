@@ -61,7 +61,7 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
     local = Path(recipe.model).expanduser()
     if local.exists():
         from compress.checkpoint.open import open_headers
-        from compress.plan import make_plan
+        from compress.planning import make_plan
 
         with _located(recipe):
             spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
@@ -79,7 +79,7 @@ def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
     """``compress plan``."""
     from compress.checkpoint.open import open_headers
     from compress.cli import tables
-    from compress.plan import make_plan
+    from compress.planning import make_plan
 
     recipe = _load(path, [*sets, "offline=true"] if offline else sets)
     with _located(recipe):
@@ -237,11 +237,13 @@ def gate(
     from compress import gates as gating
     from compress import report as reports
     from compress.cli import tables
-    from compress.pipeline.assess import gates_from, judge_checkpoint
+    from compress.pipeline.assess import judge_checkpoint
+    from compress.recipe import read_gates
+    from compress.recipe import resolved as resolve
 
     loaded = _load(recipe, []) if recipe is not None else None
-    wanted = gates_from(loaded, gates)
-    if Path(subject).is_dir() or not Path(subject).suffix == ".json":
+    wanted = read_gates(resolve(loaded)["gates"] if loaded is not None else {}, gates)
+    if Path(subject).is_dir() or Path(subject).suffix != ".json":
         if baseline is None:
             raise ReportError("a checkpoint is judged against a baseline", fix="give --baseline, or name a report.json")
         if not wanted:
@@ -262,7 +264,7 @@ def gate(
             raise ReportError("a report holds its own baseline", fix="leave out --baseline")
         report = reports.load(Path(subject))
         resolved = report["recipe"]["resolved"]
-        wanted = wanted or resolved.get("gates") or {}
+        wanted = wanted or read_gates(resolved.get("gates") or {})
         if not wanted:
             raise ReportError(
                 "neither the report nor the command line has a gate", where=subject, fix="give --recipe or --gate"

@@ -15,18 +15,19 @@ from typing import Any
 from compress.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_RESOURCES, CompressError
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated like SIGINT: temporary folders are removed, finished stages kept."""
+class Terminated(BaseException):
+    """SIGINT or SIGTERM: temporary folders are removed, finished stages kept. Typer would swallow a KeyboardInterrupt."""
 
 
 def guarded(app: Callable[..., Any]) -> None:
     """Run the app and end the process with the exit status that DESIGN gives each kind of error."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _terminate)
     try:
         app(standalone_mode=True)
     except CompressError as error:
         fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
+    except (Terminated, KeyboardInterrupt):
         fail("interrupted; finished stages are kept, run the same command to go on", EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

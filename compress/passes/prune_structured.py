@@ -97,7 +97,13 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         else:
             from compress.calibration.influence import block_influence
 
-            scores = block_influence(checkpoint, context)
+            scores = block_influence(
+                checkpoint,
+                context.data("calibration"),
+                dtype=context.dtype,
+                device=context.device,
+                progress=context.progress,
+            )
             ranked = sorted(range(depth), key=lambda i: (scores[i], i))
             drop = tuple(sorted(ranked[: self._count(depth, settings)]))
             context.details["block_influence"] = scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from compress.errors import CompressError, DataError, ReportError
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.measure import SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.run import machine, resolve_device
-from compress.plan import size_on_disk
+from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def assess(
     if wants & SPEED_METRICS and other is not None and reference is not None:
         from compress.evaluation.latency import measure_latency
 
-        assert reference.folder is not None and candidate.folder is not None
+        assert reference.folder is not None
+        assert candidate.folder is not None
         measured = measure_latency(
             [reference.folder, candidate.folder],
             dtype=how.dtype,
@@ -166,16 +167,6 @@ def read_assessment(path: Path) -> dict[str, Any]:
     return data
 
 
-def gates_from(recipe: Recipe | None, sets: Sequence[str]) -> dict[str, Any]:
-    """Gates of a recipe, and those given as ``KEY.BOUND=VALUE``, in the plain form that `compress.gates.judge` reads."""
-    from compress.recipe import parse_gates, resolved
-
-    result: dict[str, Any] = dict((resolved(recipe).get("gates") or {}) if recipe is not None else {})
-    for key, bounds in parse_gates(sets).items():
-        result[key] = {**(result.get(key) or {}), **bounds}
-    return result
-
-
 def judge_checkpoint(
     checkpoint: str,
     baseline: str,
@@ -207,7 +198,7 @@ def judge_checkpoint(
     document = assess(
         checkpoint, how, baseline=baseline, trust_remote_code=trust_remote_code, offline=offline, progress=progress
     )
-    settings = {
+    settings: dict[str, Any] = {
         "confidence": confidence if confidence is not None else recipe.confidence if recipe is not None else 0.95,
         "bootstrap": recipe.bootstrap if recipe is not None else 10000,
         "seed": recipe.seed if recipe is not None else 0,

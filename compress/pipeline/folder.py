@@ -101,7 +101,7 @@ class RunFolder:
         (self.path / "measurements").mkdir(exist_ok=True)
         write_atomically(self.path / "measurements" / f"{name}.json", json.dumps(data).encode())
 
-    def keys(self) -> list[str]:
+    def finished(self) -> list[str]:
         """Keys of all finished stages, oldest first."""
         found = sorted(self.stages.glob("*.json"), key=lambda p: p.stat().st_mtime_ns) if self.stages.is_dir() else []
         return [p.stem for p in found]

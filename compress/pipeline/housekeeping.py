@@ -35,7 +35,9 @@ def _describe(path: Path) -> dict[str, Any]:
         "output": str(output) if (output / PROVENANCE).exists() else None,
         "status": _report(run).get("status"),
         "bytes": folder_bytes(path),
-        "stages": [{"name": key, "bytes": folder_bytes(run.stages / key), "used": key in used} for key in run.keys()],
+        "stages": [
+            {"name": key, "bytes": folder_bytes(run.stages / key), "used": key in used} for key in run.finished()
+        ],
     }
 
 
@@ -65,7 +67,7 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
         raise CompressError("is no run folder", where=str(run.path), fix="`compress runs` lists them")
     with run.locked():
         used = _used(run)
-        names = run.keys() if everything else [key for key in run.keys() if key not in used]
+        names = run.finished() if everything else [key for key in run.finished() if key not in used]
         freed = folder_bytes(run.path) if everything else sum(folder_bytes(run.stages / name) for name in names)
         if not dry_run:
             for name in names:

@@ -86,6 +86,7 @@ class Measurements:
                     window=section.window,
                     stride=section.stride or section.window,
                     reference=None if folder is None else reference,
+                    title="evaluate the original" if folder is None else f"evaluate stage {i} of {len(rows)}",
                     progress=self.progress,
                 )
                 measured = {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 3)}

@@ -24,8 +24,9 @@ from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerp
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
 from compress.pipeline.publish import changed_files, check_output, publish, read_provenance
-from compress.plan import PlannedStage, make_plan, planned_size, size_on_disk
+from compress.planning import PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
+from compress.recipe.resolve import plain_settings
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -78,7 +79,8 @@ class Run:
         self.data.check_disjoint()
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
             raise ResourceError(
-                f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, max_ram allows {recipe.max_ram / 1e9:.2f} GB",
+                f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, "
+                f"max_ram allows {recipe.max_ram / 1e9:.2f} GB",
                 fix="`compress plan` shows which pass needs it",
             )
 
@@ -172,7 +174,7 @@ class Run:
                 "passes": [
                     {
                         "name": planned.name,
-                        "settings": planned.settings.model_dump(mode="json"),
+                        "settings": plain_settings(planned.settings),
                         "planned": asdict(planned.size),
                         "actual": size,
                         "exact": planned.spec.exact,
@@ -359,13 +361,14 @@ def _card(state: Run, report: Mapping[str, Any]) -> bytes:
     assert state.original.folder is not None
     readme = state.original.folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
-    compact = needs_code(open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec)
+    spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
     recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
     name = _base_name(state.recipe.model)
     card = reports.model_card(
         report,
         text,
-        compact=compact,
+        compact=needs_code(spec),
+        class_name=spec.structure.class_name,
         base_model=name,
         recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.recipe.load import load_recipe as load_recipe
+    from compress.recipe.load import read_gates as read_gates
     from compress.recipe.load import recipe_from_mapping as recipe_from_mapping
     from compress.recipe.model import Gates as Gates
     from compress.recipe.model import PassEntry as PassEntry
@@ -28,6 +29,7 @@ _HOME = {
     "Source": "problems",
     "load_recipe": "load",
     "locate": "problems",
+    "read_gates": "load",
     "recipe_from_mapping": "load",
     "recipe_schema": "schema",
     "resolved": "resolve",

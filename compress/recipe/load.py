@@ -60,6 +60,30 @@ def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *,
     return _finish(files.extended(root, Path("mapping"), ()), sets, files, check_files)
 
 
+def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Gates outside a recipe, in the plain form that `compress.gates.judge` reads.
+
+    Args:
+        gates: as a recipe writes them. sets: more of them, or others in their place: ``bits_per_byte.max_increase=3%``.
+
+    Raises:
+        RecipeError: with every mistake.
+    """
+    problems: list[Problem] = []
+    root = _from_python(
+        {"model": ".", "output": ".", "passes": [{"cast": {"weights": "bf16"}}], "gates": gates}, (), problems
+    )
+    assert isinstance(root, MapNode)
+    for rank, text in enumerate(sets):
+        if (change := _parse_set(text, rank, problems, option="--gate")) is not None:
+            change.path.insert(0, "gates")
+            change.apply(root, problems)
+    recipe = build(root, problems, check_files=False, complete=False)
+    if recipe is None or problems:
+        raise RecipeError([problem.render() for problem in in_order(problems)])
+    return recipe.gates.model_dump(exclude_none=True)
+
+
 def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:
     recipe, problems = None, files.problems
     changes = [_parse_set(text, rank, problems) for rank, text in enumerate(sets)]
@@ -252,9 +276,9 @@ def _as_entry(node: Node) -> MapNode | None:
     return None
 
 
-def _parse_set(text: str, rank: int, problems: list[Problem]) -> _Change | None:
+def _parse_set(text: str, rank: int, problems: list[Problem], option: str = "--set") -> _Change | None:
     """``a.b.2.c=value`` read; parts with dots are quoted. Place and rank put its mistakes after those of files."""
-    origin = Origin(f"--set {text}", rank=1_000 + rank)
+    origin = Origin(f"{option} {text}", rank=1_000 + rank)
     place = Place(origin)
     path: list[str] = []
     position = 0
@@ -265,7 +289,8 @@ def _parse_set(text: str, rank: int, problems: list[Problem]) -> _Change | None:
             break
         position += 1
     if not path or text[position : position + 1] != "=":
-        problems.append(Problem("expected KEY=VALUE", place, hint="as --set passes.0.cast.weights=fp16"))
+        example = "passes.0.cast.weights=fp16" if option == "--set" else "bits_per_byte.max_increase=3%"
+        problems.append(Problem("expected KEY=VALUE", place, hint=f"as {option} {example}"))
         return None
     before = len(problems)
     value = parse(text[position + 1 :], origin, problems)

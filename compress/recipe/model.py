@@ -251,6 +251,12 @@ def parse_pass(value: Any) -> PassEntry:
         ) from None
     if isinstance(settings, model):
         return PassEntry(name, settings)
+    if settings is not None and not isinstance(settings, dict):
+        raise PydanticCustomError(
+            "pass_entry",
+            "{name}: expected a mapping of settings, got {value}",
+            {"name": name, "value": repr(settings), "hint": f"as `{name}: {{setting: value}}`"},
+        )
     # by way of JSON: strict about types, yet a list serves for a tuple
     text = json.dumps({} if settings is None else settings)
     return PassEntry(name, model.model_validate_json(text, strict=True))

@@ -7,5 +7,4 @@ import torch
 
 def overflowing(values: torch.Tensor, target: torch.dtype) -> int:
     """How many finite values would become infinite in ``target``, after rounding to nearest even."""
-    count = int((torch.isinf(values.to(target)) & torch.isfinite(values)).sum())
-    return count
+    return int((torch.isinf(values.to(target)) & torch.isfinite(values)).sum())

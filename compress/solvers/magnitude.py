@@ -21,14 +21,18 @@ class Masked(Protocol):
     """Values and an optional keep-mask of the same shape."""
 
     @property
-    def data(self) -> torch.Tensor: ...
+    def data(self) -> torch.Tensor:
+        """The values."""
+        ...
 
     @property
-    def mask(self) -> torch.Tensor | None: ...
+    def mask(self) -> torch.Tensor | None:
+        """True where a weight is kept."""
+        ...
 
 
 def scores(values: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
-    """|w| as int64 keys in the order of magnitude, -1 where an earlier mask removed the weight. float64 goes through float32."""
+    """|w| as int64 keys in the order of magnitude, -1 where an earlier mask removed it. float64 goes through float32."""
     keys = values.abs().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     return keys if earlier is None else torch.where(earlier, keys, -1)
 

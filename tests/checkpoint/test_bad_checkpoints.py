@@ -52,7 +52,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"is empty \(0 bytes\); copy or download it again"),
     "seven bytes": (b"1234567", "is no safetensors file: only 7 bytes"),
     "oversized header": ((1 << 40).to_bytes(8, "little") + b"{}", "its header would be 1099511627776 bytes"),
-    "header beyond the end": ((500).to_bytes(8, "little") + b"{}", "is truncated: the header is 500 bytes, the file 10"),
+    "header beyond the end": (
+        (500).to_bytes(8, "little") + b"{}",
+        "is truncated: the header is 500 bytes, the file 10",
+    ),
     "not JSON": (raw(b"{nonsense"), "has a damaged header"),
     "a list": (raw([]), "has a header that is not a JSON object"),
     "deep nesting": (raw(b"[" * 100_000), "has a damaged header"),
@@ -110,7 +113,7 @@ def index_with(sharded: Path, change: Callable[[dict], None]) -> None:
 
 def test_index_names_a_missing_tensor(sharded):
     index_with(sharded, lambda names: names.update(ghost=next(iter(names.values()))))
-    with pytest.raises(CheckpointError, match="names tensor ghost in model-.*, which does not hold it"):
+    with pytest.raises(CheckpointError, match=r"names tensor ghost in model-.*, which does not hold it"):
         open_headers(sharded)
 
 
@@ -123,14 +126,14 @@ def test_index_leaves_out_a_tensor(sharded):
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "a\\b"])
 def test_index_leads_out_of_the_folder(name, sharded):
     index_with(sharded, lambda names: names.update({"model.norm.weight": name}))
-    with pytest.raises(CheckpointError, match="lies outside it"):
+    with pytest.raises(CheckpointError, match=r"lies outside it"):
         open_headers(sharded)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 1}}', b"{"])
 def test_damaged_index(data, sharded):
     (sharded / INDEX).write_bytes(data)
-    with pytest.raises(CheckpointError, match="is not JSON|has no `weight_map`"):
+    with pytest.raises(CheckpointError, match=r"is not JSON|has no `weight_map`"):
         open_headers(sharded)
 
 
@@ -144,18 +147,18 @@ def test_links_that_leave_the_folder(folder, tmp_path):
     (tmp_path / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to(tmp_path / WEIGHTS)
-    with pytest.raises(CheckpointError, match="is a symbolic link to"):
+    with pytest.raises(CheckpointError, match=r"is a symbolic link to"):
         open_headers(folder)
 
 
 def test_broken_links(folder):
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("nowhere")
-    with pytest.raises(CheckpointError, match="is a broken symbolic link"):
+    with pytest.raises(CheckpointError, match=r"is a broken symbolic link"):
         open_headers(folder)
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to(WEIGHTS)
-    with pytest.raises(CheckpointError, match="is a broken symbolic link"):
+    with pytest.raises(CheckpointError, match=r"is a broken symbolic link"):
         open_headers(folder)
 
 
@@ -174,7 +177,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, tmp_pat
     model = load_model(folder)
     (folder / WEIGHTS).unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="as a pickle") as caught:
+    with pytest.raises(CheckpointError, match=r"as a pickle") as caught:
         open_headers(folder)
     import subprocess
     import sys
@@ -187,27 +190,32 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, tmp_pat
 
 def test_configs(folder):
     edit_config(folder, model_type=...)
-    with pytest.raises(CheckpointError, match="has no `model_type`"):
+    with pytest.raises(CheckpointError, match=r"has no `model_type`"):
         open_headers(folder)
     edit_config(folder, model_type="llama", auto_map={"AutoModel": "custom.Model"})
     with pytest.raises(CheckpointError, match=r"asks for Python code of its own \(`auto_map`\); if you trust it"):
         open_headers(folder)
     assert open_headers(folder, trust_remote_code=True)[0].parameters > 0
-    for data, message in ((b"[]", "is not a JSON object"), (b"{", "is not JSON"), (b"", "is not JSON"), (b"\xff", "is not JSON")):
+    for data, message in (
+        (b"[]", "is not a JSON object"),
+        (b"{", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+    ):
         (folder / "config.json").write_bytes(data)
         with pytest.raises(CheckpointError, match=message):
             open_headers(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
         open_headers(folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="merge it into its base model first"):
+    with pytest.raises(CheckpointError, match=r"merge it into its base model first"):
         open_headers(folder)
 
 
 def test_unknown_model_type(folder):
     edit_config(folder, model_type="unheard_of")
-    with pytest.raises(CheckpointError, match="the model type `unheard_of` is unknown to transformers"):
+    with pytest.raises(CheckpointError, match=r"the model type `unheard_of` is unknown to transformers"):
         load_model(folder)
 
 
@@ -216,7 +224,10 @@ def test_unknown_model_type(folder):
     [
         ({"num_hidden_layers": 5}, "config and weights disagree: block 4: the weights hold none"),
         ({"num_hidden_layers": 3}, "config and weights disagree: block 3: the config says 3"),
-        ({"vocab_size": 299}, "config and weights disagree: model.embed_tokens.weight has 300 rows, the config says vocab_size 299"),
+        (
+            {"vocab_size": 299},
+            "config and weights disagree: model.embed_tokens.weight has 300 rows, the config says vocab_size 299",
+        ),
         ({"hidden_size": "wide"}, "config.json has no usable `hidden_size`"),
         ({"num_attention_heads": 0}, "config.json has no usable `num_attention_heads`"),
     ],
@@ -231,7 +242,10 @@ def test_config_and_weights_disagree_by_the_headers(changes, message, folder):
     ("changes", "message"),
     [
         ({"intermediate_size": 72}, "config and weights disagree"),
-        ({"attention_bias": True}, r"16 weights are missing for LlamaForCausalLM, such as model.layers.0.self_attn.k_proj.bias"),
+        (
+            {"attention_bias": True},
+            r"16 weights are missing for LlamaForCausalLM, such as model.layers.0.self_attn.k_proj.bias",
+        ),
         ({"architectures": ["Nonsense"]}, "has no class Nonsense"),
         ({"rms_norm_eps": "small"}, "config.json cannot be used"),
     ],
@@ -271,24 +285,24 @@ def test_infinities_are_no_nan(folder, tmp_path):
 
 
 def test_a_folder_without_weights(tmp_path, folder):
-    with pytest.raises(CheckpointError, match="there is no such folder"):
+    with pytest.raises(CheckpointError, match=r"there is no such folder"):
         open_headers(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="is a file, not a checkpoint folder"):
+    with pytest.raises(CheckpointError, match=r"is a file, not a checkpoint folder"):
         open_headers(folder / WEIGHTS)
     (folder / WEIGHTS).rename(folder / "other.safetensors")
-    with pytest.raises(CheckpointError, match="has other.safetensors, but no model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has other.safetensors, but no model.safetensors"):
         open_headers(folder)
     (folder / "other.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match=r"holds no weights"):
         open_headers(folder)
 
 
 def test_tokenizers(folder):
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer cannot be read"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="has no tokenizer, which text needs"):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer, which text needs"):
         load_tokenizer(folder)
 
 
@@ -303,7 +317,7 @@ def test_a_mask_that_was_tampered_with(folder, tmp_path):
     with safe_open(out.folder / WEIGHTS, "pt") as file:
         metadata = file.metadata()
     save_file(tensors, out.folder / WEIGHTS, metadata)
-    with pytest.raises(CheckpointError, match="keeps 2048 weights, its metadata say 1024"):
+    with pytest.raises(CheckpointError, match=r"keeps 2048 weights, its metadata say 1024"):
         open_checkpoint(out.folder).tensor("model.layers.0.mlp.up_proj.weight")
 
 
@@ -312,7 +326,7 @@ def test_compact_of_a_newer_format(folder, tmp_path):
 
     out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.6), tmp_path / "out", store="compact")
     edit_config(out.folder, format=2)
-    with pytest.raises(CheckpointError, match="has the compact format 2; this version reads 1; update compress"):
+    with pytest.raises(CheckpointError, match=r"has the compact format 2; this version reads 1; update compress"):
         open_headers(out.folder)
 
 

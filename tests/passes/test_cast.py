@@ -42,10 +42,10 @@ def test_only_and_skip(pico_llama):
     assert "model.layers.1.self_attn.q_proj" in narrow
     assert not any(m.startswith(("model.layers.0.mlp", "model.layers.1.mlp")) for m in narrow)
     assert "lm_head" not in narrow
-    with pytest.raises(PassError, match="`model.layer.*` matches no module; a module here is `model.layers") as caught:
+    with pytest.raises(PassError, match=r"`model.layer.*` matches no module; a module here is `model.layers") as caught:
         plan(checkpoint, "cast", weights="fp16", skip=["model.layer.*"])
     assert caught.value.key == "skip"
-    with pytest.raises(PassError, match="is not a regular expression"):
+    with pytest.raises(PassError, match=r"is not a regular expression"):
         plan(checkpoint, "cast", weights="fp16", only=["re:("])
 
 
@@ -66,7 +66,7 @@ def test_fp16_refuses_what_does_not_fit(pico_llama, tmp_path):
 
 def test_nothing_to_cast_is_an_error(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
-    with pytest.raises(PassError, match="every weight is fp32 already"):
+    with pytest.raises(PassError, match=r"every weight is fp32 already"):
         plan(checkpoint, "cast", weights="fp32")
     assert plan(checkpoint, "cast", weights="fp32", allow_noop=True).tensors == checkpoint.spec.tensors
 

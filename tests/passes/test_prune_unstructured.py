@@ -53,7 +53,7 @@ def test_an_earlier_mask_is_kept(pico_llama):
                 old, new = half.tensor(tensor.name).mask, more.tensor(tensor.name).mask
                 assert not (new & ~old).any()
                 assert int(new.sum()) == tensor.kept
-    with pytest.raises(PassError, match="that sparse already"):
+    with pytest.raises(PassError, match=r"that sparse already"):
         plan(half, "prune_unstructured", sparsity=0.4)
 
 
@@ -82,17 +82,17 @@ def test_head_and_tied_embeddings_by_name(tmp_path):
 def test_refusals(pico_llama, tmp_path):
     checkpoint = open_checkpoint(pico_llama)
     with pytest.raises(
-        PassError, match="has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"
+        PassError, match=r"has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"
     ):
         plan(checkpoint, "prune_unstructured", pattern="12:24")
-    with pytest.raises(PassError, match="no weight matrix is left"):
+    with pytest.raises(PassError, match=r"no weight matrix is left"):
         plan(checkpoint, "prune_unstructured", sparsity=0.5, only=["model.norm"])
     import json
 
     folder = pico.save(tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
-    with pytest.raises(PassError, match="`unheard_of` has no architecture record"):
+    with pytest.raises(PassError, match=r"`unheard_of` has no architecture record"):
         plan(open_checkpoint(folder), "prune_unstructured", sparsity=0.5)
     named = plan(open_checkpoint(folder), "prune_unstructured", sparsity=0.5, only=["*.mlp.*"])
     assert sum(t.kept is not None for t in named.stored()) == 12

@@ -22,7 +22,11 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
                 "calibration": {"files": [str(train)], "samples": 4, "length": 32},
                 "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
             },
-            "passes": [{"prune_structured": {"layers": 1}}, {"prune_unstructured": {"sparsity": "60%"}}, {"cast": {"weights": "bf16"}}],
+            "passes": [
+                {"prune_structured": {"layers": 1}},
+                {"prune_unstructured": {"sparsity": "60%"}},
+                {"cast": {"weights": "bf16"}},
+            ],
             "evaluate": ["bits_per_byte", "kl"],
             "gates": {"size": {"max_ratio": 0.6}},
         }

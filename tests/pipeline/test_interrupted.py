@@ -44,7 +44,7 @@ def slow(descriptor, data, offset):
     real(descriptor, data, offset)
     if count[0] == {stage} and offset > 0:
         print("paused", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 write._pwrite = slow
 """
 
@@ -66,11 +66,11 @@ def test_stopped_while_a_stage_is_written(number, status, stage, recipe_file, tm
     finished = [p for p in stages.glob("*") if p.is_dir() and not p.name.startswith(".")]
     assert len(finished) == stage - 1
     again = start(path)
-    output, errors = again.communicate(timeout=120)
+    _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     report = json.loads((tmp_path / "out.run/report.json").read_text())
     assert [s["reused"] for s in report["stages"]] == [i < stage - 1 for i in range(3)]
-    assert not [p for p in stages.glob(".*")]
+    assert not list(stages.glob(".*"))
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -134,12 +134,16 @@ def test_a_bug_is_one_line_and_a_log(recipe_file):
     assert process.returncode == 70
     last = errors.strip().splitlines()[-1]
     assert last.startswith("compress: bug: ZeroDivisionError: division by zero; the traceback is in ")
-    assert "1 / 0" in Path(last.rpartition(" ")[2]).read_text()
+    log = Path(last.rpartition(" ")[2]).read_text()
+    assert log.startswith("Traceback")
+    assert "_write_shard" in log
     assert "Traceback" not in errors
 
 
 def test_out_of_memory(recipe_file):
-    process = start(recipe_file(), before="import compress.checkpoint.write as w\ndef no(v): raise MemoryError\nw._digest = no")
+    process = start(
+        recipe_file(), before="import compress.checkpoint.write as w\ndef no(v): raise MemoryError\nw._digest = no"
+    )
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "out of memory" in errors
@@ -147,7 +151,9 @@ def test_out_of_memory(recipe_file):
 
 def test_a_bad_recipe_costs_no_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: [")
-    process = start(tmp_path / "bad.yaml", before="import atexit\natexit.register(lambda: print('torch' in sys.modules))")
+    process = start(
+        tmp_path / "bad.yaml", before="import atexit\natexit.register(lambda: print('torch' in sys.modules))"
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output == "False\n"

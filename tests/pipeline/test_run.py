@@ -17,7 +17,11 @@ from tests import pico
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json") and p.name != "compress.json"}
+    return {
+        p.name: p.read_bytes()
+        for p in sorted(folder.iterdir())
+        if p.suffix in (".safetensors", ".json") and p.name != "compress.json"
+    }
 
 
 def test_a_run_end_to_end(recipe, tmp_path, pico_llama, stock):
@@ -26,7 +30,11 @@ def test_a_run_end_to_end(recipe, tmp_path, pico_llama, stock):
     assert (result.verdict, result.exit_status, result.published) == ("passed", 0, True)
     out = tmp_path / "out"
     assert result.checkpoint == out
-    assert [p["name"] for s in report["stages"] for p in s["passes"]] == ["prune_structured", "prune_unstructured", "cast"]
+    assert [p["name"] for s in report["stages"] for p in s["passes"]] == [
+        "prune_structured",
+        "prune_unstructured",
+        "cast",
+    ]
     for stage in report["stages"]:
         for step in stage["passes"]:
             assert step["exact"]
@@ -83,7 +91,11 @@ def test_fused_and_separate_stages_give_the_same_bytes(recipe, tmp_path):
 
 def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path):
     compress.run(recipe())
-    passes = [{"prune_structured": {"layers": 1}}, {"prune_unstructured": {"sparsity": "70%"}}, {"cast": {"weights": "bf16"}}]
+    passes = [
+        {"prune_structured": {"layers": 1}},
+        {"prune_unstructured": {"sparsity": "70%"}},
+        {"cast": {"weights": "bf16"}},
+    ]
     changed = compress.run(recipe(passes=passes))
     assert [s["reused"] for s in changed.report["stages"]] == [True, False, False]
     assert changed.published
@@ -140,11 +152,11 @@ def test_a_changed_input_is_noticed(recipe, tmp_path, pico_llama):
 def test_outputs_that_are_refused(recipe, tmp_path, pico_llama):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="output and model are the same folder"):
+    with pytest.raises(OutputError, match=r"output and model are the same folder"):
         compress.run(recipe(model=str(model), output=str(model)))
-    with pytest.raises(OutputError, match="the output lies inside the model's folder"):
+    with pytest.raises(OutputError, match=r"the output lies inside the model's folder"):
         compress.run(recipe(model=str(model), output=str(model / "small")))
-    with pytest.raises(OutputError, match="the model lies inside the output's folder"):
+    with pytest.raises(OutputError, match=r"the model lies inside the output's folder"):
         compress.run(recipe(model=str(model), output=str(tmp_path)))
     out.mkdir()
     compress.run(recipe(passes=[{"cast": {"weights": "bf16"}}], gates={}))  # an empty folder is fine
@@ -154,12 +166,12 @@ def test_outputs_that_are_refused(recipe, tmp_path, pico_llama):
     shutil.rmtree(out)
     out.mkdir()
     (out / "thesis.doc").write_text("mine")
-    with pytest.raises(OutputError, match="exists and is not a result of this tool"):
+    with pytest.raises(OutputError, match=r"exists and is not a result of this tool"):
         compress.run(recipe())
     assert (out / "thesis.doc").read_text() == "mine"
     shutil.rmtree(out)
     out.write_text("a file")
-    with pytest.raises(OutputError, match="exists and is not a folder"):
+    with pytest.raises(OutputError, match=r"exists and is not a folder"):
         compress.run(recipe())
 
 
@@ -172,8 +184,11 @@ def test_shared_text_is_refused(recipe, texts):
 
 def test_too_little_text(recipe, tmp_path, texts):
     (tmp_path / "short.txt").write_text("too short")
-    data = {"calibration": {"files": [str(tmp_path / "short.txt")], "samples": 4, "length": 32}, "evaluation": {"files": [str(texts[1])]}}
-    with pytest.raises(DataError, match="asks for 4 samples of 32 tokens, the text gives 0"):
+    data = {
+        "calibration": {"files": [str(tmp_path / "short.txt")], "samples": 4, "length": 32},
+        "evaluation": {"files": [str(texts[1])]},
+    }
+    with pytest.raises(DataError, match=r"asks for 4 samples of 32 tokens, the text gives 0"):
         compress.run(recipe(data=data))
 
 
@@ -208,7 +223,16 @@ def test_plan_api(recipe, pico_llama):
 
 def test_apply_api(tmp_path, pico_llama, texts):
     train, _ = texts
-    out = compress.apply("prune_structured", pico_llama, tmp_path / "a", layers=1, data=train, samples=4, length=32, document_separator="<|doc|>")
+    out = compress.apply(
+        "prune_structured",
+        pico_llama,
+        tmp_path / "a",
+        layers=1,
+        data=train,
+        samples=4,
+        length=32,
+        document_separator="<|doc|>",
+    )
     assert load_model(out).config.num_hidden_layers == 3
     ids = torch.randint(0, 250, (4, 16))
     compress.apply("prune_structured", pico_llama, tmp_path / "b", layers=2, data=ids)
@@ -216,11 +240,13 @@ def test_apply_api(tmp_path, pico_llama, texts):
     dense = compress.unpack(small, tmp_path / "d")
     assert torch.equal(pico.logits(compress.load(small)), pico.logits(compress.load(dense)))
     assert open_checkpoint(dense).spec.tensors["model.layers.0.mlp.up_proj.weight"].kept is not None
-    with pytest.raises(CompressError, match="needs calibration data; give data="):
+    with pytest.raises(CompressError, match=r"needs calibration data; give data="):
         compress.apply("prune_structured", pico_llama, tmp_path / "e", layers=1)
-    with pytest.raises(CompressError, match="prune_unstructured.sparsty: Extra inputs|prune_unstructured"):
+    with pytest.raises(CompressError, match=r"prune_unstructured.sparsty: Extra inputs|prune_unstructured"):
         compress.apply("prune_unstructured", pico_llama, tmp_path / "e", sparsty=0.5)
-    with pytest.raises(CompressError, match="no pass is called `prune_unstructred`; did you mean `prune_unstructured`?"):
+    with pytest.raises(
+        CompressError, match=r"no pass is called `prune_unstructred`; did you mean `prune_unstructured`?"
+    ):
         compress.apply("prune_unstructred", pico_llama, tmp_path / "e", sparsity=0.5)
     with pytest.raises(OutputError):
         compress.apply("cast", pico_llama, tmp_path / "a", weights="bf16")
@@ -244,5 +270,5 @@ def test_clean_and_runs(recipe, tmp_path):
     clean(tmp_path / "out.run", everything=True)
     assert not (tmp_path / "out.run").exists()
     load_model(tmp_path / "out")
-    with pytest.raises(CompressError, match="is no run folder"):
+    with pytest.raises(CompressError, match=r"is no run folder"):
         clean(tmp_path / "out.run")

@@ -1,0 +1,231 @@
+"""Bits per byte, perplexity, divergence and agreement of causal language models on fixed documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, DataError
+from compress.progress import Progress, SilentProgress
+from compress.text import Document
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEMA = "compress.evaluation/1"
+#: Below so many documents, chunks of them are the unit that is resampled.
+FEW_DOCUMENTS = 30
+#: As many chunks as that are made of few documents, where there are windows enough.
+CHUNKS = 60
+#: Values of one batch's logits (float32), and most windows in a batch.
+BATCH_VALUES, BATCH_WINDOWS = 1 << 25, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Sums over the scored tokens of one document, or of one chunk of it.
+
+    Attributes:
+        bytes: UTF-8 bytes of its text. tokens: scored. nll: negative log-likelihood, nats.
+        kl: divergence of the reference from the model, KL(reference ‖ model), nats; None without a reference.
+        agree: tokens at which both models' likeliest next token is the same; None without a reference.
+    """
+
+    id: str
+    bytes: int
+    tokens: int
+    nll: float
+    kl: float | None
+    agree: int | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by document (``unit`` is ``document``) or by chunk (``chunk``), and how they were taken."""
+
+    documents: tuple[Score, ...]
+    unit: str
+    window: int
+    stride: int
+    begins: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, schema ``compress.evaluation/1``, with the metrics over all documents; NaN stays NaN."""
+        return {
+            "schema": SCHEMA,
+            "unit": self.unit,
+            "window": self.window,
+            "stride": self.stride,
+            "begins_with_bos": self.begins,
+            **metrics([asdict(d) for d in self.documents]),
+            "documents": [asdict(d) for d in self.documents],
+        }
+
+
+def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of `Score` rows: bits per byte, perplexity per token, mean divergence per token, share of agreement."""
+    size, tokens = sum(r["bytes"] for r in rows), sum(r["tokens"] for r in rows)
+    nll = math.fsum(r["nll"] for r in rows)
+    paired = all(r["kl"] is not None for r in rows)
+    return {
+        "bytes": size,
+        "tokens": tokens,
+        "bits_per_byte": nll / math.log(2) / size,
+        "perplexity": math.exp(nll / tokens) if nll / tokens < 700 else math.inf if nll == nll else math.nan,
+        "kl": math.fsum(r["kl"] for r in rows) / tokens if paired else None,
+        "agreement": sum(r["agree"] for r in rows) / tokens if paired else None,
+    }
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of one forward pass; the targets from ``first`` on are scored here."""
+
+    document: int
+    ids: list[int]  # one more than the model reads: the last is a target alone
+    first: int
+    start: int  # index in the document of the first scored target
+
+
+def score_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    window: int,
+    stride: int,
+    reference: PreTrainedModel | None = None,
+    title: str = "evaluate",
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every token of every document once, in float32 log-probabilities.
+
+    Each document is tokenised by itself, after the tokenizer's beginning-of-text token where it has one. A forward pass
+    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet.
+
+    Args:
+        reference: the model to compare with; where the vocabularies are padded differently, over the shared ids.
+
+    Raises:
+        CompressError: the model is no causal language model, or cannot read so many tokens.
+        DataError: no text, or tokens that the model does not know.
+    """
+    import torch
+
+    _check(model, window)
+    begin = tokenizer.bos_token_id
+    encoded, starts = [], []
+    for document in documents:
+        ids, offsets = _tokens(tokenizer, document.text)
+        encoded.append([*([begin] if begin is not None else []), *ids])
+        starts.append([*([0] if begin is not None else []), *offsets])
+    windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride)]
+    if not windows:
+        raise DataError("the evaluation text has no token to score")
+    embeddings: Any = model.get_input_embeddings()
+    highest, size = max(max(ids) for ids in encoded if ids), int(embeddings.weight.shape[0])
+    if highest >= size:
+        raise DataError(f"the tokenizer gives token {highest}, the model knows {size}", fix="use its own tokenizer")
+    sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nll, kl, agree
+    batch = max(1, min(BATCH_WINDOWS, BATCH_VALUES // (window * size)))
+    pad = begin if begin is not None else 0
+    with torch.inference_mode(), (progress or SilentProgress()).task(title, len(windows), "windows") as task:
+        for at in range(0, len(windows), batch):
+            part = windows[at : at + batch]
+            sums[at : at + len(part)] = _score(model, reference, part, pad)
+            task.advance(len(part), documents[part[-1].document].id)
+    few = len(documents) < FEW_DOCUMENTS
+    per_chunk = max(1, len(windows) // CHUNKS)
+    scores = []
+    for document, group in groupby(range(len(windows)), key=lambda i: windows[i].document):
+        members = list(group)
+        pieces = [members[i : i + per_chunk] for i in range(0, len(members), per_chunk)] if few else [members]
+        edges = [0, *(_byte_at(documents[document].text, starts[document][windows[p[0]].start]) for p in pieces[1:])]
+        edges.append(len(documents[document].text.encode()))
+        for number, piece in enumerate(pieces):
+            nll, kl, agree = sums[piece].sum(0).tolist()
+            scores.append(
+                Score(
+                    id=documents[document].id + (f".{number}" if few else ""),
+                    bytes=edges[number + 1] - edges[number],
+                    tokens=sum(len(windows[i].ids) - 1 - windows[i].first for i in piece),
+                    nll=nll,
+                    kl=kl if reference is not None else None,
+                    agree=int(agree) if reference is not None else None,
+                )
+            )
+    return Scores(tuple(scores), "chunk" if few else "document", window, stride, begin is not None)
+
+
+def _check(model: PreTrainedModel, window: int) -> None:
+    config: Any = model.config
+    if not model.can_generate() or config.is_encoder_decoder:
+        raise CompressError(f"bits per byte needs a causal language model, this is {type(model).__name__}")
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and window > positions:
+        raise CompressError(
+            f"a window of {window} tokens is beyond the model's {positions} positions", fix=f"set window to {positions}"
+        )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Token ids, and the index in ``text`` of the character at which each begins."""
+    if tokenizer.is_fast:
+        both = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(both["input_ids"]), [start for start, _ in both["offset_mapping"]]
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids, [len(text) * i // max(len(ids), 1) for i in range(len(ids))]
+
+
+def _byte_at(text: str, character: int) -> int:
+    return len(text[:character].encode())
+
+
+def _windows(document: int, ids: list[int], window: int, stride: int) -> Iterator[_Window]:
+    scored = 1  # the first token is never a target
+    for start in range(0, len(ids) - 1, stride):
+        end = min(start + window, len(ids) - 1)
+        if end >= scored:
+            yield _Window(document, ids[start : end + 1], scored - 1 - start, scored)
+            scored = end + 1
+
+
+def _score(
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[_Window], pad: int
+) -> torch.Tensor:
+    """Sums of nll, kl and agreement over the scored targets, float64 [windows, 3]. Padding stands right, unseen."""
+    import torch
+    from torch.nn.functional import log_softmax
+
+    longest = max(len(w.ids) for w in windows)
+    ids = torch.full((len(windows), longest), pad)
+    counts = torch.zeros(len(windows), longest - 1, dtype=torch.bool)
+    for row, w in enumerate(windows):
+        ids[row, : len(w.ids)] = torch.tensor(w.ids)
+        counts[row, w.first : len(w.ids) - 1] = True
+    ids, counts = ids.to(model.device), counts.to(model.device)
+    result = torch.zeros(len(windows), 3, dtype=torch.float64)
+    logits = _logits(model, ids)
+    logp = log_softmax(logits, -1)
+    nll = -logp.gather(-1, ids[:, 1:, None])[..., 0]
+    result[:, 0] = torch.where(counts, nll, 0).double().sum(1)
+    if reference is not None:
+        theirs = _logits(reference, ids)
+        shared = min(logits.shape[-1], theirs.shape[-1])
+        if logits.shape[-1] != shared:
+            logp = log_softmax(logits[..., :shared], -1)
+        reference_logp = log_softmax(theirs[..., :shared], -1)
+        kl = torch.where(reference_logp == -torch.inf, 0, reference_logp.exp() * (reference_logp - logp)).sum(-1)
+        agree = logits[..., :shared].argmax(-1) == theirs[..., :shared].argmax(-1)
+        result[:, 1] = torch.where(counts, kl, 0).double().sum(1)
+        result[:, 2] = (agree & counts).double().sum(1)
+    return result
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return logits.float()

@@ -1,0 +1,113 @@
+"""The process that holds one model and times it: ``python -m compress.evaluation.latency_worker SETTINGS``.
+
+Reads commands as lines of JSON on stdin (``warm``, ``round``, ``memory``), answers each with one line on stdout, and
+ends when stdin closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def main() -> None:
+    """Load, say what was loaded, then serve."""
+    out = os.fdopen(os.dup(1), "w")  # libraries that print do not spoil the protocol
+    os.dup2(2, 1)
+    settings = json.loads(sys.argv[1])
+    try:
+        model, before = _load(settings)
+    except Exception as error:
+        _say(out, {"error": str(error) or type(error).__name__, "resources": "memory" in str(error)})
+        return
+    config = model.config
+    _say(
+        out,
+        {
+            "positions": getattr(config, "max_position_embeddings", None),
+            "vocabulary": model.get_input_embeddings().weight.shape[0],
+            "generates": model.can_generate(),
+        },
+    )
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            _say(out, _answer(model, before, command))
+        except Exception as error:
+            _say(out, {"error": f"{type(error).__name__}: {error}", "resources": "memory" in str(error)})
+
+
+def _say(out: Any, data: dict[str, Any]) -> None:
+    out.write(json.dumps(data) + "\n")
+    out.flush()
+
+
+def _load(settings: dict[str, Any]) -> tuple[Any, int]:
+    """The model, and the resident bytes of the process before it was loaded."""
+    import torch
+
+    from compress.loading import load_model
+    from compress.memory import peak_memory, reset_peak
+
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    torch.ones(64, 64) @ torch.ones(64, 64)  # the maths library is loaded
+    reset_peak()
+    before = peak_memory()
+    model = load_model(
+        settings["folder"],
+        dtype=settings["dtype"],
+        device=settings["device"],
+        trust_remote_code=settings["trust_remote_code"],
+    )
+    if settings["device"].startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(model.device)
+    else:
+        reset_peak()
+    return model, before
+
+
+def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from compress.memory import peak_memory
+
+    cuda = model.device.type == "cuda"
+    if command["do"] == "memory":
+        if cuda:
+            return {"bytes": torch.cuda.max_memory_allocated(model.device)}
+        return {"bytes": max(peak_memory() - before, 0)}
+    generator = torch.Generator().manual_seed(command["seed"])
+    prompt = torch.randint(command["vocabulary"], (1, command["prompt"]), generator=generator).to(model.device)
+
+    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+        if cuda:
+            torch.cuda.synchronize(model.device)
+        start = time.perf_counter()
+        result = work()
+        if cuda:
+            torch.cuda.synchronize(model.device)
+        return time.perf_counter() - start, result
+
+    with torch.inference_mode():
+        if not command["decode"]:
+            prefill, _ = timed(lambda: model(input_ids=prompt))
+            return {"prefill": prefill, "decode": None, "seconds": prefill}
+        prefill, output = timed(lambda: model(input_ids=prompt, use_cache=True))
+        decode, _ = timed(lambda: _generate(model, output, command["generated"]))
+    return {"prefill": prefill, "decode": decode / command["generated"], "seconds": prefill + decode}
+
+
+def _generate(model: Any, output: Any, count: int) -> None:
+    """Greedy, one token at a time, with the cache."""
+    for _ in range(count):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Claims about measured values, judged: pass, fail or inconclusive. Works on plain report values; needs no torch.
+
+Size, parameters and memory are exact. What is measured on text is a sample of it, and so is every timing: the bound is
+compared with an interval (`compress.statistics`), and where the interval holds the bound the verdict is inconclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compress import statistics
+from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
+from compress.settings import format_bytes
+from compress.statistics import FEWEST_UNITS, Interval
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """One judged bound.
+
+    Attributes:
+        gate: ``size.max_ratio``. value, bound: as compared. lower, upper: one-sided bounds of the value, None if exact.
+        unit: of the value: bytes, ratio, parameters, relative, absolute, points, share, nats.
+        documents_needed: for an inconclusive one, about how many would decide; None where no number would.
+        text: one line for people.
+    """
+
+    gate: str
+    verdict: Verdict
+    value: float | None
+    bound: float
+    lower: float | None
+    upper: float | None
+    unit: str
+    documents_needed: int | None
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def judge(
+    gates: Mapping[str, Any],
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    *,
+    confidence: float = 0.95,
+    bootstrap: int = 10_000,
+    seed: int = 0,
+) -> list[GateResult]:
+    """Judge every bound.
+
+    Args:
+        gates: ``{"size": {"max_ratio": 0.4}, "bits_per_byte": {"max_increase": {"value": 0.05, "relative": True}}}``.
+        original, candidate: ``size``, ``evaluation`` and ``latency`` as reports hold them.
+
+    Raises:
+        ReportError: a gate asks for what was not measured, or the two were measured on different text.
+    """
+    how: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed}
+    results = []
+    for name, bounds in gates.items():
+        for key, bound in bounds.items():
+            gate = f"{name}.{key}"
+            if name in ("size", "parameters"):
+                results.append(_exact(gate, name, key, bound, original, candidate))
+            elif name == "memory":
+                results.append(_memory(gate, bound, original, candidate))
+            elif name in ("prefill", "decode"):
+                results.append(_speed(gate, name, bound, original, candidate, how))
+            elif name in statistics.PARTS:
+                results.append(_text(gate, name, key, bound, original, candidate, how))
+            else:
+                raise ReportError(f"there is no gate `{name}`")
+    if (evaluation := candidate.get("evaluation")) and not _finite(evaluation) and verdict(results)[0] == "passed":
+        text = "the model gives NaN or infinite values on the evaluation text"
+        results.append(GateResult("evaluation.finite", "fail", math.nan, 0, None, None, "absolute", None, text))
+    return results
+
+
+def verdict(results: Sequence[GateResult]) -> tuple[str, int]:
+    """The verdict of all gates together, and the exit status for it."""
+    found = {result.verdict for result in results}
+    if "fail" in found:
+        return "failed", EXIT_GATE_FAILED
+    if "inconclusive" in found:
+        return "inconclusive", EXIT_INCONCLUSIVE
+    return "passed", EXIT_OK
+
+
+def _get(side: Mapping[str, Any], gate: str, *path: str) -> Any:
+    value: Any = side
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            raise ReportError(f"the gate `{gate}` needs {path[-1]}, which was not measured")
+    return value
+
+
+def _exact(
+    gate: str, name: str, key: str, bound: float, original: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> GateResult:
+    field = "bytes" if name == "size" else "parameters"
+    value = _get(candidate, gate, "size", field)
+    show = format_bytes if name == "size" else (lambda n: f"{n:,.0f} parameters")
+    if key == "max":
+        return _plain(gate, value, bound, field, show(value), show(bound))
+    before = _get(original, gate, "size", field)
+    ratio = value / before if before else math.nan
+    return _plain(gate, ratio, bound, "ratio", f"{ratio:.4g} ({show(before)} ▶ {show(value)})", f"{bound:.4g}")
+
+
+def _memory(gate: str, bound: float, original: Mapping[str, Any], candidate: Mapping[str, Any]) -> GateResult:
+    before, after = (_get(side, gate, "latency", "memory", "peak") for side in (original, candidate))
+    ratio = after / before if before else math.nan
+    shown = f"{ratio:.3g} ({format_bytes(before)} ▶ {format_bytes(after)})"
+    return _plain(gate, ratio, bound, "ratio", shown, f"{bound:.4g}")
+
+
+def _plain(gate: str, value: float, bound: float, unit: str, shown: str, limit: str) -> GateResult:
+    passed = value <= bound  # False for NaN
+    sign = "≤" if passed else "not ≤"
+    return GateResult(
+        gate, "pass" if passed else "fail", value, bound, None, None, unit, None, f"{shown} {sign} {limit}"
+    )
+
+
+def _speed(
+    gate: str,
+    name: str,
+    bound: float,
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> GateResult:
+    samples = [_get(side, gate, "latency", name, "samples") for side in (original, candidate)]
+    interval = statistics.median_ratio(*samples, **how)
+    return _judged(gate, interval, bound, "ratio", lambda x: f"{x:.3f}", "rounds")
+
+
+def _text(
+    gate: str,
+    name: str,
+    key: str,
+    bound: Any,
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> GateResult:
+    after = _get(candidate, gate, "evaluation")
+    _get(after, gate, name)
+    unit_name = f"{after['unit']}s"
+    if key == "max_increase":
+        if not isinstance(bound, Mapping):
+            raise ReportError(f"the gate `{gate}` has no value")
+        relative, limit = bool(bound["relative"]), float(bound["value"])
+        before = _get(original, gate, "evaluation")
+        interval = statistics.increase(before, after, name, relative=relative, **how)
+        show = (lambda x: f"{x:+.2%}") if relative else (lambda x: f"{x:+.4f}")
+        unit = "relative" if relative else "absolute"
+    elif key == "max":
+        limit, unit = float(bound), {"kl": "nats"}.get(name, "absolute")
+        interval, show = statistics.level(after, name, **how), lambda x: f"{x:.4g}"
+    else:  # of a share: `min`, or `max_drop` in points from the original's 100 %
+        interval, limit = statistics.level(after, name, **how), float(bound)
+        if key == "min":
+            unit, show = "share", (lambda x: f"{x:.2%}")
+        else:
+            interval = _drop(interval)
+            unit, show = "points", (lambda x: f"{x:.2f} points")
+    if not _finite(after) or (key == "max_increase" and not _finite(original["evaluation"])):
+        interval = Interval(math.nan, math.nan, math.nan, interval.units)
+    return _judged(gate, interval, limit, unit, show, unit_name, at_least=key == "min")
+
+
+def _drop(share: Interval) -> Interval:
+    """How many points a share lies below 100 %."""
+    return Interval(100 * (1 - share.value), 100 * (1 - share.upper), 100 * (1 - share.lower), share.units)
+
+
+def _finite(evaluation: Mapping[str, Any]) -> bool:
+    values = [row[key] for row in evaluation["documents"] for key in ("nll", "kl") if row[key] is not None]
+    return all(math.isfinite(value) for value in values)
+
+
+def _judged(
+    gate: str,
+    interval: Interval,
+    bound: float,
+    unit: str,
+    show: Any,
+    units: str,
+    *,
+    at_least: bool = False,
+) -> GateResult:
+    """Pass if the whole interval is within the bound, fail if all of it is beyond, else inconclusive. NaN fails."""
+    sign = "≥" if at_least else "≤"
+    within = interval.lower >= bound if at_least else interval.upper <= bound
+    beyond = interval.upper < bound if at_least else interval.lower > bound
+    if not interval.finite:
+        return GateResult(gate, "fail", interval.value, bound, None, None, unit, None, "NaN or infinite: fails")
+    shown = f"{show(interval.value)} (between {show(interval.lower)} and {show(interval.upper)})"
+    needed = None
+    found: Verdict
+    if interval.units < FEWEST_UNITS:
+        found, needed = "inconclusive", FEWEST_UNITS
+        text = f"{shown} {sign} {show(bound)}? {interval.units} {units} are too few to tell; give {needed} or more"
+    elif within:
+        found, text = "pass", f"{shown} {sign} {show(bound)}"
+    elif beyond:
+        found, text = "fail", f"{shown} not {sign} {show(bound)}"
+    else:
+        found, needed = "inconclusive", statistics.documents_needed(interval, bound)
+        how_many = f"about {needed:,} {units} would decide" if needed else "no number of documents would decide"
+        text = f"{shown} {sign} {show(bound)}? The {interval.units} {units} do not tell; {how_many}"
+    return GateResult(gate, found, interval.value, bound, interval.lower, interval.upper, unit, needed, text)

@@ -1,0 +1,23 @@
+"""Reports: measured facts of a run as JSON, and what people and CI read of them. Needs no torch.
+
+`document` writes, reads and validates the JSON; `figures` picks out what is shown; `markdown`, `card` and `junit` render.
+"""
+
+from __future__ import annotations
+
+from compress.report.card import model_card
+from compress.report.document import load, report_schema, save, to_json, validate
+from compress.report.junit import render_junit
+from compress.report.markdown import append_step_summary, render_markdown
+
+__all__ = [
+    "append_step_summary",
+    "load",
+    "model_card",
+    "render_junit",
+    "render_markdown",
+    "report_schema",
+    "save",
+    "to_json",
+    "validate",
+]

@@ -1,0 +1,252 @@
+"""The report as JSON: strict (no bare NaN), versioned, with a schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from compress.errors import ReportError
+
+SCHEMA = "compress.report/1"
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _number(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+#: A JSON number; what is not finite is one of three words, as JSON has no number for it.
+Number = Annotated[
+    float,
+    BeforeValidator(_number),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": sorted(_NOT_FINITE)}]}),
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Size(_Part):
+    """What a checkpoint costs."""
+
+    bytes: int = Field(description="Of all weight files.")
+    parameters: int = Field(description="Float elements; shared ones once.")
+    kept_parameters: int = Field(description="Those that no keep-mask removes.")
+    active_parameters: int = Field(description="Used for one token.")
+    bits_per_weight: Number = Field(description="Stored bits of data per parameter.")
+    kv_bytes_per_token: int | None = Field(description="Cached by decoding, per token.")
+    load_bytes: int = Field(description="Memory of the weights after a stock load.")
+    tensors: int = Field(description="Logical tensors with bytes of their own.")
+
+
+class DocumentScore(_Part):
+    """Sums over the scored tokens of a document or chunk."""
+
+    id: str
+    bytes: int = Field(description="UTF-8 bytes of its text.")
+    tokens: int = Field(description="Scored tokens.")
+    nll: Number = Field(description="Negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
+    agree: int | None = Field(description="Tokens at which both models' likeliest next token is the same.")
+
+
+class Evaluation(_Part):
+    """Scores on the evaluation text."""
+
+    schema_: Literal["compress.evaluation/1"] = Field(alias="schema")
+    unit: Literal["document", "chunk"] = Field(description="What comparisons resample.")
+    window: int = Field(description="Tokens that the model reads at once.")
+    stride: int = Field(description="Tokens between the starts of two windows.")
+    bits_per_byte: Number
+    perplexity: Number = Field(description="Per token.")
+    kl: Number | None = Field(description="Mean per token, nats.")
+    agreement: Number | None = Field(description="Share of tokens.")
+    documents: list[DocumentScore]
+
+
+class Timing(_Part):
+    """Seconds, by round."""
+
+    median: Number
+    p90: Number
+    samples: list[Number]
+    ratio: Number | None = Field(default=None, description="Median over the original's median.")
+    lower: Number | None = Field(default=None, description="Of the ratio, one-sided at 95 %.")
+    upper: Number | None = Field(default=None, description="Of the ratio, one-sided at 95 %.")
+
+
+class Memory(_Part):
+    """Peak memory of loading and inference, beyond what the process held before."""
+
+    peak: int = Field(description="Bytes.")
+    ratio: Number | None = None
+
+
+class Latency(_Part):
+    """Measured beside the original, interleaved."""
+
+    rounds: int
+    prompt: int = Field(description="Tokens.")
+    generated: int = Field(description="Tokens.")
+    prefill: Timing | None = Field(description="Seconds for the prompt.")
+    decode: Timing | None = Field(description="Seconds per generated token.")
+    memory: Memory
+
+
+class PassRow(_Part):
+    """One pass of a stage."""
+
+    name: str
+    settings: dict[str, Any]
+    planned: Size = Field(description="What the plan said of the headers alone.")
+    actual: Size
+    exact: bool = Field(description="Whether planned and actual must be equal.")
+    details: dict[str, Any] = Field(description="What the pass says of its work.")
+
+
+class Seconds(_Part):
+    """Wall time of a stage, when it was computed."""
+
+    apply_and_write: Number
+    verify: Number
+    evaluate: Number
+
+
+class Stage(_Part):
+    """Passes that ran in one read and one write."""
+
+    index: int
+    fingerprint: str
+    content: str = Field(description="SHA-256 over all decoded tensors.")
+    passes: list[PassRow]
+    size: Size
+    seconds: Seconds
+    peak_memory: int = Field(description="Resident bytes.")
+    reused: bool
+    folder: str
+    evaluation: Evaluation | None
+    latency: Latency | None
+
+
+class Original(_Part):
+    """The checkpoint that the run began with."""
+
+    checkpoint: str
+    size: Size
+    evaluation: Evaluation | None
+    latency: Latency | None
+
+
+class Result(_Part):
+    """The last stage."""
+
+    size: Size
+    evaluation: Evaluation | None
+    latency: Latency | None
+
+
+class GateRow(_Part):
+    """One judged bound."""
+
+    gate: str
+    verdict: Literal["pass", "fail", "inconclusive"]
+    value: Number | None
+    bound: Number
+    lower: Number | None
+    upper: Number | None
+    unit: str
+    documents_needed: int | None
+    text: str
+
+
+class RecipeRow(_Part):
+    """The recipe that ran."""
+
+    path: str | None
+    fingerprint: str
+    resolved: dict[str, Any] = Field(description="With every default.")
+
+
+class Report(_Part):
+    """What a run did, measured and decided."""
+
+    schema_: Literal["compress.report/1"] = Field(alias="schema")
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    recipe: RecipeRow
+    started: str = Field(description="ISO 8601, UTC.")
+    seconds: Number
+    status: Literal["passed", "failed", "inconclusive", "no gates"]
+    exit_status: int
+    output: str
+    published: bool
+    run_folder: str
+    data: dict[str, Any]
+    original: Original
+    stages: list[Stage] = Field(min_length=1)
+    result: Result
+    gates: list[GateRow]
+    notes: list[str]
+
+
+def to_json(data: Mapping[str, Any]) -> str:
+    """Strict JSON, indented; NaN and infinities become the words ``NaN``, ``Infinity``, ``-Infinity``."""
+    return json.dumps(_strict(data), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(k): _strict(v) for k, v in value.items()}
+    return [_strict(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def save(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report in one step."""
+    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temp.write_text(to_json(report) + "\n", encoding="utf-8")
+    temp.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a report; words for NaN and infinities are numbers again. Raises `ReportError` for anything else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no report: {error}"
+        raise ReportError(reason, where=str(path)) from None
+    try:
+        return validate(data)
+    except ReportError as error:
+        error.where = f"{path}: {error.where}" if error.where else str(path)
+        raise
+
+
+def validate(data: Any) -> dict[str, Any]:
+    """The report as plain values. Raises `ReportError` that names the first key at fault."""
+    if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("compress.report/"):
+        raise ReportError("is no report of this tool", fix="a run writes report.json into its run folder")
+    if data["schema"] != SCHEMA:
+        raise ReportError(f"is of the schema {data['schema']}, this version reads {SCHEMA}")
+    try:
+        return Report.model_validate(data).model_dump(by_alias=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ReportError(f"is damaged: {first['msg']}", where=".".join(str(p) for p in first["loc"])) from None
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON schema of reports (draft 2020-12)."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA,
+        **Report.model_json_schema(by_alias=True),
+    }

@@ -1,0 +1,185 @@
+"""What a report shows: before ▶ after, and a waterfall of what each pass saved and cost. Used by every renderer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress import passes
+from compress.errors import CompressError
+from compress.settings import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured quantity, as text. ``timed`` marks what another run would measure differently."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+    timed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass, or the original (``saved`` is 0).
+
+    Attributes:
+        bytes: after the pass. saved: bytes less than before it. share: bytes over the original's.
+        bits_per_byte: of the stage that the pass ends, None inside a fused stage. cost: its rise since the last measure.
+        kl: nats per token from the original. seconds: of the stage, None inside a fused one.
+    """
+
+    name: str
+    settings: str
+    bytes: int
+    saved: int
+    share: float
+    bits_per_byte: float | None
+    cost: float | None
+    kl: float | None
+    seconds: float | None
+    reused: bool
+
+
+def before_after(report: Mapping[str, Any]) -> list[Row]:
+    """Everything measured of the original and the result."""
+    first, last = report["original"], report["result"]
+    a, b = first["size"], last["size"]
+    rows = [Row("size", format_bytes(a["bytes"]), format_bytes(b["bytes"]), _ratio(a["bytes"], b["bytes"]))]
+    rows.append(
+        Row("parameters", _count(a["parameters"]), _count(b["parameters"]), _ratio(a["parameters"], b["parameters"]))
+    )
+    if a["kept_parameters"] != a["parameters"] or b["kept_parameters"] != b["parameters"]:
+        kept = (a["kept_parameters"], b["kept_parameters"])
+        rows.append(Row("parameters kept", _count(kept[0]), _count(kept[1]), _ratio(*kept)))
+    if b["active_parameters"] != b["parameters"]:
+        active = (a["active_parameters"], b["active_parameters"])
+        rows.append(Row("active parameters", _count(active[0]), _count(active[1]), _ratio(*active)))
+    bits = (a["bits_per_weight"], b["bits_per_weight"])
+    rows.append(Row("bits per weight", f"{bits[0]:.2f}", f"{bits[1]:.2f}", _ratio(*bits)))
+    cache = (a["kv_bytes_per_token"], b["kv_bytes_per_token"])
+    if None not in cache:
+        rows.append(Row("KV cache per token", format_bytes(cache[0]), format_bytes(cache[1]), _ratio(*cache)))
+    loaded = (a["load_bytes"], b["load_bytes"])
+    rows.append(Row("weights in memory", format_bytes(loaded[0]), format_bytes(loaded[1]), _ratio(*loaded)))
+    return rows + _quality(first["evaluation"], last["evaluation"]) + _speed(first["latency"], last["latency"])
+
+
+def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
+    if before is None or after is None:
+        return []
+    rows = []
+    for name, key in (("bits per byte", "bits_per_byte"), ("perplexity per token", "perplexity")):
+        x, y = before[key], after[key]
+        rows.append(Row(name, f"{x:.4g}", f"{y:.4g}", f"{y / x - 1:+.1%}" if x else ""))
+    if after["kl"] is not None:
+        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", "nats per token"))
+        rows.append(Row("top-1 agreement", "100%", f"{after['agreement']:.1%}", ""))
+    return rows
+
+
+def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
+    if before is None or after is None:
+        return []
+    rows = []
+    for key, name in (("prefill", f"prefill {after['prompt']} tokens"), ("decode", "decode a token")):
+        x, y = before[key], after[key]
+        if x is None or y is None:
+            continue
+        change = f"× {y['ratio']:.2f} ({y['lower']:.2f} to {y['upper']:.2f})"
+        rows.append(Row(name, _milliseconds(x["median"]), _milliseconds(y["median"]), change, timed=True))
+    x, y = before["memory"]["peak"], after["memory"]["peak"]
+    rows.append(Row("memory of inference", format_bytes(x), format_bytes(y), _ratio(x, y), timed=True))
+    return rows
+
+
+def waterfall(report: Mapping[str, Any]) -> list[Step]:
+    """The original, then every pass in order."""
+    start = report["original"]["size"]["bytes"]
+    evaluation = report["original"]["evaluation"]
+    bits = evaluation["bits_per_byte"] if evaluation else None
+    steps = [Step("original", "", start, 0, 1.0, bits, None, None, None, False)]
+    for stage in report["stages"]:
+        for row in stage["passes"]:
+            ends = row is stage["passes"][-1]
+            measured = stage["evaluation"] if ends else None
+            now = measured["bits_per_byte"] if measured else None
+            size = row["actual"]["bytes"]
+            steps.append(
+                Step(
+                    name=row["name"],
+                    settings=changed_settings(row["name"], row["settings"]),
+                    bytes=size,
+                    saved=steps[-1].bytes - size,
+                    share=size / start if start else 0.0,
+                    bits_per_byte=now,
+                    cost=now - bits if now is not None and bits is not None else None,
+                    kl=measured["kl"] if measured else None,
+                    seconds=sum(stage["seconds"].values()) if ends else None,
+                    reused=stage["reused"],
+                )
+            )
+            bits = now if now is not None else bits
+    return steps
+
+
+def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
+    """Settings that differ from the pass's defaults, as ``layers: 1, …``."""
+    try:
+        fields = passes.get(name).settings.model_fields
+        defaults = {k: f.get_default(call_default_factory=True) for k, f in fields.items() if not f.is_required()}
+    except (CompressError, ImportError):  # a plug-in that is not installed here
+        defaults = {}
+    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and not _equal(v, defaults.get(k))}
+    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
+
+
+def _equal(value: Any, default: Any) -> bool:
+    return bool(value == default or (isinstance(default, tuple) and value == list(default)))
+
+
+def bar(step: Step, width: int) -> str:
+    """What is left of the original as ``█``, what this pass saved as ``░``."""
+    if not step.share:
+        return ""
+    start = step.bytes / step.share
+    left = round(width * step.share)
+    before = round(width * (step.bytes + max(step.saved, 0)) / start)
+    return "█" * left + "░" * max(before - left, 0)
+
+
+def signed_bytes(saved: int) -> str:
+    """Saved bytes with a minus sign, added ones with a plus."""
+    return "" if saved == 0 else f"{'−' if saved > 0 else '+'}{format_bytes(abs(saved))}"
+
+
+def quality_note(report: Mapping[str, Any]) -> str | None:
+    """How the text was scored."""
+    evaluation = report["result"]["evaluation"]
+    data = report["data"].get("evaluation") or {}
+    if evaluation is None:
+        return None
+    files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
+    note = (
+        f"{len(evaluation['documents'])} {evaluation['unit']}s of {files or 'text'}, windows of {evaluation['window']} "
+    )
+    note += f"tokens, stride {evaluation['stride']}"
+    if evaluation["unit"] == "chunk":
+        note += "; too few documents, so fixed chunks of them are resampled, which makes intervals rather too narrow"
+    return note
+
+
+def _count(number: float) -> str:
+    return f"{number:,}" if number < 1e7 else f"{number / 1e9:.3f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"× {after / before:.3f}" if before else ""
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms"

@@ -1,0 +1,33 @@
+"""Gates as JUnit XML, one test case each, for CI systems that show test results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+_FORBIDDEN = {i: None for i in range(32) if i not in (9, 10, 13)}  # characters that XML 1.0 cannot hold
+
+
+def render_junit(report: Mapping[str, Any]) -> str:
+    """A failed gate is a ``failure``, an inconclusive one an ``error``. Reads ``gates``, ``status``, ``output``."""
+    gates = report["gates"]
+    counts = [sum(g["verdict"] == v for g in gates) for v in ("fail", "inconclusive")]
+    suite = ElementTree.Element(
+        "testsuite", name="compress gates", tests=str(len(gates)), failures=str(counts[0]), errors=str(counts[1])
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name in ("status", "output"):
+        ElementTree.SubElement(properties, "property", name=name, value=str(report[name]).translate(_FORBIDDEN))
+    for gate in gates:
+        case = ElementTree.SubElement(suite, "testcase", classname="compress.gates", name=gate["gate"])
+        text = gate["text"].translate(_FORBIDDEN)
+        if gate["verdict"] == "pass":
+            ElementTree.SubElement(case, "system-out").text = text
+        else:
+            kind = "failure" if gate["verdict"] == "fail" else "error"
+            ElementTree.SubElement(case, kind, message=text, type=gate["verdict"])
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"

@@ -1,0 +1,144 @@
+"""The report as Markdown, for people and for GitHub's job summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from compress.report import figures
+from compress.settings import format_bytes
+
+MARKS = {"pass": "✅ pass", "fail": "❌ FAIL", "inconclusive": "❔ inconclusive"}
+_HEADLINES = {
+    "passed": "every gate passed",
+    "failed": "a gate FAILED",
+    "inconclusive": "a gate is INCONCLUSIVE",
+    "no gates": "no gates",
+}
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The whole report."""
+    before, after = (report[side]["size"]["bytes"] for side in ("original", "result"))
+    lines = [
+        f"# {report['original']['checkpoint']} ▶ {report['output']}",
+        "",
+        f"**{format_bytes(before)} ▶ {format_bytes(after)}, {_HEADLINES[report['status']]}**"
+        + ("" if report["published"] else "; not published"),
+        "",
+        *before_after_table(report, timed=True),
+        "",
+    ]
+    if report["gates"]:
+        lines += ["## Gates", "", *gates_table(report["gates"]), ""]
+    lines += ["## What each pass saved and cost", "", *waterfall_table(report, seconds=True), ""]
+    details = [
+        f"- `{row['name']}`: {_details(row['details'])}"
+        for stage in report["stages"]
+        for row in stage["passes"]
+        if row["details"]
+    ]
+    if details:
+        lines += ["## What the passes say", "", *details, ""]
+    lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
+    machine = report["machine"]
+    notes = [
+        note
+        for note in (
+            figures.quality_note(report),
+            f"{machine['cpu']}, {machine['cores']} cores, device {machine['device']}",
+            ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+            f"{report['started']}, {report['seconds']:.0f} s",
+            *report["notes"],
+        )
+        if note
+    ]
+    lines += ["## How it was measured", "", *(f"- {note}" for note in notes), ""]
+    return "\n".join(lines)
+
+
+def before_after_table(report: Mapping[str, Any], *, timed: bool) -> list[str]:
+    """Quantity, before, after, change."""
+    rows = [row for row in figures.before_after(report) if timed or not row.timed]
+    return table(("", "before", "after", "change"), ((r.name, r.before, r.after, r.change) for r in rows), right=(1, 2))
+
+
+def gates_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Gate, verdict, reason."""
+    return table(("gate", "verdict", ""), ((f"`{g['gate']}`", MARKS[g["verdict"]], g["text"]) for g in gates))
+
+
+def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
+    """One line per pass, with a bar of what is left of the original's bytes."""
+    steps = figures.waterfall(report)
+    rows = []
+    for step in steps:
+        row = [
+            f"`{step.name}`" + (f" {step.settings}" if step.settings else "")
+            if step.saved or step.settings
+            else step.name,
+            format_bytes(step.bytes),
+            figures.signed_bytes(step.saved),
+            f"`{figures.bar(step, 20)}`",
+            "" if step.bits_per_byte is None else f"{step.bits_per_byte:.4g}",
+            "" if step.cost is None else f"{step.cost:+.4f}",
+            "" if step.kl is None else f"{step.kl:.4f}",
+        ]
+        if seconds:
+            row.append("" if step.seconds is None else f"{step.seconds:.1f}" + (" (reused)" if step.reused else ""))
+        rows.append(row)
+    head = [
+        "pass",
+        "size",
+        "saved",
+        "of the original",
+        "bits per byte",
+        "cost",
+        "KL",
+        *(["seconds"] if seconds else []),
+    ]
+    return table(head, rows, right=(1, 2, 4, 5, 6, 7))
+
+
+def _planned(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
+    for stage in report["stages"]:
+        for row in stage["passes"]:
+            planned, actual = row["planned"]["bytes"], row["actual"]["bytes"]
+            equal = "equal" if planned == actual else "estimate" if not row["exact"] else "NOT EQUAL"
+            yield f"`{row['name']}`", f"{planned:,}", f"{actual:,}", equal
+
+
+def _details(details: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key}: {_short(value)}" for key, value in details.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        shown = [f"{k} {_short(v)}" for k, v in list(value.items())[:12]]
+        return ", ".join(shown) + (" …" if len(value) > 12 else "")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_short(v) for v in value[:32]) + (" …" if len(value) > 32 else "")
+    return str(value)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a Markdown table; columns in ``right`` are aligned right."""
+    marks = ["--:" if i in right else "---" for i in range(len(head))]
+    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, marks, *body)]
+
+
+def append_step_summary(report: Mapping[str, Any]) -> bool:
+    """Append the Markdown to the file that ``$GITHUB_STEP_SUMMARY`` names, where it does. Says whether it did."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return False
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(render_markdown(report) + "\n")
+    except OSError:  # a summary is no reason to lose a finished run
+        return False
+    return True

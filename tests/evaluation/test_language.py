@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from compress.errors import CompressError, DataError
+from compress.evaluation.language import metrics, score_documents
+from compress.text import Document
+from tests import pico
+
+TEXTS = [
+    "It was the best of times, it was the worst of times, über alles – 世界.",
+    "x",
+    "It is a far, far better thing that I do. " * 8,
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pico.model("llama")
+
+
+@pytest.fixture(scope="module")
+def other():
+    return pico.model("llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pico.tokenizer()
+
+
+def slow(model, tokenizer, text, window, stride):
+    """Negative log-likelihood of each target, one window and one target at a time, as often described (Hugging Face's docs)."""
+    ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    nll = {}
+    for start in range(0, len(ids), stride):
+        for end in range(start + 1, min(start + window, len(ids) - 1) + 1):
+            if end not in nll:
+                logits = model(input_ids=torch.tensor([ids[start:end]])).logits[0, -1].double()
+                nll[end] = float(-torch.log_softmax(logits, -1)[ids[end]])
+    assert sorted(nll) == list(range(1, len(ids)))
+    return sum(nll.values())
+
+
+@pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 16), (16, 5), (64, 64)])
+def test_every_token_is_scored_once_as_the_slow_way_says(model, tokenizer, window, stride):
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
+    scores = score_documents(model, tokenizer, documents, window=window, stride=stride).to_dict()
+    assert scores["unit"] == "document"
+    with torch.no_grad():
+        for row, text in zip(scores["documents"], TEXTS, strict=False):
+            assert row["bytes"] == len(text.encode())
+            assert row["tokens"] == len(tokenizer(text)["input_ids"])
+            assert row["nll"] == pytest.approx(slow(model, tokenizer, text, window, stride), rel=1e-5)
+    total = sum(r["nll"] for r in scores["documents"])
+    assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(len(t.encode()) for t in TEXTS * 10))
+    assert scores["perplexity"] == pytest.approx(math.exp(total / scores["tokens"]))
+    assert scores["kl"] is None
+
+
+def test_divergence_and_agreement_by_their_definitions(model, other, tokenizer):
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
+    scores = score_documents(other, tokenizer, documents, window=32, stride=32, reference=model)
+    for row, text in zip(scores.documents, TEXTS, strict=False):
+        ids = torch.tensor([[0, *tokenizer(text)["input_ids"]]])
+        kl, agree = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, ids.shape[1] - 1, 32):
+                piece = ids[:, start : min(start + 32, ids.shape[1] - 1)]
+                p, q = (
+                    torch.distributions.Categorical(logits=m(input_ids=piece).logits.double()) for m in (model, other)
+                )
+                kl += float(torch.distributions.kl_divergence(p, q).sum())
+                agree += int((p.logits.argmax(-1) == q.logits.argmax(-1)).sum())
+        assert row.kl == pytest.approx(kl, rel=1e-4)
+        assert row.agree == agree
+    same = score_documents(model, tokenizer, documents, window=32, stride=32, reference=model).to_dict()
+    assert same["kl"] == pytest.approx(0, abs=1e-7)
+    assert same["agreement"] == 1
+
+
+def test_a_padded_vocabulary_is_compared_over_the_shared_ids(model, tokenizer):
+    wide = pico.model("llama", vocab_size=pico.VOCABULARY + 20)
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            parameter[: state[name].shape[0]] = state[name]
+            parameter[state[name].shape[0] :] = 0
+    documents = [Document("d#0", TEXTS[0])]
+    scores = score_documents(wide, tokenizer, documents, window=32, stride=32, reference=model).to_dict()
+    assert scores["kl"] == pytest.approx(0, abs=1e-6)
+    assert scores["agreement"] == 1
+
+
+def test_few_documents_are_cut_into_chunks_that_add_up(model, tokenizer):
+    text = TEXTS[0] * 40  # some characters take several tokens
+    whole = score_documents(model, tokenizer, [Document(f"d#{i}", text) for i in range(30)], window=16, stride=16)
+    few = score_documents(model, tokenizer, [Document("d#0", text)], window=16, stride=16)
+    assert (whole.unit, few.unit) == ("document", "chunk")
+    assert 60 <= len(few.documents) <= 120
+    assert few.documents[0].id == "d#0.0"
+    assert sum(s.bytes for s in few.documents) == len(text.encode())
+    assert sum(s.tokens for s in few.documents) == whole.documents[0].tokens
+    assert sum(s.nll for s in few.documents) == pytest.approx(whole.documents[0].nll, rel=1e-6)
+    assert all(s.bytes >= 0 for s in few.documents)
+
+
+def test_nan_stays_nan(tokenizer):
+    broken = pico.model("llama")
+    with torch.no_grad():
+        broken.lm_head.weight[5, 5] = torch.nan
+    scores = score_documents(broken, tokenizer, [Document("d#0", "abc")], window=8, stride=8).to_dict()
+    assert math.isnan(scores["bits_per_byte"])
+    assert math.isnan(scores["perplexity"])
+    beside = score_documents(
+        pico.model("llama"), tokenizer, [Document("d#0", "abc")], window=8, stride=8, reference=broken
+    )
+    assert math.isnan(beside.documents[0].kl)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3"])
+def test_batching_changes_nothing(family, tokenizer):
+    model = pico.model(family)
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS)]
+    together = score_documents(model, tokenizer, documents, window=32, stride=32)
+    alone = [score_documents(model, tokenizer, [d], window=32, stride=32) for d in documents]
+    for one, document in zip(alone, documents, strict=True):
+        mine = [s.nll for s in together.documents if s.id.startswith(document.id)]
+        assert sum(mine) == pytest.approx(sum(s.nll for s in one.documents), rel=1e-5)
+
+
+def test_what_cannot_be_scored(tokenizer, model):
+    with pytest.raises(CompressError, match="bits per byte needs a causal language model, this is BertForMaskedLM"):
+        score_documents(pico.model("bert"), tokenizer, [Document("d#0", "abc")], window=8, stride=8)
+    with pytest.raises(
+        CompressError, match="a window of 65 tokens is beyond the model's 64 positions; set window to 64"
+    ):
+        score_documents(model, tokenizer, [Document("d#0", "abc")], window=65, stride=8)
+    small = pico.model("llama", vocab_size=40)
+    with pytest.raises(DataError, match=r"the tokenizer gives token \d+, the model knows 40"):
+        score_documents(small, tokenizer, [Document("d#0", "abc")], window=8, stride=8)
+    with pytest.raises(DataError, match="no token to score"):
+        score_documents(model, tokenizer, [Document("d#0", "")], window=8, stride=8)
+
+
+def test_metrics_of_large_losses_are_infinite():
+    rows = [{"bytes": 1, "tokens": 1, "nll": 1e4, "kl": None, "agree": None}]
+    assert metrics(rows)["perplexity"] == math.inf

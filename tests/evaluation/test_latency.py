@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from compress.errors import CheckpointError, CompressError
+from compress.evaluation import latency
+from tests import pico
+
+
+def workers() -> list[str]:
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [line for line in listed if "latency_worker" in line and line.split()[1] == str(os.getpid())]
+
+
+def test_two_models_side_by_side(tmp_path, pico_llama, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    large = pico.save(tmp_path / "large", num_hidden_layers=24)
+    found = latency.measure_latency([large, pico_llama], dtype="float32", device="cpu", threads=1)
+    for side in found.values():
+        assert side["rounds"] == latency.FEWEST
+        assert side["prompt"] + side["generated"] <= 64
+        for name in ("prefill", "decode"):
+            timing = side[name]
+            assert len(timing["samples"]) == latency.FEWEST
+            assert 0 < min(timing["samples"]) <= timing["median"] <= timing["p90"] <= max(timing["samples"])
+        assert side["memory"]["peak"] > 0
+    smaller = found["candidate"]
+    assert smaller["decode"]["lower"] <= smaller["decode"]["ratio"] <= smaller["decode"]["upper"] < 1  # 4 blocks for 24
+    assert workers() == []
+
+
+def test_a_model_that_does_not_generate(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    bert = pico.save(tmp_path / "bert", "bert")
+    found = latency.measure_latency([bert, bert], dtype="float32", device="cpu", threads=1)
+    assert found["candidate"]["decode"] is None
+    assert found["candidate"]["prefill"]["ratio"] > 0
+
+
+def test_workers_end_when_a_model_cannot_be_loaded(tmp_path, pico_llama):
+    broken = tmp_path / "broken"
+    shutil.copytree(pico_llama, broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
+        latency.measure_latency([pico_llama, broken], dtype="float32", device="cpu")
+    assert workers() == []
+
+
+def test_a_worker_that_dies(pico_llama):
+    with latency._worker(
+        {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
+    ) as worker:
+        worker.answer()
+        worker.process.terminate()
+        worker.process.wait()
+        with pytest.raises(CompressError, match="the process that measures latency ended with status -15"):
+            latency._ask(worker, "round", {"seed": 0, "prompt": 4, "generated": 2, "vocabulary": 10, "decode": True})
+
+
+def test_a_worker_ends_with_its_parent(pico_llama):
+    with latency._worker(
+        {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
+    ) as worker:
+        worker.answer()
+        worker.process.stdin.close()  # what a killed parent leaves
+        deadline = time.monotonic() + 20
+        while worker.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert worker.process.returncode == 0

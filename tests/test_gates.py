@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from compress.errors import ReportError
+from compress.gates import judge, verdict
+from tests.test_statistics import evaluation
+
+
+def side(nll=None, size=1000, parameters=500, *, kl=None, agree=None, latency=None):
+    found = None if nll is None else evaluation(nll, kl=kl, agree=agree)
+    if found is not None:
+        found |= {
+            "bits_per_byte": 1.0,
+            "perplexity": 1.0,
+            "kl": 1.0 if kl else None,
+            "agreement": 1.0 if agree else None,
+        }
+    return {"size": {"bytes": size, "parameters": parameters}, "evaluation": found, "latency": latency}
+
+
+GENERATOR = np.random.default_rng(0)
+BEFORE = GENERATOR.normal(1000, 100, 40)
+AFTER = BEFORE * GENERATOR.normal(1.03, 0.01, 40)  # 3 % worse, give or take 0.3
+
+
+def increase(value, relative=True):
+    return {"bits_per_byte": {"max_increase": {"value": value, "relative": relative}}}
+
+
+@pytest.mark.parametrize(
+    ("gates", "expected"),
+    [
+        ({"size": {"max": 600}}, "pass"),
+        ({"size": {"max": 599}}, "fail"),
+        ({"size": {"max_ratio": 0.6}}, "pass"),
+        ({"size": {"max_ratio": 0.59}}, "fail"),
+        ({"parameters": {"max": 250}}, "pass"),
+        ({"parameters": {"max_ratio": 0.49}}, "fail"),
+        (increase(0.05), "pass"),
+        (increase(0.01), "fail"),
+        (increase(0.032), "inconclusive"),
+        (increase(0.1, relative=False), "pass"),
+        (increase(0.01, relative=False), "fail"),
+        ({"perplexity": {"max_increase": {"value": 0.5, "relative": True}}}, "pass"),
+        ({"bits_per_byte": {"max": 2.0}}, "pass"),
+        ({"bits_per_byte": {"max": 1.0}}, "fail"),
+        ({"kl": {"max": 0.05}}, "pass"),
+        ({"kl": {"max": 0.03}}, "fail"),
+        ({"agreement": {"min": 0.75}}, "pass"),
+        ({"agreement": {"min": 0.85}}, "fail"),
+        ({"agreement": {"min": 0.80}}, "inconclusive"),
+        ({"agreement": {"max_drop": 25}}, "pass"),
+        ({"agreement": {"max_drop": 15}}, "fail"),
+        ({"prefill": {"max_ratio": 0.9}}, "pass"),
+        ({"prefill": {"max_ratio": 0.7}}, "fail"),
+        ({"prefill": {"max_ratio": 0.8}}, "inconclusive"),
+        ({"decode": {"max_ratio": 2}}, "pass"),
+        ({"memory": {"max_ratio": 0.5}}, "pass"),
+        ({"memory": {"max_ratio": 0.4}}, "fail"),
+    ],
+)
+def test_verdicts(gates, expected):
+    noise = np.random.default_rng(1).normal(1, 0.05, (2, 20))
+    timing = [
+        {"prefill": {"samples": (s * n).tolist()}, "decode": {"samples": (s * n).tolist()}, "memory": {"peak": m}}
+        for s, m, n in ((1.0, 200, noise[0]), (0.8, 100, noise[1]))
+    ]
+    agree = np.random.default_rng(2).integers(190, 211, 40).tolist()
+    first = side(BEFORE, latency=timing[0])
+    last = side(AFTER, 600, 250, kl=[10.0 + i % 2 for i in range(40)], agree=agree, latency=timing[1])
+    (result,) = judge(gates, first, last)
+    assert result.verdict == expected, result
+    ((name, bounds),) = gates.items()
+    assert result.gate == f"{name}.{next(iter(bounds))}"
+    assert (result.documents_needed is not None) == (expected == "inconclusive"), result
+    if result.lower is not None:
+        assert result.lower <= result.value <= result.upper
+    exit_status = {"pass": ("passed", 0), "fail": ("failed", 1), "inconclusive": ("inconclusive", 3)}[expected]
+    assert verdict([result]) == exit_status
+
+
+def test_an_inconclusive_gate_says_how_many_documents_would_decide():
+    (result,) = judge(increase(0.032), side(BEFORE), side(AFTER))
+    assert result.verdict == "inconclusive"
+    assert f"about {result.documents_needed:,} documents would decide" in result.text
+    assert result.documents_needed > 40
+
+
+def test_a_failure_outweighs_what_is_inconclusive():
+    results = judge({"size": {"max": 1}, **increase(0.032)}, side(BEFORE), side(AFTER))
+    assert verdict(results) == ("failed", 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "gates", [increase(10.0), {"bits_per_byte": {"max": 1e9}}, {"agreement": {"min": 0.0}}, {"size": {"max": 10**9}}]
+)
+def test_nan_anywhere_fails(gates, bad):
+    after = [*AFTER[:-1], bad]
+    results = judge(gates, side(BEFORE), side(after, kl=[0.0] * 40, agree=[250] * 40))
+    assert verdict(results) == ("failed", 1)
+    assert results[-1].verdict == "fail"
+
+
+def test_nan_of_the_original_fails_too():
+    assert verdict(judge(increase(10.0), side([math.nan, *BEFORE[1:]]), side(AFTER)))[0] == "failed"
+
+
+def test_very_few_documents_decide_nothing():
+    (result,) = judge(increase(0.05), side(BEFORE[:9]), side(BEFORE[:9]))
+    assert result.verdict == "inconclusive"
+    assert "9 documents are too few to tell; give 10 or more" in result.text
+
+
+@pytest.mark.parametrize("gate", ["bits_per_byte", "kl", "prefill", "memory"])
+def test_what_was_not_measured(gate):
+    bound = (
+        {"max_increase": {"value": 0.1, "relative": True}}
+        if gate == "bits_per_byte"
+        else {"max": 1}
+        if gate == "kl"
+        else {"max_ratio": 1}
+    )
+    with pytest.raises(ReportError, match=f"the gate `{gate}.* needs .*, which was not measured"):
+        judge({gate: bound}, side(), side())
+
+
+def test_gates_need_no_torch():
+    code = "import sys, compress.gates, compress.statistics; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

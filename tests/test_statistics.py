@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from compress.errors import ReportError
+from compress.statistics import Interval, compare, documents_needed, increase, level, median_ratio
+
+
+def evaluation(nll, size=None, tokens=None, kl=None, agree=None, unit="document"):
+    count = len(nll)
+    size, tokens = size or [1000] * count, tokens or [250] * count
+    rows = [
+        {
+            "id": f"d#{i}",
+            "bytes": size[i],
+            "tokens": tokens[i],
+            "nll": float(nll[i]),
+            "kl": None if kl is None else kl[i],
+            "agree": None if agree is None else agree[i],
+        }
+        for i in range(count)
+    ]
+    return {
+        "unit": unit,
+        "window": 256,
+        "stride": 256,
+        "documents": rows,
+        "kl": None if kl is None else sum(kl),
+        "agreement": None,
+    }
+
+
+HOW = {"confidence": 0.95, "bootstrap": 4000, "seed": 0}
+
+
+@pytest.fixture
+def pair():
+    generator = np.random.default_rng(0)
+    size = generator.integers(300, 3000, 60).tolist()
+    before = np.array(size) * generator.normal(1.4, 0.1, 60)
+    return evaluation(before, size), evaluation(before * generator.normal(1.03, 0.01, 60), size)
+
+
+def test_the_bounds_are_those_of_scipys_paired_bootstrap(pair):
+    before, after = pair
+
+    def relative(a, b, axis=-1):
+        return b.sum(axis) / a.sum(axis) - 1
+
+    columns = [np.array([d["nll"] for d in e["documents"]]) for e in pair]
+    theirs = scipy.stats.bootstrap(
+        columns,
+        relative,
+        paired=True,
+        confidence_level=0.90,
+        method="percentile",
+        n_resamples=4000,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    mine = increase(before, after, "bits_per_byte", relative=True, **HOW)
+    width = theirs.high - theirs.low
+    assert mine.value == pytest.approx(relative(*columns))
+    assert mine.lower == pytest.approx(theirs.low, abs=0.05 * width)
+    assert mine.upper == pytest.approx(theirs.high, abs=0.05 * width)
+
+
+def test_pairing_takes_out_what_documents_differ_by(pair):
+    before, after = pair
+    paired = increase(before, after, "bits_per_byte", relative=False, **HOW)
+    alone = level(after, "bits_per_byte", **HOW)
+    assert paired.upper - paired.lower < 0.3 * (alone.upper - alone.lower)
+
+
+def test_coverage_of_the_one_sided_bound():
+    """In about 95 of 100 draws the true increase is below the upper bound (a small sample does a little worse)."""
+    generator, covered = np.random.default_rng(7), 0
+    for trial in range(300):
+        size = generator.integers(500, 1500, 40).tolist()
+        before = np.array(size) * generator.normal(1.4, 0.1, 40)
+        after = before + np.array(size) * generator.normal(0.05, 0.05, 40)
+        true = 0.05 / math.log(2)
+        found = increase(
+            evaluation(before, size),
+            evaluation(after, size),
+            "bits_per_byte",
+            relative=False,
+            confidence=0.95,
+            bootstrap=600,
+            seed=trial,
+        )
+        covered += found.upper >= true
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_values_of_every_metric():
+    one = evaluation([100.0, 300.0], size=[100, 300], tokens=[50, 150], kl=[5.0, 5.0], agree=[50, 120])
+    assert level(one, "bits_per_byte", **HOW).value == pytest.approx(1 / math.log(2))
+    assert level(one, "perplexity", **HOW).value == pytest.approx(math.exp(2))
+    assert level(one, "kl", **HOW).value == pytest.approx(0.05)
+    assert level(one, "agreement", **HOW).value == pytest.approx(0.85)
+    same = increase(one, one, "perplexity", relative=True, **HOW)
+    assert (same.value, same.lower, same.upper) == (0, 0, 0)
+    assert not level(evaluation([1.0, math.nan]), "bits_per_byte", **HOW).finite
+    assert not level(evaluation([1.0, math.inf]), "bits_per_byte", **HOW).finite
+
+
+def test_the_same_seed_gives_the_same_bounds(pair):
+    assert increase(*pair, "bits_per_byte", relative=True, **HOW) == increase(
+        *pair, "bits_per_byte", relative=True, **HOW
+    )
+
+
+def test_what_cannot_be_paired():
+    one = evaluation([1.0, 2.0])
+    with pytest.raises(ReportError, match="different documents"):
+        increase(one, evaluation([1.0, 2.0], size=[10, 20]), "bits_per_byte", relative=True, **HOW)
+    with pytest.raises(ReportError, match="differ in window: 256 and 128"):
+        increase(one, {**one, "window": 128}, "bits_per_byte", relative=True, **HOW)
+    with pytest.raises(ReportError, match=r"different tokens; compare bits_per_byte"):
+        increase(one, evaluation([1.0, 2.0], tokens=[3, 4]), "perplexity", relative=True, **HOW)
+    increase(one, evaluation([1.0, 2.0], tokens=[3, 4]), "bits_per_byte", relative=True, **HOW)
+    with pytest.raises(ReportError, match="without a model to compare with"):
+        level(one, "kl", **HOW)
+    with pytest.raises(ReportError, match="same rounds"):
+        median_ratio([1.0, 2.0], [1.0], **HOW)
+
+
+def test_median_ratio():
+    generator = np.random.default_rng(0)
+    noise = generator.normal(1, 0.02, 40)
+    found = median_ratio((0.1 * noise).tolist(), (0.08 * noise).tolist(), **HOW)
+    assert found.value == pytest.approx(0.8)
+    assert found.lower == pytest.approx(0.8, abs=0.01)
+    assert found.upper == pytest.approx(0.8, abs=0.01)
+
+
+def test_documents_needed_would_have_decided():
+    """Of four times as many documents as it says, drawn like these, the bounds decide; of a tenth of them they do not."""
+    generator = np.random.default_rng(3)
+
+    def draw(count):
+        before = generator.normal(1400, 100, count)
+        return evaluation(before), evaluation(before * generator.normal(1.02, 0.03, count))
+
+    bound, found = 0.022, increase(*draw(40), "bits_per_byte", relative=True, **HOW)
+    assert found.lower < bound < found.upper
+    needed = documents_needed(
+        Interval(0.02, 0.02 + (found.lower - found.value), 0.02 + (found.upper - found.value), 40), bound
+    )
+    assert needed is not None
+    assert needed > 40
+    many = increase(*draw(4 * needed), "bits_per_byte", relative=True, **HOW)
+    assert many.upper <= bound
+    few = increase(*draw(needed // 10), "bits_per_byte", relative=True, **HOW)
+    assert few.lower < bound < few.upper
+
+
+def test_documents_needed_by_its_formula():
+    assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.03) is None
+    assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.03 + 1e-9) is None
+    assert documents_needed(Interval(0.02, 0.01, 0.03, 40), 0.025) == 160
+    assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.025) == 160
+
+
+def test_compare(pair):
+    found = compare(*pair, confidence=0.9, bootstrap=500)
+    assert found["units"] == 60
+    assert found["bits_per_byte"]["lower"] < found["bits_per_byte"]["increase"] < found["bits_per_byte"]["upper"]
+    assert "kl" not in found
