@@ -1,0 +1,31 @@
+"""Every recipe that is shipped runs on the example model and passes its gates."""
+
+from __future__ import annotations
+
+import pytest
+
+import compress
+from compress import passes
+from compress.checkpoint.open import open_checkpoint
+from compress.recipe import load_recipe
+from tests.conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fewer = ["data.evaluation.max_documents=30"]
+    result = compress.run(path, sets=[f"output={tmp_path / 'out'}", *fewer])
+    assert result.verdict == "passed", result.report["gates"]
+    for stage in result.report["stages"]:
+        for row in stage["passes"]:
+            if row["exact"]:
+                assert row["planned"] == row["actual"], row["name"]
+    open_checkpoint(result.checkpoint)
+
+
+def test_every_pass_has_a_recipe():
+    used = {entry.name for path in RECIPES for entry in load_recipe(path, check_files=False).passes}
+    assert used == set(passes.names())
