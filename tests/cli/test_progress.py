@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+
+from compress.cli import progress
+from compress.cli.progress import make_progress
+from tests.conftest import ROOT
+
+
+def test_lines_every_ten_seconds_where_there_is_no_terminal(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    shown = make_progress(False, stream)
+    shown.stage(1, 2, "cast")
+    with shown.task("write", 100, "tensors") as task:
+        for i in range(30):
+            now[0] += 1
+            task.advance(note=f"t{i}")
+    shown.message("done")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "[1/2] cast"
+    assert lines[-1] == "done"
+    assert [line.partition(",")[0] for line in lines[1:-1]] == [
+        "  write: 10/100 tensors",
+        "  write: 20/100 tensors",
+        "  write: 30/100 tensors",
+    ]
+    assert "90 s left" in lines[1]
+    assert "resident" in lines[1]
+    assert lines[1].endswith("t9")
+
+
+def test_quiet_says_nothing():
+    stream = io.StringIO()
+    shown = make_progress(True, stream)
+    shown.stage(1, 1, "x")
+    with shown.task("x", 3) as task:
+        task.advance()
+    shown.message("x")
+    assert stream.getvalue() == ""
+
+
+CODE = """
+import sys
+from compress.cli.progress import make_progress
+shown = make_progress(False, sys.stderr)
+shown.stage(1, 2, "prune [x]")
+with shown.task("write", 3, "tensors") as task:
+    for i in range(3):
+        task.advance(note="model.layers.%d.[weight]" % i)
+shown.message("reused [y]")
+"""
+
+
+def in_terminal(**environment: str) -> str:
+    """What a terminal of 80 columns receives."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE], stderr=follower, stdout=subprocess.DEVNULL, cwd=ROOT,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", **environment},
+    )  # fmt: skip
+    os.close(follower)
+    received = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        received += piece
+    os.close(leader)
+    assert process.wait() == 0
+    return received.decode()
+
+
+def test_bars_in_a_terminal():
+    text = in_terminal()
+    assert "[1/2] prune [x]" in text
+    assert "3/3" in text
+    assert "tensors" in text
+    assert "reused [y]" in text
+
+
+def test_no_color():
+    import re
+
+    plain = in_terminal(NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", plain)  # no colours; the cursor may move
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", in_terminal(NO_COLOR=""))
+
+
+def test_a_dumb_terminal_gets_lines():
+    assert "\x1b" not in in_terminal(TERM="dumb")

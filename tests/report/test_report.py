@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+
+import compress
+from compress import report as reports
+from compress.errors import ReportError
+from compress.report import figures
+from compress.report.card import _demoted, _split
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pico_llama, texts):
+    """A run of three passes, fused into one stage."""
+    train, valid = texts
+    folder = tmp_path_factory.mktemp("report")
+    return compress.run(
+        {
+            "model": str(pico_llama),
+            "output": str(folder / "out"),
+            "store": "compact",
+            "evaluate_at": "end",
+            "document_separator": "<|doc|>",
+            "data": {
+                "calibration": {"files": [str(train)], "samples": 4, "length": 32},
+                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
+            },
+            "passes": [
+                {"prune_structured": {"layers": 1}},
+                {"prune_unstructured": {"pattern": "2:4"}},
+                {"cast": {"weights": "bf16"}},
+            ],
+            "evaluate": ["bits_per_byte", "perplexity", "kl", "agreement"],
+            "gates": {"size": {"max_ratio": 0.6}, "bits_per_byte": {"max_increase": "0.001%"}},
+        }
+    )
+
+
+def test_a_real_report_fits_its_schema_and_reads_back(finished, tmp_path):
+    data = json.loads(reports.to_json(finished.report))
+    jsonschema.validate(data, reports.report_schema(), cls=jsonschema.Draft202012Validator)
+    reports.save(finished.report, tmp_path / "report.json")
+    assert reports.load(tmp_path / "report.json") == finished.report
+    folder = Path(finished.report["run_folder"])
+    assert reports.load(folder / "report.json") == finished.report
+    assert (folder / "report.md").read_text() == reports.render_markdown(finished.report)
+
+
+def test_what_is_not_finite_is_strict_json_and_comes_back(finished, tmp_path):
+    broken = json.loads(reports.to_json(finished.report))
+    broken["result"]["evaluation"]["bits_per_byte"] = math.nan
+    broken["result"]["evaluation"]["documents"][0]["nll"] = math.inf
+    text = reports.to_json(broken)
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    jsonschema.validate(json.loads(text), reports.report_schema())
+    (tmp_path / "r.json").write_text(text)
+    back = reports.load(tmp_path / "r.json")["result"]["evaluation"]
+    assert math.isnan(back["bits_per_byte"])
+    assert back["documents"][0]["nll"] == math.inf
+    assert "nan" in reports.render_markdown(reports.load(tmp_path / "r.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no report"),
+        ("{", "is no report"),
+        ("[]", "is no report of this tool"),
+        ('{"schema": "compress.eval/1"}', "is no report of this tool"),
+        ('{"schema": "compress.report/2"}', "of the schema compress.report/2, this version reads compress.report/1"),
+        ('{"schema": "compress.report/1"}', "versions: is damaged: Field required"),
+    ],
+)
+def test_what_is_no_report(tmp_path, text, message):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ReportError) as caught:
+        reports.load(tmp_path / "r.json")
+    assert message in str(caught.value)
+    assert str(tmp_path / "r.json") in str(caught.value)
+
+
+def test_waterfall_adds_up(finished):
+    steps = figures.waterfall(finished.report)
+    assert [s.name for s in steps] == ["original", "prune_structured", "prune_unstructured", "cast"]
+    assert [s.settings for s in steps[1:]] == ["layers: 1", "pattern: 2:4", "weights: bf16"]
+    assert steps[0].bytes - sum(s.saved for s in steps) == steps[-1].bytes == finished.report["result"]["size"]["bytes"]
+    measured = [s for s in steps if s.cost is not None]
+    assert [s.name for s in measured] == ["cast"]  # one measurement per fused stage
+    total = finished.report["result"]["evaluation"]["bits_per_byte"] - steps[0].bits_per_byte
+    assert sum(s.cost for s in measured) == pytest.approx(total)
+    assert [len(figures.bar(s, 20)) for s in steps[:2]] == [20, 20]
+
+
+def test_junit_is_what_ci_systems_read(finished):
+    root = ElementTree.fromstring(reports.render_junit(finished.report))
+    (suite,) = root
+    assert suite.attrib["tests"] == "2"
+    verdicts = {g["gate"]: g["verdict"] for g in finished.report["gates"]}
+    assert len(suite.findall("testcase")) == 2
+    for case in suite.findall("testcase"):
+        kinds = {c.tag for c in case}
+        expected = {"pass": "system-out", "fail": "failure", "inconclusive": "error"}[verdicts[case.attrib["name"]]]
+        assert kinds == {expected}
+    odd = {"gates": [{"gate": "a<b", "verdict": "fail", "text": "x & \x07 y"}], "status": "failed", "output": "out"}
+    assert ElementTree.fromstring(reports.render_junit(odd))[0].find("testcase/failure").attrib["message"] == "x &  y"
+
+
+def test_the_step_summary_of_github(finished, tmp_path, monkeypatch):
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    assert not reports.append_step_summary(finished.report)
+    (tmp_path / "summary.md").write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    assert reports.append_step_summary(finished.report)
+    text = (tmp_path / "summary.md").read_text()
+    assert text.startswith("before\n# ")
+    assert reports.render_markdown(finished.report) in text
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "gone/summary.md"))
+    assert not reports.append_step_summary(finished.report)
+
+
+def test_markdown_tables_are_whole(finished):
+    for line, following in zip(lines := reports.render_markdown(finished.report).splitlines(), lines[1:], strict=False):
+        if line.startswith("|") and following.startswith("|"):
+            assert line.replace("\\|", "").count("|") == following.replace("\\|", "").count("|")
+
+
+CARD = """---
+license: mit
+language: [en, de]
+tags: [text]
+base_model: someone/earlier
+---
+# Tiny
+
+```
+# no heading
+```
+## Use
+"""
+
+
+def test_card_keeps_the_licence_and_names_base_recipe_and_results(finished):
+    card = reports.model_card(
+        finished.report,
+        CARD,
+        compact=True,
+        base_model="org/tiny",
+        recipe_yaml="model: org/tiny\n",
+        class_name="LlamaForCausalLM",
+    )
+    front, body = _split(card)
+    assert front == {
+        "license": "mit", "language": ["en", "de"], "tags": ["text", "compressed"], "base_model": "org/tiny", "library_name": "transformers",
+    }  # fmt: skip
+    assert 'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)' in body
+    assert "```yaml\nmodel: org/tiny\n```" in body
+    assert "| bits per byte |" in body
+    assert "prefill" not in body
+    assert body.rstrip().endswith("### Tiny\n\n```\n# no heading\n```\n#### Use")
+    assert finished.report["run_folder"] not in card
+
+
+def test_card_of_a_model_without_one(finished):
+    card = reports.model_card(
+        finished.report, None, compact=False, base_model="tiny", recipe_yaml="", class_name="BertForMaskedLM"
+    )
+    assert "The base model's card" not in card
+    assert "trust_remote_code" not in card
+    assert "AutoModelForMaskedLM" in card
+
+
+@pytest.mark.parametrize("text", ["---\n: [\n---\nbody", "---\n- a\n---\nbody", "no front\n---\n", "---\nnever closed"])
+def test_damaged_front_matter_is_text(text):
+    assert _split(text) == ({}, text)
+
+
+def test_empty_front_matter():
+    assert _split("---\n---\nbody") == ({}, "body")
+
+
+def test_headings_go_down_two_levels():
+    assert _demoted("# a\n###### b\n#c\n~~~\n# d\n~~~") == "### a\n###### b\n#c\n~~~\n# d\n~~~"
+
+
+def test_the_published_card_is_the_same_for_the_same_recipe(finished):
+    readme = (finished.checkpoint / "README.md") if finished.published else None
+    if readme is not None:
+        text = readme.read_text()
+        assert finished.report["started"] not in text
+        assert "/tmp" not in text
