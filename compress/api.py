@@ -106,7 +106,6 @@ def apply(
     from compress.pipeline.publish import check_output
     from compress.pipeline.run import check_result, resolve_device
     from compress.progress import SilentProgress
-    from compress.settings import parse_size
 
     instance = passes.get(name)
     try:
@@ -140,7 +139,7 @@ def apply(
     with tempfile.TemporaryDirectory(prefix="compress-") as work:
         context = Context(original, resolve_device(device), dtype, seed, None, batches, progress, Path(work))
         result = instance.apply(original, chosen, context)
-        written = write_checkpoint(result, output, store=store, max_shard=parse_size(max_shard_size), progress=progress)
+        written = write_checkpoint(result, output, store=store, max_shard=_bytes(max_shard_size), progress=progress)
     check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
     return output
 
@@ -164,7 +163,6 @@ def unpack(
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_output
-    from compress.settings import parse_size
 
     local = Path(model).expanduser()
     check_output(Path(output), local if local.exists() else None)
@@ -178,8 +176,20 @@ def unpack(
         checkpoint,
         Path(output),
         store="stock",
-        max_shard=parse_size(max_shard_size),
+        max_shard=_bytes(max_shard_size),
         extra_files=files,
         progress=progress,
     )
     return Path(output)
+
+
+def _bytes(size: int | str) -> int:
+    """A size as bytes. Raises `CompressError`."""
+    from pydantic_core import PydanticCustomError
+
+    from compress.settings import parse_size
+
+    try:
+        return parse_size(size)
+    except PydanticCustomError as error:
+        raise CompressError(str(error), where="max_shard_size") from None

@@ -99,7 +99,7 @@ def _get(side: Mapping[str, Any], gate: str, *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
         if value is None:
-            raise ReportError(f"the gate `{gate}` needs {path[-1]}, which was not measured")
+            raise ReportError(f"the gate `{gate}` needs {key}, which was not measured")
     return value
 
 

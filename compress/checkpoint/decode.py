@@ -5,8 +5,8 @@ which must not import this package. A codec that a later pass adds gets its `dec
 
 A chain lists codecs outermost first. ``("mask", "dense")``: part ``.keep`` holds the keep-mask, 8 weights a byte,
 lowest bit first, padded with zeros; part ``.values`` the kept weights in row-major order. ``("dense",)``: one part with
-the tensor's own name. In a dense part a removed weight is +0.0 and a kept weight that is zero is stored as -0.0, so a keep-mask survives
-a dense float file without a byte of its own (the metadata say which tensors have one).
+the tensor's own name. In a dense part a removed weight is +0.0 and a kept weight that is zero is stored as -0.0, so a
+keep-mask survives a dense float file without a byte of its own (the metadata say which tensors have one).
 """
 
 from __future__ import annotations

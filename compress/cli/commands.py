@@ -204,7 +204,7 @@ def evaluate(
             window=window,
             stride=stride,
             max_documents=max_documents,
-            metrics=tuple(metrics) or (("bits_per_byte", "perplexity") if data else ()),
+            metrics=tuple(metrics) or None,
             device=device,
             dtype=dtype,
         ),

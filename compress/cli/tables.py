@@ -48,8 +48,9 @@ def _table(console: Any, title: str | None, columns: Sequence[Column], rows: Ite
     console.print(table)
 
 
-def _line(console: Any, text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False)
+def _line(console: Any, text: str, style: str = "", *, whole: bool = False) -> None:
+    """Print a line; ``whole`` ones are left to the terminal to break, so that paths can be copied."""
+    console.print(text, style=style, markup=False, soft_wrap=whole)
 
 
 def print_report(report: Mapping[str, Any]) -> None:
@@ -57,7 +58,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     from compress.report import figures
 
     console = _console()
-    _line(console, f"{report['original']['checkpoint']} ▶ {report['output']}", "bold")
+    _line(console, f"{report['original']['checkpoint']} ▶ {report['output']}", "bold", whole=True)
     _table(
         console,
         None,
@@ -91,9 +92,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         _line(console, f"measured on {note}", "dim")
     for note in report["notes"]:
         _line(console, note, "dim")
-    _line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim")
+    _line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:
-        _line(console, f"output: {report['output']}")
+        _line(console, f"output: {report['output']}", whole=True)
 
 
 def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
@@ -231,7 +232,7 @@ def print_diff(data: Mapping[str, Any]) -> None:
     """Config keys and tensors that differ; equal ones are counted."""
     console = _console()
     a, b = data["size"]
-    _line(console, f"{data['a']} ▶ {data['b']}", "bold")
+    _line(console, f"{data['a']} ▶ {data['b']}", "bold", whole=True)
     if data["same"]:
         _line(console, "no difference")
         return
@@ -245,7 +246,10 @@ def print_diff(data: Mapping[str, Any]) -> None:
     changed = [_diff_row(t) for t in data["tensors"] if t["change"] != "same"]
     if changed:
         _table(
-            console, "tensors", ["tensor", "change", ("bytes", "right"), ("max |Δ|", "right"), ("rel Δ", "right")], rows
+            console,
+            "tensors",
+            ["tensor", "change", ("bytes", "right"), ("max |Δ|", "right"), ("rel Δ", "right")],
+            changed,
         )
     same = sum(t["change"] == "same" for t in data["tensors"])
     _line(console, f"{same} of {len(data['tensors'])} tensors are equal", "dim")

@@ -26,14 +26,17 @@ SCHEMA = "compress.eval/1"
 
 @dataclass(frozen=True)
 class Assessment:
-    """What to measure, and how; kept in the result so that a later one can be paired with it."""
+    """What to measure, and how; kept in the result so that a later one can be paired with it.
+
+    ``metrics``: None for bits per byte and perplexity where there is text.
+    """
 
     files: tuple[str, ...] = ()
     separator: str | None = None
     window: int = 256
     stride: int | None = None
     max_documents: int | None = None
-    metrics: tuple[str, ...] = ("bits_per_byte", "perplexity")
+    metrics: tuple[str, ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
 
@@ -58,7 +61,7 @@ def assess(
         and with a baseline ``baseline`` (the same keys) and ``paired`` (differences with intervals).
     """
     progress = progress or SilentProgress()
-    unknown = set(how.metrics) - TEXT_METRICS - SPEED_METRICS
+    unknown = set(how.metrics or ()) - TEXT_METRICS - SPEED_METRICS
     if unknown:
         raise CompressError(
             f"unknown metric `{min(unknown)}`", fix=f"there are: {', '.join(sorted(TEXT_METRICS | SPEED_METRICS))}"
@@ -75,10 +78,11 @@ def assess(
             max_documents=known["max_documents"],
             dtype=known["dtype"],
         )
-    how = replace(how, device=resolve_device(how.device), stride=how.stride or how.window)
+    metrics = how.metrics if how.metrics is not None else ("bits_per_byte", "perplexity") if how.files else ()
+    how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
     reference: Stored | None = None
-    wants = set(how.metrics)
+    wants = set(metrics)
     if baseline is not None and stored_baseline is None:
         reference = open_checkpoint(baseline, trust_remote_code=trust_remote_code, offline=offline)
     elif stored_baseline is not None and wants & ({"kl", "agreement"} | SPEED_METRICS):

@@ -363,6 +363,10 @@ def _card(state: Run, report: Mapping[str, Any]) -> bytes:
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
     spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
     recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
+    recipe["data"] = {
+        key: {**section, "files": [f if not Path(f).is_absolute() else Path(f).name for f in section["files"]]}
+        for key, section in recipe["data"].items()
+    }
     name = _base_name(state.recipe.model)
     card = reports.model_card(
         report,

@@ -37,6 +37,7 @@ def start(path: Path, *options: str, before: str = "", **kwargs) -> subprocess.P
 
 #: Stops at the n-th shard written, after half of it, and says so on stdout.
 PAUSE = """
+import time
 from compress.checkpoint import write
 real, count = write._pwrite, [0]
 def slow(descriptor, data, offset):
