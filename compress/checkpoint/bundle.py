@@ -33,11 +33,14 @@ def source() -> bytes:
     return f"{head.rstrip()}\n\n\n# ---- storage chains ----\n\n{body}\n\n\n# ---- loading ----\n\n{tail.lstrip()}".encode()
 
 
+def auto_class(class_name: str | None) -> str:
+    """Name of the auto class that loads the stock class ``class_name``; ``AutoModel`` for a base model."""
+    return next((auto for suffix, auto in _AUTO.items() if (class_name or "").endswith(suffix)), "AutoModel")
+
+
 def auto_map(class_name: str | None) -> dict[str, str]:
     """``auto_map`` of a compact checkpoint whose stock class is ``class_name``."""
     module = FILE_NAME.removesuffix(".py")
     result = {"AutoConfig": f"{module}.CompressConfig", "AutoModel": f"{module}.CompressModel"}
-    for suffix, auto in _AUTO.items():
-        if class_name is not None and class_name.endswith(suffix):
-            result[auto] = f"{module}.{auto.replace('AutoModel', 'Compress')}"
-    return result
+    auto = auto_class(class_name)
+    return result | {auto: f"{module}.{auto.replace('AutoModel', 'Compress')}"} if auto != "AutoModel" else result

@@ -10,17 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from compress.checkpoint.bundle import auto_class
 from compress.report import figures
 from compress.report.markdown import before_after_table, waterfall_table
 
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-#: How a class's name ends ▶ the automatic class that loads it.
-_AUTO = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-}
 
 
 def model_card(
@@ -37,8 +31,10 @@ def model_card(
     Args:
         original: the base model's README, whose front matter (licence, language, data) is kept and whose text follows.
         compact: whether loading needs ``trust_remote_code=True``.
-        base_model: a hub id, or a folder's name. class_name: of the stock class, which tells how to load it.
+        base_model: a hub id (with @revision or not), or a folder's name. class_name: of the stock class, which tells how
+            to load it.
     """
+    base_model, _, revision = base_model.partition("@")
     front, body = _split(original or "")
     tags = front.get("tags")
     tags = [*(tags if isinstance(tags, list) else []), "compressed"]
@@ -47,10 +43,10 @@ def model_card(
     title = report["output"].replace("\\", "/").rstrip("/").rpartition("/")[2]
     lines = ["---", _yaml(front).rstrip("\n"), "---", "", f"# {title}", ""]
     lines += [f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else f"`{base_model}`"]
-    lines[-1] += f", made smaller by {chain}."
+    lines[-1] += f"{f' at revision `{revision}`' if revision else ''}, made smaller by {chain}."
     lines += [
         "",
-        *_loading(title, compact, class_name or ""),
+        *_loading(title, compact, class_name),
         "",
         "## Results",
         "",
@@ -66,8 +62,8 @@ def model_card(
     return "\n".join(lines)
 
 
-def _loading(title: str, compact: bool, class_name: str) -> list[str]:
-    auto = next((auto for ending, auto in _AUTO.items() if class_name.endswith(ending)), "AutoModel")
+def _loading(title: str, compact: bool, class_name: str | None) -> list[str]:
+    auto = auto_class(class_name)
     trust = ", trust_remote_code=True" if compact else ""
     lines = ["```python", f"from transformers import {auto}", ""]
     lines += [f'model = {auto}.from_pretrained("{title}"{trust})', "```"]
