@@ -200,8 +200,8 @@ def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedP
 def _peak(before: Spec, after: Spec, *, needs_model: bool, dtype: str) -> int:
     """Resident bytes: a few tensors for a stream, the whole model beside them where a pass runs it."""
     largest = max(t.dense_bytes for t in before.stored())
-    # the input, the result and a scratch copy of it, magnitudes as 8-byte keys where weights are masked
+    # the input, the result, a scratch copy of it and the one being written; magnitudes as 8-byte keys where weights are masked
     masks = max((8 * t.count for t in after.stored() if t.kept is not None), default=0)
-    stream = 3 * largest + 2 * masks
+    stream = 4 * largest + 2 * masks
     model = before.parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype] * 2 if needs_model else 0
     return RUNTIME_BYTES + stream + model

@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.checkpoint import bundle, codecs
 from compress.checkpoint.codecs import Store
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 #: Bytes of data per shard unless the recipe says otherwise; the hub's usual size.
 DEFAULT_MAX_SHARD = 5 * 10**9
 _CHUNK = 1 << 24
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ def write_checkpoint(
 ) -> Written:
     """Write ``checkpoint`` to ``folder``, which must not exist; it appears by a rename, complete and verified, or not at all.
 
-    Tensors are read, encoded and written one at a time. Then every tensor is decoded from the written files and compared,
-    by SHA-256 of its logical bytes, with what was handed to the writer.
+    Tensors are encoded and written one at a time, while the next one is read. Then every tensor is decoded from the written
+    files and compared, by SHA-256 of its logical bytes, with what was handed to the writer.
 
     Raises:
         OutputError: ``folder`` exists or its parent cannot be written. ResourceError: the disk is full.
@@ -84,12 +88,15 @@ def write_checkpoint(
         written = time.perf_counter()
         with progress.task("verifying", len(hashes)) as task:
             read_back = open_checkpoint(temp, trust_remote_code=True)
-            for name, digest in hashes.items():
-                if _digest(read_back.tensor(name)) != digest:
-                    raise CheckpointError(
-                        f"tensor {name} does not read back as it was written", where=str(folder), fix="check the disk"
-                    )
-                task.advance(note=name)
+            with closing(ahead(lambda name: (name, _digest(read_back.tensor(name))), hashes, 2)) as digests:
+                for name, digest in digests:
+                    if digest != hashes[name]:
+                        raise CheckpointError(
+                            f"tensor {name} does not read back as it was written",
+                            where=str(folder),
+                            fix="check the disk",
+                        )
+                    task.advance(note=name)
         verified = time.perf_counter()
         temp.rename(folder)
         _sync_folder(folder.parent)
@@ -101,17 +108,38 @@ def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[
         # reserving the space first makes a full disk an error before the work, not after it
         os.posix_fallocate(file.fileno(), 0, shard.bytes)
         _pwrite(file.fileno(), shard.header, 0)
-        for tensor in shard.tensors:
+
+        def read(tensor: Tensor) -> tuple[Tensor, Value, str]:
             value = checkpoint.tensor(tensor.name)
             _check_value(tensor, value)
-            hashes[tensor.name] = _digest(value)
-            for role, data in codecs.encode(value.data, value.mask, tensor).items():
-                part = next(part for part in codecs.parts(tensor) if part.role == role)
-                assert tuple(data.shape) == part.shape, (part, data.shape)
-                _pwrite(file.fileno(), _raw(data), len(shard.header) + shard.entries[part.key].start)
-            task.advance(note=tensor.name)
+            return tensor, value, _digest(value)
+
+        with closing(ahead(read, shard.tensors, 1)) as values:
+            for tensor, value, digest in values:
+                hashes[tensor.name] = digest
+                for role, data in codecs.encode(value.data, value.mask, tensor).items():
+                    part = next(part for part in codecs.parts(tensor) if part.role == role)
+                    assert tuple(data.shape) == part.shape, (part, data.shape)
+                    _pwrite(file.fileno(), _raw(data), len(shard.header) + shard.entries[part.key].start)
+                del value
+                task.advance(note=tensor.name)
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ahead(work: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """Results of ``work`` in order; up to ``threads`` of the next ones are computed while the caller uses one."""
+    pool = ThreadPoolExecutor(threads)
+    queue: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            queue.append(pool.submit(work, item))
+            if len(queue) > threads:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_value(tensor: Tensor, value: Value) -> None:
