@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,6 +37,30 @@ def passes_page() -> str:
             cells = [f"`{s['name']}`", s["type"], default, s["description"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
+    return "\n".join(lines)
+
+
+def recipes_page() -> str:
+    """Every key of a recipe, from the recipe's model."""
+    from typing import get_args
+
+    from compress.passes.describe import describe_settings
+    from compress.recipe.model import Data, Gates, Recipe
+
+    def rows(model: Any) -> list[str]:
+        lines = ["| key | type | default | what it means |", "|---|---|---|---|"]
+        for s in describe_settings(model):
+            default = "required" if s["required"] else f"`{json.dumps(s['default'])}`" if s["type"] != "section" else ""
+            cells = [f"`{s['name']}`", s["type"], default, s["description"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return lines
+
+    lines = [(HERE / "recipes_head.md").read_text(encoding="utf-8"), "## Keys", "", *rows(Recipe), ""]
+    for title, sections in (("data", Data), ("gates", Gates)):
+        lines += [f"## `{title}`", ""]
+        for name, field in sections.model_fields.items():
+            (inner,) = [t for t in get_args(field.annotation) if isinstance(t, type) and hasattr(t, "model_fields")]
+            lines += [f"### `{title}.{name}`", "", field.description or "", "", *rows(inner), ""]
     return "\n".join(lines)
 
 
@@ -72,6 +97,7 @@ def pages() -> dict[str, str]:
         "recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
         "report.schema.json": json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n",
         "passes.md": passes_page(),
+        "recipes.md": recipes_page(),
         "commands.md": commands_page(),
     }
 

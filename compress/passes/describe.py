@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from compress import passes
@@ -27,14 +28,21 @@ def describe(name: str) -> dict[str, Any]:
         "yields": sorted(instance.yields),
         "preserves": sorted(instance.preserves),
         "source": instance.source,
-        "settings": [_setting(key, field, instance) for key, field in instance.settings.model_fields.items()],
+        "settings": describe_settings(instance.settings),
     }
 
 
-def _setting(key: str, field: FieldInfo, instance: Any) -> dict[str, Any]:
-    schema = instance.settings.model_json_schema()
+def describe_settings(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Name, type in words, default and description of every field of a settings model."""
+    schema = model.model_json_schema()
+    return [_setting(key, field, schema) for key, field in model.model_fields.items()]
+
+
+def _setting(key: str, field: FieldInfo, schema: dict[str, Any]) -> dict[str, Any]:
     entry = schema["properties"][key]
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    default = None
+    if not field.is_required() and not field.default_factory_takes_validated_data:
+        default = field.get_default(call_default_factory=True)
     return {
         "name": key,
         "type": _type(entry, schema.get("$defs", {})),
@@ -57,8 +65,14 @@ def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "$ref" in entry:
         return _type(definitions[entry["$ref"].rpartition("/")[2]], definitions)
     kind = entry.get("type")
+    if "properties" in entry:
+        return "section"
+    if isinstance(kind, list):
+        return " or ".join(_type({"type": k}, definitions) for k in kind)
     if kind == "array":
         return f"list of {_type(entry.get('items', {}), definitions)}"
+    if kind == "object" and "additionalProperties" not in entry:
+        return "mapping"
     if kind == "object":
         return f"mapping of text to {_type(entry.get('additionalProperties', {}), definitions)}"
     return {"string": "text", "boolean": "true or false", "integer": "integer", "number": "number"}.get(
