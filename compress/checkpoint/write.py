@@ -21,7 +21,7 @@ from compress.checkpoint.codecs import Store
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
 from compress.checkpoint.sidecars import copy_sidecars
-from compress.checkpoint.spec import Spec, Tensor
+from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Tensor
 from compress.errors import CheckpointError, CompressError, OutputError, ResourceError
 from compress.progress import Progress, SilentProgress
 
@@ -150,13 +150,14 @@ def _check_value(tensor: Tensor, value: Value) -> None:
     assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
     assert data.dtype == torch_dtype(tensor.dtype), (tensor, data.dtype)
     assert (value.mask is None) == (tensor.kept is None), tensor
-    if tensor.is_float and tensor.count and tensor.dtype in ("F16", "BF16", "F32", "F64"):
-        # the extremes are NaN where any value is: one fast pass in the common case
-        if torch.isnan(torch.aminmax(data).min) and (count := int(torch.isnan(data).sum())):
-            raise CheckpointError(
-                f"tensor {tensor.name} holds {count} NaN values",
-                fix="the checkpoint is damaged or its training diverged",
-            )
+    if not tensor.count or tensor.dtype not in FLOAT_DTYPES:
+        return
+    # the extremes are NaN where any value is: one fast pass in the common case
+    if torch.isnan(torch.aminmax(data).min) and (count := int(torch.isnan(data).sum())):
+        raise CheckpointError(
+            f"tensor {tensor.name} holds {count} NaN values",
+            fix="the checkpoint is damaged or its training diverged",
+        )
 
 
 def _raw(data: torch.Tensor) -> memoryview:
