@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-all check bench docs clean
+.PHONY: setup quickstart test test-all check bench bench-prune bench-memory docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,13 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# MODEL= TRAIN= HELDOUT= REFERENCE= for another model, its calibration and its held-out text
+bench-prune: $(STAMP)
+	$(BIN)/python benchmarks/prune.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+
+bench-memory: $(STAMP)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

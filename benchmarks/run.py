@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import page  # noqa: E402
+
 SIZES_GB = (2, 6)
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "3"))
 
@@ -146,7 +148,7 @@ def streaming(scratch: Path) -> list[str]:
     small, large = SIZES_GB
     ours, copied = median[f"compress{large}"] - median[f"compress{small}"], median[f"cp{large}"] - median[f"cp{small}"]
     rows = [
-        "## fp32 to bf16 cast of a sharded checkpoint",
+        "### fp32 to bf16 cast of a sharded checkpoint",
         "",
         f"Random-weight Llama shape (hidden 2048), shards of 1 GiB, median of {ROUNDS} rounds taken in turns.",
         "",
@@ -204,45 +206,27 @@ def startup() -> list[str]:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             if turn:  # the first fills caches
                 times[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    rows = ["## Start-up", "", "CPU time of the whole process, median of 7 turns.", "", "| command | ms |", "|---|---|"]
+    rows = [
+        "### Start-up",
+        "",
+        "CPU time of the whole process, median of 7 turns.",
+        "",
+        "| command | ms |",
+        "|---|---|",
+    ]
     rows += [f"| `{name}` | {1000 * statistics.median(values):.0f} |" for name, values in times.items()]
     return [*rows, "", "Bounds: 150 ms for help, 300 ms for `check`.", ""]
 
 
-def environment() -> str:
-    """What the figures were measured on."""
-    from importlib.metadata import version
-
-    cpu = next(
-        (
-            x.partition(":")[2].strip()
-            for x in Path("/proc/cpuinfo").read_text().splitlines()
-            if x.startswith("model name")
-        ),
-        "",
-    )
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
-    cores = len(os.sched_getaffinity(0))
-    python = platform.python_version()
-    return f"{time.strftime('%Y-%m-%d')}, {cpu or platform.machine()}, {cores} cores, Python {python}, {packages}."
-
-
 def main() -> None:
-    """Run all and write the page."""
+    """Run all and write the sections."""
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        rows = [
-            "# Benchmarks",
-            "",
-            "Written by `make bench`. Shared machines are noisy: read the ratios.",
-            "",
-            environment(),
-            "",
-        ]
+        rows = ["## Start-up, and casting a stream of weights", "", f"`make bench`: {page.environment()}", ""]
         rows += startup() + streaming(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(rows), encoding="utf-8")
+    page.put("speed", rows)
     print("\n".join(rows))
 
 

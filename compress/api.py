@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError, DataError
 from compress.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import ValidationError
     from transformers import PreTrainedModel
 
+    from compress.calibration.batches import Batches
     from compress.checkpoint.codecs import Store
     from compress.pipeline.run import RunResult
     from compress.planning import Plan
@@ -71,8 +73,10 @@ def apply(
     output: str | Path,
     *,
     data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
-    samples: int = 128,
-    length: int = 256,
+    field: str = "text",
+    mode: Literal["packed", "padded"] = "packed",
+    samples: int | None = None,
+    length: int | None = None,
     store: Store = "stock",
     device: str = "auto",
     dtype: str = "float32",
@@ -81,13 +85,17 @@ def apply(
     document_separator: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    details: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """Apply one pass to a checkpoint and write the result to ``output``, which must not exist.
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration text files, or token ids int64 [samples, length], for passes that need them.
+        data: calibration data for passes that need it: text files, one file of token ids, or token ids as a tensor of
+            integers [samples, length]. ``field``, ``mode``, ``samples`` and ``length`` are those of a recipe's
+            ``data.calibration``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
+        details: filled with what the pass would say in a report, JSON values.
 
     Returns:
         ``output`` as a path.
@@ -97,6 +105,7 @@ def apply(
     """
     import tempfile
 
+    import torch
     from pydantic import ValidationError
 
     from compress import passes, text
@@ -106,14 +115,13 @@ def apply(
     from compress.pipeline.publish import check_output
     from compress.pipeline.run import check_result, resolve_device
     from compress.progress import SilentProgress
+    from compress.recipe.model import Calibration
 
     instance = passes.get(name)
     try:
         chosen = instance.settings(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in (name, *first["loc"]))
-        raise CompressError(first["msg"].removeprefix("Value error, "), where=where) from None
+        raise _first(error, name) from None
     progress = progress or SilentProgress()
     output = Path(output)
     local = Path(model).expanduser()
@@ -121,23 +129,50 @@ def apply(
     original = open_checkpoint(model, trust_remote_code=trust_remote_code)
     instance.plan(original.spec, chosen)  # refuse before any work
 
-    def batches(name: str) -> torch.Tensor:
-        import torch
+    section = None
+    if data is not None and not isinstance(data, torch.Tensor):
+        files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
+        asked = {"samples": samples, "length": length}
+        try:
+            section = Calibration(
+                files=tuple(files), field=field, mode=mode, **{k: v for k, v in asked.items() if v is not None}
+            )
+        except ValidationError as error:
+            raise _first(error, "data") from None
 
-        if isinstance(data, torch.Tensor):
-            return data
-        if data is None:
-            raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
-        from compress.calibration.batches import sample_windows
+    def batches(name: str) -> Batches:
+        from compress.calibration.batches import check_vocabulary, first, given_ids
         from compress.loading import load_tokenizer
+        from compress.pipeline.data import draw
 
-        files = [data] if isinstance(data, (str, Path)) else list(data)
-        documents = text.read_documents([str(f) for f in files], document_separator)
-        assert original.folder is not None
-        return sample_windows(load_tokenizer(original.folder), documents, samples, length, seed)
+        folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
+        assert folder is not None
+        if isinstance(data, torch.Tensor):
+            drawn = first(given_ids(data), samples, length, "data")
+            check_vocabulary(drawn, vocabulary)
+            return drawn
+        if section is not None:
+            return draw(
+                section,
+                lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
+                lambda: text.read_documents(section.files, document_separator, field),
+                seed=seed,
+                vocabulary=vocabulary,
+            )
+        raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
 
     with tempfile.TemporaryDirectory(prefix="compress-") as work:
-        context = Context(original, resolve_device(device), dtype, seed, None, batches, progress, Path(work))
+        context = Context(
+            original,
+            resolve_device(device),
+            dtype,
+            seed,
+            None,
+            batches,
+            progress,
+            Path(work),
+            details={} if details is None else details,
+        )
         result = instance.apply(original, chosen, context)
         written = write_checkpoint(result, output, store=store, max_shard=_bytes(max_shard_size), progress=progress)
     check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
@@ -181,6 +216,13 @@ def unpack(
         progress=progress,
     )
     return Path(output)
+
+
+def _first(error: ValidationError, name: str) -> CompressError:
+    """The first of a settings model's complaints; ``name`` is whose settings they are."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in (name, *first["loc"]))
+    return CompressError(first["msg"].removeprefix("Value error, "), where=where)
 
 
 def _bytes(size: int | str) -> int:

@@ -90,7 +90,7 @@ def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
     tensors = list(tensors)
     own = [t for t in tensors if t.alias_of is None]
     masked = [t for t in own if t.kept is not None]
-    tied = [t.alias_of for t in tensors if t.alias_of]
+    tied = [t.alias_of for t in sorted(tensors, key=lambda t: -t.count) if t.alias_of]
     return {
         "module": name,
         "parameters": sum(t.count for t in own if t.is_float),

@@ -70,7 +70,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: dict[str, torch
 
     spec, folder = checkpoint.spec, checkpoint.folder
     assert folder is not None
-    with _quiet_transformers():
+    with quiet_transformers():
         stock, config = stock_class(checkpoint)
         try:
             if state is not None:
@@ -152,7 +152,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
             "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
         )
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
                 return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
                     tokenizer_file=str(folder / "tokenizer.json")
@@ -171,7 +171,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of what is checked here anyway."""
     from transformers.utils import logging as untyped
 

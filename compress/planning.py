@@ -13,7 +13,7 @@ from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
-    from compress.recipe import Recipe
+    from compress.recipe import PassEntry, Recipe
 
 #: Resident memory of the interpreter with torch and transformers loaded, measured on Linux with the CPU build.
 RUNTIME_BYTES = 450 * 10**6
@@ -25,8 +25,9 @@ class Size:
 
     Attributes:
         bytes: of all weight files. parameters: float elements, shared ones once. kept_parameters: those no mask removes.
-        active_parameters: used for one token. bits_per_weight: stored bits of data per parameter.
-        kv_bytes_per_token: cached by decoding, None without a record or a cache.
+        active_parameters: used for one token, which is sent to some of the experts alone.
+        bits_per_weight: stored bits of data per parameter.
+        kv_bytes_per_token: cached by decoding while no window is full, None without a record or a cache.
         load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
         tensors: number of logical tensors with bytes of their own.
     """
@@ -48,13 +49,14 @@ def size_of(spec: Spec, layout: Layout) -> Size:
     data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
+    record = architectures.of(config) if architectures.known(config) else None
     return Size(
         bytes=layout.bytes,
         parameters=spec.parameters,
         kept_parameters=spec.kept_parameters,
-        active_parameters=spec.parameters,
+        active_parameters=record.active_parameters(spec) if record else spec.parameters,
         bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
-        kv_bytes_per_token=architectures.of(config).kv_bytes_per_token(config) if architectures.known(config) else None,
+        kv_bytes_per_token=record.kv_bytes_per_token(config) if record else None,
         load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
         tensors=len(stored),
     )
@@ -171,7 +173,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 following,
                 planned_size(following, store, recipe.max_shard_size, metadata),
                 planned_size(following, _other(store), recipe.max_shard_size, metadata),
-                _peak(current, following, needs_model=bool(instance.needed(entry.settings)), dtype=recipe.dtype),
+                _peak(current, following, entry, recipe.dtype),
             )
         )
         current = following
@@ -189,19 +191,26 @@ def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedP
     """Passes by stage: one each, or with ``end`` consecutive tensor-by-tensor passes together."""
     groups: list[list[PlannedPass]] = []
     for item in planned:
-        streams = passes.get(item.name).mode == "stream"
-        if groups and evaluate_at == "end" and streams and passes.get(groups[-1][-1].name).mode == "stream":
+        if groups and evaluate_at == "end" and _streams(item) and _streams(groups[-1][-1]):
             groups[-1].append(item)
         else:
             groups.append([item])
     return groups
 
 
-def _peak(before: Spec, after: Spec, *, needs_model: bool, dtype: str) -> int:
-    """Resident bytes: a few tensors for a stream, the whole model beside them where a pass runs it."""
+def _streams(item: PlannedPass) -> bool:
+    return bool(passes.get(item.name).works(item.settings) == "stream")
+
+
+def _peak(before: Spec, after: Spec, entry: PassEntry, dtype: str) -> int:
+    """Resident bytes: what the pass says; else a few tensors for a stream, the whole model beside them where it reads data."""
+    instance, width = passes.get(entry.name), {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     largest = max(t.dense_bytes for t in before.stored())
     # the input, the result, a scratch copy of it and the one being written; magnitudes as 8-byte keys where weights are masked
     masks = max((8 * t.count for t in after.stored() if t.kept is not None), default=0)
     stream = 4 * largest + 2 * masks
-    model = before.parameters * {"float32": 4, "bfloat16": 2, "float16": 2}[dtype] * 2 if needs_model else 0
+    said = instance.memory(before, entry.settings, width)
+    if said is not None:
+        return RUNTIME_BYTES + max(said, stream)
+    model = 2 * width * before.parameters if instance.needed(entry.settings) else 0
     return RUNTIME_BYTES + stream + model

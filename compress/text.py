@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compress.errors import DataError
 
+#: Kinds of files that hold text, and those with named fields among them; how each may be packed; files of token ids.
+TEXT_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+FIELD_KINDS = TEXT_KINDS[1:]
+PACKINGS = (".gz", ".zst")
+ID_KINDS = (".npy", ".safetensors")
+#: The field that is read where none is named.
+FIELD = "text"
 #: Words of a shingle; shingles of a passage; the share of its shingles found elsewhere at which a passage is shared.
 SHINGLE = 13
 PASSAGE = 40
@@ -18,40 +27,101 @@ SHARED = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is scored by itself. ``id`` is ``file#index``, the file's name without its folders."""
+    """A text that is scored by itself.
+
+    Attributes:
+        id: ``file#index``, the file's name without its folders.
+        text: of a chat what its messages say, one after the other; `rendered` gives what a model is shown.
+        messages: of a chat, each with ``role`` and ``content``; None for plain text.
+    """
 
     id: str
     text: str
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
 
-def read_documents(files: Sequence[str], separator: str | None = None) -> list[Document]:
-    """Documents of ``.txt`` files and of ``.jsonl`` files (field ``text``), in order; empty ones are left out.
+def kind(file: str | Path) -> str:
+    """The suffix that says what a file holds, in small letters: ``.jsonl`` of ``a.jsonl.gz``."""
+    path = Path(file)
+    return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).suffix.lower()
+
+
+def holds_ids(file: str | Path) -> bool:
+    """Whether a file holds token ids rather than text, by its name."""
+    return Path(file).suffix.lower() in ID_KINDS
+
+
+def refusal(file: str | Path, *, ids: bool) -> str | None:
+    """Why a file cannot be read, by its name alone; None where it can. ``ids``: token ids will do."""
+    if holds_ids(file):
+        return None if ids else "holds token ids, which only calibration takes"
+    if kind(file) in TEXT_KINDS:
+        return None
+    path = Path(file)
+    return f"is no {', '.join(TEXT_KINDS[:-1])} or {TEXT_KINDS[-1]} file (`{path.suffix or path.name}`)"
+
+
+def read_documents(files: Sequence[str], separator: str | None = None, field: str = FIELD) -> list[Document]:
+    """Documents of text files, in order; empty ones are left out.
+
+    A ``.txt`` file is one document, or several with lines ``separator`` between them. Files with named fields give one
+    document a row: ``.jsonl``; ``.csv`` and ``.tsv``, whose first row holds the names; ``.parquet``. Each may be packed as
+    ``.gz`` or ``.zst``. A field of a ``.jsonl`` or ``.parquet`` file may hold chats: lists of ``{"role": …, "content": …}``.
 
     Args:
-        files: UTF-8 text files, with or without byte order mark.
-        separator: a line that stands alone between two documents of a ``.txt`` file; without it a file is one document.
+        files: text in UTF-8, with or without byte order mark.
+        separator: a line that stands alone between two documents of a ``.txt`` file.
+        field: the one to read, of files that have fields.
 
     Raises:
-        DataError: a file is missing, empty, binary, not UTF-8, or of another kind.
+        DataError: a file is missing, empty, damaged, not UTF-8, of another kind, lacks the field, or mixes chats and texts.
     """
     documents: list[Document] = []
     names: dict[str, int] = {}
     for file in files:
         path = Path(file)
-        text = _decode(path)
-        pieces = _json_lines(path, text) if path.suffix == ".jsonl" else _split(text, separator)
-        kept = [piece for piece in pieces if piece.strip()]
+        if reason := refusal(path, ids=False):
+            raise DataError(reason, where=file)
+        data = _unpacked(path)
+        found = kind(path)
+        if found == ".parquet":
+            rows = _parquet(path, data, field)
+        else:
+            text = _decoded(path, data)
+            rows = (
+                enumerate(_split(text, separator))
+                if found == ".txt"
+                else _json_lines(path, text, field)
+                if found == ".jsonl"
+                else _table(path, text, field, "\t" if found == ".tsv" else ",")
+            )
+        kept = list(_pieces(rows, f"{path}: row " if found == ".parquet" else f"{path}:", field))
         if not kept:
             raise DataError("holds no text", where=file)
         first = names.get(path.name, 0)
         names[path.name] = first + len(kept)
-        documents += [Document(f"{path.name}#{first + i}", piece) for i, piece in enumerate(kept)]
+        documents += [Document(f"{path.name}#{first + i}", text, messages) for i, (text, messages) in enumerate(kept)]
     return documents
 
 
-def _decode(path: Path) -> str:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise DataError(f"is no .txt or .jsonl file (`{path.suffix or path.name}`)", where=str(path))
+def rendered(document: Document, tokenizer: Any) -> str:
+    """The text that a model is shown: a chat in the tokenizer's template. Raises `DataError` where it has none."""
+    if document.messages is None:
+        return document.text
+    if not tokenizer.chat_template:
+        raise DataError(
+            "is a chat, and the tokenizer has no chat template",
+            where=document.id,
+            fix="take plain text, or a checkpoint whose tokenizer has one",
+        )
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False))
+    except Exception as error:  # templates raise what they like: jinja2's errors, ValueError, KeyError
+        raise DataError(f"does not fit the chat template: {_line(error)}", where=document.id) from error
+
+
+def _unpacked(path: Path) -> bytes:
+    """A file's bytes, decompressed."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -59,8 +129,51 @@ def _decode(path: Path) -> str:
             "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         )
         raise DataError(reason, where=str(path)) from None
+    packing = path.suffix.lower()
+    if data and packing in PACKINGS:
+        data = _gunzipped(path, data) if packing == ".gz" else _unzstd(path, data)
     if not data:
         raise DataError("is empty", where=str(path))
+    return data
+
+
+def _gunzipped(path: Path, data: bytes) -> bytes:
+    import gzip
+    import zlib
+
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"is damaged: {_line(error)}", where=str(path), fix="`gzip -t` tests such files") from None
+
+
+def _unzstd(path: Path, data: bytes) -> bytes:
+    try:
+        import zstandard
+    except ImportError:
+        raise _lacking(path, "zstandard") from None
+    parts = []
+    try:
+        while data:  # a file may be several frames
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            parts.append(frame.decompress(data))
+            if not frame.eof:
+                raise zstandard.ZstdError("the file ends too early")
+            data = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise DataError(f"is damaged: {_line(error)}", where=str(path), fix="`zstd -t` tests such files") from None
+    return b"".join(parts)
+
+
+def _lacking(path: Path, package: str) -> DataError:
+    return DataError(
+        f"needs the package {package}, which is not installed",
+        where=str(path),
+        fix="pip install 'compress-toolkit[data]'",
+    )
+
+
+def _decoded(path: Path, data: bytes) -> str:
     if b"\0" in data:
         raise DataError("is binary, not text", where=str(path))
     try:
@@ -68,6 +181,9 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError("is not UTF-8", where=f"{path}:{line}", fix="convert it, for example with iconv") from None
+
+
+# --- rows: (number, value), the number as people count them
 
 
 def _split(text: str, separator: str | None) -> list[str]:
@@ -82,19 +198,118 @@ def _split(text: str, separator: str | None) -> list[str]:
     return ["\n".join(piece) for piece in pieces]
 
 
-def _json_lines(path: Path, text: str) -> list[str]:
-    pieces = []
+def _json_lines(path: Path, text: str, field: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"is not JSON: {error}", where=f"{path}:{number}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError('expected {"text": "…"}', where=f"{path}:{number}")
-        pieces.append(row["text"])
-    return pieces
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"is not JSON: {_line(error)}", where=f"{path}:{number}") from None
+        if not isinstance(row, dict):
+            raise DataError(f'expected {{"{field}": "…"}}', where=f"{path}:{number}")
+        if field not in row:
+            raise _no_field(f"{path}:{number}", field, row)
+        yield number, row[field]
+
+
+def _table(path: Path, text: str, field: str, delimiter: str) -> Iterator[tuple[int, Any]]:
+    import csv
+
+    before = csv.field_size_limit(2**31 - 1)  # 128 kB by default, less than a long document
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        if names.count(field) > 1:
+            raise DataError(f"has {names.count(field)} fields `{field}`", where=str(path), fix="rename one")
+        if field not in names:
+            raise _no_field(f"{path}:1", field, names)
+        column = names.index(field)
+        for row in reader:
+            if row and len(row) != len(names):
+                raise DataError(
+                    f"has {len(row)} field{'s' * (len(row) != 1)}, the first row names {len(names)}",
+                    where=f"{path}:{reader.line_num}",
+                )
+            if row:
+                yield reader.line_num, row[column]
+    except csv.Error as error:
+        raise DataError(f"is no {kind(path)[1:]}: {error}", where=f"{path}:{reader.line_num}") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(path: Path, data: bytes, field: str) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise _lacking(path, "pyarrow") from None
+    number = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        names = file.schema_arrow.names
+        if field not in names:
+            raise _no_field(str(path), field, names)
+        for batch in file.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield number, value
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # those that pyarrow documents for damaged files
+        raise DataError(f"is damaged: {_line(error)}", where=str(path)) from None
+
+
+def _no_field(where: str, field: str, names: Iterable[str]) -> DataError:
+    shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
+    return DataError(
+        f"has no field `{field}`",
+        where=where,
+        fix=f"set `field` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}" if shown else None,
+    )
+
+
+def _pieces(
+    rows: Iterable[tuple[int, Any]], where: str, field: str
+) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...] | None]]:
+    """(text, messages) of every row that has any text. ``where`` comes before a row's number."""
+    chats: bool | None = None
+    for number, value in rows:
+        if value is None:
+            continue
+        if not isinstance(value, (str, list)):
+            raise DataError(
+                f"`{field}` is {json.dumps(value, default=str)[:40]}, not text or a list of messages",
+                where=f"{where}{number}",
+            )
+        messages = _messages(value, field, f"{where}{number}") if isinstance(value, list) else None
+        text = value if isinstance(value, str) else "\n".join(m["content"] for m in messages or ())
+        if not text.strip():
+            continue
+        if chats is not None and chats != (messages is not None):
+            raise DataError(
+                f"`{field}` is {'text' if chats else 'a chat'}, and {'a chat' if chats else 'text'} in rows before",
+                where=f"{where}{number}",
+                fix="keep texts and chats in files of their own",
+            )
+        chats = messages is not None
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell what UTF-8 cannot
+            raise DataError(f"`{field}` holds half a surrogate pair, which is no text", where=f"{where}{number}")
+        yield text, messages
+
+
+def _messages(value: list[Any], field: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(
+                f'`{field}` is a list, but not of messages {{"role": "…", "content": "…"}}',
+                where=where,
+            )
+    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] if text else type(error).__name__
 
 
 def fingerprint(files: Sequence[str]) -> str:

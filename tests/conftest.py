@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +50,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "train.txt", folder / "valid.txt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stock() -> Callable[[str], str]:
     """Run Python code in a process that cannot import this package; returns its stdout."""
 
@@ -73,5 +75,41 @@ def stock() -> Callable[[str], str]:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stock_outputs(stock: Callable[[str], str]) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Load checkpoints in one process that cannot import this package, and compare their outputs with stored ones.
+
+    Takes name ▶ (class, folder, file of `pico.save_expected`) and options of `from_pretrained`; gives name ▶ ``class``,
+    ``difference`` (largest, relative to the largest value), ``numbers`` (every ``layer_idx``), or ``error``.
+    """
+
+    def run(cases: dict[str, tuple[str, Path, Path]], **options: Any) -> dict[str, dict[str, Any]]:
+        listed = {name: [cls, str(folder), str(expected)] for name, (cls, folder, expected) in cases.items()}
+        out = stock(
+            "import json, torch, transformers\n"
+            "torch.set_num_threads(1)\n"
+            "result = {}\n"
+            f"for name, (cls, folder, expected) in {listed!r}.items():\n"
+            "    try:\n"
+            f"        m, info = getattr(transformers, cls).from_pretrained(folder, output_loading_info=True, **{options!r})\n"
+            "        assert not any(info.values()), info\n"
+            "        inputs, y = torch.load(expected)\n"
+            "        with torch.no_grad():\n"
+            "            x = m(**inputs)[0]\n"
+            "        result[name] = {\n"
+            "            'class': type(m).__name__,\n"
+            "            'difference': float((x - y).abs().max() / y.abs().max()),\n"
+            "            'numbers': sorted({p.layer_idx for p in m.modules() if hasattr(p, 'layer_idx')}),\n"
+            "        }\n"
+            "    except Exception as error:\n"
+            "        result[name] = {'error': repr(error)}\n"
+            "print(json.dumps(result))\n"
+        )
+        found: dict[str, dict[str, Any]] = json.loads(out.splitlines()[-1])
+        return found
 
     return run

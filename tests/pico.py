@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,73 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
     "qwen2": (
         "Qwen2ForCausalLM",
-        {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 16},
+        {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 6},
     ),
     "qwen3": ("Qwen3ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16},
+    ),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "phi3": ("Phi3ForCausalLM", {"num_key_value_heads": 2}),
+    "mixtral": ("MixtralForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+        },
+    ),
     "gpt2": ("GPT2LMHeadModel", {}),
+    "bloom": ("BloomForCausalLM", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
     "opt": ("OPTForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "bert": ("BertForMaskedLM", {}),
+    "roberta": ("RobertaForMaskedLM", {}),
+    "electra": ("ElectraForMaskedLM", {"embedding_size": 16}),
+    "distilbert": ("DistilBertForMaskedLM", {}),
+    "vit": ("ViTForImageClassification", {"image_size": 16, "patch_size": 4, "num_labels": 5}),
 }
+#: Families with sizes of their own: all others take the ones in `config`.
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 64},
+    "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 64},
+}
+PADDING = {"opt": 1, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0}
 
 
 def config(family: str, **changes: Any) -> Any:
     """A config of 4 blocks of width 32."""
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+    widths = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
+    }
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "pad_token_id": None if family != "bert" else 0,
+        "pad_token_id": PADDING.get(family),
+        **SIZES.get(family, widths),
     }
-    if family == "gpt2":
-        sizes = {
-            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 64, "bos_token_id": 0, "eos_token_id": 0,
-        }  # fmt: skip
-    if family == "opt":
-        sizes["pad_token_id"] = 1
+    if family == "vit":
+        sizes = {key: value for key, value in widths.items() if key != "max_position_embeddings"}
     return transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family][1], **changes})
 
 
@@ -80,13 +119,25 @@ def save(
     """Write a pico checkpoint with stock transformers."""
     built = model(family, **changes)
     built.save_pretrained(folder, max_shard_size=max_shard_size)
-    if with_tokenizer:
+    if with_tokenizer and built.main_input_name == "input_ids":
         tokenizer().save_pretrained(folder)
     return folder
 
 
+def inputs(loaded: Any, length: int = 12) -> dict[str, torch.Tensor]:
+    """Fixed arguments for a forward pass: token ids [1, length], or an image."""
+    if loaded.main_input_name == "pixel_values":
+        shape = (1, loaded.config.num_channels, loaded.config.image_size, loaded.config.image_size)
+        return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).reshape(shape).sin()}
+    return {"input_ids": (torch.arange(length) * 7 % 250)[None]}
+
+
 def logits(loaded: Any, length: int = 12) -> torch.Tensor:
-    """Outputs for fixed token ids, [1, length, …]."""
-    ids = (torch.arange(length) * 7 % 250)[None]
+    """Outputs for those inputs, [1, length, …]."""
     with torch.no_grad():
-        return loaded(input_ids=ids)[0]
+        return loaded(**inputs(loaded, length))[0]
+
+
+def save_expected(loaded: Any, path: Path) -> None:
+    """Write ``(inputs, logits)`` for a process that cannot import this module."""
+    torch.save((inputs(loaded), logits(loaded)), path)

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import gzip
+import json
 import random
+import subprocess
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from compress.errors import DataError
-from compress.text import Document, check_disjoint, fingerprint, read_documents
+from compress.text import Document, check_disjoint, fingerprint, kind, read_documents, refusal, rendered
 
 
 def write(path, data):
@@ -44,8 +52,49 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ("a.txt", b" \n\n ", "a.txt: holds no text"),
         ("a.txt", b"abc\0def", "a.txt: is binary, not text"),
         ("a.txt", b"good\nbad \xff", "a.txt:2: is not UTF-8; convert it"),
-        ("a.bin", b"text", "a.bin: is no .txt or .jsonl file (`.bin`)"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', 'a.jsonl:2: expected {"text": "…"}'),
+        ("a.bin", b"text", "a.bin: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.bin`)"),
+        ("a.npy", b"ids", "a.npy: holds token ids, which only calibration takes"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "a.jsonl:2: `text` is 3, not text or a list of messages"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b", "n": 1}',
+            "a.jsonl:2: has no field `text`; set `field` to one of: body, n",
+        ),
+        ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: `text` holds half a surrogate pair"),
+        ("a.jsonl", b'{"text": ["a", "b"]}', "a.jsonl:1: `text` is a list, but not of messages"),
+        ("a.jsonl", b'{"text": [{"role": "user"}]}', "a.jsonl:1: `text` is a list, but not of messages"),
+        ("a.jsonl", b'{"text": []}\n{"text": null}\n{"text": " "}', "a.jsonl: holds no text"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": [{"role": "user", "content": "hi"}]}',
+            "a.jsonl:2: `text` is a chat, and text in rows before; keep texts and chats in files of their own",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": [{"role": "user", "content": "hi"}]}\n{"text": "a"}',
+            "a.jsonl:2: `text` is text, and a chat in rows before",
+        ),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "a.jsonl:1: is not JSON"),
+        ("a.csv", b"", "a.csv: is empty"),
+        ("a.csv", b"id,text\n", "a.csv: holds no text"),
+        ("a.csv", b"id,body\n1,a\n", "a.csv:1: has no field `text`; set `field` to one of: id, body"),
+        ("a.csv", b"\nid,text\n", "a.csv:1: has no field `text`"),
+        ("a.csv", b"text,text\n1,a\n", "a.csv: has 2 fields `text`; rename one"),
+        ("a.csv", b"id,text\n1,a\n2\n", "a.csv:3: has 1 field, the first row names 2"),
+        ("a.csv", b'id,text\n1,"a\n2,b\n', "a.csv:3: is no csv: unexpected end of data"),
+        ("a.tsv", b'text\n"a" b\n', "a.tsv:2: is no tsv:"),
+        ("a.parquet", b"PAR1", "a.parquet: is damaged:"),
+        ("a.parquet", b"", "a.parquet: is empty"),
+        ("a.txt.gz", b"", "a.txt.gz: is empty"),
+        ("a.txt.gz", gzip.compress(b""), "a.txt.gz: is empty"),
+        ("a.txt.gz", b"not packed", "a.txt.gz: is damaged: Not a gzipped file (b'no'); `gzip -t` tests such files"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-9], "a.txt.gz: is damaged: Compressed file ended before"),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:10] + b"\xff" * 20, "a.txt.gz: is damaged: Error -3"),
+        ("a.txt.zst", b"not packed", "a.txt.zst: is damaged:"),
+        ("a.txt.zst", zstandard.compress(b"some text" * 99)[:-3], "a.txt.zst: is damaged: the file ends too early"),
+        ("a.txt.zst", zstandard.compress(b"some text") + b"rest", "a.txt.zst: is damaged:"),
+        ("a.bin.gz", b"x", "a.bin.gz: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.gz`)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n[]'), "a.jsonl.gz:2: expected"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text":', "a.jsonl:3: is not JSON"),
         ("a.jsonl", b"[1]", "a.jsonl:1: expected"),
     ],
@@ -55,6 +104,128 @@ def test_bad_files(tmp_path, name, data, message):
     with pytest.raises(DataError) as caught:
         read_documents([path])
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+ROWS = [{"n": 1, "body": 'one, "quoted"\nand\ttwo é'}, {"n": 2, "body": " "}, {"n": 3, "body": "x" * 200_000}]
+
+
+def table(rows, delimiter):
+    import io
+
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, ["n", "body"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
+
+
+def parquet(rows):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
+def test_every_kind_gives_the_same_documents(tmp_path, name, packing):
+    data = {
+        "a.jsonl": "\n".join(json.dumps(row) for row in ROWS).encode(),
+        "a.csv": table(ROWS, ","),
+        "a.tsv": codecs.BOM_UTF8 + table(ROWS, "\t"),
+        "a.parquet": parquet(ROWS),
+    }[name]
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing]
+    path = write(tmp_path / f"{name}{packing}", pack(data))
+    before = csv.field_size_limit()
+    assert read_documents([path], "never", "body") == [
+        Document(f"{name}{packing}#0", ROWS[0]["body"]),
+        Document(f"{name}{packing}#1", ROWS[2]["body"]),
+    ]
+    assert csv.field_size_limit() == before
+    with pytest.raises(DataError, match=r"has no field `text`; set `field` to one of: n, body"):
+        read_documents([path])
+
+
+def test_packed_text_may_come_in_several_frames(tmp_path):
+    one, two = b"one\n<|doc|>\n", b"two"
+    paths = [
+        write(tmp_path / "a.txt.zst", zstandard.compress(one) + zstandard.compress(two)),
+        write(tmp_path / "A.TXT.GZ", gzip.compress(one) + gzip.compress(two)),
+    ]
+    assert [d.text for d in read_documents(paths, "<|doc|>")] == ["one", "two"] * 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_chats(tmp_path, name):
+    chats = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "name": "bot"}],
+        [{"role": "user", "content": "bye"}],
+    ]
+    rows = [{"messages": chat} for chat in chats]
+    data = parquet(rows) if name == "a.parquet" else "\n".join(map(json.dumps, rows)).encode()
+    documents = read_documents([write(tmp_path / name, data)], field="messages")
+    assert documents == [
+        Document(f"{name}#0", "hi\nhello", tuple(chats[0])),
+        Document(f"{name}#1", "bye", tuple(chats[1])),
+    ]
+    with pytest.raises(DataError, match=r"shares 1 of its 1 documents"):
+        check_disjoint([documents[1]], [Document("t#0", "Bye")], "training")
+
+
+def test_chat_templates():
+    from tests import pico
+
+    tokenizer = pico.tokenizer()
+    chat = Document("a.jsonl#4", "hi", ({"role": "user", "content": "hi"},))
+    assert rendered(Document("a", "plain"), tokenizer) == "plain"
+    with pytest.raises(DataError, match=r"^a.jsonl#4: is a chat, and the tokenizer has no chat template; take"):
+        rendered(chat, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    assert rendered(chat, tokenizer) == "<user>hi\n"
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"^a.jsonl#4: does not fit the chat template: roles must alternate$"):
+        rendered(chat, tokenizer)
+
+
+def test_values_that_parquet_can_hold_and_text_cannot(tmp_path):
+    path = write(tmp_path / "a.parquet", parquet([{"text": b"bytes"}]))
+    with pytest.raises(DataError, match=r"a.parquet: row 1: `text` is \"b'bytes'\", not text or a list of messages"):
+        read_documents([path])
+    whole = parquet([{"text": "words " * 1000}])
+    for cut in (whole[:-20], whole[:4] + bytes(len(whole) - 300) + whole[-296:]):
+        with pytest.raises(DataError, match=r"a.parquet: is damaged: ") as caught:
+            read_documents([write(tmp_path / "a.parquet", cut)])
+        assert "\n" not in str(caught.value)
+    path = write(tmp_path / "b.parquet", parquet([{"text": None}, {"text": "b"}]))
+    assert [d.text for d in read_documents([path])] == ["b"]
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])
+def test_packages_that_are_not_installed(tmp_path, monkeypatch, package, name):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError) as caught:
+        read_documents([write(tmp_path / name, b"x")])
+    assert str(caught.value).endswith(
+        f"{name}: needs the package {package}, which is not installed; pip install 'compress-toolkit[data]'"
+    )
+
+
+def test_kinds_by_name():
+    assert [kind(n) for n in ("a.txt", "b.x.JSONL.gz", "c.gz", "d", "e.npy")] == [".txt", ".jsonl", "", "", ".npy"]
+    assert refusal("a.npy", ids=True) is None
+    assert refusal("a.csv.zst", ids=True) is None
+    assert refusal("README", ids=True).endswith("file (`README`)")
+
+
+def test_reading_text_imports_nothing_heavy(tmp_path):
+    path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\na"))
+    code = (
+        "import sys, compress.text as t; t.read_documents(sys.argv[1:]);"
+        "print([m for m in ('torch', 'numpy', 'pyarrow', 'zstandard', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_missing_file_and_folder(tmp_path):

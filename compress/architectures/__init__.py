@@ -12,7 +12,7 @@ from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
 from compress.errors import PassError
 
-__all__ = ["Architecture", "known", "of"]
+__all__ = ["RECORDS", "Architecture", "known", "of"]
 
 _BY_TYPE = {record.model_type: record for record in RECORDS}
 

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, PassError
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One model family.
 
+    Names are those of files, which are not always those of modules in memory.
+
     Attributes:
         model_type: as in ``config.json``.
         prefix: name of the base model inside a class with a head (``model.`` of ``model.layers``); files written by the base
-            class alone leave it out.
+            class alone leave it out, all of it or its first part.
         blocks: path of the list of repeated blocks below the prefix.
-        embeddings: modules below the prefix that look up vectors.
+        embeddings: modules below the prefix that look up vectors, or make them of pixels; the one of the vocabulary first.
+        module_blocks: path of that list in the model, where transformers renames it on loading.
+        input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
         head_tie: the parameter that ``tie_word_embeddings`` ties to the first embedding.
+        bias_tie: (target, source) of a head's bias that ``tie_word_embeddings`` ties to another parameter.
+        head_classes: how the names of the classes with that head end.
         depth_key, hidden_key, heads_key: config fields; ``kv_heads_key`` and ``head_dim_key`` where the family has them.
+        spellings: other names that configs give those fields ▶ the field; where both stand, the other name counts.
         per_layer: config fields that hold one entry per block.
+        per_layer_defaults: those that older configs leave out ▶ what transformers makes of the config without them.
+        dense_blocks_key: config field that lists the numbers of blocks without experts.
+        sparse_step_key: config field beside it: every so many-th block has experts.
+        numbered: config switches that make a block's computation depend on its number.
+        routers: modules inside a block that choose experts: matrices, but no linear layers to prune.
+        experts: modules inside a block that hold the experts; ``experts_key`` (how many) and ``active_experts_key`` (how
+            many of them a token uses) are config fields.
         input_axis: axis of a weight matrix that its inputs run along: -1 for Linear, 0 for GPT-2's Conv1D.
         causal: whether it decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` where the config does not say it.
@@ -35,21 +49,43 @@ class Architecture:
     prefix: str
     blocks: str
     embeddings: tuple[str, ...]
+    module_blocks: str | None = None
+    input: str = "input_ids"
     head: str | None = "lm_head"
     head_tie: str = "lm_head.weight"
+    bias_tie: tuple[str, str] | None = None
+    head_classes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
     depth_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
     heads_key: str = "num_attention_heads"
     kv_heads_key: str | None = None
     head_dim_key: str | None = None
+    spellings: Mapping[str, str] = field(default_factory=dict)
     per_layer: tuple[str, ...] = ()
+    per_layer_defaults: Mapping[str, Callable[[Mapping[str, Any]], list[Any]]] = field(default_factory=dict)
+    dense_blocks_key: str | None = None
+    sparse_step_key: str | None = None
+    numbered: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    experts_key: str | None = None
+    active_experts_key: str | None = None
     input_axis: int = -1
     causal: bool = True
     tie_default: bool = False
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
-        return re.compile(rf"^((?:{re.escape(self.prefix)}\.)?{re.escape(self.blocks)}\.)(\d+)(\..+)$")
+        """Groups: what stands before the number, the number, the rest with its dot."""
+        first, _, rest = self.prefix.rpartition(".")
+        inner = f"(?:{re.escape(first)}\\.)?{re.escape(rest)}\\." if first else f"{re.escape(rest)}\\."
+        lists = "|".join(map(re.escape, filter(None, (self.blocks, self.module_blocks))))
+        return re.compile(rf"^((?:{inner})?(?:{lists})\.)(\d+)(\..+)$")
+
+    def value(self, config: Mapping[str, Any], key: str) -> Any:
+        """A field of the config under any of its names, None where it has none."""
+        names = [*(name for name, meant in self.spellings.items() if meant == key), key]
+        return next((config[name] for name in names if config.get(name) is not None), None)
 
     def block_index(self, name: str) -> int | None:
         """Number of the block that a tensor belongs to, None outside the blocks."""
@@ -61,58 +97,110 @@ class Architecture:
         return self._block.sub(rf"\g<1>{index}\g<3>", name)
 
     def is_block_matrix(self, name: str) -> bool:
-        """Whether a matrix of that name is a linear layer of a block (what pruning takes by default)."""
-        return self.block_index(name) is not None and name.endswith(".weight")
+        """Whether a matrix of that name is a linear layer of a block (what pruning takes by default); routers are none."""
+        match = self._block.match(name)
+        return match is not None and name.endswith(".weight") and match[3][1:].rpartition(".")[0] not in self.routers
 
     def depth(self, config: Mapping[str, Any]) -> int:
         """Number of blocks."""
-        return int(config[self.depth_key])
+        return int(self.value(config, self.depth_key))
 
     def cut_depth(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-        """The config with only the blocks ``keep``: depth and every per-layer list."""
-        result = dict(config)
+        """The config with only the blocks ``keep``: depth, every per-layer list, and block numbers.
+
+        Raises:
+            PassError: blocks compute by their number, which would change.
+        """
+        if switch := next((key for key in self.numbered if config.get(key)), None):
+            raise PassError(
+                f"`{switch}` makes each block compute by its number, so none can go without changing the others",
+                key="layers",
+            )
         depth = self.depth(config)
+        result = {key: value for key, value in config.items() if self.spellings.get(key) != self.depth_key}
         result[self.depth_key] = len(keep)
         for key in self.per_layer:
             values = result.get(key)
+            if values is None and key in self.per_layer_defaults:
+                values = self.per_layer_defaults[key](config)
             if isinstance(values, list) and len(values) == depth:
                 result[key] = [values[i] for i in keep]
+        if self.dense_blocks_key and self.sparse_step_key:
+            # a step cannot say which blocks have experts once some are gone; the list of those without them always can
+            step = int(config.get(self.sparse_step_key) or 1)
+            listed = config.get(self.dense_blocks_key) or []
+            dense = [i in listed or (i + 1) % step != 0 for i in keep]
+            result[self.sparse_step_key] = 1
+            result[self.dense_blocks_key] = [new for new, is_dense in enumerate(dense) if is_dense]
         return result
 
     def head_dim(self, config: Mapping[str, Any]) -> int:
         """Width of one attention head."""
-        explicit = config.get(self.head_dim_key) if self.head_dim_key else None
-        return int(explicit or config[self.hidden_key] // config[self.heads_key])
+        explicit = self.value(config, self.head_dim_key) if self.head_dim_key else None
+        return int(explicit or self.value(config, self.hidden_key) // self.value(config, self.heads_key))
 
     def kv_bytes_per_token(self, config: Mapping[str, Any]) -> int | None:
-        """Bytes of keys and values that decoding caches per token, in ``config.dtype``; None without a cache."""
+        """Bytes of keys and values that decoding caches per token, in ``config.dtype``; None without a cache.
+
+        Sliding windows are left out of account: blocks with one stop growing once it is full, so for texts longer than the
+        window this is more than what is cached.
+        """
         if not self.causal:
             return None
-        heads = (config.get(self.kv_heads_key) if self.kv_heads_key else None) or config[self.heads_key]
+        heads = (self.value(config, self.kv_heads_key) if self.kv_heads_key else None) or self.value(
+            config, self.heads_key
+        )
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
         return 2 * self.depth(config) * int(heads) * self.head_dim(config) * bits // 8
 
+    def active_parameters(self, spec: Spec) -> int:
+        """Parameters used for one token: all of them, but of the experts only the share that a token is sent to."""
+        config = spec.structure.config
+        total = self.value(config, self.experts_key) if self.experts_key else None
+        active = self.value(config, self.active_experts_key) if self.active_experts_key else None
+        if not total or not active:
+            return spec.parameters
+        experts = sum(t.count for t in spec.stored() if t.is_float and self._is_expert(t.name))
+        return spec.parameters - experts + experts * min(int(active), int(total)) // int(total)
+
+    def _is_expert(self, name: str) -> bool:
+        match = self._block.match(name)
+        return match is not None and match[3].startswith(tuple(f".{path}." for path in self.experts))
+
     def ties(self, spec: Spec) -> Iterator[tuple[str, str]]:
-        """(target, source) of parameters that the config ties and the file leaves out."""
-        if not spec.structure.config.get("tie_word_embeddings", self.tie_default) or not self._has_head(spec):
+        """(name, source) of parameters that the config ties and the file leaves out; the head's weight comes last.
+
+        The file may hold either of two tied parameters; stock transformers fills in the other.
+        """
+        if not self._tied(spec):
             return
-        source = self._find(spec, f"{self.embeddings[0]}.weight")
-        if source and self.head_tie not in spec.tensors:
-            yield self.head_tie, source
+        embedding = f"{self.embeddings[0]}.weight"
+        pairs = [self.bias_tie] if self.bias_tie else []
+        pairs.append((self.head_tie, self._find(spec, embedding) or f"{self.prefix}.{embedding}"))
+        for target, source in pairs:
+            if source in spec.tensors and target not in spec.tensors:
+                yield target, source
+            elif target in spec.tensors and source not in spec.tensors:
+                yield source, target
+
+    def _tied(self, spec: Spec) -> bool:
+        return self._has_head(spec) and bool(spec.structure.config.get("tie_word_embeddings", self.tie_default))
 
     def _has_head(self, spec: Spec) -> bool:
-        name = spec.structure.class_name or ""
-        return self.head is not None and name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining"))
+        return self.head is not None and (spec.structure.class_name or "").endswith(self.head_classes)
 
     def _find(self, spec: Spec, name: str) -> str | None:
-        return next((n for n in (f"{self.prefix}.{name}", name) if n in spec.tensors), None)
+        """The name as the file spells it: with the prefix, with its last part, or without."""
+        prefixes = (f"{self.prefix}.", f"{self.prefix.rpartition('.')[2]}.", "")
+        return next((p + name for p in prefixes if p + name in spec.tensors), None)
 
     def check(self, spec: Spec, where: str) -> None:
         """Config and weights agree on depth and embedding shape. Raises `CheckpointError`."""
         config = spec.structure.config
         for key in (self.depth_key, self.hidden_key, self.heads_key):
-            if not isinstance(config.get(key), int) or config[key] < 1:
+            value = self.value(config, key)
+            if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"config.json has no usable `{key}`", where=where)
         found = {i for i in map(self.block_index, spec.tensors) if i is not None}
         depth = self.depth(config)
@@ -121,11 +209,13 @@ class Architecture:
             side = "the weights hold none" if wrong < depth else f"the config says {depth}"
             raise CheckpointError(f"config and weights disagree: block {wrong}: {side}", where=where)
         embedding = self._find(spec, f"{self.embeddings[0]}.weight")
+        if embedding is None and self._tied(spec) and self.head_tie in spec.tensors:
+            embedding = self.head_tie
         if embedding is None:
             raise CheckpointError(
                 f"config and weights disagree: there is no {self.prefix}.{self.embeddings[0]}.weight", where=where
             )
-        vocabulary = config.get("vocab_size")
+        vocabulary = config.get("vocab_size") if self.input == "input_ids" else None
         shape = spec.tensors[embedding].shape
         if isinstance(vocabulary, int) and shape[0] != vocabulary:
             raise CheckpointError(

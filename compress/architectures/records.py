@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from compress.architectures.record import Architecture
@@ -13,12 +14,70 @@ _LLAMA_LIKE: dict[str, Any] = {
     "kv_heads_key": "num_key_value_heads",
     "head_dim_key": "head_dim",
 }
+_BERT_LIKE: dict[str, Any] = {
+    "blocks": "encoder.layer",
+    "embeddings": ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"),
+    "causal": False,
+    "tie_default": True,
+}
+
+
+def _window_from(config: Mapping[str, Any]) -> list[str]:
+    """Attention of Qwen's blocks: a window from ``max_window_layers`` on, where windows are used at all."""
+    depth, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
+    windows = bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
+    return ["sliding_attention" if windows and i >= first else "full_attention" for i in range(depth)]
+
+
+def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
+    """Attention of Gemma's blocks: every ``step``-th is full, the others have a window."""
+    return [
+        "full_attention" if (i + 1) % step == 0 else "sliding_attention"
+        for i in range(int(config["num_hidden_layers"]))
+    ]
+
 
 RECORDS: tuple[Architecture, ...] = (
     Architecture("llama", **_LLAMA_LIKE),
     Architecture("mistral", **_LLAMA_LIKE),
-    Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",)),
-    Architecture("qwen3", **_LLAMA_LIKE, per_layer=("layer_types",)),
+    Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
+    Architecture("qwen3", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
+    Architecture(
+        "gemma2",
+        **_LLAMA_LIKE,
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": lambda config: _full_every(config, 2)},
+        tie_default=True,
+    ),
+    Architecture(
+        "gemma3_text",
+        **_LLAMA_LIKE,
+        per_layer=("layer_types",),
+        per_layer_defaults={
+            "layer_types": lambda config: _full_every(config, int(config.get("sliding_window_pattern", 6)))
+        },
+        tie_default=True,
+    ),
+    Architecture("phi3", **_LLAMA_LIKE),
+    Architecture(
+        "mixtral",
+        **_LLAMA_LIKE,
+        routers=("block_sparse_moe.gate", "mlp.gate"),
+        experts=("block_sparse_moe.experts", "mlp.experts"),
+        experts_key="num_local_experts",
+        active_experts_key="num_experts_per_tok",
+    ),
+    Architecture(
+        "qwen3_moe",
+        **_LLAMA_LIKE,
+        spellings={"num_experts": "num_local_experts"},
+        dense_blocks_key="mlp_only_layers",
+        sparse_step_key="decoder_sparse_step",
+        routers=("mlp.gate",),
+        experts=("mlp.experts",),
+        experts_key="num_local_experts",
+        active_experts_key="num_experts_per_tok",
+    ),
     Architecture(
         "gpt2",
         prefix="transformer",
@@ -27,7 +86,19 @@ RECORDS: tuple[Architecture, ...] = (
         depth_key="n_layer",
         hidden_key="n_embd",
         heads_key="n_head",
+        spellings={"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head"},
+        numbered=("scale_attn_by_inverse_layer_idx",),
         input_axis=0,
+        tie_default=True,
+    ),
+    Architecture(
+        "bloom",
+        prefix="transformer",
+        blocks="h",
+        embeddings=("word_embeddings",),
+        depth_key="n_layer",
+        heads_key="n_head",
+        spellings={"num_hidden_layers": "n_layer", "n_embed": "hidden_size", "num_attention_heads": "n_head"},
         tie_default=True,
     ),
     Architecture(
@@ -44,11 +115,49 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "bert",
         prefix="bert",
-        blocks="encoder.layer",
-        embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"),
+        **_BERT_LIKE,
         head="cls.predictions.decoder",
         head_tie="cls.predictions.decoder.weight",
+        bias_tie=("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    Architecture(
+        "roberta",
+        prefix="roberta",
+        **_BERT_LIKE,
+        head="lm_head.decoder",
+        head_tie="lm_head.decoder.weight",
+        bias_tie=("lm_head.decoder.bias", "lm_head.bias"),
+    ),
+    Architecture(
+        "electra",
+        prefix="electra",
+        **_BERT_LIKE,
+        head="generator_lm_head",
+        head_tie="generator_lm_head.weight",
+        head_classes=("ForMaskedLM", "ForCausalLM"),  # its ForPreTraining tells replaced tokens from others
+    ),
+    Architecture(
+        "distilbert",
+        prefix="distilbert",
+        blocks="transformer.layer",
+        embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings"),
+        head="vocab_projector",
+        head_tie="vocab_projector.weight",
+        depth_key="n_layers",
+        hidden_key="dim",
+        heads_key="n_heads",
+        spellings={"num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads"},
         causal=False,
         tie_default=True,
+    ),
+    Architecture(
+        "vit",
+        prefix="vit",
+        blocks="encoder.layer",
+        module_blocks="layers",
+        embeddings=("embeddings.patch_embeddings.projection",),
+        input="pixel_values",
+        head=None,
+        causal=False,
     ),
 )

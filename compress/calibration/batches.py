@@ -1,29 +1,61 @@
-"""Token windows of a fixed length, drawn from text by seed."""
+"""Calibration samples: token ids of a fixed length, drawn from text by seed, or given."""
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import DataError
-from compress.text import Document
+from compress.text import FIELD, Document, rendered
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Samples of token ids.
+
+    Attributes:
+        ids: int64 [samples, length].
+        mask: bool [samples, length], False for padding, which stands on the right; None where there is none.
+        chosen: what each sample is: ``file#document+token`` for a window of packed text (where it begins),
+            ``file#document`` for a document by itself, ``file#row`` for given token ids.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    chosen: tuple[str, ...] = ()
+
+    def parts(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """(ids, mask) of so many samples at a time that they hold about ``tokens`` tokens, one sample at least."""
+        size = max(1, tokens // self.ids.shape[1])
+        starts = range(0, len(self.ids), size)
+        return [(self.ids[i : i + size], None if self.mask is None else self.mask[i : i + size]) for i in starts]
+
+    def sha256(self) -> str:
+        """Of the ids as little-endian int64, row by row, and after them of the mask's bytes, where there is a mask."""
+        whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
+        if self.mask is not None:
+            whole.update(self.mask.contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+
 def sample_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
-) -> torch.Tensor:
-    """``samples`` windows of ``length`` tokens, int64 [samples, length].
+) -> Batches:
+    """``samples`` windows of ``length`` tokens.
 
     Documents are shuffled by seed, tokenised one by one with an end-of-text token between them (where the tokenizer has
     one) and packed into one stream, of which windows are drawn at random without overlap.
 
     Raises:
-        DataError: the text gives fewer than ``samples`` windows.
+        DataError: the text gives fewer than ``samples`` windows, or holds chats that the tokenizer has no template for.
     """
     import torch
 
@@ -32,9 +64,11 @@ def sample_windows(
     generator.shuffle(order)
     wanted = 4 * samples * length  # a stream four times as long as asked is random enough, whatever the text's size
     stream: list[int] = []
+    begins: list[int] = []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in order:
-        stream += tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        begins.append(len(stream))
+        stream += _tokens(tokenizer, document, special=False) + end
         if len(stream) >= wanted:
             break
     slots = len(stream) // length
@@ -43,5 +77,170 @@ def sample_windows(
             f"calibration asks for {samples} samples of {length} tokens, the text gives {slots}",
             fix="name more text, or ask for fewer or shorter samples",
         )
-    starts = sorted(generator.sample(range(slots), samples))
-    return torch.tensor([stream[s * length : (s + 1) * length] for s in starts])
+    starts = [slot * length for slot in sorted(generator.sample(range(slots), samples))]
+    return Batches(
+        torch.tensor([stream[start : start + length] for start in starts]),
+        chosen=tuple(_places(order, begins, starts)),
+    )
+
+
+def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[int]) -> Iterator[str]:
+    from bisect import bisect_right
+
+    for start in starts:
+        number = bisect_right(begins, start) - 1
+        yield f"{order[number].id}+{start - begins[number]}"
+
+
+def sample_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
+) -> Batches:
+    """``samples`` documents drawn by seed, each by itself, with the special tokens that the tokenizer puts around a text.
+
+    Longer ones are cut to ``length`` tokens; shorter ones are padded on the right with the padding token (else the
+    end-of-text token, else 0), and masked.
+
+    Raises:
+        DataError: there are fewer than ``samples`` documents, or chats that the tokenizer has no template for.
+    """
+    import torch
+
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    rows: list[list[int]] = []
+    chosen = []
+    for document in order:
+        if ids := _tokens(tokenizer, document, special=document.messages is None)[:length]:
+            rows.append(ids)
+            chosen.append(document.id)
+        if len(rows) == samples:
+            break
+    if len(rows) < samples:
+        raise DataError(
+            f"calibration asks for {samples} padded documents, the text has {len(rows)}",
+            fix="name more text, ask for fewer samples, or set `document_separator`",
+        )
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids_SL = torch.full((samples, length), int(padding))
+    mask_SL = torch.zeros(samples, length, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        ids_SL[row, : len(ids)] = torch.tensor(ids)
+        mask_SL[row, : len(ids)] = True
+    return Batches(ids_SL, mask_SL, tuple(chosen))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, *, special: bool) -> list[int]:
+    """Token ids of a document. Templates of chats spell the special tokens themselves."""
+    text = rendered(document, tokenizer)
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def read_ids(file: str | Path, field: str = FIELD) -> Batches:
+    """Token ids of a ``.npy`` or ``.safetensors`` file: integers [samples, length].
+
+    Args:
+        field: the tensor to take of a ``.safetensors`` file; while it has the default's name, the only one will do.
+
+    Raises:
+        DataError: the file is missing, empty, damaged, lacks the tensor, or holds anything but integers [samples, length].
+    """
+    path = Path(file)
+    try:
+        if not path.stat().st_size:
+            raise DataError("is empty", where=str(path))
+        read = _npy(path) if path.suffix.lower() == ".npy" else _safetensors(path, field)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise DataError(reason, where=str(path)) from None
+    return given_ids(read, str(path))
+
+
+def _npy(path: Path) -> torch.Tensor:
+    import numpy
+    import torch
+
+    try:
+        with path.open("rb") as file:  # numpy.load would take what is no array for a pickle
+            array = numpy.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"is no array: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+    if array.dtype.kind not in "iu":
+        raise DataError(f"holds {array.dtype.name}, not token ids", where=str(path), fix=_FIX)
+    return torch.from_numpy(array.astype(numpy.int64))
+
+
+def _safetensors(path: Path, field: str) -> torch.Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            name = names[0] if field == FIELD and len(names) == 1 else field
+            if name not in names:
+                raise DataError(
+                    f"has no tensor `{name}`",
+                    where=str(path),
+                    fix=f"set `field` to one of: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}",
+                )
+            tensor: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise DataError(f"is damaged: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+    return tensor
+
+
+_FIX = "save integers [samples, length]"
+
+
+def given_ids(ids: torch.Tensor, where: str = "data") -> Batches:
+    """Token ids that are used as they are.
+
+    Args:
+        ids: integers [samples, length]. where: names them in errors; its last part names the samples.
+
+    Raises:
+        DataError: they are not integers, or not of two dimensions, or empty.
+    """
+    import torch
+
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise DataError(f"holds {str(ids.dtype).removeprefix('torch.')}, not token ids", where=where, fix=_FIX)
+    if ids.ndim != 2:
+        raise DataError(f"has the shape {list(ids.shape)}, which is not [samples, length]", where=where, fix=_FIX)
+    if not ids.numel():
+        raise DataError(f"holds no token: its shape is {list(ids.shape)}", where=where)
+    name = Path(where).name
+    return Batches(ids.detach().to("cpu", torch.int64), chosen=tuple(f"{name}#{row}" for row in range(len(ids))))
+
+
+def first(batches: Batches, samples: int | None, length: int | None, where: str) -> Batches:
+    """The first ``samples`` rows, and of each the first ``length`` tokens; all with None.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    rows, columns = batches.ids.shape
+    samples, length = samples or rows, length or columns
+    if samples > rows or length > columns:
+        raise DataError(
+            f"holds {rows} samples of {columns} tokens, {samples} of {length} are asked for",
+            where=where,
+            fix="leave out `samples` and `length` to use all",
+        )
+    mask = None if batches.mask is None else batches.mask[:samples, :length]
+    return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
+
+
+def check_vocabulary(batches: Batches, size: int | None, where: str | None = None) -> None:
+    """Every id is from 0 up, and below ``size`` where that is known. Raises `DataError` with the first that is not."""
+    wrong = batches.ids < 0
+    if size is not None:
+        wrong |= batches.ids >= size
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    known = "" if size is None else f", the model knows 0 to {size - 1}"
+    raise DataError(
+        f"{batches.chosen[row]} has token {int(batches.ids[row, column])} at {column}{known}",
+        where=where,
+        fix="use the tokenizer that belongs to the model",
+    )

@@ -28,6 +28,14 @@ FLOAT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 )
 
+
+def widest(dtypes: list[str]) -> str:
+    """The dtype that holds all the others; F16 and BF16 together need F32."""
+    if {"F16", "BF16"} <= set(dtypes):
+        dtypes = [*dtypes, "F32"]
+    return max(dtypes, key=list(FLOAT_DTYPES).index)
+
+
 DENSE: tuple[str, ...] = ("dense",)
 MASKED: tuple[str, ...] = ("mask", "dense")
 

@@ -123,8 +123,10 @@ def diff(
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        Optional[list[str]], typer.Option("--data", help="Text file (.txt, .jsonl). May be repeated.")
+        Optional[list[str]],
+        typer.Option("--data", help="Text: .txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst. May be repeated."),
     ] = None,
+    field: Annotated[str, typer.Option("--field", help="Field of the text, in files that have fields.")] = "text",
     baseline: Annotated[
         Optional[str],
         typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote."),
@@ -158,6 +160,7 @@ def evaluate(
         baseline=baseline,
         metrics=metric or [],
         separator=separator,
+        field=field,
         window=window,
         stride=stride,
         max_documents=max_documents,

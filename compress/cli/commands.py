@@ -181,6 +181,7 @@ def evaluate(
     baseline: str | None,
     metrics: Sequence[str],
     separator: str | None,
+    field: str,
     window: int,
     stride: int | None,
     max_documents: int | None,
@@ -201,6 +202,7 @@ def evaluate(
         Assessment(
             files=tuple(data),
             separator=separator,
+            field=field,
             window=window,
             stride=stride,
             max_documents=max_documents,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, DataError
 from compress.progress import Progress, SilentProgress
-from compress.text import Document
+from compress.text import Document, rendered
 
 if TYPE_CHECKING:
     import torch
@@ -105,18 +105,20 @@ def score_documents(
     """Score every token of every document once, in float32 log-probabilities.
 
     Each document is tokenised by itself, after the tokenizer's beginning-of-text token where it has one. A forward pass
-    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet.
+    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet. Of a chat
+    the text that the tokenizer's template gives is scored, roles and marks included.
 
     Args:
         reference: the model to compare with; where the vocabularies are padded differently, over the shared ids.
 
     Raises:
         CompressError: the model is no causal language model, or cannot read so many tokens.
-        DataError: no text, or tokens that the model does not know.
+        DataError: no text, tokens that the model does not know, or a chat that the tokenizer has no template for.
     """
     import torch
 
     _check(model, window)
+    documents = [_as_shown(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
     encoded, starts = [], []
     for document in documents:
@@ -170,6 +172,14 @@ def _check(model: PreTrainedModel, window: int) -> None:
         raise CompressError(
             f"a window of {window} tokens is beyond the model's {positions} positions", fix=f"set window to {positions}"
         )
+
+
+def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A chat as its template gives it, without the beginning-of-text token: that is put before every document anyway."""
+    if document.messages is None:
+        return document
+    text = rendered(document, tokenizer).removeprefix(str(tokenizer.bos_token or ""))
+    return replace(document, text=text, messages=None)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

@@ -24,6 +24,10 @@ def main() -> None:
     except Exception as error:
         _say(out, {"error": str(error) or type(error).__name__, "resources": "memory" in str(error)})
         return
+    if model.main_input_name != "input_ids":
+        reads = f"{type(model).__name__} reads `{model.main_input_name}`"
+        _say(out, {"error": f"latency is measured on token ids, and {reads}"})
+        return
     config = model.config
     _say(
         out,

@@ -95,6 +95,10 @@ class Pass(Generic[S]):
         """Data sets that these settings need; all of ``needs`` unless a pass says otherwise."""
         return self.needs
 
+    def works(self, settings: S) -> Mode:
+        """How it works with these settings; ``mode`` unless a pass says otherwise."""
+        return self.mode
+
     def produced(self, settings: S) -> frozenset[Storage]:
         """Storage that these settings leave behind; all of ``yields`` unless a pass says otherwise."""
         return self.yields
@@ -102,6 +106,13 @@ class Pass(Generic[S]):
     def plan(self, spec: Spec, settings: S) -> Spec:
         """The checkpoint this pass will write, from headers alone. Raises `PassError` where it cannot apply."""
         raise NotImplementedError
+
+    def memory(self, spec: Spec, settings: S, width: int) -> int | None:
+        """Bytes resident at the peak beside the interpreter, computing in floats of ``width`` bytes.
+
+        None where that follows from how the pass works: a few tensors, or for one that reads data the whole model.
+        """
+        return None
 
     def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:
         """The changed checkpoint, lazily: weights are read when the writer asks for them."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor
+from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
 from compress.errors import PassError
 from compress.passes.base import Context, Pass, PassSettings, matches, select
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Format = Literal["bf16", "fp16", "fp32"]
 _DTYPE: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_WIDTH = list(FLOAT_DTYPES)
 
 
 class CastSettings(PassSettings):
@@ -89,10 +88,3 @@ class Cast(Pass[CastSettings]):
             return Value(data.to(target), value.mask)
 
         return Derived(checkpoint, spec, cast)
-
-
-def widest(dtypes: list[str]) -> str:
-    """The dtype that holds all the others; F16 and BF16 together need F32."""
-    if {"F16", "BF16"} <= set(dtypes):
-        dtypes = [*dtypes, "F32"]
-    return max(dtypes, key=_WIDTH.index)

@@ -74,7 +74,14 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 key="only" if settings.only else "skip",
                 fix="name blocks in `layers`",
             )
-        depth = architectures.of(spec.structure.config).depth(spec.structure.config)
+        record = architectures.of(spec.structure.config)
+        depth = record.depth(spec.structure.config)
+        if self.needed(settings) and record.input != "input_ids":
+            raise PassError(
+                f"blocks are scored on text, and this model reads `{record.input}`",
+                key="layers",
+                fix="name the blocks, as in layers: [3, 4]",
+            )
         drop = (
             settings.layers
             if isinstance(settings.layers, tuple)

@@ -1,7 +1,8 @@
-"""Unstructured and N:M pruning by weight magnitude, tensor by tensor."""
+"""Unstructured and N:M pruning: by weight magnitude tensor by tensor, or block by block with calibration data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -10,23 +11,47 @@ from pydantic import Field, model_validator
 from compress import architectures
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
-from compress.passes.base import Context, Pass, PassSettings, select
+from compress.passes.base import Context, Mode, Pass, PassSettings, select
 from compress.settings import PatternNM, Share
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from pathlib import Path
+
+    import torch
+
+    from compress.checkpoint.open import Checkpoint, Value
 
 
 class PruneUnstructuredSettings(PassSettings):
     """Settings of `prune_unstructured`."""
 
-    method: Literal["magnitude"] = Field(default="magnitude", description="How weights are scored: `magnitude` is |w|.")
+    method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
+        default="alps",
+        description="How weights are chosen. `alps` keeps the model best and is the default; `sparsegpt` is a few times "
+        "faster, `wanda` faster still and worse; these read calibration data. `magnitude` (|w|) needs none, and is by far the "
+        "worst.",
+    )
     sparsity: Share | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
     pattern: PatternNM | None = Field(
         default=None, description="N:M: keep N of every M weights along the input, as 2:4."
     )
     scope: Literal["layer", "global"] = Field(
-        default="layer", description="One threshold per weight matrix (`layer`), or one for all of them (`global`)."
+        default="layer",
+        description="With `magnitude`, one threshold per weight matrix (`layer`), or one for all of them (`global`).",
+    )
+    allocation: Literal["uniform", "owl"] = Field(
+        default="uniform",
+        description="How the sparsity is shared among blocks: the same everywhere, or `owl`: blocks with more outliers are "
+        "pruned less (with calibration data).",
+    )
+    tune_epochs: int = Field(
+        default=5,
+        ge=0,
+        description="With calibration data: passes over it in which each pruned block is moved by gradient towards the "
+        "output of the original's, its masks kept; 0 for none. Takes most of the time, and pays on text never seen.",
+    )
+    tune_rate: float = Field(
+        default=0.02, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
     )
 
     @model_validator(mode="after")
@@ -35,30 +60,47 @@ class PruneUnstructuredSettings(PassSettings):
             raise ValueError("give either `sparsity` or `pattern`")
         if self.pattern is not None and self.scope == "global":
             raise ValueError("`scope: global` goes with `sparsity`, not with `pattern`")
+        if self.allocation != "uniform" and (self.method == "magnitude" or self.sparsity is None):
+            raise ValueError("`allocation` goes with `sparsity` and with a method that reads calibration data")
+        if self.method != "magnitude" and self.scope == "global":
+            raise ValueError("`scope: global` goes with `method: magnitude`")
         return self
 
 
 class PruneUnstructured(Pass[PruneUnstructuredSettings]):
-    """The smallest weights of each matrix are removed; a keep-mask says which, also where a kept weight is zero.
+    """Weights are removed where that changes each layer's output least; a keep-mask says which, also where a kept one is zero.
 
-    Weights that an earlier pass removed stay removed and count towards the sparsity.
+    Weights that an earlier pass removed stay removed and count towards the sparsity. With calibration data blocks are pruned in
+    order, each on the outputs of the pruned ones before it, and what is kept moves to make up for what is removed.
     """
 
     name: ClassVar[str] = "prune_unstructured"
     summary: ClassVar[str] = "Remove single weights: a share of them, or N:M."
     settings = PruneUnstructuredSettings
-    mode = "stream"
+    mode = "sweep"
+    needs = frozenset({"calibration"})
     preserves = frozenset({"masks", "aliases"})
-    source: ClassVar[str] = "Han et al. 2015, arXiv 1506.02626; N:M: Mishra et al. 2021, arXiv 2104.08378"
+    source: ClassVar[str] = (
+        "magnitude: Han et al. 2015, arXiv 1506.02626; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv "
+        "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; tuning as in BRECQ, arXiv 2102.05426"
+    )
+
+    def needed(self, settings: PruneUnstructuredSettings) -> frozenset[str]:
+        """Calibration data for all methods but magnitude."""
+        return frozenset() if settings.method == "magnitude" else self.needs
+
+    def works(self, settings: PruneUnstructuredSettings) -> Mode:
+        """Tensor by tensor by magnitude, else block by block."""
+        return "stream" if settings.method == "magnitude" else "sweep"
 
     def plan(self, spec: Spec, settings: PruneUnstructuredSettings) -> Spec:
-        """Exact for ``scope: layer`` and for N:M; for ``scope: global`` each matrix's count is an estimate."""
+        """Exact, but for ``scope: global`` and where N:M or Wanda meet an earlier mask: there counts are estimates."""
         chosen = self._targets(spec, settings)
 
         def change(tensor: Tensor) -> Tensor:
             if tensor.name not in chosen:
                 return tensor
-            kept = _kept(tensor, settings)
+            kept = _kept(tensor, settings, _input_axis(spec, tensor.shape))
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
@@ -69,51 +111,37 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             )
         return replace(pruned, exact=spec.exact and exact)
 
+    def memory(self, spec: Spec, settings: PruneUnstructuredSettings, width: int) -> int | None:
+        """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take."""
+        if settings.method == "magnitude":
+            return None
+        record, chosen = architectures.of(spec.structure.config), self._targets(spec, settings)
+        blocks: dict[int | None, list[Tensor]] = {}
+        for tensor in spec.stored():
+            blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
+        resident = width * sum(t.count for t in blocks.pop(None, ()))
+        peak = 0
+        for tensors in blocks.values():
+            block, pruned = sum(t.count for t in tensors), [t for t in tensors if t.name in chosen]
+            wide = [t.shape[_input_axis(spec, t.shape)] for t in pruned]
+            grams = [size * size * (8 if size <= 2048 else 4) for size in wide]
+            statistics = max(max(grams, default=0), min(sum(grams), 1 << 30))
+            largest, matrix = max(grams, default=0), max((t.count for t in pruned), default=0)
+            # factors or eigenvectors of the largest statistics, and copies of one matrix that the solver works on
+            solving = {"wanda": 0, "sparsegpt": 2, "alps": 4}[settings.method] * largest + 4 * matrix * (
+                8 if settings.method == "alps" else 3
+            )
+            tuning = 5 * 4 * block if settings.tune_epochs else 0
+            masks = sum(t.count for t in pruned)
+            peak = max(peak, width * block + masks + max(statistics + solving, tuning))
+        return resident + peak + (128 << 20)  # activations of one batch
+
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
-        """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""
-        import torch
-
-        from compress.checkpoint.open import Derived, Value
-        from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
-
-        spec = self.plan(checkpoint.spec, settings)
-        chosen = self._targets(checkpoint.spec, settings)
-        axis = architectures.of(spec.structure.config).input_axis if architectures.known(spec.structure.config) else -1
-
-        def mask_of(value: Value, kept: int) -> torch.Tensor:
-            if settings.pattern is None:
-                return keep_largest(value.data, kept, value.mask)
-            # N:M runs along the input dimension, the first one for GPT-2's transposed weights
-            along = axis if value.data.ndim == 2 else -1
-            return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
-
-        if not spec.exact:
-            counts: dict[str, int] = {}
-            with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
-                if settings.pattern is not None:
-                    for name in sorted(chosen):
-                        counts[name] = int(mask_of(checkpoint.tensor(name), 0).sum())
-                        task.advance(note=name)
-                elif settings.sparsity is not None:
-                    total = sum(checkpoint.spec.tensors[name].count for name in chosen)
-                    counts = global_counts(
-                        checkpoint.tensor,
-                        sorted(chosen),
-                        total - round(settings.sparsity * total),
-                        advance=lambda name: task.advance(note=name),
-                    )
-            spec = spec.map(lambda t: replace(t, kept=counts[t.name]) if t.name in chosen else t)
-            spec = replace(spec, exact=checkpoint.spec.exact)
-
-        def prune(name: str) -> Value:
-            value = checkpoint.tensor(name)
-            if name not in chosen:
-                return value
-            kept = spec.tensors[name].kept
-            assert kept is not None
-            return Value(value.data, mask_of(value, kept))
-
-        return Derived(checkpoint, spec, prune)
+        """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
+        spec, chosen = self.plan(checkpoint.spec, settings), self._targets(checkpoint.spec, settings)
+        if settings.method == "magnitude":
+            return _by_magnitude(checkpoint, spec, chosen, settings, context)
+        return _calibrated(checkpoint, spec, chosen, settings, context)
 
     def _targets(self, spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         """Names of the weights to prune: matrices inside blocks by default, any that `only` names."""
@@ -132,29 +160,145 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                 "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
             )
         if settings.pattern is not None:
-            axis = (
-                architectures.of(spec.structure.config).input_axis if architectures.known(spec.structure.config) else -1
-            )
             for name in sorted(names):
                 shape = spec.tensors[name].shape
-                width = shape[axis] if len(shape) == 2 else shape[-1]
+                width = shape[_input_axis(spec, shape)]
                 if width % settings.pattern.m:
                     raise PassError(
                         f"{name} has {width} inputs, which {settings.pattern.m} does not divide",
                         key="pattern",
                         fix=f"skip it: skip: [{spec.tensors[name].module}]",
                     )
+        if settings.method != "magnitude":
+            record = architectures.of(spec.structure.config)
+            if outside := sorted(n for n in names if record.block_index(n) is None):
+                raise PassError(
+                    f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
+                    key="only",
+                    fix="use `method: magnitude` for it",
+                )
         return names
 
     @staticmethod
     def _exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
-        if settings.pattern is not None:  # an earlier mask may leave a group with fewer than N weights
+        if settings.pattern is not None or settings.method == "wanda":
+            # an earlier mask may leave a group, or a row, with fewer weights than are kept
             return all(spec.tensors[name].kept is None for name in chosen)
-        return settings.scope == "layer"
+        return settings.scope == "layer" and settings.allocation == "uniform"
 
 
-def _kept(tensor: Tensor, settings: PruneUnstructuredSettings) -> int:
+def _input_axis(spec: Spec, shape: tuple[int, ...]) -> int:
+    """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
+    known = architectures.known(spec.structure.config)
+    return architectures.of(spec.structure.config).input_axis if known and len(shape) == 2 else -1
+
+
+def _kept(tensor: Tensor, settings: PruneUnstructuredSettings, axis: int) -> int:
     if settings.pattern is not None:
         return tensor.count // settings.pattern.m * settings.pattern.n
     assert settings.sparsity is not None
+    if settings.method == "wanda":  # compares within each output
+        width = tensor.shape[axis]
+        return tensor.count // width * (width - round(settings.sparsity * width))
     return tensor.count - round(settings.sparsity * tensor.count)
+
+
+def _by_magnitude(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""
+    from compress.checkpoint.open import Derived, Value
+    from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
+
+    def mask_of(value: Value, kept: int) -> torch.Tensor:
+        if settings.pattern is None:
+            return keep_largest(value.data, kept, value.mask)
+        along = _input_axis(spec, tuple(value.data.shape))
+        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
+
+    if not spec.exact:
+        counts: dict[str, int] = {}
+        with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
+            if settings.pattern is not None:
+                for name in sorted(chosen):
+                    counts[name] = int(mask_of(checkpoint.tensor(name), 0).sum())
+                    task.advance(note=name)
+            elif settings.sparsity is not None:
+                total = sum(checkpoint.spec.tensors[name].count for name in chosen)
+                counts = global_counts(
+                    checkpoint.tensor,
+                    sorted(chosen),
+                    total - round(settings.sparsity * total),
+                    advance=lambda name: task.advance(note=name),
+                )
+        spec = _with_counts(spec, checkpoint.spec, counts)
+
+    def prune(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        if name not in chosen:
+            return value
+        kept = spec.tensors[name].kept
+        assert kept is not None
+        return Value(value.data, mask_of(value, kept))
+
+    return Derived(checkpoint, spec, prune)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Block by block; the changed tensors come from the work folder."""
+    from compress.calibration.pruning import Pruning, owl_allocation, prune_block
+    from compress.calibration.sweep import Inputs, Sweep
+    from compress.calibration.tune import Tuning
+    from compress.checkpoint.open import Derived
+
+    assert settings.method != "magnitude"
+    batches = context.data("calibration")
+    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+
+    def sweep(work: Path, with_targets: bool) -> Sweep:
+        return Sweep(
+            checkpoint,
+            Inputs({"input_ids": batches.ids}, batches.mask),
+            set(chosen),
+            work=work,
+            dtype=context.dtype,
+            device=context.device,
+            progress=context.progress,
+            with_targets=with_targets,
+            seed=context.seed,
+        )
+
+    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
+    if settings.allocation == "owl":
+        assert settings.sparsity is not None
+        sparsity, context.details["allocation"] = owl_allocation(sweep(context.work / "owl", False), settings.sparsity)
+    how = Pruning(method=settings.method, sparsity=sparsity, pattern=settings.pattern, tuning=tuning)
+    result = sweep(context.work, tuning is not None).run(
+        lambda block: prune_block(block, how), f"pruning by {settings.method}"
+    )
+    context.details["blocks"] = result.details
+    read = result.reader()
+    if not spec.exact:
+        spec = _with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
+    return Derived(checkpoint, spec, read)
+
+
+def _mask(value: Value) -> torch.Tensor:
+    assert value.mask is not None
+    return value.mask
+
+
+def _with_counts(spec: Spec, before: Spec, counts: Mapping[str, int]) -> Spec:
+    """The spec with the numbers of weights that were really kept."""
+    spec = spec.map(lambda t: replace(t, kept=counts[t.name]) if t.name in counts else t)
+    return replace(spec, exact=before.exact)

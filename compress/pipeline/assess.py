@@ -33,6 +33,7 @@ class Assessment:
 
     files: tuple[str, ...] = ()
     separator: str | None = None
+    field: str = text.FIELD
     window: int = 256
     stride: int | None = None
     max_documents: int | None = None
@@ -73,6 +74,7 @@ def assess(
             how,
             files=how.files or tuple(known["files"]),
             separator=known["separator"],
+            field=known.get("field", text.FIELD),
             window=known["window"],
             stride=known["stride"],
             max_documents=known["max_documents"],
@@ -146,7 +148,7 @@ def _text(
     from compress.evaluation.language import score_documents
     from compress.loading import load_checkpoint, load_tokenizer
 
-    documents = text.read_documents(how.files, how.separator)[: how.max_documents]
+    documents = text.read_documents(how.files, how.separator, how.field)[: how.max_documents]
     assert candidate.folder is not None
     model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
     beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
@@ -193,6 +195,7 @@ def judge_checkpoint(
             how,
             files=tuple(section.files),
             separator=recipe.document_separator,
+            field=section.field,
             window=section.window,
             stride=section.stride,
             max_documents=section.max_documents,

@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
 from compress.pipeline.fingerprint import fingerprint
-from compress.text import Document, check_disjoint, read_documents
+from compress.text import Document, check_disjoint, holds_ids, read_documents
 from compress.text import fingerprint as fingerprint_files
 
 if TYPE_CHECKING:
+    from compress.calibration.batches import Batches
     from compress.recipe import Recipe
+    from compress.recipe.model import Calibration
+
+
+def draw(
+    section: Calibration,
+    tokenizer: Callable[[], Any],
+    documents: Callable[[], Sequence[Document]],
+    *,
+    seed: int,
+    vocabulary: int | None,
+) -> Batches:
+    """The samples that a calibration section asks for.
+
+    Args:
+        tokenizer, documents: called where the section names text.
+        vocabulary: how many token ids the model knows, None where its config does not say.
+
+    Raises:
+        DataError: the files cannot be read, give too few samples, or hold ids that the model does not know.
+    """
+    from compress.calibration import batches
+
+    if holds_ids(file := section.files[0]):
+        read = batches.read_ids(file, section.field)
+        drawn = batches.first(read, section.samples, section.length, file)
+        batches.check_vocabulary(drawn, vocabulary, file)
+        return drawn
+    assert section.samples is not None
+    assert section.length is not None
+    sample = batches.sample_documents if section.mode == "padded" else batches.sample_windows
+    drawn = sample(tokenizer(), documents(), section.samples, section.length, seed)
+    batches.check_vocabulary(drawn, vocabulary)
+    return drawn
 
 
 @dataclass
 class DataSets:
-    """Text of a recipe's ``data`` section. ``folder`` is where the tokenizer is."""
+    """Text of a recipe's ``data`` section.
+
+    Attributes:
+        folder: where the tokenizer is.
+        vocabulary: how many token ids the model knows, None where its config does not say.
+    """
 
     recipe: Recipe
     folder: Path
+    vocabulary: int | None = None
     _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
     _batches: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +76,8 @@ class DataSets:
         if name not in self._documents:
             if not self.files(name):
                 raise DataError(f"the recipe has no data.{name}")
-            self._documents[name] = read_documents(self.files(name), self.recipe.document_separator)
+            field = getattr(self.recipe.data, name).field
+            self._documents[name] = read_documents(self.files(name), self.recipe.document_separator, field)
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
@@ -57,16 +98,18 @@ class DataSets:
             self._batches["tokenizer"] = load_tokenizer(self.folder, trust_remote_code=self.recipe.trust_remote_code)
         return self._batches["tokenizer"]
 
-    def batches(self, name: str) -> Any:
-        """Token windows of a set that is sampled: int64 [samples, length]."""
-        from compress.calibration.batches import sample_windows
-
+    def batches(self, name: str) -> Batches:
+        """Samples of a set that is sampled."""
         if name not in self._batches:
-            section = getattr(self.recipe.data, name)
-            self._batches[name] = sample_windows(
-                self.tokenizer(), self.documents(name), section.samples, section.length, self.recipe.seed
+            self._batches[name] = draw(
+                getattr(self.recipe.data, name),
+                self.tokenizer,
+                lambda: self.documents(name),
+                seed=self.recipe.seed,
+                vocabulary=self.vocabulary,
             )
-        return self._batches[name]
+        drawn: Batches = self._batches[name]
+        return drawn
 
     def check_disjoint(self) -> None:
         """Evaluation shares no text with training or calibration. Raises `DataError`."""
@@ -75,6 +118,15 @@ class DataSets:
         others: dict[tuple[str, ...], str] = {}
         for name in ("training", "calibration"):
             if files := tuple(self.files(name)):
-                others.setdefault(files, name)  # often the same files: compare once
+                # often the same files: compare once
+                others.setdefault((*files, getattr(self.recipe.data, name).field), name)
         for name in others.values():
-            check_disjoint(self.documents("evaluation"), self.documents(name), name)
+            check_disjoint(self.documents("evaluation"), self._seen(name), name)
+
+    def _seen(self, name: str) -> list[Document]:
+        """Documents of a set; of token ids what they say."""
+        if not holds_ids(self.files(name)[0]):
+            return self.documents(name)
+        drawn, tokenizer = self.batches(name), self.tokenizer()
+        texts = tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=True)
+        return [Document(id_, text) for id_, text in zip(drawn.chosen, texts, strict=True)]

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import passes
 from compress.checkpoint.open import Stored
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
 from compress.progress import Progress
+from compress.text import holds_ids
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -34,10 +36,12 @@ class Measurements:
     original: dict[str, Any] | None = None
     original_latency: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    _input: str = ""
 
     def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
         """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage alone."""
         wanted = set(self.recipe.metrics)
+        self._input = rows[0]["fingerprint"]  # covers the original's contents
         for row in rows:
             row["evaluation"] = row["latency"] = None
         if wanted & TEXT_METRICS and self.data.files("evaluation"):
@@ -54,10 +58,9 @@ class Measurements:
 
         section = self.recipe.data.evaluation
         assert section is not None
-        input_key = rows[0]["fingerprint"]  # covers the original's contents
         base = self._key("text", self.data.fingerprint("evaluation"))
         keys = [self._key("text", self.data.fingerprint("evaluation"), row["fingerprint"]) for row in rows]
-        names = [f"original-{self._key(base, input_key)}", *(f"stage-{key}" for key in keys)]
+        names = [f"original-{self._key(base, self._input)}", *(f"stage-{key}" for key in keys)]
         found = [None if self.fresh else self.folder.cached(name) for name in names]
         if any(item is None for item in found):
             documents = self.data.documents("evaluation")
@@ -136,8 +139,21 @@ class Measurements:
             summary["calibration"] = {
                 "files": list(files),
                 "sha256": self.data.fingerprint("calibration"),
-                "samples": section.samples,
-                "length": section.length,
+                "mode": "ids" if holds_ids(files[0]) else section.mode,
                 "seed": self.recipe.seed,
+                **(self._chosen() or dict.fromkeys(("samples", "length", "ids_sha256", "chosen"))),
             }
         return summary
+
+    def _chosen(self) -> dict[str, Any] | None:
+        """The calibration samples, kept beside the measurements; None where no pass of the recipe looks at them."""
+        if not any("calibration" in passes.get(p.name).needed(p.settings) for p in self.recipe.passes):
+            return None
+        name = f"calibration-{self._key(self.data.fingerprint('calibration'), self.recipe.seed, self._input)}"
+        found = None if self.fresh else self.folder.cached(name)
+        if found is None:
+            drawn = self.data.batches("calibration")
+            samples, length = drawn.ids.shape
+            found = {"samples": samples, "length": length, "ids_sha256": drawn.sha256(), "chosen": list(drawn.chosen)}
+            self.folder.cache(name, found)
+        return found

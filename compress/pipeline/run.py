@@ -74,7 +74,7 @@ class Run:
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
         )
         assert self.original.folder is not None
-        self.data = DataSets(recipe, self.original.folder)
+        self.data = DataSets(recipe, self.original.folder, self.original.spec.structure.config.get("vocab_size"))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
@@ -195,6 +195,7 @@ class Run:
         if self.fresh:
             for key in keys:
                 self.folder.drop(key)
+                shutil.rmtree(self.folder.work(key), ignore_errors=True)
         found = [self.folder.find(key) for key in keys]
         self.check_disk([s for s, row in zip(self.plan.stages, found, strict=True) if row is None])
         self.checked_input = False

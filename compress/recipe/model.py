@@ -23,6 +23,7 @@ from compress import passes
 from compress.errors import CompressError
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
+from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
 
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
@@ -87,24 +88,71 @@ Text = Annotated[str, Field(min_length=1)]
 Files = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
-class Training(Settings):
+_KINDS = "Text files: .txt, .jsonl, .csv, .tsv or .parquet, each also packed (.gz, .zst)"
+
+
+class TextFiles(Settings):
+    """Files of text, and the field to read of those that have fields."""
+
+    files: Files = Field(description=f"{_KINDS}.")
+    field: Text = Field(
+        default=FIELD,
+        description="Field to read of .jsonl, .csv, .tsv and .parquet files: text, or chats as lists of "
+        "{role, content}, which get the tokenizer's chat template.",
+    )
+
+    @model_validator(mode="after")
+    def _has_fields(self) -> Self:
+        if self.field != FIELD and not any(kind(f) in (*FIELD_KINDS, ".safetensors") for f in self.files):
+            raise ValueError(f"`field` names one of several, and {self.files[0]} has none")
+        return self
+
+
+class Training(TextFiles):
     """Text that passes train on."""
 
-    files: Files = Field(description="Text files.")
 
-
-class Calibration(Settings):
+class Calibration(TextFiles):
     """Text whose activations passes look at."""
 
-    files: Files = Field(description="Text files.")
-    samples: int = Field(default=128, ge=1, description="Windows drawn from the text.")
-    length: int = Field(default=256, ge=1, description="Tokens per window.")
+    files: Files = Field(
+        description=f"{_KINDS}; or one .npy or .safetensors file of token ids, integers [samples, length], used as they "
+        "are (`field` names the tensor where a file has several)."
+    )
+    mode: Literal["packed", "padded"] = Field(
+        default="packed",
+        description="`packed`: documents in one stream, cut into windows. `padded`: each document by itself, cut to "
+        "`length` or padded on the right and masked.",
+    )
+    samples: int | None = Field(
+        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 128,
+        ge=1,
+        description="Windows or documents drawn from the text, 128 by default; of token ids the first so many, all by "
+        "default.",
+    )
+    length: int | None = Field(
+        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 256,
+        ge=1,
+        description="Tokens of each, 256 by default; of token ids the first so many, all by default.",
+    )
+
+    @model_validator(mode="after")
+    def _text_or_ids(self) -> Self:
+        if not any(holds_ids(f) for f in self.files):
+            for name in ("samples", "length"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"`{name}` is a number where the calibration data is text")
+        elif len(self.files) > 1:
+            raise ValueError("token ids come from one file, with no other beside it")
+        elif self.mode != "packed":
+            raise ValueError("token ids are used as they are: leave out `mode`")
+        return self
 
 
-class Evaluation(Settings):
+class Evaluation(TextFiles):
     """Text that the original and every stage are measured on."""
 
-    files: Files = Field(description="Text files; they may share no text with training or calibration.")
+    files: Files = Field(description=f"{_KINDS}; they may share no text with training or calibration.")
     window: int = Field(default=256, ge=2, description="Tokens that the model sees at once.")
     stride: int | None = Field(
         default=None,

@@ -19,6 +19,7 @@ from compress.recipe import model as models
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
+from compress.text import refusal
 
 #: pydantic's error type ▶ what it expected. A type that is not here keeps pydantic's sentence.
 _EXPECTED = {
@@ -337,7 +338,7 @@ def _data_hint(name: str) -> str:
 
 
 def _missing_files(root: MapNode) -> Iterator[Problem]:
-    """Text files that are not there, and a model that is neither a folder nor, by its form, a hub id."""
+    """Data files that are missing or of an unknown kind, and a model that is neither a folder nor, by its form, a hub id."""
     data = root.get("data")
     for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
         files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
@@ -346,6 +347,8 @@ def _missing_files(root: MapNode) -> Iterator[Problem]:
             if text and not (path := _local(text)).is_file():
                 what = "is a folder, not a text file" if path.is_dir() else "there is no such file"
                 yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near(path))
+            elif text and (wrong := refusal(text, ids=name == "calibration")):
+                yield Problem(f"{text}: {wrong}", item.place, ("data", name, "files", i))
     if text := _text(root.get("model")):
         path, place = _local(text), find_place(root, ("model",))
         if path.exists():

@@ -174,6 +174,41 @@ class RecipeRow(_Part):
     resolved: dict[str, Any] = Field(description="With every default.")
 
 
+class EvaluationData(_Part):
+    """The text that was measured on."""
+
+    files: list[str]
+    sha256: str = Field(description="Of the files' contents and the settings that pick text from them.")
+    documents: int = Field(description="Documents or chunks that were scored.")
+    unit: Literal["document", "chunk"] = Field(description="What comparisons resample.")
+
+
+class CalibrationData(_Part):
+    """The samples that passes looked at; null where no pass of the recipe looks at any."""
+
+    files: list[str]
+    sha256: str = Field(description="Of the files' contents and the settings that pick samples from them.")
+    mode: Literal["packed", "padded", "ids"] = Field(
+        description="Windows of packed text, documents padded and masked, or token ids as they were given."
+    )
+    seed: int
+    samples: int | None
+    length: int | None = Field(description="Tokens of a sample.")
+    ids_sha256: str | None = Field(
+        description="Of the ids as little-endian int64, sample by sample, then of the mask's bytes where there is one."
+    )
+    chosen: list[str] | None = Field(
+        description="What each sample is: `file#document+token` (where a window begins), `file#document` or `file#row`."
+    )
+
+
+class DataUsed(_Part):
+    """The text of a run; null where it used none."""
+
+    evaluation: EvaluationData | None
+    calibration: CalibrationData | None
+
+
 class Report(_Part):
     """What a run did, measured and decided."""
 
@@ -188,7 +223,7 @@ class Report(_Part):
     output: str
     published: bool
     run_folder: str
-    data: dict[str, Any]
+    data: DataUsed
     original: Original
     stages: list[Stage] = Field(min_length=1)
     result: Result

@@ -309,7 +309,9 @@ def test_tokenizers(folder):
 def test_a_mask_that_was_tampered_with(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
-    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.5), tmp_path / "out")
+    out = write(
+        apply(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5), tmp_path / "out"
+    )
     tensors = load_file(out.folder / WEIGHTS)
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(1)
     from safetensors import safe_open
@@ -324,7 +326,11 @@ def test_a_mask_that_was_tampered_with(folder, tmp_path):
 def test_compact_of_a_newer_format(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
-    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.6), tmp_path / "out", store="compact")
+    out = write(
+        apply(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.6),
+        tmp_path / "out",
+        store="compact",
+    )
     edit_config(out.folder, format=2)
     with pytest.raises(CheckpointError, match=r"has the compact format 2; this version reads 1; update compress"):
         open_headers(out.folder)
@@ -333,7 +339,11 @@ def test_compact_of_a_newer_format(folder, tmp_path):
 def test_our_loader_never_runs_the_folders_file(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
-    out = write(apply(open_checkpoint(folder), "prune_unstructured", sparsity=0.6), tmp_path / "out", store="compact")
+    out = write(
+        apply(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.6),
+        tmp_path / "out",
+        store="compact",
+    )
     expected = pico.logits(load_model(out.folder))
     (out.folder / "modeling_compress.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit('ran')\n")
     assert torch.equal(pico.logits(load_model(out.folder)), expected)

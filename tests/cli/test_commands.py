@@ -46,7 +46,7 @@ def cli(capsys, monkeypatch):
 BASE = {
     "store": "compact",
     "document_separator": "<|doc|>",
-    "passes": [{"prune_structured": {"layers": 1}}, {"prune_unstructured": {"sparsity": 0.6}}],
+    "passes": [{"prune_structured": {"layers": 1}}, {"prune_unstructured": {"method": "magnitude", "sparsity": 0.6}}],
     "evaluate": ["bits_per_byte", "kl", "agreement"],
 }
 

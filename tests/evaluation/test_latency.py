@@ -44,6 +44,13 @@ def test_a_model_that_does_not_generate(tmp_path, monkeypatch):
     assert found["candidate"]["prefill"]["ratio"] > 0
 
 
+def test_a_model_that_reads_no_text(tmp_path):
+    vit = pico.save(tmp_path / "vit", "vit")
+    with pytest.raises(CompressError, match="on token ids, and ViTForImageClassification reads `pixel_values`"):
+        latency.measure_latency([vit, vit], dtype="float32", device="cpu", threads=1)
+    assert workers() == []
+
+
 def test_workers_end_when_a_model_cannot_be_loaded(tmp_path, pico_llama):
     broken = tmp_path / "broken"
     shutil.copytree(pico_llama, broken)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compress import passes
+from compress import architectures, passes
+from compress.calibration.influence import find_blocks
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.passes.base import Context
@@ -13,7 +15,13 @@ from compress.progress import SilentProgress
 
 
 def apply(
-    checkpoint: Checkpoint, name: str, *, data: Any = None, details: dict[str, Any] | None = None, **settings: Any
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    data: Any = None,
+    work: Path = Path("/nowhere"),
+    details: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Checkpoint:
     """The lazily changed checkpoint."""
     instance = passes.get(name)
@@ -25,7 +33,7 @@ def apply(
         None,
         lambda key: data,
         SilentProgress(),
-        Path("/nowhere"),
+        work,
         details={} if details is None else details,
     )
     return instance.apply(checkpoint, instance.settings(**settings), context)
@@ -40,3 +48,15 @@ def plan(checkpoint: Checkpoint, name: str, **settings: Any) -> Any:
 def write(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> Stored:
     """Written and opened again."""
     return open_checkpoint(write_checkpoint(checkpoint, folder, **kwargs).folder)
+
+
+def bypass(model: Any, numbers: Iterable[int]) -> None:
+    """Blocks hand on what they read; where a block returns a tuple, it still does."""
+    blocks = find_blocks(model, architectures.of(model.config.to_dict()))
+    for number in numbers:
+
+        def forward(hidden_states: Any, *args: Any, real: Any = blocks[number].forward, **kwargs: Any) -> Any:
+            output = real(hidden_states, *args, **kwargs)
+            return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+        blocks[number].forward = forward

@@ -75,7 +75,10 @@ def test_kept_weights_that_underflow_stay_kept(pico_llama, tmp_path):
     base = open_checkpoint(pico_llama)
     name = "model.layers.1.mlp.up_proj.weight"
     tiny = Derived(base, base.spec, lambda n: Value(base.tensor(n).data * 1e-12) if n == name else base.tensor(n))
-    out = write(apply(apply(tiny, "prune_unstructured", sparsity=0.5), "cast", weights="fp16"), tmp_path / "out")
+    out = write(
+        apply(apply(tiny, "prune_unstructured", method="magnitude", sparsity=0.5), "cast", weights="fp16"),
+        tmp_path / "out",
+    )
     value = out.tensor(name)
     assert value.data.abs().max() == 0
     assert int(value.mask.sum()) == value.mask.numel() // 2

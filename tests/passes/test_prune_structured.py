@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress import architectures
+from compress.calibration.batches import Batches
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.errors import PassError
 from compress.loading import load_model
@@ -21,34 +23,52 @@ def test_config_and_per_layer_lists_are_cut(tmp_path):
     assert [b.self_attn.layer_idx for b in model.model.layers] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gpt_neox", "opt"])
+OUTPUTS = (
+    "o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", "out_proj", "fc2", "output.dense",
+    "w2", "out_lin", "lin2",
+)  # fmt: skip
+ENCODERS = ("bert", "roberta", "distilbert")
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt", *ENCODERS]
+)
 def test_by_count_the_block_that_changes_least_goes(family, tmp_path):
     """Block 2 is made to do almost nothing, so it must be the one to go; its influence is checked against a plain forward."""
     base = open_checkpoint(pico.save(tmp_path / "in", family))
-    outputs = ("o_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h", "out_proj", "fc2", "output.dense")
-    from compress import architectures
-
     record = architectures.of(base.spec.structure.config)
 
     def quiet(name: str) -> Value:
         value = base.tensor(name)
-        if record.block_index(name) == 2 and any(part in name for part in outputs):
+        if record.block_index(name) != 2:
+            return value
+        if any(part in name for part in OUTPUTS):
             return Value(value.data * 1e-4)
-        if family == "bert" and record.block_index(name) == 2 and "LayerNorm" in name:
+        if family in ENCODERS and "norm" in name.lower():
             return Value(torch.ones_like(value.data) if name.endswith("weight") else torch.zeros_like(value.data))
+        if family == "gemma2" and name.partition(".post_")[2]:  # norms after the outputs; they scale by 1 + weight
+            return Value(torch.full_like(value.data, -1 + 1e-4))
         return value
 
     quieted = write(Derived(base, base.spec, quiet), tmp_path / "quiet")
     ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(0))
     details: dict = {}
-    dropped = apply(quieted, "prune_structured", layers=1, data=ids, details=details)
+    dropped = apply(quieted, "prune_structured", layers=1, data=Batches(ids), details=details)
     assert details["removed_blocks"] == [2]
-    assert dropped.spec.structure.config[record.depth_key] == 3
+    assert record.depth(dropped.spec.structure.config) == 3
     model = load_model(quieted.folder)
     with torch.no_grad():
         states = model(input_ids=ids, output_hidden_states=True).hidden_states
     cosine = torch.nn.functional.cosine_similarity(states[1], states[2], dim=-1)
     assert details["block_influence"][1] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
+
+
+def test_models_that_read_no_text_have_no_scores(tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "vit"))
+    with pytest.raises(PassError, match="scored on text, and this model reads `pixel_values`") as caught:
+        plan(checkpoint, "prune_structured", layers=1)
+    assert caught.value.key == "layers"
+    assert plan(checkpoint, "prune_structured", layers=[1]).structure.config["num_hidden_layers"] == 3
 
 
 def test_shares_and_counts(pico_llama):

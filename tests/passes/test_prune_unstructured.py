@@ -11,7 +11,7 @@ from tests.passes.helpers import apply, plan, write
 
 
 def test_takes_the_matrices_of_blocks_and_nothing_else(pico_llama):
-    spec = plan(open_checkpoint(pico_llama), "prune_unstructured", sparsity=0.5)
+    spec = plan(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.5)
     masked = {t.module for t in spec.stored() if t.kept is not None}
     parts = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {m.rpartition(".")[2] for m in masked} == parts
@@ -21,7 +21,9 @@ def test_takes_the_matrices_of_blocks_and_nothing_else(pico_llama):
 def test_equals_zeroing_the_smallest_weights(pico_llama, tmp_path):
     """The pruned checkpoint computes what the original computes with those weights set to zero by plain torch."""
     out = write(
-        apply(open_checkpoint(pico_llama), "prune_unstructured", sparsity=0.3), tmp_path / "out", store="compact"
+        apply(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.3),
+        tmp_path / "out",
+        store="compact",
     )
     model = load_model(pico_llama)
     with torch.no_grad():
@@ -34,33 +36,33 @@ def test_equals_zeroing_the_smallest_weights(pico_llama, tmp_path):
 
 def test_one_threshold_for_all(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
-    pruned = apply(checkpoint, "prune_unstructured", sparsity=0.5, scope="global")
+    pruned = apply(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, scope="global")
     assert pruned.spec.exact
     names = [t.name for t in pruned.spec.stored() if t.kept is not None]
     values = torch.cat([checkpoint.tensor(n).data.flatten().abs() for n in names])
     threshold = values.sort().values[round(0.5 * len(values))]
     for name in names:
         assert torch.equal(pruned.tensor(name).mask, checkpoint.tensor(name).data.abs() >= threshold)
-    assert not plan(checkpoint, "prune_unstructured", sparsity=0.5, scope="global").exact
+    assert not plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, scope="global").exact
 
 
 def test_an_earlier_mask_is_kept(pico_llama):
-    half = apply(open_checkpoint(pico_llama), "prune_unstructured", sparsity=0.5)
+    half = apply(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.5)
     for settings in ({"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.7, "scope": "global"}):
-        more = apply(half, "prune_unstructured", **settings)
+        more = apply(half, "prune_unstructured", method="magnitude", **settings)
         for tensor in more.spec.stored():
             if tensor.kept is not None:
                 old, new = half.tensor(tensor.name).mask, more.tensor(tensor.name).mask
                 assert not (new & ~old).any()
                 assert int(new.sum()) == tensor.kept
     with pytest.raises(PassError, match=r"that sparse already"):
-        plan(half, "prune_unstructured", sparsity=0.4)
+        plan(half, "prune_unstructured", method="magnitude", sparsity=0.4)
 
 
 def test_n_of_m_runs_along_the_inputs(tmp_path):
     for family in ("llama", "gpt2"):
         checkpoint = open_checkpoint(pico.save(tmp_path / family, family))
-        pruned = apply(checkpoint, "prune_unstructured", pattern="2:4")
+        pruned = apply(checkpoint, "prune_unstructured", method="magnitude", pattern="2:4")
         model = load_model(write(pruned, tmp_path / f"{family}-out").folder)
         for name, module in model.named_modules():
             kind = type(module).__name__
@@ -71,7 +73,7 @@ def test_n_of_m_runs_along_the_inputs(tmp_path):
 
 def test_head_and_tied_embeddings_by_name(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", tie_word_embeddings=True))
-    pruned = apply(checkpoint, "prune_unstructured", sparsity=0.5, only=["lm_head"])
+    pruned = apply(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=["lm_head"])
     masked = [t.name for t in pruned.spec.stored() if t.kept is not None]
     assert masked == ["model.embed_tokens.weight"]
     model = load_model(write(pruned, tmp_path / "out").folder)
@@ -84,15 +86,15 @@ def test_refusals(pico_llama, tmp_path):
     with pytest.raises(
         PassError, match=r"has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"
     ):
-        plan(checkpoint, "prune_unstructured", pattern="12:24")
+        plan(checkpoint, "prune_unstructured", method="magnitude", pattern="12:24")
     with pytest.raises(PassError, match=r"no weight matrix is left"):
-        plan(checkpoint, "prune_unstructured", sparsity=0.5, only=["model.norm"])
+        plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=["model.norm"])
     import json
 
     folder = pico.save(tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
     with pytest.raises(PassError, match=r"`unheard_of` has no architecture record"):
-        plan(open_checkpoint(folder), "prune_unstructured", sparsity=0.5)
-    named = plan(open_checkpoint(folder), "prune_unstructured", sparsity=0.5, only=["*.mlp.*"])
+        plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5)
+    named = plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.*"])
     assert sum(t.kept is not None for t in named.stored()) == 12

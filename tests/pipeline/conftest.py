@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
             },
             "passes": [
                 {"prune_structured": {"layers": 1}},
-                {"prune_unstructured": {"sparsity": "60%"}},
+                {"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}},
                 {"cast": {"weights": "bf16"}},
             ],
             "evaluate": ["bits_per_byte", "kl"],

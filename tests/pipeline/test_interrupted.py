@@ -89,6 +89,38 @@ def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(recipe, recipe_file
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
+#: Says which block a sweep works on, and stops at one.
+BLOCKS = """
+import time
+from compress.calibration import sweep
+real = sweep.Sweep._block
+def told(self, index, *rest):
+    print(index, flush=True)
+    if index == {stop}:
+        time.sleep(600)
+    return real(self, index, *rest)
+sweep.Sweep._block = told
+"""
+
+
+def test_a_killed_sweep_goes_on_from_its_last_block_to_the_same_bytes(recipe_file, tmp_path):
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "tune_epochs": 2}}]
+    path = recipe_file(passes=passes, gates=None, output=str(tmp_path / "unbroken"))
+    assert start(path).wait(timeout=120) == 0
+    path = recipe_file(passes=passes, gates=None)
+    process = start(path, before=BLOCKS.format(stop=2))
+    assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
+    process.kill()
+    process.communicate()
+    again = start(path, "--json", "--quiet", before=BLOCKS.format(stop=None))
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert output.split("{")[0].split() == ["2", "3"]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+    assert not any((tmp_path / "out.run/work").iterdir())
+
+
 def test_a_second_run_at_the_same_output_is_told_so(recipe_file):
     path = recipe_file()
     first = start(path, before=PAUSE.format(stage=1))

@@ -93,7 +93,7 @@ def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path)
     compress.run(recipe())
     passes = [
         {"prune_structured": {"layers": 1}},
-        {"prune_unstructured": {"sparsity": "70%"}},
+        {"prune_unstructured": {"method": "magnitude", "sparsity": "70%"}},
         {"cast": {"weights": "bf16"}},
     ]
     changed = compress.run(recipe(passes=passes))
@@ -236,7 +236,9 @@ def test_apply_api(tmp_path, pico_llama, texts):
     assert load_model(out).config.num_hidden_layers == 3
     ids = torch.randint(0, 250, (4, 16))
     compress.apply("prune_structured", pico_llama, tmp_path / "b", layers=2, data=ids)
-    small = compress.apply("prune_unstructured", pico_llama, tmp_path / "c", sparsity=0.6, store="compact")
+    small = compress.apply(
+        "prune_unstructured", pico_llama, tmp_path / "c", method="magnitude", sparsity=0.6, store="compact"
+    )
     dense = compress.unpack(small, tmp_path / "d")
     assert torch.equal(pico.logits(compress.load(small)), pico.logits(compress.load(dense)))
     assert open_checkpoint(dense).spec.tensors["model.layers.0.mlp.up_proj.weight"].kept is not None

@@ -15,7 +15,7 @@ from compress.errors import PassError, RecipeError
 from compress.passes.cast import CastSettings
 from compress.passes.prune_structured import PruneStructuredSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
-from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping
+from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
 from compress.settings import Increase, Pattern
 
 Heads = Callable[..., list[str]]
@@ -95,6 +95,27 @@ def test_a_short_recipe_has_every_default(work: Path) -> None:
     assert recipe.metrics == ("bits_per_byte", "kl")
 
 
+def test_data_sets_and_their_defaults(work: Path) -> None:
+    for name in ("chats.jsonl.zst", "ids.npy", "ids.safetensors"):
+        (work / name).touch()
+    text = f"{GOOD}data: {{training: {{files: [chats.jsonl.zst], field: messages}}, calibration: {{files: [%s]}}}}\n"
+    expected = {"text/train.txt": (128, 256), "ids.npy": (None, None), "ids.safetensors": (None, None)}
+    for file, sizes in expected.items():
+        Path("r.yaml").write_text(text % file)
+        recipe = load_recipe(Path("r.yaml"))
+        assert recipe.data.training is not None
+        assert recipe.data.training.field == "messages"
+        section = recipe.data.calibration
+        assert section is not None
+        assert (section.field, section.mode, section.samples, section.length) == ("text", "packed", *sizes)
+        assert recipe_from_mapping(resolved(recipe)) == recipe
+    sets = ["data.calibration.field=ids", "data.calibration.samples=3"]
+    Path("r.yaml").write_text(text % "ids.safetensors")
+    section = load_recipe(Path("r.yaml"), sets).data.calibration
+    assert section is not None
+    assert (section.field, section.samples, section.length) == ("ids", 3, None)
+
+
 def test_a_gate_on_speed_measures_latency(work: Path) -> None:
     Path("r.yaml").write_text(GOOD + "gates: {decode: {max_ratio: 0.9}, size: {max_ratio: 0.5}}\n")
     assert load_recipe(Path("r.yaml")).metrics == ("latency",)
@@ -169,7 +190,7 @@ r.yaml:10:5: duplicate key `window`
 r.yaml:12:26: unknown key `sparcity` in prune_unstructured
    12 |   - prune_unstructured: {sparcity: 50%}
       |                          ^^^^^^^^
-   expected one of: method, sparsity, pattern, scope, only, skip, allow_noop; did you mean `sparsity`?
+   expected one of: method, sparsity, pattern, scope, allocation, tune_epochs, tune_rate, only, skip, allow_noop; did you mean `sparsity`?
 r.yaml:13:21: weights: expected bf16, fp16 or fp32, got 'bf61'
    13 |   - cast: {weights: bf61}
       |                     ^^^^
@@ -236,6 +257,44 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("data: {training: {files: ['']}}", "r.yaml:5:27: expected text that is not empty, got ''"),
         ("data: [a]", "r.yaml:5:7: data: expected a mapping, got a list"),
         (
+            "data: {training: {files: [models/x.bin]}}",
+            "r.yaml:5:27: models/x.bin: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.bin`)",
+        ),
+        (
+            "data: {evaluation: {files: [models/ids.npy]}}",
+            "r.yaml:5:29: models/ids.npy: holds token ids, which only calibration takes",
+        ),
+        ("data: {training: {files: [text/train.txt], field: 3}}", "r.yaml:5:51: field: expected text, got 3"),
+        (
+            "data: {training: {files: [text/train.txt], field: body}}",
+            "r.yaml:5:8: `field` names one of several, and text/train.txt has none",
+        ),
+        (
+            "data: {calibration: {files: [models/ids.npy], field: body}}",
+            "r.yaml:5:8: `field` names one of several, and models/ids.npy has none",
+        ),
+        (
+            "data: {calibration: {files: [text/train.txt], mode: pad}}",
+            "r.yaml:5:53: mode: expected packed or padded, got 'pad'",
+        ),
+        (
+            "data: {calibration: {files: [text/train.txt], samples: null}}",
+            "r.yaml:5:8: `samples` is a number where the calibration data is text",
+        ),
+        (
+            "data: {calibration: {files: [models/ids.npy, text/train.txt]}}",
+            "r.yaml:5:8: token ids come from one file, with no other beside it",
+        ),
+        (
+            "data: {calibration: {files: [models/ids.npy], mode: padded}}",
+            "r.yaml:5:8: token ids are used as they are: leave out `mode`",
+        ),
+        ("data: {calibration: {files: [models/ids.npy], length: 0}}", "r.yaml:5:55: length: expected 1 or more, got 0"),
+        (
+            "data: {evaluation: {files: [text/valid.txt], mode: padded}}",
+            "r.yaml:5:46: unknown key `mode` in data.evaluation",
+        ),
+        (
             "data: {evaluation: {files: [text/valid.txt], window: 8, stride: 9}}",
             "r.yaml:5:8: a stride of 9 would skip text, as the window is 8 tokens",
         ),
@@ -243,7 +302,9 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("seed: 1\nseed: 2", "r.yaml:6:1: duplicate key `seed`"),
     ],
 )
-def test_single_mistakes(heads: Heads, line: str, head: str) -> None:
+def test_single_mistakes(heads: Heads, work: Path, line: str, head: str) -> None:
+    for name in ("x.bin", "ids.npy"):
+        (work / "models" / name).touch()
     assert heads(f"{GOOD}{line}\n") == [head]
 
 

@@ -77,8 +77,8 @@ entries = st.one_of(
     st.fixed_dictionaries(
         {"weights": st.sampled_from(["bf16", "fp16", "fp32"])}, optional={"skip": st.lists(names, max_size=2)}
     ).map(lambda s: {"cast": s}),
-    shares.map(lambda s: {"prune_unstructured": {"sparsity": s}}),
-    patterns.map(lambda p: {"prune_unstructured": {"pattern": p}}),
+    shares.map(lambda s: {"prune_unstructured": {"method": "magnitude", "sparsity": s}}),
+    patterns.map(lambda p: {"prune_unstructured": {"method": "magnitude", "pattern": p}}),
     st.lists(st.integers(0, 30), min_size=1, unique=True).map(lambda x: {"prune_structured": {"layers": x}}),
 )
 increases = st.floats(-10, 10) | st.decimals(-50, 500, places=3).map(lambda d: f"{d}%")
@@ -121,7 +121,7 @@ def test_relative_increases_are_exact(work: Path, value: float) -> None:
         "model": "m",
         "output": "o",
         "data": {"evaluation": {"files": ["text/valid.txt"]}},
-        "passes": [{"prune_unstructured": {"pattern": Pattern(2, 4)}}],
+        "passes": [{"prune_unstructured": {"method": "magnitude", "pattern": Pattern(2, 4)}}],
         "gates": {"bits_per_byte": {"max_increase": Increase(value=value, relative=True)}},
     }
     gate = recipe_from_mapping(values).gates.bits_per_byte

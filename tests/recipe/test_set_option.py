@@ -16,7 +16,7 @@ Heads = Callable[..., list[str]]
 TEXT = """\
 model: m
 output: o
-data: {evaluation: {files: [text/valid.txt]}}
+data: {evaluation: {files: [text/valid.txt]}, calibration: {files: [text/train.txt]}}
 passes:
   - prune_unstructured: {sparsity: 50%}
   - cast: &cast {weights: fp16}

@@ -1,0 +1,35 @@
+"""docs/benchmarks.md: one section for each benchmark, replaced when that one is run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
+HEAD = "# Benchmarks\n\nEach section is written by the command it names. Shared machines are noisy: read the ratios.\n"
+
+
+def environment() -> str:
+    """What the figures were measured on."""
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine())
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
+    cores = len(os.sched_getaffinity(0))
+    return f"{time.strftime('%Y-%m-%d')}, {cpu}, {cores} cores, Python {platform.python_version()}, {packages}."
+
+
+def put(section: str, rows: list[str]) -> None:
+    """Put the rows into the section of that name; other sections stay."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
+    begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
+    body = "\n".join([begin, "", *rows, "", end])
+    if begin in text:
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)
+    else:
+        text = f"{text.rstrip()}\n\n{body}\n"
+    PAGE.write_text(text, encoding="utf-8")

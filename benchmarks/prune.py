@@ -1,0 +1,163 @@
+"""What pruning costs in held-out loss: `make bench-prune [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
+
+For each method and sparsity: the rise of the mean negative log-likelihood per token over the dense model, in nats, on the first
+400 windows of 256 tokens of each held-out text (each read as one stream); the mean relative error of the layers; seconds.
+TRAIN is text, or token ids (``file.safetensors:name``). REFERENCE may name a JSON file with figures of other tools, to stand
+beside ours: {"alps 50%": 0.0271, …}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import page  # noqa: E402
+
+AMOUNTS: dict[str, dict[str, Any]] = {
+    "50%": {"sparsity": 0.5},
+    "60%": {"sparsity": 0.6},
+    "70%": {"sparsity": 0.7},
+    "2:4": {"pattern": "2:4"},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda", "tune_epochs": 0},
+    "sparsegpt": {"method": "sparsegpt", "tune_epochs": 0},
+    "alps": {"method": "alps", "tune_epochs": 0},
+    "default": {},
+}
+WINDOW, WINDOWS = 256, 400
+
+
+def heldout(model: str, files: list[str]) -> list[Any]:
+    """Token windows of each text, int64 [windows, 256]."""
+    import torch
+
+    from compress.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    result = []
+    for file in files:
+        text = Path(file).read_text(encoding="utf-8")[: WINDOWS * WINDOW * 12]
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        count = min(len(ids) // WINDOW, WINDOWS)
+        result.append(ids[: count * WINDOW].view(count, WINDOW))
+    return result
+
+
+def loss(folder: str, texts: list[Any]) -> float:
+    """Mean over the texts of the mean negative log-likelihood per token, float32."""
+    import torch
+
+    from compress.loading import load_model
+
+    model = load_model(folder, dtype="float32")
+    means = []
+    for windows in texts:
+        total = 0.0
+        with torch.no_grad():
+            for batch in windows.split(16):
+                logits = model(batch).logits[:, :-1].float()
+                total += float(
+                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+                )
+        means.append(total / windows[:, 1:].numel())
+    return statistics.mean(means)
+
+
+def calibration(train: str, samples: int) -> Any:
+    """What `compress.apply` takes as data: text files, or token ids."""
+    file, _, name = train.partition(".safetensors:")
+    if not name:
+        return [train]
+    from safetensors.torch import load_file
+
+    return load_file(f"{file}.safetensors")[name][:samples].long()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
+    parser.add_argument("--train", default=str(ROOT / "examples/text/train.txt"))
+    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
+    parser.add_argument("--section", default="prune", help="of docs/benchmarks.md; '-' prints only")
+    args = parser.parse_args()
+    import compress
+
+    reference = json.loads(args.reference.read_text()) if args.reference else {}
+    texts = heldout(args.model, args.heldout)
+    dense = loss(args.model, texts)
+    print(f"dense: {dense:.5f}", flush=True)
+    separator = "<|doc|>" if args.train.endswith(".txt") else None
+    rows = []
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
+    try:
+        for amount in args.amounts:
+            for method in args.methods:
+                out, work = scratch / "out", scratch / "work"
+                shutil.rmtree(out, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
+                start, details = time.perf_counter(), {}
+                compress.apply(
+                    "prune_unstructured",
+                    args.model,
+                    out,
+                    data=calibration(args.train, args.samples),
+                    samples=args.samples,
+                    length=WINDOW,
+                    document_separator=separator,
+                    details=details,
+                    **AMOUNTS[amount],
+                    **METHODS[method],
+                )
+                seconds = time.perf_counter() - start
+                errors = [t["error"] for b in details.get("blocks", ()) for t in b.get("tensors", {}).values()]
+                rise = loss(str(out), texts) - dense
+                mean = statistics.mean(e for e in errors if e is not None) if errors else None
+                peers = [
+                    f"{k.removesuffix(' ' + amount)} {v:.4f}" for k, v in reference.items() if k.endswith(f" {amount}")
+                ]
+                rows.append((amount, method, rise, mean, seconds, ", ".join(peers) if method == "default" else ""))
+                shown = "–" if mean is None else f"{mean:.4f}"
+                print(f"{amount} {method}: {rise:+.4f} nats, layer error {shown}, {seconds:.1f} s", flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    model = Path(args.model).name
+    table = [
+        f"## Pruning {model}",
+        "",
+        f"`make bench-prune`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
+        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
+        "`default` is the pass without any setting but the amount: ALPS, then tuning of each block. Seconds are of the whole "
+        "call, loading, self-check and writing included.",
+        "",
+        "| removed | method | ΔNLL | layer error | seconds |" + (" others, ΔNLL |" if reference else ""),
+        "|---|---|---|---|---|" + ("---|" if reference else ""),
+    ]
+    for amount, method, rise, mean, seconds, peers in rows:
+        error = "–" if mean is None else f"{mean:.4f}"
+        cells = [amount, method, f"{rise:+.4f}", error, f"{seconds:.1f}", *([peers] if reference else [])]
+        table.append(f"| {' | '.join(cells)} |")
+    if args.section == "-":
+        print("\n".join(table))
+    else:
+        page.put(args.section, table)
+
+
+if __name__ == "__main__":
+    main()

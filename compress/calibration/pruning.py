@@ -1,0 +1,144 @@
+"""Pruning one block of a sweep: statistics ▶ solver ▶ masks, then tuning of what is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compress.calibration.sites import Site, Statistics
+from compress.calibration.sweep import Block, Sweep
+from compress.calibration.tune import Tuning, tune
+from compress.solvers.alps import alps, problem
+from compress.solvers.hessian import inverse_factor
+from compress.solvers.magnitude import keep_largest, keep_n_of_m
+from compress.solvers.owl import outliers, owl_sparsities
+from compress.solvers.sparsegpt import sparsegpt
+from compress.solvers.wanda import keep_wanda
+
+#: Bytes of statistics gathered at a time.
+STATISTICS_BYTES = 1 << 30
+Method = Literal["wanda", "sparsegpt", "alps"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How to prune blocks.
+
+    Attributes:
+        sparsity: share to remove by tensor name; None with a pattern. pattern: (n, m) along the inputs.
+        tuning: of each block afterwards; None for none.
+    """
+
+    method: Method
+    sparsity: Mapping[str, float] | None
+    pattern: tuple[int, int] | None
+    tuning: Tuning | None
+
+
+def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dict[str, Any]]:
+    """Sparsity of every wanted tensor by OWL, and what the report says: each block's share of outliers and its sparsity.
+
+    Takes a sweep over the blocks as they are; ``sweep`` works in a folder of its own.
+    """
+
+    def look(block: Block) -> dict[str, torch.Tensor]:
+        names, many, count = [], 0, 0
+        for group, statistics, _ in block.statistics(STATISTICS_BYTES):
+            for site in group:
+                over, size = outliers(site.weight, statistics.hessian.diagonal())
+                names.append(site.name)
+                many, count = many + over, count + size
+        block.details["outliers"] = [names, many, count]
+        return {}
+
+    found = [row["outliers"] for row in sweep.run(look, "counting outliers").details if "outliers" in row]
+    ratios = [many / count for _, many, count in found]
+    chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
+    by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
+    return by_name, {"outlier_share": ratios, "sparsity": chosen}
+
+
+def prune_block(block: Block, how: Pruning) -> dict[str, torch.Tensor]:
+    """Prune the sites of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
+
+    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
+    block's error before and after.
+    """
+    masks: dict[str, torch.Tensor] = {}  # as the sites shape them
+    waiting: list[tuple[Site, torch.Tensor]] = []
+    rows: dict[str, Any] = {}
+    for group, statistics, free in block.statistics(STATISTICS_BYTES):
+        shared: dict[str, Any] = {}
+        for site in group:
+            start = time.perf_counter()
+            earlier = block.sweep.checkpoint.tensor(site.name).mask
+            if earlier is not None:
+                earlier = (earlier.T if site.transposed else earlier).to(site.weight.device)
+            weight, mask, notes = _solve(site, statistics, how, earlier, shared)
+            weight = weight.masked_fill(~mask, 0)
+            row = {"error": _relative_error(site.weight, weight, statistics), **notes}
+            rows[site.name] = row | {
+                "sparsity": 1 - float(mask.double().mean()),
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+            masks[site.name] = mask
+            waiting.append((site, weight))
+            if free:  # all statistics are those of the block as it came
+                for done, new in waiting:
+                    done.weight.copy_(new)
+                waiting.clear()
+    block.details["tensors"] = rows
+    if how.tuning is not None and how.tuning.epochs:
+        start = time.perf_counter()
+        removed = [(site.weight, ~masks[site.name]) for site in block.sites]
+
+        def project() -> None:
+            for weight, gone in removed:
+                weight.masked_fill_(gone, 0)
+
+        block.details["tuning"] = tune(block, how.tuning, project) | {"seconds": round(time.perf_counter() - start, 3)}
+    return {s.name: (masks[s.name].T if s.transposed else masks[s.name]).contiguous() for s in block.sites}
+
+
+def _solve(
+    site: Site, statistics: Statistics, how: Pruning, earlier: torch.Tensor | None, shared: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """New weights [O, I], mask, and what is worth saying. ``shared`` keeps what sites with the same inputs share."""
+    weight, pattern = site.weight.contiguous(), how.pattern
+    share = None if how.sparsity is None else how.sparsity[site.name]
+    if share == 0:
+        return weight, torch.ones_like(weight, dtype=torch.bool) if earlier is None else earlier, {}
+    if statistics.tokens == 0:  # an expert that no token was sent to: nothing is known but its weights
+        if pattern is not None:
+            mask = keep_n_of_m(weight, *pattern, earlier=earlier)
+        else:
+            assert share is not None
+            mask = keep_largest(weight, weight.numel() - round(share * weight.numel()), earlier)
+        return weight, mask, {"note": "no token reached it: pruned by magnitude"}
+    if how.method == "wanda":
+        return weight, keep_wanda(weight, statistics.hessian.diagonal(), share, pattern, earlier), {}
+    if how.method == "sparsegpt":
+        if "factor" not in shared:
+            shared["factor"], shared["damping"] = inverse_factor(statistics.hessian)
+        notes = {} if shared["damping"] == 0.01 else {"damping": shared["damping"]}
+        factor = shared["factor"].float()
+        return *sparsegpt(weight, factor, sparsity=share, pattern=pattern, earlier=earlier), notes
+    if "problem" not in shared:
+        shared["problem"] = problem(statistics.hessian)
+    notes = {} if shared["problem"].damping == 0.01 else {"damping": shared["problem"].damping}
+    kept = None if share is None else weight.numel() - round(share * weight.numel())
+    return *alps(weight, shared["problem"], kept=kept, pattern=pattern, earlier=earlier), notes
+
+
+def _relative_error(before: torch.Tensor, after: torch.Tensor, statistics: Statistics) -> float | None:
+    """||(W - W')X||² over ||WX||²; None where no token was seen."""
+    if statistics.tokens == 0:
+        return None
+    dtype = statistics.hessian.dtype
+    difference, weight = (before - after).to(dtype), before.to(dtype)
+    scale = float(((weight @ statistics.hessian) * weight).sum())
+    return float(((difference @ statistics.hessian) * difference).sum()) / scale if scale else 0.0

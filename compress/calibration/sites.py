@@ -1,0 +1,262 @@
+"""The weight matrices of a block, each with the module whose input it multiplies, and the statistics of those inputs.
+
+T tokens, I inputs and O outputs of a matrix, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.calibration.streamed import StreamedModel
+from compress.errors import PassError
+
+
+@dataclass
+class Site:
+    """One weight matrix of a block.
+
+    Attributes:
+        name: the tensor's name in the checkpoint. parameter: the block's own parameter that holds it.
+        weight: a view of it with outputs along rows, [O, I]; writing to it changes the block.
+        whole: a view of the parameter's storage as the checkpoint shapes it (for GPT-2's Conv1D [I, O]).
+        module: what is called with the matrix's inputs. group: sites of one group read the same inputs.
+    """
+
+    name: str
+    parameter: str
+    weight: torch.Tensor
+    transposed: bool
+    module: torch.nn.Module
+    owner: Experts | None = None
+    group: int = -1
+
+
+@dataclass
+class Statistics:
+    """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I] and the number of tokens."""
+
+    hessian: torch.Tensor
+    tokens: int = 0
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+
+class Experts(torch.nn.Module):
+    """Fused experts, run one by one through linear modules that share the fused parameters' memory.
+
+    The computation is that of the fused module (Mixtral, Qwen3-MoE and their like: gate and up projection fused, an
+    activation, a down projection), so that each expert's matrices are sites like any other.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.fused = fused
+        count, double, _ = fused.gate_up_proj.shape
+        self.act_fn = fused.act_fn
+        self.gate, self.up, self.down = (torch.nn.ModuleList() for _ in range(3))
+        for e in range(count):
+            self.gate.append(_view(fused.gate_up_proj[e, : double // 2]))
+            self.up.append(_view(fused.gate_up_proj[e, double // 2 :]))
+            self.down.append(_view(fused.down_proj[e]))
+        self.counted: torch.Tensor | None = None
+        self.valid: torch.Tensor | None = None
+
+    @staticmethod
+    def fits(module: Any) -> bool:
+        """Whether a module is fused experts of that kind."""
+        shapes: list[Any] = [getattr(getattr(module, n, None), "shape", ()) for n in ("gate_up_proj", "down_proj")]
+        return (
+            len(shapes[0]) == len(shapes[1]) == 3
+            and (shapes[0][1] == 2 * shapes[1][2] and shapes[0][2] == shapes[1][1])
+            and callable(getattr(module, "act_fn", None))
+            and not getattr(module, "has_bias", False)
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [T, I], indices and weights of each token's experts [T, k] ▶ [T, I]."""
+        result = torch.zeros_like(hidden_states)
+        for e in range(len(self.gate)):
+            token, place = torch.where(top_k_index == e)
+            if not len(token):
+                continue
+            self.counted = None if self.valid is None else self.valid[token]
+            state = hidden_states[token]
+            state = self.down[e](self.act_fn(self.gate[e](state)) * self.up[e](state))
+            result.index_add_(0, token, (state * top_k_weights[token, place, None]).to(result.dtype))
+        return result
+
+
+def _view(matrix: torch.Tensor) -> torch.nn.Linear:
+    linear = torch.nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    return linear
+
+
+def find_sites(
+    streamed: StreamedModel, index: int, block: Any, wanted: Iterable[str]
+) -> tuple[list[Site], list[tuple[Any, str, Experts]]]:
+    """The sites of the wanted tensors of a block, in the order of its modules; and the fused experts to replace.
+
+    Raises:
+        PassError: a wanted tensor is no linear layer that the sweep can see.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    parameters = dict(block.named_parameters())
+    # which stored tensor is which parameter, by sending numbers through transformers' own conversion
+    numbers = {name: float(i) for i, name in enumerate(parameters)}
+    probes = {n: torch.full((1,) * p.ndim, numbers[n]) for n, p in parameters.items()}
+    fused = {}
+    for name, module in block.named_modules():
+        if Experts.fits(module):
+            fused[name] = module
+            count = module.gate_up_proj.shape[0]
+            codes = torch.arange(2 * count, dtype=torch.float32).view(count, 2, 1)
+            probes[f"{name}.gate_up_proj"] = codes
+            probes[f"{name}.down_proj"] = torch.arange(count, dtype=torch.float32).view(count, 1, 1)
+    names = {}  # (parameter, code) ▶ stored name
+    for parameter, probe in probes.items():
+        for stored, value in streamed.stored_names(index, {parameter: probe}).items():
+            names[parameter, int(value.flatten()[0])] = stored
+    by_name: dict[str, Site] = {}
+    swaps: list[tuple[Any, str, Experts]] = []
+    for path, module in block.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            parameter = f"{path}.weight"
+            transposed = isinstance(module, Conv1D)
+            data: torch.Tensor = module.weight.data
+            stored = names[parameter, int(numbers[parameter])]
+            by_name[stored] = Site(stored, parameter, data.T if transposed else data, transposed, module)
+        elif path in fused:
+            parent, _, child = path.rpartition(".")
+            experts = Experts(module)
+            swaps.append((block.get_submodule(parent), child, experts))
+            for e in range(len(experts.gate)):
+                for parameter, code, linear in (
+                    (f"{path}.gate_up_proj", 2 * e, experts.gate[e]),
+                    (f"{path}.gate_up_proj", 2 * e + 1, experts.up[e]),
+                    (f"{path}.down_proj", e, experts.down[e]),
+                ):
+                    stored = names[parameter, code]
+                    matrix: Any = linear.weight.data
+                    by_name[stored] = Site(stored, parameter, matrix, False, linear, experts)
+    wanted = set(wanted)
+    if lost := sorted(wanted - by_name.keys()):
+        raise PassError(
+            f"{lost[0]} is no linear layer that the sweep can see",
+            key="skip",
+            fix=f"skip it: skip: [{lost[0].rpartition('.')[0]}], or use method: magnitude",
+        )
+    return [site for site in by_name.values() if site.name in wanted], swaps
+
+
+@contextmanager
+def unfused(swaps: Sequence[tuple[Any, str, Experts]]) -> Iterator[None]:
+    """Experts run one by one within."""
+    try:
+        for parent, child, experts in swaps:
+            setattr(parent, child, experts)
+        yield
+    finally:
+        for parent, child, experts in swaps:
+            setattr(parent, child, experts.fused)
+
+
+def group_sites(sites: Sequence[Site], run: Callable[[], Any]) -> list[list[Site]]:
+    """Sites that read the same tensor, found by running one small batch. Sites that saw none (cold experts) are alone."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = [s.module.register_forward_pre_hook(_remember(seen.setdefault(s.name, []))) for s in sites]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: list[list[Site]] = []
+    heads: list[torch.Tensor | None] = []
+    for site in sites:
+        mine = seen[site.name][0] if seen[site.name] else None
+        # the tensors are all alive, so equal addresses are the same tensor
+        place = next((i for i, h in enumerate(heads) if h is not None and mine is not None and _same(h, mine)), None)
+        if place is None and mine is None and site.owner is not None:
+            place = next((i for i, g in enumerate(groups) if heads[i] is None and _pair(g[0], site)), None)
+        if place is None:
+            groups.append([])
+            heads.append(mine)
+            place = len(groups) - 1
+        site.group = place
+        groups[place].append(site)
+    return groups
+
+
+def _remember(into: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...]) -> None:
+        into.append(args[0])
+
+    return hook
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _pair(a: Site, b: Site) -> bool:
+    """Gate and up projection of one expert."""
+    if a.owner is None or a.owner is not b.owner:
+        return False
+    return any(a.module is g and b.module is u for g, u in zip(a.owner.gate, a.owner.up, strict=True))
+
+
+@contextmanager
+def gathering(
+    groups: Sequence[Sequence[Site]], dtype: Callable[[int], torch.dtype], device: str
+) -> Iterator[list[Statistics]]:
+    """Within, every forward pass of the block adds to the statistics of the groups.
+
+    ``counted(mask)`` of the tokens: set ``Site.module._counted`` … see `set_counted`.
+    """
+    statistics = []
+    handles = []
+    for group in groups:
+        width = group[0].weight.shape[1]
+        sums = Statistics(torch.zeros(width, width, dtype=dtype(width), device=device))
+        statistics.append(sums)
+        handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums)))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(site: Site, sums: Statistics) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        counted = site.owner.counted if site.owner is not None else getattr(module, "counted", None)
+        if counted is not None:
+            x = x[counted]
+        x = x.float()
+        if sums.hessian.dtype == torch.float32:
+            sums.hessian.addmm_(x.T, x)
+        else:
+            sums.hessian += x.T @ x
+        sums.tokens += len(x)
+
+    return hook
+
+
+def set_counted(
+    groups: Sequence[Sequence[Site]], swaps: Sequence[tuple[Any, str, Experts]], mask: torch.Tensor | None
+) -> None:
+    """Say which tokens count in the next forward pass: bool [samples, length], None for all."""
+    flat = None if mask is None else mask.flatten()
+    for group in groups:
+        module: Any = group[0].module
+        module.counted = flat
+    for _, _, experts in swaps:
+        experts.valid = flat

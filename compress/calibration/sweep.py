@@ -1,0 +1,449 @@
+"""Block by block over a checkpoint, with calibration activations, in the memory of one block.
+
+    embed ▶ for each block: load ▶ statistics of its inputs ▶ change ▶ rerun ▶ write ▶ drop
+
+Two streams of activations go along: what the blocks as changed so far give (the inputs of the next block), and, where a
+change is tuned towards the original, what the original blocks give. Both lie in files, each twice: a block reads one and
+writes the other, so that a kill at any moment leaves what the block started from. A sweep that is started again in the same
+folder goes on after the last finished block and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration.activations import Activations
+from compress.calibration.sites import (
+    Experts,
+    Site,
+    Statistics,
+    find_sites,
+    gathering,
+    group_sites,
+    set_counted,
+    unfused,
+)
+from compress.calibration.streamed import StreamedModel
+from compress.checkpoint.codecs import canonical, pack_bits
+from compress.checkpoint.decode import unpack_bits
+from compress.checkpoint.open import Checkpoint, Value, torch_dtype
+from compress.checkpoint.spec import widest
+from compress.errors import CheckpointError, PassError
+from compress.progress import Progress
+
+#: Tokens of one forward pass through a block.
+TOKENS_PER_BATCH = 4096
+#: Input widths up to which statistics are summed in float64.
+WIDE = 2048
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Calibration samples: the model's inputs by name, each with samples first, and which tokens count [samples, length]."""
+
+    values: Mapping[str, torch.Tensor]
+    mask: torch.Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return len(next(iter(self.values.values())))
+
+    def rows(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Inputs of those samples; padding is masked."""
+        picked = {name: value[list(rows)] for name, value in self.values.items()}
+        return picked if self.mask is None else {**picked, "attention_mask": self.mask[list(rows)].long()}
+
+
+@dataclass
+class Block:
+    """A loaded block at work.
+
+    Attributes:
+        index: its number. module: with weights. sites: its wanted matrices. groups: those that read the same inputs.
+        details: what the report will say of it.
+    """
+
+    sweep: Sweep
+    index: int
+    module: Any
+    sites: list[Site]
+    groups: list[list[Site]]
+    swaps: list[tuple[Any, str, Experts]]
+    inputs: Activations
+    targets: Activations | None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
+        args, kwargs = self.sweep.calls(rows)[self.index]
+        output = self.module(hidden, *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def statistics(self, budget: int) -> Iterator[tuple[list[Site], Statistics, bool]]:
+        """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
+
+        As many groups at a time as fit ``budget`` bytes, at least one; each such part takes a pass over the samples.
+        """
+        pending = list(self.groups)
+        while pending:
+            part, used = [pending.pop(0)], 0
+            used = _hessian_bytes(part[0])
+            while pending and used + _hessian_bytes(pending[0]) <= budget:
+                part.append(pending.pop(0))
+                used += _hessian_bytes(part[-1])
+            with torch.no_grad(), unfused(self.swaps), gathering(part, summing_dtype, self.sweep.device) as found:
+                for rows in self.sweep.batches():
+                    set_counted(part, self.swaps, self.sweep.mask(rows))
+                    self.forward(rows, self.inputs.read(rows).to(self.sweep.device))
+                set_counted(part, self.swaps, None)
+            for group in part:
+                yield group, found.pop(0), not pending
+
+
+def summing_dtype(width: int) -> torch.dtype:
+    """In which statistics of so many inputs are summed."""
+    return torch.float64 if width <= WIDE else torch.float32
+
+
+def _hessian_bytes(group: Sequence[Site]) -> int:
+    width = int(group[0].weight.shape[1])
+    return width * width * (8 if width <= WIDE else 4)
+
+
+#: What a sweep does to a block: change the weights in the module, and return the keep-masks of the tensors that have one.
+Change = Callable[[Block], dict[str, torch.Tensor]]
+
+
+class Sweep:
+    """A sweep over the blocks of a checkpoint. See `run`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        inputs: Inputs,
+        wanted: set[str],
+        *,
+        work: Path,
+        dtype: str,
+        device: str,
+        progress: Progress,
+        with_targets: bool,
+        seed: int = 0,
+    ) -> None:
+        self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
+        self.work, self.device, self.progress = work, device, progress
+        self.with_targets, self.seed = with_targets, seed
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.streamed = StreamedModel(checkpoint, dtype=self.dtype, device=device)
+        self.depth = len(self.streamed.blocks)
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._tuple = False
+        self._fixed = False
+        outside = [n for n in wanted if self.streamed.record.block_index(n) is None]
+        if outside:
+            raise PassError(
+                f"{sorted(outside)[0]} is outside the blocks, where calibrated methods do not reach",
+                key="only",
+                fix="use method: magnitude for it",
+            )
+
+    # ---- running ----
+
+    def batches(self) -> Iterator[list[int]]:
+        """Sample numbers, a batch at a time."""
+        length = next(iter(self.inputs.values.values())).shape[1:].numel()
+        size = max(1, TOKENS_PER_BATCH // max(1, length))
+        for start in range(0, self.inputs.samples, size):
+            yield list(range(start, min(start + size, self.inputs.samples)))
+
+    def mask(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens of those samples count."""
+        return None if self.inputs.mask is None else self.inputs.mask[list(rows)].to(self.device)
+
+    def calls(self, rows: Sequence[int]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments beside the hidden states of each block; the same for all samples where nothing is masked."""
+        if self._fixed and len(rows) in self._calls:
+            return self._calls[len(rows)]
+        _, calls = self._capture(rows)
+        if self._fixed:
+            self._calls[len(rows)] = calls
+        return calls
+
+    def _capture(self, rows: Sequence[int]) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """First hidden states, and each block's arguments, by running the model with blocks that pass on what they get."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[torch.Tensor] = []
+        last: list[torch.Tensor] = []
+
+        def stub(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index == 0:
+                first.append(hidden)
+            elif index != len(calls) or hidden is not last[0]:
+                raise _Unfollowable(index)
+            calls.append((args, {k: _without_cache(v) for k, v in kwargs.items()}))
+            last[:] = [hidden]
+            return (hidden,) if self._tuple else hidden
+
+        self.streamed.run(self.inputs.rows(rows), stub)
+        if len(calls) != self.depth:
+            raise _Unfollowable(len(calls))
+        return first[0], calls
+
+    def _learn_calls(self) -> None:
+        """How blocks are called: whether they return tuples, and whether their arguments depend on the sample."""
+        problems = []
+        for self._tuple in (False, True):
+            try:
+                _, calls = self._capture([0])
+            except _Unfollowable as error:
+                problems.append(error.index)
+            except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
+                problems.append(0)
+            else:
+                break
+        else:
+            raise PassError(
+                f"the sweep cannot follow {type(self.streamed.model).__name__}: block {max(problems)} is not fed by the "
+                "block before it alone",
+                fix="use a method that needs no calibration",
+            )
+        other = self._capture([self.inputs.samples - 1])[1]
+        self._fixed = self.inputs.mask is None and all(_equal(a, b) for a, b in zip(calls, other, strict=True))
+
+    def check(self) -> None:
+        """On one sample, blocks run one by one give what the model gives when run whole.
+
+        Raises:
+            PassError: naming the first block that differs.
+        """
+        self._learn_calls()
+        rows = [0]
+        first, _ = self._capture(rows)
+        hidden, found = first, []
+        outputs: list[torch.Tensor] = []
+
+        def whole(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.streamed.block(index) as module:
+                output = module(hidden, *args, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        with self.progress.task("checking the sweep", 2 * self.depth, "blocks") as task:
+            self.streamed.run(self.inputs.rows(rows), whole)
+            task.advance(self.depth)
+            with torch.no_grad():
+                for index in range(self.depth):
+                    args, kwargs = self.calls(rows)[index]
+                    with self.streamed.block(index) as module:
+                        try:
+                            output = module(hidden, *args, **kwargs)
+                        except Exception as error:  # whatever a block lacks when it is run by itself
+                            raise PassError(
+                                f"the sweep cannot follow this model: block {index} run by itself fails ({error!r})",
+                                fix="use a method that needs no calibration",
+                            ) from error
+                        hidden = output[0] if isinstance(output, tuple) else output
+                    scale = float(outputs[index].abs().max())
+                    difference = float((hidden - outputs[index]).abs().max())
+                    found.append(difference)
+                    if not difference <= 1e-4 * max(scale, 1e-6):
+                        raise PassError(
+                            f"the sweep does not follow this model: block {index} run by itself differs by {difference:.3g}",
+                            fix="use a method that needs no calibration",
+                        )
+                    task.advance()
+
+    # ---- the sweep ----
+
+    def run(self, change: Change, title: str) -> SweepResult:
+        """Change every block in order. ``change`` alters weights in the block's module and returns keep-masks by tensor."""
+        state = self._state()
+        if state is None:
+            self.check()
+        else:
+            self._learn_calls()
+        shape = tuple(self._capture([0])[0].shape[1:])
+        files = {
+            name: [Activations(self.work / f"{name}{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
+            for name in (("inputs", "targets") if self.with_targets else ("inputs",))
+        }
+        if state is None:
+            for rows in self.batches():
+                first, _ = self._capture(rows)
+                for pair in files.values():
+                    pair[0].write(rows, first)
+            for pair in files.values():
+                pair[0].sync()
+            state = {"next": 0, "details": []}
+            self._save(state)
+        by_block: dict[int, set[str]] = {}
+        for name in self.wanted:
+            index = self.streamed.record.block_index(name)
+            assert index is not None
+            by_block.setdefault(index, set()).add(name)
+        last = max(by_block)
+        with self.progress.task(title, last + 1, "blocks") as task:
+            task.advance(state["next"])
+            for index in range(state["next"], last + 1):
+                start = time.perf_counter()
+                now, then = index % 2, (index + 1) % 2
+                with self.streamed.block(index) as module:
+                    details = self._block(index, module, by_block.get(index, set()), files, now, then, change, last)
+                details["seconds"] = round(time.perf_counter() - start, 3)
+                state["details"].append({"block": index, **details})
+                state["next"] = index + 1
+                self._save(state)
+                task.advance(note=f"block {index}")
+        for pair in files.values():
+            for file in pair:
+                file.close()
+        return SweepResult(self.work / "blocks", self.checkpoint, list(range(last + 1)), state["details"])
+
+    def _block(
+        self,
+        index: int,
+        module: Any,
+        wanted: set[str],
+        files: Mapping[str, list[Activations]],
+        now: int,
+        then: int,
+        change: Change,
+        last: int,
+    ) -> dict[str, Any]:
+        inputs = files["inputs"][now]
+        sites, swaps = find_sites(self.streamed, index, module, wanted)
+        block = Block(self, index, module, sites, [], swaps, inputs, None)
+        if self.with_targets:
+            with torch.no_grad():
+                for rows in self.batches():
+                    hidden = files["targets"][now].read(rows).to(self.device)
+                    files["targets"][then].write(rows, block.forward(rows, hidden))
+            files["targets"][then].sync()
+            block.targets = files["targets"][then]
+        if sites:
+            probe = next(self.batches())[:1]
+            with torch.no_grad(), unfused(swaps):
+                block.groups = group_sites(sites, lambda: block.forward(probe, inputs.read(probe).to(self.device)))
+            masks = change(block)
+            self._write(index, module, masks)
+        if index < last:
+            with torch.no_grad():
+                for rows in self.batches():
+                    output = block.forward(rows, inputs.read(rows).to(self.device))
+                    if not torch.isfinite(output).all():
+                        raise CheckpointError(
+                            f"block {index} gives NaN or infinite values", where=str(self.checkpoint.folder)
+                        )
+                    files["inputs"][then].write(rows, output)
+            files["inputs"][then].sync()
+        return block.details
+
+    def _write(self, index: int, module: Any, masks: Mapping[str, torch.Tensor]) -> None:
+        """Round the block's weights to the checkpoint's dtypes, in the module too, and put those that changed on disk."""
+        from safetensors.torch import save_file
+
+        result: dict[str, torch.Tensor] = {}
+        for key, parameter in module.named_parameters():
+            stored = {n: v for n, v in self.streamed.stored_names(index, {key: parameter.data}).items() if self._own(n)}
+            if not stored:
+                continue
+            for name, value in stored.items():
+                before = self.checkpoint.tensor(name)
+                mask = masks.get(name, before.mask)
+                data = value.to("cpu", before.data.dtype)
+                if mask is not None:
+                    mask = mask.to("cpu")
+                    data = canonical(data, mask)
+                    result[f"{name}:keep"] = pack_bits(mask)
+                if mask is not None or not torch.equal(data, before.data):
+                    result[name] = data.contiguous().clone()
+            dtype = torch_dtype(widest([self.checkpoint.spec.tensors[name].dtype for name in stored]))
+            parameter.data.copy_(parameter.data.to(dtype))
+        path = self.work / "blocks" / f"{index:05}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = path.with_suffix(".tmp")
+        save_file(result, temp)
+        temp.replace(path)
+
+    def _own(self, name: str) -> bool:
+        """Whether a tensor of that name is stored, and no alias."""
+        tensor = self.checkpoint.spec.tensors.get(name)
+        return tensor is not None and tensor.alias_of is None
+
+    # ---- resuming ----
+
+    def _state(self) -> dict[str, Any] | None:
+        try:
+            state: dict[str, Any] = json.loads((self.work / "state.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return state
+
+    def _save(self, state: Mapping[str, Any]) -> None:
+        temp = self.work / ".state.json.tmp"
+        temp.parent.mkdir(parents=True, exist_ok=True)
+        temp.write_text(json.dumps(state))
+        temp.replace(self.work / "state.json")
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The changed tensors, in a file per block; ``details`` has a row for each block."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    blocks: list[int]
+    details: list[dict[str, Any]]
+
+    def reader(self) -> Callable[[str], Value]:
+        """A function from a tensor's name to its value: the changed one where there is one."""
+        from safetensors import safe_open
+
+        where: dict[str, Path] = {}
+        for index in self.blocks:
+            path = self.folder / f"{index:05}.safetensors"
+            if path.exists():
+                with safe_open(path, framework="pt") as file:
+                    where |= dict.fromkeys(file.keys(), path)
+
+        def read(name: str) -> Value:
+            if name not in where:
+                return self.checkpoint.tensor(name)
+            with safe_open(where[name], framework="pt") as file:
+                data = file.get_tensor(name)
+                keep = f"{name}:keep"
+                mask = unpack_bits(file.get_tensor(keep), tuple(data.shape)) if keep in where else None
+            return Value(data, mask)
+
+        return read
+
+
+class _Unfollowable(Exception):
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+def _without_cache(value: Any) -> Any:
+    return None if type(value).__name__.endswith("Cache") else value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return (
+            isinstance(b, (tuple, list)) and len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return bool(a == b) if not hasattr(a, "__dict__") else a is b or type(a) is type(b)

@@ -1,0 +1,119 @@
+"""Moving a changed block towards the output that the original model has there, by gradient on the calibration samples.
+
+What solvers leave to be done: they see one matrix at a time, and inputs as the blocks before have made them; here all float
+tensors of a block (weights that are kept, norms, biases) move together, against the original's own activations. As in
+block-wise reconstruction of quantised models (BRECQ, arXiv 2102.05426; AutoRound, arXiv 2309.05516), for any change that is
+a projection of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compress.calibration.sweep import Block
+
+#: Share of the samples that are held out to see whether tuning pays; at least one.
+HELD_OUT = 1 / 16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to tune a block.
+
+    Attributes:
+        epochs: passes over the samples; 0 for none. rate: Adam's step, relative to the root mean square of each tensor.
+        batch: samples of one step.
+    """
+
+    epochs: int = 5
+    rate: float = 0.02
+    batch: int = 4
+
+
+def tune(
+    block: Block, how: Tuning, project: Callable[[], None], parameters: Sequence[torch.nn.Parameter] | None = None
+) -> dict[str, Any]:
+    """Tune a block in place.
+
+    The loss is the mean squared difference to ``block.targets`` over its variance. Steps are Adam's, with a rate that falls
+    linearly to zero. Some samples are held out: if the loss there ends no lower than it began, everything is put back.
+
+    Args:
+        project: called after every step; puts removed weights back to zero (or rounds).
+        parameters: what moves; every float parameter of the block by default.
+
+    Returns:
+        ``before`` and ``after``: relative error on the held-out samples; ``steps``.
+    """
+    sweep, targets = block.sweep, block.targets
+    assert targets is not None
+    moving = [p for p in (parameters or block.module.parameters()) if p.is_floating_point()]
+    order = torch.Generator().manual_seed(sweep.seed * 1_000_003 + block.index)
+    samples = torch.randperm(sweep.inputs.samples, generator=order).tolist()
+    held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
+    test, train = samples[:held], samples[held:]
+    before = _error(block, test) if test else 0.0
+    kept = [p.detach().clone() for p in moving]
+    scales = [max(float(p.detach().double().square().mean().sqrt()), 1e-8) for p in moving]
+    groups = [{"params": [p], "lr": how.rate * s, "peak": how.rate * s} for p, s in zip(moving, scales, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
+    batches = [train[i : i + how.batch] for i in range(0, len(train), how.batch)]
+    steps, step = how.epochs * len(batches), 0
+    for p in moving:
+        p.requires_grad_(True)
+    try:
+        for _ in range(how.epochs):
+            shuffled = torch.randperm(len(train), generator=order).tolist()
+            for start in range(0, len(train), how.batch):
+                rows = sorted(train[i] for i in shuffled[start : start + how.batch])
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * (1 - step / steps)
+                with torch.enable_grad():
+                    loss = _loss(block, rows)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():
+                    project()
+                step += 1
+    finally:
+        for p in moving:
+            p.requires_grad_(False)
+            p.grad = None
+    after = _error(block, test) if test else 0.0
+    if not after < before and test:
+        with torch.no_grad():
+            for p, old in zip(moving, kept, strict=True):
+                p.copy_(old)
+    return {"before": before, "after": after, "steps": step, "kept": after < before or not test}
+
+
+def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    sweep = block.sweep
+    assert block.targets is not None
+    target = block.targets.read(rows).to(sweep.device)
+    output = block.forward(rows, block.inputs.read(rows).to(sweep.device))
+    if (mask := sweep.mask(rows)) is not None:
+        return output[mask], target[mask]
+    return output, target
+
+
+def _loss(block: Block, rows: Sequence[int]) -> torch.Tensor:
+    output, target = _parts(block, rows)
+    return (output - target).float().square().mean() / target.float().var()
+
+
+def _error(block: Block, rows: Sequence[int]) -> float:
+    """Squared error over the squared deviation of the targets, over all those samples."""
+    total, scale = 0.0, 0.0
+    with torch.no_grad():
+        for start in range(0, len(rows), 8):
+            output, target = _parts(block, rows[start : start + 8])
+            total += float((output - target).float().square().sum())
+            scale += float((target.float() - target.float().mean()).square().sum())
+    return total / scale if scale else 0.0

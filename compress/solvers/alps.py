@@ -1,0 +1,264 @@
+"""ALPS: choose the weights of a layer to keep, and their values, by ADMM (arXiv 2406.07831).
+
+Letters: O outputs, I inputs. The problem is min ||(W - W')X||² over W' with a given number of entries, in scaled weights
+B = W · diag(s), whose Hessian is X = diag(1/s) H diag(1/s). B, D and the multiplier (here u, divided by rho) are the paper's.
+
+Differences from the paper and its code, measured on layers of a trained model at equal support size (error relative to theirs):
+s_j² = 1 / (H⁻¹)_jj instead of H_jj (0.98) and half as fast a growth of rho (0.99 more).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from compress.solvers.hessian import damped, inverse_factor
+from compress.solvers.magnitude import keep_largest, keep_n_of_m
+
+#: Above this size the eigendecomposition is in float32.
+_DOUBLE_LIMIT = 2048
+#: First penalty, and the growth of it whenever the support was checked. Scaled Hessians have eigenvalues whose harmonic mean
+#: is about 1.
+_RHO, _GROWTH = 0.6, 1.12
+#: Iterations between checks of the support.
+_CHECK = 5
+#: A change of the support, as a share of it, that counts as none.
+_SETTLED = 1e-3
+#: Greatest half width of the band around the last threshold in which the next one is looked for first.
+_BAND = 0.05
+
+
+class Problem(NamedTuple):
+    """What ``alps`` derives from H alone; layers with the same inputs (q/k/v, gate/up) share it."""
+
+    X_II: torch.Tensor
+    """Damped H divided by the scales of its rows and columns, [in, in], float32."""
+    Q_II: torch.Tensor
+    """Eigenvectors of X, in columns, float32."""
+    L_I: torch.Tensor
+    """Eigenvalues of X, float64 or float32."""
+    scale_I: torch.Tensor
+    """sqrt(1 / (H⁻¹)_jj), float32."""
+    damping: float
+    """Damping used, in units of the mean of H's diagonal; math.inf if eigenvalues were raised (see ``hessian``)."""
+
+
+def problem(H_II: torch.Tensor, damp: float = 0.01) -> Problem:
+    """Scale and decompose H, [in, in], float32 or float64.
+
+    Raises:
+        ValueError: H holds NaN or infinite values.
+    """
+    precise = torch.float64 if H_II.shape[0] <= _DOUBLE_LIMIT else torch.float32
+    U_II, damping = inverse_factor(H_II.to(precise), damp)
+    scale_I = U_II.square().sum(0).rsqrt_()
+    if math.isinf(damping):
+        X_II = torch.cholesky_inverse(U_II, upper=True)
+    else:
+        del U_II
+        X_II = damped(H_II.to(precise), damping)[0]
+    X_II.div_(scale_I).div_(scale_I[:, None])
+    L_I, Q_II = torch.linalg.eigh(X_II)
+    return Problem(X_II.float(), Q_II.float(), L_I, scale_I.float(), damping)
+
+
+def alps(
+    W_OI: torch.Tensor,
+    H_II: torch.Tensor | Problem,
+    *,
+    kept: int | None = None,
+    pattern: tuple[int, int] | None = None,
+    earlier: torch.Tensor | None = None,
+    damp: float = 0.01,
+    max_iterations: int = 300,
+    pcg_iterations: int = 10,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights with some removed and the others refitted, [out, in] in W's dtype, and the mask, True where a weight is kept.
+
+    Exactly one of ``kept`` and ``pattern`` is given. The work is done in float32.
+
+    Args:
+        W_OI: weights, [out, in], any float dtype.
+        H_II: sum of x xᵀ, [in, in], float32 or float64, or what ``problem`` made of it; ``damp`` is then not used.
+        kept: how many weights of the matrix survive, exactly, wherever they are; all that ``earlier`` kept if those are fewer.
+        pattern: (n, m): n of every m consecutive inputs are kept; m divides in.
+        earlier: a keep-mask that is obeyed. What it removed counts as zero and stays removed.
+        damp: damping of H, in units of the mean of its diagonal.
+        max_iterations: of ADMM, which mostly needs 40 to 100.
+        pcg_iterations: of conjugate gradients on the final support.
+
+    Raises:
+        ValueError: both or none of ``kept`` and ``pattern`` are given; H holds NaN or infinite values.
+    """
+    if (kept is None) == (pattern is None):
+        raise ValueError("give either kept or pattern")
+    alive = W_OI.numel() if earlier is None else int(earlier.sum())
+    if kept is not None and kept >= alive:
+        mask_OI = torch.ones_like(W_OI, dtype=torch.bool) if earlier is None else earlier.clone()
+        return W_OI * mask_OI, mask_OI
+    this = H_II if isinstance(H_II, Problem) else problem(H_II, damp)
+    target_OI = W_OI.float() * this.scale_I
+    if earlier is not None:
+        target_OI *= earlier
+
+    def exactly(values_OI: torch.Tensor) -> torch.Tensor:
+        if pattern is not None:
+            return keep_n_of_m(values_OI, *pattern, earlier=earlier)
+        assert kept is not None
+        return keep_largest(values_OI, kept, earlier)
+
+    B_OI = _admm(target_OI, this, _Projection(kept, pattern, earlier), max_iterations)
+    mask_OI = exactly(B_OI)
+    B_OI *= mask_OI
+    B_OI = _conjugate_gradients(target_OI, this.X_II, mask_OI, B_OI, pcg_iterations, 0.0)
+    return B_OI.div_(this.scale_I).to(W_OI.dtype), mask_OI
+
+
+def solve_support(
+    W_OI: torch.Tensor, H_II: torch.Tensor, mask_OI: torch.Tensor, damp: float = 0.01, max_iterations: int = 1000
+) -> torch.Tensor:
+    """The weights W' that are zero outside ``mask_OI`` with the least ||(W - W')X||² + damping · ||W - W'||².
+
+    Conjugate gradients in H's dtype until no row's gradient exceeds 1e-10 (float32: 1e-6) of what it is at W' = 0.
+
+    Args:
+        W_OI: weights to imitate, all of them, [out, in], any float dtype; the result has it too.
+        H_II: sum of x xᵀ, [in, in], float32 or float64.
+        mask_OI: True where W' may differ from zero.
+        damp: in units of the mean of H's diagonal. The damping pulls towards W, not towards zero.
+        max_iterations: after which the result is returned as it is.
+    """
+    X_II = damped(H_II, damp)[0]
+    scale_I = X_II.diagonal().sqrt()
+    X_II.div_(scale_I).div_(scale_I[:, None])
+    target_OI = W_OI.to(X_II.dtype) * scale_I
+    tolerance = 1e-10 if X_II.dtype == torch.float64 else 1e-6
+    start_OI = target_OI * mask_OI
+    solved_OI = _conjugate_gradients(target_OI, X_II, mask_OI, start_OI, max_iterations, tolerance)
+    return solved_OI.div_(scale_I).to(W_OI.dtype)
+
+
+class _Projection:
+    """The largest entries of a matrix, the others set to zero; a little fewer or more among exact ties."""
+
+    def __init__(self, kept: int | None, pattern: tuple[int, int] | None, earlier: torch.Tensor | None) -> None:
+        self.kept, self.pattern = kept, pattern
+        self.allowed = None if earlier is None else earlier.float()
+        self.last: float | None = None
+        self.band = 0.0
+
+    def __call__(self, Z_OI: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """D, [out, in], in ``out``."""
+        size_OI = torch.abs(Z_OI, out=out)
+        if self.allowed is not None:
+            size_OI *= self.allowed
+        if self.pattern is not None:
+            groups_Gm = size_OI.view(-1, self.pattern[1])
+            torch.mul(Z_OI, (groups_Gm >= _nth_largest(groups_Gm, self.pattern[0])).view(Z_OI.shape), out=out)
+        else:
+            out.copy_(torch.nn.functional.hardshrink(Z_OI, self._threshold(size_OI)))
+        if self.allowed is not None:
+            out *= self.allowed
+        return out
+
+    def _threshold(self, size_OI: torch.Tensor) -> float:
+        """The largest magnitude that is not kept. It moves slowly: a band around the last one is searched first."""
+        rank = (self.kept or 0) + 1
+        if self.last and rank < size_OI.numel():
+            above_OI = size_OI > self.last * (1 + self.band)
+            rest = rank - int(torch.count_nonzero(above_OI))
+            near = size_OI[(size_OI > self.last * (1 - self.band)) ^ above_OI]
+            if 1 <= rest <= near.numel():
+                found = float(near.kthvalue(near.numel() - rest + 1).values)
+                self.band = min(_BAND, max(4 * abs(found / self.last - 1), _BAND / 50))
+                self.last = found
+                return found
+        self.last = float(size_OI.flatten().kthvalue(size_OI.numel() - rank + 1).values)
+        self.band = _BAND
+        return self.last
+
+
+def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
+    """The n-th largest of each row, [groups, 1], by insertion; for the few columns of a pattern faster than sorting."""
+    best: list[torch.Tensor] = []
+    for value_G in groups_Gm.unbind(1):
+        for rank, other_G in enumerate(best):
+            best[rank] = torch.maximum(other_G, value_G)
+            value_G = torch.minimum(other_G, value_G)  # noqa: PLW2901
+        if len(best) < n:
+            best.append(value_G)
+    return best[-1][:, None]
+
+
+def _admm(target_OI: torch.Tensor, this: Problem, project: _Projection, max_iterations: int) -> torch.Tensor:
+    """The paper's B after convergence, dense, whose largest entries are the support."""
+
+    def inverse(rho: float) -> torch.Tensor:
+        return (this.Q_II / (this.L_I + rho).float()) @ this.Q_II.T
+
+    G_OI = target_OI @ this.X_II
+    rho = _RHO
+    inverse_II = inverse(rho)
+    B_OI = torch.empty_like(target_OI)
+    free_OI = torch.empty_like(target_OI)  # D, D - u and the right-hand side in turn
+    u_OI = torch.zeros_like(target_OI)
+    D_OI = project(target_OI, free_OI)
+    support_OI = D_OI != 0
+    size = max(1, int(support_OI.sum()))
+    moved = False
+    for iteration in range(1, max_iterations + 1):
+        D_OI -= u_OI
+        torch.mm(torch.add(G_OI, D_OI, alpha=rho, out=free_OI), inverse_II, out=B_OI)
+        if iteration == max_iterations:
+            break
+        u_OI += B_OI
+        D_OI = project(u_OI, free_OI)
+        u_OI -= D_OI
+        if iteration % _CHECK == 0:
+            before_OI, support_OI = support_OI, D_OI != 0
+            settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
+            if settled and moved:  # it does not move at first where rho is small
+                break
+            moved = moved or not settled
+            u_OI /= _GROWTH
+            rho *= _GROWTH
+            inverse_II = inverse(rho)
+    return B_OI
+
+
+def _conjugate_gradients(
+    target_OI: torch.Tensor,
+    X_II: torch.Tensor,
+    mask_OI: torch.Tensor,
+    start_OI: torch.Tensor,
+    iterations: int,
+    tolerance: float,
+) -> torch.Tensor:
+    """Lessens (B - target) X (B - target)ᵀ of each row over B inside the mask, from ``start_OI``; no row becomes worse."""
+    mask_OI = mask_OI.to(X_II.dtype)
+    jacobi_I = X_II.diagonal().reciprocal()
+    floor = torch.finfo(X_II.dtype).tiny
+    best_OI = start_OI.clone()
+    gradient_OI = (target_OI - start_OI) @ X_II
+    least_O1 = (gradient_OI * (target_OI - start_OI)).sum(1, keepdim=True)
+    residual_OI = gradient_OI.mul_(mask_OI)
+    goal_O = tolerance * ((target_OI @ X_II) * mask_OI).norm(dim=1)
+    B_OI = start_OI
+    step_OI = residual_OI * jacobi_I
+    power_O1 = (residual_OI * step_OI).sum(1, keepdim=True)
+    for _ in range(iterations):
+        if bool((residual_OI.norm(dim=1) <= goal_O).all()):
+            break
+        image_OI = step_OI @ X_II
+        length_O1 = power_O1 / (step_OI * image_OI).sum(1, keepdim=True).clamp_(min=floor)
+        B_OI = B_OI + length_O1 * step_OI
+        residual_OI -= image_OI.mul_(mask_OI).mul_(length_O1)
+        z_OI = residual_OI * jacobi_I
+        now_O1 = (residual_OI * z_OI).sum(1, keepdim=True)
+        step_OI = step_OI.mul_(now_O1 / power_O1.clamp(min=floor)).add_(z_OI)
+        power_O1 = now_O1
+    off_OI = target_OI - B_OI
+    better_O1 = ((off_OI @ X_II) * off_OI).sum(1, keepdim=True) <= least_O1
+    return torch.where(better_O1, B_OI, best_OI)

@@ -1,0 +1,86 @@
+"""The Hessian of a linear layer's output error, damped, and the Cholesky factor of its inverse.
+
+Letters: O outputs, I inputs. H_II is the sum of x xᵀ over tokens; for new weights W' the output error ||(W - W')X||² is
+tr((W - W') H (W - W')ᵀ).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+#: Damping never exceeds the mean of the diagonal; what still has no Cholesky factor there is not close to positive.
+_MOST_DAMPING = 1.0
+
+
+def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with ``damp`` times the mean of its diagonal added to the diagonal, and which inputs are dead.
+
+    Args:
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64. It is left as it is; the result is its one copy.
+        damp: at least 0, in units of the diagonal's mean over inputs that are not dead.
+
+    Returns:
+        The damped copy, and a bool tensor [in], True for inputs that were always zero (diagonal 0). They get the damping
+        alone, whatever the scale of H, or 1 where that is zero: their weights do nothing, so they are the cheapest to remove.
+    """
+    dead_I = H_II.diagonal() == 0
+    alive = max(1, dead_I.numel() - int(dead_I.sum()))
+    extra = damp * float(H_II.diagonal().sum(dtype=H_II.dtype)) / alive
+    damped_II = H_II.clone(memory_format=torch.contiguous_format)
+    diagonal_I = damped_II.diagonal()  # a view
+    diagonal_I += extra
+    diagonal_I[diagonal_I == 0] = 1
+    return damped_II, dead_I
+
+
+def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
+    """Upper triangular U with Uᵀ U = (damped H)⁻¹, as GPTQ and SparseGPT use it, and the damping it took.
+
+    Damping grows tenfold, up to 1, until the Cholesky factorisation succeeds. If it never does, H's eigenvalues are raised to
+    at least ``damp`` times the mean of its diagonal instead.
+
+    Args:
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; left as it is. Two more matrices of its size are held at
+            the peak, four in the eigenvalue decomposition.
+        damp: where to start, in units of the diagonal's mean, as for ``damped``.
+
+    Returns:
+        U in H's dtype, with a positive diagonal, and the damping used: ``damp`` if all went well, math.inf if eigenvalues were
+        raised. Callers should report any other value than ``damp``.
+
+    Raises:
+        ValueError: H holds NaN or infinite values.
+
+    Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
+    """
+    if not all(math.isfinite(float(bound)) for bound in torch.aminmax(H_II)):
+        raise ValueError(
+            f"H [{H_II.shape[0]}, {H_II.shape[1]}] holds NaN or infinite values; check the calibration inputs"
+        )
+    used = damp
+    while True:
+        factor_II, failed = torch.linalg.cholesky_ex(damped(H_II, used)[0])
+        if not int(failed):
+            inverse_II = torch.cholesky_inverse(factor_II)
+            del factor_II
+            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+            # an inverse of overflown or vanishing values is as good as none
+            if not int(failed) and bool(upper_II.diagonal().isfinite().all()):
+                return upper_II, used
+            del inverse_II, upper_II
+        if used >= _MOST_DAMPING:
+            return _raised_factor(H_II, damp), math.inf
+        used = min(_MOST_DAMPING, max(10 * used, 1e-4))
+
+
+def _raised_factor(H_II: torch.Tensor, damp: float) -> torch.Tensor:
+    """U with Uᵀ U = Q max(L, floor)⁻¹ Qᵀ: the R of QR of max(L, floor)^-½ Qᵀ."""
+    values_I, vectors_II = torch.linalg.eigh(H_II)
+    floor = max(damp, 1e-4) * float(H_II.diagonal().abs().mean()) or 1.0
+    vectors_II *= values_I.clamp_(min=floor).rsqrt_()
+    upper_II: torch.Tensor = torch.linalg.qr(vectors_II.mT, mode="r").R
+    del vectors_II
+    upper_II *= torch.where(upper_II.diagonal() < 0, -1, 1)[:, None]  # QR leaves the sign of each row open
+    return upper_II

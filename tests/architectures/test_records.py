@@ -1,0 +1,260 @@
+"""What a record says of a family is what stock transformers does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compress import architectures
+from compress.calibration.influence import find_blocks
+from compress.checkpoint.layout import lay_out
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import PassError
+from compress.loading import check_keys, load_checkpoint, load_model
+from compress.planning import size_of
+from tests import pico
+from tests.passes.helpers import apply, bypass, plan
+
+CAUSAL = [family for family in pico.FAMILIES if architectures.of({"model_type": family}).causal]
+
+
+def record_of(checkpoint):
+    return architectures.of(checkpoint.spec.structure.config)
+
+
+def size(checkpoint):
+    return size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 40))
+
+
+def change_config(folder, *remove, **values):
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in remove} | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_every_record_has_a_pico_model():
+    assert {record.model_type for record in architectures.RECORDS} == set(pico.FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", CAUSAL)
+def test_cache_bytes_are_those_of_the_real_cache(family, dtype, tmp_path):
+    """Up to the length of a sliding window."""
+    folder = pico.save(tmp_path / "in", family, dtype=dtype)
+    model = load_model(folder)
+    with torch.no_grad():
+        cache = model(**pico.inputs(model, 5), use_cache=True).past_key_values
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert size(open_checkpoint(folder)).kv_bytes_per_token * 5 == held
+
+
+@pytest.mark.parametrize("family", [family for family in pico.FAMILIES if family not in CAUSAL])
+def test_encoders_have_no_cache(family, tmp_path):
+    assert size(open_checkpoint(pico.save(tmp_path / "in", family))).kv_bytes_per_token is None
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_pruning_takes_the_linear_layers_of_blocks_and_experts_alone(family, tmp_path):
+    """Not routers, embeddings, convolutions, heads or what is tied to them."""
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
+    pruned = plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5)
+    chosen = sum(t.count for t in pruned.stored() if t.kept is not None)
+    blocks = find_blocks(load_model(checkpoint.folder), record_of(checkpoint))
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    expected = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, linear))
+    expected += sum(p.numel() for p in blocks.parameters() if p.ndim == 3)  # fused experts
+    assert chosen == expected
+    assert not [t.name for t in pruned.stored() if t.kept is not None and "gate.weight" in t.name]
+
+
+def test_routers_can_be_named(tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "qwen3_moe"))
+    pruned = plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.gate"])
+    assert [t.name for t in pruned.stored() if t.kept is not None] == [
+        f"model.layers.{i}.mlp.gate.weight" for i in (0, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "idle"),
+    [
+        ("mixtral", 4 * (4 - 2) * 3 * 64 * 32),  # blocks × experts unused by a token × matrices × shape
+        ("qwen3_moe", 3 * (4 - 1) * 3 * 16 * 32),  # block 1 has no experts
+        ("llama", 0),
+    ],
+)
+def test_active_parameters_leave_out_the_experts_a_token_is_not_sent_to(family, idle, tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
+    found = size(checkpoint)
+    assert found.parameters == sum(p.numel() for p in load_model(checkpoint.folder).parameters())
+    assert found.active_parameters == found.parameters - idle
+
+
+def test_experts_are_counted_under_the_older_name_too(tmp_path):
+    folder = pico.save(tmp_path / "in", "qwen3_moe")
+    now = size(open_checkpoint(folder)).active_parameters
+    change_config(folder, "num_local_experts", num_experts=4)
+    assert size(open_checkpoint(folder)).active_parameters == now
+
+
+TIED = [
+    ("gemma2", "lm_head.weight", "model.embed_tokens.weight"),
+    ("gemma3_text", "lm_head.weight", "model.embed_tokens.weight"),
+    ("gpt2", "lm_head.weight", "transformer.wte.weight"),
+    ("bloom", "lm_head.weight", "transformer.word_embeddings.weight"),
+    ("opt", "lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ("roberta", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    ("electra", "generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+    ("distilbert", "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+]
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(("family", "target", "source"), TIED)
+def test_families_that_tie_by_default(family, target, source, said, tmp_path):
+    """The aliases are the parameters that the stock class shares and the file leaves out; naming the head means both."""
+    folder = pico.save(tmp_path / "in", family)
+    if not said:
+        change_config(folder, "tie_word_embeddings")
+    checkpoint = open_checkpoint(folder)
+    model = load_model(folder)
+    shared = {id(p): name for name, p in model.named_parameters()}
+    twice = {n: shared[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if shared[id(p)] != n}
+    aliases = {t.name: t.alias_of for t in checkpoint.spec.tensors.values() if t.alias_of}
+    assert aliases[target] == source
+    assert {frozenset(pair) for pair in aliases.items()} == {frozenset(pair) for pair in twice.items()}
+    pruned = plan(
+        checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=[target.removesuffix(".weight")]
+    )
+    assert [t.name for t in pruned.tensors.values() if t.kept is not None] == [source]
+
+
+@pytest.mark.parametrize(("family", "target", "source"), TIED)
+def test_the_file_may_hold_the_head_and_leave_out_the_embedding(family, target, source, tmp_path):
+    folder = pico.save(tmp_path / "in", family)
+    state = load_file(folder / "model.safetensors")
+    state[target] = state.pop(source)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    check_keys(checkpoint)
+    assert checkpoint.spec.tensors[source].alias_of == target
+    assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(pico.model(family)), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(set(pico.FAMILIES) - {row[0] for row in TIED}))
+def test_families_that_do_not(family, tmp_path):
+    folder = pico.save(tmp_path / "in", family)
+    change_config(folder, "tie_word_embeddings")
+    checkpoint = open_checkpoint(folder)
+    assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
+    check_keys(checkpoint)
+
+
+@pytest.mark.parametrize("family", [row[0] for row in TIED])
+def test_untied_heads_are_tensors_of_their_own(family, tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, tie_word_embeddings=False))
+    assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
+    check_keys(checkpoint)
+
+
+def test_a_discriminator_has_no_vocabulary_head(tmp_path):
+    transformers.ElectraForPreTraining(pico.config("electra")).save_pretrained(tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
+    check_keys(checkpoint)
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_files_of_the_base_class(family, tmp_path):
+    model = transformers.AutoModel.from_config(pico.config(family)).eval()
+    model.save_pretrained(tmp_path / "in")
+    checkpoint = open_checkpoint(tmp_path / "in")
+    check_keys(checkpoint)
+    bypass(model, (0, 2))
+    smaller = load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2]))
+    assert torch.allclose(pico.logits(smaller), pico.logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_files_of_a_class_with_a_head_may_lack_the_prefix(family, tmp_path):
+    """As the first GPT-2 and BLOOM checkpoints do."""
+    folder = pico.save(tmp_path / "in", family)
+    aliases = [t.name for t in open_checkpoint(folder).spec.tensors.values() if t.alias_of]
+    prefix = f"{pico.model(family).base_model_prefix}."
+    state = {name.removeprefix(prefix): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    check_keys(checkpoint)
+    assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == aliases
+    assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(pico.model(family)), atol=1e-6)
+    load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2]))
+
+
+def same_as_bypassed(folder, drop):
+    """Dropping blocks from a checkpoint with that config equals bypassing them; returns the new config."""
+    smaller = load_checkpoint(apply(open_checkpoint(folder), "prune_structured", layers=drop))
+    model = load_model(folder)
+    bypass(model, drop)
+    assert torch.allclose(pico.logits(smaller), pico.logits(model), rtol=0, atol=1e-5)
+    return plan(open_checkpoint(folder), "prune_structured", layers=drop).structure.config
+
+
+@pytest.mark.parametrize(
+    ("family", "older"),
+    [
+        ("gemma2", {}),
+        ("gemma3_text", {"sliding_window_pattern": 2}),
+        ("qwen2", {}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 1}),
+    ],
+)
+def test_configs_that_leave_layer_types_out(family, older, tmp_path):
+    """Stock transformers derives them from each block's number, which changes when blocks go."""
+    folder = pico.save(tmp_path / "in", family)
+    change_config(folder, "layer_types", "_sliding_window_pattern", **older)
+    derived = load_model(folder).config.layer_types
+    config = same_as_bypassed(folder, [0, 3])
+    assert config["layer_types"] == [derived[1], derived[2]]
+
+
+@pytest.mark.parametrize(
+    ("step", "listed", "drop", "left"),
+    [
+        (1, [1], [0], [0]),
+        (1, [1], [1], []),
+        (1, None, [1], []),
+        (2, [1], [0], [0, 1]),  # experts in block 3 alone: 1, 2, 3 become 0, 1, 2
+        (2, [], [1, 2], [0]),
+        (3, [], [2], [0, 1, 2]),
+    ],
+)
+def test_which_blocks_have_experts_is_renumbered(step, listed, drop, left, tmp_path):
+    folder = pico.save(tmp_path / "in", "qwen3_moe", decoder_sparse_step=step, mlp_only_layers=listed)
+    config = same_as_bypassed(folder, drop)
+    assert config["mlp_only_layers"] == left
+    assert config["decoder_sparse_step"] == 1
+
+
+def test_other_spellings_of_config_fields(tmp_path):
+    """As in bigscience/bloom; the spelling that counts is gone once its value would be stale."""
+    folder = pico.save(tmp_path / "in", "bloom")
+    change_config(folder, "n_layer", "hidden_size", "n_head", num_hidden_layers=4, n_embed=32, num_attention_heads=4)
+    assert size(open_checkpoint(folder)).kv_bytes_per_token == 2 * 4 * 32 * 4
+    config = same_as_bypassed(folder, [1])
+    assert config["n_layer"] == 3
+    assert "num_hidden_layers" not in config
+
+
+def test_blocks_that_compute_by_their_number_stay(tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "gpt2", scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(
+        PassError, match="`scale_attn_by_inverse_layer_idx` makes each block compute by its number"
+    ) as e:
+        plan(checkpoint, "prune_structured", layers=[1])
+    assert e.value.key == "layers"

@@ -1,0 +1,306 @@
+"""The sweep computes what the model computes, block by block, for every family; and it resumes to the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress import architectures
+from compress.architectures.record import Architecture
+from compress.calibration.influence import find_blocks
+from compress.calibration.sites import Experts
+from compress.calibration.sweep import Inputs, Sweep
+from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.write import write_checkpoint
+from compress.errors import PassError
+from compress.loading import load_checkpoint
+from compress.progress import SilentProgress
+from tests import pico
+
+SAMPLES, LENGTH = 6, 12
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
+
+
+def inputs_of(checkpoint, samples=SAMPLES, mask=None):
+    generator = torch.Generator().manual_seed(0)
+    if checkpoint.spec.structure.model_type == "vit":
+        size = checkpoint.spec.structure.config["image_size"]
+        return Inputs({"pixel_values": torch.randn(samples, 3, size, size, generator=generator)})
+    return Inputs({"input_ids": torch.randint(2, 250, (samples, LENGTH), generator=generator)}, mask)
+
+
+def matrices(checkpoint):
+    record = architectures.of(checkpoint.spec.structure.config)
+    return {t.name for t in checkpoint.spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+
+
+def sweep_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
+    return Sweep(
+        checkpoint,
+        inputs or inputs_of(checkpoint),
+        wanted or matrices(checkpoint),
+        work=work,
+        dtype="float32",
+        device="cpu",
+        progress=SilentProgress(),
+        with_targets=with_targets,
+    )
+
+
+def linear_inputs(model, checkpoint, inputs, tensor):
+    """What the module that owns ``tensor`` reads in a plain forward of the stock model, [tokens, inputs]."""
+    seen = []
+    handle = model.get_submodule(tensor.rpartition(".")[0]).register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    with torch.no_grad():
+        model.base_model(**inputs.rows(range(inputs.samples)))
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_path):
+    """Hidden states, statistics and names agree with a stock model that is loaded whole; what is not changed stays."""
+    checkpoint = open_checkpoint(folders[family])
+    model = load_checkpoint(checkpoint, dtype="float32")
+    blocks = find_blocks(model, architectures.of(checkpoint.spec.structure.config))
+    expected: dict[int, torch.Tensor] = {}
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda m, a, o, i=i: expected.__setitem__(i, o[0] if isinstance(o, tuple) else o))
+    sweep = sweep_of(checkpoint, tmp_path, with_targets=True)
+    grams, compared = {}, []
+
+    def look(block):
+        for group, statistics, _ in block.statistics(1):
+            for site in group:
+                grams[site.name] = statistics
+                assert torch.equal(site.weight.T if site.transposed else site.weight, checkpoint.tensor(site.name).data)
+        rows = list(range(SAMPLES))
+        output = block.forward(rows, block.inputs.read(rows))
+        assert torch.equal(block.targets.read(rows), output)
+        compared.append((block.index, output))
+        return {}
+
+    result = sweep.run(look, "looking")
+    with torch.no_grad():
+        model.base_model(**sweep.inputs.rows(range(SAMPLES)))
+    for index, output in compared:
+        assert (output - expected[index]).abs().max() <= 1e-5 * expected[index].abs().max(), index
+    assert set(grams) == matrices(checkpoint)
+    assert len(compared) == len(blocks)
+    for name, statistics in grams.items():
+        try:
+            x = linear_inputs(model, checkpoint, sweep.inputs, name).double()
+        except AttributeError:
+            continue  # an expert, which the stock model does not have as a module: see below
+        assert statistics.tokens == len(x)
+        assert torch.allclose(
+            statistics.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-5 * float((x.T @ x).diagonal().max())
+        )
+    read = result.reader()
+    assert all(torch.equal(read(t.name).data, checkpoint.tensor(t.name).data) for t in checkpoint.spec.stored())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_statistics_of_experts_are_those_of_the_tokens_sent_to_them(family, folders, tmp_path):
+    checkpoint = open_checkpoint(folders[family])
+    model = load_checkpoint(checkpoint, dtype="float32")
+    name, fused = next((n, m) for n, m in model.named_modules() if Experts.fits(m))
+    calls = []
+    fused.register_forward_pre_hook(lambda m, a: calls.append(a))
+    sweep = sweep_of(checkpoint, tmp_path)
+    with torch.no_grad():
+        model.base_model(**sweep.inputs.rows(range(SAMPLES)))
+    hidden, index, _ = calls[0]
+    found = {}
+
+    def look(block):
+        if f".{block.index}." in f"{name}.":
+            for group, statistics, _ in block.statistics(1 << 30):
+                found.update({site.name: statistics for site in group})
+        return {}
+
+    sweep.run(look, "looking")
+    seen = 0
+    half = fused.down_proj.shape[2]
+    for e in range(fused.down_proj.shape[0]):
+        x = hidden[(index == e).any(-1)].double()
+        gate, up = (x.float() @ fused.gate_up_proj[e].T).split(half, -1)
+        middle = (fused.act_fn(gate) * up).detach().double()
+        for tensor in found:
+            if f"experts.{e}." not in tensor:
+                continue
+            wanted = (
+                middle
+                if checkpoint.spec.tensors[tensor].shape[1] == half and ("down" in tensor or "w2" in tensor)
+                else x
+            )
+            assert found[tensor].tokens == len(x)
+            assert torch.allclose(found[tensor].hessian.double(), wanted.T @ wanted, rtol=1e-3, atol=1e-4)
+            seen += 1
+    assert seen == 3 * fused.down_proj.shape[0]
+
+
+def test_inputs_of_one_group_are_shared(folders, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    shapes = []
+
+    def look(block):
+        shapes.append([sorted(s.name.split(".")[-2] for s in group) for group in block.groups])
+        return {}
+
+    sweep_of(checkpoint, tmp_path).run(look, "looking")
+    assert shapes[0] == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "bert", "mixtral"])
+def test_padding_counts_nowhere(family, folders, tmp_path):
+    """Samples padded on the right give the statistics of the same samples without padding."""
+    checkpoint = open_checkpoint(folders[family])
+    short = inputs_of(checkpoint).values["input_ids"][:, :7]
+    ids = torch.nn.functional.pad(short, (0, 5), value=9)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    mask[:, :7] = True
+    grams = []
+    for number, inputs in enumerate((Inputs({"input_ids": short}), Inputs({"input_ids": ids}, mask))):
+        found = {}
+
+        def look(block, found=found):
+            for group, statistics, _ in block.statistics(1 << 30):
+                found[group[0].name] = statistics
+            return {}
+
+        sweep_of(checkpoint, tmp_path / str(number), inputs).run(look, "looking")
+        grams.append(found)
+    for name, statistics in grams[0].items():
+        other = grams[1][name]
+        assert statistics.tokens == other.tokens
+        assert torch.allclose(
+            statistics.hessian, other.hessian, rtol=1e-3, atol=1e-3 * float(statistics.hessian.abs().max())
+        )
+
+
+def halve(block):
+    """A change that shows: every matrix is halved but for what its mask removes."""
+    masks = {}
+    for site in block.sites:
+        mask = torch.zeros_like(site.weight, dtype=torch.bool)
+        mask[:, ::2] = True
+        site.weight.mul_(0.5).masked_fill_(~mask, 0)
+        masks[site.name] = mask.T.contiguous() if site.transposed else mask
+    return masks
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_changes_reach_the_next_block_and_the_file(family, folders, tmp_path):
+    checkpoint = open_checkpoint(folders[family])
+    result = sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
+    read = result.reader()
+    names = matrices(checkpoint)
+    axis = architectures.of(checkpoint.spec.structure.config).input_axis
+    for name in names:
+        before, after = checkpoint.tensor(name).data, read(name)
+        keep = torch.zeros_like(before, dtype=torch.bool)
+        keep.movedim(axis, 1)[:, ::2] = True
+        assert torch.equal(after.mask, keep)
+        assert torch.equal(after.data, torch.where(keep, before / 2, 0))
+    spec = checkpoint.spec.map(lambda t: t if t.name not in names else _masked(t))
+    written = write_checkpoint(Derived(checkpoint, spec, read), tmp_path / "out")
+    model = load_checkpoint(open_checkpoint(written.folder), dtype="float32")
+    inputs = inputs_of(checkpoint)
+    blocks = find_blocks(model, architectures.of(checkpoint.spec.structure.config))
+    seen = []
+    blocks[-1].register_forward_pre_hook(
+        lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.base_model(**inputs.rows(range(SAMPLES)))
+    from compress.calibration.activations import Activations
+
+    stored = Activations(
+        tmp_path / "work" / f"inputs{(len(blocks) - 1) % 2}.act", SAMPLES, seen[0].shape[1:], torch.float32
+    )
+    assert torch.allclose(stored.read(range(SAMPLES)), seen[0], rtol=1e-4, atol=1e-5)
+
+
+def _masked(tensor):
+    from dataclasses import replace
+
+    return replace(tensor, kept=tensor.count // 2)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(at, folders, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    whole = sweep_of(checkpoint, tmp_path / "whole", with_targets=True).run(halve, "halving")
+
+    def stopping(block):
+        if block.index == at:
+            halve(block)
+            raise Stop
+        return halve(block)
+
+    with pytest.raises(Stop):
+        sweep_of(checkpoint, tmp_path / "broken", with_targets=True).run(stopping, "halving")
+    computed = []
+    sweep_of(checkpoint, tmp_path / "broken", with_targets=True).run(
+        lambda b: computed.append(b.index) or halve(b), "halving"
+    )
+    assert computed == list(range(at, 4))
+    for path in sorted(whole.folder.iterdir()):
+        assert path.read_bytes() == (tmp_path / "broken/blocks" / path.name).read_bytes()
+
+
+def test_a_model_that_the_sweep_cannot_follow_is_refused(tmp_path, monkeypatch):
+    """Something that changes hidden states between two blocks is noticed before any work, and the block is named."""
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
+    sweep = sweep_of(checkpoint, tmp_path / "work")
+    sweep.streamed.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * sweep_noise.pop(), *a[1:]))
+    sweep_noise = [1.0, 1.5]
+    with pytest.raises(PassError, match="the sweep does not follow this model: block 2 run by itself differs"):
+        sweep.run(halve, "halving")
+    assert not (tmp_path / "work/state.json").exists()
+
+
+def test_a_family_whose_blocks_read_more_than_the_block_before_is_refused(tmp_path):
+    """gemma3n hands every block a stack of streams and embeddings of its own."""
+    import transformers
+
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=300, vocab_size_per_layer_input=300, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=2,
+        activation_sparsity_pattern=[0.0] * 4, layer_types=["full_attention"] * 4, architectures=["Gemma3nForCausalLM"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Gemma3nForCausalLM(config).save_pretrained(tmp_path / "in")
+    record = Architecture(
+        "gemma3n_text", prefix="model", blocks="layers", embeddings=("embed_tokens",), tie_default=True
+    )
+    architectures._BY_TYPE["gemma3n_text"] = record
+    try:
+        checkpoint = open_checkpoint(tmp_path / "in")
+        with pytest.raises(PassError, match=r"the sweep (cannot|does not) follow"):
+            sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
+    finally:
+        del architectures._BY_TYPE["gemma3n_text"]
+
+
+def test_nan_is_named(folders, tmp_path):
+    base = open_checkpoint(folders["llama"])
+
+    def explode(block):
+        if block.index == 1:
+            next(s for s in block.sites if "down_proj" in s.name).weight.fill_(float("nan"))
+        return {}
+
+    with pytest.raises(Exception, match=r"block 1 gives NaN or infinite values"):
+        sweep_of(base, tmp_path).run(explode, "exploding")
+    assert isinstance(base.tensor("model.norm.weight"), Value)

@@ -1,0 +1,173 @@
+"""`prune_unstructured` with calibration data: what is promised of every method, and of the tuning after it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress import architectures
+from compress.calibration.batches import Batches
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.errors import PassError
+from compress.loading import load_model
+from tests import pico
+from tests.passes.helpers import apply, plan, write
+
+METHODS = ["wanda", "sparsegpt", "alps"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return Batches(torch.randint(2, 250, (16, 24), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {f: pico.save(root / f, f, with_tokenizer=False) for f in ("llama", "gpt2", "bert", "qwen3_moe")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("settings", [{"sparsity": 0.37}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe"])
+def test_planned_is_written(family, settings, method, folders, data, tmp_path):
+    checkpoint = open_checkpoint(folders[family])
+    settings = {**settings, "method": method, "tune_epochs": 1 if method == "alps" else 0}
+    planned = plan(checkpoint, "prune_unstructured", **settings)
+    assert planned.exact
+    _, layout = stored_form(planned, "compact", 10**9, checkpoint.metadata)
+    pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "work", **settings)
+    written = write_checkpoint(pruned, tmp_path / "out", store="compact")
+    assert written.bytes == layout.bytes
+    record = architectures.of(checkpoint.spec.structure.config)
+    for tensor in open_checkpoint(written.folder).spec.stored():
+        value = pruned.tensor(tensor.name)
+        if record.is_block_matrix(tensor.name) and tensor.kept is not None:
+            assert not value.data[~value.mask].any()
+            assert int(value.mask.sum()) == tensor.kept
+            if "pattern" in settings:
+                along = value.mask.movedim(record.input_axis, -1).reshape(-1, 4)
+                assert (along.sum(1) == 2).all()
+        elif not settings["tune_epochs"]:
+            assert torch.equal(value.data, checkpoint.tensor(tensor.name).data), tensor.name
+
+
+def error(folder, other, data):
+    """Mean squared difference of the outputs of two models."""
+    models = [load_model(f, dtype="float32") for f in (folder, other)]
+    with torch.no_grad():
+        first, second = (m(input_ids=data.ids)[0] for m in models)
+    return float((first - second).square().mean())
+
+
+def test_each_method_is_better_than_the_one_before_it_and_tuning_better_still(folders, data, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    errors, layers = [], []
+    for i, settings in enumerate(
+        [
+            {"method": "magnitude"},
+            {"method": "wanda", "tune_epochs": 0},
+            {"method": "sparsegpt", "tune_epochs": 0},
+            {"method": "alps", "tune_epochs": 0},
+            {"method": "alps", "tune_epochs": 20},
+        ]
+    ):
+        details: dict = {}
+        pruned = apply(
+            checkpoint,
+            "prune_unstructured",
+            data=data,
+            work=tmp_path / f"w{i}",
+            details=details,
+            sparsity=0.5,
+            **settings,
+        )
+        out = write(pruned, tmp_path / str(i))
+        errors.append(error(folders["llama"], out.folder, data))
+        if "blocks" in details:
+            rows = details["blocks"][0]["tensors"]
+            assert len(rows) == 7
+            assert all(0 < row["error"] < 1 and row["sparsity"] == pytest.approx(0.5) for row in rows.values())
+            layers.append(sum(row["error"] for row in rows.values()))
+            assert ("tuning" in details["blocks"][0]) == bool(settings["tune_epochs"])
+    assert errors[4] < errors[3] < errors[2] < errors[1] < errors[0], errors
+    assert layers[2] < layers[1] < layers[0]
+    assert layers[2] == layers[3]  # before any tuning, the first block is the same
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_earlier_mask_is_kept(method, folders, data, tmp_path):
+    half = write(
+        apply(open_checkpoint(folders["llama"]), "prune_unstructured", method="magnitude", sparsity=0.5),
+        tmp_path / "half",
+    )
+    for i, settings in enumerate(({"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.3, "allow_noop": True})):
+        more = apply(
+            half, "prune_unstructured", data=data, work=tmp_path / str(i), method=method, tune_epochs=1, **settings
+        )
+        for tensor in more.spec.stored():
+            if tensor.kept is not None:
+                old, new = half.tensor(tensor.name).mask, more.tensor(tensor.name).mask
+                assert not (new & ~old).any()
+                assert int(new.sum()) == tensor.kept
+
+
+def test_wanda_is_its_formula(folders, data, tmp_path):
+    """The first block's masks, from |w| · ‖x‖ compared within each output, computed here with the stock model."""
+    pruned = apply(
+        open_checkpoint(folders["llama"]),
+        "prune_unstructured",
+        data=data,
+        work=tmp_path,
+        method="wanda",
+        sparsity=0.5,
+        tune_epochs=0,
+    )
+    model = load_model(folders["llama"], dtype="float32")
+    for name in ("q_proj", "o_proj", "down_proj"):
+        path = next(n for n, _ in model.named_modules() if n.startswith("model.layers.0.") and n.endswith(name))
+        module, seen = model.get_submodule(path), []
+        handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            model(input_ids=data.ids)
+        handle.remove()
+        score = module.weight.detach().abs() * seen[0].flatten(0, 1).norm(dim=0)
+        expected = score > score.sort(dim=1).values[:, score.shape[1] // 2 - 1, None]
+        assert torch.equal(pruned.tensor(f"{path}.weight").mask, expected)
+
+
+def test_tuning_that_does_not_pay_is_put_back(folders, data, tmp_path):
+    """A step far too large makes the held-out error worse: the weights stay what the solver gave."""
+    results = []
+    for i, tuning in enumerate(({"tune_epochs": 0}, {"tune_epochs": 1, "tune_rate": 0.99})):
+        details: dict = {}
+        pruned = apply(
+            open_checkpoint(folders["llama"]), "prune_unstructured", data=data, work=tmp_path / str(i), details=details, method="wanda",
+            sparsity=0.1, **tuning,
+        )  # fmt: skip
+        results.append({t.name: pruned.tensor(t.name) for t in pruned.spec.stored()})
+    report = [row["tuning"] for row in details["blocks"]]
+    assert any(not row["kept"] for row in report), report
+    assert all(row["kept"] == (row["after"] < row["before"]) for row in report)
+    if all(not row["kept"] for row in report):
+        assert all(torch.equal(results[0][n].data, results[1][n].data) for n in results[0])
+
+
+def test_norms_move_too_and_the_checkpoint_stays_bf16(data, tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "in", dtype=torch.bfloat16, with_tokenizer=False))
+    pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "w", method="sparsegpt", sparsity=0.5)
+    name = "model.layers.0.input_layernorm.weight"
+    assert pruned.tensor(name).data.dtype == torch.bfloat16
+    assert not torch.equal(pruned.tensor(name).data, checkpoint.tensor(name).data)
+    for outside in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(pruned.tensor(outside).data, checkpoint.tensor(outside).data)
+
+
+def test_what_it_cannot_do(folders, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    with pytest.raises(PassError, match=r"lm_head.weight is outside the blocks.*use `method: magnitude`"):
+        plan(checkpoint, "prune_unstructured", sparsity=0.5, only=["lm_head"])
+    with pytest.raises(ValueError, match=r"goes with `method: magnitude`"):
+        plan(checkpoint, "prune_unstructured", sparsity=0.5, scope="global")
