@@ -71,20 +71,27 @@ def prune_block(block: Block, how: Pruning) -> dict[str, torch.Tensor]:
     masks: dict[str, torch.Tensor] = {}  # as the sites shape them
     waiting: list[tuple[Site, torch.Tensor]] = []
     rows: dict[str, Any] = {}
-    for group, statistics, free in block.statistics(STATISTICS_BYTES):
+    ranks = block.sweep.ranks
+    for number, (group, statistics, free) in enumerate(block.statistics(STATISTICS_BYTES)):
         shared: dict[str, Any] = {}
+        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
         for site in group:
             start = time.perf_counter()
             earlier = block.sweep.checkpoint.tensor(site.name).mask
             if earlier is not None:
                 earlier = (earlier.T if site.transposed else earlier).to(site.weight.device)
-            weight, mask, notes = _solve(site, statistics, how, earlier, shared)
-            weight = weight.masked_fill(~mask, 0)
-            row = {"error": _relative_error(site.weight, weight, statistics), **notes}
-            rows[site.name] = row | {
-                "sparsity": 1 - float(mask.double().mean()),
-                "seconds": round(time.perf_counter() - start, 3),
-            }
+            row: dict[str, Any] = {}
+            if solver == ranks.rank:
+                weight, mask, notes = _solve(site, statistics, how, earlier, shared)
+                weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
+                row = {"error": _relative_error(site.weight, weight, statistics), **notes}
+                row["sparsity"] = 1 - float(mask.double().mean())
+                row["seconds"] = round(time.perf_counter() - start, 3)
+            else:
+                weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
+                mask = torch.empty_like(weight, dtype=torch.bool)
+            ranks.spread(solver, weight, mask)
+            rows[site.name] = ranks.tell(solver, row)
             masks[site.name] = mask
             waiting.append((site, weight))
             if free:  # all statistics are those of the block as it came

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from compress.calibration.activations import Activations
+from compress.calibration.ranks import Ranks
 from compress.calibration.sites import (
     Experts,
     Site,
@@ -106,7 +107,10 @@ class Block:
                     self.forward(rows, self.inputs.read(rows).to(self.sweep.device))
                 set_counted(part, self.swaps, None)
             for group in part:
-                yield group, found.pop(0), not pending
+                statistics = found.pop(0)
+                self.sweep.ranks.add(statistics.hessian)
+                statistics.tokens = int(self.sweep.ranks.total(statistics.tokens)[0])
+                yield group, statistics, not pending
 
 
 def summing_dtype(width: int) -> torch.dtype:
@@ -138,10 +142,11 @@ class Sweep:
         progress: Progress,
         with_targets: bool,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
         self.work, self.device, self.progress = work, device, progress
-        self.with_targets, self.seed = with_targets, seed
+        self.with_targets, self.seed, self.ranks = with_targets, seed, ranks or Ranks()
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.streamed = StreamedModel(checkpoint, dtype=self.dtype, device=device)
         self.depth = len(self.streamed.blocks)
@@ -159,11 +164,12 @@ class Sweep:
     # ---- running ----
 
     def batches(self) -> Iterator[list[int]]:
-        """Sample numbers, a batch at a time."""
+        """Numbers of this process's samples, a batch at a time."""
         length = next(iter(self.inputs.values.values())).shape[1:].numel()
         size = max(1, TOKENS_PER_BATCH // max(1, length))
-        for start in range(0, self.inputs.samples, size):
-            yield list(range(start, min(start + size, self.inputs.samples)))
+        mine = self.ranks.mine(range(self.inputs.samples))
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size]
 
     def mask(self, rows: Sequence[int]) -> torch.Tensor | None:
         """Which tokens of those samples count."""
@@ -285,6 +291,8 @@ class Sweep:
                 pair[0].sync()
             state = {"next": 0, "details": []}
             self._save(state)
+        else:
+            self.ranks.wait()
         by_block: dict[int, set[str]] = {}
         for name in self.wanted:
             index = self.streamed.record.block_index(name)
@@ -328,9 +336,10 @@ class Sweep:
                     hidden = files["targets"][now].read(rows).to(self.device)
                     files["targets"][then].write(rows, block.forward(rows, hidden))
             files["targets"][then].sync()
+            self.ranks.wait()  # tuning reads samples of other processes too
             block.targets = files["targets"][then]
         if sites:
-            probe = next(self.batches())[:1]
+            probe = [0]
             with torch.no_grad(), unfused(swaps):
                 block.groups = group_sites(sites, lambda: block.forward(probe, inputs.read(probe).to(self.device)))
             masks = change(block)
@@ -368,6 +377,8 @@ class Sweep:
                     result[name] = data.contiguous().clone()
             dtype = torch_dtype(widest([self.checkpoint.spec.tensors[name].dtype for name in stored]))
             parameter.data.copy_(parameter.data.to(dtype))
+        if self.ranks.rank:
+            return
         path = self.work / "blocks" / f"{index:05}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = path.with_suffix(".tmp")
@@ -382,13 +393,20 @@ class Sweep:
     # ---- resuming ----
 
     def _state(self) -> dict[str, Any] | None:
+        """What an earlier run left; as the first process finds it, so that all go the same way."""
+        state: dict[str, Any] | None
         try:
-            state: dict[str, Any] = json.loads((self.work / "state.json").read_text())
+            state = json.loads((self.work / "state.json").read_text())
         except (OSError, ValueError):
-            return None
+            state = None
+        state = self.ranks.tell(0, state)
         return state
 
     def _save(self, state: Mapping[str, Any]) -> None:
+        """Only when all processes have written their activations."""
+        self.ranks.wait()
+        if self.ranks.rank:
+            return
         temp = self.work / ".state.json.tmp"
         temp.parent.mkdir(parents=True, exist_ok=True)
         temp.write_text(json.dumps(state))

@@ -31,7 +31,7 @@ class Tuning:
     """
 
     epochs: int = 5
-    rate: float = 0.02
+    rate: float = 0.04
     batch: int = 4
 
 
@@ -40,7 +40,7 @@ def tune(
 ) -> dict[str, Any]:
     """Tune a block in place.
 
-    The loss is the mean squared difference to ``block.targets`` over its variance. Steps are Adam's, with a rate that falls
+    The loss is the mean squared difference to ``block.targets`` over their variance. Steps are Adam's, with a rate that falls
     linearly to zero. Some samples are held out: if the loss there ends no lower than it began, everything is put back.
 
     Args:
@@ -50,20 +50,19 @@ def tune(
     Returns:
         ``before`` and ``after``: relative error on the held-out samples; ``steps``.
     """
-    sweep, targets = block.sweep, block.targets
-    assert targets is not None
+    sweep = block.sweep
+    assert block.targets is not None
     moving = [p for p in (parameters or block.module.parameters()) if p.is_floating_point()]
     order = torch.Generator().manual_seed(sweep.seed * 1_000_003 + block.index)
     samples = torch.randperm(sweep.inputs.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
-    before = _error(block, test) if test else 0.0
+    before, deviation = _error(block, test or train[:1])
     kept = [p.detach().clone() for p in moving]
     scales = [max(float(p.detach().double().square().mean().sqrt()), 1e-8) for p in moving]
     groups = [{"params": [p], "lr": how.rate * s, "peak": how.rate * s} for p, s in zip(moving, scales, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
-    batches = [train[i : i + how.batch] for i in range(0, len(train), how.batch)]
-    steps, step = how.epochs * len(batches), 0
+    steps, step = how.epochs * -(-len(train) // how.batch), 0
     for p in moving:
         p.requires_grad_(True)
     try:
@@ -73,9 +72,7 @@ def tune(
                 rows = sorted(train[i] for i in shuffled[start : start + how.batch])
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * (1 - step / steps)
-                with torch.enable_grad():
-                    loss = _loss(block, rows)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                _gradients(block, rows, moving, deviation)
                 optimizer.step()
                 optimizer.zero_grad()
                 with torch.no_grad():
@@ -85,15 +82,32 @@ def tune(
         for p in moving:
             p.requires_grad_(False)
             p.grad = None
-    after = _error(block, test) if test else 0.0
-    if not after < before and test:
+    after = _error(block, test)[0] if test else 0.0
+    pays = after < before or not test
+    if not pays:
         with torch.no_grad():
             for p, old in zip(moving, kept, strict=True):
                 p.copy_(old)
-    return {"before": before, "after": after, "steps": step, "kept": after < before or not test}
+    return {"before": before, "after": after, "steps": step, "kept": pays}
+
+
+def _gradients(block: Block, rows: Sequence[int], moving: Sequence[torch.nn.Parameter], deviation: float) -> None:
+    """Gradients of the loss on those samples; of several processes each takes some of them."""
+    ranks = block.sweep.ranks
+    if mine := ranks.mine(rows):
+        with torch.enable_grad():
+            output, target = _parts(block, mine)
+            loss = (output - target).float().square().mean() / deviation * (len(mine) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+    if ranks.world > 1:
+        for p in moving:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            ranks.add(p.grad)
 
 
 def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output as the block is, and target, of those samples; of padded ones the tokens that count."""
     sweep = block.sweep
     assert block.targets is not None
     target = block.targets.read(rows).to(sweep.device)
@@ -103,17 +117,15 @@ def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
     return output, target
 
 
-def _loss(block: Block, rows: Sequence[int]) -> torch.Tensor:
-    output, target = _parts(block, rows)
-    return (output - target).float().square().mean() / target.float().var()
-
-
-def _error(block: Block, rows: Sequence[int]) -> float:
-    """Squared error over the squared deviation of the targets, over all those samples."""
-    total, scale = 0.0, 0.0
+def _error(block: Block, rows: Sequence[int]) -> tuple[float, float]:
+    """Squared error over the squared deviation of the targets, over all those samples; and the deviation per value."""
+    total, scale, count = 0.0, 0.0, 0
+    mine = block.sweep.ranks.mine(rows)
     with torch.no_grad():
-        for start in range(0, len(rows), 8):
-            output, target = _parts(block, rows[start : start + 8])
+        for start in range(0, len(mine), 8):
+            output, target = _parts(block, mine[start : start + 8])
             total += float((output - target).float().square().sum())
             scale += float((target.float() - target.float().mean()).square().sum())
-    return total / scale if scale else 0.0
+            count += target.numel()
+    total, scale, values = block.sweep.ranks.total(total, scale, count)
+    return (total / scale, scale / values) if scale else (0.0, 1.0)

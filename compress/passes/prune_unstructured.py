@@ -51,7 +51,7 @@ class PruneUnstructuredSettings(PassSettings):
         "output of the original's, its masks kept; 0 for none. Takes most of the time, and pays on text never seen.",
     )
     tune_rate: float = Field(
-        default=0.02, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
     )
 
     @model_validator(mode="after")
@@ -257,6 +257,7 @@ def _calibrated(
 ) -> Checkpoint:
     """Block by block; the changed tensors come from the work folder."""
     from compress.calibration.pruning import Pruning, owl_allocation, prune_block
+    from compress.calibration.ranks import Ranks
     from compress.calibration.sweep import Inputs, Sweep
     from compress.calibration.tune import Tuning
     from compress.checkpoint.open import Derived
@@ -276,6 +277,7 @@ def _calibrated(
             progress=context.progress,
             with_targets=with_targets,
             seed=context.seed,
+            ranks=Ranks(context.rank, context.world),
         )
 
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
+from compress.calibration.ranks import Ranks
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
@@ -23,6 +24,7 @@ from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
+from compress.pipeline.processes import call_for_help, help_out, joined, own_device
 from compress.pipeline.publish import changed_files, check_output, publish, read_provenance
 from compress.planning import PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
@@ -58,6 +60,7 @@ class Run:
     recipe: Recipe
     progress: Progress
     fresh: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -132,14 +135,19 @@ class Run:
         for planned in stage.passes:
             context = Context(
                 original=self.original,
-                device=self.device,
+                device=own_device(self.device),
                 dtype=self.recipe.dtype,
                 seed=self.recipe.seed,
                 max_ram=self.recipe.max_ram,
                 data=self.data.batches,
                 progress=self.progress,
                 work=self.folder.work(key),
+                rank=self.ranks.rank,
+                world=self.ranks.world,
             )
+            if passes.get(planned.name).works(planned.settings) != "stream":
+                trust = self.recipe.trust_remote_code
+                call_for_help(self.ranks, planned.name, planned.settings, before.folder, trust, context)
             try:
                 checkpoint = passes.get(planned.name).apply(checkpoint, planned.settings, context)
             except PassError as error:
@@ -243,16 +251,30 @@ def run(
         fresh: compute every stage and measurement anew.
         publish_anyway: publish although a gate failed or was inconclusive (the verdict stays).
 
+    Under torchrun the first process runs the recipe, and the others help; they end here when it is done (SystemExit).
+
     Raises:
         CompressError: the recipe cannot run here; nothing at the output has changed.
     """
+    with joined(resolve_device(recipe.device)) as ranks:
+        if ranks.rank:
+            help_out(ranks)
+            raise SystemExit(0)
+        result = _run(recipe, ranks, fresh, publish_anyway, progress or SilentProgress(), recipe_path)
+        ranks.tell(0, None)
+    return result
+
+
+def _run(
+    recipe: Recipe, ranks: Ranks, fresh: bool, publish_anyway: bool, progress: Progress, recipe_path: str | None
+) -> RunResult:
+    """The whole run, in the first process."""
     from compress import report as reports
     from compress.gates import judge, verdict
     from compress.recipe import resolved
 
-    progress = progress or SilentProgress()
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    state = Run(recipe, progress, fresh)
+    state = Run(recipe, progress, fresh, ranks)
     state.prepare()
     with state.folder.locked():
         wanted = resolved(recipe)

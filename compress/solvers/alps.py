@@ -3,8 +3,9 @@
 Letters: O outputs, I inputs. The problem is min ||(W - W')X||² over W' with a given number of entries, in scaled weights
 B = W · diag(s), whose Hessian is X = diag(1/s) H diag(1/s). B, D and the multiplier (here u, divided by rho) are the paper's.
 
-Differences from the paper and its code, measured on layers of a trained model at equal support size (error relative to theirs):
-s_j² = 1 / (H⁻¹)_jj instead of H_jj (0.98) and half as fast a growth of rho (0.99 more).
+Differences from the paper and its code, measured on ten layers of a trained model: s_j² = 1 / (H⁻¹)_jj instead of H_jj, and a
+rho that grows slowly and evenly instead of by thresholds. Together 0.97 of the published error at the same support size, for
+50 to 70 % and 2:4, in less than half the time (thresholds from a narrow band, float32, no error computed along the way).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _DOUBLE_LIMIT = 2048
 #: First penalty, and the growth of it whenever the support was checked. Scaled Hessians have eigenvalues whose harmonic mean
 #: is about 1.
 _RHO, _GROWTH = 0.6, 1.12
+#: Where nothing has moved up to this rho, nothing will.
+_LATE = 2.0
 #: Iterations between checks of the support.
 _CHECK = 5
 #: A change of the support, as a share of it, that counts as none.
@@ -86,7 +89,7 @@ def alps(
         pattern: (n, m): n of every m consecutive inputs are kept; m divides in.
         earlier: a keep-mask that is obeyed. What it removed counts as zero and stays removed.
         damp: damping of H, in units of the mean of its diagonal.
-        max_iterations: of ADMM, which mostly needs 40 to 100.
+        max_iterations: of ADMM, which mostly needs 50 to 100.
         pcg_iterations: of conjugate gradients on the final support.
 
     Raises:
@@ -95,6 +98,8 @@ def alps(
     if (kept is None) == (pattern is None):
         raise ValueError("give either kept or pattern")
     alive = W_OI.numel() if earlier is None else int(earlier.sum())
+    if kept == 0:
+        return torch.zeros_like(W_OI), torch.zeros_like(W_OI, dtype=torch.bool)
     if kept is not None and kept >= alive:
         mask_OI = torch.ones_like(W_OI, dtype=torch.bool) if earlier is None else earlier.clone()
         return W_OI * mask_OI, mask_OI
@@ -145,7 +150,7 @@ class _Projection:
 
     def __init__(self, kept: int | None, pattern: tuple[int, int] | None, earlier: torch.Tensor | None) -> None:
         self.kept, self.pattern = kept, pattern
-        self.allowed = None if earlier is None else earlier.float()
+        self.allowed = earlier
         self.last: float | None = None
         self.band = 0.0
 
@@ -186,7 +191,7 @@ def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
     for value_G in groups_Gm.unbind(1):
         for rank, other_G in enumerate(best):
             best[rank] = torch.maximum(other_G, value_G)
-            value_G = torch.minimum(other_G, value_G)  # noqa: PLW2901
+            value_G = torch.minimum(other_G, value_G)
         if len(best) < n:
             best.append(value_G)
     return best[-1][:, None]
@@ -196,7 +201,7 @@ def _admm(target_OI: torch.Tensor, this: Problem, project: _Projection, max_iter
     """The paper's B after convergence, dense, whose largest entries are the support."""
 
     def inverse(rho: float) -> torch.Tensor:
-        return (this.Q_II / (this.L_I + rho).float()) @ this.Q_II.T
+        return (this.Q_II / (this.L_I + rho).to(this.Q_II.dtype)) @ this.Q_II.T
 
     G_OI = target_OI @ this.X_II
     rho = _RHO
@@ -219,7 +224,7 @@ def _admm(target_OI: torch.Tensor, this: Problem, project: _Projection, max_iter
         if iteration % _CHECK == 0:
             before_OI, support_OI = support_OI, D_OI != 0
             settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
-            if settled and moved:  # it does not move at first where rho is small
+            if settled and (moved or rho > _LATE):  # while rho is small it need not move yet
                 break
             moved = moved or not settled
             u_OI /= _GROWTH

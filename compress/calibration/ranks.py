@@ -1,0 +1,68 @@
+"""Several processes at the same sweep (torchrun): who does what, and how results come together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``world``; with one process every call returns what it was given."""
+
+    rank: int = 0
+    world: int = 1
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """Every ``world``-th item, from this rank's on."""
+        return list(items[self.rank :: self.world])
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        if self.world == 1:
+            return list(values)
+        import torch
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        self.add(tensor)
+        return [float(v) for v in tensor]
+
+    def spread(self, source: int, *tensors: torch.Tensor) -> None:
+        """Overwrite each tensor by that of process ``source``. Bool tensors go as bytes."""
+        if self.world > 1:
+            import torch
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, source)
+
+    def tell(self, source: int, value: Any) -> Any:
+        """The value that process ``source`` has."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, source)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()

@@ -1,0 +1,119 @@
+"""A run in several processes (torchrun): the first one runs the pipeline, the others help with the passes that can share work.
+
+The first process alone locks, hashes, writes, evaluates and prints. Before a pass that shares its work it tells the others what
+to do; they open the same checkpoint, which must lie where all can read it, and take part. An error in any process ends all
+(torchrun sees to it).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.calibration.ranks import Ranks
+    from compress.passes.base import Context
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the other processes need to take part in a pass."""
+
+    name: str
+    settings: Any
+    folder: Path
+    trust_remote_code: bool
+    data: dict[str, Any]
+    dtype: str
+    device: str
+    seed: int
+    work: Path
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """This process among those that torchrun started. Waiting has no limit: the first one may evaluate for hours."""
+    from compress.calibration.ranks import Ranks
+
+    rank, world = launched()
+    if world == 1:
+        yield Ranks()
+        return
+    import torch.distributed as dist
+
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(days=30))
+    try:
+        yield Ranks(rank, world)
+    except SystemExit:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()  # without it processes that are done early abort the others
+    dist.destroy_process_group()
+
+
+def own_device(device: str) -> str:
+    """The device of this process: with several GPUs one for each."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched()[1] > 1 else device
+
+
+def help_out(ranks: Ranks) -> None:
+    """What processes other than the first do: jobs, until there are no more."""
+    from compress import passes
+    from compress.checkpoint.open import open_checkpoint
+    from compress.passes.base import Context
+    from compress.progress import SilentProgress
+
+    while (job := ranks.tell(0, None)) is not None:
+        checkpoint = open_checkpoint(job.folder, trust_remote_code=job.trust_remote_code)
+        context = Context(
+            original=checkpoint,
+            device=own_device(job.device),
+            dtype=job.dtype,
+            seed=job.seed,
+            max_ram=None,
+            data=lambda name, job=job: job.data[name],  # type: ignore[misc]
+            progress=SilentProgress(),
+            work=job.work,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        passes.get(job.name).apply(checkpoint, job.settings, context)
+
+
+def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, trust: bool, context: Context) -> None:
+    """Tell the other processes to take part in a pass of this context."""
+    if ranks.world == 1:
+        return
+    from compress import passes
+
+    assert folder is not None
+    data = {key: context.data(key) for key in passes.get(name).needed(settings)}
+    job = Job(
+        name,
+        settings,
+        folder.resolve(),
+        trust,
+        data,
+        context.dtype,
+        context.device,
+        context.seed,
+        context.work.resolve(),
+    )
+    ranks.tell(0, job)

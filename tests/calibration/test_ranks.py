@@ -1,0 +1,132 @@
+"""Two processes at one sweep, and at a whole run, agree with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from compress.checkpoint.open import open_checkpoint
+from tests import pico
+from tests.conftest import ROOT
+
+
+def torchrun(*command, processes=2, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=cwd,
+        timeout=240,
+    )
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from compress.calibration.pruning import Pruning, prune_block
+from compress.calibration.ranks import Ranks
+from compress.calibration.sweep import Inputs, Sweep
+from compress.calibration.tune import Tuning
+from compress import architectures
+from compress.checkpoint.open import open_checkpoint
+from compress.progress import SilentProgress
+dist.init_process_group("gloo")
+ranks = Ranks(dist.get_rank(), dist.get_world_size())
+torch.set_num_threads(1)
+for folder in sys.argv[2:]:
+    checkpoint = open_checkpoint(folder)
+    record = architectures.of(checkpoint.spec.structure.config)
+    wanted = {t.name for t in checkpoint.spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+    ids = torch.randint(2, 250, (15, 24), generator=torch.Generator().manual_seed(1))
+    for method in ("wanda", "sparsegpt", "alps"):
+        how = Pruning(method, dict.fromkeys(wanted, 0.5), None, Tuning(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
+        sweep = Sweep(
+            checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{ranks.world}",
+            dtype="float32", device="cpu", progress=SilentProgress(), with_targets=how.tuning is not None, ranks=ranks)
+        sweep.run(lambda block: prune_block(block, how), "pruning")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_find_what_one_does(tmp_path):
+    """Sums in another order differ in their last digits, so a mask may differ where two weights are all but equal."""
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    folders = [pico.save(tmp_path / f, f, with_tokenizer=False) for f in ("llama", "qwen3_moe")]
+    for processes in (1, 2):
+        done = torchrun(tmp_path / "sweep.py", tmp_path / "work", *folders, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for folder in folders:
+        for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.97)):
+            one, two = (tmp_path / "work" / f"{folder.name}-{method}-{n}" / "blocks" for n in (1, 2))
+            same, count, difference, scale = 0, 0, 0.0, 0.0
+            for path in sorted(one.iterdir()):
+                a, b = load_file(path), load_file(two / path.name)
+                assert a.keys() == b.keys()
+                for name in a:
+                    if name.endswith(":keep"):
+                        continue
+                    same += int(((a[name] == 0) == (b[name] == 0)).sum())
+                    count += a[name].numel()
+                    difference += float((a[name] - b[name]).square().sum())
+                    scale += float(a[name].square().sum())
+            assert same >= least * count, (folder.name, method, same / count)
+            assert difference <= 3 * (1 - least) * scale, (folder.name, method, difference / scale)
+
+
+@pytest.fixture
+def recipe_file(tmp_path, pico_llama, texts):
+    train, valid = texts
+    recipe = {
+        "model": str(pico_llama),
+        "output": str(tmp_path / "out"),
+        "device": "cpu",
+        "document_separator": "<|doc|>",
+        "data": {
+            "calibration": {"files": [str(train)], "samples": 8, "length": 32},
+            "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
+        },
+        "passes": [
+            {"prune_structured": {"layers": 1}},
+            {"prune_unstructured": {"sparsity": "50%", "tune_epochs": 1}},
+            {"cast": {"weights": "bf16"}},
+        ],
+        "gates": {"size": {"max_ratio": 0.9}},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    return tmp_path / "r.yaml"
+
+
+def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
+    done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert report["status"] == "passed"
+    assert len(report["stages"][1]["passes"][0]["details"]["blocks"]) == 3
+    masks = [
+        open_checkpoint(tmp_path / "out").spec.tensors[f"model.layers.{i}.mlp.up_proj.weight"].kept for i in range(3)
+    ]
+    assert masks == [32 * 64 // 2] * 3
+    again = torchrun("-m", "compress", "run", recipe_file)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "nothing to do" in again.stdout
+    failing = torchrun("-m", "compress", "run", recipe_file, "--set", "gates.size.max_ratio=0.01", "--quiet")
+    assert failing.returncode != 0
+    assert "gates: failed" in failing.stdout
+
+
+def test_an_error_in_the_first_process_ends_all(recipe_file):
+    done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
+    assert done.returncode != 0
+    assert "there is no block 9" in done.stderr
