@@ -89,7 +89,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
-    parser.add_argument("--train", default=str(ROOT / "examples/text/train.txt"))
+    parser.add_argument(
+        "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="the default method runs with each"
+    )
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
@@ -103,38 +105,38 @@ def main() -> None:
     texts = heldout(args.model, args.heldout)
     dense = loss(args.model, texts)
     print(f"dense: {dense:.5f}", flush=True)
-    separator = "<|doc|>" if args.train.endswith(".txt") else None
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for amount in args.amounts:
             for method in args.methods:
-                out, work = scratch / "out", scratch / "work"
-                shutil.rmtree(out, ignore_errors=True)
-                shutil.rmtree(work, ignore_errors=True)
-                start, details = time.perf_counter(), {}
-                compress.apply(
-                    "prune_unstructured",
-                    args.model,
-                    out,
-                    data=calibration(args.train, args.samples),
-                    samples=args.samples,
-                    length=WINDOW,
-                    document_separator=separator,
-                    details=details,
-                    **AMOUNTS[amount],
-                    **METHODS[method],
-                )
-                seconds = time.perf_counter() - start
-                errors = [t["error"] for b in details.get("blocks", ()) for t in b.get("tensors", {}).values()]
-                rise = loss(str(out), texts) - dense
-                mean = statistics.mean(e for e in errors if e is not None) if errors else None
+                rises, seconds, errors = [], [], []
+                for train in args.train if method == "default" else args.train[:1]:
+                    shutil.rmtree(scratch / "out", ignore_errors=True)
+                    start, details = time.perf_counter(), {}
+                    compress.apply(
+                        "prune_unstructured",
+                        args.model,
+                        scratch / "out",
+                        data=calibration(train, args.samples),
+                        samples=args.samples,
+                        length=WINDOW,
+                        document_separator="<|doc|>" if train.endswith(".txt") else None,
+                        details=details,
+                        **AMOUNTS[amount],
+                        **METHODS[method],
+                    )
+                    seconds.append(time.perf_counter() - start)
+                    errors += [t["error"] for b in details.get("blocks", ()) for t in b.get("tensors", {}).values()]
+                    rises.append(loss(str(scratch / "out"), texts) - dense)
+                error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
                 peers = [
                     f"{k.removesuffix(' ' + amount)} {v:.4f}" for k, v in reference.items() if k.endswith(f" {amount}")
                 ]
-                rows.append((amount, method, rise, mean, seconds, ", ".join(peers) if method == "default" else ""))
-                shown = "–" if mean is None else f"{mean:.4f}"
-                print(f"{amount} {method}: {rise:+.4f} nats, layer error {shown}, {seconds:.1f} s", flush=True)
+                shown = " / ".join(f"{rise:+.4f}" for rise in rises)
+                rows.append([amount, method, shown, error, f"{statistics.mean(seconds):.1f}"])
+                rows[-1] += [", ".join(peers) if method == "default" else ""] if reference else []
+                print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     model = Path(args.model).name
@@ -149,10 +151,7 @@ def main() -> None:
         "| removed | method | ΔNLL | layer error | seconds |" + (" others, ΔNLL |" if reference else ""),
         "|---|---|---|---|---|" + ("---|" if reference else ""),
     ]
-    for amount, method, rise, mean, seconds, peers in rows:
-        error = "–" if mean is None else f"{mean:.4f}"
-        cells = [amount, method, f"{rise:+.4f}", error, f"{seconds:.1f}", *([peers] if reference else [])]
-        table.append(f"| {' | '.join(cells)} |")
+    table += [f"| {' | '.join(row)} |" for row in rows]
     if args.section == "-":
         print("\n".join(table))
     else:

@@ -175,7 +175,7 @@ def apply(
         )
         result = instance.apply(original, chosen, context)
         written = write_checkpoint(result, output, store=store, max_shard=_bytes(max_shard_size), progress=progress)
-    check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
+        check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
     return output
 
 

@@ -17,6 +17,8 @@ import torch
 if TYPE_CHECKING:
     from compress.calibration.sweep import Block
 
+#: Where tuning does not pay, it is tried again at a rate so many times lower, twice.
+RETRY = 4
 #: Share of the samples that are held out to see whether tuning pays; at least one.
 HELD_OUT = 1 / 16
 
@@ -41,14 +43,16 @@ def tune(
     """Tune a block in place.
 
     The loss is the mean squared difference to ``block.targets`` over their variance. Steps are Adam's, with a rate that falls
-    linearly to zero. Some samples are held out: if the loss there ends no lower than it began, everything is put back.
+    linearly to zero. Some samples are held out: if the error there ends no lower than it began, everything is put back and
+    tried at lower rates, and left as it was if none pays.
 
     Args:
         project: called after every step; puts removed weights back to zero (or rounds).
         parameters: what moves; every float parameter of the block by default.
 
     Returns:
-        ``before`` and ``after``: relative error on the held-out samples; ``steps``.
+        ``before`` and ``after``: relative error on the held-out samples; ``rate`` tried last; ``steps`` in all; ``kept``:
+        whether it paid.
     """
     sweep = block.sweep
     assert block.targets is not None
@@ -60,7 +64,31 @@ def tune(
     before, deviation = _error(block, test or train[:1])
     kept = [p.detach().clone() for p in moving]
     scales = [max(float(p.detach().double().square().mean().sqrt()), 1e-8) for p in moving]
-    groups = [{"params": [p], "lr": how.rate * s, "peak": how.rate * s} for p, s in zip(moving, scales, strict=True)]
+    rate, steps, after = how.rate, 0, before
+    for rate in (how.rate, how.rate / RETRY, how.rate / RETRY**2):
+        steps += _descend(block, how, rate, train, moving, scales, deviation, order, project)
+        after = _error(block, test)[0] if test else 0.0
+        if after < before or not test:
+            break
+        with torch.no_grad():
+            for p, old in zip(moving, kept, strict=True):
+                p.copy_(old)
+    return {"before": before, "after": after, "rate": rate, "steps": steps, "kept": after < before or not test}
+
+
+def _descend(
+    block: Block,
+    how: Tuning,
+    rate: float,
+    train: Sequence[int],
+    moving: Sequence[torch.nn.Parameter],
+    scales: Sequence[float],
+    deviation: float,
+    order: torch.Generator,
+    project: Callable[[], None],
+) -> int:
+    """All epochs at that rate; the number of steps."""
+    groups = [{"params": [p], "lr": rate * s, "peak": rate * s} for p, s in zip(moving, scales, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
     steps, step = how.epochs * -(-len(train) // how.batch), 0
     for p in moving:
@@ -82,13 +110,7 @@ def tune(
         for p in moving:
             p.requires_grad_(False)
             p.grad = None
-    after = _error(block, test)[0] if test else 0.0
-    pays = after < before or not test
-    if not pays:
-        with torch.no_grad():
-            for p, old in zip(moving, kept, strict=True):
-                p.copy_(old)
-    return {"before": before, "after": after, "steps": step, "kept": pays}
+    return step
 
 
 def _gradients(block: Block, rows: Sequence[int], moving: Sequence[torch.nn.Parameter], deviation: float) -> None:

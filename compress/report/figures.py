@@ -127,6 +127,36 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     return steps
 
 
+def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each block of a sweep: layers, sparsity, errors, what tuning did, seconds; nothing for other passes."""
+    rows: list[tuple[str, ...]] = []
+    for block in details.get("blocks", ()):
+        layers = block.get("tensors")
+        if not layers:
+            continue
+        errors = {name: row["error"] for name, row in layers.items() if row["error"] is not None}
+        worst = max(errors, key=lambda name: errors[name], default=None)
+        name = "" if worst is None else worst.removesuffix(".weight").rpartition(f".{block['block']}.")[2]
+        tuning = block.get("tuning")
+        rows.append(
+            (
+                str(block["block"]),
+                str(len(layers)),
+                f"{sum(row['sparsity'] for row in layers.values()) / len(layers):.1%}",
+                f"{sum(errors.values()) / len(errors):.4f}" if errors else "",
+                f"{name} {errors[worst]:.4f}" if worst is not None else "",
+                "" if tuning is None else _tuned(tuning),
+                f"{block['seconds']:.1f}",
+            )
+        )
+    return rows
+
+
+def _tuned(tuning: Mapping[str, Any]) -> str:
+    text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
+    return text if tuning["kept"] else f"{text}, put back"
+
+
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Settings that differ from the pass's defaults, as ``layers: 1, …``."""
     try:

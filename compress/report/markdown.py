@@ -33,14 +33,17 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if report["gates"]:
         lines += ["## Gates", "", *gates_table(report["gates"]), ""]
     lines += ["## What each pass saved and cost", "", *waterfall_table(report, seconds=True), ""]
-    details = [
-        f"- `{row['name']}`: {_details(row['details'])}"
-        for stage in report["stages"]
-        for row in stage["passes"]
-        if row["details"]
-    ]
-    if details:
-        lines += ["## What the passes say", "", *details, ""]
+    said = [row for stage in report["stages"] for row in stage["passes"] if row["details"]]
+    if said:
+        lines += ["## What the passes say", ""]
+    for row in said:
+        details = {k: v for k, v in row["details"].items() if k != "blocks"}
+        if details:
+            lines += [f"- `{row['name']}`: {_details(details)}", ""]
+        if blocks := figures.block_rows(row["details"]):
+            head = ("block", "layers", "sparsity", "mean error", "worst layer", "after tuning", "seconds")
+            text = "Relative error of each layer's output; of the block's output where it was tuned."
+            lines += [f"`{row['name']}`, block by block. {text}", "", *table(head, blocks, right=(0, 1, 2, 3, 6)), ""]
     lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
     machine = report["machine"]
     notes = [

@@ -20,9 +20,8 @@ from compress.solvers.magnitude import keep_largest, keep_n_of_m
 
 #: Above this size the eigendecomposition is in float32.
 _DOUBLE_LIMIT = 2048
-#: First penalty, and the growth of it whenever the support was checked. Scaled Hessians have eigenvalues whose harmonic mean
-#: is about 1.
-_RHO, _GROWTH = 0.6, 1.12
+#: First penalty. Scaled Hessians have eigenvalues whose harmonic mean is about 1.
+_RHO = 0.6
 #: Where nothing has moved up to this rho, nothing will.
 _LATE = 2.0
 #: Iterations between checks of the support.
@@ -77,6 +76,7 @@ def alps(
     damp: float = 0.01,
     max_iterations: int = 300,
     pcg_iterations: int = 10,
+    growth: float = 1.15,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights with some removed and the others refitted, [out, in] in W's dtype, and the mask, True where a weight is kept.
 
@@ -90,7 +90,8 @@ def alps(
         earlier: a keep-mask that is obeyed. What it removed counts as zero and stays removed.
         damp: damping of H, in units of the mean of its diagonal.
         max_iterations: of ADMM, which mostly needs 50 to 100.
-        pcg_iterations: of conjugate gradients on the final support.
+        pcg_iterations: of conjugate gradients on the final support; fewer where all gradients fell to a thousandth.
+        growth: factor of rho after every five iterations. 1.05 takes twice as long and lessens the error by 0.4 %.
 
     Raises:
         ValueError: both or none of ``kept`` and ``pattern`` are given; H holds NaN or infinite values.
@@ -114,10 +115,10 @@ def alps(
         assert kept is not None
         return keep_largest(values_OI, kept, earlier)
 
-    B_OI = _admm(target_OI, this, _Projection(kept, pattern, earlier), max_iterations)
+    B_OI = _admm(target_OI, this, _Projection(kept, pattern, earlier), max_iterations, growth)
     mask_OI = exactly(B_OI)
     B_OI *= mask_OI
-    B_OI = _conjugate_gradients(target_OI, this.X_II, mask_OI, B_OI, pcg_iterations, 0.0)
+    B_OI = _conjugate_gradients(target_OI, this.X_II, mask_OI, B_OI, pcg_iterations, 1e-3)
     return B_OI.div_(this.scale_I).to(W_OI.dtype), mask_OI
 
 
@@ -197,7 +198,9 @@ def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
     return best[-1][:, None]
 
 
-def _admm(target_OI: torch.Tensor, this: Problem, project: _Projection, max_iterations: int) -> torch.Tensor:
+def _admm(
+    target_OI: torch.Tensor, this: Problem, project: _Projection, max_iterations: int, growth: float
+) -> torch.Tensor:
     """The paper's B after convergence, dense, whose largest entries are the support."""
 
     def inverse(rho: float) -> torch.Tensor:
@@ -227,8 +230,8 @@ def _admm(target_OI: torch.Tensor, this: Problem, project: _Projection, max_iter
             if settled and (moved or rho > _LATE):  # while rho is small it need not move yet
                 break
             moved = moved or not settled
-            u_OI /= _GROWTH
-            rho *= _GROWTH
+            u_OI /= growth
+            rho *= growth
             inverse_II = inverse(rho)
     return B_OI
 

