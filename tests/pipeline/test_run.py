@@ -252,7 +252,13 @@ def test_apply_api(tmp_path, pico_llama, texts):
         compress.apply("prune_unstructred", pico_llama, tmp_path / "e", sparsity=0.5)
     with pytest.raises(OutputError):
         compress.apply("cast", pico_llama, tmp_path / "a", weights="bf16")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+    details: dict = {}
+    swept = compress.apply(
+        "prune_unstructured", pico_llama, tmp_path / "f", sparsity=0.5, method="sparsegpt", data=ids, details=details
+    )
+    assert open_checkpoint(swept).spec.tensors["model.layers.0.mlp.up_proj.weight"].kept == 32 * 64 // 2
+    assert [len(block["tensors"]) for block in details["blocks"]] == [7] * 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "f"]
 
 
 def test_clean_and_runs(recipe, tmp_path):
