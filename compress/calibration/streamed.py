@@ -7,8 +7,9 @@ weights are not part of its public interface: they are used here and nowhere els
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,6 @@ class StreamedModel:
             self.block_name = next(n for n, m in self.model.named_modules() if m is self.blocks)
             head = set() if self.record.head is None else {f"{self.record.head}.weight", f"{self.record.head}.bias"}
             self._load([name for name in self._tensors.get(None, ()) if name not in head])
-            self._tie_embeddings()
 
     def _skeleton(self) -> PreTrainedModel:
         """The model on the meta device, but for buffers that no file holds: those are computed."""
@@ -55,8 +55,6 @@ class StreamedModel:
             stock = stock._model_mapping[type(config)]
         config._attn_implementation = "sdpa" if getattr(stock, "_supports_sdpa", False) else "eager"
         contexts = stock.get_init_context(self.dtype, False, False, None)
-        from contextlib import ExitStack
-
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
@@ -86,13 +84,8 @@ class StreamedModel:
         info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
         problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
         ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
-        import re
-
         if found := [p for p in problems if not any(re.search(i, str(p)) for i in ignored)]:
             raise PassError(f"the sweep cannot place {found[0]} in {type(self.model).__name__}")
-
-    def _tie_embeddings(self) -> None:
-        """Nothing is tied here: the head is not used, and blocks that share tensors load them each."""
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
@@ -134,11 +127,6 @@ class StreamedModel:
         tensors = self.checkpoint.spec.tensors
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), name)
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the weights that stay in memory."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], stub: Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
