@@ -91,7 +91,7 @@ class _TerminalProgress:
         if self._console is None:
             from rich.console import Console
 
-            self._console = Console(file=self.stream, highlight=False)
+            self._console = Console(file=self.stream, highlight=False, emoji=False)
         return self._console
 
     def stage(self, index: int, total: int, title: str) -> None:

@@ -25,7 +25,7 @@ Column: TypeAlias = str | tuple[str, str]
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=False)
+    return Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def _table(console: Any, title: str | None, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> None:

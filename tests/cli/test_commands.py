@@ -309,6 +309,7 @@ def test_passes_and_schema(cli):
     shown = cli("passes", "prune_unstructured").out
     for setting in ("sparsity", "pattern", "scope", "only", "skip", "allow_noop"):
         assert setting in shown
+    assert "N:M: Mishra" in " ".join(shown.split())  # no emoji for `:M:`
     schema = cli("schema").json
     assert schema == json.loads((ROOT / "docs/recipe.schema.json").read_text())
     assert cli("schema", "--report").json == json.loads((ROOT / "docs/report.schema.json").read_text())
