@@ -88,7 +88,11 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ("a.txt.gz", b"", "a.txt.gz: is empty"),
         ("a.txt.gz", gzip.compress(b"", mtime=0), "a.txt.gz: is empty"),
         ("a.txt.gz", b"not packed", "a.txt.gz: is damaged: Not a gzipped file (b'no'); `gzip -t` tests such files"),
-        ("a.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], "a.txt.gz: is damaged: Compressed file ended before"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"some text" * 99, mtime=0)[:-9],
+            "a.txt.gz: is damaged: Compressed file ended before",
+        ),
         ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:10] + b"\xff" * 20, "a.txt.gz: is damaged: Error -3"),
         ("a.txt.zst", b"not packed", "a.txt.zst: is damaged:"),
         ("a.txt.zst", zstandard.compress(b"some text" * 99)[:-3], "a.txt.zst: is damaged: the file ends too early"),

@@ -256,7 +256,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 where=str(folder.parent),
                 fix="free some space and run again; finished stages are kept",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL):
             raise OutputError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from error
         raise
 

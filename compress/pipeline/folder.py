@@ -41,7 +41,10 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run folder. Raises `OutputError` where another process does."""
         with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError as error:  # a file system that takes no folders, such as /proc
+                raise OutputError(f"cannot be made: {error.strerror}", where=str(self.path)) from None
             lock = (self.path / "lock").open("a+")
         with lock:
             try:

@@ -29,6 +29,11 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 
 def check_output(output: Path, model: Path | None) -> None:
     """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else."""
+    with disk_errors(output):
+        _check_output(output, model)
+
+
+def _check_output(output: Path, model: Path | None) -> None:
     if model is not None and model.exists():
         inside, outside = output.resolve(), model.resolve()
         if inside == outside:
