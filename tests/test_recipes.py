@@ -17,6 +17,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_recipe(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     fewer = ["data.evaluation.max_documents=30"]
+    if load_recipe(path).data.calibration is not None:
+        fewer.append("data.calibration.samples=16")
     result = compress.run(path, sets=[f"output={tmp_path / 'out'}", *fewer])
     assert result.verdict == "passed", result.report["gates"]
     for stage in result.report["stages"]:
