@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,13 +32,22 @@ SHAPE = {
 PRUNE = """
 import json, sys, time
 sys.path.insert(0, {root!r})
-import torch
 start = time.perf_counter()
 import compress
-ids = torch.randint(0, 32000, (32, 512), generator=torch.Generator().manual_seed(0))
-compress.apply("prune_unstructured", sys.argv[1], sys.argv[2], data=ids, method="sparsegpt", sparsity=0.5, tune_epochs=0)
+compress.run(json.loads(sys.argv[1]))
 print(json.dumps({{"seconds": time.perf_counter() - start}}))
 """
+
+
+def recipe(folder: Path, ids: Path) -> dict[str, Any]:
+    """SparseGPT at 50 %, within 4 GiB."""
+    return {
+        "model": str(folder),
+        "output": str(folder.parent / "out"),
+        "max_ram": "4GiB",
+        "data": {"calibration": {"files": [str(ids)]}},
+        "passes": [{"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}],
+    }
 
 
 def make(folder: Path, layers: int, *, weights: bool = True) -> None:
@@ -72,16 +82,6 @@ def make(folder: Path, layers: int, *, weights: bool = True) -> None:
         (folder / "model.safetensors.index.json").write_bytes(index)
 
 
-def planned(folder: Path) -> int:
-    """Peak memory that the plan promises."""
-    import compress
-
-    data = {"calibration": {"files": [str(ROOT / "examples/text/train.txt")], "samples": 32, "length": 512}}
-    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}]
-    recipe = {"model": str(folder), "output": str(folder.parent / "planned"), "data": data, "passes": passes}
-    return compress.plan(recipe).peak_memory
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -92,17 +92,24 @@ def main() -> None:
         "## Memory of a calibrated pass",
         "",
         f"`make bench-memory`: {page.environment()} SparseGPT, 50 %, 32 × 512 tokens, on random bf16 weights of a 7B Llama's "
-        "shape; peak resident memory of the whole process, verification of the output included.",
+        "shape, with `max_ram: 4GiB`; peak resident memory of the whole process, verification of the output included.",
         "",
         "| blocks | peak resident MiB | planned MiB | seconds |",
         "|---|---|---|---|",
     ]
     try:
+        import torch
+        from safetensors.torch import save_file
+
+        import compress
+
+        ids = scratch / "ids.safetensors"
+        save_file({"ids": torch.randint(0, 32000, (32, 512), generator=torch.Generator().manual_seed(0))}, ids)
         for layers in args.layers:
             folder = scratch / f"in{layers}"
             make(folder, layers)
             process = subprocess.Popen(
-                [sys.executable, "-c", PRUNE.format(root=str(ROOT)), str(folder), str(scratch / "out")],
+                [sys.executable, "-c", PRUNE.format(root=str(ROOT)), json.dumps(recipe(folder, ids))],
                 stdout=subprocess.PIPE,
                 text=True,
             )
@@ -112,12 +119,14 @@ def main() -> None:
             if status:
                 sys.exit(f"failed with status {status}")
             seconds = json.loads(output.splitlines()[-1])["seconds"]
-            rows.append(f"| {layers} | {usage.ru_maxrss / 1024:.0f} | {planned(folder) / 2**20:.0f} | {seconds:.0f} |")
+            rows.append(
+                f"| {layers} | {usage.ru_maxrss / 1024:.0f} | {compress.plan(recipe(folder, ids)).peak_memory / 2**20:.0f} | {seconds:.0f} |"
+            )
             print(rows[-1], flush=True)
-            for path in (folder, scratch / "out"):
+            for path in (folder, scratch / "out", scratch / "out.run"):
                 shutil.rmtree(path)
         make(scratch / "in32", 32, weights=False)
-        rows.append(f"| 32 | not run | {planned(scratch / 'in32') / 2**20:.0f} | |")
+        rows.append(f"| 32 | not run | {compress.plan(recipe(scratch / 'in32', ids)).peak_memory / 2**20:.0f} | |")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     page.put("memory", rows)

@@ -119,21 +119,21 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         blocks: dict[int | None, list[Tensor]] = {}
         for tensor in spec.stored():
             blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
-        resident = width * sum(t.count for t in blocks.pop(None, ()))
+        # the head is not loaded
+        resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
         peak = 0
         for tensors in blocks.values():
             block, pruned = sum(t.count for t in tensors), [t for t in tensors if t.name in chosen]
             wide = [t.shape[_input_axis(spec, t.shape)] for t in pruned]
             grams = [size * size * (8 if size <= 2048 else 4) for size in wide]
-            statistics = max(max(grams, default=0), min(sum(grams), 1 << 30))
             largest, matrix = max(grams, default=0), max((t.count for t in pruned), default=0)
-            # factors or eigenvectors of the largest statistics, and copies of one matrix that the solver works on
-            solving = {"wanda": 0, "sparsegpt": 2, "alps": 4}[settings.method] * largest + 4 * matrix * (
-                8 if settings.method == "alps" else 3
-            )
+            statistics = max(largest, min(sum(grams), 1 << 30))
+            # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
+            factors, copies = {"wanda": (0.0, 3), "sparsegpt": (1.25, 3), "alps": (4.0, 8)}[settings.method]
+            solving = largest + int(factors * largest) + 4 * copies * matrix
             tuning = 5 * 4 * block if settings.tune_epochs else 0
             masks = sum(t.count for t in pruned)
-            peak = max(peak, width * block + masks + max(statistics + solving, tuning))
+            peak = max(peak, width * block + masks + max(statistics, solving, tuning))
         return resident + peak + (128 << 20)  # activations of one batch
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:

@@ -42,8 +42,8 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
     at least ``damp`` times the mean of its diagonal instead.
 
     Args:
-        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; left as it is. Two more matrices of its size are held at
-            the peak, four in the eigenvalue decomposition.
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; left as it is. One more matrix of its size is held at
+            the peak, and a little; four in the eigenvalue decomposition.
         damp: where to start, in units of the diagonal's mean, as for ``damped``.
 
     Returns:
@@ -61,15 +61,17 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
         )
     used = damp
     while True:
-        factor_II, failed = torch.linalg.cholesky_ex(damped(H_II, used)[0])
+        # all in one matrix, column-major as LAPACK wants it: a symmetric one is its own transpose
+        work_II = damped(H_II, used)[0].mT
+        failed = torch.empty((), dtype=torch.int32, device=H_II.device)
+        torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
         if not int(failed):
-            inverse_II = torch.cholesky_inverse(factor_II)
-            del factor_II
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+            torch.cholesky_inverse(work_II, out=work_II)
+            torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
             # an inverse of overflown or vanishing values is as good as none
-            if not int(failed) and bool(upper_II.diagonal().isfinite().all()):
-                return upper_II, used
-            del inverse_II, upper_II
+            if not int(failed) and bool(work_II.diagonal().isfinite().all()):
+                return work_II, used
+        del work_II
         if used >= _MOST_DAMPING:
             return _raised_factor(H_II, damp), math.inf
         used = min(_MOST_DAMPING, max(10 * used, 1e-4))
