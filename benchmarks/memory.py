@@ -119,9 +119,8 @@ def main() -> None:
             if status:
                 sys.exit(f"failed with status {status}")
             seconds = json.loads(output.splitlines()[-1])["seconds"]
-            rows.append(
-                f"| {layers} | {usage.ru_maxrss / 1024:.0f} | {compress.plan(recipe(folder, ids)).peak_memory / 2**20:.0f} | {seconds:.0f} |"
-            )
+            promised = compress.plan(recipe(folder, ids)).peak_memory
+            rows.append(f"| {layers} | {usage.ru_maxrss / 1024:.0f} | {promised / 2**20:.0f} | {seconds:.0f} |")
             print(rows[-1], flush=True)
             for path in (folder, scratch / "out", scratch / "out.run"):
                 shutil.rmtree(path)
