@@ -146,6 +146,12 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor, statistics: Stati
     if statistics.tokens == 0:
         return None
     dtype = statistics.hessian.dtype
-    difference, weight = (before - after).to(dtype), before.to(dtype)
-    scale = float(((weight @ statistics.hessian) * weight).sum())
-    return float(((difference @ statistics.hessian) * difference).sum()) / scale if scale else 0.0
+    error = scale = 0.0
+    for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
+        old, new = before[start : start + 512], after[start : start + 512]
+        before.split(512), after.split(512), strict=True
+    ):  # a few rows at a time: matrices may be large
+        difference, weight = (old - new).to(dtype), old.to(dtype)
+        error += float(((difference @ statistics.hessian) * difference).sum())
+        scale += float(((weight @ statistics.hessian) * weight).sum())
+    return error / scale if scale else 0.0

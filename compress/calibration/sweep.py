@@ -40,7 +40,7 @@ from compress.errors import CheckpointError, PassError
 from compress.progress import Progress
 
 #: Tokens of one forward pass through a block.
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 #: Input widths up to which statistics are summed in float64.
 WIDE = 2048
 

@@ -129,12 +129,13 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             largest, matrix = max(grams, default=0), max((t.count for t in pruned), default=0)
             statistics = max(largest, min(sum(grams), 1 << 30))
             # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
-            factors, copies = {"wanda": (0.0, 3), "sparsegpt": (1.25, 3), "alps": (4.0, 8)}[settings.method]
+            factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.5, 6), "alps": (4.0, 10)}[settings.method]
             solving = largest + int(factors * largest) + 4 * copies * matrix
             tuning = 5 * 4 * block if settings.tune_epochs else 0
             masks = sum(t.count for t in pruned)
             peak = max(peak, width * block + masks + max(statistics, solving, tuning))
-        return resident + peak + (128 << 20)  # activations of one batch
+        broadest = max((max(t.shape) for t in spec.stored() if t.name in chosen), default=0)
+        return resident + peak + (64 << 20) + 2048 * 4 * 6 * broadest  # and the activations of one batch
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
