@@ -149,8 +149,6 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor, statistics: Stati
     error = scale = 0.0
     for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
         old, new = before[start : start + 512], after[start : start + 512]
-        before.split(512), after.split(512), strict=True
-    ):  # a few rows at a time: matrices may be large
         difference, weight = (old - new).to(dtype), old.to(dtype)
         error += float(((difference @ statistics.hessian) * difference).sum())
         scale += float(((weight @ statistics.hessian) * weight).sum())
