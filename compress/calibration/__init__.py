@@ -1,1 +1,1 @@
-"""Calibration: text ▶ token batches, and what blocks do to them."""
+"""Calibration: text ▶ token batches ▶ the sweep over blocks, with statistics of their inputs, changes and tuning."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Site:
     Attributes:
         name: the tensor's name in the checkpoint. parameter: the block's own parameter that holds it.
         weight: a view of it with outputs along rows, [O, I]; writing to it changes the block.
-        whole: a view of the parameter's storage as the checkpoint shapes it (for GPT-2's Conv1D [I, O]).
+        transposed: whether the checkpoint shapes it [I, O] (GPT-2's Conv1D). owner: the experts it belongs to.
         module: what is called with the matrix's inputs. group: sites of one group read the same inputs.
     """
 
@@ -42,7 +42,6 @@ class Statistics:
 
     hessian: torch.Tensor
     tokens: int = 0
-    seen: list[torch.Tensor] = field(default_factory=list)
 
 
 class Experts(torch.nn.Module):
@@ -216,10 +215,7 @@ def _pair(a: Site, b: Site) -> bool:
 def gathering(
     groups: Sequence[Sequence[Site]], dtype: Callable[[int], torch.dtype], device: str
 ) -> Iterator[list[Statistics]]:
-    """Within, every forward pass of the block adds to the statistics of the groups.
-
-    ``counted(mask)`` of the tokens: set ``Site.module._counted`` … see `set_counted`.
-    """
+    """Within, every forward pass of the block adds to the statistics of the groups; `set_counted` says which tokens count."""
     statistics = []
     handles = []
     for group in groups:
