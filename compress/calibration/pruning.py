@@ -19,8 +19,6 @@ from compress.solvers.owl import outliers, owl_sparsities
 from compress.solvers.sparsegpt import sparsegpt
 from compress.solvers.wanda import keep_wanda
 
-#: Bytes of statistics gathered at a time.
-STATISTICS_BYTES = 1 << 30
 Method = Literal["wanda", "sparsegpt", "alps"]
 
 
@@ -47,7 +45,7 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
 
     def look(block: Block) -> dict[str, torch.Tensor]:
         names, many, count = [], 0, 0
-        for group, statistics, _ in block.statistics(STATISTICS_BYTES):
+        for group, statistics, _ in block.statistics():
             for site in group:
                 over, size = outliers(site.weight, statistics.hessian.diagonal())
                 names.append(site.name)
@@ -72,7 +70,7 @@ def prune_block(block: Block, how: Pruning) -> dict[str, torch.Tensor]:
     waiting: list[tuple[Site, torch.Tensor]] = []
     rows: dict[str, Any] = {}
     ranks = block.sweep.ranks
-    for number, (group, statistics, free) in enumerate(block.statistics(STATISTICS_BYTES)):
+    for number, (group, statistics, free) in enumerate(block.statistics()):
         shared: dict[str, Any] = {}
         solver = number % ranks.world  # of several processes one solves the group, the others get what it found
         for site in group:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 
 from compress.calibration.activations import Activations
+from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
 from compress.calibration.ranks import Ranks
 from compress.calibration.sites import (
+    Enough,
     Experts,
     Site,
     Statistics,
@@ -37,12 +40,8 @@ from compress.checkpoint.decode import unpack_bits
 from compress.checkpoint.open import Checkpoint, Value, torch_dtype
 from compress.checkpoint.spec import widest
 from compress.errors import CheckpointError, PassError
+from compress.memory import keep_freed
 from compress.progress import Progress
-
-#: Tokens of one forward pass through a block.
-TOKENS_PER_BATCH = 2048
-#: Input widths up to which statistics are summed in float64.
-WIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Block:
 
     Attributes:
         index: its number. module: with weights. sites: its wanted matrices. groups: those that read the same inputs.
-        details: what the report will say of it.
+        last: the group that reads last in a pass, if it is always the same. details: what the report will say of it.
     """
 
     sweep: Sweep
@@ -80,6 +79,7 @@ class Block:
     swaps: list[tuple[Any, str, Experts]]
     inputs: Activations
     targets: Activations | None
+    last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
@@ -89,22 +89,29 @@ class Block:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def statistics(self, budget: int) -> Iterator[tuple[list[Site], Statistics, bool]]:
+    def statistics(self, budget: int = STATISTICS_BYTES) -> Iterator[tuple[list[Site], Statistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
 
         As many groups at a time as fit ``budget`` bytes, at least one; each such part takes a pass over the samples.
         """
         pending = list(self.groups)
+        end = None if self.last is None else self.groups[self.last]
         while pending:
             part, used = [pending.pop(0)], 0
             used = _hessian_bytes(part[0])
             while pending and used + _hessian_bytes(pending[0]) <= budget:
                 part.append(pending.pop(0))
                 used += _hessian_bytes(part[-1])
-            with torch.no_grad(), unfused(self.swaps), gathering(part, summing_dtype, self.sweep.device) as found:
+            last = next((i for i, group in enumerate(part) if group is end), None)
+            with (
+                torch.no_grad(),
+                unfused(self.swaps),
+                gathering(part, summing_dtype, self.sweep.device, last) as found,
+            ):
                 for rows in self.sweep.batches():
                     set_counted(part, self.swaps, self.sweep.mask(rows))
-                    self.forward(rows, self.inputs.read(rows).to(self.sweep.device))
+                    with suppress(Enough):
+                        self.forward(rows, self.inputs.read(rows).to(self.sweep.device))
                 set_counted(part, self.swaps, None)
             for group in part:
                 statistics = found.pop(0)
@@ -166,7 +173,7 @@ class Sweep:
     def batches(self) -> Iterator[list[int]]:
         """Numbers of this process's samples, a batch at a time."""
         length = next(iter(self.inputs.values.values())).shape[1:].numel()
-        size = max(1, TOKENS_PER_BATCH // max(1, length))
+        size = max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, length))
         mine = self.ranks.mine(range(self.inputs.samples))
         for start in range(0, len(mine), size):
             yield mine[start : start + size]
@@ -272,6 +279,7 @@ class Sweep:
 
     def run(self, change: Change, title: str) -> SweepResult:
         """Change every block in order. ``change`` alters weights in the block's module and returns keep-masks by tensor."""
+        keep_freed(KEPT_FREED)
         state = self._state()
         if state is None:
             self.check()
@@ -341,7 +349,9 @@ class Sweep:
         if sites:
             probe = [0]
             with torch.no_grad(), unfused(swaps):
-                block.groups = group_sites(sites, lambda: block.forward(probe, inputs.read(probe).to(self.device)))
+                block.groups, block.last = group_sites(
+                    sites, lambda: block.forward(probe, inputs.read(probe).to(self.device))
+                )
             masks = change(block)
             self._write(index, module, masks)
         if index < last:

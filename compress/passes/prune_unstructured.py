@@ -12,11 +12,10 @@ from compress import architectures
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
 from compress.passes.base import Context, Mode, Pass, PassSettings, select
+from compress.passes.sweeping import input_axis, inside_blocks, open_sweep, sweep_memory
 from compress.settings import PatternNM, Share
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from compress.checkpoint.open import Checkpoint, Value
@@ -100,7 +99,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         def change(tensor: Tensor) -> Tensor:
             if tensor.name not in chosen:
                 return tensor
-            kept = _kept(tensor, settings, _input_axis(spec, tensor.shape))
+            kept = _kept(tensor, settings, input_axis(spec, tensor.shape))
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
@@ -115,27 +114,17 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take."""
         if settings.method == "magnitude":
             return None
-        record, chosen = architectures.of(spec.structure.config), self._targets(spec, settings)
-        blocks: dict[int | None, list[Tensor]] = {}
-        for tensor in spec.stored():
-            blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
-        # the head is not loaded
-        resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
-        peak = 0
-        for tensors in blocks.values():
-            block, pruned = sum(t.count for t in tensors), [t for t in tensors if t.name in chosen]
-            wide = [t.shape[_input_axis(spec, t.shape)] for t in pruned]
-            grams = [size * size * (8 if size <= 2048 else 4) for size in wide]
-            largest, matrix = max(grams, default=0), max((t.count for t in pruned), default=0)
-            statistics = max(largest, min(sum(grams), 1 << 30))
-            # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
-            factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.5, 6), "alps": (4.0, 10)}[settings.method]
-            solving = largest + int(factors * largest) + 4 * copies * matrix
-            tuning = 5 * 4 * block if settings.tune_epochs else 0
-            masks = sum(t.count for t in pruned)
-            peak = max(peak, width * block + masks + max(statistics, solving, tuning))
-        broadest = max((max(t.shape) for t in spec.stored() if t.name in chosen), default=0)
-        return resident + peak + (64 << 20) + 2048 * 4 * 6 * broadest  # and the activations of one batch
+        # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
+        factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 3), "alps": (4.0, 10)}[settings.method]
+        return sweep_memory(
+            spec,
+            self._targets(spec, settings),
+            width,
+            factors=factors,
+            copies=copies,
+            moments=5 if settings.tune_epochs else 0,
+            kept=1,
+        )
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
@@ -163,7 +152,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         if settings.pattern is not None:
             for name in sorted(names):
                 shape = spec.tensors[name].shape
-                width = shape[_input_axis(spec, shape)]
+                width = shape[input_axis(spec, shape)]
                 if width % settings.pattern.m:
                     raise PassError(
                         f"{name} has {width} inputs, which {settings.pattern.m} does not divide",
@@ -171,13 +160,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                         fix=f"skip it: skip: [{spec.tensors[name].module}]",
                     )
         if settings.method != "magnitude":
-            record = architectures.of(spec.structure.config)
-            if outside := sorted(n for n in names if record.block_index(n) is None):
-                raise PassError(
-                    f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
-                    key="only",
-                    fix="use `method: magnitude` for it",
-                )
+            inside_blocks(spec, names)
         return names
 
     @staticmethod
@@ -186,12 +169,6 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             # an earlier mask may leave a group, or a row, with fewer weights than are kept
             return all(spec.tensors[name].kept is None for name in chosen)
         return settings.scope == "layer" and settings.allocation == "uniform"
-
-
-def _input_axis(spec: Spec, shape: tuple[int, ...]) -> int:
-    """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
-    known = architectures.known(spec.structure.config)
-    return architectures.of(spec.structure.config).input_axis if known and len(shape) == 2 else -1
 
 
 def _kept(tensor: Tensor, settings: PruneUnstructuredSettings, axis: int) -> int:
@@ -218,7 +195,7 @@ def _by_magnitude(
     def mask_of(value: Value, kept: int) -> torch.Tensor:
         if settings.pattern is None:
             return keep_largest(value.data, kept, value.mask)
-        along = _input_axis(spec, tuple(value.data.shape))
+        along = input_axis(spec, tuple(value.data.shape))
         return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
 
     if not spec.exact:
@@ -258,37 +235,20 @@ def _calibrated(
 ) -> Checkpoint:
     """Block by block; the changed tensors come from the work folder."""
     from compress.calibration.pruning import Pruning, owl_allocation, prune_block
-    from compress.calibration.ranks import Ranks
-    from compress.calibration.sweep import Inputs, Sweep
     from compress.calibration.tune import Tuning
     from compress.checkpoint.open import Derived
 
     assert settings.method != "magnitude"
-    batches = context.data("calibration")
     tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
-
-    def sweep(work: Path, with_targets: bool) -> Sweep:
-        return Sweep(
-            checkpoint,
-            Inputs({"input_ids": batches.ids}, batches.mask),
-            set(chosen),
-            work=work,
-            dtype=context.dtype,
-            device=context.device,
-            progress=context.progress,
-            with_targets=with_targets,
-            seed=context.seed,
-            ranks=Ranks(context.rank, context.world),
-        )
-
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
     if settings.allocation == "owl":
         assert settings.sparsity is not None
-        sparsity, context.details["allocation"] = owl_allocation(sweep(context.work / "owl", False), settings.sparsity)
+        sparsity, context.details["allocation"] = owl_allocation(
+            open_sweep(checkpoint, chosen, context, work=context.work / "owl", with_targets=False), settings.sparsity
+        )
     how = Pruning(method=settings.method, sparsity=sparsity, pattern=settings.pattern, tuning=tuning)
-    result = sweep(context.work, tuning is not None).run(
-        lambda block: prune_block(block, how), f"pruning by {settings.method}"
-    )
+    sweep = open_sweep(checkpoint, chosen, context, work=context.work, with_targets=tuning is not None)
+    result = sweep.run(lambda block: prune_block(block, how), f"pruning by {settings.method}")
     context.details["blocks"] = result.details
     read = result.reader()
     if not spec.exact:

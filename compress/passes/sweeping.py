@@ -1,0 +1,91 @@
+"""What passes that work block by block have in common: their sweep, and the memory it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress import architectures
+from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
+from compress.checkpoint.spec import Spec, Tensor
+from compress.errors import PassError
+from compress.passes.base import Context
+
+if TYPE_CHECKING:
+    from compress.calibration.sweep import Sweep
+    from compress.checkpoint.open import Checkpoint
+
+#: Small things.
+_SLACK = 64 << 20
+
+
+def open_sweep(
+    checkpoint: Checkpoint, names: Collection[str], context: Context, *, work: Path, with_targets: bool
+) -> Sweep:
+    """A sweep over the calibration data that may change the tensors ``names``."""
+    from compress.calibration.ranks import Ranks
+    from compress.calibration.sweep import Inputs, Sweep
+
+    batches = context.data("calibration")
+    return Sweep(
+        checkpoint,
+        Inputs({"input_ids": batches.ids}, batches.mask),
+        set(names),
+        work=work,
+        dtype=context.dtype,
+        device=context.device,
+        progress=context.progress,
+        with_targets=with_targets,
+        seed=context.seed,
+        ranks=Ranks(context.rank, context.world),
+    )
+
+
+def sweep_memory(
+    spec: Spec, names: Collection[str], width: int, *, factors: float, copies: int, moments: int, kept: float
+) -> int:
+    """Bytes resident at the peak of a sweep: embeddings, one block, and the larger of what solving and tuning it take.
+
+    Args:
+        names: the tensors it changes. width: bytes of a float of the computation.
+        factors: matrices of the size of the largest statistics that the solver holds beside them.
+        copies: float32 matrices of the size of the largest weight that it holds.
+        moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
+    """
+    record = architectures.of(spec.structure.config)
+    blocks: dict[int | None, list[Tensor]] = {}
+    for tensor in spec.stored():
+        blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
+    # the head is not loaded
+    resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
+    peak = 0
+    for tensors in blocks.values():
+        block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
+        wide = [t.shape[input_axis(spec, t.shape)] for t in changed]
+        grams = [size * size * (8 if size <= WIDE else 4) for size in wide]
+        largest, matrix = max(grams, default=0), max((t.count for t in changed), default=0)
+        statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
+        solving = largest + int(factors * largest) + 4 * copies * matrix
+        chosen = int(kept * sum(t.count for t in changed))
+        peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
+    broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
+    activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
+    return resident + peak + KEPT_FREED + _SLACK + activations
+
+
+def input_axis(spec: Spec, shape: tuple[int, ...]) -> int:
+    """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
+    known = architectures.known(spec.structure.config)
+    return architectures.of(spec.structure.config).input_axis if known and len(shape) == 2 else -1
+
+
+def inside_blocks(spec: Spec, names: Collection[str]) -> None:
+    """Raises `PassError` for a tensor that no block holds: the sweep does not reach it."""
+    record = architectures.of(spec.structure.config)
+    if outside := sorted(n for n in names if record.block_index(n) is None):
+        raise PassError(
+            f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
+            key="only",
+            fix="use `method: magnitude` for it",
+        )
