@@ -143,11 +143,11 @@ def _relative_error(before: torch.Tensor, after: torch.Tensor, statistics: Stati
     """||(W - W')X||² over ||WX||²; None where no token was seen."""
     if statistics.tokens == 0:
         return None
-    dtype = statistics.hessian.dtype
+    hessian = statistics.hessian.float()
     error = scale = 0.0
     for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
-        old, new = before[start : start + 512], after[start : start + 512]
-        difference, weight = (old - new).to(dtype), old.to(dtype)
-        error += float(((difference @ statistics.hessian) * difference).sum())
-        scale += float(((weight @ statistics.hessian) * weight).sum())
+        weight = before[start : start + 512].float()
+        difference = weight - after[start : start + 512]
+        error += float(((difference @ hessian) * difference).sum())
+        scale += float(((weight @ hessian) * weight).sum())
     return error / scale if scale else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,10 +38,52 @@ class Site:
 
 @dataclass
 class Statistics:
-    """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I] and the number of tokens."""
+    """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I] and the number of tokens.
+
+    While they are gathered, inputs wait until there are ``batch`` tokens, and of H only the upper part is kept.
+    """
 
     hessian: torch.Tensor
     tokens: int = 0
+    batch: int = 0
+    _waiting: list[torch.Tensor] = field(default_factory=list)
+    _count: int = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add inputs [T, I]."""
+        self._waiting.append(x.float())
+        self._count += len(x)
+        self.tokens += len(x)
+        if self._count >= self.batch:
+            self._sum()
+
+    def _sum(self) -> None:
+        x = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
+        self._waiting.clear()
+        self._count = 0
+        for start, stop in _strips(x.shape[1]):
+            into = self.hessian[start:stop, start:]
+            if into.dtype == torch.float32:
+                into.addmm_(x[:, start:stop].T, x[:, start:])
+            else:
+                into += x[:, start:stop].T @ x[:, start:]
+
+    def finish(self) -> None:
+        """Add what waits, and fill what lies below the diagonal strips from above them."""
+        if self._waiting:
+            self._sum()
+        for start, stop in _strips(len(self.hessian)):
+            self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
+
+
+#: Rows of a symmetric sum that are added at a time, from the diagonal on. Measured on CPU: 128 to 512 are alike.
+_STRIP = 256
+#: Tokens that float64 sums wait for: the float32 products in between are exact enough, and adding them takes time.
+_TOKENS_PER_SUM = 4096
+
+
+def _strips(width: int) -> list[tuple[int, int]]:
+    return [(start, min(start + _STRIP, width)) for start in range(0, width, _STRIP)]
 
 
 class Experts(torch.nn.Module):
@@ -232,7 +274,10 @@ def gathering(
     handles = []
     for number, group in enumerate(groups):
         width = group[0].weight.shape[1]
-        sums = Statistics(torch.zeros(width, width, dtype=dtype(width), device=device))
+        hessian = torch.zeros(width, width, dtype=dtype(width), device=device)
+        # of many experts each would hold its own waiting inputs
+        waits = hessian.dtype == torch.float64 and group[0].owner is None
+        sums = Statistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
         statistics.append(sums)
         handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums, number == last)))
     try:
@@ -241,7 +286,7 @@ def gathering(
         for handle in handles:
             handle.remove()
     for sums in statistics:
-        _mirror(sums.hessian)
+        sums.finish()
 
 
 class Enough(Exception):
@@ -254,32 +299,12 @@ def _adder(site: Site, sums: Statistics, last: bool) -> Callable[..., None]:
         counted = site.owner.counted if site.owner is not None else getattr(module, "counted", None)
         if counted is not None:
             x = x[counted]
-        x = x.float()
-        for start, stop in _strips(x.shape[1]):
-            into = sums.hessian[start:stop, start:]
-            if into.dtype == torch.float32:
-                into.addmm_(x[:, start:stop].T, x[:, start:])
-            else:
-                into += x[:, start:stop].T @ x[:, start:]
-        sums.tokens += len(x)
+        if len(x):
+            sums.add(x)
         if last:
             raise Enough
 
     return hook
-
-
-#: Rows of a symmetric sum that are added at a time, from the diagonal on. Measured on CPU: 128 to 512 are alike.
-_STRIP = 256
-
-
-def _strips(width: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _STRIP, width)) for start in range(0, width, _STRIP)]
-
-
-def _mirror(hessian: torch.Tensor) -> None:
-    """Fill what lies below the diagonal strips from above them, in place."""
-    for start, stop in _strips(len(hessian)):
-        hessian[stop:, start:stop] = hessian[start:stop, stop:].T
 
 
 def set_counted(
