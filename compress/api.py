@@ -114,6 +114,7 @@ def apply(
     from compress.passes.base import Context
     from compress.pipeline.publish import check_output
     from compress.pipeline.run import check_result, resolve_device
+    from compress.planning import plan_pass
     from compress.progress import SilentProgress
     from compress.recipe.model import Calibration
 
@@ -127,7 +128,7 @@ def apply(
     local = Path(model).expanduser()
     check_output(output, local if local.exists() else None)
     original = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    instance.plan(original.spec, chosen)  # refuse before any work
+    plan_pass(original.spec, instance, chosen, store)  # refuse before any work
 
     section = None
     if data is not None and not isinstance(data, torch.Tensor):
@@ -194,8 +195,10 @@ def load(
 def unpack(
     model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None
 ) -> Path:
-    """Write the dense stock twin of a compact checkpoint to ``output``, which must not exist."""
-    from compress.checkpoint.open import open_checkpoint
+    """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
+    from dataclasses import replace
+
+    from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_output
 
@@ -207,8 +210,13 @@ def unpack(
         raise CompressError(f"no stock class can express this checkpoint ({kinds})", where=str(model))
     readme = local / "README.md"
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
+
+    def read(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        return Value(value.data, value.mask)
+
     write_checkpoint(
-        checkpoint,
+        Derived(checkpoint, checkpoint.spec.map(lambda tensor: replace(tensor, grid=None)), read),
         Path(output),
         store="stock",
         max_shard=_bytes(max_shard_size),

@@ -49,7 +49,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, dtype: str | None = None, device:
     if device != "cpu":
         kwargs["device_map"] = {"": device}
     state = None
-    if needs_code(checkpoint.spec) or not isinstance(checkpoint, Stored):
+    coded = any(tensor.grid is not None for tensor in checkpoint.spec.stored())
+    if coded or needs_code(checkpoint.spec) or not isinstance(checkpoint, Stored):
         state = {tensor.name: checkpoint.tensor(tensor.name).data for tensor in checkpoint.spec.stored()}
     return _load(checkpoint, kwargs, state)
 

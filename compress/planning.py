@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
-from compress.checkpoint.codecs import Store, with_storage
+from compress.checkpoint.codecs import Store, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
-from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec, Tensor
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
+    from compress.passes.base import Pass
     from compress.recipe import PassEntry, Recipe
 
 #: Resident memory of the interpreter with torch and transformers loaded, measured on Linux with the CPU build.
@@ -161,7 +162,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
         try:
-            following = instance.plan(current, entry.settings)
+            following = plan_pass(current, instance, entry.settings, store)
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"
             raise
@@ -185,6 +186,29 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
     return Plan(original, spec, store, stages, peak)
+
+
+def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:
+    """The checkpoint that a pass will write in that store. Raises `PassError` where it cannot apply."""
+    from compress.errors import PassError
+
+    if "integer" not in instance.accepts and (name := next((t.name for t in spec.stored() if t.grid), None)):
+        raise PassError(
+            f"{instance.name} accepts {' and '.join(sorted(instance.accepts))} weights, and {name} is quantised",
+            fix="start from the unquantised checkpoint, or make it dense with `compress unpack`",
+        )
+    following = instance.plan(spec, settings)
+    if store == "stock" and (tensor := next((t for t in following.stored() if _unheld(following, t)), None)):
+        assert tensor.grid is not None
+        raise PassError(
+            f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}",
+            fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
+        )
+    return following
+
+
+def _unheld(spec: Spec, tensor: Tensor) -> bool:
+    return tensor.grid is not None and not stock_holds(spec, tensor)
 
 
 def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from compress.calibration.sites import Site, Statistics
-from compress.calibration.sweep import Block, Sweep
-from compress.calibration.tune import Tuning, tune
+from compress.calibration.sweep import Block, Changed, Sweep
+from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
@@ -43,7 +43,7 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
     Takes a sweep over the blocks as they are; ``sweep`` works in a folder of its own.
     """
 
-    def look(block: Block) -> dict[str, torch.Tensor]:
+    def look(block: Block) -> dict[str, Changed]:
         names, many, count = [], 0, 0
         for group, statistics, _ in block.statistics():
             for site in group:
@@ -60,7 +60,7 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
     return by_name, {"outlier_share": ratios, "sparsity": chosen}
 
 
-def prune_block(block: Block, how: Pruning) -> dict[str, torch.Tensor]:
+def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
     """Prune the sites of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
 
     ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
@@ -105,8 +105,10 @@ def prune_block(block: Block, how: Pruning) -> dict[str, torch.Tensor]:
             for weight, gone in removed:
                 weight.masked_fill_(gone, 0)
 
-        block.details["tuning"] = tune(block, how.tuning, project) | {"seconds": round(time.perf_counter() - start, 3)}
-    return {s.name: (masks[s.name].T if s.transposed else masks[s.name]).contiguous() for s in block.sites}
+        block.details["tuning"] = tune(block, how.tuning, floats(block), project) | {
+            "seconds": round(time.perf_counter() - start, 3)
+        }
+    return {s.name: Changed((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.sites}
 
 
 def _solve(

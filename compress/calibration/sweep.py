@@ -37,7 +37,7 @@ from compress.calibration.sites import (
 from compress.calibration.streamed import StreamedModel
 from compress.checkpoint.codecs import canonical, pack_bits
 from compress.checkpoint.decode import unpack_bits
-from compress.checkpoint.open import Checkpoint, Value, torch_dtype
+from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
 from compress.checkpoint.spec import widest
 from compress.errors import CheckpointError, PassError
 from compress.memory import keep_freed
@@ -130,8 +130,16 @@ def _hessian_bytes(group: Sequence[Site]) -> int:
     return width * width * (8 if width <= WIDE else 4)
 
 
-#: What a sweep does to a block: change the weights in the module, and return the keep-masks of the tensors that have one.
-Change = Callable[[Block], dict[str, torch.Tensor]]
+@dataclass(frozen=True)
+class Changed:
+    """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it, and codes."""
+
+    mask: torch.Tensor | None = None
+    codes: Codes | None = None
+
+
+#: What a sweep does to a block: change the weights in the module, and return what some tensors have beside them.
+Change = Callable[[Block], dict[str, Changed]]
 
 
 class Sweep:
@@ -352,8 +360,7 @@ class Sweep:
                 block.groups, block.last = group_sites(
                     sites, lambda: block.forward(probe, inputs.read(probe).to(self.device))
                 )
-            masks = change(block)
-            self._write(index, module, masks)
+            self._write(index, module, change(block))
         if index < last:
             with torch.no_grad():
                 for rows in self.batches():
@@ -366,7 +373,7 @@ class Sweep:
             files["inputs"][then].sync()
         return block.details
 
-    def _write(self, index: int, module: Any, masks: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, index: int, module: Any, changed: Mapping[str, Changed]) -> None:
         """Round the block's weights to the checkpoint's dtypes, in the module too, and put those that changed on disk."""
         from safetensors.torch import save_file
 
@@ -377,11 +384,15 @@ class Sweep:
                 continue
             for name, value in stored.items():
                 before = self.checkpoint.tensor(name)
-                mask = masks.get(name, before.mask)
+                found = changed.get(name, Changed())
+                mask = before.mask if found.mask is None else found.mask
+                if found.codes is not None:
+                    parts = {k: getattr(found.codes, k) for k in _CODES}
+                    result |= {f"{name}:{k}": v.cpu().contiguous() for k, v in parts.items() if v is not None}
                 data = value.to("cpu", before.data.dtype)
                 if mask is not None:
                     mask = mask.to("cpu")
-                    data = canonical(data, mask)
+                    data = canonical(data, mask) if found.codes is None else data
                     result[f"{name}:keep"] = pack_bits(mask)
                 if mask is not None or not torch.equal(data, before.data):
                     result[name] = data.contiguous().clone()
@@ -450,9 +461,15 @@ class SweepResult:
                 data = file.get_tensor(name)
                 keep = f"{name}:keep"
                 mask = unpack_bits(file.get_tensor(keep), tuple(data.shape)) if keep in where else None
-            return Value(data, mask)
+                found = {k: file.get_tensor(f"{name}:{k}") for k in _CODES if f"{name}:{k}" in where}
+                codes = Codes(**found) if found else None
+            return Value(data, mask, codes)
 
         return read
+
+
+#: Fields of `Codes`.
+_CODES = ("codes", "scale", "zero", "overall")
 
 
 class _Unfollowable(Exception):

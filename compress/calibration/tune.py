@@ -8,7 +8,7 @@ a projection of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,26 @@ class Tuning:
     batch: int = 4
 
 
+@dataclass(frozen=True)
+class Moving:
+    """A tensor that tuning moves, and the step that a rate of 1 means for it."""
+
+    tensor: torch.Tensor
+    unit: float
+
+
+def floats(block: Block, without: Collection[int] = ()) -> list[Moving]:
+    """Every float parameter of the block, by the root mean square of its values; but those of these ids."""
+    parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in without]
+    return [Moving(p, max(float(p.detach().double().square().mean().sqrt()), 1e-8)) for p in parameters]
+
+
 def tune(
-    block: Block, how: Tuning, project: Callable[[], None], parameters: Sequence[torch.nn.Parameter] | None = None
+    block: Block,
+    how: Tuning,
+    moving: Sequence[Moving],
+    project: Callable[[], None],
+    collect: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Tune a block in place.
 
@@ -47,8 +65,9 @@ def tune(
     tried at lower rates, and left as it was if none pays.
 
     Args:
-        project: called after every step; puts removed weights back to zero (or rounds).
-        parameters: what moves; every float parameter of the block by default.
+        moving: what moves, tensors of the block or such as its weights are made of.
+        project: called after every step; brings the block's weights to where they may be: zeros, or rounded values.
+        collect: called before every step; makes gradients of what moves from those of the block's weights.
 
     Returns:
         ``before`` and ``after``: relative error on the held-out samples; ``rate`` tried last; ``steps`` in all; ``kept``:
@@ -56,23 +75,22 @@ def tune(
     """
     sweep = block.sweep
     assert block.targets is not None
-    moving = [p for p in (parameters or block.module.parameters()) if p.is_floating_point()]
     order = torch.Generator().manual_seed(sweep.seed * 1_000_003 + block.index)
     samples = torch.randperm(sweep.inputs.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
     before, deviation = _error(block, test or train[:1])
-    kept = [p.detach().clone() for p in moving]
-    scales = [max(float(p.detach().double().square().mean().sqrt()), 1e-8) for p in moving]
+    kept = [m.tensor.detach().clone() for m in moving]
     rate, steps, after = how.rate, 0, before
     for rate in (how.rate, how.rate / RETRY, how.rate / RETRY**2):
-        steps += _descend(block, how, rate, train, moving, scales, deviation, order, project)
+        steps += _descend(block, how, rate, train, moving, deviation, order, project, collect)
         after = _error(block, test)[0] if test else 0.0
         if after < before or not test:
             break
         with torch.no_grad():
-            for p, old in zip(moving, kept, strict=True):
-                p.copy_(old)
+            for m, old in zip(moving, kept, strict=True):
+                m.tensor.copy_(old)
+            project()
     return {"before": before, "after": after, "rate": rate, "steps": steps, "kept": after < before or not test}
 
 
@@ -81,17 +99,18 @@ def _descend(
     how: Tuning,
     rate: float,
     train: Sequence[int],
-    moving: Sequence[torch.nn.Parameter],
-    scales: Sequence[float],
+    moving: Sequence[Moving],
     deviation: float,
     order: torch.Generator,
     project: Callable[[], None],
+    collect: Callable[[], None] | None,
 ) -> int:
     """All epochs at that rate; the number of steps."""
-    groups = [{"params": [p], "lr": rate * s, "peak": rate * s} for p, s in zip(moving, scales, strict=True)]
+    groups = [{"params": [m.tensor], "lr": rate * m.unit, "peak": rate * m.unit} for m in moving]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
     steps, step = how.epochs * -(-len(train) // how.batch), 0
-    for p in moving:
+    parameters = [p for p in block.module.parameters() if p.is_floating_point()]
+    for p in parameters:
         p.requires_grad_(True)
     try:
         for _ in range(how.epochs):
@@ -100,20 +119,23 @@ def _descend(
                 rows = sorted(train[i] for i in shuffled[start : start + how.batch])
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * (1 - step / steps)
-                _gradients(block, rows, moving, deviation)
-                optimizer.step()
-                optimizer.zero_grad()
+                _gradients(block, rows, parameters, deviation)
                 with torch.no_grad():
+                    if collect is not None:
+                        collect()
+                    optimizer.step()
+                    for p in parameters:
+                        p.grad = None
                     project()
                 step += 1
     finally:
-        for p in moving:
+        for p in parameters:
             p.requires_grad_(False)
             p.grad = None
     return step
 
 
-def _gradients(block: Block, rows: Sequence[int], moving: Sequence[torch.nn.Parameter], deviation: float) -> None:
+def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.Parameter], deviation: float) -> None:
     """Gradients of the loss on those samples; of several processes each takes some of them."""
     ranks = block.sweep.ranks
     if mine := ranks.mine(rows):
@@ -122,7 +144,7 @@ def _gradients(block: Block, rows: Sequence[int], moving: Sequence[torch.nn.Para
             loss = (output - target).float().square().mean() / deviation * (len(mine) / len(rows))
             loss.backward()  # type: ignore[no-untyped-call]
     if ranks.world > 1:
-        for p in moving:
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             ranks.add(p.grad)

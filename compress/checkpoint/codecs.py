@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from compress.checkpoint.spec import DENSE, DTYPE_BITS, MASKED, Spec, Tensor
+from compress import architectures
+from compress.checkpoint.grids import Grid
+from compress.checkpoint.spec import DENSE, DTYPE_BITS, FP8, INT8, MASKED, MXFP4, NVFP4, PACKED, Spec, Tensor
 
 if TYPE_CHECKING:
     import torch
 
+    from compress.checkpoint.open import Value
+
 Store = Literal["stock", "compact"]
+#: Codes packed at a time; a multiple of 32, so that the words of long rows do not straddle the parts.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,40 +40,176 @@ class Part:
 
 def parts(tensor: Tensor) -> list[Part]:
     """The arrays that the tensor's storage chain writes, with exact shapes."""
+    name = tensor.name
     if tensor.storage == DENSE:
-        return [Part(tensor.name, "values", tensor.shape, tensor.dtype)]
-    assert tensor.storage == MASKED, tensor
-    assert tensor.kept is not None, tensor
-    return [
-        Part(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8"),
-        Part(f"{tensor.name}.values", "values", (tensor.kept,), tensor.dtype),
+        return [Part(name, "values", tensor.shape, tensor.dtype)]
+    if tensor.grid is None:
+        assert tensor.storage == MASKED, tensor
+        assert tensor.kept is not None, tensor
+        return [_keep(tensor), Part(f"{name}.values", "values", (tensor.kept,), tensor.dtype)]
+    grid, chain = tensor.grid, tensor.storage[-1:]
+    outputs, inputs = grid.rows(tensor.shape)
+    scales = (outputs, grid.groups(tensor.shape))
+    zero = not grid.symmetric
+    if tensor.storage[0] == "mask":
+        assert tensor.kept is not None, tensor
+        found = [_keep(tensor), Part(f"{name}.codes", "codes", (_words(tensor.kept, grid.bits),), "I32")]
+        found.append(Part(f"{name}_scale", "scale", scales, tensor.dtype))
+        return found + ([_packed_zero(name, scales, grid)] if zero else [])
+    if chain == PACKED:
+        found = [
+            Part(f"{name}_packed", "codes", (outputs, _words(inputs, grid.bits)), "I32"),
+            Part(f"{name}_scale", "scale", scales, tensor.dtype),
+            Part(f"{name}_shape", "shape", (2,), "I64"),
+        ]
+        return found + ([_packed_zero(name, scales, grid)] if zero else [])
+    if chain in (INT8, FP8):
+        found = [
+            Part(name, "codes", (outputs, inputs), "I8" if chain == INT8 else "F8_E4M3"),
+            Part(f"{name}_scale", "scale", scales, tensor.dtype),
+        ]
+        return found + ([Part(f"{name}_zero_point", "zero", scales, "I8")] if zero else [])
+    found = [
+        Part(f"{name}_packed", "codes", (outputs, inputs // 2), "U8"),
+        Part(f"{name}_scale", "scale", scales, "U8" if chain == MXFP4 else "F8_E4M3"),
     ]
+    return found + ([Part(f"{name}_global_scale", "overall", (1,), "F32")] if chain == NVFP4 else [])
+
+
+def _keep(tensor: Tensor) -> Part:
+    return Part(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8")
+
+
+def _packed_zero(name: str, scales: tuple[int, int], grid: Grid) -> Part:
+    """Zero points, packed along the outputs."""
+    return Part(f"{name}_zero_point", "zero", (_words(scales[0], grid.bits), scales[1]), "I32")
+
+
+def _words(count: int, bits: int) -> int:
+    """32-bit words that so many codes take."""
+    return -(-count * bits // 32)
 
 
 def with_storage(spec: Spec, store: Store) -> Spec:
-    """The spec with the chain that each tensor gets in that store: the smallest, dense where equal."""
+    """The spec with the chain that each tensor gets in that store: the smallest, dense where equal.
+
+    Stock files have no place for the keep-mask of a matrix of codes: its zeros are written, and that they were removed is
+    forgotten. Codes that stock loaders do not take are written as the floats that they stand for.
+    """
 
     def choose(tensor: Tensor) -> Tensor:
-        candidates = [DENSE]
-        if store == "compact" and tensor.kept is not None:
-            candidates.append(MASKED)
+        masked = store == "compact" and tensor.kept is not None
+        if tensor.grid is not None and store == "stock" and not stock_holds(spec, tensor):
+            return replace(tensor, grid=None, kept=None, storage=DENSE)
+        if tensor.grid is not None:
+            plain = stock_chain(tensor.grid)
+            candidates = [plain, ("mask", *plain)] if masked and tensor.grid.is_integer else [plain]
+        else:
+            candidates = [DENSE, MASKED] if masked else [DENSE]
         options = [replace(tensor, storage=chain) for chain in candidates]
-        return min(options, key=lambda t: sum(part.bytes for part in parts(t)))
+        best = min(options, key=lambda t: sum(part.bytes for part in parts(t)))
+        return best if best.grid is None or best.storage[0] == "mask" else replace(best, kept=None)
 
     return spec.map(choose)
 
 
+def stock_chain(grid: Grid) -> tuple[str, ...]:
+    """The format of compressed-tensors for such codes."""
+    if grid.is_integer:
+        return INT8 if grid.activations is not None and grid.bits == 8 else PACKED
+    return {"fp8": FP8, "mxfp4": MXFP4, "nvfp4": NVFP4}[grid.format]
+
+
 def needs_code(spec: Spec) -> bool:
     """Whether only the bundled modelling file can load the spec as stored."""
-    return bool(spec.structure.edits) or any(tensor.storage != DENSE for tensor in spec.stored())
+    return bool(spec.structure.edits) or any(
+        t.storage[0] == "mask" or (t.grid is not None and not stock_holds(spec, t)) for t in spec.stored()
+    )
 
 
-def encode(data: torch.Tensor, mask: torch.Tensor | None, tensor: Tensor) -> dict[str, torch.Tensor]:
+def stock_holds(spec: Spec, tensor: Tensor) -> bool:
+    """Whether stock loaders take a tensor's codes: those of linear layers that are modules of their own.
+
+    With compressed-tensors 0.20 transformers expects zero points of packed codes unpacked, and refuses a file that has them
+    packed as the format says.
+    """
+    assert tensor.grid is not None
+    record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
+    if tensor.grid.transposed or record is None:
+        return False
+    if stock_chain(tensor.grid) == PACKED and not tensor.grid.symmetric:
+        return False
+    path = f".{tensor.name}"
+    outside = [*record.experts, *record.embeddings, *filter(None, [record.head])]
+    return not any(f".{module}." in path for module in outside)
+
+
+def stock_value(value: Value, tensor: Tensor) -> Value:
+    """The value without what the tensor, as stored, has no place for: codes, or a keep-mask beside codes."""
+    if value.codes is None or (tensor.grid is not None and tensor.kept is not None):
+        return value
+    return replace(value, mask=None, codes=None if tensor.grid is None else value.codes)
+
+
+def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
     """Values in canonical form (see `canonical`) ▶ role ▶ contiguous array, as `parts` says."""
     if tensor.storage == DENSE:
-        return {"values": data.contiguous()}
-    assert mask is not None
-    return {"keep": pack_bits(mask), "values": data[mask]}
+        return {"values": value.data.contiguous()}
+    if tensor.grid is None:
+        assert value.mask is not None
+        return {"keep": pack_bits(value.mask), "values": value.data[value.mask]}
+    import torch
+
+    found, bits = value.codes, tensor.grid.bits
+    assert found is not None, tensor
+    result = {"scale": found.scale.contiguous()}
+    if tensor.storage[0] == "mask":
+        assert value.mask is not None
+        mask = value.mask.T if tensor.grid.transposed else value.mask
+        result |= {"keep": pack_bits(mask), "codes": pack_codes(found.codes[mask][None], bits)[0]}
+    elif tensor.storage == PACKED:
+        result |= {"codes": pack_codes(found.codes, bits), "shape": torch.tensor(found.codes.shape)}
+    elif tensor.storage in (INT8, FP8):
+        result["codes"] = found.codes.contiguous()
+    else:
+        result["codes"] = (found.codes[:, 0::2] | (found.codes[:, 1::2] << 4)).contiguous()
+    if found.zero is not None:
+        plain = tensor.storage == INT8
+        result["zero"] = found.zero.contiguous() if plain else pack_codes(found.zero.T, bits).T.contiguous()
+    if found.overall is not None:
+        result["overall"] = found.overall
+    return result
+
+
+def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed codes [R, C] ▶ int32 [R, ceil(C · bits / 32)]: offset to be positive, then a dense stream of bits, lowest first.
+
+    As compressed-tensors packs them (``pack_to_int32``).
+    """
+    import torch
+
+    rows, count = codes_RC.shape
+    if rows * count > _AT_ONCE:  # the steps in between take many times the memory
+        if rows > 1:
+            return torch.cat([pack_codes(part, bits) for part in torch.split(codes_RC, max(1, _AT_ONCE // count))])
+        return torch.cat([pack_codes(part, bits) for part in torch.split(codes_RC, _AT_ONCE, 1)], 1)
+    half = 1 << (bits - 1)
+    offset = (codes_RC ^ -128 if bits == 8 else codes_RC + half).contiguous().view(torch.uint8)
+    words, eights = -(-count * bits // 32), -(-count // 8)
+    offset = torch.nn.functional.pad(offset, (0, -count % 8))
+    if 8 % bits == 0:  # codes do not straddle bytes
+        per = 8 // bits
+        parts = offset.view(rows, eights * bits, per).unbind(2)
+        octets = parts[0].clone()
+        for place, part in enumerate(parts[1:], 1):
+            octets |= part << (bits * place)
+    else:  # eight codes make `bits` whole bytes
+        eight = offset.view(rows, eights, 8).to(torch.int64)
+        stream = (eight << (bits * torch.arange(8, device=eight.device))).sum(2)
+        octets = ((stream[..., None] >> (8 * torch.arange(bits, device=eight.device))) & 255).to(torch.uint8)
+        octets = octets.reshape(rows, eights * bits)
+    octets = torch.nn.functional.pad(octets[:, : 4 * words], (0, max(0, 4 * words - octets.shape[1])))
+    return octets.flatten().view(torch.int32).view(rows, words)
 
 
 def canonical(data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -11,34 +11,142 @@ keep-mask survives a dense float file without a byte of its own (the metadata sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+#: Codes unpacked at a time, a multiple of 32.
+_AT_ONCE = 1 << 22
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def part_names(name: str, storage: tuple[str, ...]) -> dict[str, str]:
+_CODED = ("pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+#: Values of the sixteen E2M1 codes: sign, two bits of exponent, one of mantissa.
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+
+def part_names(name: str, storage: tuple[str, ...], grid: dict[str, Any] | None = None) -> dict[str, str]:
     """Role ▶ key in the file, for a tensor stored by this chain."""
-    if storage == ("dense",):
-        return {"values": name}
-    if storage == ("mask", "dense"):
-        return {"keep": f"{name}.keep", "values": f"{name}.values"}
-    raise ValueError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read")
+    masked = storage[0] == "mask"
+    if storage in (("dense",), ("mask", "dense")):
+        return {"keep": f"{name}.keep", "values": f"{name}.values"} if masked else {"values": name}
+    if grid is None or storage[-1] not in _CODED or len(storage) != 1 + masked:
+        raise ValueError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read")
+    names = {"scale": f"{name}_scale"}
+    if masked:
+        names |= {"keep": f"{name}.keep", "codes": f"{name}.codes"}
+    elif storage[0] in ("int-quantized", "float-quantized"):
+        names["codes"] = name
+    else:
+        names["codes"] = f"{name}_packed"
+        if storage[0] == "pack-quantized":
+            names["shape"] = f"{name}_shape"
+    if not grid["symmetric"]:
+        names["zero"] = f"{name}_zero_point"
+    if storage[0] == "nvfp4-pack-quantized":
+        names["overall"] = f"{name}_global_scale"
+    return names
 
 
 def decode(
-    parts: dict[str, torch.Tensor], storage: tuple[str, ...], shape: tuple[int, ...], masked: bool
+    parts: dict[str, torch.Tensor],
+    storage: tuple[str, ...],
+    shape: tuple[int, ...],
+    masked: bool,
+    grid: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values (of ``shape``, removed weights +0.0) and the keep-mask (bool, of ``shape``), None where there is none."""
     if storage == ("dense",):
         values = parts["values"].reshape(shape)
         return values, (values.view(_INT[values.element_size()]) != 0) if masked else None
-    assert storage == ("mask", "dense"), storage
-    mask = unpack_bits(parts["keep"], shape)
+    mask = unpack_bits(parts["keep"], shape) if storage[0] == "mask" else None
+    if grid is not None:
+        rows = (shape[1], shape[0]) if grid["transposed"] else shape
+        if mask is not None:
+            mask = mask.reshape(rows)
+        values = dequantized(*codes(parts, storage, rows, mask, grid))
+        if mask is not None:
+            values = values.masked_fill(~mask, 0)
+        if grid["transposed"]:
+            values, mask = values.T.contiguous(), None if mask is None else mask.T.contiguous()
+        return values, mask
+    assert mask is not None, storage
     values = torch.zeros(shape, dtype=parts["values"].dtype, device=parts["values"].device)
     if int(mask.sum()) != parts["values"].numel():
         raise ValueError(f"the keep-mask keeps {int(mask.sum())} weights, {parts['values'].numel()} are stored")
     values.masked_scatter_(mask, parts["values"])
     return values, mask
+
+
+def codes(
+    parts: dict[str, torch.Tensor],
+    storage: tuple[str, ...],
+    rows: tuple[int, ...],
+    mask: torch.Tensor | None,
+    grid: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales.
+
+    Of removed weights the codes are those of zero.
+    """
+    bits, found, scale, zero = int(grid["bits"]), parts["codes"], parts["scale"], parts.get("zero")
+    if zero is not None and zero.dtype == torch.int32:
+        zero = unpack_codes(zero.T.contiguous(), bits, rows[0]).T.contiguous()
+    if storage[0] == "mask":
+        assert mask is not None
+        kept = int(mask.sum())
+        if found.numel() != -(-kept * bits // 32):
+            raise ValueError(f"the keep-mask keeps {kept} weights, {found.numel()} words of codes are stored")
+        full = torch.zeros(rows, dtype=torch.int8)
+        if zero is not None:
+            full = full + zero.repeat_interleave(rows[1] // zero.shape[1], 1)
+        found = full.masked_scatter_(mask, unpack_codes(found[None], bits, kept)[0])
+    elif storage[0] == "pack-quantized":
+        found = unpack_codes(found, bits, rows[1])
+    elif found.dtype == torch.uint8:
+        found = torch.stack((found & 15, found >> 4), 2).flatten(1)
+    return found, scale, zero, parts.get("overall")
+
+
+def dequantized(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, overall: torch.Tensor | None
+) -> torch.Tensor:
+    """(q - z) · s [O, I], computed in the dtype of s as compressed-tensors does; bfloat16 for four-bit floats."""
+    dtype = None
+    if codes.dtype == torch.uint8:
+        codes, dtype = torch.tensor(_E2M1, device=codes.device)[codes.long()], torch.bfloat16
+        if overall is None:
+            scale = 2.0 ** (scale.to(torch.int32) - 127).to(torch.bfloat16)
+        else:
+            scale = scale.to(torch.bfloat16) / overall
+    values = codes.reshape(codes.shape[0], scale.shape[1], -1).to(scale.dtype)
+    if zero is not None:
+        values = values - zero[..., None].to(scale.dtype)
+    values = (values * scale[..., None]).flatten(1)
+    return values if dtype is None else values.to(dtype)
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """int32 [R, W] ▶ int8 [R, count]: a dense stream of ``bits``-bit codes, lowest bit first, less half their range."""
+    rows, words = packed.shape
+    if rows * count > _AT_ONCE:  # the steps in between take many times the memory
+        if rows > 1:
+            return torch.cat(
+                [unpack_codes(part, bits, count) for part in torch.split(packed, max(1, _AT_ONCE // count))]
+            )
+        parts = torch.split(packed, _AT_ONCE // 32 * bits, 1)
+        sizes = [min(_AT_ONCE, count - i * _AT_ONCE) for i in range(len(parts))]
+        return torch.cat([unpack_codes(part, bits, size) for part, size in zip(parts, sizes, strict=True)], 1)
+    octets = packed.contiguous().flatten().view(torch.uint8).view(rows, 4 * words)
+    if 8 % bits == 0:  # codes do not straddle bytes
+        found = torch.stack([(octets >> (bits * place)) & ((1 << bits) - 1) for place in range(8 // bits)], 2)
+        found = found.view(rows, 4 * words * (8 // bits))[:, :count]
+        return (found ^ 128).view(torch.int8) if bits == 8 else found.to(torch.int8) - (1 << (bits - 1))
+    eights = -(-4 * words // bits)
+    octets = torch.nn.functional.pad(octets, (0, eights * bits - 4 * words)).reshape(rows, eights, bits).to(torch.int64)
+    stream = (octets << (8 * torch.arange(bits, device=packed.device))).sum(2)
+    found = (stream[..., None] >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
+    return (found.reshape(rows, 8 * eights)[:, :count] - (1 << (bits - 1))).to(torch.int8)
 
 
 def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

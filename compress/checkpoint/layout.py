@@ -98,6 +98,7 @@ def _metadata(tensors: list[Tensor], metadata: Mapping[str, str] | None) -> dict
     """``format: pt`` (transformers asks for it), the input's own metadata, and our table where there is one."""
     table: dict[str, dict[str, Any]] = {
         t.name: {"storage": list(t.storage), "shape": list(t.shape), "kept": t.kept}
+        | ({} if t.grid is None else {"grid": t.grid.to_json(), "dtype": t.dtype})
         for t in tensors
         if t.storage != DENSE or t.kept is not None
     }

@@ -44,11 +44,11 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
             table = json.loads((file.metadata() or {}).get("compress.tensors", "{}"))
             coded = set()
             for tensor, row in table.items():
-                storage = tuple(row["storage"])
-                keys = part_names(tensor, storage)
+                storage, grid = tuple(row["storage"]), row.get("grid")
+                keys = part_names(tensor, storage, grid)
                 coded.update(keys.values())
                 parts = {role: file.get_tensor(key) for role, key in keys.items()}
-                state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None)[0]
+                state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, grid)[0]
             for key in file.keys():  # noqa: SIM118 - a file is no dict
                 if key not in coded:
                     state[key] = file.get_tensor(key)

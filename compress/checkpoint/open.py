@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import codecs, hub
+from compress.checkpoint import codecs, hub, quantization
+from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import INDEX_NAME, METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.sidecars import find_sidecars, safe_file
-from compress.checkpoint.spec import DENSE, FLOAT_DTYPES, MASKED, Edit, Spec, Structure, Tensor
+from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Edit, Spec, Structure, Tensor
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,11 +27,27 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """What a quantised matrix is made of, see `checkpoint.grids`; rows are outputs.
+
+    Attributes:
+        codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.
+        overall: float32 [1] that scales are divided by (nvfp4).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    overall: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor's values and its keep-mask (bool, same shape), None where it has none."""
+    """A tensor's values, its keep-mask (bool, same shape), and the codes that the values come from; None where it has none."""
 
     data: torch.Tensor
     mask: torch.Tensor | None = None
+    codes: Codes | None = None
 
 
 class Checkpoint(ABC):
@@ -70,14 +87,19 @@ class Stored(Checkpoint):
 
     def tensor(self, name: str) -> Value:
         """Reads with pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import decode, part_names
+        from compress.checkpoint.decode import codes, decode, part_names
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
             return self.tensor(tensor.alias_of)
-        parts = {role: self._read(key) for role, key in part_names(name, tensor.storage).items()}
+        grid = None if tensor.grid is None else tensor.grid.to_json()
+        parts = {role: self._read(key) for role, key in part_names(name, tensor.storage, grid).items()}
+        found = None
         try:
-            data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None)
+            data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None, grid)
+            if tensor.grid is not None and grid is not None:
+                across = mask.T if mask is not None and tensor.grid.transposed else mask
+                found = Codes(*codes(parts, tensor.storage, tensor.grid.rows(tensor.shape), across, grid))
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
         if mask is not None and int(mask.sum()) != tensor.kept:
@@ -86,7 +108,7 @@ class Stored(Checkpoint):
                 where=str(self.folder),
                 fix="it was changed after it was written; write it again from its source",
             )
-        return Value(data, mask)
+        return Value(data, mask, found)
 
     def _read(self, key: str) -> torch.Tensor:
         import torch
@@ -127,7 +149,11 @@ class Derived(Checkpoint):
     def tensor(self, name: str) -> Value:
         """The changed values, brought into canonical form."""
         value = self._read(self.spec.tensors[name].alias_of or name)
-        return value if value.mask is None else Value(codecs.canonical(value.data, value.mask), value.mask)
+        if value.mask is None:
+            return value
+        if value.codes is not None:  # its zeros are those of the codes
+            return value
+        return Value(codecs.canonical(value.data, value.mask), value.mask)
 
 
 def open_checkpoint(reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False) -> Stored:
@@ -269,8 +295,17 @@ def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> 
         else Structure(config)
     )
     tensors: dict[str, Tensor] = {}
+    tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
+    known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
+    if config.get(quantization.KEY) and not known:
+        every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
+        foreign = quantization.parse(config, every, where)
+        for file, header in headers.items():
+            tables[file] |= {
+                n: t for n, t in foreign.items() if any(part.key in header.entries for part in codecs.parts(t))
+            }
     for file, header in headers.items():
-        table = _table(header, f"{where}/{file}")
+        table = tables[file]
         owners = {part.key: name for name, t in table.items() for part in codecs.parts(t)}
         for key, entry in header.entries.items():
             name = owners.get(key, key)
@@ -279,7 +314,7 @@ def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> 
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
     if not tensors:
         raise CheckpointError("holds no tensor", where=where)
-    return with_aliases(Spec(structure, tensors), where)
+    return with_aliases(quantization.strip(Spec(structure, tensors)), where)
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:
@@ -291,12 +326,14 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
         result = {}
         for name, row in rows.items():
             storage = tuple(row["storage"])
-            if storage not in (DENSE, MASKED):
+            if storage not in CHAINS:
                 raise CheckpointError(
                     f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where
                 )
             key = name if storage == DENSE else f"{name}.values"
-            tensor = Tensor(name, tuple(row["shape"]), header.entries[key].dtype, kept=row["kept"], storage=storage)
+            grid = Grid.from_json(row["grid"]) if "grid" in row else None
+            dtype = header.entries[key].dtype if grid is None else row["dtype"]
+            tensor = Tensor(name, tuple(row["shape"]), dtype, kept=row["kept"], storage=storage, grid=grid)
             for part in codecs.parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
                     raise CheckpointError(f"array {part.key} is not what the metadata say", where=where)

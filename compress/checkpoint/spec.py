@@ -15,6 +15,8 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+from compress.checkpoint.grids import Grid
+
 #: Bits per element of every dtype string of the safetensors format.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
@@ -38,6 +40,14 @@ def widest(dtypes: list[str]) -> str:
 
 DENSE: tuple[str, ...] = ("dense",)
 MASKED: tuple[str, ...] = ("mask", "dense")
+#: Formats of compressed-tensors that a grid's codes are stored in; a keep-mask may go before each.
+PACKED: tuple[str, ...] = ("pack-quantized",)
+INT8: tuple[str, ...] = ("int-quantized",)
+FP8: tuple[str, ...] = ("float-quantized",)
+MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
+NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
+CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4)
+CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,7 @@ class Tensor:
         kept: None without a keep-mask, else the number of weights the mask keeps.
         alias_of: the tensor whose data this one shares; an alias is never stored.
         storage: chain of codec names, outermost first.
+        grid: of what codes the values are made; None for free values.
     """
 
     name: str
@@ -59,6 +70,7 @@ class Tensor:
     kept: int | None = None
     alias_of: str | None = None
     storage: tuple[str, ...] = DENSE
+    grid: Grid | None = None
 
     @property
     def count(self) -> int:

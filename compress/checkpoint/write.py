@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.checkpoint import bundle, codecs
+from compress.checkpoint import bundle, codecs, quantization
 from compress.checkpoint.codecs import Store
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
@@ -110,14 +110,14 @@ def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[
         _pwrite(file.fileno(), shard.header, 0)
 
         def read(tensor: Tensor) -> tuple[Tensor, Value, str]:
-            value = checkpoint.tensor(tensor.name)
+            value = codecs.stock_value(checkpoint.tensor(tensor.name), tensor)
             _check_value(tensor, value)
             return tensor, value, _digest(value)
 
         with closing(ahead(read, shard.tensors, 1)) as values:
             for tensor, value, digest in values:
                 hashes[tensor.name] = digest
-                for role, data in codecs.encode(value.data, value.mask, tensor).items():
+                for role, data in codecs.encode(value, tensor).items():
                     part = next(part for part in codecs.parts(tensor) if part.role == role)
                     assert tuple(data.shape) == part.shape, (part, data.shape)
                     _pwrite(file.fileno(), _raw(data), len(shard.header) + shard.entries[part.key].start)
@@ -176,7 +176,8 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def _digest(value: Value) -> str:
     """SHA-256 of the logical values in canonical form, and of the keep-mask where there is one."""
-    digest = hashlib.sha256(_raw(value.data.cpu()))
+    data = value.data if value.codes is None else value.data + 0.0  # codes of zero have no sign
+    digest = hashlib.sha256(_raw(data.cpu()))
     if value.mask is not None:
         digest.update(_raw(codecs.pack_bits(value.mask)))
     return digest.hexdigest()
@@ -204,6 +205,8 @@ def render_config(spec: Spec) -> bytes:
             "edits": edits,
             "base": {k: v for k, v in config.items() if k != "auto_map"},
         }
+    elif (quantised := quantization.render(spec)) is not None:
+        config[quantization.KEY] = quantised
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 

@@ -1,58 +1,132 @@
-"""Cast floating-point weights to another float dtype, tensor by tensor."""
+"""Store weights in another number format: floats tensor by tensor, codes (integers, small floats) also block by block."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from compress import architectures
+from compress.checkpoint.grids import FIXED_GROUPS, INTEGERS, Grid
 from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
 from compress.errors import PassError
-from compress.passes.base import Context, Pass, PassSettings, matches, select
+from compress.passes.base import Context, Mode, Pass, PassSettings, Storage, matches, select
+from compress.passes.sweeping import input_axis, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.open import Checkpoint, Value
 
-Format = Literal["bf16", "fp16", "fp32"]
+Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 _DTYPE: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 class CastSettings(PassSettings):
     """Settings of `cast`."""
 
-    weights: Format = Field(description="Format of the weights: bf16, fp16 or fp32; rounds to nearest even.")
+    weights: Format = Field(
+        description="Format of the weights. Floats (bf16, fp16, fp32; rounded to nearest even) apply to every tensor. Codes "
+        "(int8 … int2; fp8, which is E4M3; mxfp4, nvfp4) apply to the matrices of blocks, and leave embeddings and head alone "
+        "unless `overrides` names them.",
+    )
     overrides: dict[str, Format] = Field(
         default_factory=dict,
         description="Format by module pattern (glob, or `re:` expression); the first that matches wins over `weights`.",
     )
+    group_size: int | Literal["channel"] | None = Field(
+        default=None,
+        description="Inputs that share a scale, or `channel`: one scale for each output. By default 64 for integers of less "
+        "than 8 bits, and `channel` for int8 and fp8; mxfp4 and nvfp4 have groups of 32 and 16.",
+    )
+    symmetric: bool = Field(default=True, description="Integers without zero points.")
+    method: Literal["rtn", "mse", "gptq"] = Field(
+        default="gptq",
+        description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
+        "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
+        "read; `mse` searches the ends of the range for the least squared error.",
+    )
+    tune_epochs: int = Field(
+        default=5,
+        ge=0,
+        description="With `gptq`: passes over the calibration data in which each block's rounding, scales, norms and biases "
+        "are moved by gradient towards the original's output; 0 for none. Takes most of the time.",
+    )
+    tune_rate: float = Field(
+        default=0.005, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
+    )
+    activations: Literal["int8", "fp8"] | None = Field(
+        default=None,
+        description="Say in the config that inputs are to be cast while running, token by token: with int8 or fp8 weights.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        formats = {self.weights, *self.overrides.values()}
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise ValueError("`group_size` is a number from 1 up, or `channel`")
+        if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
+            raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
+        if self.activations is not None and formats - set(_DTYPE) != {self.activations}:
+            raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
+        return self
+
+    def grid(self, format_: str) -> Grid:
+        """The grid of a format with these settings."""
+        group = FIXED_GROUPS.get(format_)
+        if group is None:
+            size = self.group_size
+            group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
+        symmetric = self.symmetric or format_ not in INTEGERS
+        activations = self.activations if format_ == self.activations else None
+        return Grid(format_, group, symmetric, activations=activations)
 
 
 class Cast(Pass[CastSettings]):
-    """Floats of other widths become the format asked; integers and buffers of other kinds stay."""
+    """Floats of other widths become the format asked; integers and buffers of other kinds stay.
+
+    Removed weights stay zero. What compressed-tensors can express is stored so, and loads in stock transformers; with a
+    keep-mask that saves bytes, or in modules that it does not know, the compact store holds the codes.
+    """
 
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "Store the weights in another number format."
     settings = CastSettings
-    mode = "stream"
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
     preserves = frozenset({"masks", "aliases"})
-    source: ClassVar[str] = "IEEE 754-2019, 4.3.1 (round to nearest, ties to even)"
+    source: ClassVar[str] = (
+        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323; learned rounding as in AutoRound, "
+        "arXiv 2309.05516, scales as in LSQ, arXiv 1902.08153; formats of compressed-tensors"
+    )
+
+    def works(self, settings: CastSettings) -> Mode:
+        """Tensor by tensor for floats and by `rtn` and `mse`, else block by block."""
+        coded = any(f not in _DTYPE for f in (settings.weights, *settings.overrides.values()))
+        return "sweep" if coded and settings.method == "gptq" else "stream"
+
+    def needed(self, settings: CastSettings) -> frozenset[str]:
+        """Calibration data for codes by `gptq`."""
+        return self.needs if self.works(settings) == "sweep" else frozenset()
+
+    def produced(self, settings: CastSettings) -> frozenset[Storage]:
+        """Integers (codes of any kind) if any are asked for."""
+        coded = any(f not in _DTYPE for f in (settings.weights, *settings.overrides.values()))
+        return frozenset({"float", "integer"} if coded else {"float"})
 
     def plan(self, spec: Spec, settings: CastSettings) -> Spec:
-        """Exact: dtypes change, shapes and keep-masks stay; ``config.dtype`` becomes the widest float dtype kept."""
-        modules = [tensor.module for tensor in spec.stored()]
-        chosen = select(modules, settings, modules)
-        select(
-            modules, PassSettings(only=list(settings.overrides)), modules
-        )  # a pattern that matches nothing is an error
+        """Exact: dtypes and codes change, shapes and keep-masks stay; ``config.dtype`` becomes the widest float dtype kept."""
+        formats = self._formats(spec, settings)
 
         def change(tensor: Tensor) -> Tensor:
-            if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES:
+            format_ = formats.get(tensor.name)
+            if format_ is None:
                 return tensor
-            format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
-            return replace(tensor, dtype=_DTYPE[format_])
+            if format_ in _DTYPE:
+                return replace(tensor, dtype=_DTYPE[format_])
+            return replace(tensor, grid=self._grid(spec, tensor, settings, format_))
 
         cast = spec.map(change)
         if cast.tensors == spec.tensors and not settings.allow_noop:
@@ -67,24 +141,126 @@ class Cast(Pass[CastSettings]):
         }
         return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
 
+    def _formats(self, spec: Spec, settings: CastSettings) -> dict[str, Format]:
+        """Format of every tensor that the pass touches."""
+        modules = [tensor.module for tensor in spec.stored()]
+        default = modules
+        if settings.weights not in _DTYPE and not settings.only:
+            record = architectures.of(spec.structure.config)
+            default = [t.module for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+        chosen = select(default, settings, modules)
+        # a pattern that matches nothing is an error
+        named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
+        if settings.weights not in _DTYPE:
+            chosen |= named
+        result: dict[str, Format] = {}
+        for tensor in spec.stored():
+            if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
+                continue
+            format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
+            if format_ in _DTYPE or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
+                result[tensor.name] = format_
+        if settings.weights not in _DTYPE and settings.weights not in result.values():
+            raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
+        return result
+
+    def _grid(self, spec: Spec, tensor: Tensor, settings: CastSettings, format_: str) -> Grid:
+        grid = settings.grid(format_)
+        record = architectures.of(spec.structure.config)
+        if input_axis(spec, tensor.shape) == 0 and record.block_index(tensor.name) is not None:
+            grid = replace(grid, transposed=True)
+        inputs = grid.rows(tensor.shape)[1]
+        if grid.group and inputs % grid.group:
+            sizes = [s for s in (256, 128, 64, 32, 16, 8) if inputs % s == 0]
+            instead = f"group_size: {sizes[0]}" if sizes and sizes[0] < grid.group else "group_size: channel"
+            fixed = format_ in FIXED_GROUPS
+            raise PassError(
+                f"{tensor.name} has {inputs} inputs, which groups of {grid.group} do not divide",
+                key="weights" if fixed else "group_size",
+                fix=f"skip it: skip: [{tensor.module}]"
+                if fixed
+                else f"{instead} would fit, or skip: [{tensor.module}]",
+            )
+        if format_ in FIXED_GROUPS and (
+            wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)
+        ):
+            raise PassError(
+                f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
+                key="weights",
+                fix="put `- cast: {weights: bf16}` before it",
+            )
+        return grid
+
+    def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
+        """Of a sweep: beside the statistics, their factor twice (ordered, and at work) and copies of one matrix."""
+        if self.works(settings) == "stream":
+            return None
+        names = [n for n, t in self.plan(spec, settings).tensors.items() if t.grid is not None]
+        moments = 7 if settings.tune_epochs else 0
+        return sweep_memory(spec, names, width, factors=2.0, copies=4, moments=moments, kept=4)
+
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
-        """Lazily cast; fp16 refuses finite weights that would overflow and names the tensor."""
-        from compress.checkpoint.open import Derived, Value, torch_dtype
-        from compress.solvers.casting import overflowing
+        """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
+        from compress.checkpoint.open import Derived
 
         spec = self.plan(checkpoint.spec, settings)
+        read = checkpoint.tensor
+        if self.works(settings) == "sweep":
+            read = self._sweep(checkpoint, spec, settings, context)
+        return Derived(
+            checkpoint, spec, lambda name: _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
+        )
 
-        def cast(name: str) -> Value:
-            value, target = checkpoint.tensor(name), torch_dtype(spec.tensors[name].dtype)
-            data: torch.Tensor = value.data
-            if data.dtype == target:
-                return value
-            if spec.tensors[name].dtype == "F16" and (count := overflowing(data, target)):
-                raise PassError(
-                    f"{count} weights of {name} are beyond the range of fp16 (65504)",
-                    key="weights",
-                    fix=f"use bf16, or keep the module: skip: [{checkpoint.spec.tensors[name].module}]",
-                )
-            return Value(data.to(target), value.mask)
+    def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
+        """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
+        from compress.calibration.casting import Casting, cast_block
+        from compress.calibration.tune import Tuning
+        from compress.checkpoint.open import torch_dtype
 
-        return Derived(checkpoint, spec, cast)
+        record = architectures.of(spec.structure.config)
+        grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+        how = Casting(tuning, grids, {n: torch_dtype(spec.tensors[n].dtype) for n in grids})
+        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=tuning is not None)
+        result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
+        context.details["blocks"] = result.details
+        return result.reader()
+
+
+def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:
+    """One tensor in the format that the plan gave it."""
+    from compress.checkpoint.open import Value, torch_dtype
+    from compress.solvers.casting import overflowing
+
+    tensor = after.tensors[name]
+    target = torch_dtype(tensor.dtype)
+    data: torch.Tensor = value.data
+    if tensor.grid is not None:
+        return value if value.codes is not None else _rounded(value, tensor, tensor.grid, target, search)
+    if data.dtype == target:
+        return value
+    if tensor.dtype == "F16" and (count := overflowing(data, target)):
+        raise PassError(
+            f"{count} weights of {name} are beyond the range of fp16 (65504)",
+            key="weights",
+            fix=f"use bf16, or keep the module: skip: [{before.tensors[name].module}]",
+        )
+    return Value(data.to(target), value.mask)
+
+
+def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, search: bool) -> Value:
+    """Rounded to the nearest codes of a grid fitted to the weights alone."""
+    import torch
+
+    from compress.checkpoint.open import Value
+    from compress.errors import CheckpointError
+    from compress.solvers.grids import fit, to_codes, weights
+
+    if not torch.isfinite(value.data).all():
+        raise CheckpointError(f"tensor {tensor.name} holds NaN or infinite values, which have no code")
+    across = value.data.T if grid.transposed else value.data
+    keep = value.mask.T if value.mask is not None and grid.transposed else value.mask
+    across = across.float().contiguous()
+    codes = to_codes(across, grid, fit(across, grid, None, keep, search=search), dtype, keep)
+    data = weights(codes, keep)
+    return Value(data.T.contiguous() if grid.transposed else data, value.mask, codes)

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.checkpoint import bundle, codecs
-from compress.checkpoint.decode import decode, part_names, unpack_bits
+from compress.checkpoint.decode import decode, part_names, unpack_bits, unpack_codes
+from compress.checkpoint.grids import Grid
+from compress.checkpoint.open import Value
 from compress.checkpoint.spec import DENSE, MASKED, Tensor
+from compress.solvers.grids import fit, to_codes, weights
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -24,7 +27,7 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
     mask = torch.rand(shape, generator=generator) < share
     tensor = Tensor("w", tuple(shape), dtype, kept=int(mask.sum()), storage=storage)
     canonical = codecs.canonical(values, mask)
-    encoded = codecs.encode(canonical, mask, tensor)
+    encoded = codecs.encode(Value(canonical, mask), tensor)
     for part in codecs.parts(tensor):
         assert tuple(encoded[part.role].shape) == part.shape
         assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
@@ -43,6 +46,74 @@ def test_bits(count, seed):
     expected = [sum(bool(b) << i for i, b in enumerate(mask.tolist()[s : s + 8])) for s in range(0, count, 8)]
     assert packed.tolist() == expected
     assert torch.equal(unpack_bits(packed, (count,)), mask)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 75), st.integers(0, 10_000))
+def test_packing_is_that_of_compressed_tensors(bits, rows, count, seed):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+    half = 1 << (bits - 1)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-half, half, (rows, count), generator=generator, dtype=torch.int8)
+    packed = codecs.pack_codes(codes, bits)
+    assert torch.equal(packed, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_codes(packed, bits, count), codes)
+    assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
+
+
+def test_long_rows_are_packed_in_parts(monkeypatch):
+    from compress.checkpoint import decode as decoding
+
+    codes = torch.randint(-4, 4, (1, 200), dtype=torch.int8)
+    tall = torch.randint(-4, 4, (9, 41), dtype=torch.int8)
+    whole = codecs.pack_codes(codes, 3), codecs.pack_codes(tall, 3)
+    monkeypatch.setattr(codecs, "_AT_ONCE", 64)
+    monkeypatch.setattr(decoding, "_AT_ONCE", 64)
+    for given_, packed in zip((codes, tall), whole, strict=True):
+        assert torch.equal(codecs.pack_codes(given_, 3), packed)
+        assert torch.equal(unpack_codes(packed, 3, given_.shape[1]), given_)
+
+
+GRIDS = [f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)] + ["fp8", "mxfp4", "nvfp4"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(GRIDS), st.booleans(), st.booleans(), st.integers(1, 6), st.integers(1, 3), st.sampled_from([0, 5, 8]),
+    st.floats(0.05, 1), st.integers(0, 10_000),
+)  # fmt: skip
+def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs, groups, size, share, seed):
+    """Planned parts are the written ones; values, mask and codes come back bit by bit; removed weights are zero."""
+    fixed = {"mxfp4": 32, "nvfp4": 16}.get(format_)
+    symmetric = symmetric or not format_.startswith("int")
+    grid = Grid(format_, fixed if fixed else size, symmetric, transposed)
+    inputs = groups * (fixed or size or 7)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    keep = torch.rand(outputs, inputs, generator=generator) < share
+    dtype = torch.bfloat16 if fixed else torch.float32
+    codes = to_codes(weight, grid, fit(weight, grid, None, keep), dtype, keep)
+    values = weights(codes, keep)
+    assert values.dtype == dtype
+    assert not values[~keep].any()
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    whole = Tensor(
+        "a.weight", shape, "BF16" if fixed else "F32", kept=int(keep.sum()), grid=grid, storage=codecs.stock_chain(grid)
+    )
+    chains = [whole.storage] + ([("mask", *whole.storage)] if grid.is_integer else [])
+    value = Value(values.T if transposed else values, keep.T if transposed else keep, codes)
+    for chain in chains:
+        tensor = Tensor(whole.name, shape, whole.dtype, whole.kept, None, chain, grid)
+        encoded = codecs.encode(value, tensor)
+        assert {part.role for part in codecs.parts(tensor)} == encoded.keys()
+        for part in codecs.parts(tensor):
+            assert tuple(encoded[part.role].shape) == part.shape, part
+            assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
+            assert part_names(whole.name, chain, grid.to_json())[part.role] == part.key
+        data, found = decode(encoded, chain, shape, chain[0] == "mask", grid.to_json())
+        assert torch.equal(data, value.data)
+        assert found is None or torch.equal(found, value.mask)
 
 
 def test_the_mask_chain_is_taken_where_it_is_smaller():

@@ -1,0 +1,76 @@
+"""Number formats with scales: how the weights of a matrix become codes. No torch here.
+
+Rows are outputs. Each row, or each group of consecutive inputs in it, has a scale s and, where the format is asymmetric, an
+integer zero point z; a code q stands for (q - z) · s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+#: Formats of integer codes ▶ bits.
+INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (8, 6, 5, 4, 3, 2)})
+#: Formats of float codes ▶ bits.
+FLOATS: Mapping[str, int] = MappingProxyType({"fp8": 8, "mxfp4": 4, "nvfp4": 4})
+#: Formats whose groups are what their definition says.
+FIXED_GROUPS: Mapping[str, int] = MappingProxyType({"mxfp4": 32, "nvfp4": 16})
+Activations = Literal["int8", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The codes of one matrix.
+
+    Attributes:
+        format: ``int2`` … ``int8``, ``fp8`` (E4M3), ``mxfp4`` (OCP MX: E2M1 with a power of two for each 32), ``nvfp4`` (E2M1
+            with an E4M3 scale for each 16 and one float32 for all).
+        group: inputs per scale; 0 for one scale per row.
+        symmetric: no zero points.
+        transposed: the checkpoint shapes the matrix [in, out] (GPT-2); codes and scales lie as [out, in] nonetheless.
+        activations: the format that inputs are meant to be cast to while running, token by token; None for none.
+    """
+
+    format: str
+    group: int = 0
+    symmetric: bool = True
+    transposed: bool = False
+    activations: Activations | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return INTEGERS.get(self.format) or FLOATS[self.format]
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers."""
+        return self.format in INTEGERS
+
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Outputs and inputs of a matrix of that shape."""
+        return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """Scales per row."""
+        return self.rows(shape)[1] // self.group if self.group else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """As the metadata of a weight file hold it."""
+        return {
+            "format": self.format,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.symmetric,
+            "transposed": self.transposed,
+            "activations": self.activations,
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Grid:
+        """What `to_json` gave. Raises KeyError for an unknown format."""
+        grid = cls(**{k: row[k] for k in ("format", "group", "symmetric", "transposed", "activations")})
+        assert grid.bits == row["bits"]
+        return grid

@@ -1,0 +1,86 @@
+"""GPTQ: round weights column by column and let the columns to the right make up for each (arXiv 2210.17323).
+
+Letters: O outputs, I inputs, B columns of a block, G of a smaller one in it. Matrices are held transposed, [in, out], so that
+a column of W is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.checkpoint.grids import Grid
+from compress.solvers.grids import Scales, nearest
+from compress.solvers.hessian import inverse_factor
+
+#: Columns whose updates are applied to the rest of their block at once.
+_INNER = 32
+
+
+def importance_order(H_II: torch.Tensor) -> torch.Tensor:
+    """Inputs by falling diagonal of H [I]: those that matter most are rounded first, while others can still make up."""
+    return torch.argsort(H_II.diagonal(), descending=True, stable=True)
+
+
+def gptq(
+    W_OI: torch.Tensor,
+    U_II: torch.Tensor,
+    order_I: torch.Tensor,
+    grid: Grid,
+    scales: Scales,
+    keep_OI: torch.Tensor | None = None,
+    blocksize: int = 128,
+) -> torch.Tensor:
+    """The weights to round to nearest, [out, in] in W's dtype: as updated for the errors of the columns before.
+
+    Scales are those of the groups in the file's order, fixed beforehand ("static groups"), whatever the order of work: no
+    index tensor is needed.
+
+    Args:
+        W_OI: weights, [out, in]. U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``.
+        order_I: in which order columns are rounded. keep_OI: removed weights are rounded to zero.
+    """
+    inputs = W_OI.shape[1]
+    size = grid.group or inputs
+    W_IO = W_OI.t()[order_I].to(U_II.dtype, memory_format=torch.contiguous_format, copy=True)
+    latent_IO = torch.empty_like(W_IO)
+    group_I = torch.div(order_I, size, rounding_mode="floor").tolist()
+    scale_GO = scales.scale.t().to(W_IO.dtype).contiguous()
+    zero_GO = None if scales.zero is None else scales.zero.t().to(W_IO.dtype).contiguous()
+    gone_IO = None if keep_OI is None else ~keep_OI.t()[order_I]
+    for start in range(0, inputs, blocksize):
+        stop = min(start + blocksize, inputs)
+        W_BO = W_IO[start:stop]
+        # rows divided by their diagonal: then the error to hand on is that of the weight itself
+        U_BI = U_II[start:stop, start:] / U_II.diagonal()[start:stop, None]
+        error_BO = torch.empty_like(W_BO)
+        for i in range(0, stop - start, _INNER):
+            j = min(i + _INNER, stop - start)
+            W_GO, error_GO = W_BO[i:j], error_BO[i:j]
+            if i:
+                W_GO.addmm_(U_BI[:i, i:j].T, error_BO[:i], alpha=-1)
+            U_GG = U_BI[i:j, i:j]
+            for k in range(j - i):
+                w, at = W_GO[k], start + i + k
+                if k:
+                    w.addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
+                scale, zero = scale_GO[group_I[at]], None if zero_GO is None else zero_GO[group_I[at]]
+                if zero is None:
+                    back = nearest(w / scale, grid).mul_(scale)
+                else:
+                    back = nearest(torch.addcdiv(zero, w, scale), grid).sub_(zero).mul_(scale)
+                if gone_IO is not None:
+                    back.masked_fill_(gone_IO[at], 0)
+                torch.sub(w, back, out=error_GO[k])
+            latent_IO[start + i : start + j] = W_GO
+        if stop < inputs:
+            W_IO[stop:].addmm_(U_BI[:, stop - start :].T, error_BO, alpha=-1)
+    result_IO = torch.empty_like(W_IO)
+    result_IO[order_I] = latent_IO
+    return result_IO.t().to(W_OI.dtype, memory_format=torch.contiguous_format)
+
+
+def ordered_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """``inverse_factor`` of H in the order of importance: (order, U, damping)."""
+    order_I = importance_order(H_II)
+    U_II, damping = inverse_factor(H_II[order_I][:, order_I], damp)
+    return order_I, U_II, damping
