@@ -15,7 +15,7 @@ from compress.calibration.tune import Moving, Tuning, floats, tune
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Codes
 from compress.solvers.gptq import gptq, ordered_factor
-from compress.solvers.grids import Scales, code_range, fit, nearest, to_codes, weights
+from compress.solvers.grids import Scales, fit, nearest, to_codes, weights
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Casting:
     grids: Mapping[str, Grid]
     dtypes: Mapping[str, torch.dtype]
     scale_rate: float = 0.003
-    float_rate: float = 0.02
+    float_rate: float = 0.01
 
 
 class Rounded:
@@ -43,39 +43,41 @@ class Rounded:
         self.site, self.grid, self.keep = site, grid, keep
         self.latent, self.scale, self.zero = latent, scales.scale, scales.zero
         self.overall = scales.overall
-        self.low, self.high = code_range(grid)
-
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights over scales, and codes less zero points, both [O, G, S]."""
-        over = self.latent.view(len(self.latent), self.scale.shape[1], -1) / self.scale[..., None]
-        zero = 0.0 if self.zero is None else self.zero[..., None]
-        return over, nearest(over + zero, self.grid) - zero
+        #: Half the distance of the codes that lie furthest apart: what is further from its code lies outside the range.
+        self.widest = 0.5 if grid.is_integer else 16.0 if grid.format == "fp8" else 1.0
+        self._over = self._codes = torch.empty(0)
 
     def project(self) -> None:
-        """Put the rounded weights into the block."""
-        _, codes = self._parts()
-        self._put((codes * self.scale[..., None]).view(self.latent.shape))
+        """Put the rounded weights into the block, and keep what `collect` needs of it."""
+        shape = (len(self.latent), self.scale.shape[1], -1)
+        self._over = self.latent.view(shape) / self.scale[..., None]
+        if self.zero is None:
+            self._codes = nearest(self._over.clone(), self.grid)
+        else:
+            self._codes = nearest(self._over + self.zero[..., None], self.grid).sub_(self.zero[..., None])
+        self._put((self._codes * self.scale[..., None]).view(self.latent.shape))
 
     def _put(self, weight: torch.Tensor) -> None:
         if self.keep is not None:
-            weight = weight.masked_fill(~self.keep, 0)
+            weight = weight.masked_fill_(~self.keep, 0)
         self.site.weight.copy_(weight)
 
     def collect(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Gradients of the weights ▶ of latent weights (straight through) and of scales (LSQ, arXiv 1902.08153)."""
-        whole = parameters[self.site.parameter].grad
-        assert whole is not None
-        weight = self.site.weight
-        gradient = whole.contiguous().as_strided(weight.shape, weight.stride(), weight.storage_offset())
+        whole, weight = parameters[self.site.parameter], self.site.weight
+        assert whole.grad is not None
+        assert whole.is_contiguous()
+        start = weight.storage_offset() - whole.storage_offset()
+        gradient = whole.grad.contiguous().as_strided(weight.shape, weight.stride(), start)
         if self.keep is not None:
             gradient = gradient.masked_fill(~self.keep, 0)
-        over, codes = self._parts()
+        over, codes = self._over, self._codes
         gradient = gradient.reshape(over.shape)
-        zero = 0 if self.zero is None else self.zero[..., None]
-        margin = 0.5 if self.grid.is_integer else 0.0
-        inside = (over + zero > self.low - margin) & (over + zero < self.high + margin)
-        self.latent.grad = torch.where(inside, gradient, 0).view(self.latent.shape)
-        self.scale.grad = (gradient * torch.where(inside, codes - over, codes)).sum(2)
+        # beyond the last code the weight no longer depends on the latent one
+        error = codes - over
+        outside = error.abs() > self.widest
+        self.scale.grad = (gradient * torch.where(outside, codes, error)).sum(2)
+        self.latent.grad = gradient.masked_fill(outside, 0).view(self.latent.shape)
 
     def finish(self, dtype: torch.dtype) -> Codes:
         """Codes, with scales in the dtype they are stored in; the block gets the weights that a loader will see."""

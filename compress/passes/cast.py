@@ -48,13 +48,13 @@ class CastSettings(PassSettings):
         "read; `mse` searches the ends of the range for the least squared error.",
     )
     tune_epochs: int = Field(
-        default=5,
+        default=3,
         ge=0,
         description="With `gptq`: passes over the calibration data in which each block's rounding, scales, norms and biases "
         "are moved by gradient towards the original's output; 0 for none. Takes most of the time.",
     )
     tune_rate: float = Field(
-        default=0.005, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
+        default=0.01, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
     )
     activations: Literal["int8", "fp8"] | None = Field(
         default=None,
@@ -219,7 +219,7 @@ class Cast(Pass[CastSettings]):
 
         record = architectures.of(spec.structure.config)
         grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs else None
         how = Casting(tuning, grids, {n: torch_dtype(spec.tensors[n].dtype) for n in grids})
         sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=tuning is not None)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")

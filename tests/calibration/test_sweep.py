@@ -9,7 +9,7 @@ from compress import architectures
 from compress.architectures.record import Architecture
 from compress.calibration.influence import find_blocks
 from compress.calibration.sites import Experts
-from compress.calibration.sweep import Inputs, Sweep
+from compress.calibration.sweep import Changed, Inputs, Sweep
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import PassError
@@ -191,7 +191,7 @@ def halve(block):
         mask = torch.zeros_like(site.weight, dtype=torch.bool)
         mask[:, ::2] = True
         site.weight.mul_(0.5).masked_fill_(~mask, 0)
-        masks[site.name] = mask.T.contiguous() if site.transposed else mask
+        masks[site.name] = Changed(mask.T.contiguous() if site.transposed else mask)
     return masks
 
 

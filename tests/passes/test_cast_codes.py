@@ -1,0 +1,239 @@
+"""`cast` to codes: what is planned is written, stock transformers computes what we compute, masks stay, bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compress
+from compress import architectures
+from compress.calibration.batches import Batches
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.errors import CheckpointError, CompressError, PassError
+from compress.loading import load_model
+from tests import pico
+from tests.passes.helpers import apply, plan, write
+
+IDS = torch.arange(20)[None] + 5
+STOCK = """
+import sys, torch, transformers
+folder, out, trust = sys.argv[1:]
+extra = {"trust_remote_code": True} if trust == "1" else {}
+model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, **extra)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+assert not any(m == "compress" or m.startswith("compress.") for m in sys.modules)
+with torch.no_grad():
+    torch.save(model(torch.arange(20)[None] + 5).logits.float(), out)
+"""
+
+
+def stock_logits(folder, tmp_path, *, trust=False):
+    """Logits by transformers alone, in a process without our package."""
+    out = tmp_path / "logits.pt"
+    command = [sys.executable, "-I", "-c", STOCK, str(folder), str(out), str(int(trust))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(out)
+
+
+def our_logits(folder, dtype=None):
+    with torch.no_grad():
+        return load_model(folder, dtype=dtype)(input_ids=IDS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Batches(torch.randint(2, 250, (12, 24), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    made = {
+        f: pico.save(root / f, f, with_tokenizer=False) for f in ("llama", "gpt2", "bert", "qwen3_moe", "opt", "phi3")
+    }
+    made["bf16"] = pico.save(root / "bf16", "llama", dtype=torch.bfloat16, with_tokenizer=False)
+    return made
+
+
+STOCK_SETTINGS = [
+    {"weights": "int4", "group_size": 16},
+    {"weights": "int3", "group_size": 8},
+    {"weights": "int5", "group_size": "channel"},
+    {"weights": "int2", "group_size": 32},
+    {"weights": "int8"},
+    {"weights": "int8", "activations": "int8"},
+    {"weights": "fp8"},
+    {"weights": "int4", "group_size": 16, "overrides": {"*down_proj": "int8", "*.0.*q_proj": "bf16"}},
+]
+
+
+@pytest.mark.parametrize("settings", STOCK_SETTINGS, ids=str)
+def test_stock_transformers_computes_the_same(settings, folders, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    settings = {"method": "rtn", **settings}
+    _, layout = stored_form(plan(checkpoint, "cast", **settings), "stock", 10**9, checkpoint.metadata)
+    out = write(apply(checkpoint, "cast", **settings), tmp_path / "out")
+    assert sum((out.folder / f).stat().st_size for f in out.files) == layout.bytes
+    assert "quantization_config" not in out.spec.structure.config
+    logits = stock_logits(out.folder, tmp_path)
+    if settings.get("activations") is None:
+        assert torch.equal(logits, our_logits(out.folder))
+    else:  # inputs are rounded too
+        assert (logits - our_logits(out.folder)).abs().max() < 0.1 * logits.abs().max()
+
+
+@pytest.mark.parametrize("format_", ["mxfp4", "nvfp4", "int4"])
+def test_bfloat16_checkpoints(format_, folders, tmp_path):
+    group = {"group_size": 16} if format_ == "int4" else {}
+    out = write(
+        apply(open_checkpoint(folders["bf16"]), "cast", weights=format_, method="mse", **group), tmp_path / "out"
+    )
+    assert torch.equal(stock_logits(out.folder, tmp_path), our_logits(out.folder))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt", "phi3", "bert"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric, folders, data, tmp_path):
+    checkpoint = open_checkpoint(folders[family])
+    settings = {"weights": "int4", "group_size": 8, "symmetric": symmetric, "tune_epochs": 1}
+    planned = plan(checkpoint, "cast", **settings)
+    assert planned.exact
+    _, layout = stored_form(planned, "compact", 10**9, checkpoint.metadata)
+    details: dict = {}
+    cast = apply(checkpoint, "cast", data=data, work=tmp_path / "work", details=details, **settings)
+    written = write_checkpoint(cast, tmp_path / "out", store="compact")
+    assert written.bytes == layout.bytes
+    record = architectures.of(checkpoint.spec.structure.config)
+    coded = [t for t in open_checkpoint(written.folder).spec.stored() if t.grid is not None]
+    assert {t.name for t in coded} == {
+        t.name for t in checkpoint.spec.stored() if record.is_block_matrix(t.name) and len(t.shape) == 2
+    }
+    if family in ("gpt2", "qwen3_moe") or not symmetric:
+        assert json.loads((written.folder / "config.json").read_text())["model_type"] == "compress"
+    if family != "bert":
+        trust = family in ("gpt2", "qwen3_moe") or not symmetric
+        logits = stock_logits(written.folder, tmp_path, trust=trust)
+        # kernels for a few tokens round by the alignment of what they read: experts get few
+        torch.testing.assert_close(logits, our_logits(written.folder), rtol=0, atol=1e-5 if "moe" in family else 0)
+    assert len(details["blocks"]) == 4
+
+
+def test_gptq_and_tuning_pay(folders, data, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+
+    def error(i, **settings):
+        cast = apply(checkpoint, "cast", data=data, work=tmp_path / f"w{i}", weights="int3", group_size=16, **settings)
+        folder = write(cast, tmp_path / f"o{i}").folder
+        with torch.no_grad():
+            a, b = (load_model(f)(input_ids=data.ids).logits for f in (folders["llama"], folder))
+        return float((a - b).square().mean())
+
+    errors = [
+        error(0, method="rtn"), error(1, method="mse"), error(2, tune_epochs=0), error(3, tune_epochs=10),
+    ]  # fmt: skip
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+def test_pruned_weights_stay_zero_and_the_compact_store_is_smaller(folders, data, tmp_path):
+    base = open_checkpoint(folders["llama"])
+    pruned = write(
+        apply(base, "prune_unstructured", method="magnitude", sparsity=0.6), tmp_path / "pruned", store="compact"
+    )
+    masks = {t.name: pruned.tensor(t.name).mask for t in pruned.spec.stored() if t.kept is not None}
+    cast = apply(pruned, "cast", data=data, work=tmp_path / "w", weights="int4", group_size=16, tune_epochs=2)
+    sizes = {}
+    for store in ("stock", "compact"):
+        out = write(cast, tmp_path / store, store=store)
+        sizes[store] = sum((out.folder / f).stat().st_size for f in out.files)
+        for name, mask in masks.items():
+            value = out.tensor(name)
+            assert not value.data[~mask].any()
+            if store == "compact":
+                assert torch.equal(value.mask, mask)
+    assert sizes["compact"] < sizes["stock"]
+    logits = stock_logits(tmp_path / "compact", tmp_path, trust=True)
+    assert torch.equal(logits, our_logits(tmp_path / "compact"))
+    assert torch.equal(logits, stock_logits(tmp_path / "stock", tmp_path))
+
+
+def test_unpack_gives_the_dense_twin(folders, tmp_path):
+    out = write(
+        apply(open_checkpoint(folders["llama"]), "cast", weights="int4", group_size=16, method="rtn"), tmp_path / "out"
+    )
+    compress.unpack(out.folder, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert torch.equal(stock_logits(tmp_path / "dense", tmp_path), our_logits(out.folder))
+
+
+def test_files_of_another_tool_are_read(folders, tmp_path):
+    """The metadata that only we write taken away, a file is what compressed-tensors writes."""
+    from safetensors.torch import load_file, save_file
+
+    for i, settings in enumerate(STOCK_SETTINGS):
+        out = write(apply(open_checkpoint(folders["llama"]), "cast", method="rtn", **settings), tmp_path / f"out{i}")
+        bare = tmp_path / f"bare{i}"
+        shutil.copytree(out.folder, bare)
+        save_file(load_file(bare / "model.safetensors"), bare / "model.safetensors", metadata={"format": "pt"})
+        found = open_checkpoint(bare)
+        grids = {t.name: t.grid for t in out.spec.stored()}
+        assert {t.name: t.grid for t in found.spec.stored()} == grids
+        assert torch.equal(our_logits(bare), our_logits(out.folder))
+
+
+def test_embeddings_when_asked(folders, tmp_path):
+    settings = {"weights": "int4", "group_size": 16, "method": "rtn", "overrides": {"model.embed_tokens": "int8"}}
+    with pytest.raises(CompressError, match=r"stock loaders take no such codes \(int8\) for model.embed_tokens.weight"):
+        compress.apply("cast", folders["llama"], tmp_path / "no", **settings)
+    out = compress.apply("cast", folders["llama"], tmp_path / "out", store="compact", **settings)
+    assert open_checkpoint(out).spec.tensors["model.embed_tokens.weight"].grid.format == "int8"
+    assert torch.equal(stock_logits(out, tmp_path, trust=True), our_logits(out))
+
+
+def test_bad_input(folders, data, tmp_path):
+    llama = open_checkpoint(folders["llama"])
+    with pytest.raises(PassError, match=r"proj.weight has 32 inputs, which groups of 64 do not divide") as caught:
+        plan(llama, "cast", weights="int4")
+    assert "group_size: 32" in caught.value.fix
+    with pytest.raises(PassError, match=r"mxfp4 goes with bfloat16 weights beside it"):
+        plan(llama, "cast", weights="mxfp4")
+    with pytest.raises(PassError, match=r"`lm_hed` matches no module"):
+        plan(llama, "cast", weights="int8", overrides={"lm_hed": "bf16"})
+    with pytest.raises(CompressError, match=r"`activations: fp8` goes with `weights: fp8`"):
+        compress.apply("cast", folders["llama"], tmp_path / "o", weights="int8", activations="fp8")
+    with pytest.raises(CompressError, match=r"nvfp4 has groups of 16: leave `group_size` out"):
+        compress.apply("cast", folders["llama"], tmp_path / "o", weights="nvfp4", group_size=32)
+    with pytest.raises(CompressError, match=r"stock loaders take no such codes \(int4\) for"):
+        compress.apply("cast", folders["gpt2"], tmp_path / "o", weights="int4", group_size=8, method="rtn")
+    with pytest.raises(CompressError, match=r"cast needs calibration data"):
+        compress.apply("cast", folders["llama"], tmp_path / "o", weights="int4", group_size=8)
+    cast = compress.apply("cast", folders["llama"], tmp_path / "cast", weights="int8", method="rtn")
+    for again in ({"weights": "int4", "method": "rtn"}, {"weights": "bf16"}):
+        with pytest.raises(CompressError, match=r"cast accepts float weights, and model.layers.0.* is quantised"):
+            compress.apply("cast", cast, tmp_path / "o", **again)
+    with pytest.raises(CompressError, match=r"prune_unstructured accepts float weights"):
+        compress.apply("prune_unstructured", cast, tmp_path / "o", method="magnitude", sparsity=0.5)
+    config = json.loads((cast / "config.json").read_text())
+    bare = tmp_path / "bare"
+    shutil.copytree(folders["llama"], bare)
+    (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match=r"holds weights quantised by 'gptq', which this version cannot read"):
+        open_checkpoint(bare)
+
+
+def test_infinite_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"tensor model.layers.1.mlp.up_proj.weight holds NaN or infinite values"):
+        compress.apply("cast", folder, tmp_path / "out", weights="int8", method="rtn")
+    assert not (tmp_path / "out").exists()
