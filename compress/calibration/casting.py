@@ -47,20 +47,20 @@ class Rounded:
         self.widest = 0.5 if grid.is_integer else 16.0 if grid.format == "fp8" else 1.0
         self._over = self._codes = torch.empty(0)
 
-    def project(self) -> None:
-        """Put the rounded weights into the block, and keep what `collect` needs of it."""
+    def values(self) -> torch.Tensor:
+        """The rounded weights [O, I]; what `collect` needs of them is kept."""
         shape = (len(self.latent), self.scale.shape[1], -1)
         self._over = self.latent.view(shape) / self.scale[..., None]
         if self.zero is None:
             self._codes = nearest(self._over.clone(), self.grid)
         else:
             self._codes = nearest(self._over + self.zero[..., None], self.grid).sub_(self.zero[..., None])
-        self._put((self._codes * self.scale[..., None]).view(self.latent.shape))
+        values = (self._codes * self.scale[..., None]).view(self.latent.shape)
+        return values if self.keep is None else values.masked_fill_(~self.keep, 0)
 
-    def _put(self, weight: torch.Tensor) -> None:
-        if self.keep is not None:
-            weight = weight.masked_fill_(~self.keep, 0)
-        self.site.weight.copy_(weight)
+    def project(self) -> None:
+        """Put the rounded weights into the block."""
+        self.site.weight.copy_(self.values())
 
     def collect(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Gradients of the weights ▶ of latent weights (straight through) and of scales (LSQ, arXiv 1902.08153)."""
@@ -83,7 +83,7 @@ class Rounded:
         """Codes, with scales in the dtype they are stored in; the block gets the weights that a loader will see."""
         scales = Scales(self.scale, self.zero, self.overall)
         codes = to_codes(self.latent, self.grid, scales, dtype, self.keep)
-        self._put(weights(codes).to(self.site.weight.dtype))
+        self.site.weight.copy_(weights(codes, self.keep).to(self.site.weight.dtype))
         return codes
 
 
@@ -112,13 +112,15 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
                 keep = (keep.T if site.transposed else keep).to(site.weight.device)
             weight = site.weight.float().contiguous()
             scales = fit(weight, grid, diagonal, keep)
-            latent = weight.clone() if weight is site.weight else weight
+            latent = weight.clone()
             if factor is not None:
                 assert order is not None
                 latent = gptq(weight, factor, order, grid, scales, keep)
             ranks.spread(solver, latent)
             found = rounded[site.name] = Rounded(site, grid, latent, scales, keep)
-            row: dict[str, Any] = {"damping": damping} if damping != 0.01 else {}
+            row: dict[str, Any] = {"error": statistics.relative_error(weight, found.values())}
+            if damping != 0.01:
+                row["damping"] = damping
             if statistics.tokens == 0:
                 row["note"] = "no token reached it: rounded to nearest"
             rows[site.name] = {"format": grid.format, "seconds": round(time.perf_counter() - start, 3), **row}

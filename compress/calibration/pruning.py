@@ -82,7 +82,7 @@ def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
             if solver == ranks.rank:
                 weight, mask, notes = _solve(site, statistics, how, earlier, shared)
                 weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
-                row = {"error": _relative_error(site.weight, weight, statistics), **notes}
+                row = {"error": statistics.relative_error(site.weight, weight), **notes}
                 row["sparsity"] = 1 - float(mask.double().mean())
                 row["seconds"] = round(time.perf_counter() - start, 3)
             else:
@@ -139,17 +139,3 @@ def _solve(
     notes = {} if shared["problem"].damping == 0.01 else {"damping": shared["problem"].damping}
     kept = None if share is None else weight.numel() - round(share * weight.numel())
     return *alps(weight, shared["problem"], kept=kept, pattern=pattern, earlier=earlier), notes
-
-
-def _relative_error(before: torch.Tensor, after: torch.Tensor, statistics: Statistics) -> float | None:
-    """||(W - W')X||² over ||WX||²; None where no token was seen."""
-    if statistics.tokens == 0:
-        return None
-    hessian = statistics.hessian.float()
-    error = scale = 0.0
-    for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
-        weight = before[start : start + 512].float()
-        difference = weight - after[start : start + 512]
-        error += float(((difference @ hessian) * difference).sum())
-        scale += float(((weight @ hessian) * weight).sum())
-    return error / scale if scale else 0.0

@@ -75,6 +75,19 @@ class Statistics:
         for start, stop in _strips(len(self.hessian)):
             self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
 
+    def relative_error(self, before: torch.Tensor, after: torch.Tensor) -> float | None:
+        """||(W - W')X||² over ||WX||², for weights [O, I]; None where no token was seen."""
+        if self.tokens == 0:
+            return None
+        hessian = self.hessian.float()
+        error = scale = 0.0
+        for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
+            weight = before[start : start + 512].float()
+            difference = weight - after[start : start + 512]
+            error += float(((difference @ hessian) * difference).sum())
+            scale += float(((weight @ hessian) * weight).sum())
+        return error / scale if scale else 0.0
+
 
 #: Rows of a symmetric sum that are added at a time, from the diagonal on. Measured on CPU: 128 to 512 are alike.
 _STRIP = 256

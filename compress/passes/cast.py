@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -11,8 +13,10 @@ from compress import architectures
 from compress.checkpoint.grids import FIXED_GROUPS, INTEGERS, Grid
 from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
 from compress.errors import PassError
+from compress.passes import budget
 from compress.passes.base import Context, Mode, Pass, PassSettings, Storage, matches, select
 from compress.passes.sweeping import input_axis, open_sweep, sweep_memory
+from compress.settings import Size
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +24,33 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint, Value
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 _DTYPE: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 class CastSettings(PassSettings):
     """Settings of `cast`."""
 
-    weights: Format = Field(
+    weights: Format | None = Field(
+        default=None,
         description="Format of the weights. Floats (bf16, fp16, fp32; rounded to nearest even) apply to every tensor. Codes "
         "(int8 … int2; fp8, which is E4M3; mxfp4, nvfp4) apply to the matrices of blocks, and leave embeddings and head alone "
-        "unless `overrides` names them.",
+        "unless `overrides` names them. Either this, or a budget: `bits` or `max_bytes`.",
+    )
+    bits: float | None = Field(
+        default=None,
+        gt=1,
+        le=16,
+        description="Average bits per weight over what is cast, scales included: each matrix gets one of `formats`, so that "
+        "the model's output changes least (measured by gradients on 32 samples, with the whole model in memory).",
+    )
+    max_bytes: Size | None = Field(
+        default=None, description="As `bits`, for the weight files of the whole checkpoint, embeddings and all: 500MB."
+    )
+    formats: list[Code] = Field(
+        default=["int8", "int6", "int5", "int4", "int3", "int2"],
+        min_length=2,
+        description="What `bits` and `max_bytes` choose from. Matrices that read the same inputs get the same.",
     )
     overrides: dict[str, Format] = Field(
         default_factory=dict,
@@ -63,7 +84,9 @@ class CastSettings(PassSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        formats = {self.weights, *self.overrides.values()}
+        if sum(value is not None for value in (self.weights, self.bits, self.max_bytes)) != 1:
+            raise ValueError("give one of `weights`, `bits` and `max_bytes`")
+        formats = self.asked
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise ValueError("`group_size` is a number from 1 up, or `channel`")
         if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
@@ -71,6 +94,16 @@ class CastSettings(PassSettings):
         if self.activations is not None and formats - set(_DTYPE) != {self.activations}:
             raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
         return self
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether formats are chosen within a budget."""
+        return self.weights is None
+
+    @property
+    def asked(self) -> set[str]:
+        """Every format that may come out."""
+        return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
 
     def grid(self, format_: str) -> Grid:
         """The grid of a format with these settings."""
@@ -104,23 +137,41 @@ class Cast(Pass[CastSettings]):
 
     def works(self, settings: CastSettings) -> Mode:
         """Tensor by tensor for floats and by `rtn` and `mse`, else block by block."""
-        coded = any(f not in _DTYPE for f in (settings.weights, *settings.overrides.values()))
-        return "sweep" if coded and settings.method == "gptq" else "stream"
+        return "sweep" if settings.asked - set(_DTYPE) and settings.method == "gptq" else "stream"
 
     def needed(self, settings: CastSettings) -> frozenset[str]:
-        """Calibration data for codes by `gptq`."""
-        return self.needs if self.works(settings) == "sweep" else frozenset()
+        """Calibration data for codes by `gptq`, and to choose formats."""
+        return self.needs if settings.budgeted or self.works(settings) == "sweep" else frozenset()
 
     def produced(self, settings: CastSettings) -> frozenset[Storage]:
         """Integers (codes of any kind) if any are asked for."""
-        coded = any(f not in _DTYPE for f in (settings.weights, *settings.overrides.values()))
-        return frozenset({"float", "integer"} if coded else {"float"})
+        return frozenset({"float", "integer"} if settings.asked - set(_DTYPE) else {"float"})
 
     def plan(self, spec: Spec, settings: CastSettings) -> Spec:
-        """Exact: dtypes and codes change, shapes and keep-masks stay; ``config.dtype`` becomes the widest float dtype kept."""
+        """Exact but for budgets: dtypes and codes change, shapes and keep-masks stay; ``config.dtype`` is the widest kept.
+
+        With a budget, the formats are those of a model whose matrices all matter alike.
+        """
+        if not settings.budgeted:
+            return self._planned(spec, settings, {})
+        names = self._open(spec, settings)
+
+        def grid(name: str, format_: str) -> Grid:
+            return self._grid(spec, spec.tensors[name], settings, format_)
+
+        losses = {
+            n: {f: budget.assumed(spec.tensors[n].count, grid(n, f)) for f in _budget(settings).formats} for n in names
+        }
+        chosen = budget.allocate(spec, [[n] for n in names], _budget(settings), grid, losses)
+        return replace(self._planned(spec, settings, chosen), exact=False)
+
+    def _planned(self, spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
+        """The spec with these grids, and the formats that settings give the rest."""
         formats = self._formats(spec, settings)
 
         def change(tensor: Tensor) -> Tensor:
+            if tensor.name in chosen:
+                return replace(tensor, grid=chosen[tensor.name])
             format_ = formats.get(tensor.name)
             if format_ is None:
                 return tensor
@@ -141,8 +192,13 @@ class Cast(Pass[CastSettings]):
         }
         return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
 
-    def _formats(self, spec: Spec, settings: CastSettings) -> dict[str, Format]:
-        """Format of every tensor that the pass touches."""
+    def _open(self, spec: Spec, settings: CastSettings) -> list[str]:
+        """Tensors whose format the budget chooses."""
+        formats = self._formats(spec, settings)
+        return [name for name, format_ in formats.items() if format_ is None]
+
+    def _formats(self, spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
+        """Format of every tensor that the pass touches; None where a budget chooses it."""
         modules = [tensor.module for tensor in spec.stored()]
         default = modules
         if settings.weights not in _DTYPE and not settings.only:
@@ -153,7 +209,7 @@ class Cast(Pass[CastSettings]):
         named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
         if settings.weights not in _DTYPE:
             chosen |= named
-        result: dict[str, Format] = {}
+        result: dict[str, Format | None] = {}
         for tensor in spec.stored():
             if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
                 continue
@@ -203,13 +259,57 @@ class Cast(Pass[CastSettings]):
         """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
         from compress.checkpoint.open import Derived
 
-        spec = self.plan(checkpoint.spec, settings)
+        chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
+        spec = self._planned(checkpoint.spec, settings, chosen)
         read = checkpoint.tensor
         if self.works(settings) == "sweep":
             read = self._sweep(checkpoint, spec, settings, context)
         return Derived(
             checkpoint, spec, lambda name: _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
         )
+
+    def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
+        """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
+        from compress.calibration.ranks import Ranks
+        from compress.calibration.sensitivity import divergences
+
+        spec, path = checkpoint.spec, context.work / "formats.json"
+
+        def grid(name: str, format_: str) -> Grid:
+            return self._grid(spec, spec.tensors[name], settings, format_)
+
+        ranks = Ranks(context.rank, context.world)
+        found = None
+        if context.rank == 0:
+            if path.exists():
+                found = json.loads(path.read_text())
+            else:
+                batches = context.data("calibration")
+                losses, groups = divergences(
+                    checkpoint,
+                    self._open(spec, settings),
+                    grid,
+                    settings.formats,
+                    batches.ids,
+                    batches.mask,
+                    device=context.device,
+                    seed=context.seed,
+                    progress=context.progress,
+                )
+                chosen = budget.allocate(spec, groups, _budget(settings), grid, losses)
+                found = {
+                    "losses": losses,
+                    "formats": {n: g.format for n, g in chosen.items()},
+                    "curve": budget.curve(spec, groups, _budget(settings), grid, losses),
+                }
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found))
+        found = ranks.tell(0, found)
+        context.details["formats"] = [
+            {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
+        ]
+        context.details["curve"] = found["curve"]
+        return {name: grid(name, format_) for name, format_ in found["formats"].items()}
 
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
@@ -225,6 +325,10 @@ class Cast(Pass[CastSettings]):
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details
         return result.reader()
+
+
+def _budget(settings: CastSettings) -> budget.Budget:
+    return budget.Budget(settings.bits, settings.max_bytes, tuple(settings.formats))
 
 
 def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:

@@ -115,7 +115,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         if settings.method == "magnitude":
             return None
         # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
-        factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 3), "alps": (4.0, 10)}[settings.method]
+        factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
         return sweep_memory(
             spec,
             self._targets(spec, settings),

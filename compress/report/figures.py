@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +129,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
 
 
 def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each block of a sweep: layers, sparsity, errors, what tuning did, seconds; nothing for other passes."""
+    """A line for each block of a sweep: layers, sparsity or formats, errors, tuning, seconds; nothing for other passes."""
     rows: list[tuple[str, ...]] = []
     for block in details.get("blocks", ()):
         layers = block.get("tensors")
@@ -142,7 +143,7 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 str(block["block"]),
                 str(len(layers)),
-                f"{sum(row['sparsity'] for row in layers.values()) / len(layers):.1%}",
+                _became(list(layers.values())),
                 f"{sum(errors.values()) / len(errors):.4f}" if errors else "",
                 f"{name} {errors[worst]:.4f}" if worst is not None else "",
                 "" if tuning is None else _tuned(tuning),
@@ -150,6 +151,21 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _became(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The mean sparsity of layers, or the formats that they were cast to."""
+    if formats := Counter(row["format"] for row in layers if "format" in row):
+        return ", ".join(f"{count} {name}" if len(formats) > 1 else name for name, count in sorted(formats.items()))
+    return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
+
+
+def format_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each format that a budget chose: matrices, and the divergence expected of rounding them."""
+    chosen: dict[str, list[float]] = {}
+    for row in details.get("formats", ()):
+        chosen.setdefault(row["format"], []).append(row["divergence"])
+    return [(name, str(len(found)), f"{sum(found):.5f}") for name, found in sorted(chosen.items(), reverse=True)]
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:

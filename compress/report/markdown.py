@@ -37,11 +37,17 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if said:
         lines += ["## What the passes say", ""]
     for row in said:
-        details = {k: v for k, v in row["details"].items() if k != "blocks"}
+        details = {k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve")}
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
+        if formats := figures.format_rows(row["details"]):
+            text = "Divergence: nats per token expected of rounding those matrices alone, to second order."
+            lines += [f"`{row['name']}`, formats within the budget. {text}", ""]
+            lines += [*table(("format", "matrices", "divergence"), formats, right=(1, 2)), ""]
+            curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in row["details"]["curve"]]
+            lines += ["What other budgets would cost:", "", *table(("bits", "divergence"), curve, right=(0, 1)), ""]
         if blocks := figures.block_rows(row["details"]):
-            head = ("block", "layers", "sparsity", "mean error", "worst layer", "after tuning", "seconds")
+            head = ("block", "layers", "sparsity or format", "mean error", "worst layer", "after tuning", "seconds")
             text = "Relative error of each layer's output; of the block's output where it was tuned."
             lines += [f"`{row['name']}`, block by block. {text}", "", *table(head, blocks, right=(0, 1, 2, 3, 6)), ""]
     lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]

@@ -13,6 +13,7 @@ import torch
 import compress
 from compress import architectures
 from compress.calibration.batches import Batches
+from compress.checkpoint import codecs
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, CompressError, PassError
@@ -194,6 +195,81 @@ def test_embeddings_when_asked(folders, tmp_path):
     out = compress.apply("cast", folders["llama"], tmp_path / "out", store="compact", **settings)
     assert open_checkpoint(out).spec.tensors["model.embed_tokens.weight"].grid.format == "int8"
     assert torch.equal(stock_logits(out, tmp_path, trust=True), our_logits(out))
+
+
+def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
+    settings = {"group_size": 16, "tune_epochs": 0}
+    details: dict = {}
+    out = compress.apply(
+        "cast", folders["llama"], tmp_path / "bits", data=data.ids, bits=4.5, details=details, **settings
+    )
+    found = open_checkpoint(out)
+    coded = [t for t in found.spec.stored() if t.grid is not None]
+    stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
+    assert 4.3 < stored <= 4.5
+    assert {r["tensor"]: r["format"] for r in details["formats"]} == {t.name: t.grid.format for t in coded}
+    for block in range(4):  # what reads the same inputs has the same format
+        formats = {found.spec.tensors[f"model.layers.{block}.self_attn.{n}_proj.weight"].grid.format for n in "qkv"}
+        assert len(formats) == 1
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+    size = 130_000
+    whole = compress.apply("cast", folders["llama"], tmp_path / "size", data=data.ids, max_bytes=size, **settings)
+    assert 0.95 * size < sum(f.stat().st_size for f in whole.glob("*.safetensors")) <= size
+    with pytest.raises(
+        PassError, match=r"even the smallest formats need more: max_bytes: \d+_\d+ is the least possible"
+    ):
+        compress.apply("cast", folders["llama"], tmp_path / "no", data=data.ids, max_bytes=100_000, **settings)
+    with pytest.raises(PassError, match=r"a budget does not reach model.layers.0.mlp.experts"):
+        compress.apply(
+            "cast", folders["qwen3_moe"], tmp_path / "no", data=data.ids, bits=8, store="compact", group_size=8
+        )
+
+
+def test_the_measured_divergence_is_that_of_the_model(folders, data):
+    """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
+    from compress.calibration.sensitivity import divergences
+    from compress.checkpoint.grids import Grid
+    from compress.progress import SilentProgress
+    from compress.solvers.grids import fit, to_codes, weights
+
+    checkpoint = open_checkpoint(folders["llama"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    ids = data.ids.repeat(3, 1)[:32]
+    grid = Grid("int6", 16)
+    found, _ = divergences(
+        checkpoint, [name], lambda n, f: grid, ["int6"], ids, None, device="cpu", seed=0, progress=SilentProgress()
+    )
+    model = load_model(folders["llama"], dtype="float32")
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.log_softmax(-1)
+        W = model.model.layers[1].mlp.up_proj.weight
+        W.copy_(weights(to_codes(W, grid, fit(W, grid), torch.float32)))
+        after = model(input_ids=ids).logits.log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    # blocks mix tokens, and each token's gradient is taken alone: the same order of size, not the same number
+    assert 0.2 < found[name]["int6"] / kl < 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_knapsack_is_solved(seed):
+    from itertools import product
+
+    from compress.solvers.knapsack import choose
+
+    generator = torch.Generator().manual_seed(seed)
+    costs = torch.randint(1, 40, (5, 3), generator=generator).tolist()
+    losses = torch.rand(5, 3, generator=generator).tolist()
+    for budget in (sum(map(min, costs)) - 1, sum(map(min, costs)), 60, 90, 300):
+        every = [
+            (sum(losses[i][c] for i, c in enumerate(choice)), choice)
+            for choice in product(range(3), repeat=5)
+            if sum(costs[i][c] for i, c in enumerate(choice)) <= budget
+        ]
+        chosen = choose(costs, losses, budget)
+        assert (chosen is None) == (not every)
+        if every:
+            assert sum(costs[i][c] for i, c in enumerate(chosen)) <= budget
+            assert sum(losses[i][c] for i, c in enumerate(chosen)) == pytest.approx(min(every)[0])
 
 
 def test_bad_input(folders, data, tmp_path):

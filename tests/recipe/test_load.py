@@ -191,7 +191,7 @@ r.yaml:12:26: unknown key `sparcity` in prune_unstructured
    12 |   - prune_unstructured: {sparcity: 50%}
       |                          ^^^^^^^^
    expected one of: method, sparsity, pattern, scope, allocation, tune_epochs, tune_rate, only, skip, allow_noop; did you mean `sparsity`?
-r.yaml:13:21: weights: expected bf16, fp16 or fp32, got 'bf61'
+r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'bf61'
    13 |   - cast: {weights: bf61}
       |                     ^^^^
    did you mean `bf16`?
@@ -311,16 +311,16 @@ def test_single_mistakes(heads: Heads, work: Path, line: str, head: str) -> None
 @pytest.mark.parametrize(
     ("entry", "head"),
     [
-        ("cast: {weights: 16}", "r.yaml:4:21: weights: expected bf16, fp16 or fp32, got 16"),
-        ("cast", "r.yaml:4:5: `weights` is missing in cast"),
-        ("cast:", "r.yaml:4:5: `weights` is missing in cast"),
+        ("cast: {weights: 16}", "r.yaml:4:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 16"),
+        ("cast", "r.yaml:4:5: give one of `weights`, `bits` and `max_bytes`"),
+        ("cast:", "r.yaml:4:5: give one of `weights`, `bits` and `max_bytes`"),
         ("cast: fp16", "r.yaml:4:5: cast: expected a mapping of settings, got 'fp16'"),
         ("[cast]", "r.yaml:4:5: expected a pass, as `name: {settings}`"),
         ("3", "r.yaml:4:5: expected a pass, as `name: {settings}`"),
         ("{}", "r.yaml:4:5: expected one pass, got none"),
         ("quantize", "r.yaml:4:5: unknown pass `quantize`"),
         ("cast: {weights: fp16, only: x}", "r.yaml:4:33: only: expected a list, got 'x'"),
-        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:42: a: expected bf16, fp16 or fp32, got 'x'"),
+        ("cast: {weights: fp16, overrides: {a: x}}", "r.yaml:4:42: a: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'x'"),
         ("cast: {weights: fp16, allow_noop: 1}", "r.yaml:4:39: allow_noop: expected true or false, got 1"),
         ("prune_structured: {layers: 0}", "r.yaml:4:32: layers: expected a share such as 25% or 0.25, or a count from 1 up, got 0"),
         ("prune_structured: {layers: [1, a]}", "r.yaml:4:32: expected a list of block numbers from 0 up"),
@@ -495,11 +495,10 @@ def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
     assert sorted(problem.splitlines()[0] for problem in caught.value.problems) == [
         "gates.kl: the gate kl needs text to measure on, and there is no `data.evaluation`",
         "output: `output` is missing",
-        "passes.0.cast.weights: `weights` is missing in cast",
         "passes.0.cast.wieghts: unknown key `wieghts` in cast",
-        "passes.1.cast.weights: weights: expected bf16, fp16 or fp32, got 16",
+        "passes.1.cast.weights: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 16",
         "passes.2.cast.weights: expected a plain value (text, number, list, mapping), got set",
-        "passes.2.cast.weights: weights: expected bf16, fp16 or fp32, got nothing",
+        "passes.2: give one of `weights`, `bits` and `max_bytes`",
         "seed: nan is not a finite number",
         "seed: seed: expected an integer, got nan",
         "workers: workers: expected an integer, got '2'",
@@ -531,4 +530,7 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(root)}, check=False
     )
-    assert done.stdout == "['compress.passes.base', 'compress.passes.cast']\n"
+    assert (
+        done.stdout
+        == "['compress.passes.base', 'compress.passes.budget', 'compress.passes.cast', 'compress.passes.sweeping']\n"
+    )

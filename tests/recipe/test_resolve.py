@@ -60,7 +60,26 @@ def test_defaults_are_written_out(work: Path) -> None:
         "trust_remote_code": False,
         "offline": False,
         "data": {},
-        "passes": [{"cast": {"only": [], "skip": [], "allow_noop": False, "weights": "fp16", "overrides": {}}}],
+        "passes": [
+            {
+                "cast": {
+                    "only": [],
+                    "skip": [],
+                    "allow_noop": False,
+                    "weights": "fp16",
+                    "bits": None,
+                    "max_bytes": None,
+                    "formats": ["int8", "int6", "int5", "int4", "int3", "int2"],
+                    "overrides": {},
+                    "group_size": None,
+                    "symmetric": True,
+                    "method": "gptq",
+                    "tune_epochs": 3,
+                    "tune_rate": 0.01,
+                    "activations": None,
+                }
+            }
+        ],
         "evaluate": [],
         "gates": {},
         "confidence": 0.95,

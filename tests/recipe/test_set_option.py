@@ -88,7 +88,10 @@ def test_the_last_of_a_key_wins(work: Path) -> None:
         ("passes.99999999999=1", "there is no `99999999999` in `passes`, which has 3 entries, 0 to 2"),
         ("passes.0.cast.weights=fp16", "`passes.0` is prune_unstructured, not `cast`"),
         ("passes.1.cast.wieghts=fp16", "unknown key `wieghts` in cast"),
-        ("passes.1.cast.weights=fp17", "weights: expected bf16, fp16 or fp32, got 'fp17'"),
+        (
+            "passes.1.cast.weights=fp17",
+            "weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'fp17'",
+        ),
         ("seed=[1", "not valid YAML: while parsing a flow sequence, expected ',' or ']', but got the end of the file"),
         ("data.evaluation={files: [gone.txt]}", "gone.txt: there is no such file"),
         ("data.evaluation.files.0=gone.txt", "gone.txt: there is no such file"),

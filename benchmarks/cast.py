@@ -1,0 +1,109 @@
+"""What casting to few bits costs in held-out loss: `make bench-cast [MODEL= TRAIN= HELDOUT=]`, as `make bench-prune`.
+
+Arguments and measure are those of benchmarks/prune.py. Bytes are those of the weight files as written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import page  # noqa: E402
+from benchmarks.prune import WINDOW, calibration, heldout, loss  # noqa: E402
+
+ALONE: dict[str, Any] = {"tune_epochs": 0}
+JOBS: dict[str, dict[str, Any]] = {
+    "int8 default": {"weights": "int8"},
+    "int4 rtn": {"weights": "int4", "method": "rtn"},
+    "int4 mse": {"weights": "int4", "method": "mse"},
+    "int4 gptq alone": {"weights": "int4", **ALONE},
+    "int4 default": {"weights": "int4"},
+    "int3 rtn": {"weights": "int3", "method": "rtn"},
+    "int3 mse": {"weights": "int3", "method": "mse"},
+    "int3 gptq alone": {"weights": "int3", **ALONE},
+    "int3 default": {"weights": "int3"},
+    "3.5 bits": {"bits": 3.5},
+    "4 bits": {"bits": 4},
+    "50% sparse + int4": {"weights": "int4"},
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        default=[str(ROOT / "examples/text/train.txt")],
+        help="defaults of int4 and int3 run with each",
+    )
+    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON: {job: what they reach}")
+    parser.add_argument("--section", default="cast", help="of docs/benchmarks.md; '-' prints only")
+    args = parser.parse_args()
+    import compress
+
+    reference = json.loads(args.reference.read_text()) if args.reference else {}
+    texts = heldout(args.model, args.heldout)
+    dense = loss(args.model, texts)
+    print(f"dense: {dense:.5f}", flush=True)
+    rows = []
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
+    try:
+        for job in args.jobs:
+            rises, seconds, size = [], [], 0
+            for train in args.train if job in ("int4 default", "int3 default") else args.train[:1]:
+                shutil.rmtree(scratch, ignore_errors=True)
+                data = {
+                    "data": calibration(train, args.samples),
+                    "samples": args.samples,
+                    "length": WINDOW,
+                    "document_separator": "<|doc|>" if train.endswith(".txt") else None,
+                }
+                start, source, store = time.perf_counter(), args.model, "stock"
+                if job.startswith("50%"):
+                    source, store = scratch / "half", "compact"
+                    compress.apply("prune_unstructured", args.model, source, store=store, sparsity=0.5, **data)
+                compress.apply("cast", source, scratch / "out", store=store, **data, **JOBS[job])
+                seconds.append(time.perf_counter() - start)
+                size = sum(f.stat().st_size for f in (scratch / "out").glob("*.safetensors"))
+                rises.append(loss(str(scratch / "out"), texts) - dense)
+            shown = " / ".join(f"{rise:+.4f}" for rise in rises)
+            rows.append([job, shown, f"{size:,}", f"{statistics.mean(seconds):.1f}"])
+            rows[-1] += [str(reference.get(job, ""))] if reference else []
+            print(*rows[-1], flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    table = [
+        f"## Casting {Path(args.model).name}",
+        "",
+        f"`make bench-cast`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
+        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. Integers "
+        "are symmetric, in groups of 64 (int8: per channel); `default` is the pass without any setting but the format: GPTQ, then "
+        "tuning of each block. Seconds are of the whole call, loading, self-check and writing included.",
+        "",
+        "| job | ΔNLL | bytes | seconds |" + (" others, ΔNLL |" if reference else ""),
+        "|---|---|---|---|" + ("---|" if reference else ""),
+    ]
+    table += [f"| {' | '.join(row)} |" for row in rows]
+    if args.section == "-":
+        print("\n".join(table))
+    else:
+        page.put(args.section, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Wall time beside llm-compressor's for the same job: `make bench-versus PEER=/path/to/python [ARGS=]`.
+
+PEER is the interpreter of an environment of its own with torch and llmcompressor. Both prune by SparseGPT (60 %) or cast by
+GPTQ (4 bits, groups of 64, activation order) on the same 128 x 256 random token ids, in turns; the time is that of the method,
+without loading and writing. Models: MODEL, and random weights of a Llama of 124 M parameters, 12 blocks of width 768 (--wide).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import page  # noqa: E402
+
+OURS = """
+import json, sys, tempfile
+sys.path.insert(0, sys.argv[1])
+import compress
+from safetensors.torch import load_file
+name, settings = {"sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "tune_epochs": 0}),
+                  "gptq": ("cast", {"weights": "int4", "tune_epochs": 0})}[sys.argv[2]]
+details = {}
+with tempfile.TemporaryDirectory() as folder:
+    compress.apply(name, sys.argv[3], folder + "/out", data=load_file(sys.argv[4])["ids"], details=details, **settings)
+print(json.dumps({"seconds": sum(block["seconds"] for block in details["blocks"])}))
+"""
+
+PEER = """
+import json, sys, time
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+ids = load_file(sys.argv[4])["ids"]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64, actorder="static")
+modifier = {
+    "sparsegpt": lambda: SparseGPTModifier(sparsity=0.6, mask_structure="0:0", ignore=["re:.*lm_head.*"]),
+    "gptq": lambda: GPTQModifier(
+        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=args)}, ignore=["lm_head"]
+    ),
+}[sys.argv[2]]()
+start = time.perf_counter()
+oneshot(model=model, dataset=data, recipe=[modifier], max_seq_length=ids.shape[1], num_calibration_samples=len(ids))
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+
+
+def seconds(python: str, script: str, *arguments: str) -> float:
+    """What a script says at its end that it took."""
+    done = subprocess.run([python, "-c", script, str(ROOT), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
+
+
+def wide(folder: Path, tokenizer: str) -> None:
+    """Random float32 weights of a larger shape; the peer wants a tokenizer beside them."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=768, num_hidden_layers=12, intermediate_size=2048, num_attention_heads=12,
+        num_key_value_heads=4, dtype="float32",
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", required=True, help="python of an environment with llmcompressor")
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
+    parser.add_argument("--wide", action="store_true", help="the larger random model too")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--jobs", nargs="+", default=["sparsegpt", "gptq"])
+    args = parser.parse_args()
+    import torch
+    from safetensors.torch import save_file
+
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
+    rows = []
+    try:
+        vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+        ids = torch.randint(0, vocabulary, (128, 256), generator=torch.Generator().manual_seed(0))
+        save_file({"ids": ids}, scratch / "ids.safetensors")
+        models = [args.model]
+        if args.wide:
+            wide(scratch / "llama-124m", args.model)
+            models.append(str(scratch / "llama-124m"))
+        for model in models:
+            for job in args.jobs:
+                pairs = []
+                for _ in range(args.rounds if model == args.model else 1):
+                    arguments = (job, model, str(scratch / "ids.safetensors"))
+                    pairs.append((seconds(sys.executable, OURS, *arguments), seconds(args.peer, PEER, *arguments)))
+                ours, theirs = (" ".join(f"{pair[i]:.1f}" for pair in pairs) for i in (0, 1))
+                ratio = statistics.median(a / b for a, b in pairs)
+                rows.append(f"| {Path(model).name} | {job} | {ours} | {theirs} | {ratio:.2f} |")
+                print(rows[-1], flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    page.put(
+        "versus",
+        [
+            "## Time beside llm-compressor",
+            "",
+            f"`make bench-versus`: {page.environment()} SparseGPT at 60 %, GPTQ at 4 bits, 128 × 256 tokens; seconds of the method "
+            "alone, in turns on the same machine; the ratio is the median of the pairs'.",
+            "",
+            "| model | job | compress, s | llm-compressor, s | ratio |",
+            "|---|---|---|---|---|",
+            *rows,
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What it costs a model's output to store a matrix in a format, measured by gradients on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compress.checkpoint.grids import Grid
+from compress.checkpoint.open import Checkpoint
+from compress.errors import PassError
+from compress.loading import load_checkpoint
+from compress.progress import Progress
+from compress.solvers.grids import fit, to_codes, weights
+
+#: Samples that are enough to rank matrices by.
+SAMPLES = 32
+
+
+def divergences(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    grids: Callable[[str, str], Grid],
+    formats: Sequence[str],
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    device: str,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
+    """Expected divergence of the model's output, in nats per token, if one matrix alone were rounded to a format's codes.
+
+    To second order KL is ½ E (gᵀ ΔW x)², with x a token's inputs of the matrix and g the gradient, at its outputs, of the
+    log-likelihood of a token drawn from the model's own prediction (the Fisher information). ``ΔW`` is what rounding to the
+    nearest codes changes. The whole model is in memory, its activations for one sample at a time.
+
+    Args:
+        grids: the grid of a tensor (first argument) in a format. ids, mask: [samples, length].
+
+    Returns:
+        By tensor and format; and the tensors in groups that read the same inputs.
+    """
+    model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
+    if not model.can_generate() and model.get_output_embeddings() is None:
+        raise PassError("a budget needs a model that predicts tokens", fix="name the format with `weights`")
+    model.requires_grad_(False)
+    modules = dict(model.named_modules())
+    owners = {name: modules.get(name.removesuffix(".weight")) for name in names}
+    lost = next((n for n, m in owners.items() if m is None or getattr(m, "weight", None) is None), None)
+    if lost is not None:
+        raise PassError(
+            f"a budget does not reach {lost}: it is no module of its own", fix="name the format with `weights`"
+        )
+    changes: dict[str, dict[str, torch.Tensor]] = {}
+    for name, module in owners.items():
+        assert module is not None
+        for format_ in formats:
+            grid = grids(name, format_)
+            W = module.weight.T if grid.transposed else module.weight
+            W = W.float().contiguous()
+            rounded = weights(to_codes(W, grid, fit(W, grid), torch.float32)).float()
+            changes.setdefault(name, {})[format_] = (rounded - W).bfloat16()  # seven bits of it are enough
+    seen: dict[str, torch.Tensor] = {}
+    sums = {name: dict.fromkeys(formats, 0.0) for name in names}
+    counted: list[torch.Tensor | None] = [None]
+
+    def forward(name: str) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            seen[name] = args[0].detach()
+            output.register_hook(backward(name))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def backward(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            x = seen[name].reshape(-1, seen[name].shape[-1])
+            g = gradient.reshape(-1, gradient.shape[-1])
+            if counted[0] is not None:
+                x, g = x[counted[0]], g[counted[0]]
+            for format_, change in changes[name].items():
+                sums[name][format_] += float(((x @ change.float().T) * g).sum(1).double().square().sum())
+
+        return hook
+
+    groups = _groups(model, owners, ids[:1].to(device))
+    handles = [module.register_forward_hook(forward(name)) for name, module in owners.items() if module is not None]
+    generator = torch.Generator(device).manual_seed(seed)
+    embeddings = model.get_input_embeddings()
+    embed = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    tokens = 0
+    with progress.task("measuring what formats cost", min(SAMPLES, len(ids)), "samples") as task:
+        for row in range(min(SAMPLES, len(ids))):
+            extra = {} if mask is None else {"attention_mask": mask[row : row + 1].long().to(device)}
+            counted[0] = None if mask is None else mask[row].to(device)
+            logits = model(input_ids=ids[row : row + 1].to(device), **extra).logits[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            losses = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
+            chosen = losses if counted[0] is None else losses[counted[0]]
+            tokens += len(chosen)
+            chosen.sum().backward()  # type: ignore[no-untyped-call]
+            task.advance()
+    for handle in [*handles, embed]:
+        handle.remove()
+    return {n: {f: 0.5 * v / max(tokens, 1) for f, v in row.items()} for n, row in sums.items()}, groups
+
+
+def _groups(model: Any, owners: Mapping[str, Any], ids: torch.Tensor) -> list[list[str]]:
+    """Tensors that read the same inputs, found by running one sample; inference engines fuse them."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(remember(name)) for name, module in owners.items()]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    groups: dict[Any, list[str]] = {}
+    for name in owners:
+        x = inputs.get(name)
+        groups.setdefault(name if x is None else (x.data_ptr(), tuple(x.shape)), []).append(name)
+    return list(groups.values())
