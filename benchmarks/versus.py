@@ -121,8 +121,8 @@ def main() -> None:
         [
             "## Time beside llm-compressor",
             "",
-            f"`make bench-versus`: {page.environment()} SparseGPT at 60 %, GPTQ at 4 bits, 128 × 256 tokens; seconds of the method "
-            "alone, in turns on the same machine; the ratio is the median of the pairs'.",
+            f"`make bench-versus`: {page.environment()} SparseGPT at 60 %, GPTQ at 4 bits, 128 × 256 tokens; seconds of the "
+            "method alone, in turns on the same machine; the ratio is the median of the pairs'.",
             "",
             "| model | job | compress, s | llm-compressor, s | ratio |",
             "|---|---|---|---|---|",
