@@ -92,7 +92,7 @@ def main() -> None:
         "",
         f"`make bench-cast`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
-        "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass without any setting but the format: "
+        "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
         "GPTQ, then tuning of each block. Seconds are of the whole call, loading, self-check and writing included.",
         "",
         "| job | ΔNLL | bytes | seconds |" + (" others, ΔNLL |" if reference else ""),
