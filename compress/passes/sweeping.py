@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
 
 #: Small things.
-_SLACK = 64 << 20
+_SLACK = 96 << 20
 
 
 def open_sweep(
