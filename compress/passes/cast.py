@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+#: Bits of a code from which rounding is so fine that tuning does not pay.
+TUNED_BELOW = 6
 _DTYPE: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -72,7 +74,8 @@ class CastSettings(PassSettings):
         default=3,
         ge=0,
         description="With `gptq`: passes over the calibration data in which each block's rounding, scales, norms and biases "
-        "are moved by gradient towards the original's output; 0 for none. Takes most of the time.",
+        "are moved by gradient towards the original's output; 0 for none. Takes most of the time; "
+        "left out where all codes have 6 bits or more.",
     )
     tune_rate: float = Field(
         default=0.01, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
@@ -319,7 +322,8 @@ class Cast(Pass[CastSettings]):
 
         record = architectures.of(spec.structure.config)
         grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs else None
+        pays = any(grid.bits < TUNED_BELOW for grid in grids.values())
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and pays else None
         how = Casting(tuning, grids, {n: torch_dtype(spec.tensors[n].dtype) for n in grids})
         sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=tuning is not None)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")

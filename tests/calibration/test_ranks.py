@@ -34,11 +34,13 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from compress.calibration.casting import Casting, cast_block
 from compress.calibration.pruning import Pruning, prune_block
 from compress.calibration.ranks import Ranks
 from compress.calibration.sweep import Inputs, Sweep
 from compress.calibration.tune import Tuning
 from compress import architectures
+from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import open_checkpoint
 from compress.progress import SilentProgress
 dist.init_process_group("gloo")
@@ -55,6 +57,11 @@ for folder in sys.argv[2:]:
             checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{ranks.world}",
             dtype="float32", device="cpu", progress=SilentProgress(), with_targets=how.tuning is not None, ranks=ranks)
         sweep.run(lambda block: prune_block(block, how), "pruning")
+    how = Casting(Tuning(2, 0.01, 4), {name: Grid("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
+    sweep = Sweep(
+        checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-cast-{ranks.world}",
+        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True, ranks=ranks)
+    sweep.run(lambda block: cast_block(block, how), "casting")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -68,6 +75,13 @@ def test_two_processes_find_what_one_does(tmp_path):
         done = torchrun(tmp_path / "sweep.py", tmp_path / "work", *folders, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     for folder in folders:
+        one, two = (tmp_path / "work" / f"{folder.name}-cast-{n}" / "blocks" for n in (1, 2))
+        equal, total = 0, 0
+        for path in sorted(one.iterdir()):
+            a, b = load_file(path), load_file(two / path.name)
+            for name in (key for key in a if key.endswith(":codes")):
+                equal, total = equal + int((a[name] == b[name]).sum()), total + a[name].numel()
+        assert equal / total > 0.97
         for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.97)):
             one, two = (tmp_path / "work" / f"{folder.name}-{method}-{n}" / "blocks" for n in (1, 2))
             same, count, difference, scale = 0, 0, 0.0, 0.0
