@@ -76,7 +76,7 @@ def gptq(
             W_IO[stop:].addmm_(U_BI[:, stop - start :].T, error_BO, alpha=-1)
     result_IO = torch.empty_like(W_IO)
     result_IO[order_I] = latent_IO
-    return result_IO.t().to(W_OI.dtype, memory_format=torch.contiguous_format)
+    return result_IO.t().to(W_OI.dtype).contiguous()  # `to` alone may hand back the transposed view
 
 
 def ordered_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:

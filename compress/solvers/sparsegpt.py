@@ -93,7 +93,7 @@ def sparsegpt(
         if stop < columns:
             W_IO[stop:].addmm_(U_BI[:, stop - start :].T, error_BO, alpha=-1)
         W_BO -= error_BO
-    return W_IO.t().to(W_OI.dtype, memory_format=torch.contiguous_format), keep_IO.t().contiguous()
+    return W_IO.t().to(W_OI.dtype).contiguous(), keep_IO.t().contiguous()
 
 
 def _keep_group(score_GO: torch.Tensor, n: int, m: int, earlier_GO: torch.Tensor | None) -> torch.Tensor:

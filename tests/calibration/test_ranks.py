@@ -57,10 +57,10 @@ for folder in sys.argv[2:]:
             checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{ranks.world}",
             dtype="float32", device="cpu", progress=SilentProgress(), with_targets=how.tuning is not None, ranks=ranks)
         sweep.run(lambda block: prune_block(block, how), "pruning")
-    how = Casting(Tuning(2, 0.01, 4), {name: Grid("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
+    how = Casting(None, {name: Grid("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
     sweep = Sweep(
         checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-cast-{ranks.world}",
-        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True, ranks=ranks)
+        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=False, ranks=ranks)
     sweep.run(lambda block: cast_block(block, how), "casting")
 dist.barrier()
 dist.destroy_process_group()
