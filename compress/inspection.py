@@ -16,6 +16,12 @@ from compress.checkpoint.spec import Spec, Tensor
 from compress.planning import size_of, size_on_disk
 
 
+def storage_name(tensor: Tensor) -> str:
+    """The chain of codecs, a grid by its format: ``mask ∘ int4``."""
+    chain = tensor.storage if tensor.grid is None else (*tensor.storage[:-1], tensor.grid.format)
+    return " ∘ ".join(chain)
+
+
 def inspect(
     model: str | Path, *, zeros: bool = False, trust_remote_code: bool = False, offline: bool = False
 ) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def _row(tensor: Tensor, zero: int | None) -> dict[str, Any]:
         "name": tensor.name,
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
-        "storage": " ∘ ".join(tensor.storage),
+        "storage": storage_name(tensor),
         "bytes": stored_bytes(tensor),
         "sparsity": _sparsity(tensor),
         "tied_to": tensor.alias_of,
@@ -96,7 +102,7 @@ def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
         "parameters": sum(t.count for t in own if t.is_float),
         "bytes": sum(stored_bytes(t) for t in own),
         "dtypes": sorted({t.dtype for t in own}),
-        "storage": sorted({" ∘ ".join(t.storage) for t in own}),
+        "storage": sorted({storage_name(t) for t in own}),
         "sparsity": 1 - sum(t.kept or 0 for t in masked) / sum(t.count for t in masked) if masked else None,
         "tied_to": tied[0] if tied and not own else None,
     }
