@@ -251,12 +251,19 @@ class Cast(Pass[CastSettings]):
         return grid
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
-        """Of a sweep: beside the statistics, their factor twice (ordered, and at work) and copies of one matrix."""
+        """Of a sweep: beside the statistics, their factor twice (ordered, and at work) and copies of one matrix.
+
+        To choose formats within a budget: the model, and what each format changes of it in bfloat16.
+        """
+        grids = [t for t in self.plan(spec, settings).tensors.values() if t.grid is not None]
+        measuring = (
+            4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in grids) if settings.budgeted else 0
+        )
         if self.works(settings) == "stream":
-            return None
-        names = [n for n, t in self.plan(spec, settings).tensors.items() if t.grid is not None]
+            return measuring or None
         moments = 7 if settings.tune_epochs else 0
-        return sweep_memory(spec, names, width, factors=2.0, copies=4, moments=moments, kept=4)
+        sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=moments, kept=4)
+        return max(measuring, sweep)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
         """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
