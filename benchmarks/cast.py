@@ -95,14 +95,9 @@ def main() -> None:
         "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
         "GPTQ, then tuning of each block. Seconds are of the whole call, loading, self-check and writing included.",
         "",
-        "| job | ΔNLL | bytes | seconds |" + (" others, ΔNLL |" if reference else ""),
-        "|---|---|---|---|" + ("---|" if reference else ""),
+        *page.table(["job", "ΔNLL", "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
     ]
-    table += [f"| {' | '.join(row)} |" for row in rows]
-    if args.section == "-":
-        print("\n".join(table))
-    else:
-        page.put(args.section, table)
+    page.deliver(args.section, table)
 
 
 if __name__ == "__main__":

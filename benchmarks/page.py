@@ -33,3 +33,16 @@ def put(section: str, rows: list[str]) -> None:
     else:
         text = f"{text.rstrip()}\n\n{body}\n"
     PAGE.write_text(text, encoding="utf-8")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def deliver(section: str, rows: list[str]) -> None:
+    """Put the rows into the page, or print them for the section ``-``."""
+    if section == "-":
+        print("\n".join(rows))
+    else:
+        put(section, rows)

@@ -148,14 +148,11 @@ def main() -> None:
         "`default` is the pass without any setting but the amount: ALPS, then tuning of each block. Seconds are of the whole "
         "call, loading, self-check and writing included.",
         "",
-        "| removed | method | ΔNLL | layer error | seconds |" + (" others, ΔNLL |" if reference else ""),
-        "|---|---|---|---|---|" + ("---|" if reference else ""),
+        *page.table(
+            ["removed", "method", "ΔNLL", "layer error", "seconds", *(["others, ΔNLL"] if reference else [])], rows
+        ),
     ]
-    table += [f"| {' | '.join(row)} |" for row in rows]
-    if args.section == "-":
-        print("\n".join(table))
-    else:
-        page.put(args.section, table)
+    page.deliver(args.section, table)
 
 
 if __name__ == "__main__":
