@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures, passes
 from compress.checkpoint.codecs import Store, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
-from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec, Tensor
+from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -198,17 +198,13 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="start from the unquantised checkpoint, or make it dense with `compress unpack`",
         )
     following = instance.plan(spec, settings)
-    if store == "stock" and (tensor := next((t for t in following.stored() if _unheld(following, t)), None)):
+    if store == "stock" and (tensor := next((t for t in following.stored() if not stock_holds(following, t)), None)):
         assert tensor.grid is not None
         raise PassError(
             f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}",
             fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
         )
     return following
-
-
-def _unheld(spec: Spec, tensor: Tensor) -> bool:
-    return tensor.grid is not None and not stock_holds(spec, tensor)
 
 
 def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:

@@ -107,9 +107,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
             factor = factor.float()
         for site in group:
             grid = how.grids[site.name]
-            keep = block.sweep.checkpoint.tensor(site.name).mask
-            if keep is not None:
-                keep = (keep.T if site.transposed else keep).to(site.weight.device)
+            keep = block.earlier_mask(site)
             weight = site.weight.float().contiguous()
             scales = fit(weight, grid, diagonal, keep)
             latent = weight.clone()

@@ -75,9 +75,7 @@ def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
         solver = number % ranks.world  # of several processes one solves the group, the others get what it found
         for site in group:
             start = time.perf_counter()
-            earlier = block.sweep.checkpoint.tensor(site.name).mask
-            if earlier is not None:
-                earlier = (earlier.T if site.transposed else earlier).to(site.weight.device)
+            earlier = block.earlier_mask(site)
             row: dict[str, Any] = {}
             if solver == ranks.rank:
                 weight, mask, notes = _solve(site, statistics, how, earlier, shared)

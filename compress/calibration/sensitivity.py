@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from compress.calibration.sites import Site, group_sites
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Checkpoint
 from compress.errors import PassError
@@ -84,7 +85,9 @@ def divergences(
 
         return hook
 
-    groups = _groups(model, owners, ids[:1].to(device))
+    sites = [Site(name, name, module.weight, False, module) for name, module in owners.items() if module is not None]
+    with torch.no_grad():
+        groups, _ = group_sites(sites, lambda: model(input_ids=ids[:1].to(device)))
     handles = [module.register_forward_hook(forward(name)) for name, module in owners.items() if module is not None]
     generator = torch.Generator(device).manual_seed(seed)
     embeddings = model.get_input_embeddings()
@@ -103,26 +106,6 @@ def divergences(
             task.advance()
     for handle in [*handles, embed]:
         handle.remove()
-    return {n: {f: 0.5 * v / max(tokens, 1) for f, v in row.items()} for n, row in sums.items()}, groups
-
-
-def _groups(model: Any, owners: Mapping[str, Any], ids: torch.Tensor) -> list[list[str]]:
-    """Tensors that read the same inputs, found by running one sample; inference engines fuse them."""
-    inputs: dict[str, torch.Tensor] = {}
-
-    def remember(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0]
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(remember(name)) for name, module in owners.items()]
-    with torch.no_grad():
-        model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
-    groups: dict[Any, list[str]] = {}
-    for name in owners:
-        x = inputs.get(name)
-        groups.setdefault(name if x is None else (x.data_ptr(), tuple(x.shape)), []).append(name)
-    return list(groups.values())
+    return {n: {f: 0.5 * v / max(tokens, 1) for f, v in row.items()} for n, row in sums.items()}, [
+        [site.name for site in group] for group in groups
+    ]

@@ -89,6 +89,14 @@ class Block:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def earlier_mask(self, site: Site) -> torch.Tensor | None:
+        """The keep-mask that a site's tensor came with, as the site shapes it; read only where there is one."""
+        if self.sweep.checkpoint.spec.tensors[site.name].kept is None:
+            return None
+        mask = self.sweep.checkpoint.tensor(site.name).mask
+        assert mask is not None
+        return (mask.T if site.transposed else mask).to(site.weight.device)
+
     def statistics(self, budget: int = STATISTICS_BYTES) -> Iterator[tuple[list[Site], Statistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
 

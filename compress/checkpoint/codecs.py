@@ -99,7 +99,7 @@ def with_storage(spec: Spec, store: Store) -> Spec:
 
     def choose(tensor: Tensor) -> Tensor:
         masked = store == "compact" and tensor.kept is not None
-        if tensor.grid is not None and store == "stock" and not stock_holds(spec, tensor):
+        if store == "stock" and not stock_holds(spec, tensor):
             return replace(tensor, grid=None, kept=None, storage=DENSE)
         if tensor.grid is not None:
             plain = stock_chain(tensor.grid)
@@ -122,18 +122,17 @@ def stock_chain(grid: Grid) -> tuple[str, ...]:
 
 def needs_code(spec: Spec) -> bool:
     """Whether only the bundled modelling file can load the spec as stored."""
-    return bool(spec.structure.edits) or any(
-        t.storage[0] == "mask" or (t.grid is not None and not stock_holds(spec, t)) for t in spec.stored()
-    )
+    return bool(spec.structure.edits) or any(t.storage[0] == "mask" or not stock_holds(spec, t) for t in spec.stored())
 
 
 def stock_holds(spec: Spec, tensor: Tensor) -> bool:
-    """Whether stock loaders take a tensor's codes: those of linear layers that are modules of their own.
+    """Whether stock loaders take a tensor as it is: free values, and codes of linear layers that are modules of their own.
 
     With compressed-tensors 0.20 transformers expects zero points of packed codes unpacked, and refuses a file that has them
     packed as the format says.
     """
-    assert tensor.grid is not None
+    if tensor.grid is None:
+        return True
     record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
     if tensor.grid.transposed or record is None:
         return False

@@ -14,7 +14,7 @@ from compress import architectures
 from compress.checkpoint import codecs
 from compress.checkpoint.grids import INTEGERS, Grid
 from compress.checkpoint.headers import Entry
-from compress.checkpoint.spec import DTYPE_BITS, FP8, INT8, MXFP4, NVFP4, PACKED, Spec, Tensor
+from compress.checkpoint.spec import FP8, INT8, MXFP4, NVFP4, PACKED, Spec, Tensor
 from compress.errors import CheckpointError
 
 KEY = "quantization_config"
@@ -167,15 +167,3 @@ def strip(spec: Spec) -> Spec:
     """The spec whose config says nothing of quantisation: the tensors say it."""
     config = {k: v for k, v in spec.structure.config.items() if k != KEY}
     return replace(spec, structure=replace(spec.structure, config=config))
-
-
-def bits_of(tensor: Tensor) -> float:
-    """Stored bits per weight of a tensor, scales and zero points included."""
-    return sum(DTYPE_BITS[p.dtype] * _count(p.shape) for p in codecs.parts(tensor)) / max(tensor.count, 1)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -13,83 +13,80 @@ from compress.errors import PassError
 from compress.solvers.knapsack import choose
 
 
+def assumed(grid: Grid) -> float:
+    """Loss per weight for plans, before anything is measured: rounding errors fall by four with each bit."""
+    return 4.0**-grid.bits
+
+
 @dataclass(frozen=True)
-class Budget:
-    """Bits per weight on average over what is cast, scales included; or bytes of the whole checkpoint."""
+class Choices:
+    """What a budget chooses from.
 
-    bits: float | None
-    max_bytes: int | None
-    formats: tuple[str, ...]
-
-
-def bytes_of(spec: Spec, name: str, grid: Grid) -> int:
-    """Stored bytes of a tensor as such codes."""
-    return sum(
-        part.bytes for part in parts(replace(spec.tensors[name], kept=None, grid=grid, storage=stock_chain(grid)))
-    )
-
-
-def assumed(count: int, grid: Grid) -> float:
-    """A loss for plans, before anything is measured: rounding errors fall by four with each bit."""
-    return count * 4.0**-grid.bits
-
-
-def allocate(
-    spec: Spec,
-    groups: Sequence[Sequence[str]],
-    budget: Budget,
-    grids: Callable[[str, str], Grid],
-    losses: Mapping[str, Mapping[str, float]],
-) -> dict[str, Grid]:
-    """The grid of every tensor, of least total loss within the budget; tensors of a group get the same format.
-
-    Raises:
-        PassError: even the smallest formats exceed the budget; it says how small they get.
+    Attributes:
+        groups: tensors, together where they must get the same format. grid: of a tensor (first argument) in a format.
     """
-    names = [name for group in groups for name in group]
-    costs = [[sum(bytes_of(spec, n, grids(n, f)) for n in group) for f in budget.formats] for group in groups]
-    values = [[sum(losses[n][f] for n in group) for f in budget.formats] for group in groups]
-    least = sum(min(row) for row in costs)
-    count = sum(spec.tensors[n].count for n in names)
-    if budget.bits is not None:
-        room, beside = int(budget.bits * count / 8), 0
-    else:
-        assert budget.max_bytes is not None
-        beside = _whole(spec, {n: grids(n, budget.formats[0]) for n in names}) - sum(row[0] for row in costs)
-        room = budget.max_bytes - beside
-    while True:
-        chosen = choose(costs, values, room)
-        if chosen is None:
-            smallest = f"bits: {8 * least / count:.2f}" if budget.bits is not None else f"max_bytes: {beside + least:,}"
-            raise PassError(
-                f"even the smallest formats need more: {smallest.replace(',', '_')} is the least possible",
-                key="bits" if budget.bits is not None else "max_bytes",
-            )
-        result = {n: grids(n, budget.formats[i]) for group, i in zip(groups, chosen, strict=True) for n in group}
-        if budget.max_bytes is None or (over := _whole(spec, result) - budget.max_bytes) <= 0:
-            return result
-        room -= over  # headers are a few bytes longer with some formats than with others
 
+    spec: Spec
+    groups: Sequence[Sequence[str]]
+    formats: Sequence[str]
+    grid: Callable[[str, str], Grid]
 
-def curve(
-    spec: Spec,
-    groups: Sequence[Sequence[str]],
-    budget: Budget,
-    grids: Callable[[str, str], Grid],
-    losses: Mapping[str, Mapping[str, float]],
-) -> list[tuple[float, float]]:
-    """Bits per weight, in halves, and the least total loss with them."""
-    points = []
-    for half in range(4, 17):
-        try:
-            chosen = allocate(spec, groups, Budget(half / 2, None, budget.formats), grids, losses)
-        except PassError:  # fewer than the smallest formats take
-            continue
-        points.append((half / 2, sum(losses[n][g.format] for n, g in chosen.items())))
-    return points
+    def allocate(
+        self, losses: Mapping[str, Mapping[str, float]], bits: float | None, max_bytes: int | None = None
+    ) -> dict[str, Grid]:
+        """The grid of every tensor, of least total loss within one of two budgets.
 
+        Args:
+            losses: by tensor and format. bits: average per weight over what is cast, scales included.
+            max_bytes: of the whole checkpoint.
 
-def _whole(spec: Spec, grids: Mapping[str, Grid]) -> int:
-    """Bytes of all weight files of the checkpoint with these grids."""
-    coded = spec.map(lambda t: replace(t, grid=grids[t.name]) if t.name in grids else t)
-    return lay_out(with_storage(coded, "stock"), 1 << 62).bytes
+        Raises:
+            PassError: even the smallest formats exceed the budget; it says how small they get.
+        """
+        names = [name for group in self.groups for name in group]
+        costs = [[sum(self._bytes(n, f) for n in group) for f in self.formats] for group in self.groups]
+        values = [[sum(losses[n][f] for n in group) for f in self.formats] for group in self.groups]
+        least = sum(min(row) for row in costs)
+        count = sum(self.spec.tensors[n].count for n in names)
+        if bits is not None:
+            room, beside = int(bits * count / 8), 0
+        else:
+            assert max_bytes is not None
+            beside = self._whole({n: self.grid(n, self.formats[0]) for n in names}) - sum(row[0] for row in costs)
+            room = max_bytes - beside
+        while True:
+            chosen = choose(costs, values, room)
+            if chosen is None:
+                smallest = f"bits: {8 * least / count:.2f}" if bits is not None else f"max_bytes: {beside + least:_}"
+                raise PassError(
+                    f"even the smallest formats need more: {smallest} is the least possible",
+                    key="bits" if bits is not None else "max_bytes",
+                )
+            result = {
+                n: self.grid(n, self.formats[i]) for group, i in zip(self.groups, chosen, strict=True) for n in group
+            }
+            if max_bytes is None or (over := self._whole(result) - max_bytes) <= 0:
+                return result
+            room -= over  # headers are a few bytes longer with some formats than with others
+
+    def curve(self, losses: Mapping[str, Mapping[str, float]]) -> list[tuple[float, float]]:
+        """Bits per weight, in halves, and the least total loss with them."""
+        points = []
+        for half in range(4, 17):
+            try:
+                chosen = self.allocate(losses, half / 2)
+            except PassError:  # fewer than the smallest formats take
+                continue
+            points.append((half / 2, sum(losses[n][g.format] for n, g in chosen.items())))
+        return points
+
+    def _bytes(self, name: str, format_: str) -> int:
+        """Stored bytes of a tensor in a format."""
+        grid = self.grid(name, format_)
+        tensor = replace(self.spec.tensors[name], kept=None, grid=grid, storage=stock_chain(grid))
+        return sum(part.bytes for part in parts(tensor))
+
+    def _whole(self, grids: Mapping[str, Grid]) -> int:
+        """Bytes of all weight files of the checkpoint with these grids."""
+        coded = self.spec.map(lambda t: replace(t, grid=grids[t.name]) if t.name in grids else t)
+        return lay_out(with_storage(coded, "stock"), 1 << 62).bytes

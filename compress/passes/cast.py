@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -13,8 +13,8 @@ from compress import architectures
 from compress.checkpoint.grids import FIXED_GROUPS, INTEGERS, Grid
 from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
 from compress.errors import PassError
-from compress.passes import budget
 from compress.passes.base import Context, Mode, Pass, PassSettings, Storage, matches, select
+from compress.passes.budget import Choices, assumed
 from compress.passes.sweeping import input_axis, open_sweep, sweep_memory
 from compress.settings import Size
 
@@ -108,6 +108,16 @@ class CastSettings(PassSettings):
         """Every format that may come out."""
         return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
 
+    @property
+    def coded(self) -> bool:
+        """Whether any weight may become codes."""
+        return bool(self.asked - set(_DTYPE))
+
+    @property
+    def solved(self) -> bool:
+        """Whether codes are chosen block by block."""
+        return self.coded and self.method == "gptq"
+
     def grid(self, format_: str) -> Grid:
         """The grid of a format with these settings."""
         group = FIXED_GROUPS.get(format_)
@@ -139,16 +149,16 @@ class Cast(Pass[CastSettings]):
     )
 
     def works(self, settings: CastSettings) -> Mode:
-        """Tensor by tensor for floats and by `rtn` and `mse`, else block by block."""
-        return "sweep" if settings.asked - set(_DTYPE) and settings.method == "gptq" else "stream"
+        """Tensor by tensor for floats and by `rtn` and `mse`; block by block, or with the whole model at first, else."""
+        return "sweep" if settings.solved or settings.budgeted else "stream"
 
     def needed(self, settings: CastSettings) -> frozenset[str]:
         """Calibration data for codes by `gptq`, and to choose formats."""
-        return self.needs if settings.budgeted or self.works(settings) == "sweep" else frozenset()
+        return self.needs if self.works(settings) == "sweep" else frozenset()
 
     def produced(self, settings: CastSettings) -> frozenset[Storage]:
         """Integers (codes of any kind) if any are asked for."""
-        return frozenset({"float", "integer"} if settings.asked - set(_DTYPE) else {"float"})
+        return frozenset({"float", "integer"} if settings.coded else {"float"})
 
     def plan(self, spec: Spec, settings: CastSettings) -> Spec:
         """Exact but for budgets: dtypes and codes change, shapes and keep-masks stay; ``config.dtype`` is the widest kept.
@@ -158,14 +168,9 @@ class Cast(Pass[CastSettings]):
         if not settings.budgeted:
             return self._planned(spec, settings, {})
         names = self._open(spec, settings)
-
-        def grid(name: str, format_: str) -> Grid:
-            return self._grid(spec, spec.tensors[name], settings, format_)
-
-        losses = {
-            n: {f: budget.assumed(spec.tensors[n].count, grid(n, f)) for f in _budget(settings).formats} for n in names
-        }
-        chosen = budget.allocate(spec, [[n] for n in names], _budget(settings), grid, losses)
+        choices = self._choices(spec, settings, [[n] for n in names])
+        losses = {n: {f: assumed(choices.grid(n, f)) * spec.tensors[n].count for f in choices.formats} for n in names}
+        chosen = choices.allocate(losses, settings.bits, settings.max_bytes)
         return replace(self._planned(spec, settings, chosen), exact=False)
 
     def _planned(self, spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
@@ -199,6 +204,12 @@ class Cast(Pass[CastSettings]):
         """Tensors whose format the budget chooses."""
         formats = self._formats(spec, settings)
         return [name for name, format_ in formats.items() if format_ is None]
+
+    def _choices(self, spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
+        def grid(name: str, format_: str) -> Grid:
+            return self._grid(spec, spec.tensors[name], settings, format_)
+
+        return Choices(spec, groups, tuple(settings.formats), grid)
 
     def _formats(self, spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
         """Format of every tensor that the pass touches; None where a budget chooses it."""
@@ -259,7 +270,7 @@ class Cast(Pass[CastSettings]):
         measuring = (
             4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in grids) if settings.budgeted else 0
         )
-        if self.works(settings) == "stream":
+        if not settings.solved:
             return measuring or None
         moments = 7 if settings.tune_epochs else 0
         sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=moments, kept=4)
@@ -272,7 +283,7 @@ class Cast(Pass[CastSettings]):
         chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
         spec = self._planned(checkpoint.spec, settings, chosen)
         read = checkpoint.tensor
-        if self.works(settings) == "sweep":
+        if settings.solved:
             read = self._sweep(checkpoint, spec, settings, context)
         return Derived(
             checkpoint, spec, lambda name: _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
@@ -284,10 +295,8 @@ class Cast(Pass[CastSettings]):
         from compress.calibration.sensitivity import divergences
 
         spec, path = checkpoint.spec, context.work / "formats.json"
-
-        def grid(name: str, format_: str) -> Grid:
-            return self._grid(spec, spec.tensors[name], settings, format_)
-
+        names = self._open(spec, settings)
+        grid = self._choices(spec, settings, []).grid
         ranks = Ranks(context.rank, context.world)
         found = None
         if context.rank == 0:
@@ -297,7 +306,7 @@ class Cast(Pass[CastSettings]):
                 batches = context.data("calibration")
                 losses, groups = divergences(
                     checkpoint,
-                    self._open(spec, settings),
+                    names,
                     grid,
                     settings.formats,
                     batches.ids,
@@ -306,14 +315,17 @@ class Cast(Pass[CastSettings]):
                     seed=context.seed,
                     progress=context.progress,
                 )
-                chosen = budget.allocate(spec, groups, _budget(settings), grid, losses)
+                choices = self._choices(spec, settings, groups)
+                chosen = choices.allocate(losses, settings.bits, settings.max_bytes)
                 found = {
                     "losses": losses,
                     "formats": {n: g.format for n, g in chosen.items()},
-                    "curve": budget.curve(spec, groups, _budget(settings), grid, losses),
+                    "curve": choices.curve(losses),
                 }
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found))
+                temp = path.with_suffix(".tmp")
+                temp.write_text(json.dumps(found))
+                temp.replace(path)  # a kill leaves all of it or nothing
         found = ranks.tell(0, found)
         context.details["formats"] = [
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
@@ -336,10 +348,6 @@ class Cast(Pass[CastSettings]):
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details
         return result.reader()
-
-
-def _budget(settings: CastSettings) -> budget.Budget:
-    return budget.Budget(settings.bits, settings.max_bytes, tuple(settings.formats))
 
 
 def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:

@@ -140,6 +140,16 @@ def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
     assert "gates: failed" in failing.stdout
 
 
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, tmp_path, method):
+    recipe = json.loads(recipe_file.read_text())
+    recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "tune_epochs": 0}}]
+    recipe_file.write_text(json.dumps(recipe))
+    done = torchrun("-m", "compress", "run", recipe_file, "--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len({t.grid for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
+
+
 def test_an_error_in_the_first_process_ends_all(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
