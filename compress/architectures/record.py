@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from compress.architectures.units import Attention, Hidden, Mlp, Relative
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.errors import CheckpointError, PassError
 
@@ -43,6 +44,8 @@ class Architecture:
         input_axis: axis of a weight matrix that its inputs run along: -1 for Linear, 0 for GPT-2's Conv1D.
         causal: whether it decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` where the config does not say it.
+        mlps, attention, hidden: what structured pruning may narrow, see `architectures.units`.
+        relative: a stock family to become where the config forbids a new number of heads.
     """
 
     model_type: str
@@ -73,6 +76,10 @@ class Architecture:
     input_axis: int = -1
     causal: bool = True
     tie_default: bool = False
+    mlps: tuple[Mlp, ...] = ()
+    attention: Attention | None = None
+    hidden: Hidden | None = None
+    relative: Relative | None = None
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
@@ -91,6 +98,11 @@ class Architecture:
         """Number of the block that a tensor belongs to, None outside the blocks."""
         match = self._block.match(name)
         return int(match[2]) if match else None
+
+    def block_path(self, name: str) -> tuple[str, str] | None:
+        """(what a tensor's name begins with up to its block's number and dot, the rest); None outside the blocks."""
+        match = self._block.match(name)
+        return (f"{match[1]}{match[2]}.", match[3][1:]) if match else None
 
     def renumber(self, name: str, index: int) -> str:
         """The tensor's name in block ``index``."""

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.architectures.record import Architecture
+from compress.architectures.units import Attention, Hidden, Layout, Mlp, Relative
 
-_LLAMA_LIKE: dict[str, Any] = {
+_QKVO = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True)
+
+
+def _fused(module: str, output: str, layout: Layout, free: bool = False) -> Attention:
+    return Attention(module, module, module, output, layout, free)
+
+
+_GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+_EXPERTS = Mlp(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj")
+_PRE_NORMS = Hidden(("input_layernorm", "post_attention_layernorm"))
+_GEMMA_NORMS = Hidden(
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    offset=1.0,
+    scaled=True,
+)
+_DECODER: dict[str, Any] = {
     "prefix": "model",
     "blocks": "layers",
     "embeddings": ("embed_tokens",),
     "kv_heads_key": "num_key_value_heads",
     "head_dim_key": "head_dim",
 }
+_LLAMA_LIKE: dict[str, Any] = {**_DECODER, "attention": _QKVO, "mlps": (_GATED,), "hidden": _PRE_NORMS}
+_GEMMA_LIKE: dict[str, Any] = {
+    **_DECODER,
+    "attention": replace(_QKVO, even=True),
+    "mlps": (_GATED,),
+    "hidden": _GEMMA_NORMS,
+}
 _BERT_LIKE: dict[str, Any] = {
     "blocks": "encoder.layer",
     "embeddings": ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"),
     "causal": False,
     "tie_default": True,
+    "mlps": (Mlp(("intermediate.dense",), "output.dense"),),
+    "attention": Attention(
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
+    ),
 }
 
 
@@ -38,30 +66,48 @@ def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
 
 
 RECORDS: tuple[Architecture, ...] = (
-    Architecture("llama", **_LLAMA_LIKE),
+    Architecture(
+        "llama",
+        **{**_LLAMA_LIKE, "attention": replace(_QKVO, even=True)},
+        relative=Relative(
+            "mistral", ("Llama", "Mistral"), {"sliding_window": None}, unless=("attention_bias", "mlp_bias")
+        ),
+    ),
     Architecture("mistral", **_LLAMA_LIKE),
     Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
     Architecture("qwen3", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
     Architecture(
         "gemma2",
-        **_LLAMA_LIKE,
+        **_GEMMA_LIKE,
         per_layer=("layer_types",),
         per_layer_defaults={"layer_types": lambda config: _full_every(config, 2)},
         tie_default=True,
     ),
     Architecture(
         "gemma3_text",
-        **_LLAMA_LIKE,
+        **_GEMMA_LIKE,
         per_layer=("layer_types",),
         per_layer_defaults={
             "layer_types": lambda config: _full_every(config, int(config.get("sliding_window_pattern", 6)))
         },
         tie_default=True,
     ),
-    Architecture("phi3", **_LLAMA_LIKE),
+    Architecture(
+        "phi3",
+        **_DECODER,
+        mlps=(Mlp(("mlp.gate_up_proj",), "mlp.down_proj", sections=2),),
+        attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True),
+        hidden=replace(_PRE_NORMS, epsilon=1e-5),
+    ),
     Architecture(
         "mixtral",
-        **_LLAMA_LIKE,
+        **_DECODER,
+        mlps=(
+            Mlp(("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"), "block_sparse_moe.experts.*.w2"),
+            _EXPERTS,
+        ),
+        attention=_QKVO,
+        hidden=replace(_PRE_NORMS, epsilon=1e-5),
         routers=("block_sparse_moe.gate", "mlp.gate"),
         experts=("block_sparse_moe.experts", "mlp.experts"),
         experts_key="num_local_experts",
@@ -69,7 +115,10 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "qwen3_moe",
-        **_LLAMA_LIKE,
+        **_DECODER,
+        mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
+        attention=_QKVO,
+        hidden=_PRE_NORMS,
         spellings={"num_experts": "num_local_experts"},
         dense_blocks_key="mlp_only_layers",
         sparse_step_key="decoder_sparse_step",
@@ -90,6 +139,8 @@ RECORDS: tuple[Architecture, ...] = (
         numbered=("scale_attn_by_inverse_layer_idx",),
         input_axis=0,
         tie_default=True,
+        mlps=(Mlp(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
+        attention=_fused("attn.c_attn", "attn.c_proj", "stacked"),
     ),
     Architecture(
         "bloom",
@@ -100,6 +151,8 @@ RECORDS: tuple[Architecture, ...] = (
         heads_key="n_head",
         spellings={"num_hidden_layers": "n_layer", "n_embed": "hidden_size", "num_attention_heads": "n_head"},
         tie_default=True,
+        mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", None),),
+        attention=_fused("self_attention.query_key_value", "self_attention.dense", "interleaved"),
     ),
     Architecture(
         "gpt_neox",
@@ -108,9 +161,17 @@ RECORDS: tuple[Architecture, ...] = (
         embeddings=("embed_in",),
         head="embed_out",
         head_tie="embed_out.weight",
+        mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        attention=_fused("attention.query_key_value", "attention.dense", "interleaved"),
     ),
     Architecture(
-        "opt", prefix="model.decoder", blocks="layers", embeddings=("embed_tokens", "embed_positions"), tie_default=True
+        "opt",
+        prefix="model.decoder",
+        blocks="layers",
+        embeddings=("embed_tokens", "embed_positions"),
+        tie_default=True,
+        mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
+        attention=replace(_QKVO, output="self_attn.out_proj", free=False),
     ),
     Architecture(
         "bert",
@@ -149,6 +210,8 @@ RECORDS: tuple[Architecture, ...] = (
         spellings={"num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads"},
         causal=False,
         tie_default=True,
+        mlps=(Mlp(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
+        attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     ),
     Architecture(
         "vit",
@@ -159,5 +222,14 @@ RECORDS: tuple[Architecture, ...] = (
         input="pixel_values",
         head=None,
         causal=False,
+        head_dim_key="head_dim",
+        mlps=(Mlp(("intermediate.dense",), "output.dense"),),
+        attention=Attention(
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+            "attention.output.dense",
+            free=True,
+        ),
     ),
 )

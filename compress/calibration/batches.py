@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,15 @@ class Batches:
     ids: torch.Tensor
     mask: torch.Tensor | None = None
     chosen: tuple[str, ...] = ()
+
+    def first(self, samples: int) -> Batches:
+        """The first so many samples."""
+        return replace(
+            self,
+            ids=self.ids[:samples],
+            mask=None if self.mask is None else self.mask[:samples],
+            chosen=self.chosen[:samples],
+        )
 
     def parts(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """(ids, mask) of so many samples at a time that they hold about ``tokens`` tokens, one sample at least."""

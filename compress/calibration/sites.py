@@ -38,12 +38,13 @@ class Site:
 
 @dataclass
 class Statistics:
-    """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I] and the number of tokens.
+    """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I], Σ x [I], and the number of tokens.
 
     While they are gathered, inputs wait until there are ``batch`` tokens, and of H only the upper part is kept.
     """
 
     hessian: torch.Tensor
+    total: torch.Tensor
     tokens: int = 0
     batch: int = 0
     _waiting: list[torch.Tensor] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Statistics:
         x = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting.clear()
         self._count = 0
+        self.total += x.sum(0)
         for start, stop in _strips(x.shape[1]):
             into = self.hessian[start:stop, start:]
             if into.dtype == torch.float32:
@@ -74,6 +76,10 @@ class Statistics:
             self._sum()
         for start, stop in _strips(len(self.hessian)):
             self.hessian[stop:, start:stop] = self.hessian[start:stop, stop:].T
+
+    def centred(self) -> torch.Tensor:
+        """Σ (x - mean)(x - mean)ᵀ, in H's dtype."""
+        return self.hessian - torch.outer(self.total, self.total).to(self.hessian.dtype) / max(1, self.tokens)
 
     def relative_error(self, before: torch.Tensor, after: torch.Tensor) -> float | None:
         """||(W - W')X||² over ||WX||², for weights [O, I]; None where no token was seen."""
@@ -118,6 +124,9 @@ class Experts(torch.nn.Module):
             self.down.append(_view(fused.down_proj[e]))
         self.counted: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
+        self.watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = (
+            None  # expert, outputs [t, I], weights [t]
+        )
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -142,6 +151,9 @@ class Experts(torch.nn.Module):
             self.counted = None if self.valid is None else self.valid[token]
             state = hidden_states[token]
             state = self.down[e](self.act_fn(self.gate[e](state)) * self.up[e](state))
+            if self.watch is not None:
+                here = slice(None) if self.counted is None else self.counted
+                self.watch(e, state[here], top_k_weights[token, place][here])
             result.index_add_(0, token, (state * top_k_weights[token, place, None]).to(result.dtype))
         return result
 
@@ -290,7 +302,8 @@ def gathering(
         hessian = torch.zeros(width, width, dtype=dtype(width), device=device)
         # of many experts each would hold its own waiting inputs
         waits = hessian.dtype == torch.float64 and group[0].owner is None
-        sums = Statistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
+        total = torch.zeros(width, dtype=torch.float64, device=device)
+        sums = Statistics(hessian, total, batch=_TOKENS_PER_SUM if waits else 0)
         statistics.append(sums)
         handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums, number == last)))
     try:

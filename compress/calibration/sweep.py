@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
 from compress.checkpoint.spec import widest
 from compress.errors import CheckpointError, PassError
 from compress.memory import keep_freed
-from compress.progress import Progress
+from compress.progress import Progress, SilentProgress
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,29 @@ class Inputs:
         """Inputs of those samples; padding is masked."""
         picked = {name: value[list(rows)] for name, value in self.values.items()}
         return picked if self.mask is None else {**picked, "attention_mask": self.mask[list(rows)].long()}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What blocks are tuned towards where that is not the checkpoint being changed.
+
+    Attributes:
+        checkpoint: the original. spans: how many of its blocks stand for that many of the changed one: block i stands for
+            those from ``spans[i - 1]`` (0 for the first) up to ``spans[i]``.
+        channels: which of its hidden channels the changed one has; None for all.
+    """
+
+    checkpoint: Checkpoint
+    spans: Sequence[int]
+    channels: torch.Tensor | None = None
+
+    def blocks(self, index: int) -> range:
+        """Numbers of the original's blocks that block ``index`` stands for."""
+        return range(self.spans[index - 1] if index else 0, self.spans[index])
+
+    def view(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the original's hidden states those that the changed one has."""
+        return hidden if self.channels is None else hidden[..., self.channels]
 
 
 @dataclass
@@ -97,12 +120,17 @@ class Block:
         assert mask is not None
         return (mask.T if site.transposed else mask).to(site.weight.device)
 
-    def statistics(self, budget: int = STATISTICS_BYTES) -> Iterator[tuple[list[Site], Statistics, bool]]:
+    def statistics(
+        self, wanted: Collection[str] | None = None, budget: int = STATISTICS_BYTES
+    ) -> Iterator[tuple[list[Site], Statistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
+
+        Args:
+            wanted: only groups that hold one of these tensors.
 
         As many groups at a time as fit ``budget`` bytes, at least one; each such part takes a pass over the samples.
         """
-        pending = list(self.groups)
+        pending = [g for g in self.groups if wanted is None or any(site.name in wanted for site in g)]
         end = None if self.last is None else self.groups[self.last]
         while pending:
             part, used = [pending.pop(0)], 0
@@ -124,6 +152,7 @@ class Block:
             for group in part:
                 statistics = found.pop(0)
                 self.sweep.ranks.add(statistics.hessian)
+                self.sweep.ranks.add(statistics.total)
                 statistics.tokens = int(self.sweep.ranks.total(statistics.tokens)[0])
                 yield group, statistics, not pending
 
@@ -166,6 +195,7 @@ class Sweep:
         with_targets: bool,
         seed: int = 0,
         ranks: Ranks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
         self.work, self.device, self.progress = work, device, progress
@@ -173,6 +203,22 @@ class Sweep:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.streamed = StreamedModel(checkpoint, dtype=self.dtype, device=device)
         self.depth = len(self.streamed.blocks)
+        self.teacher = teacher
+        self._original: Sweep | None = None
+        if teacher is not None:
+            quiet = SilentProgress()
+            self._original = Sweep(
+                teacher.checkpoint,
+                inputs,
+                set(),
+                work=work,
+                dtype=dtype,
+                device=device,
+                progress=quiet,
+                with_targets=False,
+                seed=seed,
+                ranks=ranks,
+            )
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tuple = False
         self._fixed = False
@@ -301,16 +347,19 @@ class Sweep:
             self.check()
         else:
             self._learn_calls()
-        shape = tuple(self._capture([0])[0].shape[1:])
-        files = {
-            name: [Activations(self.work / f"{name}{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
-            for name in (("inputs", "targets") if self.with_targets else ("inputs",))
-        }
+        if self._original is not None:
+            self._original._learn_calls()
+        sources = {"inputs": self} | ({"targets": self._original or self} if self.with_targets else {})
+        files = {}
+        for name, source in sources.items():
+            shape = tuple(source._capture([0])[0].shape[1:])
+            files[name] = [
+                Activations(self.work / f"{name}{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)
+            ]
         if state is None:
             for rows in self.batches():
-                first, _ = self._capture(rows)
-                for pair in files.values():
-                    pair[0].write(rows, first)
+                for name, source in sources.items():
+                    files[name][0].write(rows, source._capture(rows)[0])
             for pair in files.values():
                 pair[0].sync()
             state = {"next": 0, "details": []}
@@ -355,11 +404,7 @@ class Sweep:
         sites, swaps = find_sites(self.streamed, index, module, wanted)
         block = Block(self, index, module, sites, [], swaps, inputs, None)
         if self.with_targets:
-            with torch.no_grad():
-                for rows in self.batches():
-                    hidden = files["targets"][now].read(rows).to(self.device)
-                    files["targets"][then].write(rows, block.forward(rows, hidden))
-            files["targets"][then].sync()
+            self._advance_targets(block, files["targets"][now], files["targets"][then])
             self.ranks.wait()  # tuning reads samples of other processes too
             block.targets = files["targets"][then]
         if sites:
@@ -380,6 +425,23 @@ class Sweep:
                     files["inputs"][then].write(rows, output)
             files["inputs"][then].sync()
         return block.details
+
+    def _advance_targets(self, block: Block, now: Activations, then: Activations) -> None:
+        """What the original has after the blocks that this one stands for."""
+        if self.teacher is None or self._original is None:
+            with torch.no_grad():
+                for rows in self.batches():
+                    then.write(rows, block.forward(rows, now.read(rows).to(self.device)))
+        else:
+            source = now  # never written: a resume starts from it
+            for number in self.teacher.blocks(block.index):
+                with torch.no_grad(), self._original.streamed.block(number) as module:
+                    for rows in self.batches():
+                        args, kwargs = self._original.calls(rows)[number]
+                        output = module(source.read(rows).to(self.device), *args, **kwargs)
+                        then.write(rows, output[0] if isinstance(output, tuple) else output)
+                source = then
+        then.sync()
 
     def _write(self, index: int, module: Any, changed: Mapping[str, Changed]) -> None:
         """Round the block's weights to the checkpoint's dtypes, in the module too, and put those that changed on disk."""

@@ -155,6 +155,8 @@ def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
     sweep = block.sweep
     assert block.targets is not None
     target = block.targets.read(rows).to(sweep.device)
+    if sweep.teacher is not None:
+        target = sweep.teacher.view(target)
     output = block.forward(rows, block.inputs.read(rows).to(sweep.device))
     if (mask := sweep.mask(rows)) is not None:
         return output[mask], target[mask]

@@ -1,17 +1,19 @@
-"""Structured pruning: whole units go, and the result is a smaller stock model. Here: blocks (depth)."""
+"""Structured pruning: whole units go, what stays is repaired, and the result is a smaller stock model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from compress import architectures
-from compress.checkpoint.spec import Spec, Structure
+from compress.architectures import narrowing
+from compress.checkpoint.spec import Spec
 from compress.errors import PassError
-from compress.passes.base import Context, Pass, PassSettings
-from compress.settings import parse_amount
+from compress.passes import shape
+from compress.passes.base import Context, Mode, Pass, PassSettings
+from compress.settings import Amount, parse_amount
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -45,128 +47,144 @@ Layers = Annotated[
 class PruneStructuredSettings(PassSettings):
     """Settings of `prune_structured`."""
 
-    layers: Layers = Field(
-        description="Blocks to remove: a count, a share, or a list of block numbers from 0. "
-        "By count, those go that change their input least on the calibration data (ShortGPT's block influence)."
+    layers: Layers | None = Field(
+        default=None,
+        description="Blocks to remove: a count, a share, or a list of block numbers from 0. By count, `layer_score` tells "
+        "which.",
     )
+    mlp: Amount | None = Field(
+        default=None, description="Neurons to remove from every MLP (of every expert): a share or a count."
+    )
+    heads: Amount | None = Field(
+        default=None,
+        description="Query heads to remove from every block: a share or a count. They go within their groups where every "
+        "group of shared keys and values can lose the same number, else whole groups go.",
+    )
+    hidden: Amount | None = Field(
+        default=None, description="Hidden channels to remove (families with RMSNorm): a share or a count."
+    )
+    experts: Amount | None = Field(
+        default=None, description="Experts to remove from every block that has some: a share or a count."
+    )
+    multiple_of: int = Field(
+        default=1, ge=1, description="What is kept of `mlp` and `hidden` is rounded to a multiple of this."
+    )
+    score: Literal["loss", "activation", "magnitude"] = Field(
+        default="loss",
+        description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
+        "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
+        "`magnitude`: those of the smallest weights; needs no data.",
+    )
+    layer_score: Literal["loss", "influence"] = Field(
+        default="loss",
+        description="Which blocks go. `loss`: one after another the one without which the calibration text costs least (the "
+        "whole model is in memory). `influence`: those that change their input least (ShortGPT), in one pass over it.",
+    )
+    repair: Literal["tune", "least_squares", "none"] = Field(
+        default="tune",
+        description="What makes up for removed units. `least_squares`: the weights that read the survivors are solved for "
+        "anew. `tune`: that, and then each block is moved by gradient towards the output of the original's. Both read "
+        "calibration data.",
+    )
+    tune_epochs: int = Field(default=10, ge=1, description="With `repair: tune`, passes over the calibration data.")
+    tune_rate: float = Field(
+        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if all(getattr(self, kind) is None for kind in KINDS):
+            raise ValueError(f"give what to remove: {', '.join(f'`{kind}`' for kind in KINDS)}")
+        return self
+
+
+KINDS = ("layers", "experts", "hidden", "heads", "mlp")
 
 
 class PruneStructured(Pass[PruneStructuredSettings]):
-    """Blocks are removed, the config and its per-layer lists cut, and the indices renumbered."""
+    """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
+
+    Every block keeps the same widths, so the result is a stock model: of the same family, or, where its config forbids the new
+    number of heads, of one that computes the same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the
+    repaired ones before it.
+    """
 
     name: ClassVar[str] = "prune_structured"
-    summary: ClassVar[str] = "Remove whole blocks; the result is a smaller stock model."
+    summary: ClassVar[str] = (
+        "Remove neurons, heads, experts, hidden channels or blocks; the result is a smaller stock model."
+    )
     settings = PruneStructuredSettings
-    mode = "stream"
+    mode = "sweep"
     needs = frozenset({"calibration"})
     preserves = frozenset({"masks", "aliases"})
-    source: ClassVar[str] = "ShortGPT, arXiv 2403.03853"
+    source: ClassVar[str] = (
+        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; blocks: "
+        "ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; tuning as in BRECQ, arXiv 2102.05426"
+    )
 
     def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
-        """Calibration data only where blocks are chosen by score."""
-        return frozenset() if isinstance(settings.layers, tuple) else self.needs
+        """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
+        scored = (
+            settings.layers is not None and not isinstance(settings.layers, tuple)
+        ) or settings.experts is not None
+        widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
+        data = scored or settings.repair != "none" or (widths and settings.score != "magnitude")
+        return self.needs if data else frozenset()
+
+    def works(self, settings: PruneStructuredSettings) -> Mode:
+        """Tensor by tensor where it needs no data, else block by block."""
+        return "sweep" if self.needed(settings) else "stream"
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
-        """Exact where blocks are named or all alike; the choice by score only changes which of them go."""
+        """Exact where blocks are named or all alike; a choice by score only changes which units go."""
         if settings.only or settings.skip:
             raise PassError(
-                "`only` and `skip` do not apply to blocks",
+                "`only` and `skip` do not apply to units that go from every block",
                 key="only" if settings.only else "skip",
                 fix="name blocks in `layers`",
             )
         record = architectures.of(spec.structure.config)
-        depth = record.depth(spec.structure.config)
         if self.needed(settings) and record.input != "input_ids":
             raise PassError(
-                f"blocks are scored on text, and this model reads `{record.input}`",
-                key="layers",
-                fix="name the blocks, as in layers: [3, 4]",
+                f"calibration data is text, and this model reads `{record.input}`",
+                fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
             )
-        drop = (
-            settings.layers
-            if isinstance(settings.layers, tuple)
-            else tuple(range(depth - self._count(depth, settings), depth))
-        )
-        planned = self._without(spec, drop)
-        alike = (
-            len({tuple((n, replace(spec.tensors[f], name=n)) for n, f in block) for block in _blocks(spec, depth)}) == 1
-        )
-        return replace(planned, exact=spec.exact and (alike or isinstance(settings.layers, tuple)))
+        exact = spec.exact
+        if settings.layers is not None:
+            depth = record.depth(spec.structure.config)
+            count = shape.layers_to_drop(depth, settings.layers)
+            named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
+            exact = exact and (isinstance(settings.layers, tuple) or _alike(spec, depth))
+            spec, _ = narrowing.without_blocks(record, spec, named)
+        if settings.experts is not None:
+            keep = shape.experts_to_keep(record, spec, settings.experts)
+            spec, _, _ = narrowing.without_experts(record, spec, {i: range(n) for i, n in keep.items()})
+        if settings.hidden is not None:
+            left = shape.hidden_to_keep(record, spec, settings.hidden, settings.multiple_of)
+            entries, config = narrowing.hidden_entries(record, spec, range(left))
+            spec = narrowing.resized(spec, entries, config)
+        found = shape.widths(spec, settings)
+        record = architectures.of(spec.structure.config)
+        spec = narrowing.resized(spec, narrowing.kept_entries(record, spec, found.first()), found.config)
+        return replace(spec, exact=exact and spec.exact)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
-        """Scores blocks where it must, then reads the remaining ones under their new numbers."""
-        from compress.checkpoint.open import Derived
+        """Kind after kind; each reads the checkpoint that the one before it left."""
+        from compress.passes import structured
 
-        record = architectures.of(checkpoint.spec.structure.config)
-        depth = record.depth(checkpoint.spec.structure.config)
-        if isinstance(settings.layers, tuple):
-            drop = settings.layers
-        else:
-            from compress.calibration.influence import block_influence
-
-            scores = block_influence(
-                checkpoint,
-                context.data("calibration"),
-                dtype=context.dtype,
-                device=context.device,
-                progress=context.progress,
-            )
-            ranked = sorted(range(depth), key=lambda i: (scores[i], i))
-            drop = tuple(sorted(ranked[: self._count(depth, settings)]))
-            context.details["block_influence"] = scores
-        context.details["removed_blocks"] = list(drop)
-        source = {new: old for old, new in self._renamed(checkpoint.spec, drop)}
-        return Derived(checkpoint, self._without(checkpoint.spec, drop), lambda name: checkpoint.tensor(source[name]))
-
-    @staticmethod
-    def _count(depth: int, settings: PruneStructuredSettings) -> int:
-        assert not isinstance(settings.layers, tuple)
-        count = settings.layers if isinstance(settings.layers, int) else round(settings.layers * depth)
-        if count == 0 and not settings.allow_noop:
-            raise PassError(
-                f"{settings.layers:.0%} of {depth} blocks is none", key="layers", fix="ask for more, or give a count"
-            )
-        if count >= depth:
-            raise PassError(f"cannot remove {count} of {depth} blocks", key="layers", fix=f"at most {depth - 1} can go")
-        return count
-
-    @staticmethod
-    def _renamed(spec: Spec, drop: tuple[int, ...]) -> list[tuple[str, str]]:
-        """(old name, new name) of every tensor that stays."""
-        record = architectures.of(spec.structure.config)
-        depth = record.depth(spec.structure.config)
-        number = {old: new for new, old in enumerate(i for i in range(depth) if i not in drop)}
-        pairs = []
-        for name in spec.tensors:
-            index = record.block_index(name)
-            if index is None:
-                pairs.append((name, name))
-            elif index in number:
-                pairs.append((name, record.renumber(name, number[index])))
-        return pairs
-
-    def _without(self, spec: Spec, drop: tuple[int, ...]) -> Spec:
-        record = architectures.of(spec.structure.config)
-        depth = record.depth(spec.structure.config)
-        if wrong := [i for i in drop if i >= depth]:
-            raise PassError(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0", key="layers")
-        if len(drop) == depth:
-            raise PassError(f"cannot remove all {depth} blocks", key="layers")
-        keep = [i for i in range(depth) if i not in drop]
-        tensors = {new: replace(spec.tensors[old], name=new) for old, new in self._renamed(spec, drop)}
-        return replace(
-            spec,
-            structure=Structure(record.cut_depth(spec.structure.config, keep), spec.structure.edits),
-            tensors=tensors,
-        )
+        self.plan(checkpoint.spec, settings)
+        current, spans = structured.drop_layers(checkpoint, settings, context)
+        current = structured.drop_experts(current, settings, context)
+        current, channels = structured.drop_hidden(current, settings, context)
+        return structured.narrow(checkpoint, current, spans, channels, settings, context)
 
 
-def _blocks(spec: Spec, depth: int) -> list[list[tuple[str, str]]]:
-    """Per block, (name with the number taken out, full name) of its tensors."""
+def _alike(spec: Spec, depth: int) -> bool:
+    """Whether all blocks have the same tensors."""
     record = architectures.of(spec.structure.config)
-    blocks: list[list[tuple[str, str]]] = [[] for _ in range(depth)]
-    for name in spec.tensors:
+    blocks: list[list[Any]] = [[] for _ in range(depth)]
+    for name, tensor in spec.tensors.items():
         index = record.block_index(name)
-        if index is not None and index < depth:
-            blocks[index].append((record.renumber(name, 0), name))
-    return [sorted(block) for block in blocks]
+        if index is not None:
+            blocks[index].append(replace(tensor, name=record.renumber(name, 0)))
+    return len({tuple(sorted(block, key=lambda t: t.name)) for block in blocks}) == 1

@@ -13,7 +13,7 @@ from compress.errors import PassError
 from compress.passes.base import Context
 
 if TYPE_CHECKING:
-    from compress.calibration.sweep import Sweep
+    from compress.calibration.sweep import Sweep, Teacher
     from compress.checkpoint.open import Checkpoint
 
 #: Small things.
@@ -21,9 +21,15 @@ _SLACK = 96 << 20
 
 
 def open_sweep(
-    checkpoint: Checkpoint, names: Collection[str], context: Context, *, work: Path, with_targets: bool
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    context: Context,
+    *,
+    work: Path,
+    with_targets: bool,
+    teacher: Teacher | None = None,
 ) -> Sweep:
-    """A sweep over the calibration data that may change the tensors ``names``."""
+    """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
     from compress.calibration.ranks import Ranks
     from compress.calibration.sweep import Inputs, Sweep
 
@@ -39,6 +45,7 @@ def open_sweep(
         with_targets=with_targets,
         seed=context.seed,
         ranks=Ranks(context.rank, context.world),
+        teacher=teacher,
     )
 
 

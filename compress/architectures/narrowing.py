@@ -1,0 +1,322 @@
+"""The units of a checkpoint, from its headers, and the smaller checkpoint that remains when some go. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from compress.architectures.record import Architecture
+from compress.architectures.units import Member, Mlp, Units, head_groups, heads, neurons
+from compress.checkpoint.spec import Spec, Structure
+from compress.errors import PassError
+
+#: Units and the numbers of those that stay.
+Kept = tuple[Units, Sequence[int]]
+
+
+def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
+    """Neurons of every MLP by block; of blocks with experts one entry per expert."""
+    found: dict[int, list[Units]] = {}
+    for path, index in _blocks(record, spec).items():
+        for mlp in record.mlps:
+            for expert in _experts(spec, path, mlp):
+                one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
+                tensor = spec.tensors.get(f"{path}{one.down}.weight")
+                if tensor is not None:
+                    found.setdefault(index, []).append(neurons(one, path, tensor.shape[_axis(record, "in")]))
+    return found
+
+
+def mlp_keys(record: Architecture, spec: Spec) -> dict[str, str | None]:
+    """The reading module of every MLP ▶ the config field with its size."""
+    keys: dict[str, str | None] = {}
+    for path in _blocks(record, spec):
+        for mlp in record.mlps:
+            keys |= {path + mlp.down.replace("*", e): mlp.size_key for e in _experts(spec, path, mlp)}
+    return keys
+
+
+def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, Units]:
+    """By block: query heads, to go within their groups, or whole groups."""
+    if record.attention is None:
+        return {}
+    config = spec.structure.config
+    queries, head_dim = int(record.value(config, record.heads_key)), record.head_dim(config)
+    groups = kv_heads(record, config)
+    make = head_groups if whole_groups else heads
+    return {i: make(record.attention, path, queries, groups, head_dim) for path, i in _blocks(record, spec).items()}
+
+
+def kv_heads(record: Architecture, config: Mapping[str, Any]) -> int:
+    """Number of key and value heads."""
+    found = record.value(config, record.kv_heads_key) if record.kv_heads_key else None
+    return int(found or record.value(config, record.heads_key))
+
+
+def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
+    """Tensor name ▶ axis ▶ entries that stay, for every tensor that loses some."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    for units, keep in kept:
+        for member in units.members:
+            lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
+            for place in _places(record, spec, member):
+                gone.setdefault(place, set()).update(lost)
+    result: dict[str, dict[int, list[int]]] = {}
+    for (name, axis), lost in gone.items():
+        if lost:
+            size = spec.tensors[name].shape[axis]
+            result.setdefault(name, {})[axis] = [i for i in range(size) if i not in lost]
+    return result
+
+
+def _places(record: Architecture, spec: Spec, member: Member) -> list[tuple[str, int]]:
+    weight, bias = f"{member.module}.weight", f"{member.module}.bias"
+    places = [(weight, _axis(record, member.side))]
+    return [*places, (bias, 0)] if member.side == "out" and bias in spec.tensors else places
+
+
+def _axis(record: Architecture, side: str) -> int:
+    inputs = record.input_axis % 2
+    return inputs if side == "in" else 1 - inputs
+
+
+def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], config: Mapping[str, Any]) -> Spec:
+    """The spec with only those entries, and that config."""
+    tensors = {}
+    for name, tensor in spec.tensors.items():
+        by_axis = entries.get(tensor.alias_of or name, {})
+        shape = tuple(len(by_axis[axis]) if axis in by_axis else size for axis, size in enumerate(tensor.shape))
+        tensors[name] = replace(tensor, shape=shape)
+    masked = any(spec.tensors[name].kept is not None for name in entries)
+    return replace(
+        spec, structure=Structure(config, spec.structure.edits), tensors=tensors, exact=spec.exact and not masked
+    )
+
+
+def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, groups: int) -> dict[str, Any]:
+    """The config for so many query heads and key-value heads of the same width; of a relative where that must be.
+
+    Raises:
+        PassError: no stock config says it.
+    """
+    attention = record.attention
+    assert attention is not None
+    if not attention.free:
+        raise PassError(
+            f"{record.model_type} cannot have fewer heads: its config takes the hidden size for heads x head width",
+            key="heads",
+            fix="remove `mlp` or `layers` instead",
+        )
+    hidden, head_dim = int(record.value(config, record.hidden_key)), record.head_dim(config)
+    result = _set(record, config, record.heads_key, queries)
+    if record.head_dim_key:
+        result[record.head_dim_key] = head_dim
+    if record.kv_heads_key:
+        result[record.kv_heads_key] = groups
+    if attention.even and hidden % queries:
+        result = _as_relative(record, result, hidden, queries)
+    return result
+
+
+def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int) -> dict[str, Any]:
+    relative = record.relative
+    barred = relative is not None and next((key for key in relative.unless if config.get(key)), None)
+    if relative is None or barred:
+        raise PassError(
+            f"{record.model_type} wants a number of heads that divides the hidden size {hidden}, and {queries} does not"
+            + (f" (with `{barred}` no other family does the same)" if barred else ""),
+            key="heads",
+            fix="remove another number of heads",
+        )
+    here, there = relative.classes
+    names = [there + n.removeprefix(here) if n.startswith(here) else n for n in config.get("architectures") or ()]
+    return {**config, **relative.config, "model_type": relative.model_type, "architectures": names}
+
+
+def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The config with those numbers of neurons."""
+    result = dict(config)
+    for key, size in sizes.items():
+        result = _set(record, result, key, size)
+    return result
+
+
+def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) -> dict[str, Any]:
+    others = {other for other, meant in record.spellings.items() if meant == key}
+    return {**{k: v for k, v in config.items() if k not in others}, key: value}
+
+
+def _blocks(record: Architecture, spec: Spec) -> dict[str, int]:
+    """What the names of a block's tensors begin with ▶ its number."""
+    found: dict[str, int] = {}
+    for name in spec.tensors:
+        if (path := record.block_path(name)) is not None:
+            index = record.block_index(name)
+            assert index is not None
+            found[path[0]] = index
+    return found
+
+
+def _experts(spec: Spec, path: str, mlp: Mlp) -> list[str]:
+    """Numbers of the experts of a block that have this MLP, as text; [""] for an MLP without experts."""
+    before, star, after = mlp.down.partition("*")
+    if not star:
+        return [""]
+    start, end = path + before, f"{after}.weight"
+    numbers = [n[len(start) : -len(end)] for n in spec.tensors if n.startswith(start) and n.endswith(end)]
+    return sorted((n for n in numbers if n.isdigit()), key=int)
+
+
+# ---- blocks and experts: tensors go, others are renumbered ----
+
+
+def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str]]:
+    """The spec without those blocks, and its tensor names ▶ what the checkpoint calls them.
+
+    Raises:
+        PassError: there is no such block, or none would stay.
+    """
+    config = spec.structure.config
+    depth = record.depth(config)
+    if wrong := [i for i in drop if i >= depth]:
+        raise PassError(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0", key="layers")
+    if len(drop) == depth:
+        raise PassError(f"cannot remove all {depth} blocks", key="layers")
+    keep = [i for i in range(depth) if i not in drop]
+    number = {old: new for new, old in enumerate(keep)}
+    source = {}
+    for name in spec.tensors:
+        index = record.block_index(name)
+        if index is None or index in number:
+            source[name if index is None else record.renumber(name, number[index])] = name
+    return _renamed(spec, source, record.cut_depth(config, keep)), source
+
+
+def expert_blocks(record: Architecture, spec: Spec) -> dict[int, int]:
+    """Number of experts of every block that has some."""
+    found = {}
+    for path, index in _blocks(record, spec).items():
+        numbers = {e for mlp in record.mlps if "*" in mlp.down for e in _experts(spec, path, mlp)}
+        if numbers:
+            found[index] = len(numbers)
+    return found
+
+
+def without_experts(
+    record: Architecture, spec: Spec, keep: Mapping[int, Sequence[int]]
+) -> tuple[Spec, dict[str, str], dict[str, list[int]]]:
+    """The spec with only the experts ``keep`` of each block, its names ▶ the checkpoint's, and rows of routers that stay."""
+    source, routers = {}, {}
+    for name in spec.tensors:
+        index, path = record.block_index(name), record.block_path(name)
+        if index is None or index not in keep or path is None:
+            source[name] = name
+            continue
+        start, rest = path
+        module = rest.rpartition(".")[0]
+        if module in record.routers:
+            routers[name] = list(keep[index])
+        base = next((p for p in record.experts if rest.startswith(f"{p}.")), None)
+        if base is None:
+            source[name] = name
+            continue
+        expert, _, tail = rest.removeprefix(f"{base}.").partition(".")
+        if int(expert) in keep[index]:
+            source[f"{start}{base}.{list(keep[index]).index(int(expert))}.{tail}"] = name
+    assert record.experts_key is not None
+    count = len(next(iter(keep.values())))
+    smaller = _renamed(spec, source, _set(record, spec.structure.config, record.experts_key, count))
+    entries = {name: {0: rows} for name, rows in routers.items()}
+    return resized(smaller, entries, smaller.structure.config), source, routers
+
+
+def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -> Spec:
+    target = {old: new for new, old in source.items()}
+    tensors = {}
+    for new, old in source.items():
+        tensor = spec.tensors[old]
+        alias = tensor.alias_of and target[tensor.alias_of]
+        tensors[new] = replace(tensor, name=new, alias_of=alias)
+    return replace(spec, structure=Structure(config, spec.structure.edits), tensors=tensors)
+
+
+# ---- hidden width ----
+
+
+def hidden_entries(
+    record: Architecture, spec: Spec, channels: Sequence[int]
+) -> tuple[dict[str, dict[int, list[int]]], dict[str, Any]]:
+    """Tensor name ▶ axis ▶ entries for the hidden channels that stay, and the config.
+
+    Raises:
+        PassError: the family has LayerNorm, or a tensor outside the blocks is not known.
+    """
+    hidden, attention = record.hidden, record.attention
+    if hidden is None or attention is None:
+        raise PassError(
+            f"{record.model_type} cannot lose hidden width exactly: its LayerNorm takes the mean over all channels",
+            key="hidden",
+            fix="remove `mlp` or `layers` instead",
+        )
+    config, keep = spec.structure.config, list(channels)
+    width = int(record.value(config, record.hidden_key))
+    readers = {attention.query, attention.key, attention.value, *record.routers}
+    writers = {attention.output}
+    for mlp in record.mlps:
+        readers |= set(mlp.up)
+        writers.add(mlp.down)
+    entries: dict[str, dict[int, list[int]]] = {}
+    for tensor in spec.stored():
+        path = record.block_path(tensor.name)
+        if path is None:
+            if tensor.shape[-1] != width:
+                raise PassError(f"{tensor.name} is not known to have the hidden width", key="hidden")
+            entries[tensor.name] = {len(tensor.shape) - 1: keep}
+            continue
+        module = _starred(record, path[1].rpartition(".")[0])
+        if module in readers and len(tensor.shape) == 2:
+            entries[tensor.name] = {_axis(record, "in"): keep}
+        elif module in writers:
+            entries[tensor.name] = {_axis(record, "out") if len(tensor.shape) == 2 else 0: keep}
+        elif module in hidden.norms:
+            entries[tensor.name] = {0: keep}
+    smaller = _set(record, config, record.hidden_key, len(keep))
+    smaller[hidden.epsilon_key] = float(config.get(hidden.epsilon_key, hidden.epsilon)) * width / len(keep)
+    return entries, with_heads(
+        record,
+        {**smaller, **({record.head_dim_key: record.head_dim(config)} if record.head_dim_key else {})},
+        int(record.value(config, record.heads_key)),
+        kv_heads(record, config),
+    )
+
+
+def hidden_scales(record: Architecture, spec: Spec, left: int) -> dict[str, tuple[float, float]]:
+    """Tensor name ▶ (factor, offset): (w + offset) · factor - offset makes norms of ``left`` channels give the same values.
+
+    With the others zero, the mean of squares over fewer channels is larger by the ratio of the widths; so is epsilon, in
+    `hidden_entries`, and gains grow by its root.
+    """
+    hidden = record.hidden
+    assert hidden is not None
+    config = spec.structure.config
+    factor = (int(record.value(config, record.hidden_key)) / left) ** 0.5
+    tied = any(t.alias_of for t in spec.tensors.values())
+    scales = {}
+    for tensor in spec.stored():
+        path = record.block_path(tensor.name)
+        if path is not None and path[1].rpartition(".")[0] in hidden.norms:
+            scales[tensor.name] = (factor, hidden.offset)
+        elif path is None and tensor.module.endswith(hidden.final) and len(tensor.shape) == 1:
+            # embeddings that grow below do so in a tied head too
+            scales[tensor.name] = (1.0 if hidden.scaled and tied else factor, hidden.offset)
+        elif path is None and hidden.scaled and tensor.module.endswith(record.embeddings[0]):
+            scales[tensor.name] = (factor, 0.0)
+    return scales
+
+
+def _starred(record: Architecture, module: str) -> str:
+    for base in record.experts:
+        if module.startswith(f"{base}."):
+            return f"{base}.*.{module.removeprefix(f'{base}.').partition('.')[2]}"
+    return module

@@ -1,0 +1,84 @@
+"""Checkpoints with whole units cut out, lazily: specs come from `architectures.narrowing`, values are slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.architectures import narrowing
+from compress.checkpoint.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint, Value
+
+Entries = Mapping[str, Mapping[int, Sequence[int]]]
+
+
+def drop_blocks(checkpoint: Checkpoint, drop: Sequence[int]) -> Checkpoint:
+    """Without those blocks."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    spec, source = narrowing.without_blocks(record, checkpoint.spec, drop)
+    return _derived(checkpoint, spec, source, {})
+
+
+def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> Checkpoint:
+    """With those experts of each block alone; the router's rows go with them."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    spec, source, routers = narrowing.without_experts(record, checkpoint.spec, keep)
+    return _derived(checkpoint, spec, source, {name: {0: rows} for name, rows in routers.items()})
+
+
+def narrow(checkpoint: Checkpoint, kept: Iterable[narrowing.Kept], config: Mapping[str, Any]) -> Checkpoint:
+    """With those units alone."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    entries = narrowing.kept_entries(record, checkpoint.spec, kept)
+    return _derived(checkpoint, narrowing.resized(checkpoint.spec, entries, config), {}, entries)
+
+
+def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint:
+    """With those hidden channels alone; norms and embeddings scaled so that the others might as well be zero."""
+    from compress.checkpoint.open import Derived, Value
+
+    record = architectures.of(checkpoint.spec.structure.config)
+    entries, config = narrowing.hidden_entries(record, checkpoint.spec, channels)
+    scales = narrowing.hidden_scales(record, checkpoint.spec, len(channels))
+    cut = _derived(checkpoint, narrowing.resized(checkpoint.spec, entries, config), {}, entries)
+
+    def scaled(name: str) -> Value:
+        value = cut.tensor(name)
+        if name not in scales:
+            return value
+        factor, offset = scales[name]
+        data = ((value.data.double() + offset) * factor - offset).to(value.data.dtype)
+        return Value(data, value.mask)
+
+    return Derived(checkpoint, cut.spec, scaled)
+
+
+def _derived(checkpoint: Checkpoint, spec: Spec, source: Mapping[str, str], entries: Entries) -> Checkpoint:
+    import torch
+
+    from compress.checkpoint.open import Derived, Value
+
+    def read(name: str) -> Value:
+        old = source.get(name, name)
+        value = checkpoint.tensor(old)
+        data, mask = value.data, value.mask
+        for axis, rows in entries.get(old, {}).items():
+            index = torch.tensor(list(rows))
+            data = data.index_select(axis, index)
+            mask = None if mask is None else mask.index_select(axis, index)
+        return Value(data, mask, value.codes)
+
+    if not spec.exact and checkpoint.spec.exact:  # how many weights a mask keeps is known from its values alone
+        from dataclasses import replace
+
+        counts = {}
+        for name, tensor in spec.tensors.items():
+            if tensor.kept is not None and tensor.alias_of is None and source.get(name, name) in entries:
+                mask = read(name).mask
+                assert mask is not None
+                counts[name] = int(mask.sum())
+        spec = replace(spec.map(lambda t: replace(t, kept=counts.get(t.name, t.kept))), exact=True)
+    return Derived(checkpoint, spec, read)

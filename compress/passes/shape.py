@@ -1,0 +1,166 @@
+"""How many units of each kind go: settings of `prune_structured` and a spec ▶ counts, the same for all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.architectures import Architecture, narrowing
+from compress.architectures.units import Units
+from compress.checkpoint.spec import Spec
+from compress.errors import PassError
+
+if TYPE_CHECKING:
+    from compress.passes.prune_structured import PruneStructuredSettings
+
+Layers = tuple[int, ...] | float | int
+Amount = float | int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Units that lose some, with how many, by block; and the config that says so."""
+
+    remove: Mapping[int, list[tuple[Units, int]]]
+    config: Mapping[str, Any]
+
+    def first(self) -> list[narrowing.Kept]:
+        """A choice of that shape, for planning."""
+        return [(units, _first(units, count)) for block in self.remove.values() for units, count in block if count]
+
+
+def _first(units: Units, remove: int) -> list[int]:
+    run, less = units.count // units.groups, remove // units.groups
+    return [g * run + i for g in range(units.groups) for i in range(run - less)]
+
+
+def layers_to_drop(depth: int, layers: Layers) -> int:
+    """How many of ``depth`` blocks go."""
+    if isinstance(layers, tuple):
+        return len(layers)
+    return _count(layers, depth, "layers", "blocks")
+
+
+def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[int, int]:
+    """How many experts stay in each block that has some."""
+    present = narrowing.expert_blocks(record, spec)
+    if not present:
+        raise PassError(f"{record.model_type} has no experts", key="experts", fix="leave `experts` out")
+    total = next(iter(present.values()))
+    keep = total - _count(amount, total, "experts", "experts")
+    active = int(record.value(spec.structure.config, record.active_experts_key or "") or 1)
+    if keep < active:
+        raise PassError(
+            f"each token is sent to {active} experts, and {keep} would stay",
+            key="experts",
+            fix=f"at most {total - active} of {total} can go",
+        )
+    return dict.fromkeys(present, keep)
+
+
+def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of: int) -> int:
+    """How many hidden channels stay."""
+    narrowing.hidden_entries(record, spec, range(1))  # refuses families that cannot
+    width = int(record.value(spec.structure.config, record.hidden_key))
+    return _rounded(width, amount, multiple_of, "hidden", "hidden channels")
+
+
+def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
+    """Neurons and heads that go. Raises `PassError` where the family, or the numbers, do not allow it."""
+    record = architectures.of(spec.structure.config)
+    config: Mapping[str, Any] = spec.structure.config
+    remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
+    if amounts.heads is not None:
+        chosen, config = _heads(record, spec, amounts.heads)
+        for index, units in chosen.items():
+            remove[index].append(units)
+    if amounts.mlp is not None:
+        neurons, config = _neurons(record, spec, amounts, config)
+        for index, found in neurons.items():
+            remove[index] += found
+    return Widths(remove, config)
+
+
+def _neurons(
+    record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
+) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
+    assert amounts.mlp is not None
+    units, keys = narrowing.mlp_units(record, spec), narrowing.mlp_keys(record, spec)
+    if not units:
+        raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
+    sizes: dict[str, set[int]] = {}
+    for found in units.values():
+        for one in found:
+            key = keys[one.name]
+            if key is None:
+                raise PassError(
+                    f"{record.model_type} cannot have another MLP width: its config has no field for it",
+                    key="mlp",
+                    fix="remove `layers` instead",
+                )
+            sizes.setdefault(key, set()).add(one.count)
+    if len(sizes) > 1 and isinstance(amounts.mlp, int):
+        raise PassError(
+            "MLPs of two kinds, in blocks with and without experts, lose a share and no count",
+            key="mlp",
+            fix="give a share such as mlp: 25%",
+        )
+    kept = {
+        key: _rounded(max(found), amounts.mlp, amounts.multiple_of, "mlp", "neurons") for key, found in sizes.items()
+    }
+    chosen = {i: [(one, one.count - kept[str(keys[one.name])]) for one in found] for i, found in units.items()}
+    return chosen, narrowing.with_size(record, config, kept)
+
+
+def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, tuple[Units, int]], dict[str, Any]]:
+    """Heads go within their groups where each group can lose the same number, else whole groups go."""
+    if record.attention is None:
+        raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
+    config = spec.structure.config
+    queries, groups = int(record.value(config, record.heads_key)), narrowing.kv_heads(record, config)
+    per_group = queries // groups
+    count = _count(amount, queries, "heads", "heads")
+    if per_group > 1 and count % groups == 0:
+        found = narrowing.head_units(record, spec, whole_groups=False)
+        return {i: (units, count) for i, units in found.items()}, narrowing.with_heads(
+            record, config, queries - count, groups
+        )
+    if count % per_group:
+        raise PassError(
+            f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
+            key="heads",
+            fix=f"remove a multiple of {groups if groups < per_group else per_group}",
+        )
+    gone = count // per_group
+    found = narrowing.head_units(record, spec, whole_groups=True)
+    return {i: (units, gone) for i, units in found.items()}, narrowing.with_heads(
+        record, config, queries - count, groups - gone
+    )
+
+
+_HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
+
+
+def _count(amount: Amount, total: int, key: str, what: str) -> int:
+    """How many go. Raises `PassError` for none, or all."""
+    count = amount if isinstance(amount, int) else round(amount * total)
+    if count == 0:
+        raise PassError(f"{amount:.0%} of {total} {what} is none", key=key, fix="ask for more, or give a count")
+    if count >= total:
+        raise PassError(f"cannot remove {count} of {total} {what}", key=key, fix=f"at most {total - 1} can go")
+    return count
+
+
+def _rounded(total: int, amount: Amount, multiple_of: int, key: str, what: str) -> int:
+    """How many stay, rounded to a multiple."""
+    keep = total - _count(amount, total, key, what)
+    rounded = max(multiple_of, multiple_of * round(keep / multiple_of))
+    if rounded >= total:
+        raise PassError(
+            f"no multiple of {multiple_of} near {keep} is below the {total} {what} there are",
+            key="multiple_of",
+            fix="ask for more to go, or for a smaller multiple",
+        )
+    return rounded

@@ -1,0 +1,165 @@
+"""The work of `prune_structured`: which units go, and the sweep that narrows and repairs what stays. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import architectures
+from compress.architectures import narrowing
+from compress.architectures.units import Units
+from compress.calibration.depth import greedy_depth
+from compress.calibration.importance import channel_importance, expert_saliency
+from compress.calibration.influence import block_influence
+from compress.calibration.narrowing import Narrowing, magnitude, narrow_block
+from compress.calibration.sweep import Teacher
+from compress.calibration.tune import Tuning
+from compress.checkpoint.open import Checkpoint, Derived
+from compress.passes import cuts, shape
+from compress.passes.base import Context
+from compress.passes.sweeping import open_sweep
+from compress.solvers.survivors import keep_by_score
+
+if TYPE_CHECKING:
+    from compress.passes.prune_structured import PruneStructuredSettings
+
+
+def drop_layers(
+    checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> tuple[Checkpoint, list[int]]:
+    """Without the blocks that go, and for each that stays up to which block of the original it stands for."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    depth = record.depth(checkpoint.spec.structure.config)
+    if settings.layers is None:
+        return checkpoint, list(range(1, depth + 1))
+    if isinstance(settings.layers, tuple):
+        drop: Sequence[int] = settings.layers
+    else:
+        count = shape.layers_to_drop(depth, settings.layers)
+        drop = sorted(_worst_blocks(checkpoint, count, settings, context))
+    context.details["removed_blocks"] = list(drop)
+    keep = [i for i in range(depth) if i not in drop]
+    return cuts.drop_blocks(checkpoint, drop), [*keep[1:], depth]
+
+
+def _worst_blocks(
+    checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
+) -> Sequence[int]:
+    data = context.data("calibration")
+    how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
+    if settings.layer_score == "loss":
+        gone, steps = greedy_depth(checkpoint, data, count, **how)
+        context.details["loss_without_block"] = steps
+        return gone
+    scores = block_influence(checkpoint, data, **how)
+    context.details["block_influence"] = scores
+    return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
+
+
+def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
+    """Without the experts of least saliency in each block."""
+    if settings.experts is None:
+        return checkpoint
+    record = architectures.of(checkpoint.spec.structure.config)
+    keep = shape.experts_to_keep(record, checkpoint.spec, settings.experts)
+    names = {
+        name
+        for name in _matrices(checkpoint)
+        if record.block_index(name) in keep and (path := record.block_path(name)) and path[1].startswith(record.experts)
+    }
+    sweep = open_sweep(checkpoint, names, context, work=context.work / "experts", with_targets=False)
+    saliency = expert_saliency(sweep)
+    context.details["expert_saliency"] = saliency
+    chosen = {}
+    for index, scores in saliency.items():
+        chosen[index] = keep_by_score(torch.tensor(scores), len(scores) - keep[index])
+    context.details["kept_experts"] = chosen
+    return cuts.drop_experts(checkpoint, chosen)
+
+
+def drop_hidden(
+    checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> tuple[Checkpoint, torch.Tensor | None]:
+    """Without the hidden channels that matter least, and which ones stay (None for all)."""
+    if settings.hidden is None:
+        return checkpoint, None
+    record = architectures.of(checkpoint.spec.structure.config)
+    width = int(record.value(checkpoint.spec.structure.config, record.hidden_key))
+    left = shape.hidden_to_keep(record, checkpoint.spec, settings.hidden, settings.multiple_of)
+    if settings.score == "magnitude":
+        importance = torch.zeros(width, dtype=torch.float64)
+        entries, _ = narrowing.hidden_entries(record, checkpoint.spec, range(width))
+        for name, axes in entries.items():
+            value = checkpoint.tensor(name).data.double().square()
+            (axis,) = axes
+            if value.ndim == 2:
+                importance += value.sum(1 - axis)
+    else:
+        names = _matrices(checkpoint)
+        sweep = open_sweep(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
+        importance = channel_importance(sweep, width)
+    channels = keep_by_score(importance, width - left)
+    context.details["hidden_channels"] = len(channels)
+    return cuts.narrow_hidden(checkpoint, channels), torch.tensor(channels)
+
+
+def narrow(
+    original: Checkpoint,
+    current: Checkpoint,
+    spans: Sequence[int],
+    channels: torch.Tensor | None,
+    settings: PruneStructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Without the neurons and heads that go, and repaired."""
+    found = shape.widths(current.spec, settings)
+    narrower = any(found.remove.values())
+    by_data = narrower and settings.score != "magnitude"
+    changed_before = channels is not None or settings.experts is not None
+    tuned = settings.repair == "tune"
+    if not by_data and not (settings.repair != "none" and narrower) and not tuned:
+        return _by_magnitude(current, found) if narrower else current
+    first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
+    record = architectures.of(current.spec.structure.config)
+    members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
+    names = {n for n in _matrices(current) if (record.block_index(n) or 0) >= first} if tuned else members
+    if not names:
+        return current
+    teacher = None
+    if tuned and current is not original:
+        teacher = Teacher(original, spans, channels)
+    sweep = open_sweep(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
+    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if tuned else None
+    how = Narrowing(found.remove, settings.score, settings.repair != "none", tuning)
+    result = sweep.run(lambda block: narrow_block(block, how), "removing units" if narrower else "repairing")
+    kept = {row["block"]: row.pop("kept", {}) for row in result.details}
+    context.details["blocks"] = result.details
+    repaired = Derived(current, current.spec, result.reader())
+    if not narrower:
+        return repaired
+    chosen = [(one, kept[index][one.name]) for index, units in found.remove.items() for one, _ in units]
+    return cuts.narrow(repaired, chosen, found.config)
+
+
+def _by_magnitude(checkpoint: Checkpoint, found: shape.Widths) -> Checkpoint:
+    record = architectures.of(checkpoint.spec.structure.config)
+    transposed = record.input_axis == 0
+    chosen: list[tuple[Units, list[int]]] = []
+    for units in found.remove.values():
+        for one, remove in units:
+            weights: Mapping[str, torch.Tensor] = {
+                name: value.T if transposed else value
+                for name in {f"{m.module}.weight" for m in one.members}
+                for value in [checkpoint.tensor(name).data]
+            }
+            chosen.append((one, keep_by_score(magnitude(one, weights), remove, runs=one.groups)))
+    return cuts.narrow(checkpoint, chosen, found.config)
+
+
+def _matrices(checkpoint: Checkpoint) -> set[str]:
+    """The weights of linear layers in blocks."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    stored = (t for t in checkpoint.spec.stored() if t.is_float and len(t.shape) == 2)
+    return {t.name for t in stored if record.is_block_matrix(t.name)}
