@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.record import Architecture
-from compress.architectures.units import Member, Mlp, Units, head_groups, heads, neurons
+from compress.architectures.units import Hidden, Member, Mlp, Units, head_groups, heads, neurons
 from compress.checkpoint.spec import Spec, Structure
 from compress.errors import PassError
 
@@ -244,21 +244,27 @@ def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -
 # ---- hidden width ----
 
 
+def has_hidden(record: Architecture) -> Hidden:
+    """What the record says of the hidden width. Raises `PassError` for families where it cannot shrink exactly."""
+    if record.hidden is None:
+        raise PassError(
+            f"{record.model_type} cannot lose hidden width exactly: its LayerNorm takes the mean over all channels",
+            key="hidden",
+            fix="remove `mlp` or `layers` instead",
+        )
+    return record.hidden
+
+
 def hidden_entries(
     record: Architecture, spec: Spec, channels: Sequence[int]
 ) -> tuple[dict[str, dict[int, list[int]]], dict[str, Any]]:
     """Tensor name ▶ axis ▶ entries for the hidden channels that stay, and the config.
 
     Raises:
-        PassError: the family has LayerNorm, or a tensor outside the blocks is not known.
+        PassError: the family has LayerNorm, no stock config allows it, or a tensor outside the blocks is not known.
     """
-    hidden, attention = record.hidden, record.attention
-    if hidden is None or attention is None:
-        raise PassError(
-            f"{record.model_type} cannot lose hidden width exactly: its LayerNorm takes the mean over all channels",
-            key="hidden",
-            fix="remove `mlp` or `layers` instead",
-        )
+    hidden, attention = has_hidden(record), record.attention
+    assert attention is not None
     config, keep = spec.structure.config, list(channels)
     width = int(record.value(config, record.hidden_key))
     readers = {attention.query, attention.key, attention.value, *record.routers}

@@ -13,6 +13,7 @@ from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes import shape
 from compress.passes.base import Context, Mode, Pass, PassSettings
+from compress.passes.sweeping import sweep_memory
 from compress.settings import Amount, parse_amount
 
 if TYPE_CHECKING:
@@ -124,16 +125,26 @@ class PruneStructured(Pass[PruneStructuredSettings]):
 
     def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
         """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
-        scored = (
-            settings.layers is not None and not isinstance(settings.layers, tuple)
-        ) or settings.experts is not None
-        widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
-        data = scored or settings.repair != "none" or (widths and settings.score != "magnitude")
-        return self.needs if data else frozenset()
+        return self.needs if _chosen_by_score(settings) or _sweeps(settings) else frozenset()
 
     def works(self, settings: PruneStructuredSettings) -> Mode:
-        """Tensor by tensor where it needs no data, else block by block."""
-        return "sweep" if self.needed(settings) else "stream"
+        """Block by block where activations of blocks are looked at, else tensor by tensor."""
+        return "sweep" if _sweeps(settings) else "stream"
+
+    def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
+        """Of the sweep, and of a second model to tune towards; or of the whole model, where removing blocks is tried."""
+        if not _sweeps(settings):
+            return None
+        record = architectures.of(spec.structure.config)
+        names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+        tuned = settings.repair == "tune"
+        # H⁻¹, its factor and a step's update; the weights twice
+        sweep = sweep_memory(spec, names, width, factors=4.0, copies=6, moments=5 if tuned else 0, kept=0)
+        if tuned and (settings.layers is not None or settings.experts is not None or settings.hidden is not None):
+            outside = sum(t.count for t in spec.stored() if record.block_index(t.name) is None)
+            sweep += width * (outside + max(_block_sizes(spec)))
+        whole = width * spec.parameters if _chosen_by_score(settings) else 0
+        return max(sweep, whole)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact where blocks are named or all alike; a choice by score only changes which units go."""
@@ -152,7 +163,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         exact = spec.exact
         if settings.layers is not None:
             depth = record.depth(spec.structure.config)
-            count = shape.layers_to_drop(depth, settings.layers)
+            count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec, depth))
             spec, _ = narrowing.without_blocks(record, spec, named)
@@ -177,6 +188,27 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         current = structured.drop_experts(current, settings, context)
         current, channels = structured.drop_hidden(current, settings, context)
         return structured.narrow(checkpoint, current, spans, channels, settings, context)
+
+
+def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
+    """Whether blocks are chosen by trying the whole model."""
+    return settings.layers is not None and not isinstance(settings.layers, tuple)
+
+
+def _sweeps(settings: PruneStructuredSettings) -> bool:
+    widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
+    scored = settings.experts is not None or (widths and settings.score != "magnitude")
+    return scored or settings.repair != "none"
+
+
+def _block_sizes(spec: Spec) -> list[int]:
+    record = architectures.of(spec.structure.config)
+    sizes: dict[int, int] = {}
+    for tensor in spec.stored():
+        index = record.block_index(tensor.name)
+        if index is not None:
+            sizes[index] = sizes.get(index, 0) + tensor.count
+    return list(sizes.values())
 
 
 def _alike(spec: Spec, depth: int) -> bool:

@@ -36,11 +36,11 @@ def _first(units: Units, remove: int) -> list[int]:
     return [g * run + i for g in range(units.groups) for i in range(run - less)]
 
 
-def layers_to_drop(depth: int, layers: Layers) -> int:
+def layers_to_drop(depth: int, layers: Layers, allow_none: bool = False) -> int:
     """How many of ``depth`` blocks go."""
     if isinstance(layers, tuple):
         return len(layers)
-    return _count(layers, depth, "layers", "blocks")
+    return _count(layers, depth, "layers", "blocks", allow_none)
 
 
 def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[int, int]:
@@ -62,7 +62,7 @@ def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[in
 
 def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of: int) -> int:
     """How many hidden channels stay."""
-    narrowing.hidden_entries(record, spec, range(1))  # refuses families that cannot
+    narrowing.has_hidden(record)
     width = int(record.value(spec.structure.config, record.hidden_key))
     return _rounded(width, amount, multiple_of, "hidden", "hidden channels")
 
@@ -143,10 +143,10 @@ def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, 
 _HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
 
 
-def _count(amount: Amount, total: int, key: str, what: str) -> int:
+def _count(amount: Amount, total: int, key: str, what: str, allow_none: bool = False) -> int:
     """How many go. Raises `PassError` for none, or all."""
     count = amount if isinstance(amount, int) else round(amount * total)
-    if count == 0:
+    if count == 0 and not allow_none:
         raise PassError(f"{amount:.0%} of {total} {what} is none", key=key, fix="ask for more, or give a count")
     if count >= total:
         raise PassError(f"cannot remove {count} of {total} {what}", key=key, fix=f"at most {total - 1} can go")

@@ -37,7 +37,7 @@ def drop_layers(
     if isinstance(settings.layers, tuple):
         drop: Sequence[int] = settings.layers
     else:
-        count = shape.layers_to_drop(depth, settings.layers)
+        count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
         drop = sorted(_worst_blocks(checkpoint, count, settings, context))
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
@@ -51,7 +51,7 @@ def _worst_blocks(
     how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
     if settings.layer_score == "loss":
         gone, steps = greedy_depth(checkpoint, data, count, **how)
-        context.details["loss_without_block"] = steps
+        context.details["loss_without_block"] = [{str(i): loss for i, loss in step.items()} for step in steps]
         return gone
     scores = block_influence(checkpoint, data, **how)
     context.details["block_influence"] = scores
@@ -71,11 +71,11 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
     }
     sweep = open_sweep(checkpoint, names, context, work=context.work / "experts", with_targets=False)
     saliency = expert_saliency(sweep)
-    context.details["expert_saliency"] = saliency
+    context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
     chosen = {}
     for index, scores in saliency.items():
         chosen[index] = keep_by_score(torch.tensor(scores), len(scores) - keep[index])
-    context.details["kept_experts"] = chosen
+    context.details["kept_experts"] = {str(i): experts for i, experts in chosen.items()}
     return cuts.drop_experts(checkpoint, chosen)
 
 

@@ -112,7 +112,7 @@ def recipe_file(tmp_path, pico_llama, texts):
             "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
         },
         "passes": [
-            {"prune_structured": {"layers": 1}},
+            {"prune_structured": {"layers": 1, "repair": "none"}},
             {"prune_unstructured": {"sparsity": "50%", "tune_epochs": 1}},
             {"cast": {"weights": "bf16"}},
         ],

@@ -18,7 +18,7 @@ from compress.loading import load_model, load_tokenizer
 from compress.text import Document, read_documents
 from tests import pico
 
-PASSES = [{"prune_structured": {"layers": 1}}]
+PASSES = [{"prune_structured": {"layers": 1, "layer_score": "influence", "repair": "none"}}]
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PruneStructured, "apply", spy)
             out = tmp_path / str(len(list(tmp_path.iterdir())))
-            compress.apply("prune_structured", pico_llama, out, layers=1, document_separator="<|doc|>", **arguments)
+            compress.apply(
+                "prune_structured", pico_llama, out, layers=1, repair="none", document_separator="<|doc|>", **arguments
+            )
         return details["data"]
 
     packed = removed(data=train, samples=4, length=32)

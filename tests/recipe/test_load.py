@@ -199,11 +199,9 @@ r.yaml:14:5: unknown pass `prun_structured`
    14 |   - prun_structured: {layers: 2}
       |     ^^^^^^^^^^^^^^^
    expected one of: cast, prune_structured, prune_unstructured; did you mean `prune_structured`?
-r.yaml:15:5: `layers` is missing in prune_structured
+r.yaml:15:5: give what to remove: `layers`, `experts`, `hidden`, `heads`, `mlp`
    15 |   - prune_structured:
       |     ^^^^^^^^^^^^^^^^
-   layers: Blocks to remove: a count, a share, or a list of block numbers from 0. By count, those go that change \
-their input least on the calibration data (ShortGPT's block influence).
 r.yaml:16:5: expected one pass, got `cast`, `weights`
    16 |   - cast:
       |     ^^^^^
@@ -345,7 +343,7 @@ def test_passes_are_a_list_with_an_entry(heads: Heads) -> None:
 
 
 def test_blocks_named_need_no_data(work: Path) -> None:
-    Path("r.yaml").write_text("model: m\noutput: o\npasses:\n  - prune_structured: {layers: [2]}\n")
+    Path("r.yaml").write_text("model: m\noutput: o\npasses:\n  - prune_structured: {layers: [2], repair: none}\n")
     assert load_recipe(Path("r.yaml")).passes[0].name == "prune_structured"
 
 

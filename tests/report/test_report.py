@@ -32,7 +32,7 @@ def finished(tmp_path_factory, pico_llama, texts):
                 "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
             },
             "passes": [
-                {"prune_structured": {"layers": 1}},
+                {"prune_structured": {"layers": 1, "repair": "none"}},
                 {"prune_unstructured": {"method": "magnitude", "pattern": "2:4"}},
                 {"cast": {"weights": "bf16"}},
             ],
@@ -88,7 +88,11 @@ def test_what_is_no_report(tmp_path, text, message):
 def test_waterfall_adds_up(finished):
     steps = figures.waterfall(finished.report)
     assert [s.name for s in steps] == ["original", "prune_structured", "prune_unstructured", "cast"]
-    assert [s.settings for s in steps[1:]] == ["layers: 1", "method: magnitude, pattern: 2:4", "weights: bf16"]
+    assert [s.settings for s in steps[1:]] == [
+        "layers: 1, repair: none",
+        "method: magnitude, pattern: 2:4",
+        "weights: bf16",
+    ]
     assert steps[0].bytes - sum(s.saved for s in steps) == steps[-1].bytes == finished.report["result"]["size"]["bytes"]
     measured = [s for s in steps if s.cost is not None]
     assert [s.name for s in measured] == ["cast"]  # one measurement per fused stage

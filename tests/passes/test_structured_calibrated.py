@@ -1,0 +1,236 @@
+"""Units chosen and repaired by calibration data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compress import architectures
+from compress.calibration.batches import Batches
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import PassError
+from compress.loading import load_model
+from tests import pico
+from tests.passes.helpers import apply, plan, write
+
+TEXT = [f for f in pico.FAMILIES if f != "vit"]
+IDS = torch.randint(0, 250, (96, 16), generator=torch.Generator().manual_seed(0))
+TEST = torch.randint(0, 250, (8, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {family: pico.save(root / family, family, with_tokenizer=False) for family in TEXT}
+
+
+def states(folder) -> torch.Tensor:
+    """Last hidden states of the test samples."""
+    model = load_model(folder)
+    with torch.no_grad():
+        return model(input_ids=TEST, output_hidden_states=True).hidden_states[-1]
+
+
+def error(folder, original) -> float:
+    before, after = states(original), states(folder)
+    return float((after - before).square().sum() / (before - before.mean()).square().sum())
+
+
+def amounts(family: str) -> dict:
+    return {"layers": [1]} if family == "bloom" else {"mlp": "50%"}
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
+    original = open_checkpoint(folders[family])
+    errors = {}
+    for repair in ("none", "least_squares", "tune"):
+        if family == "bloom" and repair == "least_squares":
+            continue
+        details: dict = {}
+        out = apply(
+            original,
+            "prune_structured",
+            data=Batches(IDS),
+            work=tmp_path / f"work-{repair}",
+            details=details,
+            repair=repair,
+            **amounts(family),
+        )
+        out = write(out, tmp_path / repair)
+        assert plan(original, "prune_structured", repair=repair, **amounts(family)).tensors == out.spec.tensors
+        errors[repair] = error(out.folder, folders[family])
+        assert json.loads(json.dumps(details)) == details
+        if repair == "tune":
+            assert any(row["tuning"]["kept"] for row in details["blocks"])
+    assert errors["tune"] < 0.9 * errors["none"]
+    if "least_squares" in errors:
+        assert errors["least_squares"] < 1.01 * errors["none"]  # cold experts leave little to solve
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
+def test_loss_chooses_better_than_activation_and_magnitude(family, folders, tmp_path):
+    original = open_checkpoint(folders[family])
+    errors = {}
+    for score in ("loss", "activation", "magnitude"):
+        out = apply(
+            original,
+            "prune_structured",
+            data=Batches(IDS),
+            work=tmp_path / f"work-{score}",
+            score=score,
+            mlp="50%",
+            repair="least_squares",
+        )
+        errors[score] = error(write(out, tmp_path / score).folder, folders[family])
+    assert errors["loss"] < errors["activation"]
+    assert errors["loss"] < errors["magnitude"]
+
+
+def test_everything_at_once(tmp_path):
+    """Blocks, experts, hidden channels, heads and neurons in one pass: planned, loaded, nearer to the original when repaired."""
+    folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)
+    original = open_checkpoint(folder)
+    settings = {"layers": 1, "experts": 1, "hidden": 8, "heads": 2, "mlp": "25%", "multiple_of": 4}
+    errors = {}
+    for repair in ("none", "tune"):
+        out = apply(
+            original,
+            "prune_structured",
+            data=Batches(IDS),
+            work=tmp_path / f"work-{repair}",
+            repair=repair,
+            **settings,
+        )
+        out = write(out, tmp_path / repair)
+        config = out.spec.structure.config
+        assert config["num_hidden_layers"] == 3
+        assert config["num_local_experts"] == 3
+        assert config["hidden_size"] == 24
+        assert config["num_attention_heads"] == 2
+        assert config["moe_intermediate_size"] == 12
+        before, after = (load_model(f)(input_ids=TEST).logits.detach() for f in (folder, out.folder))
+        errors[repair] = float((after - before).square().mean())
+    assert errors["tune"] < errors["none"]
+
+
+def test_a_removed_block_is_made_up_for(tmp_path):
+    """The block before the gap moves towards what the original has after it."""
+    folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
+    original = open_checkpoint(folder)
+    errors, details = {}, {}
+    for repair in ("none", "tune"):
+        details = {}
+        out = apply(
+            original,
+            "prune_structured",
+            data=Batches(IDS),
+            work=tmp_path / f"w{repair}",
+            details=details,
+            layers=[2],
+            repair=repair,
+        )
+        errors[repair] = error(write(out, tmp_path / repair).folder, folder)
+    assert errors["tune"] < 0.9 * errors["none"]
+    assert [row["block"] for row in details["blocks"] if "tuning" in row] == [
+        1,
+        2,
+    ]  # block 0 has nothing to make up for
+
+
+def test_greedy_removal_is_what_trying_gives(tmp_path):
+    """The first block to go is the one whose bypass changes the predictions least, by a plain forward."""
+    from tests.passes.helpers import bypass
+
+    folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
+    details: dict = {}
+    apply(open_checkpoint(folder), "prune_structured", data=Batches(IDS), details=details, layers=2, repair="none")
+    with torch.no_grad():
+        reference = load_model(folder)(input_ids=IDS[:32]).logits.log_softmax(-1)
+        losses = []
+        for number in range(4):
+            model = load_model(folder)
+            bypass(model, [number])
+            found = model(input_ids=IDS[:32]).logits.log_softmax(-1)
+            losses.append(float((reference.exp() * (reference - found)).sum(-1).mean()))
+    said = details["loss_without_block"][0]
+    assert [said[str(i)] for i in range(4)] == pytest.approx(losses, rel=1e-4)
+    assert losses.index(min(losses)) in details["removed_blocks"]
+    assert len(details["loss_without_block"][1]) == 3
+
+
+def test_padding_does_not_count(tmp_path):
+    """Padded samples give the same model as the same tokens without padding."""
+    folder = pico.save(tmp_path / "in", "bert", with_tokenizer=False)
+    original = open_checkpoint(folder)
+    padded = torch.cat([IDS, torch.full((96, 6), 7)], 1)
+    mask = torch.cat([torch.ones(96, 16), torch.zeros(96, 6)], 1).bool()
+    settings = {"mlp": 32, "repair": "least_squares"}
+    plain = apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "a", **settings)
+    other = apply(original, "prune_structured", data=Batches(padded, mask), work=tmp_path / "b", **settings)
+    for name in plain.spec.tensors:
+        torch.testing.assert_close(plain.tensor(name).data, other.tensor(name).data, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
+    from compress.calibration import narrowing
+
+    original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
+    settings = {"layers": [2], "mlp": "25%", "heads": 2, "tune_epochs": 2}
+    whole = write(
+        apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "whole", **settings), tmp_path / "a"
+    )
+    real, calls = narrowing.narrow_block, []
+
+    def stops(block, how):
+        calls.append(block.index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(block, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.passes.structured.narrow_block", stops)
+        with pytest.raises(KeyboardInterrupt):
+            apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "broken", **settings)
+    resumed = write(
+        apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "broken", **settings), tmp_path / "b"
+    )
+    weights = "model.safetensors"
+    assert (whole.folder / weights).read_bytes() == (resumed.folder / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "key", "message"),
+    [
+        ("llama", {"mlp": 64}, "mlp", "cannot remove 64 of 64 neurons; at most 63 can go"),
+        ("llama", {"mlp": "0.5%"}, "mlp", "0% of 64 neurons is none"),
+        ("llama", {"mlp": 4, "multiple_of": 64}, "multiple_of", "no multiple of 64 near 60 is below the 64 neurons there are"),
+        ("llama", {"heads": 4}, "heads", "cannot remove 4 of 4 heads"),
+        ("llama", {"heads": 1}, "heads", "1 heads are neither the same number from each of 2 groups, nor whole groups of 2"),
+        ("llama", {"experts": 1}, "experts", "llama has no experts"),
+        ("mixtral", {"experts": 3}, "experts", "each token is sent to 2 experts, and 1 would stay; at most 2 of 4 can go"),
+        ("qwen3_moe", {"mlp": 4}, "mlp", "MLPs of two kinds"),
+        ("bloom", {"mlp": 4}, "mlp", "its config has no field for it"),
+        ("bert", {"heads": 1}, "heads", "cannot have fewer heads"),
+        ("gpt2", {"hidden": 8}, "hidden", "cannot lose hidden width exactly"),
+        ("gemma2", {"hidden": 7}, "heads", "wants a number of heads that divides the hidden size 25, and 4 does not"),
+    ],
+)  # fmt: skip
+def test_refusals(family, settings, key, message, folders):
+    with pytest.raises(PassError, match=message) as caught:
+        plan(open_checkpoint(folders[family]), "prune_structured", **settings)
+    assert caught.value.key == key
+
+
+def test_records_name_matrices_that_exist(folders):
+    """Every family's record leads to an MLP and heads in every block."""
+    from compress.architectures import narrowing
+
+    for family, folder in folders.items():
+        spec = open_checkpoint(folder).spec
+        record = architectures.of(spec.structure.config)
+        assert sorted(narrowing.mlp_units(record, spec)) == [0, 1, 2, 3], family
+        names = {m.module for units in narrowing.head_units(record, spec, True).values() for m in units.members}
+        assert all(f"{name}.weight" in spec.tensors for name in names), family

@@ -1,0 +1,294 @@
+"""A pruned model equals the original with those units zeroed: every family, every kind of removal, loaded by stock transformers.
+
+The twin is made without the pass's own knowledge of where units lie: which columns of the matrices that read the units are left
+is seen by comparing values, and the others are set to zero in the original.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.checkpoint.open import Checkpoint, Derived, Stored, Value, open_checkpoint
+from compress.errors import PassError
+from compress.loading import load_model
+from tests import pico
+from tests.passes.helpers import apply, plan, write
+
+DATA_FREE = {"score": "magnitude", "repair": "none"}
+MLP_OUT = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2", "w2", "lin2", "output.dense")
+HEADS_OUT = ("o_proj", "attn.c_proj", "attention.dense", "out_proj", "attention.output.dense", "out_lin")
+NO_MLP_FIELD = ("bloom",)
+#: Families whose config takes the hidden size for heads x head width.
+FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "bert", "roberta", "electra", "distilbert")
+RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
+MOE = ("mixtral", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
+
+
+def reads(name: str, ends: tuple[str, ...]) -> bool:
+    module = name.removesuffix(".weight")
+    if ends is MLP_OUT and module.endswith("attention.output.dense"):
+        return False
+    return name.endswith(".weight") and module.endswith(ends)
+
+
+def columns(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Inputs along the last axis."""
+    data = checkpoint.tensor(name).data
+    return data.T if checkpoint.spec.structure.model_type == "gpt2" else data
+
+
+def zeroed(original: Stored, pruned: Stored, ends: tuple[str, ...], folder: Path) -> tuple[Stored, int]:
+    """The original, columns that the pruned one lacks set to zero; and how many there are."""
+    gone: dict[str, torch.Tensor] = {}
+    for name in original.spec.tensors:
+        if reads(name, ends):
+            before, after = columns(original, name), columns(pruned, name)
+            found = (before.T[:, None] == after.T[None]).all(-1)
+            assert found.sum() == after.shape[1]
+            gone[name] = ~found.any(1)
+
+    def read(name: str) -> Value:
+        data = original.tensor(name).data.clone()
+        if name in gone:
+            (data.T if original.spec.structure.model_type == "gpt2" else data)[:, gone[name]] = 0
+        return Value(data)
+
+    assert gone
+    return write(Derived(original, original.spec, read), folder), sum(int(g.sum()) for g in gone.values())
+
+
+def check(original: Stored, ends: tuple[str, ...], tmp_path: Path, **settings) -> Stored:
+    pruned = write(apply(original, "prune_structured", **DATA_FREE, **settings), tmp_path / "out")
+    twin, count = zeroed(original, pruned, ends, tmp_path / "twin")
+    assert count
+    expected, found = pico.logits(load_model(twin.folder)), pico.logits(load_model(pruned.folder))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, pico.logits(load_model(original.folder)), atol=1e-2)
+    return pruned
+
+
+@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in NO_MLP_FIELD])
+def test_neurons(family, folders, tmp_path):
+    original = open_checkpoint(folders[family])
+    pruned = check(original, MLP_OUT, tmp_path, mlp="25%")
+    assert plan(original, "prune_structured", mlp="25%", **DATA_FREE).tensors == pruned.spec.tensors
+    assert 0.6 < pruned.spec.parameters / original.spec.parameters < 1
+
+
+@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in FIXED_HEADS])
+@pytest.mark.parametrize("count", [1, 2])
+def test_heads(family, count, folders, tmp_path):
+    """Two of four heads: one from each group of two, or both of one where each has its own keys; one goes where it is a group."""
+    original = open_checkpoint(folders[family])
+    groups = original.spec.structure.config.get("num_key_value_heads", 4)
+    if count % groups and count % (4 // groups):
+        with pytest.raises(
+            PassError, match="1 heads are neither the same number from each of 2 groups, nor whole groups of 2"
+        ):
+            plan(original, "prune_structured", heads=count, **DATA_FREE)
+        return
+    if family == "gemma3_text" and count == 1:  # 3 heads do not divide a hidden size of 32
+        with pytest.raises(PassError, match="wants a number of heads that divides the hidden size 32, and 3 does not"):
+            plan(original, "prune_structured", heads=count, **DATA_FREE)
+        return
+    pruned = check(original, HEADS_OUT, tmp_path, heads=count)
+    assert pruned.spec.structure.config["num_attention_heads"] == 4 - count
+    assert plan(original, "prune_structured", heads=count, **DATA_FREE).tensors == pruned.spec.tensors
+
+
+@pytest.mark.parametrize("family", [f for f in RMS if f not in ("gemma3_text",)])
+def test_whole_groups(family, tmp_path):
+    """Half of four heads in four groups of one: groups go, with their keys and values."""
+    original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, num_key_value_heads=4))
+    pruned = check(original, HEADS_OUT, tmp_path, heads=2)
+    config = pruned.spec.structure.config
+    assert config["num_attention_heads"] == config["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize("family", FIXED_HEADS)
+def test_heads_that_no_stock_config_allows(family, folders):
+    with pytest.raises(
+        PassError, match="cannot have fewer heads: its config takes the hidden size for heads x head width"
+    ):
+        plan(open_checkpoint(folders[family]), "prune_structured", heads=1, **DATA_FREE)
+
+
+def test_a_llama_of_three_heads_becomes_a_mistral(tmp_path):
+    original = open_checkpoint(pico.save(tmp_path / "in", "llama", num_key_value_heads=4))
+    pruned = check(original, HEADS_OUT, tmp_path, heads=1)
+    config = pruned.spec.structure.config
+    assert (config["model_type"], config["architectures"], config["sliding_window"]) == (
+        "mistral",
+        ["MistralForCausalLM"],
+        None,
+    )
+    import transformers
+
+    text = "The hour is late."
+    before, after = (
+        transformers.AutoTokenizer.from_pretrained(f)(text).input_ids for f in (original.folder, pruned.folder)
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize("family", RMS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_channels(family, tied, tmp_path):
+    original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, tie_word_embeddings=tied))
+    pruned = write(apply(original, "prune_structured", hidden=8, **DATA_FREE), tmp_path / "out")
+    name = "model.embed_tokens.weight"
+    before, after = (torch.nn.functional.normalize(c.tensor(name).data, dim=0) for c in (original, pruned))
+    found = ((before.T[:, None] - after.T[None]).abs().amax(-1) < 1e-5).any(1)
+    assert found.sum() == 24
+
+    def read(name: str) -> Value:
+        data = original.tensor(name).data.clone()
+        if name == "model.embed_tokens.weight":
+            data[:, ~found] = 0
+        if reads(name, MLP_OUT) or reads(name, HEADS_OUT):
+            data[~found] = 0
+        return Value(data)
+
+    twin = write(Derived(original, original.spec, read), tmp_path / "twin")
+    expected, logits = pico.logits(load_model(twin.folder)), pico.logits(load_model(pruned.folder))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert plan(original, "prune_structured", hidden=8, **DATA_FREE).tensors == pruned.spec.tensors
+
+
+@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in RMS])
+def test_layer_norm_keeps_its_width(family, folders):
+    with pytest.raises(PassError, match="cannot lose hidden width exactly"):
+        plan(open_checkpoint(folders[family]), "prune_structured", hidden=8, **DATA_FREE)
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_experts(family, folders, tmp_path, monkeypatch):
+    """Equal to the original with the logits of those experts at minus infinity."""
+    from compress.calibration.batches import Batches
+
+    original = open_checkpoint(folders[family])
+    details: dict = {}
+    ids = torch.randint(0, 250, (8, 16), generator=torch.Generator().manual_seed(0))
+    smaller = apply(
+        original,
+        "prune_structured",
+        data=Batches(ids),
+        work=tmp_path / "work",
+        details=details,
+        experts=1,
+        repair="none",
+    )
+    pruned = write(smaller, tmp_path / "out")
+    model = load_model(original.folder)
+    gone = {}
+    for index, kept in details["kept_experts"].items():
+        lost = [e for e in range(4) if e not in kept]
+        assert len(lost) == 1
+        assert details["expert_saliency"][index][lost[0]] == min(details["expert_saliency"][index])
+        gone[id(model.model.layers[int(index)].mlp.gate.weight)] = lost
+    linear = torch.nn.functional.linear
+
+    def barred(x, weight, bias=None):
+        result = linear(x, weight, bias)
+        if id(weight) in gone:
+            result[..., gone[id(weight)]] = -torch.inf
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", barred)
+        expected = pico.logits(model)
+    torch.testing.assert_close(pico.logits(load_model(pruned.folder)), expected, rtol=1e-4, atol=1e-4)
+    assert plan(original, "prune_structured", experts=1, repair="none").tensors == pruned.spec.tensors
+
+
+def test_saliency_is_that_of_the_paper(folders, tmp_path):
+    """Mean over the tokens sent to an expert of its router weight times the norm of its output, by hooks on the stock model."""
+    from compress.calibration.batches import Batches
+
+    ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
+    details: dict = {}
+    original = open_checkpoint(folders["mixtral"])
+    apply(original, "prune_structured", data=Batches(ids), work=tmp_path, details=details, experts=1, repair="none")
+    model = load_model(original.folder)
+    experts = model.model.layers[0].mlp.experts
+    seen = {}
+    experts.register_forward_pre_hook(lambda module, args: seen.update(args=args))
+    with torch.no_grad():
+        model(input_ids=ids)
+        hidden, index, weights = seen["args"]
+        for e in range(4):
+            token, place = torch.where(index == e)
+            gate, up = torch.nn.functional.linear(hidden[token], experts.gate_up_proj[e]).chunk(2, -1)
+            out = torch.nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[e])
+            expected = (weights[token, place] * out.norm(dim=-1)).mean().item()
+            assert details["expert_saliency"]["0"][e] == pytest.approx(expected, rel=1e-4)
+
+
+SCRIPT = """
+import json, sys, torch, transformers
+assert "compress" not in sys.modules
+for folder, architecture in json.loads(sys.argv[1]):
+    model, info = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
+    inputs, expected = torch.load(folder + "/expected.pt", weights_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-5, atol=1e-5)
+    print(folder)
+"""
+
+
+def test_stock_loads_them_without_this_package(folders, tmp_path):
+    """All families in one process that cannot import this package."""
+    made = []
+    for family, folder in folders.items():
+        original = open_checkpoint(folder)
+        settings: dict = {"layers": [1]} if family in NO_MLP_FIELD else {"layers": [1], "mlp": "50%"}
+        if family not in (*FIXED_HEADS,):
+            settings["heads"] = 2
+        out = write(apply(original, "prune_structured", **DATA_FREE, **settings), tmp_path / family)
+        model = load_model(out.folder)
+        pico.save_expected(model, out.folder / "expected.pt")
+        made.append((str(out.folder), out.spec.structure.class_name))
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", SCRIPT, json.dumps(made)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert len(run.stdout.split()) == len(pico.FAMILIES)
+
+
+def test_keep_masks_are_cut_too(folders, tmp_path):
+    original = open_checkpoint(folders["llama"])
+    sparse = write(apply(original, "prune_unstructured", method="magnitude", sparsity=0.5), tmp_path / "sparse")
+    planned = plan(sparse, "prune_structured", mlp="25%", **DATA_FREE)
+    assert not planned.exact
+    pruned = write(apply(sparse, "prune_structured", mlp="25%", **DATA_FREE), tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj.weight"
+    value = pruned.tensor(name)
+    assert value.mask is not None
+    assert value.data.shape == (32, 48)
+    assert torch.equal(value.mask, value.data != 0)
+    assert pruned.spec.tensors[name].kept == int(value.mask.sum())
+
+
+def test_values_are_slices(folders, tmp_path):
+    """Nothing but selection happens to the weights of what stays."""
+    original = load_file(folders["phi3"] / "model.safetensors")
+    out = write(apply(open_checkpoint(folders["phi3"]), "prune_structured", mlp=16, **DATA_FREE), tmp_path / "out")
+    pruned = load_file(out.folder / "model.safetensors")
+    name = "model.layers.2.mlp.gate_up_proj.weight"
+    rows = [(original[name] == row).all(1).nonzero().item() for row in pruned[name]]
+    assert len(rows) == 96
+    assert [r + 64 for r in rows[:48]] == rows[48:]  # gate and up lose the same neurons

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.solvers.survivors import keep_by_loss, keep_by_score, least_squares
+
+
+def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = mix @ torch.randn(inputs, 20 * inputs, generator=generator, dtype=torch.float64)
+    return torch.randn(outputs, inputs, generator=generator, dtype=torch.float64), x @ x.T, x
+
+
+@given(st.integers(2, 12), st.integers(3, 12), st.data())
+@settings(max_examples=40, deadline=None)
+def test_least_squares_is_lstsq(outputs, inputs, data):
+    weight, hessian, x = problem(outputs, inputs, data.draw(st.integers(0, 99)))
+    stay = torch.tensor(sorted(data.draw(st.sets(st.integers(0, inputs - 1), min_size=1))))
+    found = least_squares(weight, hessian, stay)
+    # rows √λ·I below X: the penalty on what moves, as in the docstring
+    penalty = (0.001 * hessian.diagonal().mean()).sqrt()
+    wide = torch.cat([x, penalty * torch.eye(inputs, dtype=x.dtype)], 1)
+    expected = torch.linalg.lstsq(wide[stay].T, (weight @ wide).T).solution.T
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    if len(stay) == inputs:
+        torch.testing.assert_close(found, weight)
+
+
+def cost(weight: torch.Tensor, hessian: torch.Tensor, kept: list[int]) -> float:
+    """||WX - VX_S||² with the best V, H damped as the solver damps it."""
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    target = weight @ damped
+    best = torch.linalg.solve(damped[kept][:, kept], target[:, kept].T).T
+    full = torch.zeros_like(weight)
+    full[:, kept] = best
+    return float(((weight - full) @ damped * (weight - full)).sum())
+
+
+@pytest.mark.parametrize(("width", "runs"), [(1, 1), (1, 2), (2, 1), (3, 2)])
+def test_each_step_removes_what_costs_least(width, runs):
+    """Against trying every unit, solving anew each time."""
+    weight, hessian, _ = problem(5, 12, seed=width + runs)
+    units = 12 // width
+    alive = list(range(units))
+    quota = [2 // runs] * runs if runs > 1 else [2]
+    for _ in range(2):
+        costs = {}
+        for unit in alive:
+            if quota[unit // (units // runs)]:
+                kept = [u * width + w for u in alive if u != unit for w in range(width)]
+                costs[unit] = cost(weight, hessian, kept)
+        gone = min(costs, key=lambda u: costs[u])
+        quota[gone // (units // runs)] -= 1
+        alive.remove(gone)
+    assert keep_by_loss(weight, hessian, 2, width=width, runs=runs) == alive
+
+
+def test_many_at_once_is_nearly_as_good():
+    """Above 256 units several go in each step; the cost is close to that of one by one."""
+    weight, hessian, _ = problem(8, 400, seed=0)
+    several = cost(weight, hessian, keep_by_loss(weight, hessian, 300))
+    first = weight, hessian
+    alone = cost(*first, _one_by_one(*first, 300))
+    assert several < 1.1 * alone
+
+
+def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, remove: int) -> list[int]:
+    alive = list(range(weight.shape[1]))
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    moved, inverse = weight.clone(), torch.linalg.inv(damped)
+    for _ in range(remove):
+        gone = min(alive, key=lambda i: float(moved[:, i].square().sum() / inverse[i, i]))
+        moved = moved - torch.outer(moved[:, gone], inverse[gone]) / inverse[gone, gone]
+        inverse = inverse - torch.outer(inverse[:, gone], inverse[gone]) / inverse[gone, gone]
+        alive.remove(gone)
+    return alive
+
+
+def test_three_of_six_is_near_the_best_choice():
+    weight, hessian, _ = problem(4, 6, seed=3)
+    best = min(cost(weight, hessian, list(kept)) for kept in itertools.combinations(range(6), 3))
+    assert cost(weight, hessian, keep_by_loss(weight, hessian, 3)) < 1.5 * best
+
+
+def test_scores_within_runs():
+    score = torch.tensor([1.0, 2.0, 3.0, 30.0, 20.0, 10.0])
+    assert keep_by_score(score, 2) == [2, 3, 4, 5]
+    assert keep_by_score(score, 2, runs=2) == [1, 2, 3, 4]
