@@ -1,8 +1,8 @@
-"""What removing whole units costs and gains: `make bench-structured [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
+"""What removing whole units costs and gains: `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
-The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation (or
-block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a prompt
-and to generate, and the peak memory, of a random Llama of 124 M parameters that loses half of its blocks' parameters.
+The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation
+(or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
+prompt and to generate, and the peak memory, of a random Llama of 124 M parameters that loses half of its blocks' parameters.
 REFERENCE may name a JSON file with figures of other tools: {"MLP 25%": 0.0838, …}.
 """
 
@@ -129,8 +129,9 @@ def main() -> None:
         "",
         f"`make bench-structured`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
-        "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` is "
-        "the pass without any setting but the amount. Seconds are of its whole call, loading, self-check and writing included.",
+        "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` "
+        "is the pass without any setting but the amount; seconds are of its whole call, loading, self-check and writing "
+        "included.",
         "",
         *page.table(["removed", *WAYS, "seconds", *(["others, no repair"] if reference else [])], rows),
     ]

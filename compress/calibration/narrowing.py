@@ -39,7 +39,7 @@ class Narrowing:
 def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
     """Zero units of a block in place, and repair it.
 
-    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per reading module (units, relative
+    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads them (units, relative
     output error) and, where it was tuned, the block's error before and after.
     """
     sites = {site.name: site for site in block.sites}
@@ -56,7 +56,7 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
             site = next(site for site in group if site.name in part)
             units, remove = part[site.name]
             keep, weight, bias, row = _solve(block, site, sites, statistics, units, remove, how)
-            kept[units.name], rows[units.name] = keep, row
+            kept[units.name], rows[site.name] = keep, row
             solved.append((site, units, keep, weight, bias))
         for site, units, keep, weight, bias in solved:
             site.weight.copy_(weight)
@@ -64,7 +64,7 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
                 _bias(site).copy_(bias)
             zeros += _zeros(units, keep, sites)
         _clear(zeros)
-    block.details |= {"kept": kept, "units": rows}
+    block.details |= {"kept": kept, "tensors": rows}
     if how.tuning is not None and how.tuning.epochs:
         start = time.perf_counter()
         masks = [(site.weight, ~mask) for site in block.sites if (mask := block.earlier_mask(site)) is not None]

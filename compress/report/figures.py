@@ -129,16 +129,15 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
 
 
 def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each block of a sweep: layers, sparsity or formats, errors, tuning, seconds; nothing for other passes."""
+    """A line for each block of a sweep: layers, what they became, errors, tuning, seconds; nothing for other passes."""
     rows: list[tuple[str, ...]] = []
     for block in details.get("blocks", ()):
-        layers = block.get("tensors")
-        if not layers:
+        layers, tuning = block.get("tensors", {}), block.get("tuning")
+        if not layers and tuning is None:
             continue
         errors = {name: row["error"] for name, row in layers.items() if row["error"] is not None}
         worst = max(errors, key=lambda name: errors[name], default=None)
         name = "" if worst is None else worst.removesuffix(".weight").rpartition(f".{block['block']}.")[2]
-        tuning = block.get("tuning")
         rows.append(
             (
                 str(block["block"]),
@@ -154,7 +153,11 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _became(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The mean sparsity of layers, or the formats that they were cast to."""
+    """The mean sparsity of layers, the units that they still read, or the formats that they were cast to."""
+    if not layers:
+        return ""
+    if "kept" in layers[0]:
+        return ", ".join(dict.fromkeys(f"{row['kept']} of {row['of']}" for row in layers))
     if formats := Counter(row["format"] for row in layers if "format" in row):
         return ", ".join(f"{count} {name}" if len(formats) > 1 else name for name, count in sorted(formats.items()))
     return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
