@@ -125,10 +125,10 @@ def drop(
 def accuracy_drop(lost: int, won: int, texts: int, confidence: float) -> Interval:
     """The drop of accuracy in points, with exact bounds given the number of discordant texts.
 
-    Of n = lost + won discordant texts a share p turned from right to wrong, so that the drop is n (2p − 1) / texts. Given n,
-    ``lost`` is binomial (n, p), as in McNemar's exact test (McNemar 1947; Agresti, Categorical Data Analysis, 3rd ed.,
-    section 11.1), and p has Clopper and Pearson's bounds. Neither a normal nor a bootstrap approximation is made, but n / texts
-    is taken as it was found: what other texts would give of discordant ones is not in the interval, and with n = 0 it is a point.
+    Of n = lost + won discordant texts a share p turned from right to wrong, so that the drop is n (2p - 1) / texts. Given
+    n, ``lost`` is binomial (n, p), as in McNemar's exact test (McNemar 1947; Agresti, Categorical Data Analysis, 3rd ed.,
+    section 11.1), and p has Clopper and Pearson's bounds. So nothing is approximated, but n / texts is taken as it was
+    found: how many discordant texts another sample would have is not in the interval, and with n = 0 it is a point.
 
     Args:
         lost: texts that the original had right and the candidate has wrong. won: the reverse.

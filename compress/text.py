@@ -121,7 +121,9 @@ def read_labelled(
     for file in files:
         path = Path(file)
         if kind(path) not in FIELD_KINDS:
-            raise DataError(f"has no labels: it is no {', '.join(FIELD_KINDS[:-1])} or {FIELD_KINDS[-1]} file", where=file)
+            raise DataError(
+                f"has no labels: it is no {', '.join(FIELD_KINDS[:-1])} or {FIELD_KINDS[-1]} file", where=file
+            )
         count = 0
         for number, values in _columns(path, {**dict.fromkeys(text, "text"), label: "label"}):
             where = f"{_place(path)}{number}"
@@ -325,7 +327,9 @@ def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) ->
     return DataError(
         f"has no field `{field}`",
         where=where,
-        fix=f"set `{columns[field]}` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}" if shown else None,
+        fix=f"set `{columns[field]}` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"
+        if shown
+        else None,
     )
 
 

@@ -100,7 +100,9 @@ def classify_documents(
 
     for each in (model, reference):
         if each is not None and each.config.num_labels != len(labels):
-            raise CompressError(f"{type(each).__name__} has {each.config.num_labels} labels, {len(labels)} are expected")
+            raise CompressError(
+                f"{type(each).__name__} has {each.config.num_labels} labels, {len(labels)} are expected"
+            )
     longest = _longest(model, tokenizer)
     rows = [_encoded(tokenizer, document, None) for document in documents]
     cut = [longest is not None and len(row["input_ids"]) > longest for row in rows]

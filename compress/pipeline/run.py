@@ -77,7 +77,7 @@ class Run:
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
         )
         assert self.original.folder is not None
-        self.data = DataSets(recipe, self.original.folder, self.original.spec.structure.config.get("vocab_size"))
+        self.data = DataSets(recipe, self.original.folder, self.original.spec.structure.config)
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:

@@ -47,7 +47,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in row["details"]["curve"]]
             lines += ["What other budgets would cost:", "", *table(("bits", "divergence"), curve, right=(0, 1)), ""]
         if blocks := figures.block_rows(row["details"]):
-            head = ("block", "layers", "sparsity, units or format", "mean error", "worst layer", "after tuning", "seconds")
+            head = (
+                "block",
+                "layers",
+                "sparsity, units or format",
+                "mean error",
+                "worst layer",
+                "after tuning",
+                "seconds",
+            )
             text = "Relative error of each layer's output; of the block's output where it was tuned."
             lines += [f"`{row['name']}`, block by block. {text}", "", *table(head, blocks, right=(0, 1, 2, 3, 6)), ""]
     lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
@@ -80,7 +88,7 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
     """One line per pass, with a bar of what is left of the original's bytes."""
-    steps = figures.waterfall(report)
+    steps, shown = figures.waterfall(report), figures.headline(report)
     rows = []
     for step in steps:
         row = [
@@ -90,8 +98,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
             format_bytes(step.bytes),
             figures.signed_bytes(step.saved),
             f"`{figures.bar(step, 20)}`",
-            "" if step.bits_per_byte is None else f"{step.bits_per_byte:.4g}",
-            "" if step.cost is None else f"{step.cost:+.4f}",
+            *shown.values(step),
             "" if step.kl is None else f"{step.kl:.4f}",
         ]
         if seconds:
@@ -102,7 +109,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
         "size",
         "saved",
         "of the original",
-        "bits per byte",
+        shown.name,
         "cost",
         "KL",
         *(["seconds"] if seconds else []),
