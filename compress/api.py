@@ -74,7 +74,8 @@ def apply(
     *,
     data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
     field: str = "text",
-    mode: Literal["packed", "padded"] = "packed",
+    text: str | Sequence[str] | None = None,
+    mode: Literal["packed", "padded"] | None = None,
     samples: int | None = None,
     length: int | None = None,
     store: Store = "stock",
@@ -93,7 +94,7 @@ def apply(
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
         data: calibration data for passes that need it: text files, one file of token ids, or token ids as a tensor of
-            integers [samples, length]. ``field``, ``mode``, ``samples`` and ``length`` are those of a recipe's
+            integers [samples, length]. ``field``, ``text``, ``mode``, ``samples`` and ``length`` are those of a recipe's
             ``data.calibration``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
         details: filled with what the pass would say in a report, JSON values.
 
@@ -108,7 +109,7 @@ def apply(
     import torch
     from pydantic import ValidationError
 
-    from compress import passes, text
+    from compress import passes
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.passes.base import Context
@@ -133,18 +134,16 @@ def apply(
     section = None
     if data is not None and not isinstance(data, torch.Tensor):
         files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
-        asked = {"samples": samples, "length": length}
+        asked: dict[str, Any] = {"text": text, "mode": mode, "samples": samples, "length": length}
         try:
-            section = Calibration(
-                files=tuple(files), field=field, mode=mode, **{k: v for k, v in asked.items() if v is not None}
-            )
+            section = Calibration(files=tuple(files), field=field, **{k: v for k, v in asked.items() if v is not None})
         except ValidationError as error:
             raise _first(error, "data") from None
 
     def batches(name: str) -> Batches:
         from compress.calibration.batches import check_vocabulary, first, given_ids
         from compress.loading import load_tokenizer
-        from compress.pipeline.data import draw
+        from compress.pipeline.data import draw, read_section
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
         assert folder is not None
@@ -156,7 +155,7 @@ def apply(
             return draw(
                 section,
                 lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
-                lambda: text.read_documents(section.files, document_separator, field),
+                lambda: read_section(section, document_separator),
                 seed=seed,
                 vocabulary=vocabulary,
             )

@@ -17,6 +17,8 @@ from compress.settings import format_bytes
 from compress.statistics import FEWEST_UNITS, Interval
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+#: Metrics between -1 and 1, which are shown as they are rather than in percent.
+_CORRELATIONS = ("similarity", "spearman")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def judge(
                 results.append(_memory(gate, bound, original, candidate))
             elif name in ("prefill", "decode"):
                 results.append(_speed(gate, name, bound, original, candidate, how))
-            elif name in (*statistics.PARTS, *statistics.LABELLED):
+            elif name in (*statistics.PARTS, *statistics.SCORES):
                 results.append(_text(gate, name, key, bound, original, candidate, how))
             else:
                 raise ReportError(f"there is no gate `{name}`")
@@ -169,12 +171,12 @@ def _text(
         interval, show = statistics.level(after, name, **how), lambda x: f"{x:.4g}"
     elif key == "min":
         interval, limit = statistics.level(after, name, **how), float(bound)
-        unit, show = "share", (lambda x: f"{x:.2%}")
+        unit, show = "share", (lambda x: f"{x:.4f}") if name in _CORRELATIONS else (lambda x: f"{x:.2%}")
     else:  # `max_drop`, in points
         limit, unit, show = float(bound), "points", (lambda x: f"{x:.2f} points")
-        if name in statistics.LABELLED:
+        if name in statistics.SCORES:
             interval = statistics.drop(_get(original, gate, "evaluation"), after, name, **how)
-        else:  # the original agrees with itself
+        else:  # the original agrees with itself wholly
             interval = _below_all(statistics.level(after, name, **how))
     compared = key in ("max_increase", "max_drop") and original["evaluation"] is not None
     if not _finite(after) or (compared and not _finite(original["evaluation"])):
@@ -188,7 +190,7 @@ def _below_all(share: Interval) -> Interval:
 
 
 def _finite(evaluation: Mapping[str, Any]) -> bool:
-    values = [row[key] for row in evaluation["documents"] for key in ("nll", "kl") if row[key] is not None]
+    values = (value for row in evaluation["documents"] for value in row.values() if isinstance(value, float))
     return all(math.isfinite(value) for value in values)
 
 

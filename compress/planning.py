@@ -10,7 +10,7 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
-from compress.evaluation.tasks import check_metrics
+from compress.evaluation.tasks import check_metrics, task_of
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -158,7 +158,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     """
     from compress.errors import PassError
 
-    evaluation = recipe.data.evaluation
+    recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
     check_metrics(
         spec.structure.class_name, recipe.metrics, labelled=None if evaluation is None else evaluation.label is not None
     )

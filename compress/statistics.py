@@ -26,8 +26,11 @@ FEWEST_UNITS = 10
 #: What a metric sums up: numerator and denominator.
 PARTS = {"bits_per_byte": ("nll", "bytes"), "perplexity": ("nll", "tokens"), "kl": ("kl", "tokens")}
 PARTS["agreement"] = ("agree", "tokens")
-#: Metrics of labelled texts alone; their divergence and agreement are per text.
-LABELLED = ("accuracy", "f1")
+PARTS["similarity"] = ("similarity", "tokens")
+#: Metrics of which two models each have one of their own, and more is better: a drop is from one to the other.
+SCORES = ("accuracy", "f1", "spearman")
+#: How much of what an exact interval may be wrong goes to the number of discordant texts (`accuracy_drop`).
+_FOR_THE_RATE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ def level(evaluation: Mapping[str, Any], name: str, *, confidence: float, bootst
     if evaluation["unit"] == "example":
         if name == "f1":
             return _resample(_f1_of, _label_counts(rows, len(evaluation["labels"])), confidence, bootstrap, seed)
+        if name == "spearman":
+            return _bootstrap(_correlation(*_columns(evaluation, _PAIRS)), len(rows), confidence, bootstrap, seed)
         if name == "accuracy":
             return share(sum(row["prediction"] == row["label"] for row in rows), len(rows), confidence)
         (column,) = _columns(evaluation, PARTS[name][:1])
@@ -105,7 +110,7 @@ def drop(
     bootstrap: int,
     seed: int,
 ) -> Interval:
-    """How many points the accuracy or F1 of labelled texts falls from ``before`` to ``after``, paired.
+    """How many points accuracy, F1 or rank correlation (of 100) falls from ``before`` to ``after``, paired.
 
     Raises:
         ReportError: they were not measured on the same texts.
@@ -117,28 +122,38 @@ def drop(
         lost = sum(a and not b for a, b in zip(*right, strict=True))
         won = sum(b and not a for a, b in zip(*right, strict=True))
         return accuracy_drop(lost, won, len(rows[0]), confidence)
+    if name == "spearman":
+        first, second = (_correlation(*_columns(evaluation, _PAIRS)) for evaluation in (before, after))
+
+        def change(counts: Any) -> Any:
+            return 100 * (first(counts) - second(counts))
+
+        return _bootstrap(change, len(rows[0]), confidence, bootstrap, seed)
     columns = [column for side in rows for column in _label_counts(side, len(before["labels"]))]
     half = len(columns) // 2
     return _resample(lambda s: 100 * (_f1_of(s[:half]) - _f1_of(s[half:])), columns, confidence, bootstrap, seed)
 
 
 def accuracy_drop(lost: int, won: int, texts: int, confidence: float) -> Interval:
-    """The drop of accuracy in points, with exact bounds given the number of discordant texts.
+    """The drop of accuracy in points, with exact bounds: each misses the true drop at most in 1 - confidence of all samples.
 
-    Of n = lost + won discordant texts a share p turned from right to wrong, so that the drop is n (2p - 1) / texts. Given
-    n, ``lost`` is binomial (n, p), as in McNemar's exact test (McNemar 1947; Agresti, Categorical Data Analysis, 3rd ed.,
-    section 11.1), and p has Clopper and Pearson's bounds. So nothing is approximated, but n / texts is taken as it was
-    found: how many discordant texts another sample would have is not in the interval, and with n = 0 it is a point.
+    A share r of all texts is discordant, and of these a share p turned from right to wrong: the drop is r (2p - 1). Given
+    their number n = lost + won, ``lost`` is binomial (n, p), as in McNemar's exact test (Psychometrika 12, 1947), and n is
+    binomial (texts, r). Both get the bounds of Clopper and Pearson, which share what may be missed (Bonferroni): four fifths
+    for p, where most of the uncertainty is, the rest for r. With p's bounds alone n would count as known, and of a model
+    that only loses texts the upper bound would be the estimate itself, which misses every other time.
 
     Args:
         lost: texts that the original had right and the candidate has wrong. won: the reverse.
     """
-    n = lost + won
-    if n == 0:
-        return Interval(0.0, 0.0, 0.0, texts)
-    p = share(lost, n, confidence)
-    value, lower, upper = (100 * n * (2 * x - 1) / texts for x in (p.value, p.lower, p.upper))
-    return Interval(value, lower, upper, texts)
+    n, missed = lost + won, 1 - confidence
+    r = share(n, texts, 1 - _FOR_THE_RATE * missed)
+    p = share(lost, n, 1 - (1 - _FOR_THE_RATE) * missed) if n else Interval(0.5, 0.0, 1.0, 0)
+    lower, upper = 2 * p.lower - 1, 2 * p.upper - 1
+    # the rate that is farther out; one bound of it at a time can be wrong, whatever the sign of the true drop
+    lower *= r.lower if lower > 0 else r.upper
+    upper *= r.upper if upper > 0 else r.lower
+    return Interval(100 * (lost - won) / texts, 100 * lower, 100 * upper, texts)
 
 
 def share(count: int, of: int, confidence: float) -> Interval:
@@ -212,11 +227,11 @@ def median_ratio(
 
 def check_paired(before: Mapping[str, Any], after: Mapping[str, Any], *, tokens: bool) -> None:
     """Both evaluations are of the same documents, windows and, for metrics per token, tokens. Raises `ReportError`."""
-    for key in ("unit", "window", "stride", "labels"):
+    for key in ("unit", "window", "stride", "labels", "pooling"):
         if before.get(key) != after.get(key):
             raise ReportError(f"the two evaluations differ in {key}: {before.get(key)} and {after.get(key)}")
-    same = "label" if before["unit"] == "example" else "bytes"
-    names = [[(d["id"], d[same]) for d in e["documents"]] for e in (before, after)]
+    same = ("id", "bytes", "label", "score")
+    names = [[[d.get(key) for key in same] for d in e["documents"]] for e in (before, after)]
     if names[0] != names[1]:
         raise ReportError("the two evaluations are of different documents")
     if tokens and [d["tokens"] for d in before["documents"]] != [d["tokens"] for d in after["documents"]]:
@@ -239,20 +254,76 @@ def _resample(
     bootstrap: int,
     seed: int,
 ) -> Interval:
+    """Of a statistic of the columns' sums, [columns] or [columns, draws]."""
     import numpy as np
 
     table = np.stack(columns)  # [parts, units]
-    units = table.shape[1]
-    value = float(statistic(table.sum(1)))
     if not np.isfinite(table).all():
-        return Interval(math.nan, math.nan, math.nan, units)
+        return Interval(math.nan, math.nan, math.nan, table.shape[1])
+    return _bootstrap(lambda counts: statistic(table @ counts), table.shape[1], confidence, bootstrap, seed)
+
+
+def _bootstrap(
+    statistic: Callable[[NDArray[np.float64]], Any], units: int, confidence: float, bootstrap: int, seed: int
+) -> Interval:
+    """Of a statistic of how often each unit is drawn, [units, draws] ▶ [draws]."""
+    import numpy as np
+
+    value = float(statistic(np.ones((units, 1)))[0])
     generator = np.random.default_rng(seed)
     draws, step = [], max(1, 4_000_000 // units)
     for start in range(0, bootstrap, step):
         counts = generator.multinomial(units, np.full(units, 1 / units), size=min(step, bootstrap - start))
-        draws.append(statistic(table @ counts.T.astype(np.float64)))
+        draws.append(statistic(counts.T.astype(np.float64)))
     lower, upper = np.quantile(np.concatenate(draws), [1 - confidence, confidence])
     return Interval(value, float(lower), float(upper), units)
+
+
+#: What rank correlation is of.
+_PAIRS = ("cosine", "score")
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation, ties by mean ranks; 0 where either is constant, NaN where anything is not finite."""
+    import numpy as np
+
+    return float(_correlation(np.array(first), np.array(second))(np.ones((len(first), 1)))[0])
+
+
+def _correlation(
+    first: NDArray[np.float64], second: NDArray[np.float64]
+) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Spearman's correlation as a function of how often each pair is drawn, [pairs, draws] ▶ [draws]."""
+    import numpy as np
+
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        return lambda counts: np.full(counts.shape[1], math.nan)
+    ranks = [_mean_ranks(values) for values in (first, second)]
+
+    def correlation(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        middle = (counts.sum(0) + 1) / 2
+        x, y = (rank(counts) - middle for rank in ranks)
+        spread = (counts * x * x).sum(0) * (counts * y * y).sum(0)
+        found: NDArray[np.float64] = (counts * x * y).sum(0) / np.sqrt(np.where(spread > 0, spread, 1))
+        return found
+
+    return correlation
+
+
+def _mean_ranks(values: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    """Ranks of values, from 1, as a function of how often each is drawn; equal ones share the mean of their ranks."""
+    import numpy as np
+
+    order = np.argsort(values, kind="stable")
+    _, starts, group = np.unique(values[order], return_index=True, return_inverse=True)
+
+    def ranks(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        together = np.add.reduceat(counts[order], starts, axis=0)
+        result = np.empty_like(counts)
+        result[order] = (together.cumsum(0) - (together - 1) / 2)[group]
+        return result
+
+    return ranks
 
 
 def documents_needed(interval: Interval, bound: float) -> int | None:
@@ -276,27 +347,21 @@ def compare(
     bootstrap: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Relative increase of bits per byte and perplexity, or drop of accuracy and F1 in points, with bounds.
-
-    With them the levels of divergence and agreement, where they were measured.
-    """
+    """What gates judge by, with bounds: relative increases, drops in points, and levels of what compares with the original."""
     how: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed}
     result: dict[str, Any] = dict(how) | {"unit": after["unit"], "units": len(after["documents"])}
-    result |= _changes(before, after, how)
-    for name in ("kl", "agreement"):
-        if after[name] is not None:
-            found = level(after, name, **how)
-            result[name] = {"value": found.value, "lower": found.lower, "upper": found.upper}
-    return result
 
+    def measured(*names: str) -> list[str]:
+        return [name for name in names if after.get(name) is not None]
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
-    if after["unit"] == "example":
-        drops = {name: drop(before, after, name, **how) for name in LABELLED}
-        return {n: {"drop": found.value, "lower": found.lower, "upper": found.upper} for n, found in drops.items()}
-    result = {}
-    same = [d["tokens"] for d in before["documents"]] == [d["tokens"] for d in after["documents"]]
-    for name in ("bits_per_byte", "perplexity") if same else ("bits_per_byte",):
+    same = [d.get("tokens") for d in before["documents"]] == [d.get("tokens") for d in after["documents"]]
+    for name in measured("bits_per_byte", *(("perplexity",) if same else ())):
         found = increase(before, after, name, relative=True, **how)
         result[name] = {"increase": found.value, "lower": found.lower, "upper": found.upper}
+    for name in measured(*SCORES):
+        found = drop(before, after, name, **how)
+        result[name] = {"drop": found.value, "lower": found.lower, "upper": found.upper}
+    for name in measured("kl", "agreement", "similarity"):
+        found = level(after, name, **how)
+        result[name] = {"value": found.value, "lower": found.lower, "upper": found.upper}
     return result

@@ -38,14 +38,14 @@ class Document:
         text: of a chat what its messages say, one after the other; `rendered` gives what a model is shown.
         messages: of a chat, each with ``role`` and ``content``; None for plain text.
         pair: of two texts that are read together, both (``text`` says one after the other); None for one text.
-        label: of a labelled text, the id of its label.
+        label: of a labelled text the id of its label, or its score.
     """
 
     id: str
     text: str
     messages: tuple[Mapping[str, Any], ...] | None = None
     pair: tuple[str, str] | None = None
-    label: int | None = None
+    label: float | None = None
 
 
 def kind(file: str | Path) -> str:
@@ -104,28 +104,42 @@ def read_documents(files: Sequence[str], separator: str | None = None, field: st
     return documents
 
 
-def read_labelled(
-    files: Sequence[str], text: Sequence[str], label: str, label_id: Callable[[Any], int | None], known: str
-) -> list[Document]:
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Where labels are and what they may be.
+
+    Attributes:
+        field: that holds them. read: the id or score that a value of it says, None where it says none.
+        what: they are, and ``known``: which there are, for messages.
+    """
+
+    field: str
+    read: Callable[[Any], float | None]
+    what: str
+    known: str | None = None
+
+
+def read_examples(files: Sequence[str], text: Sequence[str], labels: Labels | None = None) -> list[Document]:
     """One document for every row of files with named fields (`FIELD_KINDS`), in order.
 
     Args:
-        text: the field of the text, or two fields of texts that are read together. label: the field of the label.
-        label_id: the id that a value of that field says, None where it is no label. known: the labels, for messages.
+        text: the field of the text, or two fields of texts that are read together.
 
     Raises:
         DataError: a file is missing, damaged or of another kind; a row lacks a field, has an empty text or an unknown label.
     """
+    columns = dict.fromkeys(text, "text") | ({} if labels is None else {labels.field: "label"})
     documents: list[Document] = []
     names: dict[str, int] = {}
+    label: float | None = None
     for file in files:
         path = Path(file)
         if kind(path) not in FIELD_KINDS:
             raise DataError(
-                f"has no labels: it is no {', '.join(FIELD_KINDS[:-1])} or {FIELD_KINDS[-1]} file", where=file
+                f"has no columns: it is no {', '.join(FIELD_KINDS[:-1])} or {FIELD_KINDS[-1]} file", where=file
             )
         count = 0
-        for number, values in _columns(path, {**dict.fromkeys(text, "text"), label: "label"}):
+        for number, values in _columns(path, columns):
             where = f"{_place(path)}{number}"
             texts = values[: len(text)]
             for name, value in zip(text, texts, strict=True):
@@ -134,12 +148,14 @@ def read_labelled(
                     raise DataError(f"`{name}` {said}", where=where)
                 if not _spellable(value):
                     raise DataError(f"`{name}` holds half a surrogate pair, which is no text", where=where)
-            if (found := label_id(values[-1])) is None:
-                raise DataError(f"`{label}` is {_shown(values[-1])}, not a label of the model", where=where, fix=known)
+            if labels is not None and (label := labels.read(values[-1])) is None:
+                raise DataError(
+                    f"`{labels.field}` is {_shown(values[-1])}, not {labels.what}", where=where, fix=labels.known
+                )
             index = names.get(path.name, 0)
             names[path.name] = index + 1
             pair = (texts[0], texts[1]) if len(texts) > 1 else None
-            documents.append(Document(f"{path.name}#{index}", "\n".join(texts), pair=pair, label=found))
+            documents.append(Document(f"{path.name}#{index}", "\n".join(texts), pair=pair, label=label))
             count += 1
         if not count:
             raise DataError("holds no row", where=file)
@@ -164,6 +180,17 @@ def rendered(document: Document, tokenizer: Any) -> str:
         return str(tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False))
     except Exception as error:  # templates raise what they like: jinja2's errors, ValueError, KeyError
         raise DataError(f"does not fit the chat template: {_line(error)}", where=document.id) from error
+
+
+def encoded(document: Document, tokenizer: Any, length: int | None = None) -> dict[str, list[int]]:
+    """A text or pair as a model reads it by itself: inputs by name, with the tokenizer's special tokens.
+
+    A longer one is cut to ``length`` tokens, of which special ones keep their places; of a pair the longer text is cut first.
+    Templates of chats spell the special tokens themselves.
+    """
+    how: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
+    texts = document.pair or (rendered(document, tokenizer),)
+    return dict(tokenizer(*texts, add_special_tokens=document.messages is None, verbose=False, **how))
 
 
 def _unpacked(path: Path) -> bytes:

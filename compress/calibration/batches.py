@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
-from compress.text import FIELD, Document, rendered
+from compress.text import FIELD, Document, encoded, rendered
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ class Batches:
     Attributes:
         ids: int64 [samples, length].
         mask: bool [samples, length], False for padding, which stands on the right; None where there is none.
+        types: int64 [samples, length], which text of a pair a token is of; None where there are no pairs, or the tokenizer
+            does not say.
         chosen: what each sample is: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids.
     """
@@ -31,27 +33,43 @@ class Batches:
     ids: torch.Tensor
     mask: torch.Tensor | None = None
     chosen: tuple[str, ...] = ()
+    types: torch.Tensor | None = None
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """What the model reads, by name, but for the mask."""
+        return {"input_ids": self.ids} | ({} if self.types is None else {"token_type_ids": self.types})
+
+    def inputs(self, device: Any) -> dict[str, torch.Tensor]:
+        """Arguments of the model's forward."""
+        masked = {} if self.mask is None else {"attention_mask": self.mask.long()}
+        return {name: value.to(device) for name, value in {**self.values, **masked}.items()}
 
     def first(self, samples: int) -> Batches:
         """The first so many samples."""
+        return self._part(slice(samples))
+
+    def parts(self, tokens: int) -> list[Batches]:
+        """So many samples at a time that they hold about ``tokens`` tokens, one sample at least."""
+        size = max(1, tokens // self.ids.shape[1])
+        return [self._part(slice(i, i + size)) for i in range(0, len(self.ids), size)]
+
+    def _part(self, rows: slice) -> Batches:
         return replace(
             self,
-            ids=self.ids[:samples],
-            mask=None if self.mask is None else self.mask[:samples],
-            chosen=self.chosen[:samples],
+            ids=self.ids[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            types=None if self.types is None else self.types[rows],
+            chosen=self.chosen[rows],
         )
 
-    def parts(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """(ids, mask) of so many samples at a time that they hold about ``tokens`` tokens, one sample at least."""
-        size = max(1, tokens // self.ids.shape[1])
-        starts = range(0, len(self.ids), size)
-        return [(self.ids[i : i + size], None if self.mask is None else self.mask[i : i + size]) for i in starts]
-
     def sha256(self) -> str:
-        """Of the ids as little-endian int64, row by row, and after them of the mask's bytes, where there is a mask."""
+        """Of the ids as little-endian int64, row by row, then of the mask's bytes and of the types, where there are any."""
         whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
         if self.mask is not None:
             whole.update(self.mask.contiguous().numpy().tobytes())
+        if self.types is not None:
+            whole.update(self.types.contiguous().numpy().astype("<i8").tobytes())
         return whole.hexdigest()
 
 
@@ -77,7 +95,7 @@ def sample_windows(
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in order:
         begins.append(len(stream))
-        stream += _tokens(tokenizer, document, special=False) + end
+        stream += tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"] + end
         if len(stream) >= wanted:
             break
     slots = len(stream) // length
@@ -104,10 +122,11 @@ def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[i
 def sample_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
 ) -> Batches:
-    """``samples`` documents drawn by seed, each by itself, with the special tokens that the tokenizer puts around a text.
+    """``samples`` documents drawn by seed, each by itself as the model reads it: with the tokenizer's special tokens, of a
+    pair with both texts.
 
-    Longer ones are cut to ``length`` tokens; shorter ones are padded on the right with the padding token (else the
-    end-of-text token, else 0), and masked.
+    Longer ones are cut to ``length`` tokens, special ones included; shorter ones are padded on the right with the padding
+    token (else the end-of-text token, else 0), and masked.
 
     Raises:
         DataError: there are fewer than ``samples`` documents, or chats that the tokenizer has no template for.
@@ -117,10 +136,13 @@ def sample_documents(
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[int]] = []
+    kinds: list[list[int]] = []
     chosen = []
     for document in order:
-        if ids := _tokens(tokenizer, document, special=document.messages is None)[:length]:
+        found = encoded(document, tokenizer, length)
+        if ids := found["input_ids"]:
             rows.append(ids)
+            kinds.append(found.get("token_type_ids", []))
             chosen.append(document.id)
         if len(rows) == samples:
             break
@@ -132,16 +154,13 @@ def sample_documents(
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ids_SL = torch.full((samples, length), int(padding))
     mask_SL = torch.zeros(samples, length, dtype=torch.bool)
-    for row, ids in enumerate(rows):
+    types_SL = torch.zeros_like(ids_SL)
+    for row, (ids, types) in enumerate(zip(rows, kinds, strict=True)):
         ids_SL[row, : len(ids)] = torch.tensor(ids)
         mask_SL[row, : len(ids)] = True
-    return Batches(ids_SL, mask_SL, tuple(chosen))
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, *, special: bool) -> list[int]:
-    """Token ids of a document. Templates of chats spell the special tokens themselves."""
-    text = rendered(document, tokenizer)
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        types_SL[row, : len(types)] = torch.tensor(types, dtype=torch.long)
+    # zero is what models take by default, and not all of them take types
+    return Batches(ids_SL, mask_SL, tuple(chosen), types_SL if types_SL.any() else None)
 
 
 def read_ids(file: str | Path, field: str = FIELD) -> Batches:

@@ -48,10 +48,8 @@ def greedy_depth(
             candidates = [i for i in range(len(blocks)) if i not in gone]
             sums = dict.fromkeys(candidates, 0.0)
             tokens = 0
-            for ids, counted in batches:
-                inputs = {"input_ids": ids.to(model.device)}
-                if counted is not None:
-                    inputs["attention_mask"] = counted.to(model.device).long()
+            for part in batches:
+                inputs, counted = part.inputs(model.device), part.mask
                 reference = _outputs(model, inputs, counted)
                 tokens += len(reference)
                 for i in candidates:

@@ -38,10 +38,9 @@ def block_influence(
     batches = samples.parts(_TOKENS_PER_BATCH)
     try:
         with torch.inference_mode(), progress.task("block influence", len(batches), "batches") as task:
-            for ids, counted in batches:
-                mask[0] = None if counted is None else counted.to(model.device)
-                masked = {} if counted is None else {"attention_mask": mask[0].long()}
-                model.base_model(input_ids=ids.to(model.device), **masked)
+            for part in batches:
+                mask[0] = None if part.mask is None else part.mask.to(model.device)
+                model.base_model(**part.inputs(model.device))
                 task.advance()
     finally:
         for handle in handles:

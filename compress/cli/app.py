@@ -132,7 +132,8 @@ def evaluate(
         typer.Option("--text", help="Of labelled files the column of the text; given twice, of both texts of a pair."),
     ] = None,
     label: Annotated[
-        Optional[str], typer.Option("--label", help="Column of the label; for classifiers of text.")
+        Optional[str],
+        typer.Option("--label", help="Column of the label; for classifiers of text and for scores of pairs."),
     ] = None,
     baseline: Annotated[
         Optional[str],
@@ -142,7 +143,8 @@ def evaluate(
         Optional[list[str]],
         typer.Option(
             "--metric",
-            help="bits_per_byte, perplexity, accuracy, f1, kl, agreement, latency, memory. May be repeated.",
+            help="bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency, memory; by default "
+            "those of the model's task. May be repeated.",
         ),
     ] = None,
     separator: Annotated[Optional[str], typer.Option("--separator", help="Text between documents.")] = None,

@@ -61,11 +61,16 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
     local = Path(recipe.model).expanduser()
     if local.exists():
         from compress.checkpoint.open import open_headers
+        from compress.evaluation.tasks import task_of
+        from compress.pipeline.data import DataSets
         from compress.planning import make_plan
 
         with _located(recipe):
             spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
             make_plan(recipe, spec, metadata)
+            recipe = recipe.fitted(task_of(spec.structure.class_name))
+            if recipe.data.evaluation is not None and recipe.data.evaluation.label is not None:
+                DataSets(recipe, local, spec.structure).documents("evaluation")  # every label is one of the model
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})
     elif resolved:

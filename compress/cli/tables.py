@@ -362,7 +362,7 @@ def print_assessment(document: Mapping[str, Any]) -> None:
 def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
     if not paired:
         return
-    for name, shown in (("accuracy", "accuracy"), ("f1", "macro F1")):
+    for name, shown in (("accuracy", "accuracy"), ("f1", "macro F1"), ("spearman", "Spearman")):
         if name in paired:
             p = paired[name]
             text = f"{shown} drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}, each at "

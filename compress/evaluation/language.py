@@ -68,13 +68,16 @@ class Scores:
 
 def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of `Score` rows: bits per byte, perplexity per token, mean divergence per token, share of agreement."""
-    size, tokens = sum(r["bytes"] for r in rows), sum(r["tokens"] for r in rows)
-    nll = math.fsum(r["nll"] for r in rows)
+    size, nll = sum(r["bytes"] for r in rows), math.fsum(r["nll"] for r in rows)
+    return {"bytes": size, "bits_per_byte": nll / math.log(2) / size, **token_metrics(rows)}
+
+
+def token_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Those of them that are per token."""
+    tokens, nll = sum(r["tokens"] for r in rows), math.fsum(r["nll"] for r in rows)
     paired = all(r["kl"] is not None for r in rows)
     return {
-        "bytes": size,
         "tokens": tokens,
-        "bits_per_byte": nll / math.log(2) / size,
         "perplexity": math.exp(nll / tokens) if nll / tokens < 700 else math.inf if nll == nll else math.nan,
         "kl": math.fsum(r["kl"] for r in rows) / tokens if paired else None,
         "agreement": sum(r["agree"] for r in rows) / tokens if paired else None,
@@ -209,7 +212,6 @@ def _score(
 ) -> torch.Tensor:
     """Sums of nll, kl and agreement over the scored targets, float64 [windows, 3]. Padding stands right, unseen."""
     import torch
-    from torch.nn.functional import log_softmax
 
     longest = max(len(w.ids) for w in windows)
     ids = torch.full((len(windows), longest), pad)
@@ -218,22 +220,32 @@ def _score(
         ids[row, : len(w.ids)] = torch.tensor(w.ids)
         counts[row, w.first : len(w.ids) - 1] = True
     ids, counts = ids.to(model.device), counts.to(model.device)
-    result = torch.zeros(len(windows), 3, dtype=torch.float64)
-    logits = _logits(model, ids)
+    theirs = None if reference is None else _logits(reference, ids)
+    found = compared(_logits(model, ids), theirs, ids[:, 1:])
+    return torch.where(counts[..., None], found, 0).double().sum(1).cpu()
+
+
+def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the targets, divergence from the reference and agreement with it, [..., 3], nats.
+
+    Args:
+        logits, theirs: [..., vocabulary], float32; of the model and of the reference, without which the last two are 0.
+        targets: token ids [...].
+    """
+    import torch
+    from torch.nn.functional import log_softmax
+
     logp = log_softmax(logits, -1)
-    nll = -logp.gather(-1, ids[:, 1:, None])[..., 0]
-    result[:, 0] = torch.where(counts, nll, 0).double().sum(1)
-    if reference is not None:
-        theirs = _logits(reference, ids)
-        shared = min(logits.shape[-1], theirs.shape[-1])
-        if logits.shape[-1] != shared:
-            logp = log_softmax(logits[..., :shared], -1)
-        reference_logp = log_softmax(theirs[..., :shared], -1)
-        kl = torch.where(reference_logp == -torch.inf, 0, reference_logp.exp() * (reference_logp - logp)).sum(-1)
-        agree = logits[..., :shared].argmax(-1) == theirs[..., :shared].argmax(-1)
-        result[:, 1] = torch.where(counts, kl, 0).double().sum(1)
-        result[:, 2] = (agree & counts).double().sum(1)
-    return result
+    nll = -logp.gather(-1, targets[..., None])[..., 0]
+    if theirs is None:
+        return torch.stack([nll, torch.zeros_like(nll), torch.zeros_like(nll)], -1)
+    shared = min(logits.shape[-1], theirs.shape[-1])
+    if logits.shape[-1] != shared:
+        logp = log_softmax(logits[..., :shared], -1)
+    reference_logp = log_softmax(theirs[..., :shared], -1)
+    kl = torch.where(reference_logp == -torch.inf, 0, reference_logp.exp() * (reference_logp - logp)).sum(-1)
+    agree = logits[..., :shared].argmax(-1) == theirs[..., :shared].argmax(-1)
+    return torch.stack([nll, kl, agree.to(nll.dtype)], -1)
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from compress.errors import CompressError
 
@@ -15,41 +16,64 @@ class Task:
     """One kind of model.
 
     Attributes:
-        name: in words. suffix: how names of its classes end. metrics: read off text; ``default`` where none is named.
-        headline: the one that a summary shows, and how messages about one model alone name it.
-        labelled: whether it is measured on texts with labels.
+        name: in words. suffixes: how names of its classes end. metrics: read off text; ``default`` where none is named.
+        labels: what the labels of its evaluation data are, empty where these have none; ``optional`` where they may.
     """
 
     name: str
-    suffix: str
+    suffixes: tuple[str, ...]
     metrics: tuple[str, ...]
     default: tuple[str, ...]
-    labelled: bool
+    labels: Literal["", "classes", "scores"] = ""
+    optional: bool = False
 
+    def measurable(self, labelled: bool) -> tuple[str, ...]:
+        """Its metrics on data with or without labels; none where it takes no such data."""
+        if labelled != bool(self.labels) and not self.optional:
+            return ()
+        return tuple(metric for metric in self.metrics if labelled or metric not in LABELLED)
+
+
+#: Metrics that need labels, and those that need the original beside the model.
+LABELLED = frozenset({"accuracy", "f1", "spearman"})
+PAIRED = frozenset({"kl", "agreement", "similarity"})
 
 CLASSIFICATION = Task(
     "text classification",
-    "ForSequenceClassification",
+    ("ForSequenceClassification",),
     ("accuracy", "f1", "agreement", "kl"),
     ("accuracy", "agreement"),
-    labelled=True,
+    labels="classes",
 )
-#: The last one takes every other class; models that are no language models are refused when they are loaded.
+MASKED = Task("masked language modelling", ("ForMaskedLM",), ("perplexity", "kl", "agreement"), ("perplexity", "kl"))
 LANGUAGE = Task(
     "causal language modelling",
-    "",
+    ("ForCausalLM", "LMHeadModel"),
     ("bits_per_byte", "perplexity", "kl", "agreement"),
     ("bits_per_byte", "kl"),
-    labelled=False,
 )
-TASKS = (CLASSIFICATION, LANGUAGE)
+EMBEDDING = Task(
+    "sentence embedding",
+    ("Model",),  # a base model, without a head
+    ("similarity", "spearman"),
+    ("similarity", "spearman"),
+    labels="scores",
+    optional=True,
+)
+#: The first one whose suffix fits counts.
+TASKS = (CLASSIFICATION, MASKED, LANGUAGE, EMBEDDING)
 #: Metrics read off text, of any task.
 TEXT_METRICS = frozenset(metric for task in TASKS for metric in task.metrics)
 
 
 def task_of(class_name: str | None) -> Task:
-    """The task of a stock class, by its name."""
-    return next(task for task in TASKS if (class_name or "").endswith(task.suffix))
+    """The task of a stock class, by its name; what is no language model after all is refused when it is loaded."""
+    return next((task for task in TASKS if (class_name or "").endswith(task.suffixes)), LANGUAGE)
+
+
+def measurable(labelled: bool) -> frozenset[str]:
+    """Metrics that some task reads off data with or without labels."""
+    return frozenset(metric for task in TASKS for metric in task.measurable(labelled))
 
 
 def check_metrics(class_name: str | None, metrics: Collection[str], *, labelled: bool | None) -> Task:
@@ -61,18 +85,21 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, labelled:
     Raises:
         CompressError: a metric is of another task, or the data are.
     """
-    task = task_of(class_name)
+    task, model = task_of(class_name), class_name or "this model"
     if wrong := [metric for metric in metrics if metric in TEXT_METRICS - set(task.metrics)]:
         raise CompressError(
-            f"`{wrong[0]}` does not measure {task.name}, which {class_name or 'this model'} is for",
+            f"`{wrong[0]}` does not measure {task.name}, which {model} is for",
             fix=f"its metrics are {', '.join(task.metrics)}",
         )
-    if labelled is not None and labelled != task.labelled and set(metrics) & TEXT_METRICS:
-        says = "takes labelled files" if task.labelled else "takes text without labels"
+    if labelled is None or not set(metrics) & TEXT_METRICS:
+        return task
+    if not task.measurable(labelled):
         raise CompressError(
-            f"{task.name}, which {class_name or 'this model'} is for, {says}",
-            fix="name the columns of texts and labels: `text`, `label`" if task.labelled else "leave out `label`",
+            f"{task.name}, which {model} is for, takes {'labelled files' if task.labels else 'text without labels'}",
+            fix="name the columns of texts and labels: `text`, `label`" if task.labels else "leave out `label`",
         )
+    if wrong := [metric for metric in metrics if metric in TEXT_METRICS.difference(task.measurable(labelled))]:
+        raise CompressError(f"`{wrong[0]}` needs labelled pairs of texts", fix="name the columns: `text`, `label`")
     return task
 
 
@@ -112,3 +139,14 @@ def label_id(value: Any, names: Mapping[str, int]) -> int | None:
         value = int(value)
     known = isinstance(value, int) and not isinstance(value, bool) and value in names.values()
     return int(value) if known else None
+
+
+def score(value: Any) -> float | None:
+    """The finite number that a score of a file says, None where it says none."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

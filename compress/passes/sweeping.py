@@ -36,7 +36,7 @@ def open_sweep(
     batches = context.data("calibration")
     return Sweep(
         checkpoint,
-        Inputs({"input_ids": batches.ids}, batches.mask),
+        Inputs(batches.values, batches.mask),
         set(names),
         work=work,
         dtype=context.dtype,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress import text
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.errors import CompressError, DataError, ReportError
-from compress.evaluation.tasks import TEXT_METRICS, check_metrics, task_of
+from compress.evaluation.tasks import PAIRED, TEXT_METRICS, check_metrics, task_of
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.measure import SPEED_METRICS
 from compress.pipeline.run import machine, resolve_device
@@ -30,7 +30,7 @@ SCHEMA = "compress.eval/1"
 class Assessment:
     """What to measure, and how; kept in the result so that a later one can be paired with it.
 
-    ``metrics``: None for bits per byte and perplexity where there is text, for accuracy and F1 where it is labelled.
+    ``metrics``: None for those of the model's task that need no other checkpoint.
     ``text`` and ``label``: columns of labelled files, as in a recipe.
     """
 
@@ -94,17 +94,21 @@ def assess(
         )
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
     class_name = candidate.spec.structure.class_name
-    metrics = how.metrics if how.metrics is not None else task_of(class_name).metrics[:2] if how.files else ()
-    check_metrics(class_name, metrics, labelled=how.label is not None if how.files else None)
+    task, labelled = task_of(class_name), how.label is not None
+    metrics: tuple[str, ...] = how.metrics or ()
+    if how.metrics is None and how.files:
+        possible = [m for m in task.measurable(labelled) if m not in PAIRED]
+        metrics = tuple(possible) or task.measurable(labelled) or task.default
+    check_metrics(class_name, metrics, labelled=labelled if how.files else None)
     how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)
     if baseline is not None and stored_baseline is None:
         reference = open_checkpoint(baseline, trust_remote_code=trust_remote_code, offline=offline)
-    elif stored_baseline is not None and wants & ({"kl", "agreement"} | SPEED_METRICS):
+    elif stored_baseline is not None and wants & (PAIRED | SPEED_METRICS):
         reference = open_checkpoint(stored_baseline["checkpoint"], trust_remote_code=trust_remote_code, offline=offline)
-    if wants & ({"kl", "agreement"} | SPEED_METRICS) and reference is None:
-        metric = min(wants & ({"kl", "agreement"} | SPEED_METRICS))
+    if wants & (PAIRED | SPEED_METRICS) and reference is None:
+        metric = min(wants & (PAIRED | SPEED_METRICS))
         raise CompressError(f"`{metric}` compares with another checkpoint", fix="give --baseline")
     if wants & TEXT_METRICS and not how.files:
         raise DataError("text metrics need text", fix="give --data")
@@ -162,12 +166,12 @@ def _text(
     from compress.loading import load_checkpoint, load_tokenizer
 
     structure = candidate.spec.structure
-    documents = read(how, how.separator, structure.config)[: how.max_documents]
+    documents = read(how, how.separator, structure)[: how.max_documents]
     assert candidate.folder is not None
     model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
     beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
     tokenizer = load_tokenizer(candidate.folder, trust_remote_code=candidate.trust_remote_code)
-    score = Scorer(task_of(structure.class_name), tokenizer, documents, how, structure.config, progress)
+    score = Scorer(structure, candidate.folder, tokenizer, documents, how, progress)
     document["evaluation"] = score(model, beside)
     if other is not None and other["evaluation"] is None and beside is not None:
         other["evaluation"] = score(beside)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import DataError
 from compress.pipeline.fingerprint import fingerprint
 from compress.pipeline.score import read
-from compress.text import Document, check_disjoint, holds_ids, read_documents
+from compress.recipe.model import Calibration, Training
+from compress.text import Document, check_disjoint, holds_ids, read_documents, read_examples
 from compress.text import fingerprint as fingerprint_files
 
 if TYPE_CHECKING:
     from compress.calibration.batches import Batches
+    from compress.checkpoint.spec import Structure
     from compress.recipe import Recipe
-    from compress.recipe.model import Calibration
+
+
+def read_section(section: Training | Calibration, separator: str | None) -> list[Document]:
+    """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`."""
+    if isinstance(section, Calibration) and section.text is not None:
+        return read_examples(section.files, section.text)
+    return read_documents(section.files, separator, section.field)
 
 
 def draw(
@@ -56,12 +64,12 @@ class DataSets:
     """Text of a recipe's ``data`` section.
 
     Attributes:
-        folder: where the tokenizer is. config: of the model, which names labels.
+        folder: where the tokenizer is. structure: of the model, which tells its task and labels.
     """
 
     recipe: Recipe
     folder: Path
-    config: Mapping[str, Any]
+    structure: Structure
     _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
     _batches: dict[str, Any] = field(default_factory=dict)
@@ -77,11 +85,10 @@ class DataSets:
             if not self.files(name):
                 raise DataError(f"the recipe has no data.{name}")
             section, separator = getattr(self.recipe.data, name), self.recipe.document_separator
-            self._documents[name] = (
-                read(section, separator, self.config)
-                if name == "evaluation"
-                else read_documents(section.files, separator, section.field)
-            )
+            if name == "evaluation":
+                self._documents[name] = read(section, separator, self.structure)
+            else:
+                self._documents[name] = read_section(section, separator)
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
@@ -110,7 +117,7 @@ class DataSets:
                 self.tokenizer,
                 lambda: self.documents(name),
                 seed=self.recipe.seed,
-                vocabulary=self.config.get("vocab_size"),
+                vocabulary=self.structure.config.get("vocab_size"),
             )
         drawn: Batches = self._batches[name]
         return drawn
@@ -119,11 +126,12 @@ class DataSets:
         """Evaluation shares no text with training or calibration. Raises `DataError`."""
         if not self.files("evaluation"):
             return
-        others: dict[tuple[str, ...], str] = {}
+        others: dict[tuple[Any, ...], str] = {}
         for name in ("training", "calibration"):
             if files := tuple(self.files(name)):
+                section = getattr(self.recipe.data, name)
                 # often the same files: compare once
-                others.setdefault((*files, getattr(self.recipe.data, name).field), name)
+                others.setdefault((files, section.field, getattr(section, "text", None)), name)
         for name in others.values():
             check_disjoint(self.documents("evaluation"), self._seen(name), name)
 

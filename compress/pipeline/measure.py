@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import passes
 from compress.checkpoint.open import Stored
-from compress.evaluation.tasks import TEXT_METRICS, task_of
+from compress.evaluation.tasks import TEXT_METRICS
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
@@ -66,14 +66,8 @@ class Measurements:
             documents = self.data.documents("evaluation")
             if section.max_documents is not None:
                 documents = documents[: section.max_documents]
-            structure = original.spec.structure
             score = Scorer(
-                task_of(structure.class_name),
-                self.data.tokenizer(),
-                documents,
-                section,
-                structure.config,
-                self.progress,
+                original.spec.structure, self.data.folder, self.data.tokenizer(), documents, section, self.progress
             )
             reference = load_checkpoint(original, dtype=self.recipe.dtype, device=self.device)
             for i, name in enumerate(names):

@@ -18,6 +18,7 @@ from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import EXIT_OK, PassError, ResourceError
+from compress.evaluation.tasks import task_of
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
 from compress.pipeline.data import DataSets
@@ -77,7 +78,9 @@ class Run:
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
         )
         assert self.original.folder is not None
-        self.data = DataSets(recipe, self.original.folder, self.original.spec.structure.config)
+        structure = self.original.spec.structure
+        self.recipe = recipe = recipe.fitted(task_of(structure.class_name))
+        self.data = DataSets(recipe, self.original.folder, structure)
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
@@ -277,6 +280,7 @@ def _run(
     state = Run(recipe, progress, fresh, ranks)
     state.prepare()
     with state.folder.locked():
+        recipe = state.recipe
         wanted = resolved(recipe)
         identity = fingerprint(
             [

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.evaluation.tasks import Task, label_id, label_ids
+from compress.checkpoint.spec import Structure
+from compress.errors import DataError
+from compress.evaluation.tasks import (
+    CLASSIFICATION,
+    EMBEDDING,
+    LANGUAGE,
+    MASKED,
+    Task,
+    label_id,
+    label_ids,
+    score,
+    task_of,
+)
 from compress.progress import Progress
-from compress.text import Document, read_documents, read_labelled
+from compress.text import Document, Labels, read_documents, read_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,41 +49,84 @@ class Texts(Protocol):
     def max_documents(self) -> int | None: ...  # noqa: D102
 
 
-def read(texts: Texts, separator: str | None, config: Mapping[str, Any]) -> list[Document]:
-    """All documents of the evaluation files; labelled ones with the ids that the model's config gives to labels.
+def read(texts: Texts, separator: str | None, structure: Structure) -> list[Document]:
+    """All documents of the evaluation files; labelled ones with what their labels say to the model.
 
     Raises `DataError` with file and row.
     """
     if texts.label is None:
         return read_documents(texts.files, separator, texts.field)
+    task = task_of(structure.class_name)
+    if task.labels == "scores" and len(texts.columns) < 2:
+        raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")
+    return read_examples(texts.files, texts.columns, _LABELS[task.labels](texts.label, structure.config))
+
+
+def _classes(field: str, config: Mapping[str, Any]) -> Labels:
     labels, ids = label_ids(config)
     shown = ", ".join(labels[:_LABELS_SHOWN]) + (", …" if len(labels) > _LABELS_SHOWN else "")
     known = f"there are {shown}, or 0 to {len(labels) - 1}"
-    return read_labelled(texts.files, texts.columns, texts.label, lambda value: label_id(value, ids), known)
+    return Labels(field, lambda value: label_id(value, ids), "a label of the model", known)
+
+
+def _scores(field: str, config: Mapping[str, Any]) -> Labels:
+    return Labels(field, score, "a number")
+
+
+_LABELS: Mapping[str, Callable[[str, Mapping[str, Any]], Labels]] = {"classes": _classes, "scores": _scores}
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Measures models on the same documents. ``config``: of the original, which names the labels."""
+    """Measures models on the same documents.
 
-    task: Task
+    ``structure`` and ``folder`` are the original's: they tell the task, the labels, and how sentence embeddings are made.
+    """
+
+    structure: Structure
+    folder: Path
     tokenizer: PreTrainedTokenizerBase
     documents: Sequence[Document]
     texts: Texts
-    config: Mapping[str, Any]
     progress: Progress
 
     def __call__(
         self, model: PreTrainedModel, reference: PreTrainedModel | None = None, title: str = "evaluate"
     ) -> dict[str, Any]:
         """The evaluation as JSON values; ``reference`` is the model to compare with."""
-        how: dict[str, Any] = {"reference": reference, "title": title, "progress": self.progress}
-        if self.task.labelled:
-            from compress.evaluation.classification import classify_documents
+        score = _SCORERS[task_of(self.structure.class_name)]
+        return score(self, model, reference=reference, title=title, progress=self.progress)
 
-            labels, _ = label_ids(self.config)
-            return classify_documents(model, self.tokenizer, self.documents, labels=labels, **how).to_dict()
-        from compress.evaluation.language import score_documents
 
-        how |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
-        return score_documents(model, self.tokenizer, self.documents, **how).to_dict()
+def _classified(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.classification import classify_documents
+
+    labels, _ = label_ids(self.structure.config)
+    return classify_documents(model, self.tokenizer, self.documents, labels=labels, **how).to_dict()
+
+
+def _language(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.language import score_documents
+
+    how |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
+    return score_documents(model, self.tokenizer, self.documents, **how).to_dict()
+
+
+def _masked(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.masked import score_masked
+
+    return score_masked(model, self.tokenizer, self.documents, window=self.texts.window, **how)
+
+
+def _embedded(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.embeddings import embed_documents, read_pooling
+
+    return embed_documents(model, self.tokenizer, self.documents, pooling=read_pooling(self.folder), **how)
+
+
+_SCORERS: Mapping[Task, Callable[..., dict[str, Any]]] = {
+    CLASSIFICATION: _classified,
+    LANGUAGE: _language,
+    MASKED: _masked,
+    EMBEDDING: _embedded,
+}

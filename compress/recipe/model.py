@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from compress import passes
 from compress.errors import CompressError
-from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, TEXT_METRICS
+from compress.evaluation.tasks import TEXT_METRICS, Task
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
 from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
@@ -29,7 +29,9 @@ from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
 
-Metric = Literal["bits_per_byte", "perplexity", "accuracy", "f1", "kl", "agreement", "latency", "memory"]
+Metric = Literal[
+    "bits_per_byte", "perplexity", "accuracy", "f1", "similarity", "spearman", "kl", "agreement", "latency", "memory"
+]
 METRICS: tuple[str, ...] = get_args(Metric)
 assert set(METRICS) >= TEXT_METRICS
 #: Gates whose metric has another name, or that need none.
@@ -117,6 +119,11 @@ class TextFiles(Settings):
 
     @model_validator(mode="after")
     def _has_fields(self) -> Self:
+        text = getattr(self, "text", None)
+        if text is not None and self.field != FIELD:
+            raise ValueError("`text` names the column, so leave out `field`")
+        if text is not None and (wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None)):
+            raise ValueError(f"`text` names a column, and {wrong} has none")
         if self.field != FIELD and not any(kind(f) in (*FIELD_KINDS, ".safetensors") for f in self.files):
             raise ValueError(f"`field` names one of several, and {self.files[0]} has none")
         return self
@@ -133,10 +140,17 @@ class Calibration(TextFiles):
         description=f"{_KINDS}; or one .npy or .safetensors file of token ids, integers [samples, length], used as they "
         "are (`field` names the tensor where a file has several)."
     )
+    text: Columns | None = Field(
+        default=None,
+        description="Of .jsonl, .csv, .tsv and .parquet files the column of the text, or two columns of texts that the "
+        "model reads together, [sentence1, sentence2], where each row is shown to the model by itself, as encoders read it; "
+        "in place of `field`.",
+    )
     mode: Literal["packed", "padded"] = Field(
-        default="packed",
-        description="`packed`: documents in one stream, cut into windows. `padded`: each document by itself, cut to "
-        "`length` or padded on the right and masked.",
+        default_factory=lambda fields: "packed" if fields["text"] is None else "padded",
+        description="`packed`: documents in one stream, cut into windows. `padded`: each document by itself, with the "
+        "tokenizer's special tokens, cut to `length` or padded on the right and masked. The default is `packed`, and "
+        "`padded` with `text`.",
     )
     samples: int | None = Field(
         default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 128,
@@ -160,6 +174,8 @@ class Calibration(TextFiles):
             raise ValueError("token ids come from one file, with no other beside it")
         elif self.mode != "packed":
             raise ValueError("token ids are used as they are: leave out `mode`")
+        if self.text is not None and self.mode == "packed":
+            raise ValueError("`text` names texts that are read one by one: leave out `mode: packed`, or use `field`")
         return self
 
 
@@ -181,8 +197,9 @@ class Evaluation(TextFiles):
     )
     label: Text | None = Field(
         default=None,
-        description="The column of the label: an integer, or a name in the config's id2label or label2id. For text "
-        "classifiers, which read each row whole: `field`, `window` and `stride` have no meaning then.",
+        description="The column of the label. For text classifiers: an integer, or a name in the config's id2label or "
+        "label2id. For sentence embeddings of base models: the score of the pair of texts that `text` names. Each row is read "
+        "whole: `field`, `window` and `stride` have no meaning then.",
     )
 
     @model_validator(mode="after")
@@ -273,7 +290,7 @@ class AgreementGate(Gate):
 
 
 class ScoreGate(Gate):
-    """Bounds on a score of labelled texts that is better when higher."""
+    """Bounds on a score that is better when higher."""
 
     min: Level | None = Field(default=None, description="Smallest score, such as 0.9 or 90%.")
     max_drop: float | None = Field(
@@ -296,6 +313,12 @@ class Gates(Settings):
     perplexity: IncreaseGate | None = Field(default=None, description="Perplexity per token of the evaluation text.")
     accuracy: ScoreGate | None = Field(default=None, description="Share of labelled texts that are classified rightly.")
     f1: ScoreGate | None = Field(default=None, description="Mean of the labels' F1 (macro), on labelled texts.")
+    similarity: ScoreGate | None = Field(
+        default=None, description="Mean cosine of sentence embeddings to the original's; a drop is one from 1."
+    )
+    spearman: ScoreGate | None = Field(
+        default=None, description="Rank correlation of the cosines of pairs of sentences with their scores."
+    )
     kl: DivergenceGate | None = Field(default=None, description="Divergence from the original's predictions.")
     agreement: AgreementGate | None = Field(
         default=None, description="How often the likeliest token, or label, is the original's."
@@ -368,12 +391,6 @@ def parse_pass(value: Any) -> PassEntry:
     return PassEntry(name, model.model_validate_json(text, strict=True))
 
 
-def _default_metrics(evaluation: Evaluation | None) -> tuple[Metric, ...]:
-    if evaluation is None:
-        return ()
-    return cast(tuple[Metric, ...], (LANGUAGE if evaluation.label is None else CLASSIFICATION).default)
-
-
 Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
 
 
@@ -413,10 +430,11 @@ class Recipe(Settings):
     offline: bool = Field(default=False, description="Use no network; hub ids come from the cache.")
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
     passes: tuple[Entry, ...] = Field(min_length=1, description="The passes, in order, each as `name: {settings}`.")
-    evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] = Field(
-        default_factory=lambda fields: _default_metrics(fields["data"].evaluation),
-        description="What to measure besides what gates need. Default: bits_per_byte and kl, of labelled texts accuracy "
-        "and agreement, or nothing without `data.evaluation`.",
+    evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] | None = Field(
+        default=None,
+        description="What to measure besides what gates need. By default what fits the model: bits_per_byte and kl of causal "
+        "language models, perplexity and kl of masked ones, accuracy and agreement of text classifiers, similarity (and "
+        "spearman where `data.evaluation` has labelled pairs) of base models; nothing without `data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="What must hold of the result, or it is not published.")
     confidence: float = Field(
@@ -434,5 +452,13 @@ class Recipe(Settings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What to measure: ``evaluate`` and what the gates judge by, in the order of `METRICS`."""
-        wanted = {*self.evaluate, *(metric_of(gate) for gate in self.gates.given())}
+        wanted = {*(self.evaluate or ()), *(metric_of(gate) for gate in self.gates.given())}
         return tuple(metric for metric in METRICS if metric in wanted)
+
+    def fitted(self, task: Task) -> Self:
+        """The recipe with ``evaluate`` said, for a model of that task."""
+        if self.evaluate is not None:
+            return self
+        evaluation = self.data.evaluation
+        possible = () if evaluation is None else task.measurable(evaluation.label is not None) or task.default
+        return self.model_copy(update={"evaluate": tuple(m for m in task.default if m in possible)})

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
-from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, TEXT_METRICS
+from compress.evaluation.tasks import TEXT_METRICS, measurable
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
@@ -305,22 +305,20 @@ def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
                 _data_hint(name),
             )
     lacking, hint = "needs text to measure on, and there is no `data.evaluation`", _data_hint("evaluation")
-    measurable: tuple[str, ...] = ()
+    possible: frozenset[str] = frozenset()
     if "evaluation" in given:
         labelled = isinstance(data["evaluation"], dict) and data["evaluation"].get("label") is not None
-        task = CLASSIFICATION if labelled else LANGUAGE
-        lacking = (
-            f"does not measure {task.name}, which `data.evaluation` {'with' if labelled else 'without'} `label` is for"
-        )
-        measurable, hint = task.metrics, f"its metrics are {', '.join(task.metrics)}"
+        possible = measurable(labelled)
+        lacking = f"is read off text {'without' if labelled else 'with'} labels"
+        hint = "leave out `label`" if labelled else "add to data.evaluation: `text: COLUMN, label: COLUMN`"
     wanted = values.get("evaluate")
     for i, metric in enumerate(wanted if isinstance(wanted, list) else []):
-        if isinstance(metric, str) and metric in TEXT_METRICS.difference(measurable):
+        if isinstance(metric, str) and metric in TEXT_METRICS - possible:
             path: tuple[str | int, ...] = ("evaluate", i)
             yield Problem(f"{metric} {lacking}", find_place(root, path), path, hint)
     gates = values.get("gates")
     for gate in gates if isinstance(gates, dict) else {}:
-        if metric_of(gate) in TEXT_METRICS.difference(measurable):
+        if metric_of(gate) in TEXT_METRICS - possible:
             path = ("gates", gate)
             place = find_place(root, path, key=True)
             yield Problem(f"the gate {gate} {lacking}", place, path, hint)

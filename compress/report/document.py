@@ -97,8 +97,52 @@ class Classification(_Part):
     documents: list[PredictionRow]
 
 
-#: Of a language model, or of a classifier.
-Measured = Annotated[Evaluation | Classification, Field(discriminator="schema_")]
+class MaskedScore(_Part):
+    """Sums over the masked tokens of a document or window."""
+
+    id: str
+    tokens: int = Field(description="Masked tokens.")
+    nll: Number = Field(description="Negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
+    agree: int | None = Field(description="Tokens at which both models' likeliest token is the same.")
+
+
+class Masked(_Part):
+    """Scores of a masked language model at the tokens that were masked."""
+
+    schema_: Literal["compress.masked/1"] = Field(alias="schema")
+    unit: Literal["document", "chunk"] = Field(description="What comparisons resample.")
+    window: int = Field(description="Tokens that the model reads at once.")
+    share: Number = Field(description="Of the tokens, masked by lot.")
+    perplexity: Number = Field(description="Per masked token.")
+    kl: Number | None = Field(description="Mean per masked token, nats.")
+    agreement: Number | None = Field(description="Share of masked tokens.")
+    documents: list[MaskedScore]
+
+
+class EmbeddedRow(_Part):
+    """The embedding of one text, or of both texts of a pair."""
+
+    id: str
+    similarity: Number | None = Field(description="Cosine to the original's; of a pair the mean of both.")
+    cosine: Number | None = Field(description="Of the two texts of a pair.")
+    score: Number | None = Field(description="What the pair's label says.")
+
+
+class Embeddings(_Part):
+    """Sentence embeddings of a base model."""
+
+    schema_: Literal["compress.embeddings/1"] = Field(alias="schema")
+    unit: Literal["example"] = Field(description="What comparisons resample.")
+    pooling: list[str] = Field(description="How tokens' vectors become one; several stand side by side.")
+    cut: int = Field(description="Texts that are longer than the model reads.")
+    similarity: Number | None = Field(description="Mean cosine to the original's.")
+    spearman: Number | None = Field(description="Rank correlation of cosines and scores.")
+    documents: list[EmbeddedRow]
+
+
+#: What evaluations give, by the model's task.
+Measured = Annotated[Evaluation | Classification | Masked | Embeddings, Field(discriminator="schema_")]
 
 
 class Timing(_Part):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class Step:
     Attributes:
         bytes: after the pass. saved: bytes less than before it. share: bytes over the original's.
         quality: the `Headline` metric of the stage that the pass ends, None inside a fused stage.
-        cost: how much worse it is than at the last measure. kl: nats per token, or labelled text, from the original. seconds: of the stage, None inside a fused one.
+        cost: how much worse it is than at the last measure. kl: nats per token, or labelled text, from the original.
+        seconds: of the stage, None inside a fused one.
     """
 
     name: str
@@ -65,18 +66,22 @@ class Headline:
         return value, "" if step.cost is None else self.cost.format(step.cost)
 
 
-_BITS = Headline("bits_per_byte", "bits per byte", "{:.4g}", "{:+.4f}", 1)
-_ACCURACY = Headline("accuracy", "accuracy", "{:.2%}", "{:+.2f} points", -100)
+#: By the schema of evaluations.
+_HEADLINES = {
+    "compress.evaluation/1": Headline("bits_per_byte", "bits per byte", "{:.4g}", "{:+.4f}", 1),
+    "compress.classification/1": Headline("accuracy", "accuracy", "{:.2%}", "{:+.2f} points", -100),
+    "compress.masked/1": Headline("perplexity", "perplexity", "{:.4g}", "{:+.4f}", 1),
+    "compress.embeddings/1": Headline("spearman", "Spearman", "{:.4f}", "{:+.2f} points", -100),
+}
+_SIMILARITY = Headline("similarity", "similarity", "{:.4f}", "{:+.2f} points", -100)
+_LANGUAGE = "compress.evaluation/1"
 
 
 def headline(report: Mapping[str, Any]) -> Headline:
     """What the report's waterfall shows."""
     evaluation = report["original"]["evaluation"]
-    return _ACCURACY if evaluation is not None and _labelled(evaluation) else _BITS
-
-
-def _labelled(evaluation: Mapping[str, Any]) -> bool:
-    return bool(evaluation["unit"] == "example")
+    found = _HEADLINES[evaluation["schema"] if evaluation else _LANGUAGE]
+    return _SIMILARITY if evaluation and evaluation[found.key] is None else found
 
 
 def before_after(report: Mapping[str, Any]) -> list[Row]:
@@ -106,26 +111,23 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
 def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
     if before is None or after is None:
         return []
-    if _labelled(after):
-        return _labelled_quality(before, after)
     rows = []
     for name, key in (("bits per byte", "bits_per_byte"), ("perplexity per token", "perplexity")):
-        x, y = before[key], after[key]
-        rows.append(Row(name, f"{x:.4g}", f"{y:.4g}", f"{y / x - 1:+.1%}" if x else ""))
-    if after["kl"] is not None:
-        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", "nats per token"))
-        rows.append(Row("top-1 agreement", "100%", f"{after['agreement']:.1%}", ""))
-    return rows
-
-
-def _labelled_quality(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
-    rows = []
-    for name, key in (("accuracy", "accuracy"), ("macro F1", "f1")):
-        x, y = before[key], after[key]
-        rows.append(Row(name, f"{x:.2%}", f"{y:.2%}", f"{100 * (y - x):+.2f} points"))
-    if after["kl"] is not None:
-        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", "nats per text"))
-        rows.append(Row("agreement with the original", "100%", f"{after['agreement']:.2%}", ""))
+        if (x := before.get(key)) is not None and (y := after.get(key)) is not None:
+            rows.append(Row(name, f"{x:.4g}", f"{y:.4g}", f"{y / x - 1:+.1%}" if x else ""))
+    for name, key, form in (
+        ("accuracy", "accuracy", ".2%"),
+        ("macro F1", "f1", ".2%"),
+        ("Spearman", "spearman", ".4f"),
+    ):
+        if (x := before.get(key)) is not None and (y := after.get(key)) is not None:
+            rows.append(Row(name, f"{x:{form}}", f"{y:{form}}", f"{100 * (y - x):+.2f} points"))
+    if (near := after.get("similarity")) is not None:
+        rows.append(Row("similarity to the original", "1", f"{near:.4f}", "mean cosine"))
+    if after.get("kl") is not None:
+        unit, share = ("text", "agreement") if after["unit"] == "example" else ("token", "top-1 agreement")
+        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", f"nats per {unit}"))
+        rows.append(Row(share, "100%", f"{after['agreement']:.{2 if unit == 'text' else 1}%}", ""))
     return rows
 
 
@@ -165,7 +167,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
                     share=size / start if start else 0.0,
                     quality=now,
                     cost=shown.cost_per_unit * (now - last) if now is not None and last is not None else None,
-                    kl=measured["kl"] if measured else None,
+                    kl=measured.get("kl") if measured else None,
                     seconds=sum(stage["seconds"].values()) if ends else None,
                     reused=stage["reused"],
                 )
@@ -259,17 +261,31 @@ def quality_note(report: Mapping[str, Any]) -> str | None:
     if evaluation is None:
         return None
     files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
-    if _labelled(evaluation):
-        note = f"{len(evaluation['documents'])} labelled texts of {files or 'text'}, {len(evaluation['labels'])} labels; F1 is the "
-        note += "mean over labels (macro)"
-        return note + (f"; {evaluation['cut']} were cut to what the model reads" if evaluation["cut"] else "")
-    note = (
-        f"{len(evaluation['documents'])} {evaluation['unit']}s of {files or 'text'}, windows of {evaluation['window']} "
-    )
-    note += f"tokens, stride {evaluation['stride']}"
-    if evaluation["unit"] == "chunk":
-        note += "; too few documents, so fixed chunks of them are resampled, which makes intervals rather too narrow"
-    return note
+    note = f"{len(evaluation['documents'])} {_UNITS[evaluation['schema']].format(**evaluation)} of {files or 'text'}"
+    return note + _NOTES[evaluation["schema"]](evaluation)
+
+
+_UNITS = {
+    _LANGUAGE: "{unit}s",
+    "compress.classification/1": "labelled texts",
+    "compress.masked/1": "{unit}s",
+    "compress.embeddings/1": "texts or pairs",
+}
+_NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    _LANGUAGE: lambda e: f", windows of {e['window']} tokens, stride {e['stride']}{_few(e)}",
+    "compress.classification/1": lambda e: f", {len(e['labels'])} labels; F1 is the mean over labels (macro){_cut(e)}",
+    "compress.masked/1": lambda e: f", windows of {e['window']} tokens, {e['share']:.0%} of them masked{_few(e)}",
+    "compress.embeddings/1": lambda e: f", pooling: {', '.join(e['pooling'])}{_cut(e)}",
+}
+
+
+def _few(evaluation: Mapping[str, Any]) -> str:
+    few = "; too few documents, so fixed chunks of them are resampled, which makes intervals rather too narrow"
+    return few if evaluation["unit"] == "chunk" else ""
+
+
+def _cut(evaluation: Mapping[str, Any]) -> str:
+    return f"; {evaluation['cut']} were cut to what the model reads" if evaluation["cut"] else ""
 
 
 def _count(number: float) -> str:

@@ -126,11 +126,13 @@ def test_chats_are_shown_in_their_template():
 
 def test_parts_cover_every_sample():
     ids = torch.arange(35).reshape(7, 5)
-    parts = Batches(ids, ids % 2 == 0).parts(11)
-    assert [len(p) for p, _ in parts] == [2, 2, 2, 1]
-    assert torch.equal(torch.cat([p for p, _ in parts]), ids)
-    assert torch.equal(torch.cat([m for _, m in parts]), ids % 2 == 0)
-    assert [(len(p), m) for p, m in Batches(ids).parts(1)] == [(1, None)] * 7
+    parts = Batches(ids, ids % 2 == 0, tuple("abcdefg"), ids % 3).parts(11)
+    assert [len(p.ids) for p in parts] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat([p.ids for p in parts]), ids)
+    assert torch.equal(torch.cat([p.mask for p in parts]), ids % 2 == 0)
+    assert torch.equal(torch.cat([p.inputs("cpu")["token_type_ids"] for p in parts]), ids % 3)
+    assert "".join(c for p in parts for c in p.chosen) == "abcdefg"
+    assert [(len(p.ids), p.mask, list(p.inputs("cpu"))) for p in Batches(ids).parts(1)] == [(1, None, ["input_ids"])] * 7
 
 
 def test_the_hash_is_of_ids_and_mask():

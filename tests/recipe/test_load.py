@@ -12,6 +12,7 @@ from conftest import GOOD
 
 import compress
 from compress.errors import PassError, RecipeError
+from compress.evaluation.tasks import EMBEDDING, LANGUAGE, MASKED
 from compress.passes.cast import CastSettings
 from compress.passes.prune_structured import PruneStructuredSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
@@ -92,7 +93,11 @@ def test_a_short_recipe_has_every_default(work: Path) -> None:
     assert recipe.metrics == (), "there is no text to measure on"
     Path("r.yaml").write_text(GOOD + "data: {evaluation: {files: [text/valid.txt]}}\n")
     recipe = load_recipe(Path("r.yaml"))
-    assert recipe.metrics == ("bits_per_byte", "kl")
+    assert recipe.evaluate is None, "the model's task decides"
+    assert recipe.fitted(LANGUAGE).metrics == ("bits_per_byte", "kl")
+    assert recipe.fitted(MASKED).metrics == ("perplexity", "kl")
+    assert recipe.fitted(EMBEDDING).metrics == ("similarity",)
+    assert load_recipe(Path("r.yaml"), ["evaluate=[kl]"]).fitted(LANGUAGE).metrics == ("kl",)
 
 
 def test_data_sets_and_their_defaults(work: Path) -> None:
@@ -209,7 +214,7 @@ r.yaml:16:5: expected one pass, got `cast`, `weights`
 r.yaml:18:36: sparsity: expected a share between 0 and 1, such as 50% or 0.5, got '150%'
    18 |   - prune_unstructured: {sparsity: 150%, pattern: 2:4}
       |                                    ^^^^
-r.yaml:19:12: expected bits_per_byte, perplexity, kl, agreement, latency or memory, got 'bpb'
+r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency or memory, got 'bpb'
    19 | evaluate: [bpb, kl]
       |            ^^^
 r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1

@@ -80,7 +80,7 @@ def test_defaults_are_written_out(work: Path) -> None:
                 }
             }
         ],
-        "evaluate": [],
+        "evaluate": None,
         "gates": {},
         "confidence": 0.95,
         "bootstrap": 10_000,

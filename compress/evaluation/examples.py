@@ -1,0 +1,122 @@
+"""Texts that are read whole, each by itself: as tokens, in batches of similar length, padded on the right and masked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import DataError
+from compress.progress import Progress
+from compress.text import Document, encoded
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Tokens of a batch with its padding, and most texts in one.
+BATCH_TOKENS, BATCH_TEXTS = 1 << 13, 64
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts as a model reads them.
+
+    Attributes:
+        rows: of each text the model's inputs by name. cut: how many are longer than the model reads.
+        padding: id of the padding token; None where the model knows none.
+    """
+
+    rows: tuple[dict[str, list[int]], ...]
+    cut: int
+    padding: int | None
+
+    def batches(self, tokens: int = BATCH_TOKENS) -> list[list[int]]:
+        """Numbers of texts, longest first, so that memory is at its most in the first batch of up to so many tokens."""
+        # some models find by the padding token where a text ends; without one texts go one by one
+        most = BATCH_TEXTS if self.padding is not None else 1
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        batches: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            full = not batches or len(batches[-1]) >= most
+            if full or lengths[batches[-1][0]] * (len(batches[-1]) + 1) > tokens:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def inputs(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Tensors [texts, tokens] of every input that the tokenizer gives."""
+        import torch
+
+        rows = [self.rows[i] for i in batch]
+        longest = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.padding or 0}
+        return {
+            name: torch.tensor([row[name] + [fill.get(name, 0)] * (longest - len(row[name])) for row in rows])
+            for name in rows[0]
+        }
+
+    @contextmanager
+    def each(
+        self, progress: Progress, title: str, tokens: int = BATCH_TOKENS
+    ) -> Iterator[Iterator[tuple[list[int], dict[str, torch.Tensor]]]]:
+        """Every batch of up to so many tokens with its inputs, under inference mode."""
+        import torch
+
+        def run() -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+            for batch in self.batches(tokens):
+                yield batch, self.inputs(batch)
+                task.advance(len(batch))
+
+        with torch.inference_mode(), progress.task(title, len(self.rows), "texts") as task:
+            yield run()
+
+
+def examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    longest: int | None = None,
+) -> Examples:
+    """The documents with the tokenizer's special tokens, cut to what model and tokenizer take, and to ``longest`` tokens.
+
+    Raises:
+        DataError: the tokenizer gives tokens that the model does not know.
+    """
+    limit = min((n for n in (longest, longest_text(model, tokenizer)) if n is not None), default=None)
+    rows = [encoded(document, tokenizer) for document in documents]
+    cut = [limit is not None and len(row["input_ids"]) > limit for row in rows]
+    rows = [
+        encoded(document, tokenizer, limit) if long else row
+        for row, document, long in zip(rows, documents, cut, strict=True)
+    ]
+    check_tokens(model, max(max(row["input_ids"], default=0) for row in rows))
+    return Examples(tuple(rows), sum(cut), model.config.pad_token_id)
+
+
+def check_tokens(model: PreTrainedModel, highest: int) -> None:
+    """The model knows token ids up to ``highest``. Raises `DataError`."""
+    embeddings: Any = model.get_input_embeddings()
+    if highest >= (size := int(embeddings.weight.shape[0])):
+        raise DataError(f"the tokenizer gives token {highest}, the model knows {size}", fix="use its own tokenizer")
+
+
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most tokens of a text; None where nothing limits them. Positions up to the padding token's are no text's."""
+    import torch
+
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 1 << 30 else []
+    if (positions := getattr(model.config, "max_position_embeddings", None)) is not None:
+        limits.append(positions)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    return min(limits, default=None)
+
+
+def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """What the model gives for those of the inputs that it takes."""
+    taken = inspect.signature(model.forward).parameters
+    return model(**{name: value.to(model.device) for name, value in inputs.items() if name in taken})

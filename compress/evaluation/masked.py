@@ -1,0 +1,145 @@
+"""Perplexity, divergence and agreement of masked language models at tokens that are masked by lot."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, DataError
+from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
+from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared, token_metrics
+from compress.progress import Progress, SilentProgress
+from compress.text import Document, rendered
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCHEMA = "compress.masked/1"
+#: The share of tokens that is masked (BERT, arXiv 1810.04805).
+SHARE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens of one forward pass, special ones included, and which of them are masked."""
+
+    document: int
+    ids: list[int]
+    masked: list[int]
+
+
+def score_masked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    window: int,
+    reference: PreTrainedModel | None = None,
+    title: str = "evaluate",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Mask `SHARE` of each window's tokens, all of them as the mask token, and score what the model says there, in float32.
+
+    Each document is cut into windows of up to ``window`` tokens, each with the tokenizer's special tokens, which are never
+    masked. Which tokens are masked depends on the document's id and the window's number alone, so that every model is asked
+    the same. Perplexity is that of the masked tokens, as transformers' run_mlm.py gives it, not one of the text.
+
+    Returns:
+        JSON values, schema ``compress.masked/1``; of fewer than 30 documents windows are the unit (``chunk``).
+
+    Raises:
+        CompressError: the model cannot read so many tokens. DataError: no text, or the tokenizer is not one for masking.
+    """
+    import torch
+
+    if window > (limit := longest_text(model, tokenizer) or window):
+        raise CompressError(
+            f"a window of {window} tokens is beyond the {limit} that model and tokenizer take",
+            fix=f"set window to {limit}",
+        )
+    windows = _windows(tokenizer, documents, window)
+    check_tokens(model, max(max(w.ids) for w in windows))
+    mask: Any = tokenizer.mask_token_id
+    rows = tuple({"input_ids": _hidden(w, mask), "attention_mask": [1] * len(w.ids)} for w in windows)
+    texts = Examples(rows, 0, model.config.pad_token_id)
+    sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nll, kl, agree
+    embeddings: Any = model.get_input_embeddings()
+    fitting = BATCH_VALUES // int(embeddings.weight.shape[0])
+    with texts.each(progress or SilentProgress(), title, fitting) as batches:
+        for batch, inputs in batches:
+            places = torch.tensor([(row, at) for row, i in enumerate(batch) for at in windows[i].masked])
+            truth = torch.tensor([windows[i].ids[at] for i in batch for at in windows[i].masked])
+            logits, theirs = _at(model, inputs, places), None if reference is None else _at(reference, inputs, places)
+            found = compared(logits, theirs, truth.to(logits.device))
+            sums.index_add_(0, torch.tensor(batch)[places[:, 0]], found.double().cpu())
+    few = len(documents) < FEW_DOCUMENTS
+    units: dict[str, list[int]] = {}
+    counts = [0] * len(documents)
+    for i, w in enumerate(windows):
+        name = documents[w.document].id
+        units.setdefault(f"{name}.{counts[w.document]}" if few else name, []).append(i)
+        counts[w.document] += 1
+    scores = []
+    for name, members in units.items():
+        nll, kl, agree = sums[members].sum(0).tolist()
+        paired = reference is not None
+        scores.append(
+            {
+                "id": name,
+                "tokens": sum(len(windows[i].masked) for i in members),
+                "nll": nll,
+                "kl": kl if paired else None,
+                "agree": int(agree) if paired else None,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "unit": "chunk" if few else "document",
+        "window": window,
+        "share": SHARE,
+        **token_metrics(scores),
+        "documents": scores,
+    }
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], window: int) -> list[_Window]:
+    if tokenizer.mask_token_id is None:
+        raise DataError("the tokenizer has no mask token, which masked language modelling needs")
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer gives no windows of a text", fix="save it as a fast one, with tokenizer.json")
+    windows = []
+    for number, document in enumerate(documents):
+        found = tokenizer(
+            rendered(document, tokenizer),
+            truncation=True,
+            max_length=window,
+            return_overflowing_tokens=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        for part, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
+            candidates = [at for at, one in enumerate(special) if not one]
+            if candidates:
+                count = max(1, round(SHARE * len(candidates)))
+                lot = random.Random(f"{document.id}.{part}")
+                windows.append(_Window(number, ids, sorted(lot.sample(candidates, count))))
+    if not windows:
+        raise DataError("the evaluation text has no token to score")
+    return windows
+
+
+def _hidden(window: _Window, mask: int) -> list[int]:
+    hidden = list(window.ids)
+    for at in window.masked:
+        hidden[at] = mask
+    return hidden
+
+
+def _at(model: Any, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """Logits [places, vocabulary], float32."""
+    logits: torch.Tensor = outputs(model, inputs).logits
+    rows, at = places.to(logits.device).T
+    return logits[rows, at].float()
