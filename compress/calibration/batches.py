@@ -34,12 +34,15 @@ class Batches:
 
     def first(self, samples: int) -> Batches:
         """The first so many samples."""
-        return replace(
-            self,
-            ids=self.ids[:samples],
-            mask=None if self.mask is None else self.mask[:samples],
-            chosen=self.chosen[:samples],
-        )
+        return self._part(slice(samples))
+
+    def last(self, samples: int) -> Batches:
+        """The last so many samples."""
+        return self._part(slice(-samples, None))
+
+    def _part(self, rows: slice) -> Batches:
+        mask = None if self.mask is None else self.mask[rows]
+        return replace(self, ids=self.ids[rows], mask=mask, chosen=self.chosen[rows])
 
     def parts(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """(ids, mask) of so many samples at a time that they hold about ``tokens`` tokens, one sample at least."""

@@ -39,8 +39,8 @@ class Narrowing:
 def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
     """Zero units of a block in place, and repair it.
 
-    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads them (units, relative
-    output error) and, where it was tuned, the block's error before and after.
+    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads units (how
+    many stay, relative output error) and, where it was tuned, the block's error before and after.
     """
     sites = {site.name: site for site in block.sites}
     zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, first axis first, and its rows that are zero

@@ -47,7 +47,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in row["details"]["curve"]]
             lines += ["What other budgets would cost:", "", *table(("bits", "divergence"), curve, right=(0, 1)), ""]
         if blocks := figures.block_rows(row["details"]):
-            head = ("block", "layers", "sparsity, units or format", "mean error", "worst layer", "after tuning", "seconds")
+            head = (
+                "block",
+                "layers",
+                "sparsity, units or format",
+                "mean error",
+                "worst layer",
+                "after tuning",
+                "seconds",
+            )
             text = "Relative error of each layer's output; of the block's output where it was tuned."
             lines += [f"`{row['name']}`, block by block. {text}", "", *table(head, blocks, right=(0, 1, 2, 3, 6)), ""]
     lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
