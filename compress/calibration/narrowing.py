@@ -112,11 +112,8 @@ def _solve(
             mean = (statistics.total / statistics.tokens).to(weight.dtype)
             bias = bias + (site.weight - weight) @ mean
     ranks.spread(0, weight)
-    row: dict[str, Any] = {
-        "kept": len(keep),
-        "of": units.count,
-        "error": statistics.relative_error(site.weight, weight),
-    }
+    error = statistics.relative_error(site.weight, weight, centred=how.repair and bias is not None)
+    row: dict[str, Any] = {"kept": len(keep), "of": units.count, "error": error}
     if cold:
         row["note"] = "no token reached it: chosen by magnitude"
     return keep, weight, bias, row

@@ -57,6 +57,7 @@ def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
             work=tmp_path / f"work-{repair}",
             details=details,
             repair=repair,
+            tune_epochs=5,
             **amounts(family),
         )
         out = write(out, tmp_path / repair)
