@@ -108,10 +108,9 @@ def _solve(
         weight[:, stay] = least_squares(site.weight, hessian, stay).to(weight.dtype)
         if (mask := block.earlier_mask(site)) is not None:
             weight.masked_fill_(~mask, 0)
-        if bias is not None:
-            mean = (statistics.total / statistics.tokens).to(weight.dtype)
-            bias = bias + (site.weight - weight) @ mean
     ranks.spread(0, weight)
+    if how.repair and not cold and bias is not None:
+        bias = bias + (site.weight - weight) @ (statistics.total / statistics.tokens).to(weight.dtype)
     error = statistics.relative_error(site.weight, weight, centred=how.repair and bias is not None)
     row: dict[str, Any] = {"kept": len(keep), "of": units.count, "error": error}
     if cold:

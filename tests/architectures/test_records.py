@@ -83,7 +83,7 @@ def test_routers_can_be_named(tmp_path):
     ("family", "idle"),
     [
         ("mixtral", 4 * (4 - 2) * 3 * 64 * 32),  # blocks × experts unused by a token × matrices × shape
-        ("qwen3_moe", 3 * (4 - 1) * 3 * 16 * 32),  # block 1 has no experts
+        ("qwen3_moe", 3 * (4 - 1) * 3 * 32 * 32),  # block 1 has no experts
         ("llama", 0),
     ],
 )
