@@ -41,7 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "num_experts": 4,
             "num_experts_per_tok": 1,
-            "moe_intermediate_size": 16,
+            "moe_intermediate_size": 32,
             "mlp_only_layers": [1],
         },
     ),

@@ -1,11 +1,13 @@
 """Model families: where blocks, embeddings, heads and norms are. All knowledge of families lives in `records`.
 
-No other module asks for a ``model_type``.
+No other module asks for a ``model_type``. Entry points of the group ``compress.architectures`` add records of other packages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 from compress.architectures.record import Architecture
@@ -14,20 +16,33 @@ from compress.errors import PassError
 
 __all__ = ["RECORDS", "Architecture", "known", "of"]
 
-_BY_TYPE = {record.model_type: record for record in RECORDS}
+
+@cache
+def _by_type() -> dict[str, Architecture]:
+    """Model type ▶ record; ours count before those of other packages. Raises `PassError` for an entry point that is none."""
+    found: dict[str, Architecture] = {}
+    for point in metadata.entry_points(group="compress.architectures"):
+        try:
+            record = point.load()
+        except Exception as error:  # whatever a foreign module does on import
+            raise PassError(f"the architecture record `{point.value}` cannot be loaded: {error!r}") from None
+        if not isinstance(record, Architecture):
+            raise PassError(f"the entry point `{point.name}` names {point.value}, which is no Architecture")
+        found[record.model_type] = record
+    return found | {record.model_type: record for record in RECORDS}
 
 
 def known(config: Mapping[str, Any]) -> bool:
     """Whether there is a record for the config's model type."""
-    return config.get("model_type") in _BY_TYPE
+    return config.get("model_type") in _by_type()
 
 
 def of(config: Mapping[str, Any]) -> Architecture:
     """The record of the config's family. Raises `PassError` where there is none."""
-    found = _BY_TYPE.get(str(config.get("model_type")))
+    found = _by_type().get(str(config.get("model_type")))
     if found is None:
         raise PassError(
             f"the model type `{config.get('model_type')}` has no architecture record",
-            fix=f"records: {', '.join(sorted(_BY_TYPE))}; CONTRIBUTING.md says how to add one",
+            fix=f"records: {', '.join(sorted(_by_type()))}; CONTRIBUTING.md says how to write one",
         )
     return found

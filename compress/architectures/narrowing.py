@@ -28,13 +28,13 @@ def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
     return found
 
 
-def mlp_keys(record: Architecture, spec: Spec) -> dict[str, str | None]:
-    """The reading module of every MLP ▶ the config field with its size."""
-    keys: dict[str, str | None] = {}
+def mlps_by_module(record: Architecture, spec: Spec) -> dict[str, Mlp]:
+    """The reading module of every MLP ▶ what the record says of it."""
+    found: dict[str, Mlp] = {}
     for path in _blocks(record, spec):
         for mlp in record.mlps:
-            keys |= {path + mlp.down.replace("*", e): mlp.size_key for e in _experts(spec, path, mlp)}
-    return keys
+            found |= {path + mlp.down.replace("*", e): mlp for e in _experts(spec, path, mlp)}
+    return found
 
 
 def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, Units]:

@@ -17,7 +17,8 @@ def _fused(module: str, output: str, layout: Layout, free: bool = False) -> Atte
 
 
 _GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-_EXPERTS = Mlp(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj")
+#: Grouped matrix products, by which transformers runs experts, want rows of whole 16 bytes: 8 bfloat16 numbers.
+_EXPERTS = Mlp(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj", multiple=8)
 _PRE_NORMS = Hidden(("input_layernorm", "post_attention_layernorm"))
 _GEMMA_NORMS = Hidden(
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -103,7 +104,11 @@ RECORDS: tuple[Architecture, ...] = (
         "mixtral",
         **_DECODER,
         mlps=(
-            Mlp(("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"), "block_sparse_moe.experts.*.w2"),
+            replace(
+                _EXPERTS,
+                up=("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+                down="block_sparse_moe.experts.*.w2",
+            ),
             _EXPERTS,
         ),
         attention=_QKVO,

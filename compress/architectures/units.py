@@ -24,12 +24,14 @@ class Mlp:
         up: modules whose outputs are the neurons. down: the module that reads them.
         size_key: config field with their number. None where no field has it: then none can go.
         sections: runs of neurons that the outputs of ``up`` hold, one after another (2 where gate and up are fused).
+        multiple: the number of neurons, and the hidden width, stay multiples of this.
     """
 
     up: tuple[str, ...]
     down: str
     size_key: str | None = "intermediate_size"
     sections: int = 1
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

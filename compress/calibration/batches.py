@@ -49,6 +49,10 @@ class Batches:
         """The first so many samples."""
         return self._part(slice(samples))
 
+    def last(self, samples: int) -> Batches:
+        """The last so many samples."""
+        return self._part(slice(-samples, None))
+
     def parts(self, tokens: int) -> list[Batches]:
         """So many samples at a time that they hold about ``tokens`` tokens, one sample at least."""
         size = max(1, tokens // self.ids.shape[1])

@@ -61,6 +61,23 @@ def greedy_depth(
     return gone, steps
 
 
+def divergence(before: Checkpoint, after: Checkpoint, samples: Batches, *, dtype: str, device: str) -> float:
+    """Difference of two checkpoints' outputs on those samples, as in `greedy_depth`. Both models are in memory."""
+    import torch
+
+    models = [load_checkpoint(c, dtype=dtype, device=device) for c in (before, after)]
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for ids, counted in samples.parts(_TOKENS_PER_BATCH):
+            inputs = {"input_ids": ids.to(device)}
+            if counted is not None:
+                inputs["attention_mask"] = counted.to(device).long()
+            reference, found = (_outputs(model, inputs, counted) for model in models)
+            total += _difference(reference, found, models[0].base_model is not models[0])
+            tokens += len(reference)
+    return total / tokens
+
+
 def _outputs(model: Any, inputs: dict[str, torch.Tensor], counted: torch.Tensor | None) -> torch.Tensor:
     """Logits, or hidden states, of the tokens that count, [tokens, …]; of a classifier one row per sample."""
     output = model(**inputs)[0].float()

@@ -39,8 +39,8 @@ class Narrowing:
 def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
     """Zero units of a block in place, and repair it.
 
-    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads them (units, relative
-    output error) and, where it was tuned, the block's error before and after.
+    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads units (how
+    many stay, relative output error) and, where it was tuned, the block's error before and after.
     """
     sites = {site.name: site for site in block.sites}
     zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, first axis first, and its rows that are zero
@@ -108,15 +108,11 @@ def _solve(
         weight[:, stay] = least_squares(site.weight, hessian, stay).to(weight.dtype)
         if (mask := block.earlier_mask(site)) is not None:
             weight.masked_fill_(~mask, 0)
-        if bias is not None:
-            mean = (statistics.total / statistics.tokens).to(weight.dtype)
-            bias = bias + (site.weight - weight) @ mean
     ranks.spread(0, weight)
-    row: dict[str, Any] = {
-        "kept": len(keep),
-        "of": units.count,
-        "error": statistics.relative_error(site.weight, weight),
-    }
+    if how.repair and not cold and bias is not None:
+        bias = bias + (site.weight - weight) @ (statistics.total / statistics.tokens).to(weight.dtype)
+    error = statistics.relative_error(site.weight, weight, centred=how.repair and bias is not None)
+    row: dict[str, Any] = {"kept": len(keep), "of": units.count, "error": error}
     if cold:
         row["note"] = "no token reached it: chosen by magnitude"
     return keep, weight, bias, row

@@ -81,16 +81,21 @@ class Statistics:
         """Σ (x - mean)(x - mean)ᵀ, in H's dtype."""
         return self.hessian - torch.outer(self.total, self.total).to(self.hessian.dtype) / max(1, self.tokens)
 
-    def relative_error(self, before: torch.Tensor, after: torch.Tensor) -> float | None:
-        """||(W - W')X||² over ||WX||², for weights [O, I]; None where no token was seen."""
+    def relative_error(self, before: torch.Tensor, after: torch.Tensor, centred: bool = False) -> float | None:
+        """||(W - W')X||² over ||WX||², for weights [O, I]; None where no token was seen.
+
+        Args:
+            centred: a bias makes up for the mean of the difference.
+        """
         if self.tokens == 0:
             return None
         hessian = self.hessian.float()
+        lost = self.centred().float() if centred else hessian
         error = scale = 0.0
         for start in range(0, len(before), 512):  # a few rows at a time: matrices may be large
             weight = before[start : start + 512].float()
             difference = weight - after[start : start + 512]
-            error += float(((difference @ hessian) * difference).sum())
+            error += float(((difference @ lost) * difference).sum())
             scale += float(((weight @ hessian) * weight).sum())
         return error / scale if scale else 0.0
 

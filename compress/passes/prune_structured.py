@@ -3,103 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
-
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress import architectures
 from compress.architectures import narrowing
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes import shape
-from compress.passes.base import Context, Mode, Pass, PassSettings
+from compress.passes.base import Context, Mode, Pass
+from compress.passes.structured_settings import PruneStructuredSettings
 from compress.passes.sweeping import sweep_memory
-from compress.settings import Amount, parse_amount
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
-
-
-def _layers(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        if not value or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-            raise ValueError("expected a list of block numbers from 0 up")
-        if len(set(value)) != len(value):
-            raise ValueError("a block is named twice")
-        return tuple(sorted(value))
-    return parse_amount(value)
-
-
-Layers = Annotated[
-    tuple[int, ...] | float | int,
-    BeforeValidator(_layers),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": ["number", "string"]},
-                {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-            ],
-            "examples": [2, "25%", [3, 4]],
-        }
-    ),
-]
-
-
-class PruneStructuredSettings(PassSettings):
-    """Settings of `prune_structured`."""
-
-    layers: Layers | None = Field(
-        default=None,
-        description="Blocks to remove: a count, a share, or a list of block numbers from 0. By count, `layer_score` tells "
-        "which.",
-    )
-    mlp: Amount | None = Field(
-        default=None, description="Neurons to remove from every MLP (of every expert): a share or a count."
-    )
-    heads: Amount | None = Field(
-        default=None,
-        description="Query heads to remove from every block: a share or a count. They go within their groups where every "
-        "group of shared keys and values can lose the same number, else whole groups go.",
-    )
-    hidden: Amount | None = Field(
-        default=None, description="Hidden channels to remove (families with RMSNorm): a share or a count."
-    )
-    experts: Amount | None = Field(
-        default=None, description="Experts to remove from every block that has some: a share or a count."
-    )
-    multiple_of: int = Field(
-        default=1, ge=1, description="What is kept of `mlp` and `hidden` is rounded to a multiple of this."
-    )
-    score: Literal["loss", "activation", "magnitude"] = Field(
-        default="loss",
-        description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
-        "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
-        "`magnitude`: those of the smallest weights; needs no data.",
-    )
-    layer_score: Literal["loss", "influence"] = Field(
-        default="loss",
-        description="Which blocks go. `loss`: one after another the one without which the calibration text costs least (the "
-        "whole model is in memory). `influence`: those that change their input least (ShortGPT), in one pass over it.",
-    )
-    repair: Literal["tune", "least_squares", "none"] = Field(
-        default="tune",
-        description="What makes up for removed units. `least_squares`: the weights that read the survivors are solved for "
-        "anew. `tune`: that, and then each block is moved by gradient towards the output of the original's. Both read "
-        "calibration data.",
-    )
-    tune_epochs: int = Field(default=10, ge=1, description="With `repair: tune`, passes over the calibration data.")
-    tune_rate: float = Field(
-        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
-    )
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if all(getattr(self, kind) is None for kind in KINDS):
-            raise ValueError(f"give what to remove: {', '.join(f'`{kind}`' for kind in KINDS)}")
-        return self
-
-
-KINDS = ("layers", "experts", "hidden", "heads", "mlp")
 
 
 class PruneStructured(Pass[PruneStructuredSettings]):
@@ -140,10 +56,15 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         tuned = settings.repair == "tune"
         # H⁻¹, its factor and a step's update; the weights twice
         sweep = sweep_memory(spec, names, width, factors=4.0, copies=6, moments=5 if tuned else 0, kept=0)
-        if tuned and (settings.layers is not None or settings.experts is not None or settings.hidden is not None):
+        if tuned and (
+            settings.searched
+            or settings.layers is not None
+            or settings.experts is not None
+            or settings.hidden is not None
+        ):
             outside = sum(t.count for t in spec.stored() if record.block_index(t.name) is None)
             sweep += width * (outside + max(_block_sizes(spec)))
-        whole = width * spec.parameters if _chosen_by_score(settings) else 0
+        whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         return max(sweep, whole)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
@@ -160,6 +81,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 f"calibration data is text, and this model reads `{record.input}`",
                 fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
             )
+        if settings.searched:
+            from compress.passes.search import shapes
+
+            return replace(shapes(self, spec, settings)[0].spec, exact=False)  # which one is told by trying
         exact = spec.exact
         if settings.layers is not None:
             depth = record.depth(spec.structure.config)
@@ -184,6 +109,11 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         from compress.passes import structured
 
         self.plan(checkpoint.spec, settings)
+        if settings.searched:
+            from compress.passes.search import search
+            from compress.passes.sweeping import agreed
+
+            settings = agreed(context, lambda: search(self, checkpoint, settings, context))
         current, spans = structured.drop_layers(checkpoint, settings, context)
         current = structured.drop_experts(current, settings, context)
         current, channels = structured.drop_hidden(current, settings, context)
@@ -192,12 +122,18 @@ class PruneStructured(Pass[PruneStructuredSettings]):
 
 def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
     """Whether blocks are chosen by trying the whole model."""
-    return settings.layers is not None and not isinstance(settings.layers, tuple)
+    return settings.searched or (settings.layers is not None and not isinstance(settings.layers, tuple))
+
+
+def _has_teacher(settings: PruneStructuredSettings) -> bool:
+    """Whether what is tuned has not the original's blocks or widths, so that both are at work."""
+    others = (settings.layers, settings.experts, settings.hidden)
+    return settings.searched or any(amount is not None for amount in others)
 
 
 def _sweeps(settings: PruneStructuredSettings) -> bool:
     widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
-    scored = settings.experts is not None or (widths and settings.score != "magnitude")
+    scored = settings.searched or settings.experts is not None or (widths and settings.score != "magnitude")
     return scored or settings.repair != "none"
 
 

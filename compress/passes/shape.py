@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
@@ -13,7 +14,7 @@ from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 
 if TYPE_CHECKING:
-    from compress.passes.prune_structured import PruneStructuredSettings
+    from compress.passes.structured_settings import PruneStructuredSettings
 
 Layers = tuple[int, ...] | float | int
 Amount = float | int
@@ -64,7 +65,8 @@ def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of
     """How many hidden channels stay."""
     narrowing.has_hidden(record)
     width = int(record.value(spec.structure.config, record.hidden_key))
-    return _rounded(width, amount, multiple_of, "hidden", "hidden channels")
+    multiple = lcm(multiple_of, *(mlp.multiple for mlp in narrowing.mlps_by_module(record, spec).values()))
+    return _rounded(width, amount, multiple, "hidden", "hidden channels")
 
 
 def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
@@ -87,13 +89,13 @@ def _neurons(
     record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
 ) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
     assert amounts.mlp is not None
-    units, keys = narrowing.mlp_units(record, spec), narrowing.mlp_keys(record, spec)
+    units, mlps = narrowing.mlp_units(record, spec), narrowing.mlps_by_module(record, spec)
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
     sizes: dict[str, set[int]] = {}
     for found in units.values():
         for one in found:
-            key = keys[one.name]
+            key = mlps[one.name].size_key
             if key is None:
                 raise PassError(
                     f"{record.model_type} cannot have another MLP width: its config has no field for it",
@@ -107,10 +109,9 @@ def _neurons(
             key="mlp",
             fix="give a share such as mlp: 25%",
         )
-    kept = {
-        key: _rounded(max(found), amounts.mlp, amounts.multiple_of, "mlp", "neurons") for key, found in sizes.items()
-    }
-    chosen = {i: [(one, one.count - kept[str(keys[one.name])]) for one in found] for i, found in units.items()}
+    multiple = {str(mlp.size_key): lcm(amounts.multiple_of, mlp.multiple) for mlp in mlps.values()}
+    kept = {key: _rounded(max(found), amounts.mlp, multiple[key], "mlp", "neurons") for key, found in sizes.items()}
+    chosen = {i: [(one, one.count - kept[str(mlps[one.name].size_key)]) for one in found] for i, found in units.items()}
     return chosen, narrowing.with_size(record, config, kept)
 
 

@@ -19,11 +19,11 @@ from compress.calibration.tune import Tuning
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes import cuts, shape
 from compress.passes.base import Context
-from compress.passes.sweeping import open_sweep
+from compress.passes.sweeping import agreed, open_sweep
 from compress.solvers.survivors import keep_by_score
 
 if TYPE_CHECKING:
-    from compress.passes.prune_structured import PruneStructuredSettings
+    from compress.passes.structured_settings import PruneStructuredSettings
 
 
 def drop_layers(
@@ -38,7 +38,7 @@ def drop_layers(
         drop: Sequence[int] = settings.layers
     else:
         count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
-        drop = sorted(_worst_blocks(checkpoint, count, settings, context))
+        drop = sorted(agreed(context, lambda: _worst_blocks(checkpoint, count, settings, context)))
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
     return cuts.drop_blocks(checkpoint, drop), [*keep[1:], depth]

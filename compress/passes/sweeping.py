@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from compress import architectures
 from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.calibration.sweep import Sweep, Teacher
     from compress.checkpoint.open import Checkpoint
 
+T = TypeVar("T")
 #: Small things.
 _SLACK = 96 << 20
 
@@ -47,6 +48,13 @@ def open_sweep(
         ranks=Ranks(context.rank, context.world),
         teacher=teacher,
     )
+
+
+def agreed(context: Context, compute: Callable[[], T]) -> T:
+    """What the first process computes; of several, the others wait for it."""
+    from compress.calibration.ranks import Ranks
+
+    return cast("T", Ranks(context.rank, context.world).tell(0, None if context.rank else compute()))
 
 
 def sweep_memory(

@@ -136,6 +136,7 @@ class Run:
         checkpoint: Checkpoint = before
         rows = []
         for planned in stage.passes:
+            shared = passes.get(planned.name).works(planned.settings) != "stream"  # else this process works alone
             context = Context(
                 original=self.original,
                 device=own_device(self.device),
@@ -146,9 +147,9 @@ class Run:
                 progress=self.progress,
                 work=self.folder.work(key),
                 rank=self.ranks.rank,
-                world=self.ranks.world,
+                world=self.ranks.world if shared else 1,
             )
-            if passes.get(planned.name).works(planned.settings) != "stream":
+            if shared:
                 trust = self.recipe.trust_remote_code
                 call_for_help(self.ranks, planned.name, planned.settings, before.folder, trust, context)
             try:

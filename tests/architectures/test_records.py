@@ -83,7 +83,7 @@ def test_routers_can_be_named(tmp_path):
     ("family", "idle"),
     [
         ("mixtral", 4 * (4 - 2) * 3 * 64 * 32),  # blocks × experts unused by a token × matrices × shape
-        ("qwen3_moe", 3 * (4 - 1) * 3 * 16 * 32),  # block 1 has no experts
+        ("qwen3_moe", 3 * (4 - 1) * 3 * 32 * 32),  # block 1 has no experts
         ("llama", 0),
     ],
 )
@@ -258,3 +258,32 @@ def test_blocks_that_compute_by_their_number_stay(tmp_path):
     ) as e:
         plan(checkpoint, "prune_structured", layers=[1], repair="none")
     assert e.value.key == "layers"
+
+
+def test_records_of_other_packages(monkeypatch):
+    """Entry points add records; one that is none is refused by name."""
+    from importlib import metadata
+
+    from compress.architectures import _by_type
+
+    def points(value):
+        return lambda group: [metadata.EntryPoint("mine", value, group)]
+
+    _by_type.cache_clear()
+    try:
+        monkeypatch.setattr(metadata, "entry_points", points("tests.architectures.test_records:FOREIGN"))
+        assert architectures.of({"model_type": "foreign"}) is FOREIGN
+        assert architectures.known({"model_type": "llama"})
+        _by_type.cache_clear()
+        monkeypatch.setattr(metadata, "entry_points", points("tests.pico:VOCABULARY"))
+        with pytest.raises(PassError, match=r"names tests\.pico:VOCABULARY, which is no Architecture"):
+            architectures.of({"model_type": "foreign"})
+        _by_type.cache_clear()
+        monkeypatch.setattr(metadata, "entry_points", points("no_such_package:RECORD"))
+        with pytest.raises(PassError, match="`no_such_package:RECORD` cannot be loaded"):
+            architectures.of({"model_type": "foreign"})
+    finally:
+        _by_type.cache_clear()
+
+
+FOREIGN = architectures.Architecture("foreign", prefix="model", blocks="layers", embeddings=("embed_tokens",))

@@ -154,3 +154,45 @@ def test_an_error_in_the_first_process_ends_all(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
     assert "there is no block 9" in done.stderr
+
+
+UNITS = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from compress import passes
+from compress.calibration.batches import Batches
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.write import write_checkpoint
+from compress.passes.base import Context
+from compress.progress import SilentProgress
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.set_num_threads(1)
+checkpoint = open_checkpoint(sys.argv[2])
+ids = torch.randint(2, 250, (31, 24), generator=torch.Generator().manual_seed(1))
+work = Path(sys.argv[1])
+instance = passes.get("prune_structured")
+settings = instance.settings(layers=1, experts=1, hidden=8, heads=2, mlp=0.25, tune_epochs=2)
+context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: Batches(ids), SilentProgress(), work / f"work{world}", rank, world)
+smaller = instance.apply(checkpoint, settings, context)
+if rank == 0:
+    write_checkpoint(smaller, work / f"out{world}")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_remove_the_same_units(tmp_path):
+    """Blocks, experts, hidden channels, heads and neurons; what is kept is the same, its weights up to the order of sums."""
+    (tmp_path / "units.py").write_text(UNITS)
+    folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)
+    for processes in (1, 2):
+        done = torchrun(tmp_path / "units.py", tmp_path, folder, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
+    for name, value in one.items():
+        difference = float((value - two[name]).square().sum() / value.square().sum())
+        assert difference < 0.01, (name, difference)

@@ -14,8 +14,8 @@ import compress
 from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import EMBEDDING, LANGUAGE, MASKED
 from compress.passes.cast import CastSettings
-from compress.passes.prune_structured import PruneStructuredSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
+from compress.passes.structured_settings import PruneStructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
 from compress.settings import Increase, Pattern
 
@@ -204,7 +204,7 @@ r.yaml:14:5: unknown pass `prun_structured`
    14 |   - prun_structured: {layers: 2}
       |     ^^^^^^^^^^^^^^^
    expected one of: cast, prune_structured, prune_unstructured; did you mean `prune_structured`?
-r.yaml:15:5: give what to remove: `layers`, `experts`, `hidden`, `heads`, `mlp`
+r.yaml:15:5: give what to remove: `layers`, `experts`, `hidden`, `heads`, `mlp`, `keep_parameters`, `max_bytes`
    15 |   - prune_structured:
       |     ^^^^^^^^^^^^^^^^
 r.yaml:16:5: expected one pass, got `cast`, `weights`
