@@ -31,7 +31,8 @@ class Step:
     Attributes:
         bytes: after the pass. saved: bytes less than before it. share: bytes over the original's.
         quality: the `Headline` metric of the stage that the pass ends, None inside a fused stage.
-        cost: how much worse it is than at the last measure. kl: nats per token, or labelled text, from the original. seconds: of the stage, None inside a fused one.
+        cost: how much worse it is than at the last measure. kl: from the original, nats per token or text.
+        seconds: of the stage, None inside a fused one.
     """
 
     name: str
@@ -260,8 +261,8 @@ def quality_note(report: Mapping[str, Any]) -> str | None:
         return None
     files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
     if _labelled(evaluation):
-        note = f"{len(evaluation['documents'])} labelled texts of {files or 'text'}, {len(evaluation['labels'])} labels; F1 is the "
-        note += "mean over labels (macro)"
+        note = f"{len(evaluation['documents'])} labelled texts of {files}, {len(evaluation['labels'])} labels; "
+        note += "F1 is the mean over labels (macro)"
         return note + (f"; {evaluation['cut']} were cut to what the model reads" if evaluation["cut"] else "")
     note = (
         f"{len(evaluation['documents'])} {evaluation['unit']}s of {files or 'text'}, windows of {evaluation['window']} "
