@@ -68,11 +68,9 @@ def divergence(before: Checkpoint, after: Checkpoint, samples: Batches, *, dtype
     models = [load_checkpoint(c, dtype=dtype, device=device) for c in (before, after)]
     total, tokens = 0.0, 0
     with torch.inference_mode():
-        for ids, counted in samples.parts(_TOKENS_PER_BATCH):
-            inputs = {"input_ids": ids.to(device)}
-            if counted is not None:
-                inputs["attention_mask"] = counted.to(device).long()
-            reference, found = (_outputs(model, inputs, counted) for model in models)
+        for part in samples.parts(_TOKENS_PER_BATCH):
+            inputs = part.inputs(device)
+            reference, found = (_outputs(model, inputs, part.mask) for model in models)
             total += _difference(reference, found, models[0].base_model is not models[0])
             tokens += len(reference)
     return total / tokens

@@ -91,7 +91,7 @@ Files = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 #: One name, or a list of two.
