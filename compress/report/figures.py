@@ -166,7 +166,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
                     saved=steps[-1].bytes - size,
                     share=size / start if start else 0.0,
                     quality=now,
-                    cost=shown.cost_per_unit * (now - last) if now is not None and last is not None else None,
+                    cost=shown.cost_per_unit * (now - last) + 0.0 if now is not None and last is not None else None,
                     kl=measured.get("kl") if measured else None,
                     seconds=sum(stage["seconds"].values()) if ends else None,
                     reused=stage["reused"],
