@@ -10,9 +10,10 @@ from typing import Any
 
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
+from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 
-__all__ = ["RECORDS", "Architecture", "known", "of"]
+__all__ = ["RECORDS", "Architecture", "known", "of", "positions"]
 
 _BY_TYPE = {record.model_type: record for record in RECORDS}
 
@@ -31,3 +32,9 @@ def of(config: Mapping[str, Any]) -> Architecture:
             fix=f"records: {', '.join(sorted(_BY_TYPE))}; CONTRIBUTING.md says how to add one",
         )
     return found
+
+
+def positions(spec: Spec) -> int | None:
+    """How many tokens a text may have; None where that has no limit, or there is no record."""
+    config = spec.structure.config
+    return of(config).positions(spec) if known(config) else None
