@@ -108,7 +108,7 @@ def apply(
     import torch
     from pydantic import ValidationError
 
-    from compress import passes, text
+    from compress import architectures, passes, text
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.passes.base import Context
@@ -142,15 +142,17 @@ def apply(
             raise _first(error, "data") from None
 
     def batches(name: str) -> Batches:
-        from compress.calibration.batches import check_vocabulary, first, given_ids
+        from compress.calibration.batches import check_positions, check_vocabulary, first, given_ids
         from compress.loading import load_tokenizer
         from compress.pipeline.data import draw
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
+        positions = architectures.positions(original.spec)
         assert folder is not None
         if isinstance(data, torch.Tensor):
             drawn = first(given_ids(data), samples, length, "data")
             check_vocabulary(drawn, vocabulary)
+            check_positions(drawn.ids.shape[1], positions)
             return drawn
         if section is not None:
             return draw(
@@ -159,6 +161,7 @@ def apply(
                 lambda: text.read_documents(section.files, document_separator, field),
                 seed=seed,
                 vocabulary=vocabulary,
+                positions=positions,
             )
         raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
 

@@ -242,6 +242,16 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
     return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
 
 
+def check_positions(length: int | None, positions: int | None, where: str | None = None) -> None:
+    """Samples of ``length`` tokens fit the model's ``positions``, where both are known. Raises `DataError`."""
+    if length is not None and positions is not None and length > positions:
+        raise DataError(
+            f"calibration samples of {length} tokens are beyond the model's {positions} positions",
+            where=where,
+            fix=f"set data.calibration.length to {positions}",
+        )
+
+
 def check_vocabulary(batches: Batches, size: int | None, where: str | None = None) -> None:
     """Every id is from 0 up, and below ``size`` where that is known. Raises `DataError` with the first that is not."""
     wrong = batches.ids < 0
