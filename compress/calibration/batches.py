@@ -106,14 +106,20 @@ def sample_documents(
 ) -> Batches:
     """``samples`` documents drawn by seed, each by itself, with the special tokens that the tokenizer puts around a text.
 
-    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded on the right with the padding token (else the
-    end-of-text token, else 0), and masked.
+    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
+    on the right with the padding token (else the end-of-text token, else 0), and masked.
 
     Raises:
-        DataError: there are fewer than ``samples`` documents, or chats that the tokenizer has no template for.
+        DataError: there are fewer than ``samples`` documents, chats that the tokenizer has no template for, or no room
+            beside the special tokens.
     """
     import torch
 
+    if length <= (special := tokenizer.num_special_tokens_to_add()):
+        raise DataError(
+            f"calibration asks for documents of {length} tokens, and {special} of them are special ones",
+            fix=f"set length to {special + 1} or more",
+        )
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[int]] = []
