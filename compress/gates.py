@@ -74,7 +74,7 @@ def judge(
                 results.append(_memory(gate, bound, original, candidate))
             elif name in ("prefill", "decode"):
                 results.append(_speed(gate, name, bound, original, candidate, how))
-            elif name in statistics.PARTS:
+            elif name in (*statistics.PARTS, *statistics.LABELLED):
                 results.append(_text(gate, name, key, bound, original, candidate, how))
             else:
                 raise ReportError(f"there is no gate `{name}`")
@@ -167,19 +167,22 @@ def _text(
     elif key == "max":
         limit, unit = float(bound), {"kl": "nats"}.get(name, "absolute")
         interval, show = statistics.level(after, name, **how), lambda x: f"{x:.4g}"
-    else:  # of a share: `min`, or `max_drop` in points from the original's 100 %
+    elif key == "min":
         interval, limit = statistics.level(after, name, **how), float(bound)
-        if key == "min":
-            unit, show = "share", (lambda x: f"{x:.2%}")
-        else:
-            interval = _drop(interval)
-            unit, show = "points", (lambda x: f"{x:.2f} points")
-    if not _finite(after) or (key == "max_increase" and not _finite(original["evaluation"])):
+        unit, show = "share", (lambda x: f"{x:.2%}")
+    else:  # `max_drop`, in points
+        limit, unit, show = float(bound), "points", (lambda x: f"{x:.2f} points")
+        if name in statistics.LABELLED:
+            interval = statistics.drop(_get(original, gate, "evaluation"), after, name, **how)
+        else:  # the original agrees with itself
+            interval = _below_all(statistics.level(after, name, **how))
+    compared = key in ("max_increase", "max_drop") and original["evaluation"] is not None
+    if not _finite(after) or (compared and not _finite(original["evaluation"])):
         interval = Interval(math.nan, math.nan, math.nan, interval.units)
     return _judged(gate, interval, limit, unit, show, unit_name, at_least=key == "min")
 
 
-def _drop(share: Interval) -> Interval:
+def _below_all(share: Interval) -> Interval:
     """How many points a share lies below 100 %."""
     return Interval(100 * (1 - share.value), 100 * (1 - share.upper), 100 * (1 - share.lower), share.units)
 

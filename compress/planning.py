@@ -10,6 +10,7 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.evaluation.tasks import check_metrics
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -152,12 +153,16 @@ def _other(store: Store) -> Store:
 def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = None) -> Plan:
     """Plan every pass of the recipe on the spec of its model.
 
-    Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``, or the `DataError`
-    of calibration samples that are too long for it.
+    Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``, the `DataError` of
+    calibration samples that are too long for it, and a `CompressError` where the model's task is not what the recipe measures.
     """
     from compress.calibration.batches import check_positions
     from compress.errors import PassError
 
+    evaluation = recipe.data.evaluation
+    check_metrics(
+        spec.structure.class_name, recipe.metrics, labelled=None if evaluation is None else evaluation.label is not None
+    )
     store: Store = recipe.store
     calibration = recipe.data.calibration
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))

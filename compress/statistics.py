@@ -1,4 +1,5 @@
-"""Intervals by bootstrap over documents (Efron 1979; Koehn 2004 for paired comparison of language systems).
+"""Intervals: by bootstrap over documents (Efron 1979; Koehn 2004 for paired comparison of language systems), and exact ones
+for counts of labelled texts (`share`, `accuracy_drop`).
 
 Documents are drawn with replacement, the same ones for both models, and a metric is computed of the sums of each draw.
 ``lower`` and ``upper`` are one-sided percentile bounds, each at the given confidence: a claim "the increase is at most δ"
@@ -25,6 +26,8 @@ FEWEST_UNITS = 10
 #: What a metric sums up: numerator and denominator.
 PARTS = {"bits_per_byte": ("nll", "bytes"), "perplexity": ("nll", "tokens"), "kl": ("kl", "tokens")}
 PARTS["agreement"] = ("agree", "tokens")
+#: Metrics of labelled texts alone; their divergence and agreement are per text.
+LABELLED = ("accuracy", "f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,16 @@ def _metric(name: str, numerator: Any, denominator: Any) -> Any:
 
 def level(evaluation: Mapping[str, Any], name: str, *, confidence: float, bootstrap: int, seed: int) -> Interval:
     """The metric ``name`` of one evaluation."""
+    rows = evaluation["documents"]
+    if evaluation["unit"] == "example":
+        if name == "f1":
+            return _resample(_f1_of, _label_counts(rows, len(evaluation["labels"])), confidence, bootstrap, seed)
+        if name == "accuracy":
+            return share(sum(row["prediction"] == row["label"] for row in rows), len(rows), confidence)
+        (column,) = _columns(evaluation, PARTS[name][:1])
+        if name == "agreement":
+            return share(int(column.sum()), len(rows), confidence)
+        return _resample(lambda s: s[0] / len(rows), [column], confidence, bootstrap, seed)
     columns = _columns(evaluation, PARTS[name])
     return _resample(lambda s: _metric(name, s[0], s[1]), columns, confidence, bootstrap, seed)
 
@@ -83,6 +96,105 @@ def increase(
     return _resample(change, columns, confidence, bootstrap, seed)
 
 
+def drop(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    name: str,
+    *,
+    confidence: float,
+    bootstrap: int,
+    seed: int,
+) -> Interval:
+    """How many points the accuracy or F1 of labelled texts falls from ``before`` to ``after``, paired.
+
+    Raises:
+        ReportError: they were not measured on the same texts.
+    """
+    check_paired(before, after, tokens=False)
+    rows = [evaluation["documents"] for evaluation in (before, after)]
+    if name == "accuracy":
+        right = [[row["prediction"] == row["label"] for row in side] for side in rows]
+        lost = sum(a and not b for a, b in zip(*right, strict=True))
+        won = sum(b and not a for a, b in zip(*right, strict=True))
+        return accuracy_drop(lost, won, len(rows[0]), confidence)
+    columns = [column for side in rows for column in _label_counts(side, len(before["labels"]))]
+    half = len(columns) // 2
+    return _resample(lambda s: 100 * (_f1_of(s[:half]) - _f1_of(s[half:])), columns, confidence, bootstrap, seed)
+
+
+def accuracy_drop(lost: int, won: int, texts: int, confidence: float) -> Interval:
+    """The drop of accuracy in points, with exact bounds given the number of discordant texts.
+
+    Of n = lost + won discordant texts a share p turned from right to wrong, so that the drop is n (2p - 1) / texts. Given
+    n, ``lost`` is binomial (n, p), as in McNemar's exact test (McNemar 1947; Agresti, Categorical Data Analysis, 3rd ed.,
+    section 11.1), and p has Clopper and Pearson's bounds. So nothing is approximated, but n / texts is taken as it was
+    found: how many discordant texts another sample would have is not in the interval, and with n = 0 it is a point.
+
+    Args:
+        lost: texts that the original had right and the candidate has wrong. won: the reverse.
+    """
+    n = lost + won
+    if n == 0:
+        return Interval(0.0, 0.0, 0.0, texts)
+    p = share(lost, n, confidence)
+    value, lower, upper = (100 * n * (2 * x - 1) / texts for x in (p.value, p.lower, p.upper))
+    return Interval(value, lower, upper, texts)
+
+
+def share(count: int, of: int, confidence: float) -> Interval:
+    """A binomial share with the exact bounds of Clopper and Pearson (Biometrika 26, 1934), one-sided each.
+
+    The lower bound is the p at which ``count`` or more has the probability 1 - confidence, 0 for none; the upper one likewise.
+    """
+    lower = 0.0 if count == 0 else _solve(lambda p: _upper_tail(count, of, p), 1 - confidence)
+    upper = 1.0 if count == of else 1 - _solve(lambda q: _upper_tail(of - count, of, q), 1 - confidence)
+    return Interval(count / of, lower, upper, of)
+
+
+def _upper_tail(count: int, of: int, p: float) -> float:
+    """P(X ≥ count) of X binomial (of, p), 0 < p < 1."""
+    import numpy as np
+
+    k = np.arange(of + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of + 1)))])  # of factorials
+    terms = logs[of] - logs - logs[::-1] + k * math.log(p) + (of - k) * math.log1p(-p)
+    return float(np.exp(terms[count:]).sum())
+
+
+def _solve(rising: Callable[[float], float], value: float) -> float:
+    """The p in (0, 1) at which a rising function has the value, by bisection to the last bit."""
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return low
+
+
+def macro_f1(rows: Sequence[Mapping[str, Any]], labels: int) -> float:
+    """The mean of F1 = 2 TP / (2 TP + FP + FN) over the labels that some text has or is given."""
+    return float(_f1_of([column.sum() for column in _label_counts(rows, labels)]))
+
+
+def _label_counts(rows: Sequence[Mapping[str, Any]], labels: int) -> list[NDArray[np.float64]]:
+    """For each label, which texts are its true positives; then for each, 2 TP + FP + FN of each text."""
+    import numpy as np
+
+    truth, said = (np.array([row[key] for row in rows]) for key in ("label", "prediction"))
+    has = [(truth == label).astype(np.float64) for label in range(labels)]
+    given = [(said == label).astype(np.float64) for label in range(labels)]
+    return [a * b for a, b in zip(has, given, strict=True)] + [a + b for a, b in zip(has, given, strict=True)]
+
+
+def _f1_of(sums: Any) -> Any:
+    """Macro F1 of sums of `_label_counts`, [2 labels] or [2 labels, draws]."""
+    import numpy as np
+
+    sums = np.asarray(sums)
+    half = len(sums) // 2
+    hits, total = sums[:half], sums[half:]
+    each = 2 * hits / np.maximum(total, 1)
+    return each.sum(0) / np.maximum((total > 0).sum(0), 1)
+
+
 def median_ratio(
     before: Sequence[float], after: Sequence[float], *, confidence: float, bootstrap: int, seed: int
 ) -> Interval:
@@ -100,10 +212,11 @@ def median_ratio(
 
 def check_paired(before: Mapping[str, Any], after: Mapping[str, Any], *, tokens: bool) -> None:
     """Both evaluations are of the same documents, windows and, for metrics per token, tokens. Raises `ReportError`."""
-    for key in ("unit", "window", "stride"):
-        if before[key] != after[key]:
-            raise ReportError(f"the two evaluations differ in {key}: {before[key]} and {after[key]}")
-    names = [[(d["id"], d["bytes"]) for d in e["documents"]] for e in (before, after)]
+    for key in ("unit", "window", "stride", "labels"):
+        if before.get(key) != after.get(key):
+            raise ReportError(f"the two evaluations differ in {key}: {before.get(key)} and {after.get(key)}")
+    same = "label" if before["unit"] == "example" else "bytes"
+    names = [[(d["id"], d[same]) for d in e["documents"]] for e in (before, after)]
     if names[0] != names[1]:
         raise ReportError("the two evaluations are of different documents")
     if tokens and [d["tokens"] for d in before["documents"]] != [d["tokens"] for d in after["documents"]]:
@@ -163,15 +276,27 @@ def compare(
     bootstrap: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Relative increase of bits per byte and perplexity, and the levels of divergence and agreement, with bounds."""
+    """Relative increase of bits per byte and perplexity, or drop of accuracy and F1 in points, with bounds.
+
+    With them the levels of divergence and agreement, where they were measured.
+    """
     how: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed}
     result: dict[str, Any] = dict(how) | {"unit": after["unit"], "units": len(after["documents"])}
-    same = [d["tokens"] for d in before["documents"]] == [d["tokens"] for d in after["documents"]]
-    for name in ("bits_per_byte", "perplexity") if same else ("bits_per_byte",):
-        found = increase(before, after, name, relative=True, **how)
-        result[name] = {"increase": found.value, "lower": found.lower, "upper": found.upper}
+    result |= _changes(before, after, how)
     for name in ("kl", "agreement"):
         if after[name] is not None:
             found = level(after, name, **how)
             result[name] = {"value": found.value, "lower": found.lower, "upper": found.upper}
+    return result
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+    if after["unit"] == "example":
+        drops = {name: drop(before, after, name, **how) for name in LABELLED}
+        return {n: {"drop": found.value, "lower": found.lower, "upper": found.upper} for n, found in drops.items()}
+    result = {}
+    same = [d["tokens"] for d in before["documents"]] == [d["tokens"] for d in after["documents"]]
+    for name in ("bits_per_byte", "perplexity") if same else ("bits_per_byte",):
+        found = increase(before, after, name, relative=True, **how)
+        result[name] = {"increase": found.value, "lower": found.lower, "upper": found.upper}
     return result

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from compress.errors import DataError
 
@@ -25,6 +25,10 @@ PASSAGE = 40
 SHARED = 0.5
 
 
+#: Names of fields, each with the setting that names it.
+Columns: TypeAlias = Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """A text that is scored by itself.
@@ -33,11 +37,15 @@ class Document:
         id: ``file#index``, the file's name without its folders.
         text: of a chat what its messages say, one after the other; `rendered` gives what a model is shown.
         messages: of a chat, each with ``role`` and ``content``; None for plain text.
+        pair: of two texts that are read together, both (``text`` says one after the other); None for one text.
+        label: of a labelled text, the id of its label.
     """
 
     id: str
     text: str
     messages: tuple[Mapping[str, Any], ...] | None = None
+    pair: tuple[str, str] | None = None
+    label: int | None = None
 
 
 def kind(file: str | Path) -> str:
@@ -82,26 +90,64 @@ def read_documents(files: Sequence[str], separator: str | None = None, field: st
         path = Path(file)
         if reason := refusal(path, ids=False):
             raise DataError(reason, where=file)
-        data = _unpacked(path)
-        found = kind(path)
-        if found == ".parquet":
-            rows = _parquet(path, data, field)
+        rows: Iterable[tuple[int, Any]]
+        if kind(path) == ".txt":
+            rows = enumerate(_split(_decoded(path, _unpacked(path)), separator))
         else:
-            text = _decoded(path, data)
-            rows = (
-                enumerate(_split(text, separator))
-                if found == ".txt"
-                else _json_lines(path, text, field)
-                if found == ".jsonl"
-                else _table(path, text, field, "\t" if found == ".tsv" else ",")
-            )
-        kept = list(_pieces(rows, f"{path}: row " if found == ".parquet" else f"{path}:", field))
+            rows = ((number, value) for number, (value,) in _columns(path, {field: "field"}))
+        kept = list(_pieces(rows, _place(path), field))
         if not kept:
             raise DataError("holds no text", where=file)
         first = names.get(path.name, 0)
         names[path.name] = first + len(kept)
         documents += [Document(f"{path.name}#{first + i}", text, messages) for i, (text, messages) in enumerate(kept)]
     return documents
+
+
+def read_labelled(
+    files: Sequence[str], text: Sequence[str], label: str, label_id: Callable[[Any], int | None], known: str
+) -> list[Document]:
+    """One document for every row of files with named fields (`FIELD_KINDS`), in order.
+
+    Args:
+        text: the field of the text, or two fields of texts that are read together. label: the field of the label.
+        label_id: the id that a value of that field says, None where it is no label. known: the labels, for messages.
+
+    Raises:
+        DataError: a file is missing, damaged or of another kind; a row lacks a field, has an empty text or an unknown label.
+    """
+    documents: list[Document] = []
+    names: dict[str, int] = {}
+    for file in files:
+        path = Path(file)
+        if kind(path) not in FIELD_KINDS:
+            raise DataError(
+                f"has no labels: it is no {', '.join(FIELD_KINDS[:-1])} or {FIELD_KINDS[-1]} file", where=file
+            )
+        count = 0
+        for number, values in _columns(path, {**dict.fromkeys(text, "text"), label: "label"}):
+            where = f"{_place(path)}{number}"
+            texts = values[: len(text)]
+            for name, value in zip(text, texts, strict=True):
+                if not isinstance(value, str) or not value.strip():
+                    said = "is empty" if value is None or isinstance(value, str) else f"is {_shown(value)}, not text"
+                    raise DataError(f"`{name}` {said}", where=where)
+                if not _spellable(value):
+                    raise DataError(f"`{name}` holds half a surrogate pair, which is no text", where=where)
+            if (found := label_id(values[-1])) is None:
+                raise DataError(f"`{label}` is {_shown(values[-1])}, not a label of the model", where=where, fix=known)
+            index = names.get(path.name, 0)
+            names[path.name] = index + 1
+            pair = (texts[0], texts[1]) if len(texts) > 1 else None
+            documents.append(Document(f"{path.name}#{index}", "\n".join(texts), pair=pair, label=found))
+            count += 1
+        if not count:
+            raise DataError("holds no row", where=file)
+    return documents
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
 def rendered(document: Document, tokenizer: Any) -> str:
@@ -183,7 +229,23 @@ def _decoded(path: Path, data: bytes) -> str:
         raise DataError("is not UTF-8", where=f"{path}:{line}", fix="convert it, for example with iconv") from None
 
 
-# --- rows: (number, value), the number as people count them
+# --- rows: (number, values of the columns), the number as people count them
+
+
+def _place(path: Path) -> str:
+    """What comes before a row's number."""
+    return f"{path}: row " if kind(path) == ".parquet" else f"{path}:"
+
+
+def _columns(path: Path, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Rows of a file with named fields: their values of the columns, in order."""
+    data = _unpacked(path)
+    if kind(path) == ".parquet":
+        return _parquet(path, data, columns)
+    text = _decoded(path, data)
+    if kind(path) == ".jsonl":
+        return _json_lines(path, text, columns)
+    return _table(path, text, columns, "\t" if kind(path) == ".tsv" else ",")
 
 
 def _split(text: str, separator: str | None) -> list[str]:
@@ -198,7 +260,7 @@ def _split(text: str, separator: str | None) -> list[str]:
     return ["\n".join(piece) for piece in pieces]
 
 
-def _json_lines(path: Path, text: str, field: str) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -207,24 +269,25 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"is not JSON: {_line(error)}", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
-            raise DataError(f'expected {{"{field}": "…"}}', where=f"{path}:{number}")
-        if field not in row:
-            raise _no_field(f"{path}:{number}", field, row)
-        yield number, row[field]
+            raise DataError(f'expected {{"{next(iter(columns))}": "…"}}', where=f"{path}:{number}")
+        if lacking := [name for name in columns if name not in row]:
+            raise _no_field(f"{path}:{number}", lacking[0], columns, row)
+        yield number, tuple(row[name] for name in columns)
 
 
-def _table(path: Path, text: str, field: str, delimiter: str) -> Iterator[tuple[int, Any]]:
+def _table(path: Path, text: str, columns: Columns, delimiter: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
     import csv
 
     before = csv.field_size_limit(2**31 - 1)  # 128 kB by default, less than a long document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next(reader, [])
-        if names.count(field) > 1:
-            raise DataError(f"has {names.count(field)} fields `{field}`", where=str(path), fix="rename one")
-        if field not in names:
-            raise _no_field(f"{path}:1", field, names)
-        column = names.index(field)
+        for name in columns:
+            if names.count(name) > 1:
+                raise DataError(f"has {names.count(name)} fields `{name}`", where=str(path), fix="rename one")
+            if name not in names:
+                raise _no_field(f"{path}:1", name, columns, names)
+        places = [names.index(name) for name in columns]
         for row in reader:
             if row and len(row) != len(names):
                 raise DataError(
@@ -232,14 +295,14 @@ def _table(path: Path, text: str, field: str, delimiter: str) -> Iterator[tuple[
                     where=f"{path}:{reader.line_num}",
                 )
             if row:
-                yield reader.line_num, row[column]
+                yield reader.line_num, tuple(row[place] for place in places)
     except csv.Error as error:
         raise DataError(f"is no {kind(path)[1:]}: {error}", where=f"{path}:{reader.line_num}") from None
     finally:
         csv.field_size_limit(before)
 
 
-def _parquet(path: Path, data: bytes, field: str) -> Iterator[tuple[int, Any]]:
+def _parquet(path: Path, data: bytes, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -249,22 +312,24 @@ def _parquet(path: Path, data: bytes, field: str) -> Iterator[tuple[int, Any]]:
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
-        if field not in names:
-            raise _no_field(str(path), field, names)
-        for batch in file.iter_batches(columns=[field]):
-            for value in batch.column(0).to_pylist():
+        if lacking := [name for name in columns if name not in names]:
+            raise _no_field(str(path), lacking[0], columns, names)
+        for batch in file.iter_batches(columns=list(columns)):
+            for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                 number += 1
-                yield number, value
+                yield number, values
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # those that pyarrow documents for damaged files
         raise DataError(f"is damaged: {_line(error)}", where=str(path)) from None
 
 
-def _no_field(where: str, field: str, names: Iterable[str]) -> DataError:
+def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) -> DataError:
     shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
     return DataError(
         f"has no field `{field}`",
         where=where,
-        fix=f"set `field` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}" if shown else None,
+        fix=f"set `{columns[field]}` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"
+        if shown
+        else None,
     )
 
 
@@ -292,9 +357,14 @@ def _pieces(
                 fix="keep texts and chats in files of their own",
             )
         chats = messages is not None
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell what UTF-8 cannot
+        if not _spellable(text):
             raise DataError(f"`{field}` holds half a surrogate pair, which is no text", where=f"{where}{number}")
         yield text, messages
+
+
+def _spellable(text: str) -> bool:
+    """Whether UTF-8 can spell it; JSON can spell more."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _messages(value: list[Any], field: str, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
 from compress.text import FIELD, Document, rendered
@@ -109,20 +109,26 @@ def sample_documents(
 ) -> Batches:
     """``samples`` documents drawn by seed, each by itself, with the special tokens that the tokenizer puts around a text.
 
-    Longer ones are cut to ``length`` tokens; shorter ones are padded on the right with the padding token (else the
-    end-of-text token, else 0), and masked.
+    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
+    on the right with the padding token (else the end-of-text token, else 0), and masked.
 
     Raises:
-        DataError: there are fewer than ``samples`` documents, or chats that the tokenizer has no template for.
+        DataError: there are fewer than ``samples`` documents, chats that the tokenizer has no template for, or no room
+            beside the special tokens.
     """
     import torch
 
+    if length <= (special := tokenizer.num_special_tokens_to_add()):
+        raise DataError(
+            f"calibration asks for documents of {length} tokens, and {special} of them are special ones",
+            fix=f"set length to {special + 1} or more",
+        )
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[int]] = []
     chosen = []
     for document in order:
-        if ids := _tokens(tokenizer, document, special=document.messages is None)[:length]:
+        if ids := _cut(tokenizer, document, length):
             rows.append(ids)
             chosen.append(document.id)
         if len(rows) == samples:
@@ -139,6 +145,14 @@ def sample_documents(
         ids_SL[row, : len(ids)] = torch.tensor(ids)
         mask_SL[row, : len(ids)] = True
     return Batches(ids_SL, mask_SL, tuple(chosen))
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, document: Document, length: int) -> list[int]:
+    """As `_tokens`, at most ``length``: of a plain text its own tokens go, not the special ones around it."""
+    if document.messages is not None:
+        return _tokens(tokenizer, document, special=False)[:length]
+    how: dict[str, Any] = {"truncation": True, "max_length": length, "verbose": False}
+    return list(tokenizer(document.text, **how)["input_ids"])
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, *, special: bool) -> list[int]:

@@ -127,13 +127,23 @@ def evaluate(
         typer.Option("--data", help="Text: .txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst. May be repeated."),
     ] = None,
     field: Annotated[str, typer.Option("--field", help="Field of the text, in files that have fields.")] = "text",
+    text: Annotated[
+        Optional[list[str]],
+        typer.Option("--text", help="Of labelled files the column of the text; given twice, of both texts of a pair."),
+    ] = None,
+    label: Annotated[
+        Optional[str], typer.Option("--label", help="Column of the label; for classifiers of text.")
+    ] = None,
     baseline: Annotated[
         Optional[str],
         typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote."),
     ] = None,
     metric: Annotated[
         Optional[list[str]],
-        typer.Option("--metric", help="bits_per_byte, perplexity, kl, agreement, latency, memory. May be repeated."),
+        typer.Option(
+            "--metric",
+            help="bits_per_byte, perplexity, accuracy, f1, kl, agreement, latency, memory. May be repeated.",
+        ),
     ] = None,
     separator: Annotated[Optional[str], typer.Option("--separator", help="Text between documents.")] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens of context.", min=2)] = 256,
@@ -161,6 +171,8 @@ def evaluate(
         metrics=metric or [],
         separator=separator,
         field=field,
+        text=text or [],
+        label=label,
         window=window,
         stride=stride,
         max_documents=max_documents,

@@ -66,6 +66,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         [(r.name, r.before, r.after, r.change) for r in figures.before_after(report)],
     )
     rows: list[tuple[str, ...]] = []
+    shown = figures.headline(report)
     for step in figures.waterfall(report):
         rows.append(
             (
@@ -74,14 +75,13 @@ def print_report(report: Mapping[str, Any]) -> None:
                 format_bytes(step.bytes),
                 figures.signed_bytes(step.saved),
                 figures.bar(step, 12),
-                "" if step.bits_per_byte is None else f"{step.bits_per_byte:.4g}",
-                "" if step.cost is None else f"{step.cost:+.3f}",
+                *shown.values(step),
             )
         )
     head: list[Column] = ["pass", "settings", ("size", "right"), ("saved", "right"), ("left", "whole")]
     measured = any(row[5] for row in rows)
     if measured:
-        head += [("bits/byte", "right"), ("cost", "right")]
+        head += [(shown.name, "right"), ("cost", "right")]
     if console.width < 100:  # settings need a line of their own to be readable
         rows = [(f"{r[0]}\n  {r[1]}" if r[1] else r[0], *r[2:]) for r in rows]
         head.remove("settings")
@@ -362,6 +362,11 @@ def print_assessment(document: Mapping[str, Any]) -> None:
 def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
     if not paired:
         return
+    for name, shown in (("accuracy", "accuracy"), ("f1", "macro F1")):
+        if name in paired:
+            p = paired[name]
+            text = f"{shown} drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}, each at "
+            _line(console, f"{text}{paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s)")
     for name, shown in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
         if name in paired:
             p = paired[name]

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from compress import text
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.errors import CompressError, DataError, ReportError
+from compress.evaluation.tasks import TEXT_METRICS, check_metrics, task_of
 from compress.pipeline.fingerprint import versions
-from compress.pipeline.measure import SPEED_METRICS, TEXT_METRICS
+from compress.pipeline.measure import SPEED_METRICS
 from compress.pipeline.run import machine, resolve_device
+from compress.pipeline.score import Scorer, read
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
 
@@ -28,18 +30,26 @@ SCHEMA = "compress.eval/1"
 class Assessment:
     """What to measure, and how; kept in the result so that a later one can be paired with it.
 
-    ``metrics``: None for bits per byte and perplexity where there is text.
+    ``metrics``: None for bits per byte and perplexity where there is text, for accuracy and F1 where it is labelled.
+    ``text`` and ``label``: columns of labelled files, as in a recipe.
     """
 
     files: tuple[str, ...] = ()
     separator: str | None = None
     field: str = text.FIELD
+    text: tuple[str, ...] | None = None
+    label: str | None = None
     window: int = 256
     stride: int | None = None
     max_documents: int | None = None
     metrics: tuple[str, ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of labelled texts."""
+        return self.text or (text.FIELD,)
 
 
 def assess(
@@ -75,14 +85,18 @@ def assess(
             files=how.files or tuple(known["files"]),
             separator=known["separator"],
             field=known.get("field", text.FIELD),
+            text=known.get("text") and tuple(known["text"]),
+            label=known.get("label"),
             window=known["window"],
             stride=known["stride"],
             max_documents=known["max_documents"],
             dtype=known["dtype"],
         )
-    metrics = how.metrics if how.metrics is not None else ("bits_per_byte", "perplexity") if how.files else ()
-    how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
+    class_name = candidate.spec.structure.class_name
+    metrics = how.metrics if how.metrics is not None else task_of(class_name).metrics[:2] if how.files else ()
+    check_metrics(class_name, metrics, labelled=how.label is not None if how.files else None)
+    how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)
     if baseline is not None and stored_baseline is None:
@@ -145,18 +159,18 @@ def _text(
     document: dict[str, Any],
     progress: Progress,
 ) -> None:
-    from compress.evaluation.language import score_documents
     from compress.loading import load_checkpoint, load_tokenizer
 
-    documents = text.read_documents(how.files, how.separator, how.field)[: how.max_documents]
+    structure = candidate.spec.structure
+    documents = read(how, how.separator, structure.config)[: how.max_documents]
     assert candidate.folder is not None
     model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
     beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
     tokenizer = load_tokenizer(candidate.folder, trust_remote_code=candidate.trust_remote_code)
-    settings: dict[str, Any] = {"window": how.window, "stride": how.stride or how.window, "progress": progress}
-    document["evaluation"] = score_documents(model, tokenizer, documents, reference=beside, **settings).to_dict()
+    score = Scorer(task_of(structure.class_name), tokenizer, documents, how, structure.config, progress)
+    document["evaluation"] = score(model, beside)
     if other is not None and other["evaluation"] is None and beside is not None:
-        other["evaluation"] = score_documents(beside, tokenizer, documents, **settings).to_dict()
+        other["evaluation"] = score(beside)
 
 
 def read_assessment(path: Path) -> dict[str, Any]:
@@ -196,6 +210,8 @@ def judge_checkpoint(
             files=tuple(section.files),
             separator=recipe.document_separator,
             field=section.field,
+            text=section.text,
+            label=section.label,
             window=section.window,
             stride=section.stride,
             max_documents=section.max_documents,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
 from compress.pipeline.fingerprint import fingerprint
+from compress.pipeline.score import read
 from compress.text import Document, check_disjoint, holds_ids, read_documents
 from compress.text import fingerprint as fingerprint_files
 
@@ -59,14 +60,13 @@ class DataSets:
     """Text of a recipe's ``data`` section.
 
     Attributes:
-        folder: where the tokenizer is.
-        vocabulary: how many token ids the model knows, None where its config does not say.
+        folder: where the tokenizer is. config: of the model, which names labels.
         positions: how many tokens a sample may have, None for any number.
     """
 
     recipe: Recipe
     folder: Path
-    vocabulary: int | None = None
+    config: Mapping[str, Any]
     positions: int | None = None
     _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
@@ -82,8 +82,12 @@ class DataSets:
         if name not in self._documents:
             if not self.files(name):
                 raise DataError(f"the recipe has no data.{name}")
-            field = getattr(self.recipe.data, name).field
-            self._documents[name] = read_documents(self.files(name), self.recipe.document_separator, field)
+            section, separator = getattr(self.recipe.data, name), self.recipe.document_separator
+            self._documents[name] = (
+                read(section, separator, self.config)
+                if name == "evaluation"
+                else read_documents(section.files, separator, section.field)
+            )
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
@@ -112,7 +116,7 @@ class DataSets:
                 self.tokenizer,
                 lambda: self.documents(name),
                 seed=self.recipe.seed,
-                vocabulary=self.vocabulary,
+                vocabulary=self.config.get("vocab_size"),
                 positions=self.positions,
             )
         drawn: Batches = self._batches[name]

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from compress import passes
 from compress.checkpoint.open import Stored
+from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
+from compress.pipeline.score import Scorer
 from compress.progress import Progress
 from compress.text import holds_ids
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-#: Metrics read off text, and those measured in processes of their own.
-TEXT_METRICS = frozenset({"bits_per_byte", "perplexity", "kl", "agreement"})
+#: Metrics measured in processes of their own.
 SPEED_METRICS = frozenset({"latency", "memory"})
 
 
@@ -53,7 +54,6 @@ class Measurements:
         return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
 
     def _text(self, original: Stored, rows: list[dict[str, Any]]) -> None:
-        from compress.evaluation.language import score_documents
         from compress.loading import load_checkpoint, load_model
 
         section = self.recipe.data.evaluation
@@ -66,6 +66,15 @@ class Measurements:
             documents = self.data.documents("evaluation")
             if section.max_documents is not None:
                 documents = documents[: section.max_documents]
+            structure = original.spec.structure
+            score = Scorer(
+                task_of(structure.class_name),
+                self.data.tokenizer(),
+                documents,
+                section,
+                structure.config,
+                self.progress,
+            )
             reference = load_checkpoint(original, dtype=self.recipe.dtype, device=self.device)
             for i, name in enumerate(names):
                 if found[i] is not None:
@@ -82,17 +91,12 @@ class Measurements:
                         trust_remote_code=self.recipe.trust_remote_code,
                     )
                 )
-                scores = score_documents(
+                evaluation = score(
                     model,
-                    self.data.tokenizer(),
-                    documents,
-                    window=section.window,
-                    stride=section.stride or section.window,
-                    reference=None if folder is None else reference,
-                    title="evaluate the original" if folder is None else f"evaluate stage {i} of {len(rows)}",
-                    progress=self.progress,
+                    None if folder is None else reference,
+                    "evaluate the original" if folder is None else f"evaluate stage {i} of {len(rows)}",
                 )
-                measured = {"evaluation": scores.to_dict(), "seconds": round(time.perf_counter() - start, 3)}
+                measured = {"evaluation": evaluation, "seconds": round(time.perf_counter() - start, 3)}
                 self.folder.cache(name, measured)
                 found[i] = measured
                 del model

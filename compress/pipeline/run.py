@@ -78,8 +78,7 @@ class Run:
         )
         assert self.original.folder is not None
         spec = self.original.spec
-        vocabulary = spec.structure.config.get("vocab_size")
-        self.data = DataSets(recipe, self.original.folder, vocabulary, architectures.positions(spec))
+        self.data = DataSets(recipe, self.original.folder, spec.structure.config, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
         if any("calibration" in passes.get(p.name).needed(p.settings) for p in recipe.passes):

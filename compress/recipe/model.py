@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from compress import passes
 from compress.errors import CompressError
+from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, TEXT_METRICS
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
 from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
@@ -28,10 +29,9 @@ from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
 
-Metric = Literal["bits_per_byte", "perplexity", "kl", "agreement", "latency", "memory"]
+Metric = Literal["bits_per_byte", "perplexity", "accuracy", "f1", "kl", "agreement", "latency", "memory"]
 METRICS: tuple[str, ...] = get_args(Metric)
-#: Metrics that read ``data.evaluation``.
-TEXT_METRICS = frozenset({"bits_per_byte", "perplexity", "kl", "agreement"})
+assert set(METRICS) >= TEXT_METRICS
 #: Gates whose metric has another name, or that need none.
 _METRIC_OF_GATE = {"size": None, "parameters": None, "prefill": "latency", "decode": "latency"}
 
@@ -86,6 +86,20 @@ Level = Annotated[
 ]
 Text = Annotated[str, Field(min_length=1)]
 Files = Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+#: One name, or a list of two.
+Columns = Annotated[
+    tuple[Text, ...],
+    Field(min_length=1, max_length=2),
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 
 
 _KINDS = "Text files: .txt, .jsonl, .csv, .tsv or .parquet, each also packed (.gz, .zst)"
@@ -160,6 +174,37 @@ class Evaluation(TextFiles):
         description="Tokens between the starts of two windows; the window by default, so none overlap.",
     )
     max_documents: int | None = Field(default=None, ge=1, description="Measure on the first so many documents only.")
+    text: Columns | None = Field(
+        default=None,
+        description="Of labelled .jsonl, .csv, .tsv and .parquet files the column of the text, or two columns of texts "
+        "that the model reads together: [sentence1, sentence2]. `text` by default where `label` is given.",
+    )
+    label: Text | None = Field(
+        default=None,
+        description="The column of the label: an integer, or a name in the config's id2label or label2id. For text "
+        "classifiers, which read each row whole: `field`, `window` and `stride` have no meaning then.",
+    )
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Self:
+        if self.label is None:
+            if self.text is not None:
+                raise ValueError("`text` goes with `label`; the column of plain text is `field`")
+            return self
+        if self.label in self.columns:
+            raise ValueError(f"`text` and `label` both name the column `{self.label}`")
+        fields = type(self).model_fields
+        if odd := next((n for n in ("field", "window", "stride") if getattr(self, n) != fields[n].default), None):
+            hint = "name the column with `text`" if odd == "field" else "each text is read whole"
+            raise ValueError(f"`{odd}` is not for labelled texts: {hint}")
+        if wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None):
+            raise ValueError(f"`label` names a column, and {wrong} has none")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of labelled texts."""
+        return self.text or (FIELD,)
 
     @model_validator(mode="after")
     def _no_gaps(self) -> Self:
@@ -213,15 +258,26 @@ class IncreaseGate(Gate):
 class DivergenceGate(Gate):
     """A bound on the divergence from the original."""
 
-    max: float | None = Field(default=None, ge=0, description="Largest mean divergence per token, in nats.")
+    max: float | None = Field(
+        default=None, ge=0, description="Largest mean divergence per token, or per labelled text, in nats."
+    )
 
 
 class AgreementGate(Gate):
-    """Bounds on the share of tokens where the likeliest next token is the original's."""
+    """Bounds on the share of tokens, or of labelled texts, where the likeliest prediction is the original's."""
 
     min: Level | None = Field(default=None, description="Smallest share, such as 0.95 or 95%.")
     max_drop: float | None = Field(
         default=None, ge=0, le=100, description="Largest drop from the original's 100%, in points."
+    )
+
+
+class ScoreGate(Gate):
+    """Bounds on a score of labelled texts that is better when higher."""
+
+    min: Level | None = Field(default=None, description="Smallest score, such as 0.9 or 90%.")
+    max_drop: float | None = Field(
+        default=None, ge=0, le=100, description="Largest drop from the original's score, in points."
     )
 
 
@@ -238,9 +294,11 @@ class Gates(Settings):
     parameters: ParametersGate | None = Field(default=None, description="Number of parameters.")
     bits_per_byte: IncreaseGate | None = Field(default=None, description="Bits per byte of the evaluation text.")
     perplexity: IncreaseGate | None = Field(default=None, description="Perplexity per token of the evaluation text.")
+    accuracy: ScoreGate | None = Field(default=None, description="Share of labelled texts that are classified rightly.")
+    f1: ScoreGate | None = Field(default=None, description="Mean of the labels' F1 (macro), on labelled texts.")
     kl: DivergenceGate | None = Field(default=None, description="Divergence from the original's predictions.")
     agreement: AgreementGate | None = Field(
-        default=None, description="How often the likeliest token is the original's."
+        default=None, description="How often the likeliest token, or label, is the original's."
     )
     prefill: RatioGate | None = Field(default=None, description="Time to read a prompt.")
     decode: RatioGate | None = Field(default=None, description="Time per generated token.")
@@ -310,6 +368,12 @@ def parse_pass(value: Any) -> PassEntry:
     return PassEntry(name, model.model_validate_json(text, strict=True))
 
 
+def _default_metrics(evaluation: Evaluation | None) -> tuple[Metric, ...]:
+    if evaluation is None:
+        return ()
+    return cast(tuple[Metric, ...], (LANGUAGE if evaluation.label is None else CLASSIFICATION).default)
+
+
 Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
 
 
@@ -350,9 +414,9 @@ class Recipe(Settings):
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
     passes: tuple[Entry, ...] = Field(min_length=1, description="The passes, in order, each as `name: {settings}`.")
     evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] = Field(
-        default_factory=lambda fields: ("bits_per_byte", "kl") if fields["data"].evaluation else (),
-        description="What to measure besides what gates need. Default: bits_per_byte and kl, or nothing without "
-        "`data.evaluation`.",
+        default_factory=lambda fields: _default_metrics(fields["data"].evaluation),
+        description="What to measure besides what gates need. Default: bits_per_byte and kl, of labelled texts accuracy "
+        "and agreement, or nothing without `data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="What must hold of the result, or it is not published.")
     confidence: float = Field(

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
-from compress.recipe import model as models
+from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, TEXT_METRICS
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
@@ -292,7 +292,7 @@ def _misplaced(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
-    """Passes, metrics and gates that need text which ``data`` does not give."""
+    """Passes, metrics and gates that need text which ``data`` does not give, or text of another kind."""
     data = values.get("data", {})
     if not isinstance(data, dict):
         return
@@ -304,17 +304,23 @@ def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
                 *_at_pass(root, index),
                 _data_hint(name),
             )
-    if "evaluation" in given:
-        return
     lacking, hint = "needs text to measure on, and there is no `data.evaluation`", _data_hint("evaluation")
+    measurable: tuple[str, ...] = ()
+    if "evaluation" in given:
+        labelled = isinstance(data["evaluation"], dict) and data["evaluation"].get("label") is not None
+        task = CLASSIFICATION if labelled else LANGUAGE
+        lacking = (
+            f"does not measure {task.name}, which `data.evaluation` {'with' if labelled else 'without'} `label` is for"
+        )
+        measurable, hint = task.metrics, f"its metrics are {', '.join(task.metrics)}"
     wanted = values.get("evaluate")
     for i, metric in enumerate(wanted if isinstance(wanted, list) else []):
-        if isinstance(metric, str) and metric in models.TEXT_METRICS:
+        if isinstance(metric, str) and metric in TEXT_METRICS.difference(measurable):
             path: tuple[str | int, ...] = ("evaluate", i)
             yield Problem(f"{metric} {lacking}", find_place(root, path), path, hint)
     gates = values.get("gates")
     for gate in gates if isinstance(gates, dict) else {}:
-        if metric_of(gate) in models.TEXT_METRICS:
+        if metric_of(gate) in TEXT_METRICS.difference(measurable):
             path = ("gates", gate)
             place = find_place(root, path, key=True)
             yield Problem(f"the gate {gate} {lacking}", place, path, hint)

@@ -71,6 +71,36 @@ class Evaluation(_Part):
     documents: list[DocumentScore]
 
 
+class PredictionRow(_Part):
+    """What a classifier says of one labelled text."""
+
+    id: str
+    label: int = Field(description="The true label.")
+    prediction: int = Field(description="The likeliest label.")
+    nll: Number = Field(description="Negative log-likelihood of the true label, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model over labels, nats.")
+    agree: int | None = Field(description="1 where both models' likeliest label is the same, else 0.")
+
+
+class Classification(_Part):
+    """Predictions of the labelled texts."""
+
+    schema_: Literal["compress.classification/1"] = Field(alias="schema")
+    unit: Literal["example"] = Field(description="What comparisons count or resample.")
+    labels: list[str] = Field(description="Names, by id.")
+    cut: int = Field(description="Texts that are longer than the model reads.")
+    accuracy: Number
+    f1: Number = Field(description="Mean of the labels' F1, of those that some text has or is given.")
+    cross_entropy: Number = Field(description="Mean negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Mean per text, nats.")
+    agreement: Number | None = Field(description="Share of texts.")
+    documents: list[PredictionRow]
+
+
+#: Of a language model, or of a classifier.
+Measured = Annotated[Evaluation | Classification, Field(discriminator="schema_")]
+
+
 class Timing(_Part):
     """Seconds, by round."""
 
@@ -131,7 +161,7 @@ class Stage(_Part):
     peak_memory: int = Field(description="Resident bytes.")
     reused: bool
     folder: str
-    evaluation: Evaluation | None
+    evaluation: Measured | None
     latency: Latency | None
 
 
@@ -140,7 +170,7 @@ class Original(_Part):
 
     checkpoint: str
     size: Size
-    evaluation: Evaluation | None
+    evaluation: Measured | None
     latency: Latency | None
 
 
@@ -148,7 +178,7 @@ class Result(_Part):
     """The last stage."""
 
     size: Size
-    evaluation: Evaluation | None
+    evaluation: Measured | None
     latency: Latency | None
 
 
@@ -179,8 +209,8 @@ class EvaluationData(_Part):
 
     files: list[str]
     sha256: str = Field(description="Of the files' contents and the settings that pick text from them.")
-    documents: int = Field(description="Documents or chunks that were scored.")
-    unit: Literal["document", "chunk"] = Field(description="What comparisons resample.")
+    documents: int = Field(description="Documents, chunks or labelled texts that were scored.")
+    unit: Literal["document", "chunk", "example"] = Field(description="What comparisons resample.")
 
 
 class CalibrationData(_Part):

@@ -30,8 +30,9 @@ class Step:
 
     Attributes:
         bytes: after the pass. saved: bytes less than before it. share: bytes over the original's.
-        bits_per_byte: of the stage that the pass ends, None inside a fused stage. cost: its rise since the last measure.
-        kl: nats per token from the original. seconds: of the stage, None inside a fused one.
+        quality: the `Headline` metric of the stage that the pass ends, None inside a fused stage.
+        cost: how much worse it is than at the last measure. kl: from the original, nats per token or text.
+        seconds: of the stage, None inside a fused one.
     """
 
     name: str
@@ -39,11 +40,44 @@ class Step:
     bytes: int
     saved: int
     share: float
-    bits_per_byte: float | None
+    quality: float | None
     cost: float | None
     kl: float | None
     seconds: float | None
     reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """The metric that a summary shows of one kind of evaluation: its key and name, and how values and costs are written.
+
+    ``cost_per_unit``: what one unit more of it costs, negative where more is better.
+    """
+
+    key: str
+    name: str
+    value: str
+    cost: str
+    cost_per_unit: float
+
+    def values(self, step: Step) -> tuple[str, str]:
+        """The value and the cost of a step as text; empty where it was not measured."""
+        value = "" if step.quality is None else self.value.format(step.quality)
+        return value, "" if step.cost is None else self.cost.format(step.cost)
+
+
+_BITS = Headline("bits_per_byte", "bits per byte", "{:.4g}", "{:+.4f}", 1)
+_ACCURACY = Headline("accuracy", "accuracy", "{:.2%}", "{:+.2f} points", -100)
+
+
+def headline(report: Mapping[str, Any]) -> Headline:
+    """What the report's waterfall shows."""
+    evaluation = report["original"]["evaluation"]
+    return _ACCURACY if evaluation is not None and _labelled(evaluation) else _BITS
+
+
+def _labelled(evaluation: Mapping[str, Any]) -> bool:
+    return bool(evaluation["unit"] == "example")
 
 
 def before_after(report: Mapping[str, Any]) -> list[Row]:
@@ -73,6 +107,8 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
 def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
     if before is None or after is None:
         return []
+    if _labelled(after):
+        return _labelled_quality(before, after)
     rows = []
     for name, key in (("bits per byte", "bits_per_byte"), ("perplexity per token", "perplexity")):
         x, y = before[key], after[key]
@@ -80,6 +116,17 @@ def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) 
     if after["kl"] is not None:
         rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", "nats per token"))
         rows.append(Row("top-1 agreement", "100%", f"{after['agreement']:.1%}", ""))
+    return rows
+
+
+def _labelled_quality(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for name, key in (("accuracy", "accuracy"), ("macro F1", "f1")):
+        x, y = before[key], after[key]
+        rows.append(Row(name, f"{x:.2%}", f"{y:.2%}", f"{100 * (y - x):+.2f} points"))
+    if after["kl"] is not None:
+        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", "nats per text"))
+        rows.append(Row("agreement with the original", "100%", f"{after['agreement']:.2%}", ""))
     return rows
 
 
@@ -101,14 +148,14 @@ def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
 def waterfall(report: Mapping[str, Any]) -> list[Step]:
     """The original, then every pass in order."""
     start = report["original"]["size"]["bytes"]
-    evaluation = report["original"]["evaluation"]
-    bits = evaluation["bits_per_byte"] if evaluation else None
-    steps = [Step("original", "", start, 0, 1.0, bits, None, None, None, False)]
+    evaluation, shown = report["original"]["evaluation"], headline(report)
+    last = evaluation[shown.key] if evaluation else None
+    steps = [Step("original", "", start, 0, 1.0, last, None, None, None, False)]
     for stage in report["stages"]:
         for row in stage["passes"]:
             ends = row is stage["passes"][-1]
             measured = stage["evaluation"] if ends else None
-            now = measured["bits_per_byte"] if measured else None
+            now = measured[shown.key] if measured else None
             size = row["actual"]["bytes"]
             steps.append(
                 Step(
@@ -117,14 +164,14 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
                     bytes=size,
                     saved=steps[-1].bytes - size,
                     share=size / start if start else 0.0,
-                    bits_per_byte=now,
-                    cost=now - bits if now is not None and bits is not None else None,
+                    quality=now,
+                    cost=shown.cost_per_unit * (now - last) if now is not None and last is not None else None,
                     kl=measured["kl"] if measured else None,
                     seconds=sum(stage["seconds"].values()) if ends else None,
                     reused=stage["reused"],
                 )
             )
-            bits = now if now is not None else bits
+            last = now if now is not None else last
     return steps
 
 
@@ -207,12 +254,16 @@ def signed_bytes(saved: int) -> str:
 
 
 def quality_note(report: Mapping[str, Any]) -> str | None:
-    """How the text was scored."""
+    """How the texts were scored."""
     evaluation = report["result"]["evaluation"]
     data = report["data"].get("evaluation") or {}
     if evaluation is None:
         return None
     files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
+    if _labelled(evaluation):
+        note = f"{len(evaluation['documents'])} labelled texts of {files}, {len(evaluation['labels'])} labels; "
+        note += "F1 is the mean over labels (macro)"
+        return note + (f"; {evaluation['cut']} were cut to what the model reads" if evaluation["cut"] else "")
     note = (
         f"{len(evaluation['documents'])} {evaluation['unit']}s of {files or 'text'}, windows of {evaluation['window']} "
     )

@@ -88,7 +88,7 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
     """One line per pass, with a bar of what is left of the original's bytes."""
-    steps = figures.waterfall(report)
+    steps, shown = figures.waterfall(report), figures.headline(report)
     rows = []
     for step in steps:
         row = [
@@ -98,8 +98,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
             format_bytes(step.bytes),
             figures.signed_bytes(step.saved),
             f"`{figures.bar(step, 20)}`",
-            "" if step.bits_per_byte is None else f"{step.bits_per_byte:.4g}",
-            "" if step.cost is None else f"{step.cost:+.4f}",
+            *shown.values(step),
             "" if step.kl is None else f"{step.kl:.4f}",
         ]
         if seconds:
@@ -110,7 +109,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
         "size",
         "saved",
         "of the original",
-        "bits per byte",
+        shown.name,
         "cost",
         "KL",
         *(["seconds"] if seconds else []),

@@ -95,6 +95,43 @@ def test_a_short_recipe_has_every_default(work: Path) -> None:
     assert recipe.metrics == ("bits_per_byte", "kl")
 
 
+LABELLED = "data: {{evaluation: {{files: [dev.tsv], {}}}}}\n"
+
+
+def test_labelled_texts(work: Path) -> None:
+    Path("dev.tsv").write_text("a\tb\tlabel\nx\ty\t0\n")
+    for given, columns in (("text: a, ", ("a",)), ("text: [a, b], ", ("a", "b")), ("", ("text",))):
+        Path("r.yaml").write_text(GOOD + LABELLED.format(f"{given}label: label") + "gates: {f1: {max_drop: 1}}\n")
+        recipe = load_recipe(Path("r.yaml"))
+        assert recipe.data.evaluation is not None
+        assert recipe.data.evaluation.columns == columns
+        assert recipe.metrics == ("accuracy", "f1", "agreement")
+        again = recipe_from_mapping(resolved(recipe))
+        assert again.data == recipe.data
+
+
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        (LABELLED.format("text: a"), "r.yaml:5:8: `text` goes with `label`; the column of plain text is `field`"),
+        (LABELLED.format("text: a, label: a"), "r.yaml:5:8: `text` and `label` both name the column `a`"),
+        (LABELLED.format("text: [a, a], label: b"), "r.yaml:5:45: `a` is named twice"),
+        (LABELLED.format("text: [a, b, c], label: d"), "r.yaml:5:45: text: expected at most 2 entries, got a list"),
+        (LABELLED.format("label: b, window: 64"), "r.yaml:5:8: `window` is not for labelled texts: each text is read whole"),
+        (LABELLED.format("field: a, label: b"), "r.yaml:5:8: `field` is not for labelled texts: name the column with `text`"),
+        ("data: {evaluation: {files: [text/valid.txt], label: b}}", "r.yaml:5:8: `label` names a column, and text/valid.txt has none"),
+        (LABELLED.format("label: b") + "evaluate: [kl, perplexity]", "r.yaml:6:16: perplexity does not measure text classification, which `data.evaluation` with `label` is for"),
+        (LABELLED.format("label: b") + "gates: {bits_per_byte: {max: 1}}", "r.yaml:6:9: the gate bits_per_byte does not measure text classification, which `data.evaluation` with `label` is for"),
+        (LABELLED.format("field: a") + "gates: {accuracy: {min: 90%}}", "r.yaml:6:9: the gate accuracy does not measure causal language modelling, which `data.evaluation` without `label` is for"),
+        (LABELLED.format("label: b") + "gates: {accuracy: {max: 1}}", "r.yaml:6:20: unknown key `max` in gates.accuracy"),
+        (LABELLED.format("label: b") + "gates: {f1: {max_drop: 101}}", "r.yaml:6:24: max_drop: expected 100.0 or less, got 101"),
+    ],
+)  # fmt: skip
+def test_labelled_texts_that_will_not_do(heads: Heads, text: str, head: str) -> None:
+    Path("dev.tsv").write_text("a\tb\nx\t0\n")
+    assert heads(GOOD + text) == [head]
+
+
 def test_data_sets_and_their_defaults(work: Path) -> None:
     for name in ("chats.jsonl.zst", "ids.npy", "ids.safetensors"):
         (work / name).touch()
@@ -209,7 +246,7 @@ r.yaml:16:5: expected one pass, got `cast`, `weights`
 r.yaml:18:36: sparsity: expected a share between 0 and 1, such as 50% or 0.5, got '150%'
    18 |   - prune_unstructured: {sparsity: 150%, pattern: 2:4}
       |                                    ^^^^
-r.yaml:19:12: expected bits_per_byte, perplexity, kl, agreement, latency or memory, got 'bpb'
+r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, f1, kl, agreement, latency or memory, got 'bpb'
    19 | evaluate: [bpb, kl]
       |            ^^^
 r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1

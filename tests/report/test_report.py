@@ -96,7 +96,7 @@ def test_waterfall_adds_up(finished):
     assert steps[0].bytes - sum(s.saved for s in steps) == steps[-1].bytes == finished.report["result"]["size"]["bytes"]
     measured = [s for s in steps if s.cost is not None]
     assert [s.name for s in measured] == ["cast"]  # one measurement per fused stage
-    total = finished.report["result"]["evaluation"]["bits_per_byte"] - steps[0].bits_per_byte
+    total = finished.report["result"]["evaluation"]["bits_per_byte"] - steps[0].quality
     assert sum(s.cost for s in measured) == pytest.approx(total)
     assert [len(figures.bar(s, 20)) for s in steps[:2]] == [20, 20]
 
