@@ -109,7 +109,7 @@ def apply(
     import torch
     from pydantic import ValidationError
 
-    from compress import passes
+    from compress import architectures, passes
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.passes.base import Context
@@ -141,15 +141,17 @@ def apply(
             raise _first(error, "data") from None
 
     def batches(name: str) -> Batches:
-        from compress.calibration.batches import check_vocabulary, first, given_ids
+        from compress.calibration.batches import check_positions, check_vocabulary, first, given_ids
         from compress.loading import load_tokenizer
         from compress.pipeline.data import draw, read_section
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
+        positions = architectures.positions(original.spec)
         assert folder is not None
         if isinstance(data, torch.Tensor):
             drawn = first(given_ids(data), samples, length, "data")
             check_vocabulary(drawn, vocabulary)
+            check_positions(drawn.ids.shape[1], positions)
             return drawn
         if section is not None:
             return draw(
@@ -158,6 +160,7 @@ def apply(
                 lambda: read_section(section, document_separator),
                 seed=seed,
                 vocabulary=vocabulary,
+                positions=positions,
             )
         raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
 

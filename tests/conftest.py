@@ -51,6 +51,31 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pico BERT that tells three labels apart, and 40 labelled texts that it is mostly right on; read only."""
+    import random
+
+    import torch
+
+    from tests import pico
+
+    names = {0: "red", 1: "green", 2: "blue"}
+    folder, texts = tmp_path_factory.mktemp("labelled"), random.Random(0)
+    options = {"class_name": "BertForSequenceClassification", "id2label": names}
+    options["label2id"] = {name: index for index, name in names.items()}
+    model, tokenizer = pico.model("bert", **options), pico.tokenizer()
+    rows = []
+    for index in range(40):
+        text = " ".join("".join(texts.choices("klmnopqrst", k=texts.randint(2, 7))) for _ in range(texts.randint(1, 8)))
+        with torch.no_grad():
+            label = int(model(**tokenizer(text, return_tensors="pt")).logits.argmax(-1))
+        rows.append(f"{text}\t{(label + (index % 5 == 0)) % 3}")
+    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    pico.save(folder / "model", "bert", **options)
+    return folder / "model", folder / "dev.tsv"
+
+
+@pytest.fixture(scope="session")
 def stock() -> Callable[[str], str]:
     """Run Python code in a process that cannot import this package; returns its stdout."""
 

@@ -85,10 +85,17 @@ def config(family: str, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family][1], **changes})
 
 
-def model(family: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A random model of the family; weights large enough that removing one shows."""
+def model(
+    family: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    class_name: str | None = None,
+    **changes: Any,
+) -> Any:
+    """A random model of the family, of its class here or another one; weights large enough that removing one shows."""
     torch.manual_seed(seed)
-    built = getattr(transformers, FAMILIES[family][0])(config(family, **changes))
+    built = getattr(transformers, class_name or FAMILIES[family][0])(config(family, **changes))
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.ndim > 1:

@@ -9,7 +9,7 @@ import pytest
 
 from compress.errors import ReportError
 from compress.gates import judge, verdict
-from tests.test_statistics import evaluation
+from tests.test_statistics import classification, evaluation
 
 
 def side(nll=None, size=1000, parameters=500, *, kl=None, agree=None, latency=None):
@@ -83,6 +83,45 @@ def test_verdicts(gates, expected):
         assert result.lower <= result.value <= result.upper
     exit_status = {"pass": ("passed", 0), "fail": ("failed", 1), "inconclusive": ("inconclusive", 3)}[expected]
     assert verdict([result]) == exit_status
+
+
+TRUTH = [0, 1] * 100
+RIGHT = TRUTH[:180] + [1, 0] * 10  # 90 %
+
+
+@pytest.mark.parametrize(
+    ("gates", "expected"),
+    [
+        ({"accuracy": {"max_drop": 6}}, "pass"),
+        ({"accuracy": {"max_drop": 0.1}}, "fail"),
+        ({"accuracy": {"max_drop": 3}}, "inconclusive"),
+        ({"accuracy": {"min": 0.8}}, "pass"),
+        ({"accuracy": {"min": 0.95}}, "fail"),
+        ({"accuracy": {"min": 0.87}}, "inconclusive"),
+        ({"f1": {"max_drop": 8}}, "pass"),
+        ({"f1": {"max_drop": 0.1}}, "fail"),
+        ({"f1": {"max_drop": 3}}, "inconclusive"),
+        ({"f1": {"min": 0.8}}, "pass"),
+        ({"f1": {"min": 0.95}}, "fail"),
+        ({"agreement": {"min": 0.9}}, "pass"),
+        ({"agreement": {"max_drop": 1}}, "fail"),
+    ],
+)
+def test_verdicts_on_labelled_texts(gates, expected):
+    first, last = side(), side()
+    worse = [1 - said for said in RIGHT[:8]] + RIGHT[8:199] + [TRUTH[199]]  # eight lost, one won: 3.5 points
+    first["evaluation"] = {**classification(TRUTH, RIGHT), "accuracy": 0.9, "f1": 0.9}
+    last["evaluation"] = {**classification(TRUTH, worse, agree=1, kl=0.0), "accuracy": 0.865, "f1": 0.865}
+    for row, was in zip(last["evaluation"]["documents"], RIGHT, strict=True):
+        row["agree"] = int(row["prediction"] == was)
+    (result,) = judge(gates, first, last)
+    assert result.verdict == expected, result
+    assert result.lower <= result.value <= result.upper
+    if gates == {"accuracy": {"max_drop": 6}}:
+        assert result.value == pytest.approx(3.5)
+        assert result.text == "3.50 points (between 0.64 points and 4.45 points) ≤ 6.00 points"
+    last["evaluation"]["documents"][0]["nll"] = math.nan
+    assert verdict(judge(gates, first, last)) == ("failed", 1)
 
 
 def test_an_inconclusive_gate_says_how_many_documents_would_decide():

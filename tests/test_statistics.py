@@ -7,7 +7,18 @@ import pytest
 import scipy.stats
 
 from compress.errors import ReportError
-from compress.statistics import Interval, compare, documents_needed, increase, level, median_ratio
+from compress.statistics import (
+    Interval,
+    accuracy_drop,
+    compare,
+    documents_needed,
+    drop,
+    increase,
+    level,
+    macro_f1,
+    median_ratio,
+    share,
+)
 
 
 def evaluation(nll, size=None, tokens=None, kl=None, agree=None, unit="document"):
@@ -173,3 +184,101 @@ def test_compare(pair):
     assert found["units"] == 60
     assert found["bits_per_byte"]["lower"] < found["bits_per_byte"]["increase"] < found["bits_per_byte"]["upper"]
     assert "kl" not in found
+
+
+# --- labelled texts
+
+
+def classification(truth, said, labels=2, kl=None, agree=None):
+    rows = [
+        {"id": f"d#{i}", "label": int(t), "prediction": int(p), "nll": 0.5, "kl": kl, "agree": agree}
+        for i, (t, p) in enumerate(zip(truth, said, strict=True))
+    ]
+    names = [str(label) for label in range(labels)]
+    return {"unit": "example", "labels": names, "documents": rows, "kl": kl, "agreement": agree}
+
+
+@pytest.mark.parametrize("of", [1, 2, 7, 40, 1000])
+def test_bounds_of_a_share_are_scipys(of):
+    for count in sorted({0, 1, of // 3, of - 1, of}):
+        found = share(count, of, 0.95)
+        theirs = scipy.stats.binomtest(count, of).proportion_ci(0.90, method="exact")
+        assert (found.value, found.units) == (count / of, of)
+        assert found.lower == pytest.approx(theirs.low, abs=1e-9)
+        assert found.upper == pytest.approx(theirs.high, abs=1e-9)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("n", range(1, 16))
+def test_bounds_of_the_drop_cover_by_enumeration(n, confidence):
+    """Every outcome of n discordant texts with its probability: each bound holds at least as often as it says."""
+    texts = 30
+    found = [accuracy_drop(lost, n - lost, texts, confidence) for lost in range(n + 1)]
+    for p in np.linspace(0, 1, 101):
+        true = 100 * n * (2 * p - 1) / texts
+        chances = [math.comb(n, lost) * p**lost * (1 - p) ** (n - lost) for lost in range(n + 1)]
+        assert sum(chances) == pytest.approx(1)
+        for holds in (lambda i: i.lower <= true + 1e-9, lambda i: i.upper >= true - 1e-9):  # noqa: B023
+            assert sum(c for c, i in zip(chances, found, strict=True) if holds(i)) >= confidence - 1e-9
+
+
+def test_the_drop_counts_discordant_texts():
+    truth = [0] * 50 + [1] * 50
+    before = [0] * 40 + [1] * 10 + [1] * 50  # right but for ten
+    after = [1] * 8 + [0] * 32 + [0] * 3 + [1] * 7 + [1] * 50  # eight lost, three won
+    found = drop(classification(truth, before), classification(truth, after), "accuracy", **HOW)
+    assert (found.value, found.units) == (pytest.approx(5), 100)
+    assert found == accuracy_drop(8, 3, 100, 0.95)
+    p = scipy.stats.binomtest(8, 11).proportion_ci(0.90, method="exact")
+    assert [found.lower, found.upper] == pytest.approx([11 * (2 * p.low - 1), 11 * (2 * p.high - 1)])
+    assert accuracy_drop(0, 0, 100, 0.95) == Interval(0, 0, 0, 100)
+
+
+def slow_f1(truth, said):
+    """By its definition: harmonic mean of precision and recall, label by label."""
+    scores = []
+    for label in {*truth, *said}:
+        hits = sum(a == b == label for a, b in zip(truth, said, strict=True))
+        precision, recall = hits / max(said.count(label), 1), hits / max(truth.count(label), 1)
+        scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    return sum(scores) / len(scores)
+
+
+def test_f1_and_its_drop():
+    generator = np.random.default_rng(0)
+    truth = generator.integers(0, 3, 200).tolist()
+    one, two = (
+        np.where(generator.random(200) < right, truth, generator.integers(0, 4, 200)).tolist() for right in (0.8, 0.6)
+    )
+    before, after = (classification(truth, said, labels=5) for said in (one, two))
+    assert macro_f1(before["documents"], 5) == pytest.approx(slow_f1(truth, one))
+    assert level(before, "f1", **HOW).value == pytest.approx(slow_f1(truth, one))
+    found = drop(before, after, "f1", **HOW)
+    assert found.value == pytest.approx(100 * (slow_f1(truth, one) - slow_f1(truth, two)))
+    draws = []
+    for _ in range(2000):
+        picks = generator.integers(0, 200, 200)
+        t, a, b = ([column[i] for i in picks] for column in (truth, one, two))
+        draws.append(100 * (slow_f1(t, a) - slow_f1(t, b)))
+    assert [found.lower, found.upper] == pytest.approx(np.quantile(draws, [0.05, 0.95]).tolist(), abs=0.7)
+
+
+def test_levels_of_labelled_texts():
+    one = classification([0, 1] * 20, [0, 1] * 15 + [1, 0] * 5, kl=0.25, agree=1)
+    assert level(one, "accuracy", **HOW) == share(30, 40, 0.95)
+    assert level(one, "agreement", **HOW) == share(40, 40, 0.95)
+    assert level(one, "agreement", **HOW).lower < 1
+    assert level(one, "kl", **HOW).value == pytest.approx(0.25)
+    assert set(compare(one, one, confidence=0.9)) >= {"accuracy", "f1", "kl", "agreement"}
+    with pytest.raises(ReportError, match="without a model to compare with"):
+        level(classification([0], [0]), "agreement", **HOW)
+
+
+def test_labelled_texts_that_cannot_be_paired():
+    one = classification([0, 1], [0, 1])
+    with pytest.raises(ReportError, match="different documents"):
+        drop(one, classification([0, 0], [0, 1]), "accuracy", **HOW)
+    with pytest.raises(ReportError, match="differ in labels"):
+        drop(one, classification([0, 1], [0, 1], labels=3), "accuracy", **HOW)
+    with pytest.raises(ReportError, match="differ in unit: document and example"):
+        drop(evaluation([1.0, 2.0]), one, "accuracy", **HOW)

@@ -12,9 +12,10 @@ from typing import Any
 
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
+from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 
-__all__ = ["RECORDS", "Architecture", "known", "of"]
+__all__ = ["RECORDS", "Architecture", "known", "of", "positions"]
 
 
 @cache
@@ -46,3 +47,9 @@ def of(config: Mapping[str, Any]) -> Architecture:
             fix=f"records: {', '.join(sorted(_by_type()))}; CONTRIBUTING.md says how to write one",
         )
     return found
+
+
+def positions(spec: Spec) -> int | None:
+    """How many tokens a text may have; None where that has no limit, or there is no record."""
+    config = spec.structure.config
+    return of(config).positions(spec) if known(config) else None

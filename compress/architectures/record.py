@@ -25,6 +25,8 @@ class Architecture:
             class alone leave it out, all of it or its first part.
         blocks: path of the list of repeated blocks below the prefix.
         embeddings: modules below the prefix that look up vectors, or make them of pixels; the one of the vocabulary first.
+        position_table: the one of them that holds a learned vector per position; None where positions are computed.
+        skipped_positions: config ▶ how many of that table's rows, its first ones, no token is given.
         module_blocks: path of that list in the model, where transformers renames it on loading.
         input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
@@ -52,6 +54,8 @@ class Architecture:
     prefix: str
     blocks: str
     embeddings: tuple[str, ...]
+    position_table: str | None = None
+    skipped_positions: Callable[[Mapping[str, Any]], int] = lambda config: 0
     module_blocks: str | None = None
     input: str = "input_ids"
     head: str | None = "lm_head"
@@ -145,6 +149,11 @@ class Architecture:
             result[self.sparse_step_key] = 1
             result[self.dense_blocks_key] = [new for new, is_dense in enumerate(dense) if is_dense]
         return result
+
+    def positions(self, spec: Spec) -> int | None:
+        """How many tokens a text may have; None where positions are computed (rotary, ALiBi)."""
+        name = self._find(spec, f"{self.position_table}.weight") if self.position_table else None
+        return spec.tensors[name].shape[0] - self.skipped_positions(spec.structure.config) if name else None
 
     def head_dim(self, config: Mapping[str, Any]) -> int:
         """Width of one attention head."""

@@ -42,6 +42,7 @@ _GEMMA_LIKE: dict[str, Any] = {
 _BERT_LIKE: dict[str, Any] = {
     "blocks": "encoder.layer",
     "embeddings": ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"),
+    "position_table": "embeddings.position_embeddings",
     "causal": False,
     "tie_default": True,
     "mlps": (Mlp(("intermediate.dense",), "output.dense"),),
@@ -64,6 +65,12 @@ def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
         "full_attention" if (i + 1) % step == 0 else "sliding_attention"
         for i in range(int(config["num_hidden_layers"]))
     ]
+
+
+def _up_to_padding(config: Mapping[str, Any]) -> int:
+    """Positions of RoBERTa begin after the padding token's id."""
+    padding = config.get("pad_token_id")
+    return 1 + (1 if padding is None else int(padding))
 
 
 RECORDS: tuple[Architecture, ...] = (
@@ -137,6 +144,7 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="transformer",
         blocks="h",
         embeddings=("wte", "wpe"),
+        position_table="wpe",
         depth_key="n_layer",
         hidden_key="n_embd",
         heads_key="n_head",
@@ -174,6 +182,8 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="model.decoder",
         blocks="layers",
         embeddings=("embed_tokens", "embed_positions"),
+        position_table="embed_positions",
+        skipped_positions=lambda config: 2,
         tie_default=True,
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
         attention=replace(_QKVO, output="self_attn.out_proj", free=False),
@@ -190,6 +200,7 @@ RECORDS: tuple[Architecture, ...] = (
         "roberta",
         prefix="roberta",
         **_BERT_LIKE,
+        skipped_positions=_up_to_padding,
         head="lm_head.decoder",
         head_tie="lm_head.decoder.weight",
         bias_tie=("lm_head.decoder.bias", "lm_head.bias"),
@@ -207,6 +218,7 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="distilbert",
         blocks="transformer.layer",
         embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings"),
+        position_table="embeddings.position_embeddings",
         head="vocab_projector",
         head_tie="vocab_projector.weight",
         depth_key="n_layers",

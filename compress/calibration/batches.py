@@ -129,14 +129,21 @@ def sample_documents(
     """``samples`` documents drawn by seed, each by itself as the model reads it: with the tokenizer's special tokens, of a
     pair with both texts.
 
-    Longer ones are cut to ``length`` tokens, special ones included; shorter ones are padded on the right with the padding
-    token (else the end-of-text token, else 0), and masked.
+    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
+    on the right with the padding token (else the end-of-text token, else 0), and masked.
 
     Raises:
-        DataError: there are fewer than ``samples`` documents, or chats that the tokenizer has no template for.
+        DataError: there are fewer than ``samples`` documents, chats that the tokenizer has no template for, or no room
+            beside the special tokens.
     """
     import torch
 
+    pairs = any(document.pair for document in documents)
+    if length <= (special := tokenizer.num_special_tokens_to_add(pair=pairs)):
+        raise DataError(
+            f"calibration asks for documents of {length} tokens, and {special} of them are special ones",
+            fix=f"set length to {special + 1} or more",
+        )
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[int]] = []
@@ -260,6 +267,16 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
         )
     mask = None if batches.mask is None else batches.mask[:samples, :length]
     return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
+
+
+def check_positions(length: int | None, positions: int | None, where: str | None = None) -> None:
+    """Samples of ``length`` tokens fit the model's ``positions``, where both are known. Raises `DataError`."""
+    if length is not None and positions is not None and length > positions:
+        raise DataError(
+            f"calibration samples of {length} tokens are beyond the model's {positions} positions",
+            where=where,
+            fix=f"set data.calibration.length to {positions}",
+        )
 
 
 def check_vocabulary(batches: Batches, size: int | None, where: str | None = None) -> None:

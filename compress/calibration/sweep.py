@@ -230,6 +230,28 @@ class Sweep:
                 fix="use method: magnitude for it",
             )
 
+        self._check_shared()
+
+    def _check_shared(self) -> None:
+        """No tensor that may change is shared with another block: that one would be run as it was, and stored as it is now.
+
+        Raises:
+            PassError: naming both.
+        """
+        index, tensors = self.streamed.record.block_index, self.checkpoint.spec.tensors
+        tuned = {index(name) for name in self.wanted} if self.with_targets else set()
+        for name, tensor in tensors.items():
+            source = tensor.alias_of
+            if source is None or index(name) == index(source):
+                continue
+            if not self.wanted.isdisjoint((name, source)):
+                fix = f"leave it out: skip: [{tensors[source].module}]"
+            elif not tuned.isdisjoint((index(name), index(source))):
+                fix = "leave out the tuning"
+            else:
+                continue
+            raise PassError(f"{name} is shared with {source}, and the sweep changes one block at a time", fix=fix)
+
     # ---- running ----
 
     def batches(self) -> Iterator[list[int]]:

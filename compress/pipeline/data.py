@@ -34,15 +34,17 @@ def draw(
     *,
     seed: int,
     vocabulary: int | None,
+    positions: int | None,
 ) -> Batches:
     """The samples that a calibration section asks for.
 
     Args:
         tokenizer, documents: called where the section names text.
         vocabulary: how many token ids the model knows, None where its config does not say.
+        positions: how many tokens a sample may have, None for any number.
 
     Raises:
-        DataError: the files cannot be read, give too few samples, or hold ids that the model does not know.
+        DataError: the files cannot be read, give too few samples or too long ones, or hold ids that the model does not know.
     """
     from compress.calibration import batches
 
@@ -50,9 +52,11 @@ def draw(
         read = batches.read_ids(file, section.field)
         drawn = batches.first(read, section.samples, section.length, file)
         batches.check_vocabulary(drawn, vocabulary, file)
+        batches.check_positions(drawn.ids.shape[1], positions, file)
         return drawn
     assert section.samples is not None
     assert section.length is not None
+    batches.check_positions(section.length, positions)
     sample = batches.sample_documents if section.mode == "padded" else batches.sample_windows
     drawn = sample(tokenizer(), documents(), section.samples, section.length, seed)
     batches.check_vocabulary(drawn, vocabulary)
@@ -65,11 +69,13 @@ class DataSets:
 
     Attributes:
         folder: where the tokenizer is. structure: of the model, which tells its task and labels.
+        positions: how many tokens a sample may have, None for any number.
     """
 
     recipe: Recipe
     folder: Path
     structure: Structure
+    positions: int | None = None
     _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
     _batches: dict[str, Any] = field(default_factory=dict)
@@ -118,9 +124,15 @@ class DataSets:
                 lambda: self.documents(name),
                 seed=self.recipe.seed,
                 vocabulary=self.structure.config.get("vocab_size"),
+                positions=self.positions,
             )
         drawn: Batches = self._batches[name]
         return drawn
+
+    def check_ids(self) -> None:
+        """Token ids to calibrate with, if the recipe names such, can be used. Raises `DataError`."""
+        if (files := self.files("calibration")) and holds_ids(files[0]):
+            self.batches("calibration")
 
     def check_disjoint(self) -> None:
         """Evaluation shares no text with training or calibration. Raises `DataError`."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import passes
+from compress import architectures, passes
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
@@ -78,11 +78,13 @@ class Run:
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
         )
         assert self.original.folder is not None
-        structure = self.original.spec.structure
-        self.recipe = recipe = recipe.fitted(task_of(structure.class_name))
-        self.data = DataSets(recipe, self.original.folder, structure)
+        spec = self.original.spec
+        self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
+        self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
+        if any("calibration" in passes.get(p.name).needed(p.settings) for p in recipe.passes):
+            self.data.check_ids()
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
             raise ResourceError(
                 f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, "

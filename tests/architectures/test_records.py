@@ -101,6 +101,35 @@ def test_experts_are_counted_under_the_older_name_too(tmp_path):
     assert size(open_checkpoint(folder)).active_parameters == now
 
 
+@pytest.mark.parametrize("family", [family for family in pico.FAMILIES if family != "vit"])
+def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
+    """With one token more it fails; where the record says no limit, it goes on beyond what the config was trained for."""
+    spec = open_checkpoint(pico.save(tmp_path / "in", family)).spec
+    model, positions = load_model(tmp_path / "in"), architectures.positions(spec)
+    ids = torch.full((1, 100), 7)
+    with torch.no_grad():
+        if family in ("gpt2", "opt", "bert", "roberta", "electra", "distilbert"):
+            assert positions == {"roberta": 64 - 1 - pico.PADDING["roberta"]}.get(family, 64)
+            model(ids[:, :positions])
+            with pytest.raises((IndexError, RuntimeError)):
+                model(ids[:, : positions + 1])
+        else:
+            assert positions is None
+            assert model(ids)[0].isfinite().all()
+
+
+def test_the_positions_of_roberta_begin_after_the_padding_token(tmp_path):
+    folder = pico.save(tmp_path / "in", "roberta", pad_token_id=5)
+    assert architectures.positions(open_checkpoint(folder).spec) == 58
+    model = load_model(folder)
+    with torch.no_grad():
+        model(torch.full((1, 58), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, 59), 7))
+    change_config(folder, "pad_token_id")  # transformers takes 1
+    assert architectures.positions(open_checkpoint(folder).spec) == 62
+
+
 TIED = [
     ("gemma2", "lm_head.weight", "model.embed_tokens.weight"),
     ("gemma3_text", "lm_head.weight", "model.embed_tokens.weight"),

@@ -108,6 +108,15 @@ def test_padded_documents_get_the_special_tokens_of_the_tokenizer(tokenizer):
     drawn = sample_documents(special, [Document("a", "word")], 1, 8, 0)
     assert drawn.ids[0].tolist() == [0, *tokens(tokenizer, "word"), 0, 0, 0]
     assert drawn.mask[0].tolist() == [True] * 5 + [False] * 3
+    special.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    cut = sample_documents(special, [Document("a", "word")], 1, 4, 0)
+    assert cut.ids[0].tolist() == [0, *tokens(tokenizer, "wo"), 0]
+    assert cut.mask.all()
+    with pytest.raises(DataError, match=r"documents of 2 tokens, and 2 of them are special ones; set length to 3"):
+        sample_documents(special, [Document("a", "word")], 1, 2, 0)
+    special.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     chat = Document("a", "word", ({"role": "user", "content": "word"},))
     special.chat_template = "{{ messages[0].content }}"
     assert sample_documents(special, [chat], 1, 4, 0).ids[0].tolist() == tokens(tokenizer, "word")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
+from compress.calibration.batches import given_ids
 from compress.calibration.influence import find_blocks
 from compress.calibration.sites import Experts
 from compress.calibration.sweep import Changed, Inputs, Sweep
@@ -16,6 +19,7 @@ from compress.errors import PassError
 from compress.loading import load_checkpoint
 from compress.progress import SilentProgress
 from tests import pico
+from tests.passes.helpers import apply
 
 SAMPLES, LENGTH = 6, 12
 
@@ -291,6 +295,46 @@ def test_a_family_whose_blocks_read_more_than_the_block_before_is_refused(tmp_pa
             sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
     finally:
         del architectures._BY_TYPE["gemma3n_text"]
+
+
+def shared(checkpoint, name, source):
+    """The checkpoint with one tensor stored as another, and as often as that one is."""
+    spec = checkpoint.spec
+    alias = replace(spec.tensors[source], name=name, alias_of=source)
+    spec = replace(spec, tensors={**spec.tensors, name: alias})
+    return Derived(checkpoint, spec, checkpoint.tensor)
+
+
+@pytest.mark.parametrize(("name", "source"), [(3, 1), (1, 3)])
+def test_a_tensor_that_two_blocks_share_is_not_changed(name, source, folders, tmp_path):
+    matrix, other = (f"model.layers.{i}.mlp.up_proj.weight" for i in (name, source))
+    checkpoint = shared(open_checkpoint(folders["llama"]), matrix, other)
+    for wanted in ({other}, {matrix}, {other, "model.layers.0.mlp.up_proj.weight"}):
+        with pytest.raises(PassError) as caught:
+            sweep_of(checkpoint, tmp_path, wanted=wanted)
+        assert str(caught.value) == (
+            f"{matrix} is shared with {other}, and the sweep changes one block at a time; leave it out: skip: "
+            f"[{other.removesuffix('.weight')}]"
+        )
+    beside = {f"model.layers.{source}.mlp.down_proj.weight"}
+    with pytest.raises(PassError, match=rf"^{matrix} is shared with {other}, .*; leave out the tuning$"):
+        sweep_of(checkpoint, tmp_path, wanted=beside, with_targets=True)
+    sweep_of(checkpoint, tmp_path, wanted=beside)
+    sweep_of(checkpoint, tmp_path, wanted={"model.layers.0.mlp.down_proj.weight"}, with_targets=True)
+    with pytest.raises(PassError, match=f"{matrix} is shared with {other}"):
+        apply(
+            checkpoint,
+            "prune_unstructured",
+            data=given_ids(inputs_of(checkpoint).values["input_ids"]),
+            work=tmp_path,
+            method="wanda",
+            sparsity=0.5,
+        )
+
+
+def test_a_tensor_that_one_block_has_twice_may_change(folders, tmp_path):
+    up, gate = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate"))
+    sweep_of(shared(open_checkpoint(folders["llama"]), up, gate), tmp_path, wanted={gate}, with_targets=True)
 
 
 def test_nan_is_named(folders, tmp_path):

@@ -105,6 +105,43 @@ def test_token_ids_that_will_not_do(with_data, texts, tmp_path, pico_llama):
         compress.run(with_data(section, data={"calibration": section, "evaluation": evaluation}))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("prune_unstructured", {"method": "wanda", "sparsity": 0.5}),
+        ("prune_structured", {"layers": 1, "layer_score": "influence", "repair": "none"}),
+        ("prune_structured", {"mlp": "25%"}),
+        ("cast", {"weights": "int4", "method": "gptq", "group_size": 32}),
+        ("cast", {"bits": 4.5, "group_size": 32}),
+    ],
+)
+def test_samples_beyond_a_table_of_positions(name, settings, recipe, texts, tmp_path):
+    """Refused before any work, as text, as token ids and by `compress.apply`; of the longest that fit, the work is done."""
+    model = pico.save(tmp_path / "gpt2", "gpt2")
+    numpy.save(tmp_path / "ids.npy", numpy.ones((2, 65), dtype="i4"))
+    base = {
+        "model": str(model),
+        "passes": [{"cast": {"weights": "fp16"}}, {name: settings}],
+        "gates": None,
+        "evaluate": [],
+    }
+    text = {"files": [str(texts[0])], "samples": 4, "length": 65}
+    told = "calibration samples of 65 tokens are beyond the model's 64 positions; set data.calibration.length to 64"
+    for section, where in ((text, ""), ({"files": [str(tmp_path / "ids.npy")]}, f"{tmp_path}/ids.npy: ")):
+        with pytest.raises(DataError) as caught:
+            compress.run(recipe(**base, data={"calibration": section}))
+        assert str(caught.value) == where + told
+        assert not (tmp_path / "out.run/stages").exists()
+    for data in ([str(texts[0])], torch.ones(2, 65, dtype=torch.long)):
+        with pytest.raises(DataError) as caught:
+            compress.apply(name, model, tmp_path / "to", store="compact", data=data, samples=2, length=65, **settings)
+        assert str(caught.value) == told
+    magnitude = [{"prune_unstructured": {"method": "magnitude", "sparsity": 0.5}}]
+    compress.run(recipe(**{**base, "passes": magnitude}, data={"calibration": text}))  # reads no samples
+    fits = {"calibration": {**text, "length": 64}}
+    compress.run(recipe(**base, data=fits, output=str(tmp_path / "fits")))
+
+
 def test_data_of_apply(tmp_path, texts, pico_llama):
     train = str(texts[0])
     tokenizer, documents = load_tokenizer(pico_llama), read_documents([train], "<|doc|>")

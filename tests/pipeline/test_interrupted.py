@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,3 +194,51 @@ def test_a_bad_recipe_costs_no_torch(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output == "False\n"
+
+
+@pytest.mark.slow
+def test_killed_eight_times_at_random_it_ends_with_the_bytes_of_an_unbroken_run(recipe, recipe_file, texts, tmp_path):
+    """Moments are drawn one from each eighth of the time an unbroken run takes, early ones first; every kill hits a run at work."""
+    changes = {
+        "passes": [
+            {"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "tune_epochs": 10}},
+            {"cast": {"weights": "int4", "group_size": 32}},
+        ],
+        "data": {"calibration": {"files": [str(texts[0])], "samples": 64, "length": 64}},
+        "evaluate": [],
+        "gates": None,
+    }
+    path, started = recipe_file(**changes, output=str(tmp_path / "unbroken")), time.monotonic()
+    assert start(path).wait(timeout=300) == 0
+    whole = time.monotonic() - started
+    path, draw = recipe_file(**changes), random.Random(0)
+    moments = [whole * (i + draw.random()) / 8 for i in range(8)]
+
+    def same() -> None:
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+    kept = []  # stages and blocks that a kill found finished
+    while moments:
+        process = start(path)
+        try:
+            _, errors = process.communicate(timeout=moments[0])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            moments.pop(0)
+            found = ("stages/*.json", "work/*/blocks/*.safetensors")
+            kept.append(tuple(len(list((tmp_path / "out.run").glob(pattern))) for pattern in found))
+        else:  # what earlier kills left was less than that: the bytes are compared, and it begins anew
+            assert process.returncode == 0, errors
+            same()
+            shutil.rmtree(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out.run")
+            moments[0] *= 0.9
+    assert len(set(kept)) > 1, kept  # the kills came at different states of the work
+    assert start(path).wait(timeout=300) == 0
+    same()
+    assert not any((tmp_path / "out.run/work").iterdir())
+    assert not list((tmp_path / "out.run/stages").glob(".*"))
+    assert not list(tmp_path.glob(".out*"))

@@ -12,7 +12,7 @@ from conftest import GOOD
 
 import compress
 from compress.errors import PassError, RecipeError
-from compress.evaluation.tasks import EMBEDDING, LANGUAGE, MASKED
+from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
 from compress.passes.cast import CastSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
 from compress.passes.structured_settings import PruneStructuredSettings
@@ -98,6 +98,44 @@ def test_a_short_recipe_has_every_default(work: Path) -> None:
     assert recipe.fitted(MASKED).metrics == ("perplexity", "kl")
     assert recipe.fitted(EMBEDDING).metrics == ("similarity",)
     assert load_recipe(Path("r.yaml"), ["evaluate=[kl]"]).fitted(LANGUAGE).metrics == ("kl",)
+
+
+LABELLED = "data: {{evaluation: {{files: [dev.tsv], {}}}}}\n"
+
+
+def test_labelled_texts(work: Path) -> None:
+    Path("dev.tsv").write_text("a\tb\tlabel\nx\ty\t0\n")
+    for given, columns in (("text: a, ", ("a",)), ("text: [a, b], ", ("a", "b")), ("", ("text",))):
+        Path("r.yaml").write_text(GOOD + LABELLED.format(f"{given}label: label") + "gates: {f1: {max_drop: 1}}\n")
+        recipe = load_recipe(Path("r.yaml"))
+        assert recipe.data.evaluation is not None
+        assert recipe.data.evaluation.columns == columns
+        assert recipe.fitted(CLASSIFICATION).metrics == ("accuracy", "f1", "agreement")
+        assert recipe.fitted(EMBEDDING).metrics == ("f1", "similarity", "spearman")
+        again = recipe_from_mapping(resolved(recipe))
+        assert again.data == recipe.data
+
+
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        (LABELLED.format("text: a"), "r.yaml:5:8: `text` goes with `label`; the column of plain text is `field`"),
+        (LABELLED.format("text: a, label: a"), "r.yaml:5:8: `text` and `label` both name the column `a`"),
+        (LABELLED.format("text: [a, a], label: b"), "r.yaml:5:45: `a` is named twice"),
+        (LABELLED.format("text: [a, b, c], label: d"), "r.yaml:5:45: text: expected at most 2 entries, got a list"),
+        (LABELLED.format("label: b, window: 64"), "r.yaml:5:8: `window` is not for labelled texts: each text is read whole"),
+        (LABELLED.format("field: a, label: b"), "r.yaml:5:8: `field` is not for labelled texts: name the column with `text`"),
+        ("data: {evaluation: {files: [text/valid.txt], label: b}}", "r.yaml:5:8: `label` names a column, and text/valid.txt has none"),
+        (LABELLED.format("label: b") + "evaluate: [kl, perplexity]", "r.yaml:6:16: perplexity is read off text without labels"),
+        (LABELLED.format("label: b") + "gates: {bits_per_byte: {max: 1}}", "r.yaml:6:9: the gate bits_per_byte is read off text without labels"),
+        (LABELLED.format("field: a") + "gates: {accuracy: {min: 90%}}", "r.yaml:6:9: the gate accuracy is read off text with labels"),
+        (LABELLED.format("label: b") + "gates: {accuracy: {max: 1}}", "r.yaml:6:20: unknown key `max` in gates.accuracy"),
+        (LABELLED.format("label: b") + "gates: {f1: {max_drop: 101}}", "r.yaml:6:24: max_drop: expected 100.0 or less, got 101"),
+    ],
+)  # fmt: skip
+def test_labelled_texts_that_will_not_do(heads: Heads, text: str, head: str) -> None:
+    Path("dev.tsv").write_text("a\tb\nx\t0\n")
+    assert heads(GOOD + text) == [head]
 
 
 def test_data_sets_and_their_defaults(work: Path) -> None:

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from compress.errors import CompressError
+from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, check_metrics, label_id, label_ids, task_of
+
+BERT = "BertForSequenceClassification"
+
+
+def test_the_class_tells_the_task():
+    assert task_of(BERT) is CLASSIFICATION
+    assert task_of("LlamaForCausalLM") is task_of("GPT2LMHeadModel") is task_of(None) is LANGUAGE
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "labelled", "message"),
+    [
+        (BERT, ["bits_per_byte"], True, "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, agreement, kl"),
+        ("LlamaForCausalLM", ["kl", "f1"], False, "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, kl, agreement"),
+        (BERT, ["kl"], False, "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
+        ("LlamaForCausalLM", ["kl"], True, "causal language modelling, which LlamaForCausalLM is for, takes text without labels; leave out `label`"),
+    ],
+)  # fmt: skip
+def test_metrics_and_data_of_another_task(name, metrics, labelled, message):
+    with pytest.raises(CompressError) as caught:
+        check_metrics(name, metrics, labelled=labelled)
+    assert str(caught.value) == message
+
+
+def test_metrics_of_the_task():
+    assert check_metrics(BERT, ["accuracy", "f1", "kl", "agreement", "latency"], labelled=True) is CLASSIFICATION
+    assert check_metrics("LlamaForCausalLM", ["perplexity", "memory"], labelled=False) is LANGUAGE
+    assert check_metrics(BERT, ["latency"], labelled=None) is CLASSIFICATION
+
+
+def test_labels_of_a_config():
+    config = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1, "YES": 1}}
+    names, ids = label_ids(config)
+    assert names == ["no", "yes"]
+    said = ["yes", " YES ", 1, "1", 1.0, "0", "maybe", 2, "2", -1, "-1", True, None, 0.5, [1]]
+    assert [label_id(value, ids) for value in said] == [1, 1, 1, 1, 1, 0] + [None] * 9
+    assert label_ids({})[0] == ["LABEL_0", "LABEL_1"]
+    turned = label_ids({"id2label": {"0": "1", "1": "0"}})[1]  # a name goes before a number
+    assert label_id("1", turned) == 0
+    assert label_id(1, turned) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": {"0": "LABEL_0"}}, "several labels, this one does regression"),
+        ({"problem_type": "multi_label_classification"}, "this one does multi_label_classification"),
+        ({"id2label": {"1": "a", "2": "b"}}, "does not count from 0"),
+        ({"id2label": ["a", "b"]}, "is no mapping of labels"),
+        ({"label2id": {"a": "x"}}, "is no mapping of labels"),
+    ],
+)
+def test_labels_that_will_not_do(config, message):
+    with pytest.raises(CompressError, match=message):
+        label_ids(config)
+
+
+def test_tasks_need_no_torch():
+    code = "import sys, compress.evaluation.tasks; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
