@@ -16,7 +16,6 @@ class Task:
 
     Attributes:
         name: in words. suffix: how names of its classes end. metrics: read off text; ``default`` where none is named.
-        headline: the one that a summary shows, and how messages about one model alone name it.
         labelled: whether it is measured on texts with labels.
     """
 
