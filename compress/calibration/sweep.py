@@ -68,6 +68,8 @@ class Block:
 
     Attributes:
         index: its number. module: with weights. sites: its wanted matrices. groups: those that read the same inputs.
+        inputs: hidden states as the blocks before, changed, give them. originals: as the original ones do; and targets: what
+            the original block makes of those. Both None in a sweep without targets.
         last: the group that reads last in a pass, if it is always the same. details: what the report will say of it.
     """
 
@@ -78,6 +80,7 @@ class Block:
     groups: list[list[Site]]
     swaps: list[tuple[Any, str, Experts]]
     inputs: Activations
+    originals: Activations | None
     targets: Activations | None
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -97,12 +100,15 @@ class Block:
         assert mask is not None
         return (mask.T if site.transposed else mask).to(site.weight.device)
 
-    def statistics(self, budget: int = STATISTICS_BYTES) -> Iterator[tuple[list[Site], Statistics, bool]]:
+    def statistics(
+        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[Site]] | None = None
+    ) -> Iterator[tuple[list[Site], Statistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
 
-        As many groups at a time as fit ``budget`` bytes, at least one; each such part takes a pass over the samples.
+        As many groups (all, or those given) at a time as fit ``budget`` bytes, at least one; each such part takes a pass over
+        the samples.
         """
-        pending = list(self.groups)
+        pending = list(self.groups if groups is None else groups)
         end = None if self.last is None else self.groups[self.last]
         while pending:
             part, used = [pending.pop(0)], 0
@@ -353,7 +359,7 @@ class Sweep:
     ) -> dict[str, Any]:
         inputs = files["inputs"][now]
         sites, swaps = find_sites(self.streamed, index, module, wanted)
-        block = Block(self, index, module, sites, [], swaps, inputs, None)
+        block = Block(self, index, module, sites, [], swaps, inputs, None, None)
         if self.with_targets:
             with torch.no_grad():
                 for rows in self.batches():
@@ -361,7 +367,7 @@ class Sweep:
                     files["targets"][then].write(rows, block.forward(rows, hidden))
             files["targets"][then].sync()
             self.ranks.wait()  # tuning reads samples of other processes too
-            block.targets = files["targets"][then]
+            block.originals, block.targets = files["targets"][now], files["targets"][then]
         if sites:
             probe = [0]
             with torch.no_grad(), unfused(swaps):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.open import Checkpoint, Value
 
-#: Bits of a code from which rounding is so fine that tuning does not pay.
-TUNED_BELOW = 6
+#: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
+FINE = 6
 
 
 class Cast(Pass[CastSettings]):
@@ -40,8 +40,8 @@ class Cast(Pass[CastSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323; learned rounding as in AutoRound, "
-        "arXiv 2309.05516, scales as in LSQ, arXiv 1902.08153; formats of compressed-tensors"
+        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323, towards the original's outputs as in "
+        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885; formats of compressed-tensors"
     )
 
     def works(self, settings: CastSettings) -> Mode:
@@ -70,7 +70,7 @@ class Cast(Pass[CastSettings]):
         return replace(planned(spec, settings, chosen), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
-        """Of a sweep: beside the statistics, their factor twice (ordered, and at work) and copies of one matrix.
+        """Of a sweep: beside the statistics, drift, factor and damped copies of them, and copies of one matrix.
 
         To choose formats within a budget: the model, and what each format changes of it in bfloat16.
         """
@@ -80,8 +80,11 @@ class Cast(Pass[CastSettings]):
         )
         if not settings.solved:
             return measuring or None
-        moments = 7 if settings.tune_epochs else 0
-        sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=moments, kept=4)
+        if all(t.grid is None or t.grid.bits >= FINE for t in grids):
+            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
+        else:  # kept: codes as floats, and each matrix as it was and as it is
+            moments = 2 if settings.tune_epochs else 0
+            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=4.0, copies=10, moments=moments, kept=12)
         return max(measuring, sweep)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
@@ -149,10 +152,11 @@ class Cast(Pass[CastSettings]):
 
         record = architectures.of(spec.structure.config)
         grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
-        pays = any(grid.bits < TUNED_BELOW for grid in grids.values())
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and pays else None
-        how = Casting(tuning, grids, {n: torch_dtype(spec.tensors[n].dtype) for n in grids})
-        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=tuning is not None)
+        coarse = any(grid.bits < FINE for grid in grids.values())
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
+        dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
+        how = Casting(tuning, grids, dtypes, rounds=3 if coarse else 0)
+        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=coarse)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details
         return result.reader()

@@ -53,18 +53,18 @@ class CastSettings(PassSettings):
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",
         description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
-        "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
+        "calibration data; below 6 bits it also makes up for what was rounded in front, and codes and scales are then fitted "
+        "to each other. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
         "read; `mse` searches the ends of the range for the least squared error.",
     )
     tune_epochs: int = Field(
-        default=3,
+        default=1,
         ge=0,
-        description="With `gptq`: passes over the calibration data in which each block's rounding, scales, norms and biases "
-        "are moved by gradient towards the original's output; 0 for none. Takes most of the time; "
-        "left out where all codes have 6 bits or more.",
+        description="With `gptq`: passes over the calibration data in which each block's scales, norms and biases are moved "
+        "by gradient towards the original's output; 0 for none. Left out where all codes have 6 bits or more.",
     )
     tune_rate: float = Field(
-        default=0.01, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
+        default=0.006, gt=0, lt=1, description="Step of the tuning, in units of each tensor's own size."
     )
     activations: Literal["int8", "fp8"] | None = Field(
         default=None,
