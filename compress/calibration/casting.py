@@ -1,21 +1,24 @@
-"""Casting one block of a sweep to codes: statistics ▶ grid ▶ GPTQ, then tuning of rounding, scales and floats beside them."""
+"""Casting one block of a sweep to codes: statistics ▶ grid ▶ GPTQ ▶ descent, then tuning of scales and floats beside them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from compress.calibration.sites import Site
+from compress.calibration.paired import Drift, paired_statistics
+from compress.calibration.sites import Site, Statistics
 from compress.calibration.sweep import Block, Changed
 from compress.calibration.tune import Moving, Tuning, floats, tune
-from compress.checkpoint.grids import Grid
+from compress.checkpoint.grids import FIXED_GROUPS, Grid
 from compress.checkpoint.open import Codes
-from compress.solvers.gptq import gptq, ordered_factor
-from compress.solvers.grids import Scales, fit, nearest, to_codes, weights
+from compress.solvers.descent import refine
+from compress.solvers.gptq import corrected, gptq, ordered_factor
+from compress.solvers.grids import Scales, code_values, fit, to_codes, weights
+from compress.solvers.hessian import damped
 
 
 @dataclass(frozen=True)
@@ -24,71 +27,54 @@ class Casting:
 
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
-        scale_rate, float_rate: steps of scales, and of norms and biases, as shares of their own size; the tuning's own rate
-            is in units of a code's width.
-        dtypes: that scales are stored in, by tensor.
+        dtypes: that scales are stored in, by tensor. rounds: of descent on codes and scales, after GPTQ.
     """
 
     tuning: Tuning | None
     grids: Mapping[str, Grid]
     dtypes: Mapping[str, torch.dtype]
-    scale_rate: float = 0.003
-    float_rate: float = 0.01
+    rounds: int = 3
 
 
 class Rounded:
-    """A site's weights as codes, with what they are rounded from."""
+    """A site's weights as codes and scales; tuning moves the scales."""
 
-    def __init__(self, site: Site, grid: Grid, latent: torch.Tensor, scales: Scales, keep: torch.Tensor | None) -> None:
+    def __init__(self, site: Site, grid: Grid, codes: torch.Tensor, scales: Scales, keep: torch.Tensor | None) -> None:
         self.site, self.grid, self.keep = site, grid, keep
-        self.latent, self.scale, self.zero = latent, scales.scale, scales.zero
-        self.overall = scales.overall
-        #: Half the distance of the codes that lie furthest apart: what is further from its code lies outside the range.
-        self.widest = 0.5 if grid.is_integer else 16.0 if grid.format == "fp8" else 1.0
-        self._over = self._codes = torch.empty(0)
+        self.scale, self.zero, self.overall = scales.scale, scales.zero, scales.overall
+        #: Less zero points, [O, G, S].
+        self.codes = codes.view(len(codes), self.scale.shape[1], -1)
 
     def values(self) -> torch.Tensor:
-        """The rounded weights [O, I]; what `collect` needs of them is kept."""
-        shape = (len(self.latent), self.scale.shape[1], -1)
-        self._over = self.latent.view(shape) / self.scale[..., None]
-        if self.zero is None:
-            self._codes = nearest(self._over.clone(), self.grid)
-        else:
-            self._codes = nearest(self._over + self.zero[..., None], self.grid).sub_(self.zero[..., None])
-        values = (self._codes * self.scale[..., None]).view(self.latent.shape)
-        return values if self.keep is None else values.masked_fill_(~self.keep, 0)
+        """The rounded weights [O, I]."""
+        return (self.codes * self.scale[..., None]).view(len(self.codes), -1)
 
     def project(self) -> None:
         """Put the rounded weights into the block."""
         self.site.weight.copy_(self.values())
 
     def collect(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Gradients of the weights ▶ of latent weights (straight through) and of scales (LSQ, arXiv 1902.08153)."""
+        """Gradients of scales from those of the weights."""
         whole, weight = parameters[self.site.parameter], self.site.weight
         assert whole.grad is not None
         assert whole.is_contiguous()
         start = weight.storage_offset() - whole.storage_offset()
         gradient = whole.grad.contiguous().as_strided(weight.shape, weight.stride(), start)
-        if self.keep is not None:
-            gradient = gradient.masked_fill(~self.keep, 0)
-        over, codes = self._over, self._codes
-        gradient = gradient.reshape(over.shape)
-        # beyond the last code the weight no longer depends on the latent one
-        error = codes - over
-        outside = error.abs() > self.widest
-        self.scale.grad = (gradient * torch.where(outside, codes, error)).sum(2)
-        self.latent.grad = gradient.masked_fill(outside, 0).view(self.latent.shape)
+        self.scale.grad = (gradient.reshape(self.codes.shape) * self.codes).sum(2)
 
     def finish(self, dtype: torch.dtype) -> Codes:
         """Codes, with scales in the dtype they are stored in; the block gets the weights that a loader will see."""
         scales = Scales(self.scale, self.zero, self.overall)
-        codes = to_codes(self.latent, self.grid, scales, dtype, self.keep)
+        codes = to_codes(self.values(), self.grid, scales, dtype, self.keep)
         self.site.weight.copy_(weights(codes, self.keep).to(self.site.weight.dtype))
         return codes
 
 
 def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     """Cast the sites of a block in place; codes by tensor name.
+
+    In a sweep with targets each matrix is matched to what the original gives on its own inputs, and those that write to the
+    residual stream also make up for what is wrong in it.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
     before and after.
@@ -97,34 +83,24 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     rows: dict[str, Any] = {}
     ranks = block.sweep.ranks
     waiting: list[Rounded] = []
-    for number, (group, statistics, free) in enumerate(block.statistics()):
-        start = time.perf_counter()
-        solver = number % ranks.world
-        order, factor, damping = None, None, 0.01
-        diagonal = statistics.hessian.diagonal() if statistics.tokens else None
-        if statistics.tokens and solver == ranks.rank:
-            order, factor, damping = ordered_factor(statistics.hessian)
-            factor = factor.float()
+    for number, (group, statistics, drift, free) in enumerate(_statistics(block)):
+        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
+        shared: dict[str, Any] = {}
         for site in group:
-            grid = how.grids[site.name]
-            keep = block.earlier_mask(site)
-            weight = site.weight.float().contiguous()
-            scales = fit(weight, grid, diagonal, keep)
-            latent = weight.clone()
-            if factor is not None:
-                assert order is not None
-                latent = gptq(weight, factor, order, grid, scales, keep)
-            ranks.spread(solver, latent)
-            found = rounded[site.name] = Rounded(site, grid, latent, scales, keep)
-            row: dict[str, Any] = {"error": statistics.relative_error(weight, found.values())}
-            if damping != 0.01:
-                row["damping"] = damping
-            if statistics.tokens == 0:
-                row["note"] = "no token reached it: rounded to nearest"
-            rows[site.name] = {"format": grid.format, "seconds": round(time.perf_counter() - start, 3), **row}
-            waiting.append(found)
             start = time.perf_counter()
-        if free:  # all statistics are those of the block as it came
+            keep = block.earlier_mask(site)
+            grid = how.grids[site.name]
+            if solver == ranks.rank:
+                codes, scales, row = _solve(site, statistics, drift, grid, keep, how.rounds, shared)
+            else:
+                weight = site.weight.float().contiguous()
+                codes, scales, row = torch.empty_like(weight), fit(weight, grid, None, keep, search=False), {}
+            ranks.spread(solver, codes, *(t for t in scales if t is not None))
+            row = ranks.tell(solver, row)
+            rows[site.name] = {"format": grid.format, "seconds": round(time.perf_counter() - start, 3), **row}
+            rounded[site.name] = Rounded(site, grid, codes, scales, keep)
+            waiting.append(rounded[site.name])
+        if free:
             for done in waiting:
                 done.project()
             waiting.clear()
@@ -132,22 +108,17 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     if how.tuning is not None and how.tuning.epochs:
         start = time.perf_counter()
         parameters = dict(block.module.named_parameters())
-        rate = how.tuning.rate
         coded = {id(parameters[s.parameter]) for s in block.sites}
-        moving = []
-        for r in rounded.values():
-            width = float(r.scale.abs().mean())
-            moving.append(Moving(r.latent, width))
-            if r.grid.is_integer or r.grid.format == "fp8":  # others have few scales to choose from
-                moving.append(Moving(r.scale, width * how.scale_rate / rate))
-        moving += [Moving(m.tensor, m.unit * how.float_rate / rate) for m in floats(block, coded)]
+        free_scales = [r for r in rounded.values() if r.grid.format not in FIXED_GROUPS]
+        moving = [Moving(r.scale, float(r.scale.abs().mean())) for r in free_scales]
+        moving += floats(block, coded)
 
         def project() -> None:
-            for r in rounded.values():
+            for r in free_scales:
                 r.project()
 
         def collect() -> None:
-            for r in rounded.values():
+            for r in free_scales:
                 r.collect(parameters)
 
         block.details["tuning"] = tune(block, how.tuning, moving, project, collect) | {
@@ -155,6 +126,47 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
         }
     result = {}
     for name, r in rounded.items():
-        keep = None if r.keep is None else (r.keep.T if r.site.transposed else r.keep).contiguous()
-        result[name] = Changed(keep, r.finish(how.dtypes[name]))
+        mask = None if r.keep is None else (r.keep.T if r.site.transposed else r.keep).contiguous()
+        result[name] = Changed(mask, r.finish(how.dtypes[name]))
     return result
+
+
+def _statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
+    """Groups with their statistics, with drift where there is an original to compare with."""
+    if block.originals is not None:
+        yield from paired_statistics(block)
+    else:
+        for group, statistics, free in block.statistics():
+            yield group, statistics, None, free
+
+
+def _solve(
+    site: Site,
+    statistics: Statistics,
+    drift: Drift | None,
+    grid: Grid,
+    keep: torch.Tensor | None,
+    rounds: int,
+    shared: dict[str, Any],
+) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
+    """Values of codes less zero points [O, I], scales, and what is worth saying. ``shared``: of sites with the same inputs."""
+    weight = site.weight.float().contiguous()
+    if statistics.tokens == 0:
+        scales = fit(weight, grid, None, keep)
+        return code_values(weight, grid, scales, keep), scales, {"note": "no token reached it: rounded to nearest"}
+    H = statistics.hessian
+    if "order" not in shared:
+        shared["order"], factor, shared["damping"] = ordered_factor(H)
+        shared["whole"], shared["factor"] = factor, factor.float()
+        shared["damped"] = damped(H, min(shared["damping"], 1.0))[0].float()
+    order = shared["order"]
+    if drift is not None:
+        weight = corrected(weight, drift.inputs, drift.residual.get(site.name), shared["whole"], order)
+    scales = fit(weight, grid, H.diagonal(), keep)
+    latent = gptq(weight, shared["factor"], order, grid, scales, keep)
+    codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, rounds)
+    values = (codes.view(len(codes), scales.scale.shape[1], -1) * scales.scale[..., None]).view_as(weight)
+    row: dict[str, Any] = {"error": statistics.relative_error(weight, values)}
+    if shared["damping"] != 0.01:
+        row["damping"] = shared["damping"]
+    return codes, scales, row

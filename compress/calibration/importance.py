@@ -55,7 +55,7 @@ def channel_importance(sweep: Sweep, width: int) -> torch.Tensor:
     def look(block: Block) -> dict[str, Changed]:
         found = torch.zeros(width, dtype=torch.float64)
         names = {site.name for site in block.sites if site.weight.shape[1] == width}
-        for group, statistics, _ in block.statistics(names):
+        for group, statistics, _ in block.statistics(groups=block.reading(names)):
             for site in group:
                 lost = statistics.hessian.diagonal().double() * site.weight.double().square().sum(0)
                 found += (lost / lost.sum().clamp(min=1e-300)).cpu()

@@ -52,7 +52,7 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
         part = {f"{units.name}.weight": (units, remove) for units, remove in todo if units.kind == kind}
         todo = [(units, remove) for units, remove in todo if units.kind != kind]
         solved = []
-        for group, statistics, _ in block.statistics(part):
+        for group, statistics, _ in block.statistics(groups=block.reading(part)):
             site = next(site for site in group if site.name in part)
             units, remove = part[site.name]
             keep, weight, bias, row = _solve(block, site, sites, statistics, units, remove, how)

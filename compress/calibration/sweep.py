@@ -91,6 +91,8 @@ class Block:
 
     Attributes:
         index: its number. module: with weights. sites: its wanted matrices. groups: those that read the same inputs.
+        inputs: hidden states as the blocks before, changed, give them. originals: as the original ones do; and targets: what
+            the original block makes of those. Both None in a sweep without targets.
         last: the group that reads last in a pass, if it is always the same. details: what the report will say of it.
     """
 
@@ -101,6 +103,7 @@ class Block:
     groups: list[list[Site]]
     swaps: list[tuple[Any, str, Experts]]
     inputs: Activations
+    originals: Activations | None
     targets: Activations | None
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -120,17 +123,19 @@ class Block:
         assert mask is not None
         return (mask.T if site.transposed else mask).to(site.weight.device)
 
+    def reading(self, names: Collection[str]) -> list[list[Site]]:
+        """The groups that hold one of these tensors."""
+        return [group for group in self.groups if any(site.name in names for site in group)]
+
     def statistics(
-        self, wanted: Collection[str] | None = None, budget: int = STATISTICS_BYTES
+        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[Site]] | None = None
     ) -> Iterator[tuple[list[Site], Statistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
 
-        Args:
-            wanted: only groups that hold one of these tensors.
-
-        As many groups at a time as fit ``budget`` bytes, at least one; each such part takes a pass over the samples.
+        As many groups (all, or those given) at a time as fit ``budget`` bytes, at least one; each such part takes a pass over
+        the samples.
         """
-        pending = [g for g in self.groups if wanted is None or any(site.name in wanted for site in g)]
+        pending = list(self.groups if groups is None else groups)
         end = None if self.last is None else self.groups[self.last]
         while pending:
             part, used = [pending.pop(0)], 0
@@ -424,11 +429,11 @@ class Sweep:
     ) -> dict[str, Any]:
         inputs = files["inputs"][now]
         sites, swaps = find_sites(self.streamed, index, module, wanted)
-        block = Block(self, index, module, sites, [], swaps, inputs, None)
+        block = Block(self, index, module, sites, [], swaps, inputs, None, None)
         if self.with_targets:
             self._advance_targets(block, files["targets"][now], files["targets"][then])
             self.ranks.wait()  # tuning reads samples of other processes too
-            block.targets = files["targets"][then]
+            block.originals, block.targets = files["targets"][now], files["targets"][then]
         if sites:
             probe = [0]
             with torch.no_grad(), unfused(swaps):

@@ -3,130 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress import architectures
-from compress.checkpoint.grids import FIXED_GROUPS, INTEGERS, Grid
-from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
+from compress.checkpoint.grids import Grid
+from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
-from compress.passes.base import Context, Mode, Pass, PassSettings, Storage, matches, select
-from compress.passes.budget import Choices, assumed
-from compress.passes.sweeping import input_axis, open_sweep, sweep_memory
-from compress.settings import Size
+from compress.passes.base import Context, Mode, Pass, Storage
+from compress.passes.budget import assumed
+from compress.passes.cast_plan import choices, planned, undecided
+from compress.passes.cast_settings import CastSettings
+from compress.passes.sweeping import open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.open import Checkpoint, Value
 
-Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
-Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
-#: Bits of a code from which rounding is so fine that tuning does not pay.
-TUNED_BELOW = 6
-_DTYPE: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-
-class CastSettings(PassSettings):
-    """Settings of `cast`."""
-
-    weights: Format | None = Field(
-        default=None,
-        description="Format of the weights. Floats (bf16, fp16, fp32; rounded to nearest even) apply to every tensor. Codes "
-        "(int8 … int2; fp8, which is E4M3; mxfp4, nvfp4) apply to the matrices of blocks, and leave embeddings and head alone "
-        "unless `overrides` names them. Either this, or a budget: `bits` or `max_bytes`.",
-    )
-    bits: float | None = Field(
-        default=None,
-        gt=1,
-        le=16,
-        description="Average bits per weight over what is cast, scales included: each matrix gets one of `formats`, so that "
-        "the model's output changes least (measured by gradients on 32 samples, with the whole model in memory).",
-    )
-    max_bytes: Size | None = Field(
-        default=None, description="As `bits`, for the weight files of the whole checkpoint, embeddings and all: 500MB."
-    )
-    formats: list[Code] = Field(
-        default=["int8", "int6", "int5", "int4", "int3", "int2"],
-        min_length=2,
-        description="What `bits` and `max_bytes` choose from. Matrices that read the same inputs get the same.",
-    )
-    overrides: dict[str, Format] = Field(
-        default_factory=dict,
-        description="Format by module pattern (glob, or `re:` expression); the first that matches wins over `weights`.",
-    )
-    group_size: int | Literal["channel"] | None = Field(
-        default=None,
-        description="Inputs that share a scale, or `channel`: one scale for each output. By default 64 for integers of less "
-        "than 8 bits, and `channel` for int8 and fp8; mxfp4 and nvfp4 have groups of 32 and 16.",
-    )
-    symmetric: bool = Field(default=True, description="Integers without zero points.")
-    method: Literal["rtn", "mse", "gptq"] = Field(
-        default="gptq",
-        description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
-        "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
-        "read; `mse` searches the ends of the range for the least squared error.",
-    )
-    tune_epochs: int = Field(
-        default=3,
-        ge=0,
-        description="With `gptq`: passes over the calibration data in which each block's rounding, scales, norms and biases "
-        "are moved by gradient towards the original's output; 0 for none. Takes most of the time; "
-        "left out where all codes have 6 bits or more.",
-    )
-    tune_rate: float = Field(
-        default=0.01, gt=0, lt=1, description="Step of the tuning, in units of the distance between two codes."
-    )
-    activations: Literal["int8", "fp8"] | None = Field(
-        default=None,
-        description="Say in the config that inputs are to be cast while running, token by token: with int8 or fp8 weights.",
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if sum(value is not None for value in (self.weights, self.bits, self.max_bytes)) != 1:
-            raise ValueError("give one of `weights`, `bits` and `max_bytes`")
-        formats = self.asked
-        if isinstance(self.group_size, int) and self.group_size < 1:
-            raise ValueError("`group_size` is a number from 1 up, or `channel`")
-        if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
-            raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
-        if self.activations is not None and formats - set(_DTYPE) != {self.activations}:
-            raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
-        return self
-
-    @property
-    def budgeted(self) -> bool:
-        """Whether formats are chosen within a budget."""
-        return self.weights is None
-
-    @property
-    def asked(self) -> set[str]:
-        """Every format that may come out."""
-        return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
-
-    @property
-    def coded(self) -> bool:
-        """Whether any weight may become codes."""
-        return bool(self.asked - set(_DTYPE))
-
-    @property
-    def solved(self) -> bool:
-        """Whether codes are chosen block by block."""
-        return self.coded and self.method == "gptq"
-
-    def grid(self, format_: str) -> Grid:
-        """The grid of a format with these settings."""
-        group = FIXED_GROUPS.get(format_)
-        if group is None:
-            size = self.group_size
-            group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
-        symmetric = self.symmetric or format_ not in INTEGERS
-        activations = self.activations if format_ == self.activations else None
-        return Grid(format_, group, symmetric, activations=activations)
+#: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
+FINE = 6
 
 
 class Cast(Pass[CastSettings]):
@@ -144,8 +40,8 @@ class Cast(Pass[CastSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323; learned rounding as in AutoRound, "
-        "arXiv 2309.05516, scales as in LSQ, arXiv 1902.08153; formats of compressed-tensors"
+        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323, towards the original's outputs as in "
+        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885; formats of compressed-tensors"
     )
 
     def works(self, settings: CastSettings) -> Mode:
@@ -166,103 +62,15 @@ class Cast(Pass[CastSettings]):
         With a budget, the formats are those of a model whose matrices all matter alike.
         """
         if not settings.budgeted:
-            return self._planned(spec, settings, {})
-        names = self._open(spec, settings)
-        choices = self._choices(spec, settings, [[n] for n in names])
-        losses = {n: {f: assumed(choices.grid(n, f)) * spec.tensors[n].count for f in choices.formats} for n in names}
-        chosen = choices.allocate(losses, settings.bits, settings.max_bytes)
-        return replace(self._planned(spec, settings, chosen), exact=False)
-
-    def _planned(self, spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
-        """The spec with these grids, and the formats that settings give the rest."""
-        formats = self._formats(spec, settings)
-
-        def change(tensor: Tensor) -> Tensor:
-            if tensor.name in chosen:
-                return replace(tensor, grid=chosen[tensor.name])
-            format_ = formats.get(tensor.name)
-            if format_ is None:
-                return tensor
-            if format_ in _DTYPE:
-                return replace(tensor, dtype=_DTYPE[format_])
-            return replace(tensor, grid=self._grid(spec, tensor, settings, format_))
-
-        cast = spec.map(change)
-        if cast.tensors == spec.tensors and not settings.allow_noop:
-            raise PassError(f"every weight is {settings.weights} already", key="weights", fix="leave the pass out")
-        dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES]
-        config = dict(spec.structure.config)
-        if dtypes:
-            config.pop("torch_dtype", None)
-            config["dtype"] = FLOAT_DTYPES[widest(dtypes)]
-        tensors = {
-            n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
-        }
-        return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
-
-    def _open(self, spec: Spec, settings: CastSettings) -> list[str]:
-        """Tensors whose format the budget chooses."""
-        formats = self._formats(spec, settings)
-        return [name for name, format_ in formats.items() if format_ is None]
-
-    def _choices(self, spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
-        def grid(name: str, format_: str) -> Grid:
-            return self._grid(spec, spec.tensors[name], settings, format_)
-
-        return Choices(spec, groups, tuple(settings.formats), grid)
-
-    def _formats(self, spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
-        """Format of every tensor that the pass touches; None where a budget chooses it."""
-        modules = [tensor.module for tensor in spec.stored()]
-        default = modules
-        if settings.weights not in _DTYPE and not settings.only:
-            record = architectures.of(spec.structure.config)
-            default = [t.module for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
-        chosen = select(default, settings, modules)
-        # a pattern that matches nothing is an error
-        named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
-        if settings.weights not in _DTYPE:
-            chosen |= named
-        result: dict[str, Format | None] = {}
-        for tensor in spec.stored():
-            if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
-                continue
-            format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
-            if format_ in _DTYPE or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
-                result[tensor.name] = format_
-        if settings.weights not in _DTYPE and settings.weights not in result.values():
-            raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
-        return result
-
-    def _grid(self, spec: Spec, tensor: Tensor, settings: CastSettings, format_: str) -> Grid:
-        grid = settings.grid(format_)
-        record = architectures.of(spec.structure.config)
-        if input_axis(spec, tensor.shape) == 0 and record.block_index(tensor.name) is not None:
-            grid = replace(grid, transposed=True)
-        inputs = grid.rows(tensor.shape)[1]
-        if grid.group and inputs % grid.group:
-            sizes = [s for s in (256, 128, 64, 32, 16, 8) if inputs % s == 0]
-            instead = f"group_size: {sizes[0]}" if sizes and sizes[0] < grid.group else "group_size: channel"
-            fixed = format_ in FIXED_GROUPS
-            raise PassError(
-                f"{tensor.name} has {inputs} inputs, which groups of {grid.group} do not divide",
-                key="weights" if fixed else "group_size",
-                fix=f"skip it: skip: [{tensor.module}]"
-                if fixed
-                else f"{instead} would fit, or skip: [{tensor.module}]",
-            )
-        if format_ in FIXED_GROUPS and (
-            wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)
-        ):
-            raise PassError(
-                f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
-                key="weights",
-                fix="put `- cast: {weights: bf16}` before it",
-            )
-        return grid
+            return planned(spec, settings, {})
+        names = undecided(spec, settings)
+        among = choices(spec, settings, [[n] for n in names])
+        losses = {n: {f: assumed(among.grid(n, f)) * spec.tensors[n].count for f in among.formats} for n in names}
+        chosen = among.allocate(losses, settings.bits, settings.max_bytes)
+        return replace(planned(spec, settings, chosen), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
-        """Of a sweep: beside the statistics, their factor twice (ordered, and at work) and copies of one matrix.
+        """Of a sweep: beside the statistics, drift, factor and damped copies of them, and copies of one matrix.
 
         To choose formats within a budget: the model, and what each format changes of it in bfloat16.
         """
@@ -272,8 +80,11 @@ class Cast(Pass[CastSettings]):
         )
         if not settings.solved:
             return measuring or None
-        moments = 7 if settings.tune_epochs else 0
-        sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=moments, kept=4)
+        if all(t.grid is None or t.grid.bits >= FINE for t in grids):
+            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
+        else:  # kept: codes as floats, and each matrix as it was and as it is
+            moments = 2 if settings.tune_epochs else 0
+            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=4.0, copies=10, moments=moments, kept=12)
         return max(measuring, sweep)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
@@ -281,7 +92,7 @@ class Cast(Pass[CastSettings]):
         from compress.checkpoint.open import Derived
 
         chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
-        spec = self._planned(checkpoint.spec, settings, chosen)
+        spec = planned(checkpoint.spec, settings, chosen)
         read = checkpoint.tensor
         if settings.solved:
             read = self._sweep(checkpoint, spec, settings, context)
@@ -295,8 +106,8 @@ class Cast(Pass[CastSettings]):
         from compress.calibration.sensitivity import divergences
 
         spec, path = checkpoint.spec, context.work / "formats.json"
-        names = self._open(spec, settings)
-        grid = self._choices(spec, settings, []).grid
+        names = undecided(spec, settings)
+        grid = choices(spec, settings, []).grid
         ranks = Ranks(context.rank, context.world)
         found = None
         if context.rank == 0:
@@ -315,12 +126,12 @@ class Cast(Pass[CastSettings]):
                     seed=context.seed,
                     progress=context.progress,
                 )
-                choices = self._choices(spec, settings, groups)
-                chosen = choices.allocate(losses, settings.bits, settings.max_bytes)
+                among = choices(spec, settings, groups)
+                chosen = among.allocate(losses, settings.bits, settings.max_bytes)
                 found = {
                     "losses": losses,
                     "formats": {n: g.format for n, g in chosen.items()},
-                    "curve": choices.curve(losses),
+                    "curve": among.curve(losses),
                 }
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temp = path.with_suffix(".tmp")
@@ -341,10 +152,11 @@ class Cast(Pass[CastSettings]):
 
         record = architectures.of(spec.structure.config)
         grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
-        pays = any(grid.bits < TUNED_BELOW for grid in grids.values())
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and pays else None
-        how = Casting(tuning, grids, {n: torch_dtype(spec.tensors[n].dtype) for n in grids})
-        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=tuning is not None)
+        coarse = any(grid.bits < FINE for grid in grids.values())
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
+        dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
+        how = Casting(tuning, grids, dtypes, rounds=3 if coarse else 0)
+        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=coarse)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details
         return result.reader()

@@ -79,6 +79,35 @@ def gptq(
     return result_IO.t().to(W_OI.dtype).contiguous()  # `to` alone may hand back the transposed view
 
 
+def corrected(
+    W_OI: torch.Tensor,
+    drift_II: torch.Tensor,
+    residual_OI: torch.Tensor | None,
+    U_II: torch.Tensor,
+    order_I: torch.Tensor,
+) -> torch.Tensor:
+    """The weights whose outputs, on inputs as they have become, are nearest to those of W on the inputs as they were.
+
+    With x̂ and x the inputs now and then, they minimise Σ ||V x̂ - W x - r||² (with H's damping, which holds V near W), r being
+    what else the outputs are to make up for.
+
+    Args:
+        W_OI: weights, [out, in]. drift_II: Σ (x - x̂) x̂ᵀ. residual_OI: Σ r x̂ᵀ; None for none.
+        U_II: upper triangular, Uᵀ U = H⁻¹ with H = Σ x̂ x̂ᵀ in ``order_I``, damped.
+
+    Returns:
+        V in W's dtype.
+
+    Source: the target of GPTAQ (arXiv 2504.02692), solved before rounding instead of in its course.
+    """
+    moved_OI = W_OI.to(drift_II.dtype) @ drift_II
+    if residual_OI is not None:
+        moved_OI += residual_OI
+    change_OI = torch.empty_like(moved_OI)
+    change_OI[:, order_I] = (moved_OI[:, order_I] @ U_II.T) @ U_II
+    return (W_OI + change_OI).to(W_OI.dtype)
+
+
 def ordered_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
     """``inverse_factor`` of H in the order of importance: (order, U, damping)."""
     order_I = importance_order(H_II)

@@ -144,14 +144,19 @@ def _error(
     return (q.mul_(scale[..., None]).sub_(W).square_().mul_(h)).sum(2)
 
 
+def code_values(W_OI: torch.Tensor, grid: Grid, scales: Scales, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
+    """Values of the nearest codes, less zero points, of weights [O, I]; 0 for removed ones."""
+    scale = scales.scale
+    q = _values(W_OI.float().reshape(len(W_OI), scale.shape[1], -1), scale, scales.zero, grid).view(W_OI.shape)
+    return q if keep_OI is None else q.masked_fill(~keep_OI, 0)
+
+
 def to_codes(
     W_OI: torch.Tensor, grid: Grid, scales: Scales, dtype: torch.dtype, keep_OI: torch.Tensor | None = None
 ) -> Codes:
     """The nearest codes of weights [O, I], as files store them, with scales in ``dtype``; of removed weights those of zero."""
     scale = scales.scale
-    q = _values(W_OI.float().reshape(W_OI.shape[0], scale.shape[1], -1), scale, scales.zero, grid)
-    if keep_OI is not None:
-        q = q.masked_fill(~keep_OI.reshape(q.shape), 0)
+    q = code_values(W_OI, grid, scales, keep_OI).view(W_OI.shape[0], scale.shape[1], -1)
     if scales.zero is not None:
         q = q + scales.zero[..., None]
     q = q.reshape(W_OI.shape)

@@ -126,8 +126,9 @@ def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric
     assert len(details["blocks"]) == 4
 
 
-def test_gptq_and_tuning_pay(folders, data, tmp_path):
+def test_gptq_and_tuning_pay(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
+    data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
 
     def error(i, **settings):
         cast = apply(checkpoint, "cast", data=data, work=tmp_path / f"w{i}", weights="int3", group_size=16, **settings)

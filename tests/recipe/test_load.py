@@ -13,7 +13,7 @@ from conftest import GOOD
 import compress
 from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
-from compress.passes.cast import CastSettings
+from compress.passes.cast_settings import CastSettings
 from compress.passes.prune_unstructured import PruneUnstructuredSettings
 from compress.passes.structured_settings import PruneStructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
@@ -573,5 +573,5 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
     )
     assert (
         done.stdout
-        == "['compress.passes.base', 'compress.passes.budget', 'compress.passes.cast', 'compress.passes.sweeping']\n"
+        == "['compress.passes.base', 'compress.passes.budget', 'compress.passes.cast', 'compress.passes.cast_plan', 'compress.passes.cast_settings', 'compress.passes.sweeping']\n"
     )

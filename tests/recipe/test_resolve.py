@@ -74,8 +74,8 @@ def test_defaults_are_written_out(work: Path) -> None:
                     "group_size": None,
                     "symmetric": True,
                     "method": "gptq",
-                    "tune_epochs": 3,
-                    "tune_rate": 0.01,
+                    "tune_epochs": 1,
+                    "tune_rate": 0.006,
                     "activations": None,
                 }
             }

@@ -1,0 +1,106 @@
+"""What `cast` makes of a checkpoint's headers: the format and grid of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from compress import architectures
+from compress.checkpoint.grids import FIXED_GROUPS, Grid
+from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
+from compress.errors import PassError
+from compress.passes.base import PassSettings, matches, select
+from compress.passes.budget import Choices
+from compress.passes.cast_settings import DTYPES, CastSettings, Format
+from compress.passes.sweeping import input_axis
+
+
+def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
+    """The spec with these grids, and the formats that settings give the rest."""
+    formats = _formats(spec, settings)
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.name in chosen:
+            return replace(tensor, grid=chosen[tensor.name])
+        format_ = formats.get(tensor.name)
+        if format_ is None:
+            return tensor
+        if format_ in DTYPES:
+            return replace(tensor, dtype=DTYPES[format_])
+        return replace(tensor, grid=_grid(spec, tensor, settings, format_))
+
+    cast = spec.map(change)
+    if cast.tensors == spec.tensors and not settings.allow_noop:
+        raise PassError(f"every weight is {settings.weights} already", key="weights", fix="leave the pass out")
+    dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES]
+    config = dict(spec.structure.config)
+    if dtypes:
+        config.pop("torch_dtype", None)
+        config["dtype"] = FLOAT_DTYPES[widest(dtypes)]
+    tensors = {
+        n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
+    }
+    return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
+
+
+def undecided(spec: Spec, settings: CastSettings) -> list[str]:
+    """Tensors whose format the budget chooses."""
+    formats = _formats(spec, settings)
+    return [name for name, format_ in formats.items() if format_ is None]
+
+
+def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
+    """What a budget chooses from; ``groups`` hold the tensors that get the same format."""
+
+    def grid(name: str, format_: str) -> Grid:
+        return _grid(spec, spec.tensors[name], settings, format_)
+
+    return Choices(spec, groups, tuple(settings.formats), grid)
+
+
+def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
+    """Format of every tensor that the pass touches; None where a budget chooses it."""
+    modules = [tensor.module for tensor in spec.stored()]
+    default = modules
+    if settings.weights not in DTYPES and not settings.only:
+        record = architectures.of(spec.structure.config)
+        default = [t.module for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+    chosen = select(default, settings, modules)
+    # a pattern that matches nothing is an error
+    named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
+    if settings.weights not in DTYPES:
+        chosen |= named
+    result: dict[str, Format | None] = {}
+    for tensor in spec.stored():
+        if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
+            continue
+        format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
+        if format_ in DTYPES or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
+            result[tensor.name] = format_
+    if settings.weights not in DTYPES and settings.weights not in result.values():
+        raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
+    return result
+
+
+def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, format_: str) -> Grid:
+    grid = settings.grid(format_)
+    record = architectures.of(spec.structure.config)
+    if input_axis(spec, tensor.shape) == 0 and record.block_index(tensor.name) is not None:
+        grid = replace(grid, transposed=True)
+    inputs = grid.rows(tensor.shape)[1]
+    if grid.group and inputs % grid.group:
+        sizes = [s for s in (256, 128, 64, 32, 16, 8) if inputs % s == 0]
+        instead = f"group_size: {sizes[0]}" if sizes and sizes[0] < grid.group else "group_size: channel"
+        fixed = format_ in FIXED_GROUPS
+        raise PassError(
+            f"{tensor.name} has {inputs} inputs, which groups of {grid.group} do not divide",
+            key="weights" if fixed else "group_size",
+            fix=f"skip it: skip: [{tensor.module}]" if fixed else f"{instead} would fit, or skip: [{tensor.module}]",
+        )
+    if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
+        raise PassError(
+            f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
+            key="weights",
+            fix="put `- cast: {weights: bf16}` before it",
+        )
+    return grid

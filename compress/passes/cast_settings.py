@@ -1,0 +1,115 @@
+"""Settings of `cast`, and the grid that they give a format."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.checkpoint.grids import FIXED_GROUPS, INTEGERS, Grid
+from compress.passes.base import PassSettings
+from compress.settings import Size
+
+Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+#: Formats that are no codes ▶ their dtypes in files.
+DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+class CastSettings(PassSettings):
+    """Settings of `cast`."""
+
+    weights: Format | None = Field(
+        default=None,
+        description="Format of the weights. Floats (bf16, fp16, fp32; rounded to nearest even) apply to every tensor. Codes "
+        "(int8 … int2; fp8, which is E4M3; mxfp4, nvfp4) apply to the matrices of blocks, and leave embeddings and head alone "
+        "unless `overrides` names them. Either this, or a budget: `bits` or `max_bytes`.",
+    )
+    bits: float | None = Field(
+        default=None,
+        gt=1,
+        le=16,
+        description="Average bits per weight over what is cast, scales included: each matrix gets one of `formats`, so that "
+        "the model's output changes least (measured by gradients on 32 samples, with the whole model in memory).",
+    )
+    max_bytes: Size | None = Field(
+        default=None, description="As `bits`, for the weight files of the whole checkpoint, embeddings and all: 500MB."
+    )
+    formats: list[Code] = Field(
+        default=["int8", "int6", "int5", "int4", "int3", "int2"],
+        min_length=2,
+        description="What `bits` and `max_bytes` choose from. Matrices that read the same inputs get the same.",
+    )
+    overrides: dict[str, Format] = Field(
+        default_factory=dict,
+        description="Format by module pattern (glob, or `re:` expression); the first that matches wins over `weights`.",
+    )
+    group_size: int | Literal["channel"] | None = Field(
+        default=None,
+        description="Inputs that share a scale, or `channel`: one scale for each output. By default 64 for integers of less "
+        "than 8 bits, and `channel` for int8 and fp8; mxfp4 and nvfp4 have groups of 32 and 16.",
+    )
+    symmetric: bool = Field(default=True, description="Integers without zero points.")
+    method: Literal["rtn", "mse", "gptq"] = Field(
+        default="gptq",
+        description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
+        "calibration data; below 6 bits it also makes up for what was rounded in front, and codes and scales are then fitted "
+        "to each other. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
+        "read; `mse` searches the ends of the range for the least squared error.",
+    )
+    tune_epochs: int = Field(
+        default=1,
+        ge=0,
+        description="With `gptq`: passes over the calibration data in which each block's scales, norms and biases are moved "
+        "by gradient towards the original's output; 0 for none. Left out where all codes have 6 bits or more.",
+    )
+    tune_rate: float = Field(
+        default=0.006, gt=0, lt=1, description="Step of the tuning, in units of each tensor's own size."
+    )
+    activations: Literal["int8", "fp8"] | None = Field(
+        default=None,
+        description="Say in the config that inputs are to be cast while running, token by token: with int8 or fp8 weights.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if sum(value is not None for value in (self.weights, self.bits, self.max_bytes)) != 1:
+            raise ValueError("give one of `weights`, `bits` and `max_bytes`")
+        formats = self.asked
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise ValueError("`group_size` is a number from 1 up, or `channel`")
+        if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
+            raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
+        if self.activations is not None and formats - set(DTYPES) != {self.activations}:
+            raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
+        return self
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether formats are chosen within a budget."""
+        return self.weights is None
+
+    @property
+    def asked(self) -> set[str]:
+        """Every format that may come out."""
+        return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
+
+    @property
+    def coded(self) -> bool:
+        """Whether any weight may become codes."""
+        return bool(self.asked - set(DTYPES))
+
+    @property
+    def solved(self) -> bool:
+        """Whether codes are chosen block by block."""
+        return self.coded and self.method == "gptq"
+
+    def grid(self, format_: str) -> Grid:
+        """The grid of a format with these settings."""
+        group = FIXED_GROUPS.get(format_)
+        if group is None:
+            size = self.group_size
+            group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
+        symmetric = self.symmetric or format_ not in INTEGERS
+        activations = self.activations if format_ == self.activations else None
+        return Grid(format_, group, symmetric, activations=activations)

@@ -1,0 +1,124 @@
+"""Drift of a matrix's inputs, and of the residual stream, is that between the changed model and the original."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.calibration.paired import paired_statistics
+from compress.calibration.sweep import Inputs
+from compress.checkpoint.open import Derived, open_checkpoint
+from compress.loading import load_checkpoint
+from tests import pico
+from tests.calibration.test_sweep import inputs_of, sweep_of
+
+#: Which matrices add to the residual stream: none where a norm, or experts, stand between.
+WRITERS = {
+    "llama": ("o_proj", "down_proj"),
+    "qwen2": ("o_proj", "down_proj"),
+    "phi3": ("o_proj", "down_proj"),
+    "gemma3_text": (),
+    "mixtral": (),
+    "gpt2": ("c_proj", "c_proj"),
+    "opt": ("out_proj", "fc2"),
+    "bloom": ("dense", "dense_4h_to_h"),
+    "gpt_neox": ("dense", "dense_4h_to_h"),
+    "bert": (),
+}
+
+
+def shrink(found):
+    """A change that tells group from group: what is found, and weights of its sites times 0.8."""
+
+    def change(block):
+        for group, statistics, drift, free in paired_statistics(block):
+            if drift is not None:
+                assert free
+                found[group[0].name] = (statistics, drift, [s.name for s in group])
+            for site in group:
+                site.weight.mul_(0.8)
+        return {}
+
+    return change
+
+
+def seen(model, checkpoint, inputs, name, writers):
+    """Inputs of a module, and what its block's writers before it have made of the residual stream; [tokens, …]."""
+    module = name.removesuffix(".weight")
+    found = {}
+    known = dict(model.named_modules())
+    module = next(m for m in known if m == module or m.endswith(f".{module}"))
+    block = module
+    while not block.rpartition(".")[2].isdigit():
+        block = block.rpartition(".")[0]
+
+    def keep(key):
+        return lambda m, args, *out: found.__setitem__(key, out[0] if out else args[0])
+
+    def keep_first(m, args, kwargs):
+        found["block"] = args[0] if args else kwargs["hidden_states"]
+
+    handles = [
+        known[module].register_forward_pre_hook(keep("x")),
+        known[block].register_forward_pre_hook(keep_first, with_kwargs=True),
+    ]
+    if writers.index(name) == 1:
+        first = writers[0].removesuffix(".weight")
+        handles.append(known[next(m for m in known if m.endswith(first))].register_forward_hook(keep("first")))
+    with torch.no_grad():
+        model.base_model(**inputs.rows(range(inputs.samples)))
+    for handle in handles:
+        handle.remove()
+    r = found["block"].reshape(-1, found["block"].shape[-1])
+    if "first" in found:
+        r = r + found["first"].reshape(r.shape)
+    return found["x"].reshape(-1, found["x"].shape[-1]), r
+
+
+def close(a, b):
+    assert (a.double() - b).abs().max() <= 1e-4 * max(float(b.abs().max()), 1e-3)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_drift_is_what_separates_two_models(family, tmp_path):
+    checkpoint = open_checkpoint(pico.save(tmp_path / family, family, with_tokenizer=False))
+    found: dict = {}
+    inputs = inputs_of(checkpoint)
+    result = sweep_of(checkpoint, tmp_path / "work", inputs, with_targets=True).run(shrink(found), "shrinking")
+    changed = Derived(checkpoint, checkpoint.spec, result.reader())
+    original, now = (load_checkpoint(c, dtype="float32", device="cpu") for c in (checkpoint, changed))
+    writers = [name for _, drift, _ in found.values() for name in drift.residual]
+    blocks = sorted({next(p for p in name.split(".") if p.isdigit()) for name in writers})
+    assert [name.split(".")[-2] for name in writers] == list(WRITERS[family]) * len(blocks)
+    for number in blocks:
+        pair = [name for name in writers if number in name.split(".")]
+        for name in pair:
+            statistics, drift, _ = found[name]
+            (x, r), (x_now, r_now) = (seen(m, checkpoint, inputs, name, pair) for m in (original, now))
+            x, r, x_now, r_now = x.double(), r.double(), x_now.double(), r_now.double()
+            assert statistics.tokens == len(x)
+            close(statistics.hessian, x_now.T @ x_now)
+            close(drift.inputs, (x - x_now).T @ x_now)
+            close(drift.residual[name], (r - r_now).T @ x_now)
+    if not writers:  # inputs drift all the same, from the second block on
+        assert any(float(drift.inputs.abs().max()) > 0 for _, drift, _ in found.values())
+
+
+def test_padding_has_no_drift(tmp_path):
+    """Samples padded on the right have the drift of the same samples without padding."""
+    checkpoint = open_checkpoint(pico.save(tmp_path / "llama", "llama", with_tokenizer=False))
+    short = inputs_of(checkpoint).values["input_ids"][:, :7]
+    ids = torch.nn.functional.pad(short, (0, 5), value=9)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    mask[:, :7] = True
+    both = []
+    for number, inputs in enumerate((Inputs({"input_ids": short}), Inputs({"input_ids": ids}, mask))):
+        both.append({})
+        sweep_of(checkpoint, tmp_path / str(number), inputs, with_targets=True).run(shrink(both[-1]), "shrinking")
+    for name, (statistics, drift, _) in both[0].items():
+        other, padded, _ = both[1][name]
+        assert statistics.tokens == other.tokens
+        close(padded.inputs, drift.inputs.double())
+        assert padded.residual.keys() == drift.residual.keys()
+        for key, value in drift.residual.items():
+            close(padded.residual[key], value.double())
