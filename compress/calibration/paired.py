@@ -122,7 +122,7 @@ def _measure(
         for total in drift.residual.values():
             total += (residual_then - residual_now).T @ now
     statistics.finish()
-    sweep.ranks.add(statistics.hessian, drift.inputs, *drift.residual.values())
+    sweep.ranks.add(statistics.hessian, statistics.total, drift.inputs, *drift.residual.values())
     statistics.tokens = int(sweep.ranks.total(statistics.tokens)[0])
     return statistics, drift
 

@@ -44,11 +44,14 @@ class Statistics:
     """
 
     hessian: torch.Tensor
-    total: torch.Tensor
+    total: torch.Tensor = field(init=False)
     tokens: int = 0
     batch: int = 0
     _waiting: list[torch.Tensor] = field(default_factory=list)
     _count: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = torch.zeros(len(self.hessian), dtype=torch.float64, device=self.hessian.device)
 
     def add(self, x: torch.Tensor) -> None:
         """Add inputs [T, I]."""
@@ -307,8 +310,7 @@ def gathering(
         hessian = torch.zeros(width, width, dtype=dtype(width), device=device)
         # of many experts each would hold its own waiting inputs
         waits = hessian.dtype == torch.float64 and group[0].owner is None
-        total = torch.zeros(width, dtype=torch.float64, device=device)
-        sums = Statistics(hessian, total, batch=_TOKENS_PER_SUM if waits else 0)
+        sums = Statistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
         statistics.append(sums)
         handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums, number == last)))
     try:
