@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from compress import architectures
 from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
@@ -55,6 +56,26 @@ def agreed(context: Context, compute: Callable[[], T]) -> T:
     from compress.calibration.ranks import Ranks
 
     return cast("T", Ranks(context.rank, context.world).tell(0, None if context.rank else compute()))
+
+
+def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives the first process, for all of them; kept in the work folder, so that a resumed run has the same.
+
+    Args:
+        name: of the file. compute: gives JSON values; all processes call it together, what the others get does not count.
+    """
+    from compress.calibration.ranks import Ranks
+
+    ranks, path = Ranks(context.rank, context.world), context.work / f"{name}.json"
+    found = ranks.tell(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
+    if found is None:
+        found = ranks.tell(0, compute())
+        if not context.rank:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temp = path.with_suffix(".tmp")
+            temp.write_text(json.dumps(found))
+            temp.replace(path)  # a kill leaves all of it or nothing
+    return found
 
 
 def sweep_memory(
