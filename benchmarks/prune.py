@@ -35,6 +35,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "tune_epochs": 0},
     "alps": {"method": "alps", "tune_epochs": 0},
     "default": {},
+    "sparsegpt-owl": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "owl"},
+    "sparsegpt-loss": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "loss"},
+    "default-loss": {"allocation": "loss"},
 }
 WINDOW, WINDOWS = 256, 400
 
@@ -87,13 +90,14 @@ def calibration(train: str, samples: int) -> Any:
 
 def main() -> None:
     """Command line."""
+    usual = [method for method, settings in METHODS.items() if "allocation" not in settings]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument(
         "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="the default method runs with each"
     )
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
@@ -110,6 +114,8 @@ def main() -> None:
     try:
         for amount in args.amounts:
             for method in args.methods:
+                if "pattern" in AMOUNTS[amount] and "allocation" in METHODS[method]:
+                    continue  # N:M leaves nothing to allocate
                 rises, seconds, errors = [], [], []
                 for train in args.train if method == "default" else args.train[:1]:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
@@ -133,7 +139,7 @@ def main() -> None:
                 peers = [
                     f"{k.removesuffix(' ' + amount)} {v:.4f}"
                     for k, v in reference.items()
-                    if k.endswith(f" {amount}") and (method == "default" or method in k.lower())
+                    if k.endswith(f" {amount}") and (method == "default" or method.partition("-")[0] in k.lower())
                 ]
                 shown = " / ".join(f"{rise:+.4f}" for rise in rises)
                 rows.append([amount, method, shown, error, f"{statistics.mean(seconds):.1f}"])
@@ -147,14 +153,13 @@ def main() -> None:
         f"{args.samples} × {WINDOW} calibration tokens; held out: {', '.join(Path(f).name for f in args.heldout)}.",
         f"ΔNLL is in nats per token over the dense model's {dense:.4f}.",
     ]
-    if "default" in args.methods:
-        notes.append(
-            "`default` is the pass without any setting but the amount: ALPS, then tuning of each block; none of the others "
-            "is tuned."
-        )
+    if any(method.startswith("default") for method in args.methods):
+        notes.append("`default` is the pass without any setting but the amount: ALPS, then tuning of each block.")
+    if tried := [method for method in args.methods if "allocation" in METHODS[method]]:
+        notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`, uniform without.")
     notes.append("Seconds are of the whole call, loading, self-check and writing included.")
     table = [
-        f"## Pruning {model}" + ("" if "default" in args.methods else ", each method alone"),
+        f"## Pruning {model}" + ("" if args.methods in (usual, ["default"]) else f": {', '.join(args.methods)}"),
         "",
         " ".join(notes),
         "",
