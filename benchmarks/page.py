@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -21,6 +22,24 @@ def environment() -> str:
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers", "safetensors"))
     cores = len(os.sched_getaffinity(0))
     return f"{time.strftime('%Y-%m-%d')}, {cpu}, {cores} cores, Python {platform.python_version()}, {packages}."
+
+
+#: Options that are variables of `make`.
+_VARIABLES = ("model", "train", "heldout", "reference")
+
+
+def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command line that these arguments came from, files by their names alone."""
+    variables, rest = [], []
+    for key, value in vars(args).items():
+        if value == parser.get_default(key):
+            continue
+        words = " ".join(Path(str(v)).name for v in (value if isinstance(value, list) else [value]))
+        if key in _VARIABLES:
+            variables.append(f"{key.upper()}=" + (f'"{words}"' if " " in words else words))
+        else:
+            rest.append(f"--{key} {words}")
+    return " ".join(["make", target, *variables, *([f'ARGS="{" ".join(rest)}"'] if rest else [])])
 
 
 def put(section: str, rows: list[str]) -> None:

@@ -3,7 +3,7 @@
 For each method and sparsity: the rise of the mean negative log-likelihood per token over the dense model, in nats, on the first
 400 windows of 256 tokens of each held-out text (each read as one stream); the mean relative error of the layers; seconds.
 TRAIN is text, or token ids (``file.safetensors:name``). REFERENCE may name a JSON file with figures of other tools, to stand
-beside ours: {"alps 50%": 0.0271, …}.
+beside ours, those of a method beside that method's and all beside the default's: {"published ALPS 50%": 0.0271, …}.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "tune_epochs": 0},
     "alps": {"method": "alps", "tune_epochs": 0},
     "default": {},
+    "sparsegpt-owl": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "owl"},
+    "sparsegpt-loss": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "loss"},
+    "default-loss": {"allocation": "loss"},
 }
 WINDOW, WINDOWS = 256, 400
 
@@ -87,13 +90,14 @@ def calibration(train: str, samples: int) -> Any:
 
 def main() -> None:
     """Command line."""
+    usual = [method for method, settings in METHODS.items() if "allocation" not in settings]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument(
         "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="the default method runs with each"
     )
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
@@ -110,6 +114,8 @@ def main() -> None:
     try:
         for amount in args.amounts:
             for method in args.methods:
+                if "pattern" in AMOUNTS[amount] and "allocation" in METHODS[method]:
+                    continue  # N:M leaves nothing to allocate
                 rises, seconds, errors = [], [], []
                 for train in args.train if method == "default" else args.train[:1]:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
@@ -131,22 +137,31 @@ def main() -> None:
                     rises.append(loss(str(scratch / "out"), texts) - dense)
                 error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
                 peers = [
-                    f"{k.removesuffix(' ' + amount)} {v:.4f}" for k, v in reference.items() if k.endswith(f" {amount}")
+                    f"{k.removesuffix(' ' + amount)} {v:.4f}"
+                    for k, v in reference.items()
+                    if k.endswith(f" {amount}") and (method == "default" or method.partition("-")[0] in k.lower())
                 ]
                 shown = " / ".join(f"{rise:+.4f}" for rise in rises)
                 rows.append([amount, method, shown, error, f"{statistics.mean(seconds):.1f}"])
-                rows[-1] += [", ".join(peers) if method == "default" else ""] if reference else []
+                rows[-1] += [", ".join(peers)] if reference else []
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     model = Path(args.model).name
+    notes = [
+        f"`{page.command('bench-prune', parser, args)}`: {page.environment()}",
+        f"{args.samples} × {WINDOW} calibration tokens; held out: {', '.join(Path(f).name for f in args.heldout)}.",
+        f"ΔNLL is in nats per token over the dense model's {dense:.4f}.",
+    ]
+    if any(method.startswith("default") for method in args.methods):
+        notes.append("`default` is the pass without any setting but the amount: ALPS, then tuning of each block.")
+    if tried := [method for method in args.methods if "allocation" in METHODS[method]]:
+        notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`, uniform without.")
+    notes.append("Seconds are of the whole call, loading, self-check and writing included.")
     table = [
-        f"## Pruning {model}",
+        f"## Pruning {model}" + ("" if args.methods in (usual, ["default"]) else f": {', '.join(args.methods)}"),
         "",
-        f"`make bench-prune`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
-        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
-        "`default` is the pass without any setting but the amount: ALPS, then tuning of each block. Seconds are of the whole "
-        "call, loading, self-check and writing included.",
+        " ".join(notes),
         "",
         *page.table(
             ["removed", "method", "ΔNLL", "layer error", "seconds", *(["others, ΔNLL"] if reference else [])], rows

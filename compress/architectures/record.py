@@ -182,10 +182,11 @@ class Architecture:
         active = self.value(config, self.active_experts_key) if self.active_experts_key else None
         if not total or not active:
             return spec.parameters
-        experts = sum(t.count for t in spec.stored() if t.is_float and self._is_expert(t.name))
+        experts = sum(t.count for t in spec.stored() if t.is_float and self.is_expert(t.name))
         return spec.parameters - experts + experts * min(int(active), int(total)) // int(total)
 
-    def _is_expert(self, name: str) -> bool:
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor of that name belongs to one of a block's experts."""
         match = self._block.match(name)
         return match is not None and match[3].startswith(tuple(f".{path}." for path in self.experts))
 
@@ -206,9 +207,10 @@ class Architecture:
                 yield source, target
 
     def _tied(self, spec: Spec) -> bool:
-        return self._has_head(spec) and bool(spec.structure.config.get("tie_word_embeddings", self.tie_default))
+        return self.has_head(spec) and bool(spec.structure.config.get("tie_word_embeddings", self.tie_default))
 
-    def _has_head(self, spec: Spec) -> bool:
+    def has_head(self, spec: Spec) -> bool:
+        """Whether the checkpoint's class has a head that predicts tokens."""
         return self.head is not None and (spec.structure.class_name or "").endswith(self.head_classes)
 
     def _find(self, spec: Spec, name: str) -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -58,6 +59,48 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
     chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
     by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
     return by_name, {"outlier_share": ratios, "sparsity": chosen}
+
+
+def prune_on_trial(
+    sweep: Sweep, method: Method, sparsities: Sequence[float]
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What pruning each wanted matrix alone would change of it, on the inputs of the model as it is.
+
+    Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
+
+    Returns:
+        A function from a tensor's name to ΔW [O, I] in bfloat16 by number of the sparsity, for the first process.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    def path(index: int) -> Path:
+        return sweep.work / f"trial{index:05}.safetensors"
+
+    def look(block: Block) -> dict[str, Changed]:
+        changes: dict[str, torch.Tensor] = {}
+        for group, statistics, _ in block.statistics():
+            shared: dict[str, Any] = {}
+            for site in group if not sweep.ranks.rank else ():
+                earlier = block.earlier_mask(site)
+                for number, sparsity in enumerate(sparsities):
+                    how = Pruning(method, {site.name: sparsity}, None, None)
+                    weight, mask, _ = _solve(site, statistics, how, earlier, shared)
+                    change = weight.masked_fill(~mask, 0) - site.weight
+                    changes[f"{site.name}:{number}"] = change.to("cpu", torch.bfloat16).contiguous()
+        if not sweep.ranks.rank:
+            save_file(changes, path(block.index))
+        return {}
+
+    sweep.run(look, "pruning on trial")
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        index = sweep.streamed.record.block_index(name)
+        assert index is not None
+        with safe_open(path(index), framework="pt") as file:
+            return {str(i): file.get_tensor(f"{name}:{i}") for i in range(len(sparsities))}
+
+    return read
 
 
 def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:

@@ -1,8 +1,8 @@
-"""What it costs a model's output to store a matrix in a format, measured by gradients on calibration data."""
+"""What it costs a model's output to change one matrix, measured by gradients on calibration data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,54 +17,69 @@ from compress.solvers.grids import fit, to_codes, weights
 
 #: Samples that are enough to rank matrices by.
 SAMPLES = 32
+#: A tensor's name and its weights [O, I] ▶ what each choice would change of them, ΔW [O, I].
+Changes = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+def rounding(grids: Callable[[str, str], Grid], formats: Sequence[str]) -> Changes:
+    """What rounding to the nearest codes of each format changes; ``grids``: of a tensor (first argument) in a format."""
+
+    def change(name: str, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {}
+        for format_ in formats:
+            grid = grids(name, format_)
+            found[format_] = weights(to_codes(W_OI, grid, fit(W_OI, grid), torch.float32)).float() - W_OI
+        return found
+
+    return change
 
 
 def divergences(
     checkpoint: Checkpoint,
     names: Sequence[str],
-    grids: Callable[[str, str], Grid],
-    formats: Sequence[str],
+    changes: Changes,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     *,
+    setting: tuple[str, str],
     device: str,
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
-    """Expected divergence of the model's output, in nats per token, if one matrix alone were rounded to a format's codes.
+    """Expected divergence of the model's output, in nats per token, if one matrix alone were changed.
 
     To second order KL is ½ E (gᵀ ΔW x)², with x a token's inputs of the matrix and g the gradient, at its outputs, of the
-    log-likelihood of a token drawn from the model's own prediction (the Fisher information). ``ΔW`` is what rounding to the
-    nearest codes changes. The whole model is in memory, its activations for one sample at a time.
+    log-likelihood of a token drawn from the model's own prediction (the Fisher information). The whole model is in memory,
+    with every ΔW in bfloat16, and its activations for one sample at a time.
 
     Args:
-        grids: the grid of a tensor (first argument) in a format. ids, mask: [samples, length].
+        ids, mask: [samples, length]. setting: what asks for this, and what to do without it, for errors.
 
     Returns:
-        By tensor and format; and the tensors in groups that read the same inputs.
+        By tensor and choice; and the tensors in groups that read the same inputs.
+
+    Raises:
+        PassError: the model predicts no tokens, or a tensor is no module's own weight.
     """
+    from transformers.pytorch_utils import Conv1D
+
     model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
     if not model.can_generate() and model.get_output_embeddings() is None:
-        raise PassError("a budget needs a model that predicts tokens", fix="name the format with `weights`")
+        raise PassError(f"{setting[0]} needs a model that predicts tokens", fix=setting[1])
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     owners = {name: modules.get(name.removesuffix(".weight")) for name in names}
     lost = next((n for n, m in owners.items() if m is None or getattr(m, "weight", None) is None), None)
     if lost is not None:
-        raise PassError(
-            f"a budget does not reach {lost}: it is no module of its own", fix="name the format with `weights`"
-        )
-    changes: dict[str, dict[str, torch.Tensor]] = {}
+        raise PassError(f"{setting[0]} does not reach {lost}: it is no module of its own", fix=setting[1])
+    changed: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in owners.items():
         assert module is not None
-        for format_ in formats:
-            grid = grids(name, format_)
-            W = module.weight.T if grid.transposed else module.weight
-            W = W.float().contiguous()
-            rounded = weights(to_codes(W, grid, fit(W, grid), torch.float32)).float()
-            changes.setdefault(name, {})[format_] = (rounded - W).bfloat16()  # seven bits of it are enough
+        W = module.weight.T if isinstance(module, Conv1D) else module.weight
+        found = changes(name, W.float().contiguous())
+        changed[name] = {k: v.to(device, torch.bfloat16) for k, v in found.items()}  # seven bits of it are enough
     seen: dict[str, torch.Tensor] = {}
-    sums = {name: dict.fromkeys(formats, 0.0) for name in names}
+    sums = {name: dict.fromkeys(changed[name], 0.0) for name in names}
     counted: list[torch.Tensor | None] = [None]
 
     def forward(name: str) -> Callable[..., Any]:
@@ -80,8 +95,8 @@ def divergences(
             g = gradient.reshape(-1, gradient.shape[-1])
             if counted[0] is not None:
                 x, g = x[counted[0]], g[counted[0]]
-            for format_, change in changes[name].items():
-                sums[name][format_] += float(((x @ change.float().T) * g).sum(1).double().square().sum())
+            for choice, change in changed[name].items():
+                sums[name][choice] += float(((x @ change.float().T) * g).sum(1).double().square().sum())
 
         return hook
 
@@ -93,7 +108,7 @@ def divergences(
     embeddings = model.get_input_embeddings()
     embed = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     tokens = 0
-    with progress.task("measuring what formats cost", min(SAMPLES, len(ids)), "samples") as task:
+    with progress.task("measuring what changes cost", min(SAMPLES, len(ids)), "samples") as task:
         for row in range(min(SAMPLES, len(ids))):
             extra = {} if mask is None else {"attention_mask": mask[row : row + 1].long().to(device)}
             counted[0] = None if mask is None else mask[row].to(device)

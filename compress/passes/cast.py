@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +13,7 @@ from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, undecided
 from compress.passes.cast_settings import CastSettings
-from compress.passes.sweeping import open_sweep, sweep_memory
+from compress.passes.sweeping import once, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -102,42 +101,36 @@ class Cast(Pass[CastSettings]):
 
     def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
         """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
-        from compress.calibration.ranks import Ranks
-        from compress.calibration.sensitivity import divergences
+        from compress.calibration.sensitivity import divergences, rounding
 
-        spec, path = checkpoint.spec, context.work / "formats.json"
+        spec = checkpoint.spec
         names = undecided(spec, settings)
         grid = choices(spec, settings, []).grid
-        ranks = Ranks(context.rank, context.world)
-        found = None
-        if context.rank == 0:
-            if path.exists():
-                found = json.loads(path.read_text())
-            else:
-                batches = context.data("calibration")
-                losses, groups = divergences(
-                    checkpoint,
-                    names,
-                    grid,
-                    settings.formats,
-                    batches.ids,
-                    batches.mask,
-                    device=context.device,
-                    seed=context.seed,
-                    progress=context.progress,
-                )
-                among = choices(spec, settings, groups)
-                chosen = among.allocate(losses, settings.bits, settings.max_bytes)
-                found = {
-                    "losses": losses,
-                    "formats": {n: g.format for n, g in chosen.items()},
-                    "curve": among.curve(losses),
-                }
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temp = path.with_suffix(".tmp")
-                temp.write_text(json.dumps(found))
-                temp.replace(path)  # a kill leaves all of it or nothing
-        found = ranks.tell(0, found)
+
+        def measured() -> dict[str, Any] | None:
+            if context.rank:
+                return None
+            batches = context.data("calibration")
+            losses, groups = divergences(
+                checkpoint,
+                names,
+                rounding(grid, settings.formats),
+                batches.ids,
+                batches.mask,
+                setting=("a budget", "name the format with `weights`"),
+                device=context.device,
+                seed=context.seed,
+                progress=context.progress,
+            )
+            among = choices(spec, settings, groups)
+            chosen = among.allocate(losses, settings.bits, settings.max_bytes)
+            return {
+                "losses": losses,
+                "formats": {n: g.format for n, g in chosen.items()},
+                "curve": among.curve(losses),
+            }
+
+        found = once(context, "formats", measured)
         context.details["formats"] = [
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
         ]

@@ -111,9 +111,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         self.plan(checkpoint.spec, settings)
         if settings.searched:
             from compress.passes.search import search
-            from compress.passes.sweeping import agreed
 
-            settings = agreed(context, lambda: search(self, checkpoint, settings, context))
+            settings = search(self, checkpoint, settings, context)
         current, spans = structured.drop_layers(checkpoint, settings, context)
         current = structured.drop_experts(current, settings, context)
         current, channels = structured.drop_hidden(current, settings, context)

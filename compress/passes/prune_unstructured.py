@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from compress import architectures
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
+from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
 from compress.passes.base import Context, Mode, Pass, PassSettings, select
 from compress.passes.sweeping import input_axis, inside_blocks, open_sweep, sweep_memory
 from compress.settings import PatternNM, Share
@@ -38,10 +39,11 @@ class PruneUnstructuredSettings(PassSettings):
         default="layer",
         description="With `magnitude`, one threshold per weight matrix (`layer`), or one for all of them (`global`).",
     )
-    allocation: Literal["uniform", "owl"] = Field(
+    allocation: Literal["uniform", "owl", "loss"] = Field(
         default="uniform",
-        description="How the sparsity is shared among blocks: the same everywhere, or `owl`: blocks with more outliers are "
-        "pruned less (with calibration data).",
+        description="How the sparsity is shared: the same everywhere, or with calibration data. `owl`: blocks with more "
+        "outliers are pruned less. `loss`: each matrix by what pruning it costs the model's output, which is measured with "
+        "the whole model in memory; the total stays exact, and far more of the model is kept.",
     )
     tune_epochs: int = Field(
         default=5,
@@ -111,20 +113,18 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         return replace(pruned, exact=spec.exact and exact)
 
     def memory(self, spec: Spec, settings: PruneUnstructuredSettings, width: int) -> int | None:
-        """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take."""
+        """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take; or of measuring losses."""
         if settings.method == "magnitude":
             return None
         # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
         factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
-        return sweep_memory(
-            spec,
-            self._targets(spec, settings),
-            width,
-            factors=factors,
-            copies=copies,
-            moments=5 if settings.tune_epochs else 0,
-            kept=1,
-        )
+        chosen = self._targets(spec, settings)
+        moments = 5 if settings.tune_epochs else 0
+        sweep = sweep_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
+        if settings.allocation != "loss":
+            return sweep
+        assert settings.sparsity is not None
+        return max(sweep, loss_memory(spec, chosen, settings.sparsity))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
@@ -161,14 +161,17 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                     )
         if settings.method != "magnitude":
             inside_blocks(spec, names)
+        if settings.allocation == "loss":
+            check_loss(spec, names)
         return names
 
     @staticmethod
     def _exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
-        if settings.pattern is not None or settings.method == "wanda":
-            # an earlier mask may leave a group, or a row, with fewer weights than are kept
-            return all(spec.tensors[name].kept is None for name in chosen)
-        return settings.scope == "layer" and settings.allocation == "uniform"
+        if settings.allocation != "uniform" or settings.scope == "global":
+            return False
+        # an earlier mask may leave a group, or a row, with fewer weights than are kept
+        by_part = settings.pattern is not None or settings.method == "wanda"
+        return not by_part or all(spec.tensors[name].kept is None for name in chosen)
 
 
 def _kept(tensor: Tensor, settings: PruneUnstructuredSettings, axis: int) -> int:
@@ -234,18 +237,19 @@ def _calibrated(
     context: Context,
 ) -> Checkpoint:
     """Block by block; the changed tensors come from the work folder."""
-    from compress.calibration.pruning import Pruning, owl_allocation, prune_block
+    from compress.calibration.pruning import Pruning, prune_block
     from compress.calibration.tune import Tuning
     from compress.checkpoint.open import Derived
 
     assert settings.method != "magnitude"
     tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
-    if settings.allocation == "owl":
+    if settings.allocation != "uniform":
         assert settings.sparsity is not None
-        sparsity, context.details["allocation"] = owl_allocation(
-            open_sweep(checkpoint, chosen, context, work=context.work / "owl", with_targets=False), settings.sparsity
-        )
+        if settings.allocation == "owl":
+            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
+        else:
+            sparsity = by_loss(checkpoint, chosen, settings.sparsity, settings.method, context)
     how = Pruning(method=settings.method, sparsity=sparsity, pattern=settings.pattern, tuning=tuning)
     sweep = open_sweep(checkpoint, chosen, context, work=context.work, with_targets=tuning is not None)
     result = sweep.run(lambda block: prune_block(block, how), f"pruning by {settings.method}")

@@ -13,6 +13,8 @@ from compress.checkpoint.layout import lay_out
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes.base import Context
+from compress.passes.structured_settings import TARGETS
+from compress.passes.sweeping import once
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -126,7 +128,7 @@ def _planned(
     amounts = {**fixed, "mlp": mlp}
     if not any(amounts.values()):
         return settings, spec
-    chosen = settings.model_copy(update={**amounts, "keep_parameters": None, "max_bytes": None})
+    chosen = settings.model_copy(update={**amounts, **dict.fromkeys(TARGETS)})
     try:
         return chosen, instance.plan(spec, chosen)
     except PassError:
@@ -140,6 +142,19 @@ def search(
 
     Tried on some of the calibration samples and judged on others. ``context.details["shapes"]`` gets a row for each.
     """
+    found = once(context, "shape", lambda: _tried(instance, checkpoint, settings, context))
+    context.details["shapes"] = found["shapes"]
+    best = found["best"]
+    layers = None if best["layers"] is None else tuple(best["layers"])
+    return settings.model_copy(update={**best, "layers": layers, **dict.fromkeys(TARGETS)})
+
+
+def _tried(
+    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> dict[str, Any] | None:
+    """Amounts of the best shape, and a row for each; in the first process."""
+    if context.rank:
+        return None
     from compress.calibration.depth import divergence, greedy_depth
 
     found = shapes(instance, checkpoint.spec, settings)
@@ -168,5 +183,5 @@ def search(
             rows.append(row | size | {"divergence": loss})
             task.advance(note=f"{loss:.4f}")
     _, number, best = min(options, key=lambda o: o[:2])
-    context.details["shapes"] = [row | {"chosen": i == number} for i, row in enumerate(rows)]
-    return best
+    amounts = {"layers": best.layers, "heads": best.heads, "mlp": best.mlp}
+    return {"best": amounts, "shapes": [row | {"chosen": i == number} for i, row in enumerate(rows)]}

@@ -19,7 +19,7 @@ from compress.calibration.tune import Tuning
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes import cuts, shape
 from compress.passes.base import Context
-from compress.passes.sweeping import agreed, open_sweep
+from compress.passes.sweeping import once, open_sweep
 from compress.solvers.survivors import keep_by_score
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def drop_layers(
         drop: Sequence[int] = settings.layers
     else:
         count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
-        drop = sorted(agreed(context, lambda: _worst_blocks(checkpoint, count, settings, context)))
+        found = once(context, "blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
+        context.details |= found["details"]
+        drop = sorted(found["blocks"])
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
     return cuts.drop_blocks(checkpoint, drop), [*keep[1:], depth]
@@ -46,16 +48,19 @@ def drop_layers(
 
 def _worst_blocks(
     checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
-) -> Sequence[int]:
+) -> dict[str, Any] | None:
+    """The blocks that go, and what the report says of the choice; in the first process."""
+    if context.rank:
+        return None
     data = context.data("calibration")
     how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
     if settings.layer_score == "loss":
         gone, steps = greedy_depth(checkpoint, data, count, **how)
-        context.details["loss_without_block"] = [{str(i): loss for i, loss in step.items()} for step in steps]
-        return gone
+        said = [{str(i): loss for i, loss in step.items()} for step in steps]
+        return {"blocks": gone, "details": {"loss_without_block": said}}
     scores = block_influence(checkpoint, data, **how)
-    context.details["block_influence"] = scores
-    return sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
+    gone = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
+    return {"blocks": gone, "details": {"block_influence": scores}}
 
 
 def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:

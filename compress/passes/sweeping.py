@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from compress.calibration.sweep import Sweep, Teacher
     from compress.checkpoint.open import Checkpoint
 
-T = TypeVar("T")
 #: Small things.
 _SLACK = 96 << 20
 
@@ -50,11 +50,24 @@ def open_sweep(
     )
 
 
-def agreed(context: Context, compute: Callable[[], T]) -> T:
-    """What the first process computes; of several, the others wait for it."""
+def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives the first process, for all of them; kept in the work folder, so that a resumed run has the same.
+
+    Args:
+        name: of the file. compute: gives JSON values; all processes call it together, what the others get does not count.
+    """
     from compress.calibration.ranks import Ranks
 
-    return cast("T", Ranks(context.rank, context.world).tell(0, None if context.rank else compute()))
+    ranks, path = Ranks(context.rank, context.world), context.work / f"{name}.json"
+    found = ranks.tell(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
+    if found is None:
+        found = ranks.tell(0, compute())
+        if not context.rank:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temp = path.with_suffix(".tmp")
+            temp.write_text(json.dumps(found))
+            temp.replace(path)  # a kill leaves all of it or nothing
+    return found
 
 
 def sweep_memory(

@@ -228,7 +228,7 @@ def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
 
 def test_the_measured_divergence_is_that_of_the_model(folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
-    from compress.calibration.sensitivity import divergences
+    from compress.calibration.sensitivity import divergences, rounding
     from compress.checkpoint.grids import Grid
     from compress.progress import SilentProgress
     from compress.solvers.grids import fit, to_codes, weights
@@ -238,7 +238,15 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
     ids = data.ids.repeat(3, 1)[:32]
     grid = Grid("int6", 16)
     found, _ = divergences(
-        checkpoint, [name], lambda n, f: grid, ["int6"], ids, None, device="cpu", seed=0, progress=SilentProgress()
+        checkpoint,
+        [name],
+        rounding(lambda n, f: grid, ["int6"]),
+        ids,
+        None,
+        setting=("", ""),
+        device="cpu",
+        seed=0,
+        progress=SilentProgress(),
     )
     model = load_model(folders["llama"], dtype="float32")
     with torch.no_grad():

@@ -55,7 +55,14 @@ def test_by_count_the_block_that_changes_least_goes(family, score, tmp_path):
     ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(0))
     details: dict = {}
     dropped = apply(
-        quieted, "prune_structured", layers=1, layer_score=score, repair="none", data=Batches(ids), details=details
+        quieted,
+        "prune_structured",
+        layers=1,
+        layer_score=score,
+        repair="none",
+        data=Batches(ids),
+        details=details,
+        work=tmp_path,
     )
     assert details["removed_blocks"] == [2]
     assert record.depth(dropped.spec.structure.config) == 3

@@ -151,7 +151,15 @@ def test_greedy_removal_is_what_trying_gives(tmp_path):
 
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
     details: dict = {}
-    apply(open_checkpoint(folder), "prune_structured", data=Batches(IDS), details=details, layers=2, repair="none")
+    apply(
+        open_checkpoint(folder),
+        "prune_structured",
+        data=Batches(IDS),
+        work=tmp_path,
+        details=details,
+        layers=2,
+        repair="none",
+    )
     with torch.no_grad():
         reference = load_model(folder)(input_ids=IDS[:32]).logits.log_softmax(-1)
         losses = []

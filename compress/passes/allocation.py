@@ -1,0 +1,117 @@
+"""How `prune_unstructured` shares a sparsity among matrices, looking at calibration data."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.checkpoint.spec import Spec
+from compress.errors import PassError
+from compress.passes.base import Context
+from compress.passes.sweeping import once, open_sweep
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.calibration.pruning import Method
+    from compress.checkpoint.open import Checkpoint
+
+#: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
+REACH, STEPS = 0.2, 2
+_SETTING = ("`allocation: loss`", "use `allocation: uniform` or `owl`")
+
+
+def trials(sparsity: float) -> list[float]:
+    """Sparsities that losses are measured at, ascending, all between 0 and 1."""
+    reach = min(REACH, 0.8 * sparsity, 0.8 * (1 - sparsity))
+    return [sparsity + reach * i / STEPS for i in range(-STEPS, STEPS + 1)]
+
+
+def check_loss(spec: Spec, names: Collection[str]) -> None:
+    """Raises `PassError` where losses cannot be measured: without a head that predicts tokens, and for experts."""
+    record = architectures.of(spec.structure.config)
+    if not record.has_head(spec):
+        raise PassError(f"{_SETTING[0]} needs a model that predicts tokens", key="allocation", fix=_SETTING[1])
+    if expert := next((name for name in sorted(names) if record.is_expert(name)), None):
+        raise PassError(
+            f"{_SETTING[0]} does not reach {expert}: experts are fused in memory", key="allocation", fix=_SETTING[1]
+        )
+
+
+def loss_memory(spec: Spec, names: Collection[str], sparsity: float) -> int:
+    """Bytes of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
+    return 4 * spec.parameters + 2 * len(trials(sparsity)) * sum(spec.tensors[name].count for name in names)
+
+
+def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, context: Context) -> dict[str, float]:
+    """Sparsity of every tensor: blocks with more outliers are pruned less."""
+    from compress.calibration.pruning import owl_allocation
+
+    sweep = open_sweep(checkpoint, names, context, work=context.work / "owl", with_targets=False)
+    chosen, context.details["allocation"] = owl_allocation(sweep, sparsity)
+    return chosen
+
+
+def by_loss(
+    checkpoint: Checkpoint, names: Collection[str], sparsity: float, method: Method, context: Context
+) -> dict[str, float]:
+    """Sparsity of every tensor, for the least divergence of the model's output, each matrix's measured by itself.
+
+    Trials are pruned by Wanda where that is the method, else by SparseGPT, each matrix on the inputs of the unpruned model.
+    """
+    levels = trials(sparsity)
+    work = context.work / "loss"
+
+    def measured() -> dict[str, Any] | None:
+        from compress.calibration.pruning import prune_on_trial
+
+        sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)
+        read = prune_on_trial(sweep, "wanda" if method == "wanda" else "sparsegpt", levels)
+        return None if context.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
+
+    found = once(context, "allocation", measured)
+    shutil.rmtree(work, ignore_errors=True)
+    context.details["allocation"] = found
+    shares: dict[str, float] = found["sparsity"]
+    return shares
+
+
+def _shares(
+    checkpoint: Checkpoint,
+    names: list[str],
+    levels: list[float],
+    sparsity: float,
+    read: Any,
+    context: Context,
+) -> dict[str, Any]:
+    from compress.calibration.sensitivity import divergences
+    from compress.solvers.shares import share_out
+
+    def changes(name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        found: Mapping[str, torch.Tensor] = read(name)
+        return found
+
+    batches = context.data("calibration")
+    losses, _ = divergences(
+        checkpoint,
+        names,
+        changes,
+        batches.ids,
+        batches.mask,
+        setting=_SETTING,
+        device=context.device,
+        seed=context.seed,
+        progress=context.progress,
+    )
+    tensors = [checkpoint.spec.tensors[name] for name in names]
+    sizes = [t.count for t in tensors]
+    most = [t.count if t.kept is None else t.kept for t in tensors]
+    rows = [list(losses[name].values()) for name in names]
+    kept = share_out(sizes, most, levels, rows, sum(sizes) - round(sparsity * sum(sizes)))
+    shares = {n: 1 - k / size for n, k, size in zip(names, kept, sizes, strict=True)}
+    return {
+        "sparsity": shares,
+        "divergence": {n: dict(zip(map(str, levels), losses[n].values(), strict=True)) for n in names},
+    }

@@ -1,0 +1,56 @@
+"""How many weights each matrix keeps: least total loss for an exact total, from losses measured at a few sparsities."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from compress.solvers.knapsack import choose
+
+#: Steps that sparsities are chosen in.
+_STEP = 0.01
+
+
+def share_out(
+    sizes: Sequence[int], most: Sequence[int], sparsities: Sequence[float], losses: Sequence[Sequence[float]], kept: int
+) -> list[int]:
+    """Weights that each matrix keeps: ``kept`` in all, or all that they have if those are fewer.
+
+    Between measured sparsities the logarithm of the loss is taken to be linear. The best choice in steps of 1 % within
+    ``kept`` is found by the knapsack; what it leaves over goes to the matrix that gains most by it.
+
+    Args:
+        sizes: weights of each matrix. most: of them those that may be kept. sparsities: ascending.
+        losses: of each matrix at each of those sparsities.
+
+    Raises:
+        ValueError: even at the highest sparsity more would be kept.
+    """
+    steps = round((sparsities[-1] - sparsities[0]) / _STEP)
+    fine = [sparsities[0] + (sparsities[-1] - sparsities[0]) * i / max(steps, 1) for i in range(steps + 1)]
+    costs = [[min(size - round(s * size), limit) for s in fine] for size, limit in zip(sizes, most, strict=True)]
+    values = [[interpolated(sparsities, row, s) for s in fine] for row in losses]
+    chosen = choose(costs, values, kept)
+    if chosen is None:
+        raise ValueError("the highest sparsity keeps more than is asked")
+    counts = [row[i] for row, i in zip(costs, chosen, strict=True)]
+    left = kept - sum(counts)
+    # loss per weight that the next lower sparsity would spare
+    gains = [
+        (row[i] - row[i - 1]) / max(cost[i - 1] - cost[i], 1) if i else 0.0
+        for row, cost, i in zip(values, costs, chosen, strict=True)
+    ]
+    for number in sorted(range(len(sizes)), key=lambda n: -gains[n]):
+        more = min(left, most[number] - counts[number])
+        counts[number] += more
+        left -= more
+    return counts
+
+
+def interpolated(sparsities: Sequence[float], losses: Sequence[float], sparsity: float) -> float:
+    """The loss at a sparsity within the measured ones, its logarithm linear between neighbours; losses of 0 count as 1e-30."""
+    after = min(max(bisect_left(sparsities, sparsity), 1), len(sparsities) - 1)
+    share = (sparsity - sparsities[after - 1]) / (sparsities[after] - sparsities[after - 1])
+    low, high = (math.log(max(losses[i], 1e-30)) for i in (after - 1, after))
+    return math.exp(low + share * (high - low))
