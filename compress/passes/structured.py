@@ -39,7 +39,7 @@ def drop_layers(
     else:
         count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
         found = once(context, "blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
-        context.details |= found["details"]
+        context.details.update(found["details"])
         drop = sorted(found["blocks"])
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
