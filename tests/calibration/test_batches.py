@@ -141,7 +141,9 @@ def test_parts_cover_every_sample():
     assert torch.equal(torch.cat([p.mask for p in parts]), ids % 2 == 0)
     assert torch.equal(torch.cat([p.inputs("cpu")["token_type_ids"] for p in parts]), ids % 3)
     assert "".join(c for p in parts for c in p.chosen) == "abcdefg"
-    assert [(len(p.ids), p.mask, list(p.inputs("cpu"))) for p in Batches(ids).parts(1)] == [(1, None, ["input_ids"])] * 7
+    assert [(len(p.ids), p.mask, list(p.inputs("cpu"))) for p in Batches(ids).parts(1)] == [
+        (1, None, ["input_ids"])
+    ] * 7
 
 
 def test_the_hash_is_of_ids_and_mask():
