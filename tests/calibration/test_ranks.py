@@ -154,6 +154,21 @@ def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, 
     assert len({t.grid for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
 
 
+def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
+    """Which removes as many weights in all as one process would."""
+    text = json.loads(recipe_file.read_text())
+    prune = {"method": "sparsegpt", "sparsity": "50%", "tune_epochs": 0, "allocation": "loss"}
+    recipe_file.write_text(json.dumps({**text, "passes": [{"prune_unstructured": prune}], "gates": {}}))
+    done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = json.loads(done.stdout)["stages"][0]["passes"][0]["details"]["allocation"]["sparsity"]
+    tensors = {t.name: t for t in open_checkpoint(tmp_path / "out").spec.stored() if t.kept is not None}
+    assert tensors.keys() == shares.keys()
+    assert len({round(share, 3) for share in shares.values()}) > 4
+    assert all(t.kept == t.count - round(shares[name] * t.count) for name, t in tensors.items())
+    assert 2 * sum(t.kept for t in tensors.values()) == sum(t.count for t in tensors.values())
+
+
 def test_an_error_in_the_first_process_ends_all(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
