@@ -311,7 +311,9 @@ def test_pairs_are_drawn_as_the_model_sees_them():
         assert ids[mask][-4:].tolist() == [0, *tokens(tokenizer, "xy"), 0]
     assert drawn.sha256() != Batches(drawn.ids, drawn.mask).sha256()
     assert sample_documents(tokenizer, [Document("a", "abc")], 1, 8, 0).types is None
-    with pytest.raises(DataError, match="documents of 3 tokens, and 3 of them are special ones; set length to 4 or more"):
+    with pytest.raises(
+        DataError, match="documents of 3 tokens, and 3 of them are special ones; set length to 4 or more"
+    ):
         sample_documents(tokenizer, pairs, 6, 3, 0)
 
 

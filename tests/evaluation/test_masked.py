@@ -77,7 +77,7 @@ def test_few_documents_are_windows_that_add_up(tokenizer):
 
 
 def test_what_cannot_be_masked(tokenizer):
-    with pytest.raises(CompressError, match="a window of 65 tokens is beyond the 64 that .* take; set window to 64"):
+    with pytest.raises(CompressError, match=r"a window of 65 tokens is beyond the 64 that .* take; set window to 64"):
         score_masked(pico.model("bert"), tokenizer, [Document("d#0", "abc")], window=65)
     with pytest.raises(DataError, match="the tokenizer has no mask token"):
         score_masked(pico.model("bert"), pico.tokenizer(), [Document("d#0", "abc")], window=20)

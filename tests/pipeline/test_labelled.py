@@ -115,7 +115,7 @@ def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_pat
     with pytest.raises(CompressError, match=r"`bits_per_byte` does not measure text classification.*; its metrics are"):
         compress.plan(classifying(data=plain, evaluate=["bits_per_byte"]))
     with pytest.raises(
-        CompressError, match="causal language modelling, .* takes text without labels; leave out `label`"
+        CompressError, match=r"causal language modelling, .* takes text without labels; leave out `label`"
     ):
         compress.plan(classifying(model=str(pico_llama)))
     with pytest.raises(CompressError, match="`accuracy` does not measure causal language modelling"):
