@@ -15,7 +15,18 @@ import pytest
 import zstandard
 
 from compress.errors import DataError
-from compress.text import Document, check_disjoint, fingerprint, kind, read_documents, read_labelled, refusal, rendered
+from compress.text import (
+    Document,
+    Labels,
+    check_disjoint,
+    encoded,
+    fingerprint,
+    kind,
+    read_documents,
+    read_examples,
+    refusal,
+    rendered,
+)
 
 
 def write(path, data):
@@ -293,7 +304,9 @@ def test_the_example_text_shares_nothing():
 def labelled(tmp_path, name, text, columns=("sentence",), label="label"):
     (tmp_path / name).write_text(text)
     ids = {"0": 0, 0: 0, "no": 0, "1": 1, 1: 1, "yes": 1}  # as `evaluation.tasks.label_id` would
-    return read_labelled([str(tmp_path / name)], columns, label, ids.get, "there are no, yes")
+    return read_examples(
+        [str(tmp_path / name)], columns, Labels(label, ids.get, "a label of the model", "there are no, yes")
+    )
 
 
 def test_labelled_rows_of_every_kind(tmp_path):
@@ -307,7 +320,7 @@ def test_labelled_rows_of_every_kind(tmp_path):
         assert labelled(tmp_path, f"a.{suffix}", text) == [replace(d, id=f"a.{suffix}{d.id[1:]}") for d in expected]
     rows = pyarrow.table({"label": [1, 0], "sentence": ["a word", "another"]})
     pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
-    read = read_labelled([str(tmp_path / "a.parquet")], ["sentence"], "label", {0: 0, 1: 1}.get, "")
+    read = read_examples([str(tmp_path / "a.parquet")], ["sentence"], Labels("label", {0: 0, 1: 1}.get, "a label"))
     assert [(d.text, d.label) for d in read] == [(d.text, d.label) for d in expected]
     pairs = labelled(tmp_path, "b.tsv", "one\ttwo\tlabel\nx\ty\tyes\n", columns=("two", "one"))
     assert pairs == [Document("b.tsv#0", "y\nx", pair=("y", "x"), label=1)]
@@ -326,10 +339,41 @@ def test_labelled_rows_of_every_kind(tmp_path):
         ("a.jsonl", '{"sentence": 3, "label": 1}', "a.jsonl:1: `sentence` is 3, not text"),
         ("a.jsonl", '{"sentence": "\\ud800", "label": 1}', "a.jsonl:1: `sentence` holds half a surrogate pair, which is no text"),
         ("a.tsv", "sentence\tlabel\n", "a.tsv: holds no row"),
-        ("a.txt", "x", "a.txt: has no labels: it is no .jsonl, .csv, .tsv or .parquet file"),
+        ("a.txt", "x", "a.txt: has no columns: it is no .jsonl, .csv, .tsv or .parquet file"),
     ],
 )  # fmt: skip
 def test_labelled_rows_that_will_not_do(tmp_path, name, text, message):
     with pytest.raises(DataError) as caught:
         labelled(tmp_path, name, text)
     assert str(caught.value) == f"{tmp_path}/{message}"
+
+
+def test_examples_without_labels(tmp_path):
+    (tmp_path / "a.tsv").write_text("one\ttwo\nx\ty\nz\t \n")
+    assert read_examples([str(tmp_path / "a.tsv")], ["one"]) == [Document("a.tsv#0", "x"), Document("a.tsv#1", "z")]
+    with pytest.raises(DataError, match=r"a.tsv:3: `two` is empty"):
+        read_examples([str(tmp_path / "a.tsv")], ["one", "two"])
+
+
+def test_a_text_or_pair_as_a_model_reads_it():
+    """The arguments that the tokenizer gets: nothing is cut without a length, and templates bring special tokens."""
+    calls = []
+
+    def tokenizer(*texts, **how):
+        calls.append((texts, how))
+        return {"input_ids": [1]}
+
+    tokenizer.chat_template = "x"
+    tokenizer.apply_chat_template = lambda messages, tokenize: messages[0]["content"].upper()
+    for document, length in (
+        (Document("a", "one"), None),
+        (Document("a", "one\ntwo", pair=("one", "two")), 8),
+        (Document("a", "hi", ({"role": "user", "content": "hi"},)), 8),
+    ):
+        assert encoded(document, tokenizer, length) == {"input_ids": [1]}
+    cut = {"truncation": True, "max_length": 8, "verbose": False}
+    assert calls == [
+        (("one",), {"add_special_tokens": True, "verbose": False}),
+        (("one", "two"), {"add_special_tokens": True, **cut}),
+        (("HI",), {"add_special_tokens": False, **cut}),
+    ]

@@ -125,7 +125,9 @@ def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) 
     if (near := after.get("similarity")) is not None:
         rows.append(Row("similarity to the original", "1", f"{near:.4f}", "mean cosine"))
     if after.get("kl") is not None:
-        unit, share = ("text", "agreement") if after["unit"] == "example" else ("token", "top-1 agreement")
+        unit, share = (
+            ("text", "agreement with the original") if after["unit"] == "example" else ("token", "top-1 agreement")
+        )
         rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", f"nats per {unit}"))
         rows.append(Row(share, "100%", f"{after['agreement']:.{2 if unit == 'text' else 1}%}", ""))
     return rows

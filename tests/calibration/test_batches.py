@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -20,6 +21,8 @@ from compress.calibration.batches import (
 from compress.calibration.influence import block_influence
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import DataError
+from compress.loading import load_model
+from compress.passes.sweeping import open_sweep
 from compress.progress import SilentProgress
 from compress.text import Document
 from tests import pico
@@ -282,3 +285,61 @@ def test_padding_does_not_count(family, tmp_path):
     expected = [sum(n * s[b] for n, s in zip(lengths, single, strict=True)) / sum(lengths) for b in range(4)]
     assert padded == pytest.approx(expected, rel=1e-4)
     assert block_influence(checkpoint, Batches(ids), **how) != pytest.approx(expected, rel=1e-4)
+
+
+def test_pairs_are_drawn_as_the_model_sees_them():
+    """Special tokens stay whole, the longer text is cut, and types tell the texts apart."""
+    from tokenizers import processors
+
+    tokenizer = pico.tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>",
+        pair="<|endoftext|> $A <|endoftext|> $B:1 <|endoftext|>:1",
+        special_tokens=[("<|endoftext|>", 0)],
+    )
+    pairs = [Document(f"d#{i}", "", pair=("abc" * (i + 1), "xy")) for i in range(6)]
+    drawn = sample_documents(tokenizer, pairs, 6, 16, 0)
+    assert list(drawn.values) == ["input_ids", "token_type_ids"]
+    assert sorted(drawn.mask.sum(1).tolist()) == [8, 11, 14, 16, 16, 16]
+    for ids, mask, types, name in zip(drawn.ids, drawn.mask, drawn.types, drawn.chosen, strict=True):
+        pair = pairs[int(name.partition("#")[2])].pair
+        expected = tokenizer(*pair, truncation=True, max_length=16)
+        assert ids[mask].tolist() == expected["input_ids"]
+        assert types[mask].tolist() == expected["token_type_ids"]
+        assert not types[~mask].any()
+        assert ids[mask][-4:].tolist() == [0, *tokens(tokenizer, "xy"), 0]
+    assert drawn.sha256() != Batches(drawn.ids, drawn.mask).sha256()
+    assert sample_documents(tokenizer, [Document("a", "abc")], 1, 8, 0).types is None
+    with pytest.raises(
+        DataError, match="documents of 3 tokens, and 3 of them are special ones; set length to 4 or more"
+    ):
+        sample_documents(tokenizer, pairs, 6, 3, 0)
+
+
+def test_a_sweep_reads_the_types_of_pairs(tmp_path):
+    """Pruned block by block with types, BERT's blocks see what the model whole sees; without them something else."""
+    folder = pico.save(tmp_path / "in", "bert")
+    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
+    types = ((torch.arange(12) > 3) & mask).long()
+    model = load_model(folder)
+    outputs = []
+    for batches in (Batches(ids, mask, ("a",) * 4, types), Batches(ids, mask, ("a",) * 4)):
+        sweep = open_sweep(
+            open_checkpoint(folder),
+            ["bert.encoder.layer.3.output.dense.weight"],
+            SimpleNamespace(
+                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0, rank=0, world=1
+            ),
+            work=tmp_path / str(len(outputs)),
+            with_targets=False,
+        )  # fmt: skip
+        found = []
+        sweep.run(lambda block, found=found: found.append(block.inputs.read([0, 1, 2, 3]).clone()) or {}, "look")
+        outputs.append(found[-1])
+    with torch.no_grad():
+        args = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types, "output_hidden_states": True}
+        expected = model(**args).hidden_states[3]
+    assert torch.allclose(outputs[0][mask], expected[mask], atol=1e-5)
+    assert not torch.allclose(outputs[1][mask], expected[mask], atol=1e-2)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from compress.errors import CompressError, DataError
-from compress.evaluation.classification import _batches, classify_documents, metrics
+from compress.evaluation.classification import classify_documents, metrics
+from compress.evaluation.examples import Examples
 from compress.loading import load_model, load_tokenizer
-from compress.text import Document, read_labelled
+from compress.text import Document, Labels, read_examples
 from tests import pico
 
 LABELS = ["red", "green", "blue"]
@@ -90,14 +91,18 @@ def test_metrics_by_their_definitions():
     assert metrics([{**row, "kl": None} for row in rows], 4)["agreement"] is None
 
 
+def batched(lengths, padding=0):
+    return Examples(tuple({"input_ids": [1] * n} for n in lengths), 0, padding).batches()
+
+
 def test_batches_hold_texts_of_similar_length():
     lengths = [int(n) for n in torch.randint(1, 500, (300,), generator=torch.Generator().manual_seed(0))]
-    batches = _batches(lengths, 64)
+    batches = batched(lengths)
     assert sorted(i for batch in batches for i in batch) == list(range(300))
     assert all(len(b) * max(lengths[i] for i in b) <= 1 << 13 and len(b) <= 64 for b in batches)
     assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.15 * sum(lengths)
-    assert [len(b) for b in _batches(lengths, 1)] == [1] * 300
-    assert _batches([1 << 14, 1], 64) == [[0], [1]]
+    assert [len(b) for b in batched(lengths, padding=None)] == [1] * 300
+    assert batched([1 << 14, 1]) == [[0], [1]]
 
 
 def test_nan_stays_nan(tokenizer):
@@ -117,7 +122,7 @@ def test_what_cannot_be_classified(tokenizer):
 
 def test_accuracy_is_that_of_plain_transformers(labelled, stock):
     folder, file = labelled
-    read = read_labelled([str(file)], ["sentence"], "label", int, "")
+    read = read_examples([str(file)], ["sentence"], Labels("label", int, "a label"))
     found = classify_documents(load_model(folder), load_tokenizer(folder), read, labels=LABELS).to_dict()
     theirs = json.loads(
         stock(

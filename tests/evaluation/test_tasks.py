@@ -6,7 +6,22 @@ import sys
 import pytest
 
 from compress.errors import CompressError
-from compress.evaluation.tasks import CLASSIFICATION, LANGUAGE, check_metrics, label_id, label_ids, task_of
+from compress.evaluation.tasks import (
+    CLASSIFICATION,
+    EMBEDDING,
+    LABELLED,
+    LANGUAGE,
+    MASKED,
+    TASKS,
+    check_metrics,
+    label_id,
+    label_ids,
+    measurable,
+    score,
+    task_of,
+)
+from compress.pipeline.score import _SCORERS
+from tests import pico
 
 BERT = "BertForSequenceClassification"
 
@@ -14,6 +29,23 @@ BERT = "BertForSequenceClassification"
 def test_the_class_tells_the_task():
     assert task_of(BERT) is CLASSIFICATION
     assert task_of("LlamaForCausalLM") is task_of("GPT2LMHeadModel") is task_of(None) is LANGUAGE
+    assert task_of("BertForMaskedLM") is MASKED
+    assert task_of("BertModel") is task_of("LlamaModel") is EMBEDDING
+    for name, _ in pico.FAMILIES.values():
+        expected = MASKED if name.endswith("MaskedLM") else LANGUAGE  # images are refused when they are loaded
+        assert task_of(name) is expected
+
+
+def test_every_task_has_its_metrics_and_a_scorer():
+    assert set(_SCORERS) == set(TASKS)
+    for task in TASKS:
+        assert set(task.default) <= set(task.metrics)
+        assert task.measurable(False) or task.measurable(True)
+    assert measurable(True) >= LABELLED
+    assert not measurable(False) & LABELLED
+    assert EMBEDDING.measurable(False) == ("similarity",)
+    assert EMBEDDING.measurable(True) == ("similarity", "spearman")
+    assert MASKED.measurable(True) == CLASSIFICATION.measurable(False) == ()
 
 
 @pytest.mark.parametrize(
@@ -22,6 +54,9 @@ def test_the_class_tells_the_task():
         (BERT, ["bits_per_byte"], True, "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, agreement, kl"),
         ("LlamaForCausalLM", ["kl", "f1"], False, "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, kl, agreement"),
         (BERT, ["kl"], False, "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
+        ("BertForMaskedLM", ["bits_per_byte"], False, "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, kl, agreement"),
+        ("BertModel", ["accuracy"], True, "`accuracy` does not measure sentence embedding, which BertModel is for; its metrics are similarity, spearman"),
+        ("BertModel", ["spearman"], False, "`spearman` needs labelled pairs of texts; name the columns: `text`, `label`"),
         ("LlamaForCausalLM", ["kl"], True, "causal language modelling, which LlamaForCausalLM is for, takes text without labels; leave out `label`"),
     ],
 )  # fmt: skip
@@ -62,6 +97,11 @@ def test_labels_of_a_config():
 def test_labels_that_will_not_do(config, message):
     with pytest.raises(CompressError, match=message):
         label_ids(config)
+
+
+def test_scores():
+    said = ["4.5", " 3 ", 2, -1.5, "1e-1", "nan", "inf", "high", "", None, True, [1], 10**400]
+    assert [score(value) for value in said] == [4.5, 3.0, 2.0, -1.5, 0.1] + [None] * 8
 
 
 def test_tasks_need_no_torch():

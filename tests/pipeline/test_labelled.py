@@ -110,10 +110,16 @@ def test_eval_and_gate_of_a_classifier(classifying, labelled, cli, tmp_path):
 def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_path):
     folder, file = labelled
     plain = {"evaluation": {"files": [str(file)], "field": "sentence"}}
-    with pytest.raises(CompressError, match=r"`bits_per_byte` does not measure text classification.*; its metrics are"):
+    with pytest.raises(CompressError, match=r"text classification, which .* is for, takes labelled files"):
         compress.plan(classifying(data=plain))
-    with pytest.raises(CompressError, match="`accuracy` does not measure causal language modelling"):
+    with pytest.raises(CompressError, match=r"`bits_per_byte` does not measure text classification.*; its metrics are"):
+        compress.plan(classifying(data=plain, evaluate=["bits_per_byte"]))
+    with pytest.raises(
+        CompressError, match=r"causal language modelling, .* takes text without labels; leave out `label`"
+    ):
         compress.plan(classifying(model=str(pico_llama)))
+    with pytest.raises(CompressError, match="`accuracy` does not measure causal language modelling"):
+        compress.plan(classifying(model=str(pico_llama), evaluate=["accuracy"]))
     with pytest.raises(CompressError, match="`perplexity` does not measure text classification"):
         assess(str(folder), Assessment(files=(str(file),), label="label", text=("sentence",), metrics=("perplexity",)))
     (tmp_path / "bad.tsv").write_text("sentence\tlabel\nword\tred\nword\tyellow\n")
@@ -138,8 +144,8 @@ def test_calibration_on_labelled_files_is_what_the_model_sees(classifying, label
     tokenizer.save_pretrained(tmp_path / "with_special")
     section = {"files": [str(labelled[1])], "field": "sentence", "mode": "padded", "samples": 40, "length": 12}
     recipe = recipe_from_mapping(classifying(data={"calibration": section}))
-    config = open_checkpoint(labelled[0]).spec.structure.config
-    drawn = DataSets(recipe, tmp_path / "with_special", config).batches("calibration")
+    structure = open_checkpoint(labelled[0]).spec.structure
+    drawn = DataSets(recipe, tmp_path / "with_special", structure).batches("calibration")
     lines = [line.split("\t")[0] for line in labelled[1].read_text().splitlines()[1:]]
     seen = tokenizer(lines, truncation=True, max_length=12)["input_ids"]
     assert any(len(ids) == 12 for ids in seen)
