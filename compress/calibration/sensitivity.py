@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def divergences(
     checkpoint: Checkpoint,
     names: Sequence[str],
     grids: Callable[[str, str], Grid],
-    formats: Sequence[str],
+    options: Mapping[str, str],
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     *,
@@ -38,10 +38,12 @@ def divergences(
     nearest codes changes. The whole model is in memory, its activations for one sample at a time.
 
     Args:
-        grids: the grid of a tensor (first argument) in a format. ids, mask: [samples, length].
+        grids: the grid of a tensor (first argument) with an option. options: each with the one it is measured by: itself, or
+            one of another size of groups, whose divergence is scaled by the squared error of the weights.
+        ids, mask: [samples, length].
 
     Returns:
-        By tensor and format; and the tensors in groups that read the same inputs.
+        By tensor and option; and the tensors in groups that read the same inputs.
     """
     model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
     if not model.can_generate() and model.get_output_embeddings() is None:
@@ -54,17 +56,21 @@ def divergences(
         raise PassError(
             f"a budget does not reach {lost}: it is no module of its own", fix="name the format with `weights`"
         )
+    measured = list(dict.fromkeys(options.values()))
     changes: dict[str, dict[str, torch.Tensor]] = {}
+    errors: dict[str, dict[str, float]] = {}
     for name, module in owners.items():
         assert module is not None
-        for format_ in formats:
-            grid = grids(name, format_)
+        for option in options:
+            grid = grids(name, option)
             W = module.weight.T if grid.transposed else module.weight
             W = W.float().contiguous()
-            rounded = weights(to_codes(W, grid, fit(W, grid), torch.float32)).float()
-            changes.setdefault(name, {})[format_] = (rounded - W).bfloat16()  # seven bits of it are enough
+            change = weights(to_codes(W, grid, fit(W, grid), torch.float32)).float() - W
+            errors.setdefault(name, {})[option] = max(float(change.square().sum()), 1e-30)
+            if option in measured:
+                changes.setdefault(name, {})[option] = change.bfloat16()  # seven bits of it are enough
     seen: dict[str, torch.Tensor] = {}
-    sums = {name: dict.fromkeys(formats, 0.0) for name in names}
+    sums = {name: dict.fromkeys(measured, 0.0) for name in names}
     counted: list[torch.Tensor | None] = [None]
 
     def forward(name: str) -> Callable[..., Any]:
@@ -106,6 +112,8 @@ def divergences(
             task.advance()
     for handle in [*handles, embed]:
         handle.remove()
-    return {n: {f: 0.5 * v / max(tokens, 1) for f, v in row.items()} for n, row in sums.items()}, [
-        [site.name for site in group] for group in groups
-    ]
+    divergence = {
+        name: {o: 0.5 * row[m] / max(tokens, 1) * errors[name][o] / errors[name][m] for o, m in options.items()}
+        for name, row in sums.items()
+    }
+    return divergence, [[site.name for site in group] for group in groups]

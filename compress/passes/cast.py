@@ -65,9 +65,9 @@ class Cast(Pass[CastSettings]):
             return planned(spec, settings, {})
         names = undecided(spec, settings)
         among = choices(spec, settings, [[n] for n in names])
-        losses = {n: {f: assumed(among.grid(n, f)) * spec.tensors[n].count for f in among.formats} for n in names}
+        losses = {n: {o: assumed(among.grid(n, o)) * spec.tensors[n].count for o in among.options} for n in names}
         chosen = among.allocate(losses, settings.bits, settings.max_bytes)
-        return replace(planned(spec, settings, chosen), exact=False)
+        return replace(planned(spec, settings, among.grids(chosen)), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
         """Of a sweep: beside the statistics, drift, factor and damped copies of them, and copies of one matrix.
@@ -107,7 +107,7 @@ class Cast(Pass[CastSettings]):
 
         spec, path = checkpoint.spec, context.work / "formats.json"
         names = undecided(spec, settings)
-        grid = choices(spec, settings, []).grid
+        known = choices(spec, settings, [])
         ranks = Ranks(context.rank, context.world)
         found = None
         if context.rank == 0:
@@ -118,8 +118,8 @@ class Cast(Pass[CastSettings]):
                 losses, groups = divergences(
                     checkpoint,
                     names,
-                    grid,
-                    settings.formats,
+                    known.grid,
+                    settings.options,
                     batches.ids,
                     batches.mask,
                     device=context.device,
@@ -130,7 +130,7 @@ class Cast(Pass[CastSettings]):
                 chosen = among.allocate(losses, settings.bits, settings.max_bytes)
                 found = {
                     "losses": losses,
-                    "formats": {n: g.format for n, g in chosen.items()},
+                    "formats": chosen,
                     "curve": among.curve(losses),
                 }
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class Cast(Pass[CastSettings]):
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
         ]
         context.details["curve"] = found["curve"]
-        return {name: grid(name, format_) for name, format_ in found["formats"].items()}
+        return known.grids(found["formats"])
 
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
