@@ -21,16 +21,16 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import page  # noqa: E402
 from benchmarks.prune import WINDOW, calibration, heldout, loss  # noqa: E402
 
-ALONE: dict[str, Any] = {"tune_epochs": 0}
+UNTUNED: dict[str, Any] = {"tune_epochs": 0}
 JOBS: dict[str, dict[str, Any]] = {
     "int8 default": {"weights": "int8"},
     "int4 rtn": {"weights": "int4", "method": "rtn"},
     "int4 mse": {"weights": "int4", "method": "mse"},
-    "int4 gptq alone": {"weights": "int4", **ALONE},
+    "int4 untuned": {"weights": "int4", **UNTUNED},
     "int4 default": {"weights": "int4"},
     "int3 rtn": {"weights": "int3", "method": "rtn"},
     "int3 mse": {"weights": "int3", "method": "mse"},
-    "int3 gptq alone": {"weights": "int3", **ALONE},
+    "int3 untuned": {"weights": "int3", **UNTUNED},
     "int3 default": {"weights": "int3"},
     "3.5 bits": {"bits": 3.5},
     "4 bits": {"bits": 4},
@@ -93,7 +93,8 @@ def main() -> None:
         f"`make bench-cast`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
         "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
-        "GPTQ, then tuning of each block. Seconds are of the whole call, loading, self-check and writing included.",
+        "GPTQ towards the original's outputs, codes and scales fitted by turns, then tuning of each block; `untuned` is "
+        "without the last. Seconds are of the whole call, loading, self-check and writing included.",
         "",
         *page.table(["job", "ΔNLL", "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
     ]

@@ -21,17 +21,34 @@ SAMPLES = 32
 Changes = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
-def rounding(grids: Callable[[str, str], Grid], formats: Sequence[str]) -> Changes:
-    """What rounding to the nearest codes of each format changes; ``grids``: of a tensor (first argument) in a format."""
+class Rounding:
+    """What rounding to the nearest codes changes, as `Changes`: of options that differ in the size of groups alone, one.
 
-    def change(name: str, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    The divergence of the others is that of the one measured, scaled by the squared error of the weights.
+    """
+
+    def __init__(self, grids: Callable[[str, str], Grid], options: Mapping[str, str]) -> None:
+        """``grids``: of a tensor (first argument) with an option. ``options``: each with the one that it is measured by."""
+        self.grids, self.options = grids, options
+        self._errors: dict[str, dict[str, float]] = {}
+
+    def __call__(self, name: str, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ΔW of the options to measure."""
         found = {}
-        for format_ in formats:
-            grid = grids(name, format_)
-            found[format_] = weights(to_codes(W_OI, grid, fit(W_OI, grid), torch.float32)).float() - W_OI
+        for option in self.options:
+            grid = self.grids(name, option)
+            change = weights(to_codes(W_OI, grid, fit(W_OI, grid), torch.float32)).float() - W_OI
+            self._errors.setdefault(name, {})[option] = max(float(change.square().sum()), 1e-30)
+            if option in self.options.values():
+                found[option] = change
         return found
 
-    return change
+    def scaled(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+        """The divergences of all options, from those that were measured."""
+        return {
+            name: {o: row[m] * self._errors[name][o] / self._errors[name][m] for o, m in self.options.items()}
+            for name, row in measured.items()
+        }
 
 
 def divergences(
@@ -121,6 +138,5 @@ def divergences(
             task.advance()
     for handle in [*handles, embed]:
         handle.remove()
-    return {n: {f: 0.5 * v / max(tokens, 1) for f, v in row.items()} for n, row in sums.items()}, [
-        [site.name for site in group] for group in groups
-    ]
+    divergence = {name: {o: 0.5 * total / max(tokens, 1) for o, total in row.items()} for name, row in sums.items()}
+    return divergence, [[site.name for site in group] for group in groups]

@@ -64,9 +64,9 @@ class Cast(Pass[CastSettings]):
             return planned(spec, settings, {})
         names = undecided(spec, settings)
         among = choices(spec, settings, [[n] for n in names])
-        losses = {n: {f: assumed(among.grid(n, f)) * spec.tensors[n].count for f in among.formats} for n in names}
+        losses = {n: {o: assumed(among.grid(n, o)) * spec.tensors[n].count for o in among.options} for n in names}
         chosen = among.allocate(losses, settings.bits, settings.max_bytes)
-        return replace(planned(spec, settings, chosen), exact=False)
+        return replace(planned(spec, settings, among.grids(chosen)), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
         """Of a sweep: beside the statistics, drift, factor and damped copies of them, and copies of one matrix.
@@ -101,20 +101,20 @@ class Cast(Pass[CastSettings]):
 
     def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
         """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
-        from compress.calibration.sensitivity import divergences, rounding
+        from compress.calibration.sensitivity import Rounding, divergences
 
         spec = checkpoint.spec
         names = undecided(spec, settings)
-        grid = choices(spec, settings, []).grid
+        known = choices(spec, settings, [])
 
         def measured() -> dict[str, Any] | None:
             if context.rank:
                 return None
-            batches = context.data("calibration")
-            losses, groups = divergences(
+            batches, rounding = context.data("calibration"), Rounding(known.grid, settings.options)
+            found, groups = divergences(
                 checkpoint,
                 names,
-                rounding(grid, settings.formats),
+                rounding,
                 batches.ids,
                 batches.mask,
                 setting=("a budget", "name the format with `weights`"),
@@ -122,20 +122,17 @@ class Cast(Pass[CastSettings]):
                 seed=context.seed,
                 progress=context.progress,
             )
+            losses = rounding.scaled(found)
             among = choices(spec, settings, groups)
             chosen = among.allocate(losses, settings.bits, settings.max_bytes)
-            return {
-                "losses": losses,
-                "formats": {n: g.format for n, g in chosen.items()},
-                "curve": among.curve(losses),
-            }
+            return {"losses": losses, "formats": chosen, "curve": among.curve(losses)}
 
         found = once(context, "formats", measured)
         context.details["formats"] = [
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
         ]
         context.details["curve"] = found["curve"]
-        return {name: grid(name, format_) for name, format_ in found["formats"].items()}
+        return known.grids(found["formats"])
 
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""

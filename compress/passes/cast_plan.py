@@ -52,10 +52,13 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
     """What a budget chooses from; ``groups`` hold the tensors that get the same format."""
 
-    def grid(name: str, format_: str) -> Grid:
-        return _grid(spec, spec.tensors[name], settings, format_)
+    def grid(name: str, option: str) -> Grid:
+        tensor, format_ = spec.tensors[name], option.partition("/")[0]
+        larger = settings.grid(option)
+        divides = larger.group == 0 or tensor.shape[input_axis(spec, tensor.shape)] % larger.group == 0
+        return _grid(spec, tensor, settings, option if divides else format_)
 
-    return Choices(spec, groups, tuple(settings.formats), grid)
+    return Choices(spec, groups, tuple(settings.options), grid)
 
 
 def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
@@ -82,8 +85,8 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     return result
 
 
-def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, format_: str) -> Grid:
-    grid = settings.grid(format_)
+def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> Grid:
+    grid, format_ = settings.grid(option), option.partition("/")[0]
     record = architectures.of(spec.structure.config)
     if input_axis(spec, tensor.shape) == 0 and record.block_index(tensor.name) is not None:
         grid = replace(grid, transposed=True)

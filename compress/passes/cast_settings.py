@@ -14,6 +14,8 @@ Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3",
 Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 #: Formats that are no codes ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+#: Groups that a budget may choose instead of the usual 64.
+_LARGER = ("128", "channel")
 
 
 class CastSettings(PassSettings):
@@ -38,7 +40,8 @@ class CastSettings(PassSettings):
     formats: list[Code] = Field(
         default=["int8", "int6", "int5", "int4", "int3", "int2"],
         min_length=2,
-        description="What `bits` and `max_bytes` choose from. Matrices that read the same inputs get the same.",
+        description="What `bits` and `max_bytes` choose from, integers of less than 8 bits in groups of 64, 128 or a whole "
+        "channel unless `group_size` is set. Matrices that read the same inputs get the same.",
     )
     overrides: dict[str, Format] = Field(
         default_factory=dict,
@@ -104,11 +107,25 @@ class CastSettings(PassSettings):
         """Whether codes are chosen block by block."""
         return self.coded and self.method == "gptq"
 
-    def grid(self, format_: str) -> Grid:
-        """The grid of a format with these settings."""
+    @property
+    def options(self) -> dict[str, str]:
+        """What a budget chooses from, as `grid` takes it ▶ the format.
+
+        Where ``group_size`` is not set, integers of less than 8 bits come in larger groups too: what those save in scales may
+        buy more bits.
+        """
+        result: dict[str, str] = {format_: format_ for format_ in self.formats}
+        if self.group_size is None:
+            finer = [f for f in self.formats if INTEGERS.get(f, 8) < 8]
+            result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
+        return result
+
+    def grid(self, option: str) -> Grid:
+        """The grid of a format with these settings; of an option, with its own size of groups."""
+        format_, _, own = option.partition("/")
         group = FIXED_GROUPS.get(format_)
         if group is None:
-            size = self.group_size
+            size = self.group_size if not own else "channel" if own == "channel" else int(own)
             group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
         symmetric = self.symmetric or format_ not in INTEGERS
         activations = self.activations if format_ == self.activations else None

@@ -226,9 +226,26 @@ def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
         )
 
 
+def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
+    """With float32 scales groups of 64 take half a bit per weight: larger ones and more bits change the output less."""
+    folder = pico.save(
+        tmp_path / "m", "llama", hidden_size=128, head_dim=32, intermediate_size=192, with_tokenizer=False
+    )
+    details: dict = {}
+    out = compress.apply("cast", folder, tmp_path / "out", data=data.ids, bits=4.5, tune_epochs=0, details=details)
+    found = open_checkpoint(out)
+    coded = [t for t in found.spec.stored() if t.grid is not None]
+    stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
+    assert 4.3 < stored <= 4.5
+    assert {t.grid.group for t in coded} & {0, 128}
+    assert all(t.grid.groups(t.shape) * (t.grid.group or t.shape[1]) == t.shape[1] for t in coded)
+    assert {r["format"].partition("/")[0] for r in details["formats"]} == {t.grid.format for t in coded}
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+
+
 def test_the_measured_divergence_is_that_of_the_model(folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
-    from compress.calibration.sensitivity import divergences, rounding
+    from compress.calibration.sensitivity import Rounding, divergences
     from compress.checkpoint.grids import Grid
     from compress.progress import SilentProgress
     from compress.solvers.grids import fit, to_codes, weights
@@ -240,7 +257,7 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
     found, _ = divergences(
         checkpoint,
         [name],
-        rounding(lambda n, f: grid, ["int6"]),
+        Rounding(lambda n, f: grid, {"int6": "int6"}),
         ids,
         None,
         setting=("", ""),
@@ -257,6 +274,37 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     # blocks mix tokens, and each token's gradient is taken alone: the same order of size, not the same number
     assert 0.2 < found[name]["int6"] / kl < 5
+
+
+def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folders, data):
+    from compress.calibration.sensitivity import Rounding, divergences
+    from compress.checkpoint.grids import Grid
+    from compress.progress import SilentProgress
+
+    checkpoint = open_checkpoint(folders["llama"])
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(4)]
+    grids = {"int4": Grid("int4", 8), "int4/channel": Grid("int4")}
+
+    def measure(options):
+        rounding = Rounding(lambda n, o: grids[o], options)
+        found, _ = divergences(
+            checkpoint,
+            names,
+            rounding,
+            data.ids,
+            None,
+            setting=("", ""),
+            device="cpu",
+            seed=0,
+            progress=SilentProgress(),
+        )
+        return rounding.scaled(found)
+
+    scaled = measure({"int4": "int4", "int4/channel": "int4"})
+    itself = measure({"int4": "int4", "int4/channel": "int4/channel"})
+    for name in names:
+        assert scaled[name]["int4"] == itself[name]["int4"] < scaled[name]["int4/channel"]
+        assert 0.6 < scaled[name]["int4/channel"] / itself[name]["int4/channel"] < 1.6
 
 
 @pytest.mark.parametrize("seed", range(5))
