@@ -288,13 +288,13 @@ def test_a_family_whose_blocks_read_more_than_the_block_before_is_refused(tmp_pa
     record = Architecture(
         "gemma3n_text", prefix="model", blocks="layers", embeddings=("embed_tokens",), tie_default=True
     )
-    architectures._BY_TYPE["gemma3n_text"] = record
+    architectures._by_type()["gemma3n_text"] = record
     try:
         checkpoint = open_checkpoint(tmp_path / "in")
         with pytest.raises(PassError, match=r"the sweep (cannot|does not) follow"):
             sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
     finally:
-        del architectures._BY_TYPE["gemma3n_text"]
+        del architectures._by_type()["gemma3n_text"]
 
 
 def shared(checkpoint, name, source):
