@@ -43,7 +43,7 @@ class PruneUnstructuredSettings(PassSettings):
         default="uniform",
         description="How the sparsity is shared: the same everywhere, or with calibration data. `owl`: blocks with more "
         "outliers are pruned less. `loss`: each matrix by what pruning it costs the model's output, which is measured with "
-        "the whole model in memory; the total stays exact, and far more of the model is kept.",
+        "the whole model in memory; the total stays the same, and the loss rises by much less.",
     )
     tune_epochs: int = Field(
         default=5,
