@@ -139,7 +139,8 @@ def main() -> None:
                 peers = [
                     f"{k.removesuffix(' ' + amount)} {v:.4f}"
                     for k, v in reference.items()
-                    if k.endswith(f" {amount}") and (method.startswith("default") or method.partition("-")[0] in k.lower())
+                    if k.endswith(f" {amount}")
+                    and (method.startswith("default") or method.partition("-")[0] in k.lower())
                 ]
                 shown = " / ".join(f"{rise:+.4f}" for rise in rises)
                 rows.append([amount, method, shown, error, f"{statistics.mean(seconds):.1f}"])
