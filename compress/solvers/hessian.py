@@ -35,6 +35,14 @@ def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.
     return damped_II, dead_I
 
 
+def check_finite(H_II: torch.Tensor) -> None:
+    """Raises `ValueError` where H holds NaN or infinite values: no damping gives it a Cholesky factor."""
+    if not all(math.isfinite(float(bound)) for bound in torch.aminmax(H_II)):
+        raise ValueError(
+            f"H [{H_II.shape[0]}, {H_II.shape[1]}] holds NaN or infinite values; check the calibration inputs"
+        )
+
+
 def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
     """Upper triangular U with Uᵀ U = (damped H)⁻¹, as GPTQ and SparseGPT use it, and the damping it took.
 
@@ -55,10 +63,7 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
 
     Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
-    if not all(math.isfinite(float(bound)) for bound in torch.aminmax(H_II)):
-        raise ValueError(
-            f"H [{H_II.shape[0]}, {H_II.shape[1]}] holds NaN or infinite values; check the calibration inputs"
-        )
+    check_finite(H_II)
     used = damp
     while True:
         # all in one matrix, column-major as LAPACK wants it: a symmetric one is its own transpose

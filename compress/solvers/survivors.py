@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from compress.solvers.hessian import damped, inverse_factor
+from compress.solvers.hessian import check_finite, damped, inverse_factor
 
 #: Steps in which single inputs go; with more inputs than that, several go in each.
 _STEPS = 256
@@ -79,8 +79,12 @@ def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) 
     V = (W (H + λ))_{:,S} (H_SS + λ)⁻¹ with λ a thousandth of the mean of H's diagonal, more where that has no Cholesky
     factor. Where all stay, V is W. In H's dtype.
 
+    Raises:
+        ValueError: H holds NaN or infinite values.
+
     Source: the normal equations; as in ZipLM (arXiv 2302.04089) and SlimGPT (arXiv 2412.18110).
     """
+    check_finite(H_II)
     weight, damp = W_OI.to(H_II.dtype), _DAMP
     while True:
         full, _ = damped(H_II, damp)

@@ -92,3 +92,11 @@ def test_scores_within_runs():
     score = torch.tensor([1.0, 2.0, 3.0, 30.0, 20.0, 10.0])
     assert keep_by_score(score, 2) == [2, 3, 4, 5]
     assert keep_by_score(score, 2, runs=2) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_sums_that_overflowed_are_refused(wrong):
+    weight, hessian, _ = problem(3, 4, seed=0)
+    hessian[1, 1] = wrong
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        least_squares(weight, hessian, torch.tensor([0, 1]))
