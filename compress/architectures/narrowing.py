@@ -28,15 +28,6 @@ def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
     return found
 
 
-def mlps_by_module(record: Architecture, spec: Spec) -> dict[str, Mlp]:
-    """The reading module of every MLP ▶ what the record says of it."""
-    found: dict[str, Mlp] = {}
-    for path in _blocks(record, spec):
-        for mlp in record.mlps:
-            found |= {path + mlp.down.replace("*", e): mlp for e in _experts(spec, path, mlp)}
-    return found
-
-
 def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, Units]:
     """By block: query heads, to go within their groups, or whole groups."""
     if record.attention is None:
@@ -205,9 +196,9 @@ def expert_blocks(record: Architecture, spec: Spec) -> dict[int, int]:
 
 def without_experts(
     record: Architecture, spec: Spec, keep: Mapping[int, Sequence[int]]
-) -> tuple[Spec, dict[str, str], dict[str, list[int]]]:
-    """The spec with only the experts ``keep`` of each block, its names ▶ the checkpoint's, and rows of routers that stay."""
-    source, routers = {}, {}
+) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:
+    """The spec with only the experts ``keep`` of each block, its names ▶ the checkpoint's, and what stays of routers."""
+    source, entries = {}, {}
     for name in spec.tensors:
         index, path = record.block_index(name), record.block_path(name)
         if index is None or index not in keep or path is None:
@@ -216,7 +207,7 @@ def without_experts(
         start, rest = path
         module = rest.rpartition(".")[0]
         if module in record.routers:
-            routers[name] = list(keep[index])
+            entries[name] = {0: list(keep[index])}
         base = next((p for p in record.experts if rest.startswith(f"{p}.")), None)
         if base is None:
             source[name] = name
@@ -227,8 +218,7 @@ def without_experts(
     assert record.experts_key is not None
     count = len(next(iter(keep.values())))
     smaller = _renamed(spec, source, _set(record, spec.structure.config, record.experts_key, count))
-    entries = {name: {0: rows} for name, rows in routers.items()}
-    return resized(smaller, entries, smaller.structure.config), source, routers
+    return resized(smaller, entries, smaller.structure.config), source, entries
 
 
 def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -> Spec:

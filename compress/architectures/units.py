@@ -120,6 +120,7 @@ class Units:
         name: of the module that reads them. count: how many there are.
         members: all places where they lie; the last is the inputs of the module ``name``.
         groups: into how many equal runs the units are divided that must lose the same number each; 1 for no such rule.
+        size_key, multiple: of neurons, as in `Mlp`.
     """
 
     kind: Literal["mlp", "heads", "groups"]
@@ -127,6 +128,8 @@ class Units:
     count: int
     members: tuple[Member, ...]
     groups: int = 1
+    size_key: str | None = None
+    multiple: int = 1
 
     @property
     def width(self) -> int:
@@ -138,7 +141,7 @@ def neurons(mlp: Mlp, path: str, count: int) -> Units:
     """The neurons of an MLP of one block; ``path`` is what the names of the block's modules begin with."""
     up = tuple(Member(path + m, "out", sections=mlp.sections) for m in mlp.up)
     down = path + mlp.down
-    return Units("mlp", down, count, (*up, Member(down, "in")))
+    return Units("mlp", down, count, (*up, Member(down, "in")), size_key=mlp.size_key, multiple=mlp.multiple)
 
 
 def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> Units:

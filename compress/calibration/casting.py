@@ -106,7 +106,6 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
             waiting.clear()
     block.details["tensors"] = rows
     if how.tuning is not None and how.tuning.epochs:
-        start = time.perf_counter()
         parameters = dict(block.module.named_parameters())
         coded = {id(parameters[s.parameter]) for s in block.sites}
         free_scales = [r for r in rounded.values() if r.grid.format not in FIXED_GROUPS]
@@ -121,9 +120,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
             for r in free_scales:
                 r.collect(parameters)
 
-        block.details["tuning"] = tune(block, how.tuning, moving, project, collect) | {
-            "seconds": round(time.perf_counter() - start, 3)
-        }
+        block.details["tuning"] = tune(block, how.tuning, moving, project, collect)
     result = {}
     for name, r in rounded.items():
         mask = None if r.keep is None else (r.keep.T if r.site.transposed else r.keep).contiguous()

@@ -5,7 +5,6 @@ The block keeps its shape: removed units are zero, which is what a narrower bloc
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +65,6 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
         _clear(zeros)
     block.details |= {"kept": kept, "tensors": rows}
     if how.tuning is not None and how.tuning.epochs:
-        start = time.perf_counter()
         masks = [(site.weight, ~mask) for site in block.sites if (mask := block.earlier_mask(site)) is not None]
 
         def project() -> None:
@@ -74,9 +72,7 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
             for weight, gone in masks:
                 weight.masked_fill_(gone, 0)
 
-        block.details["tuning"] = tune(block, how.tuning, floats(block), project) | {
-            "seconds": round(time.perf_counter() - start, 3)
-        }
+        block.details["tuning"] = tune(block, how.tuning, floats(block), project)
     return {}
 
 

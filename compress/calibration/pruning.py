@@ -139,16 +139,13 @@ def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
                 waiting.clear()
     block.details["tensors"] = rows
     if how.tuning is not None and how.tuning.epochs:
-        start = time.perf_counter()
         removed = [(site.weight, ~masks[site.name]) for site in block.sites]
 
         def project() -> None:
             for weight, gone in removed:
                 weight.masked_fill_(gone, 0)
 
-        block.details["tuning"] = tune(block, how.tuning, floats(block), project) | {
-            "seconds": round(time.perf_counter() - start, 3)
-        }
+        block.details["tuning"] = tune(block, how.tuning, floats(block), project)
     return {s.name: Changed((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.sites}
 
 

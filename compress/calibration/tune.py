@@ -8,6 +8,7 @@ a projection of the weights.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ def tune(
 
     Returns:
         ``before`` and ``after``: relative error on the held-out samples; ``rate`` tried last; ``steps`` in all; ``kept``:
-        whether it paid.
+        whether it paid; ``seconds``.
     """
+    start = time.perf_counter()
     sweep = block.sweep
     assert block.targets is not None
     order = torch.Generator().manual_seed(sweep.seed * 1_000_003 + block.index)
@@ -91,7 +93,14 @@ def tune(
             for m, old in zip(moving, kept, strict=True):
                 m.tensor.copy_(old)
             project()
-    return {"before": before, "after": after, "rate": rate, "steps": steps, "kept": after < before or not test}
+    return {
+        "before": before,
+        "after": after,
+        "rate": rate,
+        "steps": steps,
+        "kept": after < before or not test,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
 
 
 def _descend(

@@ -25,8 +25,7 @@ def drop_blocks(checkpoint: Checkpoint, drop: Sequence[int]) -> Checkpoint:
 def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> Checkpoint:
     """With those experts of each block alone; the router's rows go with them."""
     record = architectures.of(checkpoint.spec.structure.config)
-    spec, source, routers = narrowing.without_experts(record, checkpoint.spec, keep)
-    return _derived(checkpoint, spec, source, {name: {0: rows} for name, rows in routers.items()})
+    return _derived(checkpoint, *narrowing.without_experts(record, checkpoint.spec, keep))
 
 
 def narrow(checkpoint: Checkpoint, kept: Iterable[narrowing.Kept], config: Mapping[str, Any]) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from compress import architectures
 from compress.architectures import narrowing
@@ -12,7 +12,7 @@ from compress.errors import PassError
 from compress.passes import shape
 from compress.passes.base import Context, Mode, Pass
 from compress.passes.structured_settings import PruneStructuredSettings
-from compress.passes.sweeping import sweep_memory
+from compress.passes.sweeping import by_block, sweep_memory
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -56,14 +56,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         tuned = settings.repair == "tune"
         # H⁻¹, its factor and a step's update; the weights twice
         sweep = sweep_memory(spec, names, width, factors=4.0, copies=6, moments=5 if tuned else 0, kept=0)
-        if tuned and (
-            settings.searched
-            or settings.layers is not None
-            or settings.experts is not None
-            or settings.hidden is not None
-        ):
-            outside = sum(t.count for t in spec.stored() if record.block_index(t.name) is None)
-            sweep += width * (outside + max(_block_sizes(spec)))
+        if tuned and _has_teacher(settings):
+            sizes = {index: sum(t.count for t in tensors) for index, tensors in by_block(spec).items()}
+            outside = sizes.pop(None, 0)
+            sweep += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         return max(sweep, whole)
 
@@ -90,7 +86,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             depth = record.depth(spec.structure.config)
             count = shape.layers_to_drop(depth, settings.layers, settings.allow_noop)
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
-            exact = exact and (isinstance(settings.layers, tuple) or _alike(spec, depth))
+            exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
             spec, _ = narrowing.without_blocks(record, spec, named)
         if settings.experts is not None:
             keep = shape.experts_to_keep(record, spec, settings.experts)
@@ -136,22 +132,9 @@ def _sweeps(settings: PruneStructuredSettings) -> bool:
     return scored or settings.repair != "none"
 
 
-def _block_sizes(spec: Spec) -> list[int]:
-    record = architectures.of(spec.structure.config)
-    sizes: dict[int, int] = {}
-    for tensor in spec.stored():
-        index = record.block_index(tensor.name)
-        if index is not None:
-            sizes[index] = sizes.get(index, 0) + tensor.count
-    return list(sizes.values())
-
-
-def _alike(spec: Spec, depth: int) -> bool:
+def _alike(spec: Spec) -> bool:
     """Whether all blocks have the same tensors."""
     record = architectures.of(spec.structure.config)
-    blocks: list[list[Any]] = [[] for _ in range(depth)]
-    for name, tensor in spec.tensors.items():
-        index = record.block_index(name)
-        if index is not None:
-            blocks[index].append(replace(tensor, name=record.renumber(name, 0)))
-    return len({tuple(sorted(block, key=lambda t: t.name)) for block in blocks}) == 1
+    blocks = by_block(spec)
+    blocks.pop(None, None)
+    return len({frozenset(replace(t, name=record.renumber(t.name, 0)) for t in b) for b in blocks.values()}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +111,8 @@ def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
 def _neurons(spec: Spec, settings: PruneStructuredSettings) -> tuple[int, int]:
     """Neurons of the narrowest MLP, and steps in which they may go."""
     record = architectures.of(spec.structure.config)
-    units = narrowing.mlp_units(record, spec)
-    multiples = (mlp.multiple for mlp in narrowing.mlps_by_module(record, spec).values())
-    width = min((one.count for found in units.values() for one in found), default=0)
-    return width, lcm(settings.multiple_of, *multiples)
+    units = list(chain.from_iterable(narrowing.mlp_units(record, spec).values()))
+    return min((one.count for one in units), default=0), lcm(settings.multiple_of, *(one.multiple for one in units))
 
 
 def _planned(

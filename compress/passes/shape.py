@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of
     """How many hidden channels stay."""
     narrowing.has_hidden(record)
     width = int(record.value(spec.structure.config, record.hidden_key))
-    multiple = lcm(multiple_of, *(mlp.multiple for mlp in narrowing.mlps_by_module(record, spec).values()))
+    neurons = chain.from_iterable(narrowing.mlp_units(record, spec).values())
+    multiple = lcm(multiple_of, *(units.multiple for units in neurons))
     return _rounded(width, amount, multiple, "hidden", "hidden channels")
 
 
@@ -89,29 +91,29 @@ def _neurons(
     record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
 ) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
     assert amounts.mlp is not None
-    units, mlps = narrowing.mlp_units(record, spec), narrowing.mlps_by_module(record, spec)
+    units = narrowing.mlp_units(record, spec)
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
-    sizes: dict[str, set[int]] = {}
-    for found in units.values():
-        for one in found:
-            key = mlps[one.name].size_key
-            if key is None:
-                raise PassError(
-                    f"{record.model_type} cannot have another MLP width: its config has no field for it",
-                    key="mlp",
-                    fix="remove `layers` instead",
-                )
-            sizes.setdefault(key, set()).add(one.count)
-    if len(sizes) > 1 and isinstance(amounts.mlp, int):
+    largest: dict[str, Units] = {}  # by config field
+    for one in chain.from_iterable(units.values()):
+        if one.size_key is None:
+            raise PassError(
+                f"{record.model_type} cannot have another MLP width: its config has no field for it",
+                key="mlp",
+                fix="remove `layers` instead",
+            )
+        largest[one.size_key] = max(one, largest.get(one.size_key, one), key=lambda units: units.count)
+    if len(largest) > 1 and isinstance(amounts.mlp, int):
         raise PassError(
             "MLPs of two kinds, in blocks with and without experts, lose a share and no count",
             key="mlp",
             fix="give a share such as mlp: 25%",
         )
-    multiple = {str(mlp.size_key): lcm(amounts.multiple_of, mlp.multiple) for mlp in mlps.values()}
-    kept = {key: _rounded(max(found), amounts.mlp, multiple[key], "mlp", "neurons") for key, found in sizes.items()}
-    chosen = {i: [(one, one.count - kept[str(mlps[one.name].size_key)]) for one in found] for i, found in units.items()}
+    kept = {
+        key: _rounded(one.count, amounts.mlp, lcm(amounts.multiple_of, one.multiple), "mlp", "neurons")
+        for key, one in largest.items()
+    }
+    chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in found] for i, found in units.items()}
     return chosen, narrowing.with_size(record, config, kept)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,11 +121,12 @@ def narrow(
     """Without the neurons and heads that go, and repaired."""
     found = shape.widths(current.spec, settings)
     narrower = any(found.remove.values())
-    by_data = narrower and settings.score != "magnitude"
     changed_before = channels is not None or settings.experts is not None
     tuned = settings.repair == "tune"
-    if not by_data and not (settings.repair != "none" and narrower) and not tuned:
-        return _by_magnitude(current, found) if narrower else current
+    if not narrower and not tuned:
+        return current
+    if settings.repair == "none" and settings.score == "magnitude":
+        return _by_magnitude(current, found)
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
     record = architectures.of(current.spec.structure.config)
     members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
@@ -154,11 +155,9 @@ def _by_magnitude(checkpoint: Checkpoint, found: shape.Widths) -> Checkpoint:
     chosen: list[tuple[Units, list[int]]] = []
     for units in found.remove.values():
         for one, remove in units:
-            weights: Mapping[str, torch.Tensor] = {
-                name: value.T if transposed else value
-                for name in {f"{m.module}.weight" for m in one.members}
-                for value in [checkpoint.tensor(name).data]
-            }
+            names = {f"{m.module}.weight" for m in one.members}
+            values = {name: checkpoint.tensor(name).data for name in names}
+            weights = {name: value.T if transposed else value for name, value in values.items()}
             chosen.append((one, keep_by_score(magnitude(one, weights), remove, runs=one.groups)))
     return cuts.narrow(checkpoint, chosen, found.config)
 

@@ -70,6 +70,15 @@ def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
     return found
 
 
+def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:
+    """The stored tensors of each block; under None those outside."""
+    record = architectures.of(spec.structure.config)
+    blocks: dict[int | None, list[Tensor]] = {}
+    for tensor in spec.stored():
+        blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
+    return blocks
+
+
 def sweep_memory(
     spec: Spec, names: Collection[str], width: int, *, factors: float, copies: int, moments: int, kept: float
 ) -> int:
@@ -82,9 +91,7 @@ def sweep_memory(
         moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
     """
     record = architectures.of(spec.structure.config)
-    blocks: dict[int | None, list[Tensor]] = {}
-    for tensor in spec.stored():
-        blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
+    blocks = by_block(spec)
     # the head is not loaded
     resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
     peak = 0

@@ -38,6 +38,19 @@ def error(folder, original) -> float:
     return float((after - before).square().sum() / (before - before.mean()).square().sum())
 
 
+def smaller(original, folder, *, details=None, **settings):
+    """Units removed with the calibration samples, written to a folder; the sweep works beside it."""
+    made = apply(
+        original,
+        "prune_structured",
+        data=Batches(IDS),
+        work=folder.with_name(f"{folder.name}-work"),
+        details=details,
+        **settings,
+    )
+    return write(made, folder)
+
+
 def amounts(family: str) -> dict:
     return {"layers": [1]} if family == "bloom" else {"mlp": "50%"}
 
@@ -50,17 +63,7 @@ def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
         if family == "bloom" and repair == "least_squares":
             continue
         details: dict = {}
-        out = apply(
-            original,
-            "prune_structured",
-            data=Batches(IDS),
-            work=tmp_path / f"work-{repair}",
-            details=details,
-            repair=repair,
-            tune_epochs=5,
-            **amounts(family),
-        )
-        out = write(out, tmp_path / repair)
+        out = smaller(original, tmp_path / repair, details=details, repair=repair, tune_epochs=5, **amounts(family))
         assert plan(original, "prune_structured", repair=repair, **amounts(family)).tensors == out.spec.tensors
         errors[repair] = error(out.folder, folders[family])
         layers[repair] = {n: row["error"] for n, row in details.get("blocks", [{}])[0].get("tensors", {}).items()}
@@ -80,16 +83,8 @@ def test_loss_chooses_better_than_activation_and_magnitude(family, folders, tmp_
     original = open_checkpoint(folders[family])
     errors = {}
     for score in ("loss", "activation", "magnitude"):
-        out = apply(
-            original,
-            "prune_structured",
-            data=Batches(IDS),
-            work=tmp_path / f"work-{score}",
-            score=score,
-            mlp="50%",
-            repair="least_squares",
-        )
-        errors[score] = error(write(out, tmp_path / score).folder, folders[family])
+        out = smaller(original, tmp_path / score, score=score, mlp="50%", repair="least_squares")
+        errors[score] = error(out.folder, folders[family])
     assert errors["loss"] < errors["activation"]
     assert errors["loss"] < errors["magnitude"]
 
@@ -101,15 +96,7 @@ def test_everything_at_once(tmp_path):
     settings = {"layers": 1, "experts": 1, "hidden": 8, "heads": 2, "mlp": "25%", "multiple_of": 4}
     errors = {}
     for repair in ("none", "tune"):
-        out = apply(
-            original,
-            "prune_structured",
-            data=Batches(IDS),
-            work=tmp_path / f"work-{repair}",
-            repair=repair,
-            **settings,
-        )
-        out = write(out, tmp_path / repair)
+        out = smaller(original, tmp_path / repair, repair=repair, **settings)
         config = out.spec.structure.config
         assert config["num_hidden_layers"] == 3
         assert config["num_local_experts"] == 3
@@ -128,21 +115,11 @@ def test_a_removed_block_is_made_up_for(tmp_path):
     errors, details = {}, {}
     for repair in ("none", "tune"):
         details = {}
-        out = apply(
-            original,
-            "prune_structured",
-            data=Batches(IDS),
-            work=tmp_path / f"w{repair}",
-            details=details,
-            layers=[2],
-            repair=repair,
-        )
-        errors[repair] = error(write(out, tmp_path / repair).folder, folder)
+        out = smaller(original, tmp_path / repair, details=details, layers=[2], repair=repair)
+        errors[repair] = error(out.folder, folder)
     assert errors["tune"] < 0.9 * errors["none"]
-    assert [row["block"] for row in details["blocks"] if "tuning" in row] == [
-        1,
-        2,
-    ]  # block 0 has nothing to make up for
+    tuned = [row["block"] for row in details["blocks"] if "tuning" in row]
+    assert tuned == [1, 2]  # block 0 has nothing to make up for
 
 
 def test_greedy_removal_is_what_trying_gives(tmp_path):
@@ -192,9 +169,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
 
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
     settings = {"layers": [2], "mlp": "25%", "heads": 2, "tune_epochs": 2}
-    whole = write(
-        apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "whole", **settings), tmp_path / "a"
-    )
+    whole = smaller(original, tmp_path / "whole", **settings)
     real, calls = narrowing.narrow_block, []
 
     def stops(block, how):
@@ -206,10 +181,8 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("compress.passes.structured.narrow_block", stops)
         with pytest.raises(KeyboardInterrupt):
-            apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "broken", **settings)
-    resumed = write(
-        apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "broken", **settings), tmp_path / "b"
-    )
+            smaller(original, tmp_path / "broken", **settings)
+    resumed = smaller(original, tmp_path / "broken", **settings)
     weights = "model.safetensors"
     assert (whole.folder / weights).read_bytes() == (resumed.folder / weights).read_bytes()
 
