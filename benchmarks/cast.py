@@ -67,12 +67,7 @@ def main() -> None:
             rises, seconds, size = [], [], 0
             for train in args.train if job in ("int4 default", "int3 default") else args.train[:1]:
                 shutil.rmtree(scratch, ignore_errors=True)
-                data = {
-                    "data": calibration(train, args.samples),
-                    "samples": args.samples,
-                    "length": WINDOW,
-                    "document_separator": "<|doc|>" if train.endswith(".txt") else None,
-                }
+                data = calibration(train, args.samples)
                 start, source, store = time.perf_counter(), args.model, "stock"
                 if job.startswith("50%"):
                     source, store = scratch / "half", "compact"

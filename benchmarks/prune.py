@@ -78,14 +78,16 @@ def loss(folder: str, texts: list[Any]) -> float:
     return statistics.mean(means)
 
 
-def calibration(train: str, samples: int) -> Any:
-    """What `compress.apply` takes as data: text files, or token ids."""
+def calibration(train: str, samples: int) -> dict[str, Any]:
+    """What `compress.apply` is told of its data: windows of a text file, or token ids."""
     file, _, name = train.partition(".safetensors:")
-    if not name:
-        return [train]
-    from safetensors.torch import load_file
+    data: Any = [train]
+    if name:
+        from safetensors.torch import load_file
 
-    return load_file(f"{file}.safetensors")[name][:samples].long()
+        data = load_file(f"{file}.safetensors")[name][:samples].long()
+    separator = "<|doc|>" if train.endswith(".txt") else None
+    return {"data": data, "samples": samples, "length": WINDOW, "document_separator": separator}
 
 
 def main() -> None:
@@ -124,10 +126,7 @@ def main() -> None:
                         "prune_unstructured",
                         args.model,
                         scratch / "out",
-                        data=calibration(train, args.samples),
-                        samples=args.samples,
-                        length=WINDOW,
-                        document_separator="<|doc|>" if train.endswith(".txt") else None,
+                        **calibration(train, args.samples),
                         details=details,
                         **AMOUNTS[amount],
                         **METHODS[method],

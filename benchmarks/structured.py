@@ -108,10 +108,7 @@ def main() -> None:
                         "prune_structured",
                         args.model,
                         scratch / "out",
-                        data=calibration(train, args.samples),
-                        samples=args.samples,
-                        length=WINDOW,
-                        document_separator="<|doc|>" if train.endswith(".txt") else None,
+                        **calibration(train, args.samples),
                         **JOBS[job],
                         **settings,
                     )
