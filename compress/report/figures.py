@@ -221,6 +221,22 @@ def format_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(name, str(len(found)), f"{sum(found):.5f}") for name, found in sorted(chosen.items(), reverse=True)]
 
 
+def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each shape that was tried for a target: what goes, what stays, and what it costs."""
+    return [
+        (
+            ", ".join(map(str, row["layers"])) or "–",
+            str(row["heads"]),
+            str(row["mlp"]),
+            f"{row['parameters']:,}",
+            format_bytes(row["bytes"]),
+            f"{row['divergence']:.4f}",
+            "chosen" if row["chosen"] else "",
+        )
+        for row in details.get("shapes", ())
+    ]
+
+
 def _tuned(tuning: Mapping[str, Any]) -> str:
     text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
     return text if tuning["kept"] else f"{text}, put back"

@@ -37,7 +37,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if said:
         lines += ["## What the passes say", ""]
     for row in said:
-        details = {k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve")}
+        details = {k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve", "shapes")}
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
         if formats := figures.format_rows(row["details"]):
@@ -46,6 +46,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             lines += [*table(("format", "matrices", "divergence"), formats, right=(1, 2)), ""]
             curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in row["details"]["curve"]]
             lines += ["What other budgets would cost:", "", *table(("bits", "divergence"), curve, right=(0, 1)), ""]
+        if shapes := figures.shape_rows(row["details"]):
+            head = ("blocks that go", "heads", "neurons", "parameters", "size", "divergence", "")
+            text = (
+                "Divergence from the original on calibration samples held out, after least squares and without tuning."
+            )
+            lines += [f"`{row['name']}`, shapes that meet the target. {text}", ""]
+            lines += [*table(head, shapes, right=(1, 2, 3, 4, 5)), ""]
         if blocks := figures.block_rows(row["details"]):
             head = (
                 "block",

@@ -198,3 +198,23 @@ def test_the_published_card_is_the_same_for_the_same_recipe(finished):
         text = readme.read_text()
         assert finished.report["started"] not in text
         assert "/tmp" not in text
+
+
+def test_shapes_tried_for_a_target_are_a_table(tmp_path, pico_llama, texts):
+    train, _ = texts
+    done = compress.run(
+        {
+            "model": str(pico_llama),
+            "output": str(tmp_path / "out"),
+            "document_separator": "<|doc|>",
+            "data": {"calibration": {"files": [str(train)], "samples": 8, "length": 32}},
+            "passes": [{"prune_structured": {"keep_parameters": "75%", "repair": "least_squares"}}],
+        }
+    )
+    rows = figures.shape_rows(done.report["stages"][0]["passes"][0]["details"])
+    assert len(rows) > 1
+    assert [row[-1] for row in rows].count("chosen") == 1
+    text = reports.render_markdown(done.report)
+    assert "| blocks that go | heads | neurons | parameters | size | divergence |  |" in text
+    assert all(f"| {' | '.join(row)} |" in text for row in rows)
+    assert "shapes: " not in text
