@@ -21,6 +21,19 @@ class Terminated(BaseException):
 
 def guarded(app: Callable[..., Any]) -> None:
     """Run the app and end the process with the exit status that DESIGN gives each kind of error."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _guarded(app)
+        return
+    try:
+        _guarded(app)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # threads of torch.distributed that want the interpreter while it shuts down end it by SIGABRT, now and then
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _guarded(app: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _terminate)
     try:
