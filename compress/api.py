@@ -75,6 +75,7 @@ def apply(
     data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
     field: str = "text",
     text: str | Sequence[str] | None = None,
+    label: str | None = None,
     mode: Literal["packed", "padded"] | None = None,
     samples: int | None = None,
     length: int | None = None,
@@ -93,9 +94,10 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration data for passes that need it: text files, one file of token ids, or token ids as a tensor of
-            integers [samples, length]. ``field``, ``text``, ``mode``, ``samples`` and ``length`` are those of a recipe's
-            ``data.calibration``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
+        data: calibration or training data for passes that need such: text files, one file of token ids, or token ids as a
+            tensor of integers [samples, length]. ``field``, ``text``, ``label``, ``mode``, ``samples`` and ``length`` are
+            those of a recipe's ``data.calibration`` or ``data.training``, with the same defaults; a tensor is cut to
+            ``samples`` and ``length``.
         details: filled with what the pass would say in a report, JSON values.
 
     Returns:
@@ -117,7 +119,7 @@ def apply(
     from compress.pipeline.run import check_result, resolve_device
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
-    from compress.recipe.model import Calibration
+    from compress.recipe.model import Calibration, Training
 
     instance = passes.get(name)
     try:
@@ -131,12 +133,13 @@ def apply(
     original = open_checkpoint(model, trust_remote_code=trust_remote_code)
     plan_pass(original.spec, instance, chosen, store)  # refuse before any work
 
-    section = None
+    section: Training | Calibration | None = None
     if data is not None and not isinstance(data, torch.Tensor):
         files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
-        asked: dict[str, Any] = {"text": text, "mode": mode, "samples": samples, "length": length}
+        asked: dict[str, Any] = {"text": text, "mode": mode, "samples": samples, "length": length, "label": label}
+        kind = Training if "training" in instance.needed(chosen) else Calibration
         try:
-            section = Calibration(files=tuple(files), field=field, **{k: v for k, v in asked.items() if v is not None})
+            section = kind(files=tuple(files), field=field, **{k: v for k, v in asked.items() if v is not None})
         except ValidationError as error:
             raise _first(error, "data") from None
 
@@ -157,7 +160,7 @@ def apply(
             return draw(
                 section,
                 lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
-                lambda: read_section(section, document_separator),
+                lambda: read_section(section, document_separator, original.spec.structure),
                 seed=seed,
                 vocabulary=vocabulary,
                 positions=positions,

@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     """Plan every pass of the recipe on the spec of its model.
 
     Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``, the `DataError` of
-    calibration samples that are too long for it, and a `CompressError` where the model's task is not what the recipe measures.
+    samples that are too long for it, and a `CompressError` where the model's task is not what the recipe measures.
     """
     from compress.calibration.batches import check_positions
     from compress.errors import PassError
@@ -164,15 +164,15 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
         spec.structure.class_name, recipe.metrics, labelled=None if evaluation is None else evaluation.label is not None
     )
     store: Store = recipe.store
-    calibration = recipe.data.calibration
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
         try:
             following = plan_pass(current, instance, entry.settings, store)
-            if calibration is not None and "calibration" in instance.needed(entry.settings):
-                check_positions(calibration.length, architectures.positions(current))
+            for name in instance.needed(entry.settings):
+                if (section := getattr(recipe.data, name)) is not None:
+                    check_positions(section.length, architectures.positions(current), name=name)
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"
             raise

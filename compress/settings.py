@@ -7,10 +7,11 @@ Sizes take units (``500MB``); N:M sparsity is written ``2:4``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*$", re.IGNORECASE)
@@ -21,6 +22,18 @@ class Settings(BaseModel):
     """Base of every settings model: frozen, unknown keys refused, every field described."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
+
+
+def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The default of every setting that has one, as JSON values; those that follow from other settings, from ``given``."""
+    known = dict(given or {})
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True, validated_data=known)
+            found[name] = to_jsonable_python(value)
+            known.setdefault(name, value)
+    return found
 
 
 class Pattern(NamedTuple):

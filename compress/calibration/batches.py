@@ -26,6 +26,7 @@ class Batches:
         mask: bool [samples, length], False for padding, which stands on the right; None where there is none.
         types: int64 [samples, length], which text of a pair a token is of; None where there are no pairs, or the tokenizer
             does not say.
+        labels: int64 [samples], classes of labelled texts; None where there are none.
         chosen: what each sample is: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids.
     """
@@ -34,6 +35,7 @@ class Batches:
     mask: torch.Tensor | None = None
     chosen: tuple[str, ...] = ()
     types: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
@@ -64,16 +66,18 @@ class Batches:
             ids=self.ids[rows],
             mask=None if self.mask is None else self.mask[rows],
             types=None if self.types is None else self.types[rows],
+            labels=None if self.labels is None else self.labels[rows],
             chosen=self.chosen[rows],
         )
 
     def sha256(self) -> str:
-        """Of the ids as little-endian int64, row by row, then of the mask's bytes and of the types, where there are any."""
+        """Of the ids as little-endian int64, row by row, then of the mask's bytes, types and labels, where there are any."""
         whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
         if self.mask is not None:
             whole.update(self.mask.contiguous().numpy().tobytes())
-        if self.types is not None:
-            whole.update(self.types.contiguous().numpy().astype("<i8").tobytes())
+        for numbers in (self.types, self.labels):
+            if numbers is not None:
+                whole.update(numbers.contiguous().numpy().astype("<i8").tobytes())
         return whole.hexdigest()
 
 
@@ -93,15 +97,8 @@ def sample_windows(
     generator = random.Random(seed)
     order = list(documents)
     generator.shuffle(order)
-    wanted = 4 * samples * length  # a stream four times as long as asked is random enough, whatever the text's size
-    stream: list[int] = []
-    begins: list[int] = []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    for document in order:
-        begins.append(len(stream))
-        stream += tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"] + end
-        if len(stream) >= wanted:
-            break
+    # a stream four times as long as asked is random enough, whatever the text's size
+    stream, begins = _stream(tokenizer, order, 4 * samples * length)
     slots = len(stream) // length
     if slots < samples:
         raise DataError(
@@ -115,6 +112,44 @@ def sample_windows(
     )
 
 
+def every_window(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], length: int, seed: int) -> Batches:
+    """All windows of ``length`` tokens of documents packed as in `sample_windows`, in an order drawn by seed.
+
+    Raises:
+        DataError: the text gives no window, or holds chats that the tokenizer has no template for.
+    """
+    import torch
+
+    generator = random.Random(seed)
+    order = list(documents)
+    generator.shuffle(order)
+    stream, begins = _stream(tokenizer, order, None)
+    if len(stream) < length:
+        raise DataError(
+            f"training asks for windows of {length} tokens, the text has {len(stream)}",
+            fix="name more text, or set a shorter `length`",
+        )
+    starts = [slot * length for slot in range(len(stream) // length)]
+    generator.shuffle(starts)
+    rows = torch.tensor(stream[: len(starts) * length]).view(-1, length)
+    return Batches(rows[torch.tensor(starts) // length], chosen=tuple(_places(order, begins, starts)))
+
+
+def _stream(
+    tokenizer: PreTrainedTokenizerBase, order: Sequence[Document], wanted: int | None
+) -> tuple[list[int], list[int]]:
+    """Tokens of documents one after another, up to the one that completes ``wanted`` tokens; where each document begins."""
+    stream: list[int] = []
+    begins: list[int] = []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for document in order:
+        begins.append(len(stream))
+        stream += tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"] + end
+        if wanted is not None and len(stream) >= wanted:
+            break
+    return stream, begins
+
+
 def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[int]) -> Iterator[str]:
     from bisect import bisect_right
 
@@ -124,10 +159,10 @@ def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[i
 
 
 def sample_documents(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int | None, length: int, seed: int
 ) -> Batches:
-    """``samples`` documents drawn by seed, each by itself as the model reads it: with the tokenizer's special tokens, of a
-    pair with both texts.
+    """``samples`` documents drawn by seed (all of them with None), each by itself as the model reads it: with the tokenizer's
+    special tokens, of a pair with both texts; and their labels, where they have some.
 
     Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
     on the right with the padding token (else the end-of-text token, else 0), and masked.
@@ -141,37 +176,45 @@ def sample_documents(
     pairs = any(document.pair for document in documents)
     if length <= (special := tokenizer.num_special_tokens_to_add(pair=pairs)):
         raise DataError(
-            f"calibration asks for documents of {length} tokens, and {special} of them are special ones",
+            f"documents of {length} tokens are asked for, and {special} of them are special ones",
             fix=f"set length to {special + 1} or more",
         )
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows: list[list[int]] = []
     kinds: list[list[int]] = []
-    chosen = []
+    chosen, labels = [], []
     for document in order:
         found = encoded(document, tokenizer, length)
         if ids := found["input_ids"]:
             rows.append(ids)
             kinds.append(found.get("token_type_ids", []))
             chosen.append(document.id)
+            labels.append(document.label)
         if len(rows) == samples:
             break
-    if len(rows) < samples:
+    if len(rows) < (samples or 1):
         raise DataError(
-            f"calibration asks for {samples} padded documents, the text has {len(rows)}",
+            f"the recipe asks for {samples or 1} padded documents, the text has {len(rows)}",
             fix="name more text, ask for fewer samples, or set `document_separator`",
         )
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids_SL = torch.full((samples, length), int(padding))
-    mask_SL = torch.zeros(samples, length, dtype=torch.bool)
+    ids_SL = torch.full((len(rows), length), int(padding))
+    mask_SL = torch.zeros(len(rows), length, dtype=torch.bool)
     types_SL = torch.zeros_like(ids_SL)
     for row, (ids, types) in enumerate(zip(rows, kinds, strict=True)):
         ids_SL[row, : len(ids)] = torch.tensor(ids)
         mask_SL[row, : len(ids)] = True
         types_SL[row, : len(types)] = torch.tensor(types, dtype=torch.long)
     # zero is what models take by default, and not all of them take types
-    return Batches(ids_SL, mask_SL, tuple(chosen), types_SL if types_SL.any() else None)
+    classes = [int(label) for label in labels if label is not None]
+    return Batches(
+        ids_SL,
+        mask_SL,
+        tuple(chosen),
+        types_SL if types_SL.any() else None,
+        torch.tensor(classes) if len(classes) == len(rows) else None,
+    )
 
 
 def read_ids(file: str | Path, field: str = FIELD) -> Batches:
@@ -269,13 +312,15 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
     return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
 
 
-def check_positions(length: int | None, positions: int | None, where: str | None = None) -> None:
+def check_positions(
+    length: int | None, positions: int | None, where: str | None = None, name: str = "calibration"
+) -> None:
     """Samples of ``length`` tokens fit the model's ``positions``, where both are known. Raises `DataError`."""
     if length is not None and positions is not None and length > positions:
         raise DataError(
-            f"calibration samples of {length} tokens are beyond the model's {positions} positions",
+            f"{name} samples of {length} tokens are beyond the model's {positions} positions",
             where=where,
-            fix=f"set data.calibration.length to {positions}",
+            fix=f"set data.{name}.length to {positions}",
         )
 
 

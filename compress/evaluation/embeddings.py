@@ -115,14 +115,18 @@ def embed_documents(
 
 def _embeddings(model: Any, inputs: dict[str, torch.Tensor], pooling: Pooling) -> torch.Tensor:
     """Unit vectors [texts, width], float32, on the CPU."""
-    import torch
-
     states = getattr(outputs(model, inputs), "last_hidden_state", None)
     if states is None:
         raise CompressError(f"sentence embeddings need a base model, this is {type(model).__name__}")
-    states, mask = states.float().cpu(), inputs["attention_mask"].bool()
-    pooled = torch.cat([_POOLS[mode](states, mask) for mode in pooling.modes], 1)
-    return torch.nn.functional.normalize(pooled, dim=1)
+    return pooled(states.float().cpu(), inputs["attention_mask"].bool(), pooling)
+
+
+def pooled(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """Unit vectors [texts, width] of states [texts, tokens, D] where ``mask`` [texts, tokens] is true."""
+    import torch
+
+    vectors = torch.cat([_POOLS[mode](states, mask) for mode in pooling.modes], 1)
+    return torch.nn.functional.normalize(vectors, dim=1)
 
 
 def _mean(states_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from compress.passes.base import Pass
 #: name in recipes ▶ module:class
 TABLE = {
     "cast": "compress.passes.cast:Cast",
+    "distill": "compress.passes.distill:Distill",
     "prune_structured": "compress.passes.prune_structured:PruneStructured",
     "prune_unstructured": "compress.passes.prune_unstructured:PruneUnstructured",
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from compress import passes
 
@@ -42,7 +43,7 @@ def _setting(key: str, field: FieldInfo, schema: dict[str, Any]) -> dict[str, An
     entry = schema["properties"][key]
     default = None
     if not field.is_required() and not field.default_factory_takes_validated_data:
-        default = field.get_default(call_default_factory=True)
+        default = to_jsonable_python(field.get_default(call_default_factory=True))
     return {
         "name": key,
         "type": _type(entry, schema.get("$defs", {})),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
 from compress.pipeline.fingerprint import fingerprint
-from compress.pipeline.score import read
+from compress.pipeline.score import labels_of, read
 from compress.recipe.model import Calibration, Training
 from compress.text import Document, check_disjoint, holds_ids, read_documents, read_examples
 from compress.text import fingerprint as fingerprint_files
@@ -20,15 +20,23 @@ if TYPE_CHECKING:
     from compress.recipe import Recipe
 
 
-def read_section(section: Training | Calibration, separator: str | None) -> list[Document]:
-    """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`."""
-    if isinstance(section, Calibration) and section.text is not None:
-        return read_examples(section.files, section.text)
-    return read_documents(section.files, separator, section.field)
+def read_section(
+    section: Training | Calibration, separator: str | None, structure: Structure | None = None
+) -> list[Document]:
+    """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`.
+
+    Args:
+        structure: of the model, which says what labels there are.
+    """
+    if section.text is None:
+        return read_documents(section.files, separator, section.field)
+    label = section.label if isinstance(section, Training) else None
+    labels = None if label is None or structure is None else labels_of(structure, label)
+    return read_examples(section.files, section.text, labels)
 
 
 def draw(
-    section: Calibration,
+    section: Training | Calibration,
     tokenizer: Callable[[], Any],
     documents: Callable[[], Sequence[Document]],
     *,
@@ -36,7 +44,7 @@ def draw(
     vocabulary: int | None,
     positions: int | None,
 ) -> Batches:
-    """The samples that a calibration section asks for.
+    """The samples that a calibration section asks for; all samples of training text, in an order drawn by seed.
 
     Args:
         tokenizer, documents: called where the section names text.
@@ -48,17 +56,22 @@ def draw(
     """
     from compress.calibration import batches
 
+    name = "calibration" if isinstance(section, Calibration) else "training"
+    samples = section.samples if isinstance(section, Calibration) else None
     if holds_ids(file := section.files[0]):
         read = batches.read_ids(file, section.field)
-        drawn = batches.first(read, section.samples, section.length, file)
+        drawn = batches.first(read, samples, section.length, file)
         batches.check_vocabulary(drawn, vocabulary, file)
-        batches.check_positions(drawn.ids.shape[1], positions, file)
+        batches.check_positions(drawn.ids.shape[1], positions, file, name)
         return drawn
-    assert section.samples is not None
     assert section.length is not None
-    batches.check_positions(section.length, positions)
-    sample = batches.sample_documents if section.mode == "padded" else batches.sample_windows
-    drawn = sample(tokenizer(), documents(), section.samples, section.length, seed)
+    batches.check_positions(section.length, positions, name=name)
+    if section.mode == "padded":
+        drawn = batches.sample_documents(tokenizer(), documents(), samples, section.length, seed)
+    elif samples is None:
+        drawn = batches.every_window(tokenizer(), documents(), section.length, seed)
+    else:
+        drawn = batches.sample_windows(tokenizer(), documents(), samples, section.length, seed)
     batches.check_vocabulary(drawn, vocabulary)
     return drawn
 
@@ -94,7 +107,7 @@ class DataSets:
             if name == "evaluation":
                 self._documents[name] = read(section, separator, self.structure)
             else:
-                self._documents[name] = read_section(section, separator)
+                self._documents[name] = read_section(section, separator, self.structure)
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
@@ -129,10 +142,10 @@ class DataSets:
         drawn: Batches = self._batches[name]
         return drawn
 
-    def check_ids(self) -> None:
-        """Token ids to calibrate with, if the recipe names such, can be used. Raises `DataError`."""
-        if (files := self.files("calibration")) and holds_ids(files[0]):
-            self.batches("calibration")
+    def check_ids(self, name: str) -> None:
+        """Token ids of a set, if the recipe names such, can be used. Raises `DataError`."""
+        if (files := self.files(name)) and holds_ids(files[0]):
+            self.batches(name)
 
     def check_disjoint(self) -> None:
         """Evaluation shares no text with training or calibration. Raises `DataError`."""

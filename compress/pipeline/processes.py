@@ -32,6 +32,7 @@ class Job:
     name: str
     settings: Any
     folder: Path
+    original: Path
     trust_remote_code: bool
     data: dict[str, Any]
     dtype: str
@@ -83,7 +84,7 @@ def help_out(ranks: Ranks) -> None:
     while (job := ranks.tell(0, None)) is not None:
         checkpoint = open_checkpoint(job.folder, trust_remote_code=job.trust_remote_code)
         context = Context(
-            original=checkpoint,
+            original=open_checkpoint(job.original, trust_remote_code=job.trust_remote_code),
             device=own_device(job.device),
             dtype=job.dtype,
             seed=job.seed,
@@ -104,11 +105,13 @@ def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, t
     from compress import passes
 
     assert folder is not None
+    assert context.original.folder is not None
     data = {key: context.data(key) for key in passes.get(name).needed(settings)}
     job = Job(
         name,
         settings,
         folder.resolve(),
+        context.original.folder.resolve(),
         trust,
         data,
         context.dtype,

@@ -83,8 +83,8 @@ class Run:
         self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         self.data.check_disjoint()
-        if any("calibration" in passes.get(p.name).needed(p.settings) for p in recipe.passes):
-            self.data.check_ids()
+        for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in recipe.passes))):
+            self.data.check_ids(name)
         if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
             raise ResourceError(
                 f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, "

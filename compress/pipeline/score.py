@@ -59,7 +59,15 @@ def read(texts: Texts, separator: str | None, structure: Structure) -> list[Docu
     task = task_of(structure.class_name)
     if task.labels == "scores" and len(texts.columns) < 2:
         raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")
-    return read_examples(texts.files, texts.columns, _LABELS[task.labels](texts.label, structure.config))
+    return read_examples(texts.files, texts.columns, labels_of(structure, texts.label))
+
+
+def labels_of(structure: Structure, field: str) -> Labels:
+    """How the column ``field`` of labels is read for a model. Raises `DataError` where it has no such thing as labels."""
+    task = task_of(structure.class_name)
+    if not task.labels:
+        raise DataError(f"`{field}` is to hold labels, and {task.name} has none", fix="leave out `label`")
+    return _LABELS[task.labels](field, structure.config)
 
 
 def _classes(field: str, config: Mapping[str, Any]) -> Labels:

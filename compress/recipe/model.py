@@ -129,12 +129,8 @@ class TextFiles(Settings):
         return self
 
 
-class Training(TextFiles):
-    """Text that passes train on."""
-
-
-class Calibration(TextFiles):
-    """Text whose activations passes look at."""
+class Sampled(TextFiles):
+    """Files of which models are shown samples of so many tokens."""
 
     files: Files = Field(
         description=f"{_KINDS}; or one .npy or .safetensors file of token ids, integers [samples, length], used as they "
@@ -152,12 +148,6 @@ class Calibration(TextFiles):
         "tokenizer's special tokens, cut to `length` or padded on the right and masked. The default is `packed`, and "
         "`padded` with `text`.",
     )
-    samples: int | None = Field(
-        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 128,
-        ge=1,
-        description="Windows or documents drawn from the text, 128 by default; of token ids the first so many, all by "
-        "default.",
-    )
     length: int | None = Field(
         default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 256,
         ge=1,
@@ -168,8 +158,8 @@ class Calibration(TextFiles):
     def _text_or_ids(self) -> Self:
         if not any(holds_ids(f) for f in self.files):
             for name in ("samples", "length"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"`{name}` is a number where the calibration data is text")
+                if getattr(self, name, 1) is None:
+                    raise ValueError(f"`{name}` is a number where the data is text")
         elif len(self.files) > 1:
             raise ValueError("token ids come from one file, with no other beside it")
         elif self.mode != "packed":
@@ -177,6 +167,35 @@ class Calibration(TextFiles):
         if self.text is not None and self.mode == "packed":
             raise ValueError("`text` names texts that are read one by one: leave out `mode: packed`, or use `field`")
         return self
+
+
+class Training(Sampled):
+    """Text that passes train on: all of it, in samples."""
+
+    label: Text | None = Field(
+        default=None,
+        description="With `text`, the column of the label, as in `data.evaluation`: what the loss `labels` of text "
+        "classifiers reads.",
+    )
+
+    @model_validator(mode="after")
+    def _label_of_text(self) -> Self:
+        if self.label is not None and self.text is None:
+            raise ValueError("`label` goes with `text`, the column that it is of")
+        if self.text is not None and self.label in self.text:
+            raise ValueError(f"`text` and `label` both name the column `{self.label}`")
+        return self
+
+
+class Calibration(Sampled):
+    """Text whose activations passes look at."""
+
+    samples: int | None = Field(
+        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 128,
+        ge=1,
+        description="Windows or documents drawn from the text, 128 by default; of token ids the first so many, all by "
+        "default.",
+    )
 
 
 class Evaluation(TextFiles):

@@ -351,7 +351,7 @@ def _missing_files(root: MapNode) -> Iterator[Problem]:
             if text and not (path := _local(text)).is_file():
                 what = "is a folder, not a text file" if path.is_dir() else "there is no such file"
                 yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near(path))
-            elif text and (wrong := refusal(text, ids=name == "calibration")):
+            elif text and (wrong := refusal(text, ids=name != "evaluation")):
                 yield Problem(f"{text}: {wrong}", item.place, ("data", name, "files", i))
     if text := _text(root.get("model")):
         path, place = _local(text), find_place(root, ("model",))

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress import passes
 from compress.errors import CompressError
-from compress.settings import format_bytes
+from compress.settings import defaults, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,16 +245,11 @@ def _tuned(tuning: Mapping[str, Any]) -> str:
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     """Settings that differ from the pass's defaults, as ``layers: 1, …``."""
     try:
-        fields = passes.get(name).settings.model_fields
-        defaults = {k: f.get_default(call_default_factory=True) for k, f in fields.items() if not f.is_required()}
+        usual = defaults(passes.get(name).settings, settings)
     except (CompressError, ImportError):  # a plug-in that is not installed here
-        defaults = {}
-    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and not _equal(v, defaults.get(k))}
+        usual = {}
+    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and v != usual.get(k)}
     return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
-
-
-def _equal(value: Any, default: Any) -> bool:
-    return bool(value == default or (isinstance(default, tuple) and value == list(default)))
 
 
 def bar(step: Step, width: int) -> str:

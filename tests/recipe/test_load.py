@@ -320,7 +320,7 @@ r.yaml:22:3: a gate needs a bound: `max`
         ),
         (
             "data: {calibration: {files: [text/train.txt], samples: null}}",
-            "r.yaml:5:8: `samples` is a number where the calibration data is text",
+            "r.yaml:5:8: `samples` is a number where the data is text",
         ),
         (
             "data: {calibration: {files: [models/ids.npy, text/train.txt]}}",

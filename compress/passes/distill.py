@@ -1,0 +1,172 @@
+"""Distillation: a student learns from teachers, and what passes before took away is made up for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress import architectures
+from compress.checkpoint.spec import Spec
+from compress.errors import PassError
+from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, MASKED, task_of
+from compress.passes.base import Context, Pass
+from compress.passes.distill_settings import DistillSettings
+from compress.passes.prune_structured import PruneStructured
+from compress.passes.structured_settings import PruneStructuredSettings
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+
+#: Bytes of optimizer state per parameter, in float32.
+_STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+
+
+class Distill(Pass[DistillSettings]):
+    """Trains the checkpoint, or a smaller student cut from it, under the original or other teachers.
+
+    Keep-masks stay as they are, shared tensors train once and stay shared. The weights that are best on held-out samples are
+    kept. Under torchrun student and teachers are sharded (FSDP2). A killed run goes on from its last state.
+    """
+
+    name: ClassVar[str] = "distill"
+    summary: ClassVar[str] = "Train the checkpoint, or a smaller student, to do as its teachers do."
+    settings = DistillSettings
+    mode = "train"
+    needs = frozenset({"training"})
+    preserves = frozenset({"masks", "aliases"})
+    source: ClassVar[str] = "Hinton et al., arXiv 1503.02531; DistilBERT, arXiv 1910.01108; each loss names its paper"
+
+    def memory(self, spec: Spec, settings: DistillSettings, width: int) -> int:
+        """Weights, gradients, optimizer state, averages and a copy to look at the held-out loss; teachers; activations."""
+        student = self.plan(spec, settings).parameters
+        each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.average is not None else 0)
+        teachers = 0
+        if settings.needs_teacher():
+            # of others than the original the sizes are not known here, so they count as what the student is cut from
+            teachers = len(settings.teacher) * width * spec.parameters
+        return student * each + teachers + _activations(spec, settings)
+
+    def plan(self, spec: Spec, settings: DistillSettings) -> Spec:
+        """The student's shapes; values change alone, masks and dtypes stay."""
+        record = architectures.of(spec.structure.config)
+        if record.input != "input_ids":
+            raise PassError(f"training data is text, and this model reads `{record.input}`")
+        check_losses(spec, settings)
+        if settings.student is None:
+            return spec
+        cut = student_cut(spec, settings)
+        return spec if cut is None else PruneStructured().plan(spec, cut)
+
+    def apply(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
+        """The student, trained."""
+        from compress.passes.distillation import distill
+
+        self.plan(checkpoint.spec, settings)
+        student = checkpoint
+        if settings.student is not None and (cut := student_cut(checkpoint.spec, settings)) is not None:
+            student = PruneStructured().apply(checkpoint, cut, replace(context, work=context.work / "student"))
+        return distill(student, settings, context)
+
+
+def check_losses(spec: Spec, settings: DistillSettings) -> None:
+    """The losses are such as the model's task has. Raises `PassError`."""
+    task = task_of(spec.structure.class_name)
+    if settings.losses is None:
+        return
+    weights = settings.losses.weights
+    of_logits = [name for name in ("kl", "reverse_kl", "skewed_kl", "js", "labels") if name in weights]
+    if task is EMBEDDING and of_logits:
+        raise PassError(
+            f"`{of_logits[0]}` compares predictions, and {spec.structure.class_name or 'a base model'} makes none",
+            key="losses",
+            fix="use `cosine`, `hidden` or `relations`",
+        )
+    if task is CLASSIFICATION and "cosine" in weights:
+        raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
+    if task in (CLASSIFICATION, EMBEDDING) and settings.teacher_cache is not None:
+        raise PassError(
+            "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
+        )
+
+
+def default_losses(spec: Spec) -> dict[str, float]:
+    """The losses of a model where the recipe names none."""
+    return {"cosine": 1.0} if task_of(spec.structure.class_name) is EMBEDDING else {"kl": 1.0}
+
+
+def task_name(spec: Spec) -> Any:
+    """The task as `training.models` names it."""
+    task = task_of(spec.structure.class_name)
+    return {CLASSIFICATION: "classes", EMBEDDING: "embedding", MASKED: "masked"}.get(task, "causal")
+
+
+def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSettings | None:
+    """What to remove from the checkpoint so that the student is left; None for nothing. Raises `PassError`."""
+    asked = settings.student
+    assert asked is not None
+    record, config = architectures.of(spec.structure.config), spec.structure.config
+    depth = record.depth(config)
+    gone: dict[str, Any] = {}
+    if asked.layers is not None and asked.layers != depth:
+        kept = kept_blocks(depth, asked.layers, getattr(asked, "from"))
+        gone["layers"] = tuple(i for i in range(depth) if i not in kept)
+    sizes: dict[str, int | None] = {
+        "heads": int(record.value(config, record.heads_key)),
+        "hidden": int(record.value(config, record.hidden_key)),
+        "mlp": _neurons(spec),
+    }
+    for key, size in sizes.items():
+        wanted = getattr(asked, key)
+        if wanted is None or wanted == size:
+            continue
+        if size is None or wanted > size:
+            raise PassError(
+                f"the student would have {wanted} {key}, the checkpoint has {size or 'none'}", key="student"
+            )
+        gone[key] = size - wanted
+    if not gone:
+        if asked.init == "random":
+            return None
+        raise PassError(
+            "the student is the checkpoint itself", key="student", fix="leave `student` out, or make it smaller"
+        )
+    return PruneStructuredSettings(score="magnitude", repair="none", **gone)
+
+
+def _neurons(spec: Spec) -> int | None:
+    from compress.architectures import narrowing
+
+    units = narrowing.mlp_units(architectures.of(spec.structure.config), spec)
+    return max((one.count for found in units.values() for one in found), default=None)
+
+
+def kept_blocks(depth: int, layers: int, begin: str) -> list[int]:
+    """Numbers of the blocks that a student of so many begins with. Raises `PassError`."""
+    if layers > depth:
+        raise PassError(f"the student would have {layers} blocks, the checkpoint has {depth}", key="student")
+    if begin == "first":
+        return list(range(layers))
+    if begin == "last":
+        return list(range(depth - layers, depth))
+    if begin == "every_second":
+        if layers != math.ceil(depth / 2):
+            raise PassError(
+                f"every second of {depth} blocks makes {math.ceil(depth / 2)}, not {layers}",
+                key="student",
+                fix="use `from: spread`",
+            )
+        return list(range(0, depth, 2))
+    if layers == 1:
+        return [0]
+    return [round(i * (depth - 1) / (layers - 1)) for i in range(layers)]
+
+
+def _activations(spec: Spec, settings: DistillSettings) -> int:
+    """Bytes of activations that a backward pass needs: an estimate by widths, for samples of 256 tokens."""
+    record, config = architectures.of(spec.structure.config), spec.structure.config
+    depth, hidden = record.depth(config), int(record.value(config, record.hidden_key))
+    tokens = 256 * (settings.micro_batch or settings.batch)
+    inside = 8 * hidden + 3 * (_neurons(spec) or 4 * hidden)
+    per_token = depth * hidden + inside if settings.gradient_checkpointing else depth * inside
+    return 4 * tokens * per_token

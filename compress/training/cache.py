@@ -1,0 +1,124 @@
+"""What teachers said of training samples, kept on disk: per token the k likeliest ids, their log-probabilities and the mass of
+all others, in shards of safetensors. The others count as one bucket, so that the loss is a divergence and not biased, as it is
+where the k are renormalised (Sparse Logit Sampling, arXiv 2503.16870).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import DataError
+from compress.training.objective import Batch, Signal
+
+#: Samples per shard.
+SHARD = 256
+FORMAT = 1
+_KEY = "teacher-cache.json"
+
+
+def bytes_per_token(k: int, vocabulary: int) -> int:
+    """Bytes of a token's ids and log-probabilities."""
+    return k * (2 if vocabulary <= 1 << 16 else 4) + 2 * (k + 1)
+
+
+@dataclass
+class TeacherCache:
+    """A folder of shards. Samples are numbered in the order that the training data give them.
+
+    Attributes:
+        key: what the contents depend on, JSON values. k: ids per token.
+    """
+
+    folder: Path
+    key: Mapping[str, Any]
+    k: int
+    vocabulary: int
+    _open: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Make the folder, or see that it is one of this key. Raises `DataError`."""
+        path = self.folder / _KEY
+        wanted = {"format": FORMAT, "k": self.k, **self.key}
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise DataError(f"is no teacher cache: {error}", where=str(path)) from None
+            if other := [
+                name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value
+            ]:
+                raise DataError(
+                    f"holds what another teacher said, or of other samples: its {other[0]} differs",
+                    where=str(self.folder),
+                    fix="name another folder in `teacher_cache`, or remove this one",
+                )
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise DataError("is a folder with other files, not a teacher cache", where=str(self.folder))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temp = path.with_suffix(".tmp")
+        temp.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        temp.replace(path)
+
+    def missing(self, rows: Iterable[int]) -> list[int]:
+        """Shards that these samples need and that are not there, in order."""
+        return sorted(s for s in {row // SHARD for row in rows} if not self._path(s).exists())
+
+    def write(self, shard: int, said: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Of every sample of a shard, in order, ids [n, k] and log-probabilities [n, k + 1]."""
+        narrow = torch.uint16 if self.vocabulary <= 1 << 16 else torch.int32
+        ends = torch.tensor([0, *(len(ids) for ids, _ in said)]).cumsum(0)
+        tensors = {
+            "ids": torch.cat([ids for ids, _ in said]).cpu().to(narrow),
+            # half precision holds nothing below; exp of it is 0
+            "log_probabilities": torch.cat([values for _, values in said]).cpu().clamp_min(-6e4).half(),
+            "ends": ends,
+        }
+        path = self._path(shard)
+        temp = path.with_suffix(".tmp")
+        save_file(tensors, temp)
+        temp.replace(path)
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Ids int64 [n, k] and log-probabilities float32 [n, k + 1] of a sample. Raises `DataError`."""
+        shard, place = row // SHARD, row % SHARD
+        path = self._path(shard)
+        try:
+            if shard not in self._open:
+                opened: Any = safe_open(path, framework="pt")
+                file = opened.__enter__()
+                self._open[shard] = (file, file.get_tensor("ends").tolist())
+            file, ends = self._open[shard]
+            start, stop = ends[place], ends[place + 1]
+            ids, values = (file.get_slice(name)[start:stop] for name in ("ids", "log_probabilities"))
+        except (SafetensorError, OSError, IndexError) as error:
+            raise DataError(
+                f"is damaged: {' '.join(str(error).split())[:200]}", where=str(path), fix="remove it; it is made anew"
+            ) from None
+        return ids.long(), values.float()
+
+    def __call__(self, batch: Batch) -> Signal:
+        """What the teachers said of the samples of a batch."""
+        found = [self.read(row) for row in batch.rows.tolist() if row >= 0]
+        device = batch.predict.device
+        ids = torch.cat([ids for ids, _ in found]).to(device) if found else torch.zeros(0, self.k, dtype=torch.long)
+        values = torch.cat([values for _, values in found]).to(device) if found else torch.zeros(0, self.k + 1)
+        assert len(ids) == int(batch.predict.sum())
+
+        def distribution(part: slice) -> tuple[Tensor, Tensor]:
+            # half precision leaves sums a little off 1
+            return values[part].log_softmax(-1), ids[part]
+
+        return Signal(distribution)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"teacher-{shard:05d}.safetensors"

@@ -1,0 +1,180 @@
+"""Training samples ▶ batches: which samples each step takes, what is masked, what counts. All of it follows from the seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from compress.calibration.batches import Batches
+from compress.training.models import Task
+from compress.training.objective import Batch
+
+#: Share of tokens that masked language modelling predicts; of these so much is masked, and so much replaced by another token
+#: (BERT, arXiv 1810.04805).
+SHARE, MASKED, REPLACED = 0.15, 0.8, 0.1
+#: Batches whose samples are sorted by length together, where lengths differ.
+POOL = 16
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How tokens are hidden. ``special`` ids are never. ``fixed``: the same tokens in every epoch."""
+
+    mask: int
+    special: frozenset[int]
+    vocabulary: int
+    seed: int
+    fixed: bool = False
+
+
+@dataclass
+class Order:
+    """The samples of every step. The first epoch takes them in order (they were drawn at random), later ones are shuffled.
+
+    Attributes:
+        samples: how many there are. batch: how many a step takes. lengths: of each, where they differ; then samples of
+            similar length go together.
+    """
+
+    samples: int
+    batch: int
+    seed: int
+    lengths: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        self._epoch = lru_cache(2)(self._made)
+
+    def step(self, step: int) -> list[tuple[int, int]]:
+        """(sample, epoch) of the samples of a step, from 0."""
+        found = []
+        for place in range(step * self.batch, (step + 1) * self.batch):
+            epoch, at = divmod(place, self.samples)
+            found.append((self._epoch(epoch)[at], epoch))
+        return found
+
+    def _made(self, epoch: int) -> list[int]:
+        order = list(range(self.samples))
+        lot = random.Random(f"{self.seed}.{epoch}")
+        if epoch:
+            lot.shuffle(order)
+        if self.lengths is None:
+            return order
+        pooled = []
+        for start in range(0, self.samples, POOL * self.batch):
+            pool = sorted(order[start : start + POOL * self.batch], key=lambda i: self.lengths[i])  # type: ignore[index]
+            batches = [pool[i : i + self.batch] for i in range(0, len(pool), self.batch)]
+            last = [batches.pop()] if len(batches[-1]) < self.batch else []
+            lot.shuffle(batches)
+            pooled += [i for one in batches + last for i in one]
+        return pooled
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a run, the held-out ones last.
+
+    Attributes:
+        batches: ids, masks, token types, labels. held_out: how many at the end are not trained on.
+    """
+
+    batches: Batches
+    task: Task
+    held_out: int
+    masking: Masking | None = None
+
+    @property
+    def train(self) -> int:
+        """How many are trained on."""
+        return len(self.batches.ids) - self.held_out
+
+    @property
+    def held(self) -> list[tuple[int, int]]:
+        """The held-out ones, as `Order.step` gives samples."""
+        return [(row, 0) for row in range(self.train, len(self.batches.ids))]
+
+    def lengths(self) -> list[int] | None:
+        """Tokens of each sample, where they differ."""
+        if self.batches.mask is None:
+            return None
+        found: list[int] = self.batches.mask.sum(1).tolist()
+        return found if len(set(found)) > 1 else None
+
+    def counts(self, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """How many tokens count in all of these samples, and how many are predicted."""
+        rows = torch.tensor([row for row, _ in taken])
+        mask = self._mask(rows)
+        if self.task == "causal":
+            return int(mask.sum()), int((mask[:, :-1] & mask[:, 1:]).sum())
+        if self.task == "masked":
+            return int(mask.sum()), sum(len(self._places(row, epoch)) for row, epoch in taken)
+        return int(mask.sum()), len(taken)
+
+    def batch(
+        self, taken: Sequence[tuple[int, int]], counts: tuple[int, int], device: str, size: int | None = None
+    ) -> Batch:
+        """These samples as a batch, filled up to ``size``; ``counts`` are of the whole step."""
+        filling = (size or len(taken)) - len(taken)
+        rows = torch.tensor([row for row, _ in taken] + [-1] * filling, dtype=torch.long)
+        # filling is some sample that does not count
+        source = torch.where(rows < 0, torch.zeros_like(rows), rows)
+        mask = self._mask(source)
+        longest = int(mask.sum(1).max())
+        ids, mask = self.batches.ids[source, :longest].clone(), mask[:, :longest]
+        counted = mask & (rows >= 0)[:, None]
+        inputs = {"input_ids": ids}
+        if self.batches.mask is not None:
+            inputs["attention_mask"] = mask.long()
+        if self.batches.types is not None:
+            inputs["token_type_ids"] = self.batches.types[source, :longest]
+        if self.task == "causal":
+            predict = torch.zeros_like(counted)
+            predict[:, :-1] = counted[:, :-1] & counted[:, 1:]
+            targets = ids.roll(-1, 1)[predict]
+        elif self.task == "masked":
+            predict = torch.zeros_like(counted)
+            for i, (row, epoch) in enumerate(taken):
+                predict[i, self._places(row, epoch)] = True
+            targets = ids[predict]
+            for i, (row, epoch) in enumerate(taken):
+                self._hide(ids[i], row, epoch)
+        else:
+            predict = rows >= 0
+            labels = self.batches.labels
+            targets = torch.zeros(len(taken), dtype=torch.long) if labels is None else labels[source][predict]
+        to = {name: value.to(device) for name, value in inputs.items()}
+        return Batch(to, counted.to(device), predict.to(device), targets.to(device), rows, *counts)
+
+    def _mask(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.batches.mask is None:
+            return torch.ones(len(rows), self.batches.ids.shape[1], dtype=torch.bool)
+        return self.batches.mask[rows]
+
+    def _lot(self, row: int, epoch: int) -> random.Random:
+        assert self.masking is not None
+        return random.Random(f"{self.masking.seed}.{row}.{0 if self.masking.fixed else epoch}")
+
+    def _places(self, row: int, epoch: int) -> list[int]:
+        """Which tokens of a sample are predicted."""
+        assert self.masking is not None
+        ids = self.batches.ids[row].tolist()
+        length = len(ids) if self.batches.mask is None else int(self.batches.mask[row].sum())
+        candidates = [at for at in range(length) if ids[at] not in self.masking.special]
+        if not candidates:
+            return []
+        return sorted(self._lot(row, epoch).sample(candidates, max(1, round(SHARE * len(candidates)))))
+
+    def _hide(self, ids: torch.Tensor, row: int, epoch: int) -> None:
+        masking = self.masking
+        assert masking is not None
+        places = self._places(row, epoch)
+        lot = random.Random(f"hide.{masking.seed}.{row}.{0 if masking.fixed else epoch}")
+        for at in places:
+            kind = lot.random()
+            if kind < MASKED:
+                ids[at] = masking.mask
+            elif kind < MASKED + REPLACED:
+                ids[at] = lot.randrange(masking.vocabulary)

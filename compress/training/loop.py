@@ -1,0 +1,292 @@
+"""The training loop: micro-batches, clipping, masks, averages, held-out loss, resume. One process or many."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.calibration.ranks import Ranks
+from compress.errors import PassError
+from compress.progress import Progress
+from compress.training.data import Order, Samples
+from compress.training.objective import Objective
+from compress.training.optimize import Update, optimizers, set_rate
+from compress.training.sharding import is_sharded, norm_of, release
+from compress.training.state import RunState, optimizer_tensors
+from compress.training.teacher import Says
+
+#: Steps between looks at whether the loss is a number still.
+_LOOK = 10
+
+
+@dataclass(frozen=True)
+class How:
+    """How long and in what way to train.
+
+    Attributes:
+        steps: optimizer steps. batch: samples of one. micro: samples at a time, per process; None for all of the step.
+        clip: largest norm of the gradient; None for no limit. autocast: ``bfloat16`` or ``float16`` for matrix products.
+        average: decay of the running mean of weights that is kept instead of them; None for none.
+        every: steps between looks at the held-out loss, where state is saved. patience: looks without progress before
+            training stops; None to go on.
+    """
+
+    steps: int
+    batch: int
+    update: Update
+    micro: int | None = None
+    clip: float | None = 1.0
+    autocast: str | None = None
+    average: float | None = None
+    every: int = 50
+    patience: int | None = None
+    seed: int = 0
+
+
+@dataclass
+class History:
+    """What was seen. ``held_out``: rows of step and loss; ``train``: rows of step, loss and each loss by itself."""
+
+    held_out: list[dict[str, float]] = field(default_factory=list)
+    train: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = 0
+    stopped: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Training:
+    """One run of the loop.
+
+    Args:
+        objective: holds the student; sharded already, where it is to be.
+        masks: parameter name of the student ▶ bool, what must stay 0 elsewhere.
+        log: called with step and values, for logs of other kinds.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        says: Says,
+        samples: Samples,
+        how: How,
+        *,
+        device: str,
+        progress: Progress,
+        state: RunState,
+        masks: Mapping[str, Tensor] | None = None,
+        log: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        self.objective, self.says, self.samples, self.how = objective, says, samples, how
+        self.device, self.progress, self.state, self.log = device, progress, state, log
+        self.ranks: Ranks = state.ranks
+        student = objective.student
+        named = dict(student.named_parameters())
+        self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
+        tables = [m.weight for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m is not None]
+        self.optimizers = optimizers(objective, tables, how.update)
+        self.parameters = dict(objective.named_parameters())
+        self.averages: dict[str, Tensor] = {}
+        if how.average is not None:
+            self.averages = {n: p.detach().clone() for n, p in self.parameters.items()}
+        self.order = Order(samples.train, how.batch, how.seed, samples.lengths())
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=how.autocast == "float16")
+        self.history = History()
+        self._last_tokens = 0
+
+    def run(self) -> History:
+        """Train, and leave the best weights in the student.
+
+        Raises:
+            PassError: the loss is no number any more.
+        """
+        how, start = self.how, 0
+        if (found := self.state.find()) is not None:
+            start = self._resume(found)
+            self.progress.message(f"training goes on from step {start}")
+        else:
+            self._look(0)
+        self.objective.train()
+        sums = torch.zeros(1 + len(self.objective.terms.names), device=self.device)
+        since, begun = 0, time.perf_counter()
+        seconds = self.history.seconds
+        with self.progress.task("training", how.steps - start, "steps") as task:
+            for step in range(start, how.steps):
+                if self.history.stopped is not None:
+                    break
+                sums += self._step(step)
+                since += 1
+                if (step + 1) % _LOOK == 0 or (step + 1) % how.every == 0 or step + 1 == how.steps:
+                    self.history.seconds = seconds + time.perf_counter() - begun
+                    note = self._note(step + 1, sums / since)
+                    sums.zero_()
+                    since = 0
+                else:
+                    note = ""
+                if (step + 1) % how.every == 0 or step + 1 == how.steps:
+                    self._look(step + 1)
+                task.advance(1, note)
+        self.state.ranks.wait()
+        self._take_best()
+        self.objective.eval()
+        return self.history
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; the losses of its samples, as `Objective` gives them, over all processes."""
+        how, world, rank = self.how, self.ranks.world, self.ranks.rank
+        taken = self.order.step(step)
+        counts = self.samples.counts(taken)
+        mine, share = taken[rank::world], -(-len(taken) // world)
+        micro = min(how.micro or share, share)
+        set_rate(self.optimizers, how.update.rate * how.update.factor(step, how.steps))
+        torch.manual_seed((how.seed * 1_000_003 + step) * 1_009 + rank)
+        total: Tensor | None = None
+        scale = float(self.scaler.get_scale()) if self.scaler.is_enabled() else 1.0
+        for begin in range(0, share, micro):
+            size = min(micro, share - begin)
+            batch = self.samples.batch(mine[begin : begin + size], counts, self.device, size)
+            with self._autocast():
+                values = self.objective(batch, self.says(batch), scale)
+            # sharded gradients are means over processes, of which each has its share of the step
+            self.scaler.scale(values[0] * (world if is_sharded(self.objective) else 1)).backward()
+            total = values.detach() if total is None else total + values.detach()
+        assert total is not None
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        self._mask_gradients()
+        if how.clip is not None:
+            norm = norm_of(list(self.parameters.values()))
+            factor = (how.clip / (norm + 1e-6)).clamp(max=1.0)
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self._mask_weights()
+        if how.average is not None:
+            for name, parameter in self.parameters.items():
+                self.averages[name].lerp_(parameter.detach(), 1 - how.average)
+        self.history.tokens += counts[0]
+        self.ranks.add(total)
+        return total
+
+    def _autocast(self) -> Any:
+        if self.how.autocast is None:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.how.autocast))
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        for parameter, mask in self.masks:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    @torch.no_grad()
+    def _mask_weights(self) -> None:
+        for parameter, mask in self.masks:
+            parameter.mul_(mask)
+
+    def _note(self, step: int, means: Tensor) -> str:
+        """Record the mean losses of the last steps, and say them. Raises `PassError` where they are no numbers."""
+        values = means.tolist()
+        if not all(map(math.isfinite, values)):
+            raise self._diverged(values[0], step)
+        row = {"step": step, "loss": values[0], **dict(zip(self.objective.terms.names, values[1:], strict=True))}
+        self.history.train.append(row)
+        if self.log is not None:
+            self.log(step, {k: v for k, v in row.items() if k != "step"})
+        speed = self.history.tokens / max(self.history.seconds, 1e-9)
+        return f"loss {values[0]:.4f} · {speed:,.0f} tokens/s"
+
+    def _diverged(self, loss: float, step: int) -> PassError:
+        if not self.history.held_out:
+            return PassError(f"the loss is {loss} before any training: the student or a teacher is broken")
+        return PassError(
+            f"training diverged: the loss is {loss} at step {step}; the state of step "
+            f"{self.history.held_out[-1]['step']:.0f} is kept",
+            key="rate",
+            fix="lower `rate`",
+        )
+
+    def _look(self, step: int) -> None:
+        """Measure the held-out loss, keep the weights if they are the best, and save the state."""
+        loss = self.held_out_loss()
+        held = self.history.held_out
+        if not math.isfinite(loss):
+            raise self._diverged(loss, step)
+        best = min((row["loss"] for row in held), default=math.inf)
+        held.append({"step": step, "loss": loss})
+        if self.log is not None:
+            self.log(step, {"held_out": loss})
+        if loss < best:
+            self.history.best_step = step
+            self.state.save(f"best-{step}", self._weights())
+        patience = self.how.patience
+        if patience is not None and step - self.history.best_step >= patience * self.how.every:
+            self.history.stopped = f"no progress on held-out samples since step {self.history.best_step}"
+        said = {"step": step, "history": vars(self.history), "scaler": self.scaler.state_dict()}
+        self.state.save(f"step-{step}", self._tensors(), said)
+        self.state.keep([f"step-{step}", f"best-{self.history.best_step}"])
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """What is minimised, on the held-out samples, of the weights that would be kept."""
+        held, micro = self.samples.held, self.how.micro or self.how.batch
+        training = self.objective.training
+        self.objective.eval()
+        swapped = self._swap()
+        counts = self.samples.counts(held)
+        mine, share = held[self.ranks.rank :: self.ranks.world], -(-len(held) // self.ranks.world)
+        total = torch.zeros((), device=self.device)
+        for begin in range(0, share, micro):
+            size = min(micro, share - begin)
+            batch = self.samples.batch(mine[begin : begin + size], counts, self.device, size)
+            with self._autocast():
+                total += self.objective(batch, self.says(batch))[0]
+        release(self.objective)
+        self._swap(swapped)
+        self.objective.train(training)
+        self.ranks.add(total)
+        return float(total)
+
+    def _swap(self, kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Put averages in the place of weights, and give back what was there; or put that back."""
+        source = self.averages if kept is None else kept
+        before = {name: self.parameters[name].detach().clone() for name in source} if kept is None else {}
+        with torch.no_grad():
+            for name, value in source.items():
+                self.parameters[name].copy_(value)
+        if kept is None:
+            self._mask_weights()
+        return before
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights that would be kept, of student and projections."""
+        return dict(self.averages) if self.averages else {n: p.detach() for n, p in self.parameters.items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {n: p.detach() for n, p in self.parameters.items()}
+        tensors |= {f"average.{name}": value for name, value in self.averages.items()}
+        return tensors | optimizer_tensors(self.optimizers)
+
+    def _resume(self, found: Mapping[str, Any]) -> int:
+        self.state.load(str(found["state"]), self._tensors())
+        self.history = History(**found["history"])
+        self.scaler.load_state_dict(dict(found["scaler"]))
+        return int(found["step"])
+
+    def _take_best(self) -> None:
+        """The best weights into the student."""
+        weights = {n: p.detach() for n, p in self.parameters.items()}
+        self.state.load(f"best-{self.history.best_step}", weights)
+        self._mask_weights()

@@ -1,0 +1,186 @@
+"""What losses read off a model: hidden states, queries, keys and values of blocks, and logits, these a few tokens at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from compress import architectures
+from compress.calibration.influence import find_blocks
+from compress.errors import PassError
+
+Task = Literal["causal", "masked", "classes", "embedding"]
+#: Largest difference, over the spread of logits, at which the head by itself counts as the model's own.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Ran:
+    """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D], or pooled [B, D].
+
+    ``states``: hidden states before the first block and after each, by number. ``vectors``: by block number queries, keys and
+    values, each [B, L, width]. ``logits``: of a classifier [B, classes], else None.
+    """
+
+    last: torch.Tensor
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    vectors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    logits: torch.Tensor | None = None
+
+
+class Reader:
+    """Runs a model for a task. ``states`` and ``vectors``: of which block outputs (0: the embeddings) and blocks to keep them.
+
+    Raises:
+        PassError: queries, keys and values of this family are not known.
+    """
+
+    def __init__(self, model: Any, task: Task, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
+        self.model = model
+        self.task = task
+        self.base = model.base_model
+        self.states, self.vectors = tuple(states), tuple(vectors)
+        self.takes = set(inspect.signature(model.forward).parameters)
+        self._kind: Any = None
+        if vectors:
+            self.record = architectures.of(model.config.to_dict())
+            if self.record.attention is None:
+                raise PassError(
+                    f"it is not known where queries, keys and values of {model.config.model_type} are",
+                    key="losses",
+                    fix="leave out `relations`",
+                )
+            self.blocks = find_blocks(model, self.record)
+        #: whether logits can be made of hidden states a few tokens at a time; `check` tells
+        self.by_parts = True
+
+    def parameters_of_head(self) -> list[torch.nn.Parameter]:
+        """Those that turn the last hidden states into logits; shared ones with the base among them."""
+        found = {
+            id(p): p for n, child in self.model.named_children() if child is not self.base for p in child.parameters()
+        }
+        return list(found.values())
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
+        """One forward pass over [B, L] tokens."""
+        target = self.model if self.task == "classes" else self.base
+        given = {name: value for name, value in inputs.items() if name in self.takes}
+        if "use_cache" in self.takes:
+            given["use_cache"] = False  # type: ignore[assignment]
+        with self._watching() as seen:
+            out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
+        states = {i: out.hidden_states[i] for i in self.states}
+        if self.task == "classes":
+            return Ran(out.logits, states, seen, out.logits)
+        self._kind = type(out)
+        return Ran(out.last_hidden_state, states, seen)
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
+        seen: dict[int, tuple[torch.Tensor, ...]] = {}
+        found: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.vectors}
+        handles = []
+        for i in self.vectors:
+            for name in dict.fromkeys(self._names()):
+                module = self.blocks[i].get_submodule(name)
+                handles.append(module.register_forward_hook(_keep(found[i], name)))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        for i in self.vectors:
+            seen[i] = self._split([found[i][name] for name in self._names()])
+
+    def _names(self) -> tuple[str, str, str]:
+        attention = self.record.attention
+        assert attention is not None
+        return attention.query, attention.key, attention.value
+
+    def _split(self, outputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of modules' outputs, which are three or three times the same."""
+        attention, config = self.record.attention, self.model.config.to_dict()
+        assert attention is not None
+        if attention.layout == "separate":
+            return tuple(outputs)
+        width = self.record.head_dim(config)
+        heads = int(self.record.value(config, self.record.heads_key))
+        if attention.layout == "interleaved":
+            three: Any = outputs[0].view(*outputs[0].shape[:-1], heads, 3, width)
+            return tuple(three[..., i, :].flatten(-2) for i in range(3))
+        key = self.record.kv_heads_key
+        groups = int((self.record.value(config, key) if key else None) or heads)
+        return torch.split(outputs[0], [heads * width, groups * width, groups * width], -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of last hidden states [N, D], by the model's own code around its base."""
+        if not self.by_parts:
+            return hidden  # `whole` made logits of them already
+        stub = _Stub(self._kind, hidden[None])
+        modules = self.model._modules
+        name = next(n for n, child in modules.items() if child is self.base)
+        modules[name] = stub
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            out = type(self.model).forward(self.model, input_ids=ids, return_dict=True)
+        finally:
+            modules[name] = self.base
+        result: torch.Tensor = out.logits[0]
+        return result
+
+    def predicted(self, ran: Ran, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+        """What `logits` takes, of the tokens ``where`` (bool [B, L]): last hidden states [N, D]."""
+        if self.by_parts:
+            return ran.last[where]
+        given = {name: value for name, value in inputs.items() if name in self.takes}
+        logits: torch.Tensor = self.model(**given, return_dict=True).logits
+        return logits[where]
+
+    def check(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether logits made a few tokens at a time are the model's own; from then on they are made in that way, or whole."""
+        if self.task not in ("causal", "masked"):
+            return True
+        training = self.model.training
+        self.model.eval()
+        short = {name: value[:1] for name, value in inputs.items()}
+        given = {name: value for name, value in short.items() if name in self.takes}
+        try:
+            with torch.no_grad():
+                whole = self.model(**given, return_dict=True).logits[0].float()
+                parts = self.logits(self.run(short).last[0]).float()
+            fits = parts.shape == whole.shape and float((parts - whole).abs().max()) <= TOLERANCE * max(
+                float(whole.std()), 1e-6
+            )
+        except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
+            fits = False  # its head asks the base for more than hidden states
+        self.model.train(training)
+        self.by_parts = fits
+        return fits
+
+
+class _Stub(torch.nn.Module):
+    """Stands for a base model, and gives hidden states that it made before."""
+
+    def __init__(self, kind: Any, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.kind, self.hidden = kind, hidden
+
+    @property
+    def decoder(self) -> Any:
+        """OPT calls the decoder inside its base."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind(last_hidden_state=self.hidden)
+
+
+def _keep(into: dict[str, torch.Tensor], name: str) -> Any:
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        into[name] = output
+
+    return hook

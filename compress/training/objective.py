@@ -1,0 +1,239 @@
+"""What a student is trained for: the weighted sum of losses against a teacher, and against labels.
+
+B samples, L tokens, D width, V vocabulary, N tokens that count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress.evaluation.embeddings import Pooling, pooled
+from compress.training.chunks import chunk_rows, summed
+from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
+from compress.training.models import Ran, Reader, Task
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Losses and what they are told.
+
+    Attributes:
+        weights: by name, those of `DIVERGENCES`, ``labels``, ``hidden``, ``cosine``, ``relations``.
+        temperature: of divergences. skew: share of the teacher that ``skewed_kl`` mixes in.
+        states: pairs of outputs (student's, teacher's) that ``hidden`` compares; 0 is the embeddings, 1 the first block.
+        vectors: the pair of blocks whose attention ``relations`` compares, from 0. relation_heads: into how many heads.
+    """
+
+    weights: Mapping[str, float]
+    temperature: float = 1.0
+    skew: float = 0.1
+    states: tuple[tuple[int, int], ...] = ()
+    vectors: tuple[int, int] | None = None
+    relation_heads: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the losses, in order."""
+        return tuple(self.weights)
+
+    @property
+    def of_logits(self) -> bool:
+        """Whether any reads logits."""
+        return any(name in DIVERGENCES or name == "labels" for name in self.weights)
+
+    @property
+    def of_distribution(self) -> bool:
+        """Whether any compares with a teacher's probabilities."""
+        return any(name in DIVERGENCES for name in self.weights)
+
+    @property
+    def of_inside(self) -> bool:
+        """Whether any looks inside the teacher, beyond its probabilities."""
+        return any(name in self.weights for name in ("hidden", "cosine", "relations"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few samples of one step.
+
+    Attributes:
+        inputs: what the model reads, [B, L]. counted: bool [B, L], the tokens of samples that are no filling.
+        predict: bool [B, L], tokens whose logits count; of a classifier bool [B]. targets: int64 [N], what they should say.
+        rows: int64 [B], numbers of the samples, -1 for filling.
+        tokens, predicted: how many tokens count in the whole step, over all of its batches.
+    """
+
+    inputs: dict[str, Tensor]
+    counted: Tensor
+    predict: Tensor
+    targets: Tensor
+    rows: Tensor
+    tokens: int
+    predicted: int
+
+
+@dataclass
+class Signal:
+    """What the teacher says of a batch.
+
+    Attributes:
+        distribution: rows of the N predicted tokens ▶ log-probabilities [n, V], or [n, k + 1] with the ids [n, k] of buckets.
+        ran: hidden states, vectors, and the last ones.
+    """
+
+    distribution: Callable[[slice], tuple[Tensor, Tensor | None]] | None = None
+    ran: Ran | None = None
+
+
+class Objective(torch.nn.Module):
+    """A student, what is trained beside it and thrown away, and the loss.
+
+    Args:
+        vocabulary: how many ids student and teachers share; logits beyond are left out.
+        widths: of the teacher's hidden states; a projection is learned where the student's differ.
+        pooling: of sentence embeddings.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        task: Task,
+        terms: Terms,
+        *,
+        vocabulary: int,
+        teacher_width: int | None = None,
+        pooling: Pooling | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.task = task
+        self.terms = terms
+        self.vocabulary = vocabulary
+        self.pooling = pooling or Pooling()
+        vectors = () if terms.vectors is None else (terms.vectors[0],)
+        self.reader = Reader(student, task, [s for s, _ in terms.states], vectors)
+        self.projections = torch.nn.ModuleDict()
+        width = int(student.config.hidden_size)
+        if teacher_width is not None and teacher_width != width:
+            names = [f"state{i}" for i in range(len(terms.states))] + (["last"] if "cosine" in terms.weights else [])
+            for name in names:
+                linear = torch.nn.Linear(width, teacher_width, bias=False)
+                torch.nn.init.orthogonal_(linear.weight)
+                self.projections[name] = linear
+
+    def forward(self, batch: Batch, signal: Signal, scale: float = 1.0) -> Tensor:
+        """[1 + losses]: what is minimised, then each loss by itself, unweighted and without gradient.
+
+        Every value is this batch's share of the mean over the step: the shares of a step's batches add up to it. ``scale``
+        multiplies gradients on their way (see `chunks.summed`).
+        """
+        ran = self.reader.run(batch.inputs)
+        parts: dict[str, Tensor] = {}
+        if self.terms.of_logits:
+            of_logits = self._predicted(batch, signal, ran, scale) / max(1, batch.predicted)
+            total = of_logits[0]
+            parts |= dict(zip(self._logit_terms(), of_logits[1:], strict=True))
+        else:
+            total = ran.last.new_zeros((), dtype=torch.float32)
+        for name, loss in (("hidden", self._hidden), ("cosine", self._cosine), ("relations", self._relations)):
+            if name in self.terms.weights:
+                assert signal.ran is not None
+                parts[name] = loss(batch, ran, signal.ran)
+                total = total + self.terms.weights[name] * parts[name]
+        return torch.stack([total, *(parts[name].detach().float() for name in self.terms.names)])
+
+    def _logit_terms(self) -> list[str]:
+        return [name for name in self.terms.names if name in DIVERGENCES or name == "labels"]
+
+    def _predicted(self, batch: Batch, signal: Signal, ran: Ran, scale: float) -> Tensor:
+        """Sums over the predicted tokens of the weighted losses on logits, and of each."""
+        if self.task == "classes":
+            assert ran.logits is not None
+            hidden = ran.logits[batch.predict]
+            head: Callable[[Tensor], Tensor] = _same
+            parameters: list[torch.nn.Parameter] = []
+        else:
+            hidden = self.reader.predicted(ran, batch.inputs, batch.predict)
+            head = self.reader.logits
+            parameters = self.reader.parameters_of_head() if self.reader.by_parts else []
+        names, terms = self._logit_terms(), self.terms
+
+        def loss(rows: Tensor, part: slice) -> Tensor:
+            logits = head(rows)[:, : self.vocabulary].float()
+            values = []
+            if terms.of_distribution:
+                assert signal.distribution is not None
+                theirs, ids = signal.distribution(part)
+                mine = (logits / terms.temperature).log_softmax(-1)
+                mine = mine if ids is None else bucketed(mine, ids)
+            for name in names:
+                if name == "labels":
+                    values.append(functional.cross_entropy(logits, batch.targets[part], reduction="sum"))
+                elif name == "skewed_kl":
+                    values.append(skewed_kl(theirs, mine, terms.skew).sum() * terms.temperature**2)
+                else:
+                    values.append(DIVERGENCES[name](theirs, mine).sum() * terms.temperature**2)
+            return torch.stack([sum(terms.weights[n] * v for n, v in zip(names, values, strict=True)), *values])  # type: ignore[list-item]
+
+        if not len(hidden):  # filling alone: nothing to predict, and yet every process takes part
+            nothing = hidden.sum() * 0 + sum(p.sum() * 0 for p in parameters)
+            return torch.stack([nothing, *(hidden.new_zeros(()) for _ in names)])
+        return summed(loss, hidden, parameters, chunk_rows(self.vocabulary), scale)
+
+    def _project(self, name: str, states: Tensor) -> Tensor:
+        return self.projections[name](states) if name in self.projections else states
+
+    def _hidden(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+        """Squared distance of hidden states over the teacher's square, mean over tokens and pairs (arXiv 1909.10351)."""
+        found = []
+        for i, (s, t) in enumerate(self.terms.states):
+            target = theirs.states[t][batch.counted].float()
+            error = self._project(f"state{i}", mine.states[s][batch.counted]).float() - target
+            found.append((error.square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).sum())
+        return torch.stack(found).mean() / max(1, batch.tokens)
+
+    def _cosine(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+        """1 - cosine of the last hidden states, mean over tokens (arXiv 1910.01108), or of sentence embeddings."""
+        if self.task == "embedding":
+            present = batch.rows >= 0
+            a, b = (pooled(r.last[present].float(), batch.counted[present], self.pooling) for r in (mine, theirs))
+            return (1 - (self._project("last", a) * b).sum(-1)).sum() / max(1, batch.predicted)
+        a, b = self._project("last", mine.last[batch.counted]).float(), theirs.last[batch.counted].float()
+        return (1 - functional.cosine_similarity(a, b, dim=-1)).sum() / max(1, batch.tokens)
+
+    def _relations(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+        """KL of relations among queries, keys and values, mean over tokens, heads and the three (MiniLMv2, 2012.15828)."""
+        assert self.terms.vectors is not None
+        student, teacher = self.terms.vectors
+        causal = self.task == "causal"
+        found = []
+        for a, b in zip(mine.vectors[student], theirs.vectors[teacher], strict=True):
+            p, q = (_relation(v, self.terms.relation_heads, batch.counted, causal) for v in (b, a))
+            divergence = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).mean(1)  # [B, L]
+            found.append(divergence[batch.counted].sum())
+        return torch.stack(found).mean() / max(1, batch.tokens)
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows
+
+
+def _relation(vectors: Tensor, heads: int, counted: Tensor, causal: bool) -> Tensor:
+    """Log of softmax(v vᵀ / √d) over tokens that count, [B, heads, L, L], of vectors [B, L, heads · d]."""
+    split = vectors.float().view(*vectors.shape[:-1], heads, -1).transpose(1, 2)
+    scores = split @ split.transpose(-1, -2) / math.sqrt(split.shape[-1])
+    length = scores.shape[-1]
+    allowed = counted[:, None, None, :]
+    if causal:
+        allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
+    # a token sees itself, so that rows of padding are finite as well
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=scores.device)
+    result: Tensor = scores.masked_fill(~allowed, -math.inf).log_softmax(-1)
+    return result

@@ -1,0 +1,116 @@
+"""The state of a training run on disk, by torch's distributed checkpoints: what a killed run goes on from.
+
+A state is a folder that appears under its name complete or not at all; ``train.json`` beside it names the one that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
+
+from compress.calibration.ranks import Ranks
+
+
+@dataclass
+class RunState:
+    """Where a run keeps its states. ``folder`` must be one that all processes see."""
+
+    folder: Path
+    ranks: Ranks
+
+    def find(self) -> dict[str, Any] | None:
+        """What ``train.json`` says; None where there is none that can be used."""
+        try:
+            found = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(found, dict) and (self.folder / str(found.get("state"))).is_dir()
+        return found if whole else None
+
+    def save(self, name: str, tensors: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
+        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on."""
+        path = self.folder / name
+        temp = self.folder / f"{name}.tmp"
+        if self.ranks.rank == 0:
+            shutil.rmtree(temp, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.ranks.wait()
+        with _quiet():
+            save_state(dict(tensors), checkpoint_id=str(temp))
+        if self.ranks.rank == 0:
+            temp.rename(path)
+            if said is not None:
+                note = self.folder / "train.json.tmp"
+                note.write_text(json.dumps({**said, "state": name}), encoding="utf-8")
+                note.replace(self.folder / "train.json")
+        self.ranks.wait()
+
+    def load(self, name: str, tensors: dict[str, Any]) -> None:
+        """Read a state into tensors that are there."""
+        with _quiet(), torch.no_grad():
+            load_state(tensors, checkpoint_id=str(self.folder / name))
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Remove all other states."""
+        if self.ranks.rank == 0:
+            for path in self.folder.iterdir():
+                if path.is_dir() and path.name not in names:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP says by warnings that one process is one process."""
+    log = logging.getLogger("torch.distributed.checkpoint")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """State tensors by a name that tells optimizer, place of the parameter, and what it is. They are made if need be."""
+    found: dict[str, torch.Tensor] = {}
+    for number, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if any(p not in optimizer.state for p in parameters):
+            _initialise(optimizer, parameters)
+        for place, parameter in enumerate(parameters):
+            for key, value in sorted(optimizer.state[parameter].items()):
+                if isinstance(value, torch.Tensor):
+                    found[f"optimizer{number}.{place}.{key}"] = value
+    return found
+
+
+def _initialise(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
+    """A step of no length, after which every parameter has its state."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    # of a run that begins, not of one that took a step
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()

@@ -1,0 +1,91 @@
+"""The teachers of a student: one model or several, at work beside it, or what they said, read from a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compress.training.divergence import bucketed, ensemble
+from compress.training.models import Reader, Task
+from compress.training.objective import Batch, Signal, Terms
+
+
+class Says(Protocol):
+    """Whatever tells what teachers say of a batch."""
+
+    def __call__(self, batch: Batch) -> Signal:
+        """What they say."""
+        ...
+
+
+@dataclass
+class Teachers:
+    """Models whose probabilities are averaged by weight. The first one alone shows hidden states and attention.
+
+    ``vocabulary``: ids shared with the student.
+    """
+
+    readers: Sequence[Reader]
+    weights: Sequence[float]
+    terms: Terms
+    vocabulary: int
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Signal:
+        """One forward pass of each."""
+        if not self.terms.of_distribution:
+            return Signal(None, self.readers[0].run(batch.inputs))
+        runs, hidden = [], []
+        for reader in self.readers:
+            ran = reader.run(batch.inputs)
+            runs.append(ran)
+            if reader.task == "classes":
+                assert ran.logits is not None
+                hidden.append(ran.logits[batch.predict])
+            else:
+                hidden.append(reader.predicted(ran, batch.inputs, batch.predict))
+
+        @torch.no_grad()
+        def distribution(part: slice) -> tuple[Tensor, None]:
+            return self.log_probabilities([h[part] for h in hidden]), None
+
+        return Signal(distribution, runs[0] if self.terms.of_inside else None)
+
+    def log_probabilities(self, hidden: Sequence[Tensor]) -> Tensor:
+        """Of the ensemble, [n, V] float32, from what each teacher's `Reader.predicted` gave."""
+        members = []
+        for reader, rows in zip(self.readers, hidden, strict=True):
+            logits = rows if reader.task == "classes" else reader.logits(rows)
+            members.append((logits[:, : self.vocabulary].float() / self.terms.temperature).log_softmax(-1))
+        return ensemble(members, list(self.weights))
+
+    @torch.no_grad()
+    def likeliest(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """Ids [N, k] of the k likeliest tokens, and log-probabilities [N, k + 1] of these and of all others together."""
+        from compress.training.chunks import chunk_rows
+
+        signal = self(batch)
+        assert signal.distribution is not None
+        count = int(batch.predict.sum())
+        rows = chunk_rows(self.vocabulary)
+        ids, values = [], []
+        for start in range(0, count, rows):
+            said, _ = signal.distribution(slice(start, start + rows))
+            top = said.topk(k, dim=1).indices.sort(1).values
+            ids.append(top)
+            values.append(bucketed(said, top))
+        if not ids:
+            return torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k + 1)
+        return torch.cat(ids), torch.cat(values)
+
+
+def reader_of(model: Any, task: Task, terms: Terms) -> Reader:
+    """A teacher's reader, frozen, which keeps what the terms compare with."""
+    model.requires_grad_(False)
+    model.eval()
+    vectors = () if terms.vectors is None else (terms.vectors[1],)
+    return Reader(model, task, [t for _, t in terms.states], vectors)
