@@ -344,6 +344,8 @@ def _run(
             publish(stage_folder, state.output, _provenance(state, identity, rows), {"README.md": _card(state, report)})
         reports.save(report, state.folder.report)
         write_atomically(state.folder.path / "report.md", reports.render_markdown(report).encode())
+        for name, picture in reports.render_pictures(report).items():
+            write_atomically(state.folder.path / name, picture.encode())
         write_atomically(state.folder.path / "junit.xml", reports.render_junit(report).encode())
         reports.append_step_summary(report)
     return RunResult(state.output if published else stage_folder, report, status, exit_status, published)

@@ -237,6 +237,14 @@ def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Name of the picture of a training pass's losses, beside the report."""
+    number = next(
+        i for i, each in enumerate((r for stage in report["stages"] for r in stage["passes"]), 1) if each is row
+    )
+    return f"losses-{number}.svg"
+
+
 def _tuned(tuning: Mapping[str, Any]) -> str:
     text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
     return text if tuning["kept"] else f"{text}, put back"

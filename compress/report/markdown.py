@@ -37,9 +37,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if said:
         lines += ["## What the passes say", ""]
     for row in said:
-        details = {k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve", "shapes")}
+        details = {
+            k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve", "shapes", "training")
+        }
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
+        if "training" in row["details"]:
+            lines += [*_training(row["details"]["training"], row["name"], figures.losses_file(report, row)), ""]
         if formats := figures.format_rows(row["details"]):
             text = "Divergence: nats per token expected of rounding those matrices alone, to second order."
             lines += [f"`{row['name']}`, formats within the budget. {text}", ""]
@@ -122,6 +126,33 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
         *(["seconds"] if seconds else []),
     ]
     return table(head, rows, right=(1, 2, 4, 5, 6, 7))
+
+
+def _training(training: Mapping[str, Any], name: str, picture: str) -> list[str]:
+    """What a training did, its held-out losses, and where they are drawn."""
+    held = training["held_out"]
+    text = (
+        f"`{name}`, training: {training['tokens']:,} tokens in {training['steps']:,} steps, {training['epochs']:g} times "
+        f"through the data, {training['tokens_per_second']:,.0f} tokens per second. Held-out loss {held[0]['loss']:.4f} ▶ "
+        f"{min(row['loss'] for row in held):.4f}, best at step {training['best_step']}."
+    )
+    if training["stopped"]:
+        text += f" Stopped early: {training['stopped']}."
+    if "teacher_cache" in training:
+        cache = training["teacher_cache"]
+        text += (
+            f" Teachers were read from a cache of {cache['k']} tokens, {cache['bytes_per_token']} bytes per token; "
+            f"{cache['samples_added']:,} samples were added to it."
+        )
+    names = [key for key in training["losses"][-1] if key not in ("step", "loss")] if training["losses"] else []
+    by_step = {row["step"]: row for row in training["losses"]}
+    rows = []
+    for row in held:
+        mean = by_step.get(row["step"], {})
+        shown = [f"{mean[key]:.4f}" if key in mean else "" for key in names]
+        rows.append([f"{row['step']:,}", f"{row['loss']:.4f}", *shown])
+    head = ("step", "held out", *(f"{key}, trained on" for key in names))
+    return [text, "", f"![losses by step]({picture})", "", *table(head, rows, right=range(len(head)))]
 
 
 def _planned(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
