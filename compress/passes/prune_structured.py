@@ -78,9 +78,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
             )
         if settings.searched:
-            from compress.passes.search import shapes
+            from compress.passes.search import estimate
 
-            return replace(shapes(self, spec, settings)[0].spec, exact=False)  # which one is told by trying
+            return replace(estimate(self, spec, settings), exact=False)  # which one is told by trying
         exact = spec.exact
         if settings.layers is not None:
             depth = record.depth(spec.structure.config)

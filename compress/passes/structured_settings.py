@@ -65,6 +65,12 @@ class PruneStructuredSettings(PassSettings):
     max_bytes: Size | None = Field(
         default=None, description="Likewise the most bytes of weights, stored densely, such as 500MB."
     )
+    max_latency_ratio: Share | None = Field(
+        default=None,
+        description="Likewise the most time that reading a prompt of 256 tokens may take, as a share of the original's, such "
+        "as 70%. Shapes are measured beside it on this machine, with random weights, which no plan and no rerun can foretell; "
+        "both targets hold where a size is given too.",
+    )
     multiple_of: int = Field(
         default=1,
         ge=1,
@@ -111,4 +117,4 @@ class PruneStructuredSettings(PassSettings):
 
 
 KINDS = ("layers", "experts", "hidden", "heads", "mlp")
-TARGETS = ("keep_parameters", "max_bytes")
+TARGETS = ("keep_parameters", "max_bytes", "max_latency_ratio")
