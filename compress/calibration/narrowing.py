@@ -6,7 +6,7 @@ The block keeps its shape: removed units are zero, which is what a narrower bloc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from compress.calibration.sweep import Block, Changed
 from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.survivors import keep_by_loss, keep_by_score, least_squares
 
-Score = Literal["loss", "activation", "magnitude"]
+Score = Literal["loss", "activation", "taylor", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Narrowing:
     Attributes:
         units: block ▶ units and how many of them go, those that come first in the block first.
         score: which go. repair: whether survivors make up for them by least squares. tuning: of each block afterwards.
+        scores: of `taylor`, importance of each unit by the name of the module that reads it.
     """
 
     units: Mapping[int, Sequence[tuple[Units, int]]]
     score: Score
     repair: bool
     tuning: Tuning | None
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
@@ -91,6 +93,8 @@ def _solve(
     hessian = statistics.hessian if bias is None else statistics.centred()
     if how.score == "magnitude" or cold:
         keep = keep_by_score(magnitude(units, {n: s.weight for n, s in sites.items()}), remove, runs=units.groups)
+    elif how.score == "taylor":
+        keep = keep_by_score(torch.tensor(how.scores[units.name]), remove, runs=units.groups)
     elif how.score == "activation":
         power = statistics.hessian.diagonal().view(units.count, -1).sum(1).sqrt()
         keep = keep_by_score(power.cpu(), remove, runs=units.groups)

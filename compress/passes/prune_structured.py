@@ -35,22 +35,25 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     needs = frozenset({"calibration"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; blocks: "
+        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
+        "arXiv 1906.10771; blocks: "
         "ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; tuning as in BRECQ, arXiv 2102.05426"
     )
 
     def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
         """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
-        return self.needs if _chosen_by_score(settings) or _sweeps(settings) else frozenset()
+        reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
+        return self.needs if reads else frozenset()
 
     def works(self, settings: PruneStructuredSettings) -> Mode:
         """Block by block where activations of blocks are looked at, else tensor by tensor."""
         return "sweep" if _sweeps(settings) else "stream"
 
     def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
-        """Of the sweep, and of a second model to tune towards; or of the whole model, where removing blocks is tried."""
+        """Of the sweep, and of a second model to tune towards; or of the whole model, to try blocks or for gradients."""
+        gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
         if not _sweeps(settings):
-            return None
+            return gradients or None
         record = architectures.of(spec.structure.config)
         names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
         tuned = settings.repair == "tune"
@@ -61,7 +64,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             outside = sizes.pop(None, 0)
             sweep += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
-        return max(sweep, whole)
+        return max(sweep, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact where blocks are named or all alike; a choice by score only changes which units go."""
@@ -120,6 +123,23 @@ def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
     return settings.searched or (settings.layers is not None and not isinstance(settings.layers, tuple))
 
 
+def _by_gradient(settings: PruneStructuredSettings) -> bool:
+    """Whether units are chosen by gradients of the whole model."""
+    narrower = settings.searched or settings.mlp is not None or settings.heads is not None
+    return narrower and settings.score == "taylor"
+
+
+def _gradient_memory(spec: Spec, width: int) -> int:
+    """The model, gradients of its matrices, and what a sample of 1,024 tokens leaves in them for the way back."""
+    record = architectures.of(spec.structure.config)
+    matrices = [t for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+    vocabulary = max(t.shape[0] for t in spec.stored() if record.block_index(t.name) is None)
+    activations = 1024 * (
+        width * sum(sum(t.shape) for t in matrices) + 3 * 4 * vocabulary
+    )  # logits, their softmax, gradient
+    return width * (spec.parameters + sum(t.count for t in matrices)) + activations
+
+
 def _has_teacher(settings: PruneStructuredSettings) -> bool:
     """Whether what is tuned has not the original's blocks or widths, so that both are at work."""
     others = (settings.layers, settings.experts, settings.hidden)
@@ -127,9 +147,11 @@ def _has_teacher(settings: PruneStructuredSettings) -> bool:
 
 
 def _sweeps(settings: PruneStructuredSettings) -> bool:
-    widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
-    scored = settings.searched or settings.experts is not None or (widths and settings.score != "magnitude")
-    return scored or settings.repair != "none"
+    widths = settings.mlp is not None or settings.heads is not None
+    by_inputs = (widths and settings.score in ("loss", "activation")) or (
+        settings.hidden is not None and settings.score != "magnitude"
+    )
+    return settings.searched or settings.experts is not None or by_inputs or settings.repair != "none"
 
 
 def _alike(spec: Spec) -> bool:

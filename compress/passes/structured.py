@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from compress.calibration.importance import channel_importance, expert_saliency
 from compress.calibration.influence import block_influence
 from compress.calibration.narrowing import Narrowing, magnitude, narrow_block
 from compress.calibration.sweep import Teacher
+from compress.calibration.taylor import taylor_scores
 from compress.calibration.tune import Tuning
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes import cuts, shape
@@ -125,8 +126,9 @@ def narrow(
     tuned = settings.repair == "tune"
     if not narrower and not tuned:
         return current
-    if settings.repair == "none" and settings.score == "magnitude":
-        return _by_magnitude(current, found)
+    scores = _gradients(current, found, settings, context) if narrower else {}
+    if settings.repair == "none" and (scores or settings.score == "magnitude"):
+        return _by_weights(current, found, scores)
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
     record = architectures.of(current.spec.structure.config)
     members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
@@ -138,7 +140,7 @@ def narrow(
         teacher = Teacher(original, spans, channels)
     sweep = open_sweep(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
     tuning = Tuning(settings.tune_epochs, settings.tune_rate) if tuned else None
-    how = Narrowing(found.remove, settings.score, settings.repair != "none", tuning)
+    how = Narrowing(found.remove, settings.score, settings.repair != "none", tuning, scores)
     result = sweep.run(lambda block: narrow_block(block, how), "removing units" if narrower else "repairing")
     kept = {row["block"]: row.pop("kept", {}) for row in result.details}
     context.details["blocks"] = result.details
@@ -149,16 +151,44 @@ def narrow(
     return cuts.narrow(repaired, chosen, found.config)
 
 
-def _by_magnitude(checkpoint: Checkpoint, found: shape.Widths) -> Checkpoint:
+def _gradients(
+    checkpoint: Checkpoint, found: shape.Widths, settings: PruneStructuredSettings, context: Context
+) -> dict[str, list[float]]:
+    """With `score: taylor`, importance of each unit by the name of the module that reads it."""
+    if settings.score != "taylor":
+        return {}
+    units = [one for block in found.remove.values() for one, _ in block]
+
+    def compute() -> dict[str, list[float]] | None:
+        if context.rank:
+            return None
+        return taylor_scores(
+            checkpoint,
+            units,
+            context.data("calibration"),
+            dtype=context.dtype,
+            device=context.device,
+            seed=context.seed,
+            progress=context.progress,
+        )
+
+    scores: dict[str, list[float]] = once(context, "taylor", compute)
+    return scores
+
+
+def _by_weights(checkpoint: Checkpoint, found: shape.Widths, scores: Mapping[str, Sequence[float]]) -> Checkpoint:
+    """Cut tensor by tensor: by the scores, or where there are none by magnitude."""
     record = architectures.of(checkpoint.spec.structure.config)
     transposed = record.input_axis == 0
     chosen: list[tuple[Units, list[int]]] = []
     for units in found.remove.values():
         for one, remove in units:
-            names = {f"{m.module}.weight" for m in one.members}
-            values = {name: checkpoint.tensor(name).data for name in names}
-            weights = {name: value.T if transposed else value for name, value in values.items()}
-            chosen.append((one, keep_by_score(magnitude(one, weights), remove, runs=one.groups)))
+            if scores:
+                score = torch.tensor(scores[one.name])
+            else:
+                values = {f"{m.module}.weight": checkpoint.tensor(f"{m.module}.weight").data for m in one.members}
+                score = magnitude(one, {name: value.T if transposed else value for name, value in values.items()})
+            chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
     return cuts.narrow(checkpoint, chosen, found.config)
 
 

@@ -76,10 +76,11 @@ class PruneStructuredSettings(PassSettings):
         ge=1,
         description="What is kept of `mlp` and `hidden` is rounded to a multiple of this (with experts: and of 8).",
     )
-    score: Literal["loss", "activation", "magnitude"] = Field(
+    score: Literal["loss", "activation", "taylor", "magnitude"] = Field(
         default="loss",
         description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
         "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
+        "`taylor`: those that change the model's loss least to first order, by gradients (the whole model is in memory). "
         "`magnitude`: those of the smallest weights; needs no data.",
     )
     layer_score: Literal["loss", "influence"] = Field(
