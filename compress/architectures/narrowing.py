@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.record import Architecture
-from compress.architectures.units import Hidden, Member, Mlp, Units, head_groups, heads, neurons
+from compress.architectures.units import Hidden, Member, Merge, Mlp, Units, head_groups, heads, neurons
 from compress.checkpoint.spec import Spec, Structure
 from compress.errors import PassError
 
@@ -43,6 +43,28 @@ def kv_heads(record: Architecture, config: Mapping[str, Any]) -> int:
     """Number of key and value heads."""
     found = record.value(config, record.kv_heads_key) if record.kv_heads_key else None
     return int(found or record.value(config, record.heads_key))
+
+
+def merges(record: Architecture, spec: Spec, left: int) -> dict[int, Merge]:
+    """By block: its key and value heads, to become ``left``.
+
+    Raises:
+        PassError: no config of the family says that heads share keys and values.
+    """
+    if record.attention is None or record.kv_heads_key is None or record.attention.layout == "interleaved":
+        raise PassError(
+            f"{record.model_type} cannot share keys and values among heads: its config has no field for it",
+            key="keep_kv_heads",
+            fix="remove `mlp` or `layers` instead",
+        )
+    config = spec.structure.config
+    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
+    rotary = int(record.head_dim(config) * share) if record.attention.rotary else 0
+    return {
+        index: Merge(one.count, left, rotary, *one.members)
+        for index, one in head_units(record, spec, whole_groups=True).items()
+    }
 
 
 def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
@@ -123,6 +145,12 @@ def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, quer
     here, there = relative.classes
     names = [there + n.removeprefix(here) if n.startswith(here) else n for n in config.get("architectures") or ()]
     return {**config, **relative.config, "model_type": relative.model_type, "architectures": names}
+
+
+def with_kv_heads(record: Architecture, config: Mapping[str, Any], left: int) -> dict[str, Any]:
+    """The config with so many key and value heads."""
+    assert record.kv_heads_key is not None
+    return _set(record, config, record.kv_heads_key, left)
 
 
 def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -9,7 +9,11 @@ from typing import Any
 from compress.architectures.record import Architecture
 from compress.architectures.units import Attention, Hidden, Layout, Mlp, Relative
 
-_QKVO = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True)
+_QKVO = Attention(
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True, rotary=True
+)
+#: Queries and keys are normalised head by head.
+_NORMED = replace(_QKVO, rotary=False)
 
 
 def _fused(module: str, output: str, layout: Layout, free: bool = False) -> Attention:
@@ -83,7 +87,12 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture("mistral", **_LLAMA_LIKE),
     Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
-    Architecture("qwen3", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
+    Architecture(
+        "qwen3",
+        **{**_LLAMA_LIKE, "attention": _NORMED},
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": _window_from},
+    ),
     Architecture(
         "gemma2",
         **_GEMMA_LIKE,
@@ -93,7 +102,7 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "gemma3_text",
-        **_GEMMA_LIKE,
+        **{**_GEMMA_LIKE, "attention": replace(_NORMED, even=True)},
         per_layer=("layer_types",),
         per_layer_defaults={
             "layer_types": lambda config: _full_every(config, int(config.get("sliding_window_pattern", 6)))
@@ -104,7 +113,7 @@ RECORDS: tuple[Architecture, ...] = (
         "phi3",
         **_DECODER,
         mlps=(Mlp(("mlp.gate_up_proj",), "mlp.down_proj", sections=2),),
-        attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True),
+        attention=replace(_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True), rotary=True),
         hidden=replace(_PRE_NORMS, epsilon=1e-5),
     ),
     Architecture(
@@ -129,7 +138,7 @@ RECORDS: tuple[Architecture, ...] = (
         "qwen3_moe",
         **_DECODER,
         mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
-        attention=_QKVO,
+        attention=_NORMED,
         hidden=_PRE_NORMS,
         spellings={"num_experts": "num_local_experts"},
         dense_blocks_key="mlp_only_layers",
@@ -186,7 +195,7 @@ RECORDS: tuple[Architecture, ...] = (
         skipped_positions=lambda config: 2,
         tie_default=True,
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
-        attention=replace(_QKVO, output="self_attn.out_proj", free=False),
+        attention=replace(_QKVO, output="self_attn.out_proj", free=False, rotary=False),
     ),
     Architecture(
         "bert",

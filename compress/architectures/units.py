@@ -42,6 +42,7 @@ class Attention:
         query, key, value: modules; the same one where they are fused, as ``layout`` says. output: reads all heads.
         free: whether the config may have heads x head width other than the hidden size (by ``head_dim_key``).
         even: whether the config still wants the hidden size to be a multiple of the number of heads.
+        rotary: whether nothing but rotary positions (entry i with i + half) lies between queries and keys and their product.
     """
 
     query: str
@@ -51,6 +52,7 @@ class Attention:
     layout: Layout = "separate"
     free: bool = False
     even: bool = False
+    rotary: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,3 +170,31 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
             Member(value, "out", head_dim, after[1]),
         )
     return Units("groups", output.module, groups, (*members, output))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Key and value heads of a block that become fewer: every run of ``heads // left`` neighbours becomes one.
+
+    Attributes:
+        rotary: entries of a key that positions turn in pairs; 0 where keys cannot be turned to be alike.
+        query, key, value, output: where the heads lie, and what belongs to each.
+    """
+
+    heads: int
+    left: int
+    rotary: int
+    query: Member
+    key: Member
+    value: Member
+    output: Member
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All places."""
+        return self.query, self.key, self.value, self.output
+
+    def kept(self) -> tuple[Units, list[int]]:
+        """What is left of keys and values once merged heads are equal: the first of each run."""
+        units = Units("groups", self.output.module, self.heads, (self.key, self.value))
+        return units, list(range(0, self.heads, self.heads // self.left))

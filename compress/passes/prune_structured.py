@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class PruneStructured(Pass[PruneStructuredSettings]):
     """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
 
-    Every block keeps the same widths, so the result is a stock model: of the same family, or, where its config forbids the new
-    number of heads, of one that computes the same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the
-    repaired ones before it.
+    Heads of keys and values may be merged instead. Every block keeps the same widths, so the result is a stock model: of the
+    same family, or, where its config forbids the new number of heads, of one that computes the same (Llama ▶ Mistral). Blocks
+    are repaired in order, each on the outputs of the repaired ones before it.
     """
 
     name: ClassVar[str] = "prune_structured"
@@ -36,8 +36,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
-        "arXiv 1906.10771; blocks: "
-        "ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; tuning as in BRECQ, arXiv 2102.05426"
+        "arXiv 1906.10771; blocks: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; merged heads: aligned as in "
+        "arXiv 2412.20677; tuning as in BRECQ, arXiv 2102.05426"
     )
 
     def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
@@ -148,9 +148,8 @@ def _has_teacher(settings: PruneStructuredSettings) -> bool:
 
 def _sweeps(settings: PruneStructuredSettings) -> bool:
     widths = settings.mlp is not None or settings.heads is not None
-    by_inputs = (widths and settings.score in ("loss", "activation")) or (
-        settings.hidden is not None and settings.score != "magnitude"
-    )
+    others = settings.hidden is not None or settings.keep_kv_heads is not None
+    by_inputs = (widths and settings.score in ("loss", "activation")) or (others and settings.score != "magnitude")
     return settings.searched or settings.experts is not None or by_inputs or settings.repair != "none"
 
 
