@@ -56,6 +56,10 @@ _BERT_LIKE: dict[str, Any] = {
 }
 
 
+def _t5_attention(path: str) -> Attention:
+    return Attention(f"{path}.q", f"{path}.k", f"{path}.v", f"{path}.o", free=True)
+
+
 def _window_from(config: Mapping[str, Any]) -> list[str]:
     """Attention of Qwen's blocks: a window from ``max_window_layers`` on, where windows are used at all."""
     depth, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
@@ -238,6 +242,30 @@ RECORDS: tuple[Architecture, ...] = (
         tie_default=True,
         mlps=(Mlp(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
         attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+    ),
+    Architecture(
+        "t5",
+        prefix="transformer",  # of its classifiers alone
+        blocks="encoder.block",
+        stacks={"decoder.block": "num_decoder_layers"},
+        embeddings=("shared",),
+        head_classes=("ForConditionalGeneration",),
+        depth_key="num_layers",
+        hidden_key="d_model",
+        heads_key="num_heads",
+        head_dim_key="d_kv",
+        spellings={"num_hidden_layers": "num_layers", "hidden_size": "d_model", "num_attention_heads": "num_heads"},
+        causal=False,
+        tie_default=True,
+        mlps=tuple(
+            Mlp(tuple(f"layer.{place}.DenseReluDense.{up}" for up in ups), f"layer.{place}.DenseReluDense.wo", "d_ff")
+            for place in (1, 2)  # in the encoder, and in the decoder
+            for ups in (("wi",), ("wi_0", "wi_1"))
+        ),
+        attention=replace(
+            _t5_attention("layer.0.SelfAttention"), table="layer.0.SelfAttention.relative_attention_bias"
+        ),
+        cross=_t5_attention("layer.1.EncDecAttention"),
     ),
     Architecture(
         "vit",

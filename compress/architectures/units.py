@@ -7,7 +7,7 @@ torch nor numpy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Side = Literal["out", "in"]
@@ -43,6 +43,8 @@ class Attention:
         free: whether the config may have heads x head width other than the hidden size (by ``head_dim_key``).
         even: whether the config still wants the hidden size to be a multiple of the number of heads.
         rotary: whether nothing but rotary positions (entry i with i + half) lies between queries and keys and their product.
+        table: module of the first block whose weight [distances, heads] is added to the scores of all blocks of its list: the
+            same heads go from all of them.
     """
 
     query: str
@@ -53,6 +55,7 @@ class Attention:
     free: bool = False
     even: bool = False
     rotary: bool = False
+    table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,12 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
             Member(value, "out", head_dim, after[1]),
         )
     return Units("groups", output.module, groups, (*members, output))
+
+
+def same_heads(attention: Attention, blocks: Sequence[Units], first: str) -> Units:
+    """Heads that go from all blocks of a list together, with what the table of the first block says of them."""
+    table = Member(first + str(attention.table), "in")
+    return replace(blocks[-1], members=(table, *(member for units in blocks for member in units.members)))
 
 
 @dataclass(frozen=True)

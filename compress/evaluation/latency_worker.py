@@ -27,6 +27,9 @@ def main() -> None:
         _say(out, {"error": f"latency is measured on token ids, and {reads}"})
         return
     config = model.config
+    if config.is_encoder_decoder:
+        _say(out, {"error": f"latency is measured on one text, and {type(model).__name__} reads two"})
+        return
     _say(
         out,
         {

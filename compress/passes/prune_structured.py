@@ -12,7 +12,7 @@ from compress.errors import PassError
 from compress.passes import shape
 from compress.passes.base import Context, Mode, Pass
 from compress.passes.structured_settings import PruneStructuredSettings
-from compress.passes.sweeping import by_block, sweep_memory
+from compress.passes.sweeping import by_block, followable, sweep_memory
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -75,6 +75,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 fix="name blocks in `layers`",
             )
         record = architectures.of(spec.structure.config)
+        if settings.layers is not None:
+            narrowing.has_numbers(record)
+        if self.needed(settings):
+            followable(spec, "set `score: magnitude` and `repair: none`")
         if self.needed(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",

@@ -84,15 +84,15 @@ def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
     remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
     if amounts.heads is not None:
         chosen, config = _heads(record, spec, amounts.heads)
-        for index, units in chosen.items():
-            remove[index].append(units)
+        for index, found in chosen.items():
+            remove.setdefault(index, []).extend(found)
     merges: dict[int, Merge] = {}
     if amounts.keep_kv_heads is not None:
         merges, config = _merges(record, spec, amounts.keep_kv_heads)
     if amounts.mlp is not None:
         neurons, config = _neurons(record, spec, amounts, config)
         for index, found in neurons.items():
-            remove[index] += found
+            remove.setdefault(index, []).extend(found)
     return Widths(remove, merges, config)
 
 
@@ -126,7 +126,9 @@ def _neurons(
     return chosen, narrowing.with_size(record, config, kept)
 
 
-def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, tuple[Units, int]], dict[str, Any]]:
+def _heads(
+    record: Architecture, spec: Spec, amount: Amount
+) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
     """Heads go within their groups where each group can lose the same number, else whole groups go."""
     if record.attention is None:
         raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
@@ -136,9 +138,8 @@ def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, 
     count = _count(amount, queries, "heads", "heads")
     if per_group > 1 and count % groups == 0:
         found = narrowing.head_units(record, spec, whole_groups=False)
-        return {i: (units, count) for i, units in found.items()}, narrowing.with_heads(
-            record, config, queries - count, groups
-        )
+        less = {i: [(one, count) for one in units] for i, units in found.items()}
+        return less, narrowing.with_heads(record, config, queries - count, groups)
     if count % per_group:
         raise PassError(
             f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
@@ -147,9 +148,8 @@ def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, 
         )
     gone = count // per_group
     found = narrowing.head_units(record, spec, whole_groups=True)
-    return {i: (units, gone) for i, units in found.items()}, narrowing.with_heads(
-        record, config, queries - count, groups - gone
-    )
+    less = {i: [(one, gone) for one in units] for i, units in found.items()}
+    return less, narrowing.with_heads(record, config, queries - count, groups - gone)
 
 
 def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, Merge], dict[str, Any]]:

@@ -26,7 +26,8 @@ HOW = {"dtype": "float32", "device": "cpu", "seed": 3, "progress": SilentProgres
 def units(checkpoint, whole_groups=False):
     record = architectures.of(checkpoint.spec.structure.config)
     neurons = [one for block in narrowing.mlp_units(record, checkpoint.spec).values() for one in block]
-    return [*neurons, *narrowing.head_units(record, checkpoint.spec, whole_groups).values()]
+    heads = [one for block in narrowing.head_units(record, checkpoint.spec, whole_groups).values() for one in block]
+    return [*neurons, *heads]
 
 
 def derivative(model, parameter: str, count: int, batches: Batches, along: int, part=...) -> torch.Tensor:

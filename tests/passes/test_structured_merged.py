@@ -154,7 +154,7 @@ def test_stock_loads_them_without_this_package(tmp_path):
     assert len(run.stdout.split()) == len(RMS)
 
 
-@pytest.mark.parametrize("family", FIXED_HEADS)
+@pytest.mark.parametrize("family", [*FIXED_HEADS, "t5", "vit"])
 def test_families_that_share_none(family, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     message = f"{family} cannot share keys and values among heads: its config has no field for it; remove `mlp`"
