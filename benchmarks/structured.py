@@ -2,7 +2,8 @@
 
 The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation
 (or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
-prompt and to generate, and the peak memory, of a random Llama of 124 M parameters that loses half of its blocks' parameters.
+prompt (logits of its last token alone) and to generate, and the peak memory, of a random Llama of 124 M parameters that loses
+half of its blocks' parameters; `--jobs --speed` measures and prints that alone.
 REFERENCE may name a JSON file with figures of other tools: {"MLP 25%": 0.0838, …}.
 """
 
@@ -65,7 +66,8 @@ def speed(model: str) -> list[str]:
         shutil.rmtree(scratch, ignore_errors=True)
     return [
         "",
-        "Random weights of a Llama of 124 M parameters, float32, beside the whole model in the same run:",
+        "Random weights of a Llama of 124 M parameters, float32, beside the whole model in the same run; a prompt of 256 "
+        "tokens, of which the last one has logits:",
         "",
         *page.table(["without", "prefill faster", "decode faster", "memory"], rows),
     ]
@@ -79,12 +81,15 @@ def main() -> None:
         "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="defaults run with each"
     )
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
     parser.add_argument("--speed", action="store_true", help="measure time on a larger model too")
     parser.add_argument("--section", default="structured", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
+    if not args.jobs:
+        print("\n".join(speed(args.model)))
+        return
     import compress
 
     reference = json.loads(args.reference.read_text()) if args.reference else {}

@@ -53,15 +53,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaForMaskedLM", {}),
     "electra": ("ElectraForMaskedLM", {"embedding_size": 16}),
     "distilbert": ("DistilBertForMaskedLM", {}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 3, "decoder_start_token_id": 0},
+    ),
     "vit": ("ViTForImageClassification", {"image_size": 16, "patch_size": 4, "num_labels": 5}),
 }
+#: Families with one list of blocks, which sweeps follow and of which some can go by number.
+ONE_LIST = [family for family in FAMILIES if family != "t5"]
 #: Families with sizes of their own: all others take the ones in `config`.
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 64},
     "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "t5": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 4, "num_heads": 4},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 64},
 }
-PADDING = {"opt": 1, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0}
+PADDING = {"opt": 1, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0, "t5": 0}
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -132,11 +139,12 @@ def save(
 
 
 def inputs(loaded: Any, length: int = 12) -> dict[str, torch.Tensor]:
-    """Fixed arguments for a forward pass: token ids [1, length], or an image."""
+    """Fixed arguments for a forward pass: token ids [1, length], of a second text too where the model reads two, or an image."""
     if loaded.main_input_name == "pixel_values":
         shape = (1, loaded.config.num_channels, loaded.config.image_size, loaded.config.image_size)
         return {"pixel_values": torch.linspace(-1, 1, math.prod(shape)).reshape(shape).sin()}
-    return {"input_ids": (torch.arange(length) * 7 % 250)[None]}
+    ids = {"input_ids": (torch.arange(length) * 7 % 250)[None]}
+    return {**ids, "decoder_input_ids": ids["input_ids"].flip(1)} if loaded.config.is_encoder_decoder else ids
 
 
 def logits(loaded: Any, length: int = 12) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.record import Architecture
-from compress.architectures.units import Hidden, Member, Mlp, Units, head_groups, heads, neurons
+from compress.architectures.units import Hidden, Member, Merge, Mlp, Units, head_groups, heads, neurons, same_heads
 from compress.checkpoint.spec import Spec, Structure
 from compress.errors import PassError
 
@@ -23,26 +23,60 @@ def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
             for expert in _experts(spec, path, mlp):
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
                 tensor = spec.tensors.get(f"{path}{one.down}.weight")
-                if tensor is not None:
+                if tensor is not None and all(f"{path}{up}.weight" in spec.tensors for up in one.up):
                     found.setdefault(index, []).append(neurons(one, path, tensor.shape[_axis(record, "in")]))
     return found
 
 
-def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, Units]:
-    """By block: query heads, to go within their groups, or whole groups."""
+def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, list[Units]]:
+    """By block: query heads, to go within their groups, or whole groups; those of a list together where they share a table."""
     if record.attention is None:
         return {}
     config = spec.structure.config
     queries, head_dim = int(record.value(config, record.heads_key)), record.head_dim(config)
     groups = kv_heads(record, config)
     make = head_groups if whole_groups else heads
-    return {i: make(record.attention, path, queries, groups, head_dim) for path, i in _blocks(record, spec).items()}
+    found: dict[int, list[Units]] = {}
+    lists: dict[str, list[Units]] = {}  # by what the names of the list's first block begin with
+    for path, index in sorted(_blocks(record, spec).items(), key=lambda block: block[1]):
+        one = make(record.attention, path, queries, groups, head_dim)
+        if record.attention.table is None:
+            found.setdefault(index, []).append(one)
+        else:
+            lists.setdefault(path.removesuffix(f"{index}.") + "0.", []).append(one)
+        if record.cross is not None and f"{path}{record.cross.output}.weight" in spec.tensors:
+            found.setdefault(index, []).append(make(record.cross, path, queries, groups, head_dim))
+    for first, blocks in lists.items():
+        found.setdefault(0, []).append(same_heads(record.attention, blocks, first))
+    return found
 
 
 def kv_heads(record: Architecture, config: Mapping[str, Any]) -> int:
     """Number of key and value heads."""
     found = record.value(config, record.kv_heads_key) if record.kv_heads_key else None
     return int(found or record.value(config, record.heads_key))
+
+
+def merges(record: Architecture, spec: Spec, left: int) -> dict[int, Merge]:
+    """By block: its key and value heads, to become ``left``.
+
+    Raises:
+        PassError: no config of the family says that heads share keys and values.
+    """
+    if record.attention is None or record.kv_heads_key is None or record.attention.layout == "interleaved":
+        raise PassError(
+            f"{record.model_type} cannot share keys and values among heads: its config has no field for it",
+            key="keep_kv_heads",
+            fix="remove `mlp` or `layers` instead",
+        )
+    config = spec.structure.config
+    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
+    rotary = int(record.head_dim(config) * share) if record.attention.rotary else 0
+    return {
+        index: Merge(one.count, left, rotary, *one.members)
+        for index, (one,) in head_units(record, spec, whole_groups=True).items()
+    }
 
 
 def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
@@ -125,6 +159,12 @@ def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, quer
     return {**config, **relative.config, "model_type": relative.model_type, "architectures": names}
 
 
+def with_kv_heads(record: Architecture, config: Mapping[str, Any], left: int) -> dict[str, Any]:
+    """The config with so many key and value heads."""
+    assert record.kv_heads_key is not None
+    return _set(record, config, record.kv_heads_key, left)
+
+
 def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The config with those numbers of neurons."""
     result = dict(config)
@@ -162,12 +202,24 @@ def _experts(spec: Spec, path: str, mlp: Mlp) -> list[str]:
 # ---- blocks and experts: tensors go, others are renumbered ----
 
 
+def has_numbers(record: Architecture) -> None:
+    """Raises `PassError` for families of which no block can go by its number."""
+    if record.stacks:
+        raise PassError(
+            f"{record.model_type} has blocks in an encoder and in a decoder, whose first ones say what distances add in all "
+            "of them: none can go by a number",
+            key="layers",
+            fix="remove `mlp` or `heads` instead",
+        )
+
+
 def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str]]:
     """The spec without those blocks, and its tensor names ▶ what the checkpoint calls them.
 
     Raises:
-        PassError: there is no such block, or none would stay.
+        PassError: there is no such block, none would stay, or numbers do not tell blocks.
     """
+    has_numbers(record)
     config = spec.structure.config
     depth = record.depth(config)
     if wrong := [i for i in drop if i >= depth]:
@@ -237,8 +289,13 @@ def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -
 def has_hidden(record: Architecture) -> Hidden:
     """What the record says of the hidden width. Raises `PassError` for families where it cannot shrink exactly."""
     if record.hidden is None:
+        reason = (
+            "the encoder and the decoder share it"
+            if record.stacks
+            else "its LayerNorm takes the mean over all channels"
+        )
         raise PassError(
-            f"{record.model_type} cannot lose hidden width exactly: its LayerNorm takes the mean over all channels",
+            f"{record.model_type} cannot lose hidden width exactly: {reason}",
             key="hidden",
             fix="remove `mlp` or `layers` instead",
         )

@@ -27,6 +27,8 @@ class Architecture:
         embeddings: modules below the prefix that look up vectors, or make them of pixels; the one of the vocabulary first.
         position_table: the one of them that holds a learned vector per position; None where positions are computed.
         skipped_positions: config ▶ how many of that table's rows, its first ones, no token is given.
+        stacks: further such lists (the decoder's, where ``blocks`` are the encoder's) ▶ the config field with their number; a
+            model may lack them. A sweep cannot follow such families, and no block can go by its number.
         module_blocks: path of that list in the model, where transformers renames it on loading.
         input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
@@ -44,9 +46,10 @@ class Architecture:
         experts: modules inside a block that hold the experts; ``experts_key`` (how many) and ``active_experts_key`` (how
             many of them a token uses) are config fields.
         input_axis: axis of a weight matrix that its inputs run along: -1 for Linear, 0 for GPT-2's Conv1D.
-        causal: whether it decodes with a key-value cache.
+        causal: whether it decodes, as it reads, with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` where the config does not say it.
         mlps, attention, hidden: what structured pruning may narrow, see `architectures.units`.
+        cross: attention of a decoder's blocks to what the encoder gives, beside ``attention``.
         relative: a stock family to become where the config forbids a new number of heads.
     """
 
@@ -56,6 +59,7 @@ class Architecture:
     embeddings: tuple[str, ...]
     position_table: str | None = None
     skipped_positions: Callable[[Mapping[str, Any]], int] = lambda config: 0
+    stacks: Mapping[str, str] = field(default_factory=dict)
     module_blocks: str | None = None
     input: str = "input_ids"
     head: str | None = "lm_head"
@@ -82,6 +86,7 @@ class Architecture:
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()
     attention: Attention | None = None
+    cross: Attention | None = None
     hidden: Hidden | None = None
     relative: Relative | None = None
 
@@ -90,7 +95,7 @@ class Architecture:
         """Groups: what stands before the number, the number, the rest with its dot."""
         first, _, rest = self.prefix.rpartition(".")
         inner = f"(?:{re.escape(first)}\\.)?{re.escape(rest)}\\." if first else f"{re.escape(rest)}\\."
-        lists = "|".join(map(re.escape, filter(None, (self.blocks, self.module_blocks))))
+        lists = "|".join(map(re.escape, filter(None, (self.blocks, *self.stacks, self.module_blocks))))
         return re.compile(rf"^((?:{inner})?(?:{lists})\.)(\d+)(\..+)$")
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
@@ -115,7 +120,8 @@ class Architecture:
     def is_block_matrix(self, name: str) -> bool:
         """Whether a matrix of that name is a linear layer of a block (what pruning takes by default); routers are none."""
         match = self._block.match(name)
-        return match is not None and name.endswith(".weight") and match[3][1:].rpartition(".")[0] not in self.routers
+        others = (*self.routers, self.attention.table if self.attention else None)
+        return match is not None and name.endswith(".weight") and match[3][1:].rpartition(".")[0] not in others
 
     def depth(self, config: Mapping[str, Any]) -> int:
         """Number of blocks."""
@@ -199,7 +205,7 @@ class Architecture:
             return
         embedding = f"{self.embeddings[0]}.weight"
         pairs = [self.bias_tie] if self.bias_tie else []
-        pairs.append((self.head_tie, self._find(spec, embedding) or f"{self.prefix}.{embedding}"))
+        pairs.append((self.head_tie, self._find(spec, embedding) or self._spelt(spec, embedding)))
         for target, source in pairs:
             if source in spec.tensors and target not in spec.tensors:
                 yield target, source
@@ -218,6 +224,11 @@ class Architecture:
         prefixes = (f"{self.prefix}.", f"{self.prefix.rpartition('.')[2]}.", "")
         return next((p + name for p in prefixes if p + name in spec.tensors), None)
 
+    def _spelt(self, spec: Spec, name: str) -> str:
+        """The name of a tensor that the file does not hold, as it spells others: with the prefix, or without."""
+        start = f"{self.prefix}."
+        return start + name if any(other.startswith(start) for other in spec.tensors) else name
+
     def check(self, spec: Spec, where: str) -> None:
         """Config and weights agree on depth and embedding shape. Raises `CheckpointError`."""
         config = spec.structure.config
@@ -225,12 +236,13 @@ class Architecture:
             value = self.value(config, key)
             if not isinstance(value, int) or value < 1:
                 raise CheckpointError(f"config.json has no usable `{key}`", where=where)
-        found = {i for i in map(self.block_index, spec.tensors) if i is not None}
-        depth = self.depth(config)
-        if found != set(range(depth)):
-            wrong = min(found ^ set(range(depth)))
-            side = "the weights hold none" if wrong < depth else f"the config says {depth}"
-            raise CheckpointError(f"config and weights disagree: block {wrong}: {side}", where=where)
+        matches = [match for match in map(self._block.match, spec.tensors) if match is not None]
+        lists = {stack: {int(m[2]) for m in matches if m[1].endswith(f"{stack}.")} for stack in self.stacks}
+        numbers = {int(m[2]) for m in matches if not m[1].endswith(tuple(f"{stack}." for stack in self.stacks))}
+        self._check_depth("block ", numbers, self.depth(config), where)
+        for stack, found in lists.items():
+            if found:
+                self._check_depth(f"{stack}.", found, int(config.get(self.stacks[stack]) or self.depth(config)), where)
         embedding = self._find(spec, f"{self.embeddings[0]}.weight")
         if embedding is None and self._tied(spec) and self.head_tie in spec.tensors:
             embedding = self.head_tie
@@ -245,3 +257,10 @@ class Architecture:
                 f"config and weights disagree: {embedding} has {shape[0]} rows, the config says vocab_size {vocabulary}",
                 where=where,
             )
+
+    @staticmethod
+    def _check_depth(what: str, found: set[int], depth: int, where: str) -> None:
+        if found != set(range(depth)):
+            wrong = min(found ^ set(range(depth)))
+            side = "the weights hold none" if wrong < depth else f"the config says {depth}"
+            raise CheckpointError(f"config and weights disagree: {what}{wrong}: {side}", where=where)

@@ -9,7 +9,11 @@ from typing import Any
 from compress.architectures.record import Architecture
 from compress.architectures.units import Attention, Hidden, Layout, Mlp, Relative
 
-_QKVO = Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True)
+_QKVO = Attention(
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True, rotary=True
+)
+#: Queries and keys are normalised head by head.
+_NORMED = replace(_QKVO, rotary=False)
 
 
 def _fused(module: str, output: str, layout: Layout, free: bool = False) -> Attention:
@@ -52,6 +56,10 @@ _BERT_LIKE: dict[str, Any] = {
 }
 
 
+def _t5_attention(path: str) -> Attention:
+    return Attention(f"{path}.q", f"{path}.k", f"{path}.v", f"{path}.o", free=True)
+
+
 def _window_from(config: Mapping[str, Any]) -> list[str]:
     """Attention of Qwen's blocks: a window from ``max_window_layers`` on, where windows are used at all."""
     depth, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
@@ -83,7 +91,12 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture("mistral", **_LLAMA_LIKE),
     Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
-    Architecture("qwen3", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
+    Architecture(
+        "qwen3",
+        **{**_LLAMA_LIKE, "attention": _NORMED},
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": _window_from},
+    ),
     Architecture(
         "gemma2",
         **_GEMMA_LIKE,
@@ -93,7 +106,7 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "gemma3_text",
-        **_GEMMA_LIKE,
+        **{**_GEMMA_LIKE, "attention": replace(_NORMED, even=True)},
         per_layer=("layer_types",),
         per_layer_defaults={
             "layer_types": lambda config: _full_every(config, int(config.get("sliding_window_pattern", 6)))
@@ -104,7 +117,7 @@ RECORDS: tuple[Architecture, ...] = (
         "phi3",
         **_DECODER,
         mlps=(Mlp(("mlp.gate_up_proj",), "mlp.down_proj", sections=2),),
-        attention=_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True),
+        attention=replace(_fused("self_attn.qkv_proj", "self_attn.o_proj", "stacked", free=True), rotary=True),
         hidden=replace(_PRE_NORMS, epsilon=1e-5),
     ),
     Architecture(
@@ -129,7 +142,7 @@ RECORDS: tuple[Architecture, ...] = (
         "qwen3_moe",
         **_DECODER,
         mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
-        attention=_QKVO,
+        attention=_NORMED,
         hidden=_PRE_NORMS,
         spellings={"num_experts": "num_local_experts"},
         dense_blocks_key="mlp_only_layers",
@@ -186,7 +199,7 @@ RECORDS: tuple[Architecture, ...] = (
         skipped_positions=lambda config: 2,
         tie_default=True,
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
-        attention=replace(_QKVO, output="self_attn.out_proj", free=False),
+        attention=replace(_QKVO, output="self_attn.out_proj", free=False, rotary=False),
     ),
     Architecture(
         "bert",
@@ -229,6 +242,30 @@ RECORDS: tuple[Architecture, ...] = (
         tie_default=True,
         mlps=(Mlp(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
         attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+    ),
+    Architecture(
+        "t5",
+        prefix="transformer",  # of its classifiers alone
+        blocks="encoder.block",
+        stacks={"decoder.block": "num_decoder_layers"},
+        embeddings=("shared",),
+        head_classes=("ForConditionalGeneration",),
+        depth_key="num_layers",
+        hidden_key="d_model",
+        heads_key="num_heads",
+        head_dim_key="d_kv",
+        spellings={"num_hidden_layers": "num_layers", "hidden_size": "d_model", "num_attention_heads": "num_heads"},
+        causal=False,
+        tie_default=True,
+        mlps=tuple(
+            Mlp(tuple(f"layer.{place}.DenseReluDense.{up}" for up in ups), f"layer.{place}.DenseReluDense.wo", "d_ff")
+            for place in (1, 2)  # in the encoder, and in the decoder
+            for ups in (("wi",), ("wi_0", "wi_1"))
+        ),
+        attention=replace(
+            _t5_attention("layer.0.SelfAttention"), table="layer.0.SelfAttention.relative_attention_bias"
+        ),
+        cross=_t5_attention("layer.1.EncDecAttention"),
     ),
     Architecture(
         "vit",

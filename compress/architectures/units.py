@@ -7,7 +7,7 @@ torch nor numpy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Side = Literal["out", "in"]
@@ -42,6 +42,9 @@ class Attention:
         query, key, value: modules; the same one where they are fused, as ``layout`` says. output: reads all heads.
         free: whether the config may have heads x head width other than the hidden size (by ``head_dim_key``).
         even: whether the config still wants the hidden size to be a multiple of the number of heads.
+        rotary: whether nothing but rotary positions (entry i with i + half) lies between queries and keys and their product.
+        table: module of the first block whose weight [distances, heads] is added to the scores of all blocks of its list: the
+            same heads go from all of them.
     """
 
     query: str
@@ -51,6 +54,8 @@ class Attention:
     layout: Layout = "separate"
     free: bool = False
     even: bool = False
+    rotary: bool = False
+    table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,3 +173,37 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
             Member(value, "out", head_dim, after[1]),
         )
     return Units("groups", output.module, groups, (*members, output))
+
+
+def same_heads(attention: Attention, blocks: Sequence[Units], first: str) -> Units:
+    """Heads that go from all blocks of a list together, with what the table of the first block says of them."""
+    table = Member(first + str(attention.table), "in")
+    return replace(blocks[-1], members=(table, *(member for units in blocks for member in units.members)))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Key and value heads of a block that become fewer: every run of ``heads // left`` neighbours becomes one.
+
+    Attributes:
+        rotary: entries of a key that positions turn in pairs; 0 where keys cannot be turned to be alike.
+        query, key, value, output: where the heads lie, and what belongs to each.
+    """
+
+    heads: int
+    left: int
+    rotary: int
+    query: Member
+    key: Member
+    value: Member
+    output: Member
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """All places."""
+        return self.query, self.key, self.value, self.output
+
+    def kept(self) -> tuple[Units, list[int]]:
+        """What is left of keys and values once merged heads are equal: the first of each run."""
+        units = Units("groups", self.output.module, self.heads, (self.key, self.value))
+        return units, list(range(0, self.heads, self.heads // self.left))

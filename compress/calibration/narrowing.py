@@ -5,19 +5,20 @@ The block keeps its shape: removed units are zero, which is what a narrower bloc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from compress.architectures.units import Units
+from compress.architectures.units import Merge, Units
+from compress.calibration.merging import merge_heads
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.sweep import Block, Changed
 from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.survivors import keep_by_loss, keep_by_score, least_squares
 
-Score = Literal["loss", "activation", "magnitude"]
+Score = Literal["loss", "activation", "taylor", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,17 @@ class Narrowing:
 
     Attributes:
         units: block ▶ units and how many of them go, those that come first in the block first.
+        merges: block ▶ key and value heads to merge, before anything else.
         score: which go. repair: whether survivors make up for them by least squares. tuning: of each block afterwards.
+        scores: of `taylor`, importance of each unit by the name of the module that reads it.
     """
 
     units: Mapping[int, Sequence[tuple[Units, int]]]
+    merges: Mapping[int, Merge]
     score: Score
     repair: bool
     tuning: Tuning | None
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
@@ -45,6 +50,11 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
     zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, first axis first, and its rows that are zero
     kept: dict[str, list[int]] = {}
     rows: dict[str, Any] = {}
+    projections: list[Callable[[], None]] = []
+    if (merge := how.merges.get(block.index)) is not None:
+        name = f"{merge.output.module}.weight"
+        rows[name], again = merge_heads(block, merge, align=how.score != "magnitude", repair=how.repair)
+        projections.append(again)
     todo = list(how.units.get(block.index, ()))
     while todo:
         kind = todo[0][0].kind  # all experts of a block at once; the MLP sees what narrower attention gives
@@ -69,6 +79,8 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
 
         def project() -> None:
             _clear(zeros)
+            for again in projections:
+                again()
             for weight, gone in masks:
                 weight.masked_fill_(gone, 0)
 
@@ -91,6 +103,8 @@ def _solve(
     hessian = statistics.hessian if bias is None else statistics.centred()
     if how.score == "magnitude" or cold:
         keep = keep_by_score(magnitude(units, {n: s.weight for n, s in sites.items()}), remove, runs=units.groups)
+    elif how.score == "taylor":
+        keep = keep_by_score(torch.tensor(how.scores[units.name]), remove, runs=units.groups)
     elif how.score == "activation":
         power = statistics.hessian.diagonal().view(units.count, -1).sum(1).sqrt()
         keep = keep_by_score(power.cpu(), remove, runs=units.groups)

@@ -37,10 +37,10 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class _Changed:
-    """A matrix that has been changed, and what it was."""
+class Earlier:
+    """A tensor of the block that has been changed, and what it was."""
 
-    site: Site
+    tensor: torch.Tensor
     before: torch.Tensor
     now: torch.Tensor
 
@@ -52,12 +52,12 @@ def paired_statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Dr
     and have no drift; see `Block.statistics`.
     """
     once, writers = _explore(block)
-    changed: list[_Changed] = []
+    changed: list[Earlier] = []
     for group in once:
-        statistics, drift = _measure(block, group, writers, changed)
+        statistics, drift = measure(block, group, writers, changed)
         before = [site.weight.clone() for site in group]
         yield group, statistics, drift, True
-        changed += [_Changed(s, w, s.weight.clone()) for s, w in zip(group, before, strict=True)]
+        changed += [Earlier(s.weight, w, s.weight.clone()) for s, w in zip(group, before, strict=True)]
     if rest := [group for group in block.groups if group not in once]:
         for group, statistics, free in block.statistics(groups=rest):
             yield group, statistics, None, free
@@ -99,10 +99,14 @@ def _explore(block: Block) -> tuple[list[list[Site]], list[Site]]:
     return once, []
 
 
-def _measure(
-    block: Block, group: list[Site], writers: Sequence[Site], changed: Sequence[_Changed]
+def measure(
+    block: Block, group: list[Site], writers: Sequence[Site], changed: Sequence[Earlier]
 ) -> tuple[Statistics, Drift]:
-    """Statistics and drift of a group, from passes through the block as it is and as it was."""
+    """Statistics and drift of a group, from passes through the block as it is and as it was before ``changed``.
+
+    Args:
+        writers: sites that write to the residual stream, in order.
+    """
     sweep = block.sweep
     assert block.originals is not None
     width = group[0].weight.shape[1]
@@ -157,12 +161,12 @@ def _read(
 
 
 @contextmanager
-def _restored(changed: Sequence[_Changed]) -> Iterator[None]:
-    """Within, the matrices are what they were."""
+def _restored(changed: Sequence[Earlier]) -> Iterator[None]:
+    """Within, the tensors are what they were."""
     try:
         for one in changed:
-            one.site.weight.copy_(one.before)
+            one.tensor.copy_(one.before)
         yield
     finally:
         for one in changed:
-            one.site.weight.copy_(one.now)
+            one.tensor.copy_(one.now)

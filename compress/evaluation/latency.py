@@ -41,10 +41,11 @@ def measure_latency(
     """Measure ``[original, candidate]`` interleaved, after a warm-up.
 
     Returns:
-        ``original`` and ``candidate``, each with ``prefill`` (seconds for the prompt) and ``decode`` (seconds per token;
-        None for models that do not generate), both with ``samples`` by round, ``median`` and ``p90``, the candidate's
-        also with ``ratio`` and its 95 % interval ``lower``, ``upper``; ``memory``: bytes of peak memory that loading
-        and inference took beyond what the process held before (on a GPU: allocated there), and its ``ratio``.
+        ``original`` and ``candidate``, each with ``prefill`` (seconds for the prompt, with logits of its last
+        token alone, as generation reads it) and ``decode`` (seconds per token; None for models that do not generate), both
+        with ``samples`` by round, ``median`` and ``p90``, the candidate's also with ``ratio`` and its 95 % interval
+        ``lower``, ``upper``; ``memory``: bytes of peak memory that loading and inference took beyond what the process held
+        before (on a GPU: allocated there), and its ``ratio``.
 
     Raises:
         CompressError: a worker could not load its model, or died.

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 
@@ -29,6 +27,9 @@ def main() -> None:
         _say(out, {"error": f"latency is measured on token ids, and {reads}"})
         return
     config = model.config
+    if config.is_encoder_decoder:
+        _say(out, {"error": f"latency is measured on one text, and {type(model).__name__} reads two"})
+        return
     _say(
         out,
         {
@@ -78,6 +79,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
 def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from compress.evaluation.prefill import prefill, timed
     from compress.memory import peak_memory
 
     cuda = model.device.type == "cuda"
@@ -88,22 +90,13 @@ def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(command["seed"])
     prompt = torch.randint(command["vocabulary"], (1, command["prompt"]), generator=generator).to(model.device)
 
-    def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-        if cuda:
-            torch.cuda.synchronize(model.device)
-        start = time.perf_counter()
-        result = work()
-        if cuda:
-            torch.cuda.synchronize(model.device)
-        return time.perf_counter() - start, result
-
     with torch.inference_mode():
         if not command["decode"]:
-            prefill, _ = timed(lambda: model(input_ids=prompt))
-            return {"prefill": prefill, "decode": None, "seconds": prefill}
-        prefill, output = timed(lambda: model(input_ids=prompt, use_cache=True))
-        decode, _ = timed(lambda: _generate(model, output, command["generated"]))
-    return {"prefill": prefill, "decode": decode / command["generated"], "seconds": prefill + decode}
+            read, _ = timed(lambda: model(input_ids=prompt), model.device)
+            return {"prefill": read, "decode": None, "seconds": read}
+        read, output = timed(lambda: prefill(model, prompt), model.device)
+        decode, _ = timed(lambda: _generate(model, output, command["generated"]), model.device)
+    return {"prefill": read, "decode": decode / command["generated"], "seconds": read + decode}
 
 
 def _generate(model: Any, output: Any, count: int) -> None:

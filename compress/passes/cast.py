@@ -13,7 +13,7 @@ from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, undecided
 from compress.passes.cast_settings import CastSettings
-from compress.passes.sweeping import once, open_sweep, sweep_memory
+from compress.passes.sweeping import followable, once, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,8 @@ class Cast(Pass[CastSettings]):
 
         With a budget, the formats are those of a model whose matrices all matter alike.
         """
+        if self.needed(settings) and architectures.known(spec.structure.config):
+            followable(spec, "set `weights` and `method: rtn`")
         if not settings.budgeted:
             return planned(spec, settings, {})
         names = undecided(spec, settings)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures import narrowing
+from compress.architectures.units import Member, Merge
 from compress.checkpoint.spec import Spec
 
 if TYPE_CHECKING:
@@ -33,6 +34,29 @@ def narrow(checkpoint: Checkpoint, kept: Iterable[narrowing.Kept], config: Mappi
     record = architectures.of(checkpoint.spec.structure.config)
     entries = narrowing.kept_entries(record, checkpoint.spec, kept)
     return _derived(checkpoint, narrowing.resized(checkpoint.spec, entries, config), {}, entries)
+
+
+def merge(checkpoint: Checkpoint, merges: Iterable[Merge]) -> Checkpoint:
+    """With key and value heads that are to be merged replaced by their mean; of the shape that it had."""
+    from compress.checkpoint.open import Derived, Value
+    from compress.solvers.merging import merge
+
+    members: dict[str, list[tuple[Member, Merge]]] = {}
+    for one in merges:
+        for member in (one.key, one.value):
+            members.setdefault(member.module, []).append((member, one))
+
+    def mean(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        data = value.data
+        for member, one in members.get(name.rpartition(".")[0], ()):
+            span = member.span(one.heads)
+            data = data.clone()
+            rows = data[span.start : span.stop].view(one.heads, member.width, *data.shape[1:])
+            rows.copy_(merge(rows.double(), one.left))
+        return Value(data, value.mask)
+
+    return Derived(checkpoint, checkpoint.spec, mean)
 
 
 def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint:

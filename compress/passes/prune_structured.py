@@ -12,7 +12,7 @@ from compress.errors import PassError
 from compress.passes import shape
 from compress.passes.base import Context, Mode, Pass
 from compress.passes.structured_settings import PruneStructuredSettings
-from compress.passes.sweeping import by_block, sweep_memory
+from compress.passes.sweeping import by_block, followable, sweep_memory
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class PruneStructured(Pass[PruneStructuredSettings]):
     """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
 
-    Every block keeps the same widths, so the result is a stock model: of the same family, or, where its config forbids the new
-    number of heads, of one that computes the same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the
-    repaired ones before it.
+    Heads of keys and values may be merged instead. Every block keeps the same widths, so the result is a stock model: of the
+    same family, or, where its config forbids the new number of heads, of one that computes the same (Llama ▶ Mistral). Blocks
+    are repaired in order, each on the outputs of the repaired ones before it.
     """
 
     name: ClassVar[str] = "prune_structured"
@@ -35,22 +35,25 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     needs = frozenset({"calibration"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; blocks: "
-        "ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; tuning as in BRECQ, arXiv 2102.05426"
+        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
+        "arXiv 1906.10771; blocks: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; merged heads: aligned as in "
+        "arXiv 2412.20677; tuning as in BRECQ, arXiv 2102.05426"
     )
 
     def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
         """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
-        return self.needs if _chosen_by_score(settings) or _sweeps(settings) else frozenset()
+        reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
+        return self.needs if reads else frozenset()
 
     def works(self, settings: PruneStructuredSettings) -> Mode:
         """Block by block where activations of blocks are looked at, else tensor by tensor."""
         return "sweep" if _sweeps(settings) else "stream"
 
     def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
-        """Of the sweep, and of a second model to tune towards; or of the whole model, where removing blocks is tried."""
+        """Of the sweep, and of a second model to tune towards; or of the whole model, to try blocks or for gradients."""
+        gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
         if not _sweeps(settings):
-            return None
+            return gradients or None
         record = architectures.of(spec.structure.config)
         names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
         tuned = settings.repair == "tune"
@@ -61,7 +64,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             outside = sizes.pop(None, 0)
             sweep += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
-        return max(sweep, whole)
+        return max(sweep, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact where blocks are named or all alike; a choice by score only changes which units go."""
@@ -72,15 +75,19 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 fix="name blocks in `layers`",
             )
         record = architectures.of(spec.structure.config)
+        if settings.layers is not None:
+            narrowing.has_numbers(record)
+        if self.needed(settings):
+            followable(spec, "set `score: magnitude` and `repair: none`")
         if self.needed(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",
                 fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
             )
         if settings.searched:
-            from compress.passes.search import shapes
+            from compress.passes.search import estimate
 
-            return replace(shapes(self, spec, settings)[0].spec, exact=False)  # which one is told by trying
+            return replace(estimate(self, spec, settings), exact=False)  # which one is told by trying
         exact = spec.exact
         if settings.layers is not None:
             depth = record.depth(spec.structure.config)
@@ -120,6 +127,23 @@ def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
     return settings.searched or (settings.layers is not None and not isinstance(settings.layers, tuple))
 
 
+def _by_gradient(settings: PruneStructuredSettings) -> bool:
+    """Whether units are chosen by gradients of the whole model."""
+    narrower = settings.searched or settings.mlp is not None or settings.heads is not None
+    return narrower and settings.score == "taylor"
+
+
+def _gradient_memory(spec: Spec, width: int) -> int:
+    """The model, gradients of its matrices, and what a sample of 1,024 tokens leaves in them for the way back."""
+    record = architectures.of(spec.structure.config)
+    matrices = [t for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+    vocabulary = max(t.shape[0] for t in spec.stored() if record.block_index(t.name) is None)
+    activations = 1024 * (
+        width * sum(sum(t.shape) for t in matrices) + 3 * 4 * vocabulary
+    )  # logits, their softmax, gradient
+    return width * (spec.parameters + sum(t.count for t in matrices)) + activations
+
+
 def _has_teacher(settings: PruneStructuredSettings) -> bool:
     """Whether what is tuned has not the original's blocks or widths, so that both are at work."""
     others = (settings.layers, settings.experts, settings.hidden)
@@ -127,9 +151,10 @@ def _has_teacher(settings: PruneStructuredSettings) -> bool:
 
 
 def _sweeps(settings: PruneStructuredSettings) -> bool:
-    widths = settings.mlp is not None or settings.heads is not None or settings.hidden is not None
-    scored = settings.searched or settings.experts is not None or (widths and settings.score != "magnitude")
-    return scored or settings.repair != "none"
+    widths = settings.mlp is not None or settings.heads is not None
+    others = settings.hidden is not None or settings.keep_kv_heads is not None
+    by_inputs = (widths and settings.score in ("loss", "activation")) or (others and settings.score != "magnitude")
+    return settings.searched or settings.experts is not None or by_inputs or settings.repair != "none"
 
 
 def _alike(spec: Spec) -> bool:

@@ -1,8 +1,8 @@
-"""The shape for a size: which blocks, heads and neurons go so that a target is met at the least loss."""
+"""The shape for a target: which blocks, heads and neurons go so that a target is met at the least loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import lcm
@@ -14,6 +14,7 @@ from compress.checkpoint.layout import lay_out
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes.base import Context
+from compress.passes.speed import Stopwatch, work
 from compress.passes.structured_settings import TARGETS
 from compress.passes.sweeping import once
 
@@ -28,50 +29,155 @@ MOST = 12
 _MOST_NEURONS, _MOST_HEADS = 0.75, 0.5
 #: Calibration samples for trying a shape, at most; and for telling what it costs.
 _TRY, _HELD_OUT = 32, 16
+#: Of shapes that are measured, at most so many numbers of blocks, of heads, and of neurons.
+_MEASURED = (8, 3, 17)
 _ONE_FILE = 1 << 62
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Blocks, heads and neurons (of the narrowest MLP) that go; the settings that say so; what they plan."""
+    """Blocks, heads and neurons (of the narrowest MLP) that go; the settings that say so; what they plan.
+
+    ``prefill`` is the measured time for a prompt over the original's, where the target is one of speed.
+    """
 
     layers: int
     heads: int
     neurons: int
     settings: PruneStructuredSettings
     spec: Spec
+    prefill: float | None = None
+
+    @property
+    def amounts(self) -> tuple[int, int, int]:
+        """What goes."""
+        return self.layers, self.heads, self.neurons
 
     def less(self, other: Shape) -> bool:
         """Whether it takes no more of anything, and less of something."""
-        mine, theirs = ((s.layers, s.heads, s.neurons) for s in (self, other))
-        return mine != theirs and all(a <= b for a, b in zip(mine, theirs, strict=True))
+        pairs = zip(self.amounts, other.amounts, strict=True)
+        return self.amounts != other.amounts and all(a <= b for a, b in pairs)
 
 
 def meets(spec: Spec, before: Spec, settings: PruneStructuredSettings) -> bool:
-    """Whether a planned checkpoint is as small as asked."""
+    """Whether a planned checkpoint is as small as asked; how fast it is, headers do not say."""
     small = settings.keep_parameters is None or spec.parameters <= settings.keep_parameters * before.parameters
     return small and (settings.max_bytes is None or lay_out(spec, _ONE_FILE).bytes <= settings.max_bytes)
 
 
+def estimate(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> Spec:
+    """A spec to plan with: of a shape that meets the target, taking a prompt's time to go with the weights of blocks.
+
+    Raises:
+        PassError: no shape is as small as asked.
+    """
+    if settings.max_latency_ratio is None:
+        return shapes(instance, spec, settings)[0].spec
+    bound = settings.max_latency_ratio * work(spec)
+    found, smallest = _least(
+        instance,
+        spec,
+        settings,
+        list(_depths_and_heads(spec)),
+        _options(spec, settings),
+        lambda shape: meets(shape.spec, spec, settings) and work(shape.spec) <= bound,
+    )
+    if not found and (smallest is None or not meets(smallest, spec, settings)):
+        raise _too_large(smallest, spec, settings)
+    # the estimate is no reason to refuse: what is measured decides
+    return max((shape.spec for shape in found), key=lambda s: s.parameters, default=smallest or spec)
+
+
 def shapes(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> list[Shape]:
-    """Shapes that meet the target; none that only takes more than another. Reads headers alone.
+    """Shapes that are as small as asked; none that only takes more than another. Reads headers alone.
 
     For each number of blocks and heads the fewest neurons that meet it.
 
     Raises:
         PassError: no shape does.
     """
-    key = "keep_parameters" if settings.keep_parameters is not None else "max_bytes"
     if meets(spec, spec, settings):
-        raise PassError("the model is that small already", key=key, fix="ask for less, or leave the pass out")
+        raise PassError(
+            "the model is that small already", key=_key(settings), fix="ask for less, or leave the pass out"
+        )
+    pairs, options = list(_depths_and_heads(spec)), _options(spec, settings)
+    found, smallest = _least(instance, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
+    if not found:
+        raise _too_large(smallest, spec, settings)
+    return found[:: max(1, -(-len(found) // MOST))]
+
+
+def fast_shapes(
+    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> list[Shape]:
+    """Shapes that read a prompt as fast as asked, measured here; of those the ones with the most parameters.
+
+    Raises:
+        PassError: none that is tried does.
+    """
+    spec, target = checkpoint.spec, settings.max_latency_ratio
+    assert target is not None
+    watch, ratios = Stopwatch(checkpoint, context), {}
+    pairs, options = _measured_pairs(spec), _spread(_options(spec, settings), _MEASURED[2])
+    with context.progress.task("measuring shapes", 2 + len(pairs) * len(options).bit_length()) as task:
+
+        def fits(shape: Shape) -> bool:
+            if shape.spec is spec or not meets(shape.spec, spec, settings):
+                return False
+            ratios[shape.amounts] = watch.ratio(shape.spec)
+            task.advance(note=f"{ratios[shape.amounts]:.2f}")
+            return ratios[shape.amounts] <= target
+
+        # the smallest shape comes first: where that is too slow, nothing else needs measuring
+        fit, smallest = _least(instance, spec, settings, pairs[-1:], options[-1:], fits)
+        found = _least(instance, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
+    if not ratios:
+        raise _too_large(smallest, spec, settings)
+    if not found:
+        raise PassError(
+            f"no shape that is tried reads a prompt that fast; the least measured is {min(ratios.values()):.2f} of the "
+            "original's time",
+            key="max_latency_ratio",
+            fix="ask for less, or name the amounts yourself",
+        )
+    largest = sorted(found, key=lambda shape: -shape.spec.parameters)[:MOST]
+    return [replace(shape, prefill=ratios[shape.amounts]) for shape in largest]
+
+
+def _key(settings: PruneStructuredSettings) -> str:
+    return next(key for key in TARGETS if getattr(settings, key) is not None)
+
+
+def _too_large(smallest: Spec | None, spec: Spec, settings: PruneStructuredSettings) -> PassError:
+    least = f"{smallest.parameters / spec.parameters:.1%} of the parameters" if smallest else "none"
+    return PassError(
+        f"no shape is that small; the smallest that is tried keeps {least}",
+        key=_key(settings),
+        fix="ask for less, or name the amounts yourself",
+    )
+
+
+def _least(
+    instance: PruneStructured,
+    spec: Spec,
+    settings: PruneStructuredSettings,
+    pairs: Sequence[tuple[int, int]],
+    options: Sequence[int],
+    fits: Callable[[Shape], bool],
+) -> tuple[list[Shape], Spec | None]:
+    """For each pair (blocks, heads) that go the fewest neurons, of ``options`` in rising order, with which it fits.
+
+    Returns:
+        Those shapes, without the ones that only take more than another; and the smallest spec that was looked at.
+    """
     found: list[Shape] = []
     smallest: Spec | None = None
-    width, step = _neurons(spec, settings)
-    for layers, heads in _depths_and_heads(spec):
+    width = _width(spec)
+    for layers, heads in pairs:
+        if any(s.layers <= layers and s.heads <= heads and not s.neurons for s in found):
+            continue  # whatever fits here takes more than that one
         fixed = {"layers": layers or None, "heads": heads or None}
-        # binary search over steps of `multiple_of` neurons: more gone is smaller
-        options = range(0, int(_MOST_NEURONS * width) + 1, step)
-        low, high = 0, len(options)
+        low, high = 0, len(options)  # binary search: more gone is smaller, and faster
         best: Shape | None = None
         while low < high:
             middle = (low + high) // 2
@@ -79,21 +185,14 @@ def shapes(instance: PruneStructured, spec: Spec, settings: PruneStructuredSetti
             if planned is None:  # this number of heads, or of neurons, no config can say
                 break
             smallest = planned[1] if smallest is None or planned[1].parameters < smallest.parameters else smallest
-            if meets(planned[1], spec, settings):
-                best, high = Shape(layers, heads, options[middle], *planned), middle
+            shape = Shape(layers, heads, options[middle], *planned)
+            if fits(shape):
+                best, high = shape, middle
             else:
                 low = middle + 1
         if best is not None:
             found.append(best)
-    if not found:
-        least = f"{smallest.parameters / spec.parameters:.1%} of the parameters" if smallest else "none"
-        raise PassError(
-            f"no shape is that small; the smallest that is tried keeps {least}",
-            key=key,
-            fix="ask for less, or name the amounts yourself",
-        )
-    kept = [shape for shape in found if not any(other.less(shape) for other in found)]
-    return kept[:: max(1, -(-len(kept) // MOST))]
+    return [shape for shape in found if not any(other.less(shape) for other in found)], smallest
 
 
 def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
@@ -108,11 +207,30 @@ def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
             yield layers, heads
 
 
-def _neurons(spec: Spec, settings: PruneStructuredSettings) -> tuple[int, int]:
-    """Neurons of the narrowest MLP, and steps in which they may go."""
-    record = architectures.of(spec.structure.config)
-    units = list(chain.from_iterable(narrowing.mlp_units(record, spec).values()))
-    return min((one.count for one in units), default=0), lcm(settings.multiple_of, *(one.multiple for one in units))
+def _measured_pairs(spec: Spec) -> list[tuple[int, int]]:
+    """Some of those pairs: each is measured several times."""
+    pairs = list(_depths_and_heads(spec))
+    depths, heads = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    return [(d, h) for d in _spread(depths, _MEASURED[0]) for h in _spread(heads, _MEASURED[1])]
+
+
+def _spread(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, at equal steps, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def _width(spec: Spec) -> int:
+    """Neurons of the narrowest MLP."""
+    units = chain.from_iterable(narrowing.mlp_units(architectures.of(spec.structure.config), spec).values())
+    return min((one.count for one in units), default=0)
+
+
+def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
+    """Numbers of neurons of the narrowest MLP that may go."""
+    units = chain.from_iterable(narrowing.mlp_units(architectures.of(spec.structure.config), spec).values())
+    return range(0, int(_MOST_NEURONS * _width(spec)) + 1, lcm(settings.multiple_of, *(one.multiple for one in units)))
 
 
 def _planned(
@@ -156,7 +274,10 @@ def _tried(
         return None
     from compress.calibration.depth import divergence, greedy_depth
 
-    found = shapes(instance, checkpoint.spec, settings)
+    if settings.max_latency_ratio is None:
+        found = shapes(instance, checkpoint.spec, settings)
+    else:
+        found = fast_shapes(instance, checkpoint, settings, context)
     data = context.data("calibration")
     held = min(_HELD_OUT, max(1, len(data.ids) // 4))
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
@@ -179,7 +300,8 @@ def _tried(
             options.append((loss, number, option))
             row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}
             size = {"parameters": shape.spec.parameters, "bytes": lay_out(shape.spec, _ONE_FILE).bytes}
-            rows.append(row | size | {"divergence": loss})
+            fast = {} if shape.prefill is None else {"prefill": shape.prefill}
+            rows.append(row | size | fast | {"divergence": loss})
             task.advance(note=f"{loss:.4f}")
     _, number, best = min(options, key=lambda o: o[:2])
     amounts = {"layers": best.layers, "heads": best.heads, "mlp": best.mlp}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures import Architecture, narrowing
-from compress.architectures.units import Units
+from compress.architectures.units import Merge, Units
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 
@@ -23,14 +23,20 @@ Amount = float | int
 
 @dataclass(frozen=True)
 class Widths:
-    """Units that lose some, with how many, by block; and the config that says so."""
+    """Units that lose some, with how many, by block; key and value heads to merge; and the config that says so."""
 
     remove: Mapping[int, list[tuple[Units, int]]]
+    merges: Mapping[int, Merge]
     config: Mapping[str, Any]
+
+    def merged(self) -> list[narrowing.Kept]:
+        """Key and value heads that stay."""
+        return [merge.kept() for merge in self.merges.values()]
 
     def first(self) -> list[narrowing.Kept]:
         """A choice of that shape, for planning."""
-        return [(units, _first(units, count)) for block in self.remove.values() for units, count in block if count]
+        removed = [(units, _first(units, count)) for block in self.remove.values() for units, count in block if count]
+        return [*removed, *self.merged()]
 
 
 def _first(units: Units, remove: int) -> list[int]:
@@ -78,13 +84,16 @@ def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
     remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
     if amounts.heads is not None:
         chosen, config = _heads(record, spec, amounts.heads)
-        for index, units in chosen.items():
-            remove[index].append(units)
+        for index, found in chosen.items():
+            remove.setdefault(index, []).extend(found)
+    merges: dict[int, Merge] = {}
+    if amounts.keep_kv_heads is not None:
+        merges, config = _merges(record, spec, amounts.keep_kv_heads)
     if amounts.mlp is not None:
         neurons, config = _neurons(record, spec, amounts, config)
         for index, found in neurons.items():
-            remove[index] += found
-    return Widths(remove, config)
+            remove.setdefault(index, []).extend(found)
+    return Widths(remove, merges, config)
 
 
 def _neurons(
@@ -117,7 +126,9 @@ def _neurons(
     return chosen, narrowing.with_size(record, config, kept)
 
 
-def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, tuple[Units, int]], dict[str, Any]]:
+def _heads(
+    record: Architecture, spec: Spec, amount: Amount
+) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
     """Heads go within their groups where each group can lose the same number, else whole groups go."""
     if record.attention is None:
         raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
@@ -127,9 +138,8 @@ def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, 
     count = _count(amount, queries, "heads", "heads")
     if per_group > 1 and count % groups == 0:
         found = narrowing.head_units(record, spec, whole_groups=False)
-        return {i: (units, count) for i, units in found.items()}, narrowing.with_heads(
-            record, config, queries - count, groups
-        )
+        less = {i: [(one, count) for one in units] for i, units in found.items()}
+        return less, narrowing.with_heads(record, config, queries - count, groups)
     if count % per_group:
         raise PassError(
             f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
@@ -138,9 +148,28 @@ def _heads(record: Architecture, spec: Spec, amount: Amount) -> tuple[dict[int, 
         )
     gone = count // per_group
     found = narrowing.head_units(record, spec, whole_groups=True)
-    return {i: (units, gone) for i, units in found.items()}, narrowing.with_heads(
-        record, config, queries - count, groups - gone
-    )
+    less = {i: [(one, gone) for one in units] for i, units in found.items()}
+    return less, narrowing.with_heads(record, config, queries - count, groups - gone)
+
+
+def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, Merge], dict[str, Any]]:
+    config = spec.structure.config
+    found, heads = narrowing.merges(record, spec, left), narrowing.kv_heads(record, config)
+    if left >= heads or heads % left:
+        possible = [str(n) for n in range(1, heads) if heads % n == 0]
+        raise PassError(
+            f"{heads} key and value heads cannot be merged into {left}",
+            key="keep_kv_heads",
+            fix=f"keep {' or '.join(possible)}" if possible else "leave `keep_kv_heads` out",
+        )
+    for name in (f"{m.module}.weight" for one in found.values() for m in one.members):
+        if spec.tensors[name].kept is not None:
+            raise PassError(
+                f"{name} has weights removed, and merged heads would fill them in",
+                key="keep_kv_heads",
+                fix="merge heads before pruning weights",
+            )
+    return found, narrowing.with_kv_heads(record, config, left)
 
 
 _HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"

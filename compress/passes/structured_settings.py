@@ -51,6 +51,12 @@ class PruneStructuredSettings(PassSettings):
         description="Query heads to remove from every block: a share or a count. They go within their groups where every "
         "group of shared keys and values can lose the same number, else whole groups go.",
     )
+    keep_kv_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Merge the heads of keys and values of every block into so many, each of the mean of its neighbours, "
+        "turned first to be alike on calibration data (by plain mean with `score: magnitude`). A number that divides theirs.",
+    )
     hidden: Amount | None = Field(
         default=None, description="Hidden channels to remove (families with RMSNorm): a share or a count."
     )
@@ -65,15 +71,22 @@ class PruneStructuredSettings(PassSettings):
     max_bytes: Size | None = Field(
         default=None, description="Likewise the most bytes of weights, stored densely, such as 500MB."
     )
+    max_latency_ratio: Share | None = Field(
+        default=None,
+        description="Likewise the most time that reading a prompt of 256 tokens may take, as a share of the original's, such "
+        "as 70%. Shapes are measured beside it on this machine, with random weights, which no plan and no rerun can foretell; "
+        "both targets hold where a size is given too.",
+    )
     multiple_of: int = Field(
         default=1,
         ge=1,
         description="What is kept of `mlp` and `hidden` is rounded to a multiple of this (with experts: and of 8).",
     )
-    score: Literal["loss", "activation", "magnitude"] = Field(
+    score: Literal["loss", "activation", "taylor", "magnitude"] = Field(
         default="loss",
         description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
         "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
+        "`taylor`: those that change the model's loss least to first order, by gradients (the whole model is in memory). "
         "`magnitude`: those of the smallest weights; needs no data.",
     )
     layer_score: Literal["loss", "influence"] = Field(
@@ -100,6 +113,8 @@ class PruneStructuredSettings(PassSettings):
             raise ValueError(f"give amounts or a target, not `{amounts[0]}` and `{targets[0]}`")
         if not amounts and not targets:
             raise ValueError(f"give what to remove: {', '.join(f'`{key}`' for key in (*KINDS, *TARGETS))}")
+        if self.heads is not None and self.keep_kv_heads is not None:
+            raise ValueError("`heads` removes heads and `keep_kv_heads` merges them: give one, or use two passes")
         if targets and self.score == "magnitude":
             raise ValueError(f"`{targets[0]}` tries shapes on calibration data: leave out `score: magnitude`")
         return self
@@ -110,5 +125,5 @@ class PruneStructuredSettings(PassSettings):
         return any(getattr(self, key) is not None for key in TARGETS)
 
 
-KINDS = ("layers", "experts", "hidden", "heads", "mlp")
-TARGETS = ("keep_parameters", "max_bytes")
+KINDS = ("layers", "experts", "hidden", "heads", "keep_kv_heads", "mlp")
+TARGETS = ("keep_parameters", "max_bytes", "max_latency_ratio")

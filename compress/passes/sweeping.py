@@ -115,8 +115,20 @@ def input_axis(spec: Spec, shape: tuple[int, ...]) -> int:
     return architectures.of(spec.structure.config).input_axis if known and len(shape) == 2 else -1
 
 
+def followable(spec: Spec, fix: str) -> None:
+    """Raises `PassError`, with what to do instead, for families that a sweep cannot follow."""
+    record = architectures.of(spec.structure.config)
+    if record.stacks:
+        raise PassError(
+            f"calibration cannot follow {record.model_type}: its decoder's blocks read what the encoder gives, beside the "
+            "block before them",
+            fix=fix,
+        )
+
+
 def inside_blocks(spec: Spec, names: Collection[str]) -> None:
-    """Raises `PassError` for a tensor that no block holds: the sweep does not reach it."""
+    """Raises `PassError` for a tensor that no block holds, which the sweep does not reach; or for a family that it does not."""
+    followable(spec, "use `method: magnitude`")
     record = architectures.of(spec.structure.config)
     if outside := sorted(n for n in names if record.block_index(n) is None):
         raise PassError(

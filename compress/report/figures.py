@@ -222,7 +222,7 @@ def format_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each shape that was tried for a target: what goes, what stays, and what it costs."""
+    """A line for each shape that was tried for a target: what goes, what stays, how fast it is, and what it costs."""
     return [
         (
             ", ".join(map(str, row["layers"])) or "–",
@@ -230,6 +230,7 @@ def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
             str(row["mlp"]),
             f"{row['parameters']:,}",
             format_bytes(row["bytes"]),
+            f"{row['prefill']:.2f}" if "prefill" in row else "–",
             f"{row['divergence']:.4f}",
             "chosen" if row["chosen"] else "",
         )

@@ -51,12 +51,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in row["details"]["curve"]]
             lines += ["What other budgets would cost:", "", *table(("bits", "divergence"), curve, right=(0, 1)), ""]
         if shapes := figures.shape_rows(row["details"]):
-            head = ("blocks that go", "heads", "neurons", "parameters", "size", "divergence", "")
+            columns = ("blocks that go", "heads", "neurons", "parameters", "size", "prefill", "divergence", "")
             text = (
-                "Divergence from the original on calibration samples held out, after least squares and without tuning."
+                "Prefill: time for a prompt over the original's, where that is the target. Divergence from the original on "
+                "calibration samples held out, after least squares and without tuning."
             )
             lines += [f"`{row['name']}`, shapes that meet the target. {text}", ""]
-            lines += [*table(head, shapes, right=(1, 2, 3, 4, 5)), ""]
+            lines += [*table(columns, shapes, right=(1, 2, 3, 4, 5, 6)), ""]
         if blocks := figures.block_rows(row["details"]):
             head = (
                 "block",

@@ -17,7 +17,7 @@ from compress.errors import PassError
 from compress.loading import check_keys, load_checkpoint, load_model
 from compress.planning import size_of
 from tests import pico
-from tests.passes.helpers import apply, bypass, plan
+from tests.passes.helpers import apply, bypass, plan, write
 
 CAUSAL = [family for family in pico.FAMILIES if architectures.of({"model_type": family}).causal]
 
@@ -63,10 +63,11 @@ def test_pruning_takes_the_linear_layers_of_blocks_and_experts_alone(family, tmp
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
     pruned = plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5)
     chosen = sum(t.count for t in pruned.stored() if t.kept is not None)
-    blocks = find_blocks(load_model(checkpoint.folder), record_of(checkpoint))
+    model, record = load_model(checkpoint.folder), record_of(checkpoint)
+    lists = [find_blocks(model, record), *(model.get_submodule(stack) for stack in record.stacks)]
     linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    expected = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, linear))
-    expected += sum(p.numel() for p in blocks.parameters() if p.ndim == 3)  # fused experts
+    expected = sum(m.weight.numel() for blocks in lists for m in blocks.modules() if isinstance(m, linear))
+    expected += sum(p.numel() for blocks in lists for p in blocks.parameters() if p.ndim == 3)  # fused experts
     assert chosen == expected
     assert not [t.name for t in pruned.stored() if t.kept is not None and "gate.weight" in t.name]
 
@@ -115,7 +116,8 @@ def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
                 model(ids[:, : positions + 1])
         else:
             assert positions is None
-            assert model(ids)[0].isfinite().all()
+            second = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            assert model(ids, **second)[0].isfinite().all()
 
 
 def test_the_positions_of_roberta_begin_after_the_padding_token(tmp_path):
@@ -163,7 +165,7 @@ def test_families_that_tie_by_default(family, target, source, said, tmp_path):
     assert [t.name for t in pruned.tensors.values() if t.kept is not None] == [source]
 
 
-@pytest.mark.parametrize(("family", "target", "source"), TIED)
+@pytest.mark.parametrize(("family", "target", "source"), [*TIED, ("t5", "lm_head.weight", "shared.weight")])
 def test_the_file_may_hold_the_head_and_leave_out_the_embedding(family, target, source, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     state = load_file(folder / "model.safetensors")
@@ -175,7 +177,7 @@ def test_the_file_may_hold_the_head_and_leave_out_the_embedding(family, target, 
     assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(pico.model(family)), atol=1e-6)
 
 
-@pytest.mark.parametrize("family", sorted(set(pico.FAMILIES) - {row[0] for row in TIED}))
+@pytest.mark.parametrize("family", sorted(set(pico.FAMILIES) - {"t5", *(row[0] for row in TIED)}))
 def test_families_that_do_not(family, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     change_config(folder, "tie_word_embeddings")
@@ -191,6 +193,26 @@ def test_untied_heads_are_tensors_of_their_own(family, tmp_path):
     check_keys(checkpoint)
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_t5_ties_its_head_where_the_file_has_none(said, tmp_path):
+    """Its stock config ties always, and keeps a head that the file holds (as version 1.1 has it) all the same."""
+    folder = pico.save(tmp_path / "in", "t5")
+    if not said:
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = torch.randn(state["shared.weight"].shape)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        change_config(folder, "scale_decoder_outputs", tie_word_embeddings=False)
+    checkpoint = open_checkpoint(folder)
+    check_keys(checkpoint)
+    aliases = {t.name: t.alias_of for t in checkpoint.spec.tensors.values() if t.alias_of}
+    assert aliases == ({"lm_head.weight": "shared.weight"} if said else {})
+    assert load_model(folder).config.scale_decoder_outputs is said
+    smaller = write(apply(checkpoint, "prune_structured", mlp=16, score="magnitude", repair="none"), tmp_path / "out")
+    after = load_model(smaller.folder)
+    assert after.config.scale_decoder_outputs is said
+    assert torch.equal(after.lm_head.weight, checkpoint.tensor("lm_head.weight").data)
+
+
 def test_a_discriminator_has_no_vocabulary_head(tmp_path):
     transformers.ElectraForPreTraining(pico.config("electra")).save_pretrained(tmp_path / "in")
     checkpoint = open_checkpoint(tmp_path / "in")
@@ -204,6 +226,9 @@ def test_files_of_the_base_class(family, tmp_path):
     model.save_pretrained(tmp_path / "in")
     checkpoint = open_checkpoint(tmp_path / "in")
     check_keys(checkpoint)
+    if family not in pico.ONE_LIST:
+        assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(model), atol=1e-5)
+        return
     bypass(model, (0, 2))
     smaller = load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2], repair="none"))
     assert torch.allclose(pico.logits(smaller), pico.logits(model), atol=1e-5)
@@ -221,7 +246,8 @@ def test_files_of_a_class_with_a_head_may_lack_the_prefix(family, tmp_path):
     check_keys(checkpoint)
     assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == aliases
     assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(pico.model(family)), atol=1e-6)
-    load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2], repair="none"))
+    removed = {"layers": [0, 2]} if family in pico.ONE_LIST else {"mlp": 32, "score": "magnitude"}
+    load_checkpoint(apply(checkpoint, "prune_structured", repair="none", **removed))
 
 
 def same_as_bypassed(folder, drop):

@@ -32,6 +32,8 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(("name", "settings"), STATIC)
 @pytest.mark.parametrize("store", ["stock", "compact"])
 def test_planned_is_written(family, name, settings, store, folders, tmp_path):
+    if "layers" in settings and family not in pico.ONE_LIST:
+        pytest.skip("no block can go by its number")
     checkpoint = open_checkpoint(folders[family])
     if "overrides" in settings:
         modules = " ".join(t.module for t in checkpoint.spec.stored())
@@ -72,15 +74,16 @@ def test_one_write_or_three_give_the_same_bytes(store, scope, folders, tmp_path)
 def dropped(folders, tmp_path_factory, stock_outputs):
     """Blocks 0 and 2 dropped and written, beside the outputs of the original that bypasses them; all reloaded elsewhere."""
     root = tmp_path_factory.mktemp("dropped")
-    for family, folder in folders.items():
+    for family in pico.ONE_LIST:
+        folder = folders[family]
         write(apply(open_checkpoint(folder), "prune_structured", layers=[0, 2], repair="none"), root / family)
         original = load_model(folder)
         bypass(original, (0, 2))
         pico.save_expected(original, root / f"{family}.pt")
-    return root, stock_outputs({f: (pico.FAMILIES[f][0], root / f, root / f"{f}.pt") for f in folders})
+    return root, stock_outputs({f: (pico.FAMILIES[f][0], root / f, root / f"{f}.pt") for f in pico.ONE_LIST})
 
 
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", pico.ONE_LIST)
 def test_dropping_blocks_equals_bypassing_them(family, dropped):
     """The written model is the original with those blocks replaced by the identity, after a stock reload elsewhere."""
     root, outputs = dropped

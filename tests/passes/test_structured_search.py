@@ -8,9 +8,13 @@ import torch
 from compress.calibration.batches import Batches
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
+from compress.evaluation import prefill
 from compress.loading import load_model
+from compress.passes.base import Context
 from compress.passes.search import shapes
+from compress.passes.speed import Stopwatch, work
 from compress.passes.structured_settings import PruneStructuredSettings
+from compress.progress import SilentProgress
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 
@@ -65,12 +69,97 @@ def test_no_shape_takes_more_than_it_must(tmp_path):
     assert {s.layers for s in found} >= {0, 1}
 
 
+def clock(monkeypatch):
+    """Time as a function of the shape: a constant, and what blocks hold; and what was measured."""
+    measured = []
+
+    def ratio(self, spec):
+        measured.append(spec)
+        return 0.2 + 0.8 * work(spec) / work(self.checkpoint.spec)
+
+    monkeypatch.setattr(Stopwatch, "ratio", ratio)
+    return measured
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "bert"])
+def test_as_fast_as_asked(family, tmp_path, monkeypatch):
+    """Of the shapes that reach the ratio the one of least divergence; each is the largest of its depth and heads that does."""
+    measured = clock(monkeypatch)
+    original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
+    details: dict = {}
+    out = apply(
+        original,
+        "prune_structured",
+        data=Batches(IDS),
+        work=tmp_path / "work",
+        details=details,
+        repair="least_squares",
+        max_latency_ratio="70%",
+    )
+    out = write(out, tmp_path / "out")
+    rows = details["shapes"]
+    assert len(rows) > 1
+    assert all(row["prefill"] <= 0.7 for row in rows)
+    assert all(spec is not original.spec for spec in measured)
+    chosen = next(row for row in rows if row["chosen"])
+    assert chosen["divergence"] == min(row["divergence"] for row in rows)
+    assert chosen["parameters"] == out.spec.parameters
+    assert chosen["prefill"] == pytest.approx(0.2 + 0.8 * work(out.spec) / work(original.spec))
+    for row in rows:
+        if row["mlp"] > 4:  # a sixteenth of the neurons more, in the blocks that are left, is too slow
+            assert row["prefill"] > 0.7 - 0.1
+    assert not plan(original, "prune_structured", max_latency_ratio=0.7).exact
+    pico.logits(load_model(out.folder))
+
+
+def test_a_size_and_a_speed(tmp_path, monkeypatch):
+    clock(monkeypatch)
+    original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
+    details: dict = {}
+    settings = {"max_latency_ratio": 0.9, "keep_parameters": 0.6, "repair": "none"}
+    apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "work", details=details, **settings)
+    assert all(row["parameters"] <= 0.6 * original.spec.parameters for row in details["shapes"])
+    assert plan(original, "prune_structured", **settings).parameters <= 0.6 * original.spec.parameters
+
+
+def test_a_speed_that_no_shape_has(tmp_path, monkeypatch):
+    """The smallest shape is measured first, and nothing after it."""
+    measured = clock(monkeypatch)
+    original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
+    message = (
+        r"no shape that is tried reads a prompt that fast; the least measured is 0\.[23]\d of the original's time; ask"
+    )
+    with pytest.raises(PassError, match=message) as caught:
+        apply(original, "prune_structured", data=Batches(IDS), work=tmp_path, max_latency_ratio=0.21)
+    assert caught.value.key == "max_latency_ratio"
+    assert len(measured) == 1
+
+
+def test_time_is_measured(tmp_path, monkeypatch):
+    """A model of a third of the blocks is faster than the whole; the same one is about as fast."""
+    monkeypatch.setattr(prefill, "SECONDS", 0.5)
+    original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False, num_hidden_layers=24))
+    context = Context(original, "cpu", "float32", 0, None, lambda key: None, SilentProgress(), tmp_path)
+    watch = Stopwatch(original, context)
+    assert watch.prompt.shape == (1, 256)
+    assert watch.ratio(plan(original, "prune_structured", layers=list(range(16)), repair="none")) < 0.8
+    assert 0.5 < watch.ratio(original.spec) < 2
+
+
+def test_prefill_asks_for_the_last_logits(pico_llama):
+    model = load_model(pico_llama)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(prefill.prefill(model, ids).logits, model(input_ids=ids).logits[:, -1:])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"keep_parameters": 0.05}, "no shape is that small; the smallest that is tried keeps"),
         ({"max_bytes": "1kB"}, "no shape is that small"),
         ({"max_bytes": "1GB"}, "the model is that small already"),
+        ({"max_bytes": "1kB", "max_latency_ratio": 0.9}, "no shape is that small; the smallest that is tried keeps"),
     ],
 )
 def test_refusals(settings, message, pico_llama):

@@ -1,0 +1,122 @@
+"""Encoder-decoders: units go from both lists of blocks; what a sweep would have to follow is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.checkpoint.layout import lay_out
+from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.errors import CheckpointError, CompressError, PassError
+from compress.evaluation import latency
+from compress.loading import load_model
+from tests import pico
+from tests.architectures.test_records import change_config
+from tests.passes.helpers import apply, plan, write
+from tests.passes.test_structured_exact import DATA_FREE, HEADS_OUT, MLP_OUT, check
+
+
+@pytest.mark.parametrize("class_name", [None, "T5Model", "T5EncoderModel", "T5ForSequenceClassification"])
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+@pytest.mark.parametrize(("settings", "ends"), [({"mlp": "25%"}, MLP_OUT), ({"heads": 1}, HEADS_OUT)])
+def test_every_class(class_name, kind, settings, ends, tmp_path, monkeypatch):
+    """Gated and ungated, with and without a decoder, of another depth than the encoder: equal to the original with zeros."""
+    if class_name == "T5ForSequenceClassification":  # one text, with an end that marks where it is read off
+        ids = torch.tensor([[5, 9, 200, 31, 4, 0]])
+        monkeypatch.setattr(pico, "inputs", lambda loaded, length=0: {"input_ids": ids})
+    original = open_checkpoint(
+        pico.save(tmp_path / "in", "t5", with_tokenizer=False, class_name=class_name, feed_forward_proj=kind)
+    )
+    pruned = check(original, ends, tmp_path, **settings)
+    config = pruned.spec.structure.config
+    assert (config["d_ff"], config["num_heads"]) == ((48, 4) if "mlp" in settings else (64, 3))
+    planned = plan(original, "prune_structured", **DATA_FREE, **settings)
+    assert planned.tensors == pruned.spec.tensors
+    assert lay_out(planned, 1 << 62, original.metadata).bytes == (pruned.folder / "model.safetensors").stat().st_size
+
+
+def test_the_same_heads_go_from_a_list_of_blocks(tmp_path):
+    """What distances add to scores lies in the first block; columns of its table go as the heads do."""
+    original = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
+    pruned = write(apply(original, "prune_structured", heads=2, **DATA_FREE), tmp_path / "out")
+    kept = {}
+    for side, depth in (("encoder", 4), ("decoder", 3)):
+        name = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        before, after = original.tensor(name).data, pruned.tensor(name).data
+        kept[side] = [(column == before.T).all(1).nonzero().item() for column in after.T]
+        for index in range(depth):
+            name = f"{side}.block.{index}.layer.0.SelfAttention.q.weight"
+            heads = original.tensor(name).data.view(4, 8, 32)[kept[side]]
+            assert torch.equal(pruned.tensor(name).data, heads.reshape(16, 32))
+
+
+def test_heads_of_least_magnitude_go(tmp_path):
+    """One head is made small in all blocks of the encoder: that one goes."""
+    base = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
+
+    def small(name: str) -> Value:
+        data = base.tensor(name).data.clone()
+        if name.startswith("encoder") and name.endswith("SelfAttention.v.weight"):
+            data[8:16] *= 1e-3
+        if name.startswith("encoder") and name.endswith("SelfAttention.o.weight"):
+            data[:, 8:16] *= 1e-3
+        return Value(data)
+
+    quiet = write(Derived(base, base.spec, small), tmp_path / "quiet")
+    pruned = write(apply(quiet, "prune_structured", heads=1, **DATA_FREE), tmp_path / "out")
+    name = "encoder.block.2.layer.0.SelfAttention.q.weight"
+    assert torch.equal(pruned.tensor(name).data, quiet.tensor(name).data.view(4, 8, 32)[[0, 2, 3]].reshape(24, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("prune_structured", {"mlp": "25%"}, "beside the block before them; set `score: magnitude` and `repair: none`"),
+        ("prune_structured", {"keep_parameters": 0.5}, "beside the block before them; set `score: magnitude`"),
+        ("prune_structured", {"layers": [1]}, "none can go by a number; remove `mlp` or `heads` instead"),
+        ("prune_structured", {"layers": 1}, "none can go by a number; remove `mlp` or `heads` instead"),
+        (
+            "prune_structured",
+            {"hidden": 8, **DATA_FREE},
+            "cannot lose hidden width exactly: the encoder and the decoder",
+        ),
+        ("prune_unstructured", {"sparsity": 0.5}, "calibration cannot follow t5: .*; use `method: magnitude`"),
+        (
+            "cast",
+            {"weights": "int4", "method": "gptq"},
+            "calibration cannot follow t5: .*; set `weights` and `method: rtn`",
+        ),
+        ("cast", {"bits": 4}, "calibration cannot follow t5: .*; set `weights` and `method: rtn`"),
+    ],
+)
+def test_refusals(name, settings, message, tmp_path):
+    original = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
+    with pytest.raises(PassError, match=message):
+        plan(original, name, **settings)
+
+
+def test_latency_is_of_one_text(tmp_path):
+    folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
+    with pytest.raises(
+        CompressError, match="latency is measured on one text, and T5ForConditionalGeneration reads two"
+    ):
+        latency.measure_latency([folder, folder], dtype="float32", device="cpu", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_decoder_layers": 5}, r"decoder\.block\.3: the weights hold none"),
+        ({"num_layers": 3}, "block 3: the config says 3"),
+    ],
+)
+def test_depth_of_both_lists_is_checked(change, message, tmp_path):
+    folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
+    change_config(folder, **change)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_loaded_again_it_is_the_same(tmp_path):
+    folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
+    torch.testing.assert_close(pico.logits(load_model(folder)), pico.logits(pico.model("t5")))
