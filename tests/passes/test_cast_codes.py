@@ -90,6 +90,35 @@ def test_stock_transformers_computes_the_same(settings, folders, tmp_path):
         assert (logits - our_logits(out.folder)).abs().max() < 0.1 * logits.abs().max()
 
 
+def test_a_format_for_cached_keys_and_values(folders, tmp_path):
+    """In the config alone: stock transformers loads it, compressed-tensors parses it, and writing again keeps it."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    settings = {"weights": "int8", "method": "rtn", "kv_cache": "fp8"}
+    out = compress.apply("cast", folders["llama"], tmp_path / "out", **settings)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(said).kv_cache_scheme
+    assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.symmetric) == (8, "float", "tensor", True)
+    assert scheme.dynamic is True
+    plain = compress.apply("cast", folders["llama"], tmp_path / "plain", weights="int8", method="rtn")
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+    opened = open_checkpoint(out)
+    assert (opened.spec.structure.kv_cache, open_checkpoint(plain).spec.structure.kv_cache) == ("fp8", None)
+    again = write(opened, tmp_path / "again")
+    assert json.loads((again.folder / "config.json").read_text())["quantization_config"] == said
+    dense = compress.unpack(out, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    with pytest.raises(CompressError, match=r"`kv_cache` stands in the config of codes, and none are asked for"):
+        compress.apply("cast", folders["llama"], tmp_path / "o", weights="bf16", kv_cache="fp8")
+    with pytest.raises(PassError, match=r"BertForMaskedLM caches no keys and values"):
+        compress.apply("cast", folders["bert"], tmp_path / "o", **settings)
+    with pytest.raises(
+        PassError, match=r"said in the config of compressed-tensors, which compact checkpoints do not have"
+    ):
+        compress.apply("cast", folders["gpt2"], tmp_path / "o", store="compact", **settings)
+
+
 @pytest.mark.parametrize("format_", ["mxfp4", "nvfp4", "int4"])
 def test_bfloat16_checkpoints(format_, folders, tmp_path):
     group = {"group_size": 16} if format_ == "int4" else {}
