@@ -287,8 +287,7 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
         checkpoint,
         [name],
         Rounding(lambda n, f: grid, {"int6": "int6"}),
-        ids,
-        None,
+        Batches(ids),
         setting=("", ""),
         device="cpu",
         seed=0,
@@ -320,8 +319,7 @@ def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folder
             checkpoint,
             names,
             rounding,
-            data.ids,
-            None,
+            Batches(data.ids),
             setting=("", ""),
             device="cpu",
             seed=0,
@@ -334,6 +332,39 @@ def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folder
     for name in names:
         assert scaled[name]["int4"] == itself[name]["int4"] < scaled[name]["int4/channel"]
         assert 0.6 < scaled[name]["int4/channel"] / itself[name]["int4/channel"] < 1.6
+
+
+def test_divergences_read_the_types_of_pairs(tmp_path):
+    """A BERT on tokens of the second text is one without types whose first kind of token has the embedding of the second."""
+    from safetensors.torch import load_file, save_file
+
+    from compress.calibration.sensitivity import divergences
+    from compress.progress import SilentProgress
+
+    folder = pico.save(tmp_path / "second", "bert", with_tokenizer=False)
+    other = shutil.copytree(folder, tmp_path / "first")
+    state, key = load_file(folder / "model.safetensors"), "bert.embeddings.token_type_embeddings.weight"
+    save_file(state | {key: state[key][[1, 1]]}, other / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
+    names = [f"bert.encoder.layer.{i}.{part}.dense.weight" for i in (0, 3) for part in ("intermediate", "output")]
+
+    def measure(checkpoint, types):
+        found, _ = divergences(
+            open_checkpoint(checkpoint),
+            names,
+            lambda name, weight: {"less": 0.01 * weight},
+            Batches(ids, mask, types=types),
+            setting=("", ""),
+            device="cpu",
+            seed=0,
+            progress=SilentProgress(),
+        )
+        return torch.tensor([found[name]["less"] for name in names])
+
+    typed = measure(folder, torch.ones_like(ids))
+    assert torch.equal(typed, measure(other, None))
+    assert not torch.allclose(typed, measure(folder, None), rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
