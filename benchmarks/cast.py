@@ -85,7 +85,8 @@ def main() -> None:
     table = [
         f"## Casting {Path(args.model).name}",
         "",
-        f"`make bench-cast`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
+        f"`{page.command('bench-cast', parser, args)}`: {page.environment()} "
+        f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
         "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
         "GPTQ towards the original's outputs, codes and scales fitted by turns, then tuning of each block; `untuned` is "

@@ -129,7 +129,8 @@ def main() -> None:
     table = [
         f"## Removing units of {Path(args.model).name}",
         "",
-        f"`make bench-structured`: {page.environment()} {args.samples} × {WINDOW} calibration tokens; held out: "
+        f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
+        f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
         "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` "
         "is the pass without any setting but the amount; seconds are of its whole call, loading, self-check and writing "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
-from compress.checkpoint.codecs import Store, stock_holds, with_storage
+from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.evaluation.tasks import check_metrics, task_of
@@ -213,6 +213,12 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
         raise PassError(
             f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}",
             fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
+        )
+    if following.structure.kv_cache is not None and needs_code(with_storage(following, store)):
+        raise PassError(
+            "`kv_cache` is said in the config of compressed-tensors, which compact checkpoints do not have",
+            key="kv_cache",
+            fix="use `store: stock`, or leave it out",
         )
     return following
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.architectures.record import Architecture
 from compress.architectures.units import Hidden, Member, Merge, Mlp, Units, head_groups, heads, neurons, same_heads
-from compress.checkpoint.spec import Spec, Structure
+from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 
 #: Units and the numbers of those that stay.
@@ -115,7 +115,7 @@ def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], conf
         tensors[name] = replace(tensor, shape=shape)
     masked = any(spec.tensors[name].kept is not None for name in entries)
     return replace(
-        spec, structure=Structure(config, spec.structure.edits), tensors=tensors, exact=spec.exact and not masked
+        spec, structure=replace(spec.structure, config=config), tensors=tensors, exact=spec.exact and not masked
     )
 
 
@@ -280,7 +280,7 @@ def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -
         tensor = spec.tensors[old]
         alias = tensor.alias_of and target[tensor.alias_of]
         tensors[new] = replace(tensor, name=new, alias_of=alias)
-    return replace(spec, structure=Structure(config, spec.structure.edits), tensors=tensors)
+    return replace(spec, structure=replace(spec.structure, config=config), tensors=tensors)
 
 
 # ---- hidden width ----

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress.calibration.batches import Batches
 from compress.calibration.sites import Site, group_sites
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Checkpoint
@@ -55,8 +56,7 @@ def divergences(
     checkpoint: Checkpoint,
     names: Sequence[str],
     changes: Changes,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
+    batches: Batches,
     *,
     setting: tuple[str, str],
     device: str,
@@ -70,7 +70,7 @@ def divergences(
     with every ΔW in bfloat16, and its activations for one sample at a time.
 
     Args:
-        ids, mask: [samples, length]. setting: what asks for this, and what to do without it, for errors.
+        batches: calibration samples. setting: what asks for this, and what to do without it, for errors.
 
     Returns:
         By tensor and choice; and the tensors in groups that read the same inputs.
@@ -119,17 +119,17 @@ def divergences(
 
     sites = [Site(name, name, module.weight, False, module) for name, module in owners.items() if module is not None]
     with torch.no_grad():
-        groups, _ = group_sites(sites, lambda: model(input_ids=ids[:1].to(device)))
+        groups, _ = group_sites(sites, lambda: model(**batches.first(1).inputs(device)))
     handles = [module.register_forward_hook(forward(name)) for name, module in owners.items() if module is not None]
     generator = torch.Generator(device).manual_seed(seed)
     embeddings = model.get_input_embeddings()
     embed = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     tokens = 0
-    with progress.task("measuring what changes cost", min(SAMPLES, len(ids)), "samples") as task:
-        for row in range(min(SAMPLES, len(ids))):
-            extra = {} if mask is None else {"attention_mask": mask[row : row + 1].long().to(device)}
-            counted[0] = None if mask is None else mask[row].to(device)
-            logits = model(input_ids=ids[row : row + 1].to(device), **extra).logits[0].float()
+    samples = batches.first(SAMPLES).parts(1)
+    with progress.task("measuring what changes cost", len(samples), "samples") as task:
+        for sample in samples:
+            counted[0] = None if sample.mask is None else sample.mask[0].to(device)
+            logits = model(**sample.inputs(device)).logits[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             losses = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
             chosen = losses if counted[0] is None else losses[counted[0]]

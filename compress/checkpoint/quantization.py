@@ -19,6 +19,18 @@ from compress.errors import CheckpointError
 
 KEY = "quantization_config"
 _METHOD = "compressed-tensors"
+#: Formats of cached keys and values ▶ scheme. vLLM takes these 8 bits alone (compressed_tensors.py, validate_kv_cache_scheme).
+#: Dynamic: without scales in the file, which transformers then finds while running; vLLM takes 1.
+_CACHES: Mapping[str, dict[str, Any]] = {
+    "fp8": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "dynamic": True,
+    }
+}
 
 
 def render(spec: Spec) -> dict[str, Any] | None:
@@ -48,7 +60,7 @@ def render(spec: Spec) -> dict[str, Any] | None:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": groups,
         "ignore": _ignored(spec) if len(by_grid) == 1 else [],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _CACHES[spec.structure.kv_cache] if spec.structure.kv_cache else None,
         "global_compression_ratio": None,
     }
 
@@ -164,6 +176,10 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tup
 
 
 def strip(spec: Spec) -> Spec:
-    """The spec whose config says nothing of quantisation: the tensors say it."""
-    config = {k: v for k, v in spec.structure.config.items() if k != KEY}
-    return replace(spec, structure=replace(spec.structure, config=config))
+    """The spec whose config says nothing of quantisation: the tensors say it, and the structure how keys are cached."""
+    config = dict(spec.structure.config)
+    scheme = (config.pop(KEY, None) or {}).get("kv_cache_scheme") or {}
+    cached = next(
+        (name for name, known in _CACHES.items() if known.items() <= {"group_size": None, **scheme}.items()), None
+    )
+    return replace(spec, structure=replace(spec.structure, config=config, kv_cache=cached))

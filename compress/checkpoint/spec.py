@@ -104,10 +104,14 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The stock config (a JSON object, never changed in place) and the edits on top of it."""
+    """The stock config (a JSON object, never changed in place) and the edits on top of it.
+
+    ``kv_cache``: the format that keys and values are meant to be cached in while running; None for that of the computation.
+    """
 
     config: Mapping[str, Any]
     edits: tuple[Edit, ...] = ()
+    kv_cache: str | None = None
 
     @property
     def model_type(self) -> str:

@@ -187,7 +187,7 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
     rows = [
         (n, spec.tensors[n].dtype, list(spec.tensors[n].shape), spec.tensors[n].kept, hashes[n]) for n in sorted(hashes)
     ]
-    config = json.dumps(spec.structure.config, sort_keys=True)
+    config = json.dumps(spec.structure.config, sort_keys=True) + (spec.structure.kv_cache or "")
     return hashlib.sha256((config + json.dumps(rows)).encode()).hexdigest()
 
 

@@ -93,13 +93,11 @@ def _shares(
         found: Mapping[str, torch.Tensor] = read(name)
         return found
 
-    batches = context.data("calibration")
     losses, _ = divergences(
         checkpoint,
         names,
         changes,
-        batches.ids,
-        batches.mask,
+        context.data("calibration"),
         setting=_SETTING,
         device=context.device,
         seed=context.seed,

@@ -112,13 +112,12 @@ class Cast(Pass[CastSettings]):
         def measured() -> dict[str, Any] | None:
             if context.rank:
                 return None
-            batches, rounding = context.data("calibration"), Rounding(known.grid, settings.options)
+            rounding = Rounding(known.grid, settings.options)
             found, groups = divergences(
                 checkpoint,
                 names,
                 rounding,
-                batches.ids,
-                batches.mask,
+                context.data("calibration"),
                 setting=("a budget", "name the format with `weights`"),
                 device=context.device,
                 seed=context.seed,

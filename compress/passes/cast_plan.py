@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from compress import architectures
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
-from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Structure, Tensor, widest
+from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Tensor, widest
 from compress.errors import PassError
+from compress.evaluation.tasks import LANGUAGE, task_of
 from compress.passes.base import PassSettings, matches, select
 from compress.passes.budget import Choices
 from compress.passes.cast_settings import DTYPES, CastSettings, Format
@@ -40,7 +41,17 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> S
     tensors = {
         n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
     }
-    return replace(cast, structure=Structure(config, spec.structure.edits), tensors=tensors)
+    cached = _cached(spec, settings)
+    return replace(cast, structure=replace(spec.structure, config=config, kv_cache=cached), tensors=tensors)
+
+
+def _cached(spec: Spec, settings: CastSettings) -> str | None:
+    """Format of cached keys and values. Raises `PassError` for a model that caches none."""
+    if settings.kv_cache is not None and task_of(spec.structure.class_name) is not LANGUAGE:
+        raise PassError(
+            f"{spec.structure.class_name or 'this model'} caches no keys and values", key="kv_cache", fix="leave it out"
+        )
+    return settings.kv_cache or spec.structure.kv_cache
 
 
 def undecided(spec: Spec, settings: CastSettings) -> list[str]:

@@ -73,6 +73,12 @@ class CastSettings(PassSettings):
         default=None,
         description="Say in the config that inputs are to be cast while running, token by token: with int8 or fp8 weights.",
     )
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None,
+        description="Say in the config that keys and values are to be cached in fp8 (E4M3) while running, without calibrated "
+        "scales. For causal language models and codes that compressed-tensors holds. What this project measures of the result "
+        "is without it.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -85,6 +91,8 @@ class CastSettings(PassSettings):
             raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
         if self.activations is not None and formats - set(DTYPES) != {self.activations}:
             raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
+        if self.kv_cache is not None and not self.coded:
+            raise ValueError("`kv_cache` stands in the config of codes, and none are asked for")
         return self
 
     @property

@@ -92,6 +92,11 @@ def assess(
             max_documents=known["max_documents"],
             dtype=known["dtype"],
         )
+    if how.text is not None and how.label is None:
+        raise DataError(
+            "`text` names columns of labelled files, and no column of labels is named",
+            fix="name it: `label`; the column of plain text is `field`",
+        )
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
     class_name = candidate.spec.structure.class_name
     task, labelled = task_of(class_name), how.label is not None

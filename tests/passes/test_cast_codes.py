@@ -90,6 +90,35 @@ def test_stock_transformers_computes_the_same(settings, folders, tmp_path):
         assert (logits - our_logits(out.folder)).abs().max() < 0.1 * logits.abs().max()
 
 
+def test_a_format_for_cached_keys_and_values(folders, tmp_path):
+    """In the config alone: stock transformers loads it, compressed-tensors parses it, and writing again keeps it."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    settings = {"weights": "int8", "method": "rtn", "kv_cache": "fp8"}
+    out = compress.apply("cast", folders["llama"], tmp_path / "out", **settings)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig.model_validate(said).kv_cache_scheme
+    assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.symmetric) == (8, "float", "tensor", True)
+    assert scheme.dynamic is True
+    plain = compress.apply("cast", folders["llama"], tmp_path / "plain", weights="int8", method="rtn")
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+    opened = open_checkpoint(out)
+    assert (opened.spec.structure.kv_cache, open_checkpoint(plain).spec.structure.kv_cache) == ("fp8", None)
+    again = write(opened, tmp_path / "again")
+    assert json.loads((again.folder / "config.json").read_text())["quantization_config"] == said
+    dense = compress.unpack(out, tmp_path / "dense")
+    assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+    with pytest.raises(CompressError, match=r"`kv_cache` stands in the config of codes, and none are asked for"):
+        compress.apply("cast", folders["llama"], tmp_path / "o", weights="bf16", kv_cache="fp8")
+    with pytest.raises(PassError, match=r"BertForMaskedLM caches no keys and values"):
+        compress.apply("cast", folders["bert"], tmp_path / "o", **settings)
+    with pytest.raises(
+        PassError, match=r"said in the config of compressed-tensors, which compact checkpoints do not have"
+    ):
+        compress.apply("cast", folders["gpt2"], tmp_path / "o", store="compact", **settings)
+
+
 @pytest.mark.parametrize("format_", ["mxfp4", "nvfp4", "int4"])
 def test_bfloat16_checkpoints(format_, folders, tmp_path):
     group = {"group_size": 16} if format_ == "int4" else {}
@@ -258,8 +287,7 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
         checkpoint,
         [name],
         Rounding(lambda n, f: grid, {"int6": "int6"}),
-        ids,
-        None,
+        Batches(ids),
         setting=("", ""),
         device="cpu",
         seed=0,
@@ -291,8 +319,7 @@ def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folder
             checkpoint,
             names,
             rounding,
-            data.ids,
-            None,
+            Batches(data.ids),
             setting=("", ""),
             device="cpu",
             seed=0,
@@ -305,6 +332,39 @@ def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folder
     for name in names:
         assert scaled[name]["int4"] == itself[name]["int4"] < scaled[name]["int4/channel"]
         assert 0.6 < scaled[name]["int4/channel"] / itself[name]["int4/channel"] < 1.6
+
+
+def test_divergences_read_the_types_of_pairs(tmp_path):
+    """A BERT on tokens of the second text is one without types whose first kind of token has the embedding of the second."""
+    from safetensors.torch import load_file, save_file
+
+    from compress.calibration.sensitivity import divergences
+    from compress.progress import SilentProgress
+
+    folder = pico.save(tmp_path / "second", "bert", with_tokenizer=False)
+    other = shutil.copytree(folder, tmp_path / "first")
+    state, key = load_file(folder / "model.safetensors"), "bert.embeddings.token_type_embeddings.weight"
+    save_file(state | {key: state[key][[1, 1]]}, other / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
+    names = [f"bert.encoder.layer.{i}.{part}.dense.weight" for i in (0, 3) for part in ("intermediate", "output")]
+
+    def measure(checkpoint, types):
+        found, _ = divergences(
+            open_checkpoint(checkpoint),
+            names,
+            lambda name, weight: {"less": 0.01 * weight},
+            Batches(ids, mask, types=types),
+            setting=("", ""),
+            device="cpu",
+            seed=0,
+            progress=SilentProgress(),
+        )
+        return torch.tensor([found[name]["less"] for name in names])
+
+    typed = measure(folder, torch.ones_like(ids))
+    assert torch.equal(typed, measure(other, None))
+    assert not torch.allclose(typed, measure(folder, None), rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))

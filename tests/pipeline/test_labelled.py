@@ -105,6 +105,12 @@ def test_eval_and_gate_of_a_classifier(classifying, labelled, cli, tmp_path):
     assert cli("gate", small, "--baseline", folder, "--recipe", recipe)[0] == 0
     status, text = cli("eval", folder, "--data", file, "--field", "sentence", "-q")
     assert (status, "takes labelled files; name the columns of texts and labels" in text) == (2, True)
+    for columns in (("sentence",), ("sentence", "label")):
+        named = [part for column in columns for part in ("--text", column)]
+        status, text = cli("eval", folder, "--data", file, *named, "-q")
+        assert status == 2
+        assert text.startswith("compress: `text` names columns of labelled files, and no column of labels is named;")
+        assert len(text.splitlines()) == 1
 
 
 def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_path):

@@ -77,6 +77,7 @@ def test_defaults_are_written_out(work: Path) -> None:
                     "tune_epochs": 1,
                     "tune_rate": 0.006,
                     "activations": None,
+                    "kv_cache": None,
                 }
             }
         ],
