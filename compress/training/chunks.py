@@ -1,8 +1,9 @@
 """Losses over a vocabulary, a few tokens at a time: logits of all tokens never stand in memory together.
 
 As in Liger Kernel (arXiv 2410.10989): the gradient of a chunk is made as soon as its loss is known, so nothing is computed
-twice, and memory does not grow with the vocabulary beyond the weights and their gradient. Any function of hidden states will
-do.
+twice, and beyond the weights and their gradient memory does not grow with the vocabulary.
+
+N tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,58 +12,75 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Logits in memory at a time; a few copies of them are.
 VALUES = 1 << 22
+#: Fewest tokens of a chunk.
+_LEAST = 16
 
-#: (rows of a chunk) ▶ sums over its tokens, [terms]; the first one is what is minimised.
-ChunkLoss = Callable[[torch.Tensor, slice], torch.Tensor]
+#: Logits [n, V] of the rows of a chunk ▶ sums over its tokens, [terms]; the first one is what is minimised.
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+#: Hidden states [n, D] ▶ logits [n, V].
+Head = Callable[[Tensor], Tensor]
 
 
 def chunk_rows(vocabulary: int) -> int:
     """Tokens per chunk."""
-    return max(16, VALUES // max(1, vocabulary))
+    return max(_LEAST, VALUES // max(1, vocabulary))
 
 
 def summed(
-    loss: ChunkLoss, hidden: torch.Tensor, parameters: Sequence[torch.Tensor], rows: int, scale: float = 1.0
-) -> torch.Tensor:
-    """Sums of ``loss`` over all rows of ``hidden`` [N, D], [terms]. Only the first term has a gradient.
+    loss: ChunkLoss,
+    head: Head,
+    hidden: Tensor,
+    parameters: Sequence[Tensor],
+    rows: int,
+    *,
+    factor: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """Sums of ``loss`` over all rows of ``hidden`` [N, D], times ``factor``, [terms]. Only the first term has a gradient.
 
     Args:
-        parameters: every parameter that ``loss`` uses, besides ``hidden``.
+        head: a `torch.nn.Linear` takes less memory than another function. parameters: all that it uses.
         scale: what gradients are multiplied by while they are narrow floats (of a gradient scaler).
     """
     wanted = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or wanted):
-        result: torch.Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-            loss, rows, scale, hidden, *wanted
+        result: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+            loss, head, rows, factor, scale, hidden, *wanted
         )
         return result
-    parts = [loss(hidden[i : i + rows], slice(i, i + rows)).float() for i in range(0, len(hidden), rows)]
-    return torch.stack(parts).sum(0)
+    parts = [loss(head(hidden[i : i + rows]), slice(i, i + rows)).float() for i in range(0, len(hidden), rows)]
+    return torch.stack(parts).sum(0) * factor
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, loss: ChunkLoss, rows: int, scale: float, hidden: torch.Tensor, *parameters: torch.Tensor
-    ) -> torch.Tensor:
-        total: torch.Tensor | None = None
+        ctx: Any,
+        loss: ChunkLoss,
+        head: Head,
+        rows: int,
+        factor: float,
+        scale: float,
+        hidden: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        backward = _through_linear if isinstance(head, torch.nn.Linear) else _through_any
+        total: Tensor | None = None
         of_hidden = torch.empty_like(hidden)
-        of_parameters: list[torch.Tensor | None] = [None] * len(parameters)
+        of_parameters: list[Tensor | None] = [None] * len(parameters)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            with torch.enable_grad():
-                piece = hidden[part].detach().requires_grad_()
-                sums = loss(piece, part)
-                found = torch.autograd.grad(sums[0] * scale, [piece, *parameters], allow_unused=True)
-            total = sums.detach().float() if total is None else total + sums.detach()
-            of_hidden[part] = 0 if found[0] is None else found[0]
-            for i, gradient in enumerate(found[1:]):
-                if gradient is not None:
-                    before = of_parameters[i]
-                    of_parameters[i] = gradient if before is None else before.add_(gradient)
+
+            def share(logits: Tensor, part: slice = part) -> Tensor:
+                return loss(logits, part) * factor
+
+            piece = hidden[part].detach()
+            sums, of_hidden[part] = backward(share, head, piece, parameters, of_parameters, scale)
+            total = sums if total is None else total + sums
         assert total is not None
         ctx.save_for_backward(of_hidden, *(g for g in of_parameters if g is not None))
         ctx.used = [g is not None for g in of_parameters]
@@ -70,9 +88,55 @@ class _Chunked(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, outer: torch.Tensor) -> tuple[Any, ...]:
-        of_hidden, *rest = ctx.saved_tensors
-        factor = outer[0] / ctx.scale
+    def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
+        # in place, as another copy of the head's gradient would be as large as the head
+        of_hidden, *rest = (gradient.mul_(outer[0] / ctx.scale) for gradient in ctx.saved_tensors)
         found = iter(rest)
-        gradients = [next(found) * factor if used else None for used in ctx.used]
-        return (None, None, None, of_hidden * factor, *gradients)
+        return (None, None, None, None, None, of_hidden, *(next(found) if used else None for used in ctx.used))
+
+
+def _through_any(
+    loss: Callable[[Tensor], Tensor],
+    head: Head,
+    hidden: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: list[Tensor | None],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(sums, gradient of ``hidden``); those of the parameters are added to ``gradients``."""
+    with torch.enable_grad():
+        hidden = hidden.requires_grad_()
+        sums = loss(head(hidden))
+        found = torch.autograd.grad(sums[0] * scale, [hidden, *parameters], allow_unused=True)
+    for i, gradient in enumerate(found[1:]):
+        if gradient is not None:
+            before = gradients[i]
+            gradients[i] = gradient if before is None else before.add_(gradient)
+    return sums.detach().float(), found[0] if found[0] is not None else torch.zeros_like(hidden)
+
+
+def _through_linear(
+    loss: Callable[[Tensor], Tensor],
+    head: Any,
+    hidden: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: list[Tensor | None],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `_through_any`, and without a matrix [V, D] for every chunk: its product is added where the sum is."""
+    logits = head(hidden).detach().requires_grad_()
+    with torch.enable_grad():
+        sums = loss(logits)
+        (found,) = torch.autograd.grad(sums[0] * scale, [logits])
+    for i, parameter in enumerate(parameters):
+        if gradients[i] is None:
+            gradients[i] = torch.zeros_like(parameter)
+        into = gradients[i]
+        assert into is not None
+        if parameter is not head.weight:
+            into += found.sum(0)
+        elif found.dtype == into.dtype:
+            into.addmm_(found.T, hidden.to(into.dtype))
+        else:
+            into += found.T @ hidden.to(found.dtype)
+    return sums.detach().float(), (found @ head.weight.to(found.dtype)).to(hidden.dtype)

@@ -58,6 +58,8 @@ class Reader:
             self.blocks = find_blocks(model, self.record)
         #: whether logits can be made of hidden states a few tokens at a time; `check` tells
         self.by_parts = True
+        #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
+        self.head: Any = self.logits
 
     def parameters_of_head(self) -> list[torch.nn.Parameter]:
         """Those that turn the last hidden states into logits; shared ones with the base among them."""
@@ -152,15 +154,22 @@ class Reader:
         try:
             with torch.no_grad():
                 whole = self.model(**given, return_dict=True).logits[0].float()
-                parts = self.logits(self.run(short).last[0]).float()
-            fits = parts.shape == whole.shape and float((parts - whole).abs().max()) <= TOLERANCE * max(
-                float(whole.std()), 1e-6
-            )
+                hidden = self.run(short).last[0]
+                fits = _near(self.logits(hidden), whole)
+                last = self.model.get_output_embeddings()
+                others = {id(p) for p in self.parameters_of_head()} - {id(p) for p in last.parameters()}
+                if fits and not others and isinstance(last, torch.nn.Linear) and _near(last(hidden), whole):
+                    self.head = last
         except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
             fits = False  # its head asks the base for more than hidden states
         self.model.train(training)
         self.by_parts = fits
         return fits
+
+
+def _near(parts: torch.Tensor, whole: torch.Tensor) -> bool:
+    difference = (parts.float() - whole).abs().max() if parts.shape == whole.shape else torch.tensor(torch.inf)
+    return bool(difference <= TOLERANCE * whole.std().clamp_min(1e-6))
 
 
 class _Stub(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.evaluation.embeddings import Pooling, pooled
-from compress.training.chunks import chunk_rows, summed
+from compress.training.chunks import Head, chunk_rows, summed
 from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
 from compress.training.models import Ran, Reader, Task
 
@@ -137,7 +137,7 @@ class Objective(torch.nn.Module):
         ran = self.reader.run(batch.inputs)
         parts: dict[str, Tensor] = {}
         if self.terms.of_logits:
-            of_logits = self._predicted(batch, signal, ran, scale) / max(1, batch.predicted)
+            of_logits = self._predicted(batch, signal, ran, scale)
             total = of_logits[0]
             parts |= dict(zip(self._logit_terms(), of_logits[1:], strict=True))
         else:
@@ -153,25 +153,25 @@ class Objective(torch.nn.Module):
         return [name for name in self.terms.names if name in DIVERGENCES or name == "labels"]
 
     def _predicted(self, batch: Batch, signal: Signal, ran: Ran, scale: float) -> Tensor:
-        """Sums over the predicted tokens of the weighted losses on logits, and of each."""
+        """The weighted losses on logits over the predicted tokens, and each; their shares of the step's means."""
         if self.task == "classes":
             assert ran.logits is not None
             hidden = ran.logits[batch.predict]
-            head: Callable[[Tensor], Tensor] = _same
+            head: Head = _same
             parameters: list[torch.nn.Parameter] = []
         else:
             hidden = self.reader.predicted(ran, batch.inputs, batch.predict)
-            head = self.reader.logits
+            head = self.reader.head
             parameters = self.reader.parameters_of_head() if self.reader.by_parts else []
         names, terms = self._logit_terms(), self.terms
 
-        def loss(rows: Tensor, part: slice) -> Tensor:
-            logits = head(rows)[:, : self.vocabulary].float()
+        def loss(logits: Tensor, part: slice) -> Tensor:
+            logits = logits[:, : self.vocabulary].float()
             values = []
             if terms.of_distribution:
                 assert signal.distribution is not None
                 theirs, ids = signal.distribution(part)
-                mine = (logits / terms.temperature).log_softmax(-1)
+                mine = (logits if terms.temperature == 1 else logits / terms.temperature).log_softmax(-1)
                 mine = mine if ids is None else bucketed(mine, ids)
             for name in names:
                 if name == "labels":
@@ -185,7 +185,8 @@ class Objective(torch.nn.Module):
         if not len(hidden):  # filling alone: nothing to predict, and yet every process takes part
             nothing = hidden.sum() * 0 + sum(p.sum() * 0 for p in parameters)
             return torch.stack([nothing, *(hidden.new_zeros(()) for _ in names)])
-        return summed(loss, hidden, parameters, chunk_rows(self.vocabulary), scale)
+        factor = 1 / max(1, batch.predicted)
+        return summed(loss, head, hidden, parameters, chunk_rows(self.vocabulary), factor=factor, scale=scale)
 
     def _project(self, name: str, states: Tensor) -> Tensor:
         return self.projections[name](states) if name in self.projections else states

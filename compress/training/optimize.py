@@ -67,7 +67,8 @@ def optimizers(module: torch.nn.Module, embeddings: Sequence[torch.Tensor], how:
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, foreach=True)
+    # fused: by tensor lists it would hold copies of all weights
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def set_rate(all_: Sequence[torch.optim.Optimizer], rate: float) -> None:

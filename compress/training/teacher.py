@@ -59,8 +59,9 @@ class Teachers:
         """Of the ensemble, [n, V] float32, from what each teacher's `Reader.predicted` gave."""
         members = []
         for reader, rows in zip(self.readers, hidden, strict=True):
-            logits = rows if reader.task == "classes" else reader.logits(rows)
-            members.append((logits[:, : self.vocabulary].float() / self.terms.temperature).log_softmax(-1))
+            logits = rows if reader.task == "classes" else reader.head(rows)
+            shared, temperature = logits[:, : self.vocabulary].float(), self.terms.temperature
+            members.append((shared if temperature == 1 else shared / temperature).log_softmax(-1))
         return ensemble(members, list(self.weights))
 
     @torch.no_grad()

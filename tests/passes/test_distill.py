@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -323,7 +324,7 @@ RECIPE = {
     "device": "cpu",
     "passes": [
         {"prune_structured": {"layers": [1], "repair": "none"}},
-        {"distill": {"steps": 60, "batch": 4, "held_out": 4, "evaluate_every": 10, "average": 0.9}},
+        {"distill": {"steps": 120, "batch": 4, "held_out": 4, "evaluate_every": 10, "average": 0.9}},
         {"cast": {"weights": "bf16"}},
     ],
     "gates": {"size": {"max_ratio": 0.9}},
@@ -354,9 +355,10 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
         process = subprocess.Popen(command("run", path, "--quiet"), env=environment, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 100
         while time.monotonic() < deadline and process.poll() is None:
-            notes = list((tmp_path / "killed.run").rglob("train.json"))
-            if notes and json.loads(notes[0].read_text())["step"] >= after:
-                break
+            with contextlib.suppress(FileNotFoundError):  # the work folder goes when the stage is done
+                notes = list((tmp_path / "killed.run").rglob("train.json"))
+                if notes and json.loads(notes[0].read_text())["step"] >= after:
+                    break
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()

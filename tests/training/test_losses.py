@@ -76,26 +76,28 @@ def test_an_ensemble_is_the_mean_of_probabilities():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_a_loss_by_chunks_has_the_value_and_gradients_of_the_whole(rows):
+@pytest.mark.parametrize("kind", ["linear", "any"])
+def test_a_loss_by_chunks_has_the_value_and_gradients_of_the_whole(rows, kind):
     torch.manual_seed(0)
-    head = torch.nn.Linear(6, 50)
+    linear = torch.nn.Linear(6, 50)
     hidden = torch.randn(10, 6, requires_grad=True)
     targets = torch.randint(0, 50, (10,))
+    head = linear if kind == "linear" else lambda h: linear(h).tanh() * 3
 
-    def loss(h, part):
-        found = functional.cross_entropy(head(h), targets[part], reduction="sum")
+    def loss(logits, part):
+        found = functional.cross_entropy(logits, targets[part], reduction="sum")
         return torch.stack([found, found.detach() * 2])
 
-    parameters = list(head.parameters())
-    sums = summed(loss, hidden, parameters, rows, scale=128.0)
+    parameters = list(linear.parameters())
+    sums = summed(loss, head, hidden, parameters, rows, factor=0.25, scale=128.0)
     mine = torch.autograd.grad(sums[0] * 3, [hidden, *parameters])
-    whole = functional.cross_entropy(head(hidden), targets, reduction="sum")
+    whole = functional.cross_entropy(head(hidden), targets, reduction="sum") / 4
     theirs = torch.autograd.grad(whole * 3, [hidden, *parameters])
     torch.testing.assert_close(sums, torch.stack([whole, whole * 2]))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
-        torch.testing.assert_close(summed(loss, hidden, parameters, rows), sums)
+        torch.testing.assert_close(summed(loss, head, hidden, parameters, rows, factor=0.25), sums)
 
 
 @pytest.mark.parametrize("family", [f for f, (name, _) in pico.FAMILIES.items() if name.endswith(("LM", "HeadModel"))])
@@ -108,7 +110,11 @@ def test_logits_of_a_few_tokens_are_the_models_own(family):
     with torch.no_grad():
         hidden = reader.run(inputs).last[0]
         torch.testing.assert_close(reader.logits(hidden[3:7]), model(**inputs).logits[0, 3:7], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(reader.head(hidden[3:7]), reader.logits(hidden[3:7]), atol=1e-4, rtol=1e-4)
     assert model.base_model is reader.base  # and is in its place again
+    assert isinstance(reader.head, torch.nn.Linear) == (
+        family not in ("gemma2", "bert", "roberta", "electra", "distilbert")
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "bert"])

@@ -1,0 +1,268 @@
+"""What distillation wins back, and what it takes: `make bench-distill [MODEL= TRAIN= HELDOUT=]`, for docs/benchmarks.md.
+
+Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN text: under the original, on hard labels alone,
+and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
+benchmarks/prune.py. With --jobs memory also the memory of a step at vocabularies of 4 and 128 thousand, by micro-batches and
+checkpointing, beside a plain implementation; with speed the time of steps beside a plain loop's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import page  # noqa: E402
+from benchmarks.prune import heldout, loss  # noqa: E402
+
+WAYS: dict[str, dict[str, Any]] = {
+    "hard labels": {"losses": {"labels": 1.0}},
+    "distilled (default)": {},
+    "distilled, cache of k = 64": {"teacher_cache": {"k": 64}},
+}
+#: vocabulary, way, what differs from a batch of 8 at once
+MEMORY: tuple[tuple[int, str, dict[str, Any]], ...] = (
+    (4096, "plain", {}),
+    (131072, "plain", {}),
+    (4096, "ours", {}),
+    (131072, "ours", {}),
+    (131072, "ours, micro-batches of 2", {"micro": 2}),
+    (131072, "ours, micro-batches of 2, checkpointing", {"micro": 2, "checkpointing": True}),
+)
+
+
+def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
+    """Held-out loss before and after training, each way with the same student, samples, steps and schedule."""
+    import compress
+
+    texts = heldout(args.model, args.heldout)
+    dense = loss(args.model, texts)
+    print(f"dense: {dense:.5f}", flush=True)
+    cut = {"layers": args.layers, "mlp": args.mlp}
+    ids = {"data": args.calibration or args.train, "samples": 128, "length": 256, "document_separator": "<|doc|>"}
+    named = args.calibration is not None and args.calibration.partition(":")
+    if named:
+        ids = {"data": named[0], "field": named[2]}
+    compress.apply(
+        "prune_structured", args.model, scratch / "bare", score="activation", layer_score="influence", repair="none",
+        **ids, **cut,
+    )  # fmt: skip
+    compress.apply("prune_structured", args.model, scratch / "student", **ids, **cut)
+    bare, start = (loss(str(scratch / name), texts) - dense for name in ("bare", "student"))
+    print(f"removed: {bare:+.4f}, repaired: {start:+.4f}", flush=True)
+    rows = [["removed, no repair", f"{bare:+.4f}", "", "", ""]]
+    rows.append(["prune_structured (default)", f"{start:+.4f}", f"{1 - start / bare:.0%}", "", ""])
+    for way in args.ways:
+        settings = dict(WAYS[way])
+        if "teacher_cache" in settings:
+            settings["teacher_cache"] = {**settings["teacher_cache"], "folder": str(scratch / "cache")}
+        shutil.rmtree(scratch / "out", ignore_errors=True)
+        details: dict[str, Any] = {}
+        begun = time.perf_counter()
+        compress.apply(
+            "distill", scratch / "student", scratch / "out", data=args.train, document_separator="<|doc|>",
+            teacher=args.model, tokens=args.tokens, details=details, **settings,
+        )  # fmt: skip
+        rise = loss(str(scratch / "out"), texts) - dense
+        training = details["training"]
+        per_token = training.get("teacher_cache", {}).get("bytes_per_token")
+        rows.append(
+            [
+                way,
+                f"{rise:+.4f}",
+                f"{1 - rise / bare:.0%}",
+                f"{training['held_out'][-1]['loss']:.4f}",
+                f"{time.perf_counter() - begun:.0f}" + (f", {per_token} bytes per token" if per_token else ""),
+            ]
+        )
+        print(*rows[-1], flush=True)
+    return [
+        f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} go; then {args.tokens:,} "
+        f"tokens of {', '.join(Path(f).name for f in args.train)}, the settings of the pass without any but the losses named. "
+        f"Held out: {', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before. "
+        "Won back is the share of what removal alone costs. The seconds are of the whole call.",
+        "",
+        *page.table(["", "ΔNLL", "won back", "last held-out loss in training", "seconds"], rows),
+    ]
+
+
+def memory() -> list[str]:
+    """Peak memory of a step beyond what models, gradients and optimizer hold, each in a process of its own."""
+    rows = []
+    for vocabulary, way, how in MEMORY:
+        job = json.dumps({"vocabulary": vocabulary, "plain": way == "plain", **how})
+        done = subprocess.run([sys.executable, __file__, "--one", job], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows.append([f"{vocabulary:,}", way, f"{found['held']:,}", f"{found['peak']:,}", f"{found['seconds']:.2f}"])
+        print(*rows[-1], flush=True)
+    return [
+        "Random Llamas of width 256, 4 blocks (student) and 6 (teacher), untied head, 8 × 256 tokens, AdamW, KL: MiB held by "
+        "weights, gradients and optimizer state, and what a step takes beyond that at its peak.",
+        "",
+        *page.table(["vocabulary", "", "held, MiB", "beyond, MiB", "seconds"], rows),
+    ]
+
+
+def one(job: dict[str, Any]) -> None:
+    """A step's peak memory, printed as JSON."""
+    import torch
+
+    objective, says, batch_of, optimizers = _models(job["vocabulary"], job.get("checkpointing", False))
+    step = _plain if job["plain"] else _ours
+
+    def run(samples: int) -> None:
+        step(objective, says, batch_of, samples, job.get("micro") or samples)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    run(1)  # gradients and optimizer state are there from now on
+    held = _resident()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+    begun = time.perf_counter()
+    with torch.enable_grad():
+        run(8)
+    seconds = time.perf_counter() - begun
+    peak = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1])
+    print(json.dumps({"held": held >> 10, "peak": (peak - held) >> 10, "seconds": seconds}))
+
+
+def _resident() -> int:
+    """KiB."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")).split()[1])
+
+
+def _models(vocabulary: int, checkpointing: bool) -> tuple[Any, Any, Any, Any]:
+    import torch
+    import transformers
+
+    from compress.calibration.batches import Batches
+    from compress.training.data import Samples
+    from compress.training.objective import Objective, Terms
+    from compress.training.optimize import Update, optimizers
+    from compress.training.teacher import Teachers, reader_of
+
+    def make(depth: int) -> Any:
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=depth,
+                num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    student, teacher = make(4), make(6)
+    if checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.train()
+    terms = Terms({"kl": 1.0})
+    objective = Objective(student, "causal", terms, vocabulary=vocabulary)
+    reader = reader_of(teacher, "causal", terms)
+    samples = Samples(Batches(torch.randint(0, vocabulary, (8, 256))), "causal", 0)
+    probe = samples.batch([(0, 0)], (1, 1), "cpu").inputs
+    objective.reader.check({k: v[:, :8] for k, v in probe.items()})
+    reader.check({k: v[:, :8] for k, v in probe.items()})
+    taken = [(i, 0) for i in range(8)]
+
+    def batch_of(rows: slice, of: int) -> Any:
+        return samples.batch(taken[rows], samples.counts(taken[:of]), "cpu")
+
+    tables = [student.get_input_embeddings().weight, student.get_output_embeddings().weight]
+    return objective, Teachers([reader], [1.0], terms, vocabulary), batch_of, optimizers(objective, tables, Update())
+
+
+def _ours(objective: Any, says: Any, batch_of: Any, samples: int, micro: int) -> None:
+    for begin in range(0, samples, micro):
+        batch = batch_of(slice(begin, begin + micro), samples)
+        objective(batch, says(batch))[0].backward()
+
+
+def _plain(objective: Any, says: Any, batch_of: Any, samples: int, micro: int) -> None:
+    """As loops are commonly written: all logits of student and teacher."""
+    import torch
+
+    batch = batch_of(slice(0, samples), samples)
+    inputs = {"input_ids": batch.inputs["input_ids"], "use_cache": False}
+    with torch.no_grad():
+        theirs = says.readers[0].model(**inputs).logits[:, :-1].float().log_softmax(-1)
+    mine = objective.student(**inputs).logits[:, :-1].float().log_softmax(-1)
+    kl = torch.nn.functional.kl_div(mine.flatten(0, 1), theirs.flatten(0, 1), log_target=True, reduction="batchmean")
+    kl.backward()
+
+
+def speed() -> list[str]:
+    """CPU time of steps, in turns with a plain loop's that does the same passes."""
+    rows = []
+    for vocabulary in (4096, 32768):
+        objective, says, batch_of, optimizers = _models(vocabulary, False)
+        found: dict[str, list[float]] = {"ours": [], "plain": []}
+        for turn in range(6):
+            for name, step in (("ours", _ours), ("plain", _plain)):
+                begun = time.process_time()
+                step(objective, says, batch_of, 8, 8)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if turn:
+                    found[name].append(time.process_time() - begun)
+        ours, plain = (statistics.median(found[name]) for name in ("ours", "plain"))
+        rows.append([f"{vocabulary:,}", f"{8 * 256 / ours:,.0f}", f"{8 * 256 / plain:,.0f}", f"{plain / ours:.2f} ×"])
+        print(*rows[-1], flush=True)
+    return [
+        "The same models, tokens per second of CPU time, median of five steps taken in turns:",
+        "",
+        *page.table(["vocabulary", "ours", "plain loop", "ratio"], rows),
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
+    parser.add_argument("--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")])
+    parser.add_argument("--calibration", help="token ids to prune with, file.safetensors:name; by default of --train")
+    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--mlp", type=float, default=0.25)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--jobs", nargs="+", default=["quality", "memory", "speed"])
+    parser.add_argument("--section", default="distill", help="of docs/benchmarks.md; '-' prints only")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(json.loads(args.one))
+        return
+    rows = [
+        f"## Distilling {Path(args.model).name}" if "quality" in args.jobs else "## Distillation: what a step takes",
+        "",
+    ]
+    rows += [f"`{page.command('bench-distill', parser, args)}`: {page.environment()}"]
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
+    try:
+        for job in args.jobs:
+            rows += ["", *(quality(args, scratch) if job == "quality" else memory() if job == "memory" else speed())]
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    page.deliver(args.section, rows)
+
+
+if __name__ == "__main__":
+    main()
