@@ -36,8 +36,8 @@ MEMORY: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (131072, "plain", {}),
     (4096, "ours", {}),
     (131072, "ours", {}),
-    (131072, "ours, micro-batches of 2", {"micro": 2}),
-    (131072, "ours, micro-batches of 2, checkpointing", {"micro": 2, "checkpointing": True}),
+    (4096, "ours, micro-batches of 2", {"micro": 2}),
+    (4096, "ours, micro-batches of 2, checkpointing", {"micro": 2, "checkpointing": True}),
 )
 
 
@@ -53,11 +53,10 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     named = args.calibration is not None and args.calibration.partition(":")
     if named:
         ids = {"data": named[0], "field": named[2]}
-    compress.apply(
-        "prune_structured", args.model, scratch / "bare", score="activation", layer_score="influence", repair="none",
-        **ids, **cut,
-    )  # fmt: skip
-    compress.apply("prune_structured", args.model, scratch / "student", **ids, **cut)
+    simple = {"score": "activation", "layer_score": "influence", "repair": "none"}
+    for name, how in (("bare", simple), ("student", {})):
+        if not (scratch / name).exists():
+            compress.apply("prune_structured", args.model, scratch / name, **ids, **cut, **how)
     bare, start = (loss(str(scratch / name), texts) - dense for name in ("bare", "student"))
     print(f"removed: {bare:+.4f}, repaired: {start:+.4f}", flush=True)
     rows = [["removed, no repair", f"{bare:+.4f}", "", "", ""]]
@@ -66,14 +65,15 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
         settings = dict(WAYS[way])
         if "teacher_cache" in settings:
             settings["teacher_cache"] = {**settings["teacher_cache"], "folder": str(scratch / "cache")}
-        shutil.rmtree(scratch / "out", ignore_errors=True)
+        out = scratch / way.replace(" ", "-")
+        shutil.rmtree(out, ignore_errors=True)
         details: dict[str, Any] = {}
         begun = time.perf_counter()
         compress.apply(
-            "distill", scratch / "student", scratch / "out", data=args.train, document_separator="<|doc|>",
+            "distill", scratch / "student", out, data=args.train, document_separator="<|doc|>",
             teacher=args.model, tokens=args.tokens, details=details, **settings,
         )  # fmt: skip
-        rise = loss(str(scratch / "out"), texts) - dense
+        rise = loss(str(out), texts) - dense
         training = details["training"]
         per_token = training.get("teacher_cache", {}).get("bytes_per_token")
         rows.append(
@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--mlp", type=float, default=0.25)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--jobs", nargs="+", default=["quality", "memory", "speed"])
+    parser.add_argument("--scratch", type=Path, help="keep the students there, and take those that are there")
     parser.add_argument("--section", default="distill", help="of docs/benchmarks.md; '-' prints only")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -255,12 +256,13 @@ def main() -> None:
         "",
     ]
     rows += [f"`{page.command('bench-distill', parser, args)}`: {page.environment()}"]
-    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
+    scratch = args.scratch or Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for job in args.jobs:
             rows += ["", *(quality(args, scratch) if job == "quality" else memory() if job == "memory" else speed())]
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if args.scratch is None:
+            shutil.rmtree(scratch, ignore_errors=True)
     page.deliver(args.section, rows)
 
 

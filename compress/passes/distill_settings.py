@@ -11,7 +11,7 @@ from compress.settings import Settings
 
 #: What a preset fills in where the recipe says nothing.
 PRESETS: dict[str, dict[str, Any]] = {
-    "recover": {"rate": 1e-3, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0},
+    "recover": {"rate": 5e-4, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0},
     "from_scratch": {"rate": 3e-3, "schedule": "wsd", "optimizer": "muon", "weight_decay": 0.1},
 }
 
@@ -184,7 +184,7 @@ class DistillSettings(PassSettings):
         description="Samples of a process at a time, for less memory and the same result; all by default.",
     )
     rate: float = Field(
-        default_factory=_of_preset("rate"), gt=0, description="Peak learning rate; 1e-3 to recover, else 3e-3."
+        default_factory=_of_preset("rate"), gt=0, description="Peak learning rate; 5e-4 to recover, else 3e-3."
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default_factory=_of_preset("schedule"),

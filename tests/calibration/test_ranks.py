@@ -86,7 +86,7 @@ def test_two_processes_find_what_one_does(tmp_path):
             assert a.keys() == b.keys()
             for name in (key.removesuffix(":codes") for key in a if key.endswith(":codes")):
                 assert float((a[name] - b[name]).norm()) < 0.3 * float(a[name].norm())
-        for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.97)):
+        for method, least in (("wanda", 0.999), ("sparsegpt", 0.99), ("alps", 0.93)):
             one, two = (tmp_path / "work" / f"{folder.name}-{method}-{n}" / "blocks" for n in (1, 2))
             same, count, difference, scale = 0, 0, 0.0, 0.0
             for path in sorted(one.iterdir()):
@@ -225,10 +225,11 @@ def test_two_processes_train_the_same_student(recipe_file, tmp_path):
     recipe["passes"] = [
         {"prune_structured": {"layers": [2], "repair": "none"}},
         {"prune_unstructured": {"method": "magnitude", "sparsity": "50%"}},
-        {"distill": {"steps": 12, "batch": 6, "micro_batch": 2, "held_out": 6, "evaluate_every": 4, "average": 0.5}},
+        {"distill": {"steps": 6, "batch": 6, "micro_batch": 2, "held_out": 6, "evaluate_every": 3, "average": 0.5}},
         {"cast": {"weights": "bf16"}},
     ]
     recipe["gates"] = {"size": {"max_ratio": 0.9}, "kl": {"max": 5.0}}
+    recipe["data"]["evaluation"]["max_documents"] = 4
     outputs = []
     for processes in (1, 2):
         recipe["output"] = str(tmp_path / f"out{processes}")
