@@ -88,6 +88,7 @@ class PlannedPass:
     size: Size
     other_store: Size
     peak_memory: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Plan:
                             "exact": p.spec.exact,
                             "bytes_by_store": {self.store: p.size.bytes, _other(self.store): p.other_store.bytes},
                             "peak_memory": p.peak_memory,
+                            "notes": list(p.notes),
                         }
                         for p in stage.passes
                     ],
@@ -185,6 +187,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 planned_size(following, store, recipe.max_shard_size, metadata),
                 planned_size(following, _other(store), recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
+                tuple(instance.notes(current, entry.settings)),
             )
         )
         current = following

@@ -160,6 +160,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     last = plan["stages"][-1]["passes"][-1]["planned"]["bytes"]
     ratio = last / original["bytes"] if original["bytes"] else 0.0
     _line(console, f"output {format_bytes(last)}, × {ratio:.3f} of the original, store: {plan['store']}")
+    for row in (row for stage in plan["stages"] for row in stage["passes"]):
+        for note in row["notes"]:
+            _line(console, f"{row['name']}: {note}")
     _line(console, f"peak memory about {format_bytes(plan['peak_memory'])}")
     free = plan["disk_free"]
     short = "" if plan["disk"] <= free else ": NOT ENOUGH"

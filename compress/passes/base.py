@@ -114,6 +114,10 @@ class Pass(Generic[S]):
         """
         return None
 
+    def notes(self, spec: Spec, settings: S) -> list[str]:
+        """What a plan says besides sizes and memory, one sentence each."""
+        return []
+
     def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:
         """The changed checkpoint, lazily: weights are read when the writer asks for them."""
         raise NotImplementedError

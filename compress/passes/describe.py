@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -29,8 +30,24 @@ def describe(name: str) -> dict[str, Any]:
         "yields": sorted(instance.yields),
         "preserves": sorted(instance.preserves),
         "source": instance.source,
-        "settings": describe_settings(instance.settings),
+        "settings": _with_sections(describe_settings(instance.settings), instance.settings),
     }
+
+
+def _with_sections(rows: list[dict[str, Any]], model: type[BaseModel]) -> list[dict[str, Any]]:
+    """After each setting that is a section, its keys by dotted names."""
+    found = []
+    for row in rows:
+        found.append(row)
+        for section in _models_in(model.model_fields[row["name"]].annotation) if row["type"] == "section" else ():
+            found += [{**inner, "name": f"{row['name']}.{inner['name']}"} for inner in describe_settings(section)]
+    return found
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 def describe_settings(model: type[BaseModel]) -> list[dict[str, Any]]:
@@ -56,7 +73,7 @@ def _setting(key: str, field: FieldInfo, schema: dict[str, Any]) -> dict[str, An
 def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A JSON schema type in words: ``50% or 0.5``, ``bf16 | fp16``, ``list of text``."""
     if "examples" in entry:
-        return "such as " + " or ".join(str(e) for e in entry["examples"])
+        return "such as " + " or ".join(e if isinstance(e, str) else json.dumps(e) for e in entry["examples"])
     if "enum" in entry:
         return " | ".join(str(v) for v in entry["enum"])
     if "const" in entry:
@@ -70,6 +87,8 @@ def _type(entry: dict[str, Any], definitions: dict[str, Any]) -> str:
         return "section"
     if isinstance(kind, list):
         return " or ".join(_type({"type": k}, definitions) for k in kind)
+    if kind == "array" and "prefixItems" in entry:
+        return f"[{', '.join(_type(e, definitions) for e in entry['prefixItems'])}]"
     if kind == "array":
         return f"list of {_type(entry.get('items', {}), definitions)}"
     if kind == "object" and "additionalProperties" not in entry:

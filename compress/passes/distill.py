@@ -58,6 +58,13 @@ class Distill(Pass[DistillSettings]):
         cut = student_cut(spec, settings)
         return spec if cut is None else PruneStructured().plan(spec, cut)
 
+    def notes(self, spec: Spec, settings: DistillSettings) -> list[str]:
+        """Bytes of the teacher cache."""
+        if settings.teacher_cache is None:
+            return []
+        k, vocabulary = settings.teacher_cache.k, int(spec.structure.config.get("vocab_size") or 1 << 31)
+        return [f"teacher cache: {bytes_per_token(k, vocabulary)} bytes per token (k = {k})"]
+
     def apply(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
         """The student, trained."""
         from compress.passes.distillation import distill
@@ -88,6 +95,11 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         raise PassError(
             "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
         )
+
+
+def bytes_per_token(k: int, vocabulary: int) -> int:
+    """Bytes that a teacher cache holds of a token: k ids, and k + 1 log-probabilities in half precision."""
+    return k * (2 if vocabulary <= 1 << 16 else 4) + 2 * (k + 1)
 
 
 def default_losses(spec: Spec) -> dict[str, float]:

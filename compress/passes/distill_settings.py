@@ -95,11 +95,13 @@ Teachers = Annotated[
 
 class _Student(Settings):
     layers: int | None = Field(default=None, ge=1, description="How many blocks it has; all by default.")
-    mlp: int | None = Field(default=None, ge=1, description="Neurons of its MLPs: the first ones of the checkpoint's.")
+    mlp: int | None = Field(default=None, ge=1, description="How many neurons its MLPs have.")
     heads: int | None = Field(
-        default=None, ge=1, description="Query heads of its blocks; groups go whole where need be."
+        default=None, ge=1, description="How many query heads its blocks have; groups go whole where need be."
     )
-    hidden: int | None = Field(default=None, ge=1, description="Hidden channels (families with RMSNorm).")
+    hidden: int | None = Field(
+        default=None, ge=1, description="How many hidden channels it has (families with RMSNorm)."
+    )
     init: Literal["slice", "random"] = Field(
         default="slice",
         description="`slice`: weights of the checkpoint, of the units with the largest ones. `random`: fresh ones.",

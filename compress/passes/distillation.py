@@ -20,7 +20,7 @@ from compress.evaluation.embeddings import read_pooling
 from compress.evaluation.tasks import task_of
 from compress.loading import load_checkpoint, load_tokenizer, quiet_transformers
 from compress.passes.base import Context
-from compress.passes.distill import default_losses, task_name
+from compress.passes.distill import bytes_per_token, default_losses, task_name
 from compress.passes.distill_settings import DistillSettings
 from compress.training.cache import TeacherCache
 from compress.training.data import Masking, Samples
@@ -88,6 +88,8 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         patience=settings.patience,
         seed=context.seed,
     )
+    if (epochs := steps * settings.batch / samples.train) > 1:
+        context.progress.message(f"the training data is gone through {epochs:.2g} times")
     log, close = _log(settings, context)
     training = Training(
         objective,
@@ -102,6 +104,12 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     )
     history = training.run()
     close()
+    if history.best_step == 0 and not settings.allow_noop:
+        raise PassError(
+            "training did not help: no weights were better on held-out samples than those it began with",
+            key="rate",
+            fix="lower `rate`, take more steps, or set `allow_noop: true` to go on without",
+        )
     context.details["training"] = {
         "steps": steps,
         "samples": samples.train,
@@ -352,8 +360,6 @@ def _says(
     if missing:
         models = _at_work(teachers, terms, vocabulary, samples, settings, context)
         filled = _fill(cache, missing, models, samples, context, ranks)
-    from compress.training.cache import bytes_per_token
-
     return cache, {
         "teacher_cache": {
             "k": k,

@@ -25,11 +25,6 @@ FORMAT = 1
 _KEY = "teacher-cache.json"
 
 
-def bytes_per_token(k: int, vocabulary: int) -> int:
-    """Bytes of a token's ids and log-probabilities."""
-    return k * (2 if vocabulary <= 1 << 16 else 4) + 2 * (k + 1)
-
-
 @dataclass
 class TeacherCache:
     """A folder of shards. Samples are numbered in the order that the training data give them.

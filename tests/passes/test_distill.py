@@ -313,7 +313,12 @@ def test_divergence_ends_the_run_with_one_line(tmp_path, pico_llama):
 
 
 def test_training_stops_where_it_does_not_help_and_keeps_the_best(tmp_path, pico_llama):
-    out, said = distilled(tmp_path, pico_llama, rate=1.0, steps=40, evaluate_every=2, patience=3, warmup=0)
+    how = {"rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup": 0}
+    with pytest.raises(
+        PassError, match=r"training did not help: no weights were better on held-out samples.*lower `rate`"
+    ):
+        distilled(tmp_path, pico_llama, "refused", **how)
+    out, said = distilled(tmp_path, pico_llama, allow_noop=True, **how)
     assert said["stopped"] == "no progress on held-out samples since step 0"
     assert said["held_out"][-1]["step"] == 6
     assert same(out, pico_llama)  # its own teacher: nothing is better than not to move
