@@ -258,7 +258,14 @@ def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
     except (CompressError, ImportError):  # a plug-in that is not installed here
         usual = {}
     shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and v != usual.get(k)}
-    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in shown.items())
+    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_said(v))}" for k, v in shown.items())
+
+
+def _said(value: Any) -> Any:
+    """Without keys that nobody gave a value."""
+    if isinstance(value, Mapping):
+        return {k: _said(v) for k, v in value.items() if v is not None}
+    return [_said(v) for v in value] if isinstance(value, list) else value
 
 
 def bar(step: Step, width: int) -> str:
