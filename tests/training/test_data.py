@@ -20,7 +20,7 @@ def test_an_epoch_takes_every_sample_once_and_the_first_one_in_order():
     assert sorted(second) == list(range(10))
     assert second != list(range(10))
     assert Order(10, 4, seed=3).step(4) == order.step(4)
-    assert [Order(10, 10, seed=s).step(1) for s in (1, 2)][0] != Order(10, 10, seed=2).step(1)
+    assert Order(10, 10, seed=1).step(1) != Order(10, 10, seed=2).step(1)
 
 
 def test_samples_of_similar_length_go_together():
