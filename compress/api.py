@@ -154,7 +154,7 @@ def apply(
         if isinstance(data, torch.Tensor):
             drawn = first(given_ids(data), samples, length, "data")
             check_vocabulary(drawn, vocabulary)
-            check_positions(drawn.ids.shape[1], positions)
+            check_positions(drawn.ids.shape[1], positions, name=name)
             return drawn
         if section is not None:
             return draw(

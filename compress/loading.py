@@ -141,14 +141,18 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     return found or transformers.AutoModel, config
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files are there."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).exists() for name in names)
+
+
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
     import transformers
 
     folder = Path(folder)
-    if not any(
-        (folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    ):
+    if not has_tokenizer(folder):
         raise CheckpointError(
             "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
         )

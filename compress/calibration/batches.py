@@ -60,14 +60,20 @@ class Batches:
         size = max(1, tokens // self.ids.shape[1])
         return [self._part(slice(i, i + size)) for i in range(0, len(self.ids), size)]
 
-    def _part(self, rows: slice) -> Batches:
+    def at(self, rows: Sequence[int]) -> Batches:
+        """The samples of these numbers, in their order."""
+        import torch
+
+        return replace(self._part(torch.tensor(rows)), chosen=tuple(self.chosen[row] for row in rows if self.chosen))
+
+    def _part(self, rows: slice | torch.Tensor) -> Batches:
         return replace(
             self,
             ids=self.ids[rows],
             mask=None if self.mask is None else self.mask[rows],
             types=None if self.types is None else self.types[rows],
             labels=None if self.labels is None else self.labels[rows],
-            chosen=self.chosen[rows],
+            chosen=self.chosen[rows] if isinstance(rows, slice) else (),
         )
 
     def sha256(self) -> str:

@@ -50,6 +50,7 @@ class Context:
         seed: seeds every choice. max_ram: bytes the pass may use, None for no limit.
         data: set name (``calibration`` …) to its token batches, made when first asked for.
         progress: where to report steps. work: durable folder keyed by the stage's fingerprint.
+        offline: whether hub ids come from the cache alone.
         details: facts for the report that the pass writes, JSON values.
     """
 
@@ -63,6 +64,7 @@ class Context:
     work: Path
     rank: int = 0
     world: int = 1
+    offline: bool = False
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,6 +115,10 @@ class Pass(Generic[S]):
         None where that follows from how the pass works: a few tensors, or for one that reads data the whole model.
         """
         return None
+
+    def checkpoints(self, settings: S) -> list[str]:
+        """Folders and hub ids of checkpoints that it reads besides its input and the original."""
+        return []
 
     def notes(self, spec: Spec, settings: S) -> list[str]:
         """What a plan says besides sizes and memory, one sentence each."""

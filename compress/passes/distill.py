@@ -58,6 +58,12 @@ class Distill(Pass[DistillSettings]):
         cut = student_cut(spec, settings)
         return spec if cut is None else PruneStructured().plan(spec, cut)
 
+    def checkpoints(self, settings: DistillSettings) -> list[str]:
+        """The teachers."""
+        return (
+            [t.checkpoint for t in settings.teacher if t.checkpoint != "original"] if settings.needs_teacher() else []
+        )
+
     def notes(self, spec: Spec, settings: DistillSettings) -> list[str]:
         """Bytes of the teacher cache."""
         if settings.teacher_cache is None:
@@ -79,6 +85,10 @@ class Distill(Pass[DistillSettings]):
 def check_losses(spec: Spec, settings: DistillSettings) -> None:
     """The losses are such as the model's task has. Raises `PassError`."""
     task = task_of(spec.structure.class_name)
+    if task in (CLASSIFICATION, EMBEDDING) and settings.teacher_cache is not None:
+        raise PassError(
+            "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
+        )
     if settings.losses is None:
         return
     weights = settings.losses.weights
@@ -91,10 +101,6 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         )
     if task is CLASSIFICATION and "cosine" in weights:
         raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
-    if task in (CLASSIFICATION, EMBEDDING) and settings.teacher_cache is not None:
-        raise PassError(
-            "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
-        )
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:

@@ -242,6 +242,21 @@ class DistillSettings(PassSettings):
             inside = [name for name in ("hidden", "cosine", "relations") if name in self.losses.weights]
             if inside:
                 raise ValueError(f"`teacher_cache` keeps predictions alone: leave out the loss `{inside[0]}`")
+        weights = {} if self.losses is None else self.losses.weights
+        fields = type(self).model_fields
+        for key, loss in (
+            ("layer_map", "hidden"),
+            ("relation_layers", "relations"),
+            ("relation_heads", "relations"),
+            ("skew", "skewed_kl"),
+        ):
+            if getattr(self, key) != fields[key].default and loss not in weights:
+                raise ValueError(f"`{key}` is for the loss `{loss}`, which has no weight")
+        if self.losses is not None and not set(weights) & {"kl", "reverse_kl", "skewed_kl", "js"}:
+            if len(self.teacher) > 1:
+                raise ValueError("several teachers are for losses that compare predictions, such as `kl`")
+            if self.teacher_cache is not None:
+                raise ValueError("`teacher_cache` keeps predictions, and no loss compares with a teacher's")
         return self
 
     def needs_teacher(self) -> bool:

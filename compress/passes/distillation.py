@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress import architectures
+from compress.calibration.batches import check_positions, check_vocabulary
 from compress.calibration.influence import find_blocks
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
 from compress.errors import DataError, PassError
-from compress.evaluation.embeddings import read_pooling
+from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.evaluation.tasks import task_of
-from compress.loading import load_checkpoint, load_tokenizer, quiet_transformers
+from compress.loading import has_tokenizer, load_checkpoint, load_tokenizer, quiet_transformers
 from compress.passes.base import Context
 from compress.passes.distill import bytes_per_token, default_losses, task_name
 from compress.passes.distill_settings import DistillSettings
 from compress.training.cache import TeacherCache
 from compress.training.data import Masking, Samples
 from compress.training.loop import How, Training
+from compress.training.models import Reader
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Samples trained on for each held-out one, at least, so that looking at these takes little of the time.
 _LOOKED = 4
+#: Tokens of the sample on which the ways to make logits are compared.
+_PROBE = 16
 #: Samples that teachers are asked about at a time when a cache is filled.
 _ASKED = 16
 
@@ -43,11 +49,14 @@ _ASKED = 16
 def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
     """The student checkpoint, trained as the settings say."""
     ranks = Ranks(context.rank, context.world)
-    if context.world > 1 and settings.optimizer == "muon":
-        raise PassError("muon works in one process", key="optimizer", fix="set `optimizer: adamw`")
+    if context.world > 1 and settings.optimizer != "adamw":
+        raise PassError(
+            f"{settings.optimizer} does not work on sharded weights", key="optimizer", fix="set `optimizer: adamw`"
+        )
+    log, close = _log(settings, context)
     samples = _samples(student, settings, context)
     steps = _steps(samples, settings)
-    teachers = _teachers(student, settings, context)
+    teachers = _teachers(student, samples, settings, context)
     terms = _terms(student, teachers, settings)
     model = _student_model(student, settings, context)
     masks = _masks(student, model)
@@ -60,11 +69,10 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         terms,
         vocabulary=vocabulary,
         teacher_width=widths.pop() if terms.of_inside else None,
-        pooling=read_pooling(student.folder) if student.folder is not None else None,
-    ).to(context.device)
-    probe = samples.batch([(0, 0)], (1, 1), context.device).inputs
-    if not objective.reader.check(probe):
-        context.progress.message("logits of this family cannot be made a few tokens at a time: they take more memory")
+        pooling=_pooling(student),
+        teacher_pooling=_pooling(teachers[0]) if teachers else None,
+    ).to(_begins_on(context))
+    _check_reader(objective.reader, samples, context)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
@@ -90,7 +98,6 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     )
     if (epochs := steps * settings.batch / samples.train) > 1:
         context.progress.message(f"the training data is gone through {epochs:.2g} times")
-    log, close = _log(settings, context)
     training = Training(
         objective,
         says,
@@ -111,10 +118,10 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             fix="lower `rate`, take more steps, or set `allow_noop: true` to go on without",
         )
     context.details["training"] = {
-        "steps": steps,
+        "steps": history.steps,
         "samples": samples.train,
         "held_out_samples": samples.held_out,
-        "epochs": round(steps * settings.batch / samples.train, 3),
+        "epochs": round(history.steps * settings.batch / samples.train, 3),
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9), 1),
         "best_step": history.best_step,
@@ -124,6 +131,23 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         **filled,
     }
     return _trained(student, model, context)
+
+
+def _begins_on(context: Context) -> str:
+    """Where models are loaded: sharding moves them to the device part by part."""
+    return context.device if context.world == 1 else "cpu"
+
+
+def _pooling(checkpoint: Checkpoint) -> Pooling | None:
+    return read_pooling(checkpoint.folder) if checkpoint.folder is not None else None
+
+
+def _check_reader(reader: Reader, samples: Samples, context: Context) -> None:
+    """See how logits can be made, on a short sample, and say where that takes more memory."""
+    inputs = samples.batch([(0, 0)], (1, 1), _begins_on(context)).inputs
+    if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
+        what = type(reader.model).__name__
+        context.progress.message(f"logits of {what} cannot be made a few tokens at a time: they take more memory")
 
 
 def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -> Samples:
@@ -155,11 +179,13 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
         masking = Masking(
             int(tokenizer.mask_token_id),
             frozenset(tokenizer.all_special_ids),
-            len(tokenizer),
+            min(len(tokenizer), _vocabulary(student, [])),
             context.seed,
             fixed=settings.teacher_cache is not None,
         )
-    return Samples(batches, task, settings.held_out, masking)
+    order = list(range(len(batches.ids)))
+    random.Random(context.seed).shuffle(order)  # token ids that are given may lie in any order
+    return Samples(batches.at(order), task, settings.held_out, masking)
 
 
 def _steps(samples: Samples, settings: DistillSettings) -> int:
@@ -172,7 +198,7 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
     return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch))
 
 
-def _teachers(student: Checkpoint, settings: DistillSettings, context: Context) -> list[Checkpoint]:
+def _teachers(student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context) -> list[Checkpoint]:
     """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
     if not settings.needs_teacher():
         return []
@@ -180,7 +206,11 @@ def _teachers(student: Checkpoint, settings: DistillSettings, context: Context) 
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
-            teacher = open_checkpoint(entry.checkpoint, trust_remote_code=student.trust_remote_code)
+            how = {"trust_remote_code": student.trust_remote_code, "offline": context.offline}
+            if context.rank == 0:
+                open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
+            Ranks(context.rank, context.world).wait()
+            teacher = open_checkpoint(entry.checkpoint, **how)
         if task_of(teacher.spec.structure.class_name) is not task_of(student.spec.structure.class_name):
             raise PassError(
                 f"the teacher {entry.checkpoint} is for {task_of(teacher.spec.structure.class_name).name}, the student for "
@@ -196,6 +226,10 @@ def _teachers(student: Checkpoint, settings: DistillSettings, context: Context) 
             )
         _check_tokenizers(student, teacher, entry.checkpoint)
         _check_labels(student, teacher, entry.checkpoint)
+        check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
+        check_positions(
+            samples.batches.ids.shape[1], architectures.positions(teacher.spec), entry.checkpoint, name="training"
+        )
         found.append(teacher)
     return found
 
@@ -206,7 +240,7 @@ def _check_tokenizers(student: Checkpoint, teacher: Checkpoint, name: str) -> No
     files = [folder / "tokenizer.json" for folder in (student.folder, teacher.folder)]
     if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
         return
-    if not any((folder / "tokenizer_config.json").is_file() for folder in (student.folder, teacher.folder)):
+    if not all(has_tokenizer(folder) for folder in (student.folder, teacher.folder)):
         return  # token ids are given, and nobody says what they mean
     mine, theirs = (load_tokenizer(c.folder, trust_remote_code=c.trust_remote_code) for c in (student, teacher))  # type: ignore[arg-type]
     ours, others = mine.get_vocab(), theirs.get_vocab()
@@ -290,8 +324,8 @@ def _student_model(student: Checkpoint, settings: DistillSettings, context: Cont
         found, config = stock_class(student)
         torch.manual_seed(context.seed)
         model = found(config) if hasattr(found, "config_class") and found.config_class else found.from_config(config)
-        return model.float().to(context.device)
-    model = load_checkpoint(student, dtype="float32", device=context.device)
+        return model.float().to(_begins_on(context))
+    model = load_checkpoint(student, dtype="float32", device=_begins_on(context))
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
@@ -339,14 +373,12 @@ def _says(
         return (lambda batch: Signal()), {}
     if settings.teacher_cache is None:
         return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
-    if not terms.of_distribution:
-        raise PassError("no loss compares with a teacher's predictions", key="teacher_cache", fix="leave it out")
     k = settings.teacher_cache.k
     if k >= vocabulary:
         raise PassError(f"k of {k} is not below the vocabulary of {vocabulary}", key="teacher_cache")
-    cache = TeacherCache(Path(settings.teacher_cache.folder), _key(teachers, samples, settings), k, vocabulary)
+    cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
     if context.rank == 0:
-        cache.prepare()
+        cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
     ranks.wait()
     from compress.training.data import Order
 
@@ -394,13 +426,15 @@ def _fill(
     return count
 
 
-def _key(teachers: list[Checkpoint], samples: Samples, settings: DistillSettings) -> dict[str, Any]:
+def _key(
+    teachers: list[Checkpoint], samples: Samples, settings: DistillSettings, vocabulary: int, dtype: str
+) -> dict[str, Any]:
     """What the contents of a cache depend on."""
     import hashlib
 
     hashes = []
     for teacher in teachers:
-        whole_ = hashlib.sha256()
+        whole_ = hashlib.sha256(json.dumps(teacher.spec.structure.config, sort_keys=True, default=str).encode())
         for tensor in teacher.spec.stored():
             data = teacher.tensor(tensor.name).data.contiguous()
             whole_.update(tensor.name.encode())
@@ -412,6 +446,8 @@ def _key(teachers: list[Checkpoint], samples: Samples, settings: DistillSettings
         "teachers": hashes,
         "weights": [entry.weight for entry in settings.teacher],
         "temperature": settings.temperature,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
         "samples": samples.batches.sha256(),
         "masking": None if masking is None else [masking.seed, masking.mask],
     }
@@ -427,15 +463,17 @@ def _at_work(
 ) -> Teachers:
     """The teachers' models, each loaded once."""
     task = task_name(teachers[0].spec)
-    probe = samples.batch([(0, 0)], (1, 1), context.device).inputs
     readers = []
     for number, teacher in enumerate(teachers):
-        model = load_checkpoint(teacher, dtype=context.dtype, device=context.device)
+        model = load_checkpoint(teacher, dtype=context.dtype, device=_begins_on(context))
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
         reader = reader_of(model, task, own)
-        reader.check(probe)
+        _check_reader(reader, samples, context)
         if context.world > 1:
             shard(reader.base, find_blocks(model, architectures.of(model.config.to_dict())), context.device)
+            for child in model.children():
+                if child is not reader.base:
+                    child.to(context.device)
         readers.append(reader)
     total = sum(entry.weight for entry in settings.teacher)
     return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
@@ -463,7 +501,11 @@ def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
 def _trained(student: Checkpoint, model: Any, context: Context) -> Checkpoint:
     """The student's checkpoint with the model's weights, named and shaped as in its file."""
     folder = context.work / "trained"
-    state = {name: whole(value) for name, value in model.state_dict().items()}
+    state = {}
+    for name, value in model.state_dict().items():
+        full = whole(value)  # every process takes part, the first one keeps it
+        if context.rank == 0:
+            state[name] = full
     if context.rank:
         return student
     config = model.config

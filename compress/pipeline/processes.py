@@ -39,6 +39,7 @@ class Job:
     device: str
     seed: int
     work: Path
+    offline: bool
 
 
 @contextmanager
@@ -53,6 +54,10 @@ def joined(device: str) -> Iterator[Ranks]:
     import torch.distributed as dist
 
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    if device != "cpu":
+        import torch
+
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend, timeout=timedelta(days=30))
     try:
         yield Ranks(rank, world)
@@ -92,6 +97,7 @@ def help_out(ranks: Ranks) -> None:
             data=lambda name, job=job: job.data[name],  # type: ignore[misc]
             progress=SilentProgress(),
             work=job.work,
+            offline=job.offline,
             rank=ranks.rank,
             world=ranks.world,
         )
@@ -115,8 +121,9 @@ def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, t
         trust,
         data,
         context.dtype,
-        context.device,
+        context.device.partition(":")[0],  # each process takes its own
         context.seed,
         context.work.resolve(),
+        context.offline,
     )
     ranks.tell(0, job)

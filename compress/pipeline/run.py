@@ -121,6 +121,9 @@ class Run:
             }
             if needed:
                 environment |= {"device": self.device, "dtype": recipe.dtype}
+            others = [name for p in stage.passes for name in passes.get(p.name).checkpoints(p.settings)]
+            if others:
+                environment["checkpoints"] = [self._hash(name) for name in others]
             before = stage_fingerprint(
                 before,
                 [(p.name, p.settings.model_dump(mode="json")) for p in stage.passes],
@@ -129,6 +132,12 @@ class Run:
             )
             result.append(before)
         return result
+
+    def _hash(self, name: str) -> str:
+        """SHA-256 of another checkpoint's contents."""
+        recipe = self.recipe
+        found = open_checkpoint(name, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        return hash_input(found, self.folder.path / f"inputs-{fingerprint(name)[:12]}.json")
 
     def compute(self, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
         """Run the stage's passes in one read and one write, check the result, record it."""
@@ -150,6 +159,7 @@ class Run:
                 work=self.folder.work(key),
                 rank=self.ranks.rank,
                 world=self.ranks.world if shared else 1,
+                offline=self.recipe.offline,
             )
             if shared:
                 trust = self.recipe.trust_remote_code

@@ -6,6 +6,7 @@ where the k are renormalised (Sparse Logit Sampling, arXiv 2503.16870).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,20 +30,18 @@ _KEY = "teacher-cache.json"
 class TeacherCache:
     """A folder of shards. Samples are numbered in the order that the training data give them.
 
-    Attributes:
-        key: what the contents depend on, JSON values. k: ids per token.
+    ``k``: ids per token. ``vocabulary``: ids that student and teachers share.
     """
 
     folder: Path
-    key: Mapping[str, Any]
     k: int
     vocabulary: int
     _open: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
 
-    def prepare(self) -> None:
-        """Make the folder, or see that it is one of this key. Raises `DataError`."""
+    def prepare(self, key: Mapping[str, Any]) -> None:
+        """Make the folder, or see that it is one of this key: what the contents depend on, JSON values. Raises `DataError`."""
         path = self.folder / _KEY
-        wanted = {"format": FORMAT, "k": self.k, **self.key}
+        wanted = {"format": FORMAT, "k": self.k, **key}
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
@@ -57,10 +56,10 @@ class TeacherCache:
                     fix="name another folder in `teacher_cache`, or remove this one",
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(file.suffix != ".tmp" for file in self.folder.iterdir()):
             raise DataError("is a folder with other files, not a teacher cache", where=str(self.folder))
         self.folder.mkdir(parents=True, exist_ok=True)
-        temp = path.with_suffix(".tmp")
+        temp = path.with_suffix(f".{os.getpid()}.tmp")
         temp.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
         temp.replace(path)
 
@@ -79,7 +78,7 @@ class TeacherCache:
             "ends": ends,
         }
         path = self._path(shard)
-        temp = path.with_suffix(".tmp")
+        temp = path.with_suffix(f".{os.getpid()}.tmp")  # runs may fill the same cache
         save_file(tensors, temp)
         temp.replace(path)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Logits in memory at a time; a few copies of them are.
-VALUES = 1 << 22
+#: Logits in memory at a time, by kind of device; a few copies of them are.
+VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
 #: Fewest tokens of a chunk.
 _LEAST = 16
 
@@ -25,9 +25,9 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk_rows(vocabulary: int) -> int:
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens per chunk."""
-    return max(_LEAST, VALUES // max(1, vocabulary))
+    return max(_LEAST, VALUES[device.type] // max(1, vocabulary))
 
 
 def summed(
@@ -123,7 +123,7 @@ def _through_linear(
     gradients: list[Tensor | None],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `_through_any`, and without a matrix [V, D] for every chunk: its product is added where the sum is."""
+    """As `_through_any`, and in float32 without a matrix [V, D] for every chunk: its product is added where the sum is."""
     logits = head(hidden).detach().requires_grad_()
     with torch.enable_grad():
         sums = loss(logits)

@@ -59,6 +59,7 @@ class History:
     best_step: int = 0
     stopped: str | None = None
     tokens: int = 0
+    steps: int = 0
     seconds: float = 0.0
 
 
@@ -90,7 +91,8 @@ class Training:
         student = objective.student
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
-        tables = [m.weight for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m is not None]
+        looked_up = [m for m in student.modules() if isinstance(m, torch.nn.Embedding)]
+        tables = [m.weight for m in (*looked_up, student.get_output_embeddings()) if m is not None]
         self.optimizers = optimizers(objective, tables, how.update)
         self.parameters = dict(objective.named_parameters())
         self.averages: dict[str, Tensor] = {}
@@ -146,7 +148,7 @@ class Training:
         mine, share = taken[rank::world], -(-len(taken) // world)
         micro = min(how.micro or share, share)
         set_rate(self.optimizers, how.update.rate * how.update.factor(step, how.steps))
-        torch.manual_seed((how.seed * 1_000_003 + step) * 1_009 + rank)
+        torch.manual_seed(((how.seed * 1_000_003 + step) * 1_009 + rank) % (1 << 63))
         total: Tensor | None = None
         scale = float(self.scaler.get_scale()) if self.scaler.is_enabled() else 1.0
         for begin in range(0, share, micro):
@@ -161,14 +163,17 @@ class Training:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self._mask_gradients()
-        if how.clip is not None:
+        if how.clip is not None or self.scaler.is_enabled():
             norm = norm_of(list(self.parameters.values()))
+        if how.clip is not None:
             factor = (how.clip / (norm + 1e-6)).clamp(max=1.0)
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        # a gradient that overflowed is nobody's: the scaler alone would skip the optimizer that holds it
+        if not self.scaler.is_enabled() or bool(norm.isfinite()):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -177,6 +182,7 @@ class Training:
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter.detach(), 1 - how.average)
         self.history.tokens += counts[0]
+        self.history.steps = step + 1
         self.ranks.add(total)
         return total
 
@@ -212,8 +218,8 @@ class Training:
         if not self.history.held_out:
             return PassError(f"the loss is {loss} before any training: the student or a teacher is broken")
         return PassError(
-            f"training diverged: the loss is {loss} at step {step}; the state of step "
-            f"{self.history.held_out[-1]['step']:.0f} is kept",
+            f"training diverged: the loss is {loss} at step {step}, and was {self.history.held_out[-1]['loss']:.4g} at step "
+            f"{self.history.held_out[-1]['step']:.0f}",
             key="rate",
             fix="lower `rate`",
         )
@@ -241,7 +247,7 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """What is minimised, on the held-out samples, of the weights that would be kept."""
-        held, micro = self.samples.held, self.how.micro or self.how.batch
+        held, micro = self.samples.held, self.how.micro or -(-self.how.batch // self.ranks.world)
         training = self.objective.training
         self.objective.eval()
         swapped = self._swap()

@@ -15,8 +15,8 @@ from compress.calibration.influence import find_blocks
 from compress.errors import PassError
 
 Task = Literal["causal", "masked", "classes", "embedding"]
-#: Largest difference, over the spread of logits, at which the head by itself counts as the model's own.
-TOLERANCE = 1e-3
+#: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
+TOLERANCE = (1e-3, 3e-2)
 
 
 @dataclass
@@ -153,13 +153,15 @@ class Reader:
         given = {name: value for name, value in short.items() if name in self.takes}
         try:
             with torch.no_grad():
-                whole = self.model(**given, return_dict=True).logits[0].float()
+                whole = self.model(**given, return_dict=True).logits[0]
                 hidden = self.run(short).last[0]
                 fits = _near(self.logits(hidden), whole)
                 last = self.model.get_output_embeddings()
                 others = {id(p) for p in self.parameters_of_head()} - {id(p) for p in last.parameters()}
                 if fits and not others and isinstance(last, torch.nn.Linear) and _near(last(hidden), whole):
                     self.head = last
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
             fits = False  # its head asks the base for more than hidden states
         self.model.train(training)
@@ -168,8 +170,10 @@ class Reader:
 
 
 def _near(parts: torch.Tensor, whole: torch.Tensor) -> bool:
-    difference = (parts.float() - whole).abs().max() if parts.shape == whole.shape else torch.tensor(torch.inf)
-    return bool(difference <= TOLERANCE * whole.std().clamp_min(1e-6))
+    tolerance = TOLERANCE[whole.dtype != torch.float32]
+    parts, whole = parts.float(), whole.float()
+    difference = (parts - whole).abs().max() if parts.shape == whole.shape else torch.tensor(torch.inf)
+    return bool(difference <= tolerance * whole.std().clamp_min(1e-6))
 
 
 class _Stub(torch.nn.Module):

@@ -98,7 +98,7 @@ class Objective(torch.nn.Module):
     Args:
         vocabulary: how many ids student and teachers share; logits beyond are left out.
         widths: of the teacher's hidden states; a projection is learned where the student's differ.
-        pooling: of sentence embeddings.
+        pooling, teacher_pooling: of sentence embeddings.
     """
 
     def __init__(
@@ -110,21 +110,27 @@ class Objective(torch.nn.Module):
         vocabulary: int,
         teacher_width: int | None = None,
         pooling: Pooling | None = None,
+        teacher_pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.task = task
         self.terms = terms
         self.vocabulary = vocabulary
-        self.pooling = pooling or Pooling()
+        self.pooling, self.teacher_pooling = pooling or Pooling(), teacher_pooling or Pooling()
         vectors = () if terms.vectors is None else (terms.vectors[0],)
         self.reader = Reader(student, task, [s for s, _ in terms.states], vectors)
         self.projections = torch.nn.ModuleDict()
         width = int(student.config.hidden_size)
-        if teacher_width is not None and teacher_width != width:
-            names = [f"state{i}" for i in range(len(terms.states))] + (["last"] if "cosine" in terms.weights else [])
-            for name in names:
-                linear = torch.nn.Linear(width, teacher_width, bias=False)
+        if teacher_width is None:
+            return
+        pairs = {f"state{i}": (width, teacher_width) for i in range(len(terms.states))}
+        if "cosine" in terms.weights:
+            mine, theirs = (len(p.modes) if task == "embedding" else 1 for p in (self.pooling, self.teacher_pooling))
+            pairs["last"] = (mine * width, theirs * teacher_width)
+        for name, (wide, other) in pairs.items():
+            if wide != other:
+                linear = torch.nn.Linear(wide, other, bias=False)
                 torch.nn.init.orthogonal_(linear.weight)
                 self.projections[name] = linear
 
@@ -141,7 +147,8 @@ class Objective(torch.nn.Module):
             total = of_logits[0]
             parts |= dict(zip(self._logit_terms(), of_logits[1:], strict=True))
         else:
-            total = ran.last.new_zeros((), dtype=torch.float32)
+            # sharded blocks are gathered for a backward pass that begins at their outputs
+            total = ran.last.float().sum() * 0
         for name, loss in (("hidden", self._hidden), ("cosine", self._cosine), ("relations", self._relations)):
             if name in self.terms.weights:
                 assert signal.ran is not None
@@ -166,7 +173,8 @@ class Objective(torch.nn.Module):
         names, terms = self._logit_terms(), self.terms
 
         def loss(logits: Tensor, part: slice) -> Tensor:
-            logits = logits[:, : self.vocabulary].float()
+            whole = logits.float()
+            logits = whole[:, : self.vocabulary]
             values = []
             if terms.of_distribution:
                 assert signal.distribution is not None
@@ -175,7 +183,7 @@ class Objective(torch.nn.Module):
                 mine = mine if ids is None else bucketed(mine, ids)
             for name in names:
                 if name == "labels":
-                    values.append(functional.cross_entropy(logits, batch.targets[part], reduction="sum"))
+                    values.append(functional.cross_entropy(whole, batch.targets[part], reduction="sum"))
                 elif name == "skewed_kl":
                     values.append(skewed_kl(theirs, mine, terms.skew).sum() * terms.temperature**2)
                 else:
@@ -186,7 +194,9 @@ class Objective(torch.nn.Module):
             nothing = hidden.sum() * 0 + sum(p.sum() * 0 for p in parameters)
             return torch.stack([nothing, *(hidden.new_zeros(()) for _ in names)])
         factor = 1 / max(1, batch.predicted)
-        return summed(loss, head, hidden, parameters, chunk_rows(self.vocabulary), factor=factor, scale=scale)
+        return summed(
+            loss, head, hidden, parameters, chunk_rows(self.vocabulary, hidden.device), factor=factor, scale=scale
+        )
 
     def _project(self, name: str, states: Tensor) -> Tensor:
         return self.projections[name](states) if name in self.projections else states
@@ -204,8 +214,10 @@ class Objective(torch.nn.Module):
         """1 - cosine of the last hidden states, mean over tokens (arXiv 1910.01108), or of sentence embeddings."""
         if self.task == "embedding":
             present = batch.rows >= 0
-            a, b = (pooled(r.last[present].float(), batch.counted[present], self.pooling) for r in (mine, theirs))
-            return (1 - (self._project("last", a) * b).sum(-1)).sum() / max(1, batch.predicted)
+            counted = batch.counted[present]
+            a = self._project("last", pooled(mine.last[present].float(), counted, self.pooling))
+            b = pooled(theirs.last[present].float(), counted, self.teacher_pooling)
+            return (1 - functional.cosine_similarity(a, b, dim=-1)).sum() / max(1, batch.predicted)
         a, b = self._project("last", mine.last[batch.counted]).float(), theirs.last[batch.counted].float()
         return (1 - functional.cosine_similarity(a, b, dim=-1)).sum() / max(1, batch.tokens)
 

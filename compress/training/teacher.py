@@ -72,7 +72,7 @@ class Teachers:
         signal = self(batch)
         assert signal.distribution is not None
         count = int(batch.predict.sum())
-        rows = chunk_rows(self.vocabulary)
+        rows = chunk_rows(self.vocabulary, batch.predict.device)
         ids, values = [], []
         for start in range(0, count, rows):
             said, _ = signal.distribution(slice(start, start + rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -140,7 +141,7 @@ def test_every_loss_falls(tmp_path, pruned, pico_llama):
 
 @pytest.mark.parametrize("begin", ["spread", "every_second", "first", "last"])
 def test_a_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin):
-    out, _ = distilled(tmp_path, pico_llama, steps=1, rate=1e-9, student={"layers": 2, "from": begin})
+    out, _ = distilled(tmp_path, pico_llama, steps=1, rate=1e-9, allow_noop=True, student={"layers": 2, "from": begin})
     kept = {"spread": (0, 3), "every_second": (0, 2), "first": (0, 1), "last": (2, 3)}[begin]
     before, after = weights(pico_llama), weights(out)
     for new, old in enumerate(kept):
@@ -163,7 +164,9 @@ def test_a_student_is_narrower_and_a_fresh_one_begins_anew(tmp_path, pico_llama)
         config["num_attention_heads"],
         config["hidden_size"],
     ) == (3, 32, 2, 16)
-    fresh, _ = distilled(tmp_path, pico_llama, "b", student={"init": "random"}, preset="from_scratch", steps=1)
+    fresh, _ = distilled(
+        tmp_path, pico_llama, "b", student={"init": "random"}, preset="from_scratch", steps=1, allow_noop=True
+    )
     assert (
         weights(fresh)["model.layers.0.mlp.up_proj.weight"].std()
         < 0.1
@@ -188,7 +191,7 @@ def test_families_learn_and_are_written_as_their_files_name_things(tmp_path, fam
 
 
 def test_several_teachers_say_the_mean_of_what_each_says(tmp_path, pico_llama):
-    """Twice the same teacher is that teacher."""
+    """Twice the same teacher is that teacher; another one beside it has its say, by weight."""
     student = {"layers": 2}
     one, _ = distilled(tmp_path, pico_llama, "a", student=student)
     two, _ = distilled(
@@ -197,6 +200,22 @@ def test_several_teachers_say_the_mean_of_what_each_says(tmp_path, pico_llama):
     a, b = weights(one), weights(two)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
+    other = str(pico.save(tmp_path / "other", seed=7))
+    mixed = [
+        distilled(
+            tmp_path,
+            pico_llama,
+            f"m{w}",
+            student=student,
+            allow_noop=True,
+            teacher=["original", {"checkpoint": other, "weight": w}],
+        )[1]
+        for w in (1e-6, 1.0)
+    ]
+    first = [said["held_out"][0]["loss"] for said in mixed]
+    alone = distilled(tmp_path, pico_llama, "alone", student=student)[1]["held_out"][0]["loss"]
+    assert first[0] == pytest.approx(alone, rel=1e-3)
+    assert abs(first[1] - alone) > 0.01 * alone
 
 
 def test_a_cache_says_what_the_teacher_said_and_serves_again(tmp_path, pico_llama):
@@ -252,13 +271,43 @@ def test_a_classifier_learns_from_its_teacher(tmp_path, labelled):
         distilled(tmp_path, teacher, "d", losses={"labels": 1.0}, label="label", **{**how, "data": wrong})
 
 
-def test_a_sentence_embedding_learns_by_cosine(tmp_path, texts):
-    teacher = pico.model("bert", class_name="BertModel")
-    teacher.save_pretrained(tmp_path / "in")
-    pico.tokenizer().save_pretrained(tmp_path / "in")
-    _, said = distilled(tmp_path, tmp_path / "in", student={"layers": 2}, rate=3e-3, steps=20, evaluate_every=10)
+def test_a_sentence_embedding_learns_by_cosine(tmp_path):
+    for name, sizes in (("in", {}), ("wide", {"hidden_size": 48})):
+        pico.model("bert", class_name="BertModel", **sizes).save_pretrained(tmp_path / name)
+        pico.tokenizer().save_pretrained(tmp_path / name)
+    how = {"rate": 3e-3, "steps": 20, "evaluate_every": 10}
+    _, said = distilled(tmp_path, tmp_path / "in", "a", student={"layers": 2}, **how)
     assert said["losses"][0].keys() == {"step", "loss", "cosine"}
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+    _, said = distilled(tmp_path, tmp_path / "in", "b", teacher=str(tmp_path / "wide"), **how)
+    assert 0 < said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+
+
+def test_narrow_floats_compiled_code_and_lengths_by_tokens(tmp_path, pico_llama):
+    how = {"losses": {"labels": 1.0}, "rate": 3e-3, "evaluate_every": 8, "steps": None}
+    _, said = distilled(tmp_path, pico_llama, "a", autocast="bfloat16", tokens=16 * 8 * 12, **how)
+    assert said["steps"] == 12
+    assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+    _, said = distilled(tmp_path, pico_llama, "b", autocast="float16", optimizer="muon", epochs=2, **how)
+    assert said["steps"] == 10
+    assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_students_learn_the_same(tmp_path, pico_llama):
+    how = {"student": {"layers": 2}, "steps": 4}
+    plain, _ = distilled(tmp_path, pico_llama, "a", **how)
+    compiled, _ = distilled(tmp_path, pico_llama, "b", compile=True, **how)
+    a, b = weights(plain), weights(compiled)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
+
+
+def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_llama):
+    if importlib.util.find_spec("tensorboard") is not None:
+        pytest.skip("it is installed")
+    with pytest.raises(PassError, match="logs for TensorBoard need the package tensorboard"):
+        distilled(tmp_path, pico_llama, tensorboard=str(tmp_path / "logs"))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +326,8 @@ def test_a_sentence_embedding_learns_by_cosine(tmp_path, texts):
         ({"only": ["*mlp*"]}, "`only` and `skip` have no meaning here"),
         ({"batch": 4, "micro_batch": 8}, "micro_batch 8 is more than batch 4"),
         ({"teacher_cache": "x", "losses": {"kl": 1, "hidden": 1}}, "leave out the loss `hidden`"),
+        ({"teacher": ["original", "original"], "losses": {"labels": 1}}, "several teachers are for losses that compare predictions"),
+        ({"layer_map": [[1, 1]]}, "`layer_map` is for the loss `hidden`, which has no weight"),
         ({"teacher_cache": {"folder": "x", "k": 300}}, "k of 300 is not below the vocabulary of 300"),
     ],
 )  # fmt: skip
