@@ -3,7 +3,8 @@
 Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN text: under the original, on hard labels alone,
 and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
 benchmarks/prune.py. With --jobs memory also the memory of a step at vocabularies of 4 and 128 thousand, by micro-batches and
-checkpointing, beside a plain implementation; with speed the time of steps beside a plain loop's.
+checkpointing, beside a plain implementation; with speed the time of steps beside a plain loop's; with classifier what a student
+of half the blocks keeps of a text classifier's accuracy.
 """
 
 from __future__ import annotations
@@ -94,6 +95,69 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
         "",
         *page.table(["", "ΔNLL", "won back", "last held-out loss in training", "seconds"], rows),
     ]
+
+
+def classifier(args: argparse.Namespace, scratch: Path) -> list[str]:
+    """A BERT of 6 blocks trained on labels, and students of 3: under it, and on labels alone, with the same samples."""
+    import compress
+    from examples.train_tiny_classifier import make_tokenizer
+
+    train, test = args.labelled
+    texts = [line.partition("\t")[0] for line in Path(train).read_text(encoding="utf-8").splitlines()[1:]]
+    tokenizer = make_tokenizer(texts)
+    fresh = scratch / "fresh"
+    _bert(len(tokenizer)).save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    data = {"data": train, "text": "sentence", "label": "label", "length": 48}
+    how = {"batch": 64, "epochs": args.epochs, "schedule": "linear", "rate": 1e-3, "held_out": 256}
+    compress.apply("distill", fresh, scratch / "six", losses={"labels": 1.0}, weight_decay=0.05, **how, **data)
+    rows = []
+    reference = _accuracy(scratch / "six", test)
+    rows.append(["6 blocks, labels", f"{reference:.2%}", ""])
+    print(*rows[-1], flush=True)
+    student = {"layers": 3, "from": "every_second"}
+    for name, losses in (
+        ("3 blocks, labels", {"labels": 1.0}),
+        ("3 blocks, distilled", {"kl": 1.0, "labels": 0.5, "hidden": 0.1}),
+    ):
+        out = scratch / name.replace(" ", "-")
+        compress.apply(
+            "distill", scratch / "six", out, student=student, losses=losses, weight_decay=0.05, **how, **data
+        )
+        found = _accuracy(out, test)
+        rows.append([name, f"{found:.2%}", f"{found / reference:.1%}"])
+        print(*rows[-1], flush=True)
+    return [
+        f"A BERT of width 128 from random weights, {len(texts):,} labelled texts of {Path(train).name}, {args.epochs:g} times; "
+        f"accuracy on {Path(test).name}.",
+        "",
+        *page.table(["", "accuracy", "of the teacher's"], rows),
+    ]
+
+
+def _bert(vocabulary: int) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=vocabulary, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512,
+            max_position_embeddings=64, num_labels=2,
+        )
+    )  # fmt: skip
+
+
+def _accuracy(folder: Path, test: str) -> float:
+    from compress.checkpoint.open import open_checkpoint
+    from compress.evaluation.classification import classify_documents
+    from compress.loading import load_model, load_tokenizer
+    from compress.pipeline.score import labels_of
+    from compress.text import read_examples
+
+    documents = read_examples([test], ["sentence"], labels_of(open_checkpoint(folder).spec.structure, "label"))
+    found = classify_documents(load_model(folder), load_tokenizer(folder), documents, labels=["LABEL_0", "LABEL_1"])
+    return float(found.to_dict()["accuracy"])
 
 
 def memory() -> list[str]:
@@ -243,7 +307,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mlp", type=float, default=0.25)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--jobs", nargs="+", default=["quality", "memory", "speed"])
+    parser.add_argument(
+        "--labelled", nargs=2, metavar=("TRAIN", "TEST"), help=".tsv with sentence and label, for classifier"
+    )
+    parser.add_argument("--epochs", type=float, default=3.0, help="of the classifiers")
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        default=["quality", "memory", "speed"],
+        choices=["quality", "memory", "speed", "classifier"],
+    )
     parser.add_argument("--scratch", type=Path, help="keep the students there, and take those that are there")
     parser.add_argument("--section", default="distill", help="of docs/benchmarks.md; '-' prints only")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -259,7 +332,8 @@ def main() -> None:
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for job in args.jobs:
-            rows += ["", *(quality(args, scratch) if job == "quality" else memory() if job == "memory" else speed())]
+            told = {"quality": quality, "classifier": classifier}.get(job)
+            rows += ["", *(told(args, scratch) if told else memory() if job == "memory" else speed())]
     finally:
         if args.scratch is None:
             shutil.rmtree(scratch, ignore_errors=True)
