@@ -147,7 +147,9 @@ def stock_value(value: Value, tensor: Tensor) -> Value:
     """The value without what the tensor, as stored, has no place for: codes, or a keep-mask beside codes."""
     if value.codes is None or (tensor.grid is not None and tensor.kept is not None):
         return value
-    return replace(value, mask=None, codes=None if tensor.grid is None else value.codes)
+    from compress.checkpoint.open import Value
+
+    return Value(lambda: value.data, None, None if tensor.grid is None else value.codes)
 
 
 def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
@@ -203,10 +205,14 @@ def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
         for place, part in enumerate(parts[1:], 1):
             octets |= part << (bits * place)
     else:  # eight codes make `bits` whole bytes
-        eight = offset.view(rows, eights, 8).to(torch.int64)
-        stream = (eight << (bits * torch.arange(8, device=eight.device))).sum(2)
-        octets = ((stream[..., None] >> (8 * torch.arange(bits, device=eight.device))) & 255).to(torch.uint8)
-        octets = octets.reshape(rows, eights * bits)
+        eight = offset.view(rows, eights, 8).unbind(2)
+        octets = torch.zeros(rows, eights, bits, dtype=torch.uint8, device=offset.device)
+        for place, octet in enumerate(octets.unbind(2)):
+            for number, code in enumerate(eight):
+                shift = number * bits - 8 * place
+                if -bits < shift < 8:
+                    octet |= code << shift if shift >= 0 else code >> -shift
+        octets = octets.view(rows, eights * bits)
     octets = torch.nn.functional.pad(octets[:, : 4 * words], (0, max(0, 4 * words - octets.shape[1])))
     return octets.flatten().view(torch.int32).view(rows, words)
 

@@ -59,18 +59,10 @@ def decode(
     if storage == ("dense",):
         values = parts["values"].reshape(shape)
         return values, (values.view(_INT[values.element_size()]) != 0) if masked else None
-    mask = unpack_bits(parts["keep"], shape) if storage[0] == "mask" else None
     if grid is not None:
-        rows = (shape[1], shape[0]) if grid["transposed"] else shape
-        if mask is not None:
-            mask = mask.reshape(rows)
-        values = dequantized(*codes(parts, storage, rows, mask, grid))
-        if mask is not None:
-            values = values.masked_fill(~mask, 0)
-        if grid["transposed"]:
-            values, mask = values.T.contiguous(), None if mask is None else mask.T.contiguous()
-        return values, mask
-    assert mask is not None, storage
+        found, mask = decode_codes(parts, storage, shape, grid)
+        return values_of(found, mask, grid), mask
+    mask = unpack_bits(parts["keep"], shape)
     values = torch.zeros(shape, dtype=parts["values"].dtype, device=parts["values"].device)
     if int(mask.sum()) != parts["values"].numel():
         raise ValueError(f"the keep-mask keeps {int(mask.sum())} weights, {parts['values'].numel()} are stored")
@@ -78,17 +70,16 @@ def decode(
     return values, mask
 
 
-def codes(
-    parts: dict[str, torch.Tensor],
-    storage: tuple[str, ...],
-    rows: tuple[int, ...],
-    mask: torch.Tensor | None,
-    grid: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales.
+#: Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales.
+_Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
-    Of removed weights the codes are those of zero.
-    """
+
+def decode_codes(
+    parts: dict[str, torch.Tensor], storage: tuple[str, ...], shape: tuple[int, ...], grid: dict[str, Any]
+) -> tuple[_Codes, torch.Tensor | None]:
+    """Codes, those of zero for removed weights; and the keep-mask (bool, of ``shape``), None where there is none."""
+    rows = (shape[1], shape[0]) if grid["transposed"] else shape
+    mask = unpack_bits(parts["keep"], rows) if storage[0] == "mask" else None
     bits, found, scale, zero = int(grid["bits"]), parts["codes"], parts["scale"], parts.get("zero")
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack_codes(zero.T.contiguous(), bits, rows[0]).T.contiguous()
@@ -105,7 +96,15 @@ def codes(
         found = unpack_codes(found, bits, rows[1])
     elif found.dtype == torch.uint8:
         found = torch.stack((found & 15, found >> 4), 2).flatten(1)
-    return found, scale, zero, parts.get("overall")
+    across = mask.T.contiguous() if mask is not None and grid["transposed"] else mask
+    return (found, scale, zero, parts.get("overall")), across
+
+
+def values_of(codes: _Codes, mask: torch.Tensor | None, grid: dict[str, Any]) -> torch.Tensor:
+    """The values that codes stand for, shaped as the checkpoint shapes them; removed weights +0.0."""
+    values = dequantized(*codes)
+    values = values.T.contiguous() if grid["transposed"] else values
+    return values if mask is None else values.masked_fill(~mask, 0)
 
 
 def dequantized(
@@ -143,10 +142,15 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         found = found.view(rows, 4 * words * (8 // bits))[:, :count]
         return (found ^ 128).view(torch.int8) if bits == 8 else found.to(torch.int8) - (1 << (bits - 1))
     eights = -(-4 * words // bits)
-    octets = torch.nn.functional.pad(octets, (0, eights * bits - 4 * words)).reshape(rows, eights, bits).to(torch.int64)
-    stream = (octets << (8 * torch.arange(bits, device=packed.device))).sum(2)
-    found = (stream[..., None] >> (bits * torch.arange(8, device=packed.device))) & ((1 << bits) - 1)
-    return (found.reshape(rows, 8 * eights)[:, :count] - (1 << (bits - 1))).to(torch.int8)
+    octets = torch.nn.functional.pad(octets, (0, eights * bits - 4 * words)).view(rows, eights, bits)
+    found = torch.empty(rows, eights, 8, dtype=torch.uint8, device=packed.device)
+    for number, code in enumerate(found.unbind(2)):
+        first, shift = divmod(number * bits, 8)
+        torch.bitwise_right_shift(octets[:, :, first], shift, out=code)
+        if shift + bits > 8:
+            code |= octets[:, :, first + 1] << (8 - shift)
+    found = (found & ((1 << bits) - 1)).view(torch.int8) - (1 << (bits - 1))
+    return found.view(rows, 8 * eights)[:, :count]
 
 
 def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

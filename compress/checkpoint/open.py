@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,28 @@ class Codes:
     overall: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor's values, its keep-mask (bool, same shape), and the codes that the values come from; None where it has none."""
+    """A tensor's values, its keep-mask (bool, same shape), and the codes that the values come from; None where it has none.
 
-    data: torch.Tensor
-    mask: torch.Tensor | None = None
-    codes: Codes | None = None
+    Values may be given as a function, which is called when they are asked for: writing codes and comparing them needs none.
+    """
+
+    __slots__ = ("_data", "codes", "mask")
+
+    def __init__(
+        self,
+        data: torch.Tensor | Callable[[], torch.Tensor],
+        mask: torch.Tensor | None = None,
+        codes: Codes | None = None,
+    ) -> None:
+        self._data, self.mask, self.codes = data, mask, codes
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The values."""
+        if callable(self._data):
+            self._data = self._data()
+        return self._data
 
 
 class Checkpoint(ABC):
@@ -87,19 +103,20 @@ class Stored(Checkpoint):
 
     def tensor(self, name: str) -> Value:
         """Reads with pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import codes, decode, part_names
+        from compress.checkpoint.decode import decode, decode_codes, part_names, values_of
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
             return self.tensor(tensor.alias_of)
         grid = None if tensor.grid is None else tensor.grid.to_json()
         parts = {role: self._read(key) for role, key in part_names(name, tensor.storage, grid).items()}
-        found = None
         try:
-            data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None, grid)
-            if tensor.grid is not None and grid is not None:
-                across = mask.T if mask is not None and tensor.grid.transposed else mask
-                found = Codes(*codes(parts, tensor.storage, tensor.grid.rows(tensor.shape), across, grid))
+            if grid is None:
+                data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None)
+                value = Value(data, mask)
+            else:
+                codes, mask = decode_codes(parts, tensor.storage, tensor.shape, grid)
+                value = Value(partial(values_of, codes, mask, grid), mask, Codes(*codes))
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
         if mask is not None and int(mask.sum()) != tensor.kept:
@@ -108,7 +125,7 @@ class Stored(Checkpoint):
                 where=str(self.folder),
                 fix="it was changed after it was written; write it again from its source",
             )
-        return Value(data, mask, found)
+        return value
 
     def _read(self, key: str) -> torch.Tensor:
         import torch

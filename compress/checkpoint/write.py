@@ -67,7 +67,7 @@ def write_checkpoint(
     """Write ``checkpoint`` to ``folder``, which must not exist; it appears by a rename, complete and verified, or not at all.
 
     Tensors are encoded and written one at a time, while the next one is read. Then every tensor is decoded from the written
-    files and compared, by SHA-256 of its logical bytes, with what was handed to the writer.
+    files and compared, by SHA-256 of its values or codes, with what was handed to the writer.
 
     Raises:
         OutputError: ``folder`` exists or its parent cannot be written. ResourceError: the disk is full.
@@ -146,10 +146,15 @@ def _check_value(tensor: Tensor, value: Value) -> None:
     """The value is what the plan promised, and holds no NaN."""
     import torch
 
-    data = value.data
-    assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
-    assert data.dtype == torch_dtype(tensor.dtype), (tensor, data.dtype)
     assert (value.mask is None) == (tensor.kept is None), tensor
+    if value.codes is not None:
+        assert tensor.grid is not None, tensor
+        assert tuple(value.codes.codes.shape) == tensor.grid.rows(tensor.shape), (tensor, value.codes.codes.shape)
+        data = value.codes.scale.float()  # a weight that is no number leaves its group a scale that is none
+    else:
+        data = value.data
+        assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
+        assert data.dtype == torch_dtype(tensor.dtype), (tensor, data.dtype)
     if not tensor.count or tensor.dtype not in FLOAT_DTYPES:
         return
     # the extremes are NaN where any value is: one fast pass in the common case
@@ -175,9 +180,13 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _digest(value: Value) -> str:
-    """SHA-256 of the logical values in canonical form, and of the keep-mask where there is one."""
-    data = value.data if value.codes is None else value.data + 0.0  # codes of zero have no sign
-    digest = hashlib.sha256(_raw(data.cpu()))
+    """SHA-256 of the values in canonical form, or of the codes that they come from, and of the keep-mask where there is one."""
+    found = value.codes
+    parts = [value.data] if found is None else [found.codes, found.scale, found.zero, found.overall]
+    digest = hashlib.sha256()
+    for part in parts:
+        if part is not None:
+            digest.update(_raw(part.cpu()))
     if value.mask is not None:
         digest.update(_raw(codecs.pack_bits(value.mask)))
     return digest.hexdigest()

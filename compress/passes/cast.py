@@ -180,13 +180,17 @@ def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, searc
 
     from compress.checkpoint.open import Value
     from compress.errors import CheckpointError
-    from compress.solvers.grids import fit, to_codes, weights
+    from compress.solvers.grids import rounded, weights
 
-    if not torch.isfinite(value.data).all():
+    # the extremes are NaN where any value is: faster than to look at every weight
+    if value.data.numel() and not torch.isfinite(torch.stack(torch.aminmax(value.data))).all():
         raise CheckpointError(f"tensor {tensor.name} holds NaN or infinite values, which have no code")
     across = value.data.T if grid.transposed else value.data
     keep = value.mask.T if value.mask is not None and grid.transposed else value.mask
-    across = across.float().contiguous()
-    codes = to_codes(across, grid, fit(across, grid, None, keep, search=search), dtype, keep)
-    data = weights(codes, keep)
-    return Value(data.T.contiguous() if grid.transposed else data, value.mask, codes)
+    codes = rounded(across, grid, dtype, keep, search=search)
+
+    def data() -> torch.Tensor:
+        found = weights(codes, keep)
+        return found.T.contiguous() if grid.transposed else found
+
+    return Value(data, value.mask, codes)

@@ -15,6 +15,8 @@ from compress.checkpoint.open import Codes
 
 #: Shares of the largest weight that the range of a group may end at.
 _SHRINK = torch.linspace(1.0, 0.45, 12).tolist()
+#: Weights rounded at a time.
+_AT_ONCE = 1 << 19
 #: Rounds of least squares for the scale, given the codes.
 _REFITS = 3
 
@@ -174,6 +176,28 @@ def to_codes(
         return Codes(q.to(torch.uint8), (torch.log2(scale).round() + 127).to(torch.uint8))
     stored = (scale * scales.overall).to(torch.float8_e4m3fn)
     return Codes(q.to(torch.uint8), stored, None, scales.overall.float())
+
+
+def rounded(
+    W_OI: torch.Tensor, grid: Grid, dtype: torch.dtype, keep_OI: torch.Tensor | None = None, *, search: bool
+) -> Codes:
+    """Codes of weights [O, I] of any float dtype by themselves: `fit`, and `to_codes`.
+
+    Some outputs at a time, so that what is computed on the way stays in the caches; nvfp4 has one scale for all of them.
+    """
+    rows = len(W_OI) if grid.format == "nvfp4" else max(1, _AT_ONCE // W_OI.shape[1])
+    parts: list[Codes] = []
+    for start in range(0, len(W_OI), rows):
+        W = W_OI[start : start + rows].float().contiguous()
+        keep = None if keep_OI is None else keep_OI[start : start + rows]
+        parts.append(to_codes(W, grid, fit(W, grid, None, keep, search=search), dtype, keep))
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Codes(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].overall,
+    )
 
 
 def weights(codes: Codes, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
