@@ -90,7 +90,8 @@ class Training:
         student = objective.student
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
-        tables = [m.weight for m in (student.get_input_embeddings(), student.get_output_embeddings()) if m is not None]
+        ends = (student.get_input_embeddings(), student.get_output_embeddings())
+        tables = [end.weight for end in ends if hasattr(end, "weight")]  # images have no table
         self.optimizers = optimizers(objective, tables, how.update)
         self.parameters = dict(objective.named_parameters())
         self.averages: dict[str, Tensor] = {}

@@ -49,13 +49,15 @@ class Reader:
         self._kind: Any = None
         if vectors:
             self.record = architectures.of(model.config.to_dict())
-            if self.record.attention is None:
+            self.blocks = find_blocks(model, self.record)
+            # transformers gives modules of some families other names than files have
+            known = {name for name, _ in self.blocks[0].named_modules()}
+            if self.record.attention is None or not known.issuperset(self._names()):
                 raise PassError(
                     f"it is not known where queries, keys and values of {model.config.model_type} are",
                     key="losses",
                     fix="leave out `relations`",
                 )
-            self.blocks = find_blocks(model, self.record)
         #: whether logits can be made of hidden states a few tokens at a time; `check` tells
         self.by_parts = True
         #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
@@ -69,9 +71,11 @@ class Reader:
         return list(found.values())
 
     def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
-        """One forward pass over [B, L] tokens."""
+        """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
         target = self.model if self.task == "classes" else self.base
         given = {name: value for name, value in inputs.items() if name in self.takes}
+        if (pixels := given.get("pixel_values")) is not None:
+            given["pixel_values"] = pixels.to(self.model.dtype)
         if "use_cache" in self.takes:
             given["use_cache"] = False  # type: ignore[assignment]
         with self._watching() as seen:
