@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,19 @@ def pixels(files: Sequence[str], processor: Any) -> torch.Tensor:
     except ValueError as error:
         raise DataError(f"the image processor refuses it: {_line(error)}", where=files[0]) from None
     return found
+
+
+@contextmanager
+def accepted(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Around a model's forward pass: that it refuses pixels, of another size than its own, is said in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "pixel_values" not in inputs:
+            raise
+        raise DataError(
+            f"the model refuses what its image processor makes: {_line(error)}", fix="mend preprocessor_config.json"
+        ) from None
 
 
 def _is_image(file: Path) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
-from compress.images import pixels
+from compress.images import accepted, pixels
 from compress.progress import Progress
 from compress.text import Document, encoded
 
@@ -156,4 +156,5 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """What the model gives for those of the inputs that it takes."""
     taken = inspect.signature(model.forward).parameters
     there = {name: value.to(model.device) for name, value in inputs.items() if name in taken}
-    return model(**{n: value.to(model.dtype) if value.is_floating_point() else value for n, value in there.items()})
+    with accepted(inputs):
+        return model(**{n: value.to(model.dtype) if value.is_floating_point() else value for n, value in there.items()})

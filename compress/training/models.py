@@ -13,6 +13,7 @@ import torch
 from compress import architectures
 from compress.calibration.influence import find_blocks
 from compress.errors import PassError
+from compress.images import accepted
 
 Task = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own.
@@ -78,7 +79,7 @@ class Reader:
             given["pixel_values"] = pixels.to(self.model.dtype)
         if "use_cache" in self.takes:
             given["use_cache"] = False  # type: ignore[assignment]
-        with self._watching() as seen:
+        with self._watching() as seen, accepted(given):
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
         if self.task == "classes":

@@ -216,6 +216,14 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
         (copy / "red" / "cut.jpg").write_bytes((copy / "red" / "cut.jpg").read_bytes()[:900])
 
     assert "cut.jpg: cannot be read: image file is truncated" in measured(cut_short)
+    large = shutil.copytree(folder, tmp_path / "large")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(large)
+    for work in (
+        lambda: assess(str(large), Assessment(images=str(val))),
+        lambda: distilled((large, val), tmp_path / "no"),
+    ):
+        with pytest.raises(DataError, match="refuses what its image processor makes: Input image size"):
+            work()
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()
     with pytest.raises(
