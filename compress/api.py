@@ -94,10 +94,10 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration or training data for passes that need such: text files, one file of token ids, or token ids as a
-            tensor of integers [samples, length]. ``field``, ``text``, ``label``, ``mode``, ``samples`` and ``length`` are
-            those of a recipe's ``data.calibration`` or ``data.training``, with the same defaults; a tensor is cut to
-            ``samples`` and ``length``.
+        data: calibration or training data for passes that need such: text files, one file of token ids, token ids as a
+            tensor of integers [samples, length], or for training a folder of images for each class. ``field``, ``text``,
+            ``label``, ``mode``, ``samples`` and ``length`` are those of a recipe's ``data.calibration`` or
+            ``data.training``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
         details: filled with what the pass would say in a report, JSON values.
 
     Returns:
@@ -114,6 +114,7 @@ def apply(
     from compress import architectures, passes
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
+    from compress.evaluation.tasks import check_images
     from compress.passes.base import Context
     from compress.pipeline.publish import check_output
     from compress.pipeline.run import check_result, resolve_device
@@ -138,15 +139,19 @@ def apply(
         files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
         asked: dict[str, Any] = {"text": text, "mode": mode, "samples": samples, "length": length, "label": label}
         kind = Training if "training" in instance.needed(chosen) else Calibration
+        if kind is Training and len(files) == 1 and Path(files[0]).is_dir():
+            asked["images"], files = files[0], []
         try:
-            section = kind(files=tuple(files), field=field, **{k: v for k, v in asked.items() if v is not None})
+            asked |= {"files": tuple(files)} if files else {}
+            section = kind(field=field, **{k: v for k, v in asked.items() if v is not None})
         except ValidationError as error:
             raise _first(error, "data") from None
+        check_images(original.spec.structure.class_name, section.folder is not None)
 
     def batches(name: str) -> Batches:
         from compress.calibration.batches import check_positions, check_vocabulary, first, given_ids
-        from compress.loading import load_tokenizer
         from compress.pipeline.data import draw, read_section
+        from compress.pipeline.score import load_processor
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
         positions = architectures.positions(original.spec)
@@ -159,7 +164,7 @@ def apply(
         if section is not None:
             return draw(
                 section,
-                lambda: load_tokenizer(folder, trust_remote_code=trust_remote_code),
+                lambda: load_processor(original.spec.structure, folder, trust_remote_code=trust_remote_code),
                 lambda: read_section(section, document_separator, original.spec.structure),
                 seed=seed,
                 vocabulary=vocabulary,

@@ -54,7 +54,7 @@ class CheckpointError(CompressError):
 
 
 class DataError(CompressError):
-    """Text or labels that are missing, unreadable, too few, or shared between sets that must be apart."""
+    """Text, images or labels that are missing, unreadable, too few, or shared between sets that must be apart."""
 
 
 class PassError(CompressError):

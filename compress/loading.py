@@ -170,6 +170,23 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         raise CheckpointError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(folder)) from error
 
 
+def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The image processor beside the weights, which works with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
+    import transformers
+
+    if not (Path(folder) / "preprocessor_config.json").exists():
+        raise CheckpointError(
+            "has no image processor, which images need", where=str(folder), fix="copy preprocessor_config.json into it"
+        )
+    try:
+        with quiet_transformers():
+            return transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # as above
+        raise CheckpointError(f"the image processor cannot be read: {_first_line(error)}", where=str(folder)) from error
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__

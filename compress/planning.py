@@ -10,7 +10,7 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
-from compress.evaluation.tasks import check_metrics, task_of
+from compress.evaluation.tasks import check_images, check_metrics, task_of
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -162,9 +162,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     from compress.errors import PassError
 
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
-    check_metrics(
-        spec.structure.class_name, recipe.metrics, labelled=None if evaluation is None else evaluation.label is not None
-    )
+    check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
     store: Store = recipe.store
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
     current, planned = spec, []
@@ -174,6 +172,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
             following = plan_pass(current, instance, entry.settings, store)
             for name in instance.needed(entry.settings):
                 if (section := getattr(recipe.data, name)) is not None:
+                    check_images(spec.structure.class_name, section.folder is not None)
                     check_positions(section.length, architectures.positions(current), name=name)
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"

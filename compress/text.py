@@ -39,6 +39,7 @@ class Document:
         messages: of a chat, each with ``role`` and ``content``; None for plain text.
         pair: of two texts that are read together, both (``text`` says one after the other); None for one text.
         label: of a labelled text the id of its label, or its score.
+        image: path of an image that is read in place of text (`compress.images`).
     """
 
     id: str
@@ -46,6 +47,7 @@ class Document:
     messages: tuple[Mapping[str, Any], ...] | None = None
     pair: tuple[str, str] | None = None
     label: float | None = None
+    image: str | None = None
 
 
 def kind(file: str | Path) -> str:
@@ -449,7 +451,7 @@ def check_disjoint(evaluation: Iterable[Document], other: Iterable[Document], na
         names = ", ".join(shared[:3]) + (" …" if len(shared) > 3 else "")
         raise DataError(
             f"data.evaluation shares {len(shared)} of its {total} documents with data.{name}: {names}",
-            fix="evaluate on text that no pass has seen",
+            fix="evaluate on data that no pass has seen",
         )
 
 

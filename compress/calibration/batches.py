@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
+from compress.images import pixels
 from compress.text import FIELD, Document, encoded, rendered
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ class Batches:
         types: int64 [samples, length], which text of a pair a token is of; None where there are no pairs, or the tokenizer
             does not say.
         labels: int64 [samples], classes of labelled texts; None where there are none.
+        images: what makes the pixels of samples, by their numbers; ``ids`` are these numbers then, [samples, 1].
         chosen: what each sample is: ``file#document+token`` for a window of packed text (where it begins),
-            ``file#document`` for a document by itself, ``file#row`` for given token ids.
+            ``file#document`` for a document by itself, ``file#row`` for given token ids, ``class/file`` for an image.
     """
 
     ids: torch.Tensor
@@ -36,6 +38,7 @@ class Batches:
     chosen: tuple[str, ...] = ()
     types: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    images: Callable[[Sequence[int]], torch.Tensor] | None = None
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
@@ -85,6 +88,21 @@ class Batches:
             if numbers is not None:
                 whole.update(numbers.contiguous().numpy().astype("<i8").tobytes())
         return whole.hexdigest()
+
+
+def of_images(documents: Sequence[Document], processor: Any, seed: int) -> Batches:
+    """All images, in an order drawn by seed; their pixels are read when they are asked for."""
+    import torch
+
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    files = [str(document.image) for document in order]
+    return Batches(
+        torch.arange(len(order))[:, None],
+        chosen=tuple(document.id for document in order),
+        labels=torch.tensor([document.label for document in order], dtype=torch.long),
+        images=lambda rows: pixels([files[row] for row in rows], processor),
+    )
 
 
 def sample_windows(

@@ -124,7 +124,11 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
         Optional[list[str]],
-        typer.Option("--data", help="Text: .txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst. May be repeated."),
+        typer.Option(
+            "--data",
+            help="Text: .txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst. May be repeated. Or a folder with a folder of "
+            "images for each class.",
+        ),
     ] = None,
     field: Annotated[str, typer.Option("--field", help="Field of the text, in files that have fields.")] = "text",
     text: Annotated[

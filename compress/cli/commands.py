@@ -69,7 +69,7 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
             spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
             make_plan(recipe, spec, metadata)
             recipe = recipe.fitted(task_of(spec.structure.class_name))
-            if recipe.data.evaluation is not None and recipe.data.evaluation.label is not None:
+            if recipe.data.evaluation is not None and recipe.data.evaluation.given != "text":
                 DataSets(recipe, local, spec.structure).documents("evaluation")  # every label is one of the model
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})
@@ -204,10 +204,12 @@ def evaluate(
     from compress.cli import tables
     from compress.pipeline.assess import Assessment, assess
 
+    images = data[0] if len(data) == 1 and Path(data[0]).is_dir() else None
     document = assess(
         checkpoint,
         Assessment(
-            files=tuple(data),
+            files=() if images else tuple(data),
+            images=images,
             separator=separator,
             field=field,
             text=tuple(text) or None,

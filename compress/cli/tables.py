@@ -358,7 +358,8 @@ def print_assessment(document: Mapping[str, Any]) -> None:
         _table(console, None, [("", "whole"), ("", "right")], [(r.name, r.after) for r in rows])
     settings, evaluation = document["settings"], document["evaluation"]
     if evaluation is not None:
-        note = figures.quality_note({"result": document, "data": {"evaluation": {"files": settings["files"]}}})
+        files = settings["files"] or [settings["images"]]
+        note = figures.quality_note({"result": document, "data": {"evaluation": {"files": files}}})
         _line(console, f"measured on {note}", "dim")
 
 

@@ -1,28 +1,28 @@
-"""Accuracy, F1, agreement and divergence of text classifiers on labelled texts."""
+"""Accuracy, F1, agreement and divergence of classifiers on labelled texts or images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
-from compress.evaluation.examples import examples, outputs
+from compress.evaluation.examples import Pictures, examples, outputs
 from compress.progress import Progress, SilentProgress
 from compress.statistics import macro_f1
 from compress.text import Document
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 SCHEMA = "compress.classification/1"
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model says of one text.
+    """What a model says of one text or image.
 
     Attributes:
         label: its true label. prediction: the likeliest one. nll: negative log-likelihood of the true one, nats.
@@ -40,11 +40,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions in the order of the texts. ``labels``: names by id. ``cut``: texts longer than the model reads."""
+    """Predictions in the order of the texts or images (``of``).
+
+    ``labels``: names by id. ``cut``: texts longer than the model reads.
+    """
 
     documents: tuple[Prediction, ...]
     labels: tuple[str, ...]
     cut: int
+    of: Literal["texts", "images"] = "texts"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, schema ``compress.classification/1``, with the metrics over all texts; NaN stays NaN."""
@@ -52,6 +56,7 @@ class Predictions:
         return {
             "schema": SCHEMA,
             "unit": "example",
+            "of": self.of,
             "labels": list(self.labels),
             "cut": self.cut,
             **metrics(rows, len(self.labels)),
@@ -73,7 +78,7 @@ def metrics(rows: Sequence[dict[str, Any]], labels: int) -> dict[str, Any]:
 
 def classify_documents(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     documents: Sequence[Document],
     *,
     labels: Sequence[str],
@@ -84,9 +89,10 @@ def classify_documents(
     """Predict every document's label, with log-probabilities in float32.
 
     Texts and pairs get the tokenizer's special tokens and are cut to what model and tokenizer take; batches hold texts of
-    similar length, padded on the right and masked.
+    similar length, padded on the right and masked. Images are read a batch at a time.
 
     Args:
+        processor: the checkpoint's tokenizer, or its image processor where the documents are images.
         documents: each with a label, an id below ``len(labels)``.
         reference: the model to compare with; of the same labels.
 
@@ -101,7 +107,8 @@ def classify_documents(
             raise CompressError(
                 f"{type(each).__name__} has {each.config.num_labels} labels, {len(labels)} are expected"
             )
-    texts = examples(model, tokenizer, documents)
+    files = tuple(d.image for d in documents if d.image is not None)
+    texts = Pictures(files, processor) if files else examples(model, processor, documents)
     found: list[Prediction | None] = [None] * len(documents)
     with texts.each(progress or SilentProgress(), title) as batches:
         for batch, inputs in batches:
@@ -122,7 +129,9 @@ def classify_documents(
                     kl=None if kl is None else float(kl[row]),
                     agree=None if agree is None else int(agree[row]),
                 )
-    return Predictions(tuple(p for p in found if p is not None), tuple(labels), texts.cut)
+    return Predictions(
+        tuple(p for p in found if p is not None), tuple(labels), texts.cut, "images" if files else "texts"
+    )
 
 
 def _log_probabilities(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

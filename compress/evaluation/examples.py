@@ -1,14 +1,15 @@
-"""Texts that are read whole, each by itself: as tokens, in batches of similar length, padded on the right and masked."""
+"""Texts that are read whole, each by itself: as tokens, in batches of similar length, padded and masked. Images too."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
+from compress.images import accepted, pixels
 from compress.progress import Progress
 from compress.text import Document, encoded
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a batch with its padding, and most texts in one.
 BATCH_TOKENS, BATCH_TEXTS = 1 << 13, 64
+#: Images of a batch.
+BATCH_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,48 @@ class Examples:
         self, progress: Progress, title: str, tokens: int = BATCH_TOKENS
     ) -> Iterator[Iterator[tuple[list[int], dict[str, torch.Tensor]]]]:
         """Every batch of up to so many tokens with its inputs, under inference mode."""
-        import torch
+        with _each(self.batches(tokens), self.inputs, progress, title, "texts") as batches:
+            yield batches
 
-        def run() -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-            for batch in self.batches(tokens):
-                yield batch, self.inputs(batch)
-                task.advance(len(batch))
 
-        with torch.inference_mode(), progress.task(title, len(self.rows), "texts") as task:
-            yield run()
+@dataclass(frozen=True)
+class Pictures:
+    """Images as a model reads them, each batch from disk. ``processor``: the checkpoint's, which makes pixels of them."""
+
+    files: tuple[str, ...]
+    processor: Any
+    cut: int = 0
+
+    def inputs(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Pixels [images, channels, height, width]."""
+        return {"pixel_values": pixels([self.files[i] for i in batch], self.processor)}
+
+    @contextmanager
+    def each(self, progress: Progress, title: str) -> Iterator[Iterator[tuple[list[int], dict[str, torch.Tensor]]]]:
+        """Every batch with its inputs, under inference mode."""
+        count = len(self.files)
+        batches = [list(range(i, min(i + BATCH_IMAGES, count))) for i in range(0, count, BATCH_IMAGES)]
+        with _each(batches, self.inputs, progress, title, "images") as found:
+            yield found
+
+
+@contextmanager
+def _each(
+    batches: Sequence[list[int]],
+    inputs: Callable[[Sequence[int]], dict[str, torch.Tensor]],
+    progress: Progress,
+    title: str,
+    unit: str,
+) -> Iterator[Iterator[tuple[list[int], dict[str, torch.Tensor]]]]:
+    import torch
+
+    def run() -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        for batch in batches:
+            yield batch, inputs(batch)
+            task.advance(len(batch))
+
+    with torch.inference_mode(), progress.task(title, sum(map(len, batches)), unit) as task:
+        yield run()
 
 
 def examples(
@@ -119,4 +155,6 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """What the model gives for those of the inputs that it takes."""
     taken = inspect.signature(model.forward).parameters
-    return model(**{name: value.to(model.device) for name, value in inputs.items() if name in taken})
+    there = {name: value.to(model.device) for name, value in inputs.items() if name in taken}
+    with accepted(inputs):
+        return model(**{n: value.to(model.dtype) if value.is_floating_point() else value for n, value in there.items()})

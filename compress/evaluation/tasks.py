@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from compress.errors import CompressError
+from compress.errors import CompressError, DataError
+
+#: What evaluation data are: documents, rows with labels, or a folder of images for each class.
+Given: TypeAlias = Literal["text", "labelled", "images"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,22 +19,22 @@ class Task:
     """One kind of model.
 
     Attributes:
-        name: in words. suffixes: how names of its classes end. metrics: read off text; ``default`` where none is named.
-        labels: what the labels of its evaluation data are, empty where these have none; ``optional`` where they may.
+        name: in words. suffixes: how names of its classes end. metrics: read off data; ``default`` where none is named.
+        takes: evaluation data of these kinds. labels: what their labels are, empty where they have none.
     """
 
     name: str
     suffixes: tuple[str, ...]
     metrics: tuple[str, ...]
     default: tuple[str, ...]
+    takes: tuple[Given, ...] = ("text",)
     labels: Literal["", "classes", "scores"] = ""
-    optional: bool = False
 
-    def measurable(self, labelled: bool) -> tuple[str, ...]:
-        """Its metrics on data with or without labels; none where it takes no such data."""
-        if labelled != bool(self.labels) and not self.optional:
+    def measurable(self, given: Given) -> tuple[str, ...]:
+        """Its metrics on data of a kind; none where it takes no such data."""
+        if given not in self.takes:
             return ()
-        return tuple(metric for metric in self.metrics if labelled or metric not in LABELLED)
+        return tuple(metric for metric in self.metrics if given != "text" or metric not in LABELLED)
 
 
 #: Metrics that need labels, and those that need the original beside the model.
@@ -43,6 +46,15 @@ CLASSIFICATION = Task(
     ("ForSequenceClassification",),
     ("accuracy", "f1", "agreement", "kl"),
     ("accuracy", "agreement"),
+    takes=("labelled",),
+    labels="classes",
+)
+IMAGES = Task(
+    "image classification",
+    ("ForImageClassification",),
+    CLASSIFICATION.metrics,
+    CLASSIFICATION.default,
+    takes=("images",),
     labels="classes",
 )
 MASKED = Task("masked language modelling", ("ForMaskedLM",), ("perplexity", "kl", "agreement"), ("perplexity", "kl"))
@@ -57,12 +69,12 @@ EMBEDDING = Task(
     ("Model",),  # a base model, without a head
     ("similarity", "spearman"),
     ("similarity", "spearman"),
+    takes=("text", "labelled"),
     labels="scores",
-    optional=True,
 )
 #: The first one whose suffix fits counts.
-TASKS = (CLASSIFICATION, MASKED, LANGUAGE, EMBEDDING)
-#: Metrics read off text, of any task.
+TASKS = (CLASSIFICATION, IMAGES, MASKED, LANGUAGE, EMBEDDING)
+#: Metrics read off text or images, of any task.
 TEXT_METRICS = frozenset(metric for task in TASKS for metric in task.metrics)
 
 
@@ -71,16 +83,16 @@ def task_of(class_name: str | None) -> Task:
     return next((task for task in TASKS if (class_name or "").endswith(task.suffixes)), LANGUAGE)
 
 
-def measurable(labelled: bool) -> frozenset[str]:
-    """Metrics that some task reads off data with or without labels."""
-    return frozenset(metric for task in TASKS for metric in task.measurable(labelled))
+def measurable(given: Given) -> frozenset[str]:
+    """Metrics that some task reads off data of a kind."""
+    return frozenset(metric for task in TASKS for metric in task.measurable(given))
 
 
-def check_metrics(class_name: str | None, metrics: Collection[str], *, labelled: bool | None) -> Task:
-    """The task of a class, of which all ``metrics`` that are read off text must be.
+def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Given | None) -> Task:
+    """The task of a class, of which all ``metrics`` that are read off data must be.
 
     Args:
-        labelled: whether the evaluation data have labels; None where there are none.
+        given: what the evaluation data are; None where there are none.
 
     Raises:
         CompressError: a metric is of another task, or the data are.
@@ -91,16 +103,32 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, labelled:
             f"`{wrong[0]}` does not measure {task.name}, which {model} is for",
             fix=f"its metrics are {', '.join(task.metrics)}",
         )
-    if labelled is None or not set(metrics) & TEXT_METRICS:
+    if given is None or not set(metrics) & TEXT_METRICS:
         return task
-    if not task.measurable(labelled):
+    if given not in task.takes:
+        if "images" in (given, *task.takes):
+            raise _of_images(task, model)
         raise CompressError(
             f"{task.name}, which {model} is for, takes {'labelled files' if task.labels else 'text without labels'}",
             fix="name the columns of texts and labels: `text`, `label`" if task.labels else "leave out `label`",
         )
-    if wrong := [metric for metric in metrics if metric in TEXT_METRICS.difference(task.measurable(labelled))]:
+    if wrong := [metric for metric in metrics if metric in TEXT_METRICS.difference(task.measurable(given))]:
         raise CompressError(f"`{wrong[0]}` needs labelled pairs of texts", fix="name the columns: `text`, `label`")
     return task
+
+
+def check_images(class_name: str | None, images: bool) -> None:
+    """Data that passes read are images where the model reads images, and text where it reads text. Raises `DataError`."""
+    if images != ("images" in (task := task_of(class_name)).takes):
+        raise _of_images(task, class_name or "this model")
+
+
+def _of_images(task: Task, model: str) -> DataError:
+    if "images" in task.takes:
+        return DataError(
+            f"{task.name}, which {model} is for, takes a folder of images for each class", fix="name it: `images`"
+        )
+    return DataError(f"{task.name}, which {model} is for, takes text, not images", fix="name `files`")
 
 
 def label_ids(config: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
@@ -120,7 +148,7 @@ def label_ids(config: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
     problem = config.get("problem_type")
     if problem not in (None, "single_label_classification") or len(names) < 2:
         raise CompressError(
-            f"accuracy needs a model that gives each text one of several labels, this one does {problem or 'regression'}"
+            f"accuracy needs a model that gives each example one of several labels, this one does {problem or 'regression'}"
         )
     if sorted(names) != list(range(len(names))):
         raise CompressError("`id2label` of config.json does not count from 0")

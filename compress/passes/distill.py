@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
-from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, MASKED, task_of
+from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
 from compress.passes.base import Context, Pass
 from compress.passes.distill_settings import DistillSettings
 from compress.passes.prune_structured import PruneStructured
@@ -50,8 +50,8 @@ class Distill(Pass[DistillSettings]):
     def plan(self, spec: Spec, settings: DistillSettings) -> Spec:
         """The student's shapes; values change alone, masks and dtypes stay."""
         record = architectures.of(spec.structure.config)
-        if record.input != "input_ids":
-            raise PassError(f"training data is text, and this model reads `{record.input}`")
+        if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
+            raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
         check_losses(spec, settings)
         if settings.student is None:
             return spec
@@ -85,7 +85,7 @@ class Distill(Pass[DistillSettings]):
 def check_losses(spec: Spec, settings: DistillSettings) -> None:
     """The losses are such as the model's task has. Raises `PassError`."""
     task = task_of(spec.structure.class_name)
-    if task in (CLASSIFICATION, EMBEDDING) and settings.teacher_cache is not None:
+    if task.labels and settings.teacher_cache is not None:
         raise PassError(
             "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
         )
@@ -99,7 +99,7 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
             key="losses",
             fix="use `cosine`, `hidden` or `relations`",
         )
-    if task is CLASSIFICATION and "cosine" in weights:
+    if task.labels == "classes" and "cosine" in weights:
         raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
 
 
@@ -116,7 +116,7 @@ def default_losses(spec: Spec) -> dict[str, float]:
 def task_name(spec: Spec) -> Any:
     """The task as `training.models` names it."""
     task = task_of(spec.structure.class_name)
-    return {CLASSIFICATION: "classes", EMBEDDING: "embedding", MASKED: "masked"}.get(task, "causal")
+    return {CLASSIFICATION: "classes", IMAGES: "classes", EMBEDDING: "embedding", MASKED: "masked"}.get(task, "causal")
 
 
 def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSettings | None:

@@ -20,8 +20,14 @@ from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
 from compress.errors import DataError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
-from compress.evaluation.tasks import task_of
-from compress.loading import has_tokenizer, load_checkpoint, load_tokenizer, quiet_transformers
+from compress.evaluation.tasks import IMAGES, task_of
+from compress.loading import (
+    has_tokenizer,
+    load_checkpoint,
+    load_image_processor,
+    load_tokenizer,
+    quiet_transformers,
+)
 from compress.passes.base import Context
 from compress.passes.distill import bytes_per_token, default_losses, task_name
 from compress.passes.distill_settings import DistillSettings
@@ -122,6 +128,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         "samples": samples.train,
         "held_out_samples": samples.held_out,
         "epochs": round(history.steps * settings.batch / samples.train, 3),
+        "of": "tokens" if samples.batches.images is None else "images",
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9), 1),
         "best_step": history.best_step,
@@ -192,6 +199,8 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
     if settings.steps is not None:
         return settings.steps
     if settings.tokens is not None:
+        if samples.batches.images is not None:
+            raise PassError("images are not counted in tokens", key="tokens", fix="give `steps` or `epochs`")
         mask = samples.batches.mask
         each = samples.batches.ids.shape[1] if mask is None else float(mask.sum() / len(mask))
         return max(1, round(settings.tokens / (each * settings.batch)))
@@ -224,18 +233,28 @@ def _teachers(student: Checkpoint, samples: Samples, settings: DistillSettings, 
                 key="teacher",
                 fix="take a larger teacher, or make the student smaller",
             )
-        _check_tokenizers(student, teacher, entry.checkpoint)
+        _check_processors(student, teacher, entry.checkpoint)
         _check_labels(student, teacher, entry.checkpoint)
-        check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
-        check_positions(
-            samples.batches.ids.shape[1], architectures.positions(teacher.spec), entry.checkpoint, name="training"
-        )
+        if samples.batches.images is None:
+            check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
+            positions = architectures.positions(teacher.spec)
+            check_positions(samples.batches.ids.shape[1], positions, entry.checkpoint, name="training")
         found.append(teacher)
     return found
 
 
-def _check_tokenizers(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
+def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
     if student.folder is None or teacher.folder is None or student.folder.resolve() == teacher.folder.resolve():
+        return
+    if task_of(student.spec.structure.class_name) is IMAGES:
+        ours, others = (load_image_processor(c.folder).to_dict() for c in (student, teacher))  # type: ignore[arg-type]
+        if wrong := sorted(key for key in {*ours, *others} if ours.get(key) != others.get(key)):
+            raise PassError(
+                f"the teacher {name} has another image processor: `{wrong[0]}` is {others.get(wrong[0])}, for the student "
+                f"{ours.get(wrong[0])}",
+                key="teacher",
+                fix="learn from a teacher that sees images as the student does",
+            )
         return
     files = [folder / "tokenizer.json" for folder in (student.folder, teacher.folder)]
     if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():

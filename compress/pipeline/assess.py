@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import text
+from compress import images, text
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.errors import CompressError, DataError, ReportError
-from compress.evaluation.tasks import PAIRED, TEXT_METRICS, check_metrics, task_of
+from compress.evaluation.tasks import PAIRED, TEXT_METRICS, Given, check_metrics, task_of
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.measure import SPEED_METRICS
 from compress.pipeline.run import machine, resolve_device
-from compress.pipeline.score import Scorer, read
+from compress.pipeline.score import Scorer, load_processor, read
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
 
@@ -31,10 +31,11 @@ class Assessment:
     """What to measure, and how; kept in the result so that a later one can be paired with it.
 
     ``metrics``: None for those of the model's task that need no other checkpoint.
-    ``text`` and ``label``: columns of labelled files, as in a recipe.
+    ``images``: a folder of images in place of files. ``text`` and ``label``: columns of labelled files, as in a recipe.
     """
 
     files: tuple[str, ...] = ()
+    images: str | None = None
     separator: str | None = None
     field: str = text.FIELD
     text: tuple[str, ...] | None = None
@@ -50,6 +51,13 @@ class Assessment:
     def columns(self) -> tuple[str, ...]:
         """The columns of labelled texts."""
         return self.text or (text.FIELD,)
+
+    @property
+    def given(self) -> Given | None:
+        """What the data are; None where there are none."""
+        if self.images is not None:
+            return "images"
+        return None if not self.files else "text" if self.label is None else "labelled"
 
 
 def assess(
@@ -82,7 +90,7 @@ def assess(
         known = stored_baseline["settings"]
         how = replace(
             how,
-            files=how.files or tuple(known["files"]),
+            **({} if how.given else {"files": tuple(known["files"]), "images": known.get("images")}),
             separator=known["separator"],
             field=known.get("field", text.FIELD),
             text=known.get("text") and tuple(known["text"]),
@@ -99,12 +107,12 @@ def assess(
         )
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
     class_name = candidate.spec.structure.class_name
-    task, labelled = task_of(class_name), how.label is not None
+    task = task_of(class_name)
     metrics: tuple[str, ...] = how.metrics or ()
-    if how.metrics is None and how.files:
-        possible = [m for m in task.measurable(labelled) if m not in PAIRED]
-        metrics = tuple(possible) or task.measurable(labelled) or task.default
-    check_metrics(class_name, metrics, labelled=labelled if how.files else None)
+    if how.metrics is None and how.given:
+        possible = [m for m in task.measurable(how.given) if m not in PAIRED]
+        metrics = tuple(possible) or task.measurable(how.given) or task.default
+    check_metrics(class_name, metrics, given=how.given)
     how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)
@@ -115,23 +123,23 @@ def assess(
     if wants & (PAIRED | SPEED_METRICS) and reference is None:
         metric = min(wants & (PAIRED | SPEED_METRICS))
         raise CompressError(f"`{metric}` compares with another checkpoint", fix="give --baseline")
-    if wants & TEXT_METRICS and not how.files:
+    if wants & TEXT_METRICS and not how.given:
         raise DataError("text metrics need text", fix="give --data")
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "checkpoint": checkpoint,
         "versions": versions(),
         "machine": machine(how.device),
-        "settings": {**asdict(how), "text_sha256": text.fingerprint(how.files) if how.files else None},
+        "settings": {**asdict(how), "text_sha256": _sha256(how, candidate)},
         "size": asdict(size_on_disk(candidate)),
         "evaluation": None,
         "latency": None,
     }
     other: dict[str, Any] | None = None
     if stored_baseline is not None:
-        if how.files and stored_baseline["settings"]["text_sha256"] != document["settings"]["text_sha256"]:
+        if how.given and stored_baseline["settings"]["text_sha256"] != document["settings"]["text_sha256"]:
             raise ReportError(
-                "the baseline was measured on other text", where=str(baseline), fix="name the same files with --data"
+                "the baseline was measured on other data", where=str(baseline), fix="name the same files with --data"
             )
         other = {key: stored_baseline[key] for key in ("checkpoint", "size", "evaluation", "latency")}
     elif reference is not None:
@@ -168,18 +176,25 @@ def _text(
     document: dict[str, Any],
     progress: Progress,
 ) -> None:
-    from compress.loading import load_checkpoint, load_tokenizer
+    from compress.loading import load_checkpoint
 
     structure = candidate.spec.structure
     documents = read(how, how.separator, structure)[: how.max_documents]
     assert candidate.folder is not None
     model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
     beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
-    tokenizer = load_tokenizer(candidate.folder, trust_remote_code=candidate.trust_remote_code)
-    score = Scorer(structure, candidate.folder, tokenizer, documents, how, progress)
+    processor = load_processor(structure, candidate.folder, trust_remote_code=candidate.trust_remote_code)
+    score = Scorer(structure, candidate.folder, processor, documents, how, progress)
     document["evaluation"] = score(model, beside)
     if other is not None and other["evaluation"] is None and beside is not None:
         other["evaluation"] = score(beside)
+
+
+def _sha256(how: Assessment, candidate: Stored) -> str | None:
+    """Of the data."""
+    if how.given == "images":
+        return images.fingerprint(read(how, how.separator, candidate.spec.structure))
+    return text.fingerprint(how.files) if how.files else None
 
 
 def read_assessment(path: Path) -> dict[str, Any]:
@@ -217,6 +232,7 @@ def judge_checkpoint(
         how = replace(
             how,
             files=tuple(section.files),
+            images=section.images,
             separator=recipe.document_separator,
             field=section.field,
             text=section.text,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
+from compress.images import fingerprint as fingerprint_images
+from compress.images import read_images
 from compress.pipeline.fingerprint import fingerprint
-from compress.pipeline.score import labels_of, read
+from compress.pipeline.score import labels_of, load_processor, read
 from compress.recipe.model import Calibration, Training
 from compress.text import Document, check_disjoint, holds_ids, read_documents, read_examples
 from compress.text import fingerprint as fingerprint_files
@@ -28,6 +30,9 @@ def read_section(
     Args:
         structure: of the model, which says what labels there are.
     """
+    if section.folder is not None:
+        assert structure is not None
+        return read_images(section.folder, labels_of(structure, "images"))
     if section.text is None:
         return read_documents(section.files, separator, section.field)
     label = section.label if isinstance(section, Training) else None
@@ -37,7 +42,7 @@ def read_section(
 
 def draw(
     section: Training | Calibration,
-    tokenizer: Callable[[], Any],
+    processor: Callable[[], Any],
     documents: Callable[[], Sequence[Document]],
     *,
     seed: int,
@@ -47,7 +52,7 @@ def draw(
     """The samples that a calibration section asks for; all samples of training text, in an order drawn by seed.
 
     Args:
-        tokenizer, documents: called where the section names text.
+        processor, documents: called where the section names text or images; `load_processor` says what the first gives.
         vocabulary: how many token ids the model knows, None where its config does not say.
         positions: how many tokens a sample may have, None for any number.
 
@@ -58,6 +63,8 @@ def draw(
 
     name = "calibration" if isinstance(section, Calibration) else "training"
     samples = section.samples if isinstance(section, Calibration) else None
+    if section.folder is not None:
+        return batches.of_images(documents(), processor(), seed)
     if holds_ids(file := section.files[0]):
         read = batches.read_ids(file, section.field)
         drawn = batches.first(read, samples, section.length, file)
@@ -67,21 +74,21 @@ def draw(
     assert section.length is not None
     batches.check_positions(section.length, positions, name=name)
     if section.mode == "padded":
-        drawn = batches.sample_documents(tokenizer(), documents(), samples, section.length, seed)
+        drawn = batches.sample_documents(processor(), documents(), samples, section.length, seed)
     elif samples is None:
-        drawn = batches.every_window(tokenizer(), documents(), section.length, seed)
+        drawn = batches.every_window(processor(), documents(), section.length, seed)
     else:
-        drawn = batches.sample_windows(tokenizer(), documents(), samples, section.length, seed)
+        drawn = batches.sample_windows(processor(), documents(), samples, section.length, seed)
     batches.check_vocabulary(drawn, vocabulary)
     return drawn
 
 
 @dataclass
 class DataSets:
-    """Text of a recipe's ``data`` section.
+    """Text or images of a recipe's ``data`` section.
 
     Attributes:
-        folder: where the tokenizer is. structure: of the model, which tells its task and labels.
+        folder: where the tokenizer or image processor is. structure: of the model, which tells its task and labels.
         positions: how many tokens a sample may have, None for any number.
     """
 
@@ -94,9 +101,9 @@ class DataSets:
     _batches: dict[str, Any] = field(default_factory=dict)
 
     def files(self, name: str) -> Sequence[str]:
-        """Files of the set ``name``; empty where the recipe has none."""
+        """Files of the set ``name``, or its folder of images; empty where the recipe has none."""
         section = getattr(self.recipe.data, name, None)
-        return () if section is None else tuple(section.files)
+        return () if section is None else section.files or (section.images,)
 
     def documents(self, name: str) -> list[Document]:
         """Documents of a set, in order."""
@@ -114,26 +121,25 @@ class DataSets:
         """Of the files' contents and of every setting that picks samples from them."""
         if name not in self._hashes:
             section = getattr(self.recipe.data, name)
-            settings = section.model_dump(mode="json", exclude={"files"})
-            self._hashes[name] = fingerprint(
-                [fingerprint_files(self.files(name)), settings, self.recipe.document_separator]
-            )
+            settings = section.model_dump(mode="json", exclude={"files", "images"})
+            content = fingerprint_files(section.files) if section.files else fingerprint_images(self.documents(name))
+            self._hashes[name] = fingerprint([content, settings, self.recipe.document_separator])
         return self._hashes[name]
 
-    def tokenizer(self) -> Any:
-        """The original checkpoint's tokenizer."""
-        from compress.loading import load_tokenizer
-
-        if "tokenizer" not in self._batches:
-            self._batches["tokenizer"] = load_tokenizer(self.folder, trust_remote_code=self.recipe.trust_remote_code)
-        return self._batches["tokenizer"]
+    def processor(self) -> Any:
+        """The original checkpoint's tokenizer, or its image processor."""
+        if "processor" not in self._batches:
+            self._batches["processor"] = load_processor(
+                self.structure, self.folder, trust_remote_code=self.recipe.trust_remote_code
+            )
+        return self._batches["processor"]
 
     def batches(self, name: str) -> Batches:
         """Samples of a set that is sampled."""
         if name not in self._batches:
             self._batches[name] = draw(
                 getattr(self.recipe.data, name),
-                self.tokenizer,
+                self.processor,
                 lambda: self.documents(name),
                 seed=self.recipe.seed,
                 vocabulary=self.structure.config.get("vocab_size"),
@@ -164,6 +170,6 @@ class DataSets:
         """Documents of a set; of token ids what they say."""
         if not holds_ids(self.files(name)[0]):
             return self.documents(name)
-        drawn, tokenizer = self.batches(name), self.tokenizer()
+        drawn, tokenizer = self.batches(name), self.processor()
         texts = tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=True)
         return [Document(id_, text) for id_, text in zip(drawn.chosen, texts, strict=True)]

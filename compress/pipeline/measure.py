@@ -67,7 +67,7 @@ class Measurements:
             if section.max_documents is not None:
                 documents = documents[: section.max_documents]
             score = Scorer(
-                original.spec.structure, self.data.folder, self.data.tokenizer(), documents, section, self.progress
+                original.spec.structure, self.data.folder, self.data.processor(), documents, section, self.progress
             )
             reference = load_checkpoint(original, dtype=self.recipe.dtype, device=self.device)
             for i, name in enumerate(names):

@@ -396,6 +396,13 @@ def _base_name(model: str) -> str:
     return path.resolve().name if path.exists() else model
 
 
+def _last_names(paths: Any) -> Any:
+    """A path or paths, of absolute ones the last names alone."""
+    if isinstance(paths, str):
+        return Path(paths).name if Path(paths).is_absolute() else paths
+    return [_last_names(path) for path in paths]
+
+
 def _card(state: Run, report: Mapping[str, Any]) -> bytes:
     from compress import report as reports
     from compress.recipe import to_yaml
@@ -406,7 +413,10 @@ def _card(state: Run, report: Mapping[str, Any]) -> bytes:
     spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
     recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
     recipe["data"] = {
-        key: {**section, "files": [f if not Path(f).is_absolute() else Path(f).name for f in section["files"]]}
+        key: {
+            **section,
+            **{k: _last_names(section[k]) for k in ("files", "images") if k in section},
+        }
         for key, section in recipe["data"].items()
     }
     name = _base_name(state.recipe.model)

@@ -12,6 +12,7 @@ from compress.errors import DataError
 from compress.evaluation.tasks import (
     CLASSIFICATION,
     EMBEDDING,
+    IMAGES,
     LANGUAGE,
     MASKED,
     Task,
@@ -20,11 +21,12 @@ from compress.evaluation.tasks import (
     score,
     task_of,
 )
+from compress.images import read_images
 from compress.progress import Progress
 from compress.text import Document, Labels, read_documents, read_examples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 #: Labels that a message lists.
 _LABELS_SHOWN = 12
@@ -35,6 +37,8 @@ class Texts(Protocol):
 
     @property
     def files(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def images(self) -> str | None: ...  # noqa: D102
     @property
     def field(self) -> str: ...  # noqa: D102
     @property
@@ -50,16 +54,26 @@ class Texts(Protocol):
 
 
 def read(texts: Texts, separator: str | None, structure: Structure) -> list[Document]:
-    """All documents of the evaluation files; labelled ones with what their labels say to the model.
+    """All documents of the evaluation data; labelled ones with what their labels say to the model.
 
     Raises `DataError` with file and row.
     """
+    if texts.images is not None:
+        return read_images(texts.images, labels_of(structure, "images"))
     if texts.label is None:
         return read_documents(texts.files, separator, texts.field)
     task = task_of(structure.class_name)
     if task.labels == "scores" and len(texts.columns) < 2:
         raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")
     return read_examples(texts.files, texts.columns, labels_of(structure, texts.label))
+
+
+def load_processor(structure: Structure, folder: Path, *, trust_remote_code: bool) -> Any:
+    """What makes a checkpoint's inputs: its tokenizer, or of a model that reads images its image processor."""
+    from compress.loading import load_image_processor, load_tokenizer
+
+    load = load_image_processor if "images" in task_of(structure.class_name).takes else load_tokenizer
+    return load(folder, trust_remote_code=trust_remote_code)
 
 
 def labels_of(structure: Structure, field: str) -> Labels:
@@ -89,11 +103,12 @@ class Scorer:
     """Measures models on the same documents.
 
     ``structure`` and ``folder`` are the original's: they tell the task, the labels, and how sentence embeddings are made.
+    ``processor``: as `load_processor` gives it.
     """
 
     structure: Structure
     folder: Path
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
     documents: Sequence[Document]
     texts: Texts
     progress: Progress
@@ -110,30 +125,31 @@ def _classified(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, A
     from compress.evaluation.classification import classify_documents
 
     labels, _ = label_ids(self.structure.config)
-    return classify_documents(model, self.tokenizer, self.documents, labels=labels, **how).to_dict()
+    return classify_documents(model, self.processor, self.documents, labels=labels, **how).to_dict()
 
 
 def _language(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
     from compress.evaluation.language import score_documents
 
     how |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
-    return score_documents(model, self.tokenizer, self.documents, **how).to_dict()
+    return score_documents(model, self.processor, self.documents, **how).to_dict()
 
 
 def _masked(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
     from compress.evaluation.masked import score_masked
 
-    return score_masked(model, self.tokenizer, self.documents, window=self.texts.window, **how)
+    return score_masked(model, self.processor, self.documents, window=self.texts.window, **how)
 
 
 def _embedded(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
     from compress.evaluation.embeddings import embed_documents, read_pooling
 
-    return embed_documents(model, self.tokenizer, self.documents, pooling=read_pooling(self.folder), **how)
+    return embed_documents(model, self.processor, self.documents, pooling=read_pooling(self.folder), **how)
 
 
 _SCORERS: Mapping[Task, Callable[..., dict[str, Any]]] = {
     CLASSIFICATION: _classified,
+    IMAGES: _classified,
     LANGUAGE: _language,
     MASKED: _masked,
     EMBEDDING: _embedded,

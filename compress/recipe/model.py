@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainValidator,
     PrivateAttr,
@@ -21,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from compress import passes
 from compress.errors import CompressError
-from compress.evaluation.tasks import TEXT_METRICS, Task
+from compress.evaluation.tasks import TEXT_METRICS, Given, Task
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
 from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
@@ -107,6 +108,23 @@ Columns = Annotated[
 _KINDS = "Text files: .txt, .jsonl, .csv, .tsv or .parquet, each also packed (.gz, .zst)"
 
 
+_IMAGES = (
+    "In place of `files`, for image classifiers: a folder that holds a folder of images (.png, .jpg, .jpeg, .bmp, .webp) "
+    "for each class, called as in the config's id2label or label2id, or by its number. {others}."
+)
+#: Settings that say how text is read, and what each is where it says nothing.
+_OF_TEXT = {
+    "field": FIELD,
+    "text": None,
+    "label": None,
+    "mode": "packed",
+    "length": None,
+    "window": 256,
+    "stride": None,
+}
+_FILES_OR_IMAGES: Any = {"oneOf": [{"required": ["files"]}, {"required": ["images"]}]}
+
+
 class TextFiles(Settings):
     """Files of text, and the field to read of those that have fields."""
 
@@ -116,6 +134,21 @@ class TextFiles(Settings):
         description="Field to read of .jsonl, .csv, .tsv and .parquet files: text, or chats as lists of "
         "{role, content}, which get the tokenizer's chat template.",
     )
+
+    @property
+    def folder(self) -> str | None:
+        """The folder of images in place of files."""
+        images: str | None = getattr(self, "images", None)
+        return images
+
+    @model_validator(mode="after")
+    def _files_or_images(self) -> Self:
+        if bool(self.files) == (self.folder is not None):
+            raise ValueError("give either `files` or `images`" + (", not both" if self.files else ""))
+        said = [name for name, nothing in _OF_TEXT.items() if getattr(self, name, nothing) != nothing]
+        if self.folder is not None and said:
+            raise ValueError(f"`{said[0]}` says how text is read: it does not go with `images`")
+        return self
 
     @model_validator(mode="after")
     def _has_fields(self) -> Self:
@@ -149,13 +182,15 @@ class Sampled(TextFiles):
         "`padded` with `text`.",
     )
     length: int | None = Field(
-        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 256,
+        default_factory=lambda fields: None if not fields["files"] or holds_ids(fields["files"][0]) else 256,
         ge=1,
         description="Tokens of each, 256 by default; of token ids the first so many, all by default.",
     )
 
     @model_validator(mode="after")
     def _text_or_ids(self) -> Self:
+        if self.folder is not None:
+            return self
         if not any(holds_ids(f) for f in self.files):
             for name in ("samples", "length"):
                 if getattr(self, name, 1) is None:
@@ -170,8 +205,12 @@ class Sampled(TextFiles):
 
 
 class Training(Sampled):
-    """Text that passes train on: all of it, in samples."""
+    """Text or images that passes train on: all of them, in samples."""
 
+    model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
+
+    files: Files = Field(default=(), description=Sampled.model_fields["files"].description)
+    images: Text | None = Field(default=None, description=_IMAGES.format(others="No other key goes with it"))
     label: Text | None = Field(
         default=None,
         description="With `text`, the column of the label, as in `data.evaluation`: what the loss `labels` of text "
@@ -199,16 +238,27 @@ class Calibration(Sampled):
 
 
 class Evaluation(TextFiles):
-    """Text that the original and every stage are measured on."""
+    """Text or images that the original and every stage are measured on."""
 
-    files: Files = Field(description=f"{_KINDS}; they may share no text with training or calibration.")
+    model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
+
+    files: Files = Field(default=(), description=f"{_KINDS}; they may share no text with training or calibration.")
+    images: Text | None = Field(
+        default=None,
+        description=f"{_IMAGES.format(others='Of the other keys `max_documents` alone goes with it')} They may share no file "
+        "with training.",
+    )
     window: int = Field(default=256, ge=2, description="Tokens that the model sees at once.")
     stride: int | None = Field(
         default=None,
         ge=1,
         description="Tokens between the starts of two windows; the window by default, so none overlap.",
     )
-    max_documents: int | None = Field(default=None, ge=1, description="Measure on the first so many documents only.")
+    max_documents: int | None = Field(
+        default=None,
+        ge=1,
+        description="Measure on the first so many documents only; of images, of all classes by turns.",
+    )
     text: Columns | None = Field(
         default=None,
         description="Of labelled .jsonl, .csv, .tsv and .parquet files the column of the text, or two columns of texts "
@@ -238,6 +288,11 @@ class Evaluation(TextFiles):
         return self
 
     @property
+    def given(self) -> Given:
+        """What the data are."""
+        return "images" if self.images is not None else "text" if self.label is None else "labelled"
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of labelled texts."""
         return self.text or (FIELD,)
@@ -250,11 +305,11 @@ class Evaluation(TextFiles):
 
 
 class Data(Settings):
-    """The text of a run."""
+    """The text or images of a run."""
 
-    training: Training | None = Field(default=None, description="Text that passes train on.")
+    training: Training | None = Field(default=None, description="Text or images that passes train on.")
     calibration: Calibration | None = Field(default=None, description="Text whose activations passes look at.")
-    evaluation: Evaluation | None = Field(default=None, description="Text that models are measured on.")
+    evaluation: Evaluation | None = Field(default=None, description="Text or images that models are measured on.")
 
 
 class Gate(Settings):
@@ -330,8 +385,12 @@ class Gates(Settings):
     parameters: ParametersGate | None = Field(default=None, description="Number of parameters.")
     bits_per_byte: IncreaseGate | None = Field(default=None, description="Bits per byte of the evaluation text.")
     perplexity: IncreaseGate | None = Field(default=None, description="Perplexity per token of the evaluation text.")
-    accuracy: ScoreGate | None = Field(default=None, description="Share of labelled texts that are classified rightly.")
-    f1: ScoreGate | None = Field(default=None, description="Mean of the labels' F1 (macro), on labelled texts.")
+    accuracy: ScoreGate | None = Field(
+        default=None, description="Share of labelled texts or images that are classified rightly."
+    )
+    f1: ScoreGate | None = Field(
+        default=None, description="Mean of the labels' F1 (macro), on labelled texts or images."
+    )
     similarity: ScoreGate | None = Field(
         default=None, description="Mean cosine of sentence embeddings to the original's; a drop is one from 1."
     )
@@ -452,7 +511,7 @@ class Recipe(Settings):
     evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] | None = Field(
         default=None,
         description="What to measure besides what gates need. By default what fits the model: bits_per_byte and kl of causal "
-        "language models, perplexity and kl of masked ones, accuracy and agreement of text classifiers, similarity (and "
+        "language models, perplexity and kl of masked ones, accuracy and agreement of classifiers, similarity (and "
         "spearman where `data.evaluation` has labelled pairs) of base models; nothing without `data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="What must hold of the result, or it is not published.")
@@ -479,5 +538,5 @@ class Recipe(Settings):
         if self.evaluate is not None:
             return self
         evaluation = self.data.evaluation
-        possible = () if evaluation is None else task.measurable(evaluation.label is not None) or task.default
+        possible = () if evaluation is None else task.measurable(evaluation.given) or task.default
         return self.model_copy(update={"evaluate": tuple(m for m in task.default if m in possible)})

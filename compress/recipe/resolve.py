@@ -23,6 +23,10 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = plain_settings(recipe)
     for section in ("data", "gates"):
         values[section] = {name: value for name, value in values[section].items() if value is not None}
+    values["data"] = {
+        name: {k: v for k, v in section.items() if v or k not in ("files", "images")}
+        for name, section in values["data"].items()
+    }
     values["gates"] = {
         gate: {k: v for k, v in bounds.items() if v is not None} for gate, bounds in values["gates"].items()
     }

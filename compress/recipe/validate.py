@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
-from compress.evaluation.tasks import TEXT_METRICS, measurable
+from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
@@ -291,6 +291,14 @@ def _misplaced(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(wrong.message, *_at_pass(root, wrong.index), wrong.hint)
 
 
+#: What a metric that such data do not give is read off, and what to do.
+_LACKING: dict[Given, tuple[str, str]] = {
+    "images": ("is read off text, not images", "name `files` in data.evaluation"),
+    "labelled": ("is read off text without labels", "leave out `label`"),
+    "text": ("is read off text with labels", "add to data.evaluation: `text: COLUMN, label: COLUMN`"),
+}
+
+
 def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
     """Passes, metrics and gates that need text which ``data`` does not give, or text of another kind."""
     data = values.get("data", {})
@@ -307,10 +315,10 @@ def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
     lacking, hint = "needs text to measure on, and there is no `data.evaluation`", _data_hint("evaluation")
     possible: frozenset[str] = frozenset()
     if "evaluation" in given:
-        labelled = isinstance(data["evaluation"], dict) and data["evaluation"].get("label") is not None
-        possible = measurable(labelled)
-        lacking = f"is read off text {'without' if labelled else 'with'} labels"
-        hint = "leave out `label`" if labelled else "add to data.evaluation: `text: COLUMN, label: COLUMN`"
+        keys = data["evaluation"] if isinstance(data["evaluation"], dict) else {}
+        kind: Given = "images" if keys.get("images") else "text" if keys.get("label") is None else "labelled"
+        possible = measurable(kind)
+        lacking, hint = _LACKING[kind]
     wanted = values.get("evaluate")
     for i, metric in enumerate(wanted if isinstance(wanted, list) else []):
         if isinstance(metric, str) and metric in TEXT_METRICS - possible:
@@ -346,6 +354,11 @@ def _missing_files(root: MapNode) -> Iterator[Problem]:
     data = root.get("data")
     for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
         files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
+        images = _text(entry.node.get("images")) if isinstance(entry.node, MapNode) else None
+        if images and not (path := _local(images)).is_dir():
+            what = "is no folder" if path.exists() else "there is no such folder"
+            key = ("data", name, "images")
+            yield Problem(f"{images}: {what}", find_place(root, key), key, _near(path))
         for i, item in enumerate(files.items if isinstance(files, ListNode) else ()):
             text = _text(item)
             if text and not (path := _local(text)).is_file():

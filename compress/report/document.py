@@ -72,7 +72,7 @@ class Evaluation(_Part):
 
 
 class PredictionRow(_Part):
-    """What a classifier says of one labelled text."""
+    """What a classifier says of one labelled text or image."""
 
     id: str
     label: int = Field(description="The true label.")
@@ -83,17 +83,18 @@ class PredictionRow(_Part):
 
 
 class Classification(_Part):
-    """Predictions of the labelled texts."""
+    """Predictions of the labelled texts or images."""
 
     schema_: Literal["compress.classification/1"] = Field(alias="schema")
     unit: Literal["example"] = Field(description="What comparisons count or resample.")
+    of: Literal["texts", "images"] = Field(default="texts", description="What was classified.")
     labels: list[str] = Field(description="Names, by id.")
     cut: int = Field(description="Texts that are longer than the model reads.")
     accuracy: Number
-    f1: Number = Field(description="Mean of the labels' F1, of those that some text has or is given.")
+    f1: Number = Field(description="Mean of the labels' F1, of those that some example has or is given.")
     cross_entropy: Number = Field(description="Mean negative log-likelihood, nats.")
-    kl: Number | None = Field(description="Mean per text, nats.")
-    agreement: Number | None = Field(description="Share of texts.")
+    kl: Number | None = Field(description="Mean per text or image, nats.")
+    agreement: Number | None = Field(description="Share of texts or images.")
     documents: list[PredictionRow]
 
 

@@ -125,11 +125,11 @@ def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) 
     if (near := after.get("similarity")) is not None:
         rows.append(Row("similarity to the original", "1", f"{near:.4f}", "mean cosine"))
     if after.get("kl") is not None:
-        unit, share = (
-            ("text", "agreement with the original") if after["unit"] == "example" else ("token", "top-1 agreement")
-        )
+        example = after["unit"] == "example"
+        unit = after.get("of", "texts")[:-1] if example else "token"
+        share = "agreement with the original" if example else "top-1 agreement"
         rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", f"nats per {unit}"))
-        rows.append(Row(share, "100%", f"{after['agreement']:.{2 if unit == 'text' else 1}%}", ""))
+        rows.append(Row(share, "100%", f"{after['agreement']:.{2 if example else 1}%}", ""))
     return rows
 
 
@@ -290,13 +290,14 @@ def quality_note(report: Mapping[str, Any]) -> str | None:
     if evaluation is None:
         return None
     files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
-    note = f"{len(evaluation['documents'])} {_UNITS[evaluation['schema']].format(**evaluation)} of {files or 'text'}"
+    units = _UNITS[evaluation["schema"]].format(**{"of": "texts", **evaluation})
+    note = f"{len(evaluation['documents'])} {units} of {files or 'text'}"
     return note + _NOTES[evaluation["schema"]](evaluation)
 
 
 _UNITS = {
     _LANGUAGE: "{unit}s",
-    "compress.classification/1": "labelled texts",
+    "compress.classification/1": "labelled {of}",
     "compress.masked/1": "{unit}s",
     "compress.embeddings/1": "texts or pairs",
 }

@@ -131,10 +131,10 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
 
 def _training(training: Mapping[str, Any], name: str, picture: str) -> list[str]:
     """What a training did, its held-out losses, and where they are drawn."""
-    held = training["held_out"]
+    held, of = training["held_out"], training.get("of", "tokens")
     text = (
-        f"`{name}`, training: {training['tokens']:,} tokens in {training['steps']:,} steps, {training['epochs']:g} times "
-        f"through the data, {training['tokens_per_second']:,.0f} tokens per second. Held-out loss {held[0]['loss']:.4f} ▶ "
+        f"`{name}`, training: {training['tokens']:,} {of} in {training['steps']:,} steps, {training['epochs']:g} times "
+        f"through the data, {training['tokens_per_second']:,.0f} {of} per second. Held-out loss {held[0]['loss']:.4f} ▶ "
         f"{min(row['loss'] for row in held):.4f}, best at step {training['best_step']}."
     )
     if training["stopped"]:

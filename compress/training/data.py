@@ -78,7 +78,7 @@ class Samples:
     """All samples of a run, the held-out ones last.
 
     Attributes:
-        batches: ids, masks, token types, labels. held_out: how many at the end are not trained on.
+        batches: ids, masks, token types, labels; of images one "token" each. held_out: how many at the end are not trained on.
     """
 
     batches: Batches
@@ -125,7 +125,8 @@ class Samples:
         longest = int(mask.sum(1).max())
         ids, mask = self.batches.ids[source, :longest].clone(), mask[:, :longest]
         counted = mask & (rows >= 0)[:, None]
-        inputs = {"input_ids": ids}
+        images = self.batches.images
+        inputs = {"input_ids": ids} if images is None else {"pixel_values": images(ids[:, 0].tolist())}
         if self.batches.mask is not None:
             inputs["attention_mask"] = mask.long()
         if self.batches.types is not None:

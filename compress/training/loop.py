@@ -92,7 +92,7 @@ class Training:
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
         looked_up = [m for m in student.modules() if isinstance(m, torch.nn.Embedding)]
-        tables = [m.weight for m in (*looked_up, student.get_output_embeddings()) if m is not None]
+        tables = [end.weight for end in (*looked_up, student.get_output_embeddings()) if end is not None]
         self.optimizers = optimizers(objective, tables, how.update)
         self.parameters = dict(objective.named_parameters())
         self.averages: dict[str, Tensor] = {}

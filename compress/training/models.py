@@ -13,6 +13,7 @@ import torch
 from compress import architectures
 from compress.calibration.influence import find_blocks
 from compress.errors import PassError
+from compress.images import accepted
 
 Task = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
@@ -49,13 +50,15 @@ class Reader:
         self._kind: Any = None
         if vectors:
             self.record = architectures.of(model.config.to_dict())
-            if self.record.attention is None:
+            self.blocks = find_blocks(model, self.record)
+            # transformers gives modules of some families other names than files have
+            known = {name for name, _ in self.blocks[0].named_modules()}
+            if self.record.attention is None or not known.issuperset(self._names()):
                 raise PassError(
                     f"it is not known where queries, keys and values of {model.config.model_type} are",
                     key="losses",
                     fix="leave out `relations`",
                 )
-            self.blocks = find_blocks(model, self.record)
         #: whether logits can be made of hidden states a few tokens at a time; `check` tells
         self.by_parts = True
         #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
@@ -69,12 +72,14 @@ class Reader:
         return list(found.values())
 
     def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
-        """One forward pass over [B, L] tokens."""
+        """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
         target = self.model if self.task == "classes" else self.base
         given = {name: value for name, value in inputs.items() if name in self.takes}
+        if (pixels := given.get("pixel_values")) is not None:
+            given["pixel_values"] = pixels.to(self.model.dtype)
         if "use_cache" in self.takes:
             given["use_cache"] = False  # type: ignore[assignment]
-        with self._watching() as seen:
+        with self._watching() as seen, accepted(given):
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
         if self.task == "classes":

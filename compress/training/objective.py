@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ class Batch:
     """A few samples of one step.
 
     Attributes:
-        inputs: what the model reads, [B, L]. counted: bool [B, L], the tokens of samples that are no filling.
+        inputs: what the model reads, [B, L], or images [B, C, H, W], which count as one token each. counted: bool [B, L], the
+            tokens of samples that are no filling.
         predict: bool [B, L], tokens whose logits count; of a classifier bool [B]. targets: int64 [N], what they should say.
         rows: int64 [B], numbers of the samples, -1 for filling.
         tokens, predicted: how many tokens count in the whole step, over all of its batches.
@@ -141,6 +142,7 @@ class Objective(torch.nn.Module):
         multiplies gradients on their way (see `chunks.summed`).
         """
         ran = self.reader.run(batch.inputs)
+        batch = _by_token(batch, ran)
         parts: dict[str, Tensor] = {}
         if self.terms.of_logits:
             of_logits = self._predicted(batch, signal, ran, scale)
@@ -232,6 +234,15 @@ class Objective(torch.nn.Module):
             divergence = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).mean(1)  # [B, L]
             found.append(divergence[batch.counted].sum())
         return torch.stack(found).mean() / max(1, batch.tokens)
+
+
+def _by_token(batch: Batch, ran: Ran) -> Batch:
+    """Of images, of which each counted as one: every token that the model makes of them counts."""
+    inside = [*ran.states.values(), *(one for each in ran.vectors.values() for one in each)]
+    if "pixel_values" not in batch.inputs or not inside:
+        return batch
+    length = inside[0].shape[1]
+    return replace(batch, counted=batch.counted.expand(-1, length), tokens=batch.tokens * length)
 
 
 def _same(rows: Tensor) -> Tensor:

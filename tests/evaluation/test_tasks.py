@@ -9,6 +9,7 @@ from compress.errors import CompressError
 from compress.evaluation.tasks import (
     CLASSIFICATION,
     EMBEDDING,
+    IMAGES,
     LABELLED,
     LANGUAGE,
     MASKED,
@@ -32,7 +33,7 @@ def test_the_class_tells_the_task():
     assert task_of("BertForMaskedLM") is MASKED
     assert task_of("BertModel") is task_of("LlamaModel") is EMBEDDING
     for name, _ in pico.FAMILIES.values():
-        expected = MASKED if name.endswith("MaskedLM") else LANGUAGE  # images are refused when they are loaded
+        expected = MASKED if name.endswith("MaskedLM") else IMAGES if name.startswith("ViT") else LANGUAGE
         assert task_of(name) is expected
 
 
@@ -40,36 +41,38 @@ def test_every_task_has_its_metrics_and_a_scorer():
     assert set(_SCORERS) == set(TASKS)
     for task in TASKS:
         assert set(task.default) <= set(task.metrics)
-        assert task.measurable(False) or task.measurable(True)
-    assert measurable(True) >= LABELLED
-    assert not measurable(False) & LABELLED
-    assert EMBEDDING.measurable(False) == ("similarity",)
-    assert EMBEDDING.measurable(True) == ("similarity", "spearman")
-    assert MASKED.measurable(True) == CLASSIFICATION.measurable(False) == ()
+        assert all(task.measurable(given) for given in task.takes)
+    assert measurable("labelled") >= LABELLED
+    assert not measurable("text") & LABELLED
+    assert EMBEDDING.measurable("text") == ("similarity",)
+    assert EMBEDDING.measurable("labelled") == ("similarity", "spearman")
+    assert MASKED.measurable("labelled") == CLASSIFICATION.measurable("text") == ()
 
 
 @pytest.mark.parametrize(
-    ("name", "metrics", "labelled", "message"),
+    ("name", "metrics", "given", "message"),
     [
-        (BERT, ["bits_per_byte"], True, "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, agreement, kl"),
-        ("LlamaForCausalLM", ["kl", "f1"], False, "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, kl, agreement"),
-        (BERT, ["kl"], False, "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
-        ("BertForMaskedLM", ["bits_per_byte"], False, "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, kl, agreement"),
-        ("BertModel", ["accuracy"], True, "`accuracy` does not measure sentence embedding, which BertModel is for; its metrics are similarity, spearman"),
-        ("BertModel", ["spearman"], False, "`spearman` needs labelled pairs of texts; name the columns: `text`, `label`"),
-        ("LlamaForCausalLM", ["kl"], True, "causal language modelling, which LlamaForCausalLM is for, takes text without labels; leave out `label`"),
+        (BERT, ["bits_per_byte"], "labelled", "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, agreement, kl"),
+        ("LlamaForCausalLM", ["kl", "f1"], "text", "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, kl, agreement"),
+        (BERT, ["kl"], "text", "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
+        ("BertForMaskedLM", ["bits_per_byte"], "text", "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, kl, agreement"),
+        ("BertModel", ["accuracy"], "labelled", "`accuracy` does not measure sentence embedding, which BertModel is for; its metrics are similarity, spearman"),
+        ("BertModel", ["spearman"], "text", "`spearman` needs labelled pairs of texts; name the columns: `text`, `label`"),
+        ("ViTForImageClassification", ["kl"], "labelled", "image classification, which ViTForImageClassification is for, takes a folder of images for each class; name it: `images`"),
+        ("LlamaForCausalLM", ["kl"], "images", "causal language modelling, which LlamaForCausalLM is for, takes text, not images; name `files`"),
+        ("LlamaForCausalLM", ["kl"], "labelled", "causal language modelling, which LlamaForCausalLM is for, takes text without labels; leave out `label`"),
     ],
 )  # fmt: skip
-def test_metrics_and_data_of_another_task(name, metrics, labelled, message):
+def test_metrics_and_data_of_another_task(name, metrics, given, message):
     with pytest.raises(CompressError) as caught:
-        check_metrics(name, metrics, labelled=labelled)
+        check_metrics(name, metrics, given=given)
     assert str(caught.value) == message
 
 
 def test_metrics_of_the_task():
-    assert check_metrics(BERT, ["accuracy", "f1", "kl", "agreement", "latency"], labelled=True) is CLASSIFICATION
-    assert check_metrics("LlamaForCausalLM", ["perplexity", "memory"], labelled=False) is LANGUAGE
-    assert check_metrics(BERT, ["latency"], labelled=None) is CLASSIFICATION
+    assert check_metrics(BERT, ["accuracy", "f1", "kl", "agreement", "latency"], given="labelled") is CLASSIFICATION
+    assert check_metrics("LlamaForCausalLM", ["perplexity", "memory"], given="text") is LANGUAGE
+    assert check_metrics(BERT, ["latency"], given=None) is CLASSIFICATION
 
 
 def test_labels_of_a_config():

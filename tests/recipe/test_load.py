@@ -293,7 +293,7 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("gates: {size: {min: 1}}", "r.yaml:5:16: unknown key `min` in gates.size"),
         ("gates: [size]", "r.yaml:5:8: gates: expected a mapping, got a list"),
         ("data: {training: {files: []}}", "r.yaml:5:26: files: expected at least 1 entry, got an empty list"),
-        ("data: {training: {}}", "r.yaml:5:8: `files` is missing in data.training"),
+        ("data: {training: {}}", "r.yaml:5:8: give either `files` or `images`"),
         ("data: {training: {files: [text]}}", "r.yaml:5:27: text: is a folder, not a text file"),
         ("data: {training: {files: ['']}}", "r.yaml:5:27: expected text that is not empty, got ''"),
         ("data: [a]", "r.yaml:5:7: data: expected a mapping, got a list"),
