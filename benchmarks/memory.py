@@ -2,6 +2,7 @@
 
 Random bf16 checkpoints of the shape of a 7B Llama, cut to few blocks, are pruned by SparseGPT with 32 x 512 tokens,
 each in a process of its own whose peak resident memory is read; beside it stands what the plan says, also for all 32 blocks.
+With --section memory-cast a smaller shape is cast to int4, and to formats within a budget, with 4 x 512 tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ SHAPE = {
     "num_key_value_heads": 32,
 }
 
-PRUNE = """
+SMALL = {
+    "vocab_size": 4000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+
+SPARSEGPT = {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}
+CASTS: dict[str, dict[str, Any]] = {"int4": {"weights": "int4"}, "4.5 bits": {"bits": 4.5}}
+
+RUN = """
 import json, sys, time
 sys.path.insert(0, {root!r})
 start = time.perf_counter()
@@ -39,18 +51,18 @@ print(json.dumps({{"seconds": time.perf_counter() - start}}))
 """
 
 
-def recipe(folder: Path, ids: Path) -> dict[str, Any]:
-    """SparseGPT at 50 %, within 4 GiB."""
+def recipe(folder: Path, ids: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """One pass, within 4 GiB."""
     return {
         "model": str(folder),
         "output": str(folder.parent / "out"),
         "max_ram": "4GiB",
         "data": {"calibration": {"files": [str(ids)]}},
-        "passes": [{"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}],
+        "passes": [entry],
     }
 
 
-def make(folder: Path, layers: int, *, weights: bool = True) -> None:
+def make(folder: Path, shape: dict[str, int], layers: int, *, weights: bool = True) -> None:
     """A sharded bf16 checkpoint of that many blocks, written tensor by tensor; or its headers alone, as sparse files."""
     import torch
     import transformers
@@ -59,7 +71,7 @@ def make(folder: Path, layers: int, *, weights: bool = True) -> None:
     from compress.checkpoint.spec import Spec, Structure, Tensor
 
     config = transformers.LlamaConfig(
-        **SHAPE, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+        **shape, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
@@ -82,53 +94,82 @@ def make(folder: Path, layers: int, *, weights: bool = True) -> None:
         (folder / "model.safetensors.index.json").write_bytes(index)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
-    args = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
-    rows = [
+def measured(scratch: Path, shape: dict[str, int], layers: int, samples: int, entry: dict[str, Any]) -> list[str]:
+    """Peak resident MiB of a pass on so many blocks, what the plan says, and seconds."""
+    import torch
+    from safetensors.torch import save_file
+
+    import compress
+
+    ids, folder = scratch / "ids.safetensors", scratch / "in"
+    generator = torch.Generator().manual_seed(0)
+    save_file({"ids": torch.randint(0, shape["vocab_size"], (samples, 512), generator=generator)}, ids)
+    make(folder, shape, layers)
+    asked = recipe(folder, ids, entry)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN.format(root=str(ROOT)), json.dumps(asked)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed with status {status}")
+    seconds, promised = json.loads(output.splitlines()[-1])["seconds"], compress.plan(asked).peak_memory
+    for path in (folder, scratch / "out", scratch / "out.run"):
+        shutil.rmtree(path)
+    return [f"{usage.ru_maxrss / 1024:.0f}", f"{promised / 2**20:.0f}", f"{seconds:.0f}"]
+
+
+def pruning(scratch: Path, layers: list[int]) -> list[str]:
+    """SparseGPT on the shape of a 7B Llama."""
+    import compress
+
+    rows = []
+    for count in layers:
+        rows.append([str(count), *measured(scratch, SHAPE, count, 32, SPARSEGPT)])
+        print(*rows[-1], flush=True)
+    make(scratch / "in32", SHAPE, 32, weights=False)
+    whole = compress.plan(recipe(scratch / "in32", scratch / "ids.safetensors", SPARSEGPT)).peak_memory
+    rows.append(["32", "not run", f"{whole / 2**20:.0f}", ""])
+    return [
         "## Memory of a calibrated pass",
         "",
         f"`make bench-memory`: {page.environment()} SparseGPT, 50 %, 32 × 512 tokens, on random bf16 weights of a 7B Llama's "
         "shape, with `max_ram: 4GiB`; peak resident memory of the whole process, verification of the output included.",
         "",
-        "| blocks | peak resident MiB | planned MiB | seconds |",
-        "|---|---|---|---|",
+        *page.table(["blocks", "peak resident MiB", "planned MiB", "seconds"], rows),
     ]
+
+
+def casting(scratch: Path) -> list[str]:
+    """Casts of a smaller shape."""
+    rows = []
+    for job, settings in CASTS.items():
+        rows.append([job, *measured(scratch, SMALL, 2, 4, {"cast": settings})])
+        print(*rows[-1], flush=True)
+    return [
+        "## Memory of a calibrated cast",
+        "",
+        f'`make bench-memory ARGS="--section memory-cast"`: {page.environment()} Defaults but for the format, 4 × 512 '
+        "tokens, on random bf16 weights of a Llama of two blocks (hidden 1024, MLP 2816); peak resident memory of the whole "
+        "process.",
+        "",
+        *page.table(["cast", "peak resident MiB", "planned MiB", "seconds"], rows),
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--section", default="memory", choices=["memory", "memory-cast"])
+    args = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        import torch
-        from safetensors.torch import save_file
-
-        import compress
-
-        ids = scratch / "ids.safetensors"
-        save_file({"ids": torch.randint(0, 32000, (32, 512), generator=torch.Generator().manual_seed(0))}, ids)
-        for layers in args.layers:
-            folder = scratch / f"in{layers}"
-            make(folder, layers)
-            process = subprocess.Popen(
-                [sys.executable, "-c", PRUNE.format(root=str(ROOT)), json.dumps(recipe(folder, ids))],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            assert process.stdout is not None
-            output = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            if status:
-                sys.exit(f"failed with status {status}")
-            seconds = json.loads(output.splitlines()[-1])["seconds"]
-            promised = compress.plan(recipe(folder, ids)).peak_memory
-            rows.append(f"| {layers} | {usage.ru_maxrss / 1024:.0f} | {promised / 2**20:.0f} | {seconds:.0f} |")
-            print(rows[-1], flush=True)
-            for path in (folder, scratch / "out", scratch / "out.run"):
-                shutil.rmtree(path)
-        make(scratch / "in32", 32, weights=False)
-        rows.append(f"| 32 | not run | {compress.plan(recipe(scratch / 'in32', ids)).peak_memory / 2**20:.0f} | |")
+        rows = pruning(scratch, args.layers) if args.section == "memory" else casting(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    page.put("memory", rows)
+    page.put(args.section, rows)
     print("\n".join(rows))
 
 

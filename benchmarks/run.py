@@ -2,11 +2,13 @@
 
 Checkpoints of a Llama shape with random weights are made in a scratch folder (BENCH_DIR, else the system's), cast from
 fp32 to bf16 by `compress`, by `cp` + fsync (the same bytes read), and by transformers' from_pretrained + save_pretrained, in
-turns, each in a process of its own. Start-up is measured as CPU time of whole processes.
+turns, each in a process of its own. Start-up is measured as CPU time of whole processes. With --section rounding: rounding to
+integers beside the cast to bf16, of a checkpoint that is nearly all matrices, in CPU seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -31,8 +33,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from compress.checkpoint.headers import Entry, render_header
 import json, os
-folder, gigabytes = Path(sys.argv[1]), float(sys.argv[2])
-hidden, inner, vocabulary = 2048, 5632, 32000
+folder, gigabytes, vocabulary = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+hidden, inner = 2048, 5632
 block = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
 layers = round((gigabytes * 1e9 / 4 - 2 * vocabulary * hidden) / block)
 config = transformers.LlamaConfig(
@@ -75,13 +77,16 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.passes.base import Context
 from compress.progress import SilentProgress
+import torch
+before = time.process_time()
 checkpoint = open_checkpoint(sys.argv[1])
 cast = passes.get("cast")
+settings = json.loads(sys.argv[3])
 context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Path("."))
-result = cast.apply(checkpoint, cast.settings(weights="bf16"), context)
+result = cast.apply(checkpoint, cast.settings(**settings), context)
 written = write_checkpoint(result, Path(sys.argv[2]))
-total = time.perf_counter() - start
-print(json.dumps({{"seconds": total - written.verify_seconds, "verify": written.verify_seconds}}))
+total, cpu = time.perf_counter() - start, time.process_time() - before
+print(json.dumps({{"seconds": total - written.verify_seconds, "verify": written.verify_seconds, "cpu": cpu}}))
 """
 
 STOCK = """
@@ -124,7 +129,7 @@ def streaming(scratch: Path) -> list[str]:
     figures: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     for size in SIZES_GB:
-        python(MAKE, scratch / f"in{size}", size)
+        python(MAKE, scratch / f"in{size}", size, 32000)
     contenders = {"compress": CAST, "cp": COPY, "stock": STOCK}
     for turn in range(ROUNDS):
         for size in SIZES_GB:
@@ -134,7 +139,7 @@ def streaming(scratch: Path) -> list[str]:
                 out = scratch / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
-                text, peak, _ = python(code, scratch / f"in{size}", out)
+                text, peak, _ = python(code, scratch / f"in{size}", out, '{"weights": "bf16"}')
                 data = json.loads(text.splitlines()[-1])
                 figures.setdefault(f"{name}{size}", []).append(data["seconds"])
                 if "verify" in data:
@@ -183,6 +188,36 @@ def streaming(scratch: Path) -> list[str]:
     return rows
 
 
+def rounding(scratch: Path) -> list[str]:
+    """Rounding to nearest beside the cast to bf16, in CPU seconds, which other work on the machine hardly changes."""
+    python(MAKE, scratch / "in", 1, 2000)
+    jobs: dict[str, dict[str, str]] = {"bf16": {"weights": "bf16"}}
+    jobs |= {f"{f} rtn": {"weights": f, "method": "rtn"} for f in ("int8", "int4", "int3")}
+    seconds: dict[str, list[float]] = {job: [] for job in jobs}
+    peaks = dict.fromkeys(jobs, 0)
+    for _ in range(ROUNDS):
+        for job, settings in jobs.items():
+            shutil.rmtree(scratch / "out", ignore_errors=True)
+            text, peak, _ = python(CAST, scratch / "in", scratch / "out", json.dumps(settings))
+            seconds[job].append(json.loads(text.splitlines()[-1])["cpu"])
+            peaks[job] = max(peak, peaks[job])
+            print(f"{job}: {seconds[job][-1]:.1f} s", flush=True)
+    median = {job: statistics.median(values) for job, values in seconds.items()}
+    table = [
+        [job, f"{median[job]:.1f}", f"{median[job] / median['bf16']:.2f} ×", f"{peaks[job] / 2**20:.0f}"]
+        for job in jobs
+    ]
+    return [
+        "## Rounding a stream of weights",
+        "",
+        f"`python benchmarks/run.py --section rounding`: {page.environment()} 1 GB of random float32 weights of a Llama shape "
+        f"(hidden 2048, vocabulary 2,000); reading, writing and verification; median of {ROUNDS} rounds in "
+        "turns (bound 2 ×).",
+        "",
+        *page.table(["job", "CPU seconds", "beside bf16", "peak resident MiB"], table),
+    ]
+
+
 def startup() -> list[str]:
     """CPU time of commands that should answer at once."""
     commands = {
@@ -219,14 +254,20 @@ def startup() -> list[str]:
 
 
 def main() -> None:
-    """Run all and write the sections."""
+    """Run a section and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--section", default="speed", choices=["speed", "rounding"])
+    section = parser.parse_args().section
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        rows = ["## Start-up, and casting a stream of weights", "", f"`make bench`: {page.environment()}", ""]
-        rows += startup() + streaming(scratch)
+        if section == "speed":
+            rows = ["## Start-up, and casting a stream of weights", "", f"`make bench`: {page.environment()}", ""]
+            rows += startup() + streaming(scratch)
+        else:
+            rows = rounding(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    page.put("speed", rows)
+    page.put(section, rows)
     print("\n".join(rows))
 
 
