@@ -200,7 +200,7 @@ def sample_documents(
     pairs = any(document.pair for document in documents)
     if length <= (special := tokenizer.num_special_tokens_to_add(pair=pairs)):
         raise DataError(
-            f"documents of {length} tokens are asked for, and {special} of them are special ones",
+            f"the recipe asks for documents of {length} tokens, and {special} of them are special ones",
             fix=f"set length to {special + 1} or more",
         )
     order = list(documents)
