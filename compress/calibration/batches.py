@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,12 @@ def of_images(documents: Sequence[Document], processor: Any, seed: int) -> Batch
         torch.arange(len(order))[:, None],
         chosen=tuple(document.id for document in order),
         labels=torch.tensor([document.label for document in order], dtype=torch.long),
-        images=lambda rows: pixels([files[row] for row in rows], processor),
+        images=partial(_pixels, files, processor),  # no lambda: it goes to other processes
     )
+
+
+def _pixels(files: Sequence[str], processor: Any, rows: Sequence[int]) -> torch.Tensor:
+    return pixels([files[row] for row in rows], processor)
 
 
 def sample_windows(

@@ -11,7 +11,7 @@ from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
 from compress.passes.base import Context, Pass
-from compress.passes.distill_settings import DistillSettings
+from compress.passes.distill_settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured import PruneStructured
 from compress.passes.structured_settings import PruneStructuredSettings
 
@@ -89,10 +89,8 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         raise PassError(
             "`teacher_cache` keeps predictions of tokens, which this model does not make", key="teacher_cache"
         )
-    if settings.losses is None:
-        return
-    weights = settings.losses.weights
-    of_logits = [name for name in ("kl", "reverse_kl", "skewed_kl", "js", "labels") if name in weights]
+    weights = losses(spec, settings)
+    of_logits = [name for name in (*DIVERGENCES, "labels") if name in weights]
     if task is EMBEDDING and of_logits:
         raise PassError(
             f"`{of_logits[0]}` compares predictions, and {spec.structure.class_name or 'a base model'} makes none",
@@ -108,8 +106,10 @@ def bytes_per_token(k: int, vocabulary: int) -> int:
     return k * (2 if vocabulary <= 1 << 16 else 4) + 2 * (k + 1)
 
 
-def default_losses(spec: Spec) -> dict[str, float]:
-    """The losses of a model where the recipe names none."""
+def losses(spec: Spec, settings: DistillSettings) -> dict[str, float]:
+    """Losses and their weights; those of the model's task where the recipe names none."""
+    if settings.losses is not None:
+        return settings.losses.weights
     return {"cosine": 1.0} if task_of(spec.structure.class_name) is EMBEDDING else {"kl": 1.0}
 
 

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model
 from compress.passes.base import PassSettings
 from compress.settings import Settings
 
+#: Losses that compare predictions with a teacher's, and those that look inside one.
+DIVERGENCES = ("kl", "reverse_kl", "skewed_kl", "js")
+INSIDE = ("hidden", "cosine", "relations")
 #: What a preset fills in where the recipe says nothing.
 PRESETS: dict[str, dict[str, Any]] = {
     "recover": {"rate": 5e-4, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0},
@@ -239,7 +242,7 @@ class DistillSettings(PassSettings):
         if self.micro_batch is not None and self.micro_batch > self.batch:
             raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}")
         if self.teacher_cache is not None and self.losses is not None:
-            inside = [name for name in ("hidden", "cosine", "relations") if name in self.losses.weights]
+            inside = [name for name in INSIDE if name in self.losses.weights]
             if inside:
                 raise ValueError(f"`teacher_cache` keeps predictions alone: leave out the loss `{inside[0]}`")
         weights = {} if self.losses is None else self.losses.weights
@@ -252,7 +255,7 @@ class DistillSettings(PassSettings):
         ):
             if getattr(self, key) != fields[key].default and loss not in weights:
                 raise ValueError(f"`{key}` is for the loss `{loss}`, which has no weight")
-        if self.losses is not None and not set(weights) & {"kl", "reverse_kl", "skewed_kl", "js"}:
+        if self.losses is not None and not set(weights).intersection(DIVERGENCES):
             if len(self.teacher) > 1:
                 raise ValueError("several teachers are for losses that compare predictions, such as `kl`")
             if self.teacher_cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -14,28 +15,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress import architectures
+from compress.architectures import narrowing
 from compress.calibration.batches import check_positions, check_vocabulary
 from compress.calibration.influence import find_blocks
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
 from compress.errors import DataError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
-from compress.evaluation.tasks import IMAGES, task_of
+from compress.evaluation.tasks import IMAGES, label_ids, task_of
 from compress.loading import (
     has_tokenizer,
     load_checkpoint,
     load_image_processor,
     load_tokenizer,
     quiet_transformers,
+    stock_class,
 )
 from compress.passes.base import Context
-from compress.passes.distill import bytes_per_token, default_losses, task_name
+from compress.passes.distill import bytes_per_token, losses, task_name
 from compress.passes.distill_settings import DistillSettings
-from compress.training.cache import TeacherCache
+from compress.training.cache import SHARD, TeacherCache
 from compress.training.data import Masking, Samples
 from compress.training.loop import How, Training
 from compress.training.models import Reader
-from compress.training.objective import Objective, Terms
+from compress.training.objective import Objective, Signal, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
 from compress.training.state import RunState
@@ -172,7 +175,7 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
         raise PassError(
             f"a batch of {settings.batch} samples has not one for each of {context.world} processes", key="batch"
         )
-    weights = settings.losses.weights if settings.losses is not None else default_losses(student.spec)
+    weights = losses(student.spec, settings)
     if task == "classes" and "labels" in weights and batches.labels is None:
         raise DataError(
             "the loss `labels` needs labelled text", where="data.training", fix="name the columns: `text`, `label`"
@@ -274,8 +277,6 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
 
 
 def _check_labels(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
-    from compress.evaluation.tasks import label_ids
-
     if task_name(student.spec) != "classes":
         return
     mine, theirs = (label_ids(c.spec.structure.config)[0] for c in (student, teacher))
@@ -301,7 +302,7 @@ def _vocabulary(student: Checkpoint, teachers: list[Checkpoint]) -> int:
 
 
 def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSettings) -> Terms:
-    weights = settings.losses.weights if settings.losses is not None else default_losses(student.spec)
+    weights = losses(student.spec, settings)
     states: tuple[tuple[int, int], ...] = ()
     vectors = None
     if teachers:
@@ -324,9 +325,7 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
             for checkpoint in (student, teachers[0]):
                 config = checkpoint.spec.structure.config
                 record = architectures.of(config)
-                key = record.kv_heads_key
-                heads = int((record.value(config, key) if key else None) or record.value(config, record.heads_key))
-                if (width := heads * record.head_dim(config)) % settings.relation_heads:
+                if (width := narrowing.kv_heads(record, config) * record.head_dim(config)) % settings.relation_heads:
                     raise PassError(
                         f"vectors of {width} entries do not split into {settings.relation_heads} heads",
                         key="relation_heads",
@@ -338,16 +337,11 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
 def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
     """The student in float32."""
     if settings.student is not None and settings.student.init == "random":
-        from compress.loading import stock_class
-
         found, config = stock_class(student)
         torch.manual_seed(context.seed)
         model = found(config) if hasattr(found, "config_class") and found.config_class else found.from_config(config)
         return model.float().to(_begins_on(context))
-    model = load_checkpoint(student, dtype="float32", device=_begins_on(context))
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+    return load_checkpoint(student, dtype="float32", device=_begins_on(context))
 
 
 def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
@@ -370,9 +364,13 @@ def _sharded(
     objective: Objective, model: Any, masks: Mapping[str, torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
     """Shard the student, and its masks alike."""
-    shard(objective, find_blocks(model, architectures.of(model.config.to_dict())), device)
+    shard(objective, _blocks(model), device)
     named = dict(model.named_parameters())
     return {name: like(mask, named[name]) for name, mask in masks.items()}
+
+
+def _blocks(model: Any) -> Any:
+    return find_blocks(model, architectures.of(model.config.to_dict()))
 
 
 def _says(
@@ -386,8 +384,6 @@ def _says(
     ranks: Ranks,
 ) -> tuple[Says, dict[str, Any]]:
     """Who tells what teachers say, and what the report says of it."""
-    from compress.training.objective import Signal
-
     if not teachers:
         return (lambda batch: Signal()), {}
     if settings.teacher_cache is None:
@@ -399,10 +395,8 @@ def _says(
     if context.rank == 0:
         cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
     ranks.wait()
-    from compress.training.data import Order
-
     needed = {row for row, _ in samples.held}
-    order = Order(samples.train, settings.batch, context.seed, samples.lengths())
+    order = samples.order(settings.batch, context.seed)
     for step in range(min(steps, -(-samples.train // settings.batch) + 1)):
         needed |= {row for row, _ in order.step(step)}
     missing = cache.missing(needed)
@@ -425,8 +419,6 @@ def _fill(
     cache: TeacherCache, missing: list[int], teachers: Teachers, samples: Samples, context: Context, ranks: Ranks
 ) -> int:
     """Ask the teachers about the samples of missing shards. Every process asks; the first writes."""
-    from compress.training.cache import SHARD
-
     count, total = 0, len(samples.batches.ids)
     with context.progress.task("asking teachers", len(missing), "shards") as task:
         for shard_ in missing:
@@ -449,8 +441,6 @@ def _key(
     teachers: list[Checkpoint], samples: Samples, settings: DistillSettings, vocabulary: int, dtype: str
 ) -> dict[str, Any]:
     """What the contents of a cache depend on."""
-    import hashlib
-
     hashes = []
     for teacher in teachers:
         whole_ = hashlib.sha256(json.dumps(teacher.spec.structure.config, sort_keys=True, default=str).encode())
@@ -489,7 +479,7 @@ def _at_work(
         reader = reader_of(model, task, own)
         _check_reader(reader, samples, context)
         if context.world > 1:
-            shard(reader.base, find_blocks(model, architectures.of(model.config.to_dict())), context.device)
+            shard(reader.base, _blocks(model), context.device)
             for child in model.children():
                 if child is not reader.base:
                     child.to(context.device)

@@ -96,12 +96,10 @@ class Samples:
         """The held-out ones, as `Order.step` gives samples."""
         return [(row, 0) for row in range(self.train, len(self.batches.ids))]
 
-    def lengths(self) -> list[int] | None:
-        """Tokens of each sample, where they differ."""
-        if self.batches.mask is None:
-            return None
-        found: list[int] = self.batches.mask.sum(1).tolist()
-        return found if len(set(found)) > 1 else None
+    def order(self, batch: int, seed: int) -> Order:
+        """In which steps of so many samples are trained on."""
+        lengths = None if self.batches.mask is None else self.batches.mask.sum(1).tolist()
+        return Order(self.train, batch, seed, lengths if lengths and len(set(lengths)) > 1 else None)
 
     def counts(self, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """How many tokens count in all of these samples, and how many are predicted."""
@@ -136,12 +134,7 @@ class Samples:
             predict[:, :-1] = counted[:, :-1] & counted[:, 1:]
             targets = ids.roll(-1, 1)[predict]
         elif self.task == "masked":
-            predict = torch.zeros_like(counted)
-            for i, (row, epoch) in enumerate(taken):
-                predict[i, self._places(row, epoch)] = True
-            targets = ids[predict]
-            for i, (row, epoch) in enumerate(taken):
-                self._hide(ids[i], row, epoch)
+            predict, targets = self._hide(ids, taken)
         else:
             predict = rows >= 0
             labels = self.batches.labels
@@ -154,9 +147,9 @@ class Samples:
             return torch.ones(len(rows), self.batches.ids.shape[1], dtype=torch.bool)
         return self.batches.mask[rows]
 
-    def _lot(self, row: int, epoch: int) -> random.Random:
+    def _lot(self, what: str, row: int, epoch: int) -> random.Random:
         assert self.masking is not None
-        return random.Random(f"{self.masking.seed}.{row}.{0 if self.masking.fixed else epoch}")
+        return random.Random(f"{what}{self.masking.seed}.{row}.{0 if self.masking.fixed else epoch}")
 
     def _places(self, row: int, epoch: int) -> list[int]:
         """Which tokens of a sample are predicted."""
@@ -166,16 +159,23 @@ class Samples:
         candidates = [at for at in range(length) if ids[at] not in self.masking.special]
         if not candidates:
             return []
-        return sorted(self._lot(row, epoch).sample(candidates, max(1, round(SHARE * len(candidates)))))
+        return sorted(self._lot("", row, epoch).sample(candidates, max(1, round(SHARE * len(candidates)))))
 
-    def _hide(self, ids: torch.Tensor, row: int, epoch: int) -> None:
+    def _hide(self, ids: torch.Tensor, taken: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hide tokens of the samples in ``ids`` [B, L]; where they are (bool [B, L]), and what they were [N]."""
         masking = self.masking
         assert masking is not None
-        places = self._places(row, epoch)
-        lot = random.Random(f"hide.{masking.seed}.{row}.{0 if masking.fixed else epoch}")
-        for at in places:
-            kind = lot.random()
-            if kind < MASKED:
-                ids[at] = masking.mask
-            elif kind < MASKED + REPLACED:
-                ids[at] = lot.randrange(masking.vocabulary)
+        places = [self._places(row, epoch) for row, epoch in taken]
+        predict = torch.zeros_like(ids, dtype=torch.bool)
+        for i, found in enumerate(places):
+            predict[i, found] = True
+        targets = ids[predict]
+        for i, (row, epoch) in enumerate(taken):
+            lot = self._lot("hide.", row, epoch)
+            for at in places[i]:
+                kind = lot.random()
+                if kind < MASKED:
+                    ids[i, at] = masking.mask
+                elif kind < MASKED + REPLACED:
+                    ids[i, at] = lot.randrange(masking.vocabulary)
+        return predict, targets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 from compress.calibration.ranks import Ranks
 from compress.errors import PassError
 from compress.progress import Progress
-from compress.training.data import Order, Samples
-from compress.training.objective import Objective
+from compress.training.data import Samples
+from compress.training.objective import Batch, Objective
 from compress.training.optimize import Update, optimizers, set_rate
 from compress.training.sharding import is_sharded, norm_of, release
 from compress.training.state import RunState, optimizer_tensors
@@ -98,10 +98,9 @@ class Training:
         self.averages: dict[str, Tensor] = {}
         if how.average is not None:
             self.averages = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.order = Order(samples.train, how.batch, how.seed, samples.lengths())
+        self.order = samples.order(how.batch, how.seed)
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=how.autocast == "float16")
         self.history = History()
-        self._last_tokens = 0
 
     def run(self) -> History:
         """Train, and leave the best weights in the student.
@@ -144,16 +143,11 @@ class Training:
         """One optimizer step; the losses of its samples, as `Objective` gives them, over all processes."""
         how, world, rank = self.how, self.ranks.world, self.ranks.rank
         taken = self.order.step(step)
-        counts = self.samples.counts(taken)
-        mine, share = taken[rank::world], -(-len(taken) // world)
-        micro = min(how.micro or share, share)
         set_rate(self.optimizers, how.update.rate * how.update.factor(step, how.steps))
         torch.manual_seed(((how.seed * 1_000_003 + step) * 1_009 + rank) % (1 << 63))
         total: Tensor | None = None
         scale = float(self.scaler.get_scale()) if self.scaler.is_enabled() else 1.0
-        for begin in range(0, share, micro):
-            size = min(micro, share - begin)
-            batch = self.samples.batch(mine[begin : begin + size], counts, self.device, size)
+        for batch in self._batches(taken):
             with self._autocast():
                 values = self.objective(batch, self.says(batch), scale)
             # sharded gradients are means over processes, of which each has its share of the step
@@ -181,10 +175,20 @@ class Training:
         if how.average is not None:
             for name, parameter in self.parameters.items():
                 self.averages[name].lerp_(parameter.detach(), 1 - how.average)
-        self.history.tokens += counts[0]
+        self.history.tokens += batch.tokens
         self.history.steps = step + 1
         self.ranks.add(total)
         return total
+
+    def _batches(self, taken: Sequence[tuple[int, int]]) -> Iterator[Batch]:
+        """This process's part of the samples, so many at a time; as many batches in every process."""
+        counts = self.samples.counts(taken)
+        world = self.ranks.world
+        mine, share = taken[self.ranks.rank :: world], -(-len(taken) // world)
+        micro = self.how.micro or -(-self.how.batch // world)
+        for begin in range(0, share, micro):
+            size = min(micro, share - begin)
+            yield self.samples.batch(mine[begin : begin + size], counts, self.device, size)
 
     def _autocast(self) -> Any:
         if self.how.autocast is None:
@@ -247,16 +251,11 @@ class Training:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """What is minimised, on the held-out samples, of the weights that would be kept."""
-        held, micro = self.samples.held, self.how.micro or -(-self.how.batch // self.ranks.world)
         training = self.objective.training
         self.objective.eval()
         swapped = self._swap()
-        counts = self.samples.counts(held)
-        mine, share = held[self.ranks.rank :: self.ranks.world], -(-len(held) // self.ranks.world)
         total = torch.zeros((), device=self.device)
-        for begin in range(0, share, micro):
-            size = min(micro, share - begin)
-            batch = self.samples.batch(mine[begin : begin + size], counts, self.device, size)
+        for batch in self._batches(self.samples.held):
             with self._autocast():
                 total += self.objective(batch, self.says(batch))[0]
         release(self.objective)

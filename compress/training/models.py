@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from compress import architectures
+from compress.architectures import narrowing
 from compress.calibration.influence import find_blocks
 from compress.errors import PassError
 from compress.images import accepted
@@ -22,16 +23,16 @@ TOLERANCE = (1e-3, 3e-2)
 
 @dataclass
 class Ran:
-    """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D], or pooled [B, D].
+    """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D]; of a classifier its
+    logits [B, classes].
 
     ``states``: hidden states before the first block and after each, by number. ``vectors``: by block number queries, keys and
-    values, each [B, L, width]. ``logits``: of a classifier [B, classes], else None.
+    values, each [B, L, width].
     """
 
     last: torch.Tensor
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     vectors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    logits: torch.Tensor | None = None
 
 
 class Reader:
@@ -59,13 +60,15 @@ class Reader:
                     key="losses",
                     fix="leave out `relations`",
                 )
-        #: whether logits can be made of hidden states a few tokens at a time; `check` tells
-        self.by_parts = True
+        #: whether logits are made of hidden states, a few tokens at a time; `check` tells whether they can be
+        self.by_parts = task in ("causal", "masked")
         #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
         self.head: Any = self.logits
 
     def parameters_of_head(self) -> list[torch.nn.Parameter]:
-        """Those that turn the last hidden states into logits; shared ones with the base among them."""
+        """Those that turn what `predicted` gives into logits; shared ones with the base among them."""
+        if not self.by_parts:
+            return []
         found = {
             id(p): p for n, child in self.model.named_children() if child is not self.base for p in child.parameters()
         }
@@ -83,7 +86,7 @@ class Reader:
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
         if self.task == "classes":
-            return Ran(out.logits, states, seen, out.logits)
+            return Ran(out.logits, states, seen)
         self._kind = type(out)
         return Ran(out.last_hidden_state, states, seen)
 
@@ -120,14 +123,13 @@ class Reader:
         if attention.layout == "interleaved":
             three: Any = outputs[0].view(*outputs[0].shape[:-1], heads, 3, width)
             return tuple(three[..., i, :].flatten(-2) for i in range(3))
-        key = self.record.kv_heads_key
-        groups = int((self.record.value(config, key) if key else None) or heads)
+        groups = narrowing.kv_heads(self.record, config)
         return torch.split(outputs[0], [heads * width, groups * width, groups * width], -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of last hidden states [N, D], by the model's own code around its base."""
         if not self.by_parts:
-            return hidden  # `whole` made logits of them already
+            return hidden  # `predicted` gave logits already
         stub = _Stub(self._kind, hidden[None])
         modules = self.model._modules
         name = next(n for n, child in modules.items() if child is self.base)
@@ -141,8 +143,8 @@ class Reader:
         return result
 
     def predicted(self, ran: Ran, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-        """What `logits` takes, of the tokens ``where`` (bool [B, L]): last hidden states [N, D]."""
-        if self.by_parts:
+        """What `head` takes of tokens ``where`` (bool [B, L], of a classifier [B]): last hidden states [N, D], or logits."""
+        if self.by_parts or self.task == "classes":
             return ran.last[where]
         given = {name: value for name, value in inputs.items() if name in self.takes}
         logits: torch.Tensor = self.model(**given, return_dict=True).logits
@@ -150,7 +152,7 @@ class Reader:
 
     def check(self, inputs: dict[str, torch.Tensor]) -> bool:
         """Whether logits made a few tokens at a time are the model's own; from then on they are made in that way, or whole."""
-        if self.task not in ("causal", "masked"):
+        if not self.by_parts:
             return True
         training = self.model.training
         self.model.eval()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.evaluation.embeddings import Pooling, pooled
-from compress.training.chunks import Head, chunk_rows, summed
+from compress.training.chunks import chunk_rows, summed
 from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
 from compress.training.models import Ran, Reader, Task
 
@@ -163,15 +163,8 @@ class Objective(torch.nn.Module):
 
     def _predicted(self, batch: Batch, signal: Signal, ran: Ran, scale: float) -> Tensor:
         """The weighted losses on logits over the predicted tokens, and each; their shares of the step's means."""
-        if self.task == "classes":
-            assert ran.logits is not None
-            hidden = ran.logits[batch.predict]
-            head: Head = _same
-            parameters: list[torch.nn.Parameter] = []
-        else:
-            hidden = self.reader.predicted(ran, batch.inputs, batch.predict)
-            head = self.reader.head
-            parameters = self.reader.parameters_of_head() if self.reader.by_parts else []
+        hidden = self.reader.predicted(ran, batch.inputs, batch.predict)
+        head, parameters = self.reader.head, self.reader.parameters_of_head()
         names, terms = self._logit_terms(), self.terms
 
         def loss(logits: Tensor, part: slice) -> Tensor:
@@ -243,10 +236,6 @@ def _by_token(batch: Batch, ran: Ran) -> Batch:
         return batch
     length = inside[0].shape[1]
     return replace(batch, counted=batch.counted.expand(-1, length), tokens=batch.tokens * length)
-
-
-def _same(rows: Tensor) -> Tensor:
-    return rows
 
 
 def _relation(vectors: Tensor, heads: int, counted: Tensor, causal: bool) -> Tensor:

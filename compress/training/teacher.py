@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compress.training.chunks import chunk_rows
 from compress.training.divergence import bucketed, ensemble
 from compress.training.models import Reader, Task
 from compress.training.objective import Batch, Signal, Terms
@@ -39,15 +40,10 @@ class Teachers:
         """One forward pass of each."""
         if not self.terms.of_distribution:
             return Signal(None, self.readers[0].run(batch.inputs))
-        runs, hidden = [], []
-        for reader in self.readers:
-            ran = reader.run(batch.inputs)
-            runs.append(ran)
-            if reader.task == "classes":
-                assert ran.logits is not None
-                hidden.append(ran.logits[batch.predict])
-            else:
-                hidden.append(reader.predicted(ran, batch.inputs, batch.predict))
+        runs = [reader.run(batch.inputs) for reader in self.readers]
+        hidden = [
+            reader.predicted(ran, batch.inputs, batch.predict) for reader, ran in zip(self.readers, runs, strict=True)
+        ]
 
         @torch.no_grad()
         def distribution(part: slice) -> tuple[Tensor, None]:
@@ -59,16 +55,13 @@ class Teachers:
         """Of the ensemble, [n, V] float32, from what each teacher's `Reader.predicted` gave."""
         members = []
         for reader, rows in zip(self.readers, hidden, strict=True):
-            logits = rows if reader.task == "classes" else reader.head(rows)
-            shared, temperature = logits[:, : self.vocabulary].float(), self.terms.temperature
+            shared, temperature = reader.head(rows)[:, : self.vocabulary].float(), self.terms.temperature
             members.append((shared if temperature == 1 else shared / temperature).log_softmax(-1))
         return ensemble(members, list(self.weights))
 
     @torch.no_grad()
     def likeliest(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
         """Ids [N, k] of the k likeliest tokens, and log-probabilities [N, k + 1] of these and of all others together."""
-        from compress.training.chunks import chunk_rows
-
         signal = self(batch)
         assert signal.distribution is not None
         count = int(batch.predict.sum())
