@@ -86,3 +86,8 @@ class Interrupted(CompressError):
     """The run was stopped by SIGINT or SIGTERM; finished stages are kept."""
 
     exit_status = EXIT_INTERRUPTED
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another package says, in one line of at most 200 characters; its name where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import DataError
+from compress.errors import DataError, one_line
 from compress.text import Document, Labels
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def pixels(files: Sequence[str], processor: Any) -> torch.Tensor:
     try:
         found: torch.Tensor = processor(images=read, return_tensors="pt")["pixel_values"]
     except ValueError as error:
-        raise DataError(f"the image processor refuses it: {_line(error)}", where=files[0]) from None
+        raise DataError(f"the image processor refuses it: {one_line(error)}", where=files[0]) from None
     return found
 
 
@@ -76,7 +76,7 @@ def accepted(inputs: Mapping[str, Any]) -> Iterator[None]:
         if "pixel_values" not in inputs:
             raise
         raise DataError(
-            f"the model refuses what its image processor makes: {_line(error)}", fix="mend preprocessor_config.json"
+            f"the model refuses what its image processor makes: {one_line(error)}", fix="mend preprocessor_config.json"
         ) from None
 
 
@@ -119,8 +119,4 @@ def _pillow(file: Path) -> Any:
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
-    return error if isinstance(error, DataError) else DataError(f"cannot be read: {_line(error)}", where=str(file))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return error if isinstance(error, DataError) else DataError(f"cannot be read: {one_line(error)}", where=str(file))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from compress.errors import DataError
+from compress.errors import DataError, one_line
 
 #: Kinds of files that hold text, and those with named fields among them; how each may be packed; files of token ids.
 TEXT_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -181,7 +181,7 @@ def rendered(document: Document, tokenizer: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False))
     except Exception as error:  # templates raise what they like: jinja2's errors, ValueError, KeyError
-        raise DataError(f"does not fit the chat template: {_line(error)}", where=document.id) from error
+        raise DataError(f"does not fit the chat template: {one_line(error)}", where=document.id) from error
 
 
 def encoded(document: Document, tokenizer: Any, length: int | None = None) -> dict[str, list[int]]:
@@ -219,7 +219,7 @@ def _gunzipped(path: Path, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"is damaged: {_line(error)}", where=str(path), fix="`gzip -t` tests such files") from None
+        raise DataError(f"is damaged: {one_line(error)}", where=str(path), fix="`gzip -t` tests such files") from None
 
 
 def _unzstd(path: Path, data: bytes) -> bytes:
@@ -236,7 +236,7 @@ def _unzstd(path: Path, data: bytes) -> bytes:
                 raise zstandard.ZstdError("the file ends too early")
             data = frame.unused_data
     except zstandard.ZstdError as error:
-        raise DataError(f"is damaged: {_line(error)}", where=str(path), fix="`zstd -t` tests such files") from None
+        raise DataError(f"is damaged: {one_line(error)}", where=str(path), fix="`zstd -t` tests such files") from None
     return b"".join(parts)
 
 
@@ -296,7 +296,7 @@ def _json_lines(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, 
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"is not JSON: {_line(error)}", where=f"{path}:{number}") from None
+            raise DataError(f"is not JSON: {one_line(error)}", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
             raise DataError(f'expected {{"{next(iter(columns))}": "…"}}', where=f"{path}:{number}")
         if lacking := [name for name in columns if name not in row]:
@@ -348,7 +348,7 @@ def _parquet(path: Path, data: bytes, columns: Columns) -> Iterator[tuple[int, t
                 number += 1
                 yield number, values
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # those that pyarrow documents for damaged files
-        raise DataError(f"is damaged: {_line(error)}", where=str(path)) from None
+        raise DataError(f"is damaged: {one_line(error)}", where=str(path)) from None
 
 
 def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) -> DataError:
@@ -404,11 +404,6 @@ def _messages(value: list[Any], field: str, where: str) -> tuple[Mapping[str, An
                 where=where,
             )
     return tuple({k: v for k, v in message.items() if v is not None} for message in value)
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] if text else type(error).__name__
 
 
 def fingerprint(files: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import DataError
+from compress.errors import DataError, one_line
 from compress.images import pixels
 from compress.text import FIELD, Document, encoded, rendered
 
@@ -274,7 +274,7 @@ def _npy(path: Path) -> torch.Tensor:
         with path.open("rb") as file:  # numpy.load would take what is no array for a pickle
             array = numpy.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"is no array: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+        raise DataError(f"is no array: {one_line(error)}", where=str(path)) from None
     if array.dtype.kind not in "iu":
         raise DataError(f"holds {array.dtype.name}, not token ids", where=str(path), fix=_FIX)
     return torch.from_numpy(array.astype(numpy.int64))
@@ -295,7 +295,7 @@ def _safetensors(path: Path, field: str) -> torch.Tensor:
                 )
             tensor: torch.Tensor = file.get_tensor(name)
     except SafetensorError as error:
-        raise DataError(f"is damaged: {' '.join(str(error).split())[:200]}", where=str(path)) from None
+        raise DataError(f"is damaged: {one_line(error)}", where=str(path)) from None
     return tensor
 
 

@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress import architectures
 from compress.architectures import narrowing
-from compress.calibration.batches import check_positions, check_vocabulary
-from compress.calibration.influence import find_blocks
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
 from compress.errors import DataError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
-from compress.evaluation.tasks import IMAGES, label_ids, task_of
 from compress.loading import (
-    has_tokenizer,
     load_checkpoint,
-    load_image_processor,
     load_tokenizer,
     quiet_transformers,
     stock_class,
 )
 from compress.passes.base import Context
-from compress.passes.distill import bytes_per_token, losses, task_name
+from compress.passes.distill import losses, task_name
 from compress.passes.distill_settings import DistillSettings
-from compress.training.cache import SHARD, TeacherCache
+from compress.passes.teachers import (
+    begins_on,
+    blocks_of,
+    check_reader,
+    open_teachers,
+    shared_vocabulary,
+    teachers_say,
+)
 from compress.training.data import Masking, Samples
 from compress.training.loop import How, Training
-from compress.training.models import Reader
-from compress.training.objective import Objective, Signal, Terms
+from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
 from compress.training.state import RunState
-from compress.training.teacher import Says, Teachers, reader_of
 
 if TYPE_CHECKING:
     from compress.calibration.batches import Batches
 
 #: Samples trained on for each held-out one, at least, so that looking at these takes little of the time.
 _LOOKED = 4
-#: Tokens of the sample on which the ways to make logits are compared.
-_PROBE = 16
-#: Samples that teachers are asked about at a time when a cache is filled.
-_ASKED = 16
 
 
 def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
@@ -65,11 +58,11 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     log, close = _log(settings, context)
     samples = _samples(student, settings, context)
     steps = _steps(samples, settings)
-    teachers = _teachers(student, samples, settings, context)
+    teachers = open_teachers(student, samples, settings, context)
     terms = _terms(student, teachers, settings)
     model = _student_model(student, settings, context)
     masks = _masks(student, model)
-    vocabulary = _vocabulary(student, teachers)
+    vocabulary = shared_vocabulary(student, teachers)
     widths = {_width(t) for t in teachers[:1]}
     torch.manual_seed(context.seed)
     objective = Objective(
@@ -80,8 +73,8 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         teacher_width=widths.pop() if terms.of_inside else None,
         pooling=_pooling(student),
         teacher_pooling=_pooling(teachers[0]) if teachers else None,
-    ).to(_begins_on(context))
-    _check_reader(objective.reader, samples, context)
+    ).to(begins_on(context))
+    check_reader(objective.reader, samples, context)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
@@ -92,7 +85,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         masks = _sharded(objective, model, masks, context.device)
     if settings.compile:
         model.base_model.compile()
-    says, filled = _says(teachers, terms, vocabulary, samples, steps, settings, context, ranks)
+    says, filled = teachers_say(teachers, terms, vocabulary, samples, steps, settings, context, ranks)
     how = How(
         steps=steps,
         batch=settings.batch,
@@ -143,21 +136,8 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     return _trained(student, model, context)
 
 
-def _begins_on(context: Context) -> str:
-    """Where models are loaded: sharding moves them to the device part by part."""
-    return context.device if context.world == 1 else "cpu"
-
-
 def _pooling(checkpoint: Checkpoint) -> Pooling | None:
     return read_pooling(checkpoint.folder) if checkpoint.folder is not None else None
-
-
-def _check_reader(reader: Reader, samples: Samples, context: Context) -> None:
-    """See how logits can be made, on a short sample, and say where that takes more memory."""
-    inputs = samples.batch([(0, 0)], (1, 1), _begins_on(context)).inputs
-    if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
-        what = type(reader.model).__name__
-        context.progress.message(f"logits of {what} cannot be made a few tokens at a time: they take more memory")
 
 
 def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -> Samples:
@@ -189,7 +169,7 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
         masking = Masking(
             int(tokenizer.mask_token_id),
             frozenset(tokenizer.all_special_ids),
-            min(len(tokenizer), _vocabulary(student, [])),
+            min(len(tokenizer), shared_vocabulary(student, [])),
             context.seed,
             fixed=settings.teacher_cache is not None,
         )
@@ -210,80 +190,6 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
     return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch))
 
 
-def _teachers(student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context) -> list[Checkpoint]:
-    """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
-    if not settings.needs_teacher():
-        return []
-    found: list[Checkpoint] = []
-    for entry in settings.teacher:
-        teacher: Checkpoint = context.original
-        if entry.checkpoint != "original":
-            how = {"trust_remote_code": student.trust_remote_code, "offline": context.offline}
-            if context.rank == 0:
-                open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
-            Ranks(context.rank, context.world).wait()
-            teacher = open_checkpoint(entry.checkpoint, **how)
-        if task_of(teacher.spec.structure.class_name) is not task_of(student.spec.structure.class_name):
-            raise PassError(
-                f"the teacher {entry.checkpoint} is for {task_of(teacher.spec.structure.class_name).name}, the student for "
-                f"{task_of(student.spec.structure.class_name).name}",
-                key="teacher",
-            )
-        if teacher.spec.parameters < student.spec.parameters:
-            raise PassError(
-                f"the student has {student.spec.parameters:,} parameters, more than the teacher {entry.checkpoint}: "
-                f"{teacher.spec.parameters:,}",
-                key="teacher",
-                fix="take a larger teacher, or make the student smaller",
-            )
-        _check_processors(student, teacher, entry.checkpoint)
-        _check_labels(student, teacher, entry.checkpoint)
-        if samples.batches.images is None:
-            check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
-            positions = architectures.positions(teacher.spec)
-            check_positions(samples.batches.ids.shape[1], positions, entry.checkpoint, name="training")
-        found.append(teacher)
-    return found
-
-
-def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
-    if student.folder is None or teacher.folder is None or student.folder.resolve() == teacher.folder.resolve():
-        return
-    if task_of(student.spec.structure.class_name) is IMAGES:
-        ours, others = (load_image_processor(c.folder).to_dict() for c in (student, teacher))  # type: ignore[arg-type]
-        if wrong := sorted(key for key in {*ours, *others} if ours.get(key) != others.get(key)):
-            raise PassError(
-                f"the teacher {name} has another image processor: `{wrong[0]}` is {others.get(wrong[0])}, for the student "
-                f"{ours.get(wrong[0])}",
-                key="teacher",
-                fix="learn from a teacher that sees images as the student does",
-            )
-        return
-    files = [folder / "tokenizer.json" for folder in (student.folder, teacher.folder)]
-    if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
-        return
-    if not all(has_tokenizer(folder) for folder in (student.folder, teacher.folder)):
-        return  # token ids are given, and nobody says what they mean
-    mine, theirs = (load_tokenizer(c.folder, trust_remote_code=c.trust_remote_code) for c in (student, teacher))  # type: ignore[arg-type]
-    ours, others = mine.get_vocab(), theirs.get_vocab()
-    if ours != others:
-        word = next((w for w in ours if others.get(w) != ours[w]), next((w for w in others if w not in ours), ""))
-        raise PassError(
-            f"the teacher {name} has another tokenizer: `{word}` is token {ours.get(word, 'none')} for the student and "
-            f"{others.get(word, 'none')} for the teacher",
-            key="teacher",
-            fix="learn from a teacher with the student's tokenizer",
-        )
-
-
-def _check_labels(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
-    if task_name(student.spec) != "classes":
-        return
-    mine, theirs = (label_ids(c.spec.structure.config)[0] for c in (student, teacher))
-    if mine != theirs:
-        raise PassError(f"the teacher {name} has the labels {theirs}, the student {mine}", key="teacher")
-
-
 def _depth(checkpoint: Checkpoint) -> int:
     config = checkpoint.spec.structure.config
     return architectures.of(config).depth(config)
@@ -293,12 +199,6 @@ def _width(checkpoint: Checkpoint) -> int:
     config = checkpoint.spec.structure.config
     record = architectures.of(config)
     return int(record.value(config, record.hidden_key))
-
-
-def _vocabulary(student: Checkpoint, teachers: list[Checkpoint]) -> int:
-    """Ids that all know; rows beyond are padding of the larger tables."""
-    sizes = [c.spec.structure.config.get("vocab_size") for c in (student, *teachers)]
-    return min((int(size) for size in sizes if size is not None), default=1 << 31)
 
 
 def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSettings) -> Terms:
@@ -340,8 +240,8 @@ def _student_model(student: Checkpoint, settings: DistillSettings, context: Cont
         found, config = stock_class(student)
         torch.manual_seed(context.seed)
         model = found(config) if hasattr(found, "config_class") and found.config_class else found.from_config(config)
-        return model.float().to(_begins_on(context))
-    return load_checkpoint(student, dtype="float32", device=_begins_on(context))
+        return model.float().to(begins_on(context))
+    return load_checkpoint(student, dtype="float32", device=begins_on(context))
 
 
 def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
@@ -364,128 +264,9 @@ def _sharded(
     objective: Objective, model: Any, masks: Mapping[str, torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
     """Shard the student, and its masks alike."""
-    shard(objective, _blocks(model), device)
+    shard(objective, blocks_of(model), device)
     named = dict(model.named_parameters())
     return {name: like(mask, named[name]) for name, mask in masks.items()}
-
-
-def _blocks(model: Any) -> Any:
-    return find_blocks(model, architectures.of(model.config.to_dict()))
-
-
-def _says(
-    teachers: list[Checkpoint],
-    terms: Terms,
-    vocabulary: int,
-    samples: Samples,
-    steps: int,
-    settings: DistillSettings,
-    context: Context,
-    ranks: Ranks,
-) -> tuple[Says, dict[str, Any]]:
-    """Who tells what teachers say, and what the report says of it."""
-    if not teachers:
-        return (lambda batch: Signal()), {}
-    if settings.teacher_cache is None:
-        return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
-    k = settings.teacher_cache.k
-    if k >= vocabulary:
-        raise PassError(f"k of {k} is not below the vocabulary of {vocabulary}", key="teacher_cache")
-    cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
-    if context.rank == 0:
-        cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
-    ranks.wait()
-    needed = {row for row, _ in samples.held}
-    order = samples.order(settings.batch, context.seed)
-    for step in range(min(steps, -(-samples.train // settings.batch) + 1)):
-        needed |= {row for row, _ in order.step(step)}
-    missing = cache.missing(needed)
-    ranks.wait()
-    filled = 0
-    if missing:
-        models = _at_work(teachers, terms, vocabulary, samples, settings, context)
-        filled = _fill(cache, missing, models, samples, context, ranks)
-    return cache, {
-        "teacher_cache": {
-            "k": k,
-            "bytes_per_token": bytes_per_token(k, vocabulary),
-            "samples_added": filled,
-            "folder": settings.teacher_cache.folder,
-        }
-    }
-
-
-def _fill(
-    cache: TeacherCache, missing: list[int], teachers: Teachers, samples: Samples, context: Context, ranks: Ranks
-) -> int:
-    """Ask the teachers about the samples of missing shards. Every process asks; the first writes."""
-    count, total = 0, len(samples.batches.ids)
-    with context.progress.task("asking teachers", len(missing), "shards") as task:
-        for shard_ in missing:
-            rows = list(range(shard_ * SHARD, min((shard_ + 1) * SHARD, total)))
-            said: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for begin in range(0, len(rows), _ASKED):
-                batch = samples.batch([(row, 0) for row in rows[begin : begin + _ASKED]], (1, 1), context.device)
-                ids, values = teachers.likeliest(batch, cache.k)
-                sizes = batch.predict.sum(1).tolist()
-                said += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
-            if context.rank == 0:
-                cache.write(shard_, said)
-            ranks.wait()
-            count += len(rows)
-            task.advance()
-    return count
-
-
-def _key(
-    teachers: list[Checkpoint], samples: Samples, settings: DistillSettings, vocabulary: int, dtype: str
-) -> dict[str, Any]:
-    """What the contents of a cache depend on."""
-    hashes = []
-    for teacher in teachers:
-        whole_ = hashlib.sha256(json.dumps(teacher.spec.structure.config, sort_keys=True, default=str).encode())
-        for tensor in teacher.spec.stored():
-            data = teacher.tensor(tensor.name).data.contiguous()
-            whole_.update(tensor.name.encode())
-            whole_.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        hashes.append(whole_.hexdigest())
-    # the ids stand for tokenizer, text and packing
-    masking = samples.masking
-    return {
-        "teachers": hashes,
-        "weights": [entry.weight for entry in settings.teacher],
-        "temperature": settings.temperature,
-        "vocabulary": vocabulary,
-        "dtype": dtype,
-        "samples": samples.batches.sha256(),
-        "masking": None if masking is None else [masking.seed, masking.mask],
-    }
-
-
-def _at_work(
-    teachers: list[Checkpoint],
-    terms: Terms,
-    vocabulary: int,
-    samples: Samples,
-    settings: DistillSettings,
-    context: Context,
-) -> Teachers:
-    """The teachers' models, each loaded once."""
-    task = task_name(teachers[0].spec)
-    readers = []
-    for number, teacher in enumerate(teachers):
-        model = load_checkpoint(teacher, dtype=context.dtype, device=_begins_on(context))
-        own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
-        reader = reader_of(model, task, own)
-        _check_reader(reader, samples, context)
-        if context.world > 1:
-            shard(reader.base, _blocks(model), context.device)
-            for child in model.children():
-                if child is not reader.base:
-                    child.to(context.device)
-        readers.append(reader)
-    total = sum(entry.weight for entry in settings.teacher)
-    return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
 
 
 def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:

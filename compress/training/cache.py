@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import DataError
+from compress.errors import DataError, one_line
 from compress.training.objective import Batch, Signal
 
 #: Samples per shard.
@@ -96,7 +96,7 @@ class TeacherCache:
             ids, values = (file.get_slice(name)[start:stop] for name in ("ids", "log_probabilities"))
         except (SafetensorError, OSError, IndexError) as error:
             raise DataError(
-                f"is damaged: {' '.join(str(error).split())[:200]}", where=str(path), fix="remove it; it is made anew"
+                f"is damaged: {one_line(error)}", where=str(path), fix="remove it; it is made anew"
             ) from None
         return ids.long(), values.float()
 

@@ -21,23 +21,20 @@ from tests.passes.helpers import apply, plan, write
 IDS = torch.randint(0, 250, (48, 16), generator=torch.Generator().manual_seed(0))
 
 
+def searched(original, tmp_path, **target):
+    """The checkpoint pruned to a target, written; and what the report says of it."""
+    details: dict = {}
+    how = {"data": Batches(IDS), "work": tmp_path / "work", "details": details, "repair": "least_squares"}
+    return write(apply(original, "prune_structured", **how, **target), tmp_path / "out"), details
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("key", ["keep_parameters", "max_bytes"])
 def test_the_least_costly_shape_that_meets_the_target(family, key, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     size = sum((original.folder / f).stat().st_size for f in original.files)
     target = 0.7 if key == "keep_parameters" else int(0.7 * size)
-    details: dict = {}
-    out = apply(
-        original,
-        "prune_structured",
-        data=Batches(IDS),
-        work=tmp_path / "work",
-        details=details,
-        repair="least_squares",
-        **{key: target},
-    )
-    out = write(out, tmp_path / "out")
+    out, details = searched(original, tmp_path, **{key: target})
     if key == "keep_parameters":
         assert 0.45 * original.spec.parameters < out.spec.parameters <= 0.7 * original.spec.parameters
     else:
@@ -86,17 +83,7 @@ def test_as_fast_as_asked(family, tmp_path, monkeypatch):
     """Of the shapes that reach the ratio the one of least divergence; each is the largest of its depth and heads that does."""
     measured = clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
-    details: dict = {}
-    out = apply(
-        original,
-        "prune_structured",
-        data=Batches(IDS),
-        work=tmp_path / "work",
-        details=details,
-        repair="least_squares",
-        max_latency_ratio="70%",
-    )
-    out = write(out, tmp_path / "out")
+    out, details = searched(original, tmp_path, max_latency_ratio="70%")
     rows = details["shapes"]
     assert len(rows) > 1
     assert all(row["prefill"] <= 0.7 for row in rows)

@@ -6,7 +6,6 @@ import builtins
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import jsonschema
@@ -18,7 +17,6 @@ from PIL import Image
 
 import compress
 from compress import report as reports
-from compress.cli import main
 from compress.errors import CheckpointError, CompressError, DataError, PassError, RecipeError
 from compress.images import read_images
 from compress.pipeline.assess import Assessment, assess
@@ -275,23 +273,15 @@ def test_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
         compress.plan(recipe(pictures, tmp_path, evaluate=["perplexity"]))
 
 
-def test_the_command_line(pictures, tmp_path, capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out + captured.err
-
+def test_the_command_line(pictures, tmp_path, cli):
     folder, _, val = pictures
-    status, text = call("eval", folder, "--data", val, "-q", "--json")
+    status, text = cli("eval", folder, "--data", val, "-q", "--json")
     assert (status, json.loads(text)["settings"]["images"]) == (0, str(val))
     (tmp_path / "base.json").write_text(text)
-    status, text = call("eval", folder, "--baseline", tmp_path / "base.json", "-q")
+    status, text = cli("eval", folder, "--baseline", tmp_path / "base.json", "-q")
     assert (status, "measured on 40 labelled images of val" in text) == (0, True)
     (tmp_path / "r.yaml").write_text(json.dumps(recipe(pictures, tmp_path)))
-    assert call("check", tmp_path / "r.yaml")[0] == 0
-    status, text = call("check", tmp_path / "r.yaml", "--resolved")
+    assert cli("check", tmp_path / "r.yaml")[0] == 0
+    status, text = cli("check", tmp_path / "r.yaml", "--resolved")
     (tmp_path / "again.yaml").write_text(text)
-    assert call("check", tmp_path / "again.yaml", "--resolved") == (status, text)
+    assert cli("check", tmp_path / "again.yaml", "--resolved") == (status, text)

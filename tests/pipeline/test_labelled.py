@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +11,6 @@ import pytest
 
 import compress
 from compress import report as reports
-from compress.cli import main
 from compress.errors import CompressError, DataError
 from compress.pipeline.assess import Assessment, assess
 
@@ -33,20 +31,6 @@ def classifying(labelled, tmp_path):
         return {**base, **changes}
 
     return make
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    def call(*arguments):
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out + captured.err
-
-    return call
 
 
 def test_a_classifier_is_pruned_measured_and_gated(classifying, labelled):
