@@ -22,10 +22,10 @@ quickstart: $(STAMP)
 	$(BIN)/compress run recipes/quickstart.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not slow'
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(STAMP)
 	$(BIN)/ruff check .

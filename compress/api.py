@@ -206,27 +206,19 @@ def unpack(
     model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
-    from dataclasses import replace
-
-    from compress.checkpoint.open import Derived, Value, open_checkpoint
+    from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.structure import dense
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_output
 
     local = Path(model).expanduser()
     check_output(Path(output), local if local.exists() else None)
     checkpoint = open_checkpoint(model)
-    if checkpoint.spec.structure.edits:
-        kinds = ", ".join(sorted({e.kind for e in checkpoint.spec.structure.edits}))
-        raise CompressError(f"no stock class can express this checkpoint ({kinds})", where=str(model))
     readme = local / "README.md"
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
 
-    def read(name: str) -> Value:
-        value = checkpoint.tensor(name)
-        return Value(value.data, value.mask)
-
     write_checkpoint(
-        Derived(checkpoint, checkpoint.spec.map(lambda tensor: replace(tensor, grid=None)), read),
+        dense(checkpoint),
         Path(output),
         store="stock",
         max_shard=_bytes(max_shard_size),

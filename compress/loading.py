@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -107,7 +108,11 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: dict[str, torch
 
 
 def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The transformers class of a checkpoint, and its config object. Raises `CheckpointError` for unknown model types."""
+    """The transformers class of a checkpoint with its changes of structure, and its config object.
+
+    Raises:
+        CheckpointError: for unknown model types.
+    """
     import transformers
 
     structure = checkpoint.spec.structure
@@ -135,10 +140,17 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
             raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
         raise
     name = structure.class_name
-    found = getattr(transformers, name, None) if name else None
+    found: Any = getattr(transformers, name, None) if name else None
     if name and found is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}", where=where)
-    return found or transformers.AutoModel, config
+    found = found or transformers.AutoModel
+    if structure.edits:
+        from compress.checkpoint.edits import edited_class
+
+        if not hasattr(found, "get_init_context"):  # an auto class
+            found = found._model_mapping[type(config)]
+        found = edited_class(found, to_json(structure.edits))
+    return found, config
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -10,7 +10,9 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.checkpoint.structure import STORAGE, dense_spec
 from compress.evaluation.tasks import check_images, check_metrics, task_of
+from compress.passes.base import EDITS, values_of
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -65,7 +67,9 @@ def size_of(spec: Spec, layout: Layout) -> Size:
 
 
 def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
-    """The size that the writer will give the spec in that store."""
+    """The size that the writer will give the spec in that store; of one that needs code, in stock files that of its twin."""
+    if store == "stock" and spec.structure.edits:
+        spec = dense_spec(spec)[0]
     spec = with_storage(spec, store)
     return size_of(spec, lay_out(spec, max_shard, metadata))
 
@@ -206,10 +210,20 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
 
     if "integer" not in instance.accepts and (name := next((t.name for t in spec.stored() if t.grid), None)):
         raise PassError(
-            f"{instance.name} accepts {' and '.join(sorted(instance.accepts))} weights, and {name} is quantised",
+            f"{instance.name} accepts {values_of(instance)} weights, and {name} is quantised",
             fix="start from the unquantised checkpoint, or make it dense with `compress unpack`",
         )
+    if edit := next((e for e in spec.structure.edits if STORAGE[e.kind] not in instance.accepts), None):
+        raise PassError(
+            f"{instance.name} cannot change this checkpoint: {edit.module} {EDITS[STORAGE[edit.kind]]}",
+            fix="start from the checkpoint before that, or make it dense with `compress unpack`",
+        )
     following = instance.plan(spec, settings)
+    if store == "stock" and following.structure.edits:
+        raise PassError(
+            f"stock classes cannot express what {instance.name} does to {following.structure.edits[0].module}",
+            fix="use `store: compact`; `compress unpack` makes a dense stock checkpoint of the result",
+        )
     if store == "stock" and (tensor := next((t for t in following.stored() if not stock_holds(following, t)), None)):
         assert tensor.grid is not None
         raise PassError(

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXForCausalLM", {}),
     "opt": ("OPTForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "bert": ("BertForMaskedLM", {}),
+    "albert": ("AlbertForMaskedLM", {"embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 1}),
     "roberta": ("RobertaForMaskedLM", {}),
     "electra": ("ElectraForMaskedLM", {"embedding_size": 16}),
     "distilbert": ("DistilBertForMaskedLM", {}),
@@ -60,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTForImageClassification", {"image_size": 16, "patch_size": 4, "num_labels": 5}),
 }
 #: Families with one list of blocks, which sweeps follow and of which some can go by number.
-ONE_LIST = [family for family in FAMILIES if family != "t5"]
+ONE_LIST = [family for family in FAMILIES if family not in ("t5", "albert")]
 #: Families with sizes of their own: all others take the ones in `config`.
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 64},
@@ -68,7 +69,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 4, "num_heads": 4},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 64},
 }
-PADDING = {"opt": 1, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0, "t5": 0}
+PADDING = {"opt": 1, "albert": 0, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0, "t5": 0}
 
 
 def config(family: str, **changes: Any) -> Any:

@@ -178,7 +178,9 @@ RECORDS: tuple[Architecture, ...] = (
         spellings={"num_hidden_layers": "n_layer", "n_embed": "hidden_size", "num_attention_heads": "n_head"},
         tie_default=True,
         mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", None),),
-        attention=_fused("self_attention.query_key_value", "self_attention.dense", "interleaved"),
+        attention=replace(
+            _fused("self_attention.query_key_value", "self_attention.dense", "interleaved"), ordered=True
+        ),
     ),
     Architecture(
         "gpt_neox",
@@ -208,6 +210,26 @@ RECORDS: tuple[Architecture, ...] = (
         head="cls.predictions.decoder",
         head_tie="cls.predictions.decoder.weight",
         bias_tie=("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    Architecture(
+        "albert",
+        prefix="albert",
+        **{
+            **_BERT_LIKE,
+            "blocks": "encoder.albert_layer_groups",
+            "mlps": (Mlp(("albert_layers.0.ffn",), "albert_layers.0.ffn_output"),),
+            "attention": Attention(
+                "albert_layers.0.attention.query",
+                "albert_layers.0.attention.key",
+                "albert_layers.0.attention.value",
+                "albert_layers.0.attention.dense",
+            ),
+        },
+        depth_key="num_hidden_groups",
+        numbered=("num_hidden_groups",),
+        head="predictions.decoder",
+        head_tie="predictions.decoder.weight",
+        bias_tie=("predictions.decoder.bias", "predictions.bias"),
     ),
     Architecture(
         "roberta",

@@ -45,6 +45,7 @@ class Attention:
         rotary: whether nothing but rotary positions (entry i with i + half) lies between queries and keys and their product.
         table: module of the first block whose weight [distances, heads] is added to the scores of all blocks of its list: the
             same heads go from all of them.
+        ordered: whether what a head computes depends on its number (ALiBi).
     """
 
     query: str
@@ -56,6 +57,7 @@ class Attention:
     even: bool = False
     rotary: bool = False
     table: str | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True)

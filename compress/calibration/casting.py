@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from compress.calibration.paired import Drift, paired_statistics
+from compress.calibration.paired import Drift, statistics_of
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.sweep import Block, Changed
 from compress.calibration.tune import Moving, Tuning, floats, tune
@@ -83,7 +83,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     rows: dict[str, Any] = {}
     ranks = block.sweep.ranks
     waiting: list[Rounded] = []
-    for number, (group, statistics, drift, free) in enumerate(_statistics(block)):
+    for number, (group, statistics, drift, free) in enumerate(statistics_of(block)):
         solver = number % ranks.world  # of several processes one solves the group, the others get what it found
         shared: dict[str, Any] = {}
         for site in group:
@@ -108,7 +108,11 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     if how.tuning is not None and how.tuning.epochs:
         parameters = dict(block.module.named_parameters())
         coded = {id(parameters[s.parameter]) for s in block.sites}
-        free_scales = [r for r in rounded.values() if r.grid.format not in FIXED_GROUPS]
+        free_scales = [
+            r
+            for r in rounded.values()
+            if r.grid.format not in FIXED_GROUPS and id(parameters[r.site.parameter]) not in block.frozen
+        ]
         moving = [Moving(r.scale, float(r.scale.abs().mean())) for r in free_scales]
         moving += floats(block, coded)
 
@@ -126,15 +130,6 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
         mask = None if r.keep is None else (r.keep.T if r.site.transposed else r.keep).contiguous()
         result[name] = Changed(mask, r.finish(how.dtypes[name]))
     return result
-
-
-def _statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
-    """Groups with their statistics, with drift where there is an original to compare with."""
-    if block.originals is not None:
-        yield from paired_statistics(block)
-    else:
-        for group, statistics, free in block.statistics():
-            yield group, statistics, None, free
 
 
 def _solve(

@@ -63,6 +63,15 @@ def paired_statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Dr
             yield group, statistics, None, free
 
 
+def statistics_of(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
+    """As `paired_statistics`, or where there is no original to compare with without drift."""
+    if block.originals is not None:
+        yield from paired_statistics(block)
+    else:
+        for group, statistics, free in block.statistics():
+            yield group, statistics, None, free
+
+
 def _explore(block: Block) -> tuple[list[list[Site]], list[Site]]:
     """Groups that read once in a pass, in their order; and the sites, one or two, whose outputs added to the block's input
     make its output, in order: none where no such are found.
@@ -128,6 +137,7 @@ def measure(
     statistics.finish()
     sweep.ranks.add(statistics.hessian, statistics.total, drift.inputs, *drift.residual.values())
     statistics.tokens = int(sweep.ranks.total(statistics.tokens)[0])
+    sweep.users.add(group, statistics)
     return statistics, drift
 
 

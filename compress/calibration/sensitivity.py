@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compress import architectures
 from compress.calibration.batches import Batches
 from compress.calibration.sites import Site, group_sites
 from compress.checkpoint.grids import Grid
@@ -99,16 +100,16 @@ def divergences(
     sums = {name: dict.fromkeys(changed[name], 0.0) for name in names}
     counted: list[torch.Tensor | None] = [None]
 
-    def forward(name: str) -> Callable[..., Any]:
+    def forward(name: str, user: str) -> Callable[..., Any]:
         def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            seen[name] = args[0].detach()
-            output.register_hook(backward(name))  # type: ignore[no-untyped-call]
+            seen[user] = args[0].detach()
+            output.register_hook(backward(name, user))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def backward(name: str) -> Callable[[torch.Tensor], None]:
+    def backward(name: str, user: str) -> Callable[[torch.Tensor], None]:
         def hook(gradient: torch.Tensor) -> None:
-            x = seen[name].reshape(-1, seen[name].shape[-1])
+            x = seen[user].reshape(-1, seen[user].shape[-1])
             g = gradient.reshape(-1, gradient.shape[-1])
             if counted[0] is not None:
                 x, g = x[counted[0]], g[counted[0]]
@@ -120,7 +121,14 @@ def divergences(
     sites = [Site(name, name, module.weight, False, module) for name, module in owners.items() if module is not None]
     with torch.no_grad():
         groups, _ = group_sites(sites, lambda: model(**batches.first(1).inputs(device)))
-    handles = [module.register_forward_hook(forward(name)) for name, module in owners.items() if module is not None]
+    users = [
+        (name, name) for name in names
+    ]  # a tensor and each matrix that it is, of several blocks where they share it
+    record = architectures.of(checkpoint.spec.structure.config)
+    for tensor in checkpoint.spec.tensors.values():
+        if tensor.alias_of in owners and record.block_index(tensor.name) is not None:
+            users.append((tensor.alias_of, tensor.name))
+    handles = [modules[user.removesuffix(".weight")].register_forward_hook(forward(name, user)) for name, user in users]
     generator = torch.Generator(device).manual_seed(seed)
     embeddings = model.get_input_embeddings()
     embed = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))

@@ -37,8 +37,12 @@ class StreamedModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.record = architectures.of(checkpoint.spec.structure.config)
         self._tensors: dict[int | None, list[str]] = {}
-        for tensor in checkpoint.spec.stored():
-            self._tensors.setdefault(self.record.block_index(tensor.name), []).append(tensor.name)
+        for tensor in checkpoint.spec.tensors.values():
+            index = self.record.block_index(tensor.name)
+            if (
+                tensor.alias_of is None or index is not None
+            ):  # blocks may share tensors; what the config ties is outside
+                self._tensors.setdefault(index, []).append(tensor.name)
         with quiet_transformers():
             self.model = self._skeleton()
             self.base: Any = self.model.base_model

@@ -35,6 +35,7 @@ from compress.calibration.sites import (
     unfused,
 )
 from compress.calibration.streamed import StreamedModel
+from compress.calibration.users import Users, file_of
 from compress.checkpoint.codecs import canonical, pack_bits
 from compress.checkpoint.decode import unpack_bits
 from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
@@ -94,6 +95,7 @@ class Block:
         inputs: hidden states as the blocks before, changed, give them. originals: as the original ones do; and targets: what
             the original block makes of those. Both None in a sweep without targets.
         last: the group that reads last in a pass, if it is always the same. details: what the report will say of it.
+        frozen: ids of parameters that other blocks share, which are solved for and then stay.
     """
 
     sweep: Sweep
@@ -107,6 +109,7 @@ class Block:
     targets: Activations | None
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    frozen: set[int] = field(default_factory=set)
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
@@ -159,6 +162,7 @@ class Block:
                 self.sweep.ranks.add(statistics.hessian)
                 self.sweep.ranks.add(statistics.total)
                 statistics.tokens = int(self.sweep.ranks.total(statistics.tokens)[0])
+                self.sweep.users.add(group, statistics)
                 yield group, statistics, not pending
 
 
@@ -174,10 +178,11 @@ def _hessian_bytes(group: Sequence[Site]) -> int:
 
 @dataclass(frozen=True)
 class Changed:
-    """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it, and codes."""
+    """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it; codes; factors [O, r] and [r, I]."""
 
     mask: torch.Tensor | None = None
     codes: Codes | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 #: What a sweep does to a block: change the weights in the module, and return what some tensors have beside them.
@@ -234,28 +239,7 @@ class Sweep:
                 key="only",
                 fix="use method: magnitude for it",
             )
-
-        self._check_shared()
-
-    def _check_shared(self) -> None:
-        """No tensor that may change is shared with another block: that one would be run as it was, and stored as it is now.
-
-        Raises:
-            PassError: naming both.
-        """
-        index, tensors = self.streamed.record.block_index, self.checkpoint.spec.tensors
-        tuned = {index(name) for name in self.wanted} if self.with_targets else set()
-        for name, tensor in tensors.items():
-            source = tensor.alias_of
-            if source is None or index(name) == index(source):
-                continue
-            if not self.wanted.isdisjoint((name, source)):
-                fix = f"leave it out: skip: [{tensors[source].module}]"
-            elif not tuned.isdisjoint((index(name), index(source))):
-                fix = "leave out the tuning"
-            else:
-                continue
-            raise PassError(f"{name} is shared with {source}, and the sweep changes one block at a time", fix=fix)
+        self.users = Users(self)
 
     # ---- running ----
 
@@ -376,6 +360,7 @@ class Sweep:
             self._learn_calls()
         if self._original is not None:
             self._original._learn_calls()
+        self.users.gather()
         sources = {"inputs": self} | ({"targets": self._original or self} if self.with_targets else {})
         files = {}
         for name, source in sources.items():
@@ -416,6 +401,38 @@ class Sweep:
                 file.close()
         return SweepResult(self.work / "blocks", self.checkpoint, list(range(last + 1)), state["details"])
 
+    def changed(self) -> SweepResult:
+        """What there is so far."""
+        return SweepResult(self.work / "blocks", self.checkpoint, list(range(self.depth)), [])
+
+    def unchanged(self, last: int, wanted: Mapping[int, Collection[str]]) -> Iterator[Block]:
+        """Each block up to ``last`` as it came, on the inputs that it then has, with the sites of those tensors."""
+        shape = tuple(self._capture([0])[0].shape[1:])
+        pair = [Activations(self.work / f"unchanged{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
+        for rows in self.batches():
+            pair[0].write(rows, self._capture(rows)[0])
+        for index in range(last + 1):
+            now, then = pair[index % 2], pair[(index + 1) % 2]
+            with self.streamed.block(index) as module:
+                sites, swaps = find_sites(self.streamed, index, module, wanted.get(index, ()))
+                block = Block(self, index, module, sites, [], swaps, now, None, None)
+                if sites:
+                    self._group(block)
+                yield block
+                with torch.no_grad():
+                    for rows in self.batches():
+                        then.write(rows, block.forward(rows, now.read(rows).to(self.device)))
+        for file in pair:
+            file.close()
+
+    def _group(self, block: Block) -> None:
+        """Find which sites read the same inputs."""
+        probe = [0]
+        with torch.no_grad(), unfused(block.swaps):
+            block.groups, block.last = group_sites(
+                block.sites, lambda: block.forward(probe, block.inputs.read(probe).to(self.device))
+            )
+
     def _block(
         self,
         index: int,
@@ -434,12 +451,12 @@ class Sweep:
             self._advance_targets(block, files["targets"][now], files["targets"][then])
             self.ranks.wait()  # tuning reads samples of other processes too
             block.originals, block.targets = files["targets"][now], files["targets"][then]
+        self.users.renew(block)
         if sites:
-            probe = [0]
-            with torch.no_grad(), unfused(swaps):
-                block.groups, block.last = group_sites(
-                    sites, lambda: block.forward(probe, inputs.read(probe).to(self.device))
-                )
+            block.frozen = self.users.frozen(block)
+            self._group(block)
+            if (split := self.users.split(block.groups)) != block.groups:
+                block.groups, block.last = split, None
             self._write(index, module, change(block))
         if index < last:
             with torch.no_grad():
@@ -486,6 +503,10 @@ class Sweep:
                 if found.codes is not None:
                     parts = {k: getattr(found.codes, k) for k in _CODES}
                     result |= {f"{name}:{k}": v.cpu().contiguous() for k, v in parts.items() if v is not None}
+                if found.factors is not None:
+                    up, down = (factor.to("cpu", before.data.dtype).contiguous() for factor in found.factors)
+                    result |= {f"{name}:up": up, f"{name}:down": down}
+                    continue
                 data = value.to("cpu", before.data.dtype)
                 if mask is not None:
                     mask = mask.to("cpu")
@@ -497,7 +518,7 @@ class Sweep:
             parameter.data.copy_(parameter.data.to(dtype))
         if self.ranks.rank:
             return
-        path = self.work / "blocks" / f"{index:05}.safetensors"
+        path = file_of(self.work / "blocks", index)
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = path.with_suffix(".tmp")
         save_file(result, temp)
@@ -546,7 +567,7 @@ class SweepResult:
 
         where: dict[str, Path] = {}
         for index in self.blocks:
-            path = self.folder / f"{index:05}.safetensors"
+            path = file_of(self.folder, index)
             if path.exists():
                 with safe_open(path, framework="pt") as file:
                     where |= dict.fromkeys(file.keys(), path)
@@ -563,6 +584,17 @@ class SweepResult:
             return Value(data, mask, codes)
 
         return read
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of a tensor, [O, r] and [r, I]."""
+        from safetensors import safe_open
+
+        from compress import architectures
+
+        index = architectures.of(self.checkpoint.spec.structure.config).block_index(name)
+        assert index is not None
+        with safe_open(file_of(self.folder, index), framework="pt") as file:
+            return file.get_tensor(f"{name}:up"), file.get_tensor(f"{name}:down")
 
 
 #: Fields of `Codes`.

@@ -47,8 +47,9 @@ class Moving:
 
 
 def floats(block: Block, without: Collection[int] = ()) -> list[Moving]:
-    """Every float parameter of the block, by the root mean square of its values; but those of these ids."""
-    parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in without]
+    """Every float parameter of the block by the root mean square of its values, but shared ones and those of these ids."""
+    left = {*without, *block.frozen}
+    parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in left]
     return [Moving(p, max(float(p.detach().double().square().mean().sqrt()), 1e-8)) for p in parameters]
 
 

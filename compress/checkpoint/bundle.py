@@ -8,7 +8,11 @@ from pathlib import Path
 FILE_NAME = "modeling_compress.py"
 CLASS_NAME = "CompressModel"
 _HERE = Path(__file__).parent
-_IMPORT = "from compress.checkpoint.decode import decode, part_names\n"
+#: Modules whose text stands in the bundled file in place of their import in `modeling`.
+_IMPORTS = {
+    "decode": ("storage chains", "from compress.checkpoint.decode import decode, part_names\n"),
+    "edits": ("changes of structure", "from compress.checkpoint.edits import edited_class\n"),
+}
 #: Suffix of a stock class ▶ the auto class that loads it. `modeling` has one class for each, called Compress<suffix>.
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -24,13 +28,15 @@ _AUTO = {
 
 @cache
 def source() -> bytes:
-    """Text of the bundled file: `decode` and `modeling` in one, so that it needs torch and transformers alone."""
-    decode = (_HERE / "decode.py").read_text(encoding="utf-8")
-    modeling = (_HERE / "modeling.py").read_text(encoding="utf-8")
-    head, found, tail = modeling.partition(_IMPORT)
-    assert found, "modeling.py must import decode in one line"
-    body = decode.partition("import torch\n")[2].strip("\n")
-    return f"{head.rstrip()}\n\n\n# ---- storage chains ----\n\n{body}\n\n\n# ---- loading ----\n\n{tail.lstrip()}".encode()
+    """Text of the bundled file: what `modeling` imports of this package, and itself; needs torch and transformers alone."""
+    text, parts = (_HERE / "modeling.py").read_text(encoding="utf-8"), list[str]()
+    for module, (title, line) in _IMPORTS.items():
+        assert line in text, f"modeling.py must import {module} in one line"
+        text = text.replace(line, "" if parts else "@@")
+        body = (_HERE / f"{module}.py").read_text(encoding="utf-8").partition("import torch\n")[2].strip("\n")
+        parts.append(f"# ---- {title} ----\n\n{body}\n\n\n")
+    head, _, tail = text.partition("@@")
+    return f"{head.rstrip()}\n\n\n{''.join(parts)}# ---- loading ----\n\n{tail.lstrip()}".encode()
 
 
 def auto_class(class_name: str | None) -> str:

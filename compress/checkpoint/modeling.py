@@ -1,7 +1,8 @@
 """Loads a compact checkpoint of the `compress` toolkit as the stock transformers model that it stands for.
 
 Weights may be stored by codecs (a keep-mask and the kept values, say) instead of densely; they are decoded on loading, and
-what `from_pretrained` returns is an instance of the stock class, whose `save_pretrained` writes a dense stock checkpoint.
+layers may be two factors, and blocks may share parameters. What `from_pretrained` returns is an instance of the stock
+class, or of one made from it; its `save_pretrained` writes a dense stock checkpoint.
 Needs torch and transformers. Apache-2.0.
 """
 
@@ -15,6 +16,7 @@ import transformers
 from safetensors import safe_open
 
 from compress.checkpoint.decode import decode, part_names
+from compress.checkpoint.edits import edited_class
 
 
 class CompressConfig(transformers.PreTrainedConfig):
@@ -56,11 +58,9 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def stock_config(config: CompressConfig) -> transformers.PreTrainedConfig:
-    """The stock config that the compact one wraps. Raises ValueError for edits this file does not know."""
+    """The stock config that the compact one wraps."""
     if config.format != 1:
         raise ValueError(f"compact checkpoint format {config.format}: this modelling file reads format 1")
-    if config.edits:
-        raise ValueError(f"unknown change of structure: {config.edits[0].get('kind')}")
     base = dict(config.base)
     return transformers.AutoConfig.for_model(base.pop("model_type"), **base)
 
@@ -76,6 +76,7 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
     stock = stock or (auto or transformers.AutoModel)._model_mapping[type(base)]
     if isinstance(stock, (tuple, list)):
         stock = stock[0]
+    stock = edited_class(stock, config.edits)
     model, info = stock.from_pretrained(
         None, config=base, state_dict=decoded_state_dict(folder), output_loading_info=True, **kwargs
     )

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import codecs, hub, quantization
+from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import INDEX_NAME, METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.sidecars import find_sidecars, safe_file
-from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Edit, Spec, Structure, Tensor
+from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class Checkpoint(ABC):
         folder: where its sidecars are; None for the ones that have none.
         sidecars: paths relative to ``folder`` of all files that travel with the weights.
         metadata: string metadata of the weight files.
+        rewritten: contents of sidecars that differ from those in ``folder``.
     """
 
     spec: Spec
@@ -81,6 +84,7 @@ class Checkpoint(ABC):
     sidecars: tuple[str, ...]
     metadata: Mapping[str, str]
     trust_remote_code: bool = False
+    rewritten: Mapping[str, bytes] = MappingProxyType({})
 
     @abstractmethod
     def tensor(self, name: str) -> Value:
@@ -161,6 +165,7 @@ class Derived(Checkpoint):
         self.sidecars = base.sidecars
         self.metadata = base.metadata
         self.trust_remote_code = base.trust_remote_code
+        self.rewritten = base.rewritten
         self._read = read
 
     def tensor(self, name: str) -> Value:
@@ -307,7 +312,7 @@ def check_index(index: Any, folder: Path) -> list[str]:
 def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> Spec:
     compact = config["model_type"] == COMPACT_TYPE
     structure = (
-        Structure(config["base"], tuple(Edit(e["kind"], e["module"], e["values"]) for e in config.get("edits", ())))
+        Structure(config["base"], structure_edits.from_json(config.get("edits"), f"{where}/config.json"))
         if compact
         else Structure(config)
     )
@@ -366,14 +371,12 @@ def with_aliases(spec: Spec, where: str) -> Spec:
     """Add the tensors that the config ties to others and the file therefore leaves out."""
     from compress import architectures
 
+    spec = structure_edits.with_shared(spec, where)
     if not architectures.known(spec.structure.config):
         return spec
     record = architectures.of(spec.structure.config)
     record.check(spec, where)
-    aliases = {
-        target: replace(spec.tensors[source], name=target, alias_of=source, kept=None, storage=DENSE)
-        for target, source in record.ties(spec)
-    }
+    aliases = {target: structure_edits.alias(spec.tensors[source], target) for target, source in record.ties(spec)}
     return replace(spec, tensors={**spec.tensors, **aliases})
 
 

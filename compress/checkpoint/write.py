@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.checkpoint import bundle, codecs, quantization
+from compress.checkpoint import bundle, codecs, quantization, structure
 from compress.checkpoint.codecs import Store
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
@@ -197,6 +197,8 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
         (n, spec.tensors[n].dtype, list(spec.tensors[n].shape), spec.tensors[n].kept, hashes[n]) for n in sorted(hashes)
     ]
     config = json.dumps(spec.structure.config, sort_keys=True) + (spec.structure.kv_cache or "")
+    if spec.structure.edits:
+        config += json.dumps(structure.to_json(spec.structure.edits), sort_keys=True)
     return hashlib.sha256((config + json.dumps(rows)).encode()).hexdigest()
 
 
@@ -204,14 +206,13 @@ def render_config(spec: Spec) -> bytes:
     """``config.json``: the stock one, or the compact one that wraps it."""
     config = dict(spec.structure.config)
     if codecs.needs_code(spec):
-        edits = [{"kind": e.kind, "module": e.module, "values": dict(e.values)} for e in spec.structure.edits]
         config = {
             "model_type": COMPACT_TYPE,
             "format": 1,
             "architectures": [bundle.CLASS_NAME],
             "auto_map": bundle.auto_map(spec.structure.class_name),
             "dtype": config.get("dtype", config.get("torch_dtype")),
-            "edits": edits,
+            "edits": structure.to_json(spec.structure.edits),
             "base": {k: v for k, v in config.items() if k != "auto_map"},
         }
     elif (quantised := quantization.render(spec)) is not None:
@@ -224,7 +225,7 @@ def _write_small(
 ) -> None:
     if checkpoint.folder is not None:
         copy_sidecars(checkpoint.folder, checkpoint.sidecars, temp)
-    files = {"config.json": render_config(spec), **extra_files}
+    files = {**checkpoint.rewritten, "config.json": render_config(spec), **extra_files}
     if (index := layout.index()) is not None:
         files[INDEX_NAME] = index
     if codecs.needs_code(spec):

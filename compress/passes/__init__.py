@@ -14,8 +14,10 @@ from compress.passes.base import Pass
 TABLE = {
     "cast": "compress.passes.cast:Cast",
     "distill": "compress.passes.distill:Distill",
+    "factorize": "compress.passes.factorize:Factorize",
     "prune_structured": "compress.passes.prune_structured:PruneStructured",
     "prune_unstructured": "compress.passes.prune_unstructured:PruneUnstructured",
+    "share": "compress.passes.share:Share",
 }
 
 

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from compress.progress import Progress
 
 Mode = Literal["stream", "sweep", "train"]
-Storage = Literal["float", "integer"]
+#: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one.
+Storage = Literal["float", "integer", "shared", "factored"]
+#: Structure that a pass meets no difficulty with if it works matrix by matrix, or on the whole model.
+EDITED: frozenset[Storage] = frozenset({"shared", "factored"})
 
 
 class PassSettings(Settings):
@@ -127,6 +130,15 @@ class Pass(Generic[S]):
     def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:
         """The changed checkpoint, lazily: weights are read when the writer asks for them."""
         raise NotImplementedError
+
+
+#: What is said of a module that is so.
+EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors"}
+
+
+def values_of(instance: Pass[Any]) -> str:
+    """The kinds of values that a pass accepts, for errors."""
+    return " and ".join(sorted(instance.accepts - EDITED))
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -9,7 +9,7 @@ from compress import architectures
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
-from compress.passes.base import Context, Mode, Pass, Storage
+from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, undecided
 from compress.passes.cast_settings import CastSettings
@@ -36,6 +36,7 @@ class Cast(Pass[CastSettings]):
     settings = CastSettings
     mode = "sweep"
     needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (

@@ -8,12 +8,13 @@ from dataclasses import replace
 from compress import architectures
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
 from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Tensor, widest
+from compress.checkpoint.structure import is_factor
 from compress.errors import PassError
 from compress.evaluation.tasks import LANGUAGE, task_of
 from compress.passes.base import PassSettings, matches, select
 from compress.passes.budget import Choices
 from compress.passes.cast_settings import DTYPES, CastSettings, Format
-from compress.passes.sweeping import input_axis
+from compress.passes.sweeping import block_matrices, input_axis
 
 
 def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
@@ -66,7 +67,7 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
     def grid(name: str, option: str) -> Grid:
         tensor, format_ = spec.tensors[name], option.partition("/")[0]
         larger = settings.grid(option)
-        divides = larger.group == 0 or tensor.shape[input_axis(spec, tensor.shape)] % larger.group == 0
+        divides = larger.group == 0 or tensor.shape[input_axis(spec, tensor)] % larger.group == 0
         return _grid(spec, tensor, settings, option if divides else format_)
 
     return Choices(spec, groups, tuple(settings.options), grid)
@@ -77,8 +78,7 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     modules = [tensor.module for tensor in spec.stored()]
     default = modules
     if settings.weights not in DTYPES and not settings.only:
-        record = architectures.of(spec.structure.config)
-        default = [t.module for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+        default = [module for module in block_matrices(spec) if len(spec.tensors[f"{module}.weight"].shape) == 2]
     chosen = select(default, settings, modules)
     # a pattern that matches nothing is an error
     named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
@@ -99,9 +99,11 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
 def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> Grid:
     grid, format_ = settings.grid(option), option.partition("/")[0]
     record = architectures.of(spec.structure.config)
-    if input_axis(spec, tensor.shape) == 0 and record.block_index(tensor.name) is not None:
+    if input_axis(spec, tensor) == 0 and record.block_index(tensor.name) is not None:
         grid = replace(grid, transposed=True)
     inputs = grid.rows(tensor.shape)[1]
+    if grid.group and inputs % grid.group and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
+        grid = replace(grid, group=0)  # ranks are any number
     if grid.group and inputs % grid.group:
         sizes = [s for s in (256, 128, 64, 32, 16, 8) if inputs % s == 0]
         instead = f"group_size: {sizes[0]}" if sizes and sizes[0] < grid.group else "group_size: channel"

@@ -10,7 +10,7 @@ from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
-from compress.passes.base import Context, Pass
+from compress.passes.base import EDITED, Context, Pass, Storage
 from compress.passes.distill_settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured import PruneStructured
 from compress.passes.structured_settings import PruneStructuredSettings
@@ -34,6 +34,7 @@ class Distill(Pass[DistillSettings]):
     settings = DistillSettings
     mode = "train"
     needs = frozenset({"training"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = "Hinton et al., arXiv 1503.02531; DistilBERT, arXiv 1910.01108; each loss names its paper"
 

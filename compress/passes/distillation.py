@@ -14,7 +14,10 @@ import torch
 from compress import architectures
 from compress.architectures import narrowing
 from compress.calibration.ranks import Ranks
+from compress.checkpoint.edits import shared_parameters
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
+from compress.checkpoint.structure import to_json
+from compress.checkpoint.write import render_config
 from compress.errors import DataError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.loading import (
@@ -300,9 +303,14 @@ def _trained(student: Checkpoint, model: Any, context: Context) -> Checkpoint:
         return student
     config = model.config
     config._name_or_path = ""
+    edits = to_json(student.spec.structure.edits)
+    for name in shared_parameters(model, edits):
+        del state[name]
     # the stock writer names and splits tensors as files have them
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=state)
+    if edits:
+        (folder / "config.json").write_bytes(render_config(student.spec))
     written = open_checkpoint(folder)
     spec = student.spec
     names = {t.name for t in spec.stored()}

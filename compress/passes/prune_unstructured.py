@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress import architectures
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import PassError
 from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
-from compress.passes.base import Context, Mode, Pass, PassSettings, select
-from compress.passes.sweeping import input_axis, inside_blocks, open_sweep, sweep_memory
+from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select
+from compress.passes.sweeping import block_matrices, input_axis, inside_blocks, open_sweep, sweep_memory
 from compress.settings import PatternNM, Share
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     settings = PruneUnstructuredSettings
     mode = "sweep"
     needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "magnitude: Han et al. 2015, arXiv 1506.02626; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv "
@@ -101,7 +101,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         def change(tensor: Tensor) -> Tensor:
             if tensor.name not in chosen:
                 return tensor
-            kept = _kept(tensor, settings, input_axis(spec, tensor.shape))
+            kept = _kept(tensor, settings, input_axis(spec, tensor))
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
@@ -136,11 +136,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     def _targets(self, spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         """Names of the weights to prune: matrices inside blocks by default, any that `only` names."""
         matrices = {t.module: t.name for t in spec.stored() if t.is_float and len(t.shape) >= 2}
-        if settings.only:
-            default: list[str] = []
-        else:
-            record = architectures.of(spec.structure.config)
-            default = [module for module, name in matrices.items() if record.is_block_matrix(name)]
+        default = [] if settings.only else block_matrices(spec)
         aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
         universe = [t.module for t in spec.tensors.values()]
         modules = {aliases.get(module, module) for module in select(default, settings, universe)}
@@ -151,8 +147,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             )
         if settings.pattern is not None:
             for name in sorted(names):
-                shape = spec.tensors[name].shape
-                width = shape[input_axis(spec, shape)]
+                width = spec.tensors[name].shape[input_axis(spec, spec.tensors[name])]
                 if width % settings.pattern.m:
                     raise PassError(
                         f"{name} has {width} inputs, which {settings.pattern.m} does not divide",
@@ -195,10 +190,10 @@ def _by_magnitude(
     from compress.checkpoint.open import Derived, Value
     from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
 
-    def mask_of(value: Value, kept: int) -> torch.Tensor:
+    def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
         if settings.pattern is None:
             return keep_largest(value.data, kept, value.mask)
-        along = input_axis(spec, tuple(value.data.shape))
+        along = input_axis(spec, spec.tensors[name])
         return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
 
     if not spec.exact:
@@ -206,7 +201,7 @@ def _by_magnitude(
         with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
             if settings.pattern is not None:
                 for name in sorted(chosen):
-                    counts[name] = int(mask_of(checkpoint.tensor(name), 0).sum())
+                    counts[name] = int(mask_of(name, checkpoint.tensor(name), 0).sum())
                     task.advance(note=name)
             elif settings.sparsity is not None:
                 total = sum(checkpoint.spec.tensors[name].count for name in chosen)
@@ -224,7 +219,7 @@ def _by_magnitude(
             return value
         kept = spec.tensors[name].kept
         assert kept is not None
-        return Value(value.data, mask_of(value, kept))
+        return Value(value.data, mask_of(name, value, kept))
 
     return Derived(checkpoint, spec, prune)
 

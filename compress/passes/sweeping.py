@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures
 from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
 from compress.checkpoint.spec import Spec, Tensor
+from compress.checkpoint.structure import is_factor, is_residual
 from compress.errors import PassError
 from compress.passes.base import Context
 
@@ -97,7 +98,7 @@ def sweep_memory(
     peak = 0
     for tensors in blocks.values():
         block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
-        wide = [t.shape[input_axis(spec, t.shape)] for t in changed]
+        wide = [t.shape[input_axis(spec, t)] for t in changed]
         grams = [size * size * (8 if size <= WIDE else 4) for size in wide]
         largest, matrix = max(grams, default=0), max((t.count for t in changed), default=0)
         statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
@@ -109,10 +110,19 @@ def sweep_memory(
     return resident + peak + KEPT_FREED + _SLACK + activations
 
 
-def input_axis(spec: Spec, shape: tuple[int, ...]) -> int:
+def input_axis(spec: Spec, tensor: Tensor) -> int:
     """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
     known = architectures.known(spec.structure.config)
-    return architectures.of(spec.structure.config).input_axis if known and len(shape) == 2 else -1
+    if not known or len(tensor.shape) != 2 or is_factor(spec, tensor.name) or is_residual(spec, tensor.name):
+        return -1
+    return architectures.of(spec.structure.config).input_axis
+
+
+def block_matrices(spec: Spec) -> list[str]:
+    """Modules of the weight matrices that passes take by default: linear layers of blocks, but residuals of low rank."""
+    record = architectures.of(spec.structure.config)
+    matrices = [t for t in spec.stored() if t.is_float and len(t.shape) >= 2 and record.is_block_matrix(t.name)]
+    return [t.module for t in matrices if not is_residual(spec, t.name)]
 
 
 def followable(spec: Spec, fix: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress import passes
-from compress.passes.base import Storage
+from compress.passes.base import EDITED, EDITS, Storage, values_of
 from compress.recipe.model import PassEntry
 
 
@@ -32,14 +32,12 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
         for storage in [storage for storage in left if storage not in instance.accepts]:
             earlier, name = left[storage]
             does = "trains and accepts" if instance.mode == "train" else "accepts"
-            accepted = " and ".join(sorted(instance.accepts))
-            found.append(
-                Misplaced(
-                    index,
-                    f"{entry.name} {does} {accepted} weights, but {name} (passes.{earlier}) leaves {storage}s",
-                    f"put {entry.name} before {name}",
-                )
+            message = (
+                f"{entry.name} {does} {values_of(instance)} weights, but {name} (passes.{earlier}) leaves {storage}s"
             )
+            if storage in EDITED:
+                message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
+            found.append(Misplaced(index, message, f"put {entry.name} before {name}"))
             del left[storage]  # one mistake, not one for each pass that follows
         if "integer" in left and "integers" not in instance.preserves:
             del left["integer"]

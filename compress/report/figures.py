@@ -203,13 +203,15 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _became(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The mean sparsity of layers, the units that they still read, or the formats that they were cast to."""
+    """The mean sparsity of layers, the units that they still read, their new formats, or the ranks of their factors."""
     if not layers:
         return ""
     if "kept" in layers[0]:
         return ", ".join(dict.fromkeys(f"{row['kept']} of {row['of']}" for row in layers))
     if formats := Counter(row["format"] for row in layers if "format" in row):
         return ", ".join(f"{count} {name}" if len(formats) > 1 else name for name, count in sorted(formats.items()))
+    if ranks := sorted(row["rank"] for row in layers if "rank" in row):
+        return f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "")
     return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
 
 
@@ -235,6 +237,22 @@ def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "chosen" if row["chosen"] else "",
         )
         for row in details.get("shapes", ())
+    ]
+
+
+def sharing_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each arrangement of shared blocks that was tried, and what it costs; none where there was no choice."""
+    found = details.get("sharing", {})
+    tried = found.get("tried", ())
+    return [
+        (
+            row["arrangement"],
+            " · ".join(" ".join(map(str, group)) for group in row["groups"]),
+            f"{row['divergence']:.4f}",
+            "chosen" if row["arrangement"] == found["arrangement"] else "",
+        )
+        for row in tried
+        if len(tried) > 1
     ]
 
 

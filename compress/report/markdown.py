@@ -38,7 +38,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += ["## What the passes say", ""]
     for row in said:
         details = {
-            k: v for k, v in row["details"].items() if k not in ("blocks", "formats", "curve", "shapes", "training")
+            k: v
+            for k, v in row["details"].items()
+            if k not in ("blocks", "formats", "curve", "shapes", "sharing", "training")
         }
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
@@ -58,11 +60,15 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             )
             lines += [f"`{row['name']}`, shapes that meet the target. {text}", ""]
             lines += [*table(columns, shapes, right=(1, 2, 3, 4, 5, 6)), ""]
+        if tried := figures.sharing_rows(row["details"]):
+            text = "Divergence from the original on calibration samples held out."
+            lines += [f"`{row['name']}`, which blocks share. {text}", ""]
+            lines += [*table(("arrangement", "blocks", "divergence", ""), tried, right=(2,)), ""]
         if blocks := figures.block_rows(row["details"]):
             head = (
                 "block",
                 "layers",
-                "sparsity, units or format",
+                "sparsity, units, format or rank",
                 "mean error",
                 "worst layer",
                 "after tuning",

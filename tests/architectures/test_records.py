@@ -109,7 +109,7 @@ def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
     model, positions = load_model(tmp_path / "in"), architectures.positions(spec)
     ids = torch.full((1, 100), 7)
     with torch.no_grad():
-        if family in ("gpt2", "opt", "bert", "roberta", "electra", "distilbert"):
+        if family in ("gpt2", "opt", "albert", "bert", "roberta", "electra", "distilbert"):
             assert positions == {"roberta": 64 - 1 - pico.PADDING["roberta"]}.get(family, 64)
             model(ids[:, :positions])
             with pytest.raises((IndexError, RuntimeError)):

@@ -104,7 +104,7 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_the_whole(rows, kind):
 def test_logits_of_a_few_tokens_are_the_models_own(family):
     """By the model's own code: softcaps of Gemma 2, the transform of BERT's head, OPT's decoder inside its base."""
     model = pico.model(family)
-    reader = Reader(model, "masked" if family in ("bert", "roberta", "electra", "distilbert") else "causal")
+    reader = Reader(model, "masked" if family in ("albert", "bert", "roberta", "electra", "distilbert") else "causal")
     inputs = pico.inputs(model)
     assert reader.check(inputs)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_logits_of_a_few_tokens_are_the_models_own(family):
         torch.testing.assert_close(reader.head(hidden[3:7]), reader.logits(hidden[3:7]), atol=1e-4, rtol=1e-4)
     assert model.base_model is reader.base  # and is in its place again
     assert isinstance(reader.head, torch.nn.Linear) == (
-        family not in ("gemma2", "bert", "roberta", "electra", "distilbert")
+        family not in ("gemma2", "albert", "bert", "roberta", "electra", "distilbert")
     )
 
 

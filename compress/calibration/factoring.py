@@ -1,0 +1,168 @@
+"""Factors in place of the matrices of one block of a sweep: statistics ▶ the nearest product of low rank, then tuning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration.paired import Drift, statistics_of
+from compress.calibration.sites import Site, Statistics
+from compress.calibration.sweep import Block, Changed, Sweep
+from compress.calibration.tune import Moving, Tuning, floats, tune
+from compress.solvers.gptq import corrected, ordered_factor
+from compress.solvers.lowrank import low_rank
+
+
+@dataclass(frozen=True)
+class Factoring:
+    """How to factorise blocks.
+
+    Attributes:
+        ranks: by tensor. dtypes: that factors are stored in, by tensor. tuning: of each block afterwards; None for none.
+    """
+
+    ranks: Mapping[str, int]
+    dtypes: Mapping[str, torch.dtype]
+    tuning: Tuning | None
+
+
+@dataclass
+class Pair:
+    """A site's factors; tuning moves them."""
+
+    site: Site
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def project(self) -> None:
+        """Put the product into the block."""
+        self.site.weight.copy_(self.up @ self.down)
+
+    def collect(self, gradient: torch.Tensor) -> None:
+        """Gradients of the factors from that of the product [O, I]."""
+        self.up.grad, self.down.grad = gradient @ self.down.T, self.up.T @ gradient
+
+    def finish(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors as they are stored; the block gets what a loader will see."""
+        up, down = self.up.to(dtype), self.down.to(dtype)
+        self.site.weight.copy_(up.float() @ down.float())
+        return up, down
+
+
+def factor_block(block: Block, how: Factoring) -> dict[str, Changed]:
+    """Factorise the sites of a block in place.
+
+    In a sweep with targets each product is matched to what the original gives on its own inputs. ``block.details`` gets a row
+    for each matrix (rank, relative output error, seconds) and, where it was tuned, the block's error before and after.
+    """
+    pairs: dict[str, Pair] = {}
+    rows: dict[str, Any] = {}
+    ranks = block.sweep.ranks
+    waiting: list[Pair] = []
+    for number, (group, statistics, drift, free) in enumerate(statistics_of(block)):
+        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
+        shared: dict[str, Any] = {}
+        for site in group:
+            start = time.perf_counter()
+            rank = how.ranks[site.name]
+            row: dict[str, Any] = {}
+            if solver == ranks.rank:
+                up, down, row = _solve(site, statistics, drift, rank, shared)
+            else:
+                outputs, inputs = site.weight.shape
+                up, down = site.weight.new_empty(outputs, rank), site.weight.new_empty(rank, inputs)
+            ranks.spread(solver, up, down)
+            row = ranks.tell(solver, row)
+            rows[site.name] = {"rank": rank, "seconds": round(time.perf_counter() - start, 3), **row}
+            pairs[site.name] = Pair(site, up, down)
+            waiting.append(pairs[site.name])
+        if free:
+            for done in waiting:
+                done.project()
+            waiting.clear()
+    block.details["tensors"] = rows
+    if how.tuning is not None and how.tuning.epochs:
+        _tune(block, how.tuning, list(pairs.values()))
+    return {name: Changed(factors=pair.finish(how.dtypes[name])) for name, pair in pairs.items()}
+
+
+def _tune(block: Block, tuning: Tuning, pairs: list[Pair]) -> None:
+    parameters = dict(block.module.named_parameters())
+    product = {id(parameters[pair.site.parameter]) for pair in pairs}
+    moving = [Moving(t, float(t.square().mean().sqrt())) for pair in pairs for t in (pair.up, pair.down)]
+
+    def project() -> None:
+        for pair in pairs:
+            pair.project()
+
+    def collect() -> None:
+        for pair in pairs:
+            gradient = parameters[pair.site.parameter].grad
+            assert gradient is not None
+            pair.collect(gradient.T if pair.site.transposed else gradient)
+
+    block.details["tuning"] = tune(block, tuning, moving + floats(block, product), project, collect)
+
+
+def _solve(
+    site: Site, statistics: Statistics, drift: Drift | None, rank: int, shared: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Factors, and what is worth saying. ``shared``: of sites with the same inputs."""
+    weight = before = site.weight.float().contiguous()
+    hessian = statistics.hessian
+    if drift is not None:
+        if "order" not in shared:
+            shared["order"], shared["factor"], _ = ordered_factor(hessian)
+        weight = corrected(weight, drift.inputs, drift.residual.get(site.name), shared["factor"], shared["order"])
+    up, down, _, damping = low_rank(weight, hessian, rank)
+    row: dict[str, Any] = {"error": statistics.relative_error(before, up @ down)}
+    if damping > 1e-6:
+        row["damping"] = damping
+    return up.to(site.weight.dtype), down.to(site.weight.dtype), row
+
+
+def factor_on_trial(
+    sweep: Sweep, ranks: Mapping[str, int]
+) -> tuple[Callable[[str], torch.Tensor], dict[str, list[float]]]:
+    """What factorising each wanted matrix alone at those ranks would change, on the inputs of the model as it is.
+
+    Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
+
+    Returns:
+        A function from a tensor's name to ΔW [O, I] in bfloat16, for the first process; and of each tensor the energies, see
+        `low_rank`.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    def path(index: int) -> Path:
+        return sweep.work / f"trial{index:05}.safetensors"
+
+    def look(block: Block) -> dict[str, Changed]:
+        changes: dict[str, torch.Tensor] = {}
+        energies = {}
+        for group, statistics, _ in block.statistics():
+            for site in group if not sweep.ranks.rank else ():
+                up, down, found, _ = low_rank(site.weight.float(), statistics.hessian, ranks[site.name])
+                changes[site.name] = (up @ down - site.weight).to("cpu", torch.bfloat16).contiguous()
+                energies[site.name] = found.tolist()
+        if not sweep.ranks.rank:
+            save_file(changes, path(block.index))
+        block.details["energies"] = sweep.ranks.tell(0, energies)
+        return {}
+
+    rows = sweep.run(look, "factorising on trial").details
+
+    def read(name: str) -> torch.Tensor:
+        index = sweep.streamed.record.block_index(name)
+        assert index is not None
+        with safe_open(path(index), framework="pt") as file:
+            found: torch.Tensor = file.get_tensor(name)
+            return found
+
+    return read, {name: found for row in rows for name, found in row.get("energies", {}).items()}

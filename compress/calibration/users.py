@@ -1,0 +1,112 @@
+"""Tensors that several blocks share, in a sweep: solved once, in the block that comes first, with the inputs of all.
+
+What the other blocks read is measured beforehand, in the model as it came; from the solution on, they have the changed
+tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.calibration.sites import Site, Statistics, find_sites
+
+if TYPE_CHECKING:
+    from compress.calibration.sweep import Block, Sweep
+
+
+class Users:
+    """The further users of the tensors that a sweep changes.
+
+    Attributes:
+        by_block: number of a block ▶ its names of tensors of other blocks ▶ their own names.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep, self.folder = sweep, sweep.work / "users"
+        self.by_block: dict[int, dict[str, str]] = {}
+        self._files: dict[str, list[int]] = {}
+        self.names: set[str] = set()
+        for tensor in sweep.checkpoint.spec.tensors.values():
+            index = sweep.streamed.record.block_index(tensor.name)
+            if index is None or tensor.alias_of is None:
+                continue
+            self.names |= {tensor.name, tensor.alias_of}
+            if tensor.alias_of in sweep.wanted:
+                self.by_block.setdefault(index, {})[tensor.name] = tensor.alias_of
+
+    def gather(self) -> None:
+        """Statistics of what the other users read, into files; nothing where that was done before."""
+        if not self.by_block:
+            return
+        sweep, table = self.sweep, self.folder / "table.json"
+        if not sweep.ranks.tell(0, table.exists()):
+            found: dict[str, list[int]] = {}
+            for number, (group, statistics) in enumerate(self._measured()):
+                for site in group:
+                    source = sweep.checkpoint.spec.tensors[site.name].alias_of
+                    assert source is not None
+                    found.setdefault(source, []).append(number)
+                if not sweep.ranks.rank:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    values = {"hessian": statistics.hessian, "total": statistics.total, "tokens": statistics.tokens}
+                    torch.save(values, self.folder / f"{number}.pt")
+            if not sweep.ranks.rank:
+                temp = table.with_suffix(".tmp")
+                temp.write_text(json.dumps(found))
+                temp.replace(table)
+            sweep.ranks.wait()
+        self._files = json.loads(table.read_text())
+
+    def _measured(self) -> Iterator[tuple[list[Site], Statistics]]:
+        last = max(self.by_block)
+        with self.sweep.progress.task("reading what shared tensors multiply", last + 1, "blocks") as task:
+            for block in self.sweep.unchanged(last, self.by_block):
+                if block.sites:
+                    for group, statistics, _ in block.statistics():
+                        yield group, statistics
+                task.advance()
+
+    def split(self, groups: list[list[Site]]) -> list[list[Site]]:
+        """Groups whose sites have the same further users, too."""
+        result: list[list[Site]] = []
+        for group in groups:
+            parts: dict[tuple[int, ...], list[Site]] = {}
+            for site in group:
+                parts.setdefault(tuple(self._files.get(site.name, ())), []).append(site)
+            result += parts.values()
+        return result
+
+    def add(self, group: list[Site], statistics: Statistics) -> None:
+        """Add what the other users of the group's tensors read."""
+        for number in self._files.get(group[0].name, ()):
+            found: Mapping[str, Any] = torch.load(self.folder / f"{number}.pt", map_location=self.sweep.device)
+            statistics.hessian += found["hessian"]
+            statistics.total += found["total"]
+            statistics.tokens += found["tokens"]
+
+    def renew(self, block: Block) -> None:
+        """Give a block the tensors of earlier ones as these have become."""
+        if not (names := self.by_block.get(block.index)):
+            return
+        read = self.sweep.changed().reader()
+        for site in find_sites(self.sweep.streamed, block.index, block.module, names)[0]:
+            value = read(names[site.name]).data
+            site.weight.copy_((value.T if site.transposed else value).to(site.weight))
+
+    def frozen(self, block: Block) -> set[int]:
+        """Ids of the block's parameters that others share, which tuning must leave alone."""
+        found = set()
+        for key, parameter in block.module.named_parameters():
+            if not self.names.isdisjoint(self.sweep.streamed.stored_names(block.index, {key: parameter.data})):
+                found.add(id(parameter))
+        return found
+
+
+def file_of(folder: Path, index: int) -> Path:
+    """The file that a sweep leaves of a block."""
+    return folder / f"{index:05}.safetensors"

@@ -1,0 +1,181 @@
+"""Changes of structure that no stock class can express, made to a model of that class: factors, residuals, shared tensors.
+
+This file needs torch alone: its text is also placed into the bundled modelling file of compact checkpoints, which must not
+import this package. An edit is a JSON object with ``kind``, ``module`` and ``values``:
+
+* ``factors``: the linear layer ``module`` is ``up(down(x))``, with ``rank`` values in between; tensors ``down.weight`` [r, I],
+  ``up.weight`` [O, r] and, where the layer has a bias, ``up.bias`` [O] take the place of its own.
+* ``shared``: the parameters of block ``module`` that ``parts`` names are those of block ``source``. The file holds them once,
+  under the source's names.
+* ``residual``: the linear layer ``module`` adds ``residual_up(residual_down(x))`` to what it gives, of rank ``rank``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Factored(torch.nn.Module):
+    """Two linear layers in place of one."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, **like: Any) -> None:
+        super().__init__()
+        self.down = torch.nn.Linear(inputs, rank, bias=False, **like)
+        self.up = torch.nn.Linear(rank, outputs, bias=bias, **like)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product [O, I]; models look at its dtype and device."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> torch.nn.Parameter | None:
+        """That of the second layer."""
+        return self.up.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[…, I] ▶ […, O]."""
+        result: torch.Tensor = self.up(self.down(x))
+        return result
+
+
+class Relaxed:
+    """What a linear layer with a residual of low rank also is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer gives and, beside it, its residual."""
+        layer: Any = self
+        result: torch.Tensor = super().forward(x) + layer.residual_up(layer.residual_down(x))  # type: ignore[misc]
+        return result
+
+
+def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
+    """Make the changes to a model of the stock class; what they add has the dtype and device of what was there.
+
+    Raises:
+        ValueError: a kind that this version does not know, or a module that the model does not have.
+    """
+    for edit in edits:
+        if edit["kind"] not in ("factors", "residual", "shared"):
+            raise ValueError(f"unknown change of structure: {edit['kind']}")
+        if edit["kind"] == "shared":
+            continue
+        path, rank = _found(model, edit["module"]), int(edit["values"]["rank"])
+        module = model.get_submodule(path)
+        like = {"dtype": module.weight.dtype, "device": module.weight.device}
+        outputs, inputs = _sizes(module)
+        if edit["kind"] == "factors":
+            parent, _, name = path.rpartition(".")
+            bias = module.bias is not None
+            setattr(model.get_submodule(parent), name, Factored(inputs, outputs, rank, bias, **like))
+        else:
+            module.__class__ = _relaxed(type(module))
+            module.residual_down = torch.nn.Linear(inputs, rank, bias=False, **like)
+            module.residual_up = torch.nn.Linear(rank, outputs, bias=False, **like)
+    for target, source in shared_parameters(model, edits).items():
+        parent, _, name = target.rpartition(".")
+        model.get_submodule(parent)._parameters[name] = model.get_parameter(source)
+
+
+def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]:
+    """Name of each parameter that is another's ▶ the name of that one."""
+    result: dict[str, str] = {}
+    for edit in edits:
+        if edit["kind"] != "shared":
+            continue
+        target, source = (_found(model, name) for name in (edit["module"], edit["values"]["source"]))
+        result |= {f"{target}.{part}": f"{source}.{part}" for part in edit["values"]["parts"]}
+    return result
+
+
+def _relaxed(stock: type) -> type:
+    return type(stock.__name__, (Relaxed, stock), {"__module__": stock.__module__})
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer; GPT-2's has them the other way round."""
+    first, second = module.weight.shape
+    return (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
+
+
+def _found(model: Any, path: str) -> str:
+    """The path of a module as the model has it: files of a base class leave its name out, those of others have it."""
+    prefix = f"{model.base_model_prefix}."
+    modules = dict(model.named_modules())
+    for name in (path, path.removeprefix(prefix), prefix + path):
+        if name in modules:
+            return str(name)
+    raise ValueError(f"the model has no module {path}")
+
+
+def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The state of the stock class that computes the same: products for factors, a copy for each user of what is shared."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    for target in shared_parameters(model, edits):
+        state[target] = state[target].clone()
+    for edit in edits:
+        if edit["kind"] == "shared":
+            continue
+        path = _found(model, edit["module"])
+        if edit["kind"] == "factors":
+            down, up = state.pop(f"{path}.down.weight"), state.pop(f"{path}.up.weight")
+            weight = product(up, down)
+            if edit["values"]["transposed"]:
+                weight = weight.T.contiguous()
+            state[f"{path}.weight"] = weight
+            if (bias := state.pop(f"{path}.up.bias", None)) is not None:
+                state[f"{path}.bias"] = bias
+        else:
+            down, up = state.pop(f"{path}.residual_down.weight"), state.pop(f"{path}.residual_up.weight")
+            weight = state[f"{path}.weight"]
+            added = product(up, down, torch.float32)
+            state[f"{path}.weight"] = (weight.float() + (added.T if edit["values"]["transposed"] else added)).to(
+                weight.dtype
+            )
+    return state
+
+
+def product(up: torch.Tensor, down: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[O, r] and [r, I] ▶ [O, I], computed in float32 at least."""
+    wide = torch.promote_types(up.dtype, torch.float32)
+    return (up.to(wide) @ down.to(wide)).to(dtype or up.dtype)
+
+
+def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
+    """A subclass of a transformers class whose models have those changes, tensors that are shared being one parameter.
+
+    Its `save_pretrained` writes the dense checkpoint of the stock class.
+    """
+    if not edits:
+        return stock
+
+    class Edited(stock):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            apply_edits(self, edits)
+            self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
+
+        def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+            found: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
+            return {**found, **shared_parameters(self, edits)}
+
+        def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
+            if isinstance(output_embeddings, torch.nn.Linear):  # of GPT-2's layers it would take inputs for outputs
+                super()._adjust_bias(output_embeddings, input_embeddings)
+
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            state = kwargs.pop("state_dict", None)
+            if state is not None:  # given by somebody who knows what it is
+                return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+            with torch.device("meta"):
+                twin = stock(self.config)
+            twin.load_state_dict(dense_state(self, edits), assign=True, strict=False)
+            twin.tie_weights()
+            if self.can_generate():
+                twin.generation_config = self.generation_config
+            return twin.save_pretrained(save_directory, *args, **kwargs)
+
+    Edited.__name__, Edited.__qualname__, Edited.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+    return Edited

@@ -1,0 +1,206 @@
+"""Changes of structure as headers show them: which tensors an edit adds, replaces or shares. No torch here.
+
+`edits` has what they mean for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.checkpoint.spec import DENSE, Edit, Spec, Tensor
+from compress.errors import CheckpointError, PassError
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+
+#: What the tensors of an edit are to passes.
+STORAGE: Mapping[str, str] = {"factors": "factored", "residual": "shared", "shared": "shared"}
+
+
+def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
+    """As ``config.json`` holds them."""
+    return [{"kind": e.kind, "module": e.module, "values": dict(e.values)} for e in edits]
+
+
+def from_json(rows: Any, where: str) -> tuple[Edit, ...]:
+    """What `to_json` gave. Raises `CheckpointError` for what this version does not know, or what is damaged."""
+    try:
+        found = tuple(Edit(str(row["kind"]), str(row["module"]), dict(row["values"])) for row in rows or ())
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"has damaged changes of structure: {error!r}", where=where) from None
+    for edit in found:
+        keys = {"shared": {"source", "parts"}}.get(edit.kind, {"rank", "transposed"})
+        if edit.kind not in STORAGE:
+            raise CheckpointError(
+                f"has a change of structure that this version does not know: {edit.kind}",
+                where=where,
+                fix="update compress",
+            )
+        if edit.values.keys() != keys:
+            raise CheckpointError(f"has a damaged change of structure: {edit.kind} of {edit.module}", where=where)
+    return found
+
+
+def with_shared(spec: Spec, where: str) -> Spec:
+    """Add the tensors that blocks share with others, which files leave out."""
+    aliases = {}
+    for edit in spec.structure.edits:
+        if edit.kind != "shared":
+            continue
+        for part in edit.values["parts"]:
+            name, source = f"{edit.module}.{part}", f"{edit.values['source']}.{part}"
+            if source not in spec.tensors or name in spec.tensors:
+                raise CheckpointError(f"config and weights disagree: {name} is to be that of {source}", where=where)
+            aliases[name] = alias(spec.tensors[source], name)
+    return replace(spec, tensors={**spec.tensors, **aliases})
+
+
+def alias(source: Tensor, name: str) -> Tensor:
+    """A tensor of that name whose data is that of another."""
+    return replace(source, name=name, alias_of=source.name, kept=None, storage=DENSE, grid=None)
+
+
+def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
+    """The spec with factors in place of weight matrices, given by name with their ranks."""
+    tensors: dict[str, Tensor] = {}
+    edits = list(spec.structure.edits)
+    biases = {f"{spec.tensors[name].module}.bias": spec.tensors[name].module for name in ranks}
+    for name, tensor in spec.tensors.items():
+        if name in ranks:
+            transposed = is_transposed(spec)
+            outputs, inputs = tensor.shape[::-1] if transposed else tensor.shape
+            shapes = {"down": (ranks[name], inputs), "up": (outputs, ranks[name])}
+            for part, shape in shapes.items():
+                new = f"{tensor.module}.{part}.weight"
+                tensors[new] = replace(tensor, name=new, shape=shape, kept=None, storage=DENSE)
+            edits.append(Edit("factors", tensor.module, {"rank": ranks[name], "transposed": transposed}))
+        elif name in biases:
+            new = f"{biases[name]}.up.bias"
+            tensors[new] = replace(tensor, name=new)
+        else:
+            tensors[name] = tensor
+    return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
+
+
+def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], rank: int) -> Spec:
+    """The spec with those tensors of the blocks of each group stored once, under the names of its first block.
+
+    Args:
+        groups: numbers of blocks. parts: tensors of a block, without its path. rank: of the residual that each block of a group
+            gets beside each shared matrix; 0 for none.
+    """
+    tensors, edits = dict(spec.tensors), list(spec.structure.edits)
+    paths = block_paths(spec)
+    for blocks in groups:
+        source = paths[blocks[0]]
+        for block in blocks:
+            path = paths[block]
+            for part in parts:
+                tensor = spec.tensors[path + part]
+                if block != blocks[0]:
+                    tensors[path + part] = alias(spec.tensors[source + part], path + part)
+                if rank and len(tensor.shape) == 2:
+                    outputs, inputs = tensor.shape[::-1] if is_transposed(spec) else tensor.shape
+                    for suffix, shape in (("up", (outputs, rank)), ("down", (rank, inputs))):
+                        name = f"{tensor.module}.residual_{suffix}.weight"
+                        tensors[name] = replace(tensor, name=name, shape=shape, kept=None, storage=DENSE)
+                    edits.append(Edit("residual", tensor.module, {"rank": rank, "transposed": is_transposed(spec)}))
+            if block != blocks[0]:
+                edits.append(Edit("shared", path[:-1], {"source": source[:-1], "parts": sorted(parts)}))
+    return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
+
+
+def block_paths(spec: Spec) -> dict[int, str]:
+    """What the names of each block's tensors begin with, up to the dot."""
+    record = architectures.of(spec.structure.config)
+    found = {}
+    for name in spec.tensors:
+        if (path := record.block_path(name)) is not None:
+            index = record.block_index(name)
+            assert index is not None
+            found[index] = path[0]
+    return found
+
+
+def is_transposed(spec: Spec) -> bool:
+    """Whether the family's weight matrices lie with their inputs along rows, as GPT-2's do; those that edits add never do."""
+    return architectures.of(spec.structure.config).input_axis == 0
+
+
+def is_factor(spec: Spec, name: str) -> bool:
+    """Whether a tensor is one of two factors."""
+    return _part(spec, name, "factors", ("down", "up"))
+
+
+def is_residual(spec: Spec, name: str) -> bool:
+    """Whether a tensor belongs to a residual of low rank."""
+    return _part(spec, name, "residual", ("residual_down", "residual_up"))
+
+
+def _part(spec: Spec, name: str, kind: str, parts: tuple[str, ...]) -> bool:
+    owner = name.rpartition(".")[0]
+    module, _, part = owner.rpartition(".")
+    return part in parts and any(e.kind == kind and e.module == module for e in spec.structure.edits)
+
+
+def check_nameable(spec: Spec, key: str | None = None) -> None:
+    """Raises `PassError` for families whose modules have other names in memory than their tensors in files."""
+    record = architectures.of(spec.structure.config)
+    if record.stacks or record.module_blocks is not None:
+        raise PassError(f"the structure of {record.model_type} cannot be changed block by block", key=key)
+
+
+def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
+    """The spec of the twin that the stock class can express, and the tensors here that each of its tensors is made of.
+
+    Of one it is that; of two their product, [O, r] and [r, I]; of three the first and the product of the others.
+    """
+    edits = {e.module: e for e in spec.structure.edits if e.kind != "shared"}
+    shared = {f"{e.module}.{part}" for e in spec.structure.edits if e.kind == "shared" for part in e.values["parts"]}
+    sources: dict[str, tuple[str, ...]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in spec.tensors.items():
+        module, _, last = name.rpartition(".")
+        parent, _, part = module.rpartition(".")
+        if is_residual(spec, name) or (is_factor(spec, name) and part == "down"):
+            continue
+        if name in shared:
+            tensor = spec.tensors[str(tensor.alias_of)]
+        made_of: tuple[str, ...] = (name,)
+        own, shape, kept = name, tensor.shape, tensor.kept
+        if is_factor(spec, name) and last == "bias":
+            own = f"{parent}.bias"
+        elif is_factor(spec, name):
+            own, made_of, kept = f"{parent}.weight", (name, f"{parent}.down.weight"), None
+            shape = (tensor.shape[0], spec.tensors[f"{parent}.down.weight"].shape[1])
+            shape = shape[::-1] if edits[parent].values["transposed"] else shape
+        elif module in edits and edits[module].kind == "residual" and last == "weight":
+            made_of, kept = (name, f"{module}.residual_up.weight", f"{module}.residual_down.weight"), None
+        tensors[own] = replace(tensor, name=own, shape=shape, kept=kept, grid=None, storage=DENSE)
+        sources[own] = made_of
+    return replace(spec, structure=replace(spec.structure, edits=()), tensors=tensors), sources
+
+
+def dense(checkpoint: Checkpoint) -> Checkpoint:
+    """The twin of a checkpoint that the stock class can express: products for factors, copies of what is shared."""
+    from compress.checkpoint.edits import product
+    from compress.checkpoint.open import Derived, Value
+
+    twin, sources = dense_spec(checkpoint.spec)
+    transposed = {e.module for e in checkpoint.spec.structure.edits if e.values.get("transposed")}
+
+    def read(name: str) -> Value:
+        first, *others = (checkpoint.tensor(source) for source in sources[name])
+        if not others:
+            return Value(first.data, first.mask)
+        turned = name.rpartition(".")[0] in transposed
+        if len(others) == 1:
+            made = product(first.data, others[0].data)
+            return Value(made.T.contiguous() if turned else made)
+        added = product(others[0].data.float(), others[1].data.float())
+        return Value((first.data.float() + (added.T if turned else added)).to(first.data.dtype))
+
+    return Derived(checkpoint, twin, read)

@@ -1,0 +1,336 @@
+"""Parameter sharing: blocks that use the same tensors, each with a residual of low rank where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress import architectures
+from compress.checkpoint.spec import Spec
+from compress.checkpoint.structure import block_paths, check_nameable, shared
+from compress.errors import PassError
+from compress.passes.albert import albert_spec, as_albert, becomes_albert
+from compress.passes.base import Context, Pass, PassSettings, Storage, select
+from compress.passes.sweeping import followable, once, open_sweep, sweep_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.calibration.sharing import Solver
+    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.spec import Tensor
+
+Groups = list[list[int]]
+#: Calibration samples that arrangements are judged by, the last ones.
+_HELD_OUT = 16
+Arrangement = Literal["best", "sequence", "cycle", "nearest"]
+
+
+class ShareSettings(PassSettings):
+    """Settings of `share`."""
+
+    groups: int | Groups = Field(
+        description="How many blocks are left to store, each used by as many; or lists of the numbers of blocks that share, "
+        "such as [[1, 2], [3, 4]], blocks in no list staying as they are."
+    )
+    arrangement: Arrangement = Field(
+        default="best",
+        description="Which blocks share, where `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
+        "(0 3, 1 4). `nearest`: those whose outputs lose least by it. `best`: of these the one whose output on held-out "
+        "calibration samples is nearest to the original's, with two models in memory; `sequence` where a BERT becomes an "
+        "ALBERT by it.",
+    )
+    parts: Literal["matrices", "attention", "mlp", "all"] = Field(
+        default="matrices",
+        description="What they share: all weight matrices, those of attention or of the MLP, or all tensors, norms and biases "
+        "too. A BERT whose neighbours share `all` becomes a stock ALBERT.",
+    )
+    init: Literal["least_squares", "mean", "fisher", "first"] = Field(
+        default="least_squares",
+        description="The shared matrix: the one whose outputs are nearest to those of all of them on calibration data; their "
+        "mean; their mean weighted by the Fisher information; or that of the group's first block.",
+    )
+    align: bool = Field(
+        default=True,
+        description="Before, put neurons and heads of each block into the order in which they are most like those of its "
+        "group's first block, which changes nothing that the block computes.",
+    )
+    residual_rank: int = Field(
+        default=0,
+        ge=0,
+        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. `distill` "
+        "trains it too.",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if isinstance(self.groups, int):
+            if self.groups < 1:
+                raise ValueError("`groups` is at least 1")
+            return self
+        numbers = [i for group in self.groups for i in group]
+        if len(set(numbers)) != len(numbers) or min(numbers, default=-1) < 0:
+            raise ValueError("`groups` names each block at most once, by its number from 0")
+        if any(len(group) < 2 for group in self.groups):
+            raise ValueError("each of `groups` has two blocks or more")
+        if any(sorted(group) != group for group in self.groups):
+            raise ValueError("each of `groups` is in ascending order")
+        return self
+
+
+class Share(Pass[ShareSettings]):
+    """Blocks share tensors, which are stored and held in memory once; each keeps its place, its norms and its cache.
+
+    The shared matrix is solved for in the order of the group's first block, after neurons and heads were put into one order.
+    `distill` after it trains shared tensors once and wins back most of what is lost. Stored by `store: compact`, or as ALBERT.
+    """
+
+    name: ClassVar[str] = "share"
+    summary: ClassVar[str] = "Let blocks share their parameters."
+    settings = ShareSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "shared"})
+    preserves = frozenset({"aliases"})
+    source: ClassVar[str] = (
+        "ALBERT, arXiv 1909.11942; Relaxed Recursive Transformers, arXiv 2410.20672; order of units as in Git Re-Basin, arXiv "
+        "2209.04836; Fisher mean: arXiv 2111.09832"
+    )
+
+    def plan(self, spec: Spec, settings: ShareSettings) -> Spec:
+        """Exact but for names, where it is still open which blocks share."""
+        parts = self._parts(spec, settings)
+        candidates = self._candidates(spec, settings, parts)
+        planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
+        return replace(planned, exact=spec.exact and not self._open(settings, candidates))
+
+    def _open(self, settings: ShareSettings, candidates: Mapping[str, Groups]) -> bool:
+        """Whether calibration data say which blocks share."""
+        return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
+
+    def _is_albert(self, spec: Spec, settings: ShareSettings, groups: Groups) -> bool:
+        return becomes_albert(spec, groups, settings.parts == "all", settings.residual_rank)
+
+    def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
+        """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
+        parts = self._parts(spec, settings)
+        names = [
+            path + part
+            for path in block_paths(spec).values()
+            for part in parts
+            if len(spec.tensors[path + part].shape) == 2
+        ]
+        sweep = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
+        if not self._open(settings, self._candidates(spec, settings, parts)):
+            return sweep
+        return max(sweep, 2 * width * spec.parameters + 4 * spec.parameters)
+
+    def apply(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
+        """Statistics are gathered, the arrangement is chosen and shared tensors are solved for here, into the work folder."""
+        from compress.calibration.sharing import Read, Sharing, Solver
+
+        spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
+        candidates = self._candidates(spec, settings, parts)
+        paths = block_paths(spec)
+        blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
+        matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
+        read = Read(context.work / "read", context.device)
+        sweep = open_sweep(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
+        read.gather(sweep, {i: [paths[i] + part for part in matrices] for i in blocks})
+        fisher = None
+        if settings.init == "fisher" and not context.rank:
+            from compress.calibration.fisher import fisher_information
+
+            fisher = fisher_information(checkpoint, [paths[i] + part for i in blocks for part in matrices], context)
+        how = Sharing(parts, settings.init, settings.align, settings.residual_rank, fisher)
+        solver = Solver(checkpoint, read, how)
+        found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
+        groups = found["groups"]
+        context.details["sharing"] = found
+        if context.rank:
+            return _derived(checkpoint, settings, solver, groups, context)
+        context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
+        result = _derived(checkpoint, settings, solver, groups, context)
+        if self._is_albert(spec, settings, groups):
+            return as_albert(result, len(groups))
+        return result
+
+    def _chosen(
+        self,
+        checkpoint: Checkpoint,
+        settings: ShareSettings,
+        solver: Solver,
+        candidates: dict[str, Groups],
+        context: Context,
+    ) -> dict[str, Any] | None:
+        """The groups, and what each arrangement that was tried gives; in the first process."""
+        from compress.calibration.depth import divergence
+
+        if context.rank:
+            return None
+        if self._open(settings, candidates):
+            nearest = solver.nearest(list(candidates.values()))
+            candidates = {**candidates, "nearest": nearest} if settings.arrangement == "best" else {"nearest": nearest}
+        rows: list[dict[str, Any]] = []
+        data = context.data("calibration")
+        for name, groups in candidates.items():
+            row: dict[str, Any] = {"arrangement": name, "groups": groups}
+            same = next((r for r in rows if r["groups"] == groups), None)
+            if len(candidates) > 1 and same is None:
+                solver.solve(groups, _folder(context, groups))
+                shared_ = _derived(checkpoint, settings, solver, groups, context)
+                held = data.last(min(_HELD_OUT, len(data.ids)))
+                row["divergence"] = divergence(checkpoint, shared_, held, dtype=context.dtype, device=context.device)
+            rows.append(row | ({"divergence": same["divergence"]} if same else {}))
+        best = min(rows, key=lambda row: row.get("divergence", 0.0))
+        return {"groups": best["groups"], "arrangement": best["arrangement"], "tried": rows}
+
+    def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: Groups) -> Spec:
+        result = shared(spec, groups, parts, settings.residual_rank)
+        if self._is_albert(spec, settings, groups):
+            return albert_spec(result, len(groups))[0]
+        return result
+
+    def _parts(self, spec: Spec, settings: ShareSettings) -> list[str]:
+        """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
+        check_nameable(spec)
+        followable(spec, "distill it to fewer blocks")
+        record, paths = architectures.of(spec.structure.config), block_paths(spec)
+        if record.experts and any(record.is_expert(name) for name in spec.tensors) and settings.parts != "attention":
+            raise PassError(f"experts of {record.model_type} are not shared", key="parts", fix="set `parts: attention`")
+        first = paths[min(paths)]
+        attention, modules = record.attention, set[str]()
+        if attention is not None and settings.parts in ("attention", "matrices"):
+            modules |= {attention.query, attention.key, attention.value, attention.output}
+        for mlp in record.mlps if settings.parts in ("mlp", "matrices") else ():
+            modules |= {*mlp.up, mlp.down}
+        inside = [t for t in spec.tensors.values() if t.name.startswith(first) and t.is_float]
+        if settings.parts != "all":
+            inside = [t for t in inside if len(t.shape) == 2 and t.module.removeprefix(first) in modules]
+        universe = [t.module for t in spec.tensors.values()]
+        chosen = select(
+            [t.module for path in paths.values() for t in _like(spec, inside, first, path)], settings, universe
+        )
+        found = []
+        for tensor in inside:
+            users = [tensor.module.replace(first, path, 1) for path in paths.values()]
+            picked = [module in chosen for module in users]
+            if any(picked) and not all(picked):
+                raise PassError(
+                    f"{tensor.module} is chosen in some blocks and not in others",
+                    key="only" if settings.only else "skip",
+                    fix="name the modules of all blocks (`*.mlp.*`); `groups: [[1, 2], …]` leaves blocks alone",
+                )
+            if all(picked):
+                found.append(tensor.name.removeprefix(first))
+        if not found:
+            raise PassError(
+                "nothing is left to share", key="only" if settings.only else "skip" if settings.skip else "parts"
+            )
+        return sorted(found)
+
+    def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, Groups]:
+        """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
+        depth = architectures.of(spec.structure.config).depth(spec.structure.config)
+        if not isinstance(settings.groups, int):
+            groups = [list(group) for group in settings.groups]
+            if (wrong := next((i for group in groups for i in group if i >= depth), None)) is not None:
+                raise PassError(f"there is no block {wrong}: they are numbered 0 to {depth - 1}", key="groups")
+            self._check(spec, settings, groups, parts)
+            return {"given": groups}
+        count = settings.groups
+        if depth % count or count == depth:
+            possible = " or ".join(str(n) for n in range(1, depth) if depth % n == 0)
+            raise PassError(
+                f"{depth} blocks cannot be {count} groups of equal size, two or more in each",
+                key="groups",
+                fix=f"set groups to {possible}" if possible else None,
+            )
+        size = depth // count
+        found: dict[str, Groups] = {
+            "sequence": [list(range(i * size, (i + 1) * size)) for i in range(count)],
+            "cycle": [list(range(i, depth, count)) for i in range(count)],
+        }
+        if settings.arrangement in found:
+            found = {settings.arrangement: found[settings.arrangement]}
+        elif self._is_albert(spec, settings, found["sequence"]):  # loads everywhere, as others would not
+            found = {"sequence": found["sequence"]}
+        good, problem = {}, None
+        for name, groups in found.items():
+            try:
+                self._check(spec, settings, groups, parts)
+                good[name] = groups
+            except PassError as error:
+                problem = error
+        if problem is not None and not good:
+            raise problem
+        return good
+
+    def _check(self, spec: Spec, settings: ShareSettings, groups: Groups, parts: Sequence[str]) -> None:
+        """The blocks of each group are alike. Raises `PassError`."""
+        config, paths = spec.structure.config, block_paths(spec)
+        record = architectures.of(config)
+        for key in record.per_layer:
+            values = config.get(key)
+            if values is None and key in record.per_layer_defaults:
+                values = record.per_layer_defaults[key](config)
+            if not isinstance(values, list):
+                continue
+            for first, *others in groups:
+                if (other := next((i for i in others if values[i] != values[first]), None)) is not None:
+                    raise PassError(
+                        f"blocks {first} and {other} are unlike: {key} is {values[first]} and {values[other]}",
+                        key="groups",
+                        fix="name `groups` of like blocks",
+                    )
+        for first, *others in groups:
+            for part in parts:
+                one = spec.tensors[paths[first] + part]
+                for block in others:
+                    other_ = spec.tensors.get(paths[block] + part)
+                    if other_ is None or (other_.shape, other_.dtype) != (one.shape, one.dtype):
+                        raise PassError(
+                            f"blocks {first} and {block} are unlike: {one.name} has another shape", key="groups"
+                        )
+                    if other_.kept is not None or one.kept is not None:
+                        raise PassError(
+                            f"{other_.name} has weights removed, and sharing would fill them in",
+                            fix="share before pruning weights",
+                        )
+                if settings.residual_rank and len(one.shape) == 2:
+                    users, (rows, columns) = len(others) + 1, one.shape
+                    if users * settings.residual_rank * (rows + columns) >= (users - 1) * rows * columns:
+                        most = ((users - 1) * rows * columns - 1) // (users * (rows + columns))
+                        raise PassError(
+                            f"residuals of rank {settings.residual_rank} are as large as what sharing {part} saves",
+                            key="residual_rank",
+                            fix=f"at most {most} saves anything",
+                        )
+
+
+def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[Tensor]:
+    names = [t.name.replace(first, path, 1) for t in tensors]
+    return [spec.tensors[name] for name in names if name in spec.tensors]
+
+
+def _folder(context: Context, groups: Groups) -> Path:
+    """Where what groups share is kept."""
+    return context.work / ("solved-" + "-".join("_".join(map(str, group)) for group in groups))
+
+
+def _derived(
+    checkpoint: Checkpoint, settings: ShareSettings, solver: Solver, groups: Groups, context: Context
+) -> Checkpoint:
+    from compress.checkpoint.open import Derived, Value, torch_dtype
+
+    after = shared(checkpoint.spec, groups, solver.how.parts, settings.residual_rank)
+    read = solver.read_solved(groups, _folder(context, groups))
+
+    def value(name: str) -> Value:
+        data = read(name).to(torch_dtype(after.tensors[name].dtype))
+        return Value(data, checkpoint.tensor(name).mask if after.tensors[name].kept is not None else None)
+
+    return Derived(checkpoint, after, value)
