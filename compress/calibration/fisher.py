@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from compress.calibration.batches import Batches
 from compress.calibration.sensitivity import SAMPLES
 from compress.checkpoint.open import Checkpoint
 from compress.errors import PassError
 from compress.loading import load_checkpoint
-
-if TYPE_CHECKING:
-    from compress.passes.base import Context
+from compress.progress import Progress
 
 
-def fisher_information(checkpoint: Checkpoint, names: Sequence[str], context: Context) -> Callable[[str], torch.Tensor]:
+def fisher_information(
+    checkpoint: Checkpoint, names: Sequence[str], batches: Batches, *, device: str, seed: int, progress: Progress
+) -> Callable[[str], torch.Tensor]:
     """A function from a tensor's name to its diagonal Fisher information, shaped as the tensor, float32.
 
     The mean over calibration samples of the squared gradient of the log-likelihood of tokens drawn from the model, or of a
@@ -27,7 +28,7 @@ def fisher_information(checkpoint: Checkpoint, names: Sequence[str], context: Co
 
     Source: Fisher-weighted averaging (arXiv 2111.09832), section 3.2.
     """
-    model: Any = load_checkpoint(checkpoint, dtype="float32", device=context.device)
+    model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
     if model.base_model is model:
         raise PassError("`init: fisher` needs a model that predicts something", key="init", fix="use `least_squares`")
     model.requires_grad_(False)
@@ -37,11 +38,11 @@ def fisher_information(checkpoint: Checkpoint, names: Sequence[str], context: Co
     sums = {n: torch.zeros_like(parameters[n]) for n in names}
     for name in names:
         parameters[name].requires_grad_(True)
-    generator = torch.Generator(context.device).manual_seed(context.seed)
-    samples = context.data("calibration").first(SAMPLES).parts(1)
-    with context.progress.task("measuring what weights matter", len(samples), "samples") as task:
+    generator = torch.Generator(device).manual_seed(seed)
+    samples = batches.first(SAMPLES).parts(1)
+    with progress.task("measuring what weights matter", len(samples), "samples") as task:
         for sample in samples:
-            logits = model(**sample.inputs(context.device))[0].float().flatten(0, -2)
+            logits = model(**sample.inputs(device))[0].float().flatten(0, -2)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             losses = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
             if sample.mask is not None and len(losses) == sample.mask.numel():

@@ -144,7 +144,15 @@ class Share(Pass[ShareSettings]):
         if settings.init == "fisher" and not context.rank:
             from compress.calibration.fisher import fisher_information
 
-            fisher = fisher_information(checkpoint, [paths[i] + part for i in blocks for part in matrices], context)
+            names = [paths[i] + part for i in blocks for part in matrices]
+            fisher = fisher_information(
+                checkpoint,
+                names,
+                context.data("calibration"),
+                device=context.device,
+                seed=context.seed,
+                progress=context.progress,
+            )
         how = Sharing(parts, settings.init, settings.align, settings.residual_rank, fisher)
         solver = Solver(checkpoint, read, how)
         found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
