@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress import architectures
+from compress.checkpoint.open import open_headers
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
@@ -54,10 +56,13 @@ class Distill(Pass[DistillSettings]):
         if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
             raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
         check_losses(spec, settings)
-        if settings.student is None:
-            return spec
-        cut = student_cut(spec, settings)
-        return spec if cut is None else PruneStructured().plan(spec, cut)
+        student = spec
+        if settings.student is not None and (cut := student_cut(spec, settings)) is not None:
+            student = PruneStructured().plan(spec, cut)
+        for folder in self.checkpoints(settings):  # those of the hub are looked at when they are opened
+            if Path(folder).expanduser().is_dir():
+                check_teacher(student, open_headers(folder, trust_remote_code=True)[0], folder)
+        return student
 
     def checkpoints(self, settings: DistillSettings) -> list[str]:
         """The teachers."""
@@ -100,6 +105,19 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         )
     if task.labels == "classes" and "cosine" in weights:
         raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
+
+
+def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
+    """A teacher is of the student's task and no smaller. Raises `PassError`."""
+    mine, theirs = (task_of(spec.structure.class_name) for spec in (student, teacher))
+    if theirs is not mine:
+        raise PassError(f"the teacher {name} is for {theirs.name}, the student for {mine.name}", key="teacher")
+    if teacher.parameters < student.parameters:
+        raise PassError(
+            f"the student has {student.parameters:,} parameters, more than the teacher {name}: {teacher.parameters:,}",
+            key="teacher",
+            fix="take a larger teacher, or make the student smaller",
+        )
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:

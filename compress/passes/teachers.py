@@ -18,7 +18,7 @@ from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, label_ids, task_of
 from compress.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
 from compress.passes.base import Context
-from compress.passes.distill import bytes_per_token, task_name
+from compress.passes.distill import bytes_per_token, check_teacher, task_name
 from compress.passes.distill_settings import DistillSettings
 from compress.training.cache import SHARD, TeacherCache
 from compress.training.data import Samples
@@ -48,19 +48,7 @@ def open_teachers(
                 open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
             Ranks(context.rank, context.world).wait()
             teacher = open_checkpoint(entry.checkpoint, **how)
-        if task_of(teacher.spec.structure.class_name) is not task_of(student.spec.structure.class_name):
-            raise PassError(
-                f"the teacher {entry.checkpoint} is for {task_of(teacher.spec.structure.class_name).name}, the student for "
-                f"{task_of(student.spec.structure.class_name).name}",
-                key="teacher",
-            )
-        if teacher.spec.parameters < student.spec.parameters:
-            raise PassError(
-                f"the student has {student.spec.parameters:,} parameters, more than the teacher {entry.checkpoint}: "
-                f"{teacher.spec.parameters:,}",
-                key="teacher",
-                fix="take a larger teacher, or make the student smaller",
-            )
+        check_teacher(student.spec, teacher.spec, entry.checkpoint)
         _check_processors(student, teacher, entry.checkpoint)
         _check_labels(student, teacher, entry.checkpoint)
         if samples.batches.images is None:
