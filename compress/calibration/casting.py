@@ -83,7 +83,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     rows: dict[str, Any] = {}
     ranks = block.sweep.ranks
     waiting: list[Rounded] = []
-    for number, (group, statistics, drift, free) in enumerate(_statistics(block)):
+    for number, (group, statistics, drift, free) in enumerate(with_drift(block)):
         solver = number % ranks.world  # of several processes one solves the group, the others get what it found
         shared: dict[str, Any] = {}
         for site in group:
@@ -128,7 +128,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     return result
 
 
-def _statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
+def with_drift(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
     """Groups with their statistics, with drift where there is an original to compare with."""
     if block.originals is not None:
         yield from paired_statistics(block)
