@@ -83,4 +83,5 @@ class Grid:
         """What `to_json` gave. Raises KeyError for an unknown format."""
         grid = cls(**{k: row[k] for k in ("format", "group", "symmetric", "transposed", "activations")})
         assert grid.bits == row["bits"]
+        assert not grid.is_codebook or grid == cls(grid.format)
         return grid

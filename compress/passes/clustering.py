@@ -27,13 +27,14 @@ def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
     Raises:
         PassError: naming a tensor that is none, or that is made of codes already.
     """
-    for name in sorted(names):
+    chosen = frozenset(names)
+    for name in sorted(chosen):
         tensor = spec.tensors[name]
         if tensor.alias_of or tensor.grid or tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) < 2:
             what = "shared with " + tensor.alias_of if tensor.alias_of else "no matrix of floats"
             raise PassError(f"{name} is {what}, and gets no codebook", fix=f"skip it: skip: [{tensor.module}]")
     grid = Grid(f"codebook{bits}")
-    return spec.map(lambda tensor: replace(tensor, grid=grid) if tensor.name in names else tensor)
+    return spec.map(lambda tensor: replace(tensor, grid=grid) if tensor.name in chosen else tensor)
 
 
 def cluster(
@@ -47,13 +48,14 @@ def cluster(
     """
     from compress.checkpoint.open import Derived
 
+    chosen = frozenset(names)
     record = architectures.of(spec.structure.config) if calibrated else None
-    inside = [n for n in names if record and record.is_block_matrix(n) and len(spec.tensors[n].shape) == 2]
+    inside = sorted(n for n in chosen if record and record.is_block_matrix(n) and len(spec.tensors[n].shape) == 2)
     read = _sweep(checkpoint, spec, inside, context) if inside else checkpoint.tensor
 
     def change(name: str) -> Value:
         value = read(name)
-        return value if name not in names or value.codes is not None else _by_weights(value, spec.tensors[name])
+        return value if name not in chosen or value.codes is not None else _by_weights(value, spec.tensors[name])
 
     return Derived(checkpoint, spec, change)
 

@@ -214,6 +214,7 @@ def test_damage_is_refused_in_one_line(tmp_path):
         ("plain", say(kept=7), "damaged table of stored tensors"),
         ("plain", say(grid={**grid, "format": "int3"}), "damaged table of stored tensors"),
         ("plain", say(grid={**grid, "format": "codebook9", "bits": 9}), "damaged table of stored tensors"),
+        ("plain", say(grid={**grid, "transposed": True}), "damaged table of stored tensors"),
         ("plain", say(storage=["pack-quantized"]), "damaged table of stored tensors"),
         ("masked", say(storage=["codebook"]), "damaged table of stored tensors"),
         ("masked", lose("keep"), f"damaged table of stored tensors: KeyError\\('{name}.keep'"),

@@ -130,6 +130,16 @@ def test_calibration_pays_and_bits_do(folders, tmp_path):
     assert by_weights > 1.2 * solved > 10 * finer
 
 
+def test_experts_that_no_token_reaches_are_clustered_by_their_weights(folders, tmp_path):
+    checkpoint, details = open_checkpoint(folders["qwen3_moe"]), {}
+    changed = shared(checkpoint, tmp_path / "w", 4, Batches(torch.full((2, 6), 7)), details=details)
+    rows = [(name, row) for block in details["blocks"] for name, row in block["tensors"].items()]
+    cold = [name for name, row in rows if "no token reached it" in row.get("note", "")]
+    assert 0 < len(cold) < len(rows)
+    alone = shared(checkpoint, tmp_path / "w", 4)
+    assert all(torch.equal(changed.tensor(name).data, alone.tensor(name).data) for name in cold)
+
+
 def test_clustering_again_changes_nothing(folders, tmp_path):
     """Tensors of few values keep them."""
     once = write(shared(open_checkpoint(folders["gpt2"]), tmp_path / "w", 4), tmp_path / "once", store="compact")

@@ -107,7 +107,9 @@ def test_merging_first_costs_next_to_nothing(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_few_values_are_kept_as_they_are(dtype):
     generator = torch.Generator().manual_seed(0)
-    values = (1 + torch.randn(13, generator=generator, dtype=torch.float64) * 1e-6).to(dtype)  # one bin of the histogram
+    values = (1 + torch.randn(13, generator=generator, dtype=torch.float64) * 1e-6).to(
+        dtype
+    )  # one bin of the histogram
     W = values[torch.randint(len(values), (50, 40), generator=generator)]
     codes = rounded(W, 4, dtype, torch.rand(40, generator=generator))
     assert codes.scale.dtype == dtype
