@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Literal
 
 from compress import architectures
 from compress.checkpoint.grids import Grid
-from compress.checkpoint.spec import DENSE, DTYPE_BITS, FP8, INT8, MASKED, MXFP4, NVFP4, PACKED, Spec, Tensor
+from compress.checkpoint.spec import (
+    CODEBOOK,
+    DENSE,
+    DTYPE_BITS,
+    FP8,
+    INT8,
+    MASKED,
+    MXFP4,
+    NVFP4,
+    PACKED,
+    Spec,
+    Tensor,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +60,15 @@ def parts(tensor: Tensor) -> list[Part]:
         assert tensor.kept is not None, tensor
         return [_keep(tensor), Part(f"{name}.values", "values", (tensor.kept,), tensor.dtype)]
     grid, chain = tensor.grid, tensor.storage[-1:]
+    assert grid.is_codebook == (chain == CODEBOOK), tensor
+    if grid.is_codebook:
+        masked = tensor.storage[0] == "mask"
+        assert masked == (tensor.kept is not None), tensor
+        count = tensor.count if tensor.kept is None else tensor.kept
+        return ([_keep(tensor)] if masked else []) + [
+            Part(f"{name}.codes", "codes", (_words(count, grid.bits),), "I32"),
+            Part(f"{name}.codebook", "scale", (1 << grid.bits,), tensor.dtype),
+        ]
     outputs, inputs = grid.rows(tensor.shape)
     scales = (outputs, grid.groups(tensor.shape))
     zero = not grid.symmetric
@@ -94,7 +115,8 @@ def with_storage(spec: Spec, store: Store) -> Spec:
     """The spec with the chain that each tensor gets in that store: the smallest, dense where equal.
 
     Stock files have no place for the keep-mask of a matrix of codes: its zeros are written, and that they were removed is
-    forgotten. Codes that stock loaders do not take are written as the floats that they stand for.
+    forgotten. Codes that stock loaders do not take are written as the floats that they stand for. A codebook may have no zero:
+    with one a keep-mask is always stored.
     """
 
     def choose(tensor: Tensor) -> Tensor:
@@ -104,6 +126,8 @@ def with_storage(spec: Spec, store: Store) -> Spec:
         if tensor.grid is not None:
             plain = stock_chain(tensor.grid)
             candidates = [plain, ("mask", *plain)] if masked and tensor.grid.is_integer else [plain]
+            if masked and tensor.grid.is_codebook:
+                candidates = [("mask", *plain)]
         else:
             candidates = [DENSE, MASKED] if masked else [DENSE]
         options = [replace(tensor, storage=chain) for chain in candidates]
@@ -114,7 +138,9 @@ def with_storage(spec: Spec, store: Store) -> Spec:
 
 
 def stock_chain(grid: Grid) -> tuple[str, ...]:
-    """The format of compressed-tensors for such codes."""
+    """The format of compressed-tensors for such codes; it has none for codebooks."""
+    if grid.is_codebook:
+        return CODEBOOK
     if grid.is_integer:
         return INT8 if grid.activations is not None and grid.bits == 8 else PACKED
     return {"fp8": FP8, "mxfp4": MXFP4, "nvfp4": NVFP4}[grid.format]
@@ -134,7 +160,7 @@ def stock_holds(spec: Spec, tensor: Tensor) -> bool:
     if tensor.grid is None:
         return True
     record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
-    if tensor.grid.transposed or record is None:
+    if tensor.grid.transposed or tensor.grid.is_codebook or record is None:
         return False
     if stock_chain(tensor.grid) == PACKED and not tensor.grid.symmetric:
         return False
@@ -168,6 +194,8 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
         assert value.mask is not None
         mask = value.mask.T if tensor.grid.transposed else value.mask
         result |= {"keep": pack_bits(mask), "codes": pack_codes(found.codes[mask][None], bits)[0]}
+    elif tensor.storage == CODEBOOK:
+        result["codes"] = pack_codes(found.codes.reshape(1, -1), bits)[0]
     elif tensor.storage == PACKED:
         result |= {"codes": pack_codes(found.codes, bits), "shape": torch.tensor(found.codes.shape)}
     elif tensor.storage in (INT8, FP8):

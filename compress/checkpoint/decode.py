@@ -7,6 +7,9 @@ A chain lists codecs outermost first. ``("mask", "dense")``: part ``.keep`` hold
 lowest bit first, padded with zeros; part ``.values`` the kept weights in row-major order. ``("dense",)``: one part with
 the tensor's own name. In a dense part a removed weight is +0.0 and a kept weight that is zero is stored as -0.0, so a
 keep-mask survives a dense float file without a byte of its own (the metadata say which tensors have one).
+
+``("codebook",)``: part ``.codebook`` holds 2**bits values, part ``.codes`` the number of each weight's value, in row-major
+order as `unpack_codes` reads them. ``("mask", "codebook")``: ``.keep`` as above, and codes of the kept weights alone.
 """
 
 from __future__ import annotations
@@ -20,7 +23,14 @@ _AT_ONCE = 1 << 22
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-_CODED = ("pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+_CODED = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+    "codebook",
+)
 #: Values of the sixteen E2M1 codes: sign, two bits of exponent, one of mantissa.
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
@@ -32,6 +42,9 @@ def part_names(name: str, storage: tuple[str, ...], grid: dict[str, Any] | None 
         return {"keep": f"{name}.keep", "values": f"{name}.values"} if masked else {"values": name}
     if grid is None or storage[-1] not in _CODED or len(storage) != 1 + masked:
         raise ValueError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read")
+    if storage[-1] == "codebook":
+        names = {"codes": f"{name}.codes", "scale": f"{name}.codebook"}
+        return names | {"keep": f"{name}.keep"} if masked else names
     names = {"scale": f"{name}_scale"}
     if masked:
         names |= {"keep": f"{name}.keep", "codes": f"{name}.codes"}
@@ -70,7 +83,8 @@ def decode(
     return values, mask
 
 
-#: Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales.
+#: Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales. Of a
+#: codebook: int8 codes shaped like the tensor, less half their range, and its values [2**bits] in place of the scales.
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -81,6 +95,8 @@ def decode_codes(
     rows = (shape[1], shape[0]) if grid["transposed"] else shape
     mask = unpack_bits(parts["keep"], rows) if storage[0] == "mask" else None
     bits, found, scale, zero = int(grid["bits"]), parts["codes"], parts["scale"], parts.get("zero")
+    if storage[-1] == "codebook" and len(scale) != 1 << bits:
+        raise ValueError(f"a codebook of {bits} bits has {1 << bits} values, {len(scale)} are stored")
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack_codes(zero.T.contiguous(), bits, rows[0]).T.contiguous()
     if storage[0] == "mask":
@@ -92,6 +108,11 @@ def decode_codes(
         if zero is not None:
             full = full + zero.repeat_interleave(rows[1] // zero.shape[1], 1)
         found = full.masked_scatter_(mask, unpack_codes(found[None], bits, kept)[0])
+    elif storage[0] == "codebook":
+        count = torch.Size(shape).numel()
+        if found.numel() != -(-count * bits // 32):
+            raise ValueError(f"there are {count} weights, {found.numel()} words of codes are stored")
+        found = unpack_codes(found[None], bits, count).reshape(shape)
     elif storage[0] == "pack-quantized":
         found = unpack_codes(found, bits, rows[1])
     elif found.dtype == torch.uint8:
@@ -110,7 +131,17 @@ def values_of(codes: _Codes, mask: torch.Tensor | None, grid: dict[str, Any]) ->
 def dequantized(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, overall: torch.Tensor | None
 ) -> torch.Tensor:
-    """(q - z) · s [O, I], computed in the dtype of s as compressed-tensors does; bfloat16 for four-bit floats."""
+    """(q - z) · s [O, I], computed in the dtype of s as compressed-tensors does; bfloat16 for four-bit floats.
+
+    Where ``scale`` has one axis it is a codebook: the values that codes of any shape number.
+    """
+    if scale.ndim == 1:
+        values = torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
+        for part, into in zip(
+            torch.split(codes.flatten(), _AT_ONCE), torch.split(values.view(-1), _AT_ONCE), strict=True
+        ):
+            torch.index_select(scale, 0, part.int() + len(scale) // 2, out=into)
+        return values
     dtype = None
     if codes.dtype == torch.uint8:
         codes, dtype = torch.tensor(_E2M1, device=codes.device)[codes.long()], torch.bfloat16

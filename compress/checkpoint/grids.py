@@ -1,7 +1,7 @@
-"""Number formats with scales: how the weights of a matrix become codes. No torch here.
+"""Number formats with scales, and codebooks: how the weights of a matrix become codes. No torch here.
 
 Rows are outputs. Each row, or each group of consecutive inputs in it, has a scale s and, where the format is asymmetric, an
-integer zero point z; a code q stands for (q - z) · s.
+integer zero point z; a code q stands for (q - z) · s. Or codes number the values of a codebook, one for a whole tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any, Literal
 INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (8, 6, 5, 4, 3, 2)})
 #: Formats of float codes ▶ bits.
 FLOATS: Mapping[str, int] = MappingProxyType({"fp8": 8, "mxfp4": 4, "nvfp4": 4})
+#: Codes that number the values of a codebook ▶ bits.
+CODEBOOKS: Mapping[str, int] = MappingProxyType({f"codebook{bits}": bits for bits in range(8, 1, -1)})
 #: Formats whose groups are what their definition says.
 FIXED_GROUPS: Mapping[str, int] = MappingProxyType({"mxfp4": 32, "nvfp4": 16})
 Activations = Literal["int8", "fp8"]
@@ -26,10 +28,11 @@ class Grid:
 
     Attributes:
         format: ``int2`` … ``int8``, ``fp8`` (E4M3), ``mxfp4`` (OCP MX: E2M1 with a power of two for each 32), ``nvfp4`` (E2M1
-            with an E4M3 scale for each 16 and one float32 for all).
+            with an E4M3 scale for each 16 and one float32 for all), ``codebook2`` … ``codebook8``.
         group: inputs per scale; 0 for one scale per row.
         symmetric: no zero points.
-        transposed: the checkpoint shapes the matrix [in, out] (GPT-2); codes and scales lie as [out, in] nonetheless.
+        transposed: the checkpoint shapes the matrix [in, out] (GPT-2); codes and scales lie as [out, in] nonetheless. Never
+            with a codebook, whose codes lie as the tensor does.
         activations: the format that inputs are meant to be cast to while running, token by token; None for none.
     """
 
@@ -42,15 +45,22 @@ class Grid:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return INTEGERS.get(self.format) or FLOATS[self.format]
+        return INTEGERS.get(self.format) or FLOATS.get(self.format) or CODEBOOKS[self.format]
 
     @property
     def is_integer(self) -> bool:
         """Whether codes are integers."""
         return self.format in INTEGERS
 
-    def rows(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Outputs and inputs of a matrix of that shape."""
+    @property
+    def is_codebook(self) -> bool:
+        """Whether codes number the values of a codebook."""
+        return self.format in CODEBOOKS
+
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the codes: outputs and inputs of a matrix; with a codebook that of the tensor."""
+        if self.is_codebook:
+            return shape
         return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
 
     def groups(self, shape: tuple[int, ...]) -> int:
@@ -73,4 +83,5 @@ class Grid:
         """What `to_json` gave. Raises KeyError for an unknown format."""
         grid = cls(**{k: row[k] for k in ("format", "group", "symmetric", "transposed", "activations")})
         assert grid.bits == row["bits"]
+        assert not grid.is_codebook or grid == cls(grid.format)
         return grid

@@ -36,6 +36,9 @@ class Codes:
     Attributes:
         codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.
         overall: float32 [1] that scales are divided by (nvfp4).
+
+    Of a codebook: ``codes`` are shaped like the tensor, int8, numbers of values less half of how many there are (0 for removed
+    weights), and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
     """
 
     codes: torch.Tensor

@@ -46,8 +46,10 @@ INT8: tuple[str, ...] = ("int-quantized",)
 FP8: tuple[str, ...] = ("float-quantized",)
 MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
 NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
-CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4)
-CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8)))
+#: Codes that number the values of a codebook, which compressed-tensors does not have.
+CODEBOOK: tuple[str, ...] = ("codebook",)
+CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4, CODEBOOK)
+CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8, CODEBOOK)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress import architectures
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.spec import Spec, Tensor
-from compress.errors import PassError
+from compress.errors import CheckpointError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, undecided
@@ -175,17 +175,21 @@ def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> V
     return Value(data.to(target), value.mask)
 
 
-def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, search: bool) -> Value:
-    """Rounded to the nearest codes of a grid fitted to the weights alone."""
+def check_finite(name: str, data: torch.Tensor) -> None:
+    """Raises `CheckpointError` for a tensor with values that have no code."""
     import torch
 
+    # the extremes are NaN where any value is: faster than to look at every weight
+    if data.numel() and not torch.isfinite(torch.stack(torch.aminmax(data))).all():
+        raise CheckpointError(f"tensor {name} holds NaN or infinite values, which have no code")
+
+
+def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, search: bool) -> Value:
+    """Rounded to the nearest codes of a grid fitted to the weights alone."""
     from compress.checkpoint.open import Value
-    from compress.errors import CheckpointError
     from compress.solvers.grids import rounded, weights
 
-    # the extremes are NaN where any value is: faster than to look at every weight
-    if value.data.numel() and not torch.isfinite(torch.stack(torch.aminmax(value.data))).all():
-        raise CheckpointError(f"tensor {tensor.name} holds NaN or infinite values, which have no code")
+    check_finite(tensor.name, value.data)
     across = value.data.T if grid.transposed else value.data
     keep = value.mask.T if value.mask is not None and grid.transposed else value.mask
     codes = rounded(across, grid, dtype, keep, search=search)

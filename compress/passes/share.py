@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 
 from compress import architectures
 from compress.checkpoint.spec import Spec
-from compress.checkpoint.structure import block_paths, check_nameable, shared
+from compress.checkpoint.structure import alias, block_paths, check_nameable, shared
 from compress.errors import PassError
 from compress.passes.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.base import Context, Pass, PassSettings, Storage, select
-from compress.passes.sweeping import followable, once, open_sweep, sweep_memory
+from compress.passes.clustering import cluster, clustered
+from compress.passes.sweeping import block_matrices, followable, once, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +33,10 @@ Arrangement = Literal["best", "sequence", "cycle", "nearest"]
 class ShareSettings(PassSettings):
     """Settings of `share`."""
 
-    groups: int | Groups = Field(
+    groups: int | Groups | None = Field(
+        default=None,
         description="How many blocks are left to store, each used by as many; or lists of the numbers of blocks that share, "
-        "such as [[1, 2], [3, 4]], blocks in no list staying as they are."
+        "such as [[1, 2], [3, 4]], blocks in no list staying as they are.",
     )
     arrangement: Arrangement = Field(
         default="best",
@@ -64,9 +66,28 @@ class ShareSettings(PassSettings):
         description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. `distill` "
         "trains it too.",
     )
+    embeddings: Literal["tie"] | None = Field(
+        default=None,
+        description="`tie`: the vectors that tokens are looked up by and those that predict them become the same, nearest to "
+        "both where calibration data need them.",
+    )
+    codebook_bits: int | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="Weights of each matrix share so few values: 2 to the power of this, in a codebook of its own. Found by "
+        "k-means weighted by what inputs matter, each rounding made up for by later ones; stored as numbers of that many bits. "
+        "Nothing trains after it.",
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
+        if self.groups is None and self.embeddings is None and self.codebook_bits is None:
+            raise ValueError("give `groups`, `embeddings` or `codebook_bits`")
+        if self.groups is None and self.residual_rank:
+            raise ValueError("`residual_rank` goes with `groups`")
+        if self.groups is None:
+            return self
         if isinstance(self.groups, int):
             if self.groups < 1:
                 raise ValueError("`groups` is at least 1")
@@ -93,19 +114,45 @@ class Share(Pass[ShareSettings]):
     settings = ShareSettings
     mode = "sweep"
     needs = frozenset({"calibration"})
-    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "shared"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared"})
     preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
         "ALBERT, arXiv 1909.11942; Relaxed Recursive Transformers, arXiv 2410.20672; order of units as in Git Re-Basin, arXiv "
-        "2209.04836; Fisher mean: arXiv 2111.09832"
+        "2209.04836; Fisher mean: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149; SqueezeLLM, arXiv 2306.07629"
     )
+
+    def produced(self, settings: ShareSettings) -> frozenset[Storage]:
+        """Integers (numbers of values) with codebooks; shared tensors with groups."""
+        found: set[Storage] = {"float"}
+        if settings.codebook_bits is not None:
+            found.add("integer")
+        if settings.groups is not None:
+            found.add("shared")
+        return frozenset(found)
 
     def plan(self, spec: Spec, settings: ShareSettings) -> Spec:
         """Exact but for names, where it is still open which blocks share."""
-        parts = self._parts(spec, settings)
-        candidates = self._candidates(spec, settings, parts)
-        planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
-        return replace(planned, exact=spec.exact and not self._open(settings, candidates))
+        result = spec
+        if settings.groups is not None:
+            parts = self._parts(spec, settings)
+            candidates = self._candidates(spec, settings, parts)
+            planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
+            result = replace(planned, exact=spec.exact and not self._open(settings, candidates))
+        if settings.embeddings == "tie":
+            result = tied(result)
+        if settings.codebook_bits is not None:
+            result = clustered(result, self._clustered(result, settings), settings.codebook_bits)
+        return result
+
+    def _clustered(self, spec: Spec, settings: ShareSettings) -> list[str]:
+        """Matrices that get codebooks: those of blocks, or the ones chosen."""
+        default = [] if settings.only else block_matrices(spec)
+        chosen = select(default, settings, [t.module for t in spec.tensors.values()])
+        names = [f"{m}.weight" for m in chosen if f"{m}.weight" in spec.tensors]
+        found = sorted(n for n in names if spec.tensors[n].alias_of is None and len(spec.tensors[n].shape) >= 2)
+        if not found:
+            raise PassError("no weight matrix is left to cluster", key="only" if settings.only else "skip")
+        return found
 
     def _open(self, settings: ShareSettings, candidates: Mapping[str, Groups]) -> bool:
         """Whether calibration data say which blocks share."""
@@ -116,20 +163,45 @@ class Share(Pass[ShareSettings]):
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
         """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
-        parts = self._parts(spec, settings)
-        names = [
-            path + part
-            for path in block_paths(spec).values()
-            for part in parts
-            if len(spec.tensors[path + part].shape) == 2
-        ]
-        sweep = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
-        if not self._open(settings, self._candidates(spec, settings, parts)):
-            return sweep
-        return max(sweep, 2 * width * spec.parameters + 4 * spec.parameters)
+        found = 0
+        if settings.groups is not None:
+            parts = self._parts(spec, settings)
+            names = [path + part for path in block_paths(spec).values() for part in parts]
+            names = [name for name in names if len(spec.tensors[name].shape) == 2]
+            found = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
+            if self._open(settings, self._candidates(spec, settings, parts)) or settings.init == "fisher":
+                found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
+        if settings.embeddings == "tie":
+            found = max(found, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
+        if settings.codebook_bits is not None:
+            planned = self.plan(spec, settings)
+            names = [t.name for t in planned.stored() if t.grid is not None]
+            found = max(found, sweep_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
+        return found
 
     def apply(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
-        """Statistics are gathered, the arrangement is chosen and shared tensors are solved for here, into the work folder."""
+        """What calibration data tell is found here, into the work folder, and the result reads it."""
+        result = checkpoint
+        if settings.groups is not None:
+            result = self._share_blocks(result, settings, context)
+        if settings.embeddings == "tie":
+            from compress.calibration.tying import tie
+
+            result = tie(
+                result,
+                tied(result.spec),
+                context.data("calibration"),
+                device=context.device,
+                dtype=context.dtype,
+                progress=context.progress,
+            )
+        if settings.codebook_bits is not None:
+            names = self._clustered(result.spec, settings)
+            result = cluster(result, clustered(result.spec, names, settings.codebook_bits), names, context, True)
+        return result
+
+    def _share_blocks(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
+        """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
         from compress.calibration.sharing import Read, Sharing, Solver
 
         spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
@@ -243,12 +315,13 @@ class Share(Pass[ShareSettings]):
     def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, Groups]:
         """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
         depth = architectures.of(spec.structure.config).depth(spec.structure.config)
-        if not isinstance(settings.groups, int):
+        if isinstance(settings.groups, list):
             groups = [list(group) for group in settings.groups]
             if (wrong := next((i for group in groups for i in group if i >= depth), None)) is not None:
                 raise PassError(f"there is no block {wrong}: they are numbered 0 to {depth - 1}", key="groups")
             self._check(spec, settings, groups, parts)
             return {"given": groups}
+        assert settings.groups is not None
         count = settings.groups
         if depth % count or count == depth:
             possible = " or ".join(str(n) for n in range(1, depth) if depth % n == 0)
@@ -317,6 +390,26 @@ class Share(Pass[ShareSettings]):
                             key="residual_rank",
                             fix=f"at most {most} saves anything",
                         )
+
+
+def tied(spec: Spec) -> Spec:
+    """The spec with one table for looking tokens up and for predicting them. Raises `PassError`."""
+    record = architectures.of(spec.structure.config)
+    embedding = next((n for n in spec.tensors if n.endswith(f"{record.embeddings[0]}.weight")), None)
+    head = spec.tensors.get(record.head_tie)
+    if not record.has_head(spec) or embedding is None or head is None:
+        raise PassError("this model has no head that predicts tokens", key="embeddings")
+    if head.alias_of is not None:
+        raise PassError("the embeddings are tied already", key="embeddings", fix="leave `embeddings` out")
+    if head.shape != spec.tensors[embedding].shape:
+        raise PassError(
+            f"{head.name} {list(head.shape)} and {embedding} {list(spec.tensors[embedding].shape)} have unlike shapes",
+            key="embeddings",
+        )
+    config = {**spec.structure.config, "tie_word_embeddings": True}
+    rest = {n: t for n, t in spec.tensors.items() if n != head.name}
+    rest[head.name] = alias(spec.tensors[embedding], head.name)
+    return replace(spec, structure=replace(spec.structure, config=config), tensors=rest)
 
 
 def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[Tensor]:

@@ -6,12 +6,18 @@ a column of W is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 
 from compress.checkpoint.grids import Grid
+from compress.solvers.codebook import borders_of
 from compress.solvers.grids import Scales, nearest
 from compress.solvers.hessian import inverse_factor
 
+#: Weights [O] of an input, and its number ▶ the values they are rounded to, a new tensor.
+Rounding: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
 #: Columns whose updates are applied to the rest of their block at once.
 _INNER = 32
 
@@ -33,19 +39,58 @@ def gptq(
     """The weights to round to nearest, [out, in] in W's dtype: as updated for the errors of the columns before.
 
     Scales are those of the groups in the file's order, fixed beforehand ("static groups"), whatever the order of work: no
-    index tensor is needed.
+    index tensor is needed. Arguments beside grid and scales are those of `compensated`.
+    """
+    size = grid.group or W_OI.shape[1]
+    scale_GO = scales.scale.t().to(U_II.dtype).contiguous()
+    zero_GO = None if scales.zero is None else scales.zero.t().to(U_II.dtype).contiguous()
+
+    def round_(w_O: torch.Tensor, i: int) -> torch.Tensor:
+        scale_O = scale_GO[i // size]
+        if zero_GO is None:
+            return nearest(w_O / scale_O, grid).mul_(scale_O)
+        zero_O = zero_GO[i // size]
+        return nearest(torch.addcdiv(zero_O, w_O, scale_O), grid).sub_(zero_O).mul_(scale_O)
+
+    return compensated(W_OI, U_II, order_I, round_, keep_OI, blocksize)
+
+
+def codebook_gptq(
+    W_OI: torch.Tensor,
+    U_II: torch.Tensor,
+    order_I: torch.Tensor,
+    book_K: torch.Tensor,
+    keep_OI: torch.Tensor | None = None,
+    blocksize: int = 128,
+) -> torch.Tensor:
+    """As `gptq`, for the values of a codebook, ascending. Arguments beside it are those of `compensated`."""
+    book_K = book_K.to(W_OI.device, U_II.dtype)
+    borders = borders_of(book_K)
+
+    def round_(w_O: torch.Tensor, i: int) -> torch.Tensor:
+        return book_K[torch.bucketize(w_O, borders)]
+
+    return compensated(W_OI, U_II, order_I, round_, keep_OI, blocksize)
+
+
+def compensated(
+    W_OI: torch.Tensor,
+    U_II: torch.Tensor,
+    order_I: torch.Tensor,
+    round_: Rounding,
+    keep_OI: torch.Tensor | None = None,
+    blocksize: int = 128,
+) -> torch.Tensor:
+    """The weights to round, [out, in] in W's dtype: as updated for the errors of the columns before.
 
     Args:
         W_OI: weights, [out, in]. U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``.
         order_I: in which order columns are rounded. keep_OI: removed weights are rounded to zero.
     """
     inputs = W_OI.shape[1]
-    size = grid.group or inputs
     W_IO = W_OI.t()[order_I].to(U_II.dtype, memory_format=torch.contiguous_format, copy=True)
     latent_IO = torch.empty_like(W_IO)
-    group_I = torch.div(order_I, size, rounding_mode="floor").tolist()
-    scale_GO = scales.scale.t().to(W_IO.dtype).contiguous()
-    zero_GO = None if scales.zero is None else scales.zero.t().to(W_IO.dtype).contiguous()
+    numbers = order_I.tolist()
     gone_IO = None if keep_OI is None else ~keep_OI.t()[order_I]
     for start in range(0, inputs, blocksize):
         stop = min(start + blocksize, inputs)
@@ -63,11 +108,7 @@ def gptq(
                 w, at = W_GO[k], start + i + k
                 if k:
                     w.addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
-                scale, zero = scale_GO[group_I[at]], None if zero_GO is None else zero_GO[group_I[at]]
-                if zero is None:
-                    back = nearest(w / scale, grid).mul_(scale)
-                else:
-                    back = nearest(torch.addcdiv(zero, w, scale), grid).sub_(zero).mul_(scale)
+                back = round_(w, numbers[at])
                 if gone_IO is not None:
                     back.masked_fill_(gone_IO[at], 0)
                 torch.sub(w, back, out=error_GO[k])

@@ -276,3 +276,38 @@ def test_experts_and_decoders_of_two_streams_are_refused(tmp_path):
     pico.save(tmp_path / "t5", "t5")
     with pytest.raises(PassError, match="cannot be changed block by block"):
         share(tmp_path / "t5", tmp_path / "no", groups=2)
+
+
+def test_embeddings_are_tied_towards_both(folders, tmp_path, stock):
+    folder = pico.save(tmp_path / "in", "llama", tie_word_embeddings=False)
+    compress.apply("share", folder, tmp_path / "out", embeddings="tie", data=IDS)
+    before, after = (open_checkpoint(f).spec for f in (folder, tmp_path / "out"))
+    assert before.parameters - after.parameters == before.tensors["lm_head.weight"].count
+    model = load_model(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "model_type" in stock(f"import json; print(json.load(open({str(tmp_path / 'out/config.json')!r})))")
+    found = {}
+    original = load_model(folder)
+    for name in ("input", "output"):
+        tied_ = load_model(tmp_path / "out")
+        with torch.no_grad():
+            source = original.lm_head if name == "output" else original.model.embed_tokens
+            tied_.lm_head.weight.copy_(source.weight)
+            x, y = (m(input_ids=IDS)[0].log_softmax(-1) for m in (original, tied_))
+        found[name] = float(torch.nn.functional.kl_div(y, x, log_target=True, reduction="sum")) / IDS.numel()
+    assert error(tmp_path / "out", folder) < min(found.values())
+    with pytest.raises(PassError, match="tied already"):
+        compress.apply("share", tmp_path / "out", tmp_path / "again", embeddings="tie", data=IDS)
+
+
+def test_codebooks_after_sharing(folders, tmp_path):
+    share(folders["llama"], tmp_path / "out", groups=2, codebook_bits=4)
+    spec = open_checkpoint(tmp_path / "out").spec
+    coded = [t for t in spec.stored() if t.grid is not None]
+    assert len(coded) == 2 * 7
+    assert all(len(open_checkpoint(tmp_path / "out").tensor(t.name).data.unique()) <= 16 for t in coded)
+    assert error(tmp_path / "out", folders["llama"]) > 0
+    share(folders["gpt2"], tmp_path / "alone", codebook_bits=6)
+    assert error(tmp_path / "alone", folders["gpt2"]) < 0.1
+    with pytest.raises(CompressError, match="give `groups`, `embeddings` or `codebook_bits`"):
+        share(folders["gpt2"], tmp_path / "none")
