@@ -21,7 +21,7 @@ from compress.progress import SilentProgress
 from tests import pico
 from tests.passes.helpers import apply, write
 
-FAMILIES = ["llama", "gpt2", "qwen3_moe", "bert"]
+FAMILIES = ["llama", "gpt2", "qwen3_moe"]
 
 
 @pytest.fixture(scope="module")
