@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-all check bench bench-prune bench-distill bench-structured bench-cast bench-versus bench-memory docs clean
+.PHONY: setup quickstart test test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory docs clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ bench-prune: $(STAMP)
 
 bench-distill: $(STAMP)
 	$(BIN)/python benchmarks/distill.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-share: $(STAMP)
+	$(BIN)/python benchmarks/share.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-structured: $(STAMP)
 	$(BIN)/python benchmarks/structured.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)

@@ -44,6 +44,7 @@ def inspect(
         "model_type": spec.structure.model_type,
         "class": spec.structure.class_name,
         "compact": needs_code(spec),
+        "edits": dict(Counter(edit.kind for edit in spec.structure.edits)),
         "size": asdict(size),
         "dtypes": dict(Counter(t.dtype for t in spec.stored())),
         "modules": modules(spec),

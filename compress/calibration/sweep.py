@@ -411,6 +411,7 @@ class Sweep:
         pair = [Activations(self.work / f"unchanged{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
         for rows in self.batches():
             pair[0].write(rows, self._capture(rows)[0])
+        self.ranks.wait()
         for index in range(last + 1):
             now, then = pair[index % 2], pair[(index + 1) % 2]
             with self.streamed.block(index) as module:
@@ -422,6 +423,7 @@ class Sweep:
                 with torch.no_grad():
                     for rows in self.batches():
                         then.write(rows, block.forward(rows, now.read(rows).to(self.device)))
+            self.ranks.wait()
         for file in pair:
             file.close()
 

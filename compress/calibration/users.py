@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.calibration.sites import Site, Statistics, find_sites
+from compress.errors import PassError
 
 if TYPE_CHECKING:
     from compress.calibration.sweep import Block, Sweep
@@ -32,12 +33,26 @@ class Users:
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()
         for tensor in sweep.checkpoint.spec.tensors.values():
-            index = sweep.streamed.record.block_index(tensor.name)
-            if index is None or tensor.alias_of is None:
+            if tensor.alias_of is None:
+                continue
+            index, first = (sweep.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
+            if index == first:
+                continue
+            if index is None or first is None or first > index:
+                self._refuse(tensor.name, tensor.alias_of)
                 continue
             self.names |= {tensor.name, tensor.alias_of}
             if tensor.alias_of in sweep.wanted:
                 self.by_block.setdefault(index, {})[tensor.name] = tensor.alias_of
+
+    def _refuse(self, name: str, source: str) -> None:
+        """Raises `PassError` where the sweep would change a tensor that runs before it is solved, or outside the blocks."""
+        wanted = self.sweep.wanted
+        if not wanted.isdisjoint((name, source)):
+            module = source.rpartition(".")[0]
+            raise PassError(
+                f"{name} is shared with {source}, which comes after it", fix=f"leave it out: skip: [{module}]"
+            )
 
     def gather(self) -> None:
         """Statistics of what the other users read, into files; nothing where that was done before."""

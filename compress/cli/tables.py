@@ -189,6 +189,9 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
         else ""
     )
     _line(console, f"{size['bits_per_weight']:.2f} bits per weight{kv}, dtypes {', '.join(data['dtypes'])}")
+    if data["edits"]:
+        words = {"shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors"}
+        _line(console, ", ".join(f"{count} {words[kind]}" for kind, count in data["edits"].items()))
     if not tensors:
         rows = [
             (

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress import architectures
 from compress.checkpoint.spec import Spec
-from compress.checkpoint.structure import alias, block_paths, check_nameable, shared
+from compress.checkpoint.structure import STORAGE, alias, block_paths, check_nameable, shared
 from compress.errors import PassError
 from compress.passes.albert import albert_spec, as_albert, becomes_albert
-from compress.passes.base import Context, Pass, PassSettings, Storage, select
+from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
 from compress.passes.clustering import cluster, clustered
 from compress.passes.sweeping import block_matrices, followable, once, open_sweep, sweep_memory
 
@@ -114,6 +115,7 @@ class Share(Pass[ShareSettings]):
     settings = ShareSettings
     mode = "sweep"
     needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared"})
     preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
@@ -204,6 +206,12 @@ class Share(Pass[ShareSettings]):
         """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
         from compress.calibration.sharing import Read, Sharing, Solver
 
+        if settings.align and find_spec("scipy") is None:
+            raise PassError(
+                "putting units into one order needs the package scipy",
+                key="align",
+                fix="pip install scipy, or set `align: false`",
+            )
         spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
         candidates = self._candidates(spec, settings, parts)
         paths = block_paths(spec)
@@ -230,9 +238,9 @@ class Share(Pass[ShareSettings]):
         found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
         groups = found["groups"]
         context.details["sharing"] = found
-        if context.rank:
-            return _derived(checkpoint, settings, solver, groups, context)
-        context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
+        if not context.rank:
+            context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
+        sweep.ranks.wait()
         result = _derived(checkpoint, settings, solver, groups, context)
         if self._is_albert(spec, settings, groups):
             return as_albert(result, len(groups))
@@ -278,6 +286,10 @@ class Share(Pass[ShareSettings]):
         """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
         check_nameable(spec)
         followable(spec, "distill it to fewer blocks")
+        if edit := next(iter(spec.structure.edits), None):
+            raise PassError(
+                f"{edit.module} {EDITS[STORAGE[edit.kind]]} already", key="groups", fix="share groups first, and once"
+            )
         record, paths = architectures.of(spec.structure.config), block_paths(spec)
         if record.experts and any(record.is_expert(name) for name in spec.tensors) and settings.parts != "attention":
             raise PassError(f"experts of {record.model_type} are not shared", key="parts", fix="set `parts: attention`")

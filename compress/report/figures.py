@@ -256,6 +256,12 @@ def sharing_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def sharing_error(details: Mapping[str, Any]) -> float | None:
+    """Mean over the matrices of blocks that share of the relative error of their outputs; None for other passes."""
+    errors = [row["error"] for row in details.get("sharing", {}).get("tensors", ())]
+    return sum(errors) / len(errors) if errors else None
+
+
 def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     """Name of the picture of a training pass's losses, beside the report."""
     number = next(

@@ -60,6 +60,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             )
             lines += [f"`{row['name']}`, shapes that meet the target. {text}", ""]
             lines += [*table(columns, shapes, right=(1, 2, 3, 4, 5, 6)), ""]
+        if (lost := figures.sharing_error(row["details"])) is not None:
+            lines += [f"- `{row['name']}`: shared matrices lose {lost:.1%} of their outputs' energy, in the mean", ""]
         if tried := figures.sharing_rows(row["details"]):
             text = "Divergence from the original on calibration samples held out."
             lines += [f"`{row['name']}`, which blocks share. {text}", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -9,13 +10,18 @@ from torch import Tensor
 
 
 def shard(module: torch.nn.Module, blocks: Any, device: str) -> None:
-    """Shard a module in place over all processes: its blocks each by itself, and what is left together."""
+    """Shard a module in place over all processes: its blocks each by itself, and what is left together.
+
+    Blocks that share parameters are left to the whole, which holds each of them once.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
+    users = Counter(id(p) for block in blocks for p in block.parameters())
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        if all(users[id(p)] == 1 for p in block.parameters()):
+            fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 

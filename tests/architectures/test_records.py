@@ -138,6 +138,7 @@ TIED = [
     ("gpt2", "lm_head.weight", "transformer.wte.weight"),
     ("bloom", "lm_head.weight", "transformer.word_embeddings.weight"),
     ("opt", "lm_head.weight", "model.decoder.embed_tokens.weight"),
+    ("albert", "predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
     ("bert", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     ("roberta", "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
     ("electra", "generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),

@@ -9,9 +9,8 @@ import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
-from compress.calibration.batches import given_ids
 from compress.calibration.influence import find_blocks
-from compress.calibration.sites import Experts
+from compress.calibration.sites import Experts, find_sites
 from compress.calibration.sweep import Changed, Inputs, Sweep
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
@@ -19,7 +18,6 @@ from compress.errors import PassError
 from compress.loading import load_checkpoint
 from compress.progress import SilentProgress
 from tests import pico
-from tests.passes.helpers import apply
 
 SAMPLES, LENGTH = 6, 12
 
@@ -305,31 +303,47 @@ def shared(checkpoint, name, source):
     return Derived(checkpoint, spec, checkpoint.tensor)
 
 
-@pytest.mark.parametrize(("name", "source"), [(3, 1), (1, 3)])
-def test_a_tensor_that_two_blocks_share_is_not_changed(name, source, folders, tmp_path):
-    matrix, other = (f"model.layers.{i}.mlp.up_proj.weight" for i in (name, source))
-    checkpoint = shared(open_checkpoint(folders["llama"]), matrix, other)
-    for wanted in ({other}, {matrix}, {other, "model.layers.0.mlp.up_proj.weight"}):
-        with pytest.raises(PassError) as caught:
-            sweep_of(checkpoint, tmp_path, wanted=wanted)
-        assert str(caught.value) == (
-            f"{matrix} is shared with {other}, and the sweep changes one block at a time; leave it out: skip: "
-            f"[{other.removesuffix('.weight')}]"
-        )
-    beside = {f"model.layers.{source}.mlp.down_proj.weight"}
-    with pytest.raises(PassError, match=rf"^{matrix} is shared with {other}, .*; leave out the tuning$"):
-        sweep_of(checkpoint, tmp_path, wanted=beside, with_targets=True)
-    sweep_of(checkpoint, tmp_path, wanted=beside)
-    sweep_of(checkpoint, tmp_path, wanted={"model.layers.0.mlp.down_proj.weight"}, with_targets=True)
-    with pytest.raises(PassError, match=f"{matrix} is shared with {other}"):
-        apply(
-            checkpoint,
-            "prune_unstructured",
-            data=given_ids(inputs_of(checkpoint).values["input_ids"]),
-            work=tmp_path,
-            method="wanda",
-            sparsity=0.5,
-        )
+def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders, tmp_path):
+    matrix, source = (f"model.layers.{i}.mlp.up_proj.weight" for i in (3, 1))
+    checkpoint = shared(open_checkpoint(folders["llama"]), matrix, source)
+    inputs, seen, later = inputs_of(checkpoint), {}, []
+
+    def change(block):
+        for group, statistics, _ in block.statistics():
+            seen[block.index] = ([s.name for s in group], statistics.hessian.clone(), statistics.tokens)
+        assert block.frozen == {id(dict(block.module.named_parameters())["mlp.up_proj.weight"])}
+        block.sites[0].weight.mul_(0.5)
+        return {}
+
+    sweep = sweep_of(checkpoint, tmp_path / "work", wanted={source}, with_targets=True)
+    result = sweep.run(change, "changing").reader()
+    assert list(seen) == [1]
+    model = load_checkpoint(open_checkpoint(folders["llama"]))
+    layers = model.model.layers
+    layers[3].mlp.up_proj.weight.data.copy_(layers[1].mlp.up_proj.weight.data)
+    first, other = (linear_inputs(model, checkpoint, inputs, name).double() for name in (source, matrix))
+    names, hessian, tokens = seen[1]
+    assert names == [source]
+    assert torch.allclose(hessian.double(), first.T @ first + other.T @ other, rtol=1e-4)
+    assert tokens == len(first) + len(other)
+    assert torch.equal(result(source).data, checkpoint.tensor(source).data / 2)
+
+    def look(block):
+        later.append(next(s.weight.clone() for s in find_sites(sweep.streamed, 3, block.module, {matrix})[0]))
+        return {}
+
+    both = {source, "model.layers.3.mlp.down_proj.weight"}
+    again = sweep_of(checkpoint, tmp_path / "again", wanted=both)
+    again.run(lambda block: change(block) if block.index == 1 else look(block), "changing")
+    assert torch.equal(later[0], checkpoint.tensor(source).data / 2)  # from then on its users have the changed one
+
+
+def test_a_tensor_that_runs_before_it_is_solved_is_not_changed(folders, tmp_path):
+    matrix, source = (f"model.layers.{i}.mlp.up_proj.weight" for i in (1, 3))
+    checkpoint = shared(open_checkpoint(folders["llama"]), matrix, source)
+    with pytest.raises(PassError, match=f"{matrix} is shared with {source}, which comes after it; leave it out"):
+        sweep_of(checkpoint, tmp_path, wanted={source})
+    sweep_of(checkpoint, tmp_path, wanted={"model.layers.3.mlp.down_proj.weight"}, with_targets=True)
 
 
 def test_a_tensor_that_one_block_has_twice_may_change(folders, tmp_path):

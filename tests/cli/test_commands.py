@@ -308,7 +308,14 @@ def test_what_is_wrong_in_one_line(cli, place, monkeypatch, arguments, message):
 
 def test_passes_and_schema(cli):
     listed = cli("passes", "--json").json["passes"]
-    assert [p["name"] for p in listed] == ["cast", "distill", "prune_structured", "prune_unstructured"]
+    assert [p["name"] for p in listed] == [
+        "cast",
+        "distill",
+        "factorize",
+        "prune_structured",
+        "prune_unstructured",
+        "share",
+    ]
     shown = cli("passes", "prune_unstructured").out
     for setting in ("sparsity", "pattern", "scope", "only", "skip", "allow_noop"):
         assert setting in shown

@@ -23,11 +23,21 @@ from tests import pico
 from tests.passes.helpers import apply, plan, write
 
 DATA_FREE = {"score": "magnitude", "repair": "none"}
-MLP_OUT = ("down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2", "w2", "lin2", "output.dense", "DenseReluDense.wo")
+MLP_OUT = (
+    "down_proj",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "fc2",
+    "w2",
+    "lin2",
+    "output.dense",
+    "ffn_output",
+    "DenseReluDense.wo",
+)
 HEADS_OUT = ("o_proj", "attn.c_proj", "attention.dense", "out_proj", "attention.output.dense", "out_lin", "Attention.o")
 NO_MLP_FIELD = ("bloom",)
 #: Families whose config takes the hidden size for heads x head width.
-FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "bert", "roberta", "electra", "distilbert")
+FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "albert", "bert", "roberta", "electra", "distilbert")
 RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
 MOE = ("mixtral", "qwen3_moe")
 

@@ -241,7 +241,7 @@ r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, 
 r.yaml:14:5: unknown pass `prun_structured`
    14 |   - prun_structured: {layers: 2}
       |     ^^^^^^^^^^^^^^^
-   expected one of: cast, distill, prune_structured, prune_unstructured; did you mean `prune_structured`?
+   expected one of: cast, distill, factorize, prune_structured, prune_unstructured, share; did you mean `prune_structured`?
 r.yaml:15:5: give what to remove: `layers`, `experts`, `hidden`, `heads`, `keep_kv_heads`, `mlp`, `keep_parameters`, `max_bytes`, `max_latency_ratio`
    15 |   - prune_structured:
       |     ^^^^^^^^^^^^^^^^
