@@ -26,12 +26,15 @@ from benchmarks.prune import calibration, heldout, loss  # noqa: E402
 
 SHARE: dict[str, tuple[str, dict[str, Any]]] = {
     "half of the blocks dropped": ("prune_structured", {"layers": 0.5}),
-    "pairs, plain mean of neighbours": ("share", {"arrangement": "sequence", "init": "mean", "align": False}),
-    "pairs, units in one order, not solved": ("share", {"arrangement": "sequence", "init": "mean"}),
-    "pairs (default)": ("share", {}),
-    "pairs, residuals of rank 8": ("share", {"residual_rank": 8}),
+    "pairs, plain mean of neighbours": (
+        "share",
+        {"arrangement": "sequence", "init": "mean", "align": False, "residual_rank": 0},
+    ),
+    "pairs, units in one order, not solved": ("share", {"arrangement": "sequence", "init": "mean", "residual_rank": 0}),
+    "pairs, no residuals": ("share", {"residual_rank": 0}),
+    "pairs (default: residuals of rank 8)": ("share", {}),
 }
-DISTILLED = ["half of the blocks dropped", "pairs (default)", "pairs, residuals of rank 8"]
+DISTILLED = ["half of the blocks dropped", "pairs, no residuals", "pairs (default: residuals of rank 8)"]
 KEEP = 0.6
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from compress.checkpoint.spec import Tensor
 
 Groups = list[list[int]]
+#: Rank of residuals: without them dropping as many blocks is better, see the benchmarks.
+DEFAULT_RANK = 8
 #: Calibration samples that arrangements are judged by, the last ones.
 _HELD_OUT = 16
 Arrangement = Literal["best", "sequence", "cycle", "nearest"]
@@ -61,11 +63,11 @@ class ShareSettings(PassSettings):
         description="Before, put neurons and heads of each block into the order in which they are most like those of its "
         "group's first block, which changes nothing that the block computes.",
     )
-    residual_rank: int = Field(
-        default=0,
+    residual_rank: int | None = Field(
+        default=None,
         ge=0,
-        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. `distill` "
-        "trains it too.",
+        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By default "
+        "8, or 0 with `parts: all`. `distill` trains it too.",
     )
     embeddings: Literal["tie"] | None = Field(
         default=None,
@@ -80,6 +82,13 @@ class ShareSettings(PassSettings):
         "k-means weighted by what inputs matter, each rounding made up for by later ones; stored as numbers of that many bits. "
         "Nothing trains after it.",
     )
+
+    @property
+    def rank(self) -> int:
+        """Rank of residuals."""
+        if self.residual_rank is not None:
+            return self.residual_rank
+        return 0 if self.groups is None or self.parts == "all" else DEFAULT_RANK
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -161,7 +170,7 @@ class Share(Pass[ShareSettings]):
         return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
 
     def _is_albert(self, spec: Spec, settings: ShareSettings, groups: Groups) -> bool:
-        return becomes_albert(spec, groups, settings.parts == "all", settings.residual_rank)
+        return becomes_albert(spec, groups, settings.parts == "all", settings.rank)
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
         """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
@@ -233,7 +242,7 @@ class Share(Pass[ShareSettings]):
                 seed=context.seed,
                 progress=context.progress,
             )
-        how = Sharing(parts, settings.init, settings.align, settings.residual_rank, fisher)
+        how = Sharing(parts, settings.init, settings.align, settings.rank, fisher)
         solver = Solver(checkpoint, read, how)
         found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
         groups = found["groups"]
@@ -277,7 +286,7 @@ class Share(Pass[ShareSettings]):
         return {"groups": best["groups"], "arrangement": best["arrangement"], "tried": rows}
 
     def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: Groups) -> Spec:
-        result = shared(spec, groups, parts, settings.residual_rank)
+        result = shared(spec, groups, parts, settings.rank)
         if self._is_albert(spec, settings, groups):
             return albert_spec(result, len(groups))[0]
         return result
@@ -393,15 +402,16 @@ class Share(Pass[ShareSettings]):
                             f"{other_.name} has weights removed, and sharing would fill them in",
                             fix="share before pruning weights",
                         )
-                if settings.residual_rank and len(one.shape) == 2:
-                    users, (rows, columns) = len(others) + 1, one.shape
-                    if users * settings.residual_rank * (rows + columns) >= (users - 1) * rows * columns:
-                        most = ((users - 1) * rows * columns - 1) // (users * (rows + columns))
-                        raise PassError(
-                            f"residuals of rank {settings.residual_rank} are as large as what sharing {part} saves",
-                            key="residual_rank",
-                            fix=f"at most {most} saves anything",
-                        )
+            users = len(others) + 1
+            matrices = [t for t in (spec.tensors[paths[first] + part] for part in parts) if len(t.shape) == 2]
+            saves = {t.name: ((users - 1) * t.count - 1) // (users * sum(t.shape)) for t in matrices}
+            name = min(saves, key=lambda n: saves[n], default="")
+            if name and settings.rank > saves[name]:
+                raise PassError(
+                    f"residuals of rank {settings.rank} are as large as what sharing {name} saves",
+                    key="residual_rank",
+                    fix=f"set residual_rank to {saves[name]}" + (" or less" if saves[name] else ""),
+                )
 
 
 def tied(spec: Spec) -> Spec:
@@ -439,7 +449,7 @@ def _derived(
 ) -> Checkpoint:
     from compress.checkpoint.open import Derived, Value, torch_dtype
 
-    after = shared(checkpoint.spec, groups, solver.how.parts, settings.residual_rank)
+    after = shared(checkpoint.spec, groups, solver.how.parts, settings.rank)
     read = solver.read_solved(groups, _folder(context, groups))
 
     def value(name: str) -> Value:
