@@ -62,7 +62,7 @@ class Factorize(Pass[FactorizeSettings]):
     """Weight matrices of blocks become products of two, with the least error of their outputs on calibration data.
 
     The factors are linear layers of their own, which later passes prune, cast and train. Matrices whose factors would not be
-    smaller stay. Structured pruning with repair is better at equal bytes on most models, see the benchmarks.
+    smaller stay. Structured pruning with repair loses less at nearly equal bytes, see the benchmarks.
     """
 
     name: ClassVar[str] = "factorize"
