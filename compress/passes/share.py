@@ -66,8 +66,8 @@ class ShareSettings(PassSettings):
     residual_rank: int | None = Field(
         default=None,
         ge=0,
-        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By default "
-        "8, or 0 with `parts: all`. `distill` trains it too.",
+        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By "
+        "default 8, or 0 with `parts: all`. `distill` trains it too.",
     )
     embeddings: Literal["tie"] | None = Field(
         default=None,
