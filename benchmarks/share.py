@@ -109,54 +109,56 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     dense = loss(args.model, texts)
     checkpoint = open_checkpoint(args.model)
     data = calibration(args.calibration or args.train[0], args.samples)
+    ids = data["data"]
+    if not isinstance(ids, torch.Tensor):
+        ids = heldout(args.model, [args.train[0]])[0][: args.samples]
     rows: list[list[str]] = []
-    if isinstance(data["data"], torch.Tensor):
-        record = architectures.of(checkpoint.spec.structure.config)
-        names = [f"{module}.weight" for module in block_matrices(checkpoint.spec)]
-        by_block: dict[int, list[str]] = {}
+    record = architectures.of(checkpoint.spec.structure.config)
+    names = [f"{module}.weight" for module in block_matrices(checkpoint.spec)]
+    by_block: dict[int, list[str]] = {}
+    for name in names:
+        by_block.setdefault(record.block_index(name) or 0, []).append(name)
+    sweep = Sweep(
+        checkpoint, Inputs({"input_ids": ids}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
+        progress=SilentProgress(), with_targets=False,
+    )  # fmt: skip
+    read = Read(scratch / "read", "cpu")
+    read.gather(sweep, by_block)
+
+    def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
+        U, S, V = torch.linalg.svd(W, full_matrices=False)
+        return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+    def asvd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
+        scale = H.diagonal().clamp_min(1e-30).sqrt().sqrt()  # the paper's α of ½, of root mean squares
+        return svd(W * scale, H, rank) / scale
+
+    def svd_llm(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
+        L = torch.linalg.cholesky(H + 1e-6 * H.diagonal().mean() * torch.eye(len(H)))
+        return torch.linalg.solve_triangular(L, svd(W @ L, H, rank), upper=False, left=False)
+
+    def ours(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
+        up, down, _, _ = low_rank(W, H, rank)
+        return up @ down
+
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        "SVD of the weights": svd, "ASVD": asvd, "SVD-LLM": svd_llm, "the pass's solver alone": ours
+    }  # fmt: skip
+    for way, solve in ways.items():
+        values, error = {}, 0.0
         for name in names:
-            by_block.setdefault(record.block_index(name) or 0, []).append(name)
-        sweep = Sweep(
-            checkpoint, Inputs({"input_ids": data["data"]}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
-            progress=SilentProgress(), with_targets=False,
-        )  # fmt: skip
-        read = Read(scratch / "read", "cpu")
-        read.gather(sweep, by_block)
-
-        def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
-            U, S, V = torch.linalg.svd(W, full_matrices=False)
-            return (U[:, :rank] * S[:rank]) @ V[:rank]
-
-        def asvd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
-            scale = H.diagonal().clamp_min(1e-30).sqrt().sqrt()  # the paper's α of ½, of root mean squares
-            return svd(W * scale, H, rank) / scale
-
-        def svd_llm(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
-            L = torch.linalg.cholesky(H + 1e-6 * H.diagonal().mean() * torch.eye(len(H)))
-            return torch.linalg.solve_triangular(L, svd(W @ L, H, rank), upper=False, left=False)
-
-        def ours(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
-            up, down, _, _ = low_rank(W, H, rank)
-            return up @ down
-
-        ways: dict[str, Callable[..., torch.Tensor]] = {
-            "SVD of the weights": svd, "ASVD": asvd, "SVD-LLM": svd_llm, "the pass's solver alone": ours
-        }  # fmt: skip
-        for way, solve in ways.items():
-            values, error = {}, 0.0
-            for name in names:
-                W, H = checkpoint.tensor(name).data.double(), read.hessian(name).double()
-                V = solve(W, H, int(KEEP * W.numel() / sum(W.shape)))
-                error += float((((W - V) @ H) * (W - V)).sum() / ((W @ H) * W).sum())
-                values[name] = V.to(checkpoint.tensor(name).data.dtype)
-            folder = scratch / way.replace(" ", "-")
-            shutil.rmtree(folder, ignore_errors=True)
-            changed = {n: Value(v) for n, v in values.items()}
-            write_checkpoint(
-                Derived(checkpoint, checkpoint.spec, lambda n, c=changed: c.get(n) or checkpoint.tensor(n)), folder
-            )
-            rows.append([way, f"{100 * error / len(names):.2f} %", f"{loss(str(folder), texts) - dense:+.4f}", "", ""])
-            print(*rows[-1], flush=True)
+            W, H = checkpoint.tensor(name).data.double(), read.hessian(name).double()
+            V = solve(W, H, int(KEEP * W.numel() / sum(W.shape)))
+            error += float((((W - V) @ H) * (W - V)).sum() / ((W @ H) * W).sum())
+            values[name] = V.to(checkpoint.tensor(name).data.dtype)
+        folder = scratch / way.replace(" ", "-")
+        shutil.rmtree(folder, ignore_errors=True)
+        changed = {n: Value(v) for n, v in values.items()}
+        write_checkpoint(
+            Derived(checkpoint, checkpoint.spec, lambda n, c=changed: c.get(n) or checkpoint.tensor(n)), folder
+        )
+        rows.append([way, f"{100 * error / len(names):.2f} %", f"{loss(str(folder), texts) - dense:+.4f}", "", ""])
+        print(*rows[-1], flush=True)
     passes: dict[str, tuple[str, dict[str, Any]]] = {
         "factorize, uniform, not tuned": ("factorize", {"allocation": "uniform", "tune_epochs": 0}),
         "factorize, not tuned": ("factorize", {"tune_epochs": 0}),

@@ -219,9 +219,9 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="start from the checkpoint before that, or make it dense with `compress unpack`",
         )
     following = instance.plan(spec, settings)
-    if store == "stock" and following.structure.edits:
+    if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(
-            f"stock classes cannot express what {instance.name} does to {following.structure.edits[0].module}",
+            f"stock classes cannot express that {edit.module} {EDITS[STORAGE[edit.kind]]}",
             fix="use `store: compact`; `compress unpack` makes a dense stock checkpoint of the result",
         )
     if store == "stock" and (tensor := next((t for t in following.stored() if not stock_holds(following, t)), None)):

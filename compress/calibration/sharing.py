@@ -7,6 +7,7 @@ sweep over the model as it is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,15 +180,15 @@ class Solver:
 
     # ---- which blocks ----
 
-    def costs(self) -> list[list[float]]:
-        """Of any two blocks: what their outputs lose if they share, relative to what the outputs are."""
+    def costs(self, unlike: Callable[[int, int], Any]) -> list[list[float]]:
+        """What the outputs of any two blocks lose if they share, relative to what they are; infinite for unlike ones."""
         count = len(self.paths)
         result = [[0.0] * count for _ in range(count)]
         matrices = [p for p in self.how.parts if f"{self.paths[0]}{p}" in self.read.table]
         for i in range(count):
             for j in range(i):
-                total = 0.0
-                for part in matrices:
+                total = 0.0 if unlike(i, j) is None else math.inf
+                for part in matrices if total == 0 else ():
                     names = [f"{self.paths[b]}{part}" for b in (i, j)]
                     weights = [self.aligned(names[0], i, i), self.aligned(names[1], j, i)]
                     inputs = [self._hessian(names[0], i, i).diagonal(), self._hessian(names[1], j, i).diagonal()]
@@ -196,8 +197,12 @@ class Solver:
                 result[i][j] = result[j][i] = total
         return result
 
-    def nearest(self, starts: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
-        """Groups of blocks of equal size that lose least, by `costs`; ``starts``: groupings to begin from."""
+    def nearest(self, starts: Sequence[Sequence[Sequence[int]]], unlike: Callable[[int, int], Any]) -> list[list[int]]:
+        """Groups of blocks of equal size that lose least, by `costs`.
+
+        Args:
+            starts: groupings to begin from. unlike: gives None for two blocks that can share.
+        """
         numbers = []
         for groups in starts:
             of = [0] * len(self.paths)
@@ -205,7 +210,7 @@ class Solver:
                 for block in blocks:
                     of[block] = number
             numbers.append(of)
-        chosen = partition(self.costs(), numbers)
+        chosen = partition(self.costs(unlike), numbers)
         found: dict[int, list[int]] = {}
         for block, number in enumerate(chosen):
             found.setdefault(number, []).append(block)

@@ -115,7 +115,9 @@ class Users:
 
     def frozen(self, block: Block) -> set[int]:
         """Ids of the block's parameters that others share, which tuning must leave alone."""
-        found = set()
+        found: set[int] = set()
+        if not self.names:
+            return found
         for key, parameter in block.module.named_parameters():
             if not self.names.isdisjoint(self.sweep.streamed.stored_names(block.index, {key: parameter.data})):
                 found.add(id(parameter))

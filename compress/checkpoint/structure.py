@@ -39,16 +39,26 @@ def from_json(rows: Any, where: str) -> tuple[Edit, ...]:
                 where=where,
                 fix="update compress",
             )
-        if edit.values.keys() != keys:
+        if edit.values.keys() != keys or not _sound(edit.values):
             raise CheckpointError(f"has a damaged change of structure: {edit.kind} of {edit.module}", where=where)
     return found
 
 
+def _sound(values: Mapping[str, Any]) -> bool:
+    """Whether what an edit says is of the right types."""
+    if "parts" in values:
+        parts = values["parts"]
+        return isinstance(values["source"], str) and isinstance(parts, list) and all(isinstance(p, str) for p in parts)
+    rank = values["rank"]
+    return isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 and isinstance(values["transposed"], bool)
+
+
 def with_shared(spec: Spec, where: str) -> Spec:
-    """Add the tensors that blocks share with others, which files leave out."""
+    """Add the tensors that blocks share with others, which files leave out. Raises `CheckpointError` where edits do not fit."""
     aliases = {}
     for edit in spec.structure.edits:
         if edit.kind != "shared":
+            _check_low_rank(spec, edit, where)
             continue
         for part in edit.values["parts"]:
             name, source = f"{edit.module}.{part}", f"{edit.values['source']}.{part}"
@@ -56,6 +66,17 @@ def with_shared(spec: Spec, where: str) -> Spec:
                 raise CheckpointError(f"config and weights disagree: {name} is to be that of {source}", where=where)
             aliases[name] = alias(spec.tensors[source], name)
     return replace(spec, tensors={**spec.tensors, **aliases})
+
+
+def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
+    """The two matrices that an edit adds are there, of its rank."""
+    prefix, rank = "residual_" if edit.kind == "residual" else "", edit.values["rank"]
+    for suffix, axis in (("down", 0), ("up", 1)):
+        name = f"{edit.module}.{prefix}{suffix}.weight"
+        shape = spec.tensors[name].shape if name in spec.tensors else None
+        if shape is None or len(shape) != 2 or shape[axis] != rank:
+            found = "is missing" if shape is None else f"is {list(shape)}"
+            raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
 
 
 def alias(source: Tensor, name: str) -> Tensor:

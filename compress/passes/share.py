@@ -269,7 +269,9 @@ class Share(Pass[ShareSettings]):
         if context.rank:
             return None
         if self._open(settings, candidates):
-            nearest = solver.nearest(list(candidates.values()))
+            nearest = solver.nearest(
+                list(candidates.values()), lambda i, j: _unlike(checkpoint.spec, i, j, solver.how.parts)
+            )
             candidates = {**candidates, "nearest": nearest} if settings.arrangement == "best" else {"nearest": nearest}
         rows: list[dict[str, Any]] = []
         data = context.data("calibration")
@@ -372,36 +374,22 @@ class Share(Pass[ShareSettings]):
         return good
 
     def _check(self, spec: Spec, settings: ShareSettings, groups: Groups, parts: Sequence[str]) -> None:
-        """The blocks of each group are alike. Raises `PassError`."""
-        config, paths = spec.structure.config, block_paths(spec)
-        record = architectures.of(config)
-        for key in record.per_layer:
-            values = config.get(key)
-            if values is None and key in record.per_layer_defaults:
-                values = record.per_layer_defaults[key](config)
-            if not isinstance(values, list):
-                continue
-            for first, *others in groups:
-                if (other := next((i for i in others if values[i] != values[first]), None)) is not None:
+        """The blocks of each group are alike, dense, and share more than residuals add. Raises `PassError`."""
+        paths = block_paths(spec)
+        for first, *others in groups:
+            for block in others:
+                if (difference := _unlike(spec, first, block, parts)) is not None:
                     raise PassError(
-                        f"blocks {first} and {other} are unlike: {key} is {values[first]} and {values[other]}",
+                        f"blocks {first} and {block} are unlike: {difference}",
                         key="groups",
                         fix="name `groups` of like blocks",
                     )
-        for first, *others in groups:
-            for part in parts:
-                one = spec.tensors[paths[first] + part]
-                for block in others:
-                    other_ = spec.tensors.get(paths[block] + part)
-                    if other_ is None or (other_.shape, other_.dtype) != (one.shape, one.dtype):
-                        raise PassError(
-                            f"blocks {first} and {block} are unlike: {one.name} has another shape", key="groups"
-                        )
-                    if other_.kept is not None or one.kept is not None:
-                        raise PassError(
-                            f"{other_.name} has weights removed, and sharing would fill them in",
-                            fix="share before pruning weights",
-                        )
+            for name in (paths[block] + part for block in (first, *others) for part in parts):
+                if spec.tensors[name].kept is not None:
+                    raise PassError(
+                        f"{name} has weights removed, and sharing would fill them in",
+                        fix="share before pruning weights",
+                    )
             users = len(others) + 1
             matrices = [t for t in (spec.tensors[paths[first] + part] for part in parts) if len(t.shape) == 2]
             saves = {t.name: ((users - 1) * t.count - 1) // (users * sum(t.shape)) for t in matrices}
@@ -412,6 +400,23 @@ class Share(Pass[ShareSettings]):
                     key="residual_rank",
                     fix=f"set residual_rank to {saves[name]}" + (" or less" if saves[name] else ""),
                 )
+
+
+def _unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | None:
+    """How two blocks differ that could not share; None where they can."""
+    config, paths = spec.structure.config, block_paths(spec)
+    record = architectures.of(config)
+    for key in record.per_layer:
+        values = config.get(key)
+        if values is None and key in record.per_layer_defaults:
+            values = record.per_layer_defaults[key](config)
+        if isinstance(values, list) and values[first] != values[other]:
+            return f"{key} is {values[first]} and {values[other]}"
+    for part in parts:
+        one, two = (spec.tensors.get(paths[block] + part) for block in (first, other))
+        if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
+            return f"{paths[first]}{part} has another shape"
+    return None
 
 
 def tied(spec: Spec) -> Spec:

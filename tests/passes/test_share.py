@@ -258,6 +258,19 @@ def test_unlike_neighbours_leave_the_arrangement_in_which_they_are_alike(folders
     assert details["sharing"]["groups"] == [[0, 2], [1, 3]]
 
 
+def test_the_nearest_blocks_are_like_blocks(tmp_path):
+    """Blocks 0 and 2 are the same and so are 1 and 3, but their attention differs."""
+    model = pico.model("gemma2", num_hidden_layers=8, layer_types=4 * ["sliding_attention"] + 4 * ["full_attention"])
+    with torch.no_grad():
+        for number in range(4):
+            model.model.layers[number + 4].load_state_dict(model.model.layers[number].state_dict())
+    model.save_pretrained(tmp_path / "in")
+    details = {}
+    share(tmp_path / "in", tmp_path / "out", groups=4, arrangement="nearest", details=details)
+    types = json.loads((tmp_path / "in/config.json").read_text())["layer_types"]
+    assert all(len({types[i] for i in group}) == 1 for group in details["sharing"]["groups"])
+
+
 def test_what_comes_before_it(folders, tmp_path):
     compress.apply("cast", folders["llama"], tmp_path / "int8", weights="int8", method="rtn")
     compress.apply("prune_unstructured", folders["llama"], tmp_path / "masks", method="magnitude", sparsity=0.5)
