@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from compress.calibration.paired import Drift, statistics_of
 from compress.calibration.sites import Site, Statistics
+from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed
 from compress.calibration.tune import Moving, Tuning, floats, tune
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
@@ -79,32 +79,26 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
     before and after.
     """
-    rounded: dict[str, Rounded] = {}
-    rows: dict[str, Any] = {}
-    ranks = block.sweep.ranks
-    waiting: list[Rounded] = []
-    for number, (group, statistics, drift, free) in enumerate(statistics_of(block)):
-        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
-        shared: dict[str, Any] = {}
-        for site in group:
-            start = time.perf_counter()
-            keep = block.earlier_mask(site)
-            grid = how.grids[site.name]
-            if solver == ranks.rank:
-                codes, scales, row = _solve(site, statistics, drift, grid, keep, how.rounds, shared)
-            else:
-                weight = site.weight.float().contiguous()
-                codes, scales, row = torch.empty_like(weight), fit(weight, grid, None, keep, search=False), {}
-            ranks.spread(solver, codes, *(t for t in scales if t is not None))
-            row = ranks.tell(solver, row)
-            rows[site.name] = {"format": grid.format, "seconds": round(time.perf_counter() - start, 3), **row}
-            rounded[site.name] = Rounded(site, grid, codes, scales, keep)
-            waiting.append(rounded[site.name])
-        if free:
-            for done in waiting:
-                done.project()
-            waiting.clear()
-    block.details["tensors"] = rows
+
+    def solve(
+        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+    ) -> tuple[Rounded, dict[str, Any]]:
+        keep, grid = block.earlier_mask(site), how.grids[site.name]
+        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.rounds, shared)
+        return Rounded(site, grid, codes, scales, keep), {"format": grid.format, **row}
+
+    def blank(site: Site) -> Rounded:
+        keep, grid, weight = block.earlier_mask(site), how.grids[site.name], site.weight.float().contiguous()
+        return Rounded(site, grid, torch.empty_like(weight), fit(weight, grid, None, keep, search=False), keep)
+
+    rounded = solve_block(
+        block,
+        statistics_of(block),
+        solve,
+        blank=blank,
+        tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],
+        place=lambda site, made: made.project(),
+    )
     if how.tuning is not None and how.tuning.epochs:
         parameters = dict(block.module.named_parameters())
         coded = {id(parameters[s.parameter]) for s in block.sites}

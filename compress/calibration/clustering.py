@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from compress.calibration.paired import Drift, statistics_of
 from compress.calibration.sites import Site, Statistics
+from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed
 from compress.checkpoint.open import Codes
 from compress.solvers.codebook import codebook, rounded, to_codes
@@ -32,34 +32,32 @@ def cluster_block(block: Block, how: Clustering) -> dict[str, Changed]:
     In a sweep with targets each matrix is matched to what the original gives on its own inputs, as in `cast_block`.
     ``block.details`` gets a row for each matrix: format, relative output error, seconds.
     """
-    result: dict[str, Changed] = {}
-    rows: dict[str, Any] = {}
-    ranks = block.sweep.ranks
-    waiting: list[tuple[Site, torch.Tensor]] = []
-    for number, (group, statistics, drift, free) in enumerate(statistics_of(block)):
-        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
-        shared: dict[str, Any] = {}
-        for site in group:
-            start = time.perf_counter()
-            bits, dtype, keep = how.bits[site.name], how.dtypes[site.name], block.earlier_mask(site)
-            if solver == ranks.rank:
-                found, row = _solve(site, statistics, drift, bits, dtype, keep, shared)
-            else:
-                codes = torch.empty_like(site.weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-                found, row = Codes(codes, torch.empty(1 << bits, device=codes.device)), {}
-            codes, book = found.codes, found.scale.float()
-            ranks.spread(solver, codes, book)
-            row = ranks.tell(solver, row)
-            rows[site.name] = {"format": f"codebook{bits}", "seconds": round(time.perf_counter() - start, 3), **row}
-            waiting.append((site, weights(Codes(codes, book), keep)))
-            if site.transposed:
-                codes, keep = codes.T, None if keep is None else keep.T
-            result[site.name] = Changed(keep, Codes(codes, book.to(dtype)))
-        if free:
-            for done, weight in waiting:
-                done.weight.copy_(weight)
-            waiting.clear()
-    block.details["tensors"] = rows
+
+    def solve(
+        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+    ) -> tuple[Codes, dict[str, Any]]:
+        bits, dtype = how.bits[site.name], how.dtypes[site.name]
+        found, row = _solve(site, statistics, drift, bits, dtype, block.earlier_mask(site), shared)
+        return Codes(found.codes, found.scale.float()), {"format": f"codebook{bits}", **row}
+
+    def blank(site: Site) -> Codes:
+        codes = torch.empty_like(site.weight, dtype=torch.int8, memory_format=torch.contiguous_format)
+        return Codes(codes, torch.empty(1 << how.bits[site.name], device=codes.device))
+
+    found = solve_block(
+        block,
+        statistics_of(block),
+        solve,
+        blank=blank,
+        tensors=lambda made: [made.codes, made.scale],
+        place=lambda site, made: site.weight.copy_(weights(made, block.earlier_mask(site))),
+    )
+    result = {}
+    for site in block.sites:
+        codes, keep = found[site.name].codes, block.earlier_mask(site)
+        if site.transposed:
+            codes, keep = codes.T, None if keep is None else keep.T
+        result[site.name] = Changed(keep, Codes(codes, found[site.name].scale.to(how.dtypes[site.name])))
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from compress.calibration.paired import Drift, statistics_of
 from compress.calibration.sites import Site, Statistics
+from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed, Sweep
 from compress.calibration.tune import Moving, Tuning, floats, tune
 from compress.solvers.gptq import corrected, ordered_factor
@@ -60,32 +60,26 @@ def factor_block(block: Block, how: Factoring) -> dict[str, Changed]:
     In a sweep with targets each product is matched to what the original gives on its own inputs. ``block.details`` gets a row
     for each matrix (rank, relative output error, seconds) and, where it was tuned, the block's error before and after.
     """
-    pairs: dict[str, Pair] = {}
-    rows: dict[str, Any] = {}
-    ranks = block.sweep.ranks
-    waiting: list[Pair] = []
-    for number, (group, statistics, drift, free) in enumerate(statistics_of(block)):
-        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
-        shared: dict[str, Any] = {}
-        for site in group:
-            start = time.perf_counter()
-            rank = how.ranks[site.name]
-            row: dict[str, Any] = {}
-            if solver == ranks.rank:
-                up, down, row = _solve(site, statistics, drift, rank, shared)
-            else:
-                outputs, inputs = site.weight.shape
-                up, down = site.weight.new_empty(outputs, rank), site.weight.new_empty(rank, inputs)
-            ranks.spread(solver, up, down)
-            row = ranks.tell(solver, row)
-            rows[site.name] = {"rank": rank, "seconds": round(time.perf_counter() - start, 3), **row}
-            pairs[site.name] = Pair(site, up, down)
-            waiting.append(pairs[site.name])
-        if free:
-            for done in waiting:
-                done.project()
-            waiting.clear()
-    block.details["tensors"] = rows
+
+    def solve(
+        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+    ) -> tuple[Pair, dict[str, Any]]:
+        rank = how.ranks[site.name]
+        up, down, row = _solve(site, statistics, drift, rank, shared)
+        return Pair(site, up, down), {"rank": rank, **row}
+
+    def blank(site: Site) -> Pair:
+        (outputs, inputs), rank = site.weight.shape, how.ranks[site.name]
+        return Pair(site, site.weight.new_empty(outputs, rank), site.weight.new_empty(rank, inputs))
+
+    pairs = solve_block(
+        block,
+        statistics_of(block),
+        solve,
+        blank=blank,
+        tensors=lambda made: [made.up, made.down],
+        place=lambda site, made: made.project(),
+    )
     if how.tuning is not None and how.tuning.epochs:
         _tune(block, how.tuning, list(pairs.values()))
     return {name: Changed(factors=pair.finish(how.dtypes[name])) for name, pair in pairs.items()}

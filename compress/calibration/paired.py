@@ -65,11 +65,13 @@ def paired_statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Dr
 
 def statistics_of(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
     """As `paired_statistics`, or where there is no original to compare with without drift."""
-    if block.originals is not None:
-        yield from paired_statistics(block)
-    else:
-        for group, statistics, free in block.statistics():
-            yield group, statistics, None, free
+    return paired_statistics(block) if block.originals is not None else unpaired_statistics(block)
+
+
+def unpaired_statistics(block: Block) -> Iterator[tuple[list[Site], Statistics, Drift | None, bool]]:
+    """Each group with its statistics and no drift, see `Block.statistics`."""
+    for group, statistics, free in block.statistics():
+        yield group, statistics, None, free
 
 
 def _explore(block: Block) -> tuple[list[list[Site]], list[Site]]:

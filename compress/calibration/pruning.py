@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any, Literal
 
 import torch
 
+from compress.calibration.paired import Drift, unpaired_statistics
 from compress.calibration.sites import Site, Statistics
+from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed, Sweep
 from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.alps import alps, problem
@@ -109,35 +110,28 @@ def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
     ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
     block's error before and after.
     """
-    masks: dict[str, torch.Tensor] = {}  # as the sites shape them
-    waiting: list[tuple[Site, torch.Tensor]] = []
-    rows: dict[str, Any] = {}
-    ranks = block.sweep.ranks
-    for number, (group, statistics, free) in enumerate(block.statistics()):
-        shared: dict[str, Any] = {}
-        solver = number % ranks.world  # of several processes one solves the group, the others get what it found
-        for site in group:
-            start = time.perf_counter()
-            earlier = block.earlier_mask(site)
-            row: dict[str, Any] = {}
-            if solver == ranks.rank:
-                weight, mask, notes = _solve(site, statistics, how, earlier, shared)
-                weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
-                row = {"error": statistics.relative_error(site.weight, weight), **notes}
-                row["sparsity"] = 1 - float(mask.double().mean())
-                row["seconds"] = round(time.perf_counter() - start, 3)
-            else:
-                weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
-                mask = torch.empty_like(weight, dtype=torch.bool)
-            ranks.spread(solver, weight, mask)
-            rows[site.name] = ranks.tell(solver, row)
-            masks[site.name] = mask
-            waiting.append((site, weight))
-            if free:  # all statistics are those of the block as it came
-                for done, new in waiting:
-                    done.weight.copy_(new)
-                waiting.clear()
-    block.details["tensors"] = rows
+
+    def solve(
+        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        weight, mask, notes = _solve(site, statistics, how, block.earlier_mask(site), shared)
+        weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
+        row = {"error": statistics.relative_error(site.weight, weight), **notes}
+        return (weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
+
+    def blank(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
+        return weight, torch.empty_like(weight, dtype=torch.bool)
+
+    found = solve_block(
+        block,
+        unpaired_statistics(block),
+        solve,
+        blank=blank,
+        tensors=lambda made: made,
+        place=lambda site, made: site.weight.copy_(made[0]),
+    )
+    masks = {name: mask for name, (_, mask) in found.items()}  # as the sites shape them
     if how.tuning is not None and how.tuning.epochs:
         removed = [(site.weight, ~masks[site.name]) for site in block.sites]
 
