@@ -97,7 +97,7 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
 
     import compress
     from compress import architectures
-    from compress.calibration.sharing import Read
+    from compress.calibration.gathered import Gathered
     from compress.calibration.sweep import Inputs, Sweep
     from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
@@ -122,8 +122,8 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
         checkpoint, Inputs({"input_ids": ids}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
         progress=SilentProgress(), with_targets=False,
     )  # fmt: skip
-    read = Read(scratch / "read", "cpu")
-    read.gather(sweep, by_block)
+    read = Gathered(scratch / "read", "cpu")
+    read.gather(sweep, by_block, "reading what blocks multiply", check=True)
 
     def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
         U, S, V = torch.linalg.svd(W, full_matrices=False)

@@ -18,7 +18,7 @@ Kept = tuple[Units, Sequence[int]]
 def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
     """Neurons of every MLP by block; of blocks with experts one entry per expert."""
     found: dict[int, list[Units]] = {}
-    for path, index in _blocks(record, spec).items():
+    for path, index in block_numbers(record, spec).items():
         for mlp in record.mlps:
             for expert in _experts(spec, path, mlp):
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
@@ -38,7 +38,7 @@ def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int
     make = head_groups if whole_groups else heads
     found: dict[int, list[Units]] = {}
     lists: dict[str, list[Units]] = {}  # by what the names of the list's first block begin with
-    for path, index in sorted(_blocks(record, spec).items(), key=lambda block: block[1]):
+    for path, index in sorted(block_numbers(record, spec).items(), key=lambda block: block[1]):
         one = make(record.attention, path, queries, groups, head_dim)
         if record.attention.table is None:
             found.setdefault(index, []).append(one)
@@ -178,7 +178,7 @@ def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) 
     return {**{k: v for k, v in config.items() if k not in others}, key: value}
 
 
-def _blocks(record: Architecture, spec: Spec) -> dict[str, int]:
+def block_numbers(record: Architecture, spec: Spec) -> dict[str, int]:
     """What the names of a block's tensors begin with ▶ its number."""
     found: dict[str, int] = {}
     for name in spec.tensors:
@@ -239,7 +239,7 @@ def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tup
 def expert_blocks(record: Architecture, spec: Spec) -> dict[int, int]:
     """Number of experts of every block that has some."""
     found = {}
-    for path, index in _blocks(record, spec).items():
+    for path, index in block_numbers(record, spec).items():
         numbers = {e for mlp in record.mlps if "*" in mlp.down for e in _experts(spec, path, mlp)}
         if numbers:
             found[index] = len(numbers)

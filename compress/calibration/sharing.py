@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from compress import architectures
 from compress.architectures.narrowing import head_units, mlp_units
 from compress.architectures.units import Units
-from compress.calibration.sweep import Sweep
+from compress.calibration.gathered import Gathered
 from compress.checkpoint.open import Checkpoint
 from compress.checkpoint.structure import block_paths
 from compress.solvers.lowrank import low_rank
@@ -26,56 +26,6 @@ from compress.solvers.sharing import matching, pair_cost, partition, shared_matr
 
 #: Times that the shared matrix and the residuals are solved for in turn.
 ROUNDS = 3
-
-
-class Read:
-    """Statistics of what the matrices of a checkpoint read, in files of a folder: H by tensor, on the device asked for."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
-        self.table: dict[str, tuple[int, float]] = {}
-        if self.done():
-            self.table = {
-                n: (int(f), float(s)) for n, (f, s) in json.loads((folder / "table.json").read_text()).items()
-            }
-
-    def done(self) -> bool:
-        """Whether they were gathered."""
-        return (self.folder / "table.json").exists()
-
-    def gather(self, sweep: Sweep, names: Mapping[int, Collection[str]]) -> None:
-        """Sweep over the blocks as they are. ``names``: tensors by block."""
-        if not sweep.ranks.tell(0, self.done()):
-            sweep.check()
-            table: dict[str, tuple[int, float]] = {}
-            number, last = 0, max(names)
-            with sweep.progress.task("reading what blocks multiply", last + 1, "blocks") as task:
-                for block in sweep.unchanged(last, names):
-                    for group, statistics, _ in block.statistics() if block.sites else ():
-                        for site in group:
-                            W = site.weight.float()
-                            energy = float(((W @ statistics.hessian.float()) * W).sum()) / max(statistics.tokens, 1)
-                            table[site.name] = (number, energy)
-                        if not sweep.ranks.rank:
-                            self.folder.mkdir(parents=True, exist_ok=True)
-                            torch.save(statistics.hessian / max(statistics.tokens, 1), self.folder / f"{number}.pt")
-                        number += 1
-                    task.advance()
-            if not sweep.ranks.rank:
-                temp = self.folder / "table.tmp"
-                temp.write_text(json.dumps(table))
-                temp.replace(self.folder / "table.json")
-            sweep.ranks.wait()
-        self.__init__(self.folder, self.device)  # type: ignore[misc]
-
-    def hessian(self, name: str) -> torch.Tensor:
-        """Mean of x xᵀ over tokens [I, I]."""
-        found: torch.Tensor = torch.load(self.folder / f"{self.table[name][0]}.pt", map_location=self.device)
-        return found
-
-    def energy(self, name: str) -> float:
-        """Mean of ||W x||² over tokens."""
-        return self.table[name][1]
 
 
 @dataclass(frozen=True)
@@ -99,7 +49,7 @@ class Sharing:
 class Solver:
     """Finds the tensors of groups of blocks."""
 
-    def __init__(self, checkpoint: Checkpoint, read: Read, how: Sharing) -> None:
+    def __init__(self, checkpoint: Checkpoint, read: Gathered, how: Sharing) -> None:
         self.checkpoint, self.read, self.how = checkpoint, read, how
         spec = checkpoint.spec
         self.record = architectures.of(spec.structure.config)
@@ -184,7 +134,7 @@ class Solver:
         """What the outputs of any two blocks lose if they share, relative to what they are; infinite for unlike ones."""
         count = len(self.paths)
         result = [[0.0] * count for _ in range(count)]
-        matrices = [p for p in self.how.parts if f"{self.paths[0]}{p}" in self.read.table]
+        matrices = [p for p in self.how.parts if f"{self.paths[0]}{p}" in self.read.files]
         for i in range(count):
             for j in range(i):
                 total = 0.0 if unlike(i, j) is None else math.inf
@@ -192,7 +142,7 @@ class Solver:
                     names = [f"{self.paths[b]}{part}" for b in (i, j)]
                     weights = [self.aligned(names[0], i, i), self.aligned(names[1], j, i)]
                     inputs = [self._hessian(names[0], i, i).diagonal(), self._hessian(names[1], j, i).diagonal()]
-                    scale = [1 / max(self.read.energy(n), 1e-30) for n in names]
+                    scale = [1 / self.read.energy(n) for n in names]
                     total += pair_cost(weights[0], weights[1], inputs[0] * scale[0], inputs[1] * scale[1])
                 result[i][j] = result[j][i] = total
         return result
@@ -262,10 +212,10 @@ class Solver:
         first = blocks[0]
         names = [f"{self.paths[b]}{part}" for b in blocks]
         weights = [self.aligned(name, block, first) for name, block in zip(names, blocks, strict=True)]
-        if names[0] not in self.read.table:  # biases and norms
+        if names[0] not in self.read.files:  # biases and norms
             return {names[0]: self._shaped(torch.stack(weights).mean(0))}, []
         hessians = [self._hessian(name, block, first) for name, block in zip(names, blocks, strict=True)]
-        scaled = [H / max(self.read.energy(n), 1e-30) for H, n in zip(hessians, names, strict=True)]
+        scaled = [H / self.read.energy(n) for H, n in zip(hessians, names, strict=True)]
         residuals = [torch.zeros_like(W) for W in weights]
         shared, factors = weights[0], list[tuple[torch.Tensor, torch.Tensor]]()
         for _ in range(ROUNDS if self.how.rank else 1):
@@ -280,7 +230,7 @@ class Solver:
                 for suffix, factor in zip(("up", "down"), factors[number], strict=True):
                     values[f"{module}.residual_{suffix}.weight"] = factor.contiguous().cpu()
             left = weights[number] - shared - residuals[number]
-            lost = float(((left @ hessians[number].float()) * left).sum()) / max(self.read.energy(name), 1e-30)
+            lost = float(((left @ hessians[number].float()) * left).sum()) / self.read.energy(name)
             rows.append({"tensor": name, "shared_with": names[0], "error": lost})
         return values, rows
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from compress import architectures
 from compress.calibration.batches import Batches
 from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
 from compress.checkpoint.spec import Spec
@@ -57,7 +58,7 @@ def tie(
     turned = ((W @ vectors) * values + (E @ vectors) * pull[:, None]) / (values + pull[:, None])
     found = (turned @ vectors.T).cpu()
     del model
-    name = next(t.alias_of for t in after.tensors.values() if t.alias_of and t.alias_of.endswith(_name(after)))
+    name = after.tensors[architectures.of(after.structure.config).head_tie].alias_of
 
     def read(tensor: str) -> Value:
         if tensor == name:
@@ -65,9 +66,3 @@ def tie(
         return checkpoint.tensor(tensor)
 
     return Derived(checkpoint, after, read)
-
-
-def _name(spec: Spec) -> str:
-    from compress import architectures
-
-    return f"{architectures.of(spec.structure.config).embeddings[0]}.weight"

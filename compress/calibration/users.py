@@ -6,13 +6,10 @@ tensor.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
+from compress.calibration.gathered import Gathered
 from compress.calibration.sites import Site, Statistics, find_sites
 from compress.errors import PassError
 
@@ -28,7 +25,7 @@ class Users:
     """
 
     def __init__(self, sweep: Sweep) -> None:
-        self.sweep, self.folder = sweep, sweep.work / "users"
+        self.sweep, self._gathered = sweep, Gathered(sweep.work / "users", sweep.device)
         self.by_block: dict[int, dict[str, str]] = {}
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()
@@ -55,36 +52,13 @@ class Users:
             )
 
     def gather(self) -> None:
-        """Statistics of what the other users read, into files; nothing where that was done before."""
+        """Statistics of what the other users read; nothing where that was done before."""
         if not self.by_block:
             return
-        sweep, table = self.sweep, self.folder / "table.json"
-        if not sweep.ranks.tell(0, table.exists()):
-            found: dict[str, list[int]] = {}
-            for number, (group, statistics) in enumerate(self._measured()):
-                for site in group:
-                    source = sweep.checkpoint.spec.tensors[site.name].alias_of
-                    assert source is not None
-                    found.setdefault(source, []).append(number)
-                if not sweep.ranks.rank:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    values = {"hessian": statistics.hessian, "total": statistics.total, "tokens": statistics.tokens}
-                    torch.save(values, self.folder / f"{number}.pt")
-            if not sweep.ranks.rank:
-                temp = table.with_suffix(".tmp")
-                temp.write_text(json.dumps(found))
-                temp.replace(table)
-            sweep.ranks.wait()
-        self._files = json.loads(table.read_text())
-
-    def _measured(self) -> Iterator[tuple[list[Site], Statistics]]:
-        last = max(self.by_block)
-        with self.sweep.progress.task("reading what shared tensors multiply", last + 1, "blocks") as task:
-            for block in self.sweep.unchanged(last, self.by_block):
-                if block.sites:
-                    for group, statistics, _ in block.statistics():
-                        yield group, statistics
-                task.advance()
+        self._gathered.gather(self.sweep, self.by_block, "reading what shared tensors multiply")
+        for names in self.by_block.values():
+            for name, source in names.items():
+                self._files[source] = sorted([*self._files.get(source, ()), self._gathered.files[name]])
 
     def split(self, groups: list[list[Site]]) -> list[list[Site]]:
         """Groups whose sites have the same further users, too."""
@@ -99,7 +73,7 @@ class Users:
     def add(self, group: list[Site], statistics: Statistics) -> None:
         """Add what the other users of the group's tensors read."""
         for number in self._files.get(group[0].name, ()):
-            found: Mapping[str, Any] = torch.load(self.folder / f"{number}.pt", map_location=self.sweep.device)
+            found = self._gathered.sums(number)
             statistics.hessian += found["hessian"]
             statistics.total += found["total"]
             statistics.tokens += found["tokens"]

@@ -12,6 +12,7 @@ import this package. An edit is a JSON object with ``kind``, ``module`` and ``va
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,12 +58,13 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: a kind that this version does not know, or a module that the model does not have.
     """
+    find = _finder(model)
     for edit in edits:
         if edit["kind"] not in ("factors", "residual", "shared"):
             raise ValueError(f"unknown change of structure: {edit['kind']}")
         if edit["kind"] == "shared":
             continue
-        path, rank = _found(model, edit["module"]), int(edit["values"]["rank"])
+        path, rank = find(edit["module"]), int(edit["values"]["rank"])
         module = model.get_submodule(path)
         like = {"dtype": module.weight.dtype, "device": module.weight.device}
         outputs, inputs = _sizes(module)
@@ -82,10 +84,11 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
 def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]:
     """Name of each parameter that is another's ▶ the name of that one."""
     result: dict[str, str] = {}
+    find = _finder(model)
     for edit in edits:
         if edit["kind"] != "shared":
             continue
-        target, source = (_found(model, name) for name in (edit["module"], edit["values"]["source"]))
+        target, source = (find(name) for name in (edit["module"], edit["values"]["source"]))
         result |= {f"{target}.{part}": f"{source}.{part}" for part in edit["values"]["parts"]}
     return result
 
@@ -100,14 +103,17 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
 
 
-def _found(model: Any, path: str) -> str:
-    """The path of a module as the model has it: files of a base class leave its name out, those of others have it."""
-    prefix = f"{model.base_model_prefix}."
-    modules = dict(model.named_modules())
-    for name in (path, path.removeprefix(prefix), prefix + path):
-        if name in modules:
-            return str(name)
-    raise ValueError(f"the model has no module {path}")
+def _finder(model: Any) -> Callable[[str], str]:
+    """From the path of a module in files to the model's: files of a base class leave its name out, those of others have it."""
+    prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+
+    def find(path: str) -> str:
+        for name in (path, path.removeprefix(prefix), prefix + path):
+            if name in modules:
+                return name
+        raise ValueError(f"the model has no module {path}")
+
+    return find
 
 
 def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -115,32 +121,32 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
     state = {name: value.detach() for name, value in model.state_dict().items()}
     for target in shared_parameters(model, edits):
         state[target] = state[target].clone()
+    find = _finder(model)
     for edit in edits:
         if edit["kind"] == "shared":
             continue
-        path = _found(model, edit["module"])
+        path = find(edit["module"])
         if edit["kind"] == "factors":
             down, up = state.pop(f"{path}.down.weight"), state.pop(f"{path}.up.weight")
-            weight = product(up, down)
-            if edit["values"]["transposed"]:
-                weight = weight.T.contiguous()
-            state[f"{path}.weight"] = weight
+            state[f"{path}.weight"] = product(up, down, edit["values"]["transposed"])
             if (bias := state.pop(f"{path}.up.bias", None)) is not None:
                 state[f"{path}.bias"] = bias
         else:
             down, up = state.pop(f"{path}.residual_down.weight"), state.pop(f"{path}.residual_up.weight")
-            weight = state[f"{path}.weight"]
-            added = product(up, down, torch.float32)
-            state[f"{path}.weight"] = (weight.float() + (added.T if edit["values"]["transposed"] else added)).to(
-                weight.dtype
-            )
+            state[f"{path}.weight"] = with_residual(state[f"{path}.weight"], up, down, edit["values"]["transposed"])
     return state
 
 
-def product(up: torch.Tensor, down: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """[O, r] and [r, I] ▶ [O, I], computed in float32 at least."""
+def product(up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """[O, r] and [r, I] ▶ [O, I], or [I, O] for GPT-2's layers; computed in float32 at least."""
     wide = torch.promote_types(up.dtype, torch.float32)
-    return (up.to(wide) @ down.to(wide)).to(dtype or up.dtype)
+    found = (up.to(wide) @ down.to(wide)).to(up.dtype)
+    return found.T.contiguous() if transposed else found
+
+
+def with_residual(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The weight that a layer with a residual has in all, computed in float32."""
+    return (weight.float() + product(up.float(), down.float(), transposed)).to(weight.dtype)
 
 
 def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:

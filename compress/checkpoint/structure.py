@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
+from compress.architectures.narrowing import block_numbers
 from compress.checkpoint.spec import DENSE, Edit, Spec, Tensor
 from compress.errors import CheckpointError, PassError
 
@@ -136,14 +137,7 @@ def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], 
 
 def block_paths(spec: Spec) -> dict[int, str]:
     """What the names of each block's tensors begin with, up to the dot."""
-    record = architectures.of(spec.structure.config)
-    found = {}
-    for name in spec.tensors:
-        if (path := record.block_path(name)) is not None:
-            index = record.block_index(name)
-            assert index is not None
-            found[index] = path[0]
-    return found
+    return {index: path for path, index in block_numbers(architectures.of(spec.structure.config), spec).items()}
 
 
 def is_transposed(spec: Spec) -> bool:
@@ -207,7 +201,7 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The twin of a checkpoint that the stock class can express: products for factors, copies of what is shared."""
-    from compress.checkpoint.edits import product
+    from compress.checkpoint.edits import product, with_residual
     from compress.checkpoint.open import Derived, Value
 
     twin, sources = dense_spec(checkpoint.spec)
@@ -219,9 +213,7 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
             return Value(first.data, first.mask)
         turned = name.rpartition(".")[0] in transposed
         if len(others) == 1:
-            made = product(first.data, others[0].data)
-            return Value(made.T.contiguous() if turned else made)
-        added = product(others[0].data.float(), others[1].data.float())
-        return Value((first.data.float() + (added.T if turned else added)).to(first.data.dtype))
+            return Value(product(first.data, others[0].data, turned))
+        return Value(with_residual(first.data, others[0].data, others[1].data, turned))
 
     return Derived(checkpoint, twin, read)

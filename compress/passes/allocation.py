@@ -10,7 +10,7 @@ from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes.base import Context
-from compress.passes.sweeping import once, open_sweep
+from compress.passes.sweeping import measured_divergences, once, open_sweep
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,14 @@ def trials(sparsity: float) -> list[float]:
     return [sparsity + reach * i / STEPS for i in range(-STEPS, STEPS + 1)]
 
 
-def check_loss(spec: Spec, names: Collection[str]) -> None:
+def check_loss(spec: Spec, names: Collection[str], fix: str = _SETTING[1]) -> None:
     """Raises `PassError` where losses cannot be measured: without a head that predicts tokens, and for experts."""
     record = architectures.of(spec.structure.config)
     if not record.has_head(spec):
-        raise PassError(f"{_SETTING[0]} needs a model that predicts tokens", key="allocation", fix=_SETTING[1])
+        raise PassError(f"{_SETTING[0]} needs a model that predicts tokens", key="allocation", fix=fix)
     if expert := next((name for name in sorted(names) if record.is_expert(name)), None):
         raise PassError(
-            f"{_SETTING[0]} does not reach {expert}: experts are fused in memory", key="allocation", fix=_SETTING[1]
+            f"{_SETTING[0]} does not reach {expert}: experts are fused in memory", key="allocation", fix=fix
         )
 
 
@@ -86,23 +86,13 @@ def _shares(
     read: Any,
     context: Context,
 ) -> dict[str, Any]:
-    from compress.calibration.sensitivity import divergences
     from compress.solvers.shares import share_out
 
     def changes(name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
         found: Mapping[str, torch.Tensor] = read(name)
         return found
 
-    losses, _ = divergences(
-        checkpoint,
-        names,
-        changes,
-        context.data("calibration"),
-        setting=_SETTING,
-        device=context.device,
-        seed=context.seed,
-        progress=context.progress,
-    )
+    losses, _ = measured_divergences(checkpoint, names, changes, _SETTING, context)
     tensors = [checkpoint.spec.tensors[name] for name in names]
     sizes = [t.count for t in tensors]
     most = [t.count if t.kept is None else t.kept for t in tensors]

@@ -13,7 +13,7 @@ from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, undecided
 from compress.passes.cast_settings import CastSettings
-from compress.passes.sweeping import followable, once, open_sweep, sweep_memory
+from compress.passes.sweeping import followable, measured_divergences, once, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ class Cast(Pass[CastSettings]):
 
     def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
         """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
-        from compress.calibration.sensitivity import Rounding, divergences
+        from compress.calibration.sensitivity import Rounding
 
         spec = checkpoint.spec
         names = undecided(spec, settings)
@@ -114,15 +114,8 @@ class Cast(Pass[CastSettings]):
             if context.rank:
                 return None
             rounding = Rounding(known.grid, settings.options)
-            found, groups = divergences(
-                checkpoint,
-                names,
-                rounding,
-                context.data("calibration"),
-                setting=("a budget", "name the format with `weights`"),
-                device=context.device,
-                seed=context.seed,
-                progress=context.progress,
+            found, groups = measured_divergences(
+                checkpoint, names, rounding, ("a budget", "name the format with `weights`"), context
             )
             losses = rounding.scaled(found)
             among = choices(spec, settings, groups)

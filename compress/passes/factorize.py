@@ -11,8 +11,9 @@ from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.checkpoint.structure import check_nameable, factored, is_transposed
 from compress.errors import PassError
+from compress.passes.allocation import check_loss
 from compress.passes.base import Context, Pass, PassSettings, Storage, select
-from compress.passes.sweeping import block_matrices, inside_blocks, once, open_sweep, sweep_memory
+from compress.passes.sweeping import block_matrices, inside_blocks, measured_divergences, once, open_sweep, sweep_memory
 from compress.settings import Share
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.open import Checkpoint, Value
 
+_SETTING = ("`allocation: loss`", "use `allocation: uniform`")
 #: By loss: in how many steps the rank of a matrix is chosen.
 _STEPS = 64
 
@@ -82,6 +84,8 @@ class Factorize(Pass[FactorizeSettings]):
         from dataclasses import replace
 
         ranks = self._ranks(spec, settings)
+        if settings.by_loss:
+            check_loss(spec, ranks, fix=_SETTING[1])
         return replace(factored(spec, ranks), exact=spec.exact and not settings.by_loss)
 
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
@@ -171,18 +175,10 @@ class Factorize(Pass[FactorizeSettings]):
     def _allocate(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> dict[str, int]:
         """Ranks of least measured loss for that many parameters."""
         spec = checkpoint.spec
-        record = architectures.of(spec.structure.config)
-        if not record.has_head(spec):
-            raise PassError(
-                "`allocation: loss` needs a model that predicts tokens",
-                key="allocation",
-                fix="use `allocation: uniform`",
-            )
         uniform, work = self._ranks(spec, settings), context.work / "trial"
 
         def measured() -> dict[str, Any] | None:
             from compress.calibration.factoring import factor_on_trial
-            from compress.calibration.sensitivity import divergences
 
             sweep = open_sweep(checkpoint, uniform, context, work=work, with_targets=False)
             read, energies = factor_on_trial(sweep, uniform)
@@ -192,16 +188,7 @@ class Factorize(Pass[FactorizeSettings]):
             def change(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
                 return {"trial": read(name)}
 
-            losses, _ = divergences(
-                checkpoint,
-                list(uniform),
-                change,
-                context.data("calibration"),
-                setting=("`allocation: loss`", "use `allocation: uniform`"),
-                device=context.device,
-                seed=context.seed,
-                progress=context.progress,
-            )
+            losses, _ = measured_divergences(checkpoint, list(uniform), change, _SETTING, context)
             ranks = _shared_out(spec, uniform, energies, {n: row["trial"] for n, row in losses.items()})
             return {
                 "ranks": ranks,

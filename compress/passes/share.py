@@ -213,7 +213,8 @@ class Share(Pass[ShareSettings]):
 
     def _share_blocks(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
         """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
-        from compress.calibration.sharing import Read, Sharing, Solver
+        from compress.calibration.gathered import Gathered
+        from compress.calibration.sharing import Sharing, Solver
 
         if settings.align and find_spec("scipy") is None:
             raise PassError(
@@ -226,9 +227,10 @@ class Share(Pass[ShareSettings]):
         paths = block_paths(spec)
         blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
         matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
-        read = Read(context.work / "read", context.device)
+        read = Gathered(context.work / "read", context.device)
         sweep = open_sweep(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
-        read.gather(sweep, {i: [paths[i] + part for part in matrices] for i in blocks})
+        wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
+        read.gather(sweep, wanted, "reading what blocks multiply", check=True)
         fisher = None
         if settings.init == "fisher" and not context.rank:
             from compress.calibration.fisher import fisher_information

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from compress.errors import PassError
 from compress.passes.base import Context
 
 if TYPE_CHECKING:
+    from compress.calibration.sensitivity import Changes
     from compress.calibration.sweep import Sweep, Teacher
     from compress.checkpoint.open import Checkpoint
 
@@ -69,6 +70,24 @@ def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
             temp.write_text(json.dumps(found))
             temp.replace(path)  # a kill leaves all of it or nothing
     return found
+
+
+def measured_divergences(
+    checkpoint: Checkpoint, names: Sequence[str], changes: Changes, setting: tuple[str, str], context: Context
+) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
+    """See `calibration.sensitivity.divergences`, on the calibration data."""
+    from compress.calibration.sensitivity import divergences
+
+    return divergences(
+        checkpoint,
+        names,
+        changes,
+        context.data("calibration"),
+        setting=setting,
+        device=context.device,
+        seed=context.seed,
+        progress=context.progress,
+    )
 
 
 def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:

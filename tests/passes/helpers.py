@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress import architectures, passes
 from compress.calibration.influence import find_blocks
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
+from compress.loading import load_model
 from compress.passes.base import Context
 from compress.progress import SilentProgress
 
@@ -48,6 +51,14 @@ def plan(checkpoint: Checkpoint, name: str, **settings: Any) -> Any:
 def write(checkpoint: Checkpoint, folder: Path, **kwargs: Any) -> Stored:
     """Written and opened again."""
     return open_checkpoint(write_checkpoint(checkpoint, folder, **kwargs).folder)
+
+
+def divergence(original: Any, changed: Any, ids: torch.Tensor) -> float:
+    """Mean KL of a model's predictions from those of the original, of checkpoints or models."""
+    models = [load_model(m) if isinstance(m, Path) else m for m in (original, changed)]
+    with torch.no_grad():
+        x, y = (m(input_ids=ids)[0].log_softmax(-1) for m in models)
+    return float(torch.nn.functional.kl_div(y, x, log_target=True, reduction="sum")) / ids.numel()
 
 
 def bypass(model: Any, numbers: Iterable[int]) -> None:

@@ -11,6 +11,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.loading import load_model
 from tests import pico
+from tests.passes.helpers import divergence
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 
@@ -23,12 +24,6 @@ def folders(tmp_path_factory):
 
 def factorize(folder, out, **settings):
     return compress.apply("factorize", folder, out, store="compact", data=IDS, **settings)
-
-
-def divergence(folder, original):
-    with torch.no_grad():
-        x, y = (load_model(f)(input_ids=IDS)[0].log_softmax(-1) for f in (original, folder))
-    return float(torch.nn.functional.kl_div(y, x, log_target=True, reduction="sum")) / IDS.numel()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "bert"])
@@ -62,7 +57,7 @@ def test_ranks_keep_within_the_budget_and_pay(folders, tmp_path):
         "tuned": {},
     }.items():
         factorize(folders["llama"], tmp_path / name, keep_parameters=0.5, **settings)
-        found[name] = divergence(tmp_path / name, folders["llama"])
+        found[name] = divergence(folders["llama"], tmp_path / name, IDS)
     sizes = {name: open_checkpoint(tmp_path / name).spec.parameters for name in found}
     assert sizes["loss"] <= sizes["uniform"]
     assert sizes["loss"] > 0.97 * sizes["uniform"]

@@ -10,11 +10,13 @@ import transformers
 
 import compress
 from compress.api import unpack
-from compress.calibration.sharing import Read, Sharing, Solver
+from compress.calibration.gathered import Gathered
+from compress.calibration.sharing import Sharing, Solver
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.loading import load_model
 from tests import pico
+from tests.passes.helpers import divergence
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 #: Every kind of layout: separate, stacked and interleaved projections, Conv1D, biases, grouped keys, heads that are ordered.
@@ -45,7 +47,7 @@ class Shuffled(Solver):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    solver = Shuffled(checkpoint, Read(tmp_path / "none", "cpu"), Sharing([], "mean", True, 0))
+    solver = Shuffled(checkpoint, Gathered(tmp_path / "none", "cpu"), Sharing([], "mean", True, 0))
     assert all(len(units) == (1 if family == "bloom" else 2) for units in solver.units.values())
     read = solver.read_solved([[0, 1], [2, 3]], tmp_path)
     model = load_model(folders[family])
@@ -62,7 +64,7 @@ def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
 def twins(family, folder):
     """A model whose blocks 0 and 1, and 2 and 3, compute the same with their units in different orders."""
     checkpoint = open_checkpoint(folder)
-    solver = Shuffled(checkpoint, Read(folder / "none", "cpu"), Sharing([], "mean", True, 0))
+    solver = Shuffled(checkpoint, Gathered(folder / "none", "cpu"), Sharing([], "mean", True, 0))
     model = load_model(folder)
     with torch.no_grad():
         state = model.state_dict()
@@ -91,10 +93,7 @@ def test_blocks_that_compute_the_same_share_at_no_cost(family, parts, folders, t
 
 
 def error(folder, original):
-    a, b = (load_model(f) for f in (original, folder))
-    with torch.no_grad():
-        x, y = (m(input_ids=IDS)[0].log_softmax(-1) for m in (a, b))
-    return float(torch.nn.functional.kl_div(y, x, log_target=True, reduction="sum")) / IDS.numel()
+    return divergence(original, folder, IDS)
 
 
 def test_least_squares_beat_the_mean_and_residuals_beat_none(folders, tmp_path):
@@ -310,8 +309,7 @@ def test_embeddings_are_tied_towards_both(folders, tmp_path, stock):
         with torch.no_grad():
             source = original.lm_head if name == "output" else original.model.embed_tokens
             tied_.lm_head.weight.copy_(source.weight)
-            x, y = (m(input_ids=IDS)[0].log_softmax(-1) for m in (original, tied_))
-        found[name] = float(torch.nn.functional.kl_div(y, x, log_target=True, reduction="sum")) / IDS.numel()
+        found[name] = divergence(original, tied_, IDS)
     assert error(tmp_path / "out", folder) < min(found.values())
     with pytest.raises(PassError, match="tied already"):
         compress.apply("share", tmp_path / "out", tmp_path / "again", embeddings="tie", data=IDS)
