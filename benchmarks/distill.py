@@ -72,7 +72,7 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
         begun = time.perf_counter()
         compress.apply(
             "distill", scratch / "student", out, data=args.train, document_separator="<|doc|>",
-            teacher=args.model, tokens=args.tokens, details=details, **settings,
+            teacher=args.model, tokens=args.tokens, autocast=args.autocast, details=details, **settings,
         )  # fmt: skip
         rise = loss(str(out), texts) - dense
         training = details["training"]
@@ -87,10 +87,12 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
             ]
         )
         print(*rows[-1], flush=True)
+    cast = " and autocast" * bool(args.autocast)
     return [
         f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} go; then {args.tokens:,} "
-        f"tokens of {', '.join(Path(f).name for f in args.train)}, the settings of the pass without any but the losses named. "
-        f"Held out: {', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before. "
+        f"tokens of {', '.join(Path(f).name for f in args.train)}, the settings of the pass without any but the losses "
+        f"named{cast}. Held out: {', '.join(Path(f).name for f in args.heldout)}. "
+        f"ΔNLL is in nats per token over the {dense:.4f} before. "
         "Won back is the share of what removal alone costs. The seconds are of the whole call.",
         "",
         *page.table(["", "ΔNLL", "won back", "last held-out loss in training", "seconds"], rows),
@@ -304,6 +306,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="token ids to prune with, file.safetensors:name; by default of --train")
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--autocast", choices=["bfloat16"], help="of the training")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mlp", type=float, default=0.25)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))

@@ -96,7 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument(
-        "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="the default method runs with each"
+        "--train",
+        nargs="+",
+        default=[str(ROOT / "examples/text/train.txt")],
+        help="each method that calibrates runs with each",
     )
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
@@ -119,7 +122,7 @@ def main() -> None:
                 if "pattern" in AMOUNTS[amount] and "allocation" in METHODS[method]:
                     continue  # N:M leaves nothing to allocate
                 rises, seconds, errors = [], [], []
-                for train in args.train if method == "default" else args.train[:1]:
+                for train in args.train if method != "magnitude" else args.train[:1]:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     start, details = time.perf_counter(), {}
                     compress.apply(

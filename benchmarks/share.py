@@ -77,14 +77,15 @@ def sharing(args: argparse.Namespace, scratch: Path) -> list[str]:
             if not trained.exists():
                 compress.apply(
                     "distill", folder, trained, data=args.train, document_separator="<|doc|>", teacher=args.model,
-                    tokens=args.tokens, store="compact",
+                    tokens=args.tokens, autocast=args.autocast, store="compact",
                 )  # fmt: skip
             row += [f"{loss(str(trained), texts) - dense:+.4f}", f"{time.perf_counter() - begun:.0f}"]
         rows.append([*row, *[""] * (6 - len(row))])
         print(*rows[-1], flush=True)
+    cast = " but autocast" * bool(args.autocast)
     return [
         f"{Path(args.model).name}, {depth} blocks; then {args.tokens:,} tokens of "
-        f"{', '.join(Path(f).name for f in args.train)}, the settings of `distill` without any. Held out: "
+        f"{', '.join(Path(f).name for f in args.train)}, the settings of `distill` without any{cast}. Held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before.",
         "",
         *page.table(["", "file", "parameters in memory", "ΔNLL", "ΔNLL distilled", "seconds of distilling"], rows),
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="to distill with; 0 for none")
+    parser.add_argument("--autocast", choices=["bfloat16"], help="of distillation")
     parser.add_argument("--ways", nargs="+", default=list(SHARE), choices=list(SHARE))
     parser.add_argument("--jobs", nargs="+", default=["share", "factorize"], choices=["share", "factorize"])
     parser.add_argument("--scratch", type=Path, help="keep checkpoints there, and take those that are there")

@@ -1,8 +1,11 @@
-"""Wall time beside llm-compressor's for the same job: `make bench-versus PEER=/path/to/python [ARGS=]`.
+"""Wall time beside other tools' for the same job: `make bench-versus PEER=/path/to/python [ARGS=]`.
 
 PEER is the interpreter of an environment of its own with torch and llmcompressor. Both prune by SparseGPT (60 %) or cast by
 GPTQ (4 bits, groups of 64, activation order) on the same 128 x 256 random token ids, in turns; the time is that of the method,
 without loading and writing. Models: MODEL, and random weights of a Llama of 124 M parameters, 12 blocks of width 768 (--wide).
+The job `alps` runs beside the published code: --alps is the file alps.py of mazumder-lab/ALPS, which wants a GPU; its `cuda:0`
+is read as `cpu`, and block by block it gets what its own llama.py would give it. The job `tuned` is the default int4 beside
+auto-round (200 steps a block, its default), with --autoround the interpreter of an environment that has it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ sys.path.insert(0, sys.argv[1])
 import compress
 from safetensors.torch import load_file
 name, settings = {"sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "tune_epochs": 0}),
-                  "gptq": ("cast", {"weights": "int4", "tune_epochs": 0})}[sys.argv[2]]
+                  "alps": ("prune_unstructured", {"method": "alps", "sparsity": 0.6, "tune_epochs": 0}),
+                  "gptq": ("cast", {"weights": "int4", "tune_epochs": 0}),
+                  "tuned": ("cast", {"weights": "int4"})}[sys.argv[2]]
 details = {}
 with tempfile.TemporaryDirectory() as folder:
     compress.apply(name, sys.argv[3], folder + "/out", data=load_file(sys.argv[4])["ids"], details=details, **settings)
@@ -59,6 +64,67 @@ oneshot(model=model, dataset=data, recipe=[modifier], max_seq_length=ids.shape[1
 print(json.dumps({"seconds": time.perf_counter() - start}))
 """
 
+ALPS = """
+import json, sys, time, types
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+published = types.ModuleType("alps")
+exec(Path(sys.argv[5]).read_text().replace("cuda:0", "cpu"), published.__dict__)
+torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
+ids = load_file(sys.argv[4])["ids"]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32).eval()
+start = time.perf_counter()
+with torch.no_grad():
+    inputs, blocks = [], model.model.layers
+    class Stop(Exception):
+        pass
+    def catch(module, args, kwargs):
+        inputs.append((args[0], {**kwargs, "past_key_values": None}))
+        raise Stop
+    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    for row in ids:
+        try:
+            model(row[None], use_cache=False)
+        except Stop:
+            pass
+    handle.remove()
+    for block in blocks:
+        layers = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        solvers = [published.ALPS_prune(layer, nsamples=len(ids), seqlen=ids.shape[1]) for layer in layers]
+        handles = [
+            layer.register_forward_hook(lambda _, x, y, solver=solver: solver.add_batch(x[0].data, y.data))
+            for layer, solver in zip(layers, solvers, strict=True)
+        ]
+        for x, rest in inputs:
+            block(x, **rest)
+        for handle in handles:
+            handle.remove()
+        for solver in solvers:
+            solver.ALPS_admm(sp=0.6, rho=0.1)
+            solver.free()
+        outputs = [block(x, **rest) for x, rest in inputs]
+        inputs = [(y[0] if isinstance(y, tuple) else y, rest) for y, (_, rest) in zip(outputs, inputs, strict=True)]
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+
+AUTOROUND = """
+import json, sys, time
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = load_file(sys.argv[4])["ids"]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
+start = time.perf_counter()
+AutoRound(
+    model, AutoTokenizer.from_pretrained(sys.argv[3]), scheme="W4A16", bits=4, group_size=64, sym=True, iters=200,
+    nsamples=len(ids), seqlen=ids.shape[1], dataset=[{"input_ids": row[None]} for row in ids], device_map="cpu",
+).quantize()
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+
 
 def seconds(python: str, script: str, *arguments: str) -> float:
     """What a script says at its end that it took."""
@@ -85,7 +151,10 @@ def wide(folder: Path, tokenizer: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", required=True, help="python of an environment with llmcompressor")
+    parser.add_argument("--peer", default=sys.executable, help="python of an environment with llmcompressor")
+    parser.add_argument("--alps", help="alps.py as published")
+    parser.add_argument("--autoround", help="python of an environment with auto-round")
+    parser.add_argument("--section", default="versus")
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--wide", action="store_true", help="the larger random model too")
     parser.add_argument("--rounds", type=int, default=3)
