@@ -31,7 +31,7 @@ import compress
 from safetensors.torch import load_file
 name, settings = {"sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "tune_epochs": 0}),
                   "alps": ("prune_unstructured", {"method": "alps", "sparsity": 0.6, "tune_epochs": 0}),
-                  "gptq": ("cast", {"weights": "int4", "tune_epochs": 0}),
+                  "gptq": ("cast", {"weights": "int4", "refine": False, "tune_epochs": 0}),
                   "tuned": ("cast", {"weights": "int4"})}[sys.argv[2]]
 details = {}
 with tempfile.TemporaryDirectory() as folder:
@@ -157,45 +157,51 @@ def main() -> None:
     parser.add_argument("--section", default="versus")
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--wide", action="store_true", help="the larger random model too")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", nargs="+", default=["sparsegpt", "gptq"])
+    parser.add_argument("--rounds", type=int, default=3, help="on MODEL; 0: not on it. Once on the larger one")
+    parser.add_argument(
+        "--jobs", nargs="+", default=["sparsegpt", "gptq"], choices=["sparsegpt", "alps", "gptq", "tuned"]
+    )
     args = parser.parse_args()
     import torch
     from safetensors.torch import save_file
 
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
-    rows = []
+    rows: list[list[str]] = []
     try:
         vocabulary = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
         ids = torch.randint(0, vocabulary, (128, 256), generator=torch.Generator().manual_seed(0))
         save_file({"ids": ids}, scratch / "ids.safetensors")
-        models = [args.model]
+        models = [args.model] if args.rounds else []
         if args.wide:
             wide(scratch / "llama-124m", args.model)
             models.append(str(scratch / "llama-124m"))
         for model in models:
             for job in args.jobs:
                 pairs = []
+                python, script, peer = {
+                    "alps": (sys.executable, ALPS, "alps.py as published"),
+                    "tuned": (args.autoround, AUTOROUND, "auto-round"),
+                }.get(job, (args.peer, PEER, "llm-compressor"))
                 for _ in range(args.rounds if model == args.model else 1):
-                    arguments = (job, model, str(scratch / "ids.safetensors"))
-                    pairs.append((seconds(sys.executable, OURS, *arguments), seconds(args.peer, PEER, *arguments)))
+                    arguments = (job, model, str(scratch / "ids.safetensors"), str(args.alps))
+                    pairs.append((seconds(sys.executable, OURS, *arguments), seconds(python, script, *arguments)))
                 ours, theirs = (" ".join(f"{pair[i]:.1f}" for pair in pairs) for i in (0, 1))
                 ratio = statistics.median(a / b for a, b in pairs)
-                rows.append(f"| {Path(model).name} | {job} | {ours} | {theirs} | {ratio:.2f} |")
-                print(rows[-1], flush=True)
+                rows.append([Path(model).name, job, ours, peer, theirs, f"{ratio:.2f}"])
+                print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     page.put(
-        "versus",
+        args.section,
         [
-            "## Time beside llm-compressor",
+            "## Time beside other tools",
             "",
-            f"`make bench-versus`: {page.environment()} SparseGPT at 60 %, GPTQ at 4 bits, 128 × 256 tokens; seconds of the "
-            "method alone, in turns on the same machine; the ratio is the median of the pairs'.",
+            f"`make bench-versus`: {page.environment()} {threads} each. SparseGPT and ALPS at 60 %, int4 by GPTQ alone and "
+            "by the default (`tuned`), 128 × 256 tokens; seconds of the method alone, in turns on the same machine; "
+            "the ratio is the median of the pairs'.",
             "",
-            "| model | job | compress, s | llm-compressor, s | ratio |",
-            "|---|---|---|---|---|",
-            *rows,
+            *page.table(["model", "job", "compress, s", "beside", "its s", "ratio"], rows),
         ],
     )
 

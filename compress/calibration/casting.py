@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from compress.calibration.paired import Drift, statistics_of
+from compress.calibration.paired import Drift, statistics_of, unpaired_statistics
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed
@@ -27,12 +27,14 @@ class Casting:
 
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
-        dtypes: that scales are stored in, by tensor. rounds: of descent on codes and scales, after GPTQ.
+        dtypes: that scales are stored in, by tensor. paired: in a sweep with targets, also make up for what earlier changes
+            did to the inputs. rounds: of descent on codes and scales, after GPTQ.
     """
 
     tuning: Tuning | None
     grids: Mapping[str, Grid]
     dtypes: Mapping[str, torch.dtype]
+    paired: bool = True
     rounds: int = 3
 
 
@@ -73,8 +75,8 @@ class Rounded:
 def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     """Cast the sites of a block in place; codes by tensor name.
 
-    In a sweep with targets each matrix is matched to what the original gives on its own inputs, and those that write to the
-    residual stream also make up for what is wrong in it.
+    In a sweep with targets, if ``how.paired``, each matrix is matched to what the original gives on its own inputs, and those
+    that write to the residual stream also make up for what is wrong in it.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
     before and after.
@@ -93,7 +95,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
 
     rounded = solve_block(
         block,
-        statistics_of(block),
+        statistics_of(block) if how.paired else unpaired_statistics(block),
         solve,
         blank=blank,
         tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],

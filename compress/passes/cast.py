@@ -82,10 +82,11 @@ class Cast(Pass[CastSettings]):
         )
         if not settings.solved:
             return measuring or None
-        if all(t.grid is None or t.grid.bits >= FINE for t in grids):
+        coarse = any(t.grid is not None and t.grid.bits < FINE for t in grids)
+        moments = 2 if settings.tune_epochs and coarse else 0
+        if not coarse or not (settings.refine or moments):
             sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
         else:  # kept: codes as floats, and each matrix as it was and as it is
-            moments = 2 if settings.tune_epochs else 0
             sweep = sweep_memory(spec, [t.name for t in grids], width, factors=4.0, copies=10, moments=moments, kept=12)
         return max(measuring, sweep)
 
@@ -140,8 +141,9 @@ class Cast(Pass[CastSettings]):
         coarse = any(grid.bits < FINE for grid in grids.values())
         tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
-        how = Casting(tuning, grids, dtypes, rounds=3 if coarse else 0)
-        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=coarse)
+        refine = settings.refine and coarse
+        how = Casting(tuning, grids, dtypes, paired=refine, rounds=3 if refine else 0)
+        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=refine or tuning is not None)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details
         return result.reader()

@@ -56,9 +56,13 @@ class CastSettings(PassSettings):
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",
         description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
-        "calibration data; below 6 bits it also makes up for what was rounded in front, and codes and scales are then fitted "
-        "to each other. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
+        "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
         "read; `mse` searches the ends of the range for the least squared error.",
+    )
+    refine: bool = Field(
+        default=True,
+        description="With `gptq`, below 6 bits: also make up for what was rounded in front, and then fit codes and scales to "
+        "each other by turns. `false` with `tune_epochs: 0` is GPTQ alone, which takes about a third of the time.",
     )
     tune_epochs: int = Field(
         default=1,

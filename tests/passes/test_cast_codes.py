@@ -14,10 +14,13 @@ import compress
 from compress import architectures
 from compress.calibration.batches import Batches
 from compress.checkpoint import codecs
+from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.loading import load_model
+from compress.solvers.gptq import gptq, ordered_factor
+from compress.solvers.grids import fit, to_codes
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 
@@ -170,6 +173,25 @@ def test_gptq_and_tuning_pay(folders, tmp_path):
         error(0, method="rtn"), error(1, method="mse"), error(2, tune_epochs=0), error(3, tune_epochs=10),
     ]  # fmt: skip
     assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_block_gives(folders, tmp_path):
+    checkpoint = open_checkpoint(folders["llama"])
+    data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
+    settings = {"weights": "int4", "group_size": 16, "refine": False, "tune_epochs": 0}
+    cast = apply(checkpoint, "cast", data=data, work=tmp_path / "work", **settings)
+    model, grid = load_model(folders["llama"]), Grid("int4", 16)
+    for name in (f"model.layers.0.{part}.weight" for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")):
+        module, seen = model.get_submodule(name.removesuffix(".weight")), []
+        handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].flatten(0, 1).double()))
+        with torch.no_grad():
+            model(input_ids=data.ids)
+        handle.remove()
+        H, W = seen[0].T @ seen[0], checkpoint.tensor(name).data
+        order, factor, _ = ordered_factor(H)
+        scales = fit(W, grid, H.diagonal())
+        expected = to_codes(gptq(W, factor.float(), order, grid, scales), grid, scales, torch.float32)
+        assert torch.equal(cast.tensor(name).codes.codes, expected.codes)
 
 
 def test_pruned_weights_stay_zero_and_the_compact_store_is_smaller(folders, data, tmp_path):

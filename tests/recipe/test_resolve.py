@@ -74,6 +74,7 @@ def test_defaults_are_written_out(work: Path) -> None:
                     "group_size": None,
                     "symmetric": True,
                     "method": "gptq",
+                    "refine": True,
                     "tune_epochs": 1,
                     "tune_rate": 0.006,
                     "activations": None,
