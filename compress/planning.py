@@ -10,7 +10,7 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
-from compress.checkpoint.structure import STORAGE, dense_spec
+from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.evaluation.tasks import check_images, check_metrics, task_of
 from compress.passes.base import EDITS, values_of
 
@@ -74,6 +74,12 @@ def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str
     return size_of(spec, lay_out(spec, max_shard, metadata))
 
 
+def _other_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None) -> Size | None:
+    """Its size in the other store; None where stock files cannot hold it."""
+    other = _other(store)
+    return None if other == "stock" and uneven(spec) else planned_size(spec, other, max_shard, metadata)
+
+
 def size_on_disk(checkpoint: Stored) -> Size:
     """Size of a checkpoint as it lies on disk: ``bytes`` are those of its weight files."""
     assert checkpoint.folder is not None
@@ -90,7 +96,7 @@ class PlannedPass:
     settings: Any
     spec: Spec
     size: Size
-    other_store: Size
+    other_store: Size | None
     peak_memory: int
     notes: tuple[str, ...] = ()
 
@@ -138,7 +144,10 @@ class Plan:
                             "settings": p.settings.model_dump(mode="json"),
                             "planned": asdict(p.size),
                             "exact": p.spec.exact,
-                            "bytes_by_store": {self.store: p.size.bytes, _other(self.store): p.other_store.bytes},
+                            "bytes_by_store": {
+                                self.store: p.size.bytes,
+                                **({_other(self.store): p.other_store.bytes} if p.other_store else {}),
+                            },
                             "peak_memory": p.peak_memory,
                             "notes": list(p.notes),
                         }
@@ -188,7 +197,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 entry.settings,
                 following,
                 planned_size(following, store, recipe.max_shard_size, metadata),
-                planned_size(following, _other(store), recipe.max_shard_size, metadata),
+                _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
                 tuple(instance.notes(current, entry.settings)),
             )
@@ -216,13 +225,15 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
     if edit := next((e for e in spec.structure.edits if STORAGE[e.kind] not in instance.accepts), None):
         raise PassError(
             f"{instance.name} cannot change this checkpoint: {edit.module} {EDITS[STORAGE[edit.kind]]}",
-            fix="start from the checkpoint before that, or make it dense with `compress unpack`",
+            fix="start from the checkpoint before that"
+            + ("" if uneven(spec) else ", or make it dense with `compress unpack`"),
         )
     following = instance.plan(spec, settings)
     if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(
             f"stock classes cannot express that {edit.module} {EDITS[STORAGE[edit.kind]]}",
-            fix="use `store: compact`; `compress unpack` makes a dense stock checkpoint of the result",
+            fix="use `store: compact`"
+            + ("" if uneven(following) else "; `compress unpack` makes a dense stock checkpoint of the result"),
         )
     if store == "stock" and (tensor := next((t for t in following.stored() if not stock_holds(following, t)), None)):
         assert tensor.grid is not None

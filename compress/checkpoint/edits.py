@@ -7,6 +7,7 @@ import this package. An edit is a JSON object with ``kind``, ``module`` and ``va
   ``up.weight`` [O, r] and, where the layer has a bias, ``up.bias`` [O] take the place of its own.
 * ``shared``: the parameters of block ``module`` that ``parts`` names are those of block ``source``. The file holds them once,
   under the source's names.
+* ``sized``: the linear layer ``module`` has ``outputs`` and ``inputs`` of its own, whatever the config says of all blocks.
 * ``residual``: the linear layer ``module`` adds ``residual_up(residual_down(x))`` to what it gives, of rank ``rank``.
 """
 
@@ -60,12 +61,16 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
     """
     find = _finder(model)
     for edit in edits:
-        if edit["kind"] not in ("factors", "residual", "shared"):
+        if edit["kind"] not in ("factors", "residual", "shared", "sized"):
             raise ValueError(f"unknown change of structure: {edit['kind']}")
         if edit["kind"] == "shared":
             continue
-        path, rank = find(edit["module"]), int(edit["values"]["rank"])
+        path = find(edit["module"])
         module = model.get_submodule(path)
+        if edit["kind"] == "sized":
+            _resize(module, int(edit["values"]["outputs"]), int(edit["values"]["inputs"]))
+            continue
+        rank = int(edit["values"]["rank"])
         like = {"dtype": module.weight.dtype, "device": module.weight.device}
         outputs, inputs = _sizes(module)
         if edit["kind"] == "factors":
@@ -79,6 +84,18 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
     for target, source in shared_parameters(model, edits).items():
         parent, _, name = target.rpartition(".")
         model.get_submodule(parent)._parameters[name] = model.get_parameter(source)
+
+
+def _resize(module: Any, outputs: int, inputs: int) -> None:
+    """Give a linear layer that many outputs and inputs, with random weights."""
+    linear = isinstance(module, torch.nn.Linear)
+    new = module.weight.new_empty((outputs, inputs) if linear else (inputs, outputs))
+    module.weight = torch.nn.Parameter(new.normal_(std=0.02), module.weight.requires_grad)
+    if module.bias is not None:
+        module.bias = torch.nn.Parameter(module.bias.new_zeros(outputs), module.bias.requires_grad)
+    names = ("out_features", "in_features") if linear else ("nf", "nx")
+    for name, size in zip(names, (outputs, inputs), strict=True):
+        setattr(module, name, size)
 
 
 def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]:
@@ -117,7 +134,11 @@ def _finder(model: Any) -> Callable[[str], str]:
 
 
 def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The state of the stock class that computes the same: products for factors, a copy for each user of what is shared."""
+    """The state of the stock class that computes the same: products for factors, a copy for each user of what is shared.
+
+    Raises:
+        ValueError: widths differ from block to block, which that class cannot express.
+    """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     for target in shared_parameters(model, edits):
         state[target] = state[target].clone()
@@ -125,6 +146,8 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
     for edit in edits:
         if edit["kind"] == "shared":
             continue
+        if edit["kind"] == "sized":
+            raise ValueError(f"{edit['module']} has a width of its own, which no stock class can express")
         path = find(edit["module"])
         if edit["kind"] == "factors":
             down, up = state.pop(f"{path}.down.weight"), state.pop(f"{path}.up.weight")

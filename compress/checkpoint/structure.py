@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
 
 #: What the tensors of an edit are to passes.
-STORAGE: Mapping[str, str] = {"factors": "factored", "residual": "shared", "shared": "shared"}
+STORAGE: Mapping[str, str] = {"factors": "factored", "residual": "shared", "shared": "shared", "sized": "uneven"}
+#: What an edit of each kind says; of others, their rank.
+_VALUES = {"shared": {"source", "parts"}, "sized": {"outputs", "inputs"}}
 
 
 def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def from_json(rows: Any, where: str) -> tuple[Edit, ...]:
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"has damaged changes of structure: {error!r}", where=where) from None
     for edit in found:
-        keys = {"shared": {"source", "parts"}}.get(edit.kind, {"rank", "transposed"})
+        keys = _VALUES.get(edit.kind, {"rank", "transposed"})
         if edit.kind not in STORAGE:
             raise CheckpointError(
                 f"has a change of structure that this version does not know: {edit.kind}",
@@ -50,14 +52,19 @@ def _sound(values: Mapping[str, Any]) -> bool:
     if "parts" in values:
         parts = values["parts"]
         return isinstance(values["source"], str) and isinstance(parts, list) and all(isinstance(p, str) for p in parts)
-    rank = values["rank"]
-    return isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 and isinstance(values["transposed"], bool)
+    sizes = [value for key, value in values.items() if key != "transposed"]
+    return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes) and isinstance(
+        values.get("transposed", False), bool
+    )
 
 
 def with_shared(spec: Spec, where: str) -> Spec:
     """Add the tensors that blocks share with others, which files leave out. Raises `CheckpointError` where edits do not fit."""
     aliases = {}
     for edit in spec.structure.edits:
+        if edit.kind == "sized":
+            _check_size(spec, edit, where)
+            continue
         if edit.kind != "shared":
             _check_low_rank(spec, edit, where)
             continue
@@ -78,6 +85,18 @@ def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
         if shape is None or len(shape) != 2 or shape[axis] != rank:
             found = "is missing" if shape is None else f"is {list(shape)}"
             raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
+
+
+def _check_size(spec: Spec, edit: Edit, where: str) -> None:
+    """The matrix has the shape that an edit says."""
+    name = f"{edit.module}.weight"
+    shape = spec.tensors[name].shape if name in spec.tensors else None
+    expected = (edit.values["outputs"], edit.values["inputs"])
+    if shape != (expected[::-1] if is_transposed(spec) else expected):
+        found = "is missing" if shape is None else f"is {list(shape)}"
+        raise CheckpointError(
+            f"config and weights disagree: {name}, of {expected[0]} x {expected[1]}, {found}", where=where
+        )
 
 
 def alias(source: Tensor, name: str) -> Tensor:
@@ -135,6 +154,16 @@ def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], 
     return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
 
 
+def sized(spec: Spec, modules: Iterable[str]) -> Spec:
+    """The spec, whose shapes are those of widths of their own already, with edits that say so of those modules."""
+    edits = list(spec.structure.edits)
+    for module in modules:
+        shape = spec.tensors[f"{module}.weight"].shape
+        outputs, inputs = shape[::-1] if is_transposed(spec) else shape
+        edits.append(Edit("sized", module, {"outputs": outputs, "inputs": inputs}))
+    return replace(spec, structure=replace(spec.structure, edits=tuple(edits)))
+
+
 def block_paths(spec: Spec) -> dict[int, str]:
     """What the names of each block's tensors begin with, up to the dot."""
     return {index: path for path, index in block_numbers(architectures.of(spec.structure.config), spec).items()}
@@ -161,6 +190,11 @@ def _part(spec: Spec, name: str, kind: str, parts: tuple[str, ...]) -> bool:
     return part in parts and any(e.kind == kind and e.module == module for e in spec.structure.edits)
 
 
+def uneven(spec: Spec) -> str | None:
+    """A module that has a width of its own, if any has."""
+    return next((e.module for e in spec.structure.edits if e.kind == "sized"), None)
+
+
 def check_nameable(spec: Spec, key: str | None = None) -> None:
     """Raises `PassError` for families whose modules have other names in memory than their tensors in files."""
     record = architectures.of(spec.structure.config)
@@ -172,7 +206,14 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
     """The spec of the twin that the stock class can express, and the tensors here that each of its tensors is made of.
 
     Of one it is that; of two their product, [O, r] and [r, I]; of three the first and the product of the others.
+
+    Raises:
+        PassError: there is no such twin, because blocks have widths of their own.
     """
+    if (odd := uneven(spec)) is not None:
+        raise PassError(
+            f"no stock class can express that {odd} has a width of its own", fix="prune with `widths: even` for that"
+        )
     edits = {e.module: e for e in spec.structure.edits if e.kind != "shared"}
     shared = {f"{e.module}.{part}" for e in spec.structure.edits if e.kind == "shared" for part in e.values["parts"]}
     sources: dict[str, tuple[str, ...]] = {}

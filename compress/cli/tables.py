@@ -144,7 +144,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
                     size["tensors"],
                     f"{size['parameters']:,}",
                     about + format_bytes(size["bytes"]),
-                    about + format_bytes(row["bytes_by_store"][other]),
+                    about + format_bytes(row["bytes_by_store"][other]) if other in row["bytes_by_store"] else "–",
                     f"{size['bits_per_weight']:.2f}",
                     format_bytes(row["peak_memory"]),
                 )
@@ -190,7 +190,10 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
     )
     _line(console, f"{size['bits_per_weight']:.2f} bits per weight{kv}, dtypes {', '.join(data['dtypes'])}")
     if data["edits"]:
-        words = {"shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors"}
+        words = {
+            "shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors",
+            "sized": "matrices of a width of their own",
+        }  # fmt: skip
         _line(console, ", ".join(f"{count} {words[kind]}" for kind, count in data["edits"].items()))
     if not tensors:
         rows = [

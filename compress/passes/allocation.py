@@ -1,9 +1,10 @@
-"""How `prune_unstructured` shares a sparsity among matrices, looking at calibration data."""
+"""How a sparsity is shared among matrices, or neurons to remove among MLPs, looking at calibration data."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
@@ -15,11 +16,15 @@ from compress.passes.sweeping import measured_divergences, once, open_sweep
 if TYPE_CHECKING:
     import torch
 
+    from compress.architectures.units import Units
     from compress.calibration.pruning import Method
     from compress.checkpoint.open import Checkpoint
+    from compress.passes.shape import Widths
+    from compress.passes.structured_settings import PruneStructuredSettings
 
 #: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
 REACH, STEPS = 0.2, 2
+_UNEVEN = ("`widths: uneven`", "set `widths: even`")
 _SETTING = ("`allocation: loss`", "use `allocation: uniform` or `owl`")
 
 
@@ -103,3 +108,60 @@ def _shares(
         "sparsity": shares,
         "divergence": {n: dict(zip(map(str, levels), losses[n].values(), strict=True)) for n in names},
     }
+
+
+def uneven_memory(spec: Spec, found: Widths) -> int:
+    """Bytes of measuring what widths cost: as `loss_memory`."""
+    names = [f"{units.name}.weight" for units, _ in _mlps(found)]
+    return 4 * spec.parameters + 2 * (2 * STEPS + 1) * sum(spec.tensors[name].count for name in names)
+
+
+def uneven_widths(
+    checkpoint: Checkpoint, found: Widths, settings: PruneStructuredSettings, context: Context
+) -> dict[str, int]:
+    """With `widths: uneven`, by the module that reads them how many neurons go: in all as many as ``found`` says.
+
+    For the least divergence of the model's output, that of each MLP measured by itself, on the inputs of the whole model.
+    """
+    if not found.uneven:
+        return {}
+    mlps = _mlps(found)
+    steps = [lcm(settings.multiple_of, units.multiple) for units, _ in mlps]
+    sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
+    kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))
+    levels = trials(1 - kept / sum(sizes))
+    work = context.work / "widths"
+
+    def measured() -> dict[str, Any] | None:
+        from compress.calibration.narrowing import Narrowing, narrow_on_trial
+        from compress.solvers.shares import share_out
+
+        names = [f"{units.name}.weight" for units, _ in mlps]
+        record = architectures.of(checkpoint.spec.structure.config)
+        counts = {
+            name: (units, [max(1, round(share * units.count)) for share in levels])
+            for name, (units, _) in zip(names, mlps, strict=True)
+        }
+        sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)
+        how = Narrowing({}, {}, settings.score, settings.repair != "none", None)
+        read = narrow_on_trial(sweep, counts, how)
+        if context.rank:
+            return None
+        losses, _ = measured_divergences(checkpoint, names, lambda name, weight: read(name), _UNEVEN, context)
+        rows = [list(losses[name].values()) for name in names]
+        left = share_out(sizes, sizes, levels, rows, kept)
+        gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
+        blocks = [
+            {"block": record.block_index(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)
+        ]
+        return {"removed": gone, "blocks": blocks, "divergence": dict(zip(names, rows, strict=True)), "at": levels}
+
+    result = once(context, "widths", measured)
+    shutil.rmtree(work, ignore_errors=True)
+    context.details["widths"] = result
+    removed: dict[str, int] = result["removed"]
+    return removed
+
+
+def _mlps(found: Widths) -> list[tuple[Units, int]]:
+    return [(units, less) for block in found.remove.values() for units, less in block if units.kind == "mlp"]

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from compress.progress import Progress
 
 Mode = Literal["stream", "sweep", "train"]
-#: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one.
-Storage = Literal["float", "integer", "shared", "factored"]
+#: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one, of a width that no
+#: other block has.
+Storage = Literal["float", "integer", "shared", "factored", "uneven"]
 #: Structure that a pass meets no difficulty with if it works matrix by matrix, or on the whole model.
-EDITED: frozenset[Storage] = frozenset({"shared", "factored"})
+EDITED: frozenset[Storage] = frozenset({"shared", "factored", "uneven"})
 
 
 class PassSettings(Settings):
@@ -133,7 +134,7 @@ class Pass(Generic[S]):
 
 
 #: What is said of a module that is so.
-EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors"}
+EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors", "uneven": "has a width of its own"}
 
 
 def values_of(instance: Pass[Any]) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress import architectures
 from compress.architectures import narrowing
 from compress.architectures.units import Member, Merge
 from compress.checkpoint.spec import Spec
+from compress.checkpoint.structure import sized
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint, Value
+    from compress.passes.shape import Widths
 
 Entries = Mapping[str, Mapping[int, Sequence[int]]]
 
@@ -29,11 +31,17 @@ def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> C
     return _derived(checkpoint, *narrowing.without_experts(record, checkpoint.spec, keep))
 
 
-def narrow(checkpoint: Checkpoint, kept: Iterable[narrowing.Kept], config: Mapping[str, Any]) -> Checkpoint:
-    """With those units alone."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    entries = narrowing.kept_entries(record, checkpoint.spec, kept)
-    return _derived(checkpoint, narrowing.resized(checkpoint.spec, entries, config), {}, entries)
+def narrow(checkpoint: Checkpoint, kept: Iterable[narrowing.Kept], found: Widths) -> Checkpoint:
+    """With those units alone, of the kinds and numbers that ``found`` says."""
+    spec, entries = narrowed(checkpoint.spec, kept, found)
+    return _derived(checkpoint, spec, {}, entries)
+
+
+def narrowed(spec: Spec, kept: Iterable[narrowing.Kept], found: Widths) -> tuple[Spec, Entries]:
+    """The spec with those units alone, and what stays of the tensors that lose some."""
+    record = architectures.of(spec.structure.config)
+    entries = narrowing.kept_entries(record, spec, kept)
+    return sized(narrowing.resized(spec, entries, found.config), found.sized()), entries
 
 
 def merge(checkpoint: Checkpoint, merges: Iterable[Merge]) -> Checkpoint:

@@ -9,8 +9,9 @@ from compress import architectures
 from compress.architectures import narrowing
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
-from compress.passes import shape
-from compress.passes.base import Context, Mode, Pass
+from compress.passes import cuts, shape
+from compress.passes.allocation import uneven_memory
+from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.structured_settings import PruneStructuredSettings
 from compress.passes.sweeping import by_block, followable, sweep_memory
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class PruneStructured(Pass[PruneStructuredSettings]):
     """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
 
-    Heads of keys and values may be merged instead. Every block keeps the same widths, so the result is a stock model: of the
-    same family, or, where its config forbids the new number of heads, of one that computes the same (Llama ▶ Mistral). Blocks
-    are repaired in order, each on the outputs of the repaired ones before it.
+    Heads of keys and values may be merged instead. Every block keeps the same widths, unless MLPs are to have their own, so the
+    result is a stock model: of the same family, or, where its config forbids the new number of heads, of one that computes the
+    same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the repaired ones before it.
     """
 
     name: ClassVar[str] = "prune_structured"
@@ -33,6 +34,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     settings = PruneStructuredSettings
     mode = "sweep"
     needs = frozenset({"calibration"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
@@ -44,6 +46,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
         reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
         return self.needs if reads else frozenset()
+
+    def produced(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
+        """Widths of their own where they are asked for."""
+        return self.yields if settings.widths == "uneven" else frozenset({"float"})
 
     def works(self, settings: PruneStructuredSettings) -> Mode:
         """Block by block where activations of blocks are looked at, else tensor by tensor."""
@@ -64,6 +70,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             outside = sizes.pop(None, 0)
             sweep += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
+        if settings.widths == "uneven":
+            whole = max(whole, uneven_memory(spec, shape.widths(spec, settings)))
         return max(sweep, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
@@ -103,9 +111,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             entries, config = narrowing.hidden_entries(record, spec, range(left))
             spec = narrowing.resized(spec, entries, config)
         found = shape.widths(spec, settings)
-        record = architectures.of(spec.structure.config)
-        spec = narrowing.resized(spec, narrowing.kept_entries(record, spec, found.first()), found.config)
-        return replace(spec, exact=exact and spec.exact)
+        spec, _ = cuts.narrowed(spec, found.first(), found)
+        return replace(spec, exact=exact and spec.exact and not found.uneven)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
         """Kind after kind; each reads the checkpoint that the one before it left."""

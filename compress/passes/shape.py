@@ -12,6 +12,7 @@ from compress import architectures
 from compress.architectures import Architecture, narrowing
 from compress.architectures.units import Merge, Units
 from compress.checkpoint.spec import Spec
+from compress.checkpoint.structure import check_nameable
 from compress.errors import PassError
 
 if TYPE_CHECKING:
@@ -23,15 +24,24 @@ Amount = float | int
 
 @dataclass(frozen=True)
 class Widths:
-    """Units that lose some, with how many, by block; key and value heads to merge; and the config that says so."""
+    """Units that lose some, with how many, by block; key and value heads to merge; and the config that says so.
+
+    With ``uneven`` it says nothing of neurons: modules have widths of their own.
+    """
 
     remove: Mapping[int, list[tuple[Units, int]]]
     merges: Mapping[int, Merge]
     config: Mapping[str, Any]
+    uneven: bool = False
 
     def merged(self) -> list[narrowing.Kept]:
         """Key and value heads that stay."""
         return [merge.kept() for merge in self.merges.values()]
+
+    def sized(self) -> list[str]:
+        """Modules that come to have widths of their own."""
+        pairs = chain.from_iterable(self.remove.values()) if self.uneven else ()
+        return [m.module for units, count in pairs if units.kind == "mlp" and count for m in units.members]
 
     def first(self) -> list[narrowing.Kept]:
         """A choice of that shape, for planning."""
@@ -77,8 +87,15 @@ def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of
     return _rounded(width, amount, multiple, "hidden", "hidden channels")
 
 
-def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
-    """Neurons and heads that go. Raises `PassError` where the family, or the numbers, do not allow it."""
+def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] | None = None) -> Widths:
+    """Neurons and heads that go.
+
+    Args:
+        own: with `widths: uneven`, by the module that reads them how many neurons go; for plans as many everywhere.
+
+    Raises:
+        PassError: the family, or the numbers, do not allow it.
+    """
     record = architectures.of(spec.structure.config)
     config: Mapping[str, Any] = spec.structure.config
     remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
@@ -92,8 +109,8 @@ def widths(spec: Spec, amounts: PruneStructuredSettings) -> Widths:
     if amounts.mlp is not None:
         neurons, config = _neurons(record, spec, amounts, config)
         for index, found in neurons.items():
-            remove.setdefault(index, []).extend(found)
-    return Widths(remove, merges, config)
+            remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in found)
+    return Widths(remove, merges, config, amounts.widths == "uneven")
 
 
 def _neurons(
@@ -104,14 +121,18 @@ def _neurons(
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
     largest: dict[str, Units] = {}  # by config field
+    uneven = amounts.widths == "uneven"
+    if uneven:
+        _may_be_uneven(record, spec)
     for one in chain.from_iterable(units.values()):
-        if one.size_key is None:
+        if one.size_key is None and not uneven:
             raise PassError(
                 f"{record.model_type} cannot have another MLP width: its config has no field for it",
                 key="mlp",
-                fix="remove `layers` instead",
+                fix="remove `layers` instead, or set `widths: uneven`, which needs `store: compact`",
             )
-        largest[one.size_key] = max(one, largest.get(one.size_key, one), key=lambda units: units.count)
+        key = str(one.size_key)
+        largest[key] = max(one, largest.get(key, one), key=lambda units: units.count)
     if len(largest) > 1 and isinstance(amounts.mlp, int):
         raise PassError(
             "MLPs of two kinds, in blocks with and without experts, lose a share and no count",
@@ -123,7 +144,24 @@ def _neurons(
         for key, one in largest.items()
     }
     chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in found] for i, found in units.items()}
-    return chosen, narrowing.with_size(record, config, kept)
+    return chosen, dict(config) if uneven else narrowing.with_size(record, config, kept)
+
+
+def _may_be_uneven(record: Architecture, spec: Spec) -> None:
+    """Raises `PassError` for models whose MLPs no edit can reach, or of which losses cannot be measured."""
+    try:
+        check_nameable(spec, "widths")
+    except PassError as error:
+        error.fix = "set `widths: even`"
+        raise
+    if expert := next((t.name for t in spec.stored() if record.is_expert(t.name)), None):
+        raise PassError(
+            f"`widths: uneven` does not reach {expert}: experts are fused in memory",
+            key="widths",
+            fix="set `widths: even`",
+        )
+    if not record.has_head(spec):
+        raise PassError("`widths: uneven` needs a model that predicts tokens", key="widths", fix="set `widths: even`")
 
 
 def _heads(

@@ -19,6 +19,7 @@ from compress.calibration.taylor import taylor_scores
 from compress.calibration.tune import Tuning
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes import cuts, shape
+from compress.passes.allocation import uneven_widths
 from compress.passes.base import Context
 from compress.passes.sweeping import once, open_sweep
 from compress.solvers.survivors import keep_by_score
@@ -120,7 +121,8 @@ def narrow(
     context: Context,
 ) -> Checkpoint:
     """Without the neurons and heads that go, and repaired."""
-    found = shape.widths(current.spec, settings)
+    own = uneven_widths(current, shape.widths(current.spec, settings), settings, context)
+    found = shape.widths(current.spec, settings, own)
     narrower = any(found.remove.values()) or bool(found.merges)
     changed_before = channels is not None or settings.experts is not None
     tuned = settings.repair == "tune"
@@ -150,7 +152,7 @@ def narrow(
     if not narrower:
         return repaired
     chosen = [(one, kept[index][one.name]) for index, units in found.remove.items() for one, _ in units]
-    return cuts.narrow(repaired, [*chosen, *found.merged()], found.config)
+    return cuts.narrow(repaired, [*chosen, *found.merged()], found)
 
 
 def _gradients(
@@ -192,7 +194,7 @@ def _by_weights(checkpoint: Checkpoint, found: shape.Widths, scores: Mapping[str
                 score = magnitude(one, {name: value.T if transposed else value for name, value in values.items()})
             chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
     merged = cuts.merge(checkpoint, found.merges.values())
-    return cuts.narrow(merged, [*chosen, *found.merged()], found.config)
+    return cuts.narrow(merged, [*chosen, *found.merged()], found)
 
 
 def _matrices(checkpoint: Checkpoint) -> set[str]:

@@ -46,6 +46,12 @@ class PruneStructuredSettings(PassSettings):
     mlp: Amount | None = Field(
         default=None, description="Neurons to remove from every MLP (of every expert): a share or a count."
     )
+    widths: Literal["even", "uneven"] = Field(
+        default="even",
+        description="`even`: every MLP loses as many neurons, and the result is a stock model. `uneven`: as many in all, but "
+        "each block as many as costs the model's output least, measured by gradients on 32 samples with the whole model in "
+        "memory; needs `store: compact`, and no stock model is its equal.",
+    )
     heads: Amount | None = Field(
         default=None,
         description="Query heads to remove from every block: a share or a count. They go within their groups where every "
@@ -115,6 +121,10 @@ class PruneStructuredSettings(PassSettings):
             raise ValueError(f"give what to remove: {', '.join(f'`{key}`' for key in (*KINDS, *TARGETS))}")
         if self.heads is not None and self.keep_kv_heads is not None:
             raise ValueError("`heads` removes heads and `keep_kv_heads` merges them: give one, or use two passes")
+        if self.widths == "uneven" and self.mlp is None:
+            raise ValueError("`widths: uneven` goes with `mlp`, which says how many neurons go in all")
+        if self.widths == "uneven" and self.score not in ("loss", "activation"):
+            raise ValueError("`widths: uneven` tries widths on calibration data: set `score: loss` or `activation`")
         if targets and self.score == "magnitude":
             raise ValueError(f"`{targets[0]}` tries shapes on calibration data: leave out `score: magnitude`")
         return self

@@ -15,9 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import compress
 from compress import architectures
+from compress.api import unpack
+from compress.calibration.batches import Batches
 from compress.checkpoint.open import Checkpoint, Derived, Stored, Value, open_checkpoint
-from compress.errors import PassError
+from compress.checkpoint.write import write_checkpoint
+from compress.errors import CheckpointError, PassError
 from compress.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, plan, write
@@ -97,6 +101,97 @@ def test_neurons(family, folders, tmp_path):
     pruned = check(original, MLP_OUT, tmp_path, mlp="25%")
     assert plan(original, "prune_structured", mlp="25%", **DATA_FREE).tensors == pruned.spec.tensors
     assert 0.6 < pruned.spec.parameters / original.spec.parameters < 1
+
+
+UNEVEN = ("llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "bert", "roberta", "distilbert")
+UNEVEN_SETTINGS = {"mlp": "40%", "widths": "uneven"}
+STOCK_UNEVEN = """
+import sys, torch, transformers
+for folder in sys.argv[1:]:
+    auto = transformers.AutoModelForMaskedLM if "bert" in folder else transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not any(m == "compress" or m.startswith("compress.") for m in sys.modules)
+    with torch.no_grad():
+        torch.save(model.eval()(torch.arange(20)[None] + 5).logits.float(), f"{folder}/logits.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Batches(torch.randint(5, 250, (24, 16), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
+    """Blocks lose different numbers, in all as many as asked; loaded by transformers alone, and here, it is the twin."""
+    original, details = open_checkpoint(folders[family]), {}
+    settings = {"score": "activation", "repair": "none", **UNEVEN_SETTINGS}
+    derived = apply(original, "prune_structured", data=data, work=tmp_path / "work", details=details, **settings)
+    pruned = open_checkpoint(write_checkpoint(derived, tmp_path / family, store="compact").folder)
+    widths = [columns(pruned, name).shape[1] for name in pruned.spec.tensors if reads(name, MLP_OUT)]
+    before = [columns(original, name).shape[1] for name in original.spec.tensors if reads(name, MLP_OUT)]
+    assert len(set(widths)) > 1
+    assert [row["removed"] for row in details["widths"]["blocks"]] == [
+        b - w for b, w in zip(before, widths, strict=True)
+    ]
+    assert sum(widths) == sum(round(0.6 * b) for b in before)
+    assert plan(original, "prune_structured", **settings).parameters == pruned.spec.parameters
+    twin, _ = zeroed(original, pruned, MLP_OUT, tmp_path / "twin")
+    expected = load_model(twin.folder)(torch.arange(20)[None] + 5).logits.detach()
+    found = load_model(pruned.folder)(torch.arange(20)[None] + 5).logits.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    subprocess.run([sys.executable, "-I", "-c", STOCK_UNEVEN, str(pruned.folder)], check=True)
+    torch.testing.assert_close(torch.load(pruned.folder / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
+    """Later passes take them; `unpack`, stock files, `share` and a second round do not, and say why."""
+    original = open_checkpoint(folders["llama"])
+    settings = {**UNEVEN_SETTINGS, "multiple_of": 4}
+    derived = apply(original, "prune_structured", data=data, work=tmp_path / "work", **settings)
+    folder = write_checkpoint(derived, tmp_path / "uneven", store="compact").folder
+    pruned = open_checkpoint(folder)
+    widths = [pruned.spec.tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(4)]
+    assert len(set(widths)) > 1
+    assert not any(width % 4 for width in widths)
+    with pytest.raises(PassError, match=r"no stock class can express that .*mlp.* has a width of its own"):
+        unpack(folder, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    with pytest.raises(ValueError, match="has a width of its own, which no stock class can express"):
+        load_model(folder).save_pretrained(tmp_path / "saved")
+    with pytest.raises(PassError, match=r"cannot change this checkpoint: .* has a width of its own"):
+        compress.apply("prune_structured", folder, tmp_path / "again", mlp=1, **DATA_FREE)
+    with pytest.raises(PassError, match="has a width of its own"):
+        compress.apply("share", folder, tmp_path / "shared", store="compact", groups=2, data=data.values["input_ids"])
+    with pytest.raises(PassError, match=r"stock classes cannot express .* own"):
+        compress.apply(
+            "prune_structured", folders["llama"], tmp_path / "s", data=data.values["input_ids"], **UNEVEN_SETTINGS
+        )
+    for name, settings in (("prune_unstructured", {"sparsity": 0.5}), ("cast", {"weights": "int4", "group_size": 4})):
+        later = apply(pruned, name, data=data, work=tmp_path / name, **settings)
+        written = write_checkpoint(later, tmp_path / f"out_{name}", store="compact")
+        assert torch.isfinite(load_model(written.folder)(data.values["input_ids"]).logits).all()
+    config = json.loads((folder / "config.json").read_text())
+    config["edits"][0]["values"]["outputs"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="config and weights disagree"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mixtral", {}, "`widths: uneven` does not reach .*: experts are fused in memory"),
+        ("vit", {}, "calibration data is text, and this model reads `pixel_values`"),
+        ("llama", {"score": "magnitude"}, "`widths: uneven` tries widths on calibration data"),
+        ("llama", {"mlp": None, "heads": 2}, "`widths: uneven` goes with `mlp`"),
+    ],
+)
+def test_where_widths_cannot_be_uneven(family, settings, message, folders):
+    given = {k: v for k, v in {**UNEVEN_SETTINGS, **settings}.items() if v is not None}
+    with pytest.raises((PassError, ValueError), match=message):
+        plan(open_checkpoint(folders[family]), "prune_structured", **given)
 
 
 @pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in FIXED_HEADS])
