@@ -29,6 +29,8 @@ from benchmarks.versus import wide  # noqa: E402
 JOBS: dict[str, dict[str, Any]] = {
     "MLP 25%": {"mlp": 0.25},
     "MLP 50%": {"mlp": 0.5},
+    "MLP 25% uneven": {"mlp": 0.25, "widths": "uneven"},
+    "MLP 50% uneven": {"mlp": 0.5, "widths": "uneven"},
     "heads 25%": {"heads": 0.25},
     "1 block": {"layers": 1},
     "2 blocks": {"layers": 2},
@@ -113,6 +115,7 @@ def main() -> None:
                         "prune_structured",
                         args.model,
                         scratch / "out",
+                        store="compact" if "uneven" in job else "stock",
                         **calibration(train, args.samples),
                         **JOBS[job],
                         **settings,
@@ -132,6 +135,7 @@ def main() -> None:
         f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
         f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
+        "`uneven`: with `widths: uneven`. "
         "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` "
         "is the pass without any setting but the amount; seconds are of its whole call, loading, self-check and writing "
         "included.",
