@@ -33,6 +33,8 @@ class Architecture:
         input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
         head_tie: the parameter that ``tie_word_embeddings`` ties to the first embedding.
+        projections: modules below the prefix between a thinner table of embeddings and the hidden states, and between them and
+            a head tied to it, and the config field with its width; None where the stock class has no such thing.
         bias_tie: (target, source) of a head's bias that ``tie_word_embeddings`` ties to another parameter.
         head_classes: how the names of the classes with that head end.
         depth_key, hidden_key, heads_key: config fields; ``kv_heads_key`` and ``head_dim_key`` where the family has them.
@@ -64,6 +66,7 @@ class Architecture:
     input: str = "input_ids"
     head: str | None = "lm_head"
     head_tie: str = "lm_head.weight"
+    projections: tuple[str, str, str] | None = None
     bias_tie: tuple[str, str] | None = None
     head_classes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
     depth_key: str = "num_hidden_layers"
@@ -201,7 +204,7 @@ class Architecture:
 
         The file may hold either of two tied parameters; stock transformers fills in the other.
         """
-        if not self._tied(spec):
+        if not self.is_tied(spec):
             return
         embedding = f"{self.embeddings[0]}.weight"
         pairs = [self.bias_tie] if self.bias_tie else []
@@ -212,7 +215,8 @@ class Architecture:
             elif target in spec.tensors and source not in spec.tensors:
                 yield source, target
 
-    def _tied(self, spec: Spec) -> bool:
+    def is_tied(self, spec: Spec) -> bool:
+        """Whether its config ties what tokens are predicted by to what they are looked up by."""
         return self.has_head(spec) and bool(spec.structure.config.get("tie_word_embeddings", self.tie_default))
 
     def has_head(self, spec: Spec) -> bool:
@@ -244,7 +248,7 @@ class Architecture:
             if found:
                 self._check_depth(f"{stack}.", found, int(config.get(self.stacks[stack]) or self.depth(config)), where)
         embedding = self._find(spec, f"{self.embeddings[0]}.weight")
-        if embedding is None and self._tied(spec) and self.head_tie in spec.tensors:
+        if embedding is None and self.is_tied(spec) and self.head_tie in spec.tensors:
             embedding = self.head_tie
         if embedding is None:
             raise CheckpointError(

@@ -200,6 +200,7 @@ RECORDS: tuple[Architecture, ...] = (
         position_table="embed_positions",
         skipped_positions=lambda config: 2,
         tie_default=True,
+        projections=("project_in", "project_out", "word_embed_proj_dim"),
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
         attention=replace(_QKVO, output="self_attn.out_proj", free=False, rotary=False),
     ),

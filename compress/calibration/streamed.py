@@ -49,8 +49,8 @@ class StreamedModel:
             self.blocks: Any = find_blocks(self.model, self.record)
             self.layers = list(self.blocks)
             self.block_name = next(n for n, m in self.model.named_modules() if m is self.blocks)
-            head = set() if self.record.head is None else {f"{self.record.head}.weight", f"{self.record.head}.bias"}
-            self._load([name for name in self._tensors.get(None, ()) if name not in head])
+            head = f"{self.record.head}."  # with what may stand in front of it; no tensor's name begins with None
+            self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
 
     def _skeleton(self) -> PreTrainedModel:
         """The model on the meta device, but for buffers that no file holds: those are computed."""

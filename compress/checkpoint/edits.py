@@ -7,6 +7,8 @@ import this package. An edit is a JSON object with ``kind``, ``module`` and ``va
   ``up.weight`` [O, r] and, where the layer has a bias, ``up.bias`` [O] take the place of its own.
 * ``shared``: the parameters of block ``module`` that ``parts`` names are those of block ``source``. The file holds them once,
   under the source's names.
+* ``projected``: the table of embeddings ``module``, or the head tied to one, is ``rank`` wide; a ``projection`` stands between
+  it and the hidden states.
 * ``sized``: the linear layer ``module`` has ``outputs`` and ``inputs`` of its own, whatever the config says of all blocks.
 * ``residual``: the linear layer ``module`` adds ``residual_up(residual_down(x))`` to what it gives, of rank ``rank``.
 """
@@ -53,15 +55,28 @@ class Relaxed:
         return result
 
 
+class Projected:
+    """What a thin table of embeddings, or a head that reads one, also is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Token ids ▶ their vectors [r] ▶ hidden states; of a head hidden states ▶ [r] ▶ logits."""
+        layer: Any = self
+        if isinstance(self, torch.nn.Embedding):
+            found: torch.Tensor = layer.projection(super().forward(x))  # type: ignore[misc]
+        else:
+            found = super().forward(layer.projection(x))  # type: ignore[misc]
+        return found
+
+
 def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
     """Make the changes to a model of the stock class; what they add has the dtype and device of what was there.
 
     Raises:
         ValueError: a kind that this version does not know, or a module that the model does not have.
     """
-    find = _finder(model)
+    find = _finder(model, edits)
     for edit in edits:
-        if edit["kind"] not in ("factors", "residual", "shared", "sized"):
+        if edit["kind"] not in ("factors", "projected", "residual", "shared", "sized"):
             raise ValueError(f"unknown change of structure: {edit['kind']}")
         if edit["kind"] == "shared":
             continue
@@ -71,6 +86,9 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
             _resize(module, int(edit["values"]["outputs"]), int(edit["values"]["inputs"]))
             continue
         rank = int(edit["values"]["rank"])
+        if edit["kind"] == "projected":
+            _project(module, rank)
+            continue
         like = {"dtype": module.weight.dtype, "device": module.weight.device}
         outputs, inputs = _sizes(module)
         if edit["kind"] == "factors":
@@ -78,7 +96,7 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
             bias = module.bias is not None
             setattr(model.get_submodule(parent), name, Factored(inputs, outputs, rank, bias, **like))
         else:
-            module.__class__ = _relaxed(type(module))
+            module.__class__ = _mixed(Relaxed, type(module))
             module.residual_down = torch.nn.Linear(inputs, rank, bias=False, **like)
             module.residual_up = torch.nn.Linear(rank, outputs, bias=False, **like)
     for target, source in shared_parameters(model, edits).items():
@@ -98,10 +116,21 @@ def _resize(module: Any, outputs: int, inputs: int) -> None:
         setattr(module, name, size)
 
 
+def _project(module: Any, rank: int) -> None:
+    """Make a table of embeddings, or a head, ``rank`` wide, with random weights and a projection."""
+    weight, looked_up = module.weight, isinstance(module, torch.nn.Embedding)
+    count, hidden = weight.shape
+    module.weight = torch.nn.Parameter(weight.new_empty(count, rank).normal_(std=0.02), weight.requires_grad)
+    setattr(module, "embedding_dim" if looked_up else "in_features", rank)
+    sizes = (rank, hidden) if looked_up else (hidden, rank)
+    module.__class__ = _mixed(Projected, type(module))
+    module.projection = torch.nn.Linear(sizes[0], sizes[1], bias=False, dtype=weight.dtype, device=weight.device)
+
+
 def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]:
     """Name of each parameter that is another's ▶ the name of that one."""
     result: dict[str, str] = {}
-    find = _finder(model)
+    find = _finder(model, edits)
     for edit in edits:
         if edit["kind"] != "shared":
             continue
@@ -110,8 +139,8 @@ def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]
     return result
 
 
-def _relaxed(stock: type) -> type:
-    return type(stock.__name__, (Relaxed, stock), {"__module__": stock.__module__})
+def _mixed(more: type, stock: type) -> type:
+    return type(stock.__name__, (more, stock), {"__module__": stock.__module__})
 
 
 def _sizes(module: Any) -> tuple[int, int]:
@@ -120,15 +149,20 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
 
 
-def _finder(model: Any) -> Callable[[str], str]:
+def _finder(model: Any, edits: list[dict[str, Any]]) -> Callable[[str], str]:
     """From the path of a module in files to the model's: files of a base class leave its name out, those of others have it."""
     prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+    tables = {edit["module"] for edit in edits if edit["kind"] == "projected"}
 
     def find(path: str) -> str:
         for name in (path, path.removeprefix(prefix), prefix + path):
             if name in modules:
                 return name
-        raise ValueError(f"the model has no module {path}")
+        head = model.get_output_embeddings() if path in tables else None  # files of GPT-NeoX have another name for it
+        if head is None:
+            raise ValueError(f"the model has no module {path}")
+        names: list[str] = [name for name, module in model.named_modules() if module is head]
+        return names[0]
 
     return find
 
@@ -142,14 +176,21 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
     state = {name: value.detach() for name, value in model.state_dict().items()}
     for target in shared_parameters(model, edits):
         state[target] = state[target].clone()
-    find = _finder(model)
+    if _untied(edits):
+        owners: dict[int, str] = {}
+        for name, value in state.items():
+            if owners.setdefault(value.data_ptr(), name) != name:
+                state[name] = value.clone()
+    find = _finder(model, edits)
     for edit in edits:
         if edit["kind"] == "shared":
             continue
         if edit["kind"] == "sized":
             raise ValueError(f"{edit['module']} has a width of its own, which no stock class can express")
         path = find(edit["module"])
-        if edit["kind"] == "factors":
+        if edit["kind"] == "projected":
+            state[f"{path}.weight"] = unprojected(state[f"{path}.weight"], state.pop(f"{path}.projection.weight"))
+        elif edit["kind"] == "factors":
             down, up = state.pop(f"{path}.down.weight"), state.pop(f"{path}.up.weight")
             state[f"{path}.weight"] = product(up, down, edit["values"]["transposed"])
             if (bias := state.pop(f"{path}.up.bias", None)) is not None:
@@ -160,11 +201,21 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
     return state
 
 
+def _untied(edits: list[dict[str, Any]]) -> bool:
+    """Whether the dense twin has a table for each side, since two projections make two of one."""
+    return len([edit for edit in edits if edit["kind"] == "projected"]) > 1
+
+
 def product(up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
     """[O, r] and [r, I] ▶ [O, I], or [I, O] for GPT-2's layers; computed in float32 at least."""
     wide = torch.promote_types(up.dtype, torch.float32)
     found = (up.to(wide) @ down.to(wide)).to(up.dtype)
     return found.T.contiguous() if transposed else found
+
+
+def unprojected(table: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """[V, r] and what stands between it and the hidden states, [h, r] of embeddings or [r, h] of a head, r < h ▶ [V, h]."""
+    return product(table, projection if len(projection) == table.shape[1] else projection.T, False)
 
 
 def with_residual(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -185,6 +236,8 @@ def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
             super().__init__(config, *args, **kwargs)
             apply_edits(self, edits)
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
+            if any(edit["kind"] == "projected" for edit in edits):
+                self.tie_weights()  # the head has the table that took the place of the one it was tied to
 
         def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
             found: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
@@ -198,8 +251,11 @@ def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
             state = kwargs.pop("state_dict", None)
             if state is not None:  # given by somebody who knows what it is
                 return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
+            config = type(self.config).from_dict(self.config.to_dict())
+            if _untied(edits):
+                config.tie_word_embeddings = False
             with torch.device("meta"):
-                twin = stock(self.config)
+                twin = stock(config)
             twin.load_state_dict(dense_state(self, edits), assign=True, strict=False)
             twin.tie_weights()
             if self.can_generate():

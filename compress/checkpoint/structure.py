@@ -18,9 +18,15 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
 
 #: What the tensors of an edit are to passes.
-STORAGE: Mapping[str, str] = {"factors": "factored", "residual": "shared", "shared": "shared", "sized": "uneven"}
+STORAGE: Mapping[str, str] = {
+    "factors": "factored",
+    "projected": "factored",
+    "residual": "shared",
+    "shared": "shared",
+    "sized": "uneven",
+}
 #: What an edit of each kind says; of others, their rank.
-_VALUES = {"shared": {"source", "parts"}, "sized": {"outputs", "inputs"}}
+_VALUES = {"shared": {"source", "parts"}, "sized": {"outputs", "inputs"}, "projected": {"rank"}}
 
 
 def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
@@ -66,7 +72,7 @@ def with_shared(spec: Spec, where: str) -> Spec:
             _check_size(spec, edit, where)
             continue
         if edit.kind != "shared":
-            _check_low_rank(spec, edit, where)
+            (_check_projected if edit.kind == "projected" else _check_low_rank)(spec, edit, where)
             continue
         for part in edit.values["parts"]:
             name, source = f"{edit.module}.{part}", f"{edit.values['source']}.{part}"
@@ -85,6 +91,19 @@ def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
         if shape is None or len(shape) != 2 or shape[axis] != rank:
             found = "is missing" if shape is None else f"is {list(shape)}"
             raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
+
+
+def _check_projected(spec: Spec, edit: Edit, where: str) -> None:
+    """The projection beside a table is there, of its rank. The table may be one that the config ties to another."""
+    table, name, rank = f"{edit.module}.weight", f"{edit.module}.projection.weight", edit.values["rank"]
+    shape = spec.tensors[name].shape if name in spec.tensors else None
+    if shape is None or len(shape) != 2 or rank not in shape:
+        found = "is missing" if shape is None else f"is {list(shape)}"
+        raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
+    if table in spec.tensors and spec.tensors[table].shape[1] != rank:
+        raise CheckpointError(
+            f"config and weights disagree: {table}, of rank {rank}, is {list(spec.tensors[table].shape)}", where=where
+        )
 
 
 def _check_size(spec: Spec, edit: Edit, where: str) -> None:
@@ -123,6 +142,20 @@ def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
             tensors[new] = replace(tensor, name=new)
         else:
             tensors[name] = tensor
+    return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
+
+
+def projected(spec: Spec, tables: Iterable[str], rank: int) -> Spec:
+    """The spec with those tables (of embeddings [V, h], and of the head) so wide, each with a projection beside it."""
+    tensors, edits = dict(spec.tensors), list(spec.structure.edits)
+    for number, name in enumerate(tables):
+        tensor = tensors[name]
+        count, hidden = tensor.shape
+        tensors[name] = replace(tensor, shape=(count, rank))
+        beside = f"{tensor.module}.projection.weight"
+        shape = (rank, hidden) if number else (hidden, rank)
+        tensors[beside] = replace(tensor, name=beside, shape=shape, alias_of=None)
+        edits.append(Edit("projected", tensor.module, {"rank": rank}))
     return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
 
 
@@ -184,6 +217,11 @@ def is_residual(spec: Spec, name: str) -> bool:
     return _part(spec, name, "residual", ("residual_down", "residual_up"))
 
 
+def is_projection(spec: Spec, name: str) -> bool:
+    """Whether a tensor stands between a thin table of embeddings and the hidden states."""
+    return _part(spec, name, "projected", ("projection",))
+
+
 def _part(spec: Spec, name: str, kind: str, parts: tuple[str, ...]) -> bool:
     owner = name.rpartition(".")[0]
     module, _, part = owner.rpartition(".")
@@ -215,16 +253,19 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
             f"no stock class can express that {odd} has a width of its own", fix="prune with `widths: even` for that"
         )
     edits = {e.module: e for e in spec.structure.edits if e.kind != "shared"}
+    untied = sum(edit.kind == "projected" for edit in edits.values()) > 1  # of one table two projections make two
     shared = {f"{e.module}.{part}" for e in spec.structure.edits if e.kind == "shared" for part in e.values["parts"]}
     sources: dict[str, tuple[str, ...]] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in spec.tensors.items():
         module, _, last = name.rpartition(".")
         parent, _, part = module.rpartition(".")
-        if is_residual(spec, name) or (is_factor(spec, name) and part == "down"):
+        if is_residual(spec, name) or (is_factor(spec, name) and part == "down") or is_projection(spec, name):
             continue
         if name in shared:
             tensor = spec.tensors[str(tensor.alias_of)]
+        elif untied and tensor.alias_of is not None:
+            tensor = replace(spec.tensors[tensor.alias_of], name=name)
         made_of: tuple[str, ...] = (name,)
         own, shape, kept = name, tensor.shape, tensor.kept
         if is_factor(spec, name) and last == "bias":
@@ -233,16 +274,20 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
             own, made_of, kept = f"{parent}.weight", (name, f"{parent}.down.weight"), None
             shape = (tensor.shape[0], spec.tensors[f"{parent}.down.weight"].shape[1])
             shape = shape[::-1] if edits[parent].values["transposed"] else shape
+        elif module in edits and edits[module].kind == "projected" and last == "weight":
+            made_of, kept = (name, f"{module}.projection.weight"), None
+            shape = (tensor.shape[0], max(spec.tensors[made_of[1]].shape))
         elif module in edits and edits[module].kind == "residual" and last == "weight":
             made_of, kept = (name, f"{module}.residual_up.weight", f"{module}.residual_down.weight"), None
         tensors[own] = replace(tensor, name=own, shape=shape, kept=kept, grid=None, storage=DENSE)
         sources[own] = made_of
-    return replace(spec, structure=replace(spec.structure, edits=()), tensors=tensors), sources
+    config = {**spec.structure.config, **({"tie_word_embeddings": False} if untied else {})}
+    return replace(spec, structure=replace(spec.structure, edits=(), config=config), tensors=tensors), sources
 
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The twin of a checkpoint that the stock class can express: products for factors, copies of what is shared."""
-    from compress.checkpoint.edits import product, with_residual
+    from compress.checkpoint.edits import product, unprojected, with_residual
     from compress.checkpoint.open import Derived, Value
 
     twin, sources = dense_spec(checkpoint.spec)
@@ -253,6 +298,8 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
         if not others:
             return Value(first.data, first.mask)
         turned = name.rpartition(".")[0] in transposed
+        if len(others) == 1 and is_projection(checkpoint.spec, sources[name][1]):
+            return Value(unprojected(first.data, others[0].data))
         if len(others) == 1:
             return Value(product(first.data, others[0].data, turned))
         return Value(with_residual(first.data, others[0].data, others[1].data, turned))

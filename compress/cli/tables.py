@@ -192,7 +192,7 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
     if data["edits"]:
         words = {
             "shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors",
-            "sized": "matrices of a width of their own",
+            "sized": "matrices of a width of their own", "projected": "tables with a projection",
         }  # fmt: skip
         _line(console, ", ".join(f"{count} {words[kind]}" for kind, count in data["edits"].items()))
     if not tensors:

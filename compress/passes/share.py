@@ -11,12 +11,13 @@ from pydantic import Field, model_validator
 
 from compress import architectures
 from compress.checkpoint.spec import Spec
-from compress.checkpoint.structure import STORAGE, alias, block_paths, check_nameable, shared
+from compress.checkpoint.structure import STORAGE, block_paths, check_nameable, shared
 from compress.errors import PassError
 from compress.passes.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
 from compress.passes.clustering import cluster, clustered
 from compress.passes.sweeping import block_matrices, followable, once, open_sweep, sweep_memory
+from compress.passes.tables import thin, thinned, tied
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,10 +70,15 @@ class ShareSettings(PassSettings):
         description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By "
         "default 8, or 0 with `parts: all`. `distill` trains it too.",
     )
-    embeddings: Literal["tie"] | None = Field(
+    embeddings: Literal["tie", "factorize"] | None = Field(
         default=None,
         description="`tie`: the vectors that tokens are looked up by and those that predict them become the same, nearest to "
-        "both where calibration data need them.",
+        "both where calibration data need them. `factorize`: tables get as thin as `embedding_rank`, with a projection to the "
+        "hidden states and one from them, nearest to what they were where calibration data read and predict; an OPT stays a "
+        "stock model.",
+    )
+    embedding_rank: int | None = Field(
+        default=None, ge=1, description="With `embeddings: factorize`, numbers that are left of each token's vector."
     )
     codebook_bits: int | None = Field(
         default=None,
@@ -94,6 +100,8 @@ class ShareSettings(PassSettings):
     def _sound(self) -> Self:
         if self.groups is None and self.embeddings is None and self.codebook_bits is None:
             raise ValueError("give `groups`, `embeddings` or `codebook_bits`")
+        if (self.embeddings == "factorize") != (self.embedding_rank is not None):
+            raise ValueError("`embeddings: factorize` and `embedding_rank` go together")
         if self.groups is None and self.residual_rank:
             raise ValueError("`residual_rank` goes with `groups`")
         if self.groups is None:
@@ -125,7 +133,7 @@ class Share(Pass[ShareSettings]):
     mode = "sweep"
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
-    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared", "factored"})
     preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
         "ALBERT, arXiv 1909.11942; Relaxed Recursive Transformers, arXiv 2410.20672; order of units as in Git Re-Basin, arXiv "
@@ -133,12 +141,14 @@ class Share(Pass[ShareSettings]):
     )
 
     def produced(self, settings: ShareSettings) -> frozenset[Storage]:
-        """Integers (numbers of values) with codebooks; shared tensors with groups."""
+        """Integers (numbers of values) with codebooks; shared tensors with groups; factors of embeddings."""
         found: set[Storage] = {"float"}
         if settings.codebook_bits is not None:
             found.add("integer")
         if settings.groups is not None:
             found.add("shared")
+        if settings.embeddings == "factorize":
+            found.add("factored")
         return frozenset(found)
 
     def plan(self, spec: Spec, settings: ShareSettings) -> Spec:
@@ -151,6 +161,8 @@ class Share(Pass[ShareSettings]):
             result = replace(planned, exact=spec.exact and not self._open(settings, candidates))
         if settings.embeddings == "tie":
             result = tied(result)
+        if settings.embedding_rank is not None:
+            result = thinned(result, settings.embedding_rank)
         if settings.codebook_bits is not None:
             result = clustered(result, self._clustered(result, settings), settings.codebook_bits)
         return result
@@ -182,7 +194,7 @@ class Share(Pass[ShareSettings]):
             found = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
             if self._open(settings, self._candidates(spec, settings, parts)) or settings.init == "fisher":
                 found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
-        if settings.embeddings == "tie":
+        if settings.embeddings is not None:
             found = max(found, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
         if settings.codebook_bits is not None:
             planned = self.plan(spec, settings)
@@ -206,6 +218,8 @@ class Share(Pass[ShareSettings]):
                 dtype=context.dtype,
                 progress=context.progress,
             )
+        if settings.embedding_rank is not None:
+            result = thin(result, settings.embedding_rank, context)
         if settings.codebook_bits is not None:
             names = self._clustered(result.spec, settings)
             result = cluster(result, clustered(result.spec, names, settings.codebook_bits), names, context, True)
@@ -419,26 +433,6 @@ def _unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | N
         if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
             return f"{paths[first]}{part} has another shape"
     return None
-
-
-def tied(spec: Spec) -> Spec:
-    """The spec with one table for looking tokens up and for predicting them. Raises `PassError`."""
-    record = architectures.of(spec.structure.config)
-    embedding = next((n for n in spec.tensors if n.endswith(f"{record.embeddings[0]}.weight")), None)
-    head = spec.tensors.get(record.head_tie)
-    if not record.has_head(spec) or embedding is None or head is None:
-        raise PassError("this model has no head that predicts tokens", key="embeddings")
-    if head.alias_of is not None:
-        raise PassError("the embeddings are tied already", key="embeddings", fix="leave `embeddings` out")
-    if head.shape != spec.tensors[embedding].shape:
-        raise PassError(
-            f"{head.name} {list(head.shape)} and {embedding} {list(spec.tensors[embedding].shape)} have unlike shapes",
-            key="embeddings",
-        )
-    config = {**spec.structure.config, "tie_word_embeddings": True}
-    rest = {n: t for n, t in spec.tensors.items() if n != head.name}
-    rest[head.name] = alias(spec.tensors[embedding], head.name)
-    return replace(spec, structure=replace(spec.structure, config=config), tensors=rest)
 
 
 def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[Tensor]:
