@@ -138,6 +138,8 @@ class Cast(Pass[CastSettings]):
 
         record = architectures.of(spec.structure.config)
         grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
+        if not grids:  # tables alone, which are rounded as they are read
+            return checkpoint.tensor
         coarse = any(grid.bits < FINE for grid in grids.values())
         tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}

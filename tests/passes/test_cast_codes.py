@@ -249,6 +249,18 @@ def test_embeddings_when_asked(folders, tmp_path):
     assert torch.equal(stock_logits(out, tmp_path, trust=True), our_logits(out))
 
 
+def test_embeddings_alone(folders, data, tmp_path):
+    """Nothing is left for the sweep; the blocks stay as they are."""
+    original = open_checkpoint(folders["llama"])
+    settings = {"weights": "fp32", "overrides": {"model.embed_tokens": "int8"}}
+    cast = write(apply(original, "cast", data=data, work=tmp_path / "work", **settings), tmp_path / "out", store="compact")
+    assert [t.name for t in cast.spec.stored() if t.grid is not None] == ["model.embed_tokens.weight"]
+    before, after = (c.tensor("model.layers.0.mlp.up_proj.weight").data for c in (original, cast))
+    assert torch.equal(before, after)
+    table, rounded = (c.tensor("model.embed_tokens.weight").data for c in (original, cast))
+    assert 0 < float((table - rounded).abs().max()) < float(table.abs().max()) / 100
+
+
 def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
     settings = {"group_size": 16, "tune_epochs": 0}
     details: dict = {}
