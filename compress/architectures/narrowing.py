@@ -228,12 +228,27 @@ def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tup
         raise PassError(f"cannot remove all {depth} blocks", key="layers")
     keep = [i for i in range(depth) if i not in drop]
     number = {old: new for new, old in enumerate(keep)}
+    edits = []
+    for edit in spec.structure.edits:
+        index = record.block_index(f"{edit.module}.weight")
+        if edit.kind == "shared":
+            raise PassError(
+                f"{edit.module} shares tensors with other blocks: none can go",
+                key="layers",
+                fix="remove blocks before sharing",
+            )
+        if index is None or index in number:
+            module = edit.module
+            if index is not None:
+                module = record.renumber(f"{module}.weight", number[index]).removesuffix(".weight")
+            edits.append(replace(edit, module=module))
     source = {}
     for name in spec.tensors:
         index = record.block_index(name)
         if index is None or index in number:
             source[name if index is None else record.renumber(name, number[index])] = name
-    return _renamed(spec, source, record.cut_depth(config, keep)), source
+    smaller = _renamed(spec, source, record.cut_depth(config, keep))
+    return replace(smaller, structure=replace(smaller.structure, edits=tuple(edits))), source
 
 
 def expert_blocks(record: Architecture, spec: Spec) -> dict[int, int]:

@@ -139,7 +139,7 @@ def uneven_widths(
         names = [f"{units.name}.weight" for units, _ in mlps]
         record = architectures.of(checkpoint.spec.structure.config)
         counts = {
-            name: (units, [max(1, round(share * units.count)) for share in levels])
+            name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
             for name, (units, _) in zip(names, mlps, strict=True)
         }
         sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)

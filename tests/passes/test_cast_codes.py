@@ -253,7 +253,9 @@ def test_embeddings_alone(folders, data, tmp_path):
     """Nothing is left for the sweep; the blocks stay as they are."""
     original = open_checkpoint(folders["llama"])
     settings = {"weights": "fp32", "overrides": {"model.embed_tokens": "int8"}}
-    cast = write(apply(original, "cast", data=data, work=tmp_path / "work", **settings), tmp_path / "out", store="compact")
+    cast = write(
+        apply(original, "cast", data=data, work=tmp_path / "work", **settings), tmp_path / "out", store="compact"
+    )
     assert [t.name for t in cast.spec.stored() if t.grid is not None] == ["model.embed_tokens.weight"]
     before, after = (c.tensor("model.layers.0.mlp.up_proj.weight").data for c in (original, cast))
     assert torch.equal(before, after)

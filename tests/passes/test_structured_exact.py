@@ -172,6 +172,11 @@ def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
         later = apply(pruned, name, data=data, work=tmp_path / name, **settings)
         written = write_checkpoint(later, tmp_path / f"out_{name}", store="compact")
         assert torch.isfinite(load_model(written.folder)(data.values["input_ids"]).logits).all()
+    student = {"student": {"layers": 2, "from": "last"}, "steps": 1, "batch": 4, "held_out": 4}
+    ids = {"data": data.values["input_ids"], "teacher": str(folders["llama"])}
+    compress.apply("distill", folder, tmp_path / "student", store="compact", **student, **ids)
+    cut = open_checkpoint(tmp_path / "student").spec
+    assert [cut.tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(2)] == widths[2:]
     config = json.loads((folder / "config.json").read_text())
     config["edits"][0]["values"]["outputs"] += 1
     (folder / "config.json").write_text(json.dumps(config))
