@@ -4,7 +4,7 @@ Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN
 and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
 benchmarks/prune.py. With --jobs memory also the memory of a step at vocabularies of 4 and 128 thousand, by micro-batches and
 checkpointing, beside a plain implementation; with speed the time of steps beside a plain loop's; with classifier what a student
-of half the blocks keeps of a text classifier's accuracy.
+of half the blocks keeps of a text classifier's accuracy; with ensemble what two teachers are worth beside one.
 """
 
 from __future__ import annotations
@@ -135,6 +135,59 @@ def classifier(args: argparse.Namespace, scratch: Path) -> list[str]:
         "",
         *page.table(["", "accuracy", "of the teacher's"], rows),
     ]
+
+
+def ensemble(args: argparse.Namespace, scratch: Path) -> list[str]:
+    """Two small models trained on labels, which differ in their random weights alone, and students of their size under them."""
+    import compress
+
+    texts = heldout(args.model, args.heldout)
+    data = {
+        "data": args.train,
+        "document_separator": "<|doc|>",
+        "tokens": args.tokens,
+        "rate": 2e-3,
+        "schedule": "cosine",
+    }
+    rows = []
+
+    def train(name: str, seed: int, what: str, **settings: Any) -> Path:
+        _llama(args.model, seed, scratch / f"fresh{seed}")
+        out = scratch / name
+        shutil.rmtree(out, ignore_errors=True)
+        compress.apply("distill", scratch / f"fresh{seed}", out, **data, **settings)
+        rows.append([what, f"{loss(str(out), texts):.4f}"])
+        print(*rows[-1], flush=True)
+        return out
+
+    teachers = [train(f"teacher{i}", i, f"teacher {i}, labels", losses={"labels": 1.0}) for i in (1, 2)]
+    train("labels", 3, "student, labels", losses={"labels": 1.0})
+    for number, teacher in enumerate(teachers, 1):
+        train(f"under{number}", 3, f"student under teacher {number}", teacher=str(teacher))
+    train("under-both", 3, "student under both", teacher=[{"checkpoint": str(teacher)} for teacher in teachers])
+    return [
+        f"Llamas of width 128 and 2 blocks from random weights, with the tokenizer of {Path(args.model).name}; "
+        f"{args.tokens:,} tokens of {', '.join(Path(f).name for f in args.train)} each, the same ones; students of the same "
+        f"size. Held-out loss, nats per token, on {', '.join(Path(f).name for f in args.heldout)}.",
+        "",
+        *page.table(["", "loss"], rows),
+    ]
+
+
+def _llama(tokenizer: str, seed: int, folder: Path) -> None:
+    import torch
+    import transformers
+
+    if folder.exists():
+        return
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=128, num_hidden_layers=2, intermediate_size=352, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, dtype="float32",
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def _bert(vocabulary: int) -> Any:
@@ -318,7 +371,7 @@ def main() -> None:
         "--jobs",
         nargs="+",
         default=["quality", "memory", "speed"],
-        choices=["quality", "memory", "speed", "classifier"],
+        choices=["quality", "memory", "speed", "classifier", "ensemble"],
     )
     parser.add_argument("--scratch", type=Path, help="keep the students there, and take those that are there")
     parser.add_argument("--section", default="distill", help="of docs/benchmarks.md; '-' prints only")
@@ -335,7 +388,7 @@ def main() -> None:
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for job in args.jobs:
-            told = {"quality": quality, "classifier": classifier}.get(job)
+            told = {"quality": quality, "classifier": classifier, "ensemble": ensemble}.get(job)
             rows += ["", *(told(args, scratch) if told else memory() if job == "memory" else speed())]
     finally:
         if args.scratch is None:

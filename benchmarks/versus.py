@@ -134,14 +134,14 @@ def seconds(python: str, script: str, *arguments: str) -> float:
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
 
 
-def wide(folder: Path, tokenizer: str) -> None:
+def wide(folder: Path, tokenizer: str, blocks: int = 12) -> None:
     """Random float32 weights of a larger shape; the peer wants a tokenizer beside them."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32000, hidden_size=768, num_hidden_layers=12, intermediate_size=2048, num_attention_heads=12,
+        vocab_size=32000, hidden_size=768, num_hidden_layers=blocks, intermediate_size=2048, num_attention_heads=12,
         num_key_value_heads=4, dtype="float32",
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -157,6 +157,9 @@ def main() -> None:
     parser.add_argument("--section", default="versus")
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--wide", action="store_true", help="the larger random model too")
+    parser.add_argument(
+        "--blocks", type=int, default=12, help="of the larger model, whose time grows with their number"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="on MODEL; 0: not on it. Once on the larger one")
     parser.add_argument(
         "--jobs", nargs="+", default=["sparsegpt", "gptq"], choices=["sparsegpt", "alps", "gptq", "tuned"]
@@ -173,8 +176,9 @@ def main() -> None:
         save_file({"ids": ids}, scratch / "ids.safetensors")
         models = [args.model] if args.rounds else []
         if args.wide:
-            wide(scratch / "llama-124m", args.model)
-            models.append(str(scratch / "llama-124m"))
+            name = "llama-124m" if args.blocks == 12 else f"llama-124m, {args.blocks} of 12 blocks"
+            wide(scratch / name, args.model, args.blocks)
+            models.append(str(scratch / name))
         for model in models:
             for job in args.jobs:
                 pairs = []
