@@ -62,7 +62,7 @@ class CastSettings(PassSettings):
     refine: bool = Field(
         default=True,
         description="With `gptq`, below 6 bits: also make up for what was rounded in front, and then fit codes and scales to "
-        "each other by turns. `false` with `tune_epochs: 0` is GPTQ alone, which takes about a third of the time.",
+        "each other by turns. `false` with `tune_epochs: 0` is GPTQ alone, which takes about a fifth of the time.",
     )
     tune_epochs: int = Field(
         default=1,
