@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,13 +145,29 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if name and found is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}", where=where)
     found = found or transformers.AutoModel
+    plain = found
+    if not hasattr(found, "get_init_context") and type(config) in found._model_mapping:  # an auto class
+        plain = found._model_mapping[type(config)]
+    if "add_pooling_layer" in inspect.signature(plain).parameters and not any(
+        ".pooler." in f".{name}" for name in checkpoint.spec.tensors
+    ):
+        found = plain = _without_pooler(plain)
     if structure.edits:
         from compress.checkpoint.edits import edited_class
 
-        if not hasattr(found, "get_init_context"):  # an auto class
-            found = found._model_mapping[type(config)]
-        found = edited_class(found, to_json(structure.edits))
+        found = edited_class(plain, to_json(structure.edits))
     return found, config
+
+
+def _without_pooler(stock: Any) -> Any:
+    """The base class of an encoder whose files hold no pooler, which sentence encoders leave out; nothing is left at random."""
+
+    class Unpooled(stock):  # type: ignore[misc]
+        def __init__(self, config: Any, **kwargs: Any) -> None:
+            super().__init__(config, **{**kwargs, "add_pooling_layer": False})
+
+    Unpooled.__name__, Unpooled.__qualname__, Unpooled.__module__ = stock.__name__, stock.__qualname__, stock.__module__
+    return Unpooled
 
 
 def has_tokenizer(folder: Path) -> bool:

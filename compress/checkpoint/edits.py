@@ -254,8 +254,9 @@ def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
             config = type(self.config).from_dict(self.config.to_dict())
             if _untied(edits):
                 config.tie_word_embeddings = False
+            without = {"add_pooling_layer": False} if getattr(self, "pooler", self) is None else {}
             with torch.device("meta"):
-                twin = stock(config)
+                twin = stock(config, **without)
             twin.load_state_dict(dense_state(self, edits), assign=True, strict=False)
             twin.tie_weights()
             if self.can_generate():

@@ -8,6 +8,7 @@ Needs torch and transformers. Apache-2.0.
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
 
@@ -76,10 +77,11 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
     stock = stock or (auto or transformers.AutoModel)._model_mapping[type(base)]
     if isinstance(stock, (tuple, list)):
         stock = stock[0]
+    state = decoded_state_dict(folder)
+    if "add_pooling_layer" in inspect.signature(stock).parameters and not any(".pooler." in f".{n}" for n in state):
+        kwargs["add_pooling_layer"] = False
     stock = edited_class(stock, config.edits)
-    model, info = stock.from_pretrained(
-        None, config=base, state_dict=decoded_state_dict(folder), output_loading_info=True, **kwargs
-    )
+    model, info = stock.from_pretrained(None, config=base, state_dict=state, output_loading_info=True, **kwargs)
     unexpected = [] if auto is transformers.AutoModel else info["unexpected_keys"]
     for what, found in (
         ("missing", info["missing_keys"]),
