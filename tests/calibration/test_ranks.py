@@ -169,6 +169,22 @@ def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file,
     assert 2 * sum(t.kept for t in tensors.values()) == sum(t.count for t in tensors.values())
 
 
+def test_widths_chosen_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
+    recipe = json.loads(recipe_file.read_text())
+    prune = {"prune_structured": {"mlp": "40%", "widths": "uneven", "tune_epochs": 1}}
+    thin = {"share": {"embeddings": "factorize", "embedding_rank": 12}}
+    recipe_file.write_text(json.dumps({**recipe, "store": "compact", "passes": [prune, thin], "gates": {}}))
+    done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)["stages"][0]["passes"][0]["details"]["widths"]["blocks"]
+    tensors = open_checkpoint(tmp_path / "out").spec.tensors
+    widths = [tensors[f"model.layers.{row['block']}.mlp.down_proj.weight"].shape[1] for row in told]
+    assert widths == [64 - row["removed"] for row in told]
+    assert len(set(widths)) > 1
+    assert sum(widths) == 4 * round(0.6 * 64)
+    assert tensors["model.embed_tokens.weight"].shape[1] == 12
+
+
 def test_an_error_in_the_first_process_ends_all(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
