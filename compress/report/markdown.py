@@ -40,7 +40,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         details = {
             k: v
             for k, v in row["details"].items()
-            if k not in ("blocks", "formats", "curve", "shapes", "sharing", "training")
+            if k not in ("blocks", "formats", "curve", "shapes", "sharing", "training", "widths")
         }
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
