@@ -2,7 +2,8 @@
 
 Random bf16 checkpoints of the shape of a 7B Llama, cut to few blocks, are pruned by SparseGPT with 32 x 512 tokens,
 each in a process of its own whose peak resident memory is read; beside it stands what the plan says, also for all 32 blocks.
-With --section memory-cast a smaller shape is cast to int4, and to formats within a budget, with 4 x 512 tokens.
+With --section memory-structured they lose a quarter of MLP and heads, repaired by least squares, with 8 x 512 tokens; with
+--section memory-cast a smaller shape is cast to int4, and to formats within a budget, with 4 x 512 tokens.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ SMALL = {
 }
 
 SPARSEGPT = {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}
+NARROWER = {"prune_structured": {"mlp": "25%", "heads": "25%", "repair": "least_squares"}}
 CASTS: dict[str, dict[str, Any]] = {"int4": {"weights": "int4"}, "4.5 bits": {"bits": 4.5}}
 
 RUN = """
@@ -120,24 +122,42 @@ def measured(scratch: Path, shape: dict[str, int], layers: int, samples: int, en
     return [f"{usage.ru_maxrss / 1024:.0f}", f"{promised / 2**20:.0f}", f"{seconds:.0f}"]
 
 
-def pruning(scratch: Path, layers: list[int]) -> list[str]:
-    """SparseGPT on the shape of a 7B Llama."""
+def large(scratch: Path, layers: list[int], entry: dict[str, Any], samples: int) -> list[list[str]]:
+    """A pass on the shape of a 7B Llama, with few blocks and, planned alone, with all."""
     import compress
 
     rows = []
     for count in layers:
-        rows.append([str(count), *measured(scratch, SHAPE, count, 32, SPARSEGPT)])
+        rows.append([str(count), *measured(scratch, SHAPE, count, samples, entry)])
         print(*rows[-1], flush=True)
     make(scratch / "in32", SHAPE, 32, weights=False)
-    whole = compress.plan(recipe(scratch / "in32", scratch / "ids.safetensors", SPARSEGPT)).peak_memory
+    whole = compress.plan(recipe(scratch / "in32", scratch / "ids.safetensors", entry)).peak_memory
     rows.append(["32", "not run", f"{whole / 2**20:.0f}", ""])
+    return page.table(["blocks", "peak resident MiB", "planned MiB", "seconds"], rows)
+
+
+def pruning(scratch: Path, layers: list[int]) -> list[str]:
+    """SparseGPT on the shape of a 7B Llama."""
     return [
         "## Memory of a calibrated pass",
         "",
         f"`make bench-memory`: {page.environment()} SparseGPT, 50 %, 32 × 512 tokens, on random bf16 weights of a 7B Llama's "
         "shape, with `max_ram: 4GiB`; peak resident memory of the whole process, verification of the output included.",
         "",
-        *page.table(["blocks", "peak resident MiB", "planned MiB", "seconds"], rows),
+        *large(scratch, layers, SPARSEGPT, 32),
+    ]
+
+
+def narrowing(scratch: Path, layers: list[int]) -> list[str]:
+    """A quarter of neurons and heads of the shape of a 7B Llama."""
+    return [
+        "## Memory of structured pruning",
+        "",
+        f'`make bench-memory ARGS="--section memory-structured"`: {page.environment()} A quarter of MLP and heads, by loss, '
+        "least squares and no tuning, 8 × 512 tokens, on random bf16 weights of a 7B Llama's shape, with `max_ram: 4GiB`; peak "
+        "resident memory of the whole process, verification of the output included.",
+        "",
+        *large(scratch, layers, NARROWER, 8),
     ]
 
 
@@ -162,11 +182,14 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--section", default="memory", choices=["memory", "memory-cast"])
+    parser.add_argument("--section", default="memory", choices=["memory", "memory-structured", "memory-cast"])
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-", dir=os.environ.get("BENCH_DIR")))
     try:
-        rows = pruning(scratch, args.layers) if args.section == "memory" else casting(scratch)
+        if args.section == "memory-cast":
+            rows = casting(scratch)
+        else:
+            rows = (pruning if args.section == "memory" else narrowing)(scratch, args.layers)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     page.put(args.section, rows)

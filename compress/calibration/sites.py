@@ -82,7 +82,8 @@ class Statistics:
 
     def centred(self) -> torch.Tensor:
         """Σ (x - mean)(x - mean)ᵀ, in H's dtype."""
-        return self.hessian - torch.outer(self.total, self.total).to(self.hessian.dtype) / max(1, self.tokens)
+        total = self.total.to(self.hessian.dtype)
+        return self.hessian.clone().addr_(total, total, alpha=-1 / max(1, self.tokens))
 
     def relative_error(self, before: torch.Tensor, after: torch.Tensor, centred: bool = False) -> float | None:
         """||(W - W')X||² over ||WX||², for weights [O, I]; None where no token was seen.

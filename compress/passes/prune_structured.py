@@ -63,8 +63,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         record = architectures.of(spec.structure.config)
         names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
         tuned = settings.repair == "tune"
-        # H⁻¹, its factor and a step's update; the weights twice
-        sweep = sweep_memory(spec, names, width, factors=4.0, copies=6, moments=5 if tuned else 0, kept=0)
+        # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
+        biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
+        sweep = sweep_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
         if tuned and _has_teacher(settings):
             sizes = {index: sum(t.count for t in tensors) for index, tensors in by_block(spec).items()}
             outside = sizes.pop(None, 0)

@@ -25,14 +25,18 @@ def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.
         The damped copy, and a bool tensor [in], True for inputs that were always zero (diagonal 0). They get the damping
         alone, whatever the scale of H, or 1 where that is zero: their weights do nothing, so they are the cheapest to remove.
     """
-    dead_I = H_II.diagonal() == 0
-    alive = max(1, dead_I.numel() - int(dead_I.sum()))
-    extra = damp * float(H_II.diagonal().sum(dtype=H_II.dtype)) / alive
     damped_II = H_II.clone(memory_format=torch.contiguous_format)
-    diagonal_I = damped_II.diagonal()  # a view
-    diagonal_I += extra
-    diagonal_I[diagonal_I == 0] = 1
-    return damped_II, dead_I
+    damped_II.diagonal().copy_(damped_diagonal(H_II, damp))
+    return damped_II, H_II.diagonal() == 0
+
+
+def damped_diagonal(H_II: torch.Tensor, damp: float) -> torch.Tensor:
+    """The diagonal [in] that ``damped`` gives H."""
+    diagonal_I = H_II.diagonal()
+    alive = max(1, int((diagonal_I != 0).sum()))
+    result_I = diagonal_I + damp * float(diagonal_I.sum(dtype=H_II.dtype)) / alive
+    result_I[result_I == 0] = 1
+    return result_I
 
 
 def check_finite(H_II: torch.Tensor) -> None:
@@ -63,6 +67,17 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
 
     Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
+    return _inverted(H_II, damp, factor=True)
+
+
+def inverse(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
+    """(damped H)⁻¹, row-major, and the damping it took; as `inverse_factor`, also in memory."""
+    found_II, used = _inverted(H_II, damp, factor=False)
+    return (found_II.mT @ found_II if math.isinf(used) else found_II.mT), used
+
+
+def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.Tensor, float]:
+    """The inverse, column-major, or its factor; where eigenvalues were raised always the factor."""
     check_finite(H_II)
     used = damp
     while True:
@@ -72,9 +87,11 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
         torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
         if not int(failed):
             torch.cholesky_inverse(work_II, out=work_II)
-            torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
+            if factor:
+                torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
             # an inverse of overflown or vanishing values is as good as none
-            if not int(failed) and bool(work_II.diagonal().isfinite().all()):
+            diagonal_I = work_II.diagonal()
+            if not int(failed) and bool((diagonal_I.isfinite() & (diagonal_I > 0)).all()):
                 return work_II, used
         del work_II
         if used >= _MOST_DAMPING:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from compress.solvers.hessian import check_finite, damped, inverse_factor
+from compress.solvers.hessian import check_finite, damped_diagonal, inverse
 
 #: Steps in which single inputs go; with more inputs than that, several go in each.
 _STEPS = 256
+#: Rows of H that are copied at a time.
+_ROWS = 1024
 #: Damping of the least squares: beside it, what no token has told is kept as it was.
 _DAMP = 0.001
 
@@ -28,8 +30,8 @@ def keep_by_loss(W_OI: torch.Tensor, H_II: torch.Tensor, remove: int, *, width: 
 
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993), in groups as in ZipLM (arXiv 2302.04089), algorithm 1.
     """
-    upper, _ = inverse_factor(H_II)
-    P_II, weight = upper.mT @ upper, W_OI.to(upper.dtype, copy=True)
+    P_II, _ = inverse(H_II)
+    weight = W_OI.to(P_II.dtype, copy=True)
     units = W_OI.shape[1] // width
     alive = torch.ones(units, dtype=torch.bool, device=W_OI.device)
     run = torch.arange(units, device=W_OI.device) // (units // runs)
@@ -42,8 +44,8 @@ def keep_by_loss(W_OI: torch.Tensor, H_II: torch.Tensor, remove: int, *, width: 
         gone = loss.topk(min(at_once, remove), largest=False).indices
         inputs = (gone[:, None] * width + torch.arange(width, device=W_OI.device)).flatten()
         rows = torch.linalg.solve(P_II[inputs][:, inputs], P_II[inputs])
-        weight -= weight[:, inputs] @ rows
-        P_II -= P_II[:, inputs] @ rows
+        weight.addmm_(weight[:, inputs], rows, alpha=-1)
+        P_II.addmm_(P_II[:, inputs], rows, alpha=-1)
         P_II[inputs, inputs] = 1  # nothing divides by what is gone
         alive[gone] = False
         remove -= len(gone)
@@ -87,9 +89,22 @@ def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) 
     check_finite(H_II)
     weight, damp = W_OI.to(H_II.dtype), _DAMP
     while True:
-        full, _ = damped(H_II, damp)
-        square = full[stay_S][:, stay_S]
-        factor, failed = torch.linalg.cholesky_ex(square)
+        diagonal_I = damped_diagonal(H_II, damp)
+        factor_SS = _square(H_II, stay_S)
+        factor_SS.diagonal().copy_(diagonal_I[stay_S])
+        failed = torch.empty((), dtype=torch.int32, device=H_II.device)
+        torch.linalg.cholesky_ex(factor_SS, out=(factor_SS, failed))
         if not int(failed):
-            return torch.cholesky_solve((weight @ full[:, stay_S]).mT, factor).mT.contiguous()
+            target = weight @ H_II
+            target += weight * (diagonal_I - H_II.diagonal())
+            return torch.cholesky_solve(target[:, stay_S].mT, factor_SS).mT.contiguous()
+        del factor_SS
         damp *= 10
+
+
+def _square(H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
+    """H between survivors [S, S], column-major as LAPACK wants it, without a copy of whole rows."""
+    found_SS = H_II.new_empty(len(stay_S), len(stay_S))
+    for start in range(0, len(stay_S), _ROWS):
+        found_SS[start : start + _ROWS] = H_II[stay_S[start : start + _ROWS]][:, stay_S]
+    return found_SS.mT  # of a symmetric one
