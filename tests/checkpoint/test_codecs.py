@@ -137,7 +137,16 @@ def test_the_bundled_file_needs_torch_and_transformers_alone():
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name in node.names
     }
-    assert roots <= {"__future__", "json", "pathlib", "torch", "transformers", "safetensors", "huggingface_hub"}
+    assert roots <= {
+        "__future__",
+        "inspect",
+        "json",
+        "pathlib",
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+    }
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert {"decode", "unpack_bits", "part_names", "CompressConfig", "CompressForCausalLM"} <= defined
     for auto in bundle._AUTO.values():
