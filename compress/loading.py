@@ -144,18 +144,18 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     found: Any = getattr(transformers, name, None) if name else None
     if name and found is None:
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}", where=where)
-    found = found or transformers.AutoModel
-    plain = found
-    if not hasattr(found, "get_init_context") and type(config) in found._model_mapping:  # an auto class
-        plain = found._model_mapping[type(config)]
-    if "add_pooling_layer" in inspect.signature(plain).parameters and not any(
-        ".pooler." in f".{name}" for name in checkpoint.spec.tensors
-    ):
-        found = plain = _without_pooler(plain)
+    if found is None:
+        mapping: Any = transformers.AutoModel._model_mapping
+        found = mapping.get(type(config), transformers.AutoModel)
+        if isinstance(found, (tuple, list)):  # several, the usual one first
+            found = found[0]
+    pooled = "add_pooling_layer" in inspect.signature(found).parameters
+    if pooled and not any(".pooler." in f".{name}" for name in checkpoint.spec.tensors):
+        found = _without_pooler(found)
     if structure.edits:
         from compress.checkpoint.edits import edited_class
 
-        found = edited_class(plain, to_json(structure.edits))
+        found = edited_class(found, to_json(structure.edits))
     return found, config
 
 

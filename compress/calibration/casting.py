@@ -20,6 +20,9 @@ from compress.solvers.gptq import corrected, gptq, ordered_factor
 from compress.solvers.grids import Scales, code_values, fit, to_codes, weights
 from compress.solvers.hessian import damped
 
+#: Of descent on codes and scales.
+_ROUNDS = 3
+
 
 @dataclass(frozen=True)
 class Casting:
@@ -27,15 +30,14 @@ class Casting:
 
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
-        dtypes: that scales are stored in, by tensor. paired: in a sweep with targets, also make up for what earlier changes
-            did to the inputs. rounds: of descent on codes and scales, after GPTQ.
+        dtypes: that scales are stored in, by tensor. refine: after GPTQ fit codes and scales by turns; and in a sweep with
+            targets, before it make up for what earlier changes did to the inputs.
     """
 
     tuning: Tuning | None
     grids: Mapping[str, Grid]
     dtypes: Mapping[str, torch.dtype]
-    paired: bool = True
-    rounds: int = 3
+    refine: bool = True
 
 
 class Rounded:
@@ -75,7 +77,7 @@ class Rounded:
 def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     """Cast the sites of a block in place; codes by tensor name.
 
-    In a sweep with targets, if ``how.paired``, each matrix is matched to what the original gives on its own inputs, and those
+    In a sweep with targets, if ``how.refine``, each matrix is matched to what the original gives on its own inputs, and those
     that write to the residual stream also make up for what is wrong in it.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
@@ -86,7 +88,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
         site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
         keep, grid = block.earlier_mask(site), how.grids[site.name]
-        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.rounds, shared)
+        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.refine, shared)
         return Rounded(site, grid, codes, scales, keep), {"format": grid.format, **row}
 
     def blank(site: Site) -> Rounded:
@@ -95,7 +97,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
 
     rounded = solve_block(
         block,
-        statistics_of(block) if how.paired else unpaired_statistics(block),
+        statistics_of(block) if how.refine else unpaired_statistics(block),
         solve,
         blank=blank,
         tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],
@@ -134,7 +136,7 @@ def _solve(
     drift: Drift | None,
     grid: Grid,
     keep: torch.Tensor | None,
-    rounds: int,
+    refined: bool,
     shared: dict[str, Any],
 ) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
     """Values of codes less zero points [O, I], scales, and what is worth saying. ``shared``: of sites with the same inputs."""
@@ -152,7 +154,7 @@ def _solve(
         weight = corrected(weight, drift.inputs, drift.residual.get(site.name), shared["whole"], order)
     scales = fit(weight, grid, H.diagonal(), keep)
     latent = gptq(weight, shared["factor"], order, grid, scales, keep)
-    codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, rounds)
+    codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, _ROUNDS if refined else 0)
     values = (codes.view(len(codes), scales.scale.shape[1], -1) * scales.scale[..., None]).view_as(weight)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, values)}
     if shared["damping"] != 0.01:

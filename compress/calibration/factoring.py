@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from compress.calibration.paired import Drift, statistics_of
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed, Sweep
+from compress.calibration.trials import on_trial
 from compress.calibration.tune import Moving, Tuning, floats, tune
 from compress.solvers.gptq import corrected, ordered_factor
 from compress.solvers.lowrank import low_rank
@@ -122,41 +122,21 @@ def _solve(
 
 def factor_on_trial(
     sweep: Sweep, ranks: Mapping[str, int]
-) -> tuple[Callable[[str], torch.Tensor], dict[str, list[float]]]:
-    """What factorising each wanted matrix alone at those ranks would change, on the inputs of the model as it is.
-
-    Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
+) -> tuple[Callable[[str], dict[str, torch.Tensor]], dict[str, list[float]]]:
+    """What factorising each wanted matrix alone at those ranks would change, see `trials.on_trial`.
 
     Returns:
-        A function from a tensor's name to ΔW [O, I] in bfloat16, for the first process; and of each tensor the energies, see
-        `low_rank`.
+        A function from a tensor's name to its ΔW, under ``trial``; and of each tensor the energies, see `low_rank`.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    def path(index: int) -> Path:
-        return sweep.work / f"trial{index:05}.safetensors"
-
-    def look(block: Block) -> dict[str, Changed]:
-        changes: dict[str, torch.Tensor] = {}
+    def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         energies = {}
         for group, statistics, _ in block.statistics():
             for site in group if not sweep.ranks.rank else ():
                 up, down, found, _ = low_rank(site.weight.float(), statistics.hessian, ranks[site.name])
-                changes[site.name] = (up @ down - site.weight).to("cpu", torch.bfloat16).contiguous()
                 energies[site.name] = found.tolist()
-        if not sweep.ranks.rank:
-            save_file(changes, path(block.index))
+                yield site.name, {"trial": up @ down - site.weight}
         block.details["energies"] = sweep.ranks.tell(0, energies)
-        return {}
 
-    rows = sweep.run(look, "factorising on trial").details
-
-    def read(name: str) -> torch.Tensor:
-        index = sweep.streamed.record.block_index(name)
-        assert index is not None
-        with safe_open(path(index), framework="pt") as file:
-            found: torch.Tensor = file.get_tensor(name)
-            return found
-
+    read, rows = on_trial(sweep, "factorising on trial", measure)
     return read, {name: found for row in rows for name, found in row.get("energies", {}).items()}

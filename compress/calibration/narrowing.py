@@ -5,7 +5,7 @@ The block keeps its shape: removed units are zero, which is what a narrower bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from compress.architectures.units import Merge, Units
 from compress.calibration.merging import merge_heads
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.sweep import Block, Changed, Sweep
+from compress.calibration.trials import on_trial
 from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.survivors import keep_by_loss, keep_by_score, least_squares
 
@@ -91,34 +92,24 @@ def narrow_block(block: Block, how: Narrowing) -> dict[str, Changed]:
 def narrow_on_trial(
     sweep: Sweep, counts: Mapping[str, tuple[Units, Sequence[int]]], how: Narrowing
 ) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What removing so many units alone would change of the matrices that read them, on the inputs of the model as it is.
-
-    Takes a sweep, which works in a folder of its own and leaves the changes there, of each matrix in a file.
+    """What removing units alone would change of the matrices that read them: ΔW by number of the trial, see `trials.on_trial`.
 
     Args:
         counts: by tensor name the units that it reads, and how many of them to remove, one number after another.
         how: the score, and whether survivors make up for them.
-
-    Returns:
-        A function from a tensor's name to ΔW [O, I] in bfloat16 by number of the trial, for the first process.
     """
-    from safetensors.torch import load_file, save_file
 
-    def look(block: Block) -> dict[str, Changed]:
+    def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         sites = {site.name: site for site in block.sites}
         for group, statistics, _ in block.statistics():
             for site in group:
-                units, removed = counts[site.name]
-                changes = {}
+                (units, removed), changes = counts[site.name], {}
                 for number, remove in enumerate(removed):
                     _, weight, _, _ = _solve(block, site, sites, statistics, units, remove, how)
-                    changes[str(number)] = (weight - site.weight).to("cpu", torch.bfloat16).contiguous()
-                if not sweep.ranks.rank:
-                    save_file(changes, sweep.work / f"{site.name}.safetensors")
-        return {}
+                    changes[str(number)] = weight - site.weight
+                yield site.name, changes
 
-    sweep.run(look, "removing units on trial")
-    return lambda name: load_file(sweep.work / f"{name}.safetensors")
+    return on_trial(sweep, "removing units on trial", measure)[0]
 
 
 def _solve(

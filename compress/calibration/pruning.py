@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from compress.calibration.paired import Drift, unpaired_statistics
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.solving import solve_block
 from compress.calibration.sweep import Block, Changed, Sweep
+from compress.calibration.trials import on_trial
 from compress.calibration.tune import Tuning, floats, tune
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
@@ -65,43 +65,20 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
 def prune_on_trial(
     sweep: Sweep, method: Method, sparsities: Sequence[float]
 ) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What pruning each wanted matrix alone would change of it, on the inputs of the model as it is.
+    """What pruning each wanted matrix alone would change of it: ΔW by number of the sparsity, see `trials.on_trial`."""
 
-    Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
-
-    Returns:
-        A function from a tensor's name to ΔW [O, I] in bfloat16 by number of the sparsity, for the first process.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    def path(index: int) -> Path:
-        return sweep.work / f"trial{index:05}.safetensors"
-
-    def look(block: Block) -> dict[str, Changed]:
-        changes: dict[str, torch.Tensor] = {}
+    def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for group, statistics, _ in block.statistics():
             shared: dict[str, Any] = {}
             for site in group if not sweep.ranks.rank else ():
-                earlier = block.earlier_mask(site)
+                earlier, changes = block.earlier_mask(site), {}
                 for number, sparsity in enumerate(sparsities):
                     how = Pruning(method, {site.name: sparsity}, None, None)
                     weight, mask, _ = _solve(site, statistics, how, earlier, shared)
-                    change = weight.masked_fill(~mask, 0) - site.weight
-                    changes[f"{site.name}:{number}"] = change.to("cpu", torch.bfloat16).contiguous()
-        if not sweep.ranks.rank:
-            save_file(changes, path(block.index))
-        return {}
+                    changes[str(number)] = weight.masked_fill(~mask, 0) - site.weight
+                yield site.name, changes
 
-    sweep.run(look, "pruning on trial")
-
-    def read(name: str) -> dict[str, torch.Tensor]:
-        index = sweep.streamed.record.block_index(name)
-        assert index is not None
-        with safe_open(path(index), framework="pt") as file:
-            return {str(i): file.get_tensor(f"{name}:{i}") for i in range(len(sparsities))}
-
-    return read
+    return on_trial(sweep, "pruning on trial", measure)[0]
 
 
 def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +68,9 @@ def with_shared(spec: Spec, where: str) -> Spec:
     """Add the tensors that blocks share with others, which files leave out. Raises `CheckpointError` where edits do not fit."""
     aliases = {}
     for edit in spec.structure.edits:
-        if edit.kind == "sized":
-            _check_size(spec, edit, where)
-            continue
         if edit.kind != "shared":
-            (_check_projected if edit.kind == "projected" else _check_low_rank)(spec, edit, where)
+            check = {"projected": _check_projected, "sized": _check_sized}.get(edit.kind, _check_low_rank)
+            check(spec, edit, where)
             continue
         for part in edit.values["parts"]:
             name, source = f"{edit.module}.{part}", f"{edit.values['source']}.{part}"
@@ -85,37 +83,32 @@ def with_shared(spec: Spec, where: str) -> Spec:
 def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
     """The two matrices that an edit adds are there, of its rank."""
     prefix, rank = "residual_" if edit.kind == "residual" else "", edit.values["rank"]
-    for suffix, axis in (("down", 0), ("up", 1)):
-        name = f"{edit.module}.{prefix}{suffix}.weight"
-        shape = spec.tensors[name].shape if name in spec.tensors else None
-        if shape is None or len(shape) != 2 or shape[axis] != rank:
-            found = "is missing" if shape is None else f"is {list(shape)}"
-            raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
+    down, up = (f"{edit.module}.{prefix}{suffix}.weight" for suffix in ("down", "up"))
+    _check(spec, down, f"of rank {rank}", lambda shape: shape[0] == rank, where)
+    _check(spec, up, f"of rank {rank}", lambda shape: shape[1] == rank, where)
 
 
 def _check_projected(spec: Spec, edit: Edit, where: str) -> None:
-    """The projection beside a table is there, of its rank. The table may be one that the config ties to another."""
-    table, name, rank = f"{edit.module}.weight", f"{edit.module}.projection.weight", edit.values["rank"]
-    shape = spec.tensors[name].shape if name in spec.tensors else None
-    if shape is None or len(shape) != 2 or rank not in shape:
-        found = "is missing" if shape is None else f"is {list(shape)}"
-        raise CheckpointError(f"config and weights disagree: {name}, of rank {rank}, {found}", where=where)
-    if table in spec.tensors and spec.tensors[table].shape[1] != rank:
-        raise CheckpointError(
-            f"config and weights disagree: {table}, of rank {rank}, is {list(spec.tensors[table].shape)}", where=where
-        )
+    """The projection beside a table is there, of its rank; so is the table, unless the config ties it to another."""
+    table, rank = f"{edit.module}.weight", edit.values["rank"]
+    _check(spec, f"{edit.module}.projection.weight", f"of rank {rank}", lambda shape: rank in shape, where)
+    if table in spec.tensors:
+        _check(spec, table, f"of rank {rank}", lambda shape: shape[1] == rank, where)
 
 
-def _check_size(spec: Spec, edit: Edit, where: str) -> None:
+def _check_sized(spec: Spec, edit: Edit, where: str) -> None:
     """The matrix has the shape that an edit says."""
-    name = f"{edit.module}.weight"
+    outputs, inputs = edit.values["outputs"], edit.values["inputs"]
+    expected = (inputs, outputs) if is_transposed(spec) else (outputs, inputs)
+    _check(spec, f"{edit.module}.weight", f"of {outputs} x {inputs}", lambda shape: shape == expected, where)
+
+
+def _check(spec: Spec, name: str, said: str, fits: Callable[[tuple[int, ...]], bool], where: str) -> None:
+    """The matrix of that name is there, of a shape that fits. Raises `CheckpointError`."""
     shape = spec.tensors[name].shape if name in spec.tensors else None
-    expected = (edit.values["outputs"], edit.values["inputs"])
-    if shape != (expected[::-1] if is_transposed(spec) else expected):
+    if shape is None or len(shape) != 2 or not fits(shape):
         found = "is missing" if shape is None else f"is {list(shape)}"
-        raise CheckpointError(
-            f"config and weights disagree: {name}, of {expected[0]} x {expected[1]}, {found}", where=where
-        )
+        raise CheckpointError(f"config and weights disagree: {name}, {said}, {found}", where=where)
 
 
 def alias(source: Tensor, name: str) -> Tensor:
@@ -233,11 +226,11 @@ def uneven(spec: Spec) -> str | None:
     return next((e.module for e in spec.structure.edits if e.kind == "sized"), None)
 
 
-def check_nameable(spec: Spec, key: str | None = None) -> None:
+def check_nameable(spec: Spec, key: str | None = None, fix: str | None = None) -> None:
     """Raises `PassError` for families whose modules have other names in memory than their tensors in files."""
     record = architectures.of(spec.structure.config)
     if record.stacks or record.module_blocks is not None:
-        raise PassError(f"the structure of {record.model_type} cannot be changed block by block", key=key)
+        raise PassError(f"the structure of {record.model_type} cannot be changed block by block", key=key, fix=fix)
 
 
 def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,6 @@ from compress.passes.base import Context
 from compress.passes.sweeping import measured_divergences, once, open_sweep
 
 if TYPE_CHECKING:
-    import torch
-
-    from compress.architectures.units import Units
     from compress.calibration.pruning import Method
     from compress.checkpoint.open import Checkpoint
     from compress.passes.shape import Widths
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 #: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
 REACH, STEPS = 0.2, 2
-_UNEVEN = ("`widths: uneven`", "set `widths: even`")
+UNEVEN = ("`widths: uneven`", "set `widths: even`")
 _SETTING = ("`allocation: loss`", "use `allocation: uniform` or `owl`")
 
 
@@ -34,20 +31,24 @@ def trials(sparsity: float) -> list[float]:
     return [sparsity + reach * i / STEPS for i in range(-STEPS, STEPS + 1)]
 
 
-def check_loss(spec: Spec, names: Collection[str], fix: str = _SETTING[1]) -> None:
-    """Raises `PassError` where losses cannot be measured: without a head that predicts tokens, and for experts."""
-    record = architectures.of(spec.structure.config)
+def check_loss(
+    spec: Spec, names: Collection[str], setting: tuple[str, str] = _SETTING, key: str = "allocation"
+) -> None:
+    """Raises `PassError` where losses cannot be measured: without a head that predicts tokens, and for experts.
+
+    Args:
+        setting: what asks for it, and what to do without it. key: of that setting.
+    """
+    record, (asks, fix) = architectures.of(spec.structure.config), setting
     if not record.has_head(spec):
-        raise PassError(f"{_SETTING[0]} needs a model that predicts tokens", key="allocation", fix=fix)
+        raise PassError(f"{asks} needs a model that predicts tokens", key=key, fix=fix)
     if expert := next((name for name in sorted(names) if record.is_expert(name)), None):
-        raise PassError(
-            f"{_SETTING[0]} does not reach {expert}: experts are fused in memory", key="allocation", fix=fix
-        )
+        raise PassError(f"{asks} does not reach {expert}: experts are fused in memory", key=key, fix=fix)
 
 
-def loss_memory(spec: Spec, names: Collection[str], sparsity: float) -> int:
+def loss_memory(spec: Spec, names: Collection[str]) -> int:
     """Bytes of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
-    return 4 * spec.parameters + 2 * len(trials(sparsity)) * sum(spec.tensors[name].count for name in names)
+    return 4 * spec.parameters + 2 * (2 * STEPS + 1) * sum(spec.tensors[name].count for name in names)
 
 
 def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, context: Context) -> dict[str, float]:
@@ -93,11 +94,7 @@ def _shares(
 ) -> dict[str, Any]:
     from compress.solvers.shares import share_out
 
-    def changes(name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        found: Mapping[str, torch.Tensor] = read(name)
-        return found
-
-    losses, _ = measured_divergences(checkpoint, names, changes, _SETTING, context)
+    losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), _SETTING, context)
     tensors = [checkpoint.spec.tensors[name] for name in names]
     sizes = [t.count for t in tensors]
     most = [t.count if t.kept is None else t.kept for t in tensors]
@@ -110,12 +107,6 @@ def _shares(
     }
 
 
-def uneven_memory(spec: Spec, found: Widths) -> int:
-    """Bytes of measuring what widths cost: as `loss_memory`."""
-    names = [f"{units.name}.weight" for units, _ in _mlps(found)]
-    return 4 * spec.parameters + 2 * (2 * STEPS + 1) * sum(spec.tensors[name].count for name in names)
-
-
 def uneven_widths(
     checkpoint: Checkpoint, found: Widths, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, int]:
@@ -125,7 +116,7 @@ def uneven_widths(
     """
     if not found.uneven:
         return {}
-    mlps = _mlps(found)
+    mlps = found.mlps()
     steps = [lcm(settings.multiple_of, units.multiple) for units, _ in mlps]
     sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
     kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))
@@ -147,7 +138,7 @@ def uneven_widths(
         read = narrow_on_trial(sweep, counts, how)
         if context.rank:
             return None
-        losses, _ = measured_divergences(checkpoint, names, lambda name, weight: read(name), _UNEVEN, context)
+        losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), UNEVEN, context)
         rows = [list(losses[name].values()) for name in names]
         left = share_out(sizes, sizes, levels, rows, kept)
         gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
@@ -161,7 +152,3 @@ def uneven_widths(
     context.details["widths"] = result
     removed: dict[str, int] = result["removed"]
     return removed
-
-
-def _mlps(found: Widths) -> list[tuple[Units, int]]:
-    return [(units, less) for block in found.remove.values() for units, less in block if units.kind == "mlp"]

@@ -144,7 +144,7 @@ class Cast(Pass[CastSettings]):
         tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
         refine = settings.refine and coarse
-        how = Casting(tuning, grids, dtypes, paired=refine, rounds=3 if refine else 0)
+        how = Casting(tuning, grids, dtypes, refine)
         sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=refine or tuning is not None)
         result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
         context.details["blocks"] = result.details

@@ -17,8 +17,6 @@ from compress.passes.sweeping import block_matrices, inside_blocks, measured_div
 from compress.settings import Share
 
 if TYPE_CHECKING:
-    import torch
-
     from compress.checkpoint.open import Checkpoint, Value
 
 _SETTING = ("`allocation: loss`", "use `allocation: uniform`")
@@ -85,7 +83,7 @@ class Factorize(Pass[FactorizeSettings]):
 
         ranks = self._ranks(spec, settings)
         if settings.by_loss:
-            check_loss(spec, ranks, fix=_SETTING[1])
+            check_loss(spec, ranks, _SETTING)
         return replace(factored(spec, ranks), exact=spec.exact and not settings.by_loss)
 
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
@@ -185,10 +183,7 @@ class Factorize(Pass[FactorizeSettings]):
             if context.rank:
                 return None
 
-            def change(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-                return {"trial": read(name)}
-
-            losses, _ = measured_divergences(checkpoint, list(uniform), change, _SETTING, context)
+            losses, _ = measured_divergences(checkpoint, list(uniform), lambda name, _: read(name), _SETTING, context)
             ranks = _shared_out(spec, uniform, energies, {n: row["trial"] for n, row in losses.items()})
             return {
                 "ranks": ranks,

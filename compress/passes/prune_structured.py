@@ -10,7 +10,7 @@ from compress.architectures import narrowing
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.passes import cuts, shape
-from compress.passes.allocation import uneven_memory
+from compress.passes.allocation import loss_memory
 from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.structured_settings import PruneStructuredSettings
 from compress.passes.sweeping import by_block, followable, sweep_memory
@@ -72,7 +72,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             sweep += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         if settings.widths == "uneven":
-            whole = max(whole, uneven_memory(spec, shape.widths(spec, settings)))
+            readers = [f"{units.name}.weight" for units, _ in shape.widths(spec, settings).mlps()]
+            whole = max(whole, loss_memory(spec, readers))
         return max(sweep, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:

@@ -124,7 +124,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         if settings.allocation != "loss":
             return sweep
         assert settings.sparsity is not None
-        return max(sweep, loss_memory(spec, chosen, settings.sparsity))
+        return max(sweep, loss_memory(spec, chosen))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""

@@ -14,6 +14,7 @@ from compress.architectures.units import Merge, Units
 from compress.checkpoint.spec import Spec
 from compress.checkpoint.structure import check_nameable
 from compress.errors import PassError
+from compress.passes.allocation import UNEVEN, check_loss
 
 if TYPE_CHECKING:
     from compress.passes.structured_settings import PruneStructuredSettings
@@ -40,8 +41,11 @@ class Widths:
 
     def sized(self) -> list[str]:
         """Modules that come to have widths of their own."""
-        pairs = chain.from_iterable(self.remove.values()) if self.uneven else ()
-        return [m.module for units, count in pairs if units.kind == "mlp" and count for m in units.members]
+        return [m.module for units, count in self.mlps() if count for m in units.members] if self.uneven else []
+
+    def mlps(self) -> list[tuple[Units, int]]:
+        """Those of neurons."""
+        return [pair for pair in chain.from_iterable(self.remove.values()) if pair[0].kind == "mlp"]
 
     def first(self) -> list[narrowing.Kept]:
         """A choice of that shape, for planning."""
@@ -123,7 +127,8 @@ def _neurons(
     largest: dict[str, Units] = {}  # by config field
     uneven = amounts.widths == "uneven"
     if uneven:
-        _may_be_uneven(record, spec)
+        check_nameable(spec, "widths", UNEVEN[1])
+        check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "widths")
     for one in chain.from_iterable(units.values()):
         if one.size_key is None and not uneven:
             raise PassError(
@@ -145,23 +150,6 @@ def _neurons(
     }
     chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in found] for i, found in units.items()}
     return chosen, dict(config) if uneven else narrowing.with_size(record, config, kept)
-
-
-def _may_be_uneven(record: Architecture, spec: Spec) -> None:
-    """Raises `PassError` for models whose MLPs no edit can reach, or of which losses cannot be measured."""
-    try:
-        check_nameable(spec, "widths")
-    except PassError as error:
-        error.fix = "set `widths: even`"
-        raise
-    if expert := next((t.name for t in spec.stored() if record.is_expert(t.name)), None):
-        raise PassError(
-            f"`widths: uneven` does not reach {expert}: experts are fused in memory",
-            key="widths",
-            fix="set `widths: even`",
-        )
-    if not record.has_head(spec):
-        raise PassError("`widths: uneven` needs a model that predicts tokens", key="widths", fix="set `widths: even`")
 
 
 def _heads(

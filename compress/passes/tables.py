@@ -63,7 +63,7 @@ def thinned(spec: Spec, rank: int) -> Spec:
             key="embedding_rank",
             fix=f"at most {most}" if most else "leave `embeddings` out",
         )
-    if record.projections is None or head is None or record.is_tied(spec) is False:
+    if record.projections is None or head is None or not record.is_tied(spec):
         return projected(spec, tables, rank)
     *modules, key = record.projections
     if any(f"{record.prefix}.{module}.weight" in spec.tensors for module in modules):

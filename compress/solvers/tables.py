@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from compress.solvers.lowrank import low_rank
+
 #: Turns of the alternation; the first few bring nearly all of it.
 _TURNS = 20
 
@@ -15,19 +17,15 @@ _TURNS = 20
 def thin_input(E_Vh: torch.Tensor, f_V: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A [V, r] and P [r, h] of least Σ f ‖e - a P‖²; float64."""
     E_Vh = E_Vh.double()
-    P_rh = _largest(E_Vh.T @ (E_Vh * f_V[:, None]), rank)
+    _, vectors = torch.linalg.eigh(E_Vh.T @ (E_Vh * f_V[:, None]))
+    P_rh = vectors[:, -rank:].T
     return E_Vh @ P_rh.T, P_rh
 
 
 def thin_output(W_Vh: torch.Tensor, H_hh: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [V, r] and Q [r, h] of least ‖(W - A Q) X‖², as SVD-LLM (arXiv 2403.07378) whitens; float64."""
-    W_Vh = W_Vh.double()
-    values, vectors = torch.linalg.eigh(H_hh.double())
-    values = values.clamp_min(values.max() * 1e-10)
-    root, back = (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
-    white = W_Vh @ root
-    V_rh = _largest(white.T @ white, rank)
-    return white @ V_rh.T, V_rh @ back
+    """A [V, r] and Q [r, h] of least ‖(W - A Q) X‖²; float64."""
+    A_Vr, Q_rh, _, _ = low_rank(W_Vh.double(), H_hh, rank)
+    return A_Vr, Q_rh
 
 
 def thin_tied(
@@ -58,9 +56,3 @@ def thin_tied(
         right = f_V[:, None] * (E_Vh @ P_rh.T) + E_Vh @ H_hh @ Q_rh.T
         A_Vr = ((right @ T_rr) / (1 + f_V[:, None] * values)) @ T_rr.T
     return A_Vr, P_rh, Q_rh
-
-
-def _largest(gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """The eigenvectors of the largest eigenvalues, in rows [r, h]."""
-    vectors: torch.Tensor = torch.linalg.eigh(gram)[1]
-    return vectors[:, -rank:].flip(1).T.contiguous()

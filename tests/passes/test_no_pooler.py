@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -67,3 +68,12 @@ def test_half_a_pooler_is_damage(tmp_path):
     model.save_pretrained(tmp_path / "in", state_dict=state)
     with pytest.raises(CheckpointError, match=r"weights are missing for BertModel, such as pooler.dense.bias"):
         load_model(tmp_path / "in")
+
+
+def test_a_type_with_several_base_classes_is_loaded_by_the_usual_one(tmp_path):
+    config = transformers.FunnelConfig(vocab_size=99, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32)
+    transformers.FunnelModel(config).save_pretrained(tmp_path / "in")
+    said = json.loads((tmp_path / "in/config.json").read_text())
+    del said["architectures"]
+    (tmp_path / "in/config.json").write_text(json.dumps(said))
+    assert type(load_model(tmp_path / "in")) is transformers.FunnelModel
