@@ -53,8 +53,17 @@ write._pwrite = slow
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    ("stage", "number", "status"),
+    [
+        (1, signal.SIGINT, 130),
+        (3, signal.SIGTERM, 130),
+        (3, signal.SIGKILL, -9),
+        pytest.param(3, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGTERM, 130, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_while_a_stage_is_written(number, status, stage, recipe_file, tmp_path):
     path = recipe_file()
     process = start(path, before=PAUSE.format(stage=stage))
