@@ -31,6 +31,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "distilled (default)": {},
     "distilled, cache of k = 64": {"teacher_cache": {"k": 64}},
 }
+#: of the section, by its first job
+TITLES = {
+    "quality": "Distilling {model}",
+    "ensemble": "Distilling under two teachers",
+    "classifier": "Distilling a classifier",
+}
 #: vocabulary, way, what differs from a batch of 8 at once
 MEMORY: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (4096, "plain", {}),
@@ -380,10 +386,8 @@ def main() -> None:
     if args.one:
         one(json.loads(args.one))
         return
-    rows = [
-        f"## Distilling {Path(args.model).name}" if "quality" in args.jobs else "## Distillation: what a step takes",
-        "",
-    ]
+    title = TITLES.get(args.jobs[0], "Distillation: what a step takes").format(model=Path(args.model).name)
+    rows = [f"## {title}", ""]
     rows += [f"`{page.command('bench-distill', parser, args)}`: {page.environment()}"]
     scratch = args.scratch or Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
