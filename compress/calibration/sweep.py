@@ -328,6 +328,7 @@ class Sweep:
             task.advance(self.depth)
             with torch.no_grad():
                 for index in range(self.depth):
+                    self._check_finite(index, outputs[index])
                     args, kwargs = self.calls(rows)[index]
                     with self.streamed.block(index) as module:
                         try:
@@ -464,13 +465,14 @@ class Sweep:
             with torch.no_grad():
                 for rows in self.batches():
                     output = block.forward(rows, inputs.read(rows).to(self.device))
-                    if not torch.isfinite(output).all():
-                        raise CheckpointError(
-                            f"block {index} gives NaN or infinite values", where=str(self.checkpoint.folder)
-                        )
+                    self._check_finite(index, output)
                     files["inputs"][then].write(rows, output)
             files["inputs"][then].sync()
         return block.details
+
+    def _check_finite(self, index: int, output: torch.Tensor) -> None:
+        if not torch.isfinite(output).all():
+            raise CheckpointError(f"block {index} gives NaN or infinite values", where=str(self.checkpoint.folder))
 
     def _advance_targets(self, block: Block, now: Activations, then: Activations) -> None:
         """What the original has after the blocks that this one stands for."""

@@ -14,7 +14,7 @@ from compress.calibration.sites import Experts, find_sites
 from compress.calibration.sweep import Changed, Inputs, Sweep
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
-from compress.errors import PassError
+from compress.errors import CheckpointError, PassError
 from compress.loading import load_checkpoint
 from compress.progress import SilentProgress
 from tests import pico
@@ -350,6 +350,14 @@ def test_a_tensor_that_runs_before_it_is_solved_is_not_changed(folders, tmp_path
 def test_a_tensor_that_one_block_has_twice_may_change(folders, tmp_path):
     up, gate = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate"))
     sweep_of(shared(open_checkpoint(folders["llama"]), up, gate), tmp_path, wanted={gate}, with_targets=True)
+
+
+def test_nan_in_the_original_is_not_taken_for_a_model_that_cannot_be_followed(folders, tmp_path):
+    base, name = open_checkpoint(folders["llama"]), "model.layers.1.mlp.down_proj.weight"
+    broken = Value(torch.full_like(base.tensor(name).data, float("nan")))
+    changed = Derived(base, base.spec, lambda n: broken if n == name else base.tensor(n))
+    with pytest.raises(CheckpointError, match=r"block 1 gives NaN or infinite values"):
+        sweep_of(changed, tmp_path).run(halve, "halving")
 
 
 def test_nan_is_named(folders, tmp_path):
