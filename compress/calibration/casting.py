@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress.calibration.gradients import Gradients
 from compress.calibration.paired import Drift, statistics_of, unpaired_statistics
 from compress.calibration.sites import Site, Statistics
 from compress.calibration.solving import solve_block
@@ -19,6 +20,7 @@ from compress.solvers.descent import refine
 from compress.solvers.gptq import corrected, gptq, ordered_factor
 from compress.solvers.grids import Scales, code_values, fit, to_codes, weights
 from compress.solvers.hessian import damped
+from compress.solvers.kronecker import coupled_error, gptq_coupled, refine_coupled, shrunk
 
 #: Of descent on codes and scales.
 _ROUNDS = 3
@@ -31,13 +33,15 @@ class Casting:
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
         dtypes: that scales are stored in, by tensor. refine: after GPTQ fit codes and scales by turns; and in a sweep with
-            targets, before it make up for what earlier changes did to the inputs.
+            targets, before it make up for what earlier changes did to the inputs. gradients: at last fit them in view of what
+            errors of different outputs do to the prediction together; None for no such.
     """
 
     tuning: Tuning | None
     grids: Mapping[str, Grid]
     dtypes: Mapping[str, torch.dtype]
     refine: bool = True
+    gradients: Gradients | None = None
 
 
 class Rounded:
@@ -84,11 +88,14 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     before and after.
     """
 
+    curvature = how.gradients.by_outputs(block) if how.refine and how.gradients is not None else {}
+
     def solve(
         site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
         keep, grid = block.earlier_mask(site), how.grids[site.name]
-        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.refine, shared)
+        outputs = curvature.pop(site.name, None)
+        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.refine, shared, outputs)
         return Rounded(site, grid, codes, scales, keep), {"format": grid.format, **row}
 
     def blank(site: Site) -> Rounded:
@@ -138,8 +145,13 @@ def _solve(
     keep: torch.Tensor | None,
     refined: bool,
     shared: dict[str, Any],
+    F: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
-    """Values of codes less zero points [O, I], scales, and what is worth saying. ``shared``: of sites with the same inputs."""
+    """Values of codes less zero points [O, I], scales, and what is worth saying.
+
+    Args:
+        shared: of sites with the same inputs. F: curvature by outputs [O, O]; None where there is none.
+    """
     weight = site.weight.float().contiguous()
     if statistics.tokens == 0:
         scales = fit(weight, grid, None, keep)
@@ -155,8 +167,27 @@ def _solve(
     scales = fit(weight, grid, H.diagonal(), keep)
     latent = gptq(weight, shared["factor"], order, grid, scales, keep)
     codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, _ROUNDS if refined else 0)
+    if F is not None:
+        codes, scales = _coupled(weight, codes, shared, shrunk(F), grid, scales, keep)
     values = (codes.view(len(codes), scales.scale.shape[1], -1) * scales.scale[..., None]).view_as(weight)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, values)}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
     return codes, scales, row
+
+
+def _coupled(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    shared: dict[str, Any],
+    F: torch.Tensor,
+    grid: Grid,
+    scales: Scales,
+    keep: torch.Tensor | None,
+) -> tuple[torch.Tensor, Scales]:
+    """Codes and scales refined in view of both curvatures: from those given, or anew from their scales, whichever is nearer."""
+    H = shared["damped"]
+    anew = gptq_coupled(weight, shared["factor"], shared["order"], F, grid, scales, keep)
+    if coupled_error(weight, anew, scales, H, F) < coupled_error(weight, codes, scales, H, F):
+        codes = anew
+    return refine_coupled(weight, codes, H, F, grid, scales, keep)

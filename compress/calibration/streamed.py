@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+#: Number of a block, the hidden states it gets, and its other arguments ▶ what it gives back.
+Stubbed = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
 class StreamedModel:
     """The base model (no head) of a checkpoint, without the weights of its blocks.
 
@@ -132,10 +136,42 @@ class StreamedModel:
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), name)
 
-    def run(
-        self, inputs: Mapping[str, torch.Tensor], stub: Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
-    ) -> None:
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Within, the head that predicts tokens has its weights."""
+        prefix = f"{self.record.head}."
+        names = [name for name in self._tensors.get(None, ()) if name.startswith(prefix)]
+        absent = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.is_meta}
+        with quiet_transformers():
+            self._load(names)
+            self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+                if name in absent and not parameter.is_meta:
+                    module, _, key = name.rpartition(".")
+                    self.model.get_submodule(module)._parameters[key] = torch.nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
+
+    def run(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed) -> None:
         """Run the base model with every block replaced by ``stub(index, hidden, args, kwargs)``."""
+        with torch.no_grad(), self._stubs(stub):
+            self._call(self.base, inputs, {})
+
+    def predict(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed, extra: Mapping[str, Any]) -> torch.Tensor:
+        """The logits of the whole model with every block replaced by ``stub``; ``extra`` are further arguments."""
+        with self._stubs(stub):
+            result: torch.Tensor = self._call(self.model, inputs, extra)[0]
+        return result
+
+    def _call(self, model: Any, inputs: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> Any:
+        caching = {"use_cache": False} if self.record.causal else {}
+        return model(**{k: v.to(self.device) for k, v in inputs.items()}, **caching, **extra)
+
+    @contextmanager
+    def _stubs(self, stub: Stubbed) -> Iterator[None]:
         real = self.layers
 
         class Stub(torch.nn.Module):
@@ -156,9 +192,7 @@ class StreamedModel:
         try:
             for i in range(len(real)):
                 self.blocks[i] = Stub(i)
-            extra = {"use_cache": False} if self.record.causal else {}
-            with torch.no_grad():
-                self.base(**{k: v.to(self.device) for k, v in inputs.items()}, **extra)
+            yield
         finally:
             for i, module in enumerate(real):
                 self.blocks[i] = module

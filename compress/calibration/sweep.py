@@ -113,10 +113,7 @@ class Block:
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
-        args, kwargs = self.sweep.calls(rows)[self.index]
-        output = self.module(hidden, *args, **kwargs)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return self.sweep.through(self.index, self.module, rows, hidden)
 
     def earlier_mask(self, site: Site) -> torch.Tensor | None:
         """The keep-mask that a site's tensor came with, as the site shapes it; read only where there is one."""
@@ -243,11 +240,11 @@ class Sweep:
 
     # ---- running ----
 
-    def batches(self) -> Iterator[list[int]]:
-        """Numbers of this process's samples, a batch at a time."""
+    def batches(self, first: int | None = None) -> Iterator[list[int]]:
+        """Numbers of this process's samples, a batch at a time; of the first so many if that is given."""
         length = next(iter(self.inputs.values.values())).shape[1:].numel()
         size = max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, length))
-        mine = self.ranks.mine(range(self.inputs.samples))
+        mine = self.ranks.mine(range(self.inputs.samples)[:first])
         for start in range(0, len(mine), size):
             yield mine[start : start + size]
 
@@ -283,6 +280,26 @@ class Sweep:
         if len(calls) != self.depth:
             raise _Unfollowable(len(calls))
         return first[0], calls
+
+    def first_hidden(self, rows: Sequence[int]) -> torch.Tensor:
+        """What the first block reads of those samples."""
+        return self._capture(rows)[0]
+
+    def through(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
+        args, kwargs = self.calls(rows)[index]
+        output = module(hidden, *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def predict(self, rows: Sequence[int], hidden: torch.Tensor, extra: Mapping[str, Any]) -> torch.Tensor:
+        """What the model predicts of those samples where the last block gives ``hidden``; with the head loaded."""
+
+        def stub(index: int, before: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            after = hidden if index == self.depth - 1 else before
+            return (after,) if self._tuple else after
+
+        return self.streamed.predict(self.inputs.rows(rows), stub, extra)
 
     def _learn_calls(self) -> None:
         """How blocks are called: whether they return tuples, and whether their arguments depend on the sample."""
@@ -329,16 +346,14 @@ class Sweep:
             with torch.no_grad():
                 for index in range(self.depth):
                     self._check_finite(index, outputs[index])
-                    args, kwargs = self.calls(rows)[index]
                     with self.streamed.block(index) as module:
                         try:
-                            output = module(hidden, *args, **kwargs)
+                            hidden = self.through(index, module, rows, hidden)
                         except Exception as error:  # whatever a block lacks when it is run by itself
                             raise PassError(
                                 f"the sweep cannot follow this model: block {index} run by itself fails ({error!r})",
                                 fix="use a method that needs no calibration",
                             ) from error
-                        hidden = output[0] if isinstance(output, tuple) else output
                     scale = float(outputs[index].abs().max())
                     difference = float((hidden - outputs[index]).abs().max())
                     found.append(difference)
@@ -351,8 +366,11 @@ class Sweep:
 
     # ---- the sweep ----
 
-    def run(self, change: Change, title: str) -> SweepResult:
-        """Change every block in order. ``change`` alters weights in the block's module and returns keep-masks by tensor."""
+    def run(self, change: Change, title: str, before: Callable[[], None] | None = None) -> SweepResult:
+        """Change every block in order. ``change`` alters weights in the block's module and returns keep-masks by tensor.
+
+        ``before`` is called once it is known how blocks are called; a resumed sweep calls it again.
+        """
         keep_freed(KEPT_FREED)
         state = self._state()
         if state is None:
@@ -361,6 +379,8 @@ class Sweep:
             self._learn_calls()
         if self._original is not None:
             self._original._learn_calls()
+        if before is not None:
+            before()
         self.users.gather()
         sources = {"inputs": self} | ({"targets": self._original or self} if self.with_targets else {})
         files = {}
@@ -485,9 +505,9 @@ class Sweep:
             for number in self.teacher.blocks(block.index):
                 with torch.no_grad(), self._original.streamed.block(number) as module:
                     for rows in self.batches():
-                        args, kwargs = self._original.calls(rows)[number]
-                        output = module(source.read(rows).to(self.device), *args, **kwargs)
-                        then.write(rows, output[0] if isinstance(output, tuple) else output)
+                        then.write(
+                            rows, self._original.through(number, module, rows, source.read(rows).to(self.device))
+                        )
                 source = then
         then.sync()
 

@@ -41,7 +41,8 @@ class Cast(Pass[CastSettings]):
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323, towards the original's outputs as in "
-        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885; formats of compressed-tensors"
+        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885, at last towards YAQA's objective, arXiv "
+        "2505.22988; formats of compressed-tensors"
     )
 
     def works(self, settings: CastSettings) -> Mode:
@@ -72,7 +73,7 @@ class Cast(Pass[CastSettings]):
         return replace(planned(spec, settings, among.grids(chosen)), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
-        """Of a sweep: beside the statistics, drift, factor and damped copies of them, and copies of one matrix.
+        """Of a sweep: statistics, drift, factor and damped copies of them, curvatures by outputs, and copies of one matrix.
 
         To choose formats within a budget: the model, and what each format changes of it in bfloat16.
         """
@@ -87,7 +88,16 @@ class Cast(Pass[CastSettings]):
         if not coarse or not (settings.refine or moments):
             sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
         else:  # kept: codes as floats, and each matrix as it was and as it is
-            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=4.0, copies=10, moments=moments, kept=12)
+            sweep = sweep_memory(
+                spec,
+                [t.name for t in grids],
+                width,
+                factors=4.0,
+                copies=13,
+                moments=moments,
+                kept=12,
+                by_outputs=settings.refine and architectures.of(spec.structure.config).has_head(spec),
+            )
         return max(measuring, sweep)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
@@ -133,6 +143,7 @@ class Cast(Pass[CastSettings]):
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
         from compress.calibration.casting import Casting, cast_block
+        from compress.calibration.gradients import Gradients
         from compress.calibration.tune import Tuning
         from compress.checkpoint.open import torch_dtype
 
@@ -144,9 +155,14 @@ class Cast(Pass[CastSettings]):
         tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
         refine = settings.refine and coarse
-        how = Casting(tuning, grids, dtypes, refine)
         sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=refine or tuning is not None)
-        result = sweep.run(lambda block: cast_block(block, how), f"casting by {settings.method}")
+        gradients = Gradients(sweep, context.work / "gradients") if refine else None
+        how = Casting(tuning, grids, dtypes, refine, gradients)
+        result = sweep.run(
+            lambda block: cast_block(block, how),
+            f"casting by {settings.method}",
+            gradients.measure if gradients is not None else None,
+        )
         context.details["blocks"] = result.details
         return result.reader()
 

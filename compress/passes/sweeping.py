@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
-from compress.calibration.limits import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
+from compress.calibration.limits import (
+    KEPT_FREED,
+    LOGITS_AT_ONCE,
+    OUTPUTS_BYTES,
+    STATISTICS_BYTES,
+    TOKENS_PER_BATCH,
+    WIDE,
+)
 from compress.checkpoint.spec import Spec, Tensor
 from compress.checkpoint.structure import is_factor, is_residual
 from compress.errors import PassError
@@ -100,7 +107,15 @@ def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:
 
 
 def sweep_memory(
-    spec: Spec, names: Collection[str], width: int, *, factors: float, copies: int, moments: int, kept: float
+    spec: Spec,
+    names: Collection[str],
+    width: int,
+    *,
+    factors: float,
+    copies: int,
+    moments: int,
+    kept: float,
+    by_outputs: bool = False,
 ) -> int:
     """Bytes resident at the peak of a sweep: embeddings, one block, and the larger of what solving and tuning it take.
 
@@ -109,12 +124,16 @@ def sweep_memory(
         factors: matrices of the size of the largest statistics that the solver holds beside them.
         copies: float32 matrices of the size of the largest weight that it holds.
         moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
+        by_outputs: whether curvatures by outputs are held, and gradients measured for them.
     """
     record = architectures.of(spec.structure.config)
+    head = sum(t.count for t in spec.stored() if t.module == record.head)
+    vocabulary = max((t.shape[0] for t in spec.stored() if record.block_index(t.name) is None and t.shape), default=0)
+    predicting = width * head + 5 * 4 * LOGITS_AT_ONCE * vocabulary if by_outputs else 0
     blocks = by_block(spec)
     # the head is not loaded
     resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
-    peak = 0
+    peak = predicting
     for tensors in blocks.values():
         block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
         wide = [t.shape[input_axis(spec, t)] for t in changed]
@@ -123,10 +142,23 @@ def sweep_memory(
         statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
         solving = largest + int(factors * largest) + 4 * copies * matrix
         chosen = int(kept * sum(t.count for t in changed))
+        if by_outputs:
+            shared = [t for t in changed if not any(f".{base}." in t.name for base in record.experts)]
+            chosen += _output_bytes([t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared])
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
     return resident + peak + KEPT_FREED + _SLACK + activations
+
+
+def _output_bytes(outputs: Sequence[int]) -> int:
+    """Of the curvatures held of matrices with so many outputs, and the factors of the largest."""
+    held = 0
+    for size in sorted(outputs):
+        if held + 4 * size * size > OUTPUTS_BYTES:
+            break
+        held, largest = held + 4 * size * size, 4 * size * size
+    return held + 4 * largest if held else 0
 
 
 def input_axis(spec: Spec, tensor: Tensor) -> int:

@@ -72,11 +72,13 @@ def refine(
                 error_IO[i] -= step
                 code_IO[i] = found
         if grid.format not in FIXED_GROUPS:
-            scale_GO = _fitted(W_IO, code_IO, H_II, scale_GO)
+            scale_GO = fitted_scales(W_IO, code_IO, H_II, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
 
-def _fitted(W_IO: torch.Tensor, code_IO: torch.Tensor, H_II: torch.Tensor, scale_GO: torch.Tensor) -> torch.Tensor:
+def fitted_scales(
+    W_IO: torch.Tensor, code_IO: torch.Tensor, H_II: torch.Tensor, scale_GO: torch.Tensor
+) -> torch.Tensor:
     """The scales [G, O] of least output error for these codes; rows where they would change too much keep theirs."""
     groups, outputs = scale_GO.shape
     inputs = len(W_IO)

@@ -1,0 +1,108 @@
+"""Curvature by outputs is what a plain backward pass through the whole model gives, for the same drawn tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+import compress.calibration.gradients as gradients_module
+from compress.calibration.gradients import Gradients
+from compress.checkpoint.open import open_checkpoint
+from compress.loading import load_checkpoint
+from tests import pico
+from tests.calibration.test_sweep import LENGTH, SAMPLES, inputs_of, sweep_of
+
+FAMILIES = ["llama", "gemma2", "phi3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "bert", "distilbert", "electra"]
+
+
+def measured(folder, work, mask=None):
+    """Σ g gᵀ by name as a sweep finds them, and the sweep."""
+    checkpoint = open_checkpoint(folder)
+    sweep = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
+    gradients, found = Gradients(sweep, work / "gradients"), {}
+
+    def change(block):
+        found.update(gradients.by_outputs(block))
+        for site in block.sites:  # what earlier blocks become does not matter
+            site.weight.mul_(0.5)
+        return {}
+
+    sweep.run(change, "looking", gradients.measure)
+    return found, sweep
+
+
+def expected(sweep, chunk):
+    """Σ g gᵀ by module of the whole model."""
+    model = load_checkpoint(sweep.checkpoint, dtype="float32").requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_())
+    mask, sums = sweep.inputs.mask, {}
+
+    def listen(name):
+        def hook(module, args, output):
+            def add(gradient):
+                g = gradient.reshape(-1, gradient.shape[-1]).double()
+                counted = g if mask is None or len(g) != LENGTH else g[mask[row]]
+                sums[name] = sums.get(name, 0) + counted.T @ counted
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        return hook
+
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and "router" not in name:
+            module.register_forward_hook(listen(name))
+    for row in range(SAMPLES):
+        generator = torch.Generator().manual_seed(sweep.seed * 1_000_003 + row)
+        logits = model(**sweep.inputs.rows([row]))[0][0]
+        drawn = [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(chunk)]
+        losses = torch.nn.functional.cross_entropy(logits, torch.cat(drawn)[:, 0], reduction="none")
+        (losses if mask is None else losses[mask[row]]).sum().backward()
+    return sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path, monkeypatch):
+    mask = None
+    if family in ("llama", "bert"):
+        mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
+        mask[1, 5:] = mask[4, 9:] = False
+    if family == "llama":
+        monkeypatch.setattr(gradients_module, "LOGITS_AT_ONCE", 5)
+    found, sweep = measured(pico.save(tmp_path / "model", family, with_tokenizer=False), tmp_path / "work", mask)
+    wanted = expected(sweep, 5 if family == "llama" else LENGTH)
+    names = {name: name.removesuffix(".weight") for name in sweep.wanted if ".experts." not in name}
+    assert found.keys() == names.keys()
+    for name, module in names.items():
+        other = next(total for known, total in wanted.items() if f".{module}".endswith(f".{known}"))
+        assert float(other.diagonal().sum()) > 0
+        assert (found[name] - other).abs().max() <= 1e-3 * other.abs().max(), name
+    assert sorted(p.name for p in (tmp_path / "work/gradients").iterdir()) == [
+        "0.act",
+        "1.act",
+        "2.act",
+        "3.act",
+        "done",
+    ]
+
+
+def test_a_sweep_that_goes_on_measures_nothing_anew(tmp_path, monkeypatch):
+    folder = pico.save(tmp_path / "model", "llama", with_tokenizer=False)
+    first, _ = measured(folder, tmp_path / "work")
+    (tmp_path / "work/state.json").unlink()
+    monkeypatch.setattr(Gradients, "_at_the_end", None)
+    again, _ = measured(folder, tmp_path / "work")
+    assert all(torch.equal(again[name], total) for name, total in first.items())
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_models_that_predict_no_tokens_have_none(family, tmp_path):
+    folder = pico.save(
+        tmp_path / "model",
+        family,
+        with_tokenizer=False,
+        **({"class_name": "BertForSequenceClassification"} if family == "bert" else {}),
+    )
+    found, _ = measured(folder, tmp_path / "work")
+    assert found == {}
