@@ -89,8 +89,9 @@ def main() -> None:
         f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
         "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
-        "GPTQ towards the original's outputs, codes and scales fitted by turns, then tuning of each block; `untuned` is "
-        "without the last. Seconds are of the whole call, loading, self-check and writing included.",
+        "GPTQ towards the original's outputs, codes and scales fitted by turns, at last in view of what changes the "
+        "prediction, then tuning of each block; `untuned` is without the tuning. Seconds are of the whole call, loading, "
+        "self-check and writing included.",
         "",
         *page.table(["job", "ΔNLL", "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
     ]

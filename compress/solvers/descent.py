@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
-from compress.solvers.grids import Scales, code_values, nearest
+from compress.solvers.grids import Scales, code_values, codes_near
 
 #: Inputs whose gradients are brought up to date together.
 _BLOCK = 32
@@ -50,10 +50,7 @@ def refine(
     def code(value_O: torch.Tensor, i: int) -> torch.Tensor:
         """The nearest code, less its zero point, of values of input ``i``."""
         g = i // size
-        if zero_GO is None:
-            found = nearest(value_O / scale_GO[g], grid)
-        else:
-            found = nearest(value_O / scale_GO[g] + zero_GO[g], grid).sub_(zero_GO[g])
+        found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], grid)
         return found if keep_IO is None else found.masked_fill_(~keep_IO[i], 0)
 
     code_IO = code_values(latent_OI, grid, scales, keep_OI).t().contiguous()

@@ -132,11 +132,16 @@ def _stored(scale: torch.Tensor, grid: Grid, overall: torch.Tensor | None) -> to
     return scale
 
 
+def codes_near(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+    """Values of the codes nearest to weights, less zero points; ``scale`` and ``zero`` broadcast to W."""
+    if zero is None:
+        return nearest(W / scale, grid)
+    return nearest(W / scale + zero, grid).sub_(zero)
+
+
 def _values(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """Values of codes less zero points, [O, G, S]."""
-    if zero is None:
-        return nearest(W / scale[..., None], grid)
-    return nearest(W / scale[..., None] + zero[..., None], grid).sub_(zero[..., None])
+    return codes_near(W, scale[..., None], None if zero is None else zero[..., None], grid)
 
 
 def _error(

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
 from compress.solvers.descent import fitted_scales
-from compress.solvers.grids import Scales, nearest
+from compress.solvers.grids import Scales, codes_near
 from compress.solvers.hessian import inverse_factor
 
 #: Inputs whose slopes are brought up to date together.
@@ -88,10 +88,8 @@ def _improve_codes(
         slope_BO = H_II[start:stop] @ coupled_IO
         for i in range(start, stop):
             g, h, slope = i // size, by_input[i], slope_BO[i - start]
-            wanted = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h).div_(scale_GO[g])
-            found = nearest(wanted if zero_GO is None else wanted.add_(zero_GO[g]), grid)
-            if zero_GO is not None:
-                found -= zero_GO[g]
+            wanted = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h)
+            found = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], grid)
             if keep_IO is not None:
                 found.masked_fill_(~keep_IO[i], 0)
             at = (found != code_IO[i]).nonzero()[:, 0]
@@ -115,16 +113,11 @@ def _moved_scales(
     scale_GO: torch.Tensor,
 ) -> torch.Tensor:
     """Scales [G, O] of a smaller sum for these codes; those that there are, where none is found."""
-    groups, size = len(scale_GO), len(W_IO) // len(scale_GO)
-
-    def split(t_IO: torch.Tensor) -> torch.Tensor:
-        return t_IO.view(groups, size, -1)
-
     error_IO = W_IO - value_IO
     # each output is to make up for the errors of the others
     others_IO = error_IO @ F_OO / F_OO.diagonal() - error_IO
     change_GO = fitted_scales(W_IO + others_IO, code_IO, H_II, scale_GO) - scale_GO
-    moved_IO = (split(code_IO) * change_GO[:, None]).view_as(W_IO)
+    moved_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
     swept_IO = (H_II @ moved_IO) @ F_OO
     # the sum along that way is a parabola
     down, bend = float((swept_IO * error_IO).sum()), float((swept_IO * moved_IO).sum())
@@ -209,11 +202,7 @@ def gptq_coupled(
             i = torch.arange(max(0, t - _TILE + 1), min(t, _TILE - 1) + 1, device=target.device)
             o = t - i
             whole, step = target[:, i, o], scale[:, i, o]
-            found = (whole - fed[:, i, o]).div_(step)
-            if zero is None:
-                found = nearest(found, grid)
-            else:
-                found = nearest(found.add_(zero[:, i, o]), grid).sub_(zero[:, i, o])
+            found = codes_near(whole - fed[:, i, o], step, None if zero is None else zero[:, i, o], grid)
             if keep is not None:
                 found.masked_fill_(~keep[:, i, o], 0)
             code[:, i, o] = found
