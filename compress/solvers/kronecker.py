@@ -188,28 +188,35 @@ def gptq_coupled(
         places = [(slice(i, i + _TILE), slice(o, o + _TILE)) for i, o in tiles]
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
-            """The tiles on this diagonal [N, B, B], those at the edges filled up."""
-            return torch.stack([pad(p, (0, _TILE - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts])
+            """The tiles on this diagonal [N, B, B], those at the edges filled up; outputs backwards, see below."""
+            whole = [pad(p, (0, _TILE - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
+            return torch.stack(whole).flip(2)
 
         target = stack(W_IO[b, c] - before_II[: b.start, b].T @ error_IO[: b.start, c] for b, c in places)
         fed = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
-        by_input, by_output = stack(before_II[b, b] for b, _ in places), stack(before_OO[c, c] for _, c in places)
+        by_input = stack(before_II[b, b] for b, _ in places).flip(2).mT
+        by_output = stack(before_OO[c, c] for _, c in places).flip(1)
         scale = stack((scale_IO[p] for p in places), 1.0)
         zero = None if zero_IO is None else stack(zero_IO[p] for p in places)
-        keep = None if keep_IO is None else stack(keep_IO[p] for p in places)
+        gone = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
         code = torch.zeros_like(target)
         for t in range(2 * _TILE - 1):
-            i = torch.arange(max(0, t - _TILE + 1), min(t, _TILE - 1) + 1, device=target.device)
-            o = t - i
-            whole, step = target[:, i, o], scale[:, i, o]
-            found = codes_near(whole - fed[:, i, o], step, None if zero is None else zero[:, i, o], grid)
-            if keep is not None:
-                found.masked_fill_(~keep[:, i, o], 0)
-            code[:, i, o] = found
+            # outputs run backwards, so weights whose places add up to t are a diagonal, and their rows and columns slices
+            at = _TILE - 1 - t
+            i = slice(max(0, -at), min(t, _TILE - 1) + 1)
+            o = slice(i.start + at, i.stop + at)
+            whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
+            found = codes_near(
+                whole - fed.diagonal(at, 1, 2), step, None if zero is None else zero.diagonal(at, 1, 2), grid
+            )
+            if gone is not None:
+                found.masked_fill_(gone.diagonal(at, 1, 2), 0)
+            code.diagonal(at, 1, 2).copy_(found)
             error = torch.addcmul(whole, found, step, value=-1)
-            target[:, i, o] = error
-            target[:, :, o] -= by_input[:, i].transpose(1, 2) * error[:, None]
-            fed[:, i] += error[:, :, None] * by_output[:, o]
+            whole.copy_(error)
+            target[:, :, o].addcmul_(by_input[:, :, i], error[:, None], value=-1)
+            fed[:, i].addcmul_(error[:, :, None], by_output[:, o])
+        target, code = target.flip(2), code.flip(2)
         for n, p in enumerate(places):
             shape = error_IO[p].shape
             error_IO[p], code_IO[p] = target[n, : shape[0], : shape[1]], code[n, : shape[0], : shape[1]]
