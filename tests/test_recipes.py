@@ -40,6 +40,17 @@ def test_recipe(path, tmp_path, monkeypatch):
     open_checkpoint(result.checkpoint)
 
 
+def test_the_classifier_fails_its_gate_at_a_harsher_setting(tmp_path, monkeypatch):
+    """The one that the recipe names; at its own the gate passes, see above."""
+    monkeypatch.chdir(ROOT)
+    harsher = (ROOT / "recipes/classifier.yaml").read_text().partition("fails: ")[2].splitlines()[0]
+    sets = [f"passes.0.prune_structured.{setting}" for setting in harsher.split()]
+    assert sets
+    result = compress.run("recipes/classifier.yaml", sets=[f"output={tmp_path / 'out'}", *sets])
+    assert (result.verdict, result.published) == ("failed", False)
+    assert [g["gate"] for g in result.report["gates"] if g["verdict"] == "fail"] == ["accuracy.max_drop"]
+
+
 def test_every_pass_has_a_recipe():
     used = {entry.name for path in RECIPES for entry in load_recipe(path, check_files=False).passes}
     assert used == set(passes.names())
