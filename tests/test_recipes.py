@@ -20,7 +20,7 @@ def test_recipe(path, tmp_path, monkeypatch):
     data = loaded.data
     fewer = ["data.evaluation.max_documents=10"] if data.evaluation and data.evaluation.label is None else []
     if data.calibration is not None:
-        fewer.append("data.calibration.samples=16")
+        fewer.append("data.calibration.samples=8")
     # a little training: that it runs as written is for the reader of the recipe to see
     fewer += [
         f"passes.{i}.distill.tokens=20000"
