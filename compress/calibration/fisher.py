@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from compress.calibration.batches import Batches
+from compress.calibration.gradients import draw
 from compress.calibration.sensitivity import SAMPLES
 from compress.checkpoint.open import Checkpoint
 from compress.errors import PassError
@@ -43,8 +44,7 @@ def fisher_information(
     with progress.task("measuring what weights matter", len(samples), "samples") as task:
         for sample in samples:
             logits = model(**sample.inputs(device))[0].float().flatten(0, -2)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            losses = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
+            losses = torch.nn.functional.cross_entropy(logits, draw(logits, generator), reduction="none")
             if sample.mask is not None and len(losses) == sample.mask.numel():
                 losses = losses[sample.mask.flatten().to(losses.device)]
             losses.sum().backward()  # type: ignore[no-untyped-call]

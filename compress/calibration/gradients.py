@@ -19,9 +19,21 @@ from torch.nn.functional import cross_entropy
 from compress.calibration.activations import Activations
 from compress.calibration.limits import GRADIENT_TOKENS, LOGITS_AT_ONCE, OUTPUTS_BYTES
 from compress.calibration.sites import Site, unfused
+from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
     from compress.calibration.sweep import Block, Sweep
+
+
+def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Labels drawn from what logits [N, classes] predict, int64 [N].
+
+    Raises:
+        CheckpointError: NaN or infinite logits.
+    """
+    if not torch.isfinite(logits).all():
+        raise CheckpointError("the model predicts NaN or infinite values on a calibration sample")
+    return torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
 
 
 class Gradients:
@@ -102,8 +114,7 @@ class Gradients:
             positions = torch.arange(start, min(start + step, length), device=sweep.device)
             with torch.enable_grad():
                 logits = sweep.predict([row], hidden, {"logits_to_keep": positions} if some else {})[0].float()
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                losses = cross_entropy(logits, drawn, reduction="none")
+                losses = cross_entropy(logits, draw(logits, generator), reduction="none")
                 (losses if mask is None else losses[mask[0, positions]]).sum().backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return hidden.grad

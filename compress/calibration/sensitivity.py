@@ -9,6 +9,7 @@ import torch
 
 from compress import architectures
 from compress.calibration.batches import Batches
+from compress.calibration.gradients import draw
 from compress.calibration.sites import Site, group_sites
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Checkpoint
@@ -138,8 +139,7 @@ def divergences(
         for sample in samples:
             counted[0] = None if sample.mask is None else sample.mask[0].to(device)
             logits = model(**sample.inputs(device)).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            losses = torch.nn.functional.cross_entropy(logits, drawn, reduction="none")
+            losses = torch.nn.functional.cross_entropy(logits, draw(logits, generator), reduction="none")
             chosen = losses if counted[0] is None else losses[counted[0]]
             tokens += len(chosen)
             chosen.sum().backward()  # type: ignore[no-untyped-call]

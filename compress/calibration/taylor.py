@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from compress import architectures
 from compress.architectures.units import Units
+from compress.calibration.gradients import draw
 from compress.calibration.influence import find_blocks
 from compress.calibration.sites import Experts
 from compress.errors import PassError
@@ -70,7 +71,7 @@ def _loss(model: Any, sample: Batches, causal: bool, generator: torch.Generator)
     else:
         rows = logits if logits.ndim == 2 else logits[None]
         counted = None if logits.ndim == 1 else counted
-        logits, labels = rows, torch.multinomial(rows.detach().softmax(-1), 1, generator=generator)[:, 0]
+        logits, labels = rows, draw(rows, generator)
     losses = cross_entropy(logits, labels, reduction="none")
     return (losses if counted is None else losses[counted]).sum()
 

@@ -466,3 +466,17 @@ def test_infinite_weights_are_refused(tmp_path):
     with pytest.raises(CompressError, match=r"tensor model.layers.1.mlp.up_proj.weight holds NaN or infinite values"):
         compress.apply("cast", folder, tmp_path / "out", weights="int8", method="rtn")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{"weights": "int4", "group_size": 16}, {"bits": 5, "group_size": 16}])
+def test_a_model_that_predicts_nan_is_named(settings, data, tmp_path):
+    """What stands outside the blocks is not cast, but measured with."""
+    from safetensors.torch import load_file, save_file
+
+    folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the model predicts NaN or infinite values on a calibration sample"):
+        compress.apply("cast", folder, tmp_path / "out", data=data.ids, **settings)
+    assert not (tmp_path / "out").exists()
