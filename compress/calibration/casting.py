@@ -18,7 +18,7 @@ from compress.checkpoint.grids import FIXED_GROUPS, Grid
 from compress.checkpoint.open import Codes
 from compress.solvers.descent import refine
 from compress.solvers.gptq import corrected, gptq, ordered_factor
-from compress.solvers.grids import Scales, code_values, fit, to_codes, weights
+from compress.solvers.grids import Scales, code_values, fit, scaled, to_codes, weights
 from compress.solvers.hessian import damped
 from compress.solvers.kronecker import coupled_error, gptq_coupled, refine_coupled, shrunk
 
@@ -33,8 +33,8 @@ class Casting:
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
         dtypes: that scales are stored in, by tensor. refine: after GPTQ fit codes and scales by turns; and in a sweep with
-            targets, before it make up for what earlier changes did to the inputs. gradients: at last fit them in view of what
-            errors of different outputs do to the prediction together; None for no such.
+            targets, before it make up for what earlier changes did to the inputs. gradients: where they were measured,
+            at last fit them in view of what errors of different outputs do to the prediction together.
     """
 
     tuning: Tuning | None
@@ -88,7 +88,7 @@ def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
     before and after.
     """
 
-    curvature = how.gradients.by_outputs(block) if how.refine and how.gradients is not None else {}
+    curvature = {} if how.gradients is None else how.gradients.by_outputs(block)
 
     def solve(
         site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
@@ -169,8 +169,7 @@ def _solve(
     codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, _ROUNDS if refined else 0)
     if F is not None:
         codes, scales = _coupled(weight, codes, shared, shrunk(F), grid, scales, keep)
-    values = (codes.view(len(codes), scales.scale.shape[1], -1) * scales.scale[..., None]).view_as(weight)
-    row: dict[str, Any] = {"error": statistics.relative_error(weight, values)}
+    row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
     return codes, scales, row

@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from compress.calibration.activations import Activations
-from compress.calibration.limits import GRADIENT_TOKENS, LOGITS_AT_ONCE, OUTPUTS_BYTES
-from compress.calibration.sites import Site, unfused
+from compress.calibration.limits import GRADIENT_TOKENS, LOGITS_AT_ONCE, held_outputs
+from compress.calibration.sites import noting_outputs, unfused
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -122,25 +122,20 @@ class Gradients:
     def by_outputs(self, block: Block) -> dict[str, torch.Tensor]:
         """Σ g gᵀ over tokens, float32 [O, O], at the outputs of sites of a block that is still as it came.
 
-        Of those that every token passes once (no experts), from the narrowest on as many as `OUTPUTS_BYTES` hold.
+        Of those that every token passes once (no experts), from the narrowest on as many as `held_outputs` says.
         """
         if not self.known or block.originals is None:
             return {}
-        wanted, used = [], 0
-        for site in sorted((s for s in block.sites if s.owner is None), key=lambda s: len(s.weight)):
-            used += 4 * len(site.weight) ** 2
-            if used <= OUTPUTS_BYTES:
-                wanted.append(site)
+        sites = sorted((s for s in block.sites if s.owner is None), key=lambda s: len(s.weight))
+        wanted = sites[: len(held_outputs([len(s.weight) for s in sites]))]
         if not wanted:
             return {}
         sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
-        shape = block.originals.shape
-        gradients = self._file(f"{block.index}", shape)
+        gradients = self._file(f"{block.index}", block.originals.shape)
         for rows in self.batches():
             mask = self.sweep.mask(rows)
             hidden = block.originals.read(rows).to(self.sweep.device).requires_grad_()
-            outputs: dict[str, list[torch.Tensor]] = {}
-            with torch.enable_grad(), unfused(block.swaps), _watching(wanted, outputs):
+            with torch.enable_grad(), unfused(block.swaps), noting_outputs(wanted) as outputs:
                 whole = block.forward(rows, hidden)
             parts = {n: found[0] for n, found in outputs.items() if len(found) == 1}
             upstream = gradients.read(rows).to(whole)
@@ -158,23 +153,3 @@ class Gradients:
 def _drop(file: Activations) -> None:
     file.close()
     file.path.unlink(missing_ok=True)  # other processes have it open, for rows of their own
-
-
-class _watching:
-    """Within, outputs of the sites' modules are noted by name."""
-
-    def __init__(self, sites: Sequence[Site], into: dict[str, list[torch.Tensor]]) -> None:
-        self.sites, self.into = sites, into
-
-    def __enter__(self) -> None:
-        self.handles = [s.module.register_forward_hook(self._hook(s.name)) for s in self.sites]
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            self.into.setdefault(name, []).append(output)
-
-        return hook

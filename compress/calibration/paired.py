@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from compress.calibration.activations import Activations
-from compress.calibration.sites import Enough, Site, Statistics, unfused
+from compress.calibration.sites import Enough, Site, Statistics, noting_outputs, unfused
 from compress.calibration.sweep import Block, summing_dtype
 
 #: Of a block's output less its input: how much the matrices that write to the residual stream may leave unexplained.
@@ -79,25 +79,11 @@ def _explore(block: Block) -> tuple[list[list[Site]], list[Site]]:
     make its output, in order: none where no such are found.
     """
     sites = [site for group in block.groups for site in group if site.owner is None]
-    outputs: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
-    order: list[str] = []
-
-    def listen(name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            outputs[name].append(output)
-            order.append(name)
-
-        return hook
-
-    handles = [site.module.register_forward_hook(listen(site.name)) for site in sites]
-    try:
-        with torch.no_grad(), unfused(block.swaps):
-            hidden = block.inputs.read([0]).to(block.sweep.device)
-            wanted = (block.forward([0], hidden) - hidden).float()
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = [g for g in block.groups if all(s.owner is None and len(outputs[s.name]) == 1 for s in g)]
+    with torch.no_grad(), unfused(block.swaps), noting_outputs(sites) as outputs:
+        hidden = block.inputs.read([0]).to(block.sweep.device)
+        wanted = (block.forward([0], hidden) - hidden).float()
+    order = list(outputs)
+    once = [g for g in block.groups if all(s.owner is None and len(outputs.get(s.name, ())) == 1 for s in g)]
     once.sort(key=lambda group: order.index(group[0].name))
     alone = sorted(chain.from_iterable(once), key=lambda site: order.index(site.name))
     written = {s.name: outputs[s.name][0].float() for s in alone}

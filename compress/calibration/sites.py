@@ -232,6 +232,25 @@ def find_sites(
 
 
 @contextmanager
+def noting_outputs(sites: Iterable[Site]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Within, what the modules of sites give is noted by their names, in the order of their first call."""
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            outputs.setdefault(name, []).append(output)
+
+        return hook
+
+    handles = [site.module.register_forward_hook(listen(site.name)) for site in sites]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def unfused(swaps: Sequence[tuple[Any, str, Experts]]) -> Iterator[None]:
     """Experts run one by one within."""
     try:

@@ -385,14 +385,14 @@ class Sweep:
         sources = {"inputs": self} | ({"targets": self._original or self} if self.with_targets else {})
         files = {}
         for name, source in sources.items():
-            shape = tuple(source._capture([0])[0].shape[1:])
+            shape = tuple(source.first_hidden([0]).shape[1:])
             files[name] = [
                 Activations(self.work / f"{name}{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)
             ]
         if state is None:
             for rows in self.batches():
                 for name, source in sources.items():
-                    files[name][0].write(rows, source._capture(rows)[0])
+                    files[name][0].write(rows, source.first_hidden(rows))
             for pair in files.values():
                 pair[0].sync()
             state = {"next": 0, "details": []}
@@ -428,10 +428,10 @@ class Sweep:
 
     def unchanged(self, last: int, wanted: Mapping[int, Collection[str]]) -> Iterator[Block]:
         """Each block up to ``last`` as it came, on the inputs that it then has, with the sites of those tensors."""
-        shape = tuple(self._capture([0])[0].shape[1:])
+        shape = tuple(self.first_hidden([0]).shape[1:])
         pair = [Activations(self.work / f"unchanged{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
         for rows in self.batches():
-            pair[0].write(rows, self._capture(rows)[0])
+            pair[0].write(rows, self.first_hidden(rows))
         self.ranks.wait()
         for index in range(last + 1):
             now, then = pair[index % 2], pair[(index + 1) % 2]

@@ -11,10 +11,10 @@ from compress import architectures
 from compress.calibration.limits import (
     KEPT_FREED,
     LOGITS_AT_ONCE,
-    OUTPUTS_BYTES,
     STATISTICS_BYTES,
     TOKENS_PER_BATCH,
     WIDE,
+    held_outputs,
 )
 from compress.checkpoint.spec import Spec, Tensor
 from compress.checkpoint.structure import is_factor, is_residual
@@ -127,13 +127,12 @@ def sweep_memory(
         by_outputs: whether curvatures by outputs are held, and gradients measured for them.
     """
     record = architectures.of(spec.structure.config)
-    head = sum(t.count for t in spec.stored() if t.module == record.head)
-    vocabulary = max((t.shape[0] for t in spec.stored() if record.block_index(t.name) is None and t.shape), default=0)
-    predicting = width * head + 5 * 4 * LOGITS_AT_ONCE * vocabulary if by_outputs else 0
     blocks = by_block(spec)
-    # the head is not loaded
-    resident = width * sum(t.count for t in blocks.pop(None, ()) if t.module != record.head)
-    peak = predicting
+    outside = blocks.pop(None, [])
+    head = width * sum(t.count for t in outside if t.module == record.head)
+    resident = width * sum(t.count for t in outside) - head  # the head is not loaded, but to predict tokens
+    vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
+    peak = head + 5 * 4 * LOGITS_AT_ONCE * vocabulary if by_outputs else 0
     for tensors in blocks.values():
         block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
         wide = [t.shape[input_axis(spec, t)] for t in changed]
@@ -144,21 +143,12 @@ def sweep_memory(
         chosen = int(kept * sum(t.count for t in changed))
         if by_outputs:
             shared = [t for t in changed if not any(f".{base}." in t.name for base in record.experts)]
-            chosen += _output_bytes([t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared])
+            held = held_outputs(t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared)
+            chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
     return resident + peak + KEPT_FREED + _SLACK + activations
-
-
-def _output_bytes(outputs: Sequence[int]) -> int:
-    """Of the curvatures held of matrices with so many outputs, and the factors of the largest."""
-    held = 0
-    for size in sorted(outputs):
-        if held + 4 * size * size > OUTPUTS_BYTES:
-            break
-        held, largest = held + 4 * size * size, 4 * size * size
-    return held + 4 * largest if held else 0
 
 
 def input_axis(spec: Spec, tensor: Tensor) -> int:

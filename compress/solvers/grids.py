@@ -158,6 +158,11 @@ def code_values(W_OI: torch.Tensor, grid: Grid, scales: Scales, keep_OI: torch.T
     return q if keep_OI is None else q.masked_fill(~keep_OI, 0)
 
 
+def scaled(code_OI: torch.Tensor, scale_OG: torch.Tensor) -> torch.Tensor:
+    """Weights [O, I] of values of codes less zero points."""
+    return (code_OI.view(len(code_OI), scale_OG.shape[1], -1) * scale_OG[..., None]).view_as(code_OI)
+
+
 def to_codes(
     W_OI: torch.Tensor, grid: Grid, scales: Scales, dtype: torch.dtype, keep_OI: torch.Tensor | None = None
 ) -> Codes:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
 from compress.solvers.descent import fitted_scales
-from compress.solvers.grids import Scales, codes_near
+from compress.solvers.grids import Scales, codes_near, scaled
 from compress.solvers.hessian import inverse_factor
 
 #: Inputs whose slopes are brought up to date together.
@@ -229,6 +229,5 @@ def coupled_error(
     W_OI: torch.Tensor, code_OI: torch.Tensor, scales: Scales, H_II: torch.Tensor, F_OO: torch.Tensor
 ) -> float:
     """tr(F E H Eᵀ) of codes less zero points."""
-    groups = scales.scale.shape[1]
-    error = W_OI - (code_OI.view(len(code_OI), groups, -1) * scales.scale[..., None]).view_as(W_OI)
+    error = W_OI - scaled(code_OI, scales.scale)
     return float(((F_OO @ error) * (error @ H_II)).sum())
