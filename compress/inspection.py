@@ -41,6 +41,7 @@ def inspect(
     return {
         "schema": "compress.inspect/1",
         "checkpoint": str(model),
+        "notes": list(spec.notes),
         "model_type": spec.structure.model_type,
         "class": spec.structure.class_name,
         "compact": needs_code(spec),

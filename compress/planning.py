@@ -135,6 +135,7 @@ class Plan:
             "schema": "compress.plan/1",
             "store": self.store,
             "original": asdict(self.original),
+            "notes": list(self.original_spec.notes),
             "stages": [
                 {
                     "index": stage.index,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from compress.checkpoint.headers import Entry, Header
+from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from compress.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
@@ -53,17 +54,22 @@ def download(reference: str, *, offline: bool = False) -> Path:
     )
 
 
-def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header]]:
-    """Config and weight headers; of files that are not in the cache by range requests, a few kB each."""
+def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header], tuple[str, ...]]:
+    """Config, weight headers and notes; of files that are not in the cache by range requests, a few kB each.
+
+    Raises:
+        TwoModels: as `files.weight_headers`, but for the values of tensors, which are not looked at.
+    """
     import huggingface_hub
 
-    from compress.checkpoint.headers import read_header
-    from compress.checkpoint.open import _weight_files, read_json
+    from compress.checkpoint.files import TwoModels, read_json, weight_headers
 
     repo, _, revision = reference.partition("@")
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
-        return read_json(folder, "config.json"), {file: read_header(folder / file) for file in _weight_files(folder)}
+        return read_json(folder, "config.json"), *weight_headers(folder)
+    except TwoModels:
+        raise
     except (CheckpointError, huggingface_hub.errors.LocalEntryNotFoundError):
         if _offline(offline):
             raise CheckpointError(
@@ -71,11 +77,46 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
             ) from None
     config = _call(reference, lambda: huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None))
     remote = _call(reference, lambda: huggingface_hub.get_safetensors_metadata(repo, revision=revision or None))
-    headers = {}
-    for file, info in remote.files_metadata.items():
-        entries = {name: Entry(t.dtype, tuple(t.shape), *t.data_offsets) for name, t in info.tensors.items()}
-        headers[file] = Header(entries, dict(info.metadata or {}), 0)
-    return read_json(Path(config).parent, "config.json"), headers
+    headers = {file: _header(info) for file, info in remote.files_metadata.items()}
+    notes = () if remote.sharded else _beside(reference, headers[SINGLE_NAME])
+    return read_json(Path(config).parent, "config.json"), headers, notes
+
+
+def _header(info: Any) -> Header:
+    """What the hub's client read of a file's header."""
+    entries = {name: Entry(t.dtype, tuple(t.shape), *t.data_offsets) for name, t in info.tensors.items()}
+    return Header(entries, dict(info.metadata or {}), 0)
+
+
+def _beside(reference: str, single: Header) -> tuple[str, ...]:
+    """Notes on an index beside the single file of a repository, as `files.weight_headers` gives them for a folder."""
+    import huggingface_hub
+
+    from compress.checkpoint.files import check_copies, indexed_files, read_json, unread_note
+
+    repo, _, tag = reference.partition("@")
+    revision = tag or None
+    there = set(_call(reference, lambda: huggingface_hub.list_repo_files(repo, revision=revision)))
+    if INDEX_NAME not in there:
+        return ()
+    index = Path(_call(reference, lambda: huggingface_hub.hf_hub_download(repo, INDEX_NAME, revision=revision)))
+    try:
+        files = {*(indexed_files(read_json(index.parent, INDEX_NAME)) or {}).values()}
+    except CheckpointError:
+        files = set()
+    if files <= {SINGLE_NAME} or not files <= there:
+        return (unread_note(),)
+
+    def shard(file: str) -> Header:
+        return (
+            single
+            if file == SINGLE_NAME
+            else _header(
+                _call(reference, lambda: huggingface_hub.parse_safetensors_file_metadata(repo, file, revision=revision))
+            )
+        )
+
+    return (check_copies(single, {file: shard(file) for file in sorted(files)}, reference),)
 
 
 def _offline(offline: bool) -> bool:

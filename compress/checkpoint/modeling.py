@@ -37,7 +37,7 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
     folder = pathlib.Path(folder)
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if index.exists():
+    if not (folder / files[0]).exists():  # where both are there stock loaders take the single file
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     state = {}
     for name in files:

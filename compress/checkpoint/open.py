@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import codecs, hub, quantization
 from compress.checkpoint import structure as structure_edits
+from compress.checkpoint.files import read_json, weight_headers
 from compress.checkpoint.grids import Grid
-from compress.checkpoint.headers import Header, read_header
-from compress.checkpoint.layout import INDEX_NAME, METADATA_KEY, SINGLE_NAME
-from compress.checkpoint.sidecars import find_sidecars, safe_file
+from compress.checkpoint.headers import Header
+from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
+from compress.checkpoint.sidecars import find_sidecars
 from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 from compress.errors import CheckpointError
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 #: ``model_type`` of compact checkpoints: distinct, so that stock loaders refuse instead of guessing.
 COMPACT_TYPE = "compress"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +199,9 @@ def open_headers(
     """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
     folder = Path(reference).expanduser()
     if not folder.exists() and hub.is_hub_id(str(reference)):
-        config, headers = hub.read_headers(str(reference), offline=offline)
-        return _spec(check_config(config, str(reference), trust_remote_code), headers, str(reference)), _metadata(
-            headers
-        )
+        config, headers, notes = hub.read_headers(str(reference), offline=offline)
+        config = check_config(config, str(reference), trust_remote_code)
+        return replace(_spec(config, headers, str(reference)), notes=notes), _metadata(headers)
     spec, headers = _read_folder(folder, trust_remote_code)
     return spec, _metadata(headers)
 
@@ -220,8 +219,8 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> tuple[Spec, dict[str,
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=str(folder))
     config = check_config(read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code)
-    headers = {file: read_header(folder / file) for file in _weight_files(folder)}
-    return _spec(config, headers, str(folder)), headers
+    headers, notes = weight_headers(folder)
+    return replace(_spec(config, headers, str(folder)), notes=notes), headers
 
 
 def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -230,6 +229,12 @@ def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, 
         raise CheckpointError("is not a JSON object", where=where)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError("has no `model_type`", where=where, fix="a config.json written by transformers has one")
+    if config.get("transformers_weights") not in (None, SINGLE_NAME):
+        raise CheckpointError(
+            f"names its weight file, {config['transformers_weights']!r} (`transformers_weights`), which is not followed",
+            where=where,
+            fix=f"rename that file to {SINGLE_NAME} and remove the key",
+        )
     if config["model_type"] == COMPACT_TYPE:
         if not isinstance(config.get("base"), dict) or not isinstance(config["base"].get("model_type"), str):
             raise CheckpointError("is a compact checkpoint's, but has no `base` config", where=where)
@@ -246,70 +251,6 @@ def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, 
             fix="if you trust it, set trust_remote_code: true",
         )
     return config
-
-
-def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a checkpoint folder."""
-    path = safe_file(folder, name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        hint = None
-        if (folder / "adapter_config.json").exists():
-            hint = "this is a PEFT adapter: merge it into its base model first (merge_and_unload)"
-        raise CheckpointError(f"has no {name}", where=str(folder), fix=hint) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not JSON: {error}", where=str(path)) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the weight files, in order, each checked to stay inside the folder."""
-    if (folder / INDEX_NAME).exists():
-        index = read_json(folder, INDEX_NAME)
-        return check_index(index, folder)
-    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
-        safe_file(folder, SINGLE_NAME)
-        return [SINGLE_NAME]
-    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
-        raise CheckpointError(
-            f"holds its weights as a pickle ({pickles[0]}), which can run code when opened and is refused",
-            where=str(folder),
-            fix="convert it with: " + conversion_command(folder),
-        )
-    if others := sorted(p.name for p in folder.glob("*.safetensors")):
-        raise CheckpointError(f"has {others[0]}, but no {SINGLE_NAME} and no {INDEX_NAME}", where=str(folder))
-    raise CheckpointError(f"holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}", where=str(folder))
-
-
-def conversion_command(folder: Path) -> str:
-    """A command that turns a pickle checkpoint into safetensors with stock transformers."""
-    return (
-        'python -c "import json, transformers as t; '
-        f"c = json.load(open('{folder}/config.json'))['architectures'][0]; "
-        f"getattr(t, c).from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-    )
-
-
-def check_index(index: Any, folder: Path) -> list[str]:
-    """Files of a shard index; every one must be there and hold exactly the tensors that the index gives it."""
-    where = str(folder / INDEX_NAME)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
-        raise CheckpointError("has no `weight_map` of tensor names to files", where=where)
-    files = list(dict.fromkeys(names.values()))
-    for file in files:
-        if not safe_file(folder, file).is_file():
-            raise CheckpointError(
-                f"names the file {file}, which is missing", where=where, fix="copy or download it again"
-            )
-    held = {key: file for file in files for key in read_header(folder / file).entries}
-    if lost := next((name for name, file in names.items() if held.get(name) != file), None):
-        raise CheckpointError(f"names tensor {lost} in {names[lost]}, which does not hold it", where=where)
-    if extra := next((name for name in held if name not in names), None):
-        raise CheckpointError(f"does not name tensor {extra} of {held[extra]}", where=where)
-    return files
 
 
 def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> Spec:

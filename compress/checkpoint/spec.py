@@ -129,11 +129,15 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts."""
+    """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts.
+
+    ``notes``: what opening it left out or decided, a sentence each, for the user.
+    """
 
     structure: Structure
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     exact: bool = True
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def stored(self) -> Iterable[Tensor]:
         """The tensors that have bytes of their own, in file order."""

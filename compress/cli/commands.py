@@ -59,6 +59,7 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
 
     recipe = _load(path, sets)
     local = Path(recipe.model).expanduser()
+    notes: tuple[str, ...] = ()
     if local.exists():
         from compress.checkpoint.open import open_headers
         from compress.evaluation.tasks import task_of
@@ -68,6 +69,7 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
         with _located(recipe):
             spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
             make_plan(recipe, spec, metadata)
+            notes = spec.notes
             recipe = recipe.fitted(task_of(spec.structure.class_name))
             if recipe.data.evaluation is not None and recipe.data.evaluation.given != "text":
                 DataSets(recipe, local, spec.structure).documents("evaluation")  # every label is one of the model
@@ -78,6 +80,8 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
     else:
         planned = "" if local.exists() else " (its model is no local folder: passes were not tried on it)"
         print(f"{path}: no mistakes found{planned}")
+        for note in notes:
+            print(note)
 
 
 def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:

@@ -157,6 +157,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         head = [h for h in head if h not in ("settings", ("tensors", "right"))]
         head[1] = "pass"
     _table(console, None, head, rows)
+    for note in plan["notes"]:
+        _line(console, note)
     last = plan["stages"][-1]["passes"][-1]["planned"]["bytes"]
     ratio = last / original["bytes"] if original["bytes"] else 0.0
     _line(console, f"output {format_bytes(last)}, × {ratio:.3f} of the original, store: {plan['store']}")
@@ -189,6 +191,8 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
         else ""
     )
     _line(console, f"{size['bits_per_weight']:.2f} bits per weight{kv}, dtypes {', '.join(data['dtypes'])}")
+    for note in data["notes"]:
+        _line(console, note)
     if data["edits"]:
         words = {
             "shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors",

@@ -106,6 +106,8 @@ def assess(
             fix="name it: `label`; the column of plain text is `field`",
         )
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
+    for note in candidate.spec.notes:
+        progress.message(note)
     class_name = candidate.spec.structure.class_name
     task = task_of(class_name)
     metrics: tuple[str, ...] = how.metrics or ()

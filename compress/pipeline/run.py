@@ -79,6 +79,7 @@ class Run:
         )
         assert self.original.folder is not None
         spec = self.original.spec
+        self.notes += spec.notes
         self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
         self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)

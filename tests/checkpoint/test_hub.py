@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests import pico
 from tests.conftest import ROOT
@@ -157,3 +158,26 @@ def test_what_the_hub_does_not_have(call, model, options, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_single_file_beside_shards(hub, call, tmp_path):
+    """Headers by range requests and a run agree on what is read and on what is refused."""
+    shards = sorted(hub.folder.glob("model-*"))
+    state = {k: v for path in shards for k, v in load_file(path).items()}
+    save_file(state, hub.folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "r.yaml").write_text("model: org/tiny\noutput: out\npasses:\n  - cast: {weights: bf16}\n")
+    planned = call("plan", "r.yaml", "--json")
+    assert planned.returncode == 0, planned.stderr
+    data = json.loads(planned.stdout)
+    assert data["original"]["bytes"] == (hub.folder / "model.safetensors").stat().st_size
+    assert data["notes"][0].startswith("model.safetensors is read")
+    hidden = shards[0].rename(tmp_path / "hidden")
+    planned = call("plan", "r.yaml", "--json")
+    assert json.loads(planned.stdout)["notes"][0].startswith("model.safetensors.index.json is not read")
+    hidden.rename(shards[0])
+    state["lm_head.weight"] = state["lm_head.weight"].bfloat16()
+    save_file(state, hub.folder / "model.safetensors", {"format": "pt"})
+    for command in ("plan", "run"):
+        done = call(command, "r.yaml")
+        assert done.returncode == 2
+        assert "holds two models: model.safetensors, and other weights in the shards" in done.stderr

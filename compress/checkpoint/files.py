@@ -1,0 +1,169 @@
+"""Which files of a checkpoint folder hold its weights: what stock loaders take. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.headers import Header, read_header
+from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from compress.checkpoint.sidecars import safe_file
+from compress.errors import CheckpointError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Bytes compared at the beginning, in the middle and at the end of every tensor of two copies.
+_SAMPLE = 4096
+
+
+class TwoModels(CheckpointError):
+    """A folder holds two models, and nothing says which one is meant."""
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """A JSON file of a checkpoint folder."""
+    path = safe_file(folder, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = None
+        if (folder / "adapter_config.json").exists():
+            hint = "this is a PEFT adapter: merge it into its base model first (merge_and_unload)"
+        raise CheckpointError(f"has no {name}", where=str(folder), fix=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not JSON: {error}", where=str(path)) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def weight_headers(folder: Path) -> tuple[dict[str, Header], tuple[str, ...]]:
+    """Headers of the weight files by name, in order, each file checked to stay inside the folder; and notes for the user.
+
+    Stock loaders take the single file where it stands beside an index, so it is taken here.
+
+    Raises:
+        TwoModels: the index's shards are all there too, and hold another model. CheckpointError: there are no weights.
+    """
+    if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
+        single = read_header(safe_file(folder, SINGLE_NAME))
+        notes = _beside(folder, single) if (folder / INDEX_NAME).exists() else ()
+        return {SINGLE_NAME: single}, notes
+    if (folder / INDEX_NAME).exists():
+        return check_index(read_json(folder, INDEX_NAME), folder), ()
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
+        raise CheckpointError(
+            f"holds its weights as a pickle ({pickles[0]}), which can run code when opened and is refused",
+            where=str(folder),
+            fix="convert it with: " + conversion_command(folder),
+        )
+    if others := sorted(p.name for p in folder.glob("*.safetensors")):
+        raise CheckpointError(f"has {others[0]}, but no {SINGLE_NAME} and no {INDEX_NAME}", where=str(folder))
+    raise CheckpointError(f"holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}", where=str(folder))
+
+
+def conversion_command(folder: Path) -> str:
+    """A command that turns a pickle checkpoint into safetensors with stock transformers."""
+    return (
+        'python -c "import json, transformers as t; '
+        f"c = json.load(open('{folder}/config.json'))['architectures'][0]; "
+        f"getattr(t, c).from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    )
+
+
+def indexed_files(index: Any) -> dict[str, str] | None:
+    """Tensor ▶ file, as a shard index says it; None where it is no index."""
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
+        return None
+    return names
+
+
+def check_index(index: Any, folder: Path) -> dict[str, Header]:
+    """Headers of the files of a shard index, each of which must be there and hold exactly the tensors that it gives it."""
+    where = str(folder / INDEX_NAME)
+    names = indexed_files(index)
+    if names is None:
+        raise CheckpointError("has no `weight_map` of tensor names to files", where=where)
+    headers = {}
+    for file in dict.fromkeys(names.values()):
+        path = safe_file(folder, file)
+        if not path.is_file():
+            raise CheckpointError(
+                f"names the file {file}, which is missing", where=where, fix="copy or download it again"
+            )
+        headers[file] = read_header(path)
+    held = {key: file for file, header in headers.items() for key in header.entries}
+    if lost := next((name for name, file in names.items() if held.get(name) != file), None):
+        raise CheckpointError(f"names tensor {lost} in {names[lost]}, which does not hold it", where=where)
+    if extra := next((name for name in held if name not in names), None):
+        raise CheckpointError(f"does not name tensor {extra} of {held[extra]}", where=where)
+    return headers
+
+
+def check_copies(single: Header, shards: Mapping[str, Header], where: str) -> str:
+    """The note for a single file beside an index whose shards hold the same tensors.
+
+    Raises:
+        TwoModels: they hold tensors of other names, shapes or dtypes.
+    """
+    mine = {name: (entry.dtype, entry.shape) for name, entry in single.entries.items()}
+    theirs = {name: (e.dtype, e.shape) for header in shards.values() for name, e in header.entries.items()}
+    if mine != theirs:
+        names = sorted(mine.keys() ^ theirs.keys()) or sorted(n for n in mine if mine[n] != theirs[n])
+        raise _two_models(names[0], where)
+    return f"{SINGLE_NAME} is read, as stock loaders do, not the shards of {INDEX_NAME} beside it"
+
+
+def _beside(folder: Path, single: Header) -> tuple[str, ...]:
+    """Notes on the index beside a single file; one whose shards are not all there says nothing. Raises `TwoModels`."""
+    try:
+        names = indexed_files(read_json(folder, INDEX_NAME)) or {}
+        shards = {file: read_header(safe_file(folder, file)) for file in dict.fromkeys(names.values())}
+    except CheckpointError:
+        shards = {}
+    if not shards.keys() - {SINGLE_NAME}:
+        return (unread_note(),)
+    note = check_copies(single, shards, str(folder))
+    for file, header in shards.items():
+        for name, entry in header.entries.items():
+            mine = (folder / SINGLE_NAME, single.data_start + single.entries[name].start)
+            other = (folder / file, header.data_start + entry.start)
+            if not same_bytes(mine, other, entry.end - entry.start, samples=True):
+                raise _two_models(name, str(folder))
+    return (note,)
+
+
+def unread_note() -> str:
+    """The note for an index beside a single file that says nothing of files that are there."""
+    return f"{INDEX_NAME} is not read: {SINGLE_NAME} beside it holds the weights"
+
+
+def _two_models(name: str, where: str) -> TwoModels:
+    return TwoModels(
+        f"holds two models: {SINGLE_NAME}, and other weights in the shards of {INDEX_NAME} ({name} differs)",
+        where=where,
+        fix="remove the one that is not meant",
+    )
+
+
+def same_bytes(a: tuple[Path, int], b: tuple[Path, int], size: int, *, samples: bool = False) -> bool:
+    """Whether two ranges of ``size`` bytes, each a file and an offset, are equal.
+
+    Args:
+        samples: look at the beginning, the middle and the end alone.
+    """
+    step = _SAMPLE if samples else 1 << 24
+    starts: Sequence[int] = range(0, size, step)
+    if samples and size > 3 * step:
+        starts = (0, (size - step) // 2, size - step)
+    try:
+        with a[0].open("rb", buffering=0) as first, b[0].open("rb", buffering=0) as second:
+            for start in starts:
+                count = min(step, size - start)
+                if os.pread(first.fileno(), count, a[1] + start) != os.pread(second.fileno(), count, b[1] + start):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or a[0])) from error
+    return True
