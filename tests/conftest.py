@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import processes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,12 +26,29 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _pico_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All workers of one run share the pico checkpoints."""
+    from tests import pico
+
+    base = tmp_path_factory.getbasetemp()
+    pico.CACHE = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pico-cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_fsync() -> Iterator[None]:
+    """The disk is not waited for; where that matters (test_interrupted), processes of their own do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
-def pico_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pico_llama() -> Path:
     """A float32 pico Llama with tokenizer; read only."""
     from tests import pico
 
-    return pico.save(tmp_path_factory.mktemp("pico") / "llama")
+    return pico.folder("llama")
 
 
 @pytest.fixture(scope="session")
@@ -80,24 +97,7 @@ def stock() -> Callable[[str], str]:
     """Run Python code in a process that cannot import this package; returns its stdout."""
 
     def run(code: str) -> str:
-        guard = (
-            "import sys\n"
-            "class _Guard:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'compress' or name.startswith('compress.'):\n"
-            "            raise ImportError('this process must not import compress')\n"
-            "sys.meta_path.insert(0, _Guard())\n"
-        )
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", guard + code],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd="/",
-            timeout=300,
-            check=False,
-        )
+        done = processes.run(code, foreign=True, folder="/")
         assert done.returncode == 0, done.stderr
         return done.stdout
 

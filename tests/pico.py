@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 import transformers
 
 VOCABULARY = 300
+#: Where `folder` keeps what it has written; set by the session's fixture.
+CACHE = Path(tempfile.gettempdir()) / "pico-cache"
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 2, "head_dim": 8}),
@@ -128,15 +133,33 @@ def tokenizer() -> Any:
     )
 
 
+def folder(family: str = "llama", *, max_shard_size: str = "5GB", with_tokenizer: bool = True, **changes: Any) -> Path:
+    """A pico checkpoint that is written once in a run of the tests; read only."""
+    asked = repr((family, max_shard_size, with_tokenizer, sorted(changes.items())))
+    place = CACHE / f"{family}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+    if not place.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=CACHE))
+        built = model(family, **changes)
+        built.save_pretrained(made / "files", max_shard_size=max_shard_size)
+        if with_tokenizer and built.main_input_name == "input_ids":
+            tokenizer().save_pretrained(made / "files")
+        torch.save(torch.get_rng_state(), made / "random.pt")
+        try:
+            made.rename(place)
+        except OSError:  # another worker was faster
+            shutil.rmtree(made)
+    torch.set_rng_state(torch.load(place / "random.pt"))  # what is drawn next is as if the model had been built
+    return place / "files"
+
+
 def save(
-    folder: Path, family: str = "llama", *, max_shard_size: str = "5GB", with_tokenizer: bool = True, **changes: Any
+    to: Path, family: str = "llama", *, max_shard_size: str = "5GB", with_tokenizer: bool = True, **changes: Any
 ) -> Path:
-    """Write a pico checkpoint with stock transformers."""
-    built = model(family, **changes)
-    built.save_pretrained(folder, max_shard_size=max_shard_size)
-    if with_tokenizer and built.main_input_name == "input_ids":
-        tokenizer().save_pretrained(folder)
-    return folder
+    """A pico checkpoint written by stock transformers, to be changed at will; where it is only read, `folder` is enough."""
+    made = folder(family, max_shard_size=max_shard_size, with_tokenizer=with_tokenizer, **changes)
+    shutil.copytree(made, to, dirs_exist_ok=True)
+    return to
 
 
 def inputs(loaded: Any, length: int = 12) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
 from tests.conftest import ROOT
+from tests.processes import Process
 
 
-def torchrun(*command, processes=2, cwd=ROOT):
+def torchrun(*command, processes=2):
+    """As a user starts it: three cold interpreters."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
@@ -24,9 +27,39 @@ def torchrun(*command, processes=2, cwd=ROOT):
         text=True,
         check=False,
         env=environment,
-        cwd=cwd,
+        cwd=ROOT,
         timeout=240,
     )
+
+
+COMPRESS = "from compress.cli import main; main()"
+
+
+def world(code, *arguments, count=2):
+    """The processes that torchrun would start, forked; what the first prints, or else what one that fails does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    members = [
+        Process(code, *arguments, environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    first, *others = members
+    try:
+        output, errors = first.communicate(240)
+        assert first.returncode == 0, errors[-3000:]
+        for other in others:
+            assert other.wait(60) == 0, other.communicate()[1][-3000:]
+    finally:
+        for member in members:
+            member.kill()
+    return output
 
 
 SWEEP = """
@@ -69,11 +102,9 @@ dist.destroy_process_group()
 
 def test_two_processes_find_what_one_does(tmp_path):
     """Sums in another order differ in their last digits, so a mask may differ where two weights are all but equal."""
-    (tmp_path / "sweep.py").write_text(SWEEP)
     folders = [pico.save(tmp_path / f, f, with_tokenizer=False) for f in ("llama", "qwen3_moe")]
-    for processes in (1, 2):
-        done = torchrun(tmp_path / "sweep.py", tmp_path / "work", *folders, processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for count in (1, 2):
+        world(SWEEP, tmp_path / "work", *folders, count=count)
     for folder in folders:
         one, two = (tmp_path / "work" / f"{folder.name}-cast-{n}" / "blocks" for n in (1, 2))
         # a code that differs in one block changes what all later ones have to make up for
@@ -136,9 +167,7 @@ def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
         open_checkpoint(tmp_path / "out").spec.tensors[f"model.layers.{i}.mlp.up_proj.weight"].kept for i in range(3)
     ]
     assert masks == [32 * 64 // 2] * 3
-    again = torchrun("-m", "compress", "run", recipe_file)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "nothing to do" in again.stdout
+    assert "nothing to do" in world(COMPRESS, "run", recipe_file)
     failing = torchrun("-m", "compress", "run", recipe_file, "--set", "gates.size.max_ratio=0.01", "--quiet")
     assert failing.returncode != 0
     assert "gates: failed" in failing.stdout
@@ -149,8 +178,7 @@ def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, 
     recipe = json.loads(recipe_file.read_text())
     recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "tune_epochs": 0}}]
     recipe_file.write_text(json.dumps(recipe))
-    done = torchrun("-m", "compress", "run", recipe_file, "--quiet")
-    assert done.returncode == 0, done.stderr[-3000:]
+    world(COMPRESS, "run", recipe_file, "--quiet")
     assert len({t.grid for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
 
 
@@ -159,9 +187,8 @@ def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file,
     text = json.loads(recipe_file.read_text())
     prune = {"method": "sparsegpt", "sparsity": "50%", "tune_epochs": 0, "allocation": "loss"}
     recipe_file.write_text(json.dumps({**text, "passes": [{"prune_unstructured": prune}], "gates": {}}))
-    done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
-    assert done.returncode == 0, done.stderr[-3000:]
-    shares = json.loads(done.stdout)["stages"][0]["passes"][0]["details"]["allocation"]["sparsity"]
+    report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet"))
+    shares = report["stages"][0]["passes"][0]["details"]["allocation"]["sparsity"]
     tensors = {t.name: t for t in open_checkpoint(tmp_path / "out").spec.stored() if t.kept is not None}
     assert tensors.keys() == shares.keys()
     assert len({round(share, 3) for share in shares.values()}) > 4
@@ -174,9 +201,8 @@ def test_widths_chosen_by_loss_are_told_to_the_other_process(recipe_file, tmp_pa
     prune = {"prune_structured": {"mlp": "40%", "widths": "uneven", "tune_epochs": 1}}
     thin = {"share": {"embeddings": "factorize", "embedding_rank": 12}}
     recipe_file.write_text(json.dumps({**recipe, "store": "compact", "passes": [prune, thin], "gates": {}}))
-    done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)["stages"][0]["passes"][0]["details"]["widths"]["blocks"]
+    report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet"))
+    told = report["stages"][0]["passes"][0]["details"]["widths"]["blocks"]
     tensors = open_checkpoint(tmp_path / "out").spec.tensors
     widths = [tensors[f"model.layers.{row['block']}.mlp.down_proj.weight"].shape[1] for row in told]
     assert widths == [64 - row["removed"] for row in told]
@@ -221,11 +247,9 @@ dist.destroy_process_group()
 
 def test_two_processes_remove_the_same_units(tmp_path):
     """Blocks, experts, hidden channels, heads and neurons; what is kept is the same, its weights up to the order of sums."""
-    (tmp_path / "units.py").write_text(UNITS)
     folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)
-    for processes in (1, 2):
-        done = torchrun(tmp_path / "units.py", tmp_path, folder, processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for count in (1, 2):
+        world(UNITS, tmp_path, folder, count=count)
     one, two = (load_file(tmp_path / f"out{n}" / "model.safetensors") for n in (1, 2))
     assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
     for name, value in one.items():
@@ -247,15 +271,13 @@ def test_two_processes_train_the_same_student(recipe_file, tmp_path):
     recipe["gates"] = {"size": {"max_ratio": 0.9}, "kl": {"max": 5.0}}
     recipe["data"]["evaluation"]["max_documents"] = 4
     outputs = []
-    for processes in (1, 2):
-        recipe["output"] = str(tmp_path / f"out{processes}")
+    for count in (1, 2):
+        recipe["output"] = str(tmp_path / f"out{count}")
         recipe_file.write_text(json.dumps(recipe))
-        done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet", processes=processes)
-        assert done.returncode == 0, done.stderr[-3000:]
-        report = json.loads(done.stdout)
+        report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet", count=count))
         assert report["status"] == "passed"
         training = report["stages"][2]["passes"][0]["details"]["training"]
-        outputs.append((load_file(tmp_path / f"out{processes}" / "model.safetensors"), training))
+        outputs.append((load_file(tmp_path / f"out{count}" / "model.safetensors"), training))
     (one, first), (two, second) = outputs
     for a, b in zip(first["held_out"] + first["losses"], second["held_out"] + second["losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-4)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from compress.errors import CheckpointError, CompressError, PassError
 from compress.loading import load_model
 from compress.solvers.gptq import gptq, ordered_factor
 from compress.solvers.grids import fit, to_codes
-from tests import pico
+from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
 IDS = torch.arange(20)[None] + 5
@@ -40,8 +38,7 @@ with torch.no_grad():
 def stock_logits(folder, tmp_path, *, trust=False):
     """Logits by transformers alone, in a process without our package."""
     out = tmp_path / "logits.pt"
-    command = [sys.executable, "-I", "-c", STOCK, str(folder), str(out), str(int(trust))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = processes.run(STOCK, folder, out, int(trust), foreign=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(out)
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -20,7 +17,7 @@ import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, DataError, PassError
 from tests import pico
-from tests.conftest import ROOT
+from tests.processes import Process
 
 
 def ids(rows=48, length=16, seed=0):
@@ -398,17 +395,17 @@ def recipe(tmp_path, pico_llama, texts):
     return make
 
 
-def command(*parts):
-    return [sys.executable, "-m", "compress", *map(str, parts)]
+def start(*parts):
+    return Process("from compress.cli import main; main()", *parts)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    whole = subprocess.run(command("run", recipe("whole"), "--quiet"), capture_output=True, text=True, env=environment)
-    assert whole.returncode == 0, whole.stderr
+    whole = start("run", recipe("whole"), "--quiet")
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors
     path = recipe("killed")
     for after in (10, 30):
-        process = subprocess.Popen(command("run", path, "--quiet"), env=environment, stdout=subprocess.DEVNULL)
+        process = start("run", path, "--quiet")
         deadline = time.monotonic() + 100
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # the work folder goes when the stage is done
@@ -418,9 +415,10 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command("run", path), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "training goes on from step" in done.stderr + done.stdout
+    done = start("run", path)
+    output, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert "training goes on from step" in errors + output
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

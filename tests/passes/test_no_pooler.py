@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError
 from compress.loading import load_model
-from tests import pico
+from tests import pico, processes
 
 IDS = torch.randint(5, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 STOCK = """
@@ -54,8 +52,7 @@ def test_it_is_compressed_and_loaded_as_it_is(store, name, settings, encoder, tm
     assert load_model(encoder).pooler is None
     out = compress.apply(name, encoder, tmp_path / "out", store=store, data=IDS, **settings)
     assert not any("pooler" in tensor for tensor in open_checkpoint(out).spec.tensors)
-    command = [sys.executable, "-I", "-c", STOCK, str(out), str(tmp_path / "found.pt")]
-    subprocess.run(command, check=True)
+    processes.run(STOCK, out, tmp_path / "found.pt", foreign=True).check_returncode()
     torch.testing.assert_close(torch.load(tmp_path / "found.pt"), hidden(out), rtol=1e-4, atol=1e-4)
     if store == "compact" and name != "prune_unstructured":
         load_model(out).save_pretrained(tmp_path / "twin")

@@ -7,8 +7,6 @@ is seen by comparing values, and the others are set to zero in the original.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from compress.checkpoint.open import Checkpoint, Derived, Stored, Value, open_ch
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.loading import load_model
-from tests import pico
+from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
 DATA_FREE = {"score": "magnitude", "repair": "none"}
@@ -141,7 +139,7 @@ def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
     expected = load_model(twin.folder)(torch.arange(20)[None] + 5).logits.detach()
     found = load_model(pruned.folder)(torch.arange(20)[None] + 5).logits.detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    subprocess.run([sys.executable, "-I", "-c", STOCK_UNEVEN, str(pruned.folder)], check=True)
+    processes.run(STOCK_UNEVEN, pruned.folder, foreign=True).check_returncode()
     torch.testing.assert_close(torch.load(pruned.folder / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -376,9 +374,7 @@ def test_stock_loads_them_without_this_package(folders, tmp_path):
         model = load_model(out.folder)
         pico.save_expected(model, out.folder / "expected.pt")
         made.append((str(out.folder), out.spec.structure.class_name))
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, json.dumps(made)], capture_output=True, text=True, cwd=tmp_path
-    )
+    run = processes.run(SCRIPT, json.dumps(made), foreign=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert len(run.stdout.split()) == len(pico.FAMILIES)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.errors import PassError
 from compress.loading import load_model
-from tests import pico
+from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 from tests.passes.test_structured_calibrated import IDS, error
 from tests.passes.test_structured_exact import FIXED_HEADS, RMS, SCRIPT
@@ -147,9 +145,7 @@ def test_stock_loads_them_without_this_package(tmp_path):
         out = merged(original, tmp_path / family, keep_kv_heads=2, **WAYS["mean"])
         pico.save_expected(load_model(out.folder), out.folder / "expected.pt")
         made.append((str(out.folder), out.spec.structure.class_name))
-    run = subprocess.run(
-        [sys.executable, "-I", "-c", SCRIPT, json.dumps(made)], capture_output=True, text=True, cwd=tmp_path
-    )
+    run = processes.run(SCRIPT, json.dumps(made), foreign=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert len(run.stdout.split()) == len(RMS)
 

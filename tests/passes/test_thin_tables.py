@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from compress.checkpoint.write import stored_form
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.loading import load_model
 from compress.solvers.tables import thin_input, thin_output, thin_tied
-from tests import pico
+from tests import pico, processes
 from tests.conftest import ROOT
 from tests.passes.helpers import divergence, plan
 
@@ -117,7 +115,7 @@ def test_thin_tables_load_anywhere(family, tied, tmp_path):
         loaded.save_pretrained(tmp_path / "saved_twin")
         saved = pico.logits(load_model(tmp_path / "saved_twin"))
         torch.testing.assert_close(saved, pico.logits(load_model(tmp_path / "twin")), rtol=1e-4, atol=1e-4)
-    subprocess.run([sys.executable, "-I", "-c", STOCK, str(out), str(tmp_path / "twin")], check=True)
+    processes.run(STOCK, out, tmp_path / "twin", foreign=True).check_returncode()
     ours = loaded(torch.arange(20)[None] + 5).logits.detach()
     torch.testing.assert_close(torch.load(out / "logits.pt"), ours, rtol=1e-4, atol=1e-4)
 

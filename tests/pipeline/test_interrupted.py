@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.processes import Process
 
 
 @pytest.fixture
@@ -29,12 +29,22 @@ def recipe_file(recipe, tmp_path):
     return write
 
 
-def start(path: Path, *options: str, before: str = "", **kwargs) -> subprocess.Popen:
-    """``compress run`` in a process of its own; ``before`` is Python code run first, to make trouble."""
-    code = f"import sys\nsys.argv = ['compress', 'run', {str(path)!r}, *{list(options)!r}]\n{before}\nfrom compress.cli import main\nmain()\n"
+def code(path: Path, *options: str, before: str = "") -> str:
+    """``compress run``; ``before`` is Python code run first, to make trouble."""
+    return f"import sys\nsys.argv = ['compress', 'run', {str(path)!r}, *{list(options)!r}]\n{before}\nfrom compress.cli import main\nmain()\n"
+
+
+def start(path: Path, *options: str, before: str = "") -> Process:
+    """That in a process of its own."""
+    return Process(code(path, *options, before=before))
+
+
+def start_cold(path: Path, *options: str, before: str = "") -> subprocess.Popen:
+    """That as a user starts it, everything imported anew."""
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, **kwargs,
+        [sys.executable, "-c", code(path, *options, before=before)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -148,13 +158,8 @@ def test_a_second_run_at_the_same_output_is_told_so(recipe_file):
 def test_the_disk_fills_up_half_way(recipe_file, tmp_path):
     """A limit on file size stands in for a full disk: the kernel refuses the write (EFBIG), as it does with ENOSPC."""
     path = recipe_file()
-    limit = 120_000
-
-    def limited() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = start(path, preexec_fn=limited)
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    process = start(path, before=f"{limited}; resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "the disk is full; free some space and run again" in errors
@@ -197,7 +202,7 @@ def test_out_of_memory(recipe_file):
 
 def test_a_bad_recipe_costs_no_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: [")
-    process = start(
+    process = start_cold(
         tmp_path / "bad.yaml", before="import atexit\natexit.register(lambda: print('torch' in sys.modules))"
     )
     output, _ = process.communicate(timeout=60)
