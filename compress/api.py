@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError, DataError
+from compress.files import expanded
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def apply(
         raise _first(error, name) from None
     progress = progress or SilentProgress()
     output = Path(output)
-    local = Path(model).expanduser()
+    local = expanded(model)
     check_output(output, local if local.exists() else None)
     original = open_checkpoint(model, trust_remote_code=trust_remote_code)
     plan_pass(original.spec, instance, chosen, store)  # refuse before any work
@@ -211,7 +212,7 @@ def unpack(
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_output
 
-    local = Path(model).expanduser()
+    local = expanded(model)
     check_output(Path(output), local if local.exists() else None)
     checkpoint = open_checkpoint(model)
     readme = local / "README.md"

@@ -6,6 +6,8 @@ disk, 70 a bug, 130 interrupted. A message is one line: where, what is wrong, wh
 
 from __future__ import annotations
 
+import errno
+
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -91,3 +93,32 @@ class Interrupted(CompressError):
 def one_line(error: BaseException) -> str:
     """What an error of another package says, in one line of at most 200 characters; its name where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+#: What a process or a machine can run out of, or a disk that fails: not mended by another path.
+_RESOURCES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open"),
+    errno.ENOMEM: "out of memory",
+    errno.EAGAIN: "no process or thread can be started",
+    errno.EIO: "the disk fails to read or write",
+}
+_FIXES = {
+    "the disk is full": "free some space and run again; finished stages are kept",
+    "too many files are open": "raise the limit (ulimit -n) and run again; finished stages are kept",
+    "the disk fails to read or write": "check the disk",
+}
+
+
+def from_os(error: OSError, where: str | None = None, what: str = "cannot be used") -> CompressError | None:
+    """The user's error that one of the operating system is: out of a resource, or a file or folder that cannot be used.
+
+    None for one that concerns no file, such as a lost connection. ``where`` stands in where the error names no file.
+    """
+    file = error.filename if isinstance(error.filename, (str, bytes)) else None
+    name = file.decode(errors="replace") if isinstance(file, bytes) else file
+    if (short := _RESOURCES.get(error.errno or 0)) is not None:
+        return ResourceError(short, where=name or where, fix=_FIXES.get(short))
+    if error.errno is None or (name is None and where is None):
+        return None
+    return OutputError(f"{what}: {error.strerror}", where=name or where)

@@ -13,6 +13,7 @@ from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.spec import Spec, Tensor
+from compress.files import expanded
 from compress.planning import size_of, size_on_disk
 
 
@@ -32,7 +33,7 @@ def inspect(
     """
     spec, metadata = open_headers(model, trust_remote_code=trust_remote_code, offline=offline)
     size = size_of(spec, lay_out(spec, 1 << 62, metadata))
-    if Path(model).expanduser().is_dir():
+    if expanded(model).is_dir():
         size = size_on_disk(open_checkpoint(model, trust_remote_code=trust_remote_code))
     counts = {}
     if zeros:

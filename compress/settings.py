@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*$", re.IGNORECASE)
+_LARGEST = 10**308  # of integers that are floats, too
 _PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 
 
@@ -68,7 +69,7 @@ def parse_share(value: Any) -> float:
     if isinstance(value, str) and (match := _PERCENT.match(value)):
         share = float(match[1]) / 100
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        share = float(value)
+        share = value if 0 < value < 1 else None  # an integer may be too large for a float
     if share is None or not 0 < share < 1:
         raise _fail("a share between 0 and 1, such as 50% or 0.5", value)
     return share
@@ -102,7 +103,7 @@ def parse_increase(value: Any) -> dict[str, Any]:
         return value
     if isinstance(value, str) and (match := _PERCENT.match(value)):
         return {"value": float(match[1]) / 100, "relative": True}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST:
         return {"value": float(value), "relative": False}
     raise _fail("a relative change such as 5%, or an absolute one such as 0.02", value)
 

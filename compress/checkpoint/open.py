@@ -21,6 +21,7 @@ from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.sidecars import find_sidecars
 from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 from compress.errors import CheckpointError
+from compress.files import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -186,7 +187,7 @@ def open_checkpoint(reference: str | Path, *, trust_remote_code: bool = False, o
 
     Reads headers alone. Raises `CheckpointError` for whatever does not hold together.
     """
-    folder = Path(reference).expanduser()
+    folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         folder = hub.download(str(reference), offline=offline)
     spec, headers = _read_folder(folder, trust_remote_code)
@@ -197,7 +198,7 @@ def open_headers(
     reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False
 ) -> tuple[Spec, dict[str, str]]:
     """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
-    folder = Path(reference).expanduser()
+    folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         config, headers, notes = hub.read_headers(str(reference), offline=offline)
         config = check_config(config, str(reference), trust_remote_code)

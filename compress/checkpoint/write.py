@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +20,8 @@ from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
 from compress.checkpoint.sidecars import copy_sidecars
 from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Tensor
-from compress.errors import CheckpointError, CompressError, OutputError, ResourceError
+from compress.errors import CheckpointError, OutputError
+from compress.files import temporary
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def write_checkpoint(
     if folder.exists():
         raise OutputError("exists already", where=str(folder))
     spec, layout = stored_form(checkpoint.spec, store, max_shard, checkpoint.metadata)
-    with _temporary(folder) as temp:
+    with temporary(folder) as temp:
         start = time.perf_counter()
         hashes: dict[str, str] = {}
         with progress.task("writing", len(list(spec.stored()))) as task:
@@ -239,39 +238,6 @@ def _write_small(
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder``; removed unless it was renamed away. A full disk becomes a `ResourceError`."""
-    temp = folder.parent / f".{folder.name}.tmp-{os.getpid()}"
-    with disk_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
-        try:
-            yield temp
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the file system into the user's: full disk (status 4), or not writable (2)."""
-    try:
-        yield
-    except CompressError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(
-                "the disk is full",
-                where=str(folder.parent),
-                fix="free some space and run again; finished stages are kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL):
-            raise OutputError(f"cannot be written: {error.strerror}", where=str(error.filename or folder)) from error
-        raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,22 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the ``compress`` command."""
-    from compress.cli.app import app
+    import os
+    import signal
+
+    def stop(number: int, frame: object) -> None:  # nothing was begun that would have to be put in order
+        os.write(2, b"compress: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     from compress.cli.guard import guarded
 
-    guarded(app)
+    guarded(_app)
+
+
+def _app() -> object:
+    """The commands; imported under the guard."""
+    from compress.cli.app import app
+
+    return app(standalone_mode=True)

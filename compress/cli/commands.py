@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.cli.guard import Judged
 from compress.errors import CompressError, ReportError
+from compress.files import expanded
 
 if TYPE_CHECKING:
     from compress.progress import Progress
@@ -49,7 +51,7 @@ def run(
         tables.print_report(result.report)
         if not result.published:
             print(f"not published; the result is in {result.checkpoint} (--publish-anyway puts it in place)")
-    sys.exit(result.exit_status)
+    raise Judged(result.exit_status)
 
 
 def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> None:
@@ -58,7 +60,7 @@ def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> Non
     from compress.recipe import to_yaml
 
     recipe = _load(path, sets)
-    local = Path(recipe.model).expanduser()
+    local = expanded(recipe.model)
     notes: tuple[str, ...] = ()
     if local.exists():
         from compress.checkpoint.open import open_headers
@@ -312,7 +314,7 @@ def gate(
         )
     else:
         tables.print_gates(rows, status)
-    sys.exit(exit_status)
+    raise Judged(exit_status)
 
 
 def _load(path: Path, sets: Sequence[str]) -> Recipe:

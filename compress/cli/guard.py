@@ -1,81 +1,173 @@
-"""Whatever happens, a command ends with one clear line and the right exit status."""
+"""Whatever happens, a command ends with one clear line and the right exit status.
+
+Only a failed gate ends with status 1, by `Judged`; what escapes everything else is a bug, 70.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from compress.errors import EXIT_BAD_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_RESOURCES, CompressError
+from compress.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUG,
+    EXIT_GATE_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RESOURCES,
+    CompressError,
+    from_os,
+)
 
 
 class Terminated(BaseException):
     """SIGINT or SIGTERM: temporary folders are removed, finished stages kept. Typer would swallow a KeyboardInterrupt."""
 
 
-def guarded(app: Callable[..., Any]) -> None:
-    """Run the app and end the process with the exit status that DESIGN gives each kind of error."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _guarded(app)
-        return
+class Judged(SystemExit):
+    """The end of a command whose exit status is a verdict."""
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command and end the process with the exit status that `compress.errors` gives each kind of error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
-        _guarded(app)
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        status = _guarded(command)
+    except BaseException:  # of the handling itself: no memory for a message, say
+        status = EXIT_BUG
+    status = _flushed(status)
+    if _several():
         # threads of torch.distributed that want the interpreter while it shuts down end it by SIGABRT, now and then
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-
-
-def _guarded(app: Callable[..., Any]) -> None:
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, _terminate)
-    try:
-        app(standalone_mode=True)
-    except CompressError as error:
-        fail(str(error), error.exit_status)
-    except (Terminated, KeyboardInterrupt):
-        fail("interrupted; finished stages are kept, run the same command to go on", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BAD_INPUT)
-    except MemoryError:
-        fail("out of memory", EXIT_RESOURCES)
-    except Exception as error:
-        if _out_of_memory(error):
-            fail(f"out of memory: {str(error).splitlines()[0]}", EXIT_RESOURCES)
-        fail(f"bug: {type(error).__name__}: {_first_line(error)}; the traceback is in {_log(error)}", EXIT_BUG)
-
-
-def fail(text: str, status: int) -> None:
-    """One message on stderr, then out."""
-    sys.stdout.flush()
-    print(f"compress: {text}" if "\n" not in text else text, file=sys.stderr)
+        os._exit(status)
     sys.exit(status)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _guarded(command: Callable[[], object]) -> int:
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone gets signals
+        stops = _Stops()
+        signal.signal(signal.SIGTERM, stops)
+        signal.signal(signal.SIGINT, stops)
+    try:
+        command()
+    except SystemExit as end:
+        return _ended(end)
+    except CompressError as error:
+        return fail(str(error), error.exit_status)
+    except (Terminated, KeyboardInterrupt):
+        return fail("interrupted; finished stages are kept, run the same command to go on", EXIT_INTERRUPTED)
+    except BrokenPipeError as error:
+        return EXIT_BAD_INPUT if error.filename is None else _bug(error)
+    except MemoryError:
+        return fail("out of memory", EXIT_RESOURCES)
+    except OSError as error:
+        if (found := from_os(error)) is not None:
+            return fail(str(found), found.exit_status)
+        return _bug(error)
+    except BaseException as error:  # also the panics of Rust libraries, which are no Exception
+        if _out_of_resources(error):
+            return fail(f"out of memory or threads: {_first_line(error)}", EXIT_RESOURCES)
+        return _bug(error)
+    return EXIT_OK
+
+
+def fail(text: str, status: int) -> int:
+    """One message on stderr. Returns the status; raises nothing where nobody can read the message."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        print(f"compress: {text}" if "\n" not in text else text, file=sys.stderr, flush=True)
+    return status
+
+
+def _bug(error: BaseException) -> int:
+    return fail(f"bug: {type(error).__name__}: {_first_line(error)}; {_log(error)}", EXIT_BUG)
+
+
+def _ended(end: SystemExit) -> int:
+    """The status of a process that ends by itself. 1 is a verdict's; of others it says that something went wrong unseen."""
+    code = EXIT_OK if end.code is None else end.code
+    if isinstance(end, Judged) or (isinstance(code, int) and code != EXIT_GATE_FAILED):
+        return int(code)
+    cause = end.__context__
+    if isinstance(cause, OSError) and cause.errno == errno.EPIPE:
+        return EXIT_BAD_INPUT
+    return _bug(cause.__cause__ or cause if cause is not None else end)
+
+
+def _flushed(status: int) -> int:
+    """Write out what was printed. Where that cannot be, the interpreter would say so by a status of its own, later."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if status == EXIT_OK and isinstance(error, OSError):
+                found = from_os(error, "standard output", "cannot be written")
+                status = EXIT_BAD_INPUT if error.errno == errno.EPIPE or found is None else found.exit_status
+                if error.errno != errno.EPIPE and found is not None:
+                    fail(str(found), status)
+    return status
+
+
+def _several() -> bool:
+    """Whether torchrun started this process beside others; what is no number is told by the command that needs it."""
+    count = os.environ.get("WORLD_SIZE", "")
+    return count.isdecimal() and int(count) > 1
+
+
+class _Stops:
+    """Handler of the signals that stop a command: the first cleans up, the second is told so, the third ends at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            raise Terminated
+        if self.count == 2:
+            os.write(2, b"\ncompress: cleaning up; once more ends it at once\n")
+        else:
+            os._exit(EXIT_INTERRUPTED)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    try:
+        return (str(error).splitlines() or [""])[0][:200]
+    except Exception:  # an error whose text cannot be made
+        return ""
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """torch's CUDA error, or its CPU allocator's."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def _out_of_resources(error: BaseException) -> bool:
+    """torch's CUDA error or its CPU allocator's; no room for a thread's stack, or too many of them."""
+    text = str(error)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "can't start new thread" in text
+    )
 
 
-def _log(error: BaseException) -> Path:
-    """A file with the traceback."""
-    handle, name = tempfile.mkstemp(prefix="compress-", suffix=".log")
-    with os.fdopen(handle, "w") as file:
-        file.write("".join(traceback.format_exception(error)))
-    return Path(name)
+def _log(error: BaseException) -> str:
+    """Where the traceback is: in a file, or where none can be written the place that it ends at."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="compress-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        return f"the traceback is in {name}"
+    except Exception as trouble:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = "" if trace is None else f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        return f"it happened{place}; no traceback could be written: {_first_line(trouble)}"

@@ -12,6 +12,7 @@ from compress.checkpoint.open import open_headers
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
+from compress.files import expanded
 from compress.passes.base import EDITED, Context, Pass, Storage
 from compress.passes.distill_settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured import PruneStructured
@@ -60,7 +61,7 @@ class Distill(Pass[DistillSettings]):
         if settings.student is not None and (cut := student_cut(spec, settings)) is not None:
             student = PruneStructured().plan(spec, cut)
         for folder in self.checkpoints(settings):  # those of the hub are looked at when they are opened
-            if Path(folder).expanduser().is_dir():
+            if expanded(folder).is_dir():
                 check_teacher(student, open_headers(folder, trust_remote_code=True)[0], folder)
         return student
 

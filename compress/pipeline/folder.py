@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.write import disk_errors
+from compress.files import disk_errors
 from compress.errors import OutputError
 from compress.pipeline.fingerprint import write_atomically
 

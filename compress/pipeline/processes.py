@@ -15,14 +15,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import CompressError
+
 if TYPE_CHECKING:
     from compress.calibration.ranks import Ranks
     from compress.passes.base import Context
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, number of processes) as torchrun says; (0, 1) without it. Raises `CompressError` for what is no number."""
+    return _number("RANK", 0), max(1, _number("WORLD_SIZE", 1))
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if text and not text.isdecimal():
+        raise CompressError(
+            f"the environment variable {variable} is {text!r}, which is no number", fix="unset it; torchrun sets it"
+        )
+    return int(text) if text else default
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def joined(device: str) -> Iterator[Ranks]:
     if device != "cpu":
         import torch
 
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
     dist.init_process_group(backend, timeout=timedelta(days=30))
     try:
         yield Ranks(rank, world)
@@ -76,7 +87,7 @@ def _leave() -> None:
 
 def own_device(device: str) -> str:
     """The device of this process: with several GPUs one for each."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched()[1] > 1 else device
+    return f"cuda:{_number('LOCAL_RANK', 0)}" if device == "cuda" and launched()[1] > 1 else device
 
 
 def help_out(ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.write import disk_errors
+from compress.files import disk_errors
 from compress.errors import OutputError
 
 PROVENANCE = "compress.json"

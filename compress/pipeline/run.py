@@ -19,6 +19,7 @@ from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import EXIT_OK, PassError, ResourceError
 from compress.evaluation.tasks import task_of
+from compress.files import expanded
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
 from compress.pipeline.data import DataSets
@@ -72,7 +73,7 @@ class Run:
     def prepare(self) -> None:
         """Open, plan, and refuse what cannot work, before any work."""
         recipe = self.recipe
-        local = Path(recipe.model).expanduser()
+        local = expanded(recipe.model)
         check_output(self.output, local if local.exists() else None)
         self.original = open_checkpoint(
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
@@ -393,7 +394,7 @@ def _provenance(state: Run, identity: str, rows: list[dict[str, Any]]) -> dict[s
 
 def _base_name(model: str) -> str:
     """A hub id as it is; of a local folder its last name alone."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return path.resolve().name if path.exists() else model
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from compress.errors import RecipeError
+from compress.errors import CompressError, RecipeError
+from compress.files import expanded
 from compress.recipe.model import PassEntry, Recipe
 from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
 from compress.recipe.problems import (
@@ -155,11 +156,16 @@ class _Files:
             self.complete = False
             self.problems.append(Problem("`extends` expects the path of one recipe", place, ("extends",)))
             return root
-        base_path = Path(os.path.normpath(path.parent / Path(node.value).expanduser()))
-        known = [parent.resolve() for parent in parents]
-        if base_path.resolve() in known:
+        try:
+            base_path = Path(os.path.normpath(path.parent / expanded(node.value)))
+        except CompressError as error:
             self.complete = False
-            circle = " ▶ ".join(str(parent) for parent in [*parents[known.index(base_path.resolve()) :], base_path])
+            self.problems.append(Problem(str(error), place, ("extends",)))
+            return root
+        known = [os.path.realpath(parent) for parent in parents]
+        if (real := os.path.realpath(base_path)) in known:
+            self.complete = False
+            circle = " ▶ ".join(str(parent) for parent in [*parents[known.index(real) :], base_path])
             self.problems.append(Problem(f"`extends` goes round in a circle: {circle}", place, ("extends",)))
             return root
         base = self.read(base_path, parents, place)

@@ -1,0 +1,224 @@
+"""Files and folders that this project makes: written whole, removed at one stroke, read as if they could be damaged.
+
+What is being written or removed bears the name ``.NAME.tmp-PROCESS-NUMBER`` beside its place. A process that is killed leaves
+such a thing and nothing half done under a name that counts; `sweep` removes it once its process is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, from_os
+
+_NUMBERS = itertools.count()
+_TEMPORARY = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<process>[0-9]+)(-[0-9]+)?$", re.DOTALL)
+#: Bytes of a name that a temporary one repeats: file systems allow 255 in all.
+_NAME = 200
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Errors of the file system become the user's: no room or files (status 4), or a place that cannot be used (2)."""
+    try:
+        yield
+    except OSError as error:
+        if (found := from_os(error, str(folder), "cannot be written")) is None:
+            raise
+        raise found from error
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with ``~`` as the home of its user. Raises `CompressError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CompressError("there is no such user", where=str(path)) from None
+
+
+def _short(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAME])
+
+
+def _aside(path: Path) -> Path:
+    """A temporary name beside ``path`` that nothing has."""
+    while True:
+        aside = path.with_name(f".{_short(path.name)}.tmp-{os.getpid()}-{next(_NUMBERS)}")
+        if not os.path.lexists(aside):
+            return aside
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if there is one. It is renamed first, so none is ever half there under its name."""
+    try:
+        folder = stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not _TEMPORARY.match(path.name):
+        path = path.rename(_aside(path))
+    if folder:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, held by this process; removed unless it was renamed away.
+
+    What dead processes left of the kind goes first. Raises `CompressError` of a full disk, or a place that cannot be written.
+    """
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        temp = _aside(folder)
+        temp.mkdir()
+        held = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: then the process counts
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temp
+        finally:
+            with contextlib.suppress(OSError):
+                remove(temp)
+            os.close(held)
+
+
+def leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """What dead processes left half-written or half-removed in a folder; of the place ``name`` alone where one is given."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [Path(entry.path) for entry in entries if entry.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    matches = ((path, _TEMPORARY.match(path.name)) for path in sorted(found))
+    return [
+        p for p, m in matches if m and (name is None or m["name"] == _short(name)) and not _is_held(p, m["process"])
+    ]
+
+
+def sweep(path: Path) -> None:
+    """Remove what dead processes left of ``path``."""
+    for leftover in leftovers(path.parent, path.name):
+        with contextlib.suppress(OSError):
+            remove(leftover)
+
+
+def _is_held(path: Path, process: str) -> bool:
+    """Whether what is temporary has a process that works on it: it holds a lock on folders, elsewhere its number tells."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True  # gone meanwhile
+    except OSError:
+        return _is_alive(int(process))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return _is_alive(int(process))
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def prepare(path: Path, data: bytes) -> Path:
+    """A new file beside ``path`` that holds the data; renaming it to ``path`` replaces what is there, whole."""
+    temp = _aside(path)
+    try:
+        descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise
+    return temp
+
+
+def put(temp: Path, path: Path) -> None:
+    """Rename a file of `prepare` into place; a folder of that name goes."""
+    if path.is_dir() and not path.is_symlink():
+        remove(path)
+    temp.replace(path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a small file so that readers see the old or the new one, whole. A link is replaced, not followed."""
+    put(prepare(path, data), path)
+
+
+def read_json(path: Path) -> Any | None:
+    """What a JSON file holds; None for one that is absent, damaged, too deep, a link, or no file.
+
+    Raises `CompressError` where this process has no files or memory left.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None
+            return json.loads(file.read())
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and (found := from_os(error, str(path))):
+            raise found from error
+        return None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(path: Path, kind: str, data: Mapping[str, Any]) -> None:
+    """Write JSON values with their digest, for `read_record`. ``kind`` names what they are, and the version of their shape."""
+    plain = json.loads(json.dumps(data))  # keys are text, tuples lists: what a reader digests
+    sealed = {"schema": kind, "sha256": _digest(plain), "data": plain}
+    write_atomically(path, (json.dumps(sealed, indent=1) + "\n").encode())
+
+
+def read_record(path: Path, kind: str) -> dict[str, Any] | None:
+    """What `write_record` wrote as this kind, None where that is not what the file holds, whatever has happened to it."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("schema") != kind or not isinstance(data := found.get("data"), dict):
+        return None
+    try:
+        return data if found.get("sha256") == _digest(data) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def sha256(path: Path) -> str:
+    """Of a file's contents, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp(info: os.stat_result) -> list[int]:
+    """What tells a file that nobody touched: inode, bytes, and times of the last change of contents and of anything else."""
+    return [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
