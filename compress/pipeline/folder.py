@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.files import disk_errors
 from compress.errors import OutputError
+from compress.files import disk_errors
 from compress.pipeline.fingerprint import write_atomically
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.files import disk_errors
 from compress.errors import OutputError
+from compress.files import disk_errors
 
 PROVENANCE = "compress.json"
 _AT_FDCWD = -100
