@@ -162,6 +162,25 @@ def save(
     return to
 
 
+def save_cold(folder: Path, family: str = "qwen3_moe") -> Path:
+    """A pico checkpoint with 8 experts in each block, of which the last 4 are never among a token's 2.
+
+    The router's rows are v, -v, w, -w and zeros: two of the first four are positive for any token.
+    """
+    from safetensors.torch import load_file, save_file
+
+    options = {"num_experts": 8, "mlp_only_layers": []} if family == "qwen3_moe" else {"num_local_experts": 8}
+    save(folder, family, num_experts_per_tok=2, **options)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in tensors:
+        if name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight")):
+            v, w = torch.randn(2, 32, generator=generator)
+            tensors[name] = torch.cat([torch.stack([v, -v, w, -w]), torch.zeros(4, 32)])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def inputs(loaded: Any, length: int = 12) -> dict[str, torch.Tensor]:
     """Fixed arguments for a forward pass: token ids [1, length], of a second text too where the model reads two, or an image."""
     if loaded.main_input_name == "pixel_values":

@@ -155,7 +155,8 @@ def _solve(
     weight = site.weight.float().contiguous()
     if statistics.tokens == 0:
         scales = fit(weight, grid, None, keep)
-        return code_values(weight, grid, scales, keep), scales, {"note": "no token reached it: rounded to nearest"}
+        note = "no token reached it: rounded to nearest"
+        return code_values(weight, grid, scales, keep), scales, {"error": None, "note": note}
     H = statistics.hessian
     if "order" not in shared:
         shared["order"], factor, shared["damping"] = ordered_factor(H)

@@ -73,7 +73,8 @@ def _solve(
     """Codes [O, I] and their codebook, and what is worth saying. ``shared``: of sites with the same inputs."""
     weight = site.weight.float().contiguous()
     if statistics.tokens == 0:
-        return rounded(weight, bits, dtype, None, keep), {"note": "no token reached it: clustered by its weights alone"}
+        note = "no token reached it: clustered by its weights alone"
+        return rounded(weight, bits, dtype, None, keep), {"error": None, "note": note}
     H = statistics.hessian
     if not shared:
         shared["order"], shared["factor"], shared["damping"] = ordered_factor(H)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from compress.calibration.sites import unfused
@@ -9,10 +11,11 @@ from compress.calibration.sweep import Block, Changed, Sweep
 from compress.errors import PassError
 
 
-def expert_saliency(sweep: Sweep) -> dict[int, list[float]]:
+def expert_saliency(sweep: Sweep) -> tuple[dict[int, list[float]], list[dict[str, Any]]]:
     """Saliency of every expert by block: mean over the tokens sent to it of its router weight times the norm of its output.
 
-    Experts that no token is sent to have 0.
+    Experts that no token is sent to have 0. Beside it a row for each block that says how many tokens reached each, see
+    `Block.experts`.
 
     Raises:
         PassError: the model's experts are of a kind that the sweep cannot look into.
@@ -38,11 +41,15 @@ def expert_saliency(sweep: Sweep) -> dict[int, list[float]]:
                 block.forward(rows, block.inputs.read(rows).to(sweep.device))
         experts.watch = experts.valid = None
         sweep.ranks.add(sums)
+        for e, linear in enumerate(experts.gate):
+            block.count([site for site in block.sites if site.module is linear], int(sums[1, e]))
         block.details["saliency"] = (sums[0] / sums[1].clamp(min=1)).tolist()
         return {}
 
     rows = sweep.run(look, "scoring experts").details
-    return {row["block"]: row["saliency"] for row in rows if "saliency" in row}
+    scored = [row for row in rows if "saliency" in row]
+    reached = [{"block": row["block"], "experts": row["experts"]} for row in scored]
+    return {row["block"]: row["saliency"] for row in scored}, reached
 
 
 def channel_importance(sweep: Sweep, width: int) -> torch.Tensor:

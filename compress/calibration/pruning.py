@@ -46,17 +46,19 @@ def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dic
     """
 
     def look(block: Block) -> dict[str, Changed]:
-        names, many, count = [], 0, 0
+        names, many, seen, count = [], 0, 0, 0
         for group, statistics, _ in block.statistics():
             for site in group:
-                over, size = outliers(site.weight, statistics.hessian.diagonal())
                 names.append(site.name)
-                many, count = many + over, count + size
-        block.details["outliers"] = [names, many, count]
+                count += site.weight.numel()
+                if statistics.tokens:  # of an expert that no token reached there is nothing to count
+                    over, size = outliers(site.weight, statistics.hessian.diagonal())
+                    many, seen = many + over, seen + size
+        block.details["outliers"] = [names, many / max(seen, 1), count]
         return {}
 
     found = [row["outliers"] for row in sweep.run(look, "counting outliers").details if "outliers" in row]
-    ratios = [many / count for _, many, count in found]
+    ratios = [ratio for _, ratio, _ in found]
     chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
     by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
     return by_name, {"outlier_share": ratios, "sparsity": chosen}

@@ -53,6 +53,11 @@ class Inputs:
     mask: torch.Tensor | None = None
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens that count."""
+        return next(iter(self.values.values())).numel() if self.mask is None else int(self.mask.sum())
+
+    @property
     def samples(self) -> int:
         """Number of samples."""
         return len(next(iter(self.values.values())))
@@ -96,6 +101,7 @@ class Block:
             the original block makes of those. Both None in a sweep without targets.
         last: the group that reads last in a pass, if it is always the same. details: what the report will say of it.
         frozen: ids of parameters that other blocks share, which are solved for and then stay.
+        reached: by expert, as the checkpoint calls it, how many tokens it read where that was counted.
     """
 
     sweep: Sweep
@@ -110,6 +116,7 @@ class Block:
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)
+    reached: dict[str, int] = field(default_factory=dict)
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
@@ -159,8 +166,21 @@ class Block:
                 self.sweep.ranks.add(statistics.hessian)
                 self.sweep.ranks.add(statistics.total)
                 statistics.tokens = int(self.sweep.ranks.total(statistics.tokens)[0])
+                self.count(group, statistics.tokens)
                 self.sweep.users.add(group, statistics)
                 yield group, statistics, not pending
+
+    def count(self, sites: Sequence[Site], tokens: int) -> None:
+        """Note that so many tokens reached the experts that sites belong to."""
+        names = {site.name.rpartition(".")[0].rpartition(".")[0] for site in sites if site.owner is not None}
+        self.reached |= dict.fromkeys(names, tokens)
+
+    def experts(self) -> dict[str, Any] | None:
+        """For the report, tokens read in all and by expert; None where no expert was counted."""
+        if not self.reached:
+            return None
+        order = sorted(self.reached, key=lambda name: (len(name), name))  # 2 before 10
+        return {"tokens": self.sweep.inputs.tokens, "reached": {name: self.reached[name] for name in order}}
 
 
 def summing_dtype(width: int) -> torch.dtype:
@@ -481,6 +501,8 @@ class Sweep:
             if (split := self.users.split(block.groups)) != block.groups:
                 block.groups, block.last = split, None
             self._write(index, module, change(block))
+            if (experts := block.experts()) is not None:
+                block.details["experts"] = experts
         if index < last:
             with torch.no_grad():
                 for rows in self.batches():

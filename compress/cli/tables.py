@@ -56,6 +56,7 @@ def _line(console: Any, text: str, style: str = "", *, whole: bool = False) -> N
 def print_report(report: Mapping[str, Any]) -> None:
     """Before ▶ after, the waterfall, the gates, and where things are."""
     from compress.report import figures
+    from compress.report.experts import cold_experts
 
     console = _console()
     _line(console, f"{report['original']['checkpoint']} ▶ {report['output']}", "bold", whole=True)
@@ -90,7 +91,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_gates(report["gates"], report["status"], console)
     if (note := figures.quality_note(report)) is not None:
         _line(console, f"measured on {note}", "dim")
-    for note in report["notes"]:
+    for note in [*cold_experts(report), *report["notes"]]:
         _line(console, note, "dim")
     _line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:

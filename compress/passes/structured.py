@@ -77,7 +77,7 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
         if record.block_index(name) in keep and (path := record.block_path(name)) and path[1].startswith(record.experts)
     }
     sweep = open_sweep(checkpoint, names, context, work=context.work / "experts", with_targets=False)
-    saliency = expert_saliency(sweep)
+    saliency, context.details["experts"] = expert_saliency(sweep)
     context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
     chosen = {}
     for index, scores in saliency.items():

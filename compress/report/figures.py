@@ -185,7 +185,7 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
         layers, tuning = block.get("tensors", {}), block.get("tuning")
         if not layers and tuning is None:
             continue
-        errors = {name: row["error"] for name, row in layers.items() if row["error"] is not None}
+        errors = {name: row["error"] for name, row in layers.items() if row.get("error") is not None}
         worst = max(errors, key=lambda name: errors[name], default=None)
         name = "" if worst is None else worst.removesuffix(".weight").rpartition(f".{block['block']}.")[2]
         rows.append(
@@ -258,7 +258,8 @@ def sharing_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def sharing_error(details: Mapping[str, Any]) -> float | None:
     """Mean over the matrices of blocks that share of the relative error of their outputs; None for other passes."""
-    errors = [row["error"] for row in details.get("sharing", {}).get("tensors", ())]
+    rows = details.get("sharing", {}).get("tensors", ())
+    errors = [row["error"] for row in rows if row.get("error") is not None]
     return sum(errors) / len(errors) if errors else None
 
 

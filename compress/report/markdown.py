@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.report import figures
+from compress.report.experts import TIMES, expert_rows
 from compress.settings import format_bytes
 
 MARKS = {"pass": "✅ pass", "fail": "❌ FAIL", "inconclusive": "❔ inconclusive"}
@@ -40,7 +41,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         details = {
             k: v
             for k, v in row["details"].items()
-            if k not in ("blocks", "formats", "curve", "shapes", "sharing", "training", "widths")
+            if k not in ("blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths")
         }
         if details:
             lines += [f"- `{row['name']}`: {_details(details)}", ""]
@@ -66,6 +67,13 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             text = "Divergence from the original on calibration samples held out."
             lines += [f"`{row['name']}`, which blocks share. {text}", ""]
             lines += [*table(("arrangement", "blocks", "divergence", ""), tried, right=(2,)), ""]
+        if cold := expert_rows(row["details"]):
+            names = ("block", "experts", "which", "fewest tokens of another", "tokens read", "would reach them")
+            text = (
+                "Experts that no calibration token reached: nothing but their weights told what to do with them. Of experts "
+                f"so rare that none of N tokens shows them, {TIMES} N tokens reach most."
+            )
+            lines += [f"`{row['name']}`. {text}", "", *table(names, cold, right=(0, 3, 4, 5)), ""]
         if blocks := figures.block_rows(row["details"]):
             head = (
                 "block",

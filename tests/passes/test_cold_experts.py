@@ -1,0 +1,116 @@
+"""Experts that no calibration token reaches: passes work on their weights alone, and reports and the terminal name them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import compress
+from compress import report as reports
+from compress.checkpoint.open import open_checkpoint
+from compress.report.experts import cold_experts, expert_rows
+from tests import pico
+
+COLD = {"qwen3_moe": "mlp.experts.{}.gate_proj.weight", "mixtral": "block_sparse_moe.experts.{}.w1.weight"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cold")
+    return {family: pico.save_cold(root / family, family) for family in COLD}
+
+
+def run(model, texts, output, settings):
+    train, valid = texts
+    return compress.run(
+        {
+            "model": str(model),
+            "output": str(output),
+            "store": "compact",
+            "document_separator": "<|doc|>",
+            "data": {
+                "calibration": {"files": [str(train)], "samples": 4, "length": 32},
+                "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 2},
+            },
+            "passes": [settings],
+            "evaluate": ["kl"],
+            "gates": {"size": {"max_ratio": 1.5}},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "settings", "cold"),
+    [
+        ("qwen3_moe", "cast", {"weights": "int4", "group_size": 32}, 16),
+        ("mixtral", "cast", {"weights": "int8", "refine": False, "tune_epochs": 1, "only": ["*layers.1.*experts*"]}, 4),
+        ("mixtral", "share", {"codebook_bits": 4, "only": ["*layers.0.*experts*"]}, 4),
+        ("qwen3_moe", "prune_unstructured", {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}, 16),
+        ("qwen3_moe", "prune_structured", {"mlp": "25%"}, 16),
+        ("qwen3_moe", "prune_structured", {"experts": 2, "repair": "none"}, 16),
+    ],
+)
+def test_the_run_ends_and_its_report_names_them(family, name, settings, cold, folders, texts, tmp_path):
+    result = run(folders[family], texts, tmp_path / "out", {name: settings})
+    assert (result.verdict, result.exit_status, result.published) == ("passed", 0, True)
+    details = result.report["stages"][0]["passes"][0]["details"]
+    rows = expert_rows(details)
+    assert [(row[1], row[2], row[4], row[5]) for row in rows] == [("4 of 8", "4, 5, 6, 7", "128", "768")] * (cold // 4)
+    (line,) = cold_experts(result.report)
+    assert line.startswith(
+        f"{name}: no calibration token reached {cold} of {2 * cold} experts, which went by their weights"
+    )
+    assert line.endswith("128 tokens were read, and 768 would likely reach them")
+    report = (tmp_path / "out.run/report.md").read_text()
+    assert "| 1 | 4 of 8 | 4, 5, 6, 7 |" in report or "only" in settings
+    assert "Experts that no calibration token reached" in report
+    assert (tmp_path / "out.run/junit.xml").exists()
+    assert reports.validate(result.report)
+    for block in details.get("blocks", ()):  # every token went to two of the other four
+        if "experts" in block:
+            assert sum(block["experts"]["reached"].values()) == 2 * 128
+            assert all(
+                row.get("error") is None for row in block["tensors"].values() if "no token" in row.get("note", "")
+            )
+    assert open_checkpoint(result.checkpoint).spec.tensors
+
+
+def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
+    from compress.cli.tables import print_report
+
+    settings = {"cast": {"weights": "int8", "method": "gptq", "only": ["*layers.2.*experts*"], "tune_epochs": 0}}
+    print_report(run(folders["qwen3_moe"], texts, tmp_path / "out", settings).report)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "cast: no calibration token reached 4 of 8 experts, which went by their weights alone; 128 tokens were" in said
+    )
+
+
+def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
+    """A block's share of outliers is that of the matrices that something is known of."""
+    from compress.calibration.batches import Batches
+    from compress.calibration.pruning import owl_allocation
+    from compress.calibration.sweep import Inputs, Sweep
+    from compress.progress import SilentProgress
+
+    checkpoint = open_checkpoint(folders["qwen3_moe"])
+    ids = Batches(torch.randint(2, 250, (4, 32), generator=torch.Generator().manual_seed(0)))
+    seen, every = (
+        {n for n in checkpoint.spec.tensors if "layers.0." in n and "experts." in n and int(n.split(".")[5]) < most}
+        for most in (4, 8)
+    )
+
+    def share(names, folder):
+        sweep = Sweep(
+            checkpoint,
+            Inputs(ids.values),
+            names,
+            work=folders["qwen3_moe"] / folder,
+            dtype="float32",
+            device="cpu",
+            progress=SilentProgress(),
+            with_targets=False,
+        )
+        return owl_allocation(sweep, 0.5)[1]["outlier_share"]
+
+    assert share(seen, "seen") == share(every, "every") != [0.0]
