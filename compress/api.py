@@ -75,6 +75,7 @@ def apply(
     *,
     data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
     field: str = "text",
+    template: str | None = None,
     text: str | Sequence[str] | None = None,
     label: str | None = None,
     mode: Literal["packed", "padded"] | None = None,
@@ -96,8 +97,8 @@ def apply(
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
         data: calibration or training data for passes that need such: text files, one file of token ids, token ids as a
-            tensor of integers [samples, length], or for training a folder of images for each class. ``field``, ``text``,
-            ``label``, ``mode``, ``samples`` and ``length`` are those of a recipe's ``data.calibration`` or
+            tensor of integers [samples, length], or for training a folder of images for each class. ``field``, ``template``,
+            ``text``, ``label``, ``mode``, ``samples`` and ``length`` are those of a recipe's ``data.calibration`` or
             ``data.training``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
         details: filled with what the pass would say in a report, JSON values.
 
@@ -138,7 +139,14 @@ def apply(
     section: Training | Calibration | None = None
     if data is not None and not isinstance(data, torch.Tensor):
         files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
-        asked: dict[str, Any] = {"text": text, "mode": mode, "samples": samples, "length": length, "label": label}
+        asked: dict[str, Any] = {
+            "text": text,
+            "template": template,
+            "mode": mode,
+            "samples": samples,
+            "length": length,
+            "label": label,
+        }
         kind = Training if "training" in instance.needed(chosen) else Calibration
         if kind is Training and len(files) == 1 and Path(files[0]).is_dir():
             asked["images"], files = files[0], []

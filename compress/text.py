@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from compress.chats import Message, read_messages, said
 from compress.errors import DataError, one_line
 
 #: Kinds of files that hold text, and those with named fields among them; how each may be packed; files of token ids.
-TEXT_KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+TEXT_KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 FIELD_KINDS = TEXT_KINDS[1:]
 PACKINGS = (".gz", ".zst")
 ID_KINDS = (".npy", ".safetensors")
@@ -23,6 +26,7 @@ FIELD = "text"
 SHINGLE = 13
 PASSAGE = 40
 SHARED = 0.5
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
 #: Names of fields, each with the setting that names it.
@@ -36,7 +40,7 @@ class Document:
     Attributes:
         id: ``file#index``, the file's name without its folders.
         text: of a chat what its messages say, one after the other; `rendered` gives what a model is shown.
-        messages: of a chat, each with ``role`` and ``content``; None for plain text.
+        messages: of a chat, each with ``role`` and ``content`` (see `chats.read_messages`); None for plain text.
         pair: of two texts that are read together, both (``text`` says one after the other); None for one text.
         label: of a labelled text the id of its label, or its score.
         image: path of an image that is read in place of text (`compress.images`).
@@ -44,7 +48,7 @@ class Document:
 
     id: str
     text: str
-    messages: tuple[Mapping[str, Any], ...] | None = None
+    messages: tuple[Message, ...] | None = None
     pair: tuple[str, str] | None = None
     label: float | None = None
     image: str | None = None
@@ -71,21 +75,47 @@ def refusal(file: str | Path, *, ids: bool) -> str | None:
     return f"is no {', '.join(TEXT_KINDS[:-1])} or {TEXT_KINDS[-1]} file (`{path.suffix or path.name}`)"
 
 
-def read_documents(files: Sequence[str], separator: str | None = None, field: str = FIELD) -> list[Document]:
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template ``{one} and {other}`` names, each once; ``{{`` and ``}}`` are braces. Raises `ValueError`."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"the template cannot be read: {error}; {{{{ and }}}} are braces") from None
+    for _, name, form, conversion in parts:
+        if name is not None and (not name.strip() or form or conversion):
+            raise ValueError(f"the template names a column as {{column}}, not {{{name}{f':{form}' if form else ''}}}")
+    if not (names := tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))):
+        raise ValueError("the template names no column: write {column} where its value goes")
+    return names
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """The text of a template whose columns have these values."""
+    return "".join(
+        text + ("" if name is None else values[name]) for text, name, _, _ in string.Formatter().parse(template)
+    )
+
+
+def read_documents(
+    files: Sequence[str], separator: str | None = None, field: str = FIELD, template: str | None = None
+) -> list[Document]:
     """Documents of text files, in order; empty ones are left out.
 
     A ``.txt`` file is one document, or several with lines ``separator`` between them. Files with named fields give one
-    document a row: ``.jsonl``; ``.csv`` and ``.tsv``, whose first row holds the names; ``.parquet``. Each may be packed as
-    ``.gz`` or ``.zst``. A field of a ``.jsonl`` or ``.parquet`` file may hold chats: lists of ``{"role": …, "content": …}``.
+    document a row: ``.jsonl`` and ``.json``, one object a line or an array of them; ``.csv`` and ``.tsv``, whose first row
+    holds the names; ``.parquet``. Each may be packed as ``.gz`` or ``.zst``. A field of a ``.jsonl``, ``.json`` or
+    ``.parquet`` file may hold chats: lists of messages (see `chats.read_messages`).
 
     Args:
         files: text in UTF-8, with or without byte order mark.
         separator: a line that stands alone between two documents of a ``.txt`` file.
         field: the one to read, of files that have fields.
+        template: in place of ``field``, the text of a row with names of columns in braces (see `template_columns`).
 
     Raises:
         DataError: a file is missing, empty, damaged, not UTF-8, of another kind, lacks the field, or mixes chats and texts.
     """
+    columns = {field: "field"} if template is None else dict.fromkeys(template_columns(template), "template")
     documents: list[Document] = []
     names: dict[str, int] = {}
     for file in files:
@@ -96,7 +126,8 @@ def read_documents(files: Sequence[str], separator: str | None = None, field: st
         if kind(path) == ".txt":
             rows = enumerate(_split(_decoded(path, _unpacked(path)), separator))
         else:
-            rows = ((number, value) for number, (value,) in _columns(path, {field: "field"}))
+            rows = _columns(path, columns)
+            rows = _joined(rows, columns, template, _place(path)) if template else ((n, value) for n, (value,) in rows)
         kept = list(_pieces(rows, _place(path), field))
         if not kept:
             raise DataError("holds no text", where=file)
@@ -272,8 +303,8 @@ def _columns(path: Path, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...
     if kind(path) == ".parquet":
         return _parquet(path, data, columns)
     text = _decoded(path, data)
-    if kind(path) == ".jsonl":
-        return _json_lines(path, text, columns)
+    if kind(path) in (".jsonl", ".json"):
+        return _records(path, _json_array(path, text) if _is_array(text) else _json_lines(path, text), columns)
     return _table(path, text, columns, "\t" if kind(path) == ".tsv" else ",")
 
 
@@ -289,14 +320,57 @@ def _split(text: str, separator: str | None) -> list[str]:
     return ["\n".join(piece) for piece in pieces]
 
 
-def _json_lines(path: Path, text: str, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _is_array(text: str) -> bool:
+    """Whether JSON text is one array of records, not a record a line."""
+    return re.match(r"\s*\[\s*[{\]]", text) is not None
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"is not JSON: {one_line(error)}", where=f"{path}:{number}") from None
+            raise _no_json(path, number, error, line.strip() == "{") from None
+
+
+def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Records of an array, each with the line that it begins in."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+
+    def at(place: int) -> int:
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, place), place
+        return line
+
+    def blank(place: int) -> int:
+        return _BLANK.match(text, place).end()  # type: ignore[union-attr]
+
+    place = blank(text.index("[") + 1)
+    while text[place : place + 1] != "]":
+        try:
+            row, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _no_json(path, at(place), error) from None
+        yield at(place), row
+        place = blank(end)
+        if text[place : place + 1] == ",":
+            place = blank(place + 1)
+        elif text[place : place + 1] != "]":
+            raise _no_json(path, at(place), "the array goes on without `,` or `]`")
+    if text[place + 1 :].strip():
+        raise _no_json(path, at(place), "text follows the array")
+
+
+def _no_json(path: Path, line: int, error: Exception | str, one_object: bool = False) -> DataError:
+    fix = "write one object a line, or an array of them" if one_object else None
+    said = error if isinstance(error, str) else one_line(error)
+    return DataError(f"is not JSON: {said}", where=f"{path}:{line}", fix=fix)
+
+
+def _records(path: Path, rows: Iterable[tuple[int, Any]], columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f'expected {{"{next(iter(columns))}": "…"}}', where=f"{path}:{number}")
         if lacking := [name for name in columns if name not in row]:
@@ -356,7 +430,8 @@ def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) ->
     return DataError(
         f"has no field `{field}`",
         where=where,
-        fix=f"set `{columns[field]}` to one of: {', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"
+        fix=f"{'there are' if columns[field] == 'template' else f'set `{columns[field]}` to one of'}: "
+        f"{', '.join(shown[:12])}{', …' if len(shown) > 12 else ''}"
         if shown
         else None,
     )
@@ -364,7 +439,7 @@ def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) ->
 
 def _pieces(
     rows: Iterable[tuple[int, Any]], where: str, field: str
-) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...] | None]]:
+) -> Iterator[tuple[str, tuple[Message, ...] | None]]:
     """(text, messages) of every row that has any text. ``where`` comes before a row's number."""
     chats: bool | None = None
     for number, value in rows:
@@ -375,8 +450,8 @@ def _pieces(
                 f"`{field}` is {json.dumps(value, default=str)[:40]}, not text or a list of messages",
                 where=f"{where}{number}",
             )
-        messages = _messages(value, field, f"{where}{number}") if isinstance(value, list) else None
-        text = value if isinstance(value, str) else "\n".join(m["content"] for m in messages or ())
+        messages = read_messages(value, field, f"{where}{number}") if isinstance(value, list) else None
+        text = value if isinstance(value, str) else said(messages or ())
         if not text.strip():
             continue
         if chats is not None and chats != (messages is not None):
@@ -391,19 +466,22 @@ def _pieces(
         yield text, messages
 
 
+def _joined(
+    rows: Iterable[tuple[int, tuple[Any, ...]]], columns: Columns, template: str, where: str
+) -> Iterator[tuple[int, str | None]]:
+    """The template filled for every row; None for a row whose columns are all empty."""
+    for number, values in rows:
+        texts = {}
+        for name, value in zip(columns, values, strict=True):
+            if isinstance(value, (list, dict, bool, bytes)):
+                raise DataError(f"`{name}` is {_shown(value)}, not text", where=f"{where}{number}")
+            texts[name] = "" if value is None else str(value)
+        yield number, filled(template, texts) if any(text.strip() for text in texts.values()) else None
+
+
 def _spellable(text: str) -> bool:
     """Whether UTF-8 can spell it; JSON can spell more."""
     return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _messages(value: list[Any], field: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(
-                f'`{field}` is a list, but not of messages {{"role": "…", "content": "…"}}',
-                where=where,
-            )
-    return tuple({k: v for k, v in message.items() if v is not None} for message in value)
 
 
 def fingerprint(files: Sequence[str]) -> str:

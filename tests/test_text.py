@@ -64,7 +64,7 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ("a.txt", b" \n\n ", "a.txt: holds no text"),
         ("a.txt", b"abc\0def", "a.txt: is binary, not text"),
         ("a.txt", b"good\nbad \xff", "a.txt:2: is not UTF-8; convert it"),
-        ("a.bin", b"text", "a.bin: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.bin`)"),
+        ("a.bin", b"text", "a.bin: is no .txt, .jsonl, .json, .csv, .tsv or .parquet file (`.bin`)"),
         ("a.npy", b"ids", "a.npy: holds token ids, which only calibration takes"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "a.jsonl:2: `text` is 3, not text or a list of messages"),
         (
@@ -74,7 +74,40 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ),
         ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl:1: `text` holds half a surrogate pair"),
         ("a.jsonl", b'{"text": ["a", "b"]}', "a.jsonl:1: `text` is a list, but not of messages"),
-        ("a.jsonl", b'{"text": [{"role": "user"}]}', "a.jsonl:1: `text` is a list, but not of messages"),
+        (
+            "a.jsonl",
+            b'{"text": [{"role": "user"}]}',
+            "a.jsonl:1: `text`: message 1 has no content; null stands for it beside",
+        ),
+        ("a.jsonl", b'{"text": [{"from": "human"}]}', "a.jsonl:1: `text`: message 1 has no content"),
+        (
+            "a.jsonl",
+            b'{"text": [{"role": "user", "content": 3}]}',
+            "a.jsonl:1: `text`: message 1 has the content 3, not text",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": [{"from": "human", "value": "a"}, {"from": "cat", "value": "b"}]}',
+            'a.jsonl:1: `text`: message 2 is from "cat", which is no role; known are: human, user, gpt',
+        ),
+        (
+            "a.jsonl",
+            b'{"text": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+            'a.jsonl:1: `text`: message 1 has a part of the type "image_url": text alone is read; leave such rows out',
+        ),
+        (
+            "a.jsonl",
+            b'{"text": [{"role": "user", "content": [3]}]}',
+            "a.jsonl:1: `text`: message 1 has a part without text",
+        ),
+        ("a.json", b'[{"text": "a"},\n {"body": "b"}]', "a.json:2: has no field `text`; set `field` to one of: body"),
+        ("a.jsonl", b'[{"text": "a"},\n\n {"text": 3}]', "a.jsonl:3: `text` is 3, not text"),
+        ("a.jsonl", b'[{"text": "a"},\n {"text": "b"', "a.jsonl:2: is not JSON: Expecting ',' delimiter"),
+        ("a.json", b'[{"text": "a"}\n {"text": "b"}]', "a.json:2: is not JSON: the array goes on without `,` or `]`"),
+        ("a.json", b'[{"text": "a"}]\n[', "a.json:1: is not JSON: text follows the array"),
+        ("a.json", b'[{"text": "a"}, 3]', "a.json:1: expected {"),
+        ("a.json", b"[]", "a.json: holds no text"),
+        ("a.json", b'{\n "text": "a"\n}', "a.json:1: is not JSON: Expecting property name enclosed in double quotes"),
         ("a.jsonl", b'{"text": []}\n{"text": null}\n{"text": " "}', "a.jsonl: holds no text"),
         (
             "a.jsonl",
@@ -109,7 +142,7 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ("a.txt.zst", b"not packed", "a.txt.zst: is damaged:"),
         ("a.txt.zst", zstandard.compress(b"some text" * 99)[:-3], "a.txt.zst: is damaged: the file ends too early"),
         ("a.txt.zst", zstandard.compress(b"some text") + b"rest", "a.txt.zst: is damaged:"),
-        ("a.bin.gz", b"x", "a.bin.gz: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.gz`)"),
+        ("a.bin.gz", b"x", "a.bin.gz: is no .txt, .jsonl, .json, .csv, .tsv or .parquet file (`.gz`)"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n[]', mtime=0), "a.jsonl.gz:2: expected"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text":', "a.jsonl:3: is not JSON"),
         ("a.jsonl", b"[1]", "a.jsonl:1: expected"),
@@ -187,6 +220,90 @@ def test_chats(tmp_path, name):
     ]
     with pytest.raises(DataError, match=r"shares 1 of its 1 documents"):
         check_disjoint([documents[1]], [Document("t#0", "Bye")], "training")
+
+
+def test_chats_of_other_forms(tmp_path):
+    """ShareGPT, parts, and calls of tools without content: all become what templates read."""
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    rows = [
+        [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": 1}],
+        [{"role": "user", "content": [{"type": "text", "text": "one "}, "two ", {"text": "three", "image": None}]}],
+        [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "sun", "name": None}],
+    ]
+    expected = [
+        ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "weight": 1}),
+        ({"role": "user", "content": "one two three"},),
+        ({"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "sun"}),
+    ]
+    for name in ("a.jsonl", "a.json"):
+        lines = [json.dumps({"chat": row}) for row in rows]
+        text = "\n".join(lines) if name == "a.jsonl" else "[\n" + ",\n".join(lines) + "\n]\n"
+        documents = read_documents([write(tmp_path / name, text)], field="chat")
+        assert [d.messages for d in documents] == expected
+        assert [d.text for d in documents[:2]] == ["hi\nhello", "one two three"]
+        assert documents[2].text == f"{json.dumps(calls)}\nsun"
+
+
+def test_a_call_of_a_tool_is_rendered_by_the_template():
+    """As stock does it, with content null."""
+    from tests import pico
+
+    tokenizer, calls = pico.tokenizer(), [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    said = rendered(Document("a", "x", tuple(chat)), tokenizer)
+    assert said == "<user>rain?<assistant>weather" == tokenizer.apply_chat_template(chat, tokenize=False)
+
+
+def test_an_array_of_records_is_what_its_lines_are(tmp_path):
+    """In one line, in many, packed, and named either way."""
+    rows = [{"text": "one [x], {y}"}, {"text": "two\n"}, {"text": None}]
+    expected = ["one [x], {y}", "two\n"]
+    for name in ("a.json", "a.jsonl", "a.json.gz"):
+        pack = gzip.compress if name.endswith(".gz") else bytes
+        for text in (
+            json.dumps(rows),
+            json.dumps(rows, indent=2),
+            "\n".join(map(json.dumps, rows)),
+            f" [\n{json.dumps(rows)[1:]}",
+        ):
+            assert [d.text for d in read_documents([write(tmp_path / name, pack(text.encode()))])] == expected
+
+
+def test_columns_joined_by_a_template(tmp_path):
+    rows = [
+        {"instruction": "Add {1}.", "input": "2, 3", "output": 5},
+        {"instruction": "Say hi.", "input": None, "output": "hi"},
+        {"instruction": None, "input": "", "output": " "},
+    ]
+    template = "{instruction}\n{input}\n-> {{{output}}}"
+    expected = ["Add {1}.\n2, 3\n-> {5}", "Say hi.\n\n-> {hi}"]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [d.text for d in read_documents([path], template=template)] == expected
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        table_of = csv.DictWriter(file, ["output", "instruction", "input"])
+        table_of.writeheader()
+        table_of.writerows(rows)
+    assert [d.text for d in read_documents([str(tmp_path / "a.csv")], template=template)] == expected
+    texts = [{**row, "output": str(row["output"])} for row in rows[:2]]
+    path = write(tmp_path / "a.parquet", parquet(texts))
+    assert [d.text for d in read_documents([path], template=template)] == expected
+    for template, message in (
+        ("{instruction} {answer}", "a.csv:1: has no field `answer`; there are: output, instruction, input"),
+        ("{instruction} {output:>3}", "the template names a column as {column}, not {output:>3}"),
+        ("{output!r}", "the template names a column as {column}, not {output}"),
+        ("{} and {}", "the template names a column as {column}, not {}"),
+        ("{output", "the template cannot be read: expected '}' before end of string; {{ and }} are braces"),
+        ("output", "the template names no column: write {column} where its value goes"),
+    ):
+        with pytest.raises((DataError, ValueError)) as caught:
+            read_documents([str(tmp_path / "a.csv")], template=template)
+        assert message in str(caught.value)
+    with pytest.raises(DataError, match=r"b.jsonl:1: `a` is \[1\], not text"):
+        read_documents([write(tmp_path / "b.jsonl", '{"a": [1]}')], template="{a}")
 
 
 def test_chat_templates():
@@ -339,7 +456,7 @@ def test_labelled_rows_of_every_kind(tmp_path):
         ("a.jsonl", '{"sentence": 3, "label": 1}', "a.jsonl:1: `sentence` is 3, not text"),
         ("a.jsonl", '{"sentence": "\\ud800", "label": 1}', "a.jsonl:1: `sentence` holds half a surrogate pair, which is no text"),
         ("a.tsv", "sentence\tlabel\n", "a.tsv: holds no row"),
-        ("a.txt", "x", "a.txt: has no columns: it is no .jsonl, .csv, .tsv or .parquet file"),
+        ("a.txt", "x", "a.txt: has no columns: it is no .jsonl, .json, .csv, .tsv or .parquet file"),
     ],
 )  # fmt: skip
 def test_labelled_rows_that_will_not_do(tmp_path, name, text, message):

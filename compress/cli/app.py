@@ -126,11 +126,15 @@ def evaluate(
         Optional[list[str]],
         typer.Option(
             "--data",
-            help="Text: .txt, .jsonl, .csv, .tsv, .parquet; also .gz, .zst. May be repeated. Or a folder with a folder of "
-            "images for each class.",
+            help="Text: .txt, .jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst. May be repeated. Or a folder with a "
+            "folder of images for each class.",
         ),
     ] = None,
     field: Annotated[str, typer.Option("--field", help="Field of the text, in files that have fields.")] = "text",
+    template: Annotated[
+        Optional[str],
+        typer.Option("--template", help='Text of a row from several columns, such as "{question} {answer}".'),
+    ] = None,
     text: Annotated[
         Optional[list[str]],
         typer.Option("--text", help="Of labelled files the column of the text; given twice, of both texts of a pair."),
@@ -177,6 +181,7 @@ def evaluate(
         metrics=metric or [],
         separator=separator,
         field=field,
+        template=template,
         text=text or [],
         label=label,
         window=window,

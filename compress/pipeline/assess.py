@@ -38,6 +38,7 @@ class Assessment:
     images: str | None = None
     separator: str | None = None
     field: str = text.FIELD
+    template: str | None = None
     text: tuple[str, ...] | None = None
     label: str | None = None
     window: int = 256
@@ -93,6 +94,7 @@ def assess(
             **({} if how.given else {"files": tuple(known["files"]), "images": known.get("images")}),
             separator=known["separator"],
             field=known.get("field", text.FIELD),
+            template=known.get("template"),
             text=known.get("text") and tuple(known["text"]),
             label=known.get("label"),
             window=known["window"],
@@ -105,6 +107,8 @@ def assess(
             "`text` names columns of labelled files, and no column of labels is named",
             fix="name it: `label`; the column of plain text is `field`",
         )
+    if how.template is not None:
+        _check_template(how)
     candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
     for note in candidate.spec.notes:
         progress.message(note)
@@ -168,6 +172,19 @@ def assess(
 
             document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)
     return document
+
+
+def _check_template(how: Assessment) -> None:
+    """Raises `DataError` where it cannot be used, as a recipe would say."""
+    assert how.template is not None
+    try:
+        text.template_columns(how.template)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    if how.label is not None or how.field != text.FIELD:
+        raise DataError("`template` names the columns of plain text", fix="leave out `field`, `text` and `label`")
+    if wrong := next((file for file in how.files if text.kind(file) not in text.FIELD_KINDS), None):
+        raise DataError("has no columns, which `template` names", where=wrong)
 
 
 def _text(
@@ -237,6 +254,7 @@ def judge_checkpoint(
             images=section.images,
             separator=recipe.document_separator,
             field=section.field,
+            template=section.template,
             text=section.text,
             label=section.label,
             window=section.window,

@@ -34,7 +34,7 @@ def read_section(
         assert structure is not None
         return read_images(section.folder, labels_of(structure, "images"))
     if section.text is None:
-        return read_documents(section.files, separator, section.field)
+        return read_documents(section.files, separator, section.field, section.template)
     label = section.label if isinstance(section, Training) else None
     labels = None if label is None or structure is None else labels_of(structure, label)
     return read_examples(section.files, section.text, labels)
@@ -162,7 +162,7 @@ class DataSets:
             if files := tuple(self.files(name)):
                 section = getattr(self.recipe.data, name)
                 # often the same files: compare once
-                others.setdefault((files, section.field, getattr(section, "text", None)), name)
+                others.setdefault((files, section.field, section.template, section.text), name)
         for name in others.values():
             check_disjoint(self.documents("evaluation"), self._seen(name), name)
 

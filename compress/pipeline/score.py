@@ -42,6 +42,8 @@ class Texts(Protocol):
     @property
     def field(self) -> str: ...  # noqa: D102
     @property
+    def template(self) -> str | None: ...  # noqa: D102
+    @property
     def columns(self) -> tuple[str, ...]: ...  # noqa: D102
     @property
     def label(self) -> str | None: ...  # noqa: D102
@@ -61,7 +63,7 @@ def read(texts: Texts, separator: str | None, structure: Structure) -> list[Docu
     if texts.images is not None:
         return read_images(texts.images, labels_of(structure, "images"))
     if texts.label is None:
-        return read_documents(texts.files, separator, texts.field)
+        return read_documents(texts.files, separator, texts.field, texts.template)
     task = task_of(structure.class_name)
     if task.labels == "scores" and len(texts.columns) < 2:
         raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")

@@ -25,7 +25,7 @@ from compress.errors import CompressError
 from compress.evaluation.tasks import TEXT_METRICS, Given, Task
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
-from compress.text import FIELD, FIELD_KINDS, holds_ids, kind
+from compress.text import FIELD, FIELD_KINDS, holds_ids, kind, template_columns
 
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
@@ -105,7 +105,7 @@ Columns = Annotated[
 ]
 
 
-_KINDS = "Text files: .txt, .jsonl, .csv, .tsv or .parquet, each also packed (.gz, .zst)"
+_KINDS = "Text files: .txt, .jsonl, .json, .csv, .tsv or .parquet, each also packed (.gz, .zst)"
 
 
 _IMAGES = (
@@ -115,6 +115,7 @@ _IMAGES = (
 #: Settings that say how text is read, and what each is where it says nothing.
 _OF_TEXT = {
     "field": FIELD,
+    "template": None,
     "text": None,
     "label": None,
     "mode": "packed",
@@ -131,8 +132,13 @@ class TextFiles(Settings):
     files: Files = Field(description=f"{_KINDS}.")
     field: Text = Field(
         default=FIELD,
-        description="Field to read of .jsonl, .csv, .tsv and .parquet files: text, or chats as lists of "
-        "{role, content}, which get the tokenizer's chat template.",
+        description="Field to read of .jsonl, .json, .csv, .tsv and .parquet files: text, or chats as lists of "
+        "{role, content} or {from, value}, which get the tokenizer's chat template.",
+    )
+    template: Text | None = Field(
+        default=None,
+        description="In place of `field`, the text of a row from several columns, each named in braces: "
+        '"{instruction}\\n{input}\\n{output}". Empty values leave nothing.',
     )
 
     @property
@@ -153,6 +159,14 @@ class TextFiles(Settings):
     @model_validator(mode="after")
     def _has_fields(self) -> Self:
         text = getattr(self, "text", None)
+        if self.template is not None:
+            template_columns(self.template)  # raises what is wrong with it
+            if named := next((n for n in ("text", "label") if getattr(self, n, None) is not None), None):
+                raise ValueError(f"`template` makes one plain text of a row: it does not go with `{named}`")
+            if self.field != FIELD:
+                raise ValueError("`template` names the columns, so leave out `field`")
+            if wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None):
+                raise ValueError(f"`template` names columns, and {wrong} has none")
         if text is not None and self.field != FIELD:
             raise ValueError("`text` names the column, so leave out `field`")
         if text is not None and (wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None)):
@@ -171,7 +185,7 @@ class Sampled(TextFiles):
     )
     text: Columns | None = Field(
         default=None,
-        description="Of .jsonl, .csv, .tsv and .parquet files the column of the text, or two columns of texts that the "
+        description="Of .jsonl, .json, .csv, .tsv and .parquet files the column of the text, or two columns of texts that the "
         "model reads together, [sentence1, sentence2], where each row is shown to the model by itself, as encoders read it; "
         "in place of `field`.",
     )
@@ -261,7 +275,7 @@ class Evaluation(TextFiles):
     )
     text: Columns | None = Field(
         default=None,
-        description="Of labelled .jsonl, .csv, .tsv and .parquet files the column of the text, or two columns of texts "
+        description="Of labelled .jsonl, .json, .csv, .tsv and .parquet files the column of the text, or two columns of texts "
         "that the model reads together: [sentence1, sentence2]. `text` by default where `label` is given.",
     )
     label: Text | None = Field(

@@ -299,7 +299,7 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("data: [a]", "r.yaml:5:7: data: expected a mapping, got a list"),
         (
             "data: {training: {files: [models/x.bin]}}",
-            "r.yaml:5:27: models/x.bin: is no .txt, .jsonl, .csv, .tsv or .parquet file (`.bin`)",
+            "r.yaml:5:27: models/x.bin: is no .txt, .jsonl, .json, .csv, .tsv or .parquet file (`.bin`)",
         ),
         (
             "data: {evaluation: {files: [models/ids.npy]}}",
