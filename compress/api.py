@@ -200,15 +200,33 @@ def apply(
 
 
 def load(
-    model: str | Path, *, dtype: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    quantized_activations: bool = True,
+    quantized_kv_cache: bool = False,
 ) -> PreTrainedModel:
     """Any checkpoint that this project writes, and any stock one, as a transformers model in evaluation mode.
 
     Compact checkpoints are read by this package's code; the file bundled in the folder is never run.
+
+    Args:
+        quantized_activations: round the inputs of linear layers where the config says so, as stock transformers does.
+        quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not;
+            evaluation does so.
     """
     from compress.loading import load_model
 
-    return load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        quantized_activations=quantized_activations,
+        quantized_kv_cache=quantized_kv_cache,
+    )
 
 
 def unpack(

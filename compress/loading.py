@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError
 
@@ -26,6 +27,8 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     offline: bool = False,
+    quantized_activations: bool = True,
+    quantized_kv_cache: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint folder or hub id, in evaluation mode.
 
@@ -35,15 +38,30 @@ def load_model(
     Args:
         dtype: ``float32``, ``bfloat16``, ``float16``; None for the checkpoint's own.
         trust_remote_code: allow a foreign ``auto_map``.
+        quantized_activations: round inputs of linear layers where the config says so, as stock transformers does.
+        quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not.
 
     Raises:
         CheckpointError: unknown model type; weights missing, unexpected or of the wrong shape.
     """
     stored = open_checkpoint(folder, trust_remote_code=trust_remote_code, offline=offline)
-    return load_checkpoint(stored, dtype=dtype, device=device)
+    return load_checkpoint(
+        stored,
+        dtype=dtype,
+        device=device,
+        quantized_activations=quantized_activations,
+        quantized_kv_cache=quantized_kv_cache,
+    )
 
 
-def load_checkpoint(checkpoint: Checkpoint, *, dtype: str | None = None, device: str = "cpu") -> PreTrainedModel:
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    quantized_activations: bool = True,
+    quantized_kv_cache: bool = False,
+) -> PreTrainedModel:
     """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet."""
     import torch
 
@@ -54,7 +72,16 @@ def load_checkpoint(checkpoint: Checkpoint, *, dtype: str | None = None, device:
     coded = any(tensor.grid is not None for tensor in checkpoint.spec.stored())
     if coded or needs_code(checkpoint.spec) or not isinstance(checkpoint, Stored):
         state = {tensor.name: checkpoint.tensor(tensor.name).data for tensor in checkpoint.spec.stored()}
-    return _load(checkpoint, kwargs, state)
+    model = _load(checkpoint, kwargs, state)
+    if quantized_activations and (formats := input_formats(checkpoint.spec)):
+        from compress.emulation import round_inputs
+
+        round_inputs(model, formats)
+    if quantized_kv_cache and cache_format(checkpoint.spec):
+        from compress.emulation import round_cache
+
+        round_cache(model)
+    return model
 
 
 def check_keys(checkpoint: Stored) -> None:
@@ -250,7 +277,8 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
 
     outputs = []
     for checkpoint in (handed, stored):
-        model = load_checkpoint(checkpoint, dtype="float32")
+        # without rounded inputs: what kernels round otherwise would turn into other codes
+        model = load_checkpoint(checkpoint, dtype="float32", quantized_activations=False)
         if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
             return
         vocabulary = int(getattr(model.config, "vocab_size", 0)) or 16

@@ -242,10 +242,14 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}",
             fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
         )
-    if following.structure.kv_cache is not None and needs_code(with_storage(following, store)):
+    rounded = {
+        "kv_cache": following.structure.kv_cache is not None,
+        "activations": any(t.grid is not None and t.grid.activations is not None for t in following.stored()),
+    }
+    if (key := next((k for k, said in rounded.items() if said), None)) and needs_code(with_storage(following, store)):
         raise PassError(
-            "`kv_cache` is said in the config of compressed-tensors, which compact checkpoints do not have",
-            key="kv_cache",
+            f"`{key}` is said in the config of compressed-tensors, which compact checkpoints do not have",
+            key=key,
             fix="use `store: stock`, or leave it out",
         )
     return following

@@ -165,6 +165,12 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, of computation.")] = "float32",
+    full_kv_cache: Annotated[
+        bool,
+        typer.Option(
+            "--full-kv-cache", help="Do not round keys and values where the config says that they are cached in fp8."
+        ),
+    ] = False,
     confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)] = 0.95,
     trust_remote_code: Trust = False,
     offline: Offline = False,
@@ -189,6 +195,7 @@ def evaluate(
         max_documents=max_documents,
         device=device,
         dtype=dtype,
+        quantized_kv_cache=not full_kv_cache,
         confidence=confidence,
         trust=trust_remote_code,
         offline=offline,

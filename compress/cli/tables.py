@@ -91,7 +91,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         print_gates(report["gates"], report["status"], console)
     if (note := figures.quality_note(report)) is not None:
         _line(console, f"measured on {note}", "dim")
-    for note in [*cold_experts(report), *report["notes"]]:
+    for note in filter(None, [figures.speed_note(report), *cold_experts(report), *report["notes"]]):
         _line(console, note, "dim")
     _line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:
@@ -372,6 +372,8 @@ def print_assessment(document: Mapping[str, Any]) -> None:
         files = settings["files"] or [settings["images"]]
         note = figures.quality_note({"result": document, "data": {"evaluation": {"files": files}}})
         _line(console, f"measured on {note}", "dim")
+    if (note := figures.speed_note({"result": document})) is not None:
+        _line(console, note, "dim")
 
 
 def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:

@@ -78,13 +78,15 @@ class CastSettings(PassSettings):
     )
     activations: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="Say in the config that inputs are to be cast while running, token by token: with int8 or fp8 weights.",
+        description="Quantise the inputs of the cast layers while running, token by token (dynamic), in the format of the "
+        "weights: int8 or fp8. It stands in the config; stock transformers, vLLM and SGLang do it, and figures here "
+        "include it. Not in the compact store.",
     )
     kv_cache: Literal["fp8"] | None = Field(
         default=None,
         description="Say in the config that keys and values are to be cached in fp8 (E4M3) while running, without calibrated "
-        "scales. For causal language models and codes that compressed-tensors holds. What this project measures of the result "
-        "is without it.",
+        "scales. For causal language models and codes that compressed-tensors holds. What is measured here includes it, with "
+        "scales of 1 as in vLLM (`data.evaluation.quantized_kv_cache: false` leaves it out).",
     )
 
     @model_validator(mode="after")

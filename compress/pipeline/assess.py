@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import images, text
 from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.running import emulated
 from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation.tasks import PAIRED, TEXT_METRICS, Given, check_metrics, task_of
 from compress.pipeline.fingerprint import versions
@@ -47,6 +48,7 @@ class Assessment:
     metrics: tuple[str, ...] | None = None
     device: str = "auto"
     dtype: str = "float32"
+    quantized_kv_cache: bool = True
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -101,6 +103,7 @@ def assess(
             stride=known["stride"],
             max_documents=known["max_documents"],
             dtype=known["dtype"],
+            quantized_kv_cache=known.get("quantized_kv_cache", True),
         )
     if how.text is not None and how.label is None:
         raise DataError(
@@ -164,7 +167,8 @@ def assess(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-        other["latency"], document["latency"] = measured["original"], measured["candidate"]
+        other["latency"] = measured["original"]
+        document["latency"] = {**measured["candidate"], "left_out": emulated(candidate.spec, kv_cache=True)}
     if other is not None:
         document["baseline"] = other
         if document["evaluation"] is not None and other["evaluation"] is not None:
@@ -200,13 +204,20 @@ def _text(
     structure = candidate.spec.structure
     documents = read(how, how.separator, structure)[: how.max_documents]
     assert candidate.folder is not None
-    model = load_checkpoint(candidate, dtype=how.dtype, device=how.device)
-    beside = None if reference is None else load_checkpoint(reference, dtype=how.dtype, device=how.device)
+    loading: dict[str, Any] = {"dtype": how.dtype, "device": how.device, "quantized_kv_cache": how.quantized_kv_cache}
+    model = load_checkpoint(candidate, **loading)
+    beside = None if reference is None else load_checkpoint(reference, **loading)
     processor = load_processor(structure, candidate.folder, trust_remote_code=candidate.trust_remote_code)
     score = Scorer(structure, candidate.folder, processor, documents, how, progress)
-    document["evaluation"] = score(model, beside)
+    document["evaluation"] = _noted(score(model, beside), candidate, how)
     if other is not None and other["evaluation"] is None and beside is not None:
-        other["evaluation"] = score(beside)
+        assert reference is not None
+        other["evaluation"] = _noted(score(beside), reference, how)
+
+
+def _noted(evaluation: dict[str, Any], checkpoint: Stored, how: Assessment) -> dict[str, Any]:
+    """An evaluation that says what was rounded as runtimes do."""
+    return {**evaluation, "emulated": emulated(checkpoint.spec, kv_cache=how.quantized_kv_cache)}
 
 
 def _sha256(how: Assessment, candidate: Stored) -> str | None:
@@ -262,6 +273,7 @@ def judge_checkpoint(
             max_documents=section.max_documents,
             device=recipe.device,
             dtype=recipe.dtype,
+            quantized_kv_cache=section.quantized_kv_cache,
         )
     document = assess(
         checkpoint, how, baseline=baseline, trust_remote_code=trust_remote_code, offline=offline, progress=progress

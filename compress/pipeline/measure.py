@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
-from compress.checkpoint.open import Stored
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.running import emulated
 from compress.evaluation.tasks import TEXT_METRICS
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
@@ -54,12 +55,13 @@ class Measurements:
         return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
 
     def _text(self, original: Stored, rows: list[dict[str, Any]]) -> None:
-        from compress.loading import load_checkpoint, load_model
+        from compress.loading import load_checkpoint
 
         section = self.recipe.data.evaluation
         assert section is not None
-        base = self._key("text", self.data.fingerprint("evaluation"))
-        keys = [self._key("text", self.data.fingerprint("evaluation"), row["fingerprint"]) for row in rows]
+        cached = section.quantized_kv_cache
+        base = self._key("text", "emulated", cached, self.data.fingerprint("evaluation"))
+        keys = [self._key(base, row["fingerprint"]) for row in rows]
         names = [f"original-{self._key(base, self._input)}", *(f"stage-{key}" for key in keys)]
         found = [None if self.fresh else self.folder.cached(name) for name in names]
         if any(item is None for item in found):
@@ -69,27 +71,21 @@ class Measurements:
             score = Scorer(
                 original.spec.structure, self.data.folder, self.data.processor(), documents, section, self.progress
             )
-            reference = load_checkpoint(original, dtype=self.recipe.dtype, device=self.device)
+            how: dict[str, Any] = {"dtype": self.recipe.dtype, "device": self.device, "quantized_kv_cache": cached}
+            reference = load_checkpoint(original, **how)
             for i, name in enumerate(names):
                 if found[i] is not None:
                     continue
                 start = time.perf_counter()
-                folder = None if i == 0 else rows[i - 1]["folder"]
-                model = (
-                    reference
-                    if folder is None
-                    else load_model(
-                        folder,
-                        dtype=self.recipe.dtype,
-                        device=self.device,
-                        trust_remote_code=self.recipe.trust_remote_code,
-                    )
-                )
+                trust = self.recipe.trust_remote_code
+                stored = original if i == 0 else open_checkpoint(rows[i - 1]["folder"], trust_remote_code=trust)
+                model = reference if i == 0 else load_checkpoint(stored, **how)
                 evaluation = score(
                     model,
-                    None if folder is None else reference,
-                    "evaluate the original" if folder is None else f"evaluate stage {i} of {len(rows)}",
+                    None if i == 0 else reference,
+                    "evaluate the original" if i == 0 else f"evaluate stage {i} of {len(rows)}",
                 )
+                evaluation["emulated"] = emulated(stored.spec, kv_cache=cached)
                 measured = {"evaluation": evaluation, "seconds": round(time.perf_counter() - start, 3)}
                 self.folder.cache(name, measured)
                 found[i] = measured
@@ -119,7 +115,9 @@ class Measurements:
                 progress=self.progress,
             )
             self.folder.cache(name, data)
-        self.original_latency, row["latency"] = data["original"], data["candidate"]
+        stored = open_checkpoint(row["folder"], trust_remote_code=self.recipe.trust_remote_code)
+        self.original_latency = data["original"]
+        row["latency"] = {**data["candidate"], "left_out": emulated(stored.spec, kv_cache=True)}
 
     def data_summary(self) -> dict[str, Any]:
         """What text was used, for the report."""

@@ -284,6 +284,12 @@ class Evaluation(TextFiles):
         "label2id. For sentence embeddings of base models: the score of the pair of texts that `text` names. Each row is read "
         "whole: `field`, `window` and `stride` have no meaning then.",
     )
+    quantized_kv_cache: bool = Field(
+        default=True,
+        description="Measure with keys and values rounded where the checkpoint's config says so (`cast: {kv_cache: fp8}`), as "
+        "vLLM and SGLang serve it. `false`: without, as stock transformers computes. Inputs of linear layers are rounded where "
+        "the config says so in either case.",
+    )
 
     @model_validator(mode="after")
     def _labelled(self) -> Self:

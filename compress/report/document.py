@@ -46,6 +46,17 @@ class Size(_Part):
     tensors: int = Field(description="Logical tensors with bytes of their own.")
 
 
+class Emulated(_Part):
+    """What is rounded in the measured model as runtimes round it."""
+
+    activations: dict[str, int] = Field(description="Format of inputs ▶ number of linear layers that read them so.")
+    kv_cache: str | None = Field(description="Format of keys and values.")
+
+
+class _Measurement(_Part):
+    emulated: Emulated | None = Field(default=None, description="Rounded inputs and caches that the figures include.")
+
+
 class DocumentScore(_Part):
     """Sums over the scored tokens of a document or chunk."""
 
@@ -57,7 +68,7 @@ class DocumentScore(_Part):
     agree: int | None = Field(description="Tokens at which both models' likeliest next token is the same.")
 
 
-class Evaluation(_Part):
+class Evaluation(_Measurement):
     """Scores on the evaluation text."""
 
     schema_: Literal["compress.evaluation/1"] = Field(alias="schema")
@@ -82,7 +93,7 @@ class PredictionRow(_Part):
     agree: int | None = Field(description="1 where both models' likeliest label is the same, else 0.")
 
 
-class Classification(_Part):
+class Classification(_Measurement):
     """Predictions of the labelled texts or images."""
 
     schema_: Literal["compress.classification/1"] = Field(alias="schema")
@@ -108,7 +119,7 @@ class MaskedScore(_Part):
     agree: int | None = Field(description="Tokens at which both models' likeliest token is the same.")
 
 
-class Masked(_Part):
+class Masked(_Measurement):
     """Scores of a masked language model at the tokens that were masked."""
 
     schema_: Literal["compress.masked/1"] = Field(alias="schema")
@@ -130,7 +141,7 @@ class EmbeddedRow(_Part):
     score: Number | None = Field(description="What the pair's label says.")
 
 
-class Embeddings(_Part):
+class Embeddings(_Measurement):
     """Sentence embeddings of a base model."""
 
     schema_: Literal["compress.embeddings/1"] = Field(alias="schema")
@@ -173,6 +184,10 @@ class Latency(_Part):
     prefill: Timing | None = Field(description="Seconds for the prompt.")
     decode: Timing | None = Field(description="Seconds per generated token.")
     memory: Memory
+    left_out: Emulated | None = Field(
+        default=None,
+        description="Rounded inputs and caches that the checkpoint asks for and the timed model does without.",
+    )
 
 
 class PassRow(_Part):

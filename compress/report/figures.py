@@ -317,7 +317,7 @@ def quality_note(report: Mapping[str, Any]) -> str | None:
     files = ", ".join(str(f).replace("\\", "/").rpartition("/")[2] for f in data.get("files", ()))
     units = _UNITS[evaluation["schema"]].format(**{"of": "texts", **evaluation})
     note = f"{len(evaluation['documents'])} {units} of {files or 'text'}"
-    return note + _NOTES[evaluation["schema"]](evaluation)
+    return note + _NOTES[evaluation["schema"]](evaluation) + _emulated(evaluation)
 
 
 _UNITS = {
@@ -337,6 +337,28 @@ _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 def _few(evaluation: Mapping[str, Any]) -> str:
     few = "; too few documents, so fixed chunks of them are resampled, which makes intervals rather too narrow"
     return few if evaluation["unit"] == "chunk" else ""
+
+
+def speed_note(report: Mapping[str, Any]) -> str | None:
+    """What the timed model does without, if anything."""
+    latency = report["result"]["latency"]
+    left_out = _rounded(latency.get("left_out")) if latency else ""
+    return (
+        f"times and memory are those without {left_out}: emulating that is slower than a runtime" if left_out else None
+    )
+
+
+def _emulated(evaluation: Mapping[str, Any]) -> str:
+    """Which rounded inputs and caches the figures include."""
+    rounded = _rounded(evaluation.get("emulated"))
+    return f"; with {rounded}, as a runtime computes" if rounded else ""
+
+
+def _rounded(emulated: Mapping[str, Any] | None) -> str:
+    if not emulated:
+        return ""
+    parts = [f"inputs of {n} linear layers in {name}" for name, n in emulated["activations"].items()]
+    return " and ".join(parts + ([f"keys and values in {emulated['kv_cache']}"] if emulated["kv_cache"] else []))
 
 
 def _cut(evaluation: Mapping[str, Any]) -> str:

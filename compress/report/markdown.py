@@ -92,6 +92,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         note
         for note in (
             figures.quality_note(report),
+            figures.speed_note(report),
             f"{machine['cpu']}, {machine['cores']} cores, device {machine['device']}",
             ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
             f"{report['started']}, {report['seconds']:.0f} s",

@@ -1,0 +1,35 @@
+"""What a checkpoint asks runtimes to round while they compute: inputs of linear layers, keys and values. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.spec import Spec
+
+
+def input_formats(spec: Spec) -> dict[str, str]:
+    """Module with codes ▶ the format that its inputs are cast to, token by token.
+
+    None of a compact checkpoint: its modelling file makes floats of the codes and rounds no inputs.
+    """
+    if needs_code(spec):
+        return {}
+    formats = {t.module: t.grid.activations for t in spec.stored() if t.grid is not None}
+    return {module: format_ for module, format_ in formats.items() if format_ is not None}
+
+
+def cache_format(spec: Spec) -> str | None:
+    """The format of cached keys and values; None for that of the computation."""
+    return None if needs_code(spec) else spec.structure.kv_cache
+
+
+def emulated(spec: Spec, *, kv_cache: bool) -> dict[str, Any] | None:
+    """What an evaluation rounds as runtimes do, JSON values: ``activations`` (format ▶ number of layers), ``kv_cache``.
+
+    None where there is nothing. ``kv_cache``: whether the evaluation rounds keys and values.
+    """
+    inputs = dict(sorted(Counter(input_formats(spec).values()).items()))
+    cache = cache_format(spec) if kv_cache else None
+    return {"activations": inputs, "kv_cache": cache} if inputs or cache else None

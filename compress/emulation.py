@@ -1,0 +1,169 @@
+"""Quantised activations and key-value caches, computed in floats.
+
+Inputs of linear layers are rounded by the very steps of compressed-tensors 0.20 (``forward_quantize``), so that a model gives
+the logits that stock transformers gives. Keys and values are rounded as vLLM's cache holds them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Least and largest code of a format.
+_RANGES = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
+#: What attention modules call the cache they are given, by version and family.
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
+    """Values [batch, tokens, …] as 8-bit codes times a scale for each token, found from its largest value.
+
+    As compressed-tensors does, values of one or two axes get one scale for all.
+    """
+    if not values.numel():
+        return values
+    low, high = _RANGES[format_]
+    axes = tuple(range(2, values.ndim))
+    largest = values.abs().amax(axes, keepdim=True) if axes else values.abs().amax()
+    # a tensor on the device: CUDA multiplies by the inverse of a Python number instead of dividing
+    scale = largest / torch.tensor((high - low) / 2, dtype=values.dtype, device=values.device)
+    scale = torch.where(scale == 0, torch.finfo(values.dtype).eps, scale)
+    return _nearest(values / scale, format_).to(values.dtype) * scale
+
+
+def rounded_by_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Values as fp8 (E4M3) codes times a given scale, float32, that broadcasts to them; beyond the range the last code."""
+    return (_nearest(values.float() / scale, "fp8").float() * scale).to(values.dtype)
+
+
+def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
+    """The nearest code, ties to even."""
+    low, high = _RANGES[format_]
+    values = values.clamp(low, high)
+    return values.round() if format_ == "int8" else values.to(torch.float8_e4m3fn)
+
+
+def round_inputs(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
+    """From now on the inputs of those linear layers, named as files name them, are rounded token by token.
+
+    Raises:
+        CheckpointError: the model has no such linear layer.
+    """
+    for name, module in _linears(model, formats).items():
+        module.register_forward_pre_hook(_rounding(formats[name]))
+
+
+def _rounding(format_: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return (rounded_by_token(args[0], format_), *args[1:])
+
+    return hook
+
+
+def _linears(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.nn.Linear]:
+    """Linear layers by the names that files give them, which are not always those in memory."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, torch.nn.Linear] = {}
+    written: dict[str, torch.nn.Linear] | None = None
+    for name in names:
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        module = next((linears[s] for s in spellings if s in linears), None)
+        if module is None:
+            written = _as_written(model, linears) if written is None else written
+            module = next((written[s] for s in spellings if s in written), None)
+        if module is None:
+            raise CheckpointError(f"has quantised inputs of {name}, which is no linear layer of {type(model).__name__}")
+        found[name] = module
+    return found
+
+
+def _as_written(model: PreTrainedModel, linears: Mapping[str, torch.nn.Linear]) -> dict[str, torch.nn.Linear]:
+    """Linear layers by the names that `save_pretrained` would give them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    owners = {module.weight.data_ptr(): module for module in linears.values()}
+    weights = {f"{name}.weight": module.weight.data for name, module in linears.items()}
+    renamed: Mapping[str, torch.Tensor] = revert_weight_conversion(model, weights)
+    return {
+        name.removesuffix(".weight"): owners[weight.data_ptr()]
+        for name, weight in renamed.items()
+        if weight.data_ptr() in owners
+    }
+
+
+def round_cache(
+    model: PreTrainedModel, scales: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> None:
+    """From now on keys and values are rounded to fp8 before attention reads them, whether they are cached or not.
+
+    Args:
+        scales: number of a block ▶ the scales of its keys and of its values, float32 [1] or [heads, 1, 1]; 1 without.
+
+    Raises:
+        CheckpointError: the model has no attention that takes a cache.
+    """
+    attentions = cached_attentions(model)
+    if not attentions:
+        raise CheckpointError(
+            f"has a quantised cache, and no attention of {type(model).__name__} caches keys and values"
+        )
+    for argument, module in attentions:
+        one = torch.ones(1, device=model.device)
+        pair = (one, one) if scales is None else tuple(s.to(model.device) for s in scales(int(module.layer_idx)))
+        tap_cache(argument, module, lambda key, value, pair=pair: _both(key, value, pair))  # type: ignore[misc]
+
+
+def _both(
+    key: torch.Tensor, value: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rounded_by_scale(key, scales[0]), rounded_by_scale(value, scales[1])
+
+
+def cached_attentions(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Attention modules that put keys and values into a cache, each with the name of that argument."""
+    found = []
+    for part in module.modules():
+        if "attention" not in type(part).__name__.lower() or not hasattr(part, "layer_idx"):
+            continue
+        taken = inspect.signature(part.forward).parameters
+        if (argument := next((name for name in _CACHE_ARGUMENTS if name in taken), None)) is not None:
+            found.append((argument, part))
+    return found
+
+
+def tap_cache(
+    argument: str, module: Any, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> Any:
+    """Put ``change`` between an attention's keys and values [samples, heads, tokens, width] and its cache, if it has one.
+
+    Returns the handle of a hook.
+    """
+
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, argument: _Tapped(kwargs.get(argument), change)}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class _Tapped:
+    """A cache as attention sees it; attention without one gets back what it gives."""
+
+    def __init__(self, cache: Any, change: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._cache, self._change = cache, change
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        key, value = self._change(key, value)
+        return (key, value) if self._cache is None else self._cache.update(key, value, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
