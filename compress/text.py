@@ -226,6 +226,12 @@ def encoded(document: Document, tokenizer: Any, length: int | None = None) -> di
     return dict(tokenizer(*texts, add_special_tokens=document.messages is None, verbose=False, **how))
 
 
+def beginning(tokenizer: Any) -> int | None:
+    """Id of the beginning-of-text token that a tokenizer puts before a text of its own accord; None where it puts none."""
+    begin: int | None = tokenizer.bos_token_id
+    return begin if begin is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [begin] else None
+
+
 def _unpacked(path: Path) -> bytes:
     """A file's bytes, decompressed."""
     try:

@@ -119,17 +119,25 @@ def model(
     return built.to(dtype).eval()
 
 
-def tokenizer() -> Any:
-    """Byte-level BPE without merges beyond the alphabet: 257 tokens, <|endoftext|> first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def tokenizer(*, begins: bool = False) -> Any:
+    """Byte-level BPE without merges beyond the alphabet: 257 tokens, <|endoftext|> first.
+
+    ``begins``: token 257, <bos>, is put before every text, as Llama's and Gemma's tokenizers do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
+    if begins:
+        raw.add_special_tokens(["<bos>"])
+        raw.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 257)]
+        )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+        tokenizer_object=raw, bos_token="<bos>" if begins else "<|endoftext|>", eos_token="<|endoftext|>"
     )
 
 

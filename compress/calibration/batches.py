@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError, one_line
 from compress.images import pixels
-from compress.text import FIELD, Document, encoded, rendered
+from compress.text import FIELD, Document, beginning, encoded, rendered
 
 if TYPE_CHECKING:
     import torch
@@ -116,27 +116,30 @@ def sample_windows(
     """``samples`` windows of ``length`` tokens.
 
     Documents are shuffled by seed, tokenised one by one with an end-of-text token between them (where the tokenizer has
-    one) and packed into one stream, of which windows are drawn at random without overlap.
+    one) and packed into one stream, of which windows are drawn at random without overlap. Where the tokenizer puts a
+    beginning-of-text token before a text, every window begins with one: models that were trained with it read nothing else.
 
     Raises:
-        DataError: the text gives fewer than ``samples`` windows, or holds chats that the tokenizer has no template for.
+        DataError: the text gives fewer than ``samples`` windows, holds chats that the tokenizer has no template for, or a
+            window has no room beside the beginning-of-text token.
     """
     import torch
 
     generator = random.Random(seed)
     order = list(documents)
     generator.shuffle(order)
+    begin, cut = _window(tokenizer, length)
     # a stream four times as long as asked is random enough, whatever the text's size
-    stream, begins = _stream(tokenizer, order, 4 * samples * length)
-    slots = len(stream) // length
+    stream, begins = _stream(tokenizer, order, 4 * samples * cut, begin)
+    slots = len(stream) // cut
     if slots < samples:
         raise DataError(
             f"calibration asks for {samples} samples of {length} tokens, the text gives {slots}",
             fix="name more text, or ask for fewer or shorter samples",
         )
-    starts = [slot * length for slot in sorted(generator.sample(range(slots), samples))]
+    starts = [slot * cut for slot in sorted(generator.sample(range(slots), samples))]
     return Batches(
-        torch.tensor([stream[start : start + length] for start in starts]),
+        torch.tensor([begin + stream[start : start + cut] for start in starts]),
         chosen=tuple(_places(order, begins, starts)),
     )
 
@@ -145,35 +148,53 @@ def every_window(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Documen
     """All windows of ``length`` tokens of documents packed as in `sample_windows`, in an order drawn by seed.
 
     Raises:
-        DataError: the text gives no window, or holds chats that the tokenizer has no template for.
+        DataError: the text gives no window; otherwise as `sample_windows`.
     """
     import torch
 
     generator = random.Random(seed)
     order = list(documents)
     generator.shuffle(order)
-    stream, begins = _stream(tokenizer, order, None)
-    if len(stream) < length:
+    begin, cut = _window(tokenizer, length)
+    stream, begins = _stream(tokenizer, order, None, begin)
+    if len(stream) < cut:
         raise DataError(
-            f"training asks for windows of {length} tokens, the text has {len(stream)}",
+            f"training asks for windows of {length} tokens, the text has {len(begin) + len(stream)}",
             fix="name more text, or set a shorter `length`",
         )
-    starts = [slot * length for slot in range(len(stream) // length)]
+    starts = [slot * cut for slot in range(len(stream) // cut)]
     generator.shuffle(starts)
-    rows = torch.tensor(stream[: len(starts) * length]).view(-1, length)
-    return Batches(rows[torch.tensor(starts) // length], chosen=tuple(_places(order, begins, starts)))
+    rows = torch.tensor(stream[: len(starts) * cut]).view(-1, cut)[torch.tensor(starts) // cut]
+    rows = torch.cat([torch.tensor(begin, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
+    return Batches(rows, chosen=tuple(_places(order, begins, starts)))
+
+
+def _window(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], int]:
+    """What a window of ``length`` tokens begins with, and how many tokens of the stream follow. Raises `DataError`."""
+    begin = beginning(tokenizer)
+    if begin is None:
+        return [], length
+    if length < 2:
+        raise DataError(
+            "a sample of 1 token has no room beside the beginning-of-text token", fix="set length to 2 or more"
+        )
+    return [begin], length - 1
 
 
 def _stream(
-    tokenizer: PreTrainedTokenizerBase, order: Sequence[Document], wanted: int | None
+    tokenizer: PreTrainedTokenizerBase, order: Sequence[Document], wanted: int | None, begin: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Tokens of documents one after another, up to the one that completes ``wanted`` tokens; where each document begins."""
+    """Tokens of documents one after another, up to the one that completes ``wanted`` tokens; where each document begins.
+
+    What windows ``begin`` with is left out of documents that spell it (chats).
+    """
     stream: list[int] = []
     begins: list[int] = []
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in order:
         begins.append(len(stream))
-        stream += tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"] + end
+        ids = list(tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
+        stream += ids[len(begin) if begin and ids[:1] == begin else 0 :] + end
         if wanted is not None and len(stream) >= wanted:
             break
     return stream, begins

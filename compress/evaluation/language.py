@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, DataError
 from compress.progress import Progress, SilentProgress
-from compress.text import Document, rendered
+from compress.text import Document, beginning, rendered
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,9 @@ def score_documents(
     """Score every token of every document once, in float32 log-probabilities.
 
     Each document is tokenised by itself, after the tokenizer's beginning-of-text token where it has one. A forward pass
-    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet. Of a chat
-    the text that the tokenizer's template gives is scored, roles and marks included.
+    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet. Where the
+    tokenizer puts a beginning-of-text token before texts, every forward pass begins with one, as the model expects. Of a
+    chat the text that the tokenizer's template gives is scored, roles and marks included.
 
     Args:
         reference: the model to compare with; where the vocabularies are padded differently, over the shared ids.
@@ -128,7 +129,8 @@ def score_documents(
         ids, offsets = _tokens(tokenizer, document.text)
         encoded.append([*([begin] if begin is not None else []), *ids])
         starts.append([*([0] if begin is not None else []), *offsets])
-    windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride)]
+    always = beginning(tokenizer)
+    windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride, always)]
     if not windows:
         raise DataError("the evaluation text has no token to score")
     embeddings: Any = model.get_input_embeddings()
@@ -198,13 +200,16 @@ def _byte_at(text: str, character: int) -> int:
     return len(text[:character].encode())
 
 
-def _windows(document: int, ids: list[int], window: int, stride: int) -> Iterator[_Window]:
-    scored = 1  # the first token is never a target
-    for start in range(0, len(ids) - 1, stride):
-        end = min(start + window, len(ids) - 1)
+def _windows(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[_Window]:
+    """``begin`` stands before all windows but the first, whose first token it is."""
+    scored, start = 1, 0  # the first token is never a target
+    while start < len(ids) - 1:
+        lead = [begin] if begin is not None and start else []
+        end = min(start + window - len(lead), len(ids) - 1)
         if end >= scored:
-            yield _Window(document, ids[start : end + 1], scored - 1 - start, scored)
+            yield _Window(document, lead + ids[start : end + 1], scored - 1 - start + len(lead), scored)
             scored = end + 1
+        start = min(start + stride, end)  # no further than the last target, which the next window reads first
 
 
 def _score(

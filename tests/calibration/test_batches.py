@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from compress.calibration.batches import (
     Batches,
     check_vocabulary,
+    every_window,
     first,
     given_ids,
     read_ids,
@@ -343,3 +344,41 @@ def test_a_sweep_reads_the_types_of_pairs(tmp_path):
         expected = model(**args).hidden_states[3]
     assert torch.allclose(outputs[0][mask], expected[mask], atol=1e-5)
     assert not torch.allclose(outputs[1][mask], expected[mask], atol=1e-2)
+
+
+# --- the beginning-of-text token
+
+
+def test_windows_begin_as_the_tokenizer_begins_texts(tokenizer):
+    """One before each; the rest is the stream of the same tokenizer without one."""
+    begins = pico.tokenizer(begins=True)
+    some = documents()
+    order = list(some)
+    random.Random(1).shuffle(order)
+    stream = [token for d in order for token in [*tokens(tokenizer, d.text), tokenizer.eos_token_id]]
+    drawn = sample_windows(begins, some, 40, 16, 1)
+    whole = every_window(begins, some, 16, 1)
+    for found in (drawn, whole):
+        assert found.ids.shape[1] == 16
+        assert found.ids[:, 0].eq(257).all()
+        assert not found.ids[:, 1:].eq(257).any()
+    places = {d.id: len([t for e in order[:i] for t in tokens(tokenizer, e.text)]) + i for i, d in enumerate(order)}
+    for ids, place in zip(drawn.ids.tolist(), drawn.chosen, strict=True):
+        name, _, start = place.partition("+")
+        at = places[name] + int(start)
+        assert ids == [257, *stream[at : at + 15]]
+    assert len(whole.ids) == len(stream) // 15
+    assert sorted(whole.ids[:, 1:].flatten().tolist()) == sorted(stream[: len(whole.ids) * 15])
+    with pytest.raises(
+        DataError, match=r"a sample of 1 token has no room beside the beginning-of-text token; set length"
+    ):
+        sample_windows(begins, some, 1, 1, 0)
+
+
+def test_a_template_that_spells_the_beginning_gives_no_second_one():
+    begins = pico.tokenizer(begins=True)
+    begins.chat_template = "{{ bos_token }}" + TEMPLATE
+    chats = [Document(f"a#{i}", "hi", ({"role": "user", "content": "hi" * 9},)) for i in range(4)]
+    one = [*tokens(begins, "<user>" + "hi" * 9), begins.eos_token_id]
+    drawn = every_window(begins, chats, len(one) + 1, 0)
+    assert drawn.ids.tolist() == [[257, *one]] * 4

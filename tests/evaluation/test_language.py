@@ -61,6 +61,44 @@ def test_every_token_is_scored_once_as_the_slow_way_says(model, tokenizer, windo
     assert scores["kl"] is None
 
 
+@pytest.mark.parametrize(("window", "stride"), [(32, 32), (16, 5), (2, 2)])
+def test_every_window_begins_as_the_tokenizer_begins_texts(model, window, stride):
+    """Every token is scored once and every byte counted once, by a model that never reads a window without the beginning."""
+    begins = pico.tokenizer(begins=True)
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
+    read, handle = (
+        [],
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: read.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+        ),
+    )
+    scores = score_documents(model, begins, documents, window=window, stride=stride).to_dict()
+    handle.remove()
+    assert {row[0] for row in read} == {257}
+    assert {len(row) for row in read} <= set(range(1, window + 1))
+    for row, text in zip(scores["documents"], TEXTS, strict=False):
+        ids = begins(text)["input_ids"]
+        assert (row["bytes"], row["tokens"]) == (len(text.encode()), len(ids) - 1)
+        nll, start, scored = 0.0, 0, 1
+        with torch.no_grad():
+            while scored < len(ids):  # as docs/recipes.md says: each reads <bos> and what fits beside it
+                lead = [257] if start else []
+                end = min(start + window - len(lead), len(ids) - 1)
+                logits = model(input_ids=torch.tensor([lead + ids[start:end]])).logits[0].double().log_softmax(-1)
+                for target in range(scored, end + 1):
+                    nll -= float(logits[len(lead) + target - start - 1, ids[target]])
+                scored, start = max(scored, end + 1), min(start + stride, end)
+        assert row["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_chunks_of_windows_that_begin_so_add_up(model):
+    begins, text = pico.tokenizer(begins=True), TEXTS[0] * 20
+    few = score_documents(model, begins, [Document("d#0", text)], window=16, stride=16)
+    assert few.unit == "chunk"
+    assert sum(s.bytes for s in few.documents) == len(text.encode())
+    assert sum(s.tokens for s in few.documents) == len(begins(text)["input_ids"]) - 1
+
+
 def test_divergence_and_agreement_by_their_definitions(model, other, tokenizer):
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
     scores = score_documents(other, tokenizer, documents, window=32, stride=32, reference=model)
