@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
+from compress.checkpoint.spec import Structure, Tensor
 from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError
 
@@ -65,13 +66,13 @@ def load_checkpoint(
     """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet."""
     import torch
 
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto", "output_loading_info": True}
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
-    state = None
-    coded = any(tensor.grid is not None for tensor in checkpoint.spec.stored())
-    if coded or needs_code(checkpoint.spec) or not isinstance(checkpoint, Stored):
-        state = {tensor.name: checkpoint.tensor(tensor.name).data for tensor in checkpoint.spec.stored()}
+    if isinstance(checkpoint, Stored):
+        state: dict[str, Any] = {t.name: _Unread(checkpoint, t) for t in checkpoint.spec.stored()}
+    else:
+        state = {t.name: checkpoint.tensor(t.name).data for t in checkpoint.spec.stored()}
     model = _load(checkpoint, kwargs, state)
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
@@ -84,6 +85,23 @@ def load_checkpoint(
     return model
 
 
+class _Unread:
+    """A tensor of a checkpoint on disk, which transformers' loader reads by indexing, as it reads slices of safetensors."""
+
+    def __init__(self, checkpoint: Stored, tensor: Tensor) -> None:
+        self._checkpoint, self._tensor = checkpoint, tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._checkpoint.tensor(self._tensor.name).data[index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self._tensor.dtype)
+
+    def is_floating_point(self) -> bool:
+        return self._tensor.is_float
+
+
 def check_keys(checkpoint: Stored) -> None:
     """Every key of the written files is one that the stock class asks for, of the right shape, and none is missing.
 
@@ -92,28 +110,23 @@ def check_keys(checkpoint: Stored) -> None:
     import torch
 
     state = {t.name: torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in checkpoint.spec.stored()}
-    _load(checkpoint, {"output_loading_info": True, "dtype": "auto", "device_map": {"": "meta"}}, state)
+    _load(checkpoint, {"dtype": "auto", "device_map": {"": "meta"}}, state)
 
 
-def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: dict[str, torch.Tensor] | None) -> PreTrainedModel:
+def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint's class with that state: the tensors of its spec, and no file that a folder may also hold."""
     import transformers
 
-    spec, folder = checkpoint.spec, checkpoint.folder
+    folder = checkpoint.folder
     assert folder is not None
     with quiet_transformers():
         stock, config = stock_class(checkpoint)
         try:
-            if state is not None:
-                model, info = stock.from_pretrained(None, config=config, state_dict=state, **kwargs)
-                if model.can_generate() and (folder / "generation_config.json").exists():
-                    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-            else:
-                extra = (
-                    {"trust_remote_code": True}
-                    if checkpoint.trust_remote_code and spec.structure.config.get("auto_map")
-                    else {}
-                )
-                model, info = stock.from_pretrained(folder, config=config, local_files_only=True, **extra, **kwargs)
+            model, info = stock.from_pretrained(
+                None, config=config, state_dict=dict(state), output_loading_info=True, trust_remote_code=False, **kwargs
+            )
+            if model.can_generate() and (folder / "generation_config.json").exists():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except RuntimeError as error:
             if "size mismatch" in str(error) or "mismatched" in str(error):
                 raise CheckpointError(
@@ -141,41 +154,15 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     Raises:
         CheckpointError: for unknown model types.
     """
-    import transformers
 
     structure = checkpoint.spec.structure
     where = str(checkpoint.folder)
-    data = dict(structure.config)
-    auto_map = data.get("auto_map")
-    assert checkpoint.folder is not None
-    try:
-        if auto_map and checkpoint.trust_remote_code:
-            config = transformers.AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=True, local_files_only=True
-            )
-            auto = next((k for k in auto_map if k.startswith("AutoModelFor")), "AutoModel")
-            return getattr(transformers, auto), config
-        if data["model_type"] not in transformers.CONFIG_MAPPING:
-            raise CheckpointError(
-                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}",
-                where=where,
-            )
-        config = transformers.AutoConfig.for_model(**data)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
-    except Exception as error:  # strict dataclass validation of configs raises errors of huggingface_hub's own
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
-        raise
-    name = structure.class_name
-    found: Any = getattr(transformers, name, None) if name else None
-    if name and found is None:
-        raise CheckpointError(f"transformers {transformers.__version__} has no class {name}", where=where)
-    if found is None:
-        mapping: Any = transformers.AutoModel._model_mapping
-        found = mapping.get(type(config), transformers.AutoModel)
-        if isinstance(found, (tuple, list)):  # several, the usual one first
-            found = found[0]
+    found = config = None
+    if structure.config.get("auto_map") and checkpoint.trust_remote_code:
+        assert checkpoint.folder is not None
+        found, config = remote_class(structure, checkpoint.folder)
+    config = _config(structure, where) if config is None else config
+    found = _stock_class(structure, config, where) if found is None else found
     pooled = "add_pooling_layer" in inspect.signature(found).parameters
     if pooled and not any(".pooler." in f".{name}" for name in checkpoint.spec.tensors):
         found = _without_pooler(found)
@@ -184,6 +171,48 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
 
         found = edited_class(found, to_json(structure.edits))
     return found, config
+
+
+def _config(structure: Structure, where: str) -> Any:
+    """The config object of transformers' own class for the model type."""
+    import transformers
+
+    data = dict(structure.config)
+    try:
+        if data["model_type"] not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(
+                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}",
+                where=where,
+            )
+        return transformers.AutoConfig.for_model(**data)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
+    except Exception as error:  # strict dataclass validation of configs raises errors of huggingface_hub's own
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
+        raise
+
+
+def _stock_class(structure: Structure, config: Any, where: str) -> Any:
+    """The model class of transformers that a config names; of one that names none, the base model of its type."""
+    import transformers
+
+    name = structure.class_name
+    found: Any = getattr(transformers, name, None) if name else None
+    if name and not is_model_class(found):
+        raise CheckpointError(f"transformers {transformers.__version__} has no model class {name}", where=where)
+    if found is None:
+        mapping: Any = transformers.AutoModel._model_mapping
+        found = mapping.get(type(config), None)
+        if isinstance(found, (tuple, list)):  # several, the usual one first
+            found = found[0]
+    if found is None:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no base model of the type `{structure.model_type}`",
+            where=where,
+            fix="name the class in `architectures` of config.json",
+        )
+    return found
 
 
 def _without_pooler(stock: Any) -> Any:

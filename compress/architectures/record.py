@@ -14,6 +14,23 @@ from compress.errors import CheckpointError, PassError
 
 
 @dataclass(frozen=True)
+class Leftover:
+    """Tensors that files of a family may hold and a class does not read.
+
+    Attributes:
+        pattern: regular expression that such a name ends with, or has after a dot.
+        lacking: how the names of the classes without such tensors end; all classes, where not said.
+    """
+
+    pattern: str
+    lacking: tuple[str, ...] = ("",)
+
+    def fits(self, name: str, class_name: str) -> bool:
+        """Whether a class of that name has no tensor of that name, but files may."""
+        return class_name.endswith(self.lacking) and re.search(rf"(?:^|\.)(?:{self.pattern})", name) is not None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One model family.
 
@@ -53,6 +70,10 @@ class Architecture:
         mlps, attention, hidden: what structured pruning may narrow, see `architectures.units`.
         cross: attention of a decoder's blocks to what the encoder gives, beside ``attention``.
         relative: a stock family to become where the config forbids a new number of heads.
+        base_class: name of the class without a head.
+        leftovers: what files may hold beside the model: heads of other classes, tables that models now compute.
+        old_names: ends of names that older files spell otherwise ▶ as transformers spells them.
+        copies: parameters (no prefix) that are the first embedding's, whatever the config says; files may hold them.
     """
 
     model_type: str
@@ -92,6 +113,10 @@ class Architecture:
     cross: Attention | None = None
     hidden: Hidden | None = None
     relative: Relative | None = None
+    base_class: str = ""
+    leftovers: tuple[Leftover, ...] = ()
+    old_names: Mapping[str, str] = field(default_factory=dict)
+    copies: tuple[str, ...] = ()
 
     @cached_property
     def _block(self) -> re.Pattern[str]:
@@ -204,16 +229,34 @@ class Architecture:
 
         The file may hold either of two tied parameters; stock transformers fills in the other.
         """
-        if not self.is_tied(spec):
-            return
-        embedding = f"{self.embeddings[0]}.weight"
-        pairs = [self.bias_tie] if self.bias_tie else []
-        pairs.append((self.head_tie, self._find(spec, embedding) or self._spelt(spec, embedding)))
-        for target, source in pairs:
+        for target, source in self.tied_pairs(spec):
             if source in spec.tensors and target not in spec.tensors:
                 yield target, source
             elif target in spec.tensors and source not in spec.tensors:
                 yield source, target
+
+    def tied_pairs(self, spec: Spec) -> list[tuple[str, str]]:
+        """(name, source) of the parameters that the config ties, whether the file holds them or not; the head's weight last."""
+        if not self.is_tied(spec):
+            return []
+        embedding = f"{self.embeddings[0]}.weight"
+        pairs = [self.bias_tie] if self.bias_tie else []
+        return [*pairs, (self.head_tie, self._find(spec, embedding) or self._spelt(spec, embedding))]
+
+    def held_copies(self, spec: Spec) -> list[tuple[str, str]]:
+        """(name, source) of the embedding's copies that the file holds and every class of the family reads as the embedding."""
+        source = self._find(spec, f"{self.embeddings[0]}.weight")
+        names = (start + name for name in self.copies for start in (f"{self.prefix}.", ""))
+        return [] if source is None else [(name, source) for name in names if name in spec.tensors]
+
+    def is_leftover(self, name: str, class_name: str | None) -> bool:
+        """Whether the class of that name (None: the one without a head) does not read a tensor that files may hold."""
+        return any(leftover.fits(name, class_name or self.base_class) for leftover in self.leftovers)
+
+    def new_name(self, name: str) -> str:
+        """The name of a tensor of a file as transformers spells it now."""
+        old = next((end for end in self.old_names if name.endswith(end)), None)
+        return name if old is None else name.removesuffix(old) + self.old_names[old]
 
     def is_tied(self, spec: Spec) -> bool:
         """Whether its config ties what tokens are predicted by to what they are looked up by."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.architectures.record import Architecture
+from compress.architectures.record import Architecture, Leftover
 from compress.architectures.units import Attention, Hidden, Layout, Mlp, Relative
 
 _QKVO = Attention(
@@ -29,7 +29,10 @@ _GEMMA_NORMS = Hidden(
     offset=1.0,
     scaled=True,
 )
+#: Llama 2 and its like have one in every block; models compute it once.
+_INVERSE_FREQUENCIES = Leftover(r"rotary_emb\.inv_freq$")
 _DECODER: dict[str, Any] = {
+    "leftovers": (_INVERSE_FREQUENCIES,),
     "prefix": "model",
     "blocks": "layers",
     "embeddings": ("embed_tokens",),
@@ -43,7 +46,13 @@ _GEMMA_LIKE: dict[str, Any] = {
     "mlps": (_GATED,),
     "hidden": _GEMMA_NORMS,
 }
+_POSITION_IDS = Leftover(r"embeddings\.position_ids$")
+_LAYER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+#: Classes that tell something of a whole text or of its tokens: all but those that predict tokens.
+_TOKENS = ("ForTokenClassification", "ForQuestionAnswering")
+_TEXTS = ("ForSequenceClassification", "ForMultipleChoice", *_TOKENS)
 _BERT_LIKE: dict[str, Any] = {
+    "old_names": _LAYER_NORMS,
     "blocks": "encoder.layer",
     "embeddings": ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings"),
     "position_table": "embeddings.position_embeddings",
@@ -167,6 +176,7 @@ RECORDS: tuple[Architecture, ...] = (
         tie_default=True,
         mlps=(Mlp(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
         attention=_fused("attn.c_attn", "attn.c_proj", "stacked"),
+        leftovers=(Leftover(r"h\.\d+\.(?:attn|crossattention)\.(?:bias|masked_bias)$"),),
     ),
     Architecture(
         "bloom",
@@ -191,6 +201,10 @@ RECORDS: tuple[Architecture, ...] = (
         head_tie="embed_out.weight",
         mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
         attention=_fused("attention.query_key_value", "attention.dense", "interleaved"),
+        leftovers=(
+            Leftover(r"layers\.\d+\.attention\.(?:bias|masked_bias)$"),
+            Leftover(r"layers\.\d+\.attention\.rotary_emb\.inv_freq$"),
+        ),
     ),
     Architecture(
         "opt",
@@ -211,6 +225,13 @@ RECORDS: tuple[Architecture, ...] = (
         head="cls.predictions.decoder",
         head_tie="cls.predictions.decoder.weight",
         bias_tie=("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        base_class="BertModel",
+        leftovers=(
+            _POSITION_IDS,
+            Leftover(r"pooler\.", ("ForMaskedLM", "LMHeadModel", *_TOKENS)),
+            Leftover(r"cls\.predictions\.", ("BertModel", "ForNextSentencePrediction", *_TEXTS)),
+            Leftover(r"cls\.seq_relationship\.", ("BertModel", "ForMaskedLM", "LMHeadModel", *_TEXTS)),
+        ),
     ),
     Architecture(
         "albert",
@@ -231,6 +252,13 @@ RECORDS: tuple[Architecture, ...] = (
         head="predictions.decoder",
         head_tie="predictions.decoder.weight",
         bias_tie=("predictions.decoder.bias", "predictions.bias"),
+        base_class="AlbertModel",
+        leftovers=(
+            _POSITION_IDS,
+            Leftover(r"pooler\.|pooler_activation\.", ("ForMaskedLM", *_TOKENS)),
+            Leftover(r"predictions\.", ("AlbertModel", *_TEXTS)),
+            Leftover(r"sop_classifier\.", ("AlbertModel", "ForMaskedLM", *_TEXTS)),
+        ),
     ),
     Architecture(
         "roberta",
@@ -240,6 +268,12 @@ RECORDS: tuple[Architecture, ...] = (
         head="lm_head.decoder",
         head_tie="lm_head.decoder.weight",
         bias_tie=("lm_head.decoder.bias", "lm_head.bias"),
+        base_class="RobertaModel",
+        leftovers=(
+            _POSITION_IDS,
+            Leftover(r"pooler\.", ("ForMaskedLM", "ForCausalLM", "ForSequenceClassification", *_TOKENS)),
+            Leftover(r"lm_head\.", ("RobertaModel", *_TEXTS)),
+        ),
     ),
     Architecture(
         "electra",
@@ -248,6 +282,12 @@ RECORDS: tuple[Architecture, ...] = (
         head="generator_lm_head",
         head_tie="generator_lm_head.weight",
         head_classes=("ForMaskedLM", "ForCausalLM"),  # its ForPreTraining tells replaced tokens from others
+        base_class="ElectraModel",
+        leftovers=(
+            _POSITION_IDS,
+            Leftover(r"generator_(?:predictions|lm_head)\.", ("ElectraModel", "ForPreTraining", *_TEXTS)),
+            Leftover(r"discriminator_predictions\.", ("ElectraModel", "ForMaskedLM", "ForCausalLM", *_TEXTS)),
+        ),
     ),
     Architecture(
         "distilbert",
@@ -263,6 +303,12 @@ RECORDS: tuple[Architecture, ...] = (
         spellings={"num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads"},
         causal=False,
         tie_default=True,
+        base_class="DistilBertModel",
+        leftovers=(
+            _POSITION_IDS,
+            Leftover(r"vocab_(?:transform|layer_norm|projector)\.", ("DistilBertModel", *_TEXTS)),
+        ),
+        old_names=_LAYER_NORMS,
         mlps=(Mlp(("ffn.lin1",), "ffn.lin2", "hidden_dim"),),
         attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
     ),
@@ -289,6 +335,11 @@ RECORDS: tuple[Architecture, ...] = (
             _t5_attention("layer.0.SelfAttention"), table="layer.0.SelfAttention.relative_attention_bias"
         ),
         cross=_t5_attention("layer.1.EncDecAttention"),
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        leftovers=(
+            Leftover(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"),
+            Leftover(r"(?:decoder|lm_head)\.", ("EncoderModel", "ForTokenClassification")),
+        ),
     ),
     Architecture(
         "vit",
@@ -308,5 +359,6 @@ RECORDS: tuple[Architecture, ...] = (
             "attention.output.dense",
             free=True,
         ),
+        leftovers=(Leftover(r"pooler\.", ("ForImageClassification", "ForMaskedImageModeling")),),
     ),
 )

@@ -59,8 +59,6 @@ class StreamedModel:
     def _skeleton(self) -> PreTrainedModel:
         """The model on the meta device, but for buffers that no file holds: those are computed."""
         stock, config = stock_class(self.checkpoint)
-        if not hasattr(stock, "get_init_context"):  # an auto class, for checkpoints that do not name theirs
-            stock = stock._model_mapping[type(config)]
         config._attn_implementation = "sdpa" if getattr(stock, "_supports_sdpa", False) else "eager"
         contexts = stock.get_init_context(self.dtype, False, False, None)
         with ExitStack() as stack:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from compress.checkpoint.headers import Header, read_header
 from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
@@ -14,8 +14,11 @@ from compress.checkpoint.sidecars import safe_file
 from compress.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Whether so many bytes at two places, each the name of a file and an offset in it, are equal.
+SameBytes: TypeAlias = Callable[[tuple[str, int], tuple[str, int], int], bool]
 #: Bytes compared at the beginning, in the middle and at the end of every tensor of two copies.
 _SAMPLE = 4096
+_AT_ONCE = 1 << 24
 
 
 class TwoModels(CheckpointError):
@@ -125,12 +128,11 @@ def _beside(folder: Path, single: Header) -> tuple[str, ...]:
         shards = {}
     if not shards.keys() - {SINGLE_NAME}:
         return (unread_note(),)
-    note = check_copies(single, shards, str(folder))
+    note, same = check_copies(single, shards, str(folder)), same_bytes(folder, sampled=True)
     for file, header in shards.items():
         for name, entry in header.entries.items():
-            mine = (folder / SINGLE_NAME, single.data_start + single.entries[name].start)
-            other = (folder / file, header.data_start + entry.start)
-            if not same_bytes(mine, other, entry.end - entry.start, samples=True):
+            mine, theirs = single.data_start + single.entries[name].start, header.data_start + entry.start
+            if not same((SINGLE_NAME, mine), (file, theirs), entry.end - entry.start):
                 raise _two_models(name, str(folder))
     return (note,)
 
@@ -148,22 +150,30 @@ def _two_models(name: str, where: str) -> TwoModels:
     )
 
 
-def same_bytes(a: tuple[Path, int], b: tuple[Path, int], size: int, *, samples: bool = False) -> bool:
-    """Whether two ranges of ``size`` bytes, each a file and an offset, are equal.
+def same_bytes(folder: Path, *, sampled: bool = False) -> SameBytes:
+    """What compares bytes of the files of a folder; ``sampled``: those at the beginning, in the middle and at the end alone."""
 
-    Args:
-        samples: look at the beginning, the middle and the end alone.
-    """
-    step = _SAMPLE if samples else 1 << 24
-    starts: Sequence[int] = range(0, size, step)
-    if samples and size > 3 * step:
-        starts = (0, (size - step) // 2, size - step)
-    try:
-        with a[0].open("rb", buffering=0) as first, b[0].open("rb", buffering=0) as second:
-            for start in starts:
-                count = min(step, size - start)
-                if os.pread(first.fileno(), count, a[1] + start) != os.pread(second.fileno(), count, b[1] + start):
-                    return False
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or a[0])) from error
-    return True
+    def same(a: tuple[str, int], b: tuple[str, int], size: int) -> bool:
+        pieces = (
+            samples(size) if sampled else ((start, min(_AT_ONCE, size - start)) for start in range(0, size, _AT_ONCE))
+        )
+        try:
+            with (
+                safe_file(folder, a[0]).open("rb", buffering=0) as first,
+                safe_file(folder, b[0]).open("rb", buffering=0) as second,
+            ):
+                return all(
+                    os.pread(first.fileno(), count, a[1] + start) == os.pread(second.fileno(), count, b[1] + start)
+                    for start, count in pieces
+                )
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder / a[0])) from error
+
+    return same
+
+
+def samples(size: int) -> list[tuple[int, int]]:
+    """(start, count) of the pieces of so many bytes that are compared where all would take too long."""
+    if size <= 3 * _SAMPLE:
+        return [(0, size)]
+    return [(0, _SAMPLE), ((size - _SAMPLE) // 2, _SAMPLE), (size - _SAMPLE, _SAMPLE)]

@@ -5,9 +5,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from compress.checkpoint.files import (
+    SameBytes,
+    TwoModels,
+    check_copies,
+    indexed_files,
+    read_json,
+    same_bytes,
+    samples,
+    unread_note,
+    weight_headers,
+)
 from compress.checkpoint.headers import Entry, Header
 from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from compress.errors import CheckpointError
@@ -54,20 +66,21 @@ def download(reference: str, *, offline: bool = False) -> Path:
     )
 
 
-def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header], tuple[str, ...]]:
-    """Config, weight headers and notes; of files that are not in the cache by range requests, a few kB each.
+def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header], SameBytes, tuple[str, ...]]:
+    """Config, weight headers, what compares ranges of their files, and notes.
+
+    Of files that are not in the cache by range requests, a few kB each: then ranges are compared by samples.
 
     Raises:
         TwoModels: as `files.weight_headers`, but for the values of tensors, which are not looked at.
     """
     import huggingface_hub
 
-    from compress.checkpoint.files import TwoModels, read_json, weight_headers
-
     repo, _, revision = reference.partition("@")
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
-        return read_json(folder, "config.json"), *weight_headers(folder)
+        headers, notes = weight_headers(folder)
+        return read_json(folder, "config.json"), headers, same_bytes(folder), notes
     except TwoModels:
         raise
     except (CheckpointError, huggingface_hub.errors.LocalEntryNotFoundError):
@@ -79,7 +92,37 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
     remote = _call(reference, lambda: huggingface_hub.get_safetensors_metadata(repo, revision=revision or None))
     headers = {file: _header(info) for file, info in remote.files_metadata.items()}
     notes = () if remote.sharded else _beside(reference, headers[SINGLE_NAME])
-    return read_json(Path(config).parent, "config.json"), headers, notes
+    return read_json(Path(config).parent, "config.json"), headers, _same(reference), notes
+
+
+def _same(reference: str) -> SameBytes:
+    """What compares data of a repository's files by samples; offsets count from the end of a file's header."""
+    import huggingface_hub
+
+    utils: Any = huggingface_hub.utils
+    repo, _, revision = reference.partition("@")
+
+    def read(file: str, start: int, count: int) -> bytes:
+        url = huggingface_hub.hf_hub_url(repo, file, revision=revision or None)
+        asked = {**utils.build_hf_headers(), "range": f"bytes={start}-{start + count - 1}"}
+
+        def ask() -> bytes:
+            response = utils.get_session().get(url, headers=asked, follow_redirects=True)
+            utils.hf_raise_for_status(response)
+            return bytes(response.content[:count])
+
+        return _call(reference, ask)
+
+    begins = cache(lambda file: 8 + int.from_bytes(read(file, 0, 8), "little"))
+
+    def same(a: tuple[str, int], b: tuple[str, int], size: int) -> bool:
+        return all(
+            read(a[0], begins(a[0]) + a[1] + start, count) == read(b[0], begins(b[0]) + b[1] + start, count)
+            for start, count in samples(size)
+            if count
+        )
+
+    return same
 
 
 def _header(info: Any) -> Header:
@@ -91,8 +134,6 @@ def _header(info: Any) -> Header:
 def _beside(reference: str, single: Header) -> tuple[str, ...]:
     """Notes on an index beside the single file of a repository, as `files.weight_headers` gives them for a folder."""
     import huggingface_hub
-
-    from compress.checkpoint.files import check_copies, indexed_files, read_json, unread_note
 
     repo, _, tag = reference.partition("@")
     revision = tag or None

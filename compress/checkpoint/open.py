@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import codecs, hub, quantization
+from compress.checkpoint import codecs, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
-from compress.checkpoint.files import read_json, weight_headers
+from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
@@ -200,9 +200,10 @@ def open_headers(
     """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
-        config, headers, notes = hub.read_headers(str(reference), offline=offline)
+        config, headers, same, notes = hub.read_headers(str(reference), offline=offline)
         config = check_config(config, str(reference), trust_remote_code)
-        return replace(_spec(config, headers, str(reference)), notes=notes), _metadata(headers)
+        spec, headers = _spec(config, headers, str(reference), same, notes)
+        return spec, _metadata(headers)
     spec, headers = _read_folder(folder, trust_remote_code)
     return spec, _metadata(headers)
 
@@ -221,7 +222,7 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> tuple[Spec, dict[str,
         raise CheckpointError("there is no such folder", where=str(folder))
     config = check_config(read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code)
     headers, notes = weight_headers(folder)
-    return replace(_spec(config, headers, str(folder)), notes=notes), headers
+    return _spec(config, headers, str(folder), same_bytes(folder), notes)
 
 
 def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, Any]:
@@ -254,13 +255,20 @@ def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, 
     return config
 
 
-def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> Spec:
+def _spec(
+    config: dict[str, Any], headers: Mapping[str, Header], where: str, same: SameBytes, notes: tuple[str, ...]
+) -> tuple[Spec, dict[str, Header]]:
+    """The spec, and the headers with tensors named as it names them; ``notes`` are those so far.
+
+    Args:
+        same: whether two ranges of bytes, each a file and an offset, are equal.
+    """
     compact = config["model_type"] == COMPACT_TYPE
-    structure = (
-        Structure(config["base"], structure_edits.from_json(config.get("edits"), f"{where}/config.json"))
-        if compact
-        else Structure(config)
-    )
+    stock, chosen = tidy.without_choices(config["base"] if compact else config)
+    if compact:
+        stock.pop("auto_map", None)  # such a checkpoint has the bundled file alone, which stands for a stock class
+    edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()
+    structure, headers = Structure(stock, edits), tidy.with_new_names(headers, stock)
     tensors: dict[str, Tensor] = {}
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
     known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
@@ -281,7 +289,17 @@ def _spec(config: dict[str, Any], headers: Mapping[str, Header], where: str) -> 
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
     if not tensors:
         raise CheckpointError("holds no tensor", where=where)
-    return with_aliases(quantization.strip(Spec(structure, tensors)), where)
+    places = {
+        key: (file, header.data_start + entry.start, entry.end - entry.start)
+        for file, header in headers.items()
+        for key, entry in header.entries.items()
+    }
+
+    def alike(a: str, b: str) -> bool:
+        return same(places[a][:2], places[b][:2], places[a][2])
+
+    spec = tidy.without_leftovers(quantization.strip(Spec(structure, tensors, notes=(*notes, *chosen))))
+    return with_aliases(tidy.without_copies(spec, alike, where), where), headers
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:
