@@ -246,7 +246,7 @@ def test_config_and_weights_disagree_by_the_headers(changes, message, folder):
             {"attention_bias": True},
             r"16 weights are missing for LlamaForCausalLM, such as model.layers.0.self_attn.k_proj.bias",
         ),
-        ({"architectures": ["Nonsense"]}, "has no class Nonsense"),
+        ({"architectures": ["Nonsense"]}, "has no model class Nonsense"),
         ({"rms_norm_eps": "small"}, "config.json cannot be used"),
     ],
 )
