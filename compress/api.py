@@ -129,6 +129,7 @@ def apply(
         chosen = instance.settings(**settings)
     except ValidationError as error:
         raise _first(error, name) from None
+    chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
     progress = progress or SilentProgress()
     output = Path(output)
     local = expanded(model)

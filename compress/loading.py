@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
-from compress.checkpoint.spec import Structure, Tensor
+from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
 from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError
 
@@ -70,9 +71,9 @@ def load_checkpoint(
     if device != "cpu":
         kwargs["device_map"] = {"": device}
     if isinstance(checkpoint, Stored):
-        state: dict[str, Any] = {t.name: _Unread(checkpoint, t) for t in checkpoint.spec.stored()}
+        state: dict[str, Any] = {t.name: _Unread(checkpoint, t) for t in checkpoint.spec.weights()}
     else:
-        state = {t.name: checkpoint.tensor(t.name).data for t in checkpoint.spec.stored()}
+        state = {t.name: checkpoint.tensor(t.name).data for t in checkpoint.spec.weights()}
     model = _load(checkpoint, kwargs, state)
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
@@ -81,7 +82,7 @@ def load_checkpoint(
     if quantized_kv_cache and cache_format(checkpoint.spec):
         from compress.emulation import round_cache
 
-        round_cache(model)
+        round_cache(model, _scales(checkpoint))
     return model
 
 
@@ -102,6 +103,21 @@ class _Unread:
         return self._tensor.is_float
 
 
+def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
+    """Number of a block ▶ the scales of its keys and values; 1 where the files have none, as vLLM takes it."""
+    import torch
+
+    stored = [tensor.name for tensor in checkpoint.spec.stored() if tensor.is_cache_scale]
+    known = {(int(re.findall(r"\.(\d+)\.", name)[-1]), name[-len(".k_scale") :]): name for name in stored}
+
+    def scales(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        names = [known.get((index, ending)) for ending in CACHE_SCALES]
+        key, value = (torch.ones(1) if n is None else checkpoint.tensor(n).data.float() for n in names)
+        return key, value
+
+    return scales
+
+
 def check_keys(checkpoint: Stored) -> None:
     """Every key of the written files is one that the stock class asks for, of the right shape, and none is missing.
 
@@ -109,7 +125,7 @@ def check_keys(checkpoint: Stored) -> None:
     """
     import torch
 
-    state = {t.name: torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in checkpoint.spec.stored()}
+    state = {t.name: torch.empty(t.shape, dtype=torch_dtype(t.dtype), device="meta") for t in checkpoint.spec.weights()}
     _load(checkpoint, {"dtype": "auto", "device_map": {"": "meta"}}, state)
 
 

@@ -65,6 +65,8 @@ class Architecture:
         experts: modules inside a block that hold the experts; ``experts_key`` (how many) and ``active_experts_key`` (how
             many of them a token uses) are config fields.
         input_axis: axis of a weight matrix that its inputs run along: -1 for Linear, 0 for GPT-2's Conv1D.
+        scaled_cache: attention module of a block beside which servers look for static scales of cached keys and values; None
+            where they look for none.
         causal: whether it decodes, as it reads, with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` where the config does not say it.
         mlps, attention, hidden: what structured pruning may narrow, see `architectures.units`.
@@ -106,6 +108,7 @@ class Architecture:
     experts_key: str | None = None
     active_experts_key: str | None = None
     input_axis: int = -1
+    scaled_cache: str | None = None
     causal: bool = True
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()
@@ -202,12 +205,25 @@ class Architecture:
         """
         if not self.causal:
             return None
-        heads = (self.value(config, self.kv_heads_key) if self.kv_heads_key else None) or self.value(
-            config, self.heads_key
-        )
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
-        return 2 * self.depth(config) * int(heads) * self.head_dim(config) * bits // 8
+        return 2 * self.depth(config) * self.kv_heads(config) * self.head_dim(config) * bits // 8
+
+    def cache_scales(self, spec: Spec) -> dict[int, tuple[str, str]]:
+        """Number of a block ▶ names of the static scales of its cached keys and values; empty where servers read none."""
+        if self.scaled_cache is None:
+            return {}
+        paths = {self.block_path(name) for name in spec.tensors} - {None}
+        starts = {int(path[0].rstrip(".").rpartition(".")[2]): path[0] for path in paths if path is not None}
+        return {
+            index: (f"{start}{self.scaled_cache}.k_scale", f"{start}{self.scaled_cache}.v_scale")
+            for index, start in sorted(starts.items())
+        }
+
+    def kv_heads(self, config: Mapping[str, Any]) -> int:
+        """Heads of keys and values of a block."""
+        heads = self.value(config, self.kv_heads_key) if self.kv_heads_key else None
+        return int(heads or self.value(config, self.heads_key))
 
     def active_parameters(self, spec: Spec) -> int:
         """Parameters used for one token: all of them, but of the experts only the share that a token is sent to."""

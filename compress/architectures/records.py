@@ -38,6 +38,7 @@ _DECODER: dict[str, Any] = {
     "embeddings": ("embed_tokens",),
     "kv_heads_key": "num_key_value_heads",
     "head_dim_key": "head_dim",
+    "scaled_cache": "self_attn",
 }
 _LLAMA_LIKE: dict[str, Any] = {**_DECODER, "attention": _QKVO, "mlps": (_GATED,), "hidden": _PRE_NORMS}
 _GEMMA_LIKE: dict[str, Any] = {

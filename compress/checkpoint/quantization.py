@@ -19,17 +19,13 @@ from compress.errors import CheckpointError
 
 KEY = "quantization_config"
 _METHOD = "compressed-tensors"
+_EIGHT = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
 #: Formats of cached keys and values ▶ scheme. vLLM takes these 8 bits alone (compressed_tensors.py, validate_kv_cache_scheme).
-#: Dynamic: without scales in the file, which transformers then finds while running; vLLM takes 1.
+#: Dynamic: without scales in the file; vLLM takes 1, SGLang does not quantise.
 _CACHES: Mapping[str, dict[str, Any]] = {
-    "fp8": {
-        "num_bits": 8,
-        "type": "float",
-        "symmetric": True,
-        "strategy": "tensor",
-        "group_size": None,
-        "dynamic": True,
-    }
+    "fp8": {**_EIGHT, "strategy": "tensor", "dynamic": True},
+    "fp8-tensor": {**_EIGHT, "strategy": "tensor", "dynamic": False},
+    "fp8-head": {**_EIGHT, "strategy": "attn_head", "dynamic": False},
 }
 
 
@@ -180,6 +176,11 @@ def strip(spec: Spec) -> Spec:
     config = dict(spec.structure.config)
     scheme = (config.pop(KEY, None) or {}).get("kv_cache_scheme") or {}
     cached = next(
-        (name for name, known in _CACHES.items() if known.items() <= {"group_size": None, **scheme}.items()), None
+        (
+            name
+            for name, known in _CACHES.items()
+            if known.items() <= {"group_size": None, "symmetric": True, "dynamic": False, **scheme}.items()
+        ),
+        None,
     )
     return replace(spec, structure=replace(spec.structure, config=config, kv_cache=cached))

@@ -25,6 +25,14 @@ def cache_format(spec: Spec) -> str | None:
     return None if needs_code(spec) else spec.structure.kv_cache
 
 
+#: Formats of caches ▶ what figures say of them.
+_CACHES = {
+    "fp8": "fp8 (scale 1)",
+    "fp8-tensor": "fp8 (static scales, one per layer)",
+    "fp8-head": "fp8 (static scales, one per head)",
+}
+
+
 def emulated(spec: Spec, *, kv_cache: bool) -> dict[str, Any] | None:
     """What an evaluation rounds as runtimes do, JSON values: ``activations`` (format ▶ number of layers), ``kv_cache``.
 
@@ -32,4 +40,4 @@ def emulated(spec: Spec, *, kv_cache: bool) -> dict[str, Any] | None:
     """
     inputs = dict(sorted(Counter(input_formats(spec).values()).items()))
     cache = cache_format(spec) if kv_cache else None
-    return {"activations": inputs, "kv_cache": cache} if inputs or cache else None
+    return {"activations": inputs, "kv_cache": cache and _CACHES[cache]} if inputs or cache else None

@@ -52,6 +52,10 @@ CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4, CODEBOOK)
 CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8, CODEBOOK)))
 
 
+#: What names of static scales of cached keys and values end with; they stand beside an attention's projections.
+CACHE_SCALES: tuple[str, ...] = (".k_scale", ".v_scale")
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One logical tensor.
@@ -90,6 +94,11 @@ class Tensor:
         return self.dtype.startswith(("F", "BF"))
 
     @property
+    def is_cache_scale(self) -> bool:
+        """Whether it is no weight but a scale of cached keys or values, where the structure says how they are cached."""
+        return self.name.endswith(CACHE_SCALES)
+
+    @property
     def module(self) -> str:
         """Name of the module that owns the tensor: the name without its last part."""
         return self.name.rpartition(".")[0]
@@ -109,6 +118,8 @@ class Structure:
     """The stock config (a JSON object, never changed in place) and the edits on top of it.
 
     ``kv_cache``: the format that keys and values are meant to be cached in while running; None for that of the computation.
+    ``fp8``: without scales in the files. ``fp8-tensor`` and ``fp8-head``: with a static scale for each block's keys and one for
+    its values, or for each head of them.
     """
 
     config: Mapping[str, Any]
@@ -143,15 +154,19 @@ class Spec:
         """The tensors that have bytes of their own, in file order."""
         return (tensor for tensor in self.tensors.values() if tensor.alias_of is None)
 
+    def weights(self) -> Iterable[Tensor]:
+        """The stored tensors but those that classes have no parameter for: static scales of a quantised cache."""
+        return (t for t in self.stored() if self.structure.kv_cache is None or not t.is_cache_scale)
+
     @property
     def parameters(self) -> int:
         """Float elements of the model; shared tensors count once and pruned weights count."""
-        return sum(tensor.count for tensor in self.stored() if tensor.is_float)
+        return sum(tensor.count for tensor in self.weights() if tensor.is_float)
 
     @property
     def kept_parameters(self) -> int:
         """Parameters that no keep-mask removes."""
-        return sum(t.count if t.kept is None else t.kept for t in self.stored() if t.is_float)
+        return sum(t.count if t.kept is None else t.kept for t in self.weights() if t.is_float)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Spec:
         """A copy with ``change`` applied to every stored tensor."""

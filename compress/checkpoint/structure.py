@@ -253,6 +253,8 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
     for name, tensor in spec.tensors.items():
         module, _, last = name.rpartition(".")
         parent, _, part = module.rpartition(".")
+        if spec.structure.kv_cache is not None and tensor.is_cache_scale:
+            continue
         if is_residual(spec, name) or (is_factor(spec, name) and part == "down") or is_projection(spec, name):
             continue
         if name in shared:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -96,6 +96,10 @@ class Pass(Generic[S]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float"})
     preserves: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
+
+    def completed(self, settings: S, given: Collection[str]) -> S:
+        """The settings with those defaults said that depend on which data sets a recipe has."""
+        return settings
 
     def needed(self, settings: S) -> frozenset[str]:
         """Data sets that these settings need; all of ``needs`` unless a pass says otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +12,7 @@ from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import CheckpointError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
-from compress.passes.cast_plan import choices, planned, undecided
+from compress.passes.cast_plan import choices, planned, planned_cache, undecided, without_scales
 from compress.passes.cast_settings import CastSettings
 from compress.passes.sweeping import followable, measured_divergences, once, open_sweep, sweep_memory
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.open import Checkpoint, Value
 
+#: Of a cache whose scales the files do not hold.
+NO_SCALES = (
+    "the fp8 cache has no calibrated scales: vLLM takes 1, SGLang does not quantise; `data.calibration` gives it scales"
+)
 #: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
 FINE = 6
 
@@ -45,12 +50,21 @@ class Cast(Pass[CastSettings]):
         "2505.22988; formats of compressed-tensors"
     )
 
+    def completed(self, settings: CastSettings, given: Collection[str]) -> CastSettings:
+        """Static scales of a cache where there are calibration data to find them on."""
+        if settings.kv_cache is None or settings.kv_cache_scales is not None:
+            return settings
+        return settings.model_copy(update={"kv_cache_scales": "tensor" if "calibration" in given else "none"})
+
     def works(self, settings: CastSettings) -> Mode:
-        """Tensor by tensor for floats and by `rtn` and `mse`; block by block, or with the whole model at first, else."""
-        return "sweep" if settings.solved or settings.budgeted else "stream"
+        """Tensor by tensor for floats and by `rtn` and `mse`; block by block, or with the whole model at first, else.
+
+        Static scales of a cache are found block by block.
+        """
+        return "sweep" if settings.solved or settings.budgeted or settings.static_cache else "stream"
 
     def needed(self, settings: CastSettings) -> frozenset[str]:
-        """Calibration data for codes by `gptq`, and to choose formats."""
+        """Calibration data for codes by `gptq`, to choose formats, and for static scales of a cache."""
         return self.needs if self.works(settings) == "sweep" else frozenset()
 
     def produced(self, settings: CastSettings) -> frozenset[Storage]:
@@ -82,7 +96,10 @@ class Cast(Pass[CastSettings]):
             4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in grids) if settings.budgeted else 0
         )
         if not settings.solved:
-            return measuring or None
+            cached = (
+                sweep_memory(spec, [], width, factors=0, copies=0, moments=0, kept=0) if settings.static_cache else 0
+            )
+            return max(measuring, cached) or None
         coarse = any(t.grid is not None and t.grid.bits < FINE for t in grids)
         moments = 2 if settings.tune_epochs and coarse else 0
         if not coarse or not (settings.refine or moments):
@@ -102,16 +119,29 @@ class Cast(Pass[CastSettings]):
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
         """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
-        from compress.checkpoint.open import Derived
+        from compress.checkpoint.open import Derived, Value
 
+        if self.notes(checkpoint.spec, settings):
+            context.details["kv_cache"] = NO_SCALES
         chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
         spec = planned(checkpoint.spec, settings, chosen)
         read = checkpoint.tensor
         if settings.solved:
             read = self._sweep(checkpoint, spec, settings, context)
-        return Derived(
-            checkpoint, spec, lambda name: _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
-        )
+
+        def cast(name: str) -> Value:
+            return _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
+
+        if spec.structure.kv_cache is None or not any(t.is_cache_scale for t in spec.stored()):
+            return Derived(checkpoint, spec, cast)
+        scales = _cache_scales(Derived(checkpoint, without_scales(spec), cast), spec, context)
+        return Derived(checkpoint, spec, lambda name: Value(scales[name]) if name in scales else cast(name))
+
+    def notes(self, spec: Spec, settings: CastSettings) -> list[str]:
+        """What servers make of a cache without scales."""
+        if settings.kv_cache is None or planned_cache(spec, settings) != settings.kv_cache:
+            return []
+        return [NO_SCALES]
 
     def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
         """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
@@ -165,6 +195,39 @@ class Cast(Pass[CastSettings]):
         )
         context.details["blocks"] = result.details
         return result.reader()
+
+
+def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
+    """Static scales of the cache of a cast checkpoint, by name; kept in the work folder, so that a resumed run has the same."""
+    from compress.calibration.cached import largest_cached, to_scales
+    from compress.calibration.ranks import Ranks
+    from compress.calibration.sweep import Inputs
+
+    batches = context.data("calibration")
+    found = once(
+        context,
+        "cache",
+        lambda: largest_cached(
+            checkpoint,
+            Inputs(batches.values, batches.mask),
+            work=context.work / "cache",
+            dtype=context.dtype,
+            device=context.device,
+            progress=context.progress,
+            seed=context.seed,
+            ranks=Ranks(context.rank, context.world),
+        ),
+    )
+    by_head = spec.structure.kv_cache == "fp8-head"
+    scales: dict[str, torch.Tensor] = {}
+    for names, pair in zip(architectures.of(spec.structure.config).cache_scales(spec).values(), found, strict=True):
+        scales |= {name: to_scales(largest, by_head=by_head) for name, largest in zip(names, pair, strict=True)}
+    largest = [[max(x) for x in side] for side in zip(*found, strict=True)]
+    context.details["cached keys and values"] = (
+        f"{'a scale per head' if by_head else 'a scale per layer'}; largest magnitudes over the calibration data, by layer: "
+        f"keys {min(largest[0]):.3g} to {max(largest[0]):.3g}, values {min(largest[1]):.3g} to {max(largest[1]):.3g}"
+    )
+    return scales
 
 
 def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:

@@ -42,17 +42,39 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> S
     tensors = {
         n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
     }
-    cached = _cached(spec, settings)
+    cached, scales = _cached(spec, settings)
+    tensors |= {s.name: s for s in scales}
     return replace(cast, structure=replace(spec.structure, config=config, kv_cache=cached), tensors=tensors)
 
 
-def _cached(spec: Spec, settings: CastSettings) -> str | None:
-    """Format of cached keys and values. Raises `PassError` for a model that caches none."""
+def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor]]:
+    """Format of cached keys and values, and their static scales. Raises `PassError` for a model that caches none."""
     if settings.kv_cache is not None and task_of(spec.structure.class_name) is not LANGUAGE:
         raise PassError(
             f"{spec.structure.class_name or 'this model'} caches no keys and values", key="kv_cache", fix="leave it out"
         )
-    return settings.kv_cache or spec.structure.kv_cache
+    if settings.kv_cache is None:
+        return spec.structure.kv_cache, []
+    record = architectures.of(spec.structure.config)
+    if settings.static_cache is None or not (names := record.cache_scales(spec)):
+        if settings.static_cache == "head":
+            raise PassError(
+                f"servers read no scales of {record.model_type}'s cache", key="kv_cache_scales", fix="leave it out"
+            )
+        return settings.kv_cache, []
+    shape = (record.kv_heads(spec.structure.config), 1, 1) if settings.static_cache == "head" else (1,)
+    scales = [Tensor(name, shape, "F32") for pair in names.values() for name in pair]
+    return f"{settings.kv_cache}-{settings.static_cache}", scales
+
+
+def planned_cache(spec: Spec, settings: CastSettings) -> str | None:
+    """The format of the cache that the pass will leave behind."""
+    return _cached(spec, settings)[0]
+
+
+def without_scales(spec: Spec) -> Spec:
+    """The spec without static scales of its cache."""
+    return replace(spec, tensors={n: t for n, t in spec.tensors.items() if not t.is_cache_scale})
 
 
 def undecided(spec: Spec, settings: CastSettings) -> list[str]:

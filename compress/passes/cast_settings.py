@@ -84,9 +84,16 @@ class CastSettings(PassSettings):
     )
     kv_cache: Literal["fp8"] | None = Field(
         default=None,
-        description="Say in the config that keys and values are to be cached in fp8 (E4M3) while running, without calibrated "
-        "scales. For causal language models and codes that compressed-tensors holds. What is measured here includes it, with "
-        "scales of 1 as in vLLM (`data.evaluation.quantized_kv_cache: false` leaves it out).",
+        description="Say in the config that keys and values are to be cached in fp8 (E4M3) while running. For causal language "
+        "models and codes that compressed-tensors holds. vLLM and SGLang do it, stock transformers 5.24 does not; figures here "
+        "include it (`data.evaluation.quantized_kv_cache: false` leaves it out).",
+    )
+    kv_cache_scales: Literal["tensor", "head", "none"] | None = Field(
+        default=None,
+        description="Scales of that cache, found on calibration data: one for the keys of each layer and one for its values "
+        "(`tensor`), or one for each head of them (`head`); or `none` in the files: then vLLM takes 1, and SGLang does not "
+        "quantise. By default `tensor` where the recipe has `data.calibration`, else `none`. Families whose scales servers do "
+        "not read (GPT-NeoX, OPT, Bloom) get none.",
     )
 
     @model_validator(mode="after")
@@ -102,7 +109,14 @@ class CastSettings(PassSettings):
             raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
         if self.kv_cache is not None and not self.coded:
             raise ValueError("`kv_cache` stands in the config of codes, and none are asked for")
+        if self.kv_cache_scales is not None and self.kv_cache is None:
+            raise ValueError("`kv_cache_scales` goes with `kv_cache`")
         return self
+
+    @property
+    def static_cache(self) -> Literal["tensor", "head"] | None:
+        """Whether scales of the cache are found on calibration data: by layer, or by head."""
+        return None if self.kv_cache_scales == "none" else self.kv_cache_scales
 
     @property
     def budgeted(self) -> bool:

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     PlainValidator,
     PrivateAttr,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -492,6 +493,13 @@ def parse_pass(value: Any) -> PassEntry:
 Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
 
 
+def _completed(entries: tuple[PassEntry, ...], info: ValidationInfo) -> tuple[PassEntry, ...]:
+    """The passes with those settings said whose defaults depend on the data of the recipe."""
+    data = info.data.get("data")
+    given = [] if data is None else [name for name in Data.model_fields if getattr(data, name) is not None]
+    return tuple(PassEntry(e.name, passes.get(e.name).completed(e.settings, given)) for e in entries)
+
+
 class Recipe(Settings):
     """A checkpoint, the passes that make it smaller, and the gates that the result must pass.
 
@@ -527,7 +535,9 @@ class Recipe(Settings):
     )
     offline: bool = Field(default=False, description="Use no network; hub ids come from the cache.")
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
-    passes: tuple[Entry, ...] = Field(min_length=1, description="The passes, in order, each as `name: {settings}`.")
+    passes: Annotated[tuple[Entry, ...], AfterValidator(_completed)] = Field(
+        min_length=1, description="The passes, in order, each as `name: {settings}`."
+    )
     evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] | None = Field(
         default=None,
         description="What to measure besides what gates need. By default what fits the model: bits_per_byte and kl of causal "

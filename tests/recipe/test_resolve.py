@@ -79,6 +79,7 @@ def test_defaults_are_written_out(work: Path) -> None:
                     "tune_rate": 0.006,
                     "activations": None,
                     "kv_cache": None,
+                    "kv_cache_scales": None,
                 }
             }
         ],
