@@ -4,9 +4,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory docs clean
 
 setup: $(STAMP)
 
@@ -21,11 +22,16 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/compress run recipes/quickstart.yaml
 
+# WORKERS= processes that run tests, ARGS= for pytest
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m 'not slow' $(ARGS)
+
+# those that need no model, while you write
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -q -m 'unit and not slow' $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile nightly $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

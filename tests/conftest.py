@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import processes
@@ -16,6 +18,39 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=200, deadline=None)
+hypothesis.settings.load_profile("ci")  # `make test-all` asks for the other one on the command line
+
+
+def _used(item: pytest.Function) -> set[str]:
+    """Names that a test, its fixtures (but those of all) and the functions that they call use."""
+    known = item._fixtureinfo.name2fixturedefs
+    fixtures = [found[-1].func for name, found in known.items() if not name.startswith("_")]
+    seen, todo = set(item.fixturenames), [item.function, *fixtures]
+    while todo:
+        function = todo.pop()
+        codes = [code] if (code := getattr(function, "__code__", None)) else []
+        for code in codes:
+            codes.extend(inner for inner in code.co_consts if isinstance(inner, types.CodeType))
+            for name in set(code.co_names) - seen:
+                seen.add(name)
+                todo.append(function.__globals__.get(name))
+    return seen
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the dearest thing that it uses: `unit`, `model`, `process`."""
+    for item in items:
+        used = _used(item) if isinstance(item, pytest.Function) else set()
+        if used & {"subprocess", "processes", "Process"}:
+            item.add_marker(pytest.mark.process)
+        elif used & {"pico", "load_model", "open_checkpoint"}:
+            item.add_marker(pytest.mark.model)
+        else:
+            item.add_marker(pytest.mark.unit)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,9 +6,11 @@ import hashlib
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -74,7 +76,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 4, "num_heads": 4},
     "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 4, "n_heads": 4, "max_position_embeddings": 64},
 }
+#: One of each kind of block. What differs among the other families is their records, which tests of records and of exactness hold.
+TIER = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "bloom", "qwen3_moe", "bert", "t5", "vit")
 PADDING = {"opt": 1, "albert": 0, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0, "t5": 0}
+
+
+def families(names: Iterable[str] = FAMILIES) -> list[Any]:
+    """For `parametrize`: families outside the tier are slow, so that `make test-all` alone runs them."""
+    return [name if name in TIER else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def config(family: str, **changes: Any) -> Any:

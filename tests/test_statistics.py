@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import ReportError
@@ -322,7 +322,6 @@ def embeddings(cosines, scores, near=None):
     return {"unit": "example", "pooling": ["mean_tokens"], "documents": rows, "spearman": 0.0, "similarity": near[0]}
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 3)), min_size=3, max_size=30))
 def test_rank_correlation_is_scipys(rows):
     """Of pairs with ties; pairs that are drawn several times count as if they stood there so often."""

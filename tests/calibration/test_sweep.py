@@ -64,7 +64,7 @@ def linear_inputs(model, checkpoint, inputs, tensor):
     return seen[0].reshape(-1, seen[0].shape[-1])
 
 
-@pytest.mark.parametrize("family", pico.ONE_LIST)
+@pytest.mark.parametrize("family", pico.families(pico.ONE_LIST))
 def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_path):
     """Hidden states, statistics and names agree with a stock model that is loaded whole; what is not changed stays."""
     checkpoint = open_checkpoint(folders[family])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -36,7 +36,6 @@ def random_codes(shape, bits, dtype, seed, mask=None):
     return Codes(codes if mask is None else codes.masked_fill(~mask, 0), book)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(list(CODEBOOKS)), st.lists(st.integers(0, 9), min_size=1, max_size=4),
     st.sampled_from(list(FLOAT_DTYPES)), st.none() | st.floats(0, 1), st.integers(0, 10_000),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.checkpoint import bundle, codecs
@@ -16,7 +16,6 @@ from compress.solvers.grids import fit, to_codes, weights
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000), st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from(list(DTYPES)),
     st.floats(0, 1), st.sampled_from([DENSE, MASKED]),
@@ -38,7 +37,6 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
     assert torch.equal(torch.signbit(data), torch.signbit(canonical))  # zeros too
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 100), st.integers(0, 10_000))
 def test_bits(count, seed):
     mask = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -48,7 +46,6 @@ def test_bits(count, seed):
     assert torch.equal(unpack_bits(packed, (count,)), mask)
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 75), st.integers(0, 10_000))
 def test_packing_is_that_of_compressed_tensors(bits, rows, count, seed):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -78,7 +75,6 @@ def test_long_rows_are_packed_in_parts(monkeypatch):
 GRIDS = [f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)] + ["fp8", "mxfp4", "nvfp4"]
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(GRIDS), st.booleans(), st.booleans(), st.integers(1, 6), st.integers(1, 3), st.sampled_from([0, 5, 8]),
     st.floats(0.05, 1), st.integers(0, 10_000),

@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
 
 
-@pytest.mark.parametrize("family", pico.FAMILIES)
+@pytest.mark.parametrize("family", pico.families())
 @pytest.mark.parametrize(("name", "settings"), STATIC)
 @pytest.mark.parametrize("store", ["stock", "compact"])
 def test_planned_is_written(family, name, settings, store, folders, tmp_path):

@@ -16,8 +16,6 @@ from tests import pico
 from tests.passes.helpers import apply, plan, write
 
 TEXT = [f for f in pico.ONE_LIST if f != "vit"]
-#: One of each kind of block; what differs among the others is their records, which the tests of exactness hold.
-KINDS = {"llama", "gemma3_text", "qwen3_moe", "gpt2", "bloom", "opt", "bert"}
 IDS = torch.randint(0, 250, (96, 16), generator=torch.Generator().manual_seed(0))
 TEST = torch.randint(0, 250, (8, 16), generator=torch.Generator().manual_seed(1))
 
@@ -57,7 +55,7 @@ def amounts(family: str) -> dict:
     return {"layers": [1]} if family == "bloom" else {"mlp": "50%"}
 
 
-@pytest.mark.parametrize("family", [f if f in KINDS else pytest.param(f, marks=pytest.mark.slow) for f in TEXT])
+@pytest.mark.parametrize("family", pico.families(TEXT))
 def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors, layers = {}, {}

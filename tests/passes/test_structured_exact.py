@@ -93,7 +93,7 @@ def check(original: Stored, ends: tuple[str, ...], tmp_path: Path, **settings) -
     return pruned
 
 
-@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in NO_MLP_FIELD])
+@pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in NO_MLP_FIELD))
 def test_neurons(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     pruned = check(original, MLP_OUT, tmp_path, mlp="25%")
@@ -120,7 +120,7 @@ def data():
     return Batches(torch.randint(5, 250, (24, 16), generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("family", UNEVEN)
+@pytest.mark.parametrize("family", pico.families(UNEVEN))
 def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
     """Blocks lose different numbers, in all as many as asked; loaded by transformers alone, and here, it is the twin."""
     original, details = open_checkpoint(folders[family]), {}
@@ -197,7 +197,7 @@ def test_where_widths_cannot_be_uneven(family, settings, message, folders):
         plan(open_checkpoint(folders[family]), "prune_structured", **given)
 
 
-@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in FIXED_HEADS])
+@pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in FIXED_HEADS))
 @pytest.mark.parametrize("count", [1, 2])
 def test_heads(family, count, folders, tmp_path):
     """Two of four heads: one from each group of two, or both of one where each has its own keys; one goes where it is a group."""

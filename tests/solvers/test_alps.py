@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.solvers.alps import _CHECK, _RHO, Problem, _admm, _Projection, alps, problem, solve_support
@@ -73,7 +73,6 @@ def error(W, other, H):
     return float(((off @ H.double()) * off).sum())
 
 
-@settings(max_examples=50, deadline=None)
 @given(SEEDS, st.integers(1, 5), st.integers(2, 12), TARGETS, st.booleans())
 def test_admm(seed, rows, columns, target, with_mask):
     W, H, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
@@ -90,7 +89,6 @@ def test_admm(seed, rows, columns, target, with_mask):
     torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
 
 
-@settings(max_examples=50, deadline=None)
 @given(SEEDS, st.integers(1, 8), st.integers(2, 30), TARGETS, st.booleans(), st.integers(0, 3))
 def test_projection_follows_slow_changes(seed, rows, columns, target, with_mask, pace):
     Z, _, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
@@ -102,7 +100,6 @@ def test_projection_follows_slow_changes(seed, rows, columns, target, with_mask,
         Z = Z + 10.0 ** -(1 + pace) * torch.randn(Z.shape, generator=generator, dtype=Z.dtype)
 
 
-@settings(max_examples=50, deadline=None)
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), TARGETS, st.booleans())
 def test_alps_keeps_what_was_asked_and_solves_for_it(seed, rows, columns, target, with_mask):
     W, H, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
@@ -195,7 +192,6 @@ def test_bad_hessians():
             alps(W, dead, **both)
 
 
-@settings(max_examples=50, deadline=None)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 16), st.booleans(), st.sampled_from([0.0, 0.01]))
 def test_solve_support(seed, rows, columns, double, damp):
     W, H, *_ = layer(seed, rows, columns, 0.5, False)

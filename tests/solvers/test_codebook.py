@@ -51,7 +51,6 @@ def best_of_all(x, h, K):
     return least
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(5, 11), st.booleans(), st.integers(0, 10_000))
 def test_no_division_of_few_values_is_better(count, weighted, seed):
     generator = torch.Generator().manual_seed(seed)

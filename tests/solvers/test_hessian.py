@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.solvers.hessian import damped, inverse_factor
@@ -31,7 +31,6 @@ def slow_damped(H: torch.Tensor, damp: float) -> torch.Tensor:
     return result
 
 
-@settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(1, 9), st.sets(st.integers(0, 8)), st.sampled_from([0.0, 0.01, 1.0]))
 def test_damped(seed, inputs, dead, damp):
     H = gram(seed, 2 * inputs, inputs)
@@ -44,7 +43,6 @@ def test_damped(seed, inputs, dead, damp):
     torch.testing.assert_close(result, slow_damped(H, damp))
 
 
-@settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(1, 12), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_inverse_factor(seed, inputs, deficient, dtype):
     H = gram(seed, inputs // 2 + 1 if deficient else 3 * inputs, inputs, dtype)

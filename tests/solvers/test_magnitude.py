@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.checkpoint.open import Value
@@ -24,7 +24,6 @@ def slow_keep(values: list[float], kept: int, earlier: list[bool] | None) -> lis
     return [i in best for i in range(len(values))]
 
 
-@settings(max_examples=60, deadline=None)
 @given(SEEDS, st.integers(1, 7), st.integers(1, 9), st.booleans(), st.booleans(), st.data())
 def test_keep_largest(seed, rows, columns, ties, with_mask, data):
     values = matrix(seed, rows, columns, ties=ties)
@@ -34,7 +33,6 @@ def test_keep_largest(seed, rows, columns, ties, with_mask, data):
     assert keep_largest(values, kept, earlier).flatten().tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     SEEDS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([(1, 2), (2, 4), (3, 8)]), st.booleans(), st.booleans()
 )
@@ -52,7 +50,6 @@ def test_keep_n_of_m(seed, rows, groups, pattern, ties, with_mask):
     assert torch.equal(transposed, mask.T)
 
 
-@settings(max_examples=40, deadline=None)
 @given(SEEDS, st.integers(1, 4), st.booleans(), st.booleans(), st.data())
 def test_global_counts(seed, tensors, ties, with_mask, data):
     store = {}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.solvers.owl import outliers, owl_sparsities
@@ -17,7 +17,6 @@ def test_outliers_by_their_definition():
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=8), st.floats(0.2, 0.8))
-@settings(max_examples=50, deadline=None)
 def test_sparsities_average_to_what_is_asked_and_outliers_keep_more(rows, sparsity):
     ratios, sizes = [r for r, _ in rows], [n for _, n in rows]
     found = owl_sparsities(ratios, sizes, sparsity)

@@ -48,7 +48,6 @@ def slow_sparsegpt(W, H, sparsity, pattern, blocksize, earlier):
     return W, keep
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     SEEDS,
     st.integers(1, 5),

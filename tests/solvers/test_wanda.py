@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.solvers.wanda import keep_wanda
@@ -18,7 +18,6 @@ def slow_keep(scores: list[float], kept: int, earlier: list[bool]) -> list[bool]
     return [j in best for j in range(len(scores))]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 6),
