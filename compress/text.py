@@ -137,6 +137,12 @@ def read_documents(
     return documents
 
 
+def check_columns(files: Sequence[str], columns: Columns) -> None:
+    """Each file has these columns, by its head: names, or its first row. Raises `DataError`."""
+    for file in files:
+        next(iter(_columns(Path(file), columns)), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Labels:
     """Where labels are and what they may be.

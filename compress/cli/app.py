@@ -73,13 +73,17 @@ def run(
 def check(
     recipe: RecipeFile,
     sets: Sets = None,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Read the text too, and look for documents that evaluation shares with passes."),
+    ] = False,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the final recipe with every default.")] = False,
     json: AsJson = False,
 ) -> None:
     """Report every mistake of a recipe at once, with its place and a suggestion. Reads no weights."""
     from compress.cli import commands
 
-    commands.check(recipe, sets or [], resolved=resolved, json=json)
+    commands.check(recipe, sets or [], data=data, resolved=resolved, json=json)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from compress.errors import CompressError, ReportError
 from compress.files import expanded
 
 if TYPE_CHECKING:
+    from compress.checkpoint.spec import Structure
     from compress.progress import Progress
     from compress.recipe import Recipe
 
@@ -54,36 +55,62 @@ def run(
     raise Judged(result.exit_status)
 
 
-def check(path: Path, sets: Sequence[str], *, resolved: bool, json: bool) -> None:
-    """``compress check``: the recipe, and where its model is a folder here the plan too."""
+def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: bool) -> None:
+    """``compress check``: the recipe, folders and columns, and where its model is a folder here the plan too.
+
+    With ``data`` the text is read, and compared with the evaluation's.
+    """
+    from compress.pipeline.preflight import check_folders, check_plan, check_sets, hopeless_gates
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
 
     recipe = _load(path, sets)
     local = expanded(recipe.model)
-    notes: tuple[str, ...] = ()
-    if local.exists():
-        from compress.checkpoint.open import open_headers
-        from compress.evaluation.tasks import task_of
-        from compress.pipeline.data import DataSets
-        from compress.planning import make_plan
+    notes: list[str] = []
+    structure: Structure | None = None
+    with _located(recipe):
+        check_folders(recipe)
+        check_sets(recipe)
+        if local.exists():
+            from compress.checkpoint.open import open_headers
+            from compress.evaluation.tasks import task_of
+            from compress.planning import make_plan
 
-        with _located(recipe):
             spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
-            make_plan(recipe, spec, metadata)
-            notes = spec.notes
-            recipe = recipe.fitted(task_of(spec.structure.class_name))
-            if recipe.data.evaluation is not None and recipe.data.evaluation.given != "text":
-                DataSets(recipe, local, spec.structure).documents("evaluation")  # every label is one of the model
+            structure, planned = spec.structure, make_plan(recipe, spec, metadata)
+            check_plan(recipe, planned)
+            notes += [*spec.notes, *hopeless_gates(recipe, planned)]
+            recipe = recipe.fitted(task_of(structure.class_name))
+        notes += _read_data(recipe, structure, data)
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})
     elif resolved:
         sys.stdout.write(to_yaml(resolve(recipe)))
     else:
-        planned = "" if local.exists() else " (its model is no local folder: passes were not tried on it)"
-        print(f"{path}: no mistakes found{planned}")
+        hint = "" if local.exists() else " (its model is no local folder: passes were not tried on it)"
+        print(f"{path}: no mistakes found{hint}")
         for note in notes:
             print(note)
+
+
+def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) -> list[str]:
+    """Read labelled texts and images, and with ``everything`` all text; sentences on what was compared.
+
+    Raises `DataError` for a label that is none of the model, or for text that evaluation and passes share.
+    """
+    from compress.pipeline.data import DataSets
+
+    data, evaluation = DataSets(recipe, expanded(recipe.model), structure), recipe.data.evaluation
+    if structure is not None and evaluation is not None and evaluation.given != "text":
+        data.documents("evaluation")
+    if not everything:
+        return []
+    if structure is None and recipe.data.needs_model:
+        return ["data: not read, as labels and images are told by the model, which is no local folder"]
+    compared = data.check_disjoint(ids=False)
+    said = [f"data: {len(data.documents('evaluation')):,} documents of evaluation"] if evaluation is not None else []
+    said += [f"{len(data.documents(name)):,} of {name}, none shared" for name in compared]
+    return [", ".join(said)] if said else ["data: nothing to compare"]
 
 
 def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:

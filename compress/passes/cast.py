@@ -10,6 +10,7 @@ from compress import architectures
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import CheckpointError, PassError
+from compress.passes.allocation import check_loss
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, planned_cache, undecided, without_scales
@@ -81,6 +82,8 @@ class Cast(Pass[CastSettings]):
         if not settings.budgeted:
             return planned(spec, settings, {})
         names = undecided(spec, settings)
+        key = "bits" if settings.bits is not None else "max_bytes"
+        check_loss(spec, names, ("a budget", "name the format with `weights`"), key)
         among = choices(spec, settings, [[n] for n in names])
         losses = {n: {o: assumed(among.grid(n, o)) * spec.tensors[n].count for o in among.options} for n in names}
         chosen = among.allocate(losses, settings.bits, settings.max_bytes)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from compress import architectures
 from compress.checkpoint.grids import FIXED_GROUPS, Grid
@@ -20,6 +23,7 @@ from compress.passes.sweeping import block_matrices, input_axis
 def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
     """The spec with these grids, and the formats that settings give the rest."""
     formats = _formats(spec, settings)
+    _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.name in chosen:
@@ -84,13 +88,18 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
 
 
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
-    """What a budget chooses from; ``groups`` hold the tensors that get the same format."""
+    """What a budget chooses from; ``groups`` hold the tensors that get the same format. Raises `PassError`."""
+    if settings.group_size is not None:
+        names = undecided(spec, settings)
+        for option in settings.options:
+            _check_groups(spec, settings, dict.fromkeys(names, option))
 
     def grid(name: str, option: str) -> Grid:
         tensor, format_ = spec.tensors[name], option.partition("/")[0]
-        larger = settings.grid(option)
-        divides = larger.group == 0 or tensor.shape[input_axis(spec, tensor)] % larger.group == 0
-        return _grid(spec, tensor, settings, option if divides else format_)
+        if settings.group_size is None and format_ not in FIXED_GROUPS:  # what its width takes, at last a whole channel
+            among = (option, format_, f"{format_}/channel")
+            option = next(o for o in among if not _leftover(spec, tensor, settings.grid(o)))
+        return _grid(spec, tensor, settings, option)
 
     return Choices(spec, groups, tuple(settings.options), grid)
 
@@ -118,23 +127,66 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     return result
 
 
+def _leftover(spec: Spec, tensor: Tensor, grid: Grid) -> int:
+    """Inputs of a weight that are left where groups of the grid are full; 0 where they divide them."""
+    return _inputs(spec, tensor) % grid.group if grid.group else 0
+
+
+def _inputs(spec: Spec, tensor: Tensor) -> int:
+    return tensor.shape[0 if _transposed(spec, tensor) else -1]
+
+
+def _transposed(spec: Spec, tensor: Tensor) -> bool:
+    """Whether the checkpoint shapes a matrix of a block [in, out] (GPT-2)."""
+    return (
+        input_axis(spec, tensor) == 0 and architectures.of(spec.structure.config).block_index(tensor.name) is not None
+    )
+
+
+def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
+    """Groups divide the inputs of every tensor. Raises `PassError` that names all for which they do not."""
+    by_grid: dict[Grid, list[Tensor]] = {}
+    for name, option in formats.items():
+        format_ = option.partition("/")[0]
+        if format_ in DTYPES:
+            continue
+        grid, tensor = settings.grid(option), spec.tensors[name]
+        if _leftover(spec, tensor, grid) and (format_ in FIXED_GROUPS or not is_factor(spec, name)):
+            by_grid.setdefault(grid, []).append(tensor)
+    for grid, tensors in by_grid.items():
+        _refuse_groups(spec, tensors, grid)
+
+
+def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], grid: Grid) -> NoReturn:
+    """Says which tensors groups do not fit, and what would."""
+    widths = [_inputs(spec, tensor) for tensor in tensors]
+    modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", tensor.module) for tensor in tensors)
+    patterns = ", ".join([tensors[0].module] if len(tensors) == 1 else modules)
+    common = math.gcd(*widths)
+    size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < grid.group), None)
+    fixed = grid.format in FIXED_GROUPS
+    others = f", nor those of {len(tensors) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
+    raise PassError(
+        f"{tensors[0].name} has {widths[0]} inputs, which groups of {grid.group} do not divide"
+        + (others if len(tensors) > 1 else ""),
+        key="weights" if fixed else "group_size",
+        fix=(
+            f"skip {'it' if len(tensors) == 1 else 'them'}: "
+            if fixed
+            else f"group_size: {size or 'channel'} would fit, or "
+        )
+        + f"skip: [{patterns}]",
+    )
+
+
 def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> Grid:
     grid, format_ = settings.grid(option), option.partition("/")[0]
-    record = architectures.of(spec.structure.config)
-    if input_axis(spec, tensor) == 0 and record.block_index(tensor.name) is not None:
+    if _transposed(spec, tensor):
         grid = replace(grid, transposed=True)
-    inputs = grid.rows(tensor.shape)[1]
-    if grid.group and inputs % grid.group and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
+    if _leftover(spec, tensor, grid) and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
         grid = replace(grid, group=0)  # ranks are any number
-    if grid.group and inputs % grid.group:
-        sizes = [s for s in (256, 128, 64, 32, 16, 8) if inputs % s == 0]
-        instead = f"group_size: {sizes[0]}" if sizes and sizes[0] < grid.group else "group_size: channel"
-        fixed = format_ in FIXED_GROUPS
-        raise PassError(
-            f"{tensor.name} has {inputs} inputs, which groups of {grid.group} do not divide",
-            key="weights" if fixed else "group_size",
-            fix=f"skip it: skip: [{tensor.module}]" if fixed else f"{instead} would fit, or skip: [{tensor.module}]",
-        )
+    if _leftover(spec, tensor, grid):
+        _refuse_groups(spec, [tensor], grid)
     if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
         raise PassError(
             f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",

@@ -88,13 +88,14 @@ class DataSets:
     """Text or images of a recipe's ``data`` section.
 
     Attributes:
-        folder: where the tokenizer or image processor is. structure: of the model, which tells its task and labels.
+        folder: where the tokenizer or image processor is. structure: of the model, which tells its task and labels; None
+            where it is not at hand, for plain text alone.
         positions: how many tokens a sample may have, None for any number.
     """
 
     recipe: Recipe
     folder: Path
-    structure: Structure
+    structure: Structure | None
     positions: int | None = None
     _documents: dict[str, list[Document]] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
@@ -128,6 +129,7 @@ class DataSets:
 
     def processor(self) -> Any:
         """The original checkpoint's tokenizer, or its image processor."""
+        assert self.structure is not None
         if "processor" not in self._batches:
             self._batches["processor"] = load_processor(
                 self.structure, self.folder, trust_remote_code=self.recipe.trust_remote_code
@@ -136,6 +138,7 @@ class DataSets:
 
     def batches(self, name: str) -> Batches:
         """Samples of a set that is sampled."""
+        assert self.structure is not None
         if name not in self._batches:
             self._batches[name] = draw(
                 getattr(self.recipe.data, name),
@@ -153,18 +156,26 @@ class DataSets:
         if (files := self.files(name)) and holds_ids(files[0]):
             self.batches(name)
 
-    def check_disjoint(self) -> None:
-        """Evaluation shares no text with training or calibration. Raises `DataError`."""
+    def check_disjoint(self, *, ids: bool = True) -> list[str]:
+        """Evaluation shares no text with training or calibration. Raises `DataError`.
+
+        Args:
+            ids: look at token ids too, by what the tokenizer says of them.
+
+        Returns:
+            Names of the sets that were compared.
+        """
         if not self.files("evaluation"):
-            return
+            return []
         others: dict[tuple[Any, ...], str] = {}
         for name in ("training", "calibration"):
-            if files := tuple(self.files(name)):
+            if (files := tuple(self.files(name))) and (ids or not holds_ids(files[0])):
                 section = getattr(self.recipe.data, name)
                 # often the same files: compare once
                 others.setdefault((files, section.field, section.template, section.text), name)
         for name in others.values():
             check_disjoint(self.documents("evaluation"), self._seen(name), name)
+        return list(others.values())
 
     def _seen(self, name: str) -> list[Document]:
         """Documents of a set; of token ids what they say."""

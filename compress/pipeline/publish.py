@@ -27,21 +27,29 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and data.get("schema") == "compress.checkpoint/1" else None
 
 
-def check_output(output: Path, model: Path | None) -> None:
-    """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else."""
+def check_output(output: Path, model: Path | None, what: str = "model") -> None:
+    """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else.
+
+    Args:
+        model: a folder that is read, and ``what`` it is: the output is neither it, nor inside it, nor around it.
+    """
     with disk_errors(output):
-        _check_output(output, model)
+        _check_output(output, model, what)
 
 
-def _check_output(output: Path, model: Path | None) -> None:
+def _check_output(output: Path, model: Path | None, what: str) -> None:
     if model is not None and model.exists():
         inside, outside = output.resolve(), model.resolve()
         if inside == outside:
-            raise OutputError("output and model are the same folder", where=str(output), fix="name another output")
+            raise OutputError(f"output and {what} are the same folder", where=str(output), fix="name another output")
         if inside.is_relative_to(outside):
-            raise OutputError("the output lies inside the model's folder", where=str(output), fix="name another output")
+            raise OutputError(
+                f"the output lies inside the {what}'s folder", where=str(output), fix="name another output"
+            )
         if outside.is_relative_to(inside):
-            raise OutputError("the model lies inside the output's folder", where=str(output), fix="name another output")
+            raise OutputError(
+                f"the {what} lies inside the output's folder", where=str(output), fix="name another output"
+            )
     for parent in output.absolute().parents:
         if parent.exists():
             if not parent.is_dir():

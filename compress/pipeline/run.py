@@ -26,8 +26,9 @@ from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
+from compress.pipeline.preflight import check_folders, check_plan, check_sets
 from compress.pipeline.processes import call_for_help, help_out, joined, own_device
-from compress.pipeline.publish import changed_files, check_output, publish, read_provenance
+from compress.pipeline.publish import changed_files, publish, read_provenance
 from compress.planning import PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
@@ -73,8 +74,8 @@ class Run:
     def prepare(self) -> None:
         """Open, plan, and refuse what cannot work, before any work."""
         recipe = self.recipe
-        local = expanded(recipe.model)
-        check_output(self.output, local if local.exists() else None)
+        check_folders(recipe)
+        check_sets(recipe)
         self.original = open_checkpoint(
             recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
         )
@@ -84,15 +85,10 @@ class Run:
         self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
         self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
+        check_plan(recipe, self.plan)
         self.data.check_disjoint()
         for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in recipe.passes))):
             self.data.check_ids(name)
-        if recipe.max_ram is not None and self.plan.peak_memory > recipe.max_ram:
-            raise ResourceError(
-                f"the run needs about {self.plan.peak_memory / 1e9:.2f} GB of memory, "
-                f"max_ram allows {recipe.max_ram / 1e9:.2f} GB",
-                fix="`compress plan` shows which pass needs it",
-            )
 
     def check_disk(self, missing: list[PlannedStage]) -> None:
         """The file system has room for the stages that will be written."""

@@ -55,15 +55,18 @@ class Texts(Protocol):
     def max_documents(self) -> int | None: ...  # noqa: D102
 
 
-def read(texts: Texts, separator: str | None, structure: Structure) -> list[Document]:
-    """All documents of the evaluation data; labelled ones with what their labels say to the model.
+def read(texts: Texts, separator: str | None, structure: Structure | None) -> list[Document]:
+    """All documents of the evaluation data; labelled ones with what their labels say to the model, which plain text has no
+    need of.
 
     Raises `DataError` with file and row.
     """
+    if texts.images is None and texts.label is None:
+        return read_documents(texts.files, separator, texts.field, texts.template)
+    assert structure is not None
     if texts.images is not None:
         return read_images(texts.images, labels_of(structure, "images"))
-    if texts.label is None:
-        return read_documents(texts.files, separator, texts.field, texts.template)
+    assert texts.label is not None
     task = task_of(structure.class_name)
     if task.labels == "scores" and len(texts.columns) < 2:
         raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")

@@ -332,6 +332,12 @@ class Data(Settings):
     calibration: Calibration | None = Field(default=None, description="Text whose activations passes look at.")
     evaluation: Evaluation | None = Field(default=None, description="Text or images that models are measured on.")
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether the model says how data are read: labels, and classes of images."""
+        sets = [section for section in (self.training, self.evaluation) if section is not None]
+        return any(section.images is not None or section.label is not None for section in sets)
+
 
 class Gate(Settings):
     """Bounds on one measured value; at least one is given."""

@@ -1,0 +1,127 @@
+"""What a run refuses before any work, told from the recipe, headers and the names of files; `check` asks the same. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import passes
+from compress.checkpoint.hub import is_hub_id
+from compress.errors import DataError, PassError, ResourceError
+from compress.files import expanded
+from compress.pipeline.publish import check_output
+from compress.text import FIELD_KINDS, check_columns, fingerprint, kind, template_columns
+
+if TYPE_CHECKING:
+    from compress.planning import Plan
+    from compress.recipe import Recipe
+    from compress.recipe.model import TextFiles
+
+#: Files of more bytes are not opened to see which columns they have.
+_LARGE = 1 << 28
+_SETS = ("training", "calibration", "evaluation")
+
+
+def check_folders(recipe: Recipe) -> None:
+    """The output is none of the folders that the run reads, nor inside one or around it; and these are there.
+
+    Raises `OutputError` or `PassError`.
+    """
+    output, model = Path(recipe.output), expanded(recipe.model)
+    check_output(output, model if model.exists() else None)
+    for index, entry in enumerate(recipe.passes):
+        for name in passes.get(entry.name).checkpoints(entry.settings):
+            if (folder := expanded(name)).exists():
+                check_output(output, folder, "teacher")
+            elif not is_hub_id(name):
+                raise PassError(
+                    f"{name}: there is no such folder",
+                    where=f"passes.{index}.{entry.name}",
+                    key="teacher",
+                    fix="a hub id is `name` or `organisation/name`",
+                )
+
+
+def check_plan(recipe: Recipe, plan: Plan) -> None:
+    """The plan fits the memory that the recipe allows. Raises `ResourceError`."""
+    if recipe.max_ram is not None and plan.peak_memory > recipe.max_ram:
+        raise ResourceError(
+            f"the run needs about {plan.peak_memory / 1e9:.2f} GB of memory, "
+            f"max_ram allows {recipe.max_ram / 1e9:.2f} GB",
+            fix="`compress plan` shows which pass needs it",
+        )
+
+
+def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
+    """A sentence for each gate on size or parameters that no run passes, as the plan, where it is exact, says its values."""
+    last = plan.stages[-1].passes[-1]
+    if not last.spec.exact:
+        return []
+    found = []
+    for name, value, before in (
+        ("size", last.size.bytes, plan.original.bytes),
+        ("parameters", last.size.parameters, plan.original.parameters),
+    ):
+        gate = getattr(recipe.gates, name)
+        for bound, reached in (("max", value), ("max_ratio", value / max(before, 1))):
+            allowed = None if gate is None else getattr(gate, bound)
+            if allowed is not None and reached > allowed:
+                found.append(
+                    f"the gate {name}.{bound} will fail: the plan gives {reached:.6g}, it allows {allowed:.6g}"
+                )
+    return found
+
+
+def check_sets(recipe: Recipe) -> None:
+    """Every column that is named is there, and no file is both evaluated on and seen by a pass. Raises `DataError`."""
+    for name in _SETS:
+        if (section := getattr(recipe.data, name)) is not None:
+            small = [file for file in section.files if kind(file) in FIELD_KINDS and _size(file) <= _LARGE]
+            check_columns(small, _columns(section))
+    evaluation = recipe.data.evaluation
+    if evaluation is None:
+        return
+    for name in _SETS[:2]:
+        section = getattr(recipe.data, name)
+        if section is not None and _read(section) == _read(evaluation):
+            for mine, other in _twins(evaluation.files, section.files):
+                is_it = "is" if mine == other else f"holds the same as {other}"
+                raise DataError(
+                    f"{is_it} in data.{name} too: passes would have seen what models are measured on",
+                    where=f"data.evaluation: {mine}",
+                    fix="evaluate on data that no pass has seen",
+                )
+
+
+def _columns(section: TextFiles) -> dict[str, str]:
+    """Columns that a section reads, each with the setting that names it."""
+    if section.template is not None:
+        return dict.fromkeys(template_columns(section.template), "template")
+    text: Any = getattr(section, "text", None)
+    label: str | None = getattr(section, "label", None)
+    if text is None and label is None:
+        return {section.field: "field"}
+    return dict.fromkeys(text or (section.field,), "text") | ({} if label is None else {label: "label"})
+
+
+def _read(section: TextFiles) -> tuple[str | None, list[str]]:
+    """What makes the text of a row."""
+    return section.template, [column for column, setting in _columns(section).items() if setting != "label"]
+
+
+def _twins(files: tuple[str, ...], others: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Pairs of files with the same bytes, told by their place, else by size and then SHA-256."""
+    for mine in files:
+        for other in others:
+            if _size(mine) == _size(other) and (
+                Path(mine).samefile(other) or fingerprint([mine]) == fingerprint([other])
+            ):
+                yield mine, other
+
+
+def _size(file: str) -> int:
+    try:
+        return Path(file).stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=file) from None

@@ -1,0 +1,183 @@
+"""`check` refuses what a run would refuse without having worked, and needs no torch for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from ruamel.yaml import YAML
+
+import compress
+from compress.errors import CompressError
+from tests import pico
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def check(recipe, tmp_path, cli):
+    """Exit status and output of `check` for a recipe with changes; and that `run` refuses the same with nothing written."""
+
+    def call(*options, run=True, **changes):
+        made = recipe(**changes)
+        with (tmp_path / "r.yaml").open("w") as file:
+            YAML().dump(made, file)
+        status, text = cli("check", tmp_path / "r.yaml", *options)
+        if status and run:
+            with pytest.raises(CompressError) as caught:
+                compress.run(made)
+            assert caught.value.what.splitlines()[0] in text.replace("\n", " ") or str(caught.value) in text
+            assert not (tmp_path / "out.run" / "stages").exists()
+        return status, text
+
+    return call
+
+
+def test_a_good_recipe(check):
+    assert check() == (0, check()[1])
+    assert "no mistakes found" in check()[1]
+
+
+def test_folders_that_a_run_reads(check, pico_llama, tmp_path):
+    model = pico.save(tmp_path / "m" / "model")
+    for output, message in (
+        (model, "output and model are the same folder"),
+        (model / "out", "the output lies inside the model's folder"),
+        (tmp_path / "m", "the model lies inside the output's folder"),
+        (tmp_path / "r.yaml", "exists and is not a folder"),
+    ):
+        status, text = check(model=str(model), output=str(output))
+        assert (status, message in text) == (2, True), text
+    teacher = {
+        "passes": [{"distill": {"steps": 1, "teacher": [{"checkpoint": str(tmp_path / "gone")}]}}],
+        "gates": None,
+    }
+    data = {"training": {"files": [str(tmp_path / "t.txt")], "length": 8}}
+    (tmp_path / "t.txt").write_text("some text " * 40)
+    status, text = check(**teacher, data=data, evaluate=[])
+    assert (status, f"{tmp_path}/gone: there is no such folder" in text) == (2, True), text
+    assert "r.yaml:" in text
+    teacher["passes"][0]["distill"]["teacher"] = [{"checkpoint": str(model)}]
+    status, text = check(**teacher, data=data, evaluate=[], output=str(model / "x"))
+    assert (status, "the output lies inside the teacher's folder" in text) == (2, True), text
+
+
+def test_the_same_file_or_its_copy(check, texts, tmp_path):
+    train, valid = map(str, texts)
+    calibration = {"files": [train], "samples": 4, "length": 32}
+    evaluation = {"files": [valid, train], "window": 32}
+    status, text = check(data={"calibration": calibration, "evaluation": evaluation})
+    assert (status, f"{train}: is in data.calibration too" in text) == (2, True), text
+    (tmp_path / "copy.txt").write_bytes(texts[1].read_bytes())
+    calibration["files"] = [str(tmp_path / "copy.txt")]
+    status, text = check(data={"calibration": calibration, "evaluation": {"files": [valid], "window": 32}})
+    assert (status, f"{valid}: holds the same as {tmp_path}/copy.txt" in text) == (2, True), text
+    rows = "\n".join(json.dumps({"a": f"one {i}", "b": f"two {i}"}) for i in range(40))
+    (tmp_path / "two.jsonl").write_text(rows)
+    two = {"files": [str(tmp_path / "two.jsonl")]}
+    sets = {"calibration": {**two, "field": "a", "samples": 2, "length": 8}, "evaluation": {**two, "field": "b"}}
+    assert check(data=sets)[0] == 0  # two columns of one file have nothing in common
+
+
+def test_columns_that_are_missing(check, texts, tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nwhy?,so\n")
+    (tmp_path / "b.jsonl").write_text('[{"question": "why?"}]')
+    for file, keys, message in (
+        ("a.csv", {"template": "{question} {reply}"}, "a.csv:1: has no field `reply`; there are: question, answer"),
+        ("b.jsonl", {"template": "{question} {reply}"}, "b.jsonl:1: has no field `reply`; there are: question"),
+        ("a.csv", {}, "a.csv:1: has no field `text`; set `field` to one of: question, answer"),
+        ("a.csv", {"text": ["question", "reply"]}, "a.csv:1: has no field `reply`; set `text` to one of"),
+    ):
+        section = {"files": [str(tmp_path / file)], "samples": 1, "length": 8, **keys}
+        status, text = check(data={"calibration": section, "evaluation": {"files": [str(texts[1])]}})
+        assert (status, message in text) == (2, True), text
+    for template, message in (
+        ("no column", "the template names no column"),
+        ("{a!r}", "the template names a column as"),
+    ):
+        section = {"files": [str(tmp_path / "a.csv")], "template": template}
+        status, text = check(data={"calibration": section}, evaluate=[], run=False)
+        assert (status, message in text, "r.yaml:" in text) == (2, True, True), text
+    for keys, message in (
+        ({"template": "{a}", "field": "b"}, "`template` names the columns, so leave out `field`"),
+        ({"template": "{a}", "text": "b"}, "`template` makes one plain text of a row: it does not go with `text`"),
+        ({"template": "{a}", "files": [str(texts[0])]}, f"`template` names columns, and {texts[0]} has none"),
+    ):
+        section = {"files": [str(tmp_path / "a.csv")], **keys}
+        status, text = check(data={"calibration": section}, evaluate=[], run=False)
+        assert (status, message in " ".join(text.split())) == (2, True), text
+
+
+def test_gates(check):
+    status, text = check(gates={"size": {"max_ratio": 0}}, run=False)
+    assert (status, "expected a ratio above 0, such as 0.4 or 40%, got 0" in text) == (2, True)
+    status, text = check(gates={"kl": {}}, run=False)
+    assert (status, "a gate needs a bound" in text) == (2, True)
+    status, text = check(gates={"accuracy": {"min": 0.9}}, run=False)
+    assert (status, "accuracy" in text) == (2, True)
+    status, text = check(gates={"size": {"max_ratio": 0.01}, "parameters": {"max": 10}})
+    assert status == 0  # a run may be there to fail, and says how far it is
+    assert "the gate size.max_ratio will fail: the plan gives 0." in text
+    assert "the gate parameters.max will fail: the plan gives " in text
+
+
+def test_memory(check):
+    status, text = check(max_ram="1MB")
+    assert status == 4, text
+    assert "max_ram allows 0.00 GB" in text
+
+
+def test_budgets_on_fused_experts(check, cli, tmp_path):
+    model = pico.save(tmp_path / "moe", "qwen3_moe")
+    changes = {"model": str(model), "gates": None, "passes": [{"cast": {"bits": 4.5, "group_size": 32}}]}
+    status, text = check(**changes)
+    message = "a budget does not reach model.layers.0.mlp.experts.0.down_proj.weight: experts are fused in memory"
+    assert (status, message in text) == (2, True), text
+    assert cli("plan", tmp_path / "r.yaml")[0] == 2
+    changes["passes"] = [{"prune_unstructured": {"sparsity": 0.5, "method": "wanda", "allocation": "loss"}}]
+    assert check(**changes)[0] == 2
+
+
+def test_widths_that_groups_do_not_divide(check, tmp_path):
+    model = pico.save(tmp_path / "m", hidden_size=40, intermediate_size=72, with_tokenizer=True)
+    changes = {"model": str(model), "gates": None, "store": "compact"}
+    status, text = check(**changes, passes=[{"cast": {"weights": "int4", "group_size": 16}}])
+    said = " ".join(text.split())
+    assert status == 2
+    assert "has 72 inputs, which groups of 16 do not divide, nor those of 23 others (40, 72)" in said, text
+    assert "group_size: 8 would fit, or skip: [" in said
+    assert all(f"model.layers.*.{name}" in said for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"))
+    status, text = check(**changes, passes=[{"cast": {"bits": 5, "group_size": 16}}])
+    assert (status, "has 72 inputs, which groups of 16 do not divide, nor" in " ".join(text.split())) == (2, True), text
+    assert check(**changes, passes=[{"cast": {"bits": 5}}])[0] == 0  # a whole channel fits any width
+
+
+def test_documents_within_files(check, texts, tmp_path):
+    train, valid = texts
+    shared = train.read_text().split("\n<|doc|>\n")[7]
+    (tmp_path / "valid.txt").write_text(f"{valid.read_text()}\n<|doc|>\n{shared.upper()}")
+    calibration = {"files": [str(train)], "samples": 4, "length": 32}
+    data = {"calibration": calibration, "evaluation": {"files": [str(tmp_path / "valid.txt")], "window": 32}}
+    assert check(data=data, run=False)[0] == 0  # reads no text
+    status, text = check("--data", data=data)
+    message = "data.evaluation shares 1 of its 41 documents with data.calibration: valid.txt#40"
+    assert (status, message in text) == (2, True), text
+    status, text = check("--data")
+    assert (status, "data: 40 documents of evaluation, 60 of calibration, none shared" in text) == (0, True), text
+    status, text = check("--data", model="some/hub-id", run=False)  # plain text needs no model
+    assert (status, "60 of calibration, none shared" in text) == (0, True), text
+
+
+def test_checking_data_needs_no_torch(recipe, tmp_path):
+    with (tmp_path / "r.yaml").open("w") as file:
+        YAML().dump(recipe(), file)
+    code = (
+        "import sys; from compress.cli import commands; import pathlib;"
+        f"commands.check(pathlib.Path({str(tmp_path / 'r.yaml')!r}), [], data=True, resolved=False, json=False);"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (done.stdout.splitlines()[-1:], done.stderr) == (["[]"], "")
