@@ -236,10 +236,11 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="use `store: compact`"
             + ("" if uneven(following) else "; `compress unpack` makes a dense stock checkpoint of the result"),
         )
-    if store == "stock" and (tensor := next((t for t in following.stored() if not stock_holds(following, t)), None)):
+    holds = stock_holds(following)
+    if store == "stock" and (tensor := next((t for t in following.stored() if not holds(t)), None)):
         assert tensor.grid is not None
         raise PassError(
-            f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}",
+            f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}" + _experts(following),
             fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
         )
     rounded = {
@@ -253,6 +254,14 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="use `store: stock`, or leave it out",
         )
     return following
+
+
+def _experts(spec: Spec) -> str:
+    """What stock loaders ask of experts, where the spec has some."""
+    record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
+    if record is None or not any(record.is_expert(name) for name in spec.tensors):
+        return ""
+    return ": they read experts in one format for all, without zero points, and not nvfp4 or beside cast activations"
 
 
 def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:

@@ -47,6 +47,9 @@ class Architecture:
         stacks: further such lists (the decoder's, where ``blocks`` are the encoder's) ▶ the config field with their number; a
             model may lack them. A sweep cannot follow such families, and no block can go by its number.
         module_blocks: path of that list in the model, where transformers renames it on loading.
+        renames: (pattern, replacement) pairs, applied in order to a module's name in files, that give its name in the model.
+        pooler: module below the prefix that the base class has and files may leave out.
+        flat_classes: how the names end of classes with a head whose model has the blocks without the prefix.
         input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
         head_tie: the parameter that ``tie_word_embeddings`` ties to the first embedding.
@@ -86,6 +89,9 @@ class Architecture:
     skipped_positions: Callable[[Mapping[str, Any]], int] = lambda config: 0
     stacks: Mapping[str, str] = field(default_factory=dict)
     module_blocks: str | None = None
+    renames: tuple[tuple[str, str], ...] = ()
+    pooler: str | None = None
+    flat_classes: tuple[str, ...] = ()
     input: str = "input_ids"
     head: str | None = "lm_head"
     head_tie: str = "lm_head.weight"
@@ -147,6 +153,24 @@ class Architecture:
     def renumber(self, name: str, index: int) -> str:
         """The tensor's name in block ``index``."""
         return self._block.sub(rf"\g<1>{index}\g<3>", name)
+
+    @staticmethod
+    def is_base(class_name: str | None) -> bool:
+        """Whether a class, None where the config names none, is the one without a head."""
+        return class_name is None or re.search(r"(?<!Head)(?<!Heads)Model$", class_name) is not None
+
+    def in_memory(self, module: str, class_name: str | None) -> str:
+        """The name that a module, called so in a file, has in a model of that class (None: the base class)."""
+        for pattern, replacement in self.renames:
+            module = re.sub(pattern, replacement, module)
+        first, _, rest = self.prefix.partition(".")
+        if class_name is None or self.is_base(class_name):
+            return module.removeprefix(f"{first}.")
+        paths = (self.blocks, *self.stacks, self.module_blocks, *self.embeddings, *(self.projections or ())[:2])
+        parts = {rest or path.partition(".")[0] for path in filter(None, paths)} | {"pooler"}
+        if module.partition(".")[0] in parts and not class_name.endswith(self.flat_classes):
+            return f"{first}.{module}"  # files of the base class leave the prefix out
+        return module
 
     def is_block_matrix(self, name: str) -> bool:
         """Whether a matrix of that name is a linear layer of a block (what pruning takes by default); routers are none."""

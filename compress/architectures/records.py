@@ -143,6 +143,7 @@ RECORDS: tuple[Architecture, ...] = (
         ),
         attention=_QKVO,
         hidden=replace(_PRE_NORMS, epsilon=1e-5),
+        renames=((r"\.block_sparse_moe\b", ".mlp"),),
         routers=("block_sparse_moe.gate", "mlp.gate"),
         experts=("block_sparse_moe.experts", "mlp.experts"),
         experts_key="num_local_experts",
@@ -198,6 +199,7 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="gpt_neox",
         blocks="layers",
         embeddings=("embed_in",),
+        renames=((r"^embed_out$", "lm_head"),),
         head="embed_out",
         head_tie="embed_out.weight",
         mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
@@ -222,6 +224,7 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "bert",
         prefix="bert",
+        pooler="pooler.dense",
         **_BERT_LIKE,
         head="cls.predictions.decoder",
         head_tie="cls.predictions.decoder.weight",
@@ -237,6 +240,7 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "albert",
         prefix="albert",
+        pooler="pooler",
         **{
             **_BERT_LIKE,
             "blocks": "encoder.albert_layer_groups",
@@ -264,6 +268,7 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "roberta",
         prefix="roberta",
+        pooler="pooler.dense",
         **_BERT_LIKE,
         skipped_positions=_up_to_padding,
         head="lm_head.decoder",
@@ -318,6 +323,7 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="transformer",  # of its classifiers alone
         blocks="encoder.block",
         stacks={"decoder.block": "num_decoder_layers"},
+        flat_classes=("ForConditionalGeneration", "ForQuestionAnswering"),
         embeddings=("shared",),
         head_classes=("ForConditionalGeneration",),
         depth_key="num_layers",
@@ -345,8 +351,18 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "vit",
         prefix="vit",
+        pooler="pooler.dense",
         blocks="encoder.layer",
         module_blocks="layers",
+        renames=(
+            (r"\bencoder\.layer\.", "layers."),
+            (r"\.attention\.query$", ".q_proj"),
+            (r"\.attention\.key$", ".k_proj"),
+            (r"\.attention\.value$", ".v_proj"),
+            (r"\.attention\.output\.dense$", ".attention.o_proj"),
+            (r"\.intermediate\.dense$", ".mlp.fc1"),
+            (r"\.output\.dense$", ".mlp.fc2"),
+        ),
         embeddings=("embeddings.patch_embeddings.projection",),
         input="pixel_values",
         head=None,

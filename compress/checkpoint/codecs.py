@@ -5,6 +5,7 @@ Planning needs no torch. The reading half is in `decode`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -119,9 +120,11 @@ def with_storage(spec: Spec, store: Store) -> Spec:
     with one a keep-mask is always stored.
     """
 
+    holds = stock_holds(spec)
+
     def choose(tensor: Tensor) -> Tensor:
         masked = store == "compact" and tensor.kept is not None
-        if store == "stock" and not stock_holds(spec, tensor):
+        if store == "stock" and not holds(tensor):
             return replace(tensor, grid=None, kept=None, storage=DENSE)
         if tensor.grid is not None:
             plain = stock_chain(tensor.grid)
@@ -148,25 +151,40 @@ def stock_chain(grid: Grid) -> tuple[str, ...]:
 
 def needs_code(spec: Spec) -> bool:
     """Whether only the bundled modelling file can load the spec as stored."""
-    return bool(spec.structure.edits) or any(t.storage[0] == "mask" or not stock_holds(spec, t) for t in spec.stored())
+    holds = stock_holds(spec)
+    return bool(spec.structure.edits) or any(t.storage[0] == "mask" or not holds(t) for t in spec.stored())
 
 
-def stock_holds(spec: Spec, tensor: Tensor) -> bool:
-    """Whether stock loaders take a tensor as it is: free values, and codes of linear layers that are modules of their own.
+def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
+    """A function that says whether stock loaders take a tensor of the spec: free values, and codes of linear layers.
 
     With compressed-tensors 0.20 transformers expects zero points of packed codes unpacked, and refuses a file that has them
-    packed as the format says.
+    packed as the format says. Experts, which it fuses in memory, become floats on loading, all by one format; those that are
+    floats already it looks for in vain beside codes of any format but fp8.
     """
-    if tensor.grid is None:
-        return True
     record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
-    if tensor.grid.transposed or tensor.grid.is_codebook or record is None:
-        return False
-    if stock_chain(tensor.grid) == PACKED and not tensor.grid.symmetric:
-        return False
-    path = f".{tensor.name}"
-    outside = [*record.experts, *record.embeddings, *filter(None, [record.head])]
-    return not any(f".{module}." in path for module in outside)
+    coded = [t for t in spec.stored() if t.grid is not None]
+    if record is None or not coded:
+        return lambda tensor: tensor.grid is None
+    outside = [*record.embeddings, *filter(None, [record.head])]
+    experts = {t.grid for t in spec.stored() if len(t.shape) == 2 and record.is_expert(t.name)}
+    fused = {grid and fusible(grid) for grid in experts} == {True} and len(experts) == 1
+    beside = not experts or fused or (experts == {None} and all(t.grid and stock_chain(t.grid) == FP8 for t in coded))
+
+    def holds(tensor: Tensor) -> bool:
+        grid = tensor.grid
+        if grid is None:
+            return True
+        if not beside or grid.transposed or grid.is_codebook or (stock_chain(grid) == PACKED and not grid.symmetric):
+            return False
+        return not any(f".{module}." in f".{tensor.name}" for module in outside)
+
+    return holds
+
+
+def fusible(grid: Grid) -> bool:
+    """Whether transformers reads experts in such codes, which it fuses in memory: without what inputs are cast to."""
+    return grid.activations is None and grid.symmetric and not grid.is_codebook and grid.format != "nvfp4"
 
 
 def stock_value(value: Value, tensor: Tensor) -> Value:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint import codecs, hub, quantization, tidy
+from compress.checkpoint import codecs, foreign, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.grids import Grid
@@ -274,10 +274,10 @@ def _spec(
     known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
     if config.get(quantization.KEY) and not known:
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
-        foreign = quantization.parse(config, every, where)
+        others = foreign.parse(structure, every, where)
         for file, header in headers.items():
             tables[file] |= {
-                n: t for n, t in foreign.items() if any(part.key in header.entries for part in codecs.parts(t))
+                n: t for n, t in others.items() if any(part.key in header.entries for part in codecs.parts(t))
             }
     for file, header in headers.items():
         table = tables[file]

@@ -435,9 +435,11 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
     Raises `CheckpointError`.
     """
     from compress.loading import check_keys, same_logits
+    from compress.stock import check_codes
 
     start = time.perf_counter()
     check_keys(stored)
+    check_codes(stored)
     need = 2 * 4 * stored.spec.parameters
     if need < (max_ram if max_ram is not None else available_memory() // 2):
         same_logits(handed, stored)

@@ -1,0 +1,315 @@
+"""Names of modules against the patterns of a ``quantization_config``, without the freedom to hang.
+
+A checkpoint is foreign input, and Python's ``re`` takes time that grows exponentially with what some patterns are matched
+against. Here a pattern becomes a small program, each of whose steps is tried once at each place of a name, and all matching
+of one checkpoint shares a limit of steps. Literals, classes, groups, alternatives, repeats, anchors and lookahead are known;
+anything else is refused. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from typing import Any
+
+from compress.errors import CheckpointError
+
+#: Comparisons, and steps of programs, that the patterns of one checkpoint may take: some seconds.
+_STEPS = 20_000_000
+#: Characters of one pattern, and instructions of its program, which counted repeats multiply.
+_LONGEST = 4_000
+_DEEPEST = 50
+#: An instruction: what it does (``char``, ``split``, ``jump``, ``assert``, ``ahead``, ``match``) and with what.
+_Program = tuple[tuple[str, Any, Any], ...]
+
+
+class Matcher:
+    """Whether names are among what patterns say, as compressed-tensors decides it.
+
+    ``re:…`` is a regular expression that what a name begins with must match; anything else the whole name.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where, self._left = where, _STEPS
+
+    def matches(self, pattern: str, name: str) -> bool:
+        """Whether one pattern means that name.
+
+        Raises:
+            CheckpointError: a broken pattern, one of a kind that is not known here, or all of them together take too long.
+        """
+        self._count()
+        if not pattern.startswith("re:"):
+            return pattern == name
+        if "\n" not in name and (test := _simple(pattern)) is not None:
+            return test(name)
+        program = _compiled(pattern)
+        if isinstance(program, str):
+            raise CheckpointError(f"has a pattern that cannot be used, {pattern[:80]!r}: {program}", where=self._where)
+        return self._run(program, 0, name, 0)
+
+    def any(self, patterns: Iterable[str], name: str) -> bool:
+        """Whether any of the patterns means that name."""
+        return any(self.matches(pattern, name) for pattern in patterns)
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise CheckpointError("has patterns of names that take too long to match", where=self._where)
+
+    def _run(self, program: _Program, start: int, name: str, place: int) -> bool:
+        stack, seen = [(start, place)], set()
+        while stack:
+            state = stack.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            self._count()
+            number, at = state
+            kind, first, second = program[number]
+            if kind == "match":
+                return True
+            if kind == "char":
+                if at < len(name) and first(name[at]):
+                    stack.append((number + 1, at + 1))
+            elif kind == "split":
+                stack += [(second, at), (first, at)]
+            elif kind == "jump":
+                stack.append((first, at))
+            elif kind == "assert":
+                if first(name, at):
+                    stack.append((number + 1, at))
+            elif self._run(program, number + 1, name, at) == second:
+                stack.append((first, at))
+        return False
+
+
+@lru_cache(4096)
+def _compiled(pattern: str) -> _Program | str:
+    """A program, or what is wrong with the pattern."""
+    text = pattern.removeprefix("re:")
+    if len(text) > _LONGEST:
+        return "it is too long"
+    try:
+        return tuple(_Parser(text).program())
+    except ValueError as error:
+        return str(error)
+
+
+@lru_cache(4096)
+def _simple(pattern: str) -> Callable[[str], bool] | None:
+    """A test, of names in one line, for what tools write by the hundred: a literal, ``.*`` before it, ``$`` after it."""
+    text = pattern.removeprefix("re:")
+    anywhere = text.startswith(".*")
+    body = text[2:] if anywhere else text.removeprefix("^")
+    end = body.endswith("$") and not body.endswith("\\$")
+    literal, rest = [], body[:-1] if end else body.removesuffix(".*")
+    while rest:
+        if rest[0] == "\\" and len(rest) > 1 and not rest[1].isalnum():
+            literal.append(rest[1])
+            rest = rest[2:]
+        elif rest[0].isalnum() or rest[0] in "_-/":
+            literal.append(rest[0])
+            rest = rest[1:]
+        else:
+            return None
+    found = "".join(literal)
+
+    def test(name: str) -> bool:
+        if anywhere:
+            return name.endswith(found) if end else found in name
+        return name == found if end else name.startswith(found)
+
+    return test
+
+
+class _Parser:
+    """A regular expression ▶ a program. Raises ValueError with what is wrong."""
+
+    _CLASSES: dict[str, Callable[[str], bool]] = {  # noqa: RUF012
+        "d": str.isdecimal,
+        "w": lambda c: c.isalnum() or c == "_",
+        "s": str.isspace,
+    }
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at, self.depth = text, 0, 0
+
+    def program(self) -> list[tuple[str, Any, Any]]:
+        """Instructions; jumps are absolute."""
+        found = self._alternatives()
+        if self.at < len(self.text):
+            raise ValueError("a bracket is closed that was not opened")
+        return [*_placed(found, 0), ("match", None, None)]
+
+    def _alternatives(self) -> list[tuple[str, Any, Any]]:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise ValueError("its brackets are nested too deeply")
+        branches = [self._sequence()]
+        while self._take("|"):
+            branches.append(self._sequence())
+        self.depth -= 1
+        found: list[tuple[str, Any, Any]] = []
+        for branch in branches[:-1]:
+            found.append(("split", len(found) + 1, len(found) + len(branch) + 2))
+            found += [*_placed(branch, len(found)), ("out", None, None)]
+        found += _placed(branches[-1], len(found))
+        return [("jump", len(found), None) if kind == "out" else (kind, a, b) for kind, a, b in found]
+
+    def _sequence(self) -> list[tuple[str, Any, Any]]:
+        found: list[tuple[str, Any, Any]] = []
+        while self.at < len(self.text) and self.text[self.at] not in "|)":
+            part = self._repeated(self._atom())
+            found += _placed(part, len(found))
+            if len(found) > _LONGEST:
+                raise ValueError("it is too long")
+        return found
+
+    def _repeated(self, part: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
+        sign = self.text[self.at] if self.at < len(self.text) else ""
+        if sign not in ("*", "+", "?", "{") or not sign:
+            return part
+        least, most = self._counts()
+        self._take("?")  # lazy or not, the same names match
+        if self.at < len(self.text) and self.text[self.at] in "*+?{":
+            raise ValueError("a repeat is repeated")
+        if len(part) * max(least, most or 0) > _LONGEST:
+            raise ValueError("it is too long")
+        found: list[tuple[str, Any, Any]] = []
+        for _ in range(least):
+            found += _placed(part, len(found))
+        if most is None:
+            start, end = len(found), len(found) + len(part) + 2
+            return [*found, ("split", start + 1, end), *_placed(part, start + 1), ("jump", start, None)]
+        end = len(found) + (most - least) * (len(part) + 1)
+        for _ in range(most - least):
+            found.append(("split", len(found) + 1, end))
+            found += _placed(part, len(found))
+        return found
+
+    def _counts(self) -> tuple[int, int | None]:
+        """Least and most of a repeat, None for no limit."""
+        sign = self.text[self.at]
+        self.at += 1
+        if sign != "{":
+            return {"*": (0, None), "+": (1, None), "?": (0, 1)}[sign]
+        end = self.text.find("}", self.at)
+        first, comma, last = self.text[self.at : end].partition(",") if end > 0 else ("", "", "")
+        if not all(part.isascii() and (part.isdigit() or (comma and not part)) for part in (first, last or first)):
+            raise ValueError("a repeat in braces is no number or range")
+        self.at = end + 1
+        least = int(first or 0)
+        most = int(last) if last else (None if comma else least)
+        if most is not None and most < least:
+            raise ValueError("a repeat in braces has its ends reversed")
+        return least, most
+
+    def _atom(self) -> list[tuple[str, Any, Any]]:
+        sign = self.text[self.at]
+        self.at += 1
+        if sign in "*+?{":
+            raise ValueError("a repeat has nothing in front of it")
+        if sign == "(":
+            return self._group()
+        if sign == "[":
+            return [("char", self._set(), None)]
+        if sign == ".":
+            return [("char", lambda c: c != "\n", None)]
+        if sign == "^":
+            return [("assert", lambda name, at: at == 0, None)]
+        if sign == "$":
+            return [("assert", lambda name, at: name[at:] in ("", "\n"), None)]
+        if sign != "\\":
+            return [("char", sign.__eq__, None)]
+        if self.text[self.at : self.at + 1] in ("b", "B"):
+            return [("assert", self._border(self._escape_sign() == "b"), None)]
+        return [("char", self._escaped(), None)]
+
+    def _group(self) -> list[tuple[str, Any, Any]]:
+        ahead = None
+        if self._take("?"):
+            kind = next((k for k in (":", "=", "!", "P<") if self.text.startswith(k, self.at)), None)
+            if kind is None or self.text.startswith(("P=", "P>"), self.at):
+                raise ValueError("of groups with `(?` only `(?:`, `(?=`, `(?!` and `(?P<name>` are known here")
+            self.at += len(kind)
+            if kind == "P<":
+                self.at = self.text.find(">", self.at) + 1 or len(self.text)
+            ahead = {"=": True, "!": False}.get(kind)
+        found = self._alternatives()
+        if not self._take(")"):
+            raise ValueError("a bracket is not closed")
+        if ahead is None:
+            return found
+        return [("ahead", len(found) + 2, ahead), *_placed(found, 1), ("match", None, None)]
+
+    def _set(self) -> Callable[[str], bool]:
+        tests: list[Callable[[str], bool]] = []
+        inverse, first = self._take("^"), True
+        while first or not self._take("]"):
+            if self.at >= len(self.text):
+                raise ValueError("a set of characters is not closed")
+            first = False
+            low = self._member()
+            if (
+                isinstance(low, str)
+                and self.text.startswith("-", self.at)
+                and self.text[self.at + 1 : self.at + 2] != "]"
+            ):
+                self.at += 1
+                high = self._member() if self.at < len(self.text) else ""
+                if not isinstance(high, str) or not low <= high:
+                    raise ValueError("a range of characters is reversed or has no end")
+                tests.append(partial(_between, low, high))
+            else:
+                tests.append(low.__eq__ if isinstance(low, str) else low)
+        return lambda c: any(test(c) for test in tests) != inverse
+
+    def _member(self) -> str | Callable[[str], bool]:
+        sign = self.text[self.at]
+        self.at += 1
+        if sign != "\\":
+            return sign
+        if self.text[self.at : self.at + 1].isalnum():
+            return self._escaped()
+        return self._escape_sign()
+
+    def _escaped(self) -> Callable[[str], bool]:
+        sign = self._escape_sign()
+        if sign.lower() in self._CLASSES:
+            test, inverse = self._CLASSES[sign.lower()], sign.isupper()
+            return lambda c: test(c) != inverse
+        if sign.isalnum():
+            raise ValueError(f"the escape \\{sign} is not known here")
+        return sign.__eq__
+
+    def _escape_sign(self) -> str:
+        if self.at >= len(self.text):
+            raise ValueError("it ends in a backslash")
+        self.at += 1
+        return self.text[self.at - 1]
+
+    def _border(self, wanted: bool) -> Callable[[str, int], bool]:
+        word = self._CLASSES["w"]
+        return lambda name, at: ((at > 0 and word(name[at - 1])) != (at < len(name) and word(name[at]))) == wanted
+
+    def _take(self, sign: str) -> bool:
+        found = self.text.startswith(sign, self.at)
+        self.at += len(sign) * found
+        return found
+
+
+def _between(low: str, high: str, sign: str) -> bool:
+    return low <= sign <= high
+
+
+def _placed(part: list[tuple[str, Any, Any]], offset: int) -> list[tuple[str, Any, Any]]:
+    """The part with its jumps moved so that it stands that many instructions later."""
+    moved = []
+    for kind, first, second in part:
+        if kind == "split":
+            first, second = first + offset, second + offset
+        elif kind in ("jump", "ahead"):
+            first += offset
+        moved.append((kind, first, second))
+    return moved
