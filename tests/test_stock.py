@@ -1,0 +1,183 @@
+"""What the stock store writes of codes, stock transformers loads whole and computes as we do, for every family and format."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+
+import compress
+from compress import architectures, passes, stock
+from compress.checkpoint import quantization
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import CheckpointError, PassError
+from compress.passes.cast_settings import CastSettings
+from compress.planning import plan_pass
+from tests import pico
+from tests.passes.helpers import apply, write
+
+FORMATS = {
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4", "group_size": 16},
+    "int3": {"weights": "int3", "group_size": "channel"},
+    "int2": {"weights": "int2", "group_size": 32},
+    "fp8": {"weights": "fp8"},
+    "mxfp4": {"weights": "mxfp4"},
+    "nvfp4": {"weights": "nvfp4"},
+    "w8a8": {"weights": "int8", "activations": "int8"},
+    "fp8 inputs": {"weights": "fp8", "activations": "fp8"},
+    "mixed": {"weights": "int4", "group_size": 16, "overrides": {"*.0.*": "int8", "*.1.*": "fp32"}},
+    "cache": {"weights": "int8", "kv_cache": "fp8"},
+}
+#: Formats that compressed-tensors decodes to bfloat16, and fails to multiply with anything else.
+NARROW = ("mxfp4", "nvfp4")
+
+
+def cast_all(families, root):
+    """Name ▶ (class, folder, inputs and outputs) of every format that the stock store takes; the pairs that it does not."""
+    cases, refused = {}, set()
+    for family in families:
+        sources = {
+            dtype: open_checkpoint(pico.save(root / f"{family}-{dtype}", family, with_tokenizer=False, dtype=dtype))
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        for name, settings in FORMATS.items():
+            source = sources[torch.bfloat16 if name in NARROW else torch.float32]
+            try:
+                plan_pass(source.spec, passes.get("cast"), CastSettings(method="rtn", **settings), "stock")
+            except PassError as error:
+                refused.add((family, name, re.sub(r" \(.*", "", error.what)))
+                continue
+            out = write(apply(source, "cast", method="rtn", **settings), root / f"{family}-{name}").folder
+            pico.save_expected(compress.load(out), expected := root / f"{family}-{name}.pt")
+            cases[f"{family} {name}"] = (pico.FAMILIES[family][0], out, expected)
+    return cases, refused
+
+
+def check_same(families, root, stock_outputs):
+    """Run all cases in one process of stock transformers; the pairs that the store refuses."""
+    cases, refused = cast_all(families, root)
+    found = stock_outputs(cases, dtype="auto")
+    assert not {name: row["error"] for name, row in found.items() if "error" in row}
+    for name, row in found.items():
+        limit = 0.3 if FORMATS[name.partition(" ")[2]].get("activations") else 1e-4  # inputs are rounded there too
+        assert row["difference"] <= limit, (name, row)
+    assert len(found) + len(refused) == len(families) * len(FORMATS)
+    return refused
+
+
+def caches_nothing(*families):
+    return {(f, "cache", f"{pico.FAMILIES[f][0]} caches no keys and values") for f in families}
+
+
+def test_four_families_in_every_format(tmp_path, stock_outputs):
+    families = ("llama", "gpt_neox", "gemma3_text", "bert")
+    assert check_same(families, tmp_path, stock_outputs) == caches_nothing("bert")
+
+
+@pytest.mark.slow
+def test_every_other_family_in_every_format(tmp_path, stock_outputs):
+    families = [f for f in pico.FAMILIES if f not in ("llama", "gpt_neox", "gemma3_text", "bert")]
+    codes = "stock loaders take no such codes"
+    none = caches_nothing("albert", "roberta", "electra", "distilbert", "t5", "vit")
+    conv1d = {("gpt2", name, codes) for name in FORMATS}
+    experts = {(f, name, codes) for f in ("mixtral", "qwen3_moe") for name in ("nvfp4", "w8a8", "fp8 inputs", "mixed")}
+    assert check_same(families, tmp_path, stock_outputs) == none | conv1d | experts
+
+
+@pytest.mark.parametrize("family", pico.FAMILIES)
+def test_records_know_the_names_in_memory(family):
+    """Of every matrix in a file, against what transformers' own loader makes of its name."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = getattr(transformers, pico.FAMILIES[family][0])(pico.config(family))
+    record = architectures.of(model.config.to_dict())
+    names = {name: value for name, value in model.state_dict().items() if value.ndim == 2}
+    for name in names:  # one at a time, so that each is known by what it becomes
+        (stored,) = revert_weight_conversion(model, {name: torch.empty(2, 2)})
+        module = stored.removesuffix(".weight")
+        assert record.in_memory(module, type(model).__name__) == name.removesuffix(".weight")
+        flat = module.removeprefix(f"{record.prefix.partition('.')[0]}.")
+        if flat != module and record.block_index(f"{flat}.weight") is not None:
+            assert record.in_memory(flat, type(model).__name__) == name.removesuffix(".weight")
+            base = name.removesuffix(".weight").removeprefix(f"{model.base_model_prefix}.")
+            assert {record.in_memory(m, type(model.base_model).__name__) for m in (flat, module)} == {base}
+
+
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory):
+    root = tmp_path_factory.mktemp("neox")
+    return compress.apply("cast", pico.save(root / "in", "gpt_neox"), root / "out", weights="int8", method="rtn")
+
+
+def said(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def test_what_is_dense_is_listed_by_its_name_in_memory(neox, tmp_path):
+    assert {"lm_head", "embed_out", "gpt_neox.embed_in"} <= set(said(neox)["ignore"])
+    mixed = {"weights": "int4", "group_size": 16, "overrides": {"*.0.*": "int8", "*.1.*.dense": "fp32"}}
+    for family, dense in (("gpt_neox", "gpt_neox.layers.1.attention.dense"), ("vit", "vit.layers.1.attention.o_proj")):
+        folder = pico.save(tmp_path / family, family, with_tokenizer=False)
+        out = compress.apply("cast", folder, tmp_path / f"{family}-out", method="rtn", **mixed)
+        assert len(said(out)["config_groups"]) == 2
+        assert dense in said(out)["ignore"]
+
+
+def test_a_config_with_names_of_files_is_refused(neox, tmp_path):
+    """By the records' names alone, and by the stock loader alone."""
+    folder = shutil.copytree(neox, tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"].remove("lm_head")
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_checkpoint(folder)
+    stock.check_codes(open_checkpoint(neox))
+    with pytest.raises(CheckpointError, match=r"could not load lm_head: the config says that it is codes, and it is not"):
+        stock.check_names(opened, said(folder))
+    with pytest.raises(CheckpointError, match=r"stock transformers finds \d+ keys missing, such as lm_head.weight_packed"):
+        stock.check_load(opened)
+
+
+def _flat(state):
+    return {name.removeprefix("transformer."): value for name, value in state.items()}
+
+
+def _no_pooler(state):
+    return {name: value for name, value in state.items() if ".pooler." not in f".{name}"}
+
+
+@pytest.mark.parametrize(
+    ("family", "class_name", "change"),
+    [("bloom", "BloomForCausalLM", _flat), ("bert", "BertModel", _no_pooler), ("t5", "T5EncoderModel", dict)],
+)
+def test_files_of_a_base_class(family, class_name, change, tmp_path):
+    """Names in files that leave the prefix out, and a pooler that they leave out."""
+    from safetensors.torch import load_file, save_file
+
+    folder = pico.save(tmp_path / "in", family, class_name=class_name, with_tokenizer=False)
+    weights = folder / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+    settings = {"weights": "int4", "group_size": 16, "overrides": {"*.0.*": "int8", "*.1.*": "fp32"}}
+    out = compress.apply("cast", folder, tmp_path / "out", method="rtn", **settings)
+    model, info = getattr(transformers, class_name).from_pretrained(out, output_loading_info=True)
+    assert all("pooler" in key for keys in info.values() for key in keys)
+    torch.testing.assert_close(pico.logits(model), pico.logits(compress.load(out)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "vit", "mixtral"])
+def test_names_in_memory_are_read_back(family, tmp_path):
+    """As a file of another tool: without the metadata that only we write."""
+    from safetensors.torch import load_file, save_file
+
+    folder = pico.save(tmp_path / "in", family, with_tokenizer=False)
+    settings = {"weights": "int4", "group_size": 16, "overrides": {"*attention*": "int8"}}
+    out = compress.apply("cast", folder, tmp_path / "out", method="rtn", **settings)
+    before = open_checkpoint(out)
+    save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
+    assert {t.name: t.grid for t in open_checkpoint(out).spec.stored()} == {t.name: t.grid for t in before.spec.stored()}
+    assert any(quantization.in_memory(before.spec, t.module) != t.module for t in before.spec.stored())
