@@ -63,9 +63,7 @@ def check_same(families, root, stock_outputs):
     cases, refused = cast_all(families, root)
     found = stock_outputs(cases, dtype="auto")
     assert not {name: row["error"] for name, row in found.items() if "error" in row}
-    for name, row in found.items():
-        limit = 0.3 if FORMATS[name.partition(" ")[2]].get("activations") else 1e-4  # inputs are rounded there too
-        assert row["difference"] <= limit, (name, row)
+    assert {name: row["difference"] for name, row in found.items() if not row["difference"] <= 1e-4} == {}
     assert len(found) + len(refused) == len(families) * len(FORMATS)
     return refused
 
@@ -137,9 +135,13 @@ def test_a_config_with_names_of_files_is_refused(neox, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     opened = open_checkpoint(folder)
     stock.check_codes(open_checkpoint(neox))
-    with pytest.raises(CheckpointError, match=r"could not load lm_head: the config says that it is codes, and it is not"):
+    with pytest.raises(
+        CheckpointError, match=r"could not load lm_head: the config says that it is codes, and it is not"
+    ):
         stock.check_names(opened, said(folder))
-    with pytest.raises(CheckpointError, match=r"stock transformers finds \d+ keys missing, such as lm_head.weight_packed"):
+    with pytest.raises(
+        CheckpointError, match=r"stock transformers finds \d+ keys missing, such as lm_head.weight_packed"
+    ):
         stock.check_load(opened)
 
 
@@ -152,17 +154,21 @@ def _no_pooler(state):
 
 
 @pytest.mark.parametrize(
-    ("family", "class_name", "change"),
-    [("bloom", "BloomForCausalLM", _flat), ("bert", "BertModel", _no_pooler), ("t5", "T5EncoderModel", dict)],
+    ("family", "class_name", "change", "blocks"),
+    [
+        ("bloom", "BloomForCausalLM", _flat, "h"),
+        ("bert", "BertModel", _no_pooler, "encoder.layer"),
+    ],
 )
-def test_files_of_a_base_class(family, class_name, change, tmp_path):
+def test_files_of_a_base_class(family, class_name, change, blocks, tmp_path):
     """Names in files that leave the prefix out, and a pooler that they leave out."""
     from safetensors.torch import load_file, save_file
 
     folder = pico.save(tmp_path / "in", family, class_name=class_name, with_tokenizer=False)
     weights = folder / "model.safetensors"
     save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
-    settings = {"weights": "int4", "group_size": 16, "overrides": {"*.0.*": "int8", "*.1.*": "fp32"}}
+    mixed = {f"{blocks}.0.*": "int8", f"{blocks}.1.*": "fp32"}
+    settings = {"weights": "int4", "group_size": 16, "overrides": mixed}
     out = compress.apply("cast", folder, tmp_path / "out", method="rtn", **settings)
     model, info = getattr(transformers, class_name).from_pretrained(out, output_loading_info=True)
     assert all("pooler" in key for keys in info.values() for key in keys)
@@ -179,5 +185,7 @@ def test_names_in_memory_are_read_back(family, tmp_path):
     out = compress.apply("cast", folder, tmp_path / "out", method="rtn", **settings)
     before = open_checkpoint(out)
     save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
-    assert {t.name: t.grid for t in open_checkpoint(out).spec.stored()} == {t.name: t.grid for t in before.spec.stored()}
+    assert {t.name: t.grid for t in open_checkpoint(out).spec.stored()} == {
+        t.name: t.grid for t in before.spec.stored()
+    }
     assert any(quantization.in_memory(before.spec, t.module) != t.module for t in before.spec.stored())

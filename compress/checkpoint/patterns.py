@@ -16,6 +16,8 @@ from compress.errors import CheckpointError
 
 #: Comparisons, and steps of programs, that the patterns of one checkpoint may take: some seconds.
 _STEPS = 20_000_000
+#: What a step of a program counts, beside a comparison.
+_STEP = 5
 #: Characters of one pattern, and instructions of its program, which counted repeats multiply.
 _LONGEST = 4_000
 _DEEPEST = 50
@@ -52,8 +54,8 @@ class Matcher:
         """Whether any of the patterns means that name."""
         return any(self.matches(pattern, name) for pattern in patterns)
 
-    def _count(self) -> None:
-        self._left -= 1
+    def _count(self, cost: int = 1) -> None:
+        self._left -= cost
         if self._left < 0:
             raise CheckpointError("has patterns of names that take too long to match", where=self._where)
 
@@ -64,7 +66,7 @@ class Matcher:
             if state in seen:
                 continue
             seen.add(state)
-            self._count()
+            self._count(_STEP)
             number, at = state
             kind, first, second = program[number]
             if kind == "match":
