@@ -15,8 +15,9 @@ from typing import Any
 from compress import architectures
 from compress.checkpoint import quantization
 from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.files import read_json
 from compress.checkpoint.foreign import Groups
-from compress.checkpoint.open import Checkpoint, Stored, read_json
+from compress.checkpoint.open import Checkpoint, Stored
 from compress.errors import CheckpointError
 from compress.loading import quiet_transformers, stock_class
 
