@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
@@ -70,10 +72,14 @@ def load_checkpoint(
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
+    config = checkpoint.spec.structure.config
+    wanted = None
+    if not needs_code(checkpoint.spec):  # stock loaders multiply codes by scales in the model's dtype
+        wanted = getattr(torch, dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
     if isinstance(checkpoint, Stored):
-        state: dict[str, Any] = {t.name: _Unread(checkpoint, t) for t in checkpoint.spec.weights()}
+        state: dict[str, Any] = {t.name: _Unread(checkpoint, t, wanted) for t in checkpoint.spec.weights()}
     else:
-        state = {t.name: checkpoint.tensor(t.name).data for t in checkpoint.spec.weights()}
+        state = {t.name: _values(checkpoint, t, wanted) for t in checkpoint.spec.weights()}
     model = _load(checkpoint, kwargs, state)
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
@@ -89,11 +95,11 @@ def load_checkpoint(
 class _Unread:
     """A tensor of a checkpoint on disk, which transformers' loader reads by indexing, as it reads slices of safetensors."""
 
-    def __init__(self, checkpoint: Stored, tensor: Tensor) -> None:
-        self._checkpoint, self._tensor = checkpoint, tensor
+    def __init__(self, checkpoint: Stored, tensor: Tensor, wanted: torch.dtype | None) -> None:
+        self._checkpoint, self._tensor, self._wanted = checkpoint, tensor, wanted
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._checkpoint.tensor(self._tensor.name).data[index]
+        return _values(self._checkpoint, self._tensor, self._wanted)[index]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,6 +107,17 @@ class _Unread:
 
     def is_floating_point(self) -> bool:
         return self._tensor.is_float
+
+
+def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
+    """The values of a tensor; of codes with scales in the dtype ``wanted``, where one is."""
+    from compress.checkpoint.decode import values_of
+
+    value, grid = checkpoint.tensor(tensor.name), tensor.grid
+    if wanted is None or value.codes is None or grid is None or grid.format in FIXED_GROUPS:
+        return value.data
+    codes = value.codes
+    return values_of((codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, grid.to_json())
 
 
 def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:

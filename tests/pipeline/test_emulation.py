@@ -54,6 +54,19 @@ def test_rounded_inputs_give_the_logits_of_stock_transformers(rounded, stock_out
     assert min(effects.values()) > 1e-3, effects
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_with_scales_of_bfloat16(dtype, stock_outputs, tmp_path):
+    """Stock transformers multiplies codes by scales in the dtype that it is asked for, and so do we."""
+    base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)
+    cases = {}
+    for name, settings in {"int4": {"group_size": 16}, "fp8": {"activations": "fp8"}}.items():
+        out = compress.apply("cast", base, tmp_path / name, weights=name, method="rtn", **settings)
+        pico.save_expected(compress.load(out, dtype=dtype), tmp_path / f"{name}.pt")
+        cases[name] = ("LlamaForCausalLM", out, tmp_path / f"{name}.pt")
+    found = stock_outputs(cases, dtype=dtype)
+    assert {name: row.get("difference") for name, row in found.items()} == {"int4": 0, "fp8": 0}
+
+
 @pytest.mark.parametrize("format_", ["int8", "fp8"])
 def test_rounding_is_that_of_compressed_tensors(format_):
     from compressed_tensors.quantization import QuantizationArgs
