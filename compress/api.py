@@ -100,7 +100,8 @@ def apply(
             tensor of integers [samples, length], or for training a folder of images for each class. ``field``, ``template``,
             ``text``, ``label``, ``mode``, ``samples`` and ``length`` are those of a recipe's ``data.calibration`` or
             ``data.training``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
-        details: filled with what the pass would say in a report, JSON values.
+        details: filled with what the pass would say in a report, JSON values. A training that did not help leaves the weights
+            as they are, with a warning unless ``allow_noop`` is set; ``details["training"]["helped"]`` tells.
 
     Returns:
         ``output`` as a path.
@@ -109,6 +110,7 @@ def apply(
         CompressError: the settings are wrong, the pass does not apply, or the output cannot be written.
     """
     import tempfile
+    import warnings
 
     import torch
     from pydantic import ValidationError
@@ -118,6 +120,7 @@ def apply(
     from compress.checkpoint.write import write_checkpoint
     from compress.evaluation.tasks import check_images
     from compress.passes.base import Context
+    from compress.passes.distill import unhelped
     from compress.pipeline.publish import check_output
     from compress.pipeline.run import check_result, resolve_device
     from compress.planning import plan_pass
@@ -197,6 +200,9 @@ def apply(
         result = instance.apply(original, chosen, context)
         written = write_checkpoint(result, output, store=store, max_shard=_bytes(max_shard_size), progress=progress)
         check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
+    note = unhelped(name, context.details.get("training", {}))
+    if note is not None and not chosen.allow_noop:
+        warnings.warn(note, stacklevel=2)
     return output
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.cli.guard import Judged
-from compress.errors import CompressError, ReportError
+from compress.errors import EXIT_INCONCLUSIVE, CompressError, ReportError
 from compress.files import expanded
 
 if TYPE_CHECKING:
@@ -292,6 +292,7 @@ def gate(
     from compress.recipe import resolved as resolve
 
     loaded = _load(recipe, []) if recipe is not None else None
+    idle = False
     wanted = read_gates(resolve(loaded)["gates"] if loaded is not None else {}, gates)
     if Path(subject).is_dir() or Path(subject).suffix != ".json":
         if baseline is None:
@@ -315,7 +316,10 @@ def gate(
         report = reports.load(Path(subject))
         resolved = report["recipe"]["resolved"]
         wanted = wanted or read_gates(resolved.get("gates") or {})
-        if not wanted:
+        idle = (
+            not wanted and report["status"] == "inconclusive"
+        )  # a training did not help, and no gate says if that matters
+        if not wanted and not idle:
             raise ReportError(
                 "neither the report nor the command line has a gate", where=subject, fix="give --recipe or --gate"
             )
@@ -325,7 +329,7 @@ def gate(
             "seed": resolved.get("seed", 0),
         }
         results = gating.judge(wanted, report["original"], report["result"], **settings)
-    status, exit_status = gating.verdict(results)
+    status, exit_status = ("inconclusive", EXIT_INCONCLUSIVE) if idle else gating.verdict(results)
     rows = [r.to_dict() for r in results]
     if junit is not None:
         base = report or {"result": {"size": {}}, "original": {"checkpoint": baseline, "size": {}}, "stages": []}

@@ -92,7 +92,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     if (note := figures.quality_note(report)) is not None:
         _line(console, f"measured on {note}", "dim")
     for note in filter(None, [figures.speed_note(report), *cold_experts(report), *report["notes"]]):
-        _line(console, note, "dim")
+        _line(console, note, "yellow" if " did not help: " in note else "dim", whole=True)
     _line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:
         _line(console, f"output: {report['output']}", whole=True)
@@ -107,8 +107,10 @@ def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = 
         (Text(g["verdict"].upper() if g["verdict"] != "pass" else "pass", _STYLES[g["verdict"]]), g["gate"], g["text"])
         for g in gates
     ]
-    _table(console, None, [("gate", "whole"), ("", "whole"), ""], rows)
-    _line(console, f"gates: {status}", _STYLES.get(status, ""))
+    if rows:
+        _table(console, None, [("gate", "whole"), ("", "whole"), ""], rows)
+    said = f"gates: {status}" if rows else f"no gates, and a training that did not help: {status}"
+    _line(console, said, _STYLES.get(status, ""))
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:

@@ -132,6 +132,16 @@ class Pass(Generic[S]):
         """What a plan says besides sizes and memory, one sentence each."""
         return []
 
+    def prepare(self, checkpoint: Checkpoint, settings: S, context: Context) -> None:
+        """Refuse what data and other checkpoints rule out. A run asks every pass that it will apply, before the first works.
+
+        Args:
+            checkpoint: what the pass will get, as planned: it has a spec and sidecars, and no weights.
+
+        Raises:
+            CompressError: `apply` would fail, whatever the weights are.
+        """
+
     def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:
         """The changed checkpoint, lazily: weights are read when the writer asks for them."""
         raise NotImplementedError

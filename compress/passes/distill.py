@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ from compress import architectures
 from compress.checkpoint.open import open_headers
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
-from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, task_of
+from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, label_ids, task_of
 from compress.files import expanded
 from compress.passes.base import EDITED, Context, Pass, Storage
 from compress.passes.distill_settings import DIVERGENCES, DistillSettings
@@ -59,9 +60,15 @@ class Distill(Pass[DistillSettings]):
         student = spec
         if settings.student is not None and (cut := student_cut(spec, settings)) is not None:
             student = PruneStructured().plan(spec, cut)
-        for folder in self.checkpoints(settings):  # those of the hub are looked at when they are opened
-            if expanded(folder).is_dir():
-                check_teacher(student, open_headers(folder, trust_remote_code=True)[0], folder)
+        first = None
+        for number, folder in enumerate(self.checkpoints(settings)):
+            if expanded(folder).is_dir():  # those of the hub are looked at when they are opened
+                teacher = open_headers(folder, trust_remote_code=True)[0]
+                check_teacher(student, teacher, folder)
+                first = teacher if number == 0 and settings.teacher[0].checkpoint == folder else first
+        if settings.needs_teacher():
+            pairs_inside(student, first, settings)
+            check_cache(settings, int(spec.structure.config.get("vocab_size") or 1 << 31))
         return student
 
     def checkpoints(self, settings: DistillSettings) -> list[str]:
@@ -76,6 +83,15 @@ class Distill(Pass[DistillSettings]):
             return []
         k, vocabulary = settings.teacher_cache.k, int(spec.structure.config.get("vocab_size") or 1 << 31)
         return [f"teacher cache: {bytes_per_token(k, vocabulary)} bytes per token (k = {k})"]
+
+    def prepare(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> None:
+        """Training data that is too little, teachers that do not fit, losses that this student or its teachers do not have."""
+        from compress.calibration.ranks import Ranks
+        from compress.checkpoint.open import Derived
+        from compress.passes.distillation import prepare
+
+        student = Derived(checkpoint, self.plan(checkpoint.spec, settings), checkpoint.tensor)
+        prepare(student, settings, context, Ranks())
 
     def apply(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
         """The student, trained."""
@@ -118,6 +134,85 @@ def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
             key="teacher",
             fix="take a larger teacher, or make the student smaller",
         )
+    if mine.labels == "classes":
+        ours, others = (label_ids(spec.structure.config)[0] for spec in (student, teacher))
+        if ours != others:
+            raise PassError(f"the teacher {name} has the labels {others}, the student {ours}", key="teacher")
+
+
+def check_cache(settings: DistillSettings, vocabulary: int) -> None:
+    """A teacher cache leaves something of the vocabulary out. Raises `PassError`."""
+    if settings.teacher_cache is not None and settings.teacher_cache.k >= vocabulary:
+        raise PassError(
+            f"k of {settings.teacher_cache.k} is not below the vocabulary of {vocabulary}", key="teacher_cache"
+        )
+
+
+def pairs_inside(
+    student: Spec, teacher: Spec | None, settings: DistillSettings
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, int] | None]:
+    """Pairs (student's, teacher's) of outputs that ``hidden`` compares, and of blocks that ``relations`` compares.
+
+    Args:
+        teacher: the first one; None where it is not known yet, and taken to be as deep as the settings want it.
+
+    Raises:
+        PassError: a block or head is asked for that there is not.
+    """
+    weights, mine = losses(student, settings), _depth(student)
+    theirs = mine if teacher is None else _depth(teacher)
+    known = teacher is not None
+    states: tuple[tuple[int, int], ...] = ()
+    vectors = None
+    if "hidden" in weights:
+        states = settings.layer_map or tuple((i, round(i * theirs / mine)) for i in range(mine + 1))
+        for pair in states:
+            if not (0 <= pair[0] <= mine and pair[1] >= 0 and (pair[1] <= theirs or not known)):
+                raise PassError(
+                    f"{list(pair)} is out of range: the student's outputs are 0 to {mine}"
+                    + f", the teacher's 0 to {theirs}" * known,
+                    key="layer_map",
+                )
+    if "relations" in weights:
+        vectors = settings.relation_layers or (mine - 1, theirs - 1)
+        if not (0 <= vectors[0] < mine and vectors[1] >= 0 and (vectors[1] < theirs or not known)):
+            raise PassError(
+                f"{list(vectors)} is out of range: the student has {mine} blocks" + f", the teacher {theirs}" * known,
+                key="relation_layers",
+            )
+        for spec in (student, *([teacher] if teacher is not None else [])):
+            _check_heads(spec, settings.relation_heads)
+    return states, vectors
+
+
+def _check_heads(spec: Spec, heads: int) -> None:
+    from compress.architectures import narrowing
+
+    config = spec.structure.config
+    record = architectures.of(config)
+    if (width := narrowing.kv_heads(record, config) * record.head_dim(config)) % heads:
+        raise PassError(
+            f"vectors of {width} entries do not split into {heads} heads",
+            key="relation_heads",
+            fix=f"set relation_heads to a divisor of {width}, such as {math.gcd(width, heads)}",
+        )
+
+
+def _depth(spec: Spec) -> int:
+    config = spec.structure.config
+    return architectures.of(config).depth(config)
+
+
+def unhelped(name: str, training: Mapping[str, Any]) -> str | None:
+    """What a report says of a training that made nothing better; None where it did."""
+    if training.get("helped", True):
+        return None
+    first, *others = training["held_out"]
+    best = min(others, key=lambda row: row["loss"])
+    return (
+        f"{name} did not help: the held-out loss was {first['loss']:.4g} before training and at best {best['loss']:.4g} "
+        f"after it (step {best['step']}), so the weights stay as they were"
+    )
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:

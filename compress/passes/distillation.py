@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress import architectures
-from compress.architectures import narrowing
 from compress.calibration.ranks import Ranks
-from compress.checkpoint.edits import shared_parameters
-from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint, torch_dtype
-from compress.checkpoint.structure import to_json
-from compress.checkpoint.write import render_config
+from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
 from compress.errors import DataError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
-from compress.loading import (
-    load_checkpoint,
-    load_tokenizer,
-    quiet_transformers,
-    stock_class,
-)
+from compress.loading import load_checkpoint, load_tokenizer, stock_class
 from compress.passes.base import Context
-from compress.passes.distill import losses, task_name
+from compress.passes.distill import check_cache, losses, pairs_inside, task_name
 from compress.passes.distill_settings import DistillSettings
 from compress.passes.teachers import (
     begins_on,
@@ -38,11 +28,12 @@ from compress.passes.teachers import (
     teachers_say,
 )
 from compress.training.data import Masking, Samples
-from compress.training.loop import How, Training
+from compress.training.loop import History, How, Training
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
 from compress.training.state import RunState
+from compress.training.written import Places, find_places
 
 if TYPE_CHECKING:
     from compress.calibration.batches import Batches
@@ -51,45 +42,112 @@ if TYPE_CHECKING:
 _LOOKED = 4
 
 
-def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
-    """The student checkpoint, trained as the settings say."""
-    ranks = Ranks(context.rank, context.world)
+@dataclass(frozen=True)
+class Prepared:
+    """What a training is made of besides the student's weights; all that is refused without them has been."""
+
+    samples: Samples
+    steps: int
+    teachers: list[Checkpoint]
+    terms: Terms
+    vocabulary: int
+
+
+def prepare(student: Checkpoint, settings: DistillSettings, context: Context, ranks: Ranks) -> Prepared:
+    """Samples, teachers and losses. Reads no weights, so the student may be one that is only planned.
+
+    Args:
+        ranks: the processes that call this together.
+
+    Raises:
+        CompressError: the data, the teachers and the settings do not go together.
+    """
     if context.world > 1 and settings.optimizer != "adamw":
         raise PassError(
             f"{settings.optimizer} does not work on sharded weights", key="optimizer", fix="set `optimizer: adamw`"
         )
-    log, close = _log(settings, context)
     samples = _samples(student, settings, context)
-    steps = _steps(samples, settings)
-    teachers = open_teachers(student, samples, settings, context)
-    terms = _terms(student, teachers, settings)
-    model = _student_model(student, settings, context)
-    masks = _masks(student, model)
+    teachers = open_teachers(student, samples, settings, context, ranks)
     vocabulary = shared_vocabulary(student, teachers)
-    widths = {_width(t) for t in teachers[:1]}
+    if teachers:
+        check_cache(settings, vocabulary)
+    return Prepared(samples, _steps(samples, settings), teachers, _terms(student, teachers, settings), vocabulary)
+
+
+def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
+    """The student checkpoint, trained as the settings say; as it was where no weights were better on held-out samples."""
+    ranks = Ranks(context.rank, context.world)
+    log, close = _log(settings, context)
+    made = prepare(student, settings, context, ranks)
+    model = _student_model(student, settings, context)
+    places = find_places(student.spec, model)
+    if places.kept:
+        context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
+    masks = _masks(student, model)
+    objective = _objective(student, model, made, settings, context)
+    if context.world > 1:
+        masks = _sharded(objective, model, masks, context.device)
+    if settings.compile:
+        model.base_model.compile()
+    says, filled = teachers_say(
+        made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, ranks
+    )
+    how = _how(made, settings, context)
+    training = Training(
+        objective,
+        says,
+        made.samples,
+        how,
+        device=context.device,
+        progress=context.progress,
+        state=RunState(context.work / "training", ranks),
+        masks=masks,
+        log=log,
+    )
+    history = training.run()
+    close()
+    said = _said(history, made.samples, how)
+    context.details["training"] = {**said, **filled, "kept": sorted(places.kept)}
+    if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
+        return student  # bit by bit what it was, and not by way of float32
+    return _trained(student, model, places, context)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _objective(
+    student: Checkpoint, model: Any, made: Prepared, settings: DistillSettings, context: Context
+) -> Objective:
+    """What is minimised, with the student in it and how its logits are made seen to."""
+    widths = {_width(t) for t in made.teachers[:1]}
     torch.manual_seed(context.seed)
     objective = Objective(
         model,
         task_name(student.spec),
-        terms,
-        vocabulary=vocabulary,
-        teacher_width=widths.pop() if terms.of_inside else None,
+        made.terms,
+        vocabulary=made.vocabulary,
+        teacher_width=widths.pop() if made.terms.of_inside else None,
         pooling=_pooling(student),
-        teacher_pooling=_pooling(teachers[0]) if teachers else None,
+        teacher_pooling=_pooling(made.teachers[0]) if made.teachers else None,
     ).to(begins_on(context))
-    check_reader(objective.reader, samples, context)
+    check_reader(objective.reader, made.samples, context)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older transformers do not have
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if context.world > 1:
-        masks = _sharded(objective, model, masks, context.device)
-    if settings.compile:
-        model.base_model.compile()
-    says, filled = teachers_say(teachers, terms, vocabulary, samples, steps, settings, context, ranks)
-    how = How(
+    return objective
+
+
+def _how(made: Prepared, settings: DistillSettings, context: Context) -> How:
+    """How to train; says where the data repeats."""
+    steps = made.steps
+    if (epochs := steps * settings.batch / made.samples.train) > 1:
+        context.progress.message(f"the training data is gone through {epochs:.2g} times")
+    return How(
         steps=steps,
         batch=settings.batch,
         update=Update(settings.optimizer, settings.rate, settings.schedule, settings.warmup, settings.weight_decay),
@@ -101,42 +159,25 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         patience=settings.patience,
         seed=context.seed,
     )
-    if (epochs := steps * settings.batch / samples.train) > 1:
-        context.progress.message(f"the training data is gone through {epochs:.2g} times")
-    training = Training(
-        objective,
-        says,
-        samples,
-        how,
-        device=context.device,
-        progress=context.progress,
-        state=RunState(context.work / "training", ranks),
-        masks=masks,
-        log=log,
-    )
-    history = training.run()
-    close()
-    if history.best_step == 0 and not settings.allow_noop:
-        raise PassError(
-            "training did not help: no weights were better on held-out samples than those it began with",
-            key="rate",
-            fix="lower `rate`, take more steps, or set `allow_noop: true` to go on without",
-        )
-    context.details["training"] = {
+
+
+def _said(history: History, samples: Samples, how: How) -> dict[str, Any]:
+    """What the report says of a training."""
+    return {
         "steps": history.steps,
         "samples": samples.train,
         "held_out_samples": samples.held_out,
-        "epochs": round(history.steps * settings.batch / samples.train, 3),
+        "epochs": round(history.steps * how.batch / samples.train, 3),
         "of": "tokens" if samples.batches.images is None else "images",
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9), 1),
+        "rate": how.update.rate,
         "best_step": history.best_step,
+        "helped": history.best_step > 0,
         "stopped": history.stopped,
         "held_out": history.held_out,
         "losses": history.train,
-        **filled,
     }
-    return _trained(student, model, context)
 
 
 def _pooling(checkpoint: Checkpoint) -> Pooling | None:
@@ -193,11 +234,6 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
     return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch))
 
 
-def _depth(checkpoint: Checkpoint) -> int:
-    config = checkpoint.spec.structure.config
-    return architectures.of(config).depth(config)
-
-
 def _width(checkpoint: Checkpoint) -> int:
     config = checkpoint.spec.structure.config
     record = architectures.of(config)
@@ -205,35 +241,8 @@ def _width(checkpoint: Checkpoint) -> int:
 
 
 def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSettings) -> Terms:
+    states, vectors = pairs_inside(student.spec, teachers[0].spec, settings) if teachers else ((), None)
     weights = losses(student.spec, settings)
-    states: tuple[tuple[int, int], ...] = ()
-    vectors = None
-    if teachers:
-        mine, theirs = _depth(student), _depth(teachers[0])
-        if "hidden" in weights:
-            states = settings.layer_map or tuple((i, round(i * theirs / mine)) for i in range(mine + 1))
-            for pair in states:
-                if not (0 <= pair[0] <= mine and 0 <= pair[1] <= theirs):
-                    raise PassError(
-                        f"{list(pair)} is out of range: the student's outputs are 0 to {mine}, the teacher's 0 to {theirs}",
-                        key="layer_map",
-                    )
-        if "relations" in weights:
-            vectors = settings.relation_layers or (mine - 1, theirs - 1)
-            if not (0 <= vectors[0] < mine and 0 <= vectors[1] < theirs):
-                raise PassError(
-                    f"{list(vectors)} is out of range: the student has {mine} blocks, the teacher {theirs}",
-                    key="relation_layers",
-                )
-            for checkpoint in (student, teachers[0]):
-                config = checkpoint.spec.structure.config
-                record = architectures.of(config)
-                if (width := narrowing.kv_heads(record, config) * record.head_dim(config)) % settings.relation_heads:
-                    raise PassError(
-                        f"vectors of {width} entries do not split into {settings.relation_heads} heads",
-                        key="relation_heads",
-                        fix=f"set relation_heads to a divisor of {width}, such as {math.gcd(width, settings.relation_heads)}",
-                    )
     return Terms(weights, settings.temperature, settings.skew, states, vectors, settings.relation_heads)
 
 
@@ -291,9 +300,8 @@ def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
     return log, writer.close
 
 
-def _trained(student: Checkpoint, model: Any, context: Context) -> Checkpoint:
+def _trained(student: Checkpoint, model: Any, places: Places, context: Context) -> Checkpoint:
     """The student's checkpoint with the model's weights, named and shaped as in its file."""
-    folder = context.work / "trained"
     state = {}
     for name, value in model.state_dict().items():
         full = whole(value)  # every process takes part, the first one keeps it
@@ -301,27 +309,12 @@ def _trained(student: Checkpoint, model: Any, context: Context) -> Checkpoint:
             state[name] = full
     if context.rank:
         return student
-    config = model.config
-    config._name_or_path = ""
-    edits = to_json(student.spec.structure.edits)
-    for name in shared_parameters(model, edits):
-        del state[name]
-    # the stock writer names and splits tensors as files have them
-    with quiet_transformers():
-        model.save_pretrained(folder, state_dict=state)
-    if edits:
-        (folder / "config.json").write_bytes(render_config(student.spec))
-    written = open_checkpoint(folder)
-    spec = student.spec
-    names = {t.name for t in spec.stored()}
-    if lost := sorted(names - {t.name for t in written.spec.stored()}):
-        raise PassError(
-            f"transformers writes this model without {lost[0]}, so it cannot be trained in place",
-            fix="load it with from_pretrained, save it with save_pretrained, and start from that",
-        )
+    spec, found = student.spec, places.tensors(model, state)
 
     def read(name: str) -> Value:
-        data = written.tensor(name).data.to(torch_dtype(spec.tensors[name].dtype))
+        if name in places.kept:
+            return student.tensor(name)
+        data = found[name].to(torch_dtype(spec.tensors[name].dtype))
         return Value(data, student.tensor(name).mask if spec.tensors[name].kept is not None else None)
 
     return Derived(student, spec, read)

@@ -15,7 +15,7 @@ from compress.calibration.influence import find_blocks
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, open_checkpoint
 from compress.errors import PassError
-from compress.evaluation.tasks import IMAGES, label_ids, task_of
+from compress.evaluation.tasks import IMAGES, task_of
 from compress.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
 from compress.passes.base import Context
 from compress.passes.distill import bytes_per_token, check_teacher, task_name
@@ -34,7 +34,7 @@ _ASKED = 16
 
 
 def open_teachers(
-    student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context
+    student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context, ranks: Ranks
 ) -> list[Checkpoint]:
     """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
     if not settings.needs_teacher():
@@ -44,13 +44,12 @@ def open_teachers(
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
             how = {"trust_remote_code": student.trust_remote_code, "offline": context.offline}
-            if context.rank == 0:
+            if ranks.rank == 0:
                 open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
-            Ranks(context.rank, context.world).wait()
+            ranks.wait()
             teacher = open_checkpoint(entry.checkpoint, **how)
         check_teacher(student.spec, teacher.spec, entry.checkpoint)
         _check_processors(student, teacher, entry.checkpoint)
-        _check_labels(student, teacher, entry.checkpoint)
         if samples.batches.images is None:
             check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
             positions = architectures.positions(teacher.spec)
@@ -89,14 +88,6 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
         )
 
 
-def _check_labels(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
-    if task_name(student.spec) != "classes":
-        return
-    mine, theirs = (label_ids(c.spec.structure.config)[0] for c in (student, teacher))
-    if mine != theirs:
-        raise PassError(f"the teacher {name} has the labels {theirs}, the student {mine}", key="teacher")
-
-
 def shared_vocabulary(student: Checkpoint, teachers: list[Checkpoint]) -> int:
     """Ids that all know; rows beyond are padding of the larger tables."""
     sizes = [c.spec.structure.config.get("vocab_size") for c in (student, *teachers)]
@@ -119,8 +110,6 @@ def teachers_say(
     if settings.teacher_cache is None:
         return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
     k = settings.teacher_cache.k
-    if k >= vocabulary:
-        raise PassError(f"k of {k} is not below the vocabulary of {vocabulary}", key="teacher_cache")
     cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
     if context.rank == 0:
         cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))

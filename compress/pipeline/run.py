@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures, passes
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.codecs import needs_code
-from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
+from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
-from compress.errors import EXIT_OK, PassError, ResourceError
+from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, PassError, ResourceError
 from compress.evaluation.tasks import task_of
 from compress.files import expanded
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
+from compress.passes.distill import unhelped
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
 from compress.pipeline.folder import RunFolder
@@ -29,7 +31,7 @@ from compress.pipeline.measure import Measurements
 from compress.pipeline.preflight import check_folders, check_plan, check_sets
 from compress.pipeline.processes import call_for_help, help_out, joined, own_device
 from compress.pipeline.publish import changed_files, publish, read_provenance
-from compress.planning import PlannedStage, make_plan, planned_size, size_on_disk
+from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
 
@@ -137,6 +139,36 @@ class Run:
         found = open_checkpoint(name, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
         return hash_input(found, self.folder.path / f"inputs-{fingerprint(name)[:12]}.json")
 
+    def prepare_passes(self, missing: list[PlannedStage]) -> None:
+        """What data and other checkpoints rule out is refused before the first pass works."""
+        before = self.plan.original_spec
+        for stage in self.plan.stages:
+            for planned in stage.passes:
+                if stage in missing:
+                    given = Derived(self.original, before, self.original.tensor)
+                    with _of_pass(planned):
+                        passes.get(planned.name).prepare(
+                            given, planned.settings, self.context(planned, Path(os.devnull))
+                        )
+                before = planned.spec
+
+    def context(self, planned: PlannedPass, work: Path) -> Context:
+        """What a pass of this run may know."""
+        shared = passes.get(planned.name).works(planned.settings) != "stream"  # else this process works alone
+        return Context(
+            original=self.original,
+            device=own_device(self.device),
+            dtype=self.recipe.dtype,
+            seed=self.recipe.seed,
+            max_ram=self.recipe.max_ram,
+            data=self.data.batches,
+            progress=self.progress,
+            work=work,
+            rank=self.ranks.rank,
+            world=self.ranks.world if shared else 1,
+            offline=self.recipe.offline,
+        )
+
     def compute(self, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
         """Run the stage's passes in one read and one write, check the result, record it."""
         start = time.perf_counter()
@@ -145,28 +177,12 @@ class Run:
         checkpoint: Checkpoint = before
         rows = []
         for planned in stage.passes:
-            shared = passes.get(planned.name).works(planned.settings) != "stream"  # else this process works alone
-            context = Context(
-                original=self.original,
-                device=own_device(self.device),
-                dtype=self.recipe.dtype,
-                seed=self.recipe.seed,
-                max_ram=self.recipe.max_ram,
-                data=self.data.batches,
-                progress=self.progress,
-                work=self.folder.work(key),
-                rank=self.ranks.rank,
-                world=self.ranks.world if shared else 1,
-                offline=self.recipe.offline,
-            )
-            if shared:
+            context = self.context(planned, self.folder.work(key))
+            if passes.get(planned.name).works(planned.settings) != "stream":
                 trust = self.recipe.trust_remote_code
                 call_for_help(self.ranks, planned.name, planned.settings, before.folder, trust, context)
-            try:
+            with _of_pass(planned):
                 checkpoint = passes.get(planned.name).apply(checkpoint, planned.settings, context)
-            except PassError as error:
-                error.where = error.where or f"passes.{planned.index}.{planned.name}"
-                raise
             rows.append((planned, checkpoint.spec, context.details))
         written = write_checkpoint(
             checkpoint,
@@ -219,7 +235,9 @@ class Run:
                 self.folder.drop(key)
                 shutil.rmtree(self.folder.work(key), ignore_errors=True)
         found = [self.folder.find(key) for key in keys]
-        self.check_disk([s for s, row in zip(self.plan.stages, found, strict=True) if row is None])
+        missing = [s for s, row in zip(self.plan.stages, found, strict=True) if row is None]
+        self.check_disk(missing)
+        self.prepare_passes(missing)
         self.checked_input = False
         rows, before = [], self.original
         for stage, print_, key, row in zip(self.plan.stages, prints, keys, found, strict=True):
@@ -249,6 +267,16 @@ class Run:
         if not self.checked_input and checkpoint is self.original:
             check_keys(checkpoint)
         self.checked_input = True
+
+
+@contextlib.contextmanager
+def _of_pass(planned: PlannedPass) -> Iterator[None]:
+    """Errors of a pass say which one it is."""
+    try:
+        yield
+    except PassError as error:
+        error.where = error.where or f"passes.{planned.index}.{planned.name}"
+        raise
 
 
 def run(
@@ -313,6 +341,7 @@ def _run(
         }
         last = rows[-1]
         result = {key: last.get(key) for key in ("size", "evaluation", "latency")}
+        noted, idle = _trainings_that_did_not_help(state.plan, rows)
         wanted_gates = recipe.gates.model_dump(exclude_none=True)
         judged = (
             judge(
@@ -327,6 +356,8 @@ def _run(
             else []
         )
         status, exit_status = verdict(judged) if judged else ("no gates", EXIT_OK)
+        if not judged and idle:
+            status, exit_status = "inconclusive", EXIT_INCONCLUSIVE
         published = exit_status == EXIT_OK or publish_anyway
         report = {
             "schema": "compress.report/1",
@@ -345,7 +376,7 @@ def _run(
             "stages": rows,
             "result": result,
             "gates": [g.to_dict() for g in judged],
-            "notes": state.notes + measurements.notes,
+            "notes": state.notes + noted + measurements.notes,
         }
         stage_folder = Path(last["folder"])
         if published:
@@ -357,6 +388,18 @@ def _run(
         write_atomically(state.folder.path / "junit.xml", reports.render_junit(report).encode())
         reports.append_step_summary(report)
     return RunResult(state.output if published else stage_folder, report, status, exit_status, published)
+
+
+def _trainings_that_did_not_help(plan: Plan, rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
+    """What the report notes of them, and whether the recipe does not allow one of them."""
+    notes, idle = [], False
+    for stage, row in zip(plan.stages, rows, strict=True):
+        for planned, said in zip(stage.passes, row["passes"], strict=True):
+            note = unhelped(planned.name, said["details"].get("training", {}))
+            if note is not None:
+                notes.append(note)
+                idle = idle or not planned.settings.allow_noop
+    return notes, idle
 
 
 def _already_done(state: Run, identity: str) -> RunResult | None:

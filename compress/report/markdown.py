@@ -22,10 +22,13 @@ _HEADLINES = {
 def render_markdown(report: Mapping[str, Any]) -> str:
     """The whole report."""
     before, after = (report[side]["size"]["bytes"] for side in ("original", "result"))
+    headline = _HEADLINES[report["status"]]
+    if report["status"] == "inconclusive" and not report["gates"]:
+        headline = "a training did NOT HELP"
     lines = [
         f"# {report['original']['checkpoint']} ▶ {report['output']}",
         "",
-        f"**{format_bytes(before)} ▶ {format_bytes(after)}, {_HEADLINES[report['status']]}**"
+        f"**{format_bytes(before)} ▶ {format_bytes(after)}, {headline}**"
         + ("" if report["published"] else "; not published"),
         "",
         *before_after_table(report, timed=True),

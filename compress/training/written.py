@@ -1,0 +1,81 @@
+"""Where the weights of a trained model stand in the file that it was loaded from.
+
+transformers renames, fuses and ties weights when it loads a file, and undoes that when it saves a model. What it would save is
+known on the meta device, so a student that has no place for its weights is refused before it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint.edits import shared_parameters
+from compress.checkpoint.spec import Spec
+from compress.checkpoint.structure import to_json
+from compress.errors import PassError
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which tensor of the file each weight of a model is.
+
+    Attributes:
+        left_out: names in the model of parameters that are others', by the structure's edits.
+        kept: stored tensors that are none of the model's, such as buffers that older versions wrote; they stay as they are.
+    """
+
+    left_out: frozenset[str]
+    kept: frozenset[str]
+
+    def tensors(self, model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name in the file ▶ value, of the model's whole state dictionary. A tied parameter has all of its names."""
+        return _as_in_files(model, {name: value for name, value in state.items() if name not in self.left_out})
+
+
+def find_places(spec: Spec, model: Any) -> Places:
+    """The places of a model's weights in the file that ``spec`` describes, from names and shapes alone.
+
+    Raises:
+        PassError: transformers writes a weight under a name, or in a shape, that the file does not have.
+    """
+    left_out = frozenset(shared_parameters(model, to_json(spec.structure.edits)))
+    held = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in left_out}
+    blank = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in held.items()}
+    written = _as_in_files(model, blank)
+    called = {id(tensor): name for name, tensor in written.items()}
+    tied: dict[int, list[str]] = {}
+    for name, value in held.items():
+        if isinstance(value, torch.nn.Parameter) and id(blank[name]) in called:
+            tied.setdefault(id(value), []).append(called[id(blank[name])])
+    for names in tied.values():
+        if not spec.tensors.keys() & names:
+            raise _no_place(f"transformers writes {names[0]}, which the file does not have")
+    stored = {tensor.name: tensor.shape for tensor in spec.stored()}
+    for name, shape in stored.items():
+        if name in written and tuple(written[name].shape) != shape:
+            raise _no_place(
+                f"transformers writes {name} as {list(written[name].shape)}, and the file has {list(shape)}"
+            )
+    return Places(left_out, frozenset(stored.keys() - written.keys()))
+
+
+def _as_in_files(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dictionary with names and shapes as in the file that the model was loaded from."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    found: dict[str, Tensor] = revert_weight_conversion(
+        model, {name: value for name, value in state.items() if name not in ignored}
+    )
+    return found
+
+
+def _no_place(what: str) -> PassError:
+    return PassError(
+        f"{what}, so this model cannot be trained in place",
+        fix="load it with from_pretrained, save it with save_pretrained, and start from that",
+    )

@@ -1,0 +1,192 @@
+"""What `distill` does with tensors of a file that are none of the model's weights, and when it says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import CompressError, DataError, PassError
+from compress.loading import load_checkpoint
+from compress.passes.base import Pass
+from compress.training.written import find_places
+from tests import pico
+from tests.passes.test_distill import distilled, ids
+
+
+def with_tensors(source: Path, target: Path, more: dict[str, torch.Tensor]) -> Path:
+    """A copy of a checkpoint whose file holds more tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    save_file({**tensors, **more}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def head_and_inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a stock loader takes for the table of embeddings and the head."""
+    import transformers
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
+
+
+def test_a_copied_head_is_trained_with_the_table_that_it_is_tied_to(tmp_path):
+    tied = pico.save(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    table = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    copied = with_tensors(tied, tmp_path / "copied", {"lm_head.weight": table.clone()})
+    expected, _ = distilled(tmp_path, tied, "expected", losses={"labels": 1})
+    out, said = distilled(tmp_path, copied, "out", losses={"labels": 1})
+    assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+    inputs, head = head_and_inputs(out)
+    assert torch.equal(inputs, head)
+    assert torch.equal(inputs, head_and_inputs(expected)[0])
+    assert not torch.equal(inputs, table)
+    with safe_open(out / "model.safetensors", "pt") as file:  # whichever of them the file holds, both are the trained one
+        for name in {"lm_head.weight", "model.embed_tokens.weight"} & set(file.keys()):
+            assert torch.equal(file.get_tensor(name), inputs)
+
+
+def test_buffers_that_older_versions_wrote_do_not_stop_training(tmp_path, pico_llama):
+    rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.arange(4.0) + i for i in range(4)}
+    old = with_tensors(pico_llama, tmp_path / "old", rotary)
+    expected, _ = distilled(tmp_path, pico_llama, "expected", losses={"labels": 1})
+    out, _ = distilled(tmp_path, old, "out", losses={"labels": 1})
+    a, b = load_file(expected / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # what is kept of the others is as it was
+    assert all(torch.equal(b[name], rotary[name]) for name in b.keys() - a.keys())
+
+
+def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
+    """As all-MiniLM-L6-v2 has them: int64, in a file without a pooler."""
+    teacher = tmp_path / "teacher"
+    pico.model("bert", class_name="BertModel").save_pretrained(teacher)
+    pico.tokenizer().save_pretrained(teacher)
+    tensors = {k: v for k, v in load_file(teacher / "model.safetensors").items() if not k.startswith("pooler.")}
+    positions = torch.arange(json.loads((teacher / "config.json").read_text())["max_position_embeddings"])[None]
+    save_file({**tensors, "embeddings.position_ids": positions}, teacher / "model.safetensors", metadata={"format": "pt"})
+    out, said = distilled(
+        tmp_path, teacher, "out", student={"layers": 2, "from": "every_second"}, rate=3e-3, steps=12, evaluate_every=6
+    )
+    assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
+    written = load_file(out / "model.safetensors")
+    assert torch.equal(written.get("embeddings.position_ids", positions), positions)
+    trained = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(written[trained], tensors[trained])
+
+
+@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in ("t5", "vit")])
+def test_every_weight_of_a_family_has_its_place_in_the_file(tmp_path, family):
+    checkpoint = open_checkpoint(pico.save(tmp_path / "model", family))
+    model = load_checkpoint(checkpoint, dtype="float32")
+    places = find_places(checkpoint.spec, model)
+    assert not places.kept
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    found = places.tensors(model, model.state_dict())
+    for tensor in checkpoint.spec.stored():
+        moved = 0 if not torch.is_floating_point(checkpoint.tensor(tensor.name).data) else 1
+        assert torch.equal(found[tensor.name], checkpoint.tensor(tensor.name).data + moved), tensor.name
+
+
+def test_a_model_without_a_place_for_its_weights_is_refused_before_it_is_trained(pico_llama):
+    checkpoint = open_checkpoint(pico_llama)
+    model = load_checkpoint(checkpoint, dtype="float32")
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(PassError, match=r"transformers writes extra\.weight, which the file does not have.*from_pretrained"):
+        find_places(checkpoint.spec, model)
+    del model.extra
+    model.lm_head = torch.nn.Linear(32, 7, bias=False)
+    with pytest.raises(PassError, match=r"transformers writes lm_head\.weight as \[7, 32\], and the file has \[300, 32\]"):
+        find_places(checkpoint.spec, model)
+
+
+RUN = {
+    "document_separator": "<|doc|>",
+    "device": "cpu",
+    "passes": [{"prune_structured": {"layers": [1], "repair": "none"}}, {"distill": {"steps": 2}}],
+}
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Names of the passes that began to work."""
+    from compress import passes
+
+    names: list[str] = []
+    before = passes.get
+
+    def get(name: str) -> Pass:
+        found = before(name)
+        apply = found.apply
+
+        def noted(*args: object) -> object:
+            names.append(name)
+            return apply(*args)
+
+        object.__setattr__(found, "apply", noted)
+        return found
+
+    monkeypatch.setattr(passes, "get", get)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        ({"held_out": 10**6}, {}, r"gives \d+ samples, 1000000 are held out and a step takes 16"),
+        ({"batch": 10**6}, {}, r"32 are held out and a step takes 1000000"),
+        ({"teacher": "other"}, {}, r"has another tokenizer: `\w` is token \d+ for the student"),
+        ({"teacher": "small"}, {}, "more than the teacher"),
+        ({"teacher": "masked"}, {}, "is for masked language modelling, the student for causal language modelling"),
+        ({"teacher_cache": {"folder": "x", "k": 300}}, {}, "k of 300 is not below the vocabulary of 300"),
+        ({"losses": {"hidden": 1}, "layer_map": [[4, 1]]}, {}, r"\[4, 1\] is out of range: the student's outputs are 0 to 3"),
+        ({"losses": {"hidden": 1}, "layer_map": [[3, 9]]}, {}, r"\[3, 9\] is out of range"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_any_pass_works(
+    tmp_path, pico_llama, texts, worked, settings, data, message, teachers
+):
+    settings = {**settings, **({"teacher": str(teachers[settings["teacher"]])} if "teacher" in settings else {})}
+    recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
+    recipe["passes"] = [RUN["passes"][0], {"distill": {"steps": 2, **settings}}]
+    recipe["data"] = {"training": {"files": [str(texts[0])], "length": 16, **data}}
+    with pytest.raises(CompressError, match=message):
+        compress.run(recipe)
+    assert not worked
+
+
+def test_training_text_without_a_window_is_refused_before_any_pass_works(tmp_path, pico_llama, worked):
+    (tmp_path / "short.txt").write_text("a b c")
+    recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
+    recipe["data"] = {"training": {"files": [str(tmp_path / "short.txt")], "length": 64}}
+    with pytest.raises(DataError, match=r"training asks for windows of 64 tokens, the text has \d+"):
+        compress.run(recipe)
+    assert not worked
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory, pico_llama):
+    """Teachers that do not fit a pico Llama without one block."""
+    folder = tmp_path_factory.mktemp("teachers")
+    other = pico.save(folder / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    small = compress.apply("prune_structured", pico_llama, folder / "small", layers=[1, 2], repair="none")
+    return {"other": other, "small": small, "masked": pico.save(folder / "masked", "bert")}
+
+
+def test_ids_of_one_sample_are_too_few(tmp_path, pico_llama):
+    with pytest.raises(DataError, match="gives 1 samples, 8 are held out and a step takes 8"):
+        distilled(tmp_path, pico_llama, data=ids(rows=1))
