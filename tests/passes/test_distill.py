@@ -362,7 +362,9 @@ def test_divergence_ends_the_run_with_one_line(tmp_path, pico_llama):
 
 def test_training_stops_where_it_does_not_help_and_keeps_the_best(tmp_path, pico_llama):
     how = {"rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup": 0}
-    with pytest.warns(UserWarning, match=r"distill did not help: the held-out loss was .* the weights stay as they were"):
+    with pytest.warns(
+        UserWarning, match=r"distill did not help: the held-out loss was .* the weights stay as they were"
+    ):
         warned, told = distilled(tmp_path, pico_llama, "warned", **how)
     assert same(warned, pico_llama)
     assert not told["helped"]

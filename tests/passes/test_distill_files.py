@@ -49,7 +49,9 @@ def test_a_copied_head_is_trained_with_the_table_that_it_is_tied_to(tmp_path):
     assert torch.equal(inputs, head)
     assert torch.equal(inputs, head_and_inputs(expected)[0])
     assert not torch.equal(inputs, table)
-    with safe_open(out / "model.safetensors", "pt") as file:  # whichever of them the file holds, both are the trained one
+    with safe_open(
+        out / "model.safetensors", "pt"
+    ) as file:  # whichever of them the file holds, both are the trained one
         for name in {"lm_head.weight", "model.embed_tokens.weight"} & set(file.keys()):
             assert torch.equal(file.get_tensor(name), inputs)
 
@@ -72,7 +74,9 @@ def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
     pico.tokenizer().save_pretrained(teacher)
     tensors = {k: v for k, v in load_file(teacher / "model.safetensors").items() if not k.startswith("pooler.")}
     positions = torch.arange(json.loads((teacher / "config.json").read_text())["max_position_embeddings"])[None]
-    save_file({**tensors, "embeddings.position_ids": positions}, teacher / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, "embeddings.position_ids": positions}, teacher / "model.safetensors", metadata={"format": "pt"}
+    )
     out, said = distilled(
         tmp_path, teacher, "out", student={"layers": 2, "from": "every_second"}, rate=3e-3, steps=12, evaluate_every=6
     )
@@ -102,11 +106,15 @@ def test_a_model_without_a_place_for_its_weights_is_refused_before_it_is_trained
     checkpoint = open_checkpoint(pico_llama)
     model = load_checkpoint(checkpoint, dtype="float32")
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(PassError, match=r"transformers writes extra\.weight, which the file does not have.*from_pretrained"):
+    with pytest.raises(
+        PassError, match=r"transformers writes extra\.weight, which the file does not have.*from_pretrained"
+    ):
         find_places(checkpoint.spec, model)
     del model.extra
     model.lm_head = torch.nn.Linear(32, 7, bias=False)
-    with pytest.raises(PassError, match=r"transformers writes lm_head\.weight as \[7, 32\], and the file has \[300, 32\]"):
+    with pytest.raises(
+        PassError, match=r"transformers writes lm_head\.weight as \[7, 32\], and the file has \[300, 32\]"
+    ):
         find_places(checkpoint.spec, model)
 
 
