@@ -25,7 +25,16 @@ def run(tmp_path, pico_llama, texts, capsys, monkeypatch):
             "data": {"training": {"files": [str(texts[0])], "length": 16}},
             "passes": [
                 {"prune_structured": {"layers": [1], "repair": "none"}},
-                {"distill": {"rate": 1.0, "steps": 4, "batch": 4, "held_out": 4, "evaluate_every": 2, **(distill or {})}},
+                {
+                    "distill": {
+                        "rate": 1.0,
+                        "steps": 4,
+                        "batch": 4,
+                        "held_out": 4,
+                        "evaluate_every": 2,
+                        **(distill or {}),
+                    }
+                },
             ],
             **changes,
         }
@@ -53,7 +62,9 @@ def test_without_gates_it_ends_with_3_and_the_stages_stay_in_the_run_folder(run)
     held = [row["loss"] for row in training["held_out"]]
     assert len(held) == 3
     assert held[0] < min(held[1:])
-    assert line(out).startswith(f"distill did not help: the held-out loss was {held[0]:.4g} before training and at best ")
+    assert line(out).startswith(
+        f"distill did not help: the held-out loss was {held[0]:.4g} before training and at best "
+    )
     assert f"{min(held[1:]):.4g} after it" in line(out)
     assert not output.exists()
     text = (output.parent / "out.run/report.md").read_text()
