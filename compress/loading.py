@@ -230,7 +230,7 @@ def _stock_class(structure: Structure, config: Any, where: str) -> Any:
     """The model class of transformers that a config names; of one that names none, the base model of its type."""
     import transformers
 
-    name = structure.class_name
+    name = structure.own_class
     found: Any = getattr(transformers, name, None) if name else None
     if name and not is_model_class(found):
         raise CheckpointError(f"transformers {transformers.__version__} has no model class {name}", where=where)
@@ -246,6 +246,20 @@ def _stock_class(structure: Structure, config: Any, where: str) -> Any:
             fix="name the class in `architectures` of config.json",
         )
     return found
+
+
+def arguments_of(model: Any) -> set[str]:
+    """What a model's forward takes by name; a forward that hands on all it is given takes what that of its base class takes."""
+    found: set[str] = set()
+    for cls in type(model).__mro__:
+        if (forward := vars(cls).get("forward")) is None:
+            continue
+        parameters = inspect.signature(forward).parameters.values()
+        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        foreign = not cls.__module__.startswith("transformers.")  # stock ones name all they take
+        if not any(p.kind is p.VAR_POSITIONAL or (foreign and p.kind is p.VAR_KEYWORD) for p in parameters):
+            break
+    return found - {"self"}
 
 
 def _without_pooler(stock: Any) -> Any:

@@ -8,7 +8,6 @@ outputs (Martens and Grosse 2015, arXiv 1503.05671).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from compress.calibration.activations import Activations
 from compress.calibration.limits import GRADIENT_TOKENS, LOGITS_AT_ONCE, held_outputs
 from compress.calibration.sites import noting_outputs, unfused
 from compress.errors import CheckpointError
+from compress.loading import arguments_of
 
 if TYPE_CHECKING:
     from compress.calibration.sweep import Block, Sweep
@@ -108,7 +108,7 @@ class Gradients:
         hidden.requires_grad_()
         generator = torch.Generator(sweep.device).manual_seed(sweep.seed * 1_000_003 + row)
         length = hidden.shape[1]
-        some = "logits_to_keep" in inspect.signature(sweep.streamed.model.forward).parameters
+        some = "logits_to_keep" in arguments_of(sweep.streamed.model)
         step = LOGITS_AT_ONCE if some else length
         for start in range(0, length, step):
             positions = torch.arange(start, min(start + step, length), device=sweep.device)

@@ -30,22 +30,15 @@ def remote_class(structure: Structure, folder: Path) -> tuple[Any, Any]:
             config = config_class.from_dict(data)
         except Exception as error:  # whatever foreign code does
             raise CheckpointError(f"cannot be used by {auto_map['AutoConfig']}: {error!r}", where=where) from error
-    if (name := _model_name(auto_map, structure.class_name)) is not None:
+    if structure.auto_model is not None:
         from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
+        name = structure.auto_model[1]
         found = _fetch(name, folder)
         if not is_model_class(found):
             raise CheckpointError(f"names {name} (`auto_map`), which is no class of models", where=where)
         found = add_generation_mixin_to_remote_model(found)  # type: ignore[no-untyped-call]
     return found, config
-
-
-def _model_name(auto_map: dict[str, str], class_name: str | None) -> str | None:
-    """What `auto_map` gives for the class that wrote the checkpoint, else for a model with a head, else for the base model."""
-    models = {auto: name for auto, name in auto_map.items() if auto.startswith("AutoModel")}
-    own = (name for name in models.values() if name.rpartition(".")[2] == class_name)
-    heads = (name for auto, name in models.items() if auto.startswith("AutoModelFor"))
-    return next(own, None) or next(heads, None) or models.get("AutoModel")
 
 
 def _fetch(reference: str, folder: Path) -> Any:

@@ -132,10 +132,28 @@ class Structure:
         return str(self.config["model_type"])
 
     @property
-    def class_name(self) -> str | None:
-        """The stock class that wrote the checkpoint, where the config says so."""
+    def own_class(self) -> str | None:
+        """The class that wrote the checkpoint, where the config says so."""
         names = self.config.get("architectures")
         return str(names[0]) if names else None
+
+    @property
+    def auto_model(self) -> tuple[str, str] | None:
+        """(auto class, the class it gives) of code that the checkpoint brings: for its own class, else for one with a head."""
+        auto_map = self.config.get("auto_map")
+        models = {k: v for k, v in auto_map.items() if k.startswith("AutoModel")} if isinstance(auto_map, dict) else {}
+        own = [(auto, name) for auto, name in models.items() if str(name).rpartition(".")[2] == self.own_class]
+        return next(iter([*own, *((a, n) for a, n in models.items() if a != "AutoModel"), *models.items()]), None)
+
+    @property
+    def class_name(self) -> str | None:
+        """`own_class`, whose end tells what kind of model it is; of code that the checkpoint brings the auto class tells it."""
+        if self.auto_model is None:
+            return self.own_class
+        auto, name = self.auto_model
+        kind = auto.removeprefix("AutoModel").replace("ForSeq2SeqLM", "ForConditionalGeneration")
+        found = self.own_class or str(name).rpartition(".")[2]
+        return found if not kind or found.endswith(("LMHeadModel", kind)) else f"{found}{kind}"
 
 
 @dataclass(frozen=True, slots=True)

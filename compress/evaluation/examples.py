@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
 from compress.images import accepted, pixels
+from compress.loading import arguments_of
 from compress.progress import Progress
 from compress.text import Document, encoded
 
@@ -154,7 +154,7 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
     """What the model gives for those of the inputs that it takes."""
-    taken = inspect.signature(model.forward).parameters
+    taken = arguments_of(model)
     there = {name: value.to(model.device) for name, value in inputs.items() if name in taken}
     with accepted(inputs):
         return model(**{n: value.to(model.dtype) if value.is_floating_point() else value for n, value in there.items()})

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from compress.loading import arguments_of
 from compress.statistics import median_ratio
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def prefill(model: Any, prompt: torch.Tensor) -> Any:
     """Output for token ids [samples, length], as generation asks for it: with a cache, and logits of the last token alone."""
     if not model.can_generate():
         return model(input_ids=prompt)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in arguments_of(model) else {}
     return model(input_ids=prompt, use_cache=True, **last)
 
 

@@ -251,8 +251,7 @@ def _student_model(student: Checkpoint, settings: DistillSettings, context: Cont
     if settings.student is not None and settings.student.init == "random":
         found, config = stock_class(student)
         torch.manual_seed(context.seed)
-        model = found(config) if hasattr(found, "config_class") and found.config_class else found.from_config(config)
-        return model.float().to(begins_on(context))
+        return found(config).float().to(begins_on(context))
     return load_checkpoint(student, dtype="float32", device=begins_on(context))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from compress.architectures import narrowing
 from compress.calibration.influence import find_blocks
 from compress.errors import PassError
 from compress.images import accepted
+from compress.loading import arguments_of
 
 Task = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
@@ -47,7 +47,7 @@ class Reader:
         self.task = task
         self.base = model.base_model
         self.states, self.vectors = tuple(states), tuple(vectors)
-        self.takes = set(inspect.signature(model.forward).parameters)
+        self.takes = arguments_of(model)
         self._kind: Any = None
         if vectors:
             self.record = architectures.of(model.config.to_dict())
