@@ -64,7 +64,12 @@ def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) ->
     from compress.planning import make_plan
 
     loaded = read_recipe(recipe, sets)
-    spec, metadata = open_headers(loaded.model, trust_remote_code=loaded.trust_remote_code, offline=loaded.offline)
+    spec, metadata = open_headers(
+        loaded.model,
+        trust_remote_code=loaded.trust_remote_code,
+        ignore_auto_map=loaded.ignore_auto_map,
+        offline=loaded.offline,
+    )
     return make_plan(loaded, spec, metadata)
 
 
@@ -88,6 +93,7 @@ def apply(
     max_shard_size: int | str = "5GB",
     document_separator: str | None = None,
     trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
     progress: Progress | None = None,
     details: dict[str, Any] | None = None,
     **settings: Any,
@@ -137,7 +143,7 @@ def apply(
     output = Path(output)
     local = expanded(model)
     check_output(output, local if local.exists() else None)
-    original = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    original = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
     plan_pass(original.spec, instance, chosen, store)  # refuse before any work
 
     section: Training | Calibration | None = None
@@ -212,6 +218,7 @@ def load(
     dtype: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
 ) -> PreTrainedModel:
@@ -220,6 +227,7 @@ def load(
     Compact checkpoints are read by this package's code; the file bundled in the folder is never run.
 
     Args:
+        trust_remote_code: allow code that the checkpoint brings. ignore_auto_map: take transformers' own class instead.
         quantized_activations: round the inputs of linear layers where the config says so, as stock transformers does.
         quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not;
             evaluation does so.
@@ -231,6 +239,7 @@ def load(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        ignore_auto_map=ignore_auto_map,
         quantized_activations=quantized_activations,
         quantized_kv_cache=quantized_kv_cache,
     )

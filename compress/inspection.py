@@ -24,20 +24,26 @@ def storage_name(tensor: Tensor) -> str:
 
 
 def inspect(
-    model: str | Path, *, zeros: bool = False, trust_remote_code: bool = False, offline: bool = False
+    model: str | Path,
+    *,
+    zeros: bool = False,
+    trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Facts of a checkpoint as JSON values, schema ``compress.inspect/1``.
 
     Args:
         zeros: read the weights and count the values that are zero; without it sparsity is what keep-masks say.
     """
-    spec, metadata = open_headers(model, trust_remote_code=trust_remote_code, offline=offline)
+    code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
+    spec, metadata = open_headers(model, **code, offline=offline)
     size = size_of(spec, lay_out(spec, 1 << 62, metadata))
     if expanded(model).is_dir():
-        size = size_on_disk(open_checkpoint(model, trust_remote_code=trust_remote_code))
+        size = size_on_disk(open_checkpoint(model, **code))
     counts = {}
     if zeros:
-        checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, offline=offline)
+        checkpoint = open_checkpoint(model, **code, offline=offline)
         counts = {t.name: int((checkpoint.tensor(t.name).data == 0).sum()) for t in spec.stored() if t.is_float}
     return {
         "schema": "compress.inspect/1",
@@ -111,7 +117,14 @@ def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
     }
 
 
-def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    values: bool = True,
+    trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
+) -> dict[str, Any]:
     """What changed from ``a`` to ``b``, as JSON values, schema ``compress.diff/1``.
 
     Per tensor that both hold with equal shape: whether any value differs, the largest absolute difference and the relative
@@ -120,7 +133,8 @@ def diff(a: str | Path, b: str | Path, *, values: bool = True, trust_remote_code
     Args:
         values: compare weights too; False compares headers alone.
     """
-    first, second = (open_checkpoint(x, trust_remote_code=trust_remote_code) for x in (a, b))
+    code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
+    first, second = (open_checkpoint(x, **code) for x in (a, b))
     rows = []
     for name in sorted(first.spec.tensors.keys() | second.spec.tensors.keys(), key=natural):
         before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)

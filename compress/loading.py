@@ -30,6 +30,7 @@ def load_model(
     dtype: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
     offline: bool = False,
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
@@ -41,14 +42,16 @@ def load_model(
 
     Args:
         dtype: ``float32``, ``bfloat16``, ``float16``; None for the checkpoint's own.
-        trust_remote_code: allow a foreign ``auto_map``.
+        trust_remote_code: allow a foreign ``auto_map``. ignore_auto_map: take transformers' own class instead.
         quantized_activations: round inputs of linear layers where the config says so, as stock transformers does.
         quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not.
 
     Raises:
         CheckpointError: unknown model type; weights missing, unexpected or of the wrong shape.
     """
-    stored = open_checkpoint(folder, trust_remote_code=trust_remote_code, offline=offline)
+    stored = open_checkpoint(
+        folder, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map, offline=offline
+    )
     return load_checkpoint(
         stored,
         dtype=dtype,

@@ -243,6 +243,11 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}" + _experts(following),
             fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
         )
+    if following.structure.config.get("auto_map") and needs_code(with_storage(following, store)):
+        raise PassError(
+            "compact checkpoints stand for a class of transformers, and this one brings code of its own (`auto_map`)",
+            fix="use `store: stock`, or set `ignore_auto_map: true` where transformers has the model type",
+        )
     rounded = {
         "kv_cache": following.structure.kv_cache is not None,
         "activations": any(t.grid is not None and t.grid.activations is not None for t in following.stored()),

@@ -80,6 +80,7 @@ class Checkpoint(ABC):
         folder: where its sidecars are; None for the ones that have none.
         sidecars: paths relative to ``folder`` of all files that travel with the weights.
         metadata: string metadata of the weight files.
+        trust_remote_code, ignore_auto_map: as it was opened with.
         rewritten: contents of sidecars that differ from those in ``folder``.
     """
 
@@ -88,6 +89,7 @@ class Checkpoint(ABC):
     sidecars: tuple[str, ...]
     metadata: Mapping[str, str]
     trust_remote_code: bool = False
+    ignore_auto_map: bool = False
     rewritten: Mapping[str, bytes] = MappingProxyType({})
 
     @abstractmethod
@@ -99,11 +101,17 @@ class Stored(Checkpoint):
     """A checkpoint on disk; `where` maps each key to its file and header entry."""
 
     def __init__(
-        self, folder: Path, spec: Spec, headers: Mapping[str, Header], *, trust_remote_code: bool = False
+        self,
+        folder: Path,
+        spec: Spec,
+        headers: Mapping[str, Header],
+        *,
+        trust_remote_code: bool = False,
+        ignore_auto_map: bool = False,
     ) -> None:
         self.folder = folder
         self.spec = spec
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.ignore_auto_map = trust_remote_code, ignore_auto_map
         self.sidecars = find_sidecars(folder)
         self.files = tuple(headers)
         self.metadata = _metadata(headers)
@@ -168,7 +176,7 @@ class Derived(Checkpoint):
         self.folder = base.folder
         self.sidecars = base.sidecars
         self.metadata = base.metadata
-        self.trust_remote_code = base.trust_remote_code
+        self.trust_remote_code, self.ignore_auto_map = base.trust_remote_code, base.ignore_auto_map
         self.rewritten = base.rewritten
         self._read = read
 
@@ -182,29 +190,35 @@ class Derived(Checkpoint):
         return Value(codecs.canonical(value.data, value.mask), value.mask)
 
 
-def open_checkpoint(reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False) -> Stored:
+def open_checkpoint(
+    reference: str | Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False, offline: bool = False
+) -> Stored:
     """Open a folder, or download a hub id (``org/name``, ``org/name@revision``) and open that.
+
+    Args:
+        trust_remote_code: allow code that the checkpoint brings (`auto_map`).
+        ignore_auto_map: leave such code out of account, as if the config did not name it.
 
     Reads headers alone. Raises `CheckpointError` for whatever does not hold together.
     """
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         folder = hub.download(str(reference), offline=offline)
-    spec, headers = _read_folder(folder, trust_remote_code)
-    return Stored(folder, spec, headers, trust_remote_code=trust_remote_code)
+    spec, headers = _read_folder(folder, trust_remote_code, ignore_auto_map)
+    return Stored(folder, spec, headers, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
 
 
 def open_headers(
-    reference: str | Path, *, trust_remote_code: bool = False, offline: bool = False
+    reference: str | Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False, offline: bool = False
 ) -> tuple[Spec, dict[str, str]]:
     """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         config, headers, same, notes = hub.read_headers(str(reference), offline=offline)
-        config = check_config(config, str(reference), trust_remote_code)
+        config = check_config(config, str(reference), trust_remote_code, ignore_auto_map)
         spec, headers = _spec(config, headers, str(reference), same, notes)
         return spec, _metadata(headers)
-    spec, headers = _read_folder(folder, trust_remote_code)
+    spec, headers = _read_folder(folder, trust_remote_code, ignore_auto_map)
     return spec, _metadata(headers)
 
 
@@ -213,19 +227,21 @@ def _metadata(headers: Mapping[str, Header]) -> dict[str, str]:
     return {k: v for header in headers.values() for k, v in header.metadata.items() if k != METADATA_KEY}
 
 
-def _read_folder(folder: Path, trust_remote_code: bool) -> tuple[Spec, dict[str, Header]]:
+def _read_folder(folder: Path, trust_remote_code: bool, ignore_auto_map: bool) -> tuple[Spec, dict[str, Header]]:
     if folder.is_file():
         raise CheckpointError(
             "is a file, not a checkpoint folder", where=str(folder), fix="name the folder that holds config.json"
         )
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", where=str(folder))
-    config = check_config(read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code)
+    config = check_config(
+        read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code, ignore_auto_map
+    )
     headers, notes = weight_headers(folder)
     return _spec(config, headers, str(folder), same_bytes(folder), notes)
 
 
-def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, Any]:
+def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_map: bool = False) -> dict[str, Any]:
     """The config as a dictionary that names its model type and asks for no foreign code unless that is allowed."""
     if not isinstance(config, dict):
         raise CheckpointError("is not a JSON object", where=where)
@@ -246,11 +262,13 @@ def check_config(config: Any, where: str, trust_remote_code: bool) -> dict[str, 
                 where=where,
                 fix="update compress",
             )
+    elif ignore_auto_map:
+        return {key: value for key, value in config.items() if key != "auto_map"}
     elif config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
             "asks for Python code of its own (`auto_map`)",
             where=where,
-            fix="if you trust it, set trust_remote_code: true",
+            fix="if you trust it, set trust_remote_code: true; for the class that transformers has, ignore_auto_map: true",
         )
     return config
 

@@ -27,6 +27,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Checkpoint = Annotated[str, typer.Argument(help="Folder or hub id (optionally @revision).", metavar="CHECKPOINT")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a checkpoint's own Python code.")]
+IgnoreCode = Annotated[
+    bool,
+    typer.Option("--ignore-auto-map", help="Take transformers' own class where a checkpoint names code of its own."),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="No network, also for hub ids.")]
 
 
@@ -100,13 +104,15 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
     trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
 ) -> None:
     """Show tensors, dtypes, storage, sparsity, ties and bytes by module."""
     from compress.cli import commands
 
-    commands.inspect(checkpoint, tensors=tensors, zeros=zeros, trust=trust_remote_code, offline=offline, json=json)
+    code = commands.Code(trust_remote_code, ignore_auto_map)
+    commands.inspect(checkpoint, tensors=tensors, zeros=zeros, code=code, offline=offline, json=json)
 
 
 @app.command()
@@ -115,12 +121,13 @@ def diff(
     b: Annotated[str, typer.Argument(help="Checkpoint after.", metavar="B")],
     headers: Annotated[bool, typer.Option("--headers", help="Compare headers alone, not values.")] = False,
     trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
     json: AsJson = False,
 ) -> None:
     """Show what changed between two checkpoints, by module. Exit status 0 also where they differ."""
     from compress.cli import commands
 
-    commands.diff(a, b, values=not headers, trust=trust_remote_code, json=json)
+    commands.diff(a, b, values=not headers, code=commands.Code(trust_remote_code, ignore_auto_map), json=json)
 
 
 @app.command(name="eval")
@@ -177,6 +184,7 @@ def evaluate(
     ] = False,
     confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)] = 0.95,
     trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -201,7 +209,7 @@ def evaluate(
         dtype=dtype,
         quantized_kv_cache=not full_kv_cache,
         confidence=confidence,
-        trust=trust_remote_code,
+        code=commands.Code(trust_remote_code, ignore_auto_map),
         offline=offline,
         json=json,
         quiet=quiet,
@@ -227,6 +235,7 @@ def gate(
     ] = None,
     junit: Annotated[Optional[Path], typer.Option("--junit", help="Write JUnit XML there (for a report).")] = None,
     trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -241,7 +250,7 @@ def gate(
         gates=gates or [],
         confidence=confidence,
         junit=junit,
-        trust=trust_remote_code,
+        code=commands.Code(trust_remote_code, ignore_auto_map),
         offline=offline,
         json=json,
         quiet=quiet,

@@ -6,6 +6,7 @@ import json as json_module
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from compress.checkpoint.spec import Structure
     from compress.progress import Progress
     from compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Code:
+    """What to do with code that a checkpoint brings: the options ``--trust-remote-code`` and ``--ignore-auto-map``."""
+
+    trust: bool
+    ignore: bool
+
+    def options(self) -> dict[str, bool]:
+        """As arguments of the library."""
+        return {"trust_remote_code": self.trust, "ignore_auto_map": self.ignore}
 
 
 def _print_json(data: Mapping[str, Any]) -> None:
@@ -76,7 +89,9 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             from compress.evaluation.tasks import task_of
             from compress.planning import make_plan
 
-            spec, metadata = open_headers(local, trust_remote_code=recipe.trust_remote_code)
+            spec, metadata = open_headers(
+                local, trust_remote_code=recipe.trust_remote_code, ignore_auto_map=recipe.ignore_auto_map
+            )
             structure, planned = spec.structure, make_plan(recipe, spec, metadata)
             check_plan(recipe, planned)
             notes += [*spec.notes, *hopeless_gates(recipe, planned)]
@@ -121,7 +136,12 @@ def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
 
     recipe = _load(path, [*sets, "offline=true"] if offline else sets)
     with _located(recipe):
-        spec, metadata = open_headers(recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        spec, metadata = open_headers(
+            recipe.model,
+            trust_remote_code=recipe.trust_remote_code,
+            ignore_auto_map=recipe.ignore_auto_map,
+            offline=recipe.offline,
+        )
         planned = make_plan(recipe, spec, metadata).to_dict()
     planned["disk_free"] = shutil.disk_usage(_existing(Path(recipe.output))).free
     if json:
@@ -130,24 +150,24 @@ def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
         tables.print_plan(planned)
 
 
-def inspect(checkpoint: str, *, tensors: bool, zeros: bool, trust: bool, offline: bool, json: bool) -> None:
+def inspect(checkpoint: str, *, tensors: bool, zeros: bool, code: Code, offline: bool, json: bool) -> None:
     """``compress inspect``."""
     from compress.cli import tables
     from compress.inspection import inspect as inspect_checkpoint
 
-    data = inspect_checkpoint(checkpoint, zeros=zeros, trust_remote_code=trust, offline=offline)
+    data = inspect_checkpoint(checkpoint, zeros=zeros, **code.options(), offline=offline)
     if json:
         _print_json(data)
     else:
         tables.print_inspection(data, tensors=tensors or zeros)
 
 
-def diff(a: str, b: str, *, values: bool, trust: bool, json: bool) -> None:
+def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
     """``compress diff``."""
     from compress.cli import tables
     from compress.inspection import diff as diff_checkpoints
 
-    data = diff_checkpoints(a, b, values=values, trust_remote_code=trust)
+    data = diff_checkpoints(a, b, values=values, **code.options())
     if json:
         _print_json(data)
     else:
@@ -230,7 +250,7 @@ def evaluate(
     dtype: str,
     quantized_kv_cache: bool,
     confidence: float,
-    trust: bool,
+    code: Code,
     offline: bool,
     json: bool,
     quiet: bool,
@@ -260,7 +280,7 @@ def evaluate(
         ),
         baseline=baseline,
         confidence=confidence,
-        trust_remote_code=trust,
+        **code.options(),
         offline=offline,
         progress=_progress(quiet),
     )
@@ -278,7 +298,7 @@ def gate(
     gates: Sequence[str],
     confidence: float | None,
     junit: Path | None,
-    trust: bool,
+    code: Code,
     offline: bool,
     json: bool,
     quiet: bool,
@@ -305,7 +325,7 @@ def gate(
             wanted,
             recipe=loaded,
             confidence=confidence,
-            trust_remote_code=trust,
+            **code.options(),
             offline=offline,
             progress=_progress(quiet),
         )

@@ -34,6 +34,7 @@ def measure_latency(
     dtype: str,
     device: str,
     trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -51,6 +52,7 @@ def measure_latency(
         CompressError: a worker could not load its model, or died.
     """
     settings = {"dtype": dtype, "device": device, "threads": threads, "trust_remote_code": trust_remote_code}
+    settings["ignore_auto_map"] = ignore_auto_map
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(_worker({**settings, "folder": str(folder)})) for folder in folders]
         facts = [worker.answer() for worker in workers]

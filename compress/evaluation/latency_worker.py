@@ -68,6 +68,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
         dtype=settings["dtype"],
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
+        ignore_auto_map=settings["ignore_auto_map"],
         quantized_activations=False,  # emulating them takes time that no runtime spends
     )
     if settings["device"].startswith("cuda"):

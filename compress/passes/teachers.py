@@ -43,7 +43,11 @@ def open_teachers(
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
-            how = {"trust_remote_code": student.trust_remote_code, "offline": context.offline}
+            how = {
+                "trust_remote_code": context.original.trust_remote_code,
+                "ignore_auto_map": context.original.ignore_auto_map,
+                "offline": context.offline,
+            }
             if ranks.rank == 0:
                 open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
             ranks.wait()

@@ -70,6 +70,7 @@ def assess(
     baseline: str | None = None,
     confidence: float = 0.95,
     trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -112,7 +113,12 @@ def assess(
         )
     if how.template is not None:
         _check_template(how)
-    candidate = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code, offline=offline)
+    opening: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "ignore_auto_map": ignore_auto_map,
+        "offline": offline,
+    }
+    candidate = open_checkpoint(checkpoint, **opening)
     for note in candidate.spec.notes:
         progress.message(note)
     class_name = candidate.spec.structure.class_name
@@ -126,9 +132,9 @@ def assess(
     reference: Stored | None = None
     wants = set(metrics)
     if baseline is not None and stored_baseline is None:
-        reference = open_checkpoint(baseline, trust_remote_code=trust_remote_code, offline=offline)
+        reference = open_checkpoint(baseline, **opening)
     elif stored_baseline is not None and wants & (PAIRED | SPEED_METRICS):
-        reference = open_checkpoint(stored_baseline["checkpoint"], trust_remote_code=trust_remote_code, offline=offline)
+        reference = open_checkpoint(stored_baseline["checkpoint"], **opening)
     if wants & (PAIRED | SPEED_METRICS) and reference is None:
         metric = min(wants & (PAIRED | SPEED_METRICS))
         raise CompressError(f"`{metric}` compares with another checkpoint", fix="give --baseline")
@@ -165,6 +171,7 @@ def assess(
             dtype=how.dtype,
             device=how.device,
             trust_remote_code=trust_remote_code,
+            ignore_auto_map=ignore_auto_map,
             progress=progress,
         )
         other["latency"] = measured["original"]
@@ -249,6 +256,7 @@ def judge_checkpoint(
     recipe: Recipe | None,
     confidence: float | None,
     trust_remote_code: bool,
+    ignore_auto_map: bool,
     offline: bool,
     progress: Progress,
 ) -> tuple[list[GateResult], dict[str, Any]]:
@@ -276,7 +284,13 @@ def judge_checkpoint(
             quantized_kv_cache=section.quantized_kv_cache,
         )
     document = assess(
-        checkpoint, how, baseline=baseline, trust_remote_code=trust_remote_code, offline=offline, progress=progress
+        checkpoint,
+        how,
+        baseline=baseline,
+        trust_remote_code=trust_remote_code,
+        ignore_auto_map=ignore_auto_map,
+        offline=offline,
+        progress=progress,
     )
     settings: dict[str, Any] = {
         "confidence": confidence if confidence is not None else recipe.confidence if recipe is not None else 0.95,

@@ -110,6 +110,7 @@ class Measurements:
                 dtype=self.recipe.dtype,
                 device=self.device,
                 trust_remote_code=self.recipe.trust_remote_code,
+                ignore_auto_map=self.recipe.ignore_auto_map,
                 threads=self.recipe.workers,
                 seed=self.recipe.seed,
                 progress=self.progress,

@@ -45,6 +45,7 @@ class Job:
     folder: Path
     original: Path
     trust_remote_code: bool
+    ignore_auto_map: bool
     data: dict[str, Any]
     dtype: str
     device: str
@@ -98,9 +99,13 @@ def help_out(ranks: Ranks) -> None:
     from compress.progress import SilentProgress
 
     while (job := ranks.tell(0, None)) is not None:
-        checkpoint = open_checkpoint(job.folder, trust_remote_code=job.trust_remote_code)
+        checkpoint = open_checkpoint(
+            job.folder, trust_remote_code=job.trust_remote_code, ignore_auto_map=job.ignore_auto_map
+        )
         context = Context(
-            original=open_checkpoint(job.original, trust_remote_code=job.trust_remote_code),
+            original=open_checkpoint(
+                job.original, trust_remote_code=job.trust_remote_code, ignore_auto_map=job.ignore_auto_map
+            ),
             device=own_device(job.device),
             dtype=job.dtype,
             seed=job.seed,
@@ -115,7 +120,7 @@ def help_out(ranks: Ranks) -> None:
         passes.get(job.name).apply(checkpoint, job.settings, context)
 
 
-def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, trust: bool, context: Context) -> None:
+def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, context: Context) -> None:
     """Tell the other processes to take part in a pass of this context."""
     if ranks.world == 1:
         return
@@ -129,7 +134,8 @@ def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, t
         settings,
         folder.resolve(),
         context.original.folder.resolve(),
-        trust,
+        context.original.trust_remote_code,
+        context.original.ignore_auto_map,
         data,
         context.dtype,
         context.device.partition(":")[0],  # each process takes its own

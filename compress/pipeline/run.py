@@ -79,7 +79,10 @@ class Run:
         check_folders(recipe)
         check_sets(recipe)
         self.original = open_checkpoint(
-            recipe.model, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline
+            recipe.model,
+            trust_remote_code=recipe.trust_remote_code,
+            ignore_auto_map=recipe.ignore_auto_map,
+            offline=recipe.offline,
         )
         assert self.original.folder is not None
         spec = self.original.spec
@@ -136,7 +139,12 @@ class Run:
     def _hash(self, name: str) -> str:
         """SHA-256 of another checkpoint's contents."""
         recipe = self.recipe
-        found = open_checkpoint(name, trust_remote_code=recipe.trust_remote_code, offline=recipe.offline)
+        found = open_checkpoint(
+            name,
+            trust_remote_code=recipe.trust_remote_code,
+            ignore_auto_map=recipe.ignore_auto_map,
+            offline=recipe.offline,
+        )
         return hash_input(found, self.folder.path / f"inputs-{fingerprint(name)[:12]}.json")
 
     def prepare_passes(self, missing: list[PlannedStage]) -> None:
@@ -179,8 +187,7 @@ class Run:
         for planned in stage.passes:
             context = self.context(planned, self.folder.work(key))
             if passes.get(planned.name).works(planned.settings) != "stream":
-                trust = self.recipe.trust_remote_code
-                call_for_help(self.ranks, planned.name, planned.settings, before.folder, trust, context)
+                call_for_help(self.ranks, planned.name, planned.settings, before.folder, context)
             with _of_pass(planned):
                 checkpoint = passes.get(planned.name).apply(checkpoint, planned.settings, context)
             rows.append((planned, checkpoint.spec, context.details))

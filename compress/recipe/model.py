@@ -539,6 +539,11 @@ class Recipe(Settings):
     trust_remote_code: bool = Field(
         default=False, description="Allow code that a foreign checkpoint brings (its `auto_map`)."
     )
+    ignore_auto_map: bool = Field(
+        default=False,
+        description="Leave out of account that a checkpoint brings code (its `auto_map`): take transformers' own class of the "
+        "model type. What is written does not name the code either.",
+    )
     offline: bool = Field(default=False, description="Use no network; hub ids come from the cache.")
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
     passes: Annotated[tuple[Entry, ...], AfterValidator(_completed)] = Field(
@@ -557,6 +562,14 @@ class Recipe(Settings):
     bootstrap: int = Field(default=10_000, ge=100, description="Resamples for confidence intervals.")
 
     _source: Source | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _code_or_not(self) -> Self:
+        if self.trust_remote_code and self.ignore_auto_map:
+            raise ValueError(
+                "`trust_remote_code` uses a checkpoint's code and `ignore_auto_map` leaves it out: set one"
+            )
+        return self
 
     @property
     def source(self) -> Source | None:

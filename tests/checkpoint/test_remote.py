@@ -1,0 +1,234 @@
+"""Checkpoints that bring Python code: used where it is trusted, left out where it is to be ignored, never run otherwise."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compress
+from compress import architectures
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.errors import CheckpointError, CompressError, PassError
+from compress.loading import check_keys, load_model
+from tests import pico
+
+CONFIG = """from transformers import LlamaConfig
+
+
+class MyConfig(LlamaConfig):
+    {body}
+"""
+#: Twice the logits of Llama, so that it shows which class was taken.
+MODEL = """from transformers import LlamaForCausalLM
+
+from .configuration_my import MyConfig
+
+
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+"""
+MAP = {"AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyModel"}
+LOAD = """
+import json, torch, transformers
+torch.set_num_threads(1)
+for folder, expected in {cases!r}:
+    m, info = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32", output_loading_info=True)
+    assert type(m).__name__ == "MyModel" and not any(info.values()), info
+    inputs, y = torch.load(expected)
+    with torch.no_grad():
+        print(float((m(**inputs)[0] - y).abs().max() / y.abs().max()))
+"""
+
+
+def edit_config(folder: Path, **changes) -> None:
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+
+
+def bring_code(folder: Path, model_type: str) -> Path:
+    pico.save(folder, "llama")
+    (folder / "configuration_my.py").write_text(CONFIG.format(body=f'model_type = "{model_type}"'))
+    (folder / "modeling_my.py").write_text(MODEL)
+    edit_config(folder, architectures=["MyModel"], auto_map=MAP, model_type=model_type)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["my_llama", "llama"])
+def foreign(request, tmp_path_factory):
+    """A checkpoint with code, of a model type of its own and of a stock one; read only."""
+    return bring_code(tmp_path_factory.mktemp("foreign") / request.param, request.param)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """The record that a package would bring for the model type, so that every pass knows its blocks."""
+    llama = architectures.of({"model_type": "llama"})
+    known = {**architectures._by_type(), "my_llama": replace(llama, model_type="my_llama")}
+    monkeypatch.setattr(architectures, "_by_type", lambda: known)
+
+
+def recipe(model: Path, output: Path, texts, passes, **more):
+    train, valid = map(str, texts)
+    data = {
+        "training": {"files": [train], "length": 16},
+        "calibration": {"files": [train], "samples": 4, "length": 16},
+        "evaluation": {"files": [valid], "window": 16, "max_documents": 2},
+    }
+    common = {"document_separator": "<|doc|>", "data": data, "evaluate": ["kl"]}
+    return {"model": str(model), "output": str(output), "passes": passes, **common, **more}
+
+
+def test_every_kind_of_pass_uses_the_code(foreign, record, texts, tmp_path, stock):
+    wide = {"prune_structured": {"mlp": "25%", "repair": "none", "score": "magnitude"}}
+    steps = {"distill": {"steps": 2, "batch": 2, "held_out": 2, "rate": 1e-3}}
+    chains = {
+        "cast": [{"cast": {"weights": "bf16"}}],
+        "prune": [{"prune_unstructured": {"method": "wanda", "sparsity": "50%"}}],
+        "distil": [wide, steps],
+    }
+    cases = []
+    for name, passes in chains.items():
+        out = tmp_path / name
+        result = compress.run(recipe(foreign, out, texts, passes, trust_remote_code=True), publish_anyway=True)
+        assert result.published
+        assert result.report["result"]["evaluation"]["kl"] > 0
+        model = compress.load(out, dtype="float32", trust_remote_code=True)
+        assert type(model).__name__ == "MyModel"
+        pico.save_expected(model, tmp_path / f"{name}.pt")
+        cases.append((str(out), str(tmp_path / f"{name}.pt")))
+    differences = [float(line) for line in stock(LOAD.format(cases=cases)).split()]
+    assert len(differences) == len(chains)
+    assert max(differences) <= 1e-4
+
+
+def test_the_code_is_refused_unless_it_is_trusted(foreign):
+    for use in (open_headers, open_checkpoint, compress.load):
+        with pytest.raises(CheckpointError, match=r"asks for Python code of its own .* set trust_remote_code: true"):
+            use(foreign)
+    once = pico.logits(load_model(foreign, trust_remote_code=True))
+    assert torch.isfinite(once).all()
+
+
+def test_ignoring_the_code_takes_the_class_of_transformers(tmp_path, texts, stock_outputs):
+    folder = bring_code(tmp_path / "in", "llama")
+    edit_config(folder, architectures=["LlamaForCausalLM"])
+    (folder / "modeling_my.py").unlink()
+    passes = [{"cast": {"weights": "int8", "method": "rtn"}}]
+    result = compress.run(recipe(folder, tmp_path / "out", texts, passes, ignore_auto_map=True, store="compact"))
+    assert result.published
+    compress.run(recipe(folder, tmp_path / "fp16", texts, [{"cast": {"weights": "fp16"}}], ignore_auto_map=True))
+    assert "auto_map" not in json.loads((tmp_path / "fp16/config.json").read_text())
+    pico.save_expected(compress.load(tmp_path / "fp16", dtype="float32"), tmp_path / "expected.pt")
+    case = {"fp16": ("LlamaForCausalLM", tmp_path / "fp16", tmp_path / "expected.pt")}
+    assert stock_outputs(case, dtype="float32")["fp16"]["difference"] <= 1e-4
+
+
+def test_trusting_and_ignoring_exclude_each_other(tmp_path, texts, pico_llama):
+    asked = recipe(pico_llama, tmp_path / "out", texts, [{"cast": {"weights": "bf16"}}])
+    with pytest.raises(CompressError, match="set one"):
+        compress.plan({**asked, "trust_remote_code": True, "ignore_auto_map": True})
+
+
+def test_a_compact_checkpoint_cannot_stand_for_code(tmp_path, texts):
+    folder = bring_code(tmp_path / "in", "llama")
+    passes = [{"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}}]
+    with pytest.raises(PassError, match="compact checkpoints stand for a class of transformers"):
+        compress.plan(recipe(folder, tmp_path / "out", texts, passes, trust_remote_code=True, store="compact"))
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "message"),
+    [
+        (
+            {**MAP, "AutoModelForCausalLM": "modeling_gone.MyModel"},
+            r"names modeling_gone.MyModel \(`auto_map`\), which cannot be taken from the folder",
+        ),
+        (
+            {**MAP, "AutoModelForCausalLM": "other/repo--modeling_my.MyModel"},
+            r"asks for code of another repository .*other/repo--modeling_my.MyModel.* download other/repo first",
+        ),
+        ({**MAP, "AutoModelForCausalLM": "configuration_my.MyConfig"}, "which is no class of models"),
+        ({**MAP, "AutoConfig": "modeling_my.nothing"}, r"names modeling_my.nothing \(`auto_map`\)"),
+        ({**MAP, "AutoModelForCausalLM": ["modeling_my.MyModel"]}, "has an `auto_map` that is no map"),
+    ],
+)
+def test_code_that_is_not_there(auto_map, message, tmp_path):
+    folder = bring_code(tmp_path / "in", "llama")
+    edit_config(folder, auto_map=auto_map)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check_keys(open_checkpoint(folder, trust_remote_code=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_fails_is_one_line(tmp_path):
+    folder = bring_code(tmp_path / "in", "llama")
+    (folder / "modeling_my.py").write_text("raise SystemError('two\\nlines')\n")
+    with pytest.raises(CheckpointError, match="two lines") as caught:
+        load_model(folder, trust_remote_code=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["AutoModelForCausalLM", "TrainingArguments", "T5Tokenizer", "set_seed", "__version__"]
+)
+def test_what_is_no_class_of_models_is_not_built(name, tmp_path):
+    folder = pico.save(tmp_path / "in", "llama")
+    edit_config(folder, architectures=[name])
+    with pytest.raises(CheckpointError, match=f"has no model class {name}"):
+        compress.load(folder)
+
+
+def test_a_compact_checkpoint_runs_no_code_of_others(tmp_path):
+    """Its base config may name code: it is neither asked for, nor run, nor carried on."""
+    out = compress.apply("prune_unstructured", pico.save(tmp_path / "in"), tmp_path / "out", method="magnitude", sparsity=0.6, store="compact")  # fmt: skip
+    expected = pico.logits(compress.load(out))
+    (out / "evil.py").write_text("raise SystemExit('run')\n")
+    data = json.loads((out / "config.json").read_text())
+    data["base"]["auto_map"] = {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    (out / "config.json").write_text(json.dumps(data))
+    for trust in (False, True):
+        checkpoint = open_checkpoint(out, trust_remote_code=trust)
+        assert "auto_map" not in checkpoint.spec.structure.config
+        assert torch.equal(pico.logits(compress.load(out, trust_remote_code=trust)), expected)
+    data["base"]["architectures"] = ["AutoModelForCausalLM"]
+    (out / "config.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="has no model class AutoModelForCausalLM"):
+        compress.load(out)
+
+
+CHOICES = {
+    "_attn_implementation": "flash_attention_2",
+    "attn_implementation": "kernels-community/flash-attn",
+    "_attn_implementation_internal": "flash_attention_3",
+    "experts_implementation": "nothing",
+    "use_kernels": True,
+}
+
+
+def test_kernels_that_a_config_chooses_are_left_out(tmp_path, stock_outputs):
+    folder = pico.save(tmp_path / "in", "mixtral")
+    expected = pico.logits(compress.load(folder))
+    edit_config(folder, **CHOICES, extra={"attn_implementation": "flash_attention_2", "kept": 1})
+    spec = open_headers(folder)[0]
+    assert not spec.structure.config.keys() & CHOICES.keys()
+    assert spec.structure.config["extra"] == {"kept": 1}
+    assert (
+        "`attn_implementation` of config.json is left out: it chooses code to compute with, not a model" in spec.notes
+    )
+    assert torch.equal(pico.logits(compress.load(folder)), expected)
+    out = compress.apply("cast", folder, tmp_path / "out", weights="fp16")
+    assert not json.loads((out / "config.json").read_text()).keys() & CHOICES.keys()
+    assert load_file(out / "model.safetensors")
+    pico.save_expected(compress.load(out, dtype="float32"), tmp_path / "expected.pt")
+    case = {"out": ("MixtralForCausalLM", out, tmp_path / "expected.pt")}
+    assert stock_outputs(case, dtype="float32")["out"]["difference"] <= 1e-4
