@@ -58,7 +58,7 @@ def test_defaults_are_written_out(work: Path) -> None:
         "document_separator": None,
         "max_shard_size": 5_000_000_000,
         "trust_remote_code": False,
-            "ignore_auto_map": False,
+        "ignore_auto_map": False,
         "offline": False,
         "data": {},
         "passes": [
