@@ -73,7 +73,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
 
     With ``data`` the text is read, and compared with the evaluation's.
     """
-    from compress.pipeline.preflight import check_folders, check_plan, check_sets, hopeless_gates
+    from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window, hopeless_gates
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
 
@@ -96,6 +96,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             check_plan(recipe, planned)
             notes += [*spec.notes, *hopeless_gates(recipe, planned)]
             recipe = recipe.fitted(task_of(structure.class_name))
+            check_window(recipe, spec)
         notes += _read_data(recipe, structure, data)
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})

@@ -13,7 +13,7 @@ from compress.images import read_images
 from compress.pipeline.fingerprint import fingerprint
 from compress.pipeline.score import labels_of, load_processor, read
 from compress.recipe.model import Calibration, Training
-from compress.text import Document, check_disjoint, holds_ids, read_documents, read_examples
+from compress.text import Document, check_disjoint, holds_ids, read_documents, read_examples, rendered
 from compress.text import fingerprint as fingerprint_files
 
 if TYPE_CHECKING:
@@ -150,6 +150,15 @@ class DataSets:
             )
         drawn: Batches = self._batches[name]
         return drawn
+
+    def check_shown(self) -> None:
+        """Chats among the documents that models are measured on fit the tokenizer's template. Raises `DataError`."""
+        if (section := self.recipe.data.evaluation) is None:
+            return
+        processor = self.processor()
+        for document in self.documents("evaluation")[: section.max_documents]:
+            if document.messages is not None:
+                rendered(document, processor)
 
     def check_ids(self, name: str) -> None:
         """Token ids of a set, if the recipe names such, can be used. Raises `DataError`."""

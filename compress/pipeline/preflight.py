@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import passes
+from compress import architectures, passes
 from compress.checkpoint.hub import is_hub_id
-from compress.errors import DataError, PassError, ResourceError
+from compress.errors import CompressError, DataError, PassError, ResourceError
+from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
 from compress.files import expanded
 from compress.pipeline.publish import check_output
 from compress.text import FIELD_KINDS, check_columns, fingerprint, kind, template_columns
 
 if TYPE_CHECKING:
+    from compress.checkpoint.spec import Spec
     from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.recipe.model import TextFiles
@@ -50,6 +52,24 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
             f"the run needs about {plan.peak_memory / 1e9:.2f} GB of memory, "
             f"max_ram allows {recipe.max_ram / 1e9:.2f} GB",
             fix="`compress plan` shows which pass needs it",
+        )
+
+
+def check_window(recipe: Recipe, spec: Spec) -> None:
+    """A causal language model can read the windows that it is measured on. Raises `CompressError`."""
+    evaluation, known = recipe.data.evaluation, spec.structure.config.get("max_position_embeddings")
+    if (
+        evaluation is None
+        or not TEXT_METRICS & set(recipe.metrics)
+        or task_of(spec.structure.class_name) is not LANGUAGE
+    ):
+        return
+    limit = architectures.positions(spec) or (known if isinstance(known, int) else None)
+    if limit is not None and evaluation.window > limit:
+        raise CompressError(
+            f"a window of {evaluation.window} tokens is beyond the model's {limit} positions",
+            where="data.evaluation",
+            fix=f"set window to {limit}",
         )
 
 

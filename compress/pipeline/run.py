@@ -19,7 +19,7 @@ from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, PassError, ResourceError
-from compress.evaluation.tasks import task_of
+from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.files import expanded
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
@@ -28,7 +28,7 @@ from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
-from compress.pipeline.preflight import check_folders, check_plan, check_sets
+from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
 from compress.pipeline.processes import call_for_help, help_out, joined, own_device
 from compress.pipeline.publish import changed_files, publish, read_provenance
 from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
@@ -91,6 +91,7 @@ class Run:
         self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         check_plan(recipe, self.plan)
+        check_window(recipe, spec)
         self.data.check_disjoint()
         for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in recipe.passes))):
             self.data.check_ids(name)
@@ -107,6 +108,14 @@ class Run:
                 where=str(parent),
                 fix="free some space, or see `compress clean`",
             )
+
+    def check_samples(self, missing: list[PlannedStage]) -> None:
+        """What the stages to compute will read can be drawn, and what is measured on can be shown, before any pass works."""
+        planned = [p for stage in missing for p in stage.passes]
+        for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in planned))):
+            self.data.batches(name)
+        if planned and TEXT_METRICS & set(self.recipe.metrics):
+            self.data.check_shown()
 
     def fingerprints(self) -> list[str]:
         """One per stage, each covering all before it."""
@@ -244,6 +253,7 @@ class Run:
         found = [self.folder.find(key) for key in keys]
         missing = [s for s, row in zip(self.plan.stages, found, strict=True) if row is None]
         self.check_disk(missing)
+        self.check_samples(missing)
         self.prepare_passes(missing)
         self.checked_input = False
         rows, before = [], self.original

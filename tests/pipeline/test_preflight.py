@@ -77,7 +77,10 @@ def test_the_same_file_or_its_copy(check, texts, tmp_path):
     rows = "\n".join(json.dumps({"a": f"one {i}", "b": f"two {i}"}) for i in range(40))
     (tmp_path / "two.jsonl").write_text(rows)
     two = {"files": [str(tmp_path / "two.jsonl")]}
-    sets = {"calibration": {**two, "field": "a", "samples": 2, "length": 8}, "evaluation": {**two, "field": "b"}}
+    sets = {
+        "calibration": {**two, "field": "a", "samples": 2, "length": 8},
+        "evaluation": {**two, "field": "b", "window": 8},
+    }
     assert check(data=sets)[0] == 0  # two columns of one file have nothing in common
 
 
@@ -168,6 +171,29 @@ def test_documents_within_files(check, texts, tmp_path):
     assert (status, "data: 40 documents of evaluation, 60 of calibration, none shared" in text) == (0, True), text
     status, text = check("--data", model="some/hub-id", run=False)  # plain text needs no model
     assert (status, "60 of calibration, none shared" in text) == (0, True), text
+
+
+def test_windows_beyond_the_positions(check, texts):
+    status, text = check(
+        data={"evaluation": {"files": [str(texts[1])], "window": 65}}, passes=[{"cast": {"weights": "bf16"}}]
+    )
+    message = "a window of 65 tokens is beyond the model's 64 positions; set window to 64"
+    assert (status, message in text) == (2, True), text
+
+
+def test_samples_and_chats_are_tried_before_any_pass_works(recipe, texts, tmp_path):
+    """Though a pass that reads none comes first, and measuring last."""
+    train, valid = texts
+    passes = [{"cast": {"weights": "bf16"}}, {"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
+    calibration = {"files": [str(train)], "samples": 5000, "length": 64}
+    with pytest.raises(CompressError, match=r"calibration asks for 5000 samples of 64 tokens, the text gives \d+"):
+        compress.run(recipe(passes=passes, data={"calibration": calibration}, evaluate=[], gates=None))
+    chats = [{"text": [{"role": "user", "content": f"{letter} " * 40}]} for letter in "klmnop"]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    evaluation = {"files": [str(tmp_path / "chats.jsonl")], "window": 32}
+    with pytest.raises(CompressError, match=r"chats.jsonl#0: is a chat, and the tokenizer has no chat template"):
+        compress.run(recipe(passes=passes[:1], data={"evaluation": evaluation}))
+    assert not (tmp_path / "out.run" / "stages").exists() or not list((tmp_path / "out.run" / "stages").iterdir())
 
 
 def test_checking_data_needs_no_torch(recipe, tmp_path):
