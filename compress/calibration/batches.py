@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.headers import read_header
 from compress.errors import DataError, one_line
 from compress.images import pixels
 from compress.text import FIELD, Document, beginning, encoded, rendered
@@ -306,18 +307,22 @@ def _safetensors(path: Path, field: str) -> torch.Tensor:
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())
-            name = names[0] if field == FIELD and len(names) == 1 else field
-            if name not in names:
-                raise DataError(
-                    f"has no tensor `{name}`",
-                    where=str(path),
-                    fix=f"set `field` to one of: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}",
-                )
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(_tensor_of(sorted(file.keys()), field, path))
     except SafetensorError as error:
         raise DataError(f"is damaged: {one_line(error)}", where=str(path)) from None
     return tensor
+
+
+def _tensor_of(names: Sequence[str], field: str, path: Path) -> str:
+    """The tensor that ``field`` names; while it has the default's name, the only one will do. Raises `DataError`."""
+    name = names[0] if field == FIELD and len(names) == 1 else field
+    if name not in names:
+        raise DataError(
+            f"has no tensor `{name}`",
+            where=str(path),
+            fix=f"set `field` to one of: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}",
+        )
+    return name
 
 
 _FIX = "save integers [samples, length]"
@@ -336,12 +341,66 @@ def given_ids(ids: torch.Tensor, where: str = "data") -> Batches:
 
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise DataError(f"holds {str(ids.dtype).removeprefix('torch.')}, not token ids", where=where, fix=_FIX)
-    if ids.ndim != 2:
-        raise DataError(f"has the shape {list(ids.shape)}, which is not [samples, length]", where=where, fix=_FIX)
-    if not ids.numel():
-        raise DataError(f"holds no token: its shape is {list(ids.shape)}", where=where)
+    check_shape(ids.shape, where)
     name = Path(where).name
     return Batches(ids.detach().to("cpu", torch.int64), chosen=tuple(f"{name}#{row}" for row in range(len(ids))))
+
+
+def check_shape(shape: Sequence[int], where: str) -> None:
+    """Token ids are [samples, length], and there is one. Raises `DataError`."""
+    if len(shape) != 2:
+        raise DataError(f"has the shape {list(shape)}, which is not [samples, length]", where=where, fix=_FIX)
+    if not shape[0] * shape[1]:
+        raise DataError(f"holds no token: its shape is {list(shape)}", where=where)
+
+
+def taken(shape: Sequence[int], samples: int | None, length: int | None, where: str) -> tuple[int, int]:
+    """How many samples, and tokens of each, are used of ids [samples, length]; None for all. Raises `DataError`."""
+    rows, columns = shape
+    samples, length = samples or rows, length or columns
+    if samples > rows or length > columns:
+        raise DataError(
+            f"holds {rows} samples of {columns} tokens, {samples} of {length} are asked for",
+            where=where,
+            fix="leave out `samples` and `length` to use all",
+        )
+    return samples, length
+
+
+def ids_in(file: str, field: str) -> tuple[int, ...]:
+    """Shape of the token ids of a ``.npy`` or ``.safetensors`` file, by its header alone.
+
+    Raises:
+        DataError: as `read_ids`, but for what only the numbers tell. CheckpointError: a damaged ``.safetensors`` file.
+    """
+    path = Path(file)
+    if path.suffix.lower() == ".npy":
+        kind, shape = _npy_header(path)
+        if kind[-2:-1] not in ("i", "u"):
+            raise DataError(f"holds {kind}, not token ids", where=file, fix=_FIX)
+        return shape
+    entries = read_header(path).entries
+    found = entries[_tensor_of(sorted(entries), field, path)]
+    if not found.dtype.startswith(("I", "U")):
+        raise DataError(f"holds {found.dtype}, not token ids", where=file, fix=_FIX)
+    return found.shape
+
+
+def _npy_header(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The type, such as ``<i4``, and the shape of an array: numpy's format 1 to 3."""
+    import ast
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(file.read(2 if start[6:7] == b"\1" else 4), "little")
+            header = ast.literal_eval(file.read(min(size, 1 << 16)).decode("latin-1").strip())
+        kind, shape = str(header["descr"]), tuple(int(size) for size in header["shape"])
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        raise DataError("is no array: its header cannot be read", where=str(path)) from None
+    return kind, shape
 
 
 def first(batches: Batches, samples: int | None, length: int | None, where: str) -> Batches:
@@ -350,14 +409,7 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
     Raises:
         DataError: there are fewer.
     """
-    rows, columns = batches.ids.shape
-    samples, length = samples or rows, length or columns
-    if samples > rows or length > columns:
-        raise DataError(
-            f"holds {rows} samples of {columns} tokens, {samples} of {length} are asked for",
-            where=where,
-            fix="leave out `samples` and `length` to use all",
-        )
+    samples, length = taken(batches.ids.shape, samples, length, where)
     mask = None if batches.mask is None else batches.mask[:samples, :length]
     return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
 

@@ -73,7 +73,15 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
 
     With ``data`` the text is read, and compared with the evaluation's.
     """
-    from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window, hopeless_gates
+    from compress.architectures import positions
+    from compress.pipeline.preflight import (
+        check_folders,
+        check_ids,
+        check_plan,
+        check_sets,
+        check_window,
+        hopeless_gates,
+    )
     from compress.recipe import resolved as resolve
     from compress.recipe import to_yaml
 
@@ -97,6 +105,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             notes += [*spec.notes, *hopeless_gates(recipe, planned)]
             recipe = recipe.fitted(task_of(structure.class_name))
             check_window(recipe, spec)
+        check_ids(recipe, positions(spec) if local.exists() else None)
         notes += _read_data(recipe, structure, data)
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})

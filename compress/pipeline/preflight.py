@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
+from compress.calibration.batches import check_positions, check_shape, ids_in, taken
 from compress.checkpoint.hub import is_hub_id
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
 from compress.files import expanded
 from compress.pipeline.publish import check_output
-from compress.text import FIELD_KINDS, check_columns, fingerprint, kind, template_columns
+from compress.text import FIELD_KINDS, check_columns, fingerprint, holds_ids, kind, template_columns
 
 if TYPE_CHECKING:
     from compress.checkpoint.spec import Spec
@@ -112,6 +113,18 @@ def check_sets(recipe: Recipe) -> None:
                     where=f"data.evaluation: {mine}",
                     fix="evaluate on data that no pass has seen",
                 )
+
+
+def check_ids(recipe: Recipe, positions: int | None) -> None:
+    """Token ids, by the headers of their files, are as many as asked and fit the ``positions``. Raises `DataError`."""
+    for name in _SETS[:2]:
+        section = getattr(recipe.data, name)
+        if section is None or not section.files or not holds_ids(file := section.files[0]):
+            continue
+        shape = ids_in(file, section.field)
+        check_shape(shape, file)
+        _, length = taken(shape, getattr(section, "samples", None), section.length, file)
+        check_positions(length, positions, file, name)
 
 
 def _columns(section: TextFiles) -> dict[str, str]:

@@ -18,7 +18,7 @@ from compress.calibration.ranks import Ranks
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
-from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, PassError, ResourceError
+from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError
 from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.files import expanded
 from compress.memory import available_memory, peak_memory, reset_peak
@@ -516,12 +516,19 @@ def _times(start: float, written: Written, checked: float) -> dict[str, float]:
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` is the first GPU where there is one."""
-    if device != "auto":
+    """``auto`` is the first GPU where there is one. Raises `CompressError` for one that is not here."""
+    if device != "auto" and not device.startswith("cuda"):
         return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    number = device.partition(":")[2] or "0"
+    if not number.isdigit() or int(number) >= count:
+        here = f"there are cpu and cuda:0 to cuda:{count - 1}" if count else "there is cpu alone, for this torch"
+        raise CompressError(f"the device {device} is not here", where="device", fix=here)
+    return device
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def test_windows_beyond_the_positions(check, texts):
 
 def test_samples_and_chats_are_tried_before_any_pass_works(recipe, texts, tmp_path):
     """Though a pass that reads none comes first, and measuring last."""
-    train, valid = texts
+    train, _ = texts
     passes = [{"cast": {"weights": "bf16"}}, {"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
     calibration = {"files": [str(train)], "samples": 5000, "length": 64}
     with pytest.raises(CompressError, match=r"calibration asks for 5000 samples of 64 tokens, the text gives \d+"):
@@ -207,3 +207,41 @@ def test_checking_data_needs_no_torch(recipe, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert (done.stdout.splitlines()[-1:], done.stderr) == (["[]"], "")
+
+
+def test_a_device_that_is_not_here(recipe, tmp_path):
+    with pytest.raises(CompressError, match=r"^device: the device cuda:99 is not here; there "):
+        compress.run(recipe(device="cuda:99"))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_token_ids_by_their_headers(check, tmp_path):
+    import numpy
+    import torch
+    from safetensors.torch import save_file
+
+    numpy.save(tmp_path / "a.npy", numpy.ones((4, 32), dtype="i4"))
+    numpy.save(tmp_path / "long.npy", numpy.ones((2, 65), dtype="u2"))
+    numpy.save(tmp_path / "floats.npy", numpy.ones((4, 32)))
+    numpy.save(tmp_path / "flat.npy", numpy.ones(9, dtype="i8"))
+    numpy.save(tmp_path / "none.npy", numpy.ones((0, 9), dtype="i8"))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:20])
+    save_file({"a": torch.ones(4, 32).int(), "b": torch.ones(4, 32)}, tmp_path / "a.safetensors")
+    for file, keys, message in (
+        ("a.npy", {}, None),
+        ("a.safetensors", {"field": "a", "samples": 4}, None),
+        ("a.npy", {"samples": 5}, "a.npy: holds 4 samples of 32 tokens, 5 of 32 are asked for"),
+        ("a.npy", {"length": 33}, "a.npy: holds 4 samples of 32 tokens, 4 of 33 are asked for"),
+        ("long.npy", {}, "calibration samples of 65 tokens are beyond the model's 64 positions; set"),
+        ("floats.npy", {}, "not token ids; save integers [samples, length]"),
+        ("flat.npy", {}, "flat.npy: has the shape [9], which is not [samples, length]"),
+        ("none.npy", {}, "none.npy: holds no token: its shape is [0, 9]"),
+        ("cut.npy", {}, "cut.npy: is no array"),
+        ("a.safetensors", {}, "a.safetensors: has no tensor `text`; set `field` to one of: a, b"),
+        ("a.safetensors", {"field": "b"}, "not token ids; save integers [samples, length]"),
+    ):
+        model = {"model": str(pico.save(tmp_path / "gpt2", "gpt2"))} if file == "long.npy" else {}
+        data = {"calibration": {"files": [str(tmp_path / file)], **keys}}
+        passes = [{"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
+        status, text = check(data=data, evaluate=[], passes=passes, gates=None, run=False, **model)
+        assert (status, message is None or message in text) == (0 if message is None else 2, True), text
