@@ -10,7 +10,6 @@ from compress import architectures
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.spec import Spec, Tensor
 from compress.errors import CheckpointError, PassError
-from compress.passes.allocation import check_loss
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, planned_cache, undecided, without_scales
@@ -81,6 +80,8 @@ class Cast(Pass[CastSettings]):
             followable(spec, "set `weights` and `method: rtn`")
         if not settings.budgeted:
             return planned(spec, settings, {})
+        from compress.passes.allocation import check_loss
+
         names = undecided(spec, settings)
         key = "bits" if settings.bits is not None else "max_bytes"
         check_loss(spec, names, ("a budget", "name the format with `weights`"), key)

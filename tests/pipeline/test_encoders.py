@@ -83,7 +83,7 @@ def test_sentence_embeddings(base, folders):
     expected = embed_documents(
         models[1], load_tokenizer(folders / "base"), documents, pooling=Pooling(("cls_token",)), reference=models[0]
     )
-    assert after == expected
+    assert after == {**expected, "emulated": None}
     judged = {gate["gate"]: gate for gate in report["gates"]}
     assert judged["similarity.max_drop"]["value"] == pytest.approx(100 * (1 - after["similarity"]))
     assert judged["spearman.max_drop"]["value"] == pytest.approx(100 * (before["spearman"] - after["spearman"]))

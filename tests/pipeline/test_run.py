@@ -186,7 +186,7 @@ def test_too_little_text(recipe, tmp_path, texts):
     (tmp_path / "short.txt").write_text("too short")
     data = {
         "calibration": {"files": [str(tmp_path / "short.txt")], "samples": 4, "length": 32},
-        "evaluation": {"files": [str(texts[1])]},
+        "evaluation": {"files": [str(texts[1])], "window": 32},
     }
     with pytest.raises(DataError, match=r"asks for 4 samples of 32 tokens, the text gives 0"):
         compress.run(recipe(data=data))
