@@ -39,6 +39,61 @@ def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
     return _nearest(values / scale, format_).to(values.dtype) * scale
 
 
+def rounded_inputs(values: torch.Tensor, format_: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The inputs of a layer [batch, tokens, …] as codes of a format of `ACTIVATIONS` stand for them.
+
+    Args:
+        given: what the checkpoint holds for that: ``input_scale``, ``input_zero_point``, ``input_global_scale``, of one value.
+    """
+    if not values.numel():
+        return values
+    kind, _, how = format_.partition("-")
+    if kind == "nvfp4":
+        return _by_sixteen(values, given["input_global_scale"], how == "wide")
+    if not how:
+        return rounded_by_token(values, kind)
+    if given:
+        scale, zero = given["input_scale"].to(values.dtype), given.get("input_zero_point")
+    else:
+        scale, zero = _found(values, kind, by_token=how == "zero", symmetric=how != "zero")
+    if zero is None:
+        return _nearest(values / scale, kind).to(values.dtype) * scale
+    zero = zero.to(values.dtype)
+    return (_nearest(values / scale + zero, kind) - zero) * scale
+
+
+def _found(
+    values: torch.Tensor, kind: str, *, by_token: bool, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and, of asymmetric codes, zero point that cover all values, or those of each token."""
+    low, high = _RANGES[kind]
+    axes = tuple(range(2, values.ndim)) if by_token else ()
+    least, most = (values.amin(axes, True), values.amax(axes, True)) if axes else torch.aminmax(values)
+    least, most = least.clamp(max=0), most.clamp(min=0)
+    codes = torch.tensor(high - low, dtype=values.dtype, device=values.device)
+    if symmetric:
+        scale = torch.maximum(least.abs(), most) / (codes / 2)
+        return torch.where(scale == 0, torch.finfo(values.dtype).eps, scale), None
+    scale = (most - least) / codes
+    zero = (low - least / scale).clamp(low, high)
+    return torch.where(scale == 0, torch.finfo(values.dtype).eps, scale), zero.round().nan_to_num(0)
+
+
+def _by_sixteen(values: torch.Tensor, overall: torch.Tensor, wide: bool) -> torch.Tensor:
+    """E2M1 codes, ties to even, with a scale for each 16 values, itself divided by one for all; in E4M3 unless ``wide``."""
+    groups = values.reshape(*values.shape[:-1], -1, 16)
+    scale = overall * (groups.abs().amax(-1) / torch.tensor(6.0, dtype=values.dtype, device=values.device))
+    if not wide:
+        scale = scale.clamp(-448, 448).to(torch.float8_e4m3fn).to(scale.dtype)
+    scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps if wide else 0.125, scale)
+    scale = (scale / overall)[..., None]
+    parts = (groups / scale).clamp(-6, 6)
+    size = parts.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    result: torch.Tensor = (parts / step).round() * step * scale
+    return result.flatten(-2).to(values.dtype)
+
+
 def rounded_by_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Values as fp8 (E4M3) codes times a given scale, float32, that broadcasts to them; beyond the range the last code."""
     return (_nearest(values.float() / scale, "fp8").float() * scale).to(values.dtype)
@@ -51,20 +106,28 @@ def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
     return values.round() if format_ == "int8" else values.to(torch.float8_e4m3fn)
 
 
-def round_inputs(model: PreTrainedModel, formats: Mapping[str, str]) -> None:
-    """From now on the inputs of those linear layers, named as files name them, are rounded token by token.
+def round_inputs(
+    model: PreTrainedModel,
+    formats: Mapping[str, str],
+    given: Callable[[str], Mapping[str, torch.Tensor]] = lambda name: {},
+) -> None:
+    """From now on the inputs of those linear layers, named as files name them, are rounded.
+
+    Args:
+        formats: of `ACTIVATIONS`. given: a layer's name ▶ what the checkpoint holds for that, as `Codes.given`.
 
     Raises:
         CheckpointError: the model has no such linear layer.
     """
     for name, module in _linears(model, formats).items():
-        module.register_forward_pre_hook(_rounding(formats[name]))
+        beside = {end: value.to(module.weight.device) for end, value in given(name).items()}
+        module.register_forward_pre_hook(_rounding(formats[name], beside))
 
 
-def _rounding(format_: str) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+def _rounding(format_: str, given: Mapping[str, torch.Tensor]) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         with torch.no_grad():
-            return (rounded_by_token(args[0], format_), *args[1:])
+            return (rounded_inputs(args[0], format_, given), *args[1:])
 
     return hook
 

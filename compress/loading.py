@@ -87,7 +87,7 @@ def load_checkpoint(
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
 
-        round_inputs(model, formats)
+        round_inputs(model, formats, lambda module: _given(checkpoint, f"{module}.weight"))
     if quantized_kv_cache and cache_format(checkpoint.spec):
         from compress.emulation import round_cache
 
@@ -121,6 +121,14 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) 
         return value.data
     codes = value.codes
     return values_of((codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, grid.to_json())
+
+
+def _given(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:
+    """What a checkpoint holds to cast the inputs of the layer of a weight, as `Codes.given`."""
+    if isinstance(checkpoint, Stored):
+        return checkpoint.given(name)
+    codes = checkpoint.tensor(name).codes
+    return {} if codes is None else codes.given
 
 
 def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:

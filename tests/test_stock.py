@@ -84,7 +84,8 @@ def test_every_other_family_in_every_format(tmp_path, stock_outputs):
     none = caches_nothing("albert", "roberta", "electra", "distilbert", "t5", "vit")
     conv1d = {("gpt2", name, codes) for name in FORMATS}
     experts = {(f, name, codes) for f in ("mixtral", "qwen3_moe") for name in ("nvfp4", "w8a8", "fp8 inputs", "mixed")}
-    assert check_same(families, tmp_path, stock_outputs) == none | conv1d | experts
+    packed = {("t5", name, codes) for name in ("int8", "int4", "int3", "int2", "mxfp4", "nvfp4", "mixed")}
+    assert check_same(families, tmp_path, stock_outputs) == none | conv1d | experts | packed
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)

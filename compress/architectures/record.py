@@ -49,6 +49,7 @@ class Architecture:
         module_blocks: path of that list in the model, where transformers renames it on loading.
         renames: (pattern, replacement) pairs, applied in order to a module's name in files, that give its name in the model.
         pooler: module below the prefix that the base class has and files may leave out.
+        packable: whether stock transformers loads codes that lie under another name than the weight's.
         flat_classes: how the names end of classes with a head whose model has the blocks without the prefix.
         input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
         head: module (no prefix) that projects onto the vocabulary, None for a base model.
@@ -91,6 +92,7 @@ class Architecture:
     module_blocks: str | None = None
     renames: tuple[tuple[str, str], ...] = ()
     pooler: str | None = None
+    packable: bool = True
     flat_classes: tuple[str, ...] = ()
     input: str = "input_ids"
     head: str | None = "lm_head"

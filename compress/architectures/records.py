@@ -323,6 +323,7 @@ RECORDS: tuple[Architecture, ...] = (
         prefix="transformer",  # of its classifiers alone
         blocks="encoder.block",
         stacks={"decoder.block": "num_decoder_layers"},
+        packable=False,  # when transformers 5.24 loads it, it looks for `weight` in every layer
         flat_classes=("ForConditionalGeneration", "ForQuestionAnswering"),
         embeddings=("shared",),
         head_classes=("ForConditionalGeneration",),

@@ -71,7 +71,8 @@ def parts(tensor: Tensor) -> list[Part]:
             Part(f"{name}.codebook", "scale", (1 << grid.bits,), tensor.dtype),
         ]
     outputs, inputs = grid.rows(tensor.shape)
-    scales = (outputs, grid.groups(tensor.shape))
+    scales = grid.scales(tensor.shape)
+    beside = [_given(tensor, name) for name in grid.given]
     zero = not grid.symmetric
     if tensor.storage[0] == "mask":
         assert tensor.kept is not None, tensor
@@ -90,19 +91,25 @@ def parts(tensor: Tensor) -> list[Part]:
             Part(name, "codes", (outputs, inputs), "I8" if chain == INT8 else "F8_E4M3"),
             Part(f"{name}_scale", "scale", scales, tensor.dtype),
         ]
-        return found + ([Part(f"{name}_zero_point", "zero", scales, "I8")] if zero else [])
+        return found + ([Part(f"{name}_zero_point", "zero", scales, "I8")] if zero else []) + beside
     found = [
         Part(f"{name}_packed", "codes", (outputs, inputs // 2), "U8"),
         Part(f"{name}_scale", "scale", scales, "U8" if chain == MXFP4 else "F8_E4M3"),
     ]
-    return found + ([Part(f"{name}_global_scale", "overall", (1,), "F32")] if chain == NVFP4 else [])
+    return found + ([Part(f"{name}_global_scale", "overall", (1,), "F32")] if chain == NVFP4 else []) + beside
 
 
 def _keep(tensor: Tensor) -> Part:
     return Part(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8")
 
 
-def _packed_zero(name: str, scales: tuple[int, int], grid: Grid) -> Part:
+def _given(tensor: Tensor, name: str) -> Part:
+    """A scale or zero point of a layer's inputs, which stands beside its weight."""
+    dtype = {"input_scale": tensor.dtype, "input_zero_point": "I8", "input_global_scale": "F32"}[name]
+    return Part(f"{tensor.module}.{name}", name, (1,), dtype)
+
+
+def _packed_zero(name: str, scales: tuple[int, ...], grid: Grid) -> Part:
     """Zero points, packed along the outputs."""
     return Part(f"{name}_zero_point", "zero", (_words(scales[0], grid.bits), scales[1]), "I32")
 
@@ -145,7 +152,7 @@ def stock_chain(grid: Grid) -> tuple[str, ...]:
     if grid.is_codebook:
         return CODEBOOK
     if grid.is_integer:
-        return INT8 if grid.activations is not None and grid.bits == 8 else PACKED
+        return INT8 if grid.bits == 8 and (grid.activations is not None or grid.whole) else PACKED
     return {"fp8": FP8, "mxfp4": MXFP4, "nvfp4": NVFP4}[grid.format]
 
 
@@ -177,6 +184,8 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
             return True
         if not beside or grid.transposed or grid.is_codebook or (stock_chain(grid) == PACKED and not grid.symmetric):
             return False
+        if not record.packable and stock_chain(grid) not in (INT8, FP8):
+            return False
         return not any(f".{module}." in f".{tensor.name}" for module in outside)
 
     return holds
@@ -207,7 +216,7 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
 
     found, bits = value.codes, tensor.grid.bits
     assert found is not None, tensor
-    result = {"scale": found.scale.contiguous()}
+    result = {"scale": found.scale.flatten() if tensor.grid.whole else found.scale.contiguous(), **found.given}
     if tensor.storage[0] == "mask":
         assert value.mask is not None
         mask = value.mask.T if tensor.grid.transposed else value.mask
@@ -222,7 +231,8 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
         result["codes"] = (found.codes[:, 0::2] | (found.codes[:, 1::2] << 4)).contiguous()
     if found.zero is not None:
         plain = tensor.storage == INT8
-        result["zero"] = found.zero.contiguous() if plain else pack_codes(found.zero.T, bits).T.contiguous()
+        zero = found.zero.flatten() if tensor.grid.whole else found.zero
+        result["zero"] = zero.contiguous() if plain else pack_codes(found.zero.T, bits).T.contiguous()
     if found.overall is not None:
         result["overall"] = found.overall
     return result

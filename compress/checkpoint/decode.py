@@ -95,6 +95,8 @@ def decode_codes(
     rows = (shape[1], shape[0]) if grid["transposed"] else shape
     mask = unpack_bits(parts["keep"], rows) if storage[0] == "mask" else None
     bits, found, scale, zero = int(grid["bits"]), parts["codes"], parts["scale"], parts.get("zero")
+    if grid.get("whole"):
+        scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
     if storage[-1] == "codebook" and len(scale) != 1 << bits:
         raise ValueError(f"a codebook of {bits} bits has {1 << bits} values, {len(scale)} are stored")
     if zero is not None and zero.dtype == torch.int32:

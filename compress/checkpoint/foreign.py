@@ -6,16 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.checkpoint import codecs
-from compress.checkpoint.grids import INTEGERS, Grid
+from compress.checkpoint.grids import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, Grid
 from compress.checkpoint.headers import Entry
 from compress.checkpoint.patterns import Matcher
-from compress.checkpoint.quantization import KEY, METHOD, in_memory
-from compress.checkpoint.spec import FP8, INT8, MXFP4, NVFP4, PACKED, Spec, Structure, Tensor
+from compress.checkpoint.quantization import KEY, METHOD, cache_of, in_memory
+from compress.checkpoint.spec import CACHE_SCALES, FP8, INT8, MXFP4, NVFP4, PACKED, Spec, Structure, Tensor
 from compress.errors import CheckpointError
 
+#: How names of arrays end that only a running model needs.
+_RUNNING = tuple(f".{side}_{end}" for side in ("input", "output") for end in ("scale", "zero_point", "global_scale"))
+#: Zero points of symmetric schemes, which older tools wrote as zeros.
+_ZEROS = (".weight_zero_point", ".input_zero_point", ".output_zero_point")
+#: Arrays for cached keys and values and for queries.
+_CACHED = tuple(f".{part}_{end}" for part in "qkv" for end in ("scale", "zero_point"))
 
-def parse(structure: Structure, entries: Mapping[str, Entry], where: str) -> dict[str, Tensor]:
-    """Coded tensors of a compressed-tensors checkpoint, from its config and its arrays.
+
+def parse(
+    structure: Structure, entries: Mapping[str, Entry], where: str
+) -> tuple[dict[str, Tensor], set[str], tuple[str, ...]]:
+    """Coded tensors of a compressed-tensors checkpoint, from its config and its arrays; arrays to leave out, and notes on them.
 
     Raises:
         CheckpointError: another method, patterns that cannot be used, or codes of a kind that `Grid` cannot express.
@@ -32,7 +41,7 @@ def parse(structure: Structure, entries: Mapping[str, Entry], where: str) -> dic
             raise CheckpointError(f"has scales for {module}, which no group of its {KEY} names", where=where)
         grid, chain = _grid(scheme, module, where)
         packed = entries.get(f"{name}_packed") or entries.get(name)
-        if packed is None or len(packed.shape) != 2 or len(entry.shape) != 2:
+        if packed is None or len(packed.shape) != 2 or (len(entry.shape) != 2 and not grid.whole):
             raise CheckpointError(f"lacks the codes of {module}, or has them in a shape of its own", where=where)
         inputs = packed.shape[1]
         if chain == PACKED:
@@ -46,7 +55,19 @@ def parse(structure: Structure, entries: Mapping[str, Entry], where: str) -> dic
             if other is None or other.shape != part.shape or other.dtype != part.dtype:
                 raise CheckpointError(f"array {part.key} is not what the {KEY} says", where=where)
         found[name] = tensor
-    return found
+    owned = {part.key for tensor in found.values() for part in codecs.parts(tensor)}
+    cached = CACHE_SCALES if cache_of(structure.config[KEY]) is not None else ()
+    left = {
+        key
+        for key in entries.keys() - owned
+        if (key.endswith(_ZEROS) and f"{key.rpartition('.')[0]}.weight" in found)
+        or (key.endswith(_CACHED) and not key.endswith(cached))
+    }
+    if stray := next((key for key in entries if key.endswith(_RUNNING) and key not in owned | left), None):
+        raise CheckpointError(f"holds {stray}, which no group of its {KEY} asks for", where=where)
+    ends = sorted({key.rpartition(".")[2] for key in left})
+    note = f"{len(left)} arrays that stock transformers does not read are left out: {', '.join(ends)}"
+    return found, left, (note,) if left else ()
 
 
 class Groups:
@@ -95,20 +116,67 @@ class Groups:
         return {"format": self._format, **{k: v for k, v in group.items() if v is not None}}
 
 
+#: What compressed-tensors takes of a scheme where it is not said.
+_DEFAULTS: Mapping[str, Any] = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "group_size": None,
+    "strategy": None,
+    "dynamic": False,
+    "scale_dtype": None,
+}
+
+
+def _said(scheme: Any, where: str) -> dict[str, Any]:
+    """All that a scheme of weights or inputs says, defaults filled in."""
+    if not isinstance(scheme, dict):
+        raise CheckpointError(f"has a {KEY} with damaged schemes", where=where)
+    found = {**_DEFAULTS, **{k: v for k, v in scheme.items() if k in _DEFAULTS and v is not None}}
+    for key in ("type", "strategy", "dynamic"):
+        found[key] = found[key].lower() if isinstance(found[key], str) else found[key]
+    group = found["group_size"]
+    if found["strategy"] is None:
+        found["strategy"] = "tensor" if group is None else "channel" if group == -1 else "group"
+    return found
+
+
+def _text(said: Mapping[str, Any]) -> str:
+    """What a scheme says, for an error."""
+    how = {True: "dynamic ", False: "", "local": "locally dynamic "}.get(said["dynamic"], "")
+    return f"{how}{said['num_bits']}-bit {said['type']} by {said['strategy']}"
+
+
 def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tuple[str, ...]]:
-    weights, chain = scheme.get("weights") or {}, (str(scheme.get("format")),)
-    strategy, bits = weights.get("strategy"), int(weights.get("num_bits", 0))
-    group = int(weights.get("group_size") or 0)
+    """The grid and chain of a group. Raises `CheckpointError` for what neither can say, inputs and outputs included."""
+    said = _said(scheme.get("weights") or {}, where)
+    chain: tuple[str, ...] = (str(scheme.get("format")),)
+    if chain == ("naive-quantized",):  # the same arrays
+        chain = FP8 if said["type"] == "float" else INT8
+    kind, bits, strategy, group = (said[key] for key in ("type", "num_bits", "strategy", "group_size"))
     name = {
-        PACKED: f"int{bits}", INT8: f"int{bits}", FP8: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
-    }.get(chain)  # fmt: skip
-    fits = strategy in ("group", "tensor_group", "channel") and weights.get("actorder") != "group"
-    if name is None or not fits or (name.startswith("int") and name not in INTEGERS):
+        PACKED: f"int{bits}", INT8: "int8", FP8: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
+    }.get(chain, "")  # fmt: skip
+    grouped = strategy in ("group", "tensor_group") and isinstance(group, int) and group > 0
+    fits = grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
+    expected = ("int" if name in INTEGERS else "float", INTEGERS.get(name) or FLOATS.get(name))
+    fits = fits and (kind, bits) == expected and not said["dynamic"] and not scheme["weights"].get("block_structure")
+    if name in FIXED_GROUPS and group != FIXED_GROUPS[name]:
+        fits = False
+    if not fits or str(scheme["weights"].get("actorder")).lower() in ("group", "dynamic", "true"):
         raise CheckpointError(
-            f"stores {module} as {scheme.get('format')}, {bits} bits by {strategy}, which this version cannot read",
-            where=where,
+            f"stores {module} as {scheme.get('format')}, {_text(said)}, which this version cannot read", where=where
         )
-    acts = scheme.get("input_activations")
-    activations = None if not acts else "int8" if acts.get("type") == "int" else "fp8"
-    grid = Grid(name, max(group, 0), bool(weights.get("symmetric", True)), activations=activations)  # type: ignore[arg-type]
-    return grid, chain
+    if scheme.get("output_activations"):
+        raise CheckpointError(f"casts the outputs of {module}, which this version cannot do", where=where)
+    activations = None
+    if scheme.get("input_activations"):
+        inputs = _said(scheme["input_activations"], where)
+        known = (n for n, a in ACTIVATIONS.items() if {**_DEFAULTS, **a} == inputs)
+        activations = next(known, None)
+        if activations is None:
+            raise CheckpointError(
+                f"casts the inputs of {module} to {_text(inputs)}, which this version cannot do", where=where
+            )
+    whole = strategy == "tensor"
+    return Grid(name, group if grouped else 0, bool(said["symmetric"]), activations=activations, whole=whole), chain

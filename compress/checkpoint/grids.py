@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 #: Formats of integer codes ▶ bits.
 INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (8, 6, 5, 4, 3, 2)})
@@ -17,9 +17,29 @@ INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (
 FLOATS: Mapping[str, int] = MappingProxyType({"fp8": 8, "mxfp4": 4, "nvfp4": 4})
 #: Codes that number the values of a codebook ▶ bits.
 CODEBOOKS: Mapping[str, int] = MappingProxyType({f"codebook{bits}": bits for bits in range(8, 1, -1)})
+_E4M3 = "torch.float8_e4m3fn"
 #: Formats whose groups are what their definition says.
 FIXED_GROUPS: Mapping[str, int] = MappingProxyType({"mxfp4": 32, "nvfp4": 16})
-Activations = Literal["int8", "fp8"]
+#: Formats that inputs of a layer are cast to while running ▶ how compressed-tensors says so. The plain ones find a scale for
+#: each token; ``-tensor`` have one in the file for all tokens, ``-dynamic`` find one for all, ``-zero`` have a zero point
+#: beside it. ``nvfp4`` finds a scale for each 16, in E4M3 or, ``-wide``, unrounded, and has one in the file for those.
+ACTIVATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        name: {"num_bits": bits, "type": kind, "symmetric": not name.endswith("-zero"), "strategy": strategy, **more}
+        for name, bits, kind, strategy, more in (
+            ("int8", 8, "int", "token", {"dynamic": True}),
+            ("int8-zero", 8, "int", "token", {"dynamic": True}),
+            ("int8-dynamic", 8, "int", "tensor", {"dynamic": True}),
+            ("int8-tensor", 8, "int", "tensor", {"dynamic": False}),
+            ("int8-tensor-zero", 8, "int", "tensor", {"dynamic": False}),
+            ("fp8", 8, "float", "token", {"dynamic": True}),
+            ("fp8-dynamic", 8, "float", "tensor", {"dynamic": True}),
+            ("fp8-tensor", 8, "float", "tensor", {"dynamic": False}),
+            ("nvfp4", 4, "float", "tensor_group", {"dynamic": "local", "group_size": 16, "scale_dtype": _E4M3}),
+            ("nvfp4-wide", 4, "float", "tensor_group", {"dynamic": "local", "group_size": 16}),
+        )
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +53,16 @@ class Grid:
         symmetric: no zero points.
         transposed: the checkpoint shapes the matrix [in, out] (GPT-2); codes and scales lie as [out, in] nonetheless. Never
             with a codebook, whose codes lie as the tensor does.
-        activations: the format that inputs are meant to be cast to while running, token by token; None for none.
+        activations: the format that inputs are meant to be cast to while running, of `ACTIVATIONS`; None for none.
+        whole: one scale for the whole matrix.
     """
 
     format: str
     group: int = 0
     symmetric: bool = True
     transposed: bool = False
-    activations: Activations | None = None
+    activations: str | None = None
+    whole: bool = False
 
     @property
     def bits(self) -> int:
@@ -63,6 +85,20 @@ class Grid:
             return shape
         return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
 
+    def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the scales in a file."""
+        return (1,) if self.whole else (self.rows(shape)[0], self.groups(shape))
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What a file holds beside the codes so that inputs can be cast, by the ends of names: scales, a zero point."""
+        said = ACTIVATIONS.get(self.activations or "", {})
+        if said.get("dynamic") == "local":
+            return ("input_global_scale",)
+        if said.get("dynamic", True):
+            return ()
+        return ("input_scale",) if said["symmetric"] else ("input_scale", "input_zero_point")
+
     def groups(self, shape: tuple[int, ...]) -> int:
         """Scales per row."""
         return self.rows(shape)[1] // self.group if self.group else 1
@@ -76,12 +112,15 @@ class Grid:
             "symmetric": self.symmetric,
             "transposed": self.transposed,
             "activations": self.activations,
+            **({"whole": True} if self.whole else {}),
         }
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Grid:
         """What `to_json` gave. Raises KeyError for an unknown format."""
-        grid = cls(**{k: row[k] for k in ("format", "group", "symmetric", "transposed", "activations")})
+        keys = ("format", "group", "symmetric", "transposed", "activations")
+        grid = cls(**{k: row[k] for k in keys}, whole=bool(row.get("whole", False)))
+        assert grid.activations is None or grid.activations in ACTIVATIONS
         assert grid.bits == row["bits"]
         assert not grid.is_codebook or grid == cls(grid.format)
         return grid

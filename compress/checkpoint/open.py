@@ -6,7 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ class Codes:
     Attributes:
         codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.
         overall: float32 [1] that scales are divided by (nvfp4).
+        given: what casts the layer's inputs, each of one value, by the ends of names as `Grid.given` has them.
 
     Of a codebook: ``codes`` are shaped like the tensor, int8, numbers of values less half of how many there are (0 for removed
     weights), and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
@@ -46,6 +47,7 @@ class Codes:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     overall: torch.Tensor | None = None
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Value:
@@ -132,7 +134,7 @@ class Stored(Checkpoint):
                 value = Value(data, mask)
             else:
                 codes, mask = decode_codes(parts, tensor.storage, tensor.shape, grid)
-                value = Value(partial(values_of, codes, mask, grid), mask, Codes(*codes))
+                value = Value(partial(values_of, codes, mask, grid), mask, Codes(*codes, given=self.given(name)))
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
         if mask is not None and int(mask.sum()) != tensor.kept:
@@ -142,6 +144,11 @@ class Stored(Checkpoint):
                 fix="it was changed after it was written; write it again from its source",
             )
         return value
+
+    def given(self, name: str) -> dict[str, torch.Tensor]:
+        """What the file holds to cast the inputs of the layer that a tensor of codes belongs to, as `Codes.given`."""
+        tensor = self.spec.tensors[name]
+        return {} if tensor.grid is None else {end: self._read(f"{tensor.module}.{end}") for end in tensor.grid.given}
 
     def _read(self, key: str) -> torch.Tensor:
         import torch
@@ -288,11 +295,13 @@ def _spec(
     edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()
     structure, headers = Structure(stock, edits), tidy.with_new_names(headers, stock)
     tensors: dict[str, Tensor] = {}
+    left: set[str] = set()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
     known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
     if config.get(quantization.KEY) and not known:
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
-        others = foreign.parse(structure, every, where)
+        others, left, more = foreign.parse(structure, every, where)
+        notes = (*notes, *more)
         for file, header in headers.items():
             tables[file] |= {
                 n: t for n, t in others.items() if any(part.key in header.entries for part in codecs.parts(t))
@@ -302,6 +311,8 @@ def _spec(
         owners = {part.key: name for name, t in table.items() for part in codecs.parts(t)}
         for key, entry in header.entries.items():
             name = owners.get(key, key)
+            if key in left:
+                continue
             if name in tensors and name not in table:
                 raise CheckpointError(f"tensor {name} stands in two files", where=where)
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)

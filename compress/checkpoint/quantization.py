@@ -12,7 +12,7 @@ from typing import Any
 
 from compress import architectures
 from compress.checkpoint import codecs
-from compress.checkpoint.grids import Grid
+from compress.checkpoint.grids import ACTIVATIONS, Grid
 from compress.checkpoint.spec import Spec
 
 KEY = "quantization_config"
@@ -62,7 +62,9 @@ def render(spec: Spec) -> dict[str, Any] | None:
 
 
 def _weights(grid: Grid) -> dict[str, Any]:
-    strategy = "tensor_group" if grid.format == "nvfp4" else "group" if grid.group else "channel"
+    strategy = "tensor" if grid.whole else "channel"
+    if grid.group:
+        strategy = "tensor_group" if grid.format == "nvfp4" else "group"
     result: dict[str, Any] = {
         "num_bits": grid.bits,
         "type": "int" if grid.is_integer else "float",
@@ -77,10 +79,7 @@ def _weights(grid: Grid) -> dict[str, Any]:
 
 
 def _activations(grid: Grid) -> dict[str, Any] | None:
-    if grid.activations is None:
-        return None
-    kind = "int" if grid.activations == "int8" else "float"
-    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    return None if grid.activations is None else dict(ACTIVATIONS[grid.activations])
 
 
 def in_memory(spec: Spec, module: str) -> str:
@@ -112,14 +111,14 @@ def _ignored(spec: Spec) -> list[str]:
 def strip(spec: Spec) -> Spec:
     """The spec whose config says nothing of quantisation: the tensors say it, and the structure how keys are cached."""
     config = dict(spec.structure.config)
-    said = config.pop(KEY, None)
-    scheme = (said.get("kv_cache_scheme") if isinstance(said, dict) else None) or {}
-    cached = next(
-        (
-            name
-            for name, known in _CACHES.items()
-            if known.items() <= {"group_size": None, "symmetric": True, "dynamic": False, **scheme}.items()
-        ),
-        None,
-    )
+    cached = cache_of(config.pop(KEY, None))
     return replace(spec, structure=replace(spec.structure, config=config, kv_cache=cached))
+
+
+def cache_of(said: Any) -> str | None:
+    """The format of cached keys and values that a quantization config says; None for none, or one not known here."""
+    scheme = said.get("kv_cache_scheme") if isinstance(said, dict) else None
+    if not isinstance(scheme, dict):
+        return None
+    full = {"group_size": None, "symmetric": True, "dynamic": False, **scheme}
+    return next((name for name, known in _CACHES.items() if known.items() <= full.items()), None)

@@ -10,7 +10,7 @@ from compress.checkpoint.spec import Spec
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
-    """Module with codes ▶ the format that its inputs are cast to, token by token.
+    """Module with codes ▶ the format that its inputs are cast to, of `grids.ACTIVATIONS`.
 
     None of a compact checkpoint: its modelling file makes floats of the codes and rounds no inputs.
     """

@@ -181,7 +181,9 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 def _digest(value: Value) -> str:
     """SHA-256 of the values in canonical form, or of the codes that they come from, and of the keep-mask where there is one."""
     found = value.codes
-    parts = [value.data] if found is None else [found.codes, found.scale, found.zero, found.overall]
+    parts = (
+        [value.data] if found is None else [found.codes, found.scale, found.zero, found.overall, *found.given.values()]
+    )
     digest = hashlib.sha256()
     for part in parts:
         if part is not None:
