@@ -28,15 +28,19 @@ PACKAGE = "compressed_tensors"
 def check_codes(checkpoint: Stored) -> None:
     """The config of a checkpoint of codes means those modules that are codes, and stock transformers finds every key.
 
-    All is on the meta device. Raises `CheckpointError`.
+    All is on the meta device; one process of several checks the names alone. Raises `CheckpointError`.
     """
+    import torch.distributed as dist
+
     if checkpoint.folder is None or needs_code(checkpoint.spec):
         return
     if not any(tensor.grid is not None for tensor in checkpoint.spec.stored()):
         return
     said = read_json(checkpoint.folder, "config.json")[quantization.KEY]
     check_names(checkpoint, said)
-    if importlib.util.find_spec(PACKAGE) is not None:
+    # among several processes compressed-tensors would wait for all to load, and only the first one does
+    alone = not (dist.is_available() and dist.is_initialized())
+    if alone and importlib.util.find_spec(PACKAGE) is not None:
         check_load(checkpoint)
 
 
