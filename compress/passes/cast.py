@@ -14,7 +14,7 @@ from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.budget import assumed
 from compress.passes.cast_plan import choices, planned, planned_cache, undecided, without_scales
 from compress.passes.cast_settings import CastSettings
-from compress.passes.sweeping import followable, measured_divergences, once, open_sweep, sweep_memory
+from compress.passes.sweeping import followable, linear_layers, measured_divergences, once, open_sweep, sweep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,11 @@ class Cast(Pass[CastSettings]):
         if self.needed(settings) and architectures.known(spec.structure.config):
             followable(spec, "set `weights` and `method: rtn`")
         if not settings.budgeted:
-            return planned(spec, settings, {})
+            cast = planned(spec, settings, {})
+            if settings.solved and architectures.known(spec.structure.config):
+                coded = [t.name for t in cast.stored() if t.grid is not None and spec.tensors[t.name].grid is None]
+                linear_layers(spec, coded, "use `method: rtn`")
+            return cast
         from compress.passes.allocation import check_loss
 
         names = undecided(spec, settings)

@@ -13,7 +13,7 @@ from compress.passes import cuts, shape
 from compress.passes.allocation import loss_memory
 from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.structured_settings import PruneStructuredSettings
-from compress.passes.sweeping import by_block, followable, sweep_memory
+from compress.passes.sweeping import by_block, followable, predicting, sweep_memory
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -87,6 +87,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         record = architectures.of(spec.structure.config)
         if settings.layers is not None:
             narrowing.has_numbers(record)
+        if settings.score == "taylor":
+            predicting(spec, "score: taylor", "score", "set `score: loss`")
         if self.needed(settings):
             followable(spec, "set `score: magnitude` and `repair: none`")
         if self.needed(settings) and record.input != "input_ids":

@@ -16,7 +16,7 @@ from compress.errors import PassError
 from compress.passes.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
 from compress.passes.clustering import cluster, clustered
-from compress.passes.sweeping import block_matrices, followable, once, open_sweep, sweep_memory
+from compress.passes.sweeping import block_matrices, followable, once, open_sweep, predicting, sweep_memory
 from compress.passes.tables import thin, thinned, tied
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ class Share(Pass[ShareSettings]):
         result = spec
         if settings.groups is not None:
             parts = self._parts(spec, settings)
+            if settings.init == "fisher":
+                predicting(spec, "`init: fisher`", "init", "use `least_squares`")
             candidates = self._candidates(spec, settings, parts)
             planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
             result = replace(planned, exact=spec.exact and not self._open(settings, candidates))
@@ -202,6 +204,18 @@ class Share(Pass[ShareSettings]):
             found = max(found, sweep_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
         return found
 
+    def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
+        """A package that is not installed."""
+        self._check_packages(settings)
+
+    def _check_packages(self, settings: ShareSettings) -> None:
+        if settings.groups is not None and settings.align and find_spec("scipy") is None:
+            raise PassError(
+                "putting units into one order needs the package scipy",
+                key="align",
+                fix="pip install scipy, or set `align: false`",
+            )
+
     def apply(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
         """What calibration data tell is found here, into the work folder, and the result reads it."""
         result = checkpoint
@@ -230,12 +244,7 @@ class Share(Pass[ShareSettings]):
         from compress.calibration.gathered import Gathered
         from compress.calibration.sharing import Sharing, Solver
 
-        if settings.align and find_spec("scipy") is None:
-            raise PassError(
-                "putting units into one order needs the package scipy",
-                key="align",
-                fix="pip install scipy, or set `align: false`",
-            )
+        self._check_packages(settings)
         spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
         candidates = self._candidates(spec, settings, parts)
         paths = block_paths(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from compress.calibration.limits import (
 from compress.checkpoint.spec import Spec, Tensor
 from compress.checkpoint.structure import is_factor, is_residual
 from compress.errors import PassError
+from compress.evaluation.tasks import EMBEDDING, task_of
 from compress.passes.base import Context
 
 if TYPE_CHECKING:
@@ -186,4 +188,24 @@ def inside_blocks(spec: Spec, names: Collection[str]) -> None:
             f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
             key="only",
             fix="use `method: magnitude` for it",
+        )
+    linear_layers(spec, names, "use `method: magnitude` for it")
+
+
+def predicting(spec: Spec, asks: str, key: str, instead: str) -> None:
+    """Raises `PassError` for a model without a head: its predictions, which ``asks`` wants gradients of, are none."""
+    if task_of(spec.structure.class_name) is EMBEDDING:
+        raise PassError(f"{asks} needs a model that predicts something", key=key, fix=instead)
+
+
+def linear_layers(spec: Spec, names: Collection[str], instead: str) -> None:
+    """Raises `PassError` for a matrix of a block that is no linear layer (a router), which a sweep does not see."""
+    record = architectures.of(spec.structure.config)
+    inside = (n for n in sorted(names) if record.block_index(n) is not None)
+    if name := next((n for n in inside if not record.is_block_matrix(n)), None):
+        module = re.sub(r"\.\d+(?=\.)", ".*", spec.tensors[name].module)
+        raise PassError(
+            f"{name} is no linear layer, which calibrated methods alone reach",
+            key="only",
+            fix=f"leave it out: skip: [{module}], or {instead}",
         )

@@ -143,6 +143,54 @@ def test_budgets_on_fused_experts(check, cli, tmp_path):
     assert check(**changes)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cast": {"weights": "int8", "only": ["*layers.1.*"]}},
+        {"prune_unstructured": {"method": "wanda", "sparsity": 0.5, "only": ["*layers.1.*"]}},
+    ],
+)
+def test_routers_that_no_sweep_sees(settings, check, tmp_path):
+    model = pico.save(tmp_path / "moe", "mixtral")
+    status, text = check(model=str(model), gates=None, passes=[settings])
+    said = " ".join(text.split())
+    assert (status, "layers.1.block_sparse_moe.gate.weight is no linear layer, which calibrated" in said) == (
+        2,
+        True,
+    ), text
+    assert "leave it out: skip: [model.layers.*.block_sparse_moe.gate]" in said
+    (name,) = settings
+    skipping = {name: {**settings[name], "skip": ["model.layers.*.block_sparse_moe.gate"]}}
+    assert check(model=str(model), gates=None, passes=[skipping])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"prune_structured": {"mlp": "25%", "score": "taylor"}},
+            "score: taylor needs a model that predicts something",
+        ),
+        ({"share": {"groups": 2, "init": "fisher"}}, "`init: fisher` needs a model that predicts something"),
+    ],
+)
+def test_gradients_of_models_without_a_head(settings, message, check, texts, tmp_path):
+    model = pico.save(tmp_path / "base", "bert", class_name="BertModel")
+    data = {"calibration": {"files": [str(texts[0])], "samples": 4, "length": 32}}
+    status, text = check(model=str(model), gates=None, passes=[settings], data=data, evaluate=[])
+    assert (status, message in text) == (2, True), text
+
+
+def test_a_package_is_asked_for_before_any_pass_works(recipe, tmp_path, monkeypatch):
+    from compress.passes import share
+
+    monkeypatch.setattr(share, "find_spec", lambda name: None)
+    passes = [{"cast": {"weights": "bf16"}}, {"share": {"groups": 2, "residual_rank": 2}}]
+    with pytest.raises(CompressError, match="putting units into one order needs the package scipy; pip install scipy"):
+        compress.run(recipe(passes=passes, gates=None, evaluate=[]))
+    assert not list((tmp_path / "out.run" / "stages").glob("*"))
+
+
 def test_widths_that_groups_do_not_divide(check, tmp_path):
     model = pico.save(tmp_path / "m", hidden_size=40, intermediate_size=72, with_tokenizer=True)
     changes = {"model": str(model), "gates": None, "store": "compact"}
