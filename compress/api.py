@@ -127,7 +127,7 @@ def apply(
     from compress.evaluation.tasks import check_images
     from compress.passes.base import Context
     from compress.passes.distill import unhelped
-    from compress.pipeline.publish import check_output
+    from compress.pipeline.publish import check_absent
     from compress.pipeline.run import check_result, resolve_device
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
@@ -142,7 +142,7 @@ def apply(
     progress = progress or SilentProgress()
     output = Path(output)
     local = expanded(model)
-    check_output(output, local if local.exists() else None)
+    check_absent(output, local if local.exists() else None)
     original = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
     plan_pass(original.spec, instance, chosen, store)  # refuse before any work
 
@@ -250,14 +250,16 @@ def unpack(
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
     from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.sidecars import safe_file
     from compress.checkpoint.structure import dense
     from compress.checkpoint.write import write_checkpoint
-    from compress.pipeline.publish import check_output
+    from compress.pipeline.publish import check_absent
 
     local = expanded(model)
-    check_output(Path(output), local if local.exists() else None)
+    check_absent(Path(output), local if local.exists() else None)
     checkpoint = open_checkpoint(model)
-    readme = local / "README.md"
+    assert checkpoint.folder is not None
+    readme = safe_file(checkpoint.folder, "README.md")
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}
 
     write_checkpoint(

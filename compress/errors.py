@@ -119,6 +119,6 @@ def from_os(error: OSError, where: str | None = None, what: str = "cannot be use
     name = file.decode(errors="replace") if isinstance(file, bytes) else file
     if (short := _RESOURCES.get(error.errno or 0)) is not None:
         return ResourceError(short, where=name or where, fix=_FIXES.get(short))
-    if error.errno is None or (name is None and where is None):
+    if error.errno is None or (name is None and (where is None or isinstance(error, (ConnectionError, TimeoutError)))):
         return None
     return OutputError(f"{what}: {error.strerror}", where=name or where)

@@ -29,12 +29,12 @@ _NAME = 200
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path, what: str = "cannot be written") -> Iterator[None]:
     """Errors of the file system become the user's: no room or files (status 4), or a place that cannot be used (2)."""
     try:
         yield
     except OSError as error:
-        if (found := from_os(error, str(folder), "cannot be written")) is None:
+        if (found := from_os(error, str(folder), what)) is None:
             raise
         raise found from error
 
@@ -217,6 +217,10 @@ def sha256(path: Path) -> str:
     """Of a file's contents, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+#: Place of the bytes in a stamp.
+SIZE = 1
 
 
 def stamp(info: os.stat_result) -> list[int]:

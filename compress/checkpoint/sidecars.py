@@ -25,10 +25,11 @@ def find_sidecars(folder: Path) -> tuple[str, ...]:
         folders[:] = sorted(f for f in folders if f not in _FOLDERS_LEFT)
         for file in files:
             relative = (Path(root) / file).relative_to(folder)
-            if str(relative) in WRITTEN or file.endswith(_WEIGHTS) or file == ".gitattributes":
+            if file.endswith(_WEIGHTS) or file == ".gitattributes":
                 continue
-            safe_file(folder, str(relative))
-            found.append(str(relative))
+            safe_file(folder, str(relative))  # also of files that are not carried over: some are read
+            if str(relative) not in WRITTEN:
+                found.append(str(relative))
     return tuple(sorted(found))
 
 

@@ -341,7 +341,7 @@ def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
         return
     rows = []
     for run in runs:
-        unused = sum(s["bytes"] for s in run["stages"] if not s["used"])
+        unused = sum(s["bytes"] for s in run["stages"] if not s["used"]) + sum(u["bytes"] for u in run["leftovers"])
         stages = f"{len(run['stages'])} ({sum(s['used'] for s in run['stages'])} used)"
         rows.append(
             (run["run"], run["status"] or "unfinished", stages, format_bytes(run["bytes"]), format_bytes(unused))

@@ -14,6 +14,9 @@ from typing import Any
 
 from compress.checkpoint.open import Stored
 from compress.checkpoint.sidecars import safe_file
+from compress.files import read_record, sha256, stamp, write_record
+
+_INPUTS = "compress.inputs/2"
 
 
 @cache
@@ -35,31 +38,25 @@ def fingerprint(data: Any) -> str:
 def hash_input(checkpoint: Stored, cache_file: Path) -> str:
     """SHA-256 over the contents of config, weights and sidecars.
 
-    Hashes of files that have not changed since (size, time of change, inode) are taken from ``cache_file``.
+    Hashes of files that have not changed since (inode, size, both times of change) are taken from ``cache_file``.
     """
     folder = checkpoint.folder
     assert folder is not None
-    try:
-        known: dict[str, Any] = json.loads(cache_file.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = read_record(cache_file, _INPUTS) or {}
     names = sorted({"config.json", *checkpoint.files, *checkpoint.sidecars})
 
     def one(name: str) -> tuple[str, str, list[int]]:
         path = safe_file(folder, name)
-        info = path.stat()
-        stamp = [info.st_size, info.st_mtime_ns, info.st_ino]
+        now = stamp(path.stat())
         row = known.get(str(path.resolve()))
-        if row and row["stamp"] == stamp:
-            return name, row["sha256"], stamp
-        with path.open("rb") as file:
-            return name, hashlib.file_digest(file, "sha256").hexdigest(), stamp
+        return name, row["sha256"] if row and row["stamp"] == now else sha256(path), now
 
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(one, names))
-    table = {str(safe_file(folder, name).resolve()): {"stamp": stamp, "sha256": sha} for name, sha, stamp in rows}
-    cache_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache_file, json.dumps(table).encode())
+    table = {str(safe_file(folder, name).resolve()): {"stamp": now, "sha256": sha} for name, sha, now in rows}
+    if table != known:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        write_record(cache_file, _INPUTS, table)
     return fingerprint([(name, sha) for name, sha, _ in rows])
 
 
@@ -71,10 +68,3 @@ def stage_fingerprint(
 ) -> str:
     """Of a stage: its input, its passes with every setting, the data they read, and seed, store, versions."""
     return fingerprint([before, [[name, dict(settings)] for name, settings in passes], dict(data), dict(environment)])
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a small file so that readers see the old or the new one, whole."""
-    temp = path.with_name(f".{path.name}.tmp")
-    temp.write_bytes(data)
-    temp.replace(path)

@@ -1,27 +1,43 @@
-"""The run folder ``<output>.run``: its lock, its finished stages, its cached measurements."""
+"""The run folder ``<output>.run``: its lock, its finished stages, its cached measurements.
+
+What is there may be damaged: each record is read by `files.read_record`, to which damage is absence. Nothing is followed out
+of the folder, and nothing is removed but under the lock, renamed first.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from compress.errors import OutputError
-from compress.files import disk_errors
-from compress.pipeline.fingerprint import write_atomically
+from compress.files import disk_errors, read_record, remove, write_record
+from compress.pipeline.contents import compare, entries, restamped, tabulate
+
+_STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
+    f"compress.{name}/2" for name in ("stage", "measurement", "published", "current")
+)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` what is known of it."""
+    """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` what is known of it.
+
+    ``read``: names of the measurements that this process asked for or made.
+    """
 
     path: Path
+    read: set[str] = field(default_factory=set, compare=False)
+
+    @classmethod
+    def of(cls, output: Path) -> RunFolder:
+        """That of an output."""
+        return cls(output.with_name(f"{output.name}.run"))
 
     @property
     def stages(self) -> Path:
@@ -29,102 +45,198 @@ class RunFolder:
         return self.path / "stages"
 
     @property
+    def measurements(self) -> Path:
+        """Cached measurements."""
+        return self.path / "measurements"
+
+    @property
     def report(self) -> Path:
         """The last report."""
         return self.path / "report.json"
 
+    @property
+    def works(self) -> Path:
+        """Scratch space of stages that are not finished."""
+        return self.path / "work"
+
     def work(self, key: str) -> Path:
         """Durable scratch space of a stage."""
-        return self.path / "work" / key
+        return self.works / key
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run folder. Raises `OutputError` where another process does."""
+    def locked(self, *, sweep: bool = True) -> Iterator[None]:
+        """Hold the run folder, and remove what a killed run left half done (``sweep``).
+
+        Raises:
+            OutputError: another process holds it, or a link in it leads elsewhere.
+        """
         with disk_errors(self.path):
+            self._check()
+            lock = self._lock()
+            try:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                for leftover in self.leftovers() if sweep else ():
+                    remove(leftover)
+            except BaseException:
+                os.close(lock)
+                raise
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def check_idle(self) -> None:
+        """No run is at work here; nothing is changed. Raises `OutputError` as `locked` does."""
+        with disk_errors(self.path):
+            self._check()
+            path = self.path / "lock"
+            lock = os.open(path if path.is_file() else self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._hold(lock)
+            os.close(lock)
+
+    def _check(self) -> None:
+        """The folder is one, and holds no link: those would have us read, write and remove elsewhere."""
+        if self.path.is_symlink():
+            raise OutputError("is a symbolic link", where=str(self.path), fix="remove the link, or name another output")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("is not a folder", where=str(self.path), fix="move it away, or name another output")
+        for root, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                if (path := Path(root) / name).is_symlink():
+                    raise OutputError(
+                        "is a symbolic link, which a run never makes",
+                        where=str(path),
+                        fix="remove it, or the run folder",
+                    )
+
+    def _lock(self) -> int:
+        """A descriptor of the lock, which this process holds."""
+        path = self.path / "lock"
+        while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError as error:  # a file system that takes no folders, such as /proc
                 raise OutputError(f"cannot be made: {error.strerror}", where=str(self.path)) from None
-            lock = (self.path / "lock").open("a+")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                holder = lock.read().strip() or "unknown"
-                raise OutputError(
-                    f"another run is working on this output (process {holder})",
-                    where=str(self.path),
-                    fix="wait for it, or stop it",
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            self._sweep()
-            yield
+            for place in (self.stages, self.works, self.measurements):
+                if place.exists() and not place.is_dir():
+                    remove(place)
+            if path.is_dir() or (path.exists() and path.stat().st_nlink > 1):  # not ours: nothing is written there
+                remove(path)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            if not S_ISREG(os.fstat(lock).st_mode):
+                os.close(lock)
+                remove(path)
+                continue
+            self._hold(lock)
+            try:  # it may have been removed, with the whole folder, before it was held
+                if os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except FileNotFoundError:
+                pass
+            os.close(lock)
 
-    def _sweep(self) -> None:
-        """Remove what a killed run left half-written."""
-        for leftover in (*self.path.glob(".*.tmp*"), *self.stages.glob(".*.tmp*")):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        if self.stages.is_dir():
-            for folder in self.stages.iterdir():
-                if folder.is_dir() and not folder.with_name(folder.name + ".json").exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-
-    def find(self, key: str) -> dict[str, Any] | None:
-        """What is known of a finished stage, None where there is none or its files have changed since."""
+    def _hold(self, lock: int) -> None:
         try:
-            data: dict[str, Any] = json.loads((self.stages / f"{key}.json").read_text())
-        except (OSError, ValueError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise OutputError(
+                f"another run is working on this output (process {holder})",
+                where=str(self.path),
+                fix="wait for it, or stop it",
+            ) from None
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def leftovers(self) -> list[Path]:
+        """What killed runs left half-written, half-removed or no longer needed; right as long as no run is at work here."""
+        places = (self.path, self.stages, self.measurements, self.works)
+        found = [path for place in places for path in sorted(place.glob(".*.tmp*"))]
+        for path in sorted(self.stages.glob("[!.]*")):
+            if path.is_dir() and path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
+                found.append(path)
+        for path in sorted(self.works.glob("[!.]*")):
+            if self._record(path.name) is not None and (self.stages / path.name).is_dir():
+                found.append(path)
+        return found
+
+    def _record(self, key: str) -> dict[str, Any] | None:
+        return read_record(self.stages / f"{key}.json", _STAGE)
+
+    def find(self, key: str, *, contents: bool = False) -> dict[str, Any] | None:
+        """What is known of a finished stage, None where there is none or its files have changed since.
+
+        ``contents``: every file is read and compared, since its bytes are about to be used.
+        """
+        data = self._record(key)
+        if data is None or not (self.stages / key).is_dir():
             return None
-        return data if data.get("files") == stamps(self.stages / key) else None
+        changed, files = compare(self.stages / key, data["files"], contents=contents)
+        if changed:
+            return None
+        if files != data["files"]:
+            data["files"] = files
+            write_record(self.stages / f"{key}.json", _STAGE, data)
+        return data
+
+    def restamp(self, key: str) -> None:
+        """Take note that this process has just linked a stage's files, whose contents it knows."""
+        if (data := self._record(key)) is not None:
+            data["files"] = restamped(self.stages / key, data["files"])
+            write_record(self.stages / f"{key}.json", _STAGE, data)
 
     def drop(self, key: str) -> None:
         """Forget a stage."""
-        (self.stages / f"{key}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.stages / key, ignore_errors=True)
+        remove(self.stages / f"{key}.json")
+        remove(self.stages / key)
 
     def finish(self, key: str, data: dict[str, Any]) -> dict[str, Any]:
         """Record a stage whose folder is complete; from now on it is found."""
-        data = {**data, "files": stamps(self.stages / key)}
-        write_atomically(self.stages / f"{key}.json", json.dumps(data, indent=1).encode())
+        data = {**data, "files": tabulate(self.stages / key)}
+        write_record(self.stages / f"{key}.json", _STAGE, data)
         return data
 
     def cached(self, name: str) -> dict[str, Any] | None:
         """A cached measurement."""
-        try:
-            data: dict[str, Any] = json.loads((self.path / "measurements" / f"{name}.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return data
+        self.read.add(name)
+        found = read_record(self.measurements / f"{name}.json", _MEASUREMENT)
+        value = found["value"] if found is not None and found.get("name") == name else None
+        return value if isinstance(value, dict) else None
 
     def cache(self, name: str, data: dict[str, Any]) -> None:
         """Keep a measurement."""
-        (self.path / "measurements").mkdir(exist_ok=True)
-        write_atomically(self.path / "measurements" / f"{name}.json", json.dumps(data).encode())
+        self.read.add(name)
+        self.measurements.mkdir(exist_ok=True)
+        write_record(self.measurements / f"{name}.json", _MEASUREMENT, {"name": name, "value": data})
+
+    def published(self) -> dict[str, Any]:
+        """Of the last result that was published ``recipe``, ``report`` (SHA-256), ``files``; empty where not known."""
+        return read_record(self.path / "published.json", _PUBLISHED) or {}
+
+    def set_published(self, data: dict[str, Any]) -> None:
+        """Keep what was published."""
+        write_record(self.path / "published.json", _PUBLISHED, data)
+
+    def current(self) -> dict[str, Any]:
+        """Of the last run that began ``stages`` and, once it is done, ``measurements``; empty where that is not known."""
+        return read_record(self.path / "current.json", _CURRENT) or {}
+
+    def set_current(self, stages: list[str], *, done: bool = False) -> None:
+        """Keep which stages a run is about, and when it is done which measurements it used."""
+        write_record(
+            self.path / "current.json",
+            _CURRENT,
+            {"stages": stages, "measurements": sorted(self.read) if done else None},
+        )
 
     def finished(self) -> list[str]:
         """Keys of all finished stages, oldest first."""
-        found = sorted(self.stages.glob("*.json"), key=lambda p: p.stat().st_mtime_ns) if self.stages.is_dir() else []
-        return [p.stem for p in found]
-
-
-def stamps(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of every file below a folder."""
-    result = {}
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        if path.is_file():
-            info = path.stat()
-            result[str(path.relative_to(folder))] = [info.st_size, info.st_mtime_ns]
-    return result
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; hard links to the same file count once."""
-    seen = {}
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            info = path.stat()
-            seen[info.st_ino] = info.st_size
-    return sum(seen.values())
+        if not self.stages.is_dir():
+            return []
+        found = {n: info for n, info in entries(self.stages).items() if "/" not in n and n.endswith(".json")}
+        return [
+            n.removesuffix(".json") for n in sorted(found, key=lambda n: found[n].st_mtime_ns) if not n.startswith(".")
+        ]

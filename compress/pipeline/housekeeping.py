@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import os
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, ReportError
-from compress.pipeline.folder import RunFolder, folder_bytes
+from compress.errors import CompressError, OutputError, ReportError
+from compress.files import expanded, leftovers, remove
+from compress.pipeline.contents import folder_bytes
+from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import PROVENANCE
 
 _SKIPPED = frozenset({".git", ".venv", "node_modules", "__pycache__"})
 
 
+@dataclass(frozen=True)
+class Unused:
+    """Something that no run needs: a name for people, and what to remove."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        """On disk; hard links count once."""
+        return sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in self.paths)
+
+
 def list_runs(folder: Path) -> list[dict[str, Any]]:
-    """Run folders below ``folder``, each with its stages, bytes on disk and the verdict of its last report."""
-    found = []
+    """Run folders below ``folder``, each with its stages, bytes on disk, the verdict of its last report, and leftovers.
+
+    What dead processes left beside outputs that have no run folder has a row of its own, without stages.
+    """
+    found, named = [], set[Path]()
     for root, folders, _ in os.walk(folder):
         for name in sorted(folders):
             path = Path(root) / name
-            if name.endswith(".run") and ((path / "stages").is_dir() or (path / "report.json").exists()):
+            if name.endswith(".run") and _is_run(path):
                 found.append(_describe(path))
-        folders[:] = sorted(f for f in folders if not f.endswith(".run") and f not in _SKIPPED)
+                named |= set(leftovers(path.parent, path.name.removesuffix(".run")))
+        for path in leftovers(Path(root)):
+            if path not in named and path.is_dir():
+                size = folder_bytes(path)
+                row: dict[str, Any] = {"run": str(path), "output": None, "status": None, "bytes": size, "stages": []}
+                found.append({**row, "leftovers": [{"name": path.name, "bytes": size}]})
+        folders[:] = sorted(f for f in folders if not f.endswith(".run") and f not in _SKIPPED and ".tmp-" not in f)
     return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "stages").is_dir() or (path / "work").is_dir() or (path / "report.json").exists()
 
 
 def _describe(path: Path) -> dict[str, Any]:
     run = RunFolder(path)
     used = _used(run)
-    output = path.parent / path.name.removesuffix(".run")
+    output = _output(run)
+    try:
+        run.check_idle()
+        left = [u for u in _unused(run) if u.name not in run.finished()]
+    except OutputError:  # a run is at work: what is there is in use
+        left = []
     return {
         "run": str(path),
         "output": str(output) if (output / PROVENANCE).exists() else None,
@@ -38,7 +71,12 @@ def _describe(path: Path) -> dict[str, Any]:
         "stages": [
             {"name": key, "bytes": folder_bytes(run.stages / key), "used": key in used} for key in run.finished()
         ],
+        "leftovers": [{"name": u.name, "bytes": u.bytes} for u in left],
     }
+
+
+def _output(run: RunFolder) -> Path:
+    return run.path.with_name(run.path.name.removesuffix(".run"))
 
 
 def _report(run: RunFolder) -> dict[str, Any]:
@@ -51,27 +89,62 @@ def _report(run: RunFolder) -> dict[str, Any]:
 
 
 def _used(run: RunFolder) -> set[str]:
-    """Keys of the stages that the last report stands on."""
-    return {Path(stage["folder"]).name for stage in _report(run).get("stages", ())}
+    """Keys of the stages that the last report stands on, and of those that the last run was about."""
+    reported = {Path(stage["folder"]).name for stage in _report(run).get("stages", ())}
+    return reported | set(run.current().get("stages", ()))
+
+
+def _unused(run: RunFolder) -> list[Unused]:
+    """Stages, scratch space and measurements that the last run has no use for, and what dead processes left."""
+    used, current = _used(run), run.current()
+    left = run.leftovers()
+    found = [Unused(key, (run.stages / key, run.stages / f"{key}.json")) for key in run.finished() if key not in used]
+    if run.works.is_dir():
+        works = (path for path in sorted(run.works.iterdir()) if path.name not in used and path not in left)
+        found += [Unused(f"work/{path.name}", (path,)) for path in works]
+    if current.get("measurements") is not None and run.measurements.is_dir():
+        old = [p for p in sorted(run.measurements.glob("*.json")) if p.stem not in current["measurements"]]
+        if old:
+            found.append(Unused(f"{len(old)} old measurement{'s' if len(old) > 1 else ''}", tuple(old)))
+    left += leftovers(run.path.parent, _output(run).name)
+    return found + [Unused(path.name, (path,)) for path in left]
 
 
 def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tuple[list[str], int]:
-    """Remove unused stages of a run folder, or all of it. Returns the names removed and the bytes that they held.
+    """Remove what is unused of a run folder, or all of it. Returns the names removed and the bytes that they held.
+
+    Args:
+        path: the run folder, its output, or what a dead process left (``.NAME.tmp-…``).
+        everything: the whole folder. dry_run: change nothing.
 
     Raises:
         CompressError: it is no run folder, or a run is at work there.
     """
-    path = path.parent / path.name.rstrip("/")
-    run = RunFolder(path if path.name.endswith(".run") else path.parent / f"{path.name}.run")
-    if not run.path.is_dir() or not ((run.path / "stages").exists() or run.report.exists()):
-        raise CompressError("is no run folder", where=str(run.path), fix="`compress runs` lists them")
-    with run.locked():
-        used = _used(run)
-        names = run.finished() if everything else [key for key in run.finished() if key not in used]
-        freed = folder_bytes(run.path) if everything else sum(folder_bytes(run.stages / name) for name in names)
-        if not dry_run:
-            for name in names:
-                run.drop(name)
-            if everything:
-                shutil.rmtree(run.path)
-    return ([str(run.path)] if everything else names), freed
+    path = expanded(os.path.normpath(path))
+    if path in (orphans := leftovers(path.parent)):
+        return _gone([Unused(str(path), (path,))], dry_run)
+    run = RunFolder(path if path.name.endswith(".run") else path.with_name(f"{path.name}.run"))
+    if not run.path.is_dir() or not (_is_run(run.path) or run.report.exists()):
+        beside = [p for p in leftovers(path.parent, path.name) if p in orphans]
+        if not beside:
+            raise CompressError("is no run folder", where=str(run.path), fix="`compress runs` lists them")
+        return _gone([Unused(p.name, (p,)) for p in beside], dry_run)
+
+    def unused() -> list[Unused]:
+        if not everything:
+            return _unused(run)
+        beside = leftovers(run.path.parent, _output(run).name)
+        return [Unused(str(run.path), (run.path,)), *(Unused(p.name, (p,)) for p in beside)]
+
+    if dry_run:
+        run.check_idle()
+        return _gone(unused(), dry_run)
+    with run.locked(sweep=False):
+        return _gone(unused(), dry_run)
+
+
+def _gone(unused: list[Unused], dry_run: bool) -> tuple[list[str], int]:
+    freed = sum(u.bytes for u in unused)
+    for path in () if dry_run else (path for u in unused for path in reversed(u.paths)):
+        remove(path)  # of a stage its record first
+    return [u.name for u in unused], freed

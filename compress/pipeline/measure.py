@@ -61,7 +61,7 @@ class Measurements:
         assert section is not None
         cached = section.quantized_kv_cache
         base = self._key("text", "emulated", cached, self.data.fingerprint("evaluation"))
-        keys = [self._key(base, row["fingerprint"]) for row in rows]
+        keys = [self._key(base, row["fingerprint"], row["content"]) for row in rows]
         names = [f"original-{self._key(base, self._input)}", *(f"stage-{key}" for key in keys)]
         found = [None if self.fresh else self.folder.cached(name) for name in names]
         if any(item is None for item in found):
@@ -101,7 +101,7 @@ class Measurements:
     def _speed(self, original: Stored, row: dict[str, Any]) -> None:
         from compress.evaluation.latency import measure_latency
 
-        name = f"speed-{self._key('speed', row['fingerprint'])}"
+        name = f"speed-{self._key('speed', row['fingerprint'], row['content'])}"
         data = None if self.fresh else self.folder.cached(name)
         if data is None:
             assert original.folder is not None

@@ -12,7 +12,8 @@ from compress.checkpoint.hub import is_hub_id
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
 from compress.files import expanded
-from compress.pipeline.publish import check_output
+from compress.pipeline.folder import RunFolder
+from compress.pipeline.publish import check_output, check_place
 from compress.text import FIELD_KINDS, check_columns, fingerprint, holds_ids, kind, template_columns
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ def check_folders(recipe: Recipe) -> None:
     Raises `OutputError` or `PassError`.
     """
     output, model = Path(recipe.output), expanded(recipe.model)
-    check_output(output, model if model.exists() else None)
+    check_output(output, model if model.exists() else None, RunFolder.of(output).published().get("files"))
     for index, entry in enumerate(recipe.passes):
         for name in passes.get(entry.name).checkpoints(entry.settings):
             if (folder := expanded(name)).exists():
-                check_output(output, folder, "teacher")
+                check_place(output, folder, "teacher")
             elif not is_hub_id(name):
                 raise PassError(
                     f"{name}: there is no such folder",

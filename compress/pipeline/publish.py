@@ -10,34 +10,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import OutputError
-from compress.files import disk_errors
+from compress.errors import CheckpointError, OutputError
+from compress.files import SIZE, disk_errors, read_json, remove, temporary, write_atomically
+from compress.pipeline.contents import Table, compare, restamped, row_of
+from compress.pipeline.fingerprint import fingerprint
 
 PROVENANCE = "compress.json"
+_SCHEMA = "compress.checkpoint/2"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_MOVE = "move the folder away, or remove it"
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """``compress.json`` of a checkpoint that a run of ours published, None for anything else."""
-    try:
-        data = json.loads((folder / PROVENANCE).read_text())
-    except (OSError, ValueError):
+    """``compress.json`` of a checkpoint that a run of ours published, None for anything else.
+
+    ``files`` has ``bytes`` and ``sha256`` of each file but this one; it is absent where this one was changed since, and in
+    those of versions before.
+    """
+    data = read_json(folder / PROVENANCE)
+    if not isinstance(data, dict) or data.get("schema") not in ("compress.checkpoint/1", _SCHEMA):
         return None
-    return data if isinstance(data, dict) and data.get("schema") == "compress.checkpoint/1" else None
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    try:
+        whole = data["schema"] == _SCHEMA and data.get("sha256") == fingerprint(rest)
+    except RecursionError:
+        whole = False
+    if not whole:
+        rest.pop("files", None)
+    return rest
 
 
-def check_output(output: Path, model: Path | None, what: str = "model") -> None:
-    """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else.
+def check_place(output: Path, model: Path | None, what: str = "model") -> None:
+    """The output has a place that can be written. Raises `OutputError`.
 
     Args:
         model: a folder that is read, and ``what`` it is: the output is neither it, nor inside it, nor around it.
     """
     with disk_errors(output):
-        _check_output(output, model, what)
+        _check_place(output, model, what)
 
 
-def _check_output(output: Path, model: Path | None, what: str) -> None:
+def _check_place(output: Path, model: Path | None, what: str) -> None:
     if model is not None and model.exists():
         inside, outside = output.resolve(), model.resolve()
         if inside == outside:
@@ -61,58 +75,124 @@ def _check_output(output: Path, model: Path | None, what: str) -> None:
             break
     if output.is_symlink():
         raise OutputError("is a symbolic link", where=str(output), fix="name a folder of its own")
-    if not output.exists():
-        return
-    if not output.is_dir():
+    if output.exists() and not output.is_dir():
         raise OutputError("exists and is not a folder", where=str(output), fix="name another output")
-    if not any(output.iterdir()):
-        return
+
+
+def check_absent(output: Path, model: Path | None) -> None:
+    """There is nothing at the output, and a place for it. Raises `OutputError`."""
+    check_place(output, model)
+    if output.exists():
+        raise OutputError("exists already", where=str(output), fix="name another output, or remove it")
+
+
+def check_output(output: Path, model: Path | None, known: Mapping[str, Any] | None = None) -> Table:
+    """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else.
+
+    Args:
+        known: of files that were published there their ``stamp`` and ``sha256``; files with the same stamp are not read.
+
+    Returns:
+        Of such a result the table with the stamps of now.
+    """
+    check_place(output, model)
+    with disk_errors(output):
+        return _unchanged(output, known or {})
+
+
+def _unchanged(output: Path, known: Mapping[str, Any], *, contents: bool = False) -> Table:
+    if not output.exists() or not any(output.iterdir()):
+        return {}
     provenance = read_provenance(output)
     if provenance is None:
         raise OutputError(
             "exists and is not a result of this tool", where=str(output), fix="name another output, or remove it"
         )
-    if changed := changed_files(output, provenance):
+    if "files" not in provenance:
         raise OutputError(
-            f"{changed[0]} was changed or added since it was published",
+            f"{PROVENANCE} was changed since it was published, or is of a version that noted no digests",
             where=str(output),
-            fix="move the folder away, or remove it",
+            fix=_MOVE,
         )
+    table = {name: {"sha256": row["sha256"]} for name, row in provenance["files"].items()}
+    table |= {name: row for name, row in known.items() if row["sha256"] == table.get(name, {}).get("sha256")}
+    changed, now = compare(output, table, contents=contents, skip=(PROVENANCE,))
+    if changed:
+        raise OutputError(f"{changed[0]} was changed or added since it was published", where=str(output), fix=_MOVE)
+    return now
 
 
-def changed_files(output: Path, provenance: Mapping[str, Any]) -> list[str]:
-    """Files whose size differs from what was published, that are missing, or that were added."""
-    recorded = dict(provenance.get("files", {}))
-    present = {
-        str(p.relative_to(output)): p.stat().st_size for p in output.rglob("*") if p.is_file() and p.name != PROVENANCE
-    }
-    return sorted(name for name in recorded.keys() | present.keys() if recorded.get(name) != present.get(name))
-
-
-def publish(stage: Path, output: Path, provenance: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Put the stage's files, and ``files`` beside them, at ``output`` in one step; an earlier result is exchanged for it.
-
-    Weights are hard-linked where the file system can, copied elsewhere.
-    """
-    temp = output.parent / f".{output.name}.tmp-{os.getpid()}"
+def recover(output: Path) -> None:
+    """Put an earlier result back that a kill left aside, between the two renames of an exchange."""
+    aside = _old(output)
+    if not aside.is_dir():
+        return
     with disk_errors(output):
-        shutil.rmtree(temp, ignore_errors=True)
-        try:
-            shutil.copytree(stage, temp, copy_function=_link)
-            for name, data in files.items():
-                (temp / name).unlink(missing_ok=True)  # it may be a link to the stage's own file
-                (temp / name).write_bytes(data)
-            sizes = {str(p.relative_to(temp)): p.stat().st_size for p in sorted(temp.rglob("*")) if p.is_file()}
-            (temp / PROVENANCE).write_text(json.dumps({**provenance, "files": sizes}, indent=1, sort_keys=True) + "\n")
-            if not output.exists():
-                temp.rename(output)
-            elif not any(output.iterdir()):
-                output.rmdir()
-                temp.rename(output)
-            else:
-                _exchange(temp, output)
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
+        if not os.path.lexists(output):
+            aside.rename(output)
+        elif read_provenance(output) is not None:
+            remove(aside)
+
+
+def publish(
+    stage: Path,
+    files: Mapping[str, Any],
+    output: Path,
+    provenance: Mapping[str, Any],
+    more: Mapping[str, bytes],
+) -> tuple[Table, Path | None]:
+    """Put the stage's files, and ``more`` beside them, at ``output`` in one step; an earlier result is exchanged for it.
+
+    Weights are hard-linked where the file system can, copied elsewhere. Every byte is read before it is published or replaced.
+
+    Args:
+        files: the stage's table, as it was written. more: contents of further files.
+
+    Returns:
+        The output's table; and where the earlier result was changed at the last moment, the folder that keeps it.
+
+    Raises:
+        CheckpointError: the stage is not what was written. OutputError: something else is at the output.
+    """
+    with temporary(output) as temp:
+        shutil.copytree(stage, temp, copy_function=_link, symlinks=True, dirs_exist_ok=True)
+        changed, table = compare(temp, files, contents=True)
+        if changed:
+            raise CheckpointError(
+                f"{changed[0]} is not what was written",
+                where=str(stage),
+                fix="check the disk; run again to make it anew",
+            )
+        for name, data in more.items():
+            table[name] = _replace(temp / name, data)  # it may be a link to the stage's own file
+        rows = {n: {"bytes": row["stamp"][SIZE], "sha256": row["sha256"]} for n, row in sorted(table.items())}
+        said = {**provenance, "schema": _SCHEMA, "files": rows}
+        text = json.dumps({**said, "sha256": fingerprint(said)}, indent=1, sort_keys=True) + "\n"
+        table[PROVENANCE] = _replace(temp / PROVENANCE, text.encode())
+        kept = None
+        if not output.exists():
+            temp.rename(output)
+        else:
+            check_place(output, None)
+            old = _unchanged(output, {}, contents=True)
+            _exchange(temp, output)
+            if old and compare(temp, old, skip=(PROVENANCE,))[0]:
+                kept = _free(output)
+                temp.rename(kept)
+    return restamped(output, table), kept
+
+
+def _replace(path: Path, data: bytes) -> dict[str, Any]:
+    write_atomically(path, data)
+    return row_of(path)
+
+
+def _free(output: Path) -> Path:
+    """A name beside the output that nothing has."""
+    number = 1
+    while os.path.lexists(path := output.with_name(f"{output.name}.changed-{number}")):
+        number += 1
+    return path
 
 
 def _link(source: str, target: str) -> None:
@@ -122,15 +202,19 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def _old(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")
+
+
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders; with renameat2(2) in one step, elsewhere in two renames."""
+    """Swap two folders; with renameat2(2) in one step, elsewhere in two renames, the second of which `recover` can undo."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
             return
     except (OSError, AttributeError):
         pass
-    aside = old.parent / f".{old.name}.old-{os.getpid()}"
+    aside = _old(old)
     old.rename(aside)
     new.rename(old)
     aside.rename(new)

@@ -8,29 +8,29 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
 from compress.calibration.ranks import Ranks
-from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError
 from compress.evaluation.tasks import TEXT_METRICS, task_of
-from compress.files import expanded
+from compress.files import disk_errors, remove, sweep
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
 from compress.passes.distill import unhelped
+from compress.pipeline.closing import close, published_report
 from compress.pipeline.data import DataSets
-from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions, write_atomically
+from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
 from compress.pipeline.processes import call_for_help, help_out, joined, own_device
-from compress.pipeline.publish import changed_files, publish, read_provenance
+from compress.pipeline.publish import recover
 from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
@@ -70,7 +70,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.output = Path(self.recipe.output)
-        self.folder = RunFolder(self.output.parent / f"{self.output.name}.run")
+        self.folder = RunFolder.of(self.output)
         self.device = resolve_device(self.recipe.device)
 
     def prepare(self) -> None:
@@ -213,13 +213,12 @@ class Run:
         except BaseException:
             self.folder.drop(key)
             raise
-        shutil.rmtree(self.folder.work(key), ignore_errors=True)
         sizes = [
             asdict(planned_size(spec, self.recipe.store, self.recipe.max_shard_size, metadata)) for _, spec, _ in rows
         ]
         sizes[-1] = asdict(size_on_disk(stored))
         assert sizes[-1]["bytes"] == written.bytes, (sizes[-1], written.bytes)
-        return self.folder.finish(
+        row = self.folder.finish(
             key,
             {
                 "index": stage.index,
@@ -241,16 +240,20 @@ class Run:
                 "peak_memory": peak_memory(),
             },
         )
+        remove(self.folder.work(key))  # not before the record stands: a run that is killed here would have neither
+        return row
 
     def stages(self) -> list[dict[str, Any]]:
         """Every stage, reused or computed, as rows of the report."""
         prints = self.fingerprints()
         keys = [f"{p[:12]}-{'+'.join(q.name for q in s.passes)}" for p, s in zip(prints, self.plan.stages, strict=True)]
+        self.keys = keys
+        self.folder.set_current(keys)
         if self.fresh:
             for key in keys:
                 self.folder.drop(key)
-                shutil.rmtree(self.folder.work(key), ignore_errors=True)
-        found = [self.folder.find(key) for key in keys]
+                remove(self.folder.work(key))
+        found = self._found(keys)
         missing = [s for s, row in zip(self.plan.stages, found, strict=True) if row is None]
         self.check_disk(missing)
         self.check_samples(missing)
@@ -267,15 +270,24 @@ class Run:
                 self._check_input(before)
                 row = self.compute(stage, before, print_, key)
             assert row is not None
-            rows.append(
-                {
-                    **{k: v for k, v in row.items() if k != "files"},
-                    "reused": reused,
-                    "folder": str(self.folder.stages / key),
-                }
-            )
             before = open_checkpoint(self.folder.stages / key, trust_remote_code=self.recipe.trust_remote_code)
+            row["size"] = row["passes"][-1]["actual"] = asdict(
+                size_on_disk(before)
+            )  # what is there, not what a record says
+            self.files = row.pop("files")
+            rows.append({**row, "reused": reused, "folder": str(self.folder.stages / key)})
         return rows
+
+    def _found(self, keys: list[str]) -> list[dict[str, Any] | None]:
+        """Of each stage what is known of it, None where it is to be computed.
+
+        Files are compared by contents where they are read next: those of the last stage, and of one before a stage to compute.
+        """
+        found = [self.folder.find(key) for key in keys]
+        for i in reversed(range(len(keys))):
+            if found[i] is not None and (i + 1 == len(keys) or found[i + 1] is None):
+                found[i] = self.folder.find(keys[i], contents=True)
+        return found
 
     def _check_input(self, checkpoint: Stored) -> None:
         """Before the first stage is computed: the input loads cleanly."""
@@ -328,14 +340,15 @@ def _run(
     recipe: Recipe, ranks: Ranks, fresh: bool, publish_anyway: bool, progress: Progress, recipe_path: str | None
 ) -> RunResult:
     """The whole run, in the first process."""
-    from compress import report as reports
     from compress.gates import judge, verdict
     from compress.recipe import resolved
 
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     state = Run(recipe, progress, fresh, ranks)
     state.prepare()
-    with state.folder.locked():
+    with disk_errors(state.folder.path, "cannot be used"), state.folder.locked():
+        recover(state.output)
+        sweep(state.output)
         recipe = state.recipe
         wanted = resolved(recipe)
         identity = fingerprint(
@@ -345,8 +358,8 @@ def _run(
                 state.data.fingerprint("evaluation") if state.data.files("evaluation") else None,
             ]
         )
-        if not fresh and (done := _already_done(state, identity)) is not None:
-            return done
+        if not fresh and (done := published_report(state, identity)) is not None:
+            return RunResult(state.output, done, done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = state.stages()
         measurements = Measurements(state.recipe, state.data, state.folder, state.device, progress, fresh)
         measurements.add(state.original, rows)
@@ -395,15 +408,8 @@ def _run(
             "gates": [g.to_dict() for g in judged],
             "notes": state.notes + noted + measurements.notes,
         }
+        close(state, report, identity)
         stage_folder = Path(last["folder"])
-        if published:
-            publish(stage_folder, state.output, _provenance(state, identity, rows), {"README.md": _card(state, report)})
-        reports.save(report, state.folder.report)
-        write_atomically(state.folder.path / "report.md", reports.render_markdown(report).encode())
-        for name, picture in reports.render_pictures(report).items():
-            write_atomically(state.folder.path / name, picture.encode())
-        write_atomically(state.folder.path / "junit.xml", reports.render_junit(report).encode())
-        reports.append_step_summary(report)
     return RunResult(state.output if published else stage_folder, report, status, exit_status, published)
 
 
@@ -417,76 +423,6 @@ def _trainings_that_did_not_help(plan: Plan, rows: list[dict[str, Any]]) -> tupl
                 notes.append(note)
                 idle = idle or not planned.settings.allow_noop
     return notes, idle
-
-
-def _already_done(state: Run, identity: str) -> RunResult | None:
-    """The output holds this very result already, unchanged, and its report is at hand."""
-    from compress import report as reports
-    from compress.errors import ReportError
-
-    provenance = read_provenance(state.output)
-    if provenance is None or provenance.get("recipe") != identity or changed_files(state.output, provenance):
-        return None
-    try:
-        report = reports.load(state.folder.report)
-    except ReportError:
-        return None
-    if report["recipe"]["fingerprint"] != identity or not report["published"]:
-        return None
-    return RunResult(state.output, report, report["status"], report["exit_status"], True, nothing_to_do=True)
-
-
-def _provenance(state: Run, identity: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """``compress.json``: where a checkpoint comes from. The same recipe gives the same text."""
-    return {
-        "schema": "compress.checkpoint/1",
-        "base_model": _base_name(state.recipe.model),
-        "passes": [{"name": p["name"], "settings": p["settings"]} for row in rows for p in row["passes"]],
-        "recipe": identity,
-        "content": rows[-1]["content"],
-        "versions": versions(),
-    }
-
-
-def _base_name(model: str) -> str:
-    """A hub id as it is; of a local folder its last name alone."""
-    path = expanded(model)
-    return path.resolve().name if path.exists() else model
-
-
-def _last_names(paths: Any) -> Any:
-    """A path or paths, of absolute ones the last names alone."""
-    if isinstance(paths, str):
-        return Path(paths).name if Path(paths).is_absolute() else paths
-    return [_last_names(path) for path in paths]
-
-
-def _card(state: Run, report: Mapping[str, Any]) -> bytes:
-    from compress import report as reports
-    from compress.recipe import to_yaml
-
-    assert state.original.folder is not None
-    readme = state.original.folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
-    spec = open_checkpoint(report["stages"][-1]["folder"], trust_remote_code=True).spec
-    recipe = {k: v for k, v in report["recipe"]["resolved"].items() if k not in ("model", "output")}
-    recipe["data"] = {
-        key: {
-            **section,
-            **{k: _last_names(section[k]) for k in ("files", "images") if k in section},
-        }
-        for key, section in recipe["data"].items()
-    }
-    name = _base_name(state.recipe.model)
-    card = reports.model_card(
-        report,
-        text,
-        compact=needs_code(spec),
-        class_name=spec.structure.class_name,
-        base_model=name,
-        recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),
-    )
-    return card.encode()
 
 
 def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> float:

@@ -273,7 +273,8 @@ def test_clean_and_runs(recipe, tmp_path):
     assert [s["used"] for s in row["stages"]].count(True) == 1
     assert len(row["stages"]) == 4
     names, freed = clean(tmp_path / "out", dry_run=True)
-    assert len(names) == 3
+    assert [name.partition("-")[2] for name in names] == ["prune_structured", "prune_unstructured", "cast", ""]
+    assert names[3].endswith(" old measurements")
     assert freed > 0
     assert clean(tmp_path / "out.run") == (names, freed)
     assert len(list_runs(tmp_path)[0]["stages"]) == 1

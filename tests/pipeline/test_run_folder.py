@@ -1,0 +1,607 @@
+"""What a run folder and an output may have become since: damaged, changed, linked elsewhere, left by a dead process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import compress
+from compress import files
+from compress.errors import CheckpointError, CompressError, OutputError
+from compress.pipeline import housekeeping
+from compress.pipeline.folder import RunFolder
+
+FAR = 2**22 + 1  # a process number that Linux never gives
+
+
+@pytest.fixture
+def small(recipe):
+    """A recipe of one pass without measurements."""
+
+    def make(**changes):
+        plain = {"passes": [{"cast": {"weights": "bf16"}}], "evaluate": [], "gates": None, "data": None, "store": None}
+        return recipe(**{**plain, **changes})
+
+    return make
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Everything below a folder: kind, contents, time of change."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        body = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        found[str(path.relative_to(folder))] = (info.st_ino, info.st_mtime_ns, info.st_mode, body)
+    return found
+
+
+def flip(path: Path) -> bytes:
+    """Change the last byte in place: the same inode and size. Returns what is there now."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    return bytes(data)
+
+
+def fork(work) -> int:
+    """Run ``work`` in a copy of this process; its exit status."""
+    process = os.fork()
+    if process == 0:
+        status = 70
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+# --- published results
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_result_that_was_changed_without_changing_its_size_is_kept(small, tmp_path, hidden):
+    compress.run(small())
+    file = tmp_path / "out/model.safetensors"
+    info = file.stat()
+    data = flip(file)
+    if hidden:
+        os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (info.st_size, info.st_mtime_ns)
+    for change in ({}, {"passes": [{"cast": {"weights": "fp16"}}]}):
+        with pytest.raises(OutputError, match=r"model.safetensors was changed or added since it was published; move"):
+            compress.run(small(**change))
+        assert file.read_bytes() == data
+    shutil.rmtree(tmp_path / "out.run")  # without what the run folder knows of it
+    with pytest.raises(OutputError, match=r"model.safetensors was changed or added since it was published"):
+        compress.run(small())
+    assert file.read_bytes() == data
+
+
+def test_a_result_that_was_copied_or_touched_is_recognised(small, tmp_path):
+    first = compress.run(small())
+    os.utime(tmp_path / "out/model.safetensors")
+    assert compress.run(small()).nothing_to_do
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "copy").rename(tmp_path / "out")
+    again = compress.run(small())
+    assert again.nothing_to_do
+    assert again.report == first.report
+    other = compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
+    assert other.published
+    provenance = json.loads((tmp_path / "out/compress.json").read_text())
+    assert provenance["passes"][0]["settings"]["weights"] == "fp16"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_is_read_where_nothing_was_touched(small, tmp_path, monkeypatch):
+    """Of many GB a rerun would take minutes."""
+    from compress.pipeline import contents, fingerprint
+
+    compress.run(small())
+    read = []
+    for module in (contents, fingerprint):
+        monkeypatch.setattr(module, "sha256", lambda path: read.append(path) or files.sha256(path))
+    assert compress.run(small()).nothing_to_do
+    assert read == []
+
+
+def test_a_changed_provenance_or_report_is_not_this_recipes_result(small, tmp_path):
+    compress.run(small(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
+    report = tmp_path / "out.run/report.json"
+    said = json.loads(report.read_text())
+    assert said["exit_status"] == 1
+    report.write_text(json.dumps({**said, "exit_status": 0, "status": "passed"}))
+    again = compress.run(small(gates={"size": {"max_ratio": 0.1}}))
+    assert not again.nothing_to_do
+    assert again.exit_status == 1
+    compress.run(small())
+    provenance = tmp_path / "out/compress.json"
+    provenance.write_text(provenance.read_text().replace("bf16", "fp16"))
+    with pytest.raises(OutputError, match=r"compress.json was changed since it was published"):
+        compress.run(small())
+
+
+def test_what_is_changed_between_the_last_look_and_the_exchange_is_kept(small, tmp_path, monkeypatch):
+    from compress.pipeline import publish
+
+    compress.run(small())
+    real, changed = publish._exchange, []
+
+    def late(new, old):
+        changed.append(flip(old / "model.safetensors"))
+        real(new, old)
+
+    monkeypatch.setattr(publish, "_exchange", late)
+    compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
+    assert (tmp_path / "out.changed-1/model.safetensors").read_bytes() == changed[0]
+
+
+def test_an_exchange_without_renameat2_and_a_kill_between_its_renames(small, tmp_path, monkeypatch):
+    from compress.pipeline import publish
+
+    compress.run(small())
+    first = (tmp_path / "out/model.safetensors").read_bytes()
+    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *a, **k: object())  # no such function there
+    real = Path.rename
+
+    def killed(self, target):
+        if self.name.startswith(".out.tmp-") and Path(target).name == "out":
+            os._exit(9)
+        return real(self, target)
+
+    def work():
+        Path.rename = killed
+        compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
+
+    assert fork(work) == 9
+    assert not (tmp_path / "out").exists()
+    failed = compress.run(small(passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}}))
+    assert not failed.published
+    assert (tmp_path / "out/model.safetensors").read_bytes() == first
+    assert compress.run(small(passes=[{"cast": {"weights": "fp16"}}])).published
+    assert (tmp_path / "out/model.safetensors").read_bytes() != first
+    assert not list(tmp_path.glob(".*"))
+
+
+# --- stages
+
+
+def test_a_stage_whose_bytes_changed_is_not_published(small, tmp_path):
+    gates = {"gates": {"size": {"max_ratio": 0.1}}}
+    compress.run(small(**gates))
+    (stage,) = (p for p in (tmp_path / "out.run/stages").iterdir() if p.is_dir())
+    right = (stage / "model.safetensors").read_bytes()
+    flip(stage / "model.safetensors")
+    record = stage.with_name(stage.name + ".json")
+    data = files.read_record(record, "compress.stage/2")  # a disk that rots changes no times
+    data["files"]["model.safetensors"]["stamp"] = files.stamp((stage / "model.safetensors").stat())
+    files.write_record(record, "compress.stage/2", data)
+    result = compress.run(small(**gates), publish_anyway=True)
+    assert not result.report["stages"][0]["reused"]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == right
+
+
+def test_a_stage_that_rots_while_the_run_goes_on_is_not_published(small, tmp_path, monkeypatch):
+    from compress.pipeline import run as module
+
+    real = module.close
+
+    def late(state, report, identity):
+        flip(Path(report["stages"][-1]["folder"]) / "model.safetensors")
+        real(state, report, identity)
+
+    monkeypatch.setattr(module, "close", late)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not what was written; check the disk"):
+        compress.run(small())
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert compress.run(small()).published
+
+
+def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
+    """A kill leaves a finished stage its record, or an unfinished one its work."""
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
+    changes = {"passes": passes, "gates": None, "evaluate": []}
+    compress.run(recipe(**changes, output=str(tmp_path / "unbroken")))
+    right = (tmp_path / "unbroken/model.safetensors").read_bytes()
+
+    def killed_at(module, name):
+        def work():
+            setattr(module, name, lambda *a, **k: os._exit(9))
+            compress.run(recipe(**changes))
+
+        assert fork(work) == 9
+
+    from compress.pipeline import run as module
+
+    killed_at(RunFolder, "finish")  # the stage stands, its record does not
+    (work,) = (tmp_path / "out.run/work").iterdir()
+    assert len(list(work.glob("blocks/*.safetensors"))) == 4
+    killed_at(module, "remove")  # the record stands, the work is still there
+    assert work.is_dir()
+    assert (tmp_path / "out.run/stages" / f"{work.name}.json").exists()
+    result = compress.run(recipe(**changes))
+    assert result.report["stages"][0]["reused"]
+    assert not any((tmp_path / "out.run/work").iterdir())
+    assert (tmp_path / "out/model.safetensors").read_bytes() == right
+
+
+def test_what_is_removed_is_renamed_first(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_text("x")
+
+    def killed():
+        files.shutil.rmtree = lambda *a, **k: os._exit(9)
+        files.remove(tmp_path / "a")
+
+    assert fork(killed) == 9
+    (left,) = tmp_path.iterdir()
+    assert files.leftovers(tmp_path) == [left]
+    files.sweep(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+# --- damage
+
+
+def damages(path: Path) -> dict[str, object]:
+    text = path.read_text()
+    return {
+        "list": lambda: path.write_text("[]"),
+        "other keys": lambda: path.write_text('{"x": 1}'),
+        "cut": lambda: path.write_text(text[: len(text) // 2]),
+        "deep": lambda: path.write_text("[" * 100_000),
+        "number changed": lambda: path.write_text(text.replace("1", "2", 1)),
+        "a folder": lambda: (path.unlink(), (path / "x").mkdir(parents=True)),
+    }
+
+
+@pytest.mark.parametrize("kind", list(damages(Path(__file__))))
+def test_a_damaged_run_folder_is_made_anew(recipe, tmp_path, kind):
+    data = recipe()["data"]
+    data["evaluation"]["max_documents"] = 2
+    changes = {"passes": [{"cast": {"weights": "bf16"}}], "data": data}
+    first = compress.run(recipe(**changes))
+    run = tmp_path / "out.run"
+    records = [*run.glob("*.json"), *run.glob("stages/*.json"), *run.glob("measurements/*.json")]
+    assert len(records) == 7
+    for path in records:
+        damages(path)[kind]()
+    again = compress.run(recipe(**changes))
+    assert not again.nothing_to_do
+    assert again.exit_status == 0
+    assert again.report["result"] == first.report["result"]
+    assert compress.run(recipe(**changes)).nothing_to_do
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"\xff\xfe\x00", b"null", b"3", b"{}", b'{"schema": "k", "sha256": [], "data": []}', b'{"schema": "k", "data": {}}',
+     b"[" * 100_000, b'{"schema": "k", "sha256": "0", "data": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}", b"1" * 5000],
+)  # fmt: skip
+def test_a_damaged_record_is_none(tmp_path, text):
+    path = tmp_path / "r.json"
+    files.write_record(path, "k", {"a": (1, float("inf")), 2: None})
+    assert files.read_record(path, "k") == {"a": [1, float("inf")], "2": None}
+    assert files.read_record(path, "other") is None
+    path.write_bytes(text)
+    assert files.read_record(path, "k") is None
+    path.unlink()
+    os.mkfifo(path)
+    assert files.read_record(path, "k") is None
+    path.unlink()
+    files.write_record(tmp_path / "real", "k", {})
+    path.symlink_to(tmp_path / "real")
+    assert files.read_record(path, "k") is None
+    assert files.read_record(path / "x", "k") is None
+
+
+def test_files_in_place_of_folders(small, tmp_path):
+    run = tmp_path / "out.run"
+    run.mkdir()
+    for name in ("stages", "work", "measurements"):
+        (run / name).write_text("x")
+    (run / "lock").mkdir()
+    assert compress.run(small()).published
+    shutil.rmtree(run)
+    run.write_text("mine")
+    with pytest.raises(OutputError, match=r"out.run: is not a folder"):
+        compress.run(small())
+    assert run.read_text() == "mine"
+
+
+def test_a_size_comes_from_the_disk_not_from_a_record(small, tmp_path):
+    gates = {"gates": {"size": {"max_ratio": 0.3}}}
+    assert compress.run(small(**gates)).exit_status == 1
+    (record,) = (tmp_path / "out.run/stages").glob("*.json")
+    data = files.read_record(record, "compress.stage/2")
+    data["size"]["bytes"] = data["passes"][-1]["actual"]["bytes"] = 100
+    files.write_record(record, "compress.stage/2", data)
+    again = compress.run(small(**gates))
+    assert again.report["stages"][0]["reused"]
+    assert (again.exit_status, again.report["result"]["size"]["bytes"] > 100) == (1, True)
+    assert again.report["stages"][0]["passes"][-1]["actual"] == again.report["result"]["size"]
+
+
+def test_a_measurement_counts_for_what_it_measured_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.cache("stage-a", {"evaluation": 1})
+    assert folder.cached("stage-a") == {"evaluation": 1}
+    shutil.copy(tmp_path / "measurements/stage-a.json", tmp_path / "measurements/stage-b.json")
+    assert folder.cached("stage-b") is None
+
+
+# --- links
+
+
+@pytest.mark.parametrize("name", ["", "stages", "lock", "measurements", "work", "work/x", "report.json", "stages/x/y"])
+def test_links_in_a_run_folder_are_refused(small, tmp_path, name):
+    mine, run = tmp_path / "mine", tmp_path / "out.run"
+    (mine / "album").mkdir(parents=True)
+    (mine / "album/photo").write_text("photo")
+    (mine / "file").write_text("mine")
+    place = run / name if name else run
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(mine / "file" if name in ("lock", "report.json") else mine)
+    (run / "stages").mkdir(exist_ok=True)
+    before = tree(mine)
+    for work in (
+        lambda: compress.run(small()),
+        lambda: housekeeping.clean(run, dry_run=True),
+        lambda: housekeeping.clean(run, everything=True),
+    ):
+        with pytest.raises(OutputError, match=r"is a symbolic link"):
+            work()
+    assert tree(mine) == before
+
+
+def test_a_lock_that_is_another_file_too_is_not_written(small, tmp_path):
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / "out.run/lock")
+    compress.run(small())
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["README.md", "compress.json", "modeling_compress.py", "generation_config.json"])
+def test_links_out_of_a_checkpoint_are_refused(small, tmp_path, pico_llama, name):
+    (tmp_path / "secret").write_text("a key")
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(tmp_path / "secret")
+    for work in (
+        lambda: compress.run(small(model=str(model))),
+        lambda: compress.unpack(model, tmp_path / "dense"),
+        lambda: compress.apply("cast", model, tmp_path / "cast", weights="bf16"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name}: is a symbolic link to .*secret, outside the checkpoint"):
+            work()
+    assert not any((tmp_path / place).exists() for place in ("out", "dense", "cast"))
+
+
+# --- what dead processes leave
+
+
+def orphan(folder: Path, name: str) -> Path:
+    path = folder / f".{name}.tmp-{FAR}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"x" * 1000)
+    return path
+
+
+def test_a_dry_run_of_clean_changes_nothing(small, tmp_path):
+    compress.run(small())
+    run = tmp_path / "out.run"
+    half = [
+        orphan(run / "stages", "x"),
+        orphan(tmp_path, "out"),
+        run / "stages/half",
+        run / f".report.json.tmp-{FAR}-0",
+    ]
+    half[2].mkdir()
+    half[3].write_text("{")
+    for removed in ("lock", None):
+        if removed is not None:
+            (run / removed).unlink()
+        before = tree(tmp_path)
+        names, freed = housekeeping.clean(run, dry_run=True)
+        assert set(names) == {path.name for path in half}
+        assert freed > 2000
+        housekeeping.clean(run, everything=True, dry_run=True)
+        housekeeping.list_runs(tmp_path)
+        assert tree(tmp_path) == before
+    assert housekeeping.clean(run) == (names, freed)
+    assert not any(path.exists() for path in half)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_orphans_are_listed_cleaned_and_swept(small, tmp_path):
+    compress.run(small())
+    left = orphan(tmp_path, "out")
+    (row,) = housekeeping.list_runs(tmp_path)
+    assert row["leftovers"] == [{"name": left.name, "bytes": 1000}]
+    assert compress.run(small()).nothing_to_do
+    assert not left.exists()
+    alone = orphan(tmp_path / "elsewhere", "dense")
+    rows = housekeeping.list_runs(tmp_path)
+    assert [r["leftovers"] for r in rows if r["run"] == str(alone)] == [[{"name": alone.name, "bytes": 1000}]]
+    assert housekeeping.clean(alone, dry_run=True) == ([str(alone)], 1000)
+    assert housekeeping.clean(tmp_path / "elsewhere/dense") == ([alone.name], 1000)
+    assert not alone.exists()
+    alone = orphan(tmp_path / "elsewhere", "dense")
+    compress.unpack(tmp_path / "out", tmp_path / "elsewhere/dense")
+    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["dense"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with files.temporary(tmp_path / "out") as temp:
+        assert files.leftovers(tmp_path) == []
+        stranger = temp.rename(tmp_path / f".out.tmp-{FAR}")  # the number is of another machine: the lock counts
+        assert files.leftovers(tmp_path) == []
+        files.sweep(tmp_path / "out")
+        assert stranger.is_dir()
+    assert files.leftovers(tmp_path) == [stranger]
+
+
+def test_work_and_measurements_of_another_recipe_are_listed_and_cleaned(recipe, tmp_path):
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
+
+    def work():
+        RunFolder.finish = lambda *a, **k: os._exit(9)
+        compress.run(recipe(passes=passes, gates=None))
+
+    assert fork(work) == 9
+    (left,) = (tmp_path / "out.run/work").iterdir()
+    (row,) = housekeeping.list_runs(tmp_path)
+    assert row["status"] is None
+    assert housekeeping.clean(tmp_path / "out", dry_run=True)[0] == [left.name]  # the half stage; its work goes on
+    compress.run(recipe(passes=[{"cast": {"weights": "bf16"}}], gates=None))
+    (row,) = housekeeping.list_runs(tmp_path)
+    assert [u["name"] for u in row["leftovers"]] == [f"work/{left.name}"]
+    names, freed = housekeeping.clean(tmp_path / "out")
+    assert names == [f"work/{left.name}"]
+    assert freed > 10_000
+    assert not left.exists()
+
+
+def test_the_lock_survives_the_removal_of_its_folder(tmp_path):
+    folder = RunFolder(tmp_path / "out.run")
+    with folder.locked():
+        files.remove(folder.path)
+        with (
+            folder.locked(),
+            pytest.raises(OutputError, match=rf"another run is working on this output \(process {os.getpid()}\)"),
+        ):
+            folder.check_idle()
+    folder.check_idle()
+
+
+# --- report and card
+
+
+@pytest.mark.parametrize(
+    ("front", "note"),
+    [("tags: [{a: b}]", True), ("tags: " + "[" * 400, True), ("license: mit", False)],
+)
+def test_a_card_that_cannot_be_carried_over_costs_nothing(small, tmp_path, pico_llama, front, note):
+    model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
+    (model / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    result = compress.run(small(model=str(model)))
+    assert result.published
+    assert any("the base model's README.md could not be made" in n for n in result.report["notes"]) == note
+    card = (tmp_path / "out/README.md").read_text()
+    assert "## What each pass saved and cost" in card
+    assert ("Mine" in card) == (not note)
+
+
+def test_a_report_that_cannot_be_rendered_costs_neither_result_nor_status(small, tmp_path, monkeypatch):
+    from compress import report as reports
+
+    def broken(report):
+        raise KeyError("error")
+
+    gates = {"gates": {"size": {"max_ratio": 0.1}}}
+    with monkeypatch.context() as patch:
+        for name in ("render_markdown", "render_junit", "render_pictures"):
+            patch.setattr(reports, name, broken)
+        patch.setattr(reports, "model_card", lambda *a, **k: broken(a))
+        result = compress.run(small(**gates), publish_anyway=True)
+    assert (result.exit_status, result.published) == (1, True)
+    assert "report.md could not be made and is left out: KeyError: 'error'" in result.report["notes"]
+    assert json.loads((tmp_path / "out.run/report.json").read_text())["notes"] == result.report["notes"]
+    assert not (tmp_path / "out.run/report.md").exists()
+    assert not (tmp_path / "out/README.md").exists()
+    again = compress.run(small(**gates))
+    assert (again.nothing_to_do, again.exit_status) == (True, 1)
+    assert (tmp_path / "out.run/report.md").read_text().startswith("#")
+
+
+def test_a_full_disk_is_met_before_anything_is_replaced(small, tmp_path, monkeypatch):
+    import errno
+
+    from compress.errors import ResourceError
+    from compress.pipeline import closing
+
+    compress.run(small())
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    real = closing.prepare
+
+    def full(path, data):
+        if path.name == "report.md":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(closing, "prepare", full)
+        with pytest.raises(
+            ResourceError, match=r"report.md: the disk is full; free some space and run again"
+        ) as caught:
+            compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
+    assert caught.value.exit_status == 4
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert not list((tmp_path / "out.run").glob(".*"))
+    assert compress.run(small(passes=[{"cast": {"weights": "fp16"}}])).report["stages"][0]["reused"]
+
+
+def test_errors_of_the_file_system_are_the_users(small, tmp_path):
+    with pytest.raises(CompressError, match="File name too long") as caught:
+        compress.run(small(output=str(tmp_path / ("x" * 300))))
+    assert caught.value.exit_status == 2
+
+
+# --- kills
+
+
+#: Events of Python's audit hooks that change the file system.
+CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.symlink"})
+
+
+def kill_at(number: int, work) -> int:
+    """Run ``work`` in a copy of this process that dies at the n-th change of the file system; 9 if it came to that."""
+    import sys
+
+    def watched():
+        left = [number]
+
+        def hook(event, arguments):
+            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_CREAT | os.O_WRONLY)
+            if event in CHANGES or writes:
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        work()
+
+    return fork(watched)
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_killed_anywhere_while_a_result_is_exchanged(small, tmp_path, step):
+    """The output is always one whole result, and the next run ends with the right one and no remains."""
+    one, two = small(), small(passes=[{"cast": {"weights": "fp16"}}])
+    whole = {}
+    for name, each in (("one", one), ("two", two)):
+        compress.run(each)
+        whole[name] = (tmp_path / "out/model.safetensors").read_bytes()
+    number = step
+    while True:
+        status = kill_at(number, lambda: compress.run(one))
+        assert (tmp_path / "out/model.safetensors").read_bytes() in whole.values()
+        if status == 0:
+            break
+        assert status == 9
+        assert compress.run(one).published
+        assert (tmp_path / "out/model.safetensors").read_bytes() == whole["one"]
+        assert not list(tmp_path.glob(".*"))
+        assert not list((tmp_path / "out.run").glob("**/.*"))
+        compress.run(two)
+        number += step
+    assert number > 20  # it was killed at many places
