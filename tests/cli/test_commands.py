@@ -287,7 +287,7 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["inspect", "."], "config.json"),
         (["diff", "model", "gone"], "gone"),
         (["passes", "casst"], "no pass is called `casst`; did you mean `cast`?"),
-        (["unpack", "small", "model"], "model: exists and is not a result of this tool"),
+        (["unpack", "small", "model"], "model: exists already"),
         (["unpack", "small", "new", "--max-shard-size", "many"], "expected a size such as 500MB"),
         (["runs", "gone"], "gone: there is no such folder"),
         (["clean", "model"], "is no run folder"),

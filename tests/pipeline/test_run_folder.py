@@ -488,7 +488,7 @@ def test_the_lock_survives_the_removal_of_its_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("front", "note"),
-    [("tags: [{a: b}]", True), ("tags: " + "[" * 400, True), ("license: mit", False)],
+    [("tags: [{a: b}]", True), ("tags: " + "[" * 1500, True), ("license: mit", False)],
 )
 def test_a_card_that_cannot_be_carried_over_costs_nothing(small, tmp_path, pico_llama, front, note):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
