@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded docs clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,9 @@ bench-cast: $(STAMP)
 # PEER= is the python of an environment of its own with llmcompressor
 bench-versus: $(STAMP)
 	$(BIN)/python benchmarks/versus.py --peer $(PEER) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+bench-rounded: $(STAMP)
+	$(BIN)/python benchmarks/rounded.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
