@@ -7,7 +7,7 @@ the logits that stock transformers gives. Keys and values are rounded as vLLM's 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,21 +107,23 @@ def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
 
 
 def round_inputs(
-    model: PreTrainedModel,
-    formats: Mapping[str, str],
-    given: Callable[[str], Mapping[str, torch.Tensor]] = lambda name: {},
+    model: PreTrainedModel, formats: Mapping[str, str], given: Mapping[str, Mapping[str, torch.Tensor]] | None = None
 ) -> None:
-    """From now on the inputs of those linear layers, named as files name them, are rounded.
+    """From now on the inputs of those linear layers, by their names in memory, are rounded.
 
     Args:
-        formats: of `ACTIVATIONS`. given: a layer's name ▶ what the checkpoint holds for that, as `Codes.given`.
+        formats: of `ACTIVATIONS`. given: what the checkpoint holds for that, as `Codes.given`.
 
     Raises:
         CheckpointError: the model has no such linear layer.
     """
-    for name, module in _linears(model, formats).items():
-        beside = {end: value.to(module.weight.device) for end, value in given(name).items()}
-        module.register_forward_pre_hook(_rounding(formats[name], beside))
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, format_ in formats.items():
+        if name not in linears:
+            raise CheckpointError(f"has quantised inputs of {name}, which is no linear layer of {type(model).__name__}")
+        module = linears[name]
+        beside = {end: value.to(module.weight.device) for end, value in (given or {}).get(name, {}).items()}
+        module.register_forward_pre_hook(_rounding(format_, beside))
 
 
 def _rounding(format_: str, given: Mapping[str, torch.Tensor]) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
@@ -130,38 +132,6 @@ def _rounding(format_: str, given: Mapping[str, torch.Tensor]) -> Callable[[Any,
             return (rounded_inputs(args[0], format_, given), *args[1:])
 
     return hook
-
-
-def _linears(model: PreTrainedModel, names: Iterable[str]) -> dict[str, torch.nn.Linear]:
-    """Linear layers by the names that files give them, which are not always those in memory."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, torch.nn.Linear] = {}
-    written: dict[str, torch.nn.Linear] | None = None
-    for name in names:
-        spellings = (name, name.removeprefix(prefix), prefix + name)
-        module = next((linears[s] for s in spellings if s in linears), None)
-        if module is None:
-            written = _as_written(model, linears) if written is None else written
-            module = next((written[s] for s in spellings if s in written), None)
-        if module is None:
-            raise CheckpointError(f"has quantised inputs of {name}, which is no linear layer of {type(model).__name__}")
-        found[name] = module
-    return found
-
-
-def _as_written(model: PreTrainedModel, linears: Mapping[str, torch.nn.Linear]) -> dict[str, torch.nn.Linear]:
-    """Linear layers by the names that `save_pretrained` would give them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    owners = {module.weight.data_ptr(): module for module in linears.values()}
-    weights = {f"{name}.weight": module.weight.data for name, module in linears.items()}
-    renamed: Mapping[str, torch.Tensor] = revert_weight_conversion(model, weights)
-    return {
-        name.removesuffix(".weight"): owners[weight.data_ptr()]
-        for name, weight in renamed.items()
-        if weight.data_ptr() in owners
-    }
 
 
 def round_cache(

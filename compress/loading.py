@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
@@ -68,8 +68,12 @@ def load_checkpoint(
     device: str = "cpu",
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
+    as_stored: bool = False,
 ) -> PreTrainedModel:
-    """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet."""
+    """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet.
+
+    ``as_stored``: with the values that codes stand for in the dtype of their scales, whatever the model computes in.
+    """
     import torch
 
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
@@ -77,7 +81,9 @@ def load_checkpoint(
         kwargs["device_map"] = {"": device}
     config = checkpoint.spec.structure.config
     wanted = None
-    if not needs_code(checkpoint.spec):  # stock loaders multiply codes by scales in the model's dtype
+    if (
+        not as_stored and not checkpoint.spec.structure.compact
+    ):  # stock loaders multiply codes by scales in the model's dtype
         wanted = getattr(torch, dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
     if isinstance(checkpoint, Stored):
         state: dict[str, Any] = {t.name: _Unread(checkpoint, t, wanted) for t in checkpoint.spec.weights()}
@@ -87,7 +93,9 @@ def load_checkpoint(
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
 
-        round_inputs(model, formats, lambda module: _given(checkpoint, f"{module}.weight"))
+        names = {module: in_memory(checkpoint.spec, module) for module in formats}
+        given = {names[module]: _given(checkpoint, f"{module}.weight") for module in formats}
+        round_inputs(model, {names[module]: format_ for module, format_ in formats.items()}, given)
     if quantized_kv_cache and cache_format(checkpoint.spec):
         from compress.emulation import round_cache
 
@@ -365,7 +373,7 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
     outputs = []
     for checkpoint in (handed, stored):
         # without rounded inputs: what kernels round otherwise would turn into other codes
-        model = load_checkpoint(checkpoint, dtype="float32", quantized_activations=False)
+        model = load_checkpoint(checkpoint, dtype="float32", quantized_activations=False, as_stored=True)
         if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
             return
         vocabulary = int(getattr(model.config, "vocab_size", 0)) or 16

@@ -10,6 +10,7 @@ import torch
 from compress.calibration.ranks import Ranks
 from compress.calibration.sweep import Inputs, Sweep
 from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.running import input_formats
 from compress.emulation import cached_attentions, round_inputs, tap_cache
 from compress.errors import PassError
@@ -37,7 +38,8 @@ def largest_cached(
     """
     quiet = {"work": work, "dtype": dtype, "device": device, "progress": progress, "seed": seed, "ranks": ranks}
     sweep = Sweep(checkpoint, inputs, set(), with_targets=False, **quiet)  # type: ignore[arg-type]
-    round_inputs(sweep.streamed.model, input_formats(checkpoint.spec))
+    formats = {in_memory(checkpoint.spec, module): f for module, f in input_formats(checkpoint.spec).items()}
+    round_inputs(sweep.streamed.model, formats)
     sweep.check()
     largest: list[tuple[list[float], list[float]]] = []
     with progress.task("measuring keys and values", sweep.depth, "blocks") as task:

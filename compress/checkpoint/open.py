@@ -293,7 +293,7 @@ def _spec(
     if compact:
         stock.pop("auto_map", None)  # such a checkpoint has the bundled file alone, which stands for a stock class
     edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()
-    structure, headers = Structure(stock, edits), tidy.with_new_names(headers, stock)
+    structure, headers = Structure(stock, edits, compact=compact), tidy.with_new_names(headers, stock)
     tensors: dict[str, Tensor] = {}
     left: set[str] = set()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.spec import Spec
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
     """Module with codes ▶ the format that its inputs are cast to, of `grids.ACTIVATIONS`.
 
-    None of a compact checkpoint: its modelling file makes floats of the codes and rounds no inputs.
+    None of a compact checkpoint: its modelling file makes floats of the codes and rounds nothing.
     """
-    if needs_code(spec):
+    if spec.structure.compact:
         return {}
     formats = {t.module: t.grid.activations for t in spec.stored() if t.grid is not None}
     return {module: format_ for module, format_ in formats.items() if format_ is not None}
@@ -22,7 +21,7 @@ def input_formats(spec: Spec) -> dict[str, str]:
 
 def cache_format(spec: Spec) -> str | None:
     """The format of cached keys and values; None for that of the computation."""
-    return None if needs_code(spec) else spec.structure.kv_cache
+    return None if spec.structure.compact else spec.structure.kv_cache
 
 
 #: Formats of caches ▶ what figures say of them.

@@ -120,11 +120,13 @@ class Structure:
     ``kv_cache``: the format that keys and values are meant to be cached in while running; None for that of the computation.
     ``fp8``: without scales in the files. ``fp8-tensor`` and ``fp8-head``: with a static scale for each block's keys and one for
     its values, or for each head of them.
+    ``compact``: whether it was read from a compact checkpoint, whose modelling file makes floats of codes in their own dtype.
     """
 
     config: Mapping[str, Any]
     edits: tuple[Edit, ...] = ()
     kv_cache: str | None = None
+    compact: bool = field(default=False, compare=False)
 
     @property
     def model_type(self) -> str:

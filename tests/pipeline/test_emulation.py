@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import jsonschema
 import pytest
@@ -38,16 +39,20 @@ def test_rounded_inputs_give_the_logits_of_stock_transformers(rounded, stock_out
     """In a process without the package; those without rounding are far from them."""
     cases, effects = {}, {}
     for (family, format_), folder in rounded.items():
-        if family == "gpt_neox":  # stock loaders call the head `lm_head`
-            config = json.loads((folder / "config.json").read_text())
-            config["quantization_config"]["ignore"].append("lm_head")
-            (folder / "config.json").write_text(json.dumps(config))
         ours, name = compress.load(folder, dtype="float32"), f"{family} {format_}"
         pico.save_expected(ours, tmp_path / f"{name}.pt")
         cases[name] = (type(ours).__name__, folder, tmp_path / f"{name}.pt")
         logits = pico.logits(ours)
         without = pico.logits(compress.load(folder, dtype="float32", quantized_activations=False))
         effects[name] = float((logits - without).abs().max() / logits.abs().max())
+        if family == "llama":  # the same tensors in a family without a record
+            other = tmp_path / f"other {format_}"
+            shutil.copytree(folder, other)
+            config = json.loads((other / "config.json").read_text())
+            config |= {"model_type": "helium", "architectures": ["HeliumForCausalLM"]}
+            (other / "config.json").write_text(json.dumps(config))
+            pico.save_expected(compress.load(other, dtype="float32"), tmp_path / f"other {format_}.pt")
+            cases[f"other {format_}"] = ("HeliumForCausalLM", other, tmp_path / f"other {format_}.pt")
     found = stock_outputs(cases)
     assert {name: row.get("error") for name, row in found.items() if "error" in row} == {}
     assert max(row["difference"] for row in found.values()) <= 1e-6
@@ -65,6 +70,20 @@ def test_codes_with_scales_of_bfloat16(dtype, stock_outputs, tmp_path):
         cases[name] = ("LlamaForCausalLM", out, tmp_path / f"{name}.pt")
     found = stock_outputs(cases, dtype=dtype)
     assert {name: row.get("difference") for name, row in found.items()} == {"int4": 0, "fp8": 0}
+
+
+def test_compact_codes_with_scales_of_bfloat16(stock_outputs, tmp_path):
+    """The bundled file makes bfloat16 of them whatever is asked for; the check of what was written compares like with like."""
+    base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)
+    pruned = compress.apply(
+        "prune_unstructured", base, tmp_path / "pruned", store="compact", method="magnitude", sparsity=0.5
+    )
+    how = {"store": "compact", "weights": "int4", "method": "rtn", "group_size": 16}
+    out = compress.apply("cast", pruned, tmp_path / "out", **how)
+    pico.save_expected(compress.load(out, dtype="float32"), tmp_path / "out.pt")
+    cases = {"masked": ("AutoModelForCausalLM", out, tmp_path / "out.pt")}
+    found = stock_outputs(cases, dtype="float32", trust_remote_code=True)
+    assert found["masked"].get("difference", found["masked"]) == 0
 
 
 @pytest.mark.parametrize("format_", ["int8", "fp8"])
