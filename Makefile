@@ -1,4 +1,4 @@
-# Everything a person must know: setup quickstart test test-all check bench docs.
+# Everything a person must know: setup quickstart test test-all soak check bench docs.
 # Each target does its own set-up: a virtual environment in .venv with the exact versions of constraints.txt.
 
 PYTHON ?= python3
@@ -32,6 +32,11 @@ test-unit: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile nightly $(ARGS)
+
+# damaged checkpoints, recipes and run folders; SEED= goes on with an earlier one, COUNT= cases of each
+soak: $(STAMP)
+	for campaign in checkpoints recipes runs; do \
+	  $(BIN)/python -m tests.campaigns.fuzz $$campaign --count $(or $(COUNT),5000) $(if $(SEED),--seed $(SEED)) || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

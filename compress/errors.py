@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 
+from compress.escape import in_one_line
+
 EXIT_OK = 0
 EXIT_GATE_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -36,7 +38,7 @@ class CompressError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}; {self.fix}" if self.fix else text
+        return in_one_line(f"{text}; {self.fix}" if self.fix else text)
 
 
 class RecipeError(CompressError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from compress.checkpoint.claims import outgrown
 from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
 from compress.checkpoint.quantization import in_memory
@@ -17,11 +19,36 @@ from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
 from compress.checkpoint.structure import to_json
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def refusing(make: Callable[P, R]) -> Callable[P, R]:
+    """What transformers raises while it makes a model is of the checkpoint: configs hold anything, and classes check little.
+
+    Wraps a function whose first argument is a `Checkpoint`. What is the machine's, such as a lack of memory, is let through.
+    """
+
+    @functools.wraps(make)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return make(*args, **kwargs)
+        except (CompressError, MemoryError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+                raise
+            checkpoint: Any = args[0]
+            said = f"config.json cannot be used: {type(error).__name__}: {_first_line(error)}"
+            raise CheckpointError(said, where=str(checkpoint.folder)) from error
+
+    return guarded
 
 
 def load_model(
@@ -76,6 +103,8 @@ def load_checkpoint(
     """
     import torch
 
+    if outgrown(checkpoint.spec) and isinstance(checkpoint, Stored):
+        check_keys(checkpoint)  # on the meta device: what does not fit the files is not allocated first
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
@@ -165,9 +194,9 @@ def check_keys(checkpoint: Stored) -> None:
     _load(checkpoint, {"dtype": "auto", "device_map": {"": "meta"}}, state)
 
 
+@refusing
 def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint's class with that state: the tensors of its spec, and no file that a folder may also hold."""
-    import transformers
 
     folder = checkpoint.folder
     assert folder is not None
@@ -178,7 +207,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
                 None, config=config, state_dict=dict(state), output_loading_info=True, trust_remote_code=False, **kwargs
             )
             if model.can_generate() and (folder / "generation_config.json").exists():
-                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+                model.generation_config = _generation_config(folder)
         except RuntimeError as error:
             if "size mismatch" in str(error) or "mismatched" in str(error):
                 raise CheckpointError(
@@ -200,6 +229,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
     return result
 
 
+@refusing
 def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The transformers class of a checkpoint with its changes of structure, and its config object.
 
@@ -281,6 +311,20 @@ def arguments_of(model: Any) -> set[str]:
     return found - {"self"}
 
 
+def _generation_config(folder: Path) -> Any:
+    """How the model generates, from the file beside its weights. Raises `CheckpointError` where that says nothing sound."""
+    import transformers
+
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # it takes any value for any field, and breaks on some
+        raise CheckpointError(
+            f"cannot be used: {_first_line(error)}",
+            where=str(folder / "generation_config.json"),
+            fix="mend it, or remove it: it only says how to generate",
+        ) from error
+
+
 def _without_pooler(stock: Any) -> Any:
     """The base class of an encoder whose files hold no pooler, which sentence encoders leave out; nothing is left at random."""
 
@@ -307,17 +351,28 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
         raise CheckpointError(
             "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
         )
+    tokenizer: PreTrainedTokenizerBase
     try:
         with quiet_transformers():
             if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-                return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+                tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
                     tokenizer_file=str(folder / "tokenizer.json")
                 )
-            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            # settings of wrong types are found when they are used, not when they are read
+            list(tokenizer("a")["input_ids"])
+            _ = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+            if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+                raise TypeError("chat_template is no text")
             return tokenizer
-    except Exception as error:  # tokenizers raise bare Exception for damaged files
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raise bare Exception for damaged files, and panic, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(folder)) from error
 
 
@@ -360,3 +415,30 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
             logging.enable_progress_bar()
+
+
+def same_logits(handed: Checkpoint, stored: Stored) -> None:
+    """The written checkpoint computes what the one handed to the writer does, on a short sample of token ids.
+
+    Raises:
+        CheckpointError: the outputs differ. Models that take no token ids are not compared.
+    """
+    import torch
+
+    outputs = []
+    for checkpoint in (handed, stored):
+        # without rounded inputs: what kernels round otherwise would turn into other codes
+        model = load_checkpoint(checkpoint, dtype="float32", quantized_activations=False, as_stored=True)
+        if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+            return
+        vocabulary = int(getattr(model.config, "vocab_size", 0)) or 16
+        ids = torch.arange(16).remainder(vocabulary)[None]
+        with torch.inference_mode():
+            outputs.append(model(input_ids=ids)[0])
+        del model
+    # the tensors are equal bit by bit; kernels chosen by memory alignment may still round otherwise
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= 1e-4 * max(1.0, float(outputs[0].abs().max())):
+        raise CheckpointError(
+            f"the written model computes other values (difference {difference:.3g})", where=str(stored.folder)
+        )

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from compress import templates
 from compress.chats import Message, read_messages, said
 from compress.errors import DataError, one_line
+from compress.packed import lacking, room_for, too_much, unpacked
 
 #: Kinds of files that hold text, and those with named fields among them; how each may be packed; files of token ids.
 TEXT_KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -26,6 +28,8 @@ FIELD = "text"
 SHINGLE = 13
 PASSAGE = 40
 SHARED = 0.5
+#: Rows of a parquet file read at a time.
+_ROWS = 1024
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -124,7 +128,7 @@ def read_documents(
             raise DataError(reason, where=file)
         rows: Iterable[tuple[int, Any]]
         if kind(path) == ".txt":
-            rows = enumerate(_split(_decoded(path, _unpacked(path)), separator))
+            rows = enumerate(_split(_decoded(path, unpacked(path)), separator))
         else:
             rows = _columns(path, columns)
             rows = _joined(rows, columns, template, _place(path)) if template else ((n, value) for n, (value,) in rows)
@@ -216,7 +220,7 @@ def rendered(document: Document, tokenizer: Any) -> str:
             fix="take plain text, or a checkpoint whose tokenizer has one",
         )
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False))
+        return templates.apply(tokenizer, document.messages)
     except Exception as error:  # templates raise what they like: jinja2's errors, ValueError, KeyError
         raise DataError(f"does not fit the chat template: {one_line(error)}", where=document.id) from error
 
@@ -229,66 +233,27 @@ def encoded(document: Document, tokenizer: Any, length: int | None = None) -> di
     """
     how: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
     texts = document.pair or (rendered(document, tokenizer),)
-    return dict(tokenizer(*texts, add_special_tokens=document.messages is None, verbose=False, **how))
+    return tokenized(tokenizer, *texts, where=document.id, add_special_tokens=document.messages is None, **how)
+
+
+def tokenized(tokenizer: Any, *texts: str, where: str | None = None, **how: Any) -> dict[str, Any]:
+    """What a tokenizer makes of a text or pair. Raises `DataError` where it breaks, as damaged ones do on some texts."""
+    try:
+        return dict(tokenizer(*texts, verbose=False, **how))
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # Rust's, which is no Exception
+            raise
+        raise DataError(f"the tokenizer breaks on it: {one_line(error)}", where=where) from error
 
 
 def beginning(tokenizer: Any) -> int | None:
     """Id of the beginning-of-text token that a tokenizer puts before a text of its own accord; None where it puts none."""
     begin: int | None = tokenizer.bos_token_id
     return begin if begin is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [begin] else None
-
-
-def _unpacked(path: Path) -> bytes:
-    """A file's bytes, decompressed."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        reason = (
-            "there is no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        )
-        raise DataError(reason, where=str(path)) from None
-    packing = path.suffix.lower()
-    if data and packing in PACKINGS:
-        data = _gunzipped(path, data) if packing == ".gz" else _unzstd(path, data)
-    if not data:
-        raise DataError("is empty", where=str(path))
-    return data
-
-
-def _gunzipped(path: Path, data: bytes) -> bytes:
-    import gzip
-    import zlib
-
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"is damaged: {one_line(error)}", where=str(path), fix="`gzip -t` tests such files") from None
-
-
-def _unzstd(path: Path, data: bytes) -> bytes:
-    try:
-        import zstandard
-    except ImportError:
-        raise _lacking(path, "zstandard") from None
-    parts = []
-    try:
-        while data:  # a file may be several frames
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            parts.append(frame.decompress(data))
-            if not frame.eof:
-                raise zstandard.ZstdError("the file ends too early")
-            data = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise DataError(f"is damaged: {one_line(error)}", where=str(path), fix="`zstd -t` tests such files") from None
-    return b"".join(parts)
-
-
-def _lacking(path: Path, package: str) -> DataError:
-    return DataError(
-        f"needs the package {package}, which is not installed",
-        where=str(path),
-        fix="pip install 'compress-toolkit[data]'",
-    )
 
 
 def _decoded(path: Path, data: bytes) -> str:
@@ -311,7 +276,7 @@ def _place(path: Path) -> str:
 
 def _columns(path: Path, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Rows of a file with named fields: their values of the columns, in order."""
-    data = _unpacked(path)
+    data = unpacked(path)
     if kind(path) == ".parquet":
         return _parquet(path, data, columns)
     text = _decoded(path, data)
@@ -385,8 +350,8 @@ def _records(path: Path, rows: Iterable[tuple[int, Any]], columns: Columns) -> I
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f'expected {{"{next(iter(columns))}": "…"}}', where=f"{path}:{number}")
-        if lacking := [name for name in columns if name not in row]:
-            raise _no_field(f"{path}:{number}", lacking[0], columns, row)
+        if absent := [name for name in columns if name not in row]:
+            raise _no_field(f"{path}:{number}", absent[0], columns, row)
         yield number, tuple(row[name] for name in columns)
 
 
@@ -422,19 +387,30 @@ def _parquet(path: Path, data: bytes, columns: Columns) -> Iterator[tuple[int, t
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise _lacking(path, "pyarrow") from None
+        raise lacking(path, "pyarrow") from None
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         names = file.schema_arrow.names
-        if lacking := [name for name in columns if name not in names]:
-            raise _no_field(str(path), lacking[0], columns, names)
-        for batch in file.iter_batches(columns=list(columns)):
+        if absent := [name for name in columns if name not in names]:
+            raise _no_field(str(path), absent[0], columns, names)
+        room = room_for(len(data))
+        if sum(_column_bytes(file.metadata.row_group(i)) for i in range(file.metadata.num_row_groups)) > room:
+            raise too_much(path, len(data))
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(columns)):
             for values in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                 number += 1
+                room -= sum(len(value) for value in values if isinstance(value, str))
+                if room < 0:  # a text that stands once in the file may be that of a thousand million rows
+                    raise too_much(path, len(data))
                 yield number, values
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # those that pyarrow documents for damaged files
         raise DataError(f"is damaged: {one_line(error)}", where=str(path)) from None
+
+
+def _column_bytes(group: Any) -> int:
+    """What a row group's largest column takes unpacked, as the file says."""
+    return max((int(group.column(i).total_uncompressed_size) for i in range(group.num_columns)), default=0)
 
 
 def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) -> DataError:

@@ -135,7 +135,7 @@ class Architecture:
         first, _, rest = self.prefix.rpartition(".")
         inner = f"(?:{re.escape(first)}\\.)?{re.escape(rest)}\\." if first else f"{re.escape(rest)}\\."
         lists = "|".join(map(re.escape, filter(None, (self.blocks, *self.stacks, self.module_blocks))))
-        return re.compile(rf"^((?:{inner})?(?:{lists})\.)(\d+)(\..+)$")
+        return re.compile(rf"^((?:{inner})?(?:{lists})\.)(0|[1-9][0-9]{{0,8}})(\..+)$", re.DOTALL)
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
         """A field of the config under any of its names, None where it has none."""
@@ -321,9 +321,17 @@ class Architecture:
     def check(self, spec: Spec, where: str) -> None:
         """Config and weights agree on depth and embedding shape. Raises `CheckpointError`."""
         config = spec.structure.config
-        for key in (self.depth_key, self.hidden_key, self.heads_key):
+        needed = (self.depth_key, self.hidden_key, self.heads_key)
+        optional = (
+            self.kv_heads_key,
+            self.head_dim_key,
+            self.experts_key,
+            self.active_experts_key,
+            *self.stacks.values(),
+        )
+        for key in (*needed, *filter(None, optional)):
             value = self.value(config, key)
-            if not isinstance(value, int) or value < 1:
+            if not (value is None and key not in needed) and (type(value) is not int or value < 1):
                 raise CheckpointError(f"config.json has no usable `{key}`", where=where)
         matches = [match for match in map(self._block.match, spec.tensors) if match is not None]
         lists = {stack: {int(m[2]) for m in matches if m[1].endswith(f"{stack}.")} for stack in self.stacks}
@@ -349,7 +357,9 @@ class Architecture:
 
     @staticmethod
     def _check_depth(what: str, found: set[int], depth: int, where: str) -> None:
-        if found != set(range(depth)):
-            wrong = min(found ^ set(range(depth)))
+        # a depth that a damaged config claims may be more than memory can count to
+        missing = (index for index in range(min(depth, len(found) + 1)) if index not in found)
+        if wrongs := [*missing, *(index for index in found if index >= depth)]:
+            wrong = min(wrongs)
             side = "the weights hold none" if wrong < depth else f"the config says {depth}"
             raise CheckpointError(f"config and weights disagree: {what}{wrong}: {side}", where=where)

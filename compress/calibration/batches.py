@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.headers import read_header
 from compress.errors import DataError, one_line
 from compress.images import pixels
-from compress.text import FIELD, Document, beginning, encoded, rendered
+from compress.text import FIELD, Document, beginning, encoded, rendered, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +194,8 @@ def _stream(
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     for document in order:
         begins.append(len(stream))
-        ids = list(tokenizer(rendered(document, tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
+        text = rendered(document, tokenizer)
+        ids = list(tokenized(tokenizer, text, where=document.id, add_special_tokens=False)["input_ids"])
         stream += ids[len(begin) if begin and ids[:1] == begin else 0 :] + end
         if wanted is not None and len(stream) >= wanted:
             break

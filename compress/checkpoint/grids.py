@@ -103,6 +103,16 @@ class Grid:
         """Scales per row."""
         return self.rows(shape)[1] // self.group if self.group else 1
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape can be made of such codes: a matrix, and whole groups; codebooks take any shape."""
+        if self.is_codebook:
+            return True
+        if len(shape) != 2:
+            return False
+        inputs = self.rows(shape)[1]
+        whole = inputs % self.group == 0 if self.group else True
+        return whole and (inputs % 2 == 0 or self.format not in FIXED_GROUPS)
+
     def to_json(self) -> dict[str, Any]:
         """As the metadata of a weight file hold it."""
         return {
@@ -117,10 +127,16 @@ class Grid:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Grid:
-        """What `to_json` gave. Raises KeyError for an unknown format."""
+        """What `to_json` gave. Raises KeyError, TypeError or AssertionError for what is not."""
         keys = ("format", "group", "symmetric", "transposed", "activations")
         grid = cls(**{k: row[k] for k in keys}, whole=bool(row.get("whole", False)))
         assert grid.activations is None or grid.activations in ACTIVATIONS
+        assert type(row["bits"]) is int
         assert grid.bits == row["bits"]
+        assert type(grid.group) is int
+        assert grid.group >= 0
+        assert isinstance(grid.symmetric, bool)
+        assert isinstance(grid.transposed, bool)
+        assert FIXED_GROUPS.get(grid.format, grid.group) == grid.group
         assert not grid.is_codebook or grid == cls(grid.format)
         return grid

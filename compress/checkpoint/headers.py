@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.spec import DTYPE_BITS
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, one_line
 
 #: The reference implementation refuses longer headers too.
 MAX_HEADER = 100_000_000
@@ -66,12 +66,15 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
     try:
         data = json.loads(read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"has a damaged header: {error}", where=where) from None
+        raise CheckpointError(f"has a damaged header: {one_line(error)}", where=where) from None
     if not isinstance(data, dict):
         raise CheckpointError("has a header that is not a JSON object", where=where)
     metadata = data.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError("has metadata that are not strings", where=where)
+    for text in (*data, *metadata, *metadata.values()):
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise CheckpointError(f"names {text[:60]}: half a surrogate pair, which is no text", where=where)
     entries = {name: _entry(name, value, where) for name, value in data.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_offsets(ordered, size - 8 - length, where)

@@ -87,7 +87,15 @@ def lay_out(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = Non
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
     """Sort key that takes numbers in names by value: block 2 before block 10."""
-    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", name)]
+    return [_key(part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _key(part: str) -> tuple[bool, int, str]:
+    """Numbers compare by length, then digit by digit: a name may have more digits than Python makes a number of."""
+    if not (part.isascii() and part.isdigit()):
+        return False, 0, part
+    digits = part.lstrip("0")
+    return True, len(digits), f"{digits} {part}"
 
 
 def _alignment(part: Part) -> int:

@@ -8,12 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint import codecs, foreign, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
+from compress.checkpoint.claims import check_fields, check_sizes
 from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header
@@ -277,6 +279,7 @@ def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_m
             where=where,
             fix="if you trust it, set trust_remote_code: true; for the class that transformers has, ignore_auto_map: true",
         )
+    check_fields(config["base"] if config["model_type"] == COMPACT_TYPE else config, where)
     return config
 
 
@@ -318,6 +321,7 @@ def _spec(
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
     if not tensors:
         raise CheckpointError("holds no tensor", where=where)
+    check_sizes(Spec(structure, tensors), where)
     places = {
         key: (file, header.data_start + entry.start, entry.end - entry.start)
         for file, header in headers.items()
@@ -347,15 +351,20 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
             key = name if storage == DENSE else f"{name}.values"
             grid = Grid.from_json(row["grid"]) if "grid" in row else None
             dtype = header.entries[key].dtype if grid is None else row["dtype"]
-            tensor = Tensor(name, tuple(row["shape"]), dtype, kept=row["kept"], storage=storage, grid=grid)
+            shape, kept = tuple(row["shape"]), row["kept"]
+            assert all(type(n) is int and n >= 0 for n in shape)
+            assert kept is None or (type(kept) is int and 0 <= kept <= prod(shape))
+            assert dtype in FLOAT_DTYPES or (grid is None and kept is None), dtype
+            assert grid is None or (grid.fits(shape) and storage[-1:] == codecs.stock_chain(grid)), grid
+            tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, grid=grid)
             for part in codecs.parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
                     raise CheckpointError(f"array {part.key} is not what the metadata say", where=where)
             result[name] = tensor
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"has a damaged table of stored tensors: {error!r}", where=where) from None
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        raise CheckpointError(f"has a damaged table of stored tensors: {repr(error)[:200]}", where=where) from None
     return result
 
 

@@ -45,7 +45,7 @@ def safe_file(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         target, home = path.resolve(strict=path.is_symlink()), folder.resolve()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):  # the last of a name that no file can have
         raise CheckpointError("is a broken symbolic link", where=str(path)) from None
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and not (blobs and target.is_relative_to(blobs)):

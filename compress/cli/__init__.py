@@ -22,8 +22,21 @@ def main() -> None:
     guarded(_app)
 
 
-def _app() -> object:
-    """The commands; imported under the guard."""
-    from compress.cli.app import app
+def _app() -> None:
+    """The commands; imported under the guard. Complaints about arguments repeat them, so they are escaped as all else is."""
+    import io
+    import sys
 
-    return app(standalone_mode=True)
+    from compress.cli.app import app
+    from compress.escape import printable
+
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+            raise
+        said = io.StringIO()
+        error.show(file=said)
+        sys.stderr.write(printable(said.getvalue()))
+        sys.exit(error.exit_code)
+    sys.exit(status if isinstance(status, int) else 0)

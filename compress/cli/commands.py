@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.cli.guard import Judged
 from compress.errors import EXIT_INCONCLUSIVE, CompressError, ReportError
+from compress.escape import in_one_line, printable_json
 from compress.files import expanded
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ def _print_json(data: Mapping[str, Any]) -> None:
     """One strict JSON document on stdout."""
     from compress.report import to_json
 
-    sys.stdout.write(to_json(data) + "\n")
+    sys.stdout.write(printable_json(to_json(data)) + "\n")
+
+
+def _say(text: str) -> None:
+    """A line on stdout, whose names may hold any character."""
+    print(in_one_line(text))
 
 
 def _progress(quiet: bool) -> Progress:
@@ -61,10 +67,10 @@ def run(
         _print_json(result.report)
     else:
         if result.nothing_to_do:
-            print(f"nothing to do: {result.checkpoint} holds this recipe's result already (--fresh runs it again)")
+            _say(f"nothing to do: {result.checkpoint} holds this recipe's result already (--fresh runs it again)")
         tables.print_report(result.report)
         if not result.published:
-            print(f"not published; the result is in {result.checkpoint} (--publish-anyway puts it in place)")
+            _say(f"not published; the result is in {result.checkpoint} (--publish-anyway puts it in place)")
     raise Judged(result.exit_status)
 
 
@@ -113,9 +119,9 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
         sys.stdout.write(to_yaml(resolve(recipe)))
     else:
         hint = "" if local.exists() else " (its model is no local folder: passes were not tried on it)"
-        print(f"{path}: no mistakes found{hint}")
+        _say(f"{path}: no mistakes found{hint}")
         for note in notes:
-            print(note)
+            _say(note)
 
 
 def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) -> list[str]:
@@ -215,7 +221,7 @@ def unpack(checkpoint: str, output: Path, *, max_shard_size: str, quiet: bool) -
     """``compress unpack``."""
     from compress import api
 
-    print(f"wrote {api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=_progress(quiet))}")
+    _say(f"wrote {api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=_progress(quiet))}")
 
 
 def runs(folder: Path, *, json: bool) -> None:
@@ -239,7 +245,7 @@ def clean(run_folder: Path, *, everything: bool, dry_run: bool) -> None:
 
     removed, freed = clean_run(run_folder, everything=everything, dry_run=dry_run)
     verb = "would remove" if dry_run else "removed"
-    print(f"{verb} {', '.join(removed) or 'nothing'}; {format_bytes(freed)}")
+    _say(f"{verb} {', '.join(removed) or 'nothing'}; {format_bytes(freed)}")
 
 
 def evaluate(

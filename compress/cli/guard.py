@@ -25,6 +25,7 @@ from compress.errors import (
     CompressError,
     from_os,
 )
+from compress.escape import printable
 
 
 class Terminated(BaseException):
@@ -83,6 +84,7 @@ def fail(text: str, status: int) -> int:
     """One message on stderr. Returns the status; raises nothing where nobody can read the message."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+    text = printable(text)
     with contextlib.suppress(OSError, ValueError):
         print(f"compress: {text}" if "\n" not in text else text, file=sys.stderr, flush=True)
     return status

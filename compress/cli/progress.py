@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import IO, Any, Self
 
+from compress.escape import in_one_line
 from compress.progress import Progress, SilentProgress, Task
 from compress.settings import format_bytes
 
@@ -37,7 +38,7 @@ class _LineProgress:
         self.stream = stream
 
     def line(self, text: str) -> None:
-        self.stream.write(text + "\n")
+        self.stream.write(in_one_line(text) + "\n")
         self.stream.flush()
 
     def stage(self, index: int, total: int, title: str) -> None:
@@ -95,13 +96,13 @@ class _TerminalProgress:
         return self._console
 
     def stage(self, index: int, total: int, title: str) -> None:
-        self.console.print(f"[{index}/{total}] {title}", style="bold", markup=False)
+        self.console.print(in_one_line(f"[{index}/{total}] {title}"), style="bold", markup=False)
 
     def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
         return _TerminalTask(self, title, total, unit)
 
     def message(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False)
+        self.console.print(in_one_line(text), style="dim", markup=False)
 
 
 class _TerminalTask:
@@ -127,10 +128,10 @@ class _TerminalTask:
             transient=True,
             expand=True,
         )
-        self.id = self.bars.add_task(title, total=total, unit=unit, memory="", note="")
+        self.id = self.bars.add_task(in_one_line(title), total=total, unit=unit, memory="", note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        fields: dict[str, Any] = {"memory": format_bytes(_resident())} | ({"note": note} if note else {})
+        fields: dict[str, Any] = {"memory": format_bytes(_resident())} | ({"note": in_one_line(note)} if note else {})
         self.bars.update(self.id, advance=steps, **fields)
 
     def __enter__(self) -> Self:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from compress.escape import printable
 from compress.settings import format_bytes
 
 _STYLES = {
@@ -44,13 +45,13 @@ def _table(console: Any, title: str | None, columns: Sequence[Column], rows: Ite
         else:
             table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     console.print(table)
 
 
 def _line(console: Any, text: str, style: str = "", *, whole: bool = False) -> None:
     """Print a line; ``whole`` ones are left to the terminal to break, so that paths can be copied."""
-    console.print(text, style=style, markup=False, soft_wrap=whole)
+    console.print(printable(text), style=style, markup=False, soft_wrap=whole)
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, DataError
 from compress.progress import Progress, SilentProgress
-from compress.text import Document, beginning, rendered
+from compress.text import Document, beginning, rendered, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -190,9 +190,9 @@ def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Documen
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Token ids, and the index in ``text`` of the character at which each begins."""
     if tokenizer.is_fast:
-        both = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        both = tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         return list(both["input_ids"]), [start for start, _ in both["offset_mapping"]]
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = list(tokenized(tokenizer, text, add_special_tokens=False)["input_ids"])
     return ids, [len(text) * i // max(len(ids), 1) for i in range(len(ids))]
 
 

@@ -11,7 +11,7 @@ from compress.errors import CompressError, DataError
 from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
 from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared, token_metrics
 from compress.progress import Progress, SilentProgress
-from compress.text import Document, rendered
+from compress.text import Document, rendered, tokenized
 
 if TYPE_CHECKING:
     import torch
@@ -112,13 +112,14 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], 
         raise DataError("the tokenizer gives no windows of a text", fix="save it as a fast one, with tokenizer.json")
     windows = []
     for number, document in enumerate(documents):
-        found = tokenizer(
+        found = tokenized(
+            tokenizer,
             rendered(document, tokenizer),
+            where=document.id,
             truncation=True,
             max_length=window,
             return_overflowing_tokens=True,
             return_special_tokens_mask=True,
-            verbose=False,
         )
         for part, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
             candidates = [at for at, one in enumerate(special) if not one]

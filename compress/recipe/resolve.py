@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from compress.escape import printable
 from compress.recipe.model import Recipe
 from compress.settings import Increase, Pattern
 
@@ -75,6 +76,10 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     yaml.representer.add_representer(str, _quoted_where_needed)
     stream = io.StringIO()
     yaml.dump(dict(values), stream)
+    if printable(stream.getvalue()) != stream.getvalue():
+        yaml.allow_unicode = False  # by escapes of YAML, which say what was said
+        stream = io.StringIO()
+        yaml.dump(dict(values), stream)
     return stream.getvalue()
 
 

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.checkpoint.bundle import auto_class
+from compress.escape import fence, in_one_line, markdown, quoted
 from compress.report import figures
 from compress.report.markdown import before_after_table, waterfall_table
 
+#: Characters of front matter that are read as such; the hub's own has a thousand or two.
+_LONGEST = 100_000
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -36,14 +39,13 @@ def model_card(
     """
     base_model, _, revision = base_model.partition("@")
     front, body = _split(original or "")
-    tags = front.get("tags")
-    tags = [*(tags if isinstance(tags, list) else []), "compressed"]
-    front |= {"base_model": base_model, "library_name": "transformers", "tags": list(dict.fromkeys(tags))}
     chain = " ▶ ".join(f"`{row['name']}`" for stage in report["stages"] for row in stage["passes"])
     title = report["output"].replace("\\", "/").rstrip("/").rpartition("/")[2]
-    lines = ["---", _yaml(front).rstrip("\n"), "---", "", f"# {title}", ""]
-    lines += [f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else f"`{base_model}`"]
+    lines = [markdown(f"# {in_one_line(title)}"), ""]
+    linked = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model, re.ASCII) is not None
+    lines += [f"[{base_model}](https://huggingface.co/{base_model})" if linked else f"`{in_one_line(base_model)}`"]
     lines[-1] += f"{f' at revision `{revision}`' if revision else ''}, made smaller by {chain}."
+    lines[-1] = markdown(in_one_line(lines[-1]))
     lines += [
         "",
         *_loading(title, compact, class_name),
@@ -54,19 +56,32 @@ def model_card(
         "",
     ]
     if note := figures.quality_note(report):
-        lines += [f"Measured on {note}.", ""]
+        lines += [markdown(in_one_line(f"Measured on {note}.")), ""]
     lines += ["## What each pass saved and cost", "", *waterfall_table(report, seconds=False), ""]
-    lines += ["## Recipe", "", "```yaml", recipe_yaml.rstrip("\n"), "```", ""]
+    lines = ["---", _front(front, base_model).rstrip("\n"), "---", "", *lines]
+    around = fence(recipe_yaml)
+    lines += ["## Recipe", "", f"{around}yaml", recipe_yaml.rstrip("\n"), around, ""]
     if body.strip():
         lines += ["## The base model's card", "", _demoted(body).strip(), ""]
     return "\n".join(lines)
+
+
+def _front(original: Mapping[str, Any], base_model: str) -> str:
+    """The front matter as YAML: what the original's says, as far as YAML can say it again, and what this package knows."""
+    tags = original.get("tags")
+    tags = [*(tag for tag in (tags if isinstance(tags, list) else []) if isinstance(tag, str)), "compressed"]
+    ours = {"base_model": base_model, "library_name": "transformers", "tags": list(dict.fromkeys(tags))}
+    try:
+        return _yaml({**original, **ours})
+    except Exception:  # as in `_split`: of a value that loads and does not dump
+        return _yaml(ours)
 
 
 def _loading(title: str, compact: bool, class_name: str | None) -> list[str]:
     auto = auto_class(class_name)
     trust = ", trust_remote_code=True" if compact else ""
     lines = ["```python", f"from transformers import {auto}", ""]
-    lines += [f'model = {auto}.from_pretrained("{title}"{trust})', "```"]
+    lines += [f"model = {auto}.from_pretrained({quoted(title)}{trust})", "```"]
     if compact:
         lines += [
             "",
@@ -79,13 +94,13 @@ def _loading(title: str, compact: bool, class_name: str | None) -> list[str]:
 def _split(text: str) -> tuple[dict[str, Any], str]:
     """Front matter and the rest; front matter that cannot be read counts as text."""
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    if match := _FRONT.match(text):
+    match = _FRONT.match(text)
+    if match and len(match[1]) <= _LONGEST:
         try:
             data = YAML(typ="safe", pure=True).load(match[1])
-        except (YAMLError, ValueError):
+        except Exception:  # hostile YAML breaks the library in many ways; a card is no reason to lose a result
             data = None
         if isinstance(data, dict):
             return data, text[match.end() :]

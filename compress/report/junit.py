@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-_FORBIDDEN = {i: None for i in range(32) if i not in (9, 10, 13)}  # characters that XML 1.0 cannot hold
+#: Characters that XML 1.0 cannot hold: control characters, halves of surrogate pairs, and two that are none.
+_FORBIDDEN = dict.fromkeys([*(i for i in range(32) if i not in (9, 10, 13)), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
 
 
 def render_junit(report: Mapping[str, Any]) -> str:
@@ -17,11 +18,11 @@ def render_junit(report: Mapping[str, Any]) -> str:
         "testsuite", name="compress gates", tests=str(len(gates)), failures=str(counts[0]), errors=str(counts[1])
     )
     properties = ElementTree.SubElement(suite, "properties")
-    for name in ("status", "output"):
-        ElementTree.SubElement(properties, "property", name=name, value=str(report[name]).translate(_FORBIDDEN))
+    for key in ("status", "output"):
+        ElementTree.SubElement(properties, "property", name=key, value=str(report[key]).translate(_FORBIDDEN))
     for gate in gates:
-        case = ElementTree.SubElement(suite, "testcase", classname="compress.gates", name=gate["gate"])
-        text = gate["text"].translate(_FORBIDDEN)
+        name, text = (str(gate[key]).translate(_FORBIDDEN) for key in ("gate", "text"))
+        case = ElementTree.SubElement(suite, "testcase", classname="compress.gates", name=name)
         if gate["verdict"] == "pass":
             ElementTree.SubElement(case, "system-out").text = text
         else:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compress.escape import in_one_line, markdown
 from compress.report import figures
 from compress.report.experts import TIMES, expert_rows
 from compress.settings import format_bytes
@@ -26,7 +27,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     if report["status"] == "inconclusive" and not report["gates"]:
         headline = "a training did NOT HELP"
     lines = [
-        f"# {report['original']['checkpoint']} ▶ {report['output']}",
+        in_one_line(f"# {report['original']['checkpoint']} ▶ {report['output']}"),
         "",
         f"**{format_bytes(before)} ▶ {format_bytes(after)}, {headline}**"
         + ("" if report["published"] else "; not published"),
@@ -47,7 +48,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
             if k not in ("blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths")
         }
         if details:
-            lines += [f"- `{row['name']}`: {_details(details)}", ""]
+            lines += [in_one_line(f"- `{row['name']}`: {_details(details)}"), ""]
         if "training" in row["details"]:
             lines += [*_training(row["details"]["training"], row["name"], figures.losses_file(report, row)), ""]
         if formats := figures.format_rows(row["details"]):
@@ -103,8 +104,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         )
         if note
     ]
-    lines += ["## How it was measured", "", *(f"- {note}" for note in notes), ""]
-    return "\n".join(lines)
+    lines += ["## How it was measured", "", *(in_one_line(f"- {note}") for note in notes), ""]
+    return "\n".join(map(markdown, lines))
 
 
 def before_after_table(report: Mapping[str, Any], *, timed: bool) -> list[str]:
@@ -202,8 +203,8 @@ def _short(value: Any) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Lines of a Markdown table; columns in ``right`` are aligned right."""
     marks = ["--:" if i in right else "---" for i in range(len(head))]
-    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (head, marks, *body)]
+    body = [[in_one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [markdown(f"| {' | '.join(row)} |") for row in (head, marks, *body)]
 
 
 def append_step_summary(report: Mapping[str, Any]) -> bool:

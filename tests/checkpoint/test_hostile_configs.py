@@ -1,0 +1,238 @@
+"""Configs, tables and sidecars of wrong types, and sizes that the files do not have: one line, status 2, and no memory taken."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compress import api
+from compress.checkpoint.layout import METADATA_KEY, natural
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.errors import CheckpointError
+from compress.loading import check_keys, load_model
+from tests import pico
+from tests.checkpoint.test_bad_checkpoints import edit_config, entry, raw
+
+
+@pytest.fixture
+def folder(tmp_path, pico_llama):
+    return Path(shutil.copytree(pico_llama, tmp_path / "model"))
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def refused(work: Callable[[], object]) -> str | None:
+    """The message where a checkpoint is refused; whatever else is raised fails the test."""
+    try:
+        work()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+FIELDS = {
+    "architectures a number": ({"architectures": 3}, "`architectures` is 3, not a list of class names"),
+    "architectures an object": ({"architectures": {"0": "x"}}, "`architectures` is {'0': 'x'}, not a list"),
+    "architectures of numbers": ({"architectures": [3]}, r"`architectures` is \[3\], not a list of class names"),
+    "quantization_config a list": ({"quantization_config": [1]}, r"`quantization_config` is \[1\], not an object"),
+    "quantization_config a text": ({"quantization_config": "x"}, "`quantization_config` is 'x', not an object"),
+    "a cache's scheme": (
+        {"quantization_config": {"kv_cache_scheme": "x"}},
+        r"`quantization_config.kv_cache_scheme` is 'x', not an object",
+    ),
+    "groups a list": (
+        {"quantization_config": {"config_groups": [1]}},
+        r"`quantization_config.config_groups` is \[1\], not an object",
+    ),
+    "a group's bits": (
+        {"quantization_config": {"config_groups": {"g": {"weights": {"num_bits": "x"}}}}},
+        r"`quantization_config.config_groups.g.num_bits` is 'x', not a number of bits",
+    ),
+    "a group's targets": (
+        {"quantization_config": {"config_groups": {"g": {"targets": [3]}}}},
+        r"`quantization_config.config_groups.g.targets` is \[3\], not a list of names",
+    ),
+    "tie_word_embeddings a text": ({"tie_word_embeddings": "no"}, "`tie_word_embeddings` is 'no', not true or false"),
+    "vocab_size a list": ({"vocab_size": [1]}, r"`vocab_size` is \[1\], not a number of tokens"),
+    "rope_scaling a number": ({"rope_scaling": 3}, "`rope_scaling` is 3, not an object"),
+    "head_dim an object": ({"head_dim": {"a": 1}}, "config.json has no usable `head_dim`"),
+    "key heads a text": ({"num_key_value_heads": "{{ x }}"}, "config.json has no usable `num_key_value_heads`"),
+    "heads true": ({"num_attention_heads": True}, "config.json has no usable `num_attention_heads`"),
+    "deep": ({"x": nested(500)}, r"`x\.0\.0` is nested more than 64 deep"),
+    "half a surrogate": ({"x": ["\ud800"]}, r"`x\.0` holds half a surrogate pair"),
+    "half a surrogate in a key": ({"\udfff": 1}, r"`\\udfff` holds half a surrogate pair"),
+    "a huge number": ({"x": 10**400}, "`x` is a number of 401 digits"),
+}
+
+
+@pytest.mark.parametrize("case", FIELDS)
+def test_fields_of_wrong_types(case, folder):
+    changes, message = FIELDS[case]
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_headers(folder)
+    assert "\n" not in str(caught.value)
+
+
+CLAIMS = {
+    "layers": ("llama", {"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000, the files hold 39 tensors"),
+    "a few more layers": ("llama", {"num_hidden_layers": 30}, "block 4: the weights hold none"),
+    "labels": ("bert", {"num_labels": 10**9}, "`num_labels` is 1000000000, and no tensor has as many rows"),
+    "groups of layers": ("albert", {"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000, the files hold"),
+    "experts": ("mixtral", {"num_local_experts": 10**9}, "`num_local_experts` is 1000000000, the files hold"),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_sizes_of_a_config_are_looked_for_in_the_headers(case, tmp_path):
+    """Before: 9 GB for the layers, no end for the labels."""
+    family, changes, message = CLAIMS[case]
+    shutil.copytree(pico.folder(family), tmp_path / "model")
+    edit_config(tmp_path / "model", **changes)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        open_headers(tmp_path / "model")
+    assert time.process_time() - start < 2
+
+
+@pytest.fixture(scope="module")
+def olmo(tmp_path_factory):
+    """A family without a record here."""
+    folder = tmp_path_factory.mktemp("olmo")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    config = transformers.Olmo2Config(vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, **sizes)
+    transformers.Olmo2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_so_are_those_of_families_without_a_record(olmo, tmp_path):
+    assert load_model(olmo).num_parameters() == open_checkpoint(olmo).spec.parameters
+    shutil.copytree(olmo, tmp_path / "model")
+    edit_config(tmp_path / "model", num_hidden_layers=10**7)
+    with pytest.raises(CheckpointError, match="`num_hidden_layers` is 10000000, the files hold 25 tensors"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("size", [10**10, 10**18])
+def test_shapes_are_compared_before_memory_is_taken(olmo, size, tmp_path):
+    shutil.copytree(olmo, tmp_path / "model")
+    edit_config(tmp_path / "model", intermediate_size=size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="config"):
+        load_model(tmp_path / "model")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "nonsense"}, {"hidden_act": [1]}, {"layer_types": ["x"]}, {"rope_parameters": {"rope_type": "nonsense"}}, {"hidden_size": 33},
+        {"num_key_value_heads": 3}, {"attention_bias": "x"}, {"rms_norm_eps": "x"}, {"initializer_range": []}, {"pad_token_id": 10**6}, {"dtype": "nonsense"},
+        {"_attn_implementation": "nonsense"}, {"architectures": ["set_seed"]}, {"architectures": ["__version__"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_model_class_makes_of_a_config_is_never_a_bug(changes, folder):
+    edit_config(folder, **changes)
+    error = refused(lambda: check_keys(open_checkpoint(folder))) or refused(lambda: load_model(folder))
+    assert "\n" not in (error or "")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"temperature": "x", "do_sample": true}', "[" * 20000 + "]" * 20000, '{"max_length": [1]}']
+)
+def test_a_damaged_generation_config(text, folder):
+    edit_config(folder)
+    (folder / "generation_config.json").write_text(text)
+    error = refused(lambda: check_keys(open_checkpoint(folder)))
+    assert text.startswith('{"') if error is None else "generation_config.json: cannot be used: " in error
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, pico_llama):
+    out = tmp_path_factory.mktemp("masked") / "out"
+    return api.apply("prune_unstructured", pico_llama, out, method="magnitude", sparsity=0.6, store="compact")
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory, pico_llama):
+    return api.apply(
+        "cast", pico_llama, tmp_path_factory.mktemp("coded") / "out", weights="int4", group_size=16, method="rtn"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("masked", {"kept": "x"}), ("masked", {"kept": 1.0}), ("masked", {"kept": -1}), ("masked", {"kept": 10**12}), ("masked", {"kept": True}),
+        ("masked", {"shape": [2048.0]}), ("masked", {"shape": "ab"}), ("masked", {"storage": "mask"}), ("coded", {"shape": [512]}), ("coded", {"shape": [512, 1, 1]}),
+        ("coded", {"grid": {"bits": True}}), ("coded", {"grid": {"group": "x"}}), ("coded", {"grid": {"group": -16}}), ("coded", {"grid": {"group": 7}}), ("coded", {"grid": {"symmetric": 1}}),
+        ("coded", {"grid": {"activations": "x"}}), ("coded", {"grid": {"format": ["int4"]}}), ("coded", {"grid": []}), ("coded", {"dtype": "I64"}), ("coded", {"storage": ["float-quantized"]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_table_of_stored_tensors(kind, change, request, tmp_path):
+    source = request.getfixturevalue(kind)
+    shutil.copytree(source, tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    metadata = dict(open_checkpoint(source).metadata)
+    length = int.from_bytes(weights.read_bytes()[:8], "little")
+    table = json.loads(json.loads(weights.read_bytes()[8 : 8 + length])["__metadata__"][METADATA_KEY])
+    row = table[next(name for name, row in table.items() if row["storage"] != ["dense"])]
+    row |= {k: {**row["grid"], **v} if isinstance(v, dict) else v for k, v in change.items()}
+    save_file(load_file(weights), weights, {**metadata, METADATA_KEY: json.dumps(table)})
+    with pytest.raises(CheckpointError, match=r"has a damaged table|is not what the metadata say|cannot read"):
+        open_headers(tmp_path / "model")
+
+
+def test_names_that_are_no_text(folder):
+    (folder / "model.safetensors").write_bytes(
+        raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"1234")
+    )
+    with pytest.raises(CheckpointError, match=r"names \\ud800: half a surrogate pair"):
+        open_headers(folder)
+
+
+def test_names_with_numbers_that_python_cannot_read(folder):
+    names = ["model.layers." + "9" * 5000 + ".x", "model.layers.00.x", "²", "٣"]
+    table = {name: entry(4 * i, 4 * i + 4, [1]) for i, name in enumerate(names)}
+    (folder / "model.safetensors").write_bytes(raw(table, b"1234" * len(names)))
+    with pytest.raises(CheckpointError, match="block 0: the weights hold none"):
+        open_headers(folder)
+    assert sorted(names, key=natural) != names
+    assert sorted(["b10", "b9", "b09", "b1.2", "b1.10"], key=natural) == ["b1.2", "b1.10", "b09", "b9", "b10"]
+
+
+def test_a_model_that_fits_is_not_refused(olmo):
+    """The bounds are of counts of modules alone: large vocabularies, positions and rotary bases are none."""
+    config = {
+        "vocab_size": 50,
+        "max_position_embeddings": 10**6,
+        "rope_theta": 10**7,
+        "sliding_window": 10**5,
+        "max_window_layers": 500,
+    }
+    edited = olmo.with_name("edited")
+    shutil.copytree(olmo, edited)
+    edit_config(edited, **config)
+    assert torch.equal(load_model(edited).lm_head.weight, load_model(olmo).lm_head.weight)
