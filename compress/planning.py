@@ -11,7 +11,7 @@ from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_stor
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
-from compress.evaluation.tasks import check_images, check_metrics, task_of
+from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, values_of
 
 if TYPE_CHECKING:
@@ -170,13 +170,15 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     """Plan every pass of the recipe on the spec of its model.
 
     Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``, the `DataError` of
-    samples that are too long for it, and a `CompressError` where the model's task is not what the recipe measures.
+    samples that are too long for it, and a `CompressError` where the recipe measures what is not of the model's task, or the
+    speed of a model that reads no single text.
     """
     from compress.calibration.batches import check_positions
     from compress.errors import PassError
 
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
     check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
+    check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     store: Store = recipe.store
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
     current, planned = spec, []

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from compress import architectures
 from compress.errors import CompressError, DataError
 
 #: What evaluation data are: documents, rows with labels, or a folder of images for each class.
@@ -76,6 +77,8 @@ EMBEDDING = Task(
 TASKS = (CLASSIFICATION, IMAGES, MASKED, LANGUAGE, EMBEDDING)
 #: Metrics read off text or images, of any task.
 TEXT_METRICS = frozenset(metric for task in TASKS for metric in task.metrics)
+#: Metrics measured in processes of their own.
+SPEED_METRICS = frozenset({"latency", "memory"})
 
 
 def task_of(class_name: str | None) -> Task:
@@ -115,6 +118,18 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Gi
     if wrong := [metric for metric in metrics if metric in TEXT_METRICS.difference(task.measurable(given))]:
         raise CompressError(f"`{wrong[0]}` needs labelled pairs of texts", fix="name the columns: `text`, `label`")
     return task
+
+
+def check_speed(class_name: str | None, config: Mapping[str, Any], metrics: Collection[str]) -> None:
+    """Latency and memory are measured on one text of token ids. Raises `CompressError` for models that read something else."""
+    if not set(metrics) & SPEED_METRICS:
+        return
+    model, fix = class_name or "this model", "leave out `latency`, `memory` and the gates `prefill`, `decode`, `memory`"
+    read = architectures.of(config).input if architectures.known(config) else "input_ids"
+    if read != "input_ids":
+        raise CompressError(f"latency is measured on token ids, and {model} reads `{read}`", fix=fix)
+    if config.get("is_encoder_decoder"):
+        raise CompressError(f"latency is measured on one text, and {model} reads two", fix=fix)
 
 
 def check_images(class_name: str | None, images: bool) -> None:

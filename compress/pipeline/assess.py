@@ -12,9 +12,8 @@ from compress import images, text
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.errors import CompressError, DataError, ReportError
-from compress.evaluation.tasks import PAIRED, TEXT_METRICS, Given, check_metrics, task_of
+from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, Given, check_metrics, check_speed, task_of
 from compress.pipeline.fingerprint import versions
-from compress.pipeline.measure import SPEED_METRICS
 from compress.pipeline.run import machine, resolve_device
 from compress.pipeline.score import Scorer, load_processor, read
 from compress.planning import size_on_disk
@@ -128,6 +127,7 @@ def assess(
         possible = [m for m in task.measurable(how.given) if m not in PAIRED]
         metrics = tuple(possible) or task.measurable(how.given) or task.default
     check_metrics(class_name, metrics, given=how.given)
+    check_speed(class_name, candidate.spec.structure.config, metrics)
     how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
-from compress.evaluation.tasks import TEXT_METRICS
+from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.data import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
@@ -20,9 +20,6 @@ from compress.text import holds_ids
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-
-#: Metrics measured in processes of their own.
-SPEED_METRICS = frozenset({"latency", "memory"})
 
 
 @dataclass

@@ -293,3 +293,20 @@ def test_token_ids_by_their_headers(check, tmp_path):
         passes = [{"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
         status, text = check(data=data, evaluate=[], passes=passes, gates=None, run=False, **model)
         assert (status, message is None or message in text) == (0 if message is None else 2, True), text
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("vit", "latency is measured on token ids, and ViTForImageClassification reads `pixel_values`"),
+        ("t5", "latency is measured on one text, and T5ForConditionalGeneration reads two"),
+    ],
+)
+def test_speed_of_what_reads_no_single_text(family, message, check, cli):
+    model, passes = pico.folder(family), [{"cast": {"weights": "bf16"}}]
+    base = {"model": str(model), "passes": passes, "data": None, "document_separator": None}
+    for asked in ({"evaluate": ["memory"], "gates": None}, {"evaluate": [], "gates": {"prefill": {"max_ratio": 1}}}):
+        status, text = check(**base, **asked)
+        assert (status, message in text) == (2, True), text
+    status, text = cli("eval", model, "--baseline", model, "--metric", "latency")
+    assert (status, message in " ".join(text.split())) == (2, True), text
