@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures, passes
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
+from compress.checkpoint.running import cache_format
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
@@ -31,7 +32,8 @@ class Size:
         bytes: of all weight files. parameters: float elements, shared ones once. kept_parameters: those no mask removes.
         active_parameters: used for one token, which is sent to some of the experts alone.
         bits_per_weight: stored bits of data per parameter.
-        kv_bytes_per_token: cached by decoding while no window is full, None without a record or a cache.
+        kv_bytes_per_token: cached by decoding while no window is full, in the format that the config asks for; None without a
+            record or a cache.
         load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
         tensors: number of logical tensors with bytes of their own.
     """
@@ -60,7 +62,9 @@ def size_of(spec: Spec, layout: Layout) -> Size:
         kept_parameters=spec.kept_parameters,
         active_parameters=record.active_parameters(spec) if record else spec.parameters,
         bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
-        kv_bytes_per_token=record.kv_bytes_per_token(config) if record else None,
+        kv_bytes_per_token=record.kv_bytes_per_token(config, quantised=cache_format(spec) is not None)
+        if record
+        else None,
         load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
         tensors=len(stored),
     )

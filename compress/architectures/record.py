@@ -223,8 +223,8 @@ class Architecture:
         explicit = self.value(config, self.head_dim_key) if self.head_dim_key else None
         return int(explicit or self.value(config, self.hidden_key) // self.value(config, self.heads_key))
 
-    def kv_bytes_per_token(self, config: Mapping[str, Any]) -> int | None:
-        """Bytes of keys and values that decoding caches per token, in ``config.dtype``; None without a cache.
+    def kv_bytes_per_token(self, config: Mapping[str, Any], *, quantised: bool = False) -> int | None:
+        """Bytes of keys and values that decoding caches per token, in ``config.dtype`` or 8 bits; None without a cache.
 
         Sliding windows are left out of account: blocks with one stop growing once it is full, so for texts longer than the
         window this is more than what is cached.
@@ -232,7 +232,7 @@ class Architecture:
         if not self.causal:
             return None
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
+        bits = 8 if quantised else next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
         return 2 * self.depth(config) * self.kv_heads(config) * self.head_dim(config) * bits // 8
 
     def cache_scales(self, spec: Spec) -> dict[int, tuple[str, str]]:

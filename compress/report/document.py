@@ -41,7 +41,9 @@ class Size(_Part):
     kept_parameters: int = Field(description="Those that no keep-mask removes.")
     active_parameters: int = Field(description="Used for one token.")
     bits_per_weight: Number = Field(description="Stored bits of data per parameter.")
-    kv_bytes_per_token: int | None = Field(description="Cached by decoding, per token.")
+    kv_bytes_per_token: int | None = Field(
+        description="Cached by decoding, per token, in the format that the config asks for."
+    )
     load_bytes: int = Field(description="Memory of the weights after a stock load.")
     tensors: int = Field(description="Logical tensors with bytes of their own.")
 

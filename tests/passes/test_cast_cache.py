@@ -146,6 +146,26 @@ def test_evaluation_rounds_keys_and_values_by_them(made, kind):
         assert torch.allclose(output.logits[:, -1], expected[:, -1], atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "bloom", "gpt_neox"])
+def test_other_families(family, tmp_path):
+    """Sliding windows, norms of keys, attention of other shapes: with scales where servers read them."""
+    base = pico.save(tmp_path / "base", family, with_tokenizer=False)
+    out = compress.apply("cast", base, tmp_path / "out", data=IDS, **SETTINGS)
+    found = scales(out)
+    assert len(found) == (8 if family in ("gemma2", "qwen3_moe") else 0)
+
+    def of_layer(index):
+        names = (f"model.layers.{index}.self_attn.{name}_scale" for name in "kv")
+        return tuple(found.get(name, torch.ones(1)) for name in names)
+
+    plain, ours = compress.load(out), compress.load(out, quantized_kv_cache=True)
+    with torch.no_grad():
+        expected = plain(input_ids=IDS, past_key_values=Rounding(plain.config, of_layer)).logits
+        logits = ours(input_ids=IDS).logits
+        assert torch.allclose(logits, expected, atol=1e-5)
+        assert (plain(input_ids=IDS).logits - logits).abs().max() > 1e-3
+
+
 def test_padding_does_not_count(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
     from compress.calibration.batches import Batches
@@ -229,6 +249,8 @@ def test_a_run_plans_to_the_byte_and_says_what_its_figures_include(recipe):
     assert row["planned"] == row["actual"]
     assert row["exact"]
     evaluation = result.report["result"]["evaluation"]
+    before, after = (result.report[side]["size"]["kv_bytes_per_token"] for side in ("original", "result"))
+    assert (before, after) == (2 * 4 * HEADS * WIDTH * 4, 2 * 4 * HEADS * WIDTH)
     assert evaluation["emulated"]["kv_cache"] == "fp8 (static scales, one per layer)"
     assert "keys and values in fp8 (static scales, one per layer)" in (result.checkpoint / "README.md").read_text()
     assert "a scale per layer" in row["details"]["cached keys and values"]

@@ -160,3 +160,20 @@ def test_compact_files_round_no_inputs(rounded, tmp_path):
     assert caught.value.key == "activations"
     again = compress.apply("cast", rounded["llama", "int8"].parent / "llama", tmp_path / "llama", **settings)
     assert not open_checkpoint(again).spec.structure.edits  # a stock file after all: nothing needs code
+
+
+def test_times_are_those_without_rounding(rounded):
+    """Emulation is slower than any runtime: the timed model does without, and a line says so."""
+    from compress.checkpoint.running import emulated
+    from compress.evaluation.latency_worker import _load
+    from compress.report.figures import speed_note
+
+    folder = rounded["llama", "int8"]
+    settings = {"folder": str(folder), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
+    model, _ = _load(settings)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    left_out = emulated(open_checkpoint(folder).spec, kv_cache=True)
+    said = speed_note({"result": {"latency": {"left_out": left_out}}})
+    assert said.startswith("times and memory are those without inputs of 28 linear layers in int8")
+    assert speed_note({"result": {"latency": {"left_out": None}}}) is None
+    assert speed_note({"result": {"latency": None}}) is None
