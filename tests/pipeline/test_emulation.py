@@ -169,7 +169,8 @@ def test_times_are_those_without_rounding(rounded):
     from compress.report.figures import speed_note
 
     folder = rounded["llama", "int8"]
-    settings = {"folder": str(folder), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
+    settings = {"folder": str(folder), "dtype": "float32", "device": "cpu", "threads": 1}
+    settings |= {"trust_remote_code": False, "ignore_auto_map": False}
     model, _ = _load(settings)
     assert not any(module._forward_pre_hooks for module in model.modules())
     left_out = emulated(open_checkpoint(folder).spec, kv_cache=True)
