@@ -235,6 +235,11 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="start from the checkpoint before that"
             + ("" if uneven(spec) else ", or make it dense with `compress unpack`"),
         )
+    if small := next((t for t in spec.stored() if t.grid is None and t.dtype.startswith("F8")), None):
+        raise PassError(
+            f"{small.name} holds 8-bit floats ({small.dtype}), and neither scales nor a config say what they stand for",
+            fix="start from the unquantised checkpoint, or from one whose config.json has its quantization_config",
+        )
     following = instance.plan(spec, settings)
     if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
@@ -49,8 +48,8 @@ def cast_all(families, root):
             source = sources[torch.bfloat16 if name in NARROW else torch.float32]
             try:
                 plan_pass(source.spec, passes.get("cast"), CastSettings(method="rtn", **settings), "stock")
-            except PassError as error:
-                refused.add((family, name, re.sub(r" \(.*", "", error.what)))
+            except PassError:
+                refused.add((family, name))
                 continue
             out = write(apply(source, "cast", method="rtn", **settings), root / f"{family}-{name}").folder
             pico.save_expected(compress.load(out), expected := root / f"{family}-{name}.pt")
@@ -68,24 +67,20 @@ def check_same(families, root, stock_outputs):
     return refused
 
 
-def caches_nothing(*families):
-    return {(f, "cache", f"{pico.FAMILIES[f][0]} caches no keys and values") for f in families}
-
-
 def test_four_families_in_every_format(tmp_path, stock_outputs):
     families = ("llama", "gpt_neox", "gemma3_text", "bert")
-    assert check_same(families, tmp_path, stock_outputs) == caches_nothing("bert")
+    assert check_same(families, tmp_path, stock_outputs) == {("bert", "cache")}
 
 
 @pytest.mark.slow
 def test_every_other_family_in_every_format(tmp_path, stock_outputs):
     families = [f for f in pico.FAMILIES if f not in ("llama", "gpt_neox", "gemma3_text", "bert")]
-    codes = "stock loaders take no such codes"
-    none = caches_nothing("albert", "roberta", "electra", "distilbert", "t5", "vit")
-    conv1d = {("gpt2", name, codes) for name in FORMATS}
-    experts = {(f, name, codes) for f in ("mixtral", "qwen3_moe") for name in ("nvfp4", "w8a8", "fp8 inputs", "mixed")}
-    packed = {("t5", name, codes) for name in ("int8", "int4", "int3", "int2", "mxfp4", "nvfp4", "mixed")}
-    assert check_same(families, tmp_path, stock_outputs) == none | conv1d | experts | packed
+    cacheless = {(f, "cache") for f in ("albert", "roberta", "electra", "distilbert", "t5", "vit")}
+    conv1d = {("gpt2", name) for name in FORMATS}
+    experts = {(f, name) for f in ("mixtral", "qwen3_moe") for name in ("nvfp4", "w8a8", "fp8 inputs", "mixed")}
+    unpackable = {("t5", name) for name in ("int8", "int4", "int3", "int2", "mxfp4", "nvfp4", "mixed")}
+    one_group = {("albert", "mixed")}  # all of its groups of blocks are named
+    assert check_same(families, tmp_path, stock_outputs) == cacheless | conv1d | experts | unpackable | one_group
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)

@@ -1,11 +1,15 @@
-"""What a checkpoint asks runtimes to round while they compute: inputs of linear layers, keys and values. No torch here."""
+"""What a checkpoint asks of runtimes: packages, and what is rounded on the way: inputs, keys and values. No torch here."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.spec import Spec
+
+#: Installs what transformers loads codes by, of the version that it asks for.
+INSTALL = 'pip install "compressed-tensors>=0.15"'
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
@@ -17,6 +21,19 @@ def input_formats(spec: Spec) -> dict[str, str]:
         return {}
     formats = {t.module: t.grid.activations for t in spec.stored() if t.grid is not None}
     return {module: format_ for module, format_ in formats.items() if format_ is not None}
+
+
+def loading_notes(spec: Spec) -> list[str]:
+    """What loading the checkpoint by stock transformers asks for beside torch and transformers."""
+    if spec.structure.compact:  # the bundled file decodes all
+        return []
+    formats = {t.grid.format for t in spec.stored() if t.grid is not None}
+    notes = []
+    if formats:
+        notes.append(f"transformers loads its codes by a package of their own: {INSTALL}")
+    if narrow := sorted(formats & set(FIXED_GROUPS)):
+        notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')
+    return notes
 
 
 def cache_format(spec: Spec) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.running import loading_notes
 from compress.checkpoint.sidecars import safe_file
 from compress.errors import CompressError, ReportError, one_line
 from compress.files import expanded, prepare, put, remove, sha256
@@ -180,6 +181,7 @@ def _card(state: Run, report: dict[str, Any]) -> bytes:
             report,
             original,
             compact=needs_code(spec),
+            loading=loading_notes(spec),
             class_name=spec.structure.class_name,
             base_model=name,
             recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
 from compress.calibration.ranks import Ranks
-from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
+from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
+from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError
 from compress.evaluation.tasks import TEXT_METRICS, task_of
@@ -406,7 +407,10 @@ def _run(
             "stages": rows,
             "result": result,
             "gates": [g.to_dict() for g in judged],
-            "notes": state.notes + noted + measurements.notes,
+            "notes": state.notes
+            + noted
+            + measurements.notes
+            + loading_notes(open_headers(last["folder"], trust_remote_code=True)[0]),
         }
         close(state, report, identity)
         stage_folder = Path(last["folder"])

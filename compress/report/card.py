@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.checkpoint.bundle import auto_class
@@ -28,6 +28,7 @@ def model_card(
     base_model: str,
     recipe_yaml: str,
     class_name: str | None = None,
+    loading: Sequence[str] = (),
 ) -> str:
     """Markdown with Hugging Face front matter.
 
@@ -35,7 +36,7 @@ def model_card(
         original: the base model's README, whose front matter (licence, language, data) is kept and whose text follows.
         compact: whether loading needs ``trust_remote_code=True``.
         base_model: a hub id (with @revision or not), or a folder's name. class_name: of the stock class, which tells how
-            to load it.
+            to load it. loading: what that asks for beside torch and transformers, a sentence each.
     """
     base_model, _, revision = base_model.partition("@")
     front, body = _split(original or "")
@@ -48,7 +49,7 @@ def model_card(
     lines[-1] = markdown(in_one_line(lines[-1]))
     lines += [
         "",
-        *_loading(title, compact, class_name),
+        *_loading(title, compact, class_name, loading),
         "",
         "## Results",
         "",
@@ -77,11 +78,13 @@ def _front(original: Mapping[str, Any], base_model: str) -> str:
         return _yaml(ours)
 
 
-def _loading(title: str, compact: bool, class_name: str | None) -> list[str]:
+def _loading(title: str, compact: bool, class_name: str | None, notes: Sequence[str]) -> list[str]:
     auto = auto_class(class_name)
     trust = ", trust_remote_code=True" if compact else ""
     lines = ["```python", f"from transformers import {auto}", ""]
     lines += [f"model = {auto}.from_pretrained({quoted(title)}{trust})", "```"]
+    for note in notes:
+        lines += ["", f"{note[0].upper()}{note[1:]}."]
     if compact:
         lines += [
             "",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.checkpoint.grids import ACTIVATIONS
 from compress.checkpoint.open import open_checkpoint
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, PassError
 from tests import pico
 from tests.passes.helpers import apply, write
 
@@ -202,3 +202,16 @@ def test_schemes_that_are_refused_by_name(change, message, tmp_path):
     folder = make(tmp_path, "in", FP8, change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["cast", "prune_unstructured"])
+def test_fp8_without_scales(name, tmp_path):
+    """FAULTS F6: "every weight is bf16 already; leave the pass out"."""
+    folder = pico.save(tmp_path / "in", dtype=torch.bfloat16, with_tokenizer=False)
+    state = load_file(folder / "model.safetensors")
+    state = {k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"weights": "bf16"} if name == "cast" else {"method": "magnitude", "sparsity": 0.5}
+    said = r"holds 8-bit floats \(F8_E4M3\), and neither scales nor a config say what they stand for; start from"
+    with pytest.raises(PassError, match=said):
+        compress.apply(name, folder, tmp_path / "out", **settings)

@@ -1,0 +1,37 @@
+"""Card, report and terminal say what an output asks for to be loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compress.checkpoint.running import INSTALL
+from tests import pico
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "narrow"),
+    [
+        ({"weights": "mxfp4", "method": "rtn"}, "stock", "mxfp4"),
+        ({"weights": "int4", "group_size": 16, "method": "rtn", "symmetric": False}, "compact", None),
+        ({"weights": "fp16"}, "stock", None),
+    ],
+)
+def test_packages_that_loading_needs(settings, store, narrow, tmp_path, cli):
+    recipe = {
+        "model": str(pico.folder("llama", dtype=torch.bfloat16)),
+        "output": str(tmp_path / "out"),
+        "store": store,
+        "passes": [{"cast": settings}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    status, printed = cli("run", tmp_path / "recipe.yaml")
+    assert status == 0
+    card = (tmp_path / "out/README.md").read_text()
+    report = json.loads((tmp_path / "out.run/report.json").read_text())
+    said = [card, " ".join(printed.split()), *([" ".join(report["notes"])])]
+    assert [INSTALL in text for text in said] == [narrow is not None] * 3
+    assert ['load it with dtype="auto"' in text for text in said] == [narrow is not None] * 3
+    assert INSTALL not in card or f"Transformers loads its codes by a package of their own: {INSTALL}." in card
