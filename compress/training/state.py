@@ -5,13 +5,12 @@ A state is a folder that appears under its name complete or not at all; ``train.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from compress.calibration.ranks import Ranks
+from compress.files import read_record, remove, sha256, write_record
+
+#: What ``train.json`` is, and the version of its shape.
+_KIND = "compress.training/2"
 
 
 @dataclass
@@ -28,33 +31,36 @@ class RunState:
 
     folder: Path
     ranks: Ranks
+    _digests: dict[str, str] = field(default_factory=dict)
 
     def find(self) -> dict[str, Any] | None:
-        """What ``train.json`` says; None where there is none that can be used."""
-        try:
-            found = json.loads((self.folder / "train.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """What ``train.json`` says; None where there is none, or where it or a state that it names is not as it was written."""
+        found = read_record(self.folder / "train.json", _KIND)
+        if found is None or any(_digest(self.folder / name) != digest for name, digest in found["states"].items()):
             return None
-        whole = isinstance(found, dict) and (self.folder / str(found.get("state"))).is_dir()
-        return found if whole else None
+        self._digests = dict(found["states"])
+        return found
 
     def save(self, name: str, tensors: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
-        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on."""
+        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on, beside the best one."""
         path = self.folder / name
         temp = self.folder / f"{name}.tmp"
         if self.ranks.rank == 0:
-            shutil.rmtree(temp, ignore_errors=True)
-            shutil.rmtree(path, ignore_errors=True)
+            remove(temp)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.wait()
         with _quiet():
             save_state(dict(tensors), checkpoint_id=str(temp))
         if self.ranks.rank == 0:
+            remove(path)
             temp.rename(path)
+            digest = _digest(path)
+            assert digest is not None
+            self._digests[name] = digest
             if said is not None:
-                note = self.folder / "train.json.tmp"
-                note.write_text(json.dumps({**said, "state": name}), encoding="utf-8")
-                note.replace(self.folder / "train.json")
+                names = {name, f"best-{said['history']['best_step']}"}
+                states = {n: d for n, d in self._digests.items() if n in names}
+                write_record(self.folder / "train.json", _KIND, {**said, "state": name, "states": states})
         self.ranks.wait()
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
@@ -65,9 +71,20 @@ class RunState:
     def keep(self, names: Sequence[str]) -> None:
         """Remove all other states."""
         if self.ranks.rank == 0:
-            for path in self.folder.iterdir():
+            for path in sorted(self.folder.iterdir()):
                 if path.is_dir() and path.name not in names:
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove(path)
+
+
+def _digest(state: Path) -> str | None:
+    """SHA-256 over the names and contents of a state's files; None where there is no such folder, or it cannot be read."""
+    whole = hashlib.sha256()
+    try:
+        for path in sorted(state.iterdir()):
+            whole.update(f"{path.name} {sha256(path)}\n".encode())
+    except OSError:
+        return None
+    return whole.hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -30,7 +31,7 @@ TAME: tuple[Any, ...] = tuple(
 
 def odd(rng: random.Random, tame: bool = False) -> Any:
     """A value that is not expected."""
-    return rng.choice(TAME if tame else ODD)
+    return copy.deepcopy(rng.choice(TAME if tame else ODD))  # a tree may be damaged again
 
 
 def paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -83,7 +84,7 @@ def damage_tree(rng: random.Random, tree: Any, hints: Sequence[tuple[str, Any]] 
     elif kind == "type":
         parent[key] = rng.choice(([value], {"value": value}, str(value), {str(key): value}, [value, value]))
     elif kind == "copy":
-        parent[key] = json.loads(json.dumps(get(tree, rng.choice(every))))
+        parent[key] = copy.deepcopy(get(tree, rng.choice(every)))
     elif kind == "rename" and isinstance(parent, dict):
         name = rng.choice((str(key) + "x", str(key).upper(), str(key)[:-1], str(odd(rng))))
         parent[name] = parent.pop(key)
@@ -125,7 +126,7 @@ def damage_json(rng: random.Random, data: bytes, hints: Sequence[tuple[str, Any]
     """Damage a JSON file's tree once or a few times; sometimes give it a key twice."""
     try:
         tree = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return damage_bytes(rng, data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         tree = damage_tree(rng, tree, hints, tame)
