@@ -152,6 +152,11 @@ class Architecture:
         match = self._block.match(name)
         return (f"{match[1]}{match[2]}.", match[3][1:]) if match else None
 
+    def in_stack(self, name: str) -> bool:
+        """Whether a tensor belongs to a block of a further list, such as the decoder's beside the encoder's."""
+        match = self._block.match(name)
+        return match is not None and match[1].endswith(tuple(f"{stack}." for stack in self.stacks))
+
     def renumber(self, name: str, index: int) -> str:
         """The tensor's name in block ``index``."""
         return self._block.sub(rf"\g<1>{index}\g<3>", name)

@@ -56,6 +56,8 @@ class Distill(Pass[DistillSettings]):
         record = architectures.of(spec.structure.config)
         if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
             raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
+        if any(record.in_stack(name) for name in spec.tensors):
+            raise PassError(f"{spec.structure.class_name} reads two texts, and training data are one")
         check_losses(spec, settings)
         student = spec
         if settings.student is not None and (cut := student_cut(spec, settings)) is not None:

@@ -6,7 +6,7 @@ known on the meta device, so a student that has no place for its weights is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,16 @@ class Places:
     Attributes:
         left_out: names in the model of parameters that are others', by the structure's edits.
         kept: stored tensors that are none of the model's, such as buffers that older versions wrote; they stay as they are.
+        spelt: all names of the file, which may leave out that of the base model.
     """
 
     left_out: frozenset[str]
     kept: frozenset[str]
+    spelt: frozenset[str]
 
     def tensors(self, model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name in the file ▶ value, of the model's whole state dictionary. A tied parameter has all of its names."""
-        return _as_in_files(model, {name: value for name, value in state.items() if name not in self.left_out})
+        return _as_in_files(model, {n: value for n, value in state.items() if n not in self.left_out}, self.spelt)
 
 
 def find_places(spec: Spec, model: Any) -> Places:
@@ -45,7 +47,7 @@ def find_places(spec: Spec, model: Any) -> Places:
     left_out = frozenset(shared_parameters(model, to_json(spec.structure.edits)))
     held = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in left_out}
     blank = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in held.items()}
-    written = _as_in_files(model, blank)
+    written = _as_in_files(model, blank, spec.tensors.keys())
     called = {id(tensor): name for name, tensor in written.items()}
     tied: dict[int, list[str]] = {}
     for name, value in held.items():
@@ -60,18 +62,23 @@ def find_places(spec: Spec, model: Any) -> Places:
             raise _no_place(
                 f"transformers writes {name} as {list(written[name].shape)}, and the file has {list(shape)}"
             )
-    return Places(left_out, frozenset(stored.keys() - written.keys()))
+    return Places(left_out, frozenset(stored.keys() - written.keys()), frozenset(spec.tensors))
 
 
-def _as_in_files(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dictionary with names and shapes as in the file that the model was loaded from."""
+def _as_in_files(model: Any, state: Mapping[str, Tensor], spelt: Collection[str]) -> dict[str, Tensor]:
+    """A state dictionary with names and shapes as in the file that the model was loaded from, whose names are ``spelt``."""
     from transformers.core_model_loading import revert_weight_conversion
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     found: dict[str, Tensor] = revert_weight_conversion(
         model, {name: value for name, value in state.items() if name not in ignored}
     )
-    return found
+    prefix = f"{model.base_model_prefix}."
+
+    def own(name: str) -> str:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in spelt), name)
+
+    return {own(name): value for name, value in found.items()}
 
 
 def _no_place(what: str) -> PassError:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import compress
 from tests import pico
 from tests.conftest import ROOT
 
@@ -181,3 +182,24 @@ def test_a_single_file_beside_shards(hub, call, tmp_path):
         done = call(command, "r.yaml")
         assert done.returncode == 2
         assert "holds two models: model.safetensors, and other weights in the shards" in done.stderr
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_copies_of_tied_tensors_are_compared_by_samples(equal, hub, call, tmp_path):
+    """A plan from headers alone says the bytes that a run then writes."""
+    path = hub.folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    state = {k: v for shard in hub.folder.glob("model-*") for k, v in load_file(shard).items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    state["lm_head.weight"][-1] += 0 if equal else 1
+    for old in hub.folder.glob("model*"):
+        old.unlink()
+    save_file(state, hub.folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "r.yaml").write_text("model: org/tiny\noutput: out\npasses:\n  - cast: {weights: bf16}\n")
+    planned = json.loads(call("plan", "r.yaml", "--json").stdout)
+    assert all(hub.ranges)
+    assert ("is stored once" if equal else "is kept beside") in planned["notes"][0]
+    out = compress.apply("cast", hub.folder, tmp_path / "out", weights="bf16")
+    written = (out / "model.safetensors").stat().st_size
+    assert planned["stages"][0]["passes"][0]["planned"]["bytes"] == written
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) is not equal

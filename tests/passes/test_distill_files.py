@@ -87,6 +87,30 @@ def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
     assert not torch.equal(written[trained], tensors[trained])
 
 
+@pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("bloom", "transformer."), ("opt", "model.")])
+def test_files_of_a_base_class_are_trained_as_those_of_a_whole_one(family, prefix, tmp_path):
+    """As gpt2 on the hub: names without that of the base model, and a class with a head."""
+    whole = pico.save(tmp_path / "whole", family)
+    short = Path(shutil.copytree(whole, tmp_path / "short"))
+    tensors = {name.removeprefix(prefix): v for name, v in load_file(whole / "model.safetensors").items()}
+    save_file(tensors, short / "model.safetensors", metadata={"format": "pt"})
+    a, b = (
+        load_file(distilled(tmp_path, folder, f"{folder.name}-out", losses={"labels": 1})[0] / "model.safetensors")
+        for folder in (whole, short)
+    )
+    assert {name.removeprefix(prefix) for name in a} == b.keys() == tensors.keys()
+    assert all(torch.equal(value, b[name.removeprefix(prefix)]) for name, value in a.items())
+    assert any(not torch.equal(value, tensors[name]) for name, value in b.items())
+
+
+def test_a_model_that_reads_two_texts_is_refused(tmp_path):
+    from compress import passes
+
+    distill = passes.get("distill")
+    with pytest.raises(PassError, match="T5ForConditionalGeneration reads two texts"):
+        distill.plan(open_checkpoint(pico.save(tmp_path / "t5", "t5")).spec, distill.settings(steps=2))
+
+
 @pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in ("t5", "vit")])
 def test_every_weight_of_a_family_has_its_place_in_the_file(tmp_path, family):
     checkpoint = open_checkpoint(pico.save(tmp_path / "model", family))
