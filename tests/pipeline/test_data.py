@@ -190,6 +190,38 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
         assert message in str(caught.value)
 
 
+def test_rows_of_several_columns(recipe, texts, tmp_path, pico_llama, cli):
+    """Joined by a template they are the documents that calibration, evaluation and `eval` read."""
+    files, template = {}, "Q: {question}\n{note}A: {answer}"
+    for name, file in zip(("train", "valid"), texts, strict=True):
+        files[name] = tmp_path / f"{name}.json"
+        documents = read_documents([str(file)], "<|doc|>")
+        rows = [{"question": d.text[:60], "note": None, "answer": d.text[60:]} for d in documents]
+        files[name].write_text(json.dumps(rows, indent=1))
+    joined = {n: [f"Q: {r['question']}\nA: {r['answer']}" for r in json.loads(f.read_text())] for n, f in files.items()}
+    sections = {name: {"files": [str(file)], "template": template} for name, file in files.items()}
+    data = {
+        "calibration": {**sections["train"], "samples": 4, "length": 32},
+        "evaluation": {**sections["valid"], "window": 32, "max_documents": 30},
+    }
+    result = compress.run(recipe(passes=PASSES, gates=None, data=data, evaluate=["bits_per_byte"]))
+    tokenizer = load_tokenizer(pico_llama)
+    train = [Document(f"train.json#{i}", text) for i, text in enumerate(joined["train"])]
+    assert used(result)["ids_sha256"] == sample_windows(tokenizer, train, 4, 32, 0).sha256()
+    measured = result.report["original"]["evaluation"]
+    assert measured["bytes"] == sum(len(text.encode()) for text in joined["valid"][:30])
+    options = ("--template", template, "--window", 32, "--max-documents", 30, "--json", "--quiet")
+    status, text = cli("eval", pico_llama, "--data", files["valid"], *options)
+    assert (status, json.loads(text)["evaluation"]["bits_per_byte"]) == (0, pytest.approx(measured["bits_per_byte"]))
+    (tmp_path / "base.json").write_text(text)
+    status, text = cli("eval", pico_llama, "--baseline", tmp_path / "base.json", "--json", "--quiet")
+    assert (status, json.loads(text)["settings"]["template"]) == (0, template)
+    status, text = cli("eval", pico_llama, "--data", files["valid"], "--template", "{question", "--quiet")
+    assert (status, "the template cannot be read" in text) == (2, True)
+    status, text = cli("eval", pico_llama, "--data", texts[1], "--template", template, "--quiet")
+    assert (status, "has no columns, which `template` names" in text) == (2, True)
+
+
 def test_chats_are_calibrated_with_and_measured_in_the_template(recipe, texts, tmp_path):
     model = pico.save(tmp_path / "model")
     chats = {}
