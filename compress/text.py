@@ -337,11 +337,11 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         elif text[place : place + 1] != "]":
             raise _no_json(path, at(place), "the array goes on without `,` or `]`")
     if text[place + 1 :].strip():
-        raise _no_json(path, at(place), "text follows the array")
+        raise _no_json(path, at(place), "text follows the array", unlike_records=True)
 
 
-def _no_json(path: Path, line: int, error: Exception | str, one_object: bool = False) -> DataError:
-    fix = "write one object a line, or an array of them" if one_object else None
+def _no_json(path: Path, line: int, error: Exception | str, unlike_records: bool = False) -> DataError:
+    fix = "write one object a line, or one array of them" if unlike_records else None
     said = error if isinstance(error, str) else one_line(error)
     return DataError(f"is not JSON: {said}", where=f"{path}:{line}", fix=fix)
 
