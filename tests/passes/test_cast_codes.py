@@ -152,15 +152,16 @@ def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric
     assert len(details["blocks"]) == 4
 
 
-def test_gptq_and_tuning_pay(folders, tmp_path):
-    checkpoint = open_checkpoint(folders["llama"])
+def test_gptq_and_tuning_pay(tmp_path):
+    original = pico.folder("llama", num_hidden_layers=2)
+    checkpoint = open_checkpoint(original)
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
 
     def error(i, **settings):
         cast = apply(checkpoint, "cast", data=data, work=tmp_path / f"w{i}", weights="int3", group_size=16, **settings)
         folder = write(cast, tmp_path / f"o{i}").folder
         with torch.no_grad():
-            a, b = (load_model(f)(input_ids=data.ids).logits for f in (folders["llama"], folder))
+            a, b = (load_model(f)(input_ids=data.ids).logits for f in (original, folder))
         return float((a - b).square().mean())
 
     errors = [

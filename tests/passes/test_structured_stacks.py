@@ -95,6 +95,7 @@ def test_refusals(name, settings, message, tmp_path):
         plan(original, name, **settings)
 
 
+@pytest.mark.slow  # what the worker says; `check` says it first, in tests/pipeline/test_preflight.py
 def test_latency_is_of_one_text(tmp_path):
     folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
     with pytest.raises(
