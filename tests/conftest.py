@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,46 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
         else:
             item.add_marker(pytest.mark.unit)
+
+
+class _Cpu:
+    """CPU time of tests, processes that they wait for included: unlike wall time it is the same on a busy machine."""
+
+    last = 0.0
+
+    @classmethod
+    def since(cls) -> float:
+        times = os.times()
+        now = times.user + times.system + times.children_user + times.children_system + processes.Process.seconds
+        passed, cls.last = now - cls.last, now
+        return passed
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    passed = _Cpu.since()
+    report.user_properties.append(("cpu", passed))
+    return report
+
+
+def pytest_runtest_logstart() -> None:
+    _Cpu.since()  # what has passed since the last test is nobody's
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With `--durations`: CPU seconds by file."""
+    count = terminalreporter.config.getoption("durations")
+    if count is None:
+        return
+    seconds: Counter[str] = Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "cpu":
+                seconds[report.nodeid.partition("::")[0]] += value
+    terminalreporter.section(f"CPU seconds: {sum(seconds.values()):.0f}, by file")
+    for name, value in seconds.most_common(count or None):
+        terminalreporter.write_line(f"{value:8.1f} {name}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,12 @@ def _server() -> socket.socket:
 
 
 class Process:
-    """What tests use of `subprocess.Popen`, with stdout and stderr always piped, as text."""
+    """What tests use of `subprocess.Popen`, with stdout and stderr always piped, as text.
+
+    ``seconds`` is the CPU time of all that have been waited for, which the operating system counts for another parent.
+    """
+
+    seconds = 0.0
 
     def __init__(
         self,
@@ -66,7 +71,6 @@ class Process:
         self.stdout, self.stderr, self._status = (os.fdopen(pipe[0]) for pipe in (out, err, status))
         self.pid = int(self._status.readline())
         self.returncode: int | None = None
-        self.seconds = 0.0  # CPU time, known at the end
         self._texts: dict[IO[str], str] = {}
         self._readers: list[threading.Thread] = []
 
@@ -82,7 +86,8 @@ class Process:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("child", timeout)
             status, seconds = self._status.readline().split()
-            self.returncode, self.seconds = int(status), float(seconds)
+            self.returncode = int(status)
+            Process.seconds += float(seconds)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
