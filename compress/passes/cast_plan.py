@@ -59,14 +59,14 @@ def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor
         )
     if settings.kv_cache is None:
         return spec.structure.kv_cache, []
-    record = architectures.of(spec.structure.config)
-    if settings.static_cache is None or not (names := record.cache_scales(spec)):
+    config = spec.structure.config
+    names = architectures.of(config).cache_scales(spec) if architectures.known(config) else {}
+    if settings.static_cache is None or not names:
         if settings.static_cache == "head":
-            raise PassError(
-                f"servers read no scales of {record.model_type}'s cache", key="kv_cache_scales", fix="leave it out"
-            )
+            what = f"servers read no scales of {spec.structure.model_type}'s cache"
+            raise PassError(what, key="kv_cache_scales", fix="leave it out")
         return settings.kv_cache, []
-    shape = (record.kv_heads(spec.structure.config), 1, 1) if settings.static_cache == "head" else (1,)
+    shape = (architectures.of(config).kv_heads(config), 1, 1) if settings.static_cache == "head" else (1,)
     scales = [Tensor(name, shape, "F32") for pair in names.values() for name in pair]
     return f"{settings.kv_cache}-{settings.static_cache}", scales
 
