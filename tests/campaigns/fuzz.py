@@ -58,8 +58,10 @@ def campaign(options: argparse.Namespace, seed: int, place: Path) -> int:
             if not found[_kind(what)]:
                 print(f"  case {done.number} of seed {seed}: {what}", flush=True)
             found[_kind(what)] += 1
-        if options.only is None and not options.dry and done.number % 500 == 499:
-            ledger.save(entry, options.ledger)
+        if done.number % 500 == 499:
+            print(f"  {done.number + 1} cases, {sum(found.values())} failures", flush=True)
+            if options.only is None and not options.dry:
+                ledger.save(entry, options.ledger)
         if options.seconds and time.monotonic() - begun > options.seconds:
             break
     if options.only is None and not options.dry:
