@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def inspect(
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     spec, metadata = open_headers(model, **code, offline=offline)
     size = size_of(spec, lay_out(spec, 1 << 62, metadata))
+    size = replace(size, bytes=size.bytes + spec.left_out)
     if expanded(model).is_dir():
         size = size_on_disk(open_checkpoint(model, **code))
     counts = {}

@@ -185,6 +185,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     store: Store = recipe.store
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
+    original = replace(original, bytes=original.bytes + spec.left_out)
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)

@@ -331,8 +331,10 @@ def _spec(
     def alike(a: str, b: str) -> bool:
         return same(places[a][:2], places[b][:2], places[a][2])
 
-    spec = tidy.without_leftovers(quantization.strip(Spec(structure, tensors, notes=(*notes, *chosen))))
-    return with_aliases(tidy.without_copies(spec, alike, where), where), headers
+    whole = quantization.strip(Spec(structure, tensors, notes=(*notes, *chosen)))
+    spec = tidy.without_copies(tidy.without_leftovers(whole), alike, where)
+    left_out = sum(places[name][2] for name in whole.tensors.keys() - spec.tensors.keys() if name in places)
+    return with_aliases(replace(spec, left_out=left_out), where), headers
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:

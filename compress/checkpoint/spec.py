@@ -162,13 +162,15 @@ class Structure:
 class Spec:
     """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts.
 
-    ``notes``: what opening it left out or decided, a sentence each, for the user.
+    ``notes``: what opening it left out or decided, a sentence each, for the user; ``left_out``: bytes of its files that are no
+    tensor of it for that.
     """
 
     structure: Structure
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     exact: bool = True
     notes: tuple[str, ...] = field(default=(), compare=False)
+    left_out: int = field(default=0, compare=False)
 
     def stored(self) -> Iterable[Tensor]:
         """The tensors that have bytes of their own, in file order."""
