@@ -434,7 +434,8 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
 
     Raises `CheckpointError`.
     """
-    from compress.loading import check_keys, same_logits
+    from compress.loading import check_keys
+    from compress.sameness import same_logits
     from compress.stock import check_codes
 
     start = time.perf_counter()

@@ -15,7 +15,8 @@ from compress.checkpoint.spec import Edit
 from compress.checkpoint.structure import alias, dense, factored, is_transposed
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
-from compress.loading import check_keys, load_checkpoint, load_model, same_logits
+from compress.loading import check_keys, load_checkpoint, load_model
+from compress.sameness import same_logits
 from tests import pico
 
 FAMILIES = [

@@ -1,0 +1,84 @@
+"""The check after a stage: what is written computes what was handed over, at once and token by token."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import compress
+from compress import sameness
+from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.errors import CheckpointError
+from compress.sameness import same_logits
+from tests import pico
+
+CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt"]  # fmt: skip
+
+
+def edit_config(folder, **changes):
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**data, **changes}))
+
+
+@pytest.mark.parametrize("window", [6, 4096])
+def test_windows_that_the_class_does_not_use_are_found(window, tmp_path):
+    """Right at once, wrong through the cache, which forgets."""
+    folder = pico.save(tmp_path / "in")
+    types = ["full_attention", "sliding_attention"] * 2
+    edit_config(folder, layer_types=types, sliding_window=window)
+    with pytest.raises(CheckpointError, match=r"token by token, through its cache, than at once: .*`sliding_window`") as caught:  # fmt: skip
+        compress.apply("cast", folder, tmp_path / "out", weights="bf16")
+    assert "\n" not in str(caught.value)
+    recipe = {"model": str(folder), "output": str(tmp_path / "run"), "passes": [{"cast": {"weights": "bf16"}}]}
+    with pytest.raises(CheckpointError, match="through its cache"):
+        compress.run(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, "bert", "t5", "vit", "electra"])
+def test_models_that_are_written_as_they_were(family, tmp_path):
+    changes = {"sliding_window": 4096} if family in ("mistral", "qwen2", "gemma2", "gemma3_text") else {}
+    stored = open_checkpoint(pico.save(tmp_path / "in", family, **changes))
+    same_logits(stored, stored)
+
+
+def test_a_masked_class_of_a_decoder_is_not_asked_for_a_cache(tmp_path):
+    stored = open_checkpoint(pico.save(tmp_path / "in", "bert", class_name="BertLMHeadModel"))
+    same_logits(stored, stored)
+
+
+def test_other_values_are_found(tmp_path):
+    stored = open_checkpoint(pico.save(tmp_path / "in"))
+
+    def read(name):
+        value = stored.tensor(name)
+        return Value(value.data + 0.1) if name == "lm_head.weight" else value
+
+    with pytest.raises(CheckpointError, match=r"the written model computes other values \(difference"):
+        same_logits(Derived(stored, stored.spec, read), stored)
+
+
+def test_families_without_a_record_are_compared_with_what_they_were(tmp_path, monkeypatch):
+    """Through the cache too; nothing says that a family unknown here computes the same with and without one."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.Olmo2ForCausalLM(
+        transformers.Olmo2Config(vocab_size=300, pad_token_id=0, eos_token_id=0, **sizes)
+    )
+    model.save_pretrained(tmp_path / "in")
+    stored = open_checkpoint(tmp_path / "in")
+    seen = []
+    real = sameness._step_by_step
+    monkeypatch.setattr(sameness, "_step_by_step", lambda model, ids: seen.append(real(model, ids)) or seen[-1])
+    same_logits(stored, stored)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    monkeypatch.setattr(
+        sameness, "_step_by_step", lambda model, ids: seen.append(real(model, ids) + len(seen)) or seen[-1]
+    )
+    with pytest.raises(CheckpointError, match="the written model computes other values through its cache"):
+        same_logits(stored, stored)
