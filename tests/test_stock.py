@@ -52,6 +52,7 @@ def cast_all(families, root):
                 refused.add((family, name))
                 continue
             out = write(apply(source, "cast", method="rtn", **settings), root / f"{family}-{name}").folder
+            stock.check_codes(open_checkpoint(out))
             pico.save_expected(compress.load(out), expected := root / f"{family}-{name}.pt")
             cases[f"{family} {name}"] = (pico.FAMILIES[family][0], out, expected)
     return cases, refused

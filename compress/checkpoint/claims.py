@@ -99,6 +99,8 @@ def check_fields(config: Mapping[str, Any], where: str) -> None:
     _check(found, _QUANTIZATION, "quantization_config.", where)
     for name, group in (found.get("config_groups") or {}).items():
         _check(found["config_groups"], {name: ("an object", _is_object)}, "quantization_config.config_groups.", where)
+        if group is None:
+            raise CheckpointError(f"`quantization_config.config_groups.{name}` is empty", where=where)
         for part, fields in ((group, _GROUP), *((group.get(key) or {}, _SCHEME) for key in _SCHEMES)):
             _check(part, fields, f"quantization_config.config_groups.{name}.", where)
     _check(found.get("kv_cache_scheme") or {}, _SCHEME, "quantization_config.kv_cache_scheme.", where)

@@ -71,7 +71,7 @@ def parse(
 
 
 class Groups:
-    """The ``config_groups`` of a quantization config, by what they target."""
+    """The ``config_groups`` of a quantization config, whose types `claims` has checked, by what they target."""
 
     def __init__(self, quantization: Any, where: str) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -82,22 +82,12 @@ class Groups:
                 fix="start from the unquantised checkpoint",
             )
         self._matcher = Matcher(where)
-        self._format, self._where = quantization.get("format"), where
-        self._ignored = self._names(quantization.get("ignore"))
+        self._format = quantization.get("format")
+        self._ignored: list[str] = quantization.get("ignore") or []
         self._targets: dict[str, Mapping[str, Any]] = {}
-        groups = quantization.get("config_groups") or {}
-        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-            raise CheckpointError(f"has a {KEY} with damaged config_groups", where=where)
-        for group in groups.values():
-            self._targets.update((target, group) for target in self._names(group.get("targets")))
+        for group in (quantization.get("config_groups") or {}).values():
+            self._targets.update((target, group) for target in group.get("targets") or ())
         self._ordered = sorted(self._targets, key=lambda target: ("re:" in target, target))
-
-    def _names(self, found: Any) -> list[str]:
-        if not isinstance(found or [], list) or not all(isinstance(name, str) for name in found or []):
-            raise CheckpointError(
-                f"has a {KEY} whose targets or ignored modules are no list of names", where=self._where
-            )
-        return found or []
 
     def scheme(self, module: str) -> Mapping[str, Any] | None:
         """The group that a linear layer belongs to, as compressed-tensors finds it; None where there is none.
@@ -128,10 +118,8 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _said(scheme: Any, where: str) -> dict[str, Any]:
+def _said(scheme: Mapping[str, Any]) -> dict[str, Any]:
     """All that a scheme of weights or inputs says, defaults filled in."""
-    if not isinstance(scheme, dict):
-        raise CheckpointError(f"has a {KEY} with damaged schemes", where=where)
     found = {**_DEFAULTS, **{k: v for k, v in scheme.items() if k in _DEFAULTS and v is not None}}
     for key in ("type", "strategy", "dynamic"):
         found[key] = found[key].lower() if isinstance(found[key], str) else found[key]
@@ -143,13 +131,14 @@ def _said(scheme: Any, where: str) -> dict[str, Any]:
 
 def _text(said: Mapping[str, Any]) -> str:
     """What a scheme says, for an error."""
-    how = {True: "dynamic ", False: "", "local": "locally dynamic "}.get(said["dynamic"], "")
+    how = "locally dynamic " if said["dynamic"] == "local" else "dynamic " if said["dynamic"] else ""
     return f"{how}{said['num_bits']}-bit {said['type']} by {said['strategy']}"
 
 
 def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tuple[str, ...]]:
     """The grid and chain of a group. Raises `CheckpointError` for what neither can say, inputs and outputs included."""
-    said = _said(scheme.get("weights") or {}, where)
+    weights = scheme.get("weights") or {}
+    said = _said(weights)
     chain: tuple[str, ...] = (str(scheme.get("format")),)
     if chain == ("naive-quantized",):  # the same arrays
         chain = FP8 if said["type"] == "float" else INT8
@@ -160,10 +149,10 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tup
     grouped = strategy in ("group", "tensor_group") and isinstance(group, int) and group > 0
     fits = grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
     expected = ("int" if name in INTEGERS else "float", INTEGERS.get(name) or FLOATS.get(name))
-    fits = fits and (kind, bits) == expected and not said["dynamic"] and not scheme["weights"].get("block_structure")
+    fits = fits and (kind, bits) == expected and not said["dynamic"] and not weights.get("block_structure")
     if name in FIXED_GROUPS and group != FIXED_GROUPS[name]:
         fits = False
-    if not fits or str(scheme["weights"].get("actorder")).lower() in ("group", "dynamic", "true"):
+    if not fits or str(weights.get("actorder")).lower() in ("group", "dynamic", "true"):
         raise CheckpointError(
             f"stores {module} as {scheme.get('format')}, {_text(said)}, which this version cannot read", where=where
         )
@@ -171,7 +160,7 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tup
         raise CheckpointError(f"casts the outputs of {module}, which this version cannot do", where=where)
     activations = None
     if scheme.get("input_activations"):
-        inputs = _said(scheme["input_activations"], where)
+        inputs = _said(scheme["input_activations"])
         known = (n for n, a in ACTIVATIONS.items() if {**_DEFAULTS, **a} == inputs)
         activations = next(known, None)
         if activations is None:

@@ -193,9 +193,8 @@ def refused(group, said, **weights):
         (lambda g, *_: g.update(output_activations={"num_bits": 8, "dynamic": True}), r"casts the outputs of"),
         (lambda g, *_: refused(g, None, num_bits=4), r"as float-quantized, 4-bit float by channel, which this version"),
         (lambda g, *_: refused(g, None, strategy="block", block_structure=[128, 128]), r"8-bit float by block, which this"),
-        (lambda g, *_: refused(g, "fp8"), r"has a quantization_config with damaged schemes"),
-        (lambda g, *_: g.update(targets="Linear"), r"whose targets or ignored modules are no list of names"),
-        (lambda g, q, *_: q.update(config_groups=[g]), r"with damaged config_groups"),
+        (lambda g, q, *_: q.update(config_groups={"group_0": None}), r"config_groups.group_0` is empty"),
+        (lambda g, q, *_: g.update(weights=None), r"stores model.layers.0.mlp.down_proj as float-quantized, 8-bit int by"),
     ],
 )  # fmt: skip
 def test_schemes_that_are_refused_by_name(change, message, tmp_path):
