@@ -14,10 +14,10 @@ from typing import Any
 
 from compress import architectures
 from compress.checkpoint import quantization
-from compress.checkpoint.codecs import needs_code
+from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.files import read_json
 from compress.checkpoint.foreign import Groups
-from compress.checkpoint.open import Checkpoint, Stored
+from compress.checkpoint.open import Checkpoint, Stored, torch_dtype
 from compress.errors import CheckpointError
 from compress.loading import quiet_transformers, stock_class
 
@@ -67,17 +67,22 @@ def check_names(checkpoint: Checkpoint, said: Any) -> None:
 
 
 def check_load(checkpoint: Stored) -> None:
-    """Stock transformers loads the folder with its config, and no key is missing or unexpected."""
-    stock, _ = stock_class(checkpoint)
+    """Stock transformers loads the folder's arrays, by name and shape, with its config, and no key is missing or unexpected."""
+    import torch
+
+    stock, config = stock_class(checkpoint)
+    arrays = [part for tensor in checkpoint.spec.stored() for part in parts(tensor)]
+    state = {a.key: torch.empty(a.shape, dtype=torch_dtype(a.dtype), device="meta") for a in arrays}
     noise = io.StringIO()  # compressed-tensors shows progress bars
     try:
         with quiet_transformers(), contextlib.redirect_stderr(noise):
             _, info = stock.from_pretrained(
-                checkpoint.folder,
+                None,
+                config=type(config).from_pretrained(checkpoint.folder, local_files_only=True),
+                state_dict=state,
                 dtype="auto",
                 device_map={"": "meta"},
                 output_loading_info=True,
-                local_files_only=True,
             )
     except Exception as error:  # whatever goes wrong in there, users of the result would meet it
         raise CheckpointError(
