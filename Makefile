@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded docs clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,9 @@ bench-prune: $(STAMP)
 
 bench-distill: $(STAMP)
 	$(BIN)/python benchmarks/distill.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-recover: $(STAMP)
+	$(BIN)/python benchmarks/recover.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(ARGS)
 
 bench-share: $(STAMP)
 	$(BIN)/python benchmarks/share.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)

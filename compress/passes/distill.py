@@ -21,6 +21,8 @@ from compress.passes.structured_settings import PruneStructuredSettings
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
 
+#: The peak rate of trainings of so many steps and more, of models so wide and less.
+RATE, RATE_STEPS, RATE_WIDTH = 5e-4, 500, 256
 #: Bytes of optimizer state per parameter, in float32.
 _STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
 
@@ -203,6 +205,16 @@ def _check_heads(spec: Spec, heads: int) -> None:
 def _depth(spec: Spec) -> int:
     config = spec.structure.config
     return architectures.of(config).depth(config)
+
+
+def default_rate(steps: int, width: int) -> float:
+    """Peak rate of AdamW at which the held-out loss of a repaired student falls from the first steps on; measured, see docs."""
+    return RATE * min(1.0, math.sqrt(steps / RATE_STEPS)) * min(1.0, math.sqrt(RATE_WIDTH / width))
+
+
+def default_warmup(steps: int) -> float:
+    """Share of the steps over which the rate rises: Adam's first steps are as large as its rate, whatever gradients are."""
+    return max(0.05, min(0.25, 5 / steps))
 
 
 def unhelped(name: str, training: Mapping[str, Any]) -> str | None:

@@ -14,8 +14,8 @@ DIVERGENCES = ("kl", "reverse_kl", "skewed_kl", "js")
 INSIDE = ("hidden", "cosine", "relations")
 #: What a preset fills in where the recipe says nothing.
 PRESETS: dict[str, dict[str, Any]] = {
-    "recover": {"rate": 5e-4, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0},
-    "from_scratch": {"rate": 3e-3, "schedule": "wsd", "optimizer": "muon", "weight_decay": 0.1},
+    "recover": {"rate": None, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0, "dropout": False},
+    "from_scratch": {"rate": 3e-3, "schedule": "wsd", "optimizer": "muon", "weight_decay": 0.1, "dropout": True},
 }
 
 
@@ -188,20 +188,33 @@ class DistillSettings(PassSettings):
         ge=1,
         description="Samples of a process at a time, for less memory and the same result; all by default.",
     )
-    rate: float = Field(
-        default_factory=_of_preset("rate"), gt=0, description="Peak learning rate; 5e-4 to recover, else 3e-3."
+    rate: float | None = Field(
+        default_factory=_of_preset("rate"),
+        gt=0,
+        description="Peak learning rate. By default 3e-3 from scratch; to recover 5e-4, less for fewer than 500 steps and for "
+        "models wider than 256: times √(steps / 500) and times √(256 / width).",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default_factory=_of_preset("schedule"),
         description="How the rate falls; `cosine` to recover, else `wsd` (falls over the last 40 %).",
     )
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    warmup: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Share of the steps over which the rate rises; by default a twentieth, and at least five steps where "
+        "they are no more than a quarter.",
+    )
     optimizer: Literal["adamw", "muon", "adafactor"] = Field(
         default_factory=_of_preset("optimizer"),
         description="`adamw` to recover, else `muon` (for matrices, one process); `adafactor` needs the least memory.",
     )
     weight_decay: float = Field(
         default_factory=_of_preset("weight_decay"), ge=0, description="Of matrices; 0 to recover, else 0.1."
+    )
+    dropout: bool = Field(
+        default_factory=_of_preset("dropout"),
+        description="Whether the student's dropout is on while it is trained; off to recover.",
     )
     clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     autocast: Literal["bfloat16", "float16"] | None = Field(

@@ -13,11 +13,11 @@ import torch
 from compress import architectures
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
-from compress.errors import DataError, PassError
+from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.loading import load_checkpoint, load_tokenizer, stock_class
 from compress.passes.base import Context
-from compress.passes.distill import check_cache, losses, pairs_inside, task_name
+from compress.passes.distill import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
 from compress.passes.distill_settings import DistillSettings
 from compress.passes.teachers import (
     begins_on,
@@ -29,15 +29,18 @@ from compress.passes.teachers import (
 )
 from compress.training.data import Masking, Samples
 from compress.training.loop import History, How, Training
+from compress.training.models import without_dropout
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
-from compress.training.state import RunState
+from compress.training.state import RunState, UnusableState
 from compress.training.written import Places, find_places
 
 if TYPE_CHECKING:
     from compress.calibration.batches import Batches
 
+#: How often a training begins anew because a state on disk does not load.
+_ATTEMPTS = 3
 #: Samples trained on for each held-out one, at least, so that looking at these takes little of the time.
 _LOOKED = 4
 
@@ -79,32 +82,41 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     ranks = Ranks(context.rank, context.world)
     log, close = _log(settings, context)
     made = prepare(student, settings, context, ranks)
-    model = _student_model(student, settings, context)
-    places = find_places(student.spec, model)
+    model, places = _student_model(student, settings, context)
     if places.kept:
         context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
-    masks = _masks(student, model)
-    objective = _objective(student, model, made, settings, context)
-    if context.world > 1:
-        masks = _sharded(objective, model, masks, context.device)
-    if settings.compile:
-        model.base_model.compile()
     says, filled = teachers_say(
         made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, ranks
     )
-    how = _how(made, settings, context)
-    training = Training(
-        objective,
-        says,
-        made.samples,
-        how,
-        device=context.device,
-        progress=context.progress,
-        state=RunState(context.work / "training", ranks),
-        masks=masks,
-        log=log,
-    )
-    history = training.run()
+    how = _how(student, made, settings, context)
+    state = RunState(context.work / "training", ranks)
+    for attempt in range(_ATTEMPTS):
+        objective, masks = _objective(student, model, made, settings, context)
+        training = Training(
+            objective,
+            says,
+            made.samples,
+            how,
+            device=context.device,
+            progress=context.progress,
+            state=state,
+            masks=masks,
+            log=log,
+        )
+        try:
+            history = training.run()
+            break
+        except UnusableState as error:
+            if attempt + 1 == _ATTEMPTS:
+                raise OutputError(
+                    f"{error}, and it was written a moment ago",
+                    where=str(state.folder),
+                    fix="see whether the disk is sound",
+                ) from error
+            context.progress.message(f"{error}: training begins anew")
+            state.drop()
+            del training, objective, masks, model
+            model, places = _student_model(student, settings, context)
     close()
     said = _said(history, made.samples, how)
     context.details["training"] = {**said, **filled, "kept": sorted(places.kept)}
@@ -119,8 +131,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _objective(
     student: Checkpoint, model: Any, made: Prepared, settings: DistillSettings, context: Context
-) -> Objective:
-    """What is minimised, with the student in it and how its logits are made seen to."""
+) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """What is minimised, with the student in it, ready to train; and the student's masks by parameter."""
+    masks = _masks(student, model)
     widths = {_width(t) for t in made.teachers[:1]}
     torch.manual_seed(context.seed)
     objective = Objective(
@@ -139,10 +152,14 @@ def _objective(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older transformers do not have
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return objective
+    if context.world > 1:
+        masks = _sharded(objective, model, masks, context.device)
+    if settings.compile:
+        model.base_model.compile()
+    return objective, masks
 
 
-def _how(made: Prepared, settings: DistillSettings, context: Context) -> How:
+def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> How:
     """How to train; says where the data repeats."""
     steps = made.steps
     if (epochs := steps * settings.batch / made.samples.train) > 1:
@@ -150,7 +167,13 @@ def _how(made: Prepared, settings: DistillSettings, context: Context) -> How:
     return How(
         steps=steps,
         batch=settings.batch,
-        update=Update(settings.optimizer, settings.rate, settings.schedule, settings.warmup, settings.weight_decay),
+        update=Update(
+            settings.optimizer,
+            settings.rate or default_rate(steps, _width(student)),
+            settings.schedule,
+            default_warmup(steps) if settings.warmup is None else settings.warmup,
+            settings.weight_decay,
+        ),
         micro=settings.micro_batch,
         clip=settings.clip,
         autocast=settings.autocast,
@@ -246,8 +269,15 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
     return Terms(weights, settings.temperature, settings.skew, states, vectors, settings.relation_heads)
 
 
-def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
-    """The student in float32."""
+def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, Places]:
+    """The student in float32, and where its weights stand in its file. Raises `PassError` where they have no place there."""
+    model = _fresh_model(student, settings, context)
+    if not settings.dropout:
+        without_dropout(model)
+    return model, find_places(student.spec, model)
+
+
+def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
     if settings.student is not None and settings.student.init == "random":
         found, config = stock_class(student)
         torch.manual_seed(context.seed)

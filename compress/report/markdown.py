@@ -158,6 +158,8 @@ def _training(training: Mapping[str, Any], name: str, picture: str) -> list[str]
         f"through the data, {training['tokens_per_second']:,.0f} {of} per second. Held-out loss {held[0]['loss']:.4f} ▶ "
         f"{min(row['loss'] for row in held):.4f}, best at step {training['best_step']}."
     )
+    if "rate" in training:
+        text += f" Peak learning rate {training['rate']:.3g}."
     if training["stopped"]:
         text += f" Stopped early: {training['stopped']}."
     if "teacher_cache" in training:

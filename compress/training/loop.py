@@ -19,7 +19,7 @@ from compress.training.data import Samples
 from compress.training.objective import Batch, Objective
 from compress.training.optimize import Update, optimizers, set_rate
 from compress.training.sharding import is_sharded, norm_of, release
-from compress.training.state import RunState, optimizer_tensors
+from compress.training.state import RunState, UnusableState, optimizer_tensors
 from compress.training.teacher import Says
 
 #: Steps between looks at whether the loss is a number still.
@@ -107,6 +107,7 @@ class Training:
 
         Raises:
             PassError: the loss is no number any more.
+            UnusableState: a state on disk is damaged; the student holds anything then, and begins anew without that state.
         """
         how, start = self.how, 0
         if (found := self.state.find()) is not None:
@@ -234,11 +235,11 @@ class Training:
         held = self.history.held_out
         if not math.isfinite(loss):
             raise self._diverged(loss, step)
-        best = min((row["loss"] for row in held), default=math.inf)
+        lowest = min((row["loss"] for row in held), default=math.inf)
         held.append({"step": step, "loss": loss})
         if self.log is not None:
             self.log(step, {"held_out": loss})
-        if loss < best:
+        if loss < lowest:
             self.history.best_step = step
             self.state.save(f"best-{step}", self._weights())
         patience = self.how.patience
@@ -286,9 +287,12 @@ class Training:
 
     def _resume(self, found: Mapping[str, Any]) -> int:
         self.state.load(str(found["state"]), self._tensors())
-        self.history = History(**found["history"])
-        self.scaler.load_state_dict(dict(found["scaler"]))
-        return int(found["step"])
+        try:
+            self.history = History(**found["history"])
+            self.scaler.load_state_dict(dict(found["scaler"]))
+            return int(found["step"])
+        except (TypeError, KeyError, ValueError, RuntimeError) as error:  # of another version
+            raise UnusableState(str(found["state"])) from error
 
     def _take_best(self) -> None:
         """The best weights into the student."""

@@ -205,3 +205,13 @@ def _keep(into: dict[str, torch.Tensor], name: str) -> Any:
         into[name] = output
 
     return hook
+
+
+def without_dropout(model: Any) -> None:
+    """Turn all dropout off. Modules hold its rates as floats, by names with ``drop`` in them, or read them off the config."""
+    for holder in (*model.modules(), model.config):
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+        if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
+            holder.p = 0.0

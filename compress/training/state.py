@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from compress.calibration.ranks import Ranks
-from compress.files import read_record, remove, sha256, write_record
+from compress.errors import ResourceError, from_os
+from compress.files import disk_errors, read_record, remove, sha256, write_record
 
 #: What ``train.json`` is, and the version of its shape.
 _KIND = "compress.training/2"
+
+
+class UnusableState(Exception):
+    """A state that does not load; tensors that it was read into hold anything now."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the training state {name} does not load")
+        self.name = name
 
 
 @dataclass
@@ -42,14 +55,17 @@ class RunState:
         return found
 
     def save(self, name: str, tensors: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
-        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on, beside the best one."""
+        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on, beside the best one.
+
+        Raises `CompressError` where the disk is full, or cannot be written.
+        """
         path = self.folder / name
         temp = self.folder / f"{name}.tmp"
         if self.ranks.rank == 0:
             remove(temp)
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.wait()
-        with _quiet():
+        with disk_errors(path), _quiet(), _cause():
             save_state(dict(tensors), checkpoint_id=str(temp))
         if self.ranks.rank == 0:
             remove(path)
@@ -64,9 +80,17 @@ class RunState:
         self.ranks.wait()
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
-        """Read a state into tensors that are there."""
-        with _quiet(), torch.no_grad():
-            load_state(tensors, checkpoint_id=str(self.folder / name))
+        """Read a state into tensors that are there. Raises `UnusableState`."""
+        path = self.folder / name
+        try:
+            with _quiet(), torch.no_grad(), _cause():
+                load_state(tensors, storage_reader=_Reader(path))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and isinstance(found := from_os(error, str(path)), ResourceError):
+                raise found from error
+            raise UnusableState(name) from error
 
     def keep(self, names: Sequence[str]) -> None:
         """Remove all other states."""
@@ -74,6 +98,53 @@ class RunState:
             for path in sorted(self.folder.iterdir()):
                 if path.is_dir() and path.name not in names:
                     remove(path)
+
+    def drop(self) -> None:
+        """Remove all states."""
+        if self.ranks.rank == 0:
+            remove(self.folder)
+        self.ranks.wait()
+
+
+class _Reader(FileSystemReader):
+    """As torch's, which would run whatever a pickle of metadata names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found: Metadata = _Metadata(file).load()
+        found.storage_meta = getattr(found, "storage_meta", None) or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+_DESCRIBE = frozenset(
+    [
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ]
+)
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Classes that describe tensors and files, and no others."""
+        described = module == "torch.distributed.checkpoint.metadata" or module.partition(".")[0] == "pathlib"
+        if "." in name or (not described and (module, name) not in _DESCRIBE):
+            found = getattr(torch, name, None) if module == "torch" else None
+            if not isinstance(found, torch.dtype):
+                raise pickle.UnpicklingError(f"{module}.{name} has no place in the state of a training")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def _cause() -> Iterator[None]:
+    """DCP wraps what goes wrong, signals too, into an exception of its own."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        raise next((c for c in causes if not isinstance(c, Exception)), causes[0]) from error
 
 
 def _digest(state: Path) -> str | None:

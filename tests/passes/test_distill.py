@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, DataError, PassError
+from compress.passes.distill import default_rate, default_warmup
 from tests import pico
+from tests.conftest import ROOT
 from tests.processes import Process
 
 
@@ -134,6 +136,49 @@ def test_every_loss_falls(tmp_path, pruned, pico_llama):
     first, last = said["losses"][0], said["losses"][-1]
     assert set(first) == {"step", "loss", *losses}
     assert all(last[name] < first[name] for name in losses if name != "labels"), (first, last)
+
+
+def test_the_default_rate_and_warmup_follow_from_steps_and_width():
+    assert default_rate(500, 256) == default_rate(4000, 32) == 5e-4
+    assert default_rate(20, 256) == pytest.approx(1e-4)
+    assert default_rate(500, 1024) == pytest.approx(2.5e-4)
+    assert [default_warmup(n) * n for n in (4, 20, 50, 500)] == pytest.approx([1, 5, 5, 25])
+
+
+def test_settings_of_rate_and_dropout_are_taken_and_reported(tmp_path, pico_llama):
+    how = {"student": {"layers": 2}, "allow_noop": True, "steps": 2, "evaluate_every": 2}
+    assert distilled(tmp_path, pico_llama, "a", **how)[1]["rate"] == pytest.approx(5e-4 * (2 / 500) ** 0.5)
+    assert distilled(tmp_path, pico_llama, "b", rate=1e-3, **how)[1]["rate"] == 1e-3
+    assert distilled(tmp_path, pico_llama, "c", preset="from_scratch", **how)[1]["rate"] == 3e-3
+
+
+def test_a_student_recovers_without_dropout(tmp_path):
+    """As one whose config has none; `dropout: true` turns it on."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    for name, given in (("with", {}), ("without", rates)):
+        pico.model("bert", class_name="BertModel", **given).save_pretrained(tmp_path / name)
+        pico.tokenizer().save_pretrained(tmp_path / name)
+    how = {"student": {"layers": 2}, "rate": 3e-3, "steps": 4}
+    off, _ = distilled(tmp_path, tmp_path / "with", "off", **how)
+    none, _ = distilled(tmp_path, tmp_path / "without", "none", **how)
+    on, _ = distilled(tmp_path, tmp_path / "with", "on", dropout=True, **how)
+    assert same(off, none)
+    assert not same(on, off)
+    assert json.loads((off / "config.json").read_text())["hidden_dropout_prob"] == 0.1
+
+
+@pytest.mark.slow
+def test_the_shipped_model_recovers_in_20_steps_with_the_defaults(tmp_path):
+    """After least squares it is near an optimum: large first steps of Adam would throw it off."""
+    text = {"document_separator": "<|doc|>", "data": ROOT / "examples/text/train.txt", "device": "cpu", "length": 64}
+    model = ROOT / "examples/tiny-lm"
+    cut = {"layers": 1, "mlp": "25%", "repair": "least_squares"}
+    small = compress.apply("prune_structured", model, tmp_path / "small", samples=32, **cut, **text)
+    details = {}
+    how = {"teacher": str(model), "steps": 20, "batch": 8}
+    compress.apply("distill", small, tmp_path / "out", details=details, **how, **text)
+    held = [row["loss"] for row in details["training"]["held_out"]]
+    assert held[-1] < 0.95 * held[0], held
 
 
 @pytest.mark.parametrize("begin", ["spread", "every_second", "first", "last"])

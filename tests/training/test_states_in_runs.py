@@ -1,0 +1,210 @@
+"""What a run makes of states that are damaged, and what reading one may do."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import compress
+from compress.calibration.ranks import Ranks
+from compress.errors import ResourceError
+from compress.files import read_record, write_record
+from compress.progress import SilentProgress
+from compress.training import state as states
+from compress.training.state import RunState, UnusableState
+
+SAID = {"history": {"best_step": 2}, "scaler": {}}
+
+
+def tensors(value):
+    return {"a": torch.full((8, 8), float(value)), "b": torch.full((3,), value, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """States of steps 2 and 4, the best weights of step 2."""
+    state = RunState(tmp_path / "training", Ranks())
+    state.save("best-2", tensors(2))
+    for step in (2, 4):
+        state.save(f"step-{step}", tensors(step), {**SAID, "step": step})
+    return state
+
+
+def data_file(folder: Path) -> Path:
+    return next(folder.glob("*.distcp"))
+
+
+def test_a_state_that_does_not_load_says_so(saved):
+    file = data_file(saved.folder / "step-4")
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UnusableState, match="the training state step-4 does not load"):
+        saved.load("step-4", tensors(0))
+    with pytest.raises(UnusableState):
+        saved.load("step-2", {**tensors(0), "c": torch.zeros(1)})
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_metadata_run_no_code(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (saved.folder / "step-4/.metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UnusableState):
+        saved.load("step-4", tensors(0))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_signals_and_full_disks_are_not_hidden(saved, monkeypatch):
+    """torch wraps whatever happens into an exception of its own."""
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states._Reader, "read_data", stop)
+        with pytest.raises(KeyboardInterrupt):
+            saved.load("step-4", tensors(0))
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
+    with pytest.raises(ResourceError):
+        saved.save("step-6", tensors(6), {**SAID, "step": 6})
+    assert saved.find()["step"] == 4
+
+
+class Stop(Exception):
+    pass
+
+
+class StopsAt(SilentProgress):
+    """Ends a run when a message or a step of training says so."""
+
+    def __init__(self, looks, title="training"):
+        self.messages, self.looks, self.title = [], looks, title
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def task(self, title, total=None, unit="tensors"):
+        inner = super().task(title, total, unit)
+        if title != self.title or self.looks is None:
+            return inner
+        progress = self
+
+        class Task:
+            def __enter__(self):
+                self.inner = inner.__enter__()
+                return self
+
+            def __exit__(self, *args):
+                return inner.__exit__(*args)
+
+            def advance(self, *args, **kwargs):
+                self.inner.advance(*args, **kwargs)
+                progress.looks -= 1
+                if not progress.looks:
+                    raise Stop
+
+        return Task()
+
+
+@pytest.fixture(scope="module")
+def recipe(pico_llama, texts):
+    return {
+        "model": str(pico_llama),
+        "device": "cpu",
+        "document_separator": "<|doc|>",
+        "data": {"training": {"files": [str(texts[0])], "length": 16}},
+        "passes": [
+            {
+                "distill": {
+                    "student": {"layers": 2},
+                    "rate": 3e-3,
+                    "steps": 6,
+                    "batch": 4,
+                    "held_out": 4,
+                    "evaluate_every": 2,
+                }
+            }
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, recipe):
+    folder = tmp_path_factory.mktemp("whole")
+    compress.run({**recipe, "output": str(folder / "out")})
+    return load_file(folder / "out/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, recipe):
+    """A run that was stopped at step 5 of 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(Stop):
+        compress.run({**recipe, "output": str(folder / "out")}, progress=StopsAt(5))
+    return folder
+
+
+RUINED = {
+    "nothing": (lambda training: None, "training goes on from step 4"),
+    "best weights gone": (lambda training: shutil.rmtree(training / "best-4"), None),
+    "half-removed state": (lambda training: data_file(training / "step-4").unlink(), None),
+    "zeros in the state": (lambda training: zero(training / "step-4"), None),
+    "zeros in the best weights": (lambda training: zero(training / "best-4"), None),
+    "a record of another version": (
+        lambda training: foreign(training / "train.json"),
+        "step-4 does not load: training begins",
+    ),
+    "damaged record": (lambda training: (training / "train.json").write_text("{"), None),
+}
+
+
+def foreign(record):
+    said = read_record(record, states._KIND)
+    said["history"]["unknown"] = 1
+    write_record(record, states._KIND, said)
+
+
+def zero(folder):
+    file = data_file(folder)
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("what", RUINED)
+def test_a_run_goes_on_whatever_became_of_its_state(tmp_path, recipe, expected, stopped, what):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (training,) = (tmp_path / "out.run").rglob("training")
+    assert sorted(p.name for p in training.iterdir()) == ["best-4", "step-4", "train.json"]
+    damage, message = RUINED[what]
+    damage(training)
+    progress = StopsAt(None)
+    compress.run({**recipe, "output": str(tmp_path / "out")}, progress=progress)
+    assert message is None or any(message in text for text in progress.messages), progress.messages
+    assert message is not None or not any("goes on" in text for text in progress.messages)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_best_weights_that_do_not_load_are_trained_again(tmp_path, recipe, expected):
+    """The run was stopped after its last step, before the stage was written."""
+    recipe = {**recipe, "output": str(tmp_path / "out")}
+    with pytest.raises(Stop):
+        compress.run(recipe, progress=StopsAt(1, "writing"))
+    (training,) = (tmp_path / "out.run").rglob("training")
+    assert sorted(p.name for p in training.iterdir()) == ["best-6", "step-6", "train.json"]
+    zero(training / "best-6")
+    progress = StopsAt(None)
+    compress.run(recipe, progress=progress)
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
