@@ -20,6 +20,7 @@ from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_h
 from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
+from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
 from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 from compress.errors import CheckpointError
@@ -272,7 +273,7 @@ def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_m
                 fix="update compress",
             )
     elif ignore_auto_map:
-        return {key: value for key, value in config.items() if key != "auto_map"}
+        return without_code(config)
     elif config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
             "asks for Python code of its own (`auto_map`)",

@@ -5,11 +5,54 @@ Code is taken from the checkpoint's folder, or from the local cache where `auto_
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoint.spec import Structure
 from compress.errors import CheckpointError
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without `auto_map`; where that gave the model's class, `architectures` names the one that transformers has."""
+    structure = Structure(config)
+    result = {key: value for key, value in config.items() if key != "auto_map"}
+    if structure.auto_model is None or structure.own_class not in (None, structure.auto_model[1].rpartition(".")[2]):
+        return result
+    stock = _stock_names().get(structure.auto_model[0], {}).get(structure.model_type)
+    return {**result, "architectures": [stock]} if stock else result
+
+
+@cache
+def _stock_names() -> dict[str, dict[str, str]]:
+    """Auto class ▶ model type ▶ class of transformers, the usual one first; read from its source, which imports no torch."""
+    found = importlib.util.find_spec("transformers")
+    if found is None or found.origin is None:
+        return {}
+    try:
+        tree = ast.parse((Path(found.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return {}
+    tables: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.value.args:
+            try:
+                rows = dict(ast.literal_eval(node.value.args[0]))
+            except (ValueError, TypeError):
+                continue
+            table = {key: value[0] if isinstance(value, tuple) else value for key, value in rows.items()}
+            tables |= {
+                target.id.removesuffix("_NAMES"): table for target in node.targets if isinstance(target, ast.Name)
+            }
+        elif isinstance(node, ast.ClassDef):
+            for line in node.body:
+                if isinstance(line, ast.Assign) and isinstance(line.value, ast.Name) and line.value.id in tables:
+                    result[node.name] = tables[line.value.id]
+    return result
 
 
 def remote_class(structure: Structure, folder: Path) -> tuple[Any, Any]:

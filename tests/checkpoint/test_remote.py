@@ -119,9 +119,11 @@ def test_the_code_is_refused_unless_it_is_trusted(foreign):
     assert torch.isfinite(once).all()
 
 
-def test_ignoring_the_code_takes_the_class_of_transformers(tmp_path, texts, stock_outputs):
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", None])
+def test_ignoring_the_code_takes_the_class_of_transformers(architecture, tmp_path, texts, stock_outputs):
     folder = bring_code(tmp_path / "in", "llama")
-    edit_config(folder, architectures=["LlamaForCausalLM"])
+    if architecture is not None:
+        edit_config(folder, architectures=[architecture])
     (folder / "modeling_my.py").unlink()
     passes = [{"cast": {"weights": "int8", "method": "rtn"}}]
     result = compress.run(recipe(folder, tmp_path / "out", texts, passes, ignore_auto_map=True, store="compact"))
@@ -232,3 +234,20 @@ def test_kernels_that_a_config_chooses_are_left_out(tmp_path, stock_outputs):
     pico.save_expected(compress.load(out, dtype="float32"), tmp_path / "expected.pt")
     case = {"out": ("MixtralForCausalLM", out, tmp_path / "expected.pt")}
     assert stock_outputs(case, dtype="float32")["out"]["difference"] <= 1e-4
+
+
+def test_classes_that_transformers_has_are_read_from_its_source():
+    """As its auto classes give them."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    from compress.checkpoint.remote import _stock_names
+
+    tables = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+        "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    }
+    for auto, names in tables.items():
+        assert hasattr(transformers, auto)
+        assert _stock_names()[auto] == {k: v[0] if isinstance(v, tuple) else v for k, v in names.items()}
