@@ -61,9 +61,8 @@ def test_workers_end_when_a_model_cannot_be_loaded(tmp_path, pico_llama):
 
 
 def test_a_worker_that_dies(pico_llama):
-    with latency._worker(
-        {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
-    ) as worker:
+    settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
+    with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
         worker.answer()
         worker.process.terminate()
         worker.process.wait()
@@ -72,9 +71,8 @@ def test_a_worker_that_dies(pico_llama):
 
 
 def test_a_worker_ends_with_its_parent(pico_llama):
-    with latency._worker(
-        {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False}
-    ) as worker:
+    settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
+    with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
         worker.answer()
         worker.process.stdin.close()  # what a killed parent leaves
         deadline = time.monotonic() + 20
