@@ -42,15 +42,23 @@ class CompressError(Exception):
 
 
 class RecipeError(CompressError):
-    """One or more mistakes in a recipe; ``problems`` holds each as rendered text (several lines each)."""
+    """One or more mistakes in a recipe.
 
-    def __init__(self, problems: list[str]) -> None:
-        count = len(problems)
+    ``problems`` holds each as rendered text (several lines each); ``count`` says how many there are where those are the first.
+    """
+
+    #: Mistakes that are shown; whoever made more has made one many times.
+    SHOWN = 50
+
+    def __init__(self, problems: list[str], count: int | None = None) -> None:
+        count = len(problems) if count is None else count
         super().__init__(f"{count} mistake{'s' if count != 1 else ''} in the recipe")
         self.problems = problems
+        self.count = count
 
     def __str__(self) -> str:
-        return "\n".join([*self.problems, self.what])
+        left = [f"… and {self.count - len(self.problems)} more"] if self.count > len(self.problems) else []
+        return "\n".join([*self.problems, *left, self.what])
 
 
 class CheckpointError(CompressError):

@@ -364,7 +364,9 @@ def gate(
             "bootstrap": resolved.get("bootstrap", 10000),
             "seed": resolved.get("seed", 0),
         }
-        results = gating.judge(wanted, report["original"], report["result"], **settings)
+        reports.check_statistics(subject, settings)
+        with reports.judged(subject):
+            results = gating.judge(wanted, report["original"], report["result"], **settings)
     status, exit_status = ("inconclusive", EXIT_INCONCLUSIVE) if idle else gating.verdict(results)
     rows = [r.to_dict() for r in results]
     if junit is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from compress import images, text
 from compress.checkpoint.open import Stored, open_checkpoint
@@ -18,6 +20,8 @@ from compress.pipeline.run import machine, resolve_device
 from compress.pipeline.score import Scorer, load_processor, read
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
+from compress.report.document import Latency, Measured, Part, Size, checked, judged
+from compress.report.document import read as read_document
 
 if TYPE_CHECKING:
     from compress.gates import GateResult
@@ -181,7 +185,8 @@ def assess(
         if document["evaluation"] is not None and other["evaluation"] is not None:
             from compress.statistics import compare
 
-            document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)
+            with judged(str(baseline)) if stored_baseline is not None else contextlib.nullcontext():
+                document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)
     return document
 
 
@@ -234,18 +239,43 @@ def _sha256(how: Assessment, candidate: Stored) -> str | None:
     return text.fingerprint(how.files) if how.files else None
 
 
+class _Settings(Part):
+    """How a stored baseline was measured."""
+
+    files: list[str]
+    images: str | None = None
+    separator: str | None
+    field: str = text.FIELD
+    template: str | None = None
+    text: list[str] | None = Field(default=None, min_length=1)
+    label: str | None = None
+    window: int = Field(ge=2, le=2**31)
+    stride: int | None = Field(ge=1, le=2**31)
+    max_documents: int | None = Field(ge=1, le=2**53)
+    dtype: Literal["float32", "bfloat16", "float16"]
+    quantized_kv_cache: bool = True
+    text_sha256: str | None
+
+
+class _Baseline(Part):
+    """What `assess` gives and a later one reads."""
+
+    checkpoint: str = Field(pattern=r"^[^\x00]+$")
+    size: Size
+    evaluation: Measured | None
+    latency: Latency | None
+    settings: _Settings
+
+
 def read_assessment(path: Path) -> dict[str, Any]:
     """A stored baseline. Raises `ReportError` for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"is no baseline: {error}", where=str(path)) from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ReportError("is no baseline", where=str(path), fix="write one with `compress eval CHECKPOINT --json`")
-    missing = {"checkpoint", "size", "evaluation", "latency", "settings"} - data.keys()
-    if missing:
-        raise ReportError(f"lacks `{min(missing)}`", where=str(path))
-    return data
+
+    def validate(data: Any) -> dict[str, Any]:
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ReportError("is no baseline", fix="write one with `compress eval CHECKPOINT --json`")
+        return checked(_Baseline, data)
+
+    return read_document(path, "baseline", validate)
 
 
 def judge_checkpoint(
@@ -297,7 +327,8 @@ def judge_checkpoint(
         "bootstrap": recipe.bootstrap if recipe is not None else 10000,
         "seed": recipe.seed if recipe is not None else 0,
     }
-    return judge(gates, document["baseline"], document, **settings), settings
+    with judged(baseline) if Path(baseline).is_file() else contextlib.nullcontext():
+        return judge(gates, document["baseline"], document, **settings), settings
 
 
 #: Gates that read another metric's measurement.

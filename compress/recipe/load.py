@@ -81,8 +81,13 @@ def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, 
             change.apply(root, problems)
     recipe = build(root, problems, check_files=False, complete=False)
     if recipe is None or problems:
-        raise RecipeError([problem.render() for problem in in_order(problems)])
+        raise _mistakes(problems)
     return recipe.gates.model_dump(exclude_none=True)
+
+
+def _mistakes(problems: Sequence[Problem]) -> RecipeError:
+    ordered = in_order(problems)
+    return RecipeError([problem.render() for problem in ordered[: RecipeError.SHOWN]], len(ordered))
 
 
 def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:
@@ -94,7 +99,7 @@ def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_file
                 change.apply(root, problems)
         recipe = build(root, problems, check_files=check_files, complete=files.complete)
     if recipe is None or problems:
-        raise RecipeError([problem.render() for problem in in_order(problems)])
+        raise _mistakes(problems)
     return recipe
 
 

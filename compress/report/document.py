@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from compress.errors import ReportError
+from compress.errors import ReportError, one_line
+from compress.files import write_atomically
 
 SCHEMA = "compress.report/1"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -29,45 +30,51 @@ Number = Annotated[
 ]
 
 
-class _Part(BaseModel):
+#: What can be counted; a hand-made report could say anything.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Part(BaseModel):
+    """A part of a document; what it does not know stays."""
+
     model_config = ConfigDict(extra="allow")
 
 
-class Size(_Part):
+class Size(Part):
     """What a checkpoint costs."""
 
-    bytes: int = Field(description="Of all weight files.")
-    parameters: int = Field(description="Float elements; shared ones once.")
-    kept_parameters: int = Field(description="Those that no keep-mask removes.")
-    active_parameters: int = Field(description="Used for one token.")
+    bytes: Count = Field(description="Of all weight files.")
+    parameters: Count = Field(description="Float elements; shared ones once.")
+    kept_parameters: Count = Field(description="Those that no keep-mask removes.")
+    active_parameters: Count = Field(description="Used for one token.")
     bits_per_weight: Number = Field(description="Stored bits of data per parameter.")
-    kv_bytes_per_token: int | None = Field(
+    kv_bytes_per_token: Count | None = Field(
         description="Cached by decoding, per token, in the format that the config asks for."
     )
-    load_bytes: int = Field(description="Memory of the weights after a stock load.")
-    tensors: int = Field(description="Logical tensors with bytes of their own.")
+    load_bytes: Count = Field(description="Memory of the weights after a stock load.")
+    tensors: Count = Field(description="Logical tensors with bytes of their own.")
 
 
-class Emulated(_Part):
+class Emulated(Part):
     """What is rounded in the measured model as runtimes round it."""
 
     activations: dict[str, int] = Field(description="Format of inputs ▶ number of linear layers that read them so.")
     kv_cache: str | None = Field(description="Format of keys and values.")
 
 
-class _Measurement(_Part):
+class _Measurement(Part):
     emulated: Emulated | None = Field(default=None, description="Rounded inputs and caches that the figures include.")
 
 
-class DocumentScore(_Part):
+class DocumentScore(Part):
     """Sums over the scored tokens of a document or chunk."""
 
     id: str
-    bytes: int = Field(description="UTF-8 bytes of its text.")
-    tokens: int = Field(description="Scored tokens.")
+    bytes: Count = Field(description="UTF-8 bytes of its text.")
+    tokens: Count = Field(description="Scored tokens.")
     nll: Number = Field(description="Negative log-likelihood, nats.")
     kl: Number | None = Field(description="Divergence of the original from the model, nats.")
-    agree: int | None = Field(description="Tokens at which both models' likeliest next token is the same.")
+    agree: Count | None = Field(description="Tokens at which both models' likeliest next token is the same.")
 
 
 class Evaluation(_Measurement):
@@ -81,18 +88,18 @@ class Evaluation(_Measurement):
     perplexity: Number = Field(description="Per token.")
     kl: Number | None = Field(description="Mean per token, nats.")
     agreement: Number | None = Field(description="Share of tokens.")
-    documents: list[DocumentScore]
+    documents: list[DocumentScore] = Field(min_length=1)
 
 
-class PredictionRow(_Part):
+class PredictionRow(Part):
     """What a classifier says of one labelled text or image."""
 
     id: str
-    label: int = Field(description="The true label.")
-    prediction: int = Field(description="The likeliest label.")
+    label: Count = Field(description="The true label.")
+    prediction: Count = Field(description="The likeliest label.")
     nll: Number = Field(description="Negative log-likelihood of the true label, nats.")
     kl: Number | None = Field(description="Divergence of the original from the model over labels, nats.")
-    agree: int | None = Field(description="1 where both models' likeliest label is the same, else 0.")
+    agree: Count | None = Field(description="1 where both models' likeliest label is the same, else 0.")
 
 
 class Classification(_Measurement):
@@ -101,24 +108,24 @@ class Classification(_Measurement):
     schema_: Literal["compress.classification/1"] = Field(alias="schema")
     unit: Literal["example"] = Field(description="What comparisons count or resample.")
     of: Literal["texts", "images"] = Field(default="texts", description="What was classified.")
-    labels: list[str] = Field(description="Names, by id.")
+    labels: list[str] = Field(min_length=1, description="Names, by id.")
     cut: int = Field(description="Texts that are longer than the model reads.")
     accuracy: Number
     f1: Number = Field(description="Mean of the labels' F1, of those that some example has or is given.")
     cross_entropy: Number = Field(description="Mean negative log-likelihood, nats.")
     kl: Number | None = Field(description="Mean per text or image, nats.")
     agreement: Number | None = Field(description="Share of texts or images.")
-    documents: list[PredictionRow]
+    documents: list[PredictionRow] = Field(min_length=1)
 
 
-class MaskedScore(_Part):
+class MaskedScore(Part):
     """Sums over the masked tokens of a document or window."""
 
     id: str
-    tokens: int = Field(description="Masked tokens.")
+    tokens: Count = Field(description="Masked tokens.")
     nll: Number = Field(description="Negative log-likelihood, nats.")
     kl: Number | None = Field(description="Divergence of the original from the model, nats.")
-    agree: int | None = Field(description="Tokens at which both models' likeliest token is the same.")
+    agree: Count | None = Field(description="Tokens at which both models' likeliest token is the same.")
 
 
 class Masked(_Measurement):
@@ -131,10 +138,10 @@ class Masked(_Measurement):
     perplexity: Number = Field(description="Per masked token.")
     kl: Number | None = Field(description="Mean per masked token, nats.")
     agreement: Number | None = Field(description="Share of masked tokens.")
-    documents: list[MaskedScore]
+    documents: list[MaskedScore] = Field(min_length=1)
 
 
-class EmbeddedRow(_Part):
+class EmbeddedRow(Part):
     """The embedding of one text, or of both texts of a pair."""
 
     id: str
@@ -152,32 +159,32 @@ class Embeddings(_Measurement):
     cut: int = Field(description="Texts that are longer than the model reads.")
     similarity: Number | None = Field(description="Mean cosine to the original's.")
     spearman: Number | None = Field(description="Rank correlation of cosines and scores.")
-    documents: list[EmbeddedRow]
+    documents: list[EmbeddedRow] = Field(min_length=1)
 
 
 #: What evaluations give, by the model's task.
 Measured = Annotated[Evaluation | Classification | Masked | Embeddings, Field(discriminator="schema_")]
 
 
-class Timing(_Part):
+class Timing(Part):
     """Seconds, by round."""
 
     median: Number
     p90: Number
-    samples: list[Number]
+    samples: list[Number] = Field(min_length=1)
     ratio: Number | None = Field(default=None, description="Median over the original's median.")
     lower: Number | None = Field(default=None, description="Of the ratio, one-sided at 95 %.")
     upper: Number | None = Field(default=None, description="Of the ratio, one-sided at 95 %.")
 
 
-class Memory(_Part):
+class Memory(Part):
     """Peak memory of loading and inference, beyond what the process held before."""
 
-    peak: int = Field(description="Bytes.")
+    peak: Count = Field(description="Bytes.")
     ratio: Number | None = None
 
 
-class Latency(_Part):
+class Latency(Part):
     """Measured beside the original, interleaved."""
 
     rounds: int
@@ -192,7 +199,7 @@ class Latency(_Part):
     )
 
 
-class PassRow(_Part):
+class PassRow(Part):
     """One pass of a stage."""
 
     name: str
@@ -203,7 +210,7 @@ class PassRow(_Part):
     details: dict[str, Any] = Field(description="What the pass says of its work.")
 
 
-class Seconds(_Part):
+class Seconds(Part):
     """Wall time of a stage, when it was computed."""
 
     apply_and_write: Number
@@ -211,7 +218,7 @@ class Seconds(_Part):
     evaluate: Number
 
 
-class Stage(_Part):
+class Stage(Part):
     """Passes that ran in one read and one write."""
 
     index: int
@@ -227,7 +234,7 @@ class Stage(_Part):
     latency: Latency | None
 
 
-class Original(_Part):
+class Original(Part):
     """The checkpoint that the run began with."""
 
     checkpoint: str
@@ -236,7 +243,7 @@ class Original(_Part):
     latency: Latency | None
 
 
-class Result(_Part):
+class Result(Part):
     """The last stage."""
 
     size: Size
@@ -244,7 +251,7 @@ class Result(_Part):
     latency: Latency | None
 
 
-class GateRow(_Part):
+class GateRow(Part):
     """One judged bound."""
 
     gate: str
@@ -258,7 +265,7 @@ class GateRow(_Part):
     text: str
 
 
-class RecipeRow(_Part):
+class RecipeRow(Part):
     """The recipe that ran."""
 
     path: str | None
@@ -266,7 +273,7 @@ class RecipeRow(_Part):
     resolved: dict[str, Any] = Field(description="With every default.")
 
 
-class EvaluationData(_Part):
+class EvaluationData(Part):
     """The text that was measured on."""
 
     files: list[str]
@@ -275,7 +282,7 @@ class EvaluationData(_Part):
     unit: Literal["document", "chunk", "example"] = Field(description="What comparisons resample.")
 
 
-class CalibrationData(_Part):
+class CalibrationData(Part):
     """The samples that passes looked at; null where no pass of the recipe looks at any."""
 
     files: list[str]
@@ -294,14 +301,14 @@ class CalibrationData(_Part):
     )
 
 
-class DataUsed(_Part):
+class DataUsed(Part):
     """The text of a run; null where it used none."""
 
     evaluation: EvaluationData | None
     calibration: CalibrationData | None
 
 
-class Report(_Part):
+class Report(Part):
     """What a run did, measured and decided."""
 
     schema_: Literal["compress.report/1"] = Field(alias="schema")
@@ -338,17 +345,20 @@ def _strict(value: Any) -> Any:
 
 def save(report: Mapping[str, Any], path: Path) -> None:
     """Write a report in one step."""
-    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temp.write_text(to_json(report) + "\n", encoding="utf-8")
-    temp.replace(path)
+    write_atomically(path, (to_json(report) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a report; words for NaN and infinities are numbers again. Raises `ReportError` for anything else."""
+    return read(path, "report", validate)
+
+
+def read(path: Path, what: str, validate: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON document in a file, validated; ``what`` it is to be. Raises `ReportError` that names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no report: {error}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no {what}: {one_line(error)}"
         raise ReportError(reason, where=str(path)) from None
     try:
         return validate(data)
@@ -363,11 +373,45 @@ def validate(data: Any) -> dict[str, Any]:
         raise ReportError("is no report of this tool", fix="a run writes report.json into its run folder")
     if data["schema"] != SCHEMA:
         raise ReportError(f"is of the schema {data['schema']}, this version reads {SCHEMA}")
+    return checked(Report, data)
+
+
+def checked(model: type[Part], data: Any) -> dict[str, Any]:
+    """JSON values of a model's shape, as plain values. Raises `ReportError` that names the first key at fault."""
     try:
-        return Report.model_validate(data).model_dump(by_alias=True)
+        return model.model_validate(data).model_dump(by_alias=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ReportError(f"is damaged: {first['msg']}", where=".".join(str(p) for p in first["loc"])) from None
+    except RecursionError:
+        raise ReportError("is damaged: it is nested too deep") from None
+
+
+@contextlib.contextmanager
+def judged(path: str | Path) -> Iterator[None]:
+    """What cannot be computed of values that stand in a file is that file's fault. Raises `ReportError`."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ReportError(f"its values do not fit together ({reason})", where=str(path)) from error
+
+
+class _Statistics(Part):
+    """How intervals are made; the resamples are bounded by what takes minutes."""
+
+    confidence: float = Field(ge=0.5, lt=1)
+    bootstrap: int = Field(ge=100, le=10**9)
+    seed: int = Field(ge=0, lt=2**64)
+
+
+def check_statistics(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """The settings of intervals that a report's recipe names can be used. Raises `ReportError`."""
+    try:
+        checked(_Statistics, dict(settings))
+    except ReportError as error:
+        error.where = f"{path}: recipe.resolved.{error.where}"
+        raise
 
 
 def report_schema() -> dict[str, Any]:

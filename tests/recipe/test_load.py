@@ -575,3 +575,14 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
         done.stdout
         == "['compress.passes.base', 'compress.passes.budget', 'compress.passes.cast', 'compress.passes.cast_plan', 'compress.passes.cast_settings', 'compress.passes.sweeping']\n"
     )
+
+
+def test_many_mistakes_are_counted_not_shown(tmp_path):
+    (tmp_path / "r.yaml").write_text("".join(f"key_{i}: 1\n" for i in range(80)))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    said = str(caught.value)
+    assert len(caught.value.problems) == 50
+    assert f"… and {caught.value.count - 50} more\n{caught.value.count} mistakes in the recipe" in said
+    assert caught.value.count >= 80
+    assert len(said.splitlines()) < 250
