@@ -105,7 +105,7 @@ def test_damaged_baselines_are_used_or_refused(documents, tmp_path, pico_llama):
     [
         (lambda r: r["recipe"]["resolved"].update(confidence="high"), "r.json: recipe.resolved.confidence: is damaged"),
         (lambda r: r["recipe"]["resolved"].update(bootstrap=10**30), "r.json: recipe.resolved.bootstrap: is damaged"),
-        (lambda r: r["recipe"]["resolved"].update(gates=[1]), "`gates`"),
+        (lambda r: r["recipe"]["resolved"].update(gates=[1]), "gates: expected a mapping, got a list"),
         (lambda r: r["result"]["evaluation"].update(documents=[]), "r.json: result.evaluation.compress.evaluation/1"),
         (lambda r: r["result"]["evaluation"]["documents"][0].update(tokens=-1), "is damaged: Input should be greater"),
         (lambda r: r["result"]["size"].update(bytes=10**400), "r.json: result.size.bytes: is damaged"),
