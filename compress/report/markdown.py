@@ -162,6 +162,9 @@ def _training(training: Mapping[str, Any], name: str, picture: str) -> list[str]
         text += f" Peak learning rate {training['rate']:.3g}."
     if training["stopped"]:
         text += f" Stopped early: {training['stopped']}."
+    if training.get("kept"):
+        kept = markdown(", ".join(f"`{name}`" for name in training["kept"]))
+        text += f" Kept as in the input, being none of the model's weights: {kept}."
     if "teacher_cache" in training:
         cache = training["teacher_cache"]
         text += (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.spec import Tensor
 from compress.errors import CompressError, DataError, PassError
 from compress.loading import load_checkpoint
 from compress.passes.base import Pass
+from compress.report import render_markdown
 from compress.training.written import find_places
 from tests import pico
 from tests.passes.test_distill import distilled, ids
@@ -222,3 +225,45 @@ def teachers(tmp_path_factory, pico_llama):
 def test_ids_of_one_sample_are_too_few(tmp_path, pico_llama):
     with pytest.raises(DataError, match="gives 1 samples, 8 are held out and a step takes 8"):
         distilled(tmp_path, pico_llama, data=ids(rows=1))
+
+
+def test_what_is_no_weight_of_the_model_is_kept_and_the_report_names_it(tmp_path, pico_llama, texts):
+    checkpoint = open_checkpoint(pico_llama)
+    more = {"model.old_buffer": Tensor("model.old_buffer", (4,), "F32")}
+    spec = replace(checkpoint.spec, tensors={**checkpoint.spec.tensors, **more})
+    assert find_places(spec, load_checkpoint(checkpoint, dtype="float32")).kept == more.keys()
+    recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
+    recipe["data"] = {"training": {"files": [str(texts[0])], "length": 16}}
+    report = compress.run(recipe).report
+    training = report["stages"][1]["passes"][0]["details"]["training"]
+    assert training["kept"] == []
+    training["kept"] = ["model.old_buffer"]
+    assert "being none of the model's weights: `model.old_buffer`." in render_markdown(report)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher_cache": {"folder": "x", "k": 300}}, "k of 300 is not below the vocabulary of 300"),
+        ({"losses": {"hidden": 1}, "layer_map": [[4, 1]]}, "[4, 1] is out of range: the student's outputs are 0 to 3"),
+        ({"losses": {"relations": 1}, "relation_heads": 5}, "vectors of 16 entries do not split into 5 heads"),
+        ({"losses": {"relations": 1}, "relation_layers": [3, 0]}, "[3, 0] is out of range: the student has 3 blocks"),
+        ({"teacher": "small"}, "more than the teacher"),
+        ({"teacher": "masked"}, "is for masked language modelling"),
+    ],
+)
+def test_check_says_what_headers_tell(tmp_path, pico_llama, texts, teachers, settings, message, capsys, monkeypatch):
+    import sys
+
+    from compress.cli import main
+
+    settings = {**settings, **({"teacher": str(teachers[settings["teacher"]])} if "teacher" in settings else {})}
+    recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
+    recipe["passes"] = [RUN["passes"][0], {"distill": {"steps": 2, **settings}}]
+    recipe["data"] = {"training": {"files": [str(texts[0])], "length": 16}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["compress", "check", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
