@@ -44,6 +44,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m pytest -q --noconftest tests/test_reads.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -17,6 +17,7 @@ from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_
 from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
+from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
 from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError, CompressError
@@ -206,7 +207,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
             model, info = stock.from_pretrained(
                 None, config=config, state_dict=dict(state), output_loading_info=True, trust_remote_code=False, **kwargs
             )
-            if model.can_generate() and (folder / "generation_config.json").exists():
+            if model.can_generate() and safe_file(folder, "generation_config.json").exists():
                 model.generation_config = _generation_config(folder)
         except RuntimeError as error:
             if "size mismatch" in str(error) or "mismatched" in str(error):
@@ -320,7 +321,7 @@ def _generation_config(folder: Path) -> Any:
     except Exception as error:  # it takes any value for any field, and breaks on some
         raise CheckpointError(
             f"cannot be used: {_first_line(error)}",
-            where=str(folder / "generation_config.json"),
+            where=f"{folder}/generation_config.json",
             fix="mend it, or remove it: it only says how to generate",
         ) from error
 
@@ -339,7 +340,7 @@ def _without_pooler(stock: Any) -> Any:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer's files are there."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return any((folder / name).exists() for name in names)
+    return any(safe_file(folder, name).exists() for name in names)
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -354,9 +355,10 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     tokenizer: PreTrainedTokenizerBase
     try:
         with quiet_transformers():
-            if (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+            single = safe_file(folder, "tokenizer.json")
+            if single.exists() and not safe_file(folder, "tokenizer_config.json").exists():
                 tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-                    tokenizer_file=str(folder / "tokenizer.json")
+                    tokenizer_file=str(single)
                 )
             else:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -380,7 +382,7 @@ def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False)
     """The image processor beside the weights, which works with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
     import transformers
 
-    if not (Path(folder) / "preprocessor_config.json").exists():
+    if not safe_file(Path(folder), "preprocessor_config.json").exists():
         raise CheckpointError(
             "has no image processor, which images need", where=str(folder), fix="copy preprocessor_config.json into it"
         )

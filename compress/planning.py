@@ -10,6 +10,7 @@ from compress import architectures, passes
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
+from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
@@ -88,7 +89,7 @@ def size_on_disk(checkpoint: Stored) -> Size:
     """Size of a checkpoint as it lies on disk: ``bytes`` are those of its weight files."""
     assert checkpoint.folder is not None
     size = size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 62, checkpoint.metadata))
-    return replace(size, bytes=sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files))
+    return replace(size, bytes=sum(safe_file(checkpoint.folder, name).stat().st_size for name in checkpoint.files))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def remote_class(structure: Structure, folder: Path) -> tuple[Any, Any]:
     """
     data = dict(structure.config)
     auto_map = data["auto_map"]
-    where = str(folder / "config.json")
+    where = f"{folder}/config.json"
     if not isinstance(auto_map, dict) or not all(isinstance(v, str) for v in auto_map.values()):
         raise CheckpointError("has an `auto_map` that is no map of auto classes to names", where=where)
     config = found = None
@@ -96,12 +96,12 @@ def _fetch(reference: str, folder: Path) -> Any:
         if repository:
             raise CheckpointError(
                 f"asks for code of another repository (`auto_map`: {reference}), which cannot be taken from the cache: {text}",
-                where=str(folder / "config.json"),
+                where=f"{folder}/config.json",
                 fix=f"download {repository} first, or set ignore_auto_map: true where transformers has the model type",
             ) from error
         raise CheckpointError(
             f"names {reference} (`auto_map`), which cannot be taken from the folder: {text}",
-            where=str(folder / "config.json"),
+            where=f"{folder}/config.json",
             fix="copy its code into the folder, or set ignore_auto_map: true where transformers has the model type",
         ) from error
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.sidecars import safe_file
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.examples import examples, outputs
 from compress.progress import Progress, SilentProgress
@@ -168,15 +169,15 @@ def read_pooling(folder: Path) -> Pooling:
     Raises:
         CheckpointError: they cannot be read, or ask for what is not offered.
     """
-    for module in _json(folder / "modules.json", list):
+    for module in _json(safe_file(folder, "modules.json"), list):
         if isinstance(module, dict) and (name := str(module.get("type")).rpartition(".")[2]) not in _MODULES:
             raise CheckpointError(
                 f"has a module {name}, without which its embeddings are others",
-                where=str(folder / "modules.json"),
+                where=f"{folder}/modules.json",
                 fix=f"those that are applied are {', '.join(_MODULES)}",
             )
-    length = _json(folder / "sentence_bert_config.json", dict).get("max_seq_length")
-    said = _json(path := folder / "1_Pooling" / "config.json", dict)
+    length = _json(safe_file(folder, "sentence_bert_config.json"), dict).get("max_seq_length")
+    said = _json(path := safe_file(folder, "1_Pooling/config.json"), dict)
     asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on]
     wrong = [mode for mode in asked if mode not in _POOLS]
     if wrong or (said and not asked):
@@ -192,7 +193,7 @@ def _json(path: Path, kind: type) -> Any:
         return kind()
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"is no JSON: {error}", where=str(path)) from None
     if not isinstance(value, kind):
         raise CheckpointError(f"is no {'object' if kind is dict else 'list'}", where=str(path))

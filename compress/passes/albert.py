@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.spec import Spec, Tensor
 
 if TYPE_CHECKING:
@@ -147,9 +148,9 @@ def albert_spec(spec: Spec, groups: int) -> tuple[Spec, dict[str, str]]:
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, bytes]:
     """The tokenizer's config with its class, which the type of the model no longer tells."""
     folder = checkpoint.folder
-    if folder is None or not ((folder / "tokenizer.json").exists() or (folder / "vocab.txt").exists()):
+    if folder is None or not any(safe_file(folder, name).exists() for name in ("tokenizer.json", "vocab.txt")):
         return {}
-    path = folder / "tokenizer_config.json"
+    path = safe_file(folder, "tokenizer_config.json")
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config.setdefault("tokenizer_class", "BertTokenizer")
     return {"tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

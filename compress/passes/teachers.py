@@ -14,6 +14,7 @@ from compress.calibration.batches import check_positions, check_vocabulary
 from compress.calibration.influence import find_blocks
 from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, open_checkpoint
+from compress.checkpoint.sidecars import safe_file
 from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, task_of
 from compress.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
@@ -75,7 +76,7 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
                 fix="learn from a teacher that sees images as the student does",
             )
         return
-    files = [folder / "tokenizer.json" for folder in (student.folder, teacher.folder)]
+    files = [safe_file(folder, "tokenizer.json") for folder in (student.folder, teacher.folder)]
     if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
         return
     if not all(has_tokenizer(folder) for folder in (student.folder, teacher.folder)):
