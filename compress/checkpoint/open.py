@@ -302,7 +302,7 @@ def _spec(
     left: set[str] = set()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
     known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
-    if config.get(quantization.KEY) and not known:
+    if structure.config.get(quantization.KEY) and not known:
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
         others, left, more = foreign.parse(structure, every, where)
         notes = (*notes, *more)

@@ -205,6 +205,14 @@ def test_a_damaged_table_of_stored_tensors(kind, change, request, tmp_path):
         open_headers(tmp_path / "model")
 
 
+def test_a_compact_config_says_how_codes_lie_in_its_base_alone(pico_llama, tmp_path):
+    """What else stands beside the base is nobody's."""
+    api.apply("prune_unstructured", pico_llama, tmp_path / "out", method="magnitude", sparsity=0.6, store="compact")
+    sound = open_checkpoint(tmp_path / "out").spec
+    edit_config(tmp_path / "out", quantization_config={"quant_method": "gptq"}, num_labels="x")
+    assert open_checkpoint(tmp_path / "out").spec == sound
+
+
 def test_names_that_are_no_text(folder):
     (folder / "model.safetensors").write_bytes(
         raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"1234")
