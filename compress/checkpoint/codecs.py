@@ -105,7 +105,12 @@ def _keep(tensor: Tensor) -> Part:
 
 def _given(tensor: Tensor, name: str) -> Part:
     """A scale or zero point of a layer's inputs, which stands beside its weight."""
-    dtype = {"input_scale": tensor.dtype, "input_zero_point": "I8", "input_global_scale": "F32"}[name]
+    assert tensor.grid is not None
+    dtype = {
+        "input_scale": tensor.grid.given_dtype or tensor.dtype,
+        "input_zero_point": "I8",
+        "input_global_scale": "F32",
+    }[name]
     return Part(f"{tensor.module}.{name}", name, (1,), dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint import codecs
@@ -10,7 +11,18 @@ from compress.checkpoint.grids import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGER
 from compress.checkpoint.headers import Entry
 from compress.checkpoint.patterns import Matcher
 from compress.checkpoint.quantization import KEY, METHOD, cache_of, in_memory
-from compress.checkpoint.spec import CACHE_SCALES, FP8, INT8, MXFP4, NVFP4, PACKED, Spec, Structure, Tensor
+from compress.checkpoint.spec import (
+    CACHE_SCALES,
+    FLOAT_DTYPES,
+    FP8,
+    INT8,
+    MXFP4,
+    NVFP4,
+    PACKED,
+    Spec,
+    Structure,
+    Tensor,
+)
 from compress.errors import CheckpointError
 
 #: How names of arrays end that only a running model needs.
@@ -49,6 +61,9 @@ def parse(
         elif chain in (MXFP4, NVFP4):
             inputs *= 2
         dtype = "BF16" if chain in (MXFP4, NVFP4) else entry.dtype
+        scale = entries.get(f"{module}.input_scale")
+        if scale is not None and "input_scale" in grid.given and scale.dtype in set(FLOAT_DTYPES) - {dtype}:
+            grid = replace(grid, given_dtype=scale.dtype)
         tensor = Tensor(name, (packed.shape[0], inputs), dtype, storage=chain, grid=grid)
         for part in codecs.parts(tensor):
             other = entries.get(part.key)

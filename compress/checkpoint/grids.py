@@ -55,6 +55,7 @@ class Grid:
             with a codebook, whose codes lie as the tensor does.
         activations: the format that inputs are meant to be cast to while running, of `ACTIVATIONS`; None for none.
         whole: one scale for the whole matrix.
+        given_dtype: safetensors dtype of a static scale of inputs; None for that of the weights' scales.
     """
 
     format: str
@@ -63,6 +64,7 @@ class Grid:
     transposed: bool = False
     activations: str | None = None
     whole: bool = False
+    given_dtype: str | None = None
 
     @property
     def bits(self) -> int:
@@ -123,13 +125,15 @@ class Grid:
             "transposed": self.transposed,
             "activations": self.activations,
             **({"whole": True} if self.whole else {}),
+            **({"given_dtype": self.given_dtype} if self.given_dtype else {}),
         }
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Grid:
         """What `to_json` gave. Raises KeyError, TypeError or AssertionError for what is not."""
         keys = ("format", "group", "symmetric", "transposed", "activations")
-        grid = cls(**{k: row[k] for k in keys}, whole=bool(row.get("whole", False)))
+        more: dict[str, Any] = {"whole": bool(row.get("whole", False)), "given_dtype": row.get("given_dtype")}
+        grid = cls(**{k: row[k] for k in keys}, **more)
         assert grid.activations is None or grid.activations in ACTIVATIONS
         assert type(row["bits"]) is int
         assert grid.bits == row["bits"]

@@ -77,6 +77,7 @@ CASES = {
     "fp8-dynamic": (FP8, inputs(ACTIVATIONS["fp8-dynamic"])),
     "fp8-tensor": (FP8, inputs({"num_bits": 8, "type": "float"}, input_scale=SCALE)),
     "fp8-tensor bf16": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=WIDE)),
+    "fp8-tensor mixed": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=WIDE)),
     "fp8 whole": (FP8, by_tensor()),
     "fp8 whole static": (FP8, by_tensor(inputs(ACTIVATIONS["fp8-tensor"], input_scale=SCALE))),
     "fp8 whole alone": (FP8, by_tensor(lambda group, *_: group.update(input_activations=None))),
