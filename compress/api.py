@@ -246,7 +246,13 @@ def load(
 
 
 def unpack(
-    model: str | Path, output: str | Path, *, max_shard_size: int | str = "5GB", progress: Progress | None = None
+    model: str | Path,
+    output: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
     from compress.checkpoint.open import open_checkpoint
@@ -257,7 +263,7 @@ def unpack(
 
     local = expanded(model)
     check_absent(Path(output), local if local.exists() else None)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
     assert checkpoint.folder is not None
     readme = safe_file(checkpoint.folder, "README.md")
     files = {"README.md": readme.read_bytes()} if readme.is_file() else {}

@@ -282,12 +282,15 @@ def unpack(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="OUTPUT")],
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Size of a weight file.")] = "5GB",
+    trust_remote_code: Trust = False,
+    ignore_auto_map: IgnoreCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the dense stock twin of a compact checkpoint."""
     from compress.cli import commands
 
-    commands.unpack(checkpoint, output, max_shard_size=max_shard_size, quiet=quiet)
+    code = commands.Code(trust_remote_code, ignore_auto_map)
+    commands.unpack(checkpoint, output, max_shard_size=max_shard_size, code=code, quiet=quiet)
 
 
 @app.command()

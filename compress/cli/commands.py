@@ -217,11 +217,12 @@ def schema(*, report: bool) -> None:
     sys.stdout.write(json_module.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def unpack(checkpoint: str, output: Path, *, max_shard_size: str, quiet: bool) -> None:
+def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:
     """``compress unpack``."""
     from compress import api
 
-    _say(f"wrote {api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=_progress(quiet))}")
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "progress": _progress(quiet), **code.options()}
+    _say(f"wrote {api.unpack(checkpoint, output, **how)}")
 
 
 def runs(folder: Path, *, json: bool) -> None:

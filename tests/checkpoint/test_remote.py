@@ -251,3 +251,17 @@ def test_classes_that_transformers_has_are_read_from_its_source():
     for auto, names in tables.items():
         assert hasattr(transformers, auto)
         assert _stock_names()[auto] == {k: v[0] if isinstance(v, tuple) else v for k, v in names.items()}
+
+
+def test_quantised_checkpoints_that_name_code_are_unpacked(tmp_path):
+    """As fine-tunes of Phi-3 come quantised: the code is carried on, or left out."""
+    coded = compress.apply("cast", pico.save(tmp_path / "in"), tmp_path / "coded", weights="int8", method="rtn")
+    expected = pico.logits(compress.load(coded, dtype="float32"))
+    edit_config(coded, auto_map=MAP)
+    with pytest.raises(CheckpointError, match="asks for Python code of its own"):
+        compress.unpack(coded, tmp_path / "refused")
+    for name, how in {"trusted": {"trust_remote_code": True}, "ignored": {"ignore_auto_map": True}}.items():
+        out = compress.unpack(coded, tmp_path / name, **how)
+        assert ("auto_map" in json.loads((out / "config.json").read_text())) is (name == "trusted")
+    found = pico.logits(compress.load(tmp_path / "ignored", dtype="float32"))
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
