@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--train", default=str(ROOT / "examples/text/train.txt"))
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    parser.add_argument("--weights", nargs="+", default=["int8", "fp8"], choices=["int8", "fp8"])
     parser.add_argument("--windows", type=int, default=100, help="of each held-out text")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--section", default="rounded", help="of docs/benchmarks.md; '-' prints only")
@@ -72,7 +73,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
 
     try:
-        for weights in ("int8", "fp8"):
+        for weights in args.weights:
             for scales in CACHES:
                 settings = {"weights": weights, "method": "rtn", "activations": weights, "kv_cache": "fp8"}
                 out = scratch / f"{weights}-{scales}"
