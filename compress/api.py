@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from compress.errors import CompressError, DataError
+from compress.errors import CompressError, DataError, from_os
 from compress.files import expanded
 from compress.progress import Progress
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from compress.planning import Plan
     from compress.recipe import Recipe
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
     """A recipe from a file or from a mapping. Raises `RecipeError` with every mistake."""
@@ -31,6 +35,22 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()
     return load_recipe(Path(recipe), sets)
 
 
+def _files(function: Callable[P, R]) -> Callable[P, R]:
+    """Errors of files that a function meets become a `CompressError`."""
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            if (found := from_os(error)) is None:
+                raise
+            raise found from error
+
+    return guarded
+
+
+@_files
 def run(
     recipe: str | Path | Mapping[str, Any],
     *,
@@ -58,6 +78,7 @@ def run(
     )
 
 
+@_files
 def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) -> Plan:
     """What a run would give, from headers alone; reads no weights and imports no torch."""
     from compress.checkpoint.open import open_headers
@@ -73,6 +94,7 @@ def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) ->
     return make_plan(loaded, spec, metadata)
 
 
+@_files
 def apply(
     name: str,
     model: str | Path,
@@ -212,6 +234,7 @@ def apply(
     return output
 
 
+@_files
 def load(
     model: str | Path,
     *,
@@ -245,6 +268,7 @@ def load(
     )
 
 
+@_files
 def unpack(
     model: str | Path,
     output: str | Path,

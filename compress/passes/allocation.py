@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.errors import PassError
+from compress.files import remove
 from compress.passes.base import Context
 from compress.passes.sweeping import measured_divergences, once, open_sweep
 
@@ -78,7 +78,7 @@ def by_loss(
         return None if context.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
 
     found = once(context, "allocation", measured)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     context.details["allocation"] = found
     shares: dict[str, float] = found["sparsity"]
     return shares
@@ -148,7 +148,7 @@ def uneven_widths(
         return {"removed": gone, "blocks": blocks, "divergence": dict(zip(names, rows, strict=True)), "at": levels}
 
     result = once(context, "widths", measured)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
     context.details["widths"] = result
     removed: dict[str, int] = result["removed"]
     return removed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +10,7 @@ from compress import architectures
 from compress.checkpoint.spec import Spec
 from compress.checkpoint.structure import check_nameable, factored, is_transposed
 from compress.errors import PassError
+from compress.files import remove
 from compress.passes.allocation import check_loss
 from compress.passes.base import Context, Pass, PassSettings, Storage, select
 from compress.passes.sweeping import block_matrices, inside_blocks, measured_divergences, once, open_sweep, sweep_memory
@@ -192,7 +192,7 @@ class Factorize(Pass[FactorizeSettings]):
             }
 
         found = once(context, "ranks", measured)
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         context.details["allocation"] = found
         ranks: dict[str, int] = found["ranks"]
         return ranks

@@ -193,6 +193,12 @@ class RunFolder:
         remove(self.stages / f"{key}.json")
         remove(self.stages / key)
 
+    def set_aside(self, key: str) -> Path:
+        """Keep a stage's scratch space under a name that no run looks for; `clean` removes it."""
+        aside = self.works / f"{key}.unusable"
+        remove(aside)
+        return self.work(key).rename(aside)
+
     def finish(self, key: str, data: dict[str, Any]) -> dict[str, Any]:
         """Record a stage whose folder is complete; from now on it is found."""
         data = {**data, "files": tabulate(self.stages / key)}

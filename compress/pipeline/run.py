@@ -18,7 +18,7 @@ from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
-from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError
+from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, from_os, one_line
 from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.files import disk_errors, remove, sweep
 from compress.memory import available_memory, peak_memory, reset_peak
@@ -244,6 +244,21 @@ class Run:
         remove(self.folder.work(key))  # not before the record stands: a run that is killed here would have neither
         return row
 
+    def _computed(self, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
+        """Compute a stage; from its beginning where the state that an earlier run left cannot be used."""
+        work = self.folder.work(key)
+        resumed = work.is_dir() and any(work.iterdir()) and self.ranks.world == 1
+        try:
+            return self.compute(stage, before, print_, key)
+        except Exception as error:
+            if not resumed or not _is_of_state(error, work):
+                raise
+            aside = self.folder.set_aside(key)
+            self.progress.message(
+                f"the state of an earlier run cannot be used ({one_line(error)}) and is kept as {aside}; the stage begins anew"
+            )
+        return self.compute(stage, before, print_, key)
+
     def stages(self) -> list[dict[str, Any]]:
         """Every stage, reused or computed, as rows of the report."""
         prints = self.fingerprints()
@@ -269,7 +284,7 @@ class Run:
             else:
                 self.folder.drop(key)
                 self._check_input(before)
-                row = self.compute(stage, before, print_, key)
+                row = self._computed(stage, before, print_, key)
             assert row is not None
             before = open_checkpoint(self.folder.stages / key, trust_remote_code=self.recipe.trust_remote_code)
             row["size"] = row["passes"][-1]["actual"] = asdict(
@@ -297,6 +312,14 @@ class Run:
         if not self.checked_input and checkpoint is self.original:
             check_keys(checkpoint)
         self.checked_input = True
+
+
+def _is_of_state(error: Exception, work: Path) -> bool:
+    """Whether an error may come from what a stage's work folder held: none of the user's, but for files there, and no lack."""
+    if isinstance(error, CompressError):
+        return str(work) in str(error) and not isinstance(error, ResourceError)
+    lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return not lacks and not (isinstance(error, OSError) and isinstance(from_os(error), ResourceError))
 
 
 @contextlib.contextmanager

@@ -233,6 +233,30 @@ def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == right
 
 
+@pytest.mark.parametrize("damage", ["cut", "other state"])
+def test_a_state_that_cannot_be_used_is_no_state(recipe, tmp_path, damage):
+    """Of a sweep that was killed: the stage begins anew, with the bytes of an unbroken run, and the state is kept aside."""
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
+    changes = {"passes": passes, "gates": None, "evaluate": []}
+    compress.run(recipe(**changes, output=str(tmp_path / "unbroken")))
+
+    def work():
+        RunFolder.finish = lambda *a, **k: os._exit(9)
+        compress.run(recipe(**changes))
+
+    assert fork(work) == 9
+    (left,) = (tmp_path / "out.run/work").iterdir()
+    if damage == "cut":
+        for path in left.rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:50])
+    else:
+        (left / "state.json").write_text('{"next": "x"}')
+    assert compress.run(recipe(**changes)).published
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "unbroken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert housekeeping.clean(tmp_path / "out")[0] == [f"work/{left.name}.unusable"]
+
+
 def test_what_is_removed_is_renamed_first(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/c").write_text("x")
@@ -551,9 +575,16 @@ def test_a_full_disk_is_met_before_anything_is_replaced(small, tmp_path, monkeyp
 
 
 def test_errors_of_the_file_system_are_the_users(small, tmp_path):
-    with pytest.raises(CompressError, match="File name too long") as caught:
-        compress.run(small(output=str(tmp_path / ("x" * 300))))
-    assert caught.value.exit_status == 2
+    long = str(tmp_path / ("x" * 300))
+    for work in (
+        lambda: compress.run(small(output=long)),
+        lambda: compress.load(long),
+        lambda: compress.unpack(long, tmp_path / "dense"),
+        lambda: compress.apply("cast", small()["model"], long, weights="bf16"),
+    ):
+        with pytest.raises(CompressError, match="File name too long") as caught:
+            work()
+        assert caught.value.exit_status == 2
 
 
 # --- kills
