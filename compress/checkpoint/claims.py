@@ -142,7 +142,8 @@ def check_sizes(spec: Spec, where: str) -> None:
 def outgrown(spec: Spec) -> bool:
     """Whether the config names a size beyond what tensors have: names and shapes should agree before memory is taken."""
     longest = max((size for tensor in spec.tensors.values() for size in tensor.shape), default=0)
-    return any(_whole(v) and v > max(4 * longest, 1 << 16) for _, v in _leaves(spec.structure.config, (), ""))
+    sizes = (value for path, value in _leaves(spec.structure.config, (), "") if "theta" not in "".join(path[-1:]))
+    return any(_whole(value) and value > max(4 * longest, 1 << 16) for value in sizes)
 
 
 def _leaves(value: Any, path: tuple[str, ...], where: str) -> Iterator[tuple[tuple[str, ...], Any]]:
