@@ -297,7 +297,7 @@ def unpack(
 def runs(
     folder: Annotated[Path, typer.Argument(help="Where to look.", metavar="FOLDER")] = Path(), json: AsJson = False
 ) -> None:
-    """List run folders below a folder: their stages and the space they take."""
+    """List run folders below a folder, with their stages and bytes, and what killed processes left."""
     from compress.cli import commands
 
     commands.runs(folder, json=json)
@@ -309,7 +309,7 @@ def clean(
     everything: Annotated[bool, typer.Option("--all", help="The whole run folder, its report too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
 ) -> None:
-    """Remove stages that the last run did not use; the published output stays."""
+    """Remove stages, work and measurements that the last run did not use, and what killed runs left; the output stays."""
     from compress.cli import commands
 
     commands.clean(run_folder, everything=everything, dry_run=dry_run)

@@ -345,7 +345,13 @@ def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
         unused = sum(s["bytes"] for s in run["stages"] if not s["used"]) + sum(u["bytes"] for u in run["leftovers"])
         stages = f"{len(run['stages'])} ({sum(s['used'] for s in run['stages'])} used)"
         rows.append(
-            (run["run"], run["status"] or "unfinished", stages, format_bytes(run["bytes"]), format_bytes(unused))
+            (
+                run["run"],
+                run["status"] or ("unfinished" if run["run"].endswith(".run") else "left over"),
+                stages,
+                format_bytes(run["bytes"]),
+                format_bytes(unused),
+            )
         )
     _table(console, None, ["run", "status", ("stages", "right"), ("bytes", "right"), ("`clean` frees", "right")], rows)
 

@@ -510,19 +510,12 @@ def test_the_lock_survives_the_removal_of_its_folder(tmp_path):
 # --- report and card
 
 
-@pytest.mark.parametrize(
-    ("front", "note"),
-    [("tags: [{a: b}]", True), ("tags: " + "[" * 1500, True), ("license: mit", False)],
-)
-def test_a_card_that_cannot_be_carried_over_costs_nothing(small, tmp_path, pico_llama, front, note):
+@pytest.mark.parametrize("front", ["tags: [{a: b}]", "tags: " + "[" * 1500])
+def test_front_matter_that_cannot_be_carried_over_costs_nothing(small, tmp_path, pico_llama, front):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     (model / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
-    result = compress.run(small(model=str(model)))
-    assert result.published
-    assert any("the base model's README.md could not be made" in n for n in result.report["notes"]) == note
-    card = (tmp_path / "out/README.md").read_text()
-    assert "## What each pass saved and cost" in card
-    assert ("Mine" in card) == (not note)
+    assert compress.run(small(model=str(model))).published
+    assert "## What each pass saved and cost" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_report_that_cannot_be_rendered_costs_neither_result_nor_status(small, tmp_path, monkeypatch):
