@@ -7,6 +7,8 @@ disk, 70 a bug, 130 interrupted. A message is one line: where, what is wrong, wh
 from __future__ import annotations
 
 import errno
+import os
+import re
 
 from compress.escape import in_one_line
 
@@ -132,3 +134,23 @@ def from_os(error: OSError, where: str | None = None, what: str = "cannot be use
     if error.errno is None or (name is None and (where is None or isinstance(error, (ConnectionError, TimeoutError)))):
         return None
     return OutputError(f"{what}: {error.strerror}", where=name or where)
+
+
+#: How libraries written in Rust end the message of an error of the operating system.
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def hidden_os_error(error: BaseException) -> OSError | None:
+    """The error of the operating system that a library reports as one of its own, None where there is none.
+
+    safetensors and tokenizers name its number in their message. torch's writer of archives fails once more while it closes a
+    file that could not be written; the first error is that exception's context.
+    """
+    if (number := _RUST.search(str(error))) is not None:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if not (isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStream" in str(error))):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause if cause is not None else OSError(errno.EIO, os.strerror(errno.EIO))

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, from_os
+from compress.errors import CompressError, from_os, hidden_os_error
 
 _NUMBERS = itertools.count()
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<process>[0-9]+)(-[0-9]+)?$", re.DOTALL)
@@ -33,8 +33,11 @@ def disk_errors(folder: Path, what: str = "cannot be written") -> Iterator[None]
     """Errors of the file system become the user's: no room or files (status 4), or a place that cannot be used (2)."""
     try:
         yield
-    except OSError as error:
-        if (found := from_os(error, str(folder), what)) is None:
+    except CompressError:
+        raise
+    except Exception as error:
+        trouble = error if isinstance(error, OSError) else hidden_os_error(error)
+        if trouble is None or (found := from_os(trouble, str(folder), what)) is None:
             raise
         raise found from error
 

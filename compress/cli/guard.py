@@ -24,6 +24,7 @@ from compress.errors import (
     EXIT_RESOURCES,
     CompressError,
     from_os,
+    hidden_os_error,
 )
 from compress.escape import printable
 
@@ -76,6 +77,8 @@ def _guarded(command: Callable[[], object]) -> int:
     except BaseException as error:  # also the panics of Rust libraries, which are no Exception
         if _out_of_resources(error):
             return fail(f"out of memory or threads: {_first_line(error)}", EXIT_RESOURCES)
+        if (hidden := hidden_os_error(error)) is not None and (found := from_os(hidden)) is not None:
+            return fail(str(found), found.exit_status)
         return _bug(error)
     return EXIT_OK
 

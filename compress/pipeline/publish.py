@@ -155,7 +155,7 @@ def publish(
         CheckpointError: the stage is not what was written. OutputError: something else is at the output.
     """
     with temporary(output) as temp:
-        shutil.copytree(stage, temp, copy_function=_link, symlinks=True, dirs_exist_ok=True)
+        _link_tree(stage, temp)
         changed, table = compare(temp, files, contents=True)
         if changed:
             raise CheckpointError(
@@ -195,11 +195,21 @@ def _free(output: Path) -> Path:
     return path
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links to every file below ``source`` in the folder ``target``, or copies; links stay links.
+
+    shutil.copytree would gather errors of the file system as text, without their numbers.
+    """
+    for path in sorted(source.iterdir()):
+        new = target / path.name
+        if path.is_dir() and not path.is_symlink():
+            new.mkdir()
+            _link_tree(path, new)
+            continue
+        try:
+            os.link(path, new, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(path, new, follow_symlinks=False)
 
 
 def _old(output: Path) -> Path:

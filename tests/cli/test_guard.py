@@ -231,3 +231,23 @@ def test_a_bound_too_large_for_a_number():
     for kind in (AllowedIncrease, Share):
         with pytest.raises(ValidationError, match="got 1000000"):
             TypeAdapter(kind).validate_python(10**400)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        ("safetensors.SafetensorError('Error while serializing: I/O error: File too large (os error 27)')", 4, "the disk is full"),
+        ("RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598')", 4, "the disk fails"),
+        ("RuntimeError('something else')", 70, "bug: RuntimeError: something else"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_disk_that_libraries_report_as_their_own(error, status, text, capsys):
+    import safetensors
+
+    def command():
+        raise eval(error, {"safetensors": safetensors})
+
+    with pytest.raises(SystemExit) as end:
+        guard.guarded(command)
+    assert end.value.code == status
+    assert text in capsys.readouterr().err
