@@ -62,8 +62,10 @@ def pixels(files: Sequence[str], processor: Any) -> torch.Tensor:
     read = [_opened(Path(file)) for file in files]
     try:
         found: torch.Tensor = processor(images=read, return_tensors="pt")["pixel_values"]
-    except ValueError as error:
-        raise DataError(f"the image processor refuses it: {one_line(error)}", where=files[0]) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # its settings are a checkpoint's, of any type, and found wrong when they are used
+        raise DataError(f"the image processor refuses it: {one_line(error)}", where=files[0]) from error
     return found
 
 
@@ -72,8 +74,12 @@ def accepted(inputs: Mapping[str, Any]) -> Iterator[None]:
     """Around a model's forward pass: that it refuses pixels, of another size than its own, is said in one line."""
     try:
         yield
-    except ValueError as error:
-        if "pixel_values" not in inputs:
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        if (
+            "pixel_values" not in inputs
+            or type(error).__name__ == "OutOfMemoryError"
+            or "allocate memory" in str(error)
+        ):
             raise
         raise DataError(
             f"the model refuses what its image processor makes: {one_line(error)}", fix="mend preprocessor_config.json"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from compress.checkpoint.claims import outgrown
+from compress.checkpoint.claims import largest_number, outgrown
 from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
 from compress.checkpoint.quantization import in_memory
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+#: Pixels along a side of an image that a checkpoint may ask for; a picture of more takes gigabytes.
+_PIXELS = 16_384
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -382,11 +385,13 @@ def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False)
     """The image processor beside the weights, which works with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
     import transformers
 
-    if not safe_file(Path(folder), "preprocessor_config.json").exists():
+    if not (path := safe_file(Path(folder), "preprocessor_config.json")).exists():
         raise CheckpointError(
             "has no image processor, which images need", where=str(folder), fix="copy preprocessor_config.json into it"
         )
     try:
+        if (side := largest_number(json.loads(path.read_text(encoding="utf-8")), "size")) > _PIXELS:
+            raise ValueError(f"it makes images of {side} pixels a side")
         with quiet_transformers():
             return transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
                 folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code

@@ -146,6 +146,12 @@ def outgrown(spec: Spec) -> bool:
     return any(_whole(value) and value > max(4 * longest, 1 << 16) for value in sizes)
 
 
+def largest_number(data: Any, word: str) -> int:
+    """The largest whole number below a key with that word in JSON values; 0 where there is none."""
+    found = [v for path, v in _leaves(data, (), "") if _whole(v) and any(word in part for part in path)]
+    return max(found, default=0)
+
+
 def _leaves(value: Any, path: tuple[str, ...], where: str) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(path, value) of every value that is neither an object nor a list; of empty ones too."""
     if len(path) > _DEEPEST:

@@ -74,9 +74,23 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 32}),
     "bert": ("bert", {k: v for k, v in _TINY.items() if k != "head_dim"}),
     "classifier": ("bert", {**{k: v for k, v in _TINY.items() if k != "head_dim"}, "class_name": "BertForSequenceClassification", "num_labels": 3}),
+    "encoder": ("bert", {**{k: v for k, v in _TINY.items() if k != "head_dim"}, "class_name": "BertModel"}),
     "t5": ("t5", {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "num_decoder_layers": 2}),
     "vit": ("vit", {k: v for k, v in _TINY.items() if k != "head_dim"}),
 }  # fmt: skip
+#: What sentence-transformers puts beside the encoder.
+_SENTENCES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ],
+    "1_Pooling/config.json": {
+        "word_embedding_dimension": 16,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+    },
+    "sentence_bert_config.json": {"max_seq_length": 32, "do_lower_case": False},
+}
 #: Families without a record, built from configs of their own.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("MambaForCausalLM", {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "expand": 1, "time_step_rank": 2, "pad_token_id": 0}),
@@ -97,6 +111,7 @@ MADE: dict[str, tuple[str, dict[str, Any], str]] = {
 def prepare(folder: Path) -> None:
     """Write every sound checkpoint that cases begin with, and the texts that commands read."""
     import transformers
+    from PIL import Image
 
     from compress import api
     from tests import pico
@@ -121,6 +136,12 @@ def prepare(folder: Path) -> None:
         getattr(transformers, class_name)(config).save_pretrained(bases / name)
         pico.tokenizer().save_pretrained(bases / name)
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(bases / "vit")
+    for number in range(3):
+        (folder / f"images/LABEL_{number}").mkdir(parents=True)
+        Image.new("RGB", (20, 20), (80 * number, 40, 200)).save(folder / f"images/LABEL_{number}/x.png")
+    for name, value in _SENTENCES.items():
+        (bases / "encoder" / name).parent.mkdir(exist_ok=True)
+        (bases / "encoder" / name).write_text(json.dumps(value))
     for name, (pass_name, settings, store) in MADE.items():
         api.apply(pass_name, bases / ("wide" if "fp4" in name else "llama"), bases / name, store=store, **settings)
     _structured(bases)
@@ -150,7 +171,8 @@ def _structured(bases: Path) -> None:
 #: File ▶ how often it is damaged, and the damage; patterns of names.
 _TARGETS: dict[str, float] = {
     "config.json": 6, "model*.safetensors": 6, "generation_config.json": 1.5, "tokenizer.json": 1, "tokenizer_config.json": 1.5, "README.md": 1.5,
-    "model.safetensors.index.json": 6, "preprocessor_config.json": 2, "chat_template.jinja": 1,
+    "model.safetensors.index.json": 6, "preprocessor_config.json": 4, "chat_template.jinja": 1,
+    "modules.json": 2, "1_Pooling/config.json": 2, "sentence_bert_config.json": 2,
 }  # fmt: skip
 
 
@@ -230,7 +252,11 @@ def case(trial: Trial) -> None:
     folder = trial.work / "model"
     shutil.copytree(trial.sound / "bases" / base, folder)
     trial.notes.append(f"{base}: {', '.join(break_some(rng, folder))}")
-    operation = rng.choices(list(_OPERATIONS), [weight for _, weight in _OPERATIONS.values()])[0]
+    weights = {
+        name: weight * (3 if name == "eval" and base in ("vit", "encoder") else 1)
+        for name, (_, weight) in _OPERATIONS.items()
+    }
+    operation = rng.choices(list(weights), list(weights.values()))[0]
     _OPERATIONS[operation][0](trial, folder, base)
 
 
@@ -307,7 +333,9 @@ def _eval(trial: Trial, folder: Path, base: str) -> None:
     options = ["--data", str(data), "--separator", "<|doc|>", "--window", "32", "--max-documents", "2"]
     if base == "classifier":
         options = ["--data", str(trial.sound / "rows.tsv"), "--text", "text", "--label", "label"]
-    if rng.random() < 0.3:
+    elif base == "vit":
+        options = ["--data", str(trial.sound / "images")]
+    if rng.random() < 0.3 or base == "encoder":
         options += ["--baseline", str(trial.sound / "bases" / base)]
     trial.run("eval", str(folder), *options, "-q", keep=[folder], one_line=True)
 

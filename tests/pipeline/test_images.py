@@ -224,6 +224,18 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
     ):
         with pytest.raises(DataError, match="refuses what its image processor makes: Input image size"):
             work()
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    for name, changes, said in (
+        ("type", {"size": {"height": "x", "width": 16}}, "the image processor"),
+        ("huge", {"size": {"height": 10**9, "width": 16}}, "it makes images of 1000000000 pixels a side"),
+        ("mean", {"image_mean": "x"}, "the image processor"),
+        ("channels", {"image_mean": [0.5], "image_std": [0.5]}, "the image processor"),
+    ):
+        odd = shutil.copytree(folder, tmp_path / name)
+        (odd / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
+        with pytest.raises((CheckpointError, DataError), match=said) as caught:
+            assess(str(odd), Assessment(images=str(val), device="cpu"))
+        assert "\n" not in str(caught.value)
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()
     with pytest.raises(
