@@ -33,10 +33,10 @@ test-unit: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile nightly $(ARGS)
 
-# damaged checkpoints, recipes and run folders; SEED= goes on with an earlier one, COUNT= cases of each
+# damaged checkpoints, recipes and run folders, COUNT= of each; goes on where it was stopped, or with SEED=
 soak: $(STAMP)
 	for campaign in checkpoints recipes runs; do \
-	  $(BIN)/python -m tests.campaigns.fuzz $$campaign --count $(or $(COUNT),5000) $(if $(SEED),--seed $(SEED)) || exit 1; done
+	  $(BIN)/python -m tests.campaigns.fuzz $$campaign --count $(or $(COUNT),5000) $(if $(SEED),--seed $(SEED),--resume) || exit 1; done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a campaign. 1 where a case failed."""
     options = _options(arguments)
     seed = options.seed if options.seed is not None else time.time_ns() // 1000 % 10**9
+    if options.resume and options.seed is None:
+        begun = (
+            e for e in ledger.read(options.ledger) if (e.campaign, e.commit) == (options.campaign, ledger.commit())
+        )
+        seed = next((e.seed for e in begun if e.cases < options.count), seed)
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=shared if os.access(shared, os.W_OK) else None) as place:
         return campaign(options, seed, Path(place).resolve())
@@ -187,6 +192,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("campaign", choices=sorted(CAMPAIGNS))
     parser.add_argument("--count", type=int, default=1000, help="cases of the seed, those of earlier calls among them")
     parser.add_argument("--seed", type=int, help="by default from the clock")
+    parser.add_argument("--resume", action="store_true", help="go on with a seed of this commit that is not done")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="this case alone; nothing is noted")
     parser.add_argument("--seconds", type=float, help="stop after so many")
     parser.add_argument("--keep", type=Path, default=Path("build/failures"), help="where failing cases are kept")
