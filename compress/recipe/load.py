@@ -109,6 +109,10 @@ _UNREADABLE: dict[type[OSError], str] = {
 }
 
 
+#: Names of files that a recipe may extend.
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
 class _Files:
     """Reads files and what they extend; ``complete`` is false once a base could not be read."""
 
@@ -166,6 +170,12 @@ class _Files:
         except CompressError as error:
             self.complete = False
             self.problems.append(Problem(str(error), place, ("extends",)))
+            return root
+        if base_path.suffix.lower() not in _SUFFIXES:
+            # mistakes are shown with their line: a recipe from elsewhere could print any file of this machine
+            self.complete = False
+            said = f"`extends` expects a recipe, whose name ends in {', '.join(_SUFFIXES)}; {base_path} does not"
+            self.problems.append(Problem(said, place, ("extends",)))
             return root
         known = [os.path.realpath(parent) for parent in parents]
         if (real := os.path.realpath(base_path)) in known:

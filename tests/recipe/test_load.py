@@ -461,6 +461,12 @@ def test_mistakes_keep_the_file_they_came_from(problems: Heads) -> None:
     ]
 
 
+def test_extends_shows_no_line_of_a_file_that_is_no_recipe(heads: Heads) -> None:
+    Path("id_rsa").write_text("SECRET\n")
+    found = heads("extends: ./id_rsa\n")
+    assert found == ["r.yaml:1:10: `extends` expects a recipe, whose name ends in .yaml, .yml, .json; id_rsa does not"]
+
+
 def test_extends_that_cannot_be_read(heads: Heads) -> None:
     assert heads("extends: gone.yaml\nsede: 1\n") == [
         "r.yaml:1:10: gone.yaml: there is no such file",
