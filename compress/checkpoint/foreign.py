@@ -165,7 +165,7 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tup
     fits = grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
     expected = ("int" if name in INTEGERS else "float", INTEGERS.get(name) or FLOATS.get(name))
     fits = fits and (kind, bits) == expected and not said["dynamic"] and not weights.get("block_structure")
-    if name in FIXED_GROUPS and group != FIXED_GROUPS[name]:
+    if name in FIXED_GROUPS and (group != FIXED_GROUPS[name] or not said["symmetric"]):
         fits = False
     if not fits or str(weights.get("actorder")).lower() in ("group", "dynamic", "true"):
         raise CheckpointError(

@@ -142,5 +142,6 @@ class Grid:
         assert isinstance(grid.symmetric, bool)
         assert isinstance(grid.transposed, bool)
         assert FIXED_GROUPS.get(grid.format, grid.group) == grid.group
+        assert grid.symmetric or grid.format not in FIXED_GROUPS
         assert not grid.is_codebook or grid == cls(grid.format)
         return grid

@@ -177,6 +177,8 @@ def read_pooling(folder: Path) -> Pooling:
                 fix=f"those that are applied are {', '.join(_MODULES)}",
             )
     length = _json(safe_file(folder, "sentence_bert_config.json"), dict).get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise CheckpointError("has no usable `max_seq_length`", where=f"{folder}/sentence_bert_config.json")
     said = _json(path := safe_file(folder, "1_Pooling/config.json"), dict)
     asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on]
     wrong = [mode for mode in asked if mode not in _POOLS]
@@ -184,7 +186,7 @@ def read_pooling(folder: Path) -> Pooling:
         what = f"the pooling {wrong[0]}" if wrong else "no pooling that is known"
         raise CheckpointError(f"asks for {what}", where=str(path), fix=f"there are {', '.join(_POOLS)}")
     modes = tuple(mode for mode in _POOLS if mode in asked)
-    return Pooling(modes or Pooling().modes, length if isinstance(length, int) else None)
+    return Pooling(modes or Pooling().modes, length)
 
 
 def _json(path: Path, kind: type) -> Any:

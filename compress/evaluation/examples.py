@@ -119,7 +119,7 @@ def examples(
     """The documents with the tokenizer's special tokens, cut to what model and tokenizer take, and to ``longest`` tokens.
 
     Raises:
-        DataError: the tokenizer gives tokens that the model does not know.
+        DataError: the tokenizer gives tokens that the model does not know, or none.
     """
     limit = min((n for n in (longest, longest_text(model, tokenizer)) if n is not None), default=None)
     rows = [encoded(document, tokenizer) for document in documents]
@@ -128,7 +128,9 @@ def examples(
         encoded(document, tokenizer, limit) if long else row
         for row, document, long in zip(rows, documents, cut, strict=True)
     ]
-    check_tokens(model, max(max(row["input_ids"], default=0) for row in rows))
+    if empty := next((document for row, document in zip(rows, documents, strict=True) if not row["input_ids"]), None):
+        raise DataError("the tokenizer makes no token of it", where=empty.id)
+    check_tokens(model, max(max(row["input_ids"]) for row in rows))
     return Examples(tuple(rows), sum(cut), model.config.pad_token_id)
 
 

@@ -158,7 +158,7 @@ def label_ids(config: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
     try:
         names = {int(index): str(name) for index, name in given.items()}
         ids = {str(name): int(index) for name, index in (config.get("label2id") or {}).items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise CompressError("`id2label` or `label2id` of config.json is no mapping of labels") from None
     problem = config.get("problem_type")
     if problem not in (None, "single_label_classification") or len(names) < 2:

@@ -187,7 +187,7 @@ def coded(tmp_path_factory, pico_llama):
         ("masked", {"kept": "x"}), ("masked", {"kept": 1.0}), ("masked", {"kept": -1}), ("masked", {"kept": 10**12}), ("masked", {"kept": True}),
         ("masked", {"shape": [2048.0]}), ("masked", {"shape": "ab"}), ("masked", {"storage": "mask"}), ("coded", {"shape": [512]}), ("coded", {"shape": [512, 1, 1]}),
         ("coded", {"grid": {"bits": True}}), ("coded", {"grid": {"group": "x"}}), ("coded", {"grid": {"group": -16}}), ("coded", {"grid": {"group": 7}}), ("coded", {"grid": {"symmetric": 1}}),
-        ("coded", {"grid": {"activations": "x"}}), ("coded", {"grid": {"format": ["int4"]}}), ("coded", {"grid": []}), ("coded", {"dtype": "I64"}), ("coded", {"storage": ["float-quantized"]}),
+        ("coded", {"grid": {"activations": "x"}}), ("coded", {"grid": {"format": ["int4"]}}), ("coded", {"grid": []}), ("coded", {"grid": {"format": "mxfp4", "group": 32, "symmetric": False}}), ("coded", {"dtype": "I64"}), ("coded", {"storage": ["float-quantized"]}),
     ],
     ids=str,
 )  # fmt: skip
@@ -211,6 +211,13 @@ def test_a_compact_config_says_how_codes_lie_in_its_base_alone(pico_llama, tmp_p
     sound = open_checkpoint(tmp_path / "out").spec
     edit_config(tmp_path / "out", quantization_config={"quant_method": "gptq"}, num_labels="x")
     assert open_checkpoint(tmp_path / "out").spec == sound
+
+
+def test_what_transformers_warns_of_is_not_printed(folder, recwarn):
+    """`rope_scaling` is one that it warns of by a warning of Python."""
+    edit_config(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters=...)
+    load_model(folder)
+    assert not [str(w.message) for w in recwarn.list if "transformers" in str(w.filename)]
 
 
 def test_names_that_are_no_text(folder):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -94,6 +95,7 @@ def test_labels_of_a_config():
         ({"problem_type": "multi_label_classification"}, "this one does multi_label_classification"),
         ({"id2label": {"1": "a", "2": "b"}}, "does not count from 0"),
         ({"id2label": ["a", "b"]}, "is no mapping of labels"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": math.inf}}, "is no mapping of labels"),
         ({"label2id": {"a": "x"}}, "is no mapping of labels"),
     ],
 )
