@@ -33,10 +33,15 @@ test-unit: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q --hypothesis-profile nightly $(ARGS)
 
-# damaged checkpoints, recipes and run folders, COUNT= of each; goes on where it was stopped, or with SEED=
+# damaged checkpoints, recipes and run folders, COUNT= of each, a tenth as many kills, disk faults and runs, all attacks;
+# goes on where it was stopped, or with SEED=
 soak: $(STAMP)
+	$(BIN)/python -m tests.campaigns.attacks
 	for campaign in checkpoints recipes runs; do \
 	  $(BIN)/python -m tests.campaigns.fuzz $$campaign --count $(or $(COUNT),5000) $(if $(SEED),--seed $(SEED),--resume) || exit 1; done
+	for campaign in kills disk soak; do \
+	  $(BIN)/python -m tests.campaigns.$$campaign --count $$(( $(or $(COUNT),5000) / 10 )) $(if $(SEED),--seed $(SEED),--resume) || exit 1; done
+	$(BIN)/python -m tests.campaigns.ledger
 
 check: $(STAMP)
 	$(BIN)/ruff check .

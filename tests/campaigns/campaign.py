@@ -19,12 +19,18 @@ def options(name: str, doc: str | None, arguments: Sequence[str] | None = None) 
     parser = argparse.ArgumentParser(prog=f"python -m tests.campaigns.{name}", description=(doc or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=100, help="cases up to which this seed goes")
     parser.add_argument("--seed", type=int, default=time.time_ns() // 1000 % 2**31, help="default: from the clock")
+    parser.add_argument("--resume", action="store_true", help="go on with the newest seed of this commit in the ledger")
     parser.add_argument("--scene", choices=sorted(scenes.RECIPES), help="default: all of them by turns")
     parser.add_argument("--case", type=int, help="try this case alone, and write nothing to the ledger")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, help="stop after so long")
     parser.add_argument("--no-ledger", action="store_true", help="write nothing to docs/reliability.json")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.resume:
+        commit = ledger.commit()
+        begun = [e.seed for e in ledger.read() if (e.campaign, e.commit) == (name, commit) and e.cases < chosen.count]
+        chosen.seed = begun[-1] if begun else chosen.seed
+    return chosen
 
 
 def over_scenes(

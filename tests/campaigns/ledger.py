@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 
 SCHEMA = "compress.reliability/1"
 LEDGER = ROOT / "docs" / "reliability.json"
+PAGE = ROOT / "docs" / "reliability.md"
 
 
 @dataclass
@@ -123,3 +124,34 @@ def _locked(path: Path) -> Iterator[None]:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Markdown: a row for each campaign at each commit, newest cases last."""
+    rows: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        rows.setdefault((entry.campaign, entry.commit), []).append(entry)
+    lines = [
+        "| campaign | commit | seeds | cases | failed | exit statuses | CPU minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (campaign, commit), found in rows.items():
+        row = totals(found)[campaign]
+        statuses = ", ".join(f"{status}: {count:,}" for status, count in row["statuses"].items())
+        failed = len({(e.seed, failure["case"]) for e in found for failure in e.failures})
+        minutes = f"{row['cpu_seconds'] / 60:.1f}"
+        lines.append(
+            f"| {campaign} | {commit} | {row['seeds']} | {row['cases']:,} | {failed} | {statuses} | {minutes} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the table into the page."""
+    before, _, rest = PAGE.read_text().partition("<!-- figures -->")
+    _, _, after = rest.partition("<!-- end -->")
+    PAGE.write_text(f"{before}<!-- figures -->\n\n{table(read())}\n\n<!-- end -->{after}")
+
+
+if __name__ == "__main__":
+    main()

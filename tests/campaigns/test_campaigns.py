@@ -143,3 +143,14 @@ def test_a_short_campaign_with_a_new_seed(campaign, count, tmp_path):
     entry = json.loads(Path(tmp_path / "l.json").read_text())["entries"][0]
     assert (entry["seed"], entry["failures"]) == (seed, [])
     assert entry["cases"] >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("campaign", "count"), [("kills", 12), ("disk", 12), ("soak", 14), ("attacks", 0)])
+def test_a_short_campaign_in_forked_commands(campaign, count):
+    options = ["--count", str(count), "--jobs", "1"] if count else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.campaigns.{campaign}", "--no-ledger", *options], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
