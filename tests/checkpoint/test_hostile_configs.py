@@ -213,10 +213,11 @@ def test_a_compact_config_says_how_codes_lie_in_its_base_alone(pico_llama, tmp_p
     assert open_checkpoint(tmp_path / "out").spec == sound
 
 
-def test_what_transformers_warns_of_is_not_printed(folder, recwarn):
-    """`rope_scaling` is one that it warns of by a warning of Python."""
-    edit_config(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters=...)
-    load_model(folder)
+def test_what_transformers_warns_of_is_not_printed(tmp_path, recwarn):
+    """A BERT has no `rope_scaling`, and it says so by a warning of Python."""
+    shutil.copytree(pico.folder("bert"), tmp_path / "model")
+    edit_config(tmp_path / "model", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    load_model(tmp_path / "model")
     assert not [str(w.message) for w in recwarn.list if "transformers" in str(w.filename)]
 
 
