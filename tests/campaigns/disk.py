@@ -55,14 +55,7 @@ def check(scene: scenes.Scene, case: Fault) -> str | None:
             return f"the output is neither the earlier result nor the new one: {now}"
         if failed.status == 0 and now != scene.expected:
             return "status 0 without a result"
-    again = scene.run()
-    if again.status != 0 or again.traceback:
-        return f"run again: status {again.status}: {again.output[-2000:]}"
-    if scene.found() != scene.expected:
-        return "run again: other bytes"
-    if left := scenes.leftovers(scene):
-        return f"left behind: {left}"
-    return None
+    return scenes.finish(scene)
 
 
 @contextmanager

@@ -43,14 +43,7 @@ def check(scene: scenes.Scene, case: Kill) -> str | None:
             return f"status {killed.status} before the kill: {killed.output[-2000:]}"
         if (now := scene.found()) not in (scene.earlier, scene.expected):
             return f"the output is neither the earlier result nor the new one: {now}"
-    again = scene.run()
-    if again.status != 0 or again.traceback:
-        return f"run again: status {again.status}: {again.output[-2000:]}"
-    if scene.found() != scene.expected:
-        return "run again: other bytes"
-    if left := scenes.leftovers(scene):
-        return f"left behind: {left}"
-    return None
+    return scenes.finish(scene)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -139,6 +139,18 @@ def leftovers(scene: Scene) -> list[str]:
     return hidden + ([str(p.relative_to(scene.case)) for p in work.iterdir()] if work.is_dir() else [])
 
 
+def finish(scene: Scene) -> str | None:
+    """Run the recipe again, undisturbed. Returns what is wrong with the end: status, bytes, leftovers."""
+    again = scene.run()
+    if again.status != 0 or again.traceback:
+        return f"run again: status {again.status}: {again.output[-2000:]}"
+    if scene.found() != scene.expected:
+        return "run again: other bytes"
+    if left := leftovers(scene):
+        return f"left behind: {left}"
+    return None
+
+
 def _texts(folder: Path) -> None:
     words = random.Random(0)
 
