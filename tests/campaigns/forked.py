@@ -7,7 +7,9 @@ Audit hooks (PEP 578) see every change that Python makes to the file system: not
 from __future__ import annotations
 
 import errno
+import importlib
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -39,22 +41,29 @@ class Outcome:
         return "Traceback (most recent call last)" in self.output
 
 
+#: What commands import late, beside the package's own modules.
+_LATE = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.quantizers.auto",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+)
+
+
 def preload() -> None:
-    """Import what every command needs. Call it before the first fork."""
+    """Import what commands need, the whole package with it. Call it before the first fork."""
     import torch
 
+    import compress
+
     torch.set_num_threads(1)
-
-    import compress.api
-    import compress.cli.app
-    import compress.cli.commands
-    import compress.loading
-    import compress.pipeline.run
-    import compress.training.loop  # noqa: F401
-    from compress import passes
-
-    for name in passes.TABLE:
-        passes.get(name)
+    own = (m.name for m in pkgutil.walk_packages(compress.__path__, "compress.") if not m.name.endswith("__main__"))
+    for name in (*_LATE, *own):
+        importlib.import_module(name)
 
 
 def is_change(event: str, arguments: tuple[Any, ...], below: str) -> bool:
