@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from compress.errors import CompressError, DataError, from_os
-from compress.files import expanded
+from compress.files import expanded, place
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def apply(
         raise _first(error, name) from None
     chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
     progress = progress or SilentProgress()
-    output = Path(output)
+    output = place(output)
     local = expanded(model)
     check_absent(output, local if local.exists() else None)
     original = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
@@ -285,8 +285,9 @@ def unpack(
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_absent
 
+    output = place(output)
     local = expanded(model)
-    check_absent(Path(output), local if local.exists() else None)
+    check_absent(output, local if local.exists() else None)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
     assert checkpoint.folder is not None
     readme = safe_file(checkpoint.folder, "README.md")
@@ -294,13 +295,13 @@ def unpack(
 
     write_checkpoint(
         dense(checkpoint),
-        Path(output),
+        output,
         store="stock",
         max_shard=_bytes(max_shard_size),
         extra_files=files,
         progress=progress,
     )
-    return Path(output)
+    return output
 
 
 def _first(error: ValidationError, name: str) -> CompressError:

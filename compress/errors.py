@@ -130,10 +130,23 @@ def from_os(error: OSError, where: str | None = None, what: str = "cannot be use
     file = error.filename if isinstance(error.filename, (str, bytes)) else None
     name = file.decode(errors="replace") if isinstance(file, bytes) else file
     if (short := _RESOURCES.get(error.errno or 0)) is not None:
+        if isinstance(error.filename2, str):  # of a copy: where to
+            name = error.filename2
         return ResourceError(short, where=name or where, fix=_FIXES.get(short))
     if error.errno is None or (name is None and (where is None or isinstance(error, (ConnectionError, TimeoutError)))):
         return None
     return OutputError(f"{what}: {error.strerror}", where=name or where)
+
+
+def is_lack(error: BaseException) -> bool:
+    """Whether an error says that the machine lacks something: memory, threads, files, or a disk that works."""
+    text = str(error)
+    if isinstance(error, (MemoryError, ResourceError)) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if "can't allocate memory" in text or "can't start new thread" in text:  # torch's CPU allocator, and Python
+        return True
+    trouble = error if isinstance(error, OSError) else hidden_os_error(error)
+    return trouble is not None and isinstance(from_os(trouble), ResourceError)
 
 
 #: How libraries written in Rust end the message of an error of the operating system.

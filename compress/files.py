@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, from_os, hidden_os_error
+from compress.errors import CompressError, OutputError, from_os, hidden_os_error
 
 _NUMBERS = itertools.count()
 _TEMPORARY = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<process>[0-9]+)(-[0-9]+)?$", re.DOTALL)
@@ -48,6 +48,14 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise CompressError("there is no such user", where=str(path)) from None
+
+
+def place(path: str | Path) -> Path:
+    """Where something is to be written, with ``~`` as a home. Raises `OutputError` for `.`, `..` and `/`, which name nothing new."""
+    path = expanded(path)
+    if path.name in ("", ".."):
+        raise OutputError("names no folder of its own", where=str(path), fix="give the folder's name")
+    return path
 
 
 def _short(name: str) -> str:

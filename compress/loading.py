@@ -22,7 +22,7 @@ from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
 from compress.checkpoint.structure import to_json
-from compress.errors import CheckpointError, CompressError
+from compress.errors import CheckpointError, CompressError, is_lack
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +44,10 @@ def refusing(make: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return make(*args, **kwargs)
-        except (CompressError, MemoryError):
+        except CompressError:
             raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            if is_lack(error):
                 raise
             checkpoint: Any = args[0]
             said = f"config.json cannot be used: {type(error).__name__}: {_first_line(error)}"
@@ -323,6 +323,8 @@ def _generation_config(folder: Path) -> Any:
     try:
         return transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # it takes any value for any field, and breaks on some
+        if is_lack(error):
+            raise
         raise CheckpointError(
             f"cannot be used: {_first_line(error)}",
             where=f"{folder}/generation_config.json",

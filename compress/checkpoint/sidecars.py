@@ -45,6 +45,8 @@ def safe_file(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         target, home = path.resolve(strict=path.is_symlink()), folder.resolve()
+    except PermissionError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (OSError, RuntimeError, ValueError):  # the last of a name that no file can have
         raise CheckpointError("is a broken symbolic link", where=str(path)) from None
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None

@@ -16,7 +16,7 @@ from stat import S_ISREG
 from typing import Any
 
 from compress.errors import OutputError
-from compress.files import disk_errors, read_record, remove, write_record
+from compress.files import disk_errors, place, read_json, read_record, remove, write_record
 from compress.pipeline.contents import compare, entries, restamped, tabulate
 
 _STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
@@ -36,7 +36,8 @@ class RunFolder:
 
     @classmethod
     def of(cls, output: Path) -> RunFolder:
-        """That of an output."""
+        """That of an output. Raises `OutputError` for one that names no folder."""
+        output = place(output)
         return cls(output.with_name(f"{output.name}.run"))
 
     @property
@@ -109,6 +110,20 @@ class RunFolder:
                         where=str(path),
                         fix="remove it, or the run folder",
                     )
+
+        if self.path.exists() and not self.is_ours() and any(self.path.iterdir()):
+            raise OutputError(
+                "exists and is no run folder", where=str(self.path), fix="move it away, or name another output"
+            )
+
+    def is_ours(self) -> bool:
+        """Whether a run was at work here: its lock tells, or any record, as somebody may have removed the lock."""
+        lock = self.path / "lock"
+        with contextlib.suppress(OSError):
+            if S_ISREG(lock.lstat().st_mode) and lock.stat().st_size < 20 and not lock.read_bytes().strip(b"0123456789"):
+                return True
+        records = (p for place in (self.path, self.stages, self.measurements) for p in sorted(place.glob("*.json")))
+        return any(isinstance(d := read_json(p), dict) and str(d.get("schema")).startswith("compress.") for p in records)
 
     def _lock(self) -> int:
         """A descriptor of the lock, which this process holds."""

@@ -38,7 +38,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     for root, folders, _ in os.walk(folder):
         for name in sorted(folders):
             path = Path(root) / name
-            if name.endswith(".run") and _is_run(path):
+            if name.endswith(".run") and RunFolder(path).is_ours():
                 found.append(_describe(path))
                 named |= set(leftovers(path.parent, path.name.removesuffix(".run")))
         for path in leftovers(Path(root)):
@@ -48,10 +48,6 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
                 found.append({**row, "leftovers": [{"name": path.name, "bytes": size}]})
         folders[:] = sorted(f for f in folders if not f.endswith(".run") and f not in _SKIPPED and ".tmp-" not in f)
     return found
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "stages").is_dir() or (path / "work").is_dir() or (path / "report.json").exists()
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -120,11 +116,15 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
     Raises:
         CompressError: it is no run folder, or a run is at work there.
     """
-    path = expanded(os.path.normpath(path))
+    path = expanded(path)
+    if path.name in ("", ".."):
+        raise CompressError("names no run folder", where=str(path), fix="`compress runs` lists them")
+    if ".." in path.parts:  # as a run understands it: of a link the parent of what it leads to
+        path = path.parent.resolve() / path.name
     if path in (orphans := leftovers(path.parent)):
         return _gone([Unused(str(path), (path,))], dry_run)
     run = RunFolder(path if path.name.endswith(".run") else path.with_name(f"{path.name}.run"))
-    if not run.path.is_dir() or not (_is_run(run.path) or run.report.exists()):
+    if not run.path.is_dir() or not (run.path.is_symlink() or run.is_ours()):
         beside = [p for p in leftovers(path.parent, path.name) if p in orphans]
         if not beside:
             raise CompressError("is no run folder", where=str(run.path), fix="`compress runs` lists them")

@@ -11,7 +11,7 @@ from compress.calibration.batches import check_positions, check_shape, ids_in, t
 from compress.checkpoint.hub import is_hub_id
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
-from compress.files import expanded
+from compress.files import expanded, place
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
 from compress.text import FIELD_KINDS, check_columns, fingerprint, holds_ids, kind, template_columns
@@ -32,7 +32,7 @@ def check_folders(recipe: Recipe) -> None:
 
     Raises `OutputError` or `PassError`.
     """
-    output, model = Path(recipe.output), expanded(recipe.model)
+    output, model = place(recipe.output), expanded(recipe.model)
     check_output(output, model if model.exists() else None, RunFolder.of(output).published().get("files"))
     for index, entry in enumerate(recipe.passes):
         for name in passes.get(entry.name).checkpoints(entry.settings):

@@ -63,6 +63,14 @@ def joined(device: str) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise CompressError(
+            f"the environment variable WORLD_SIZE is {world}, but {missing[0]} is not set",
+            fix="unset it, or start compress with torchrun",
+        )
+    _number("MASTER_PORT", 0)
+    if rank >= world:
+        raise CompressError(f"the environment variable RANK is {rank}, of {world} processes", fix="start compress with torchrun")
     import torch.distributed as dist
 
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"

@@ -77,6 +77,12 @@ def _check_place(output: Path, model: Path | None, what: str) -> None:
         raise OutputError("is a symbolic link", where=str(output), fix="name a folder of its own")
     if output.exists() and not output.is_dir():
         raise OutputError("exists and is not a folder", where=str(output), fix="name another output")
+    if output.is_mount():
+        raise OutputError(
+            "is a mount point, where no finished folder can be put in one step",
+            where=str(output),
+            fix="name a folder inside it",
+        )
 
 
 def check_absent(output: Path, model: Path | None) -> None:
@@ -125,9 +131,9 @@ def _unchanged(output: Path, known: Mapping[str, Any], *, contents: bool = False
 def recover(output: Path) -> None:
     """Put an earlier result back that a kill left aside, between the two renames of an exchange."""
     aside = _old(output)
-    if not aside.is_dir():
-        return
     with disk_errors(output):
+        if aside.is_symlink() or not aside.is_dir() or read_provenance(aside) is None:  # it may be anybody's
+            return
         if not os.path.lexists(output):
             aside.rename(output)
         elif read_provenance(output) is not None:

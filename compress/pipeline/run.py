@@ -18,9 +18,9 @@ from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
-from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, from_os, one_line
+from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, is_lack, one_line
 from compress.evaluation.tasks import TEXT_METRICS, task_of
-from compress.files import disk_errors, remove, sweep
+from compress.files import disk_errors, place, remove, sweep
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
 from compress.passes.distill import unhelped
@@ -70,7 +70,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.output = Path(self.recipe.output)
+        self.output = place(self.recipe.output)
         self.folder = RunFolder.of(self.output)
         self.device = resolve_device(self.recipe.device)
 
@@ -318,8 +318,7 @@ def _is_of_state(error: Exception, work: Path) -> bool:
     """Whether an error may come from what a stage's work folder held: none of the user's, but for files there, and no lack."""
     if isinstance(error, CompressError):
         return str(work) in str(error) and not isinstance(error, ResourceError)
-    lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return not lacks and not (isinstance(error, OSError) and isinstance(from_os(error), ResourceError))
+    return not is_lack(error)
 
 
 @contextlib.contextmanager

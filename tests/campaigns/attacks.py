@@ -263,6 +263,26 @@ def a_run_folder_that_is_a_link(folder: Path, others: Path) -> list[Command]:
 
 
 @attack
+def folders_of_others_with_names_of_ours(folder: Path, others: Path) -> list[Command]:
+    """``NAME.run`` that is none, and a path through a link whose ``..`` is elsewhere."""
+    for number, name in enumerate(("report.json", "stages/album/photo", "work/album/photo", "measurements/x.json")):
+        path = others / f"{number}.run" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(SECRET)
+    (folder / "link").symlink_to(others / "photos")
+    found: list[Command] = []
+    for number in range(4):
+        for output in (others / str(number), folder / "link" / ".." / str(number)):
+            found += [
+                (recipe(folder, output=str(output)), (2,)),
+                (["clean", str(output)], (2,)),
+                (["clean", "--all", str(output)], (2,)),
+                (["clean", "--all", f"{output}.run/"], (2,)),
+            ]
+    return [*found, (["runs", str(others)], (0,))]
+
+
+@attack
 def an_output_that_is_a_link(folder: Path, others: Path) -> list[Command]:
     """To an empty folder, to one that is full, and to none."""
     found: list[Command] = []

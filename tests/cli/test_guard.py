@@ -130,6 +130,51 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
         assert launched() == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": ""}, "WORLD_SIZE is 2, but RANK is not set; unset it, or start compress with torchrun"),
+        ({"MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x', which is no number"),
+        ({"RANK": "2"}, "RANK is 2, of 2 processes"),
+    ],
+)
+def test_variables_of_torchrun_that_something_else_has_set(monkeypatch, changes, said):
+    from compress.errors import CompressError
+    from compress.pipeline.processes import joined
+
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CompressError, match=said), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "a"),
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ValueError("No space left on device (os error 28)"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_fault_of_a_config(error):
+    from types import SimpleNamespace
+
+    from compress.errors import CheckpointError
+    from compress.loading import refusing
+
+    def make(checkpoint, error=error):
+        raise error
+
+    with pytest.raises(type(error)) as found:
+        refusing(make)(SimpleNamespace(folder="m"))
+    assert found.value is error
+    with pytest.raises(CheckpointError, match=r"config.json cannot be used: PermissionError: .*Permission denied"):
+        refusing(make)(SimpleNamespace(folder="m"), PermissionError(errno.EACCES, "Permission denied", "a"))
+
+
 def test_a_full_disk_behind_standard_output(ends, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)

@@ -333,6 +333,7 @@ def test_files_in_place_of_folders(small, tmp_path):
     for name in ("stages", "work", "measurements"):
         (run / name).write_text("x")
     (run / "lock").mkdir()
+    RunFolder(run).set_current([])
     assert compress.run(small()).published
     shutil.rmtree(run)
     run.write_text("mine")
@@ -362,6 +363,93 @@ def test_a_measurement_counts_for_what_it_measured_alone(tmp_path):
     assert folder.cached("stage-b") is None
 
 
+# --- what is of somebody else
+
+
+@pytest.mark.parametrize("names", [["report.json", "photo"], ["stages/album/photo"], ["work/album/photo", "lock"]])
+def test_a_folder_that_only_has_the_name_of_a_run_folder_is_left_alone(small, tmp_path, names):
+    mine = tmp_path / "out.run"
+    for name in names:
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("mine")
+    before = tree(mine)
+    for everything in (False, True):
+        with pytest.raises(CompressError, match=r"out.run: is no run folder"):
+            housekeeping.clean(mine, everything=everything)
+    assert housekeeping.list_runs(tmp_path) == []
+    with pytest.raises(OutputError, match=r"out.run: exists and is no run folder; move it away"):
+        compress.run(small())
+    assert tree(mine) == before
+
+
+def test_a_run_folder_without_its_lock_is_one(small, tmp_path):
+    compress.run(small())
+    (tmp_path / "out.run/lock").unlink()
+    assert compress.run(small()).nothing_to_do
+    (tmp_path / "out.run/lock").unlink()
+    assert housekeeping.clean(tmp_path / "out", everything=True)[0] == [str(tmp_path / "out.run")]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_folder_with_the_name_of_an_earlier_result_is_left_alone(small, tmp_path, link):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo").write_text("photo")
+    old = tmp_path / ".out.old"
+    old.symlink_to("mine") if link else (tmp_path / "mine").rename(old)
+    for change in ({}, {"passes": [{"cast": {"weights": "fp16"}}]}):
+        assert compress.run(small(**change)).published
+        assert (old / "photo").read_text() == "photo"
+        assert old.is_symlink() == link
+
+
+def test_clean_follows_dots_as_the_file_system_does(small, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "below").mkdir(parents=True)
+        compress.run(small(output=str(tmp_path / name / "out")))
+    (tmp_path / "a/link").symlink_to(tmp_path / "b/below")
+    housekeeping.clean(tmp_path / "a/link/../out", everything=True)
+    assert (tmp_path / "a/out.run").is_dir()
+    assert not (tmp_path / "b/out.run").exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "below/.."])
+def test_a_path_that_names_no_folder_is_no_output(small, tmp_path, pico_llama, monkeypatch, name):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for work in (
+        lambda: compress.run(small(output=name)),
+        lambda: compress.unpack(pico_llama, name),
+        lambda: compress.apply("cast", pico_llama, name, weights="bf16"),
+    ):
+        with pytest.raises(OutputError, match=r"names no folder of its own; give the folder's name"):
+            work()
+    with pytest.raises(CompressError, match=r"names no run folder"):
+        housekeeping.clean(Path(name))
+
+
+def test_a_tilde_in_an_output_is_a_home(small, tmp_path, pico_llama, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert compress.run(small(output="~/out")).checkpoint == tmp_path / "home/out"
+    assert compress.unpack(pico_llama, "~/dense") == tmp_path / "home/dense"
+    for work in (
+        lambda: compress.run(small(output="~nosuchuser/out")),
+        lambda: compress.unpack(pico_llama, "~nosuchuser/out"),
+    ):
+        with pytest.raises(CompressError, match="there is no such user"):
+            work()
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_a_mount_point_is_no_output(small, tmp_path, monkeypatch):
+    """As a volume of a container is; found before any work, not when the result is to be put there."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
+    with pytest.raises(OutputError, match=r"out: is a mount point, .*; name a folder inside it"):
+        compress.run(small())
+    assert not (tmp_path / "out.run").exists()
+
+
 # --- links
 
 
@@ -375,6 +463,8 @@ def test_links_in_a_run_folder_are_refused(small, tmp_path, name):
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(mine / "file" if name in ("lock", "report.json") else mine)
     (run / "stages").mkdir(exist_ok=True)
+    if name:
+        RunFolder(run).set_current([])
     before = tree(mine)
     for work in (
         lambda: compress.run(small()),
@@ -390,6 +480,7 @@ def test_a_lock_that_is_another_file_too_is_not_written(small, tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "mine").write_text("mine")
     os.link(tmp_path / "mine", tmp_path / "out.run/lock")
+    RunFolder(tmp_path / "out.run").set_current([])
     compress.run(small())
     assert (tmp_path / "mine").read_text() == "mine"
 
