@@ -51,7 +51,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def place(path: str | Path) -> Path:
-    """Where something is to be written, with ``~`` as a home. Raises `OutputError` for `.`, `..` and `/`, which name nothing new."""
+    """Where something is to be written, with ``~`` as a home. Raises `OutputError` for ``.``, ``..`` and ``/``."""
     path = expanded(path)
     if path.name in ("", ".."):
         raise OutputError("names no folder of its own", where=str(path), fix="give the folder's name")

@@ -120,10 +120,16 @@ class RunFolder:
         """Whether a run was at work here: its lock tells, or any record, as somebody may have removed the lock."""
         lock = self.path / "lock"
         with contextlib.suppress(OSError):
-            if S_ISREG(lock.lstat().st_mode) and lock.stat().st_size < 20 and not lock.read_bytes().strip(b"0123456789"):
+            if (
+                S_ISREG(lock.lstat().st_mode)
+                and lock.stat().st_size < 20
+                and not lock.read_bytes().strip(b"0123456789")
+            ):
                 return True
-        records = (p for place in (self.path, self.stages, self.measurements) for p in sorted(place.glob("*.json")))
-        return any(isinstance(d := read_json(p), dict) and str(d.get("schema")).startswith("compress.") for p in records)
+        records = (p for part in (self.path, self.stages, self.measurements) for p in sorted(part.glob("*.json")))
+        return any(
+            isinstance(d := read_json(p), dict) and str(d.get("schema")).startswith("compress.") for p in records
+        )
 
     def _lock(self) -> int:
         """A descriptor of the lock, which this process holds."""
@@ -133,9 +139,9 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError as error:  # a file system that takes no folders, such as /proc
                 raise OutputError(f"cannot be made: {error.strerror}", where=str(self.path)) from None
-            for place in (self.stages, self.works, self.measurements):
-                if place.exists() and not place.is_dir():
-                    remove(place)
+            for part in (self.stages, self.works, self.measurements):
+                if part.exists() and not part.is_dir():
+                    remove(part)
             if path.is_dir() or (path.exists() and path.stat().st_nlink > 1):  # not ours: nothing is written there
                 remove(path)
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -168,8 +174,8 @@ class RunFolder:
 
     def leftovers(self) -> list[Path]:
         """What killed runs left half-written, half-removed or no longer needed; right as long as no run is at work here."""
-        places = (self.path, self.stages, self.measurements, self.works)
-        found = [path for place in places for path in sorted(place.glob(".*.tmp*"))]
+        parts = (self.path, self.stages, self.measurements, self.works)
+        found = [path for part in parts for path in sorted(part.glob(".*.tmp*"))]
         for path in sorted(self.stages.glob("[!.]*")):
             if path.is_dir() and path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
                 found.append(path)

@@ -70,7 +70,9 @@ def joined(device: str) -> Iterator[Ranks]:
         )
     _number("MASTER_PORT", 0)
     if rank >= world:
-        raise CompressError(f"the environment variable RANK is {rank}, of {world} processes", fix="start compress with torchrun")
+        raise CompressError(
+            f"the environment variable RANK is {rank}, of {world} processes", fix="start compress with torchrun"
+        )
     import torch.distributed as dist
 
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
