@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from compress import architectures
 from compress.checkpoint.claims import largest_number, outgrown
 from compress.checkpoint.grids import FIXED_GROUPS
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
@@ -20,7 +21,7 @@ from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
-from compress.checkpoint.spec import CACHE_SCALES, Structure, Tensor
+from compress.checkpoint.spec import CACHE_SCALES, Spec, Structure, Tensor
 from compress.checkpoint.structure import to_json
 from compress.errors import CheckpointError, CompressError, is_lack
 
@@ -113,16 +114,9 @@ def load_checkpoint(
     kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
-    config = checkpoint.spec.structure.config
-    wanted = None
-    if (
-        not as_stored and not checkpoint.spec.structure.compact
-    ):  # stock loaders multiply codes by scales in the model's dtype
-        wanted = getattr(torch, dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
-    if isinstance(checkpoint, Stored):
-        state: dict[str, Any] = {t.name: _Unread(checkpoint, t, wanted) for t in checkpoint.spec.weights()}
-    else:
-        state = {t.name: _values(checkpoint, t, wanted) for t in checkpoint.spec.weights()}
+    read: Any = _Unread if isinstance(checkpoint, Stored) else _values
+    wanted = _decoded(checkpoint.spec, dtype, as_stored)
+    state: dict[str, Any] = {t.name: read(checkpoint, t, wanted(t)) for t in checkpoint.spec.weights()}
     model = _load(checkpoint, kwargs, state)
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.emulation import round_inputs
@@ -135,6 +129,28 @@ def load_checkpoint(
 
         round_cache(model, _scales(checkpoint))
     return model
+
+
+def _decoded(spec: Spec, dtype: str | None, as_stored: bool) -> Callable[[Tensor], torch.dtype | None]:
+    """Tensor of codes ▶ the dtype that its codes and scales are multiplied in, as stock loaders do; None for the scales' own.
+
+    That of linear layers is the one the model computes in. Experts are fused while they are read: fp8 codes in float32, packed
+    ones in the dtype of their scales.
+    """
+    import torch
+
+    config = spec.structure.config
+    computed = getattr(torch, dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
+    record = architectures.of(config) if architectures.known(config) else None
+
+    def wanted(tensor: Tensor) -> torch.dtype | None:
+        if as_stored or spec.structure.compact or tensor.grid is None:
+            return None
+        if record is not None and record.is_expert(tensor.name):
+            return torch.float32 if tensor.grid.format == "fp8" else None
+        return computed
+
+    return wanted
 
 
 class _Unread:
@@ -349,15 +365,20 @@ def has_tokenizer(folder: Path) -> bool:
     return any(safe_file(folder, name).exists() for name in names)
 
 
+def check_has_tokenizer(folder: Path) -> None:
+    """Raises `CheckpointError` where a tokenizer's files are not there."""
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
+        )
+
+
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
     import transformers
 
     folder = Path(folder)
-    if not has_tokenizer(folder):
-        raise CheckpointError(
-            "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
-        )
+    check_has_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase
     try:
         with quiet_transformers():

@@ -209,16 +209,21 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)[:40]
 
 
+def no_template(document: Document) -> DataError:
+    """What is wrong with a chat where a tokenizer has no template for it."""
+    return DataError(
+        "is a chat, and the tokenizer has no chat template",
+        where=document.id,
+        fix="take plain text, or a checkpoint whose tokenizer has one",
+    )
+
+
 def rendered(document: Document, tokenizer: Any) -> str:
     """The text that a model is shown: a chat in the tokenizer's template. Raises `DataError` where it has none."""
     if document.messages is None:
         return document.text
     if not tokenizer.chat_template:
-        raise DataError(
-            "is a chat, and the tokenizer has no chat template",
-            where=document.id,
-            fix="take plain text, or a checkpoint whose tokenizer has one",
-        )
+        raise no_template(document)
     try:
         return templates.apply(tokenizer, document.messages)
     except Exception as error:  # templates raise what they like: jinja2's errors, ValueError, KeyError

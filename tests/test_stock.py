@@ -10,7 +10,8 @@ import torch
 import transformers
 
 import compress
-from compress import architectures, passes, stock
+from compress import architectures, passes
+from compress import stock as stock_loader
 from compress.checkpoint import quantization
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError, PassError
@@ -48,7 +49,7 @@ def cast_all(pairs, root):
             refused.add((family, name))
             continue
         out = write(apply(source, "cast", method="rtn", **settings), root / f"{family}-{name}")
-        stock.check_codes(out)
+        stock_loader.check_codes(out)
         pico.save_expected(compress.load(out.folder), expected := root / f"{family}-{name}.pt")
         cases[f"{family} {name}"] = (pico.FAMILIES[family][0], out.folder, expected)
     return cases, refused
@@ -82,6 +83,34 @@ def test_every_family_in_every_format(tmp_path, stock_outputs):
     unpackable = {("t5", name) for name in ("int8", "int4", "int3", "int2", "mxfp4", "nvfp4", "mixed")}
     one_group = {("albert", "mixed")}  # all of its groups of blocks are named
     assert check_same(pairs, tmp_path, stock_outputs) == cacheless | conv1d | experts | unpackable | one_group
+
+
+def test_loaded_in_another_dtype_than_the_files(tmp_path, stock):
+    """Stock loaders decode linear layers in the dtype of the model, and experts in float32 (fp8) or in that of their scales.
+
+    They leave experts in the latter, whatever is asked for: the values are compared, computed in one dtype.
+    """
+    cases = []
+    for kept, asked in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        for family, name in (("qwen3_moe", "int4"), ("mixtral", "fp8"), ("mixtral", "int8"), ("llama", "int8")):
+            source = open_checkpoint(pico.folder(family, with_tokenizer=False, dtype=getattr(torch, kept)))
+            place = tmp_path / f"{family}-{name}-{kept}"
+            out = write(apply(source, "cast", method="rtn", **FORMATS[name]), place)
+            pico.save_expected(compress.load(out.folder, dtype=asked), expected := place.with_suffix(".pt"))
+            cases.append((pico.FAMILIES[family][0], str(out.folder), str(expected), asked))
+    printed = stock(
+        "import torch, transformers\n"
+        f"for name, folder, expected, asked in {cases!r}:\n"
+        "    m = getattr(transformers, name).from_pretrained(folder, dtype=asked)\n"
+        "    for p in m.parameters():\n"
+        "        p.data = p.data.to(getattr(torch, asked)) if p.is_floating_point() else p.data\n"
+        "    inputs, y = torch.load(expected)\n"
+        "    with torch.no_grad():\n"
+        "        print(float((m(**inputs)[0] - y).abs().max() / y.abs().max()))\n"
+    )
+    differences = [float(line) for line in printed.splitlines()]
+    assert len(differences) == len(cases)
+    assert [case for case, difference in zip(cases, differences, strict=True) if not difference <= 1e-5] == []
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)
@@ -131,15 +160,15 @@ def test_a_config_with_names_of_files_is_refused(neox, tmp_path):
     config["quantization_config"]["ignore"].remove("lm_head")
     (folder / "config.json").write_text(json.dumps(config))
     opened = open_checkpoint(folder)
-    stock.check_codes(open_checkpoint(neox))
+    stock_loader.check_codes(open_checkpoint(neox))
     with pytest.raises(
         CheckpointError, match=r"could not load lm_head: the config says that it is codes, and it is not"
     ):
-        stock.check_names(opened, said(folder))
+        stock_loader.check_names(opened, said(folder))
     with pytest.raises(
         CheckpointError, match=r"stock transformers finds \d+ keys missing, such as lm_head.weight_packed"
     ):
-        stock.check_load(opened)
+        stock_loader.check_load(opened)
 
 
 def _flat(state):

@@ -85,6 +85,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
         check_ids,
         check_plan,
         check_sets,
+        check_tokenizer,
         check_window,
         hopeless_gates,
     )
@@ -111,6 +112,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             notes += [*spec.notes, *hopeless_gates(recipe, planned)]
             recipe = recipe.fitted(task_of(structure.class_name))
             check_window(recipe, spec)
+            check_tokenizer(recipe, local)
         check_ids(recipe, positions(spec) if local.exists() else None)
         notes += _read_data(recipe, structure, data)
     if json:
@@ -130,6 +132,8 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
     Raises `DataError` for a label that is none of the model, or for text that evaluation and passes share.
     """
     from compress.pipeline.data import DataSets
+    from compress.pipeline.preflight import check_chats
+    from compress.text import holds_ids
 
     data, evaluation = DataSets(recipe, expanded(recipe.model), structure), recipe.data.evaluation
     if structure is not None and evaluation is not None and evaluation.given != "text":
@@ -139,6 +143,11 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
     if structure is None and recipe.data.needs_model:
         return ["data: not read, as labels and images are told by the model, which is no local folder"]
     compared = data.check_disjoint(ids=False)
+    for name in ("training", "calibration", "evaluation"):
+        if (files := data.files(name)) and not holds_ids(files[0]):
+            documents = data.documents(name)
+            if structure is not None:
+                check_chats(data.folder, documents)
     said = [f"data: {len(data.documents('evaluation')):,} documents of evaluation"] if evaluation is not None else []
     said += [f"{len(data.documents(name)):,} of {name}, none shared" for name in compared]
     return [", ".join(said)] if said else ["data: nothing to compare"]

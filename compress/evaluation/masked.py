@@ -105,11 +105,16 @@ def score_masked(
     }
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], window: int) -> list[_Window]:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """It can hide tokens, and gives windows of a text. Raises `DataError`."""
     if tokenizer.mask_token_id is None:
         raise DataError("the tokenizer has no mask token, which masked language modelling needs")
     if not tokenizer.is_fast:
         raise DataError("the tokenizer gives no windows of a text", fix="save it as a fast one, with tokenizer.json")
+
+
+def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], window: int) -> list[_Window]:
+    check_tokenizer(tokenizer)
     windows = []
     for number, document in enumerate(documents):
         found = tokenized(

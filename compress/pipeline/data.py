@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import DataError
+from compress.evaluation.tasks import MASKED, task_of
 from compress.images import fingerprint as fingerprint_images
 from compress.images import read_images
 from compress.pipeline.fingerprint import fingerprint
@@ -152,10 +153,14 @@ class DataSets:
         return drawn
 
     def check_shown(self) -> None:
-        """Chats among the documents that models are measured on fit the tokenizer's template. Raises `DataError`."""
+        """The tokenizer can show models what they are measured on: chats in its template, masks. Raises `DataError`."""
         if (section := self.recipe.data.evaluation) is None:
             return
         processor = self.processor()
+        if self.structure is not None and task_of(self.structure.class_name) is MASKED:
+            from compress.evaluation.masked import check_tokenizer
+
+            check_tokenizer(processor)
         for document in self.documents("evaluation")[: section.max_documents]:
             if document.messages is not None:
                 rendered(document, processor)

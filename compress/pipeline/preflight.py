@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
 from compress.calibration.batches import check_positions, check_shape, ids_in, taken
+from compress.checkpoint.files import read_json
 from compress.checkpoint.hub import is_hub_id
+from compress.checkpoint.sidecars import safe_file
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
 from compress.files import expanded, place
+from compress.loading import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
-from compress.text import FIELD_KINDS, check_columns, fingerprint, holds_ids, kind, template_columns
+from compress.text import (
+    FIELD_KINDS,
+    Document,
+    check_columns,
+    fingerprint,
+    holds_ids,
+    kind,
+    no_template,
+    template_columns,
+)
 
 if TYPE_CHECKING:
     from compress.checkpoint.spec import Spec
@@ -24,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Files of more bytes are not opened to see which columns they have.
 _LARGE = 1 << 28
+#: Files of chat templates, which transformers also takes from tokenizer_config.json.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _SETS = ("training", "calibration", "evaluation")
 
 
@@ -126,6 +140,27 @@ def check_ids(recipe: Recipe, positions: int | None) -> None:
         check_shape(shape, file)
         _, length = taken(shape, getattr(section, "samples", None), section.length, file)
         check_positions(length, positions, file, name)
+
+
+def check_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """A tokenizer's files are there where the run reads text. Raises `CheckpointError`."""
+    needed = set().union(*(passes.get(entry.name).needed(entry.settings) for entry in recipe.passes))
+    if TEXT_METRICS & set(recipe.metrics):
+        needed.add("evaluation")
+    sections = [getattr(recipe.data, name) for name in needed]
+    if any(section is not None and section.files and not holds_ids(section.files[0]) for section in sections):
+        check_has_tokenizer(folder)
+
+
+def check_chats(folder: Path, documents: Sequence[Document]) -> None:
+    """Chats have a template in the checkpoint's folder; whether they fit it is for the tokenizer to say. Raises `DataError`."""
+    chat = next((document for document in documents if document.messages is not None), None)
+    if chat is None or any(safe_file(folder, name).exists() for name in _TEMPLATES):
+        return
+    name = "tokenizer_config.json"
+    said = read_json(folder, name) if safe_file(folder, name).exists() else {}
+    if not (isinstance(said, dict) and said.get("chat_template")):
+        raise no_template(chat)
 
 
 def _columns(section: TextFiles) -> dict[str, str]:

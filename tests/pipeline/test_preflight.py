@@ -244,6 +244,33 @@ def test_samples_and_chats_are_tried_before_any_pass_works(recipe, texts, tmp_pa
     assert not (tmp_path / "out.run" / "stages").exists() or not list((tmp_path / "out.run" / "stages").iterdir())
 
 
+def test_what_a_tokenizer_lacks(check, recipe, texts, tmp_path):
+    """No files at all, no template for chats (only their text says that they are some), no token to mask by."""
+    model = pico.save(tmp_path / "bare", with_tokenizer=False)
+    status, text = check(model=str(model))
+    assert (status, "bare: has no tokenizer, which text needs" in text) == (2, True), text
+    assert check(model=str(model), passes=[{"cast": {"weights": "bf16"}}], data=None, evaluate=[], gates=None)[0] == 0
+    chats = [{"text": [{"role": "user", "content": f"{letter} " * 40}]} for letter in "klmnop"]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    evaluation = {"files": [str(tmp_path / "chats.jsonl")], "window": 32}
+    calibration = {"files": [str(tmp_path / "chats.jsonl")], "samples": 4, "length": 16}
+    wanda = [{"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
+    alone = {"data": {"calibration": calibration}, "passes": wanda, "evaluate": [], "gates": None}
+    status, text = check("--data", **alone)
+    assert (status, "is a chat, and the tokenizer has no chat template" in text) == (2, True), text
+    changes = {"passes": [{"cast": {"weights": "bf16"}}], "data": {"evaluation": evaluation}}
+    status, text = check("--data", **changes)
+    assert (status, "chats.jsonl#0: is a chat, and the tokenizer has no chat template" in text) == (2, True), text
+    model = pico.save(tmp_path / "with")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert check("--data", model=str(model), **changes)[0] == 0
+    evaluation = {"files": [str(texts[1])], "window": 32}
+    made = recipe(model=str(pico.folder("bert")), **{**changes, "data": {"evaluation": evaluation}}, evaluate_at="end")
+    with pytest.raises(CompressError, match="the tokenizer has no mask token"):
+        compress.run({**made, "evaluate": ["kl"], "gates": None})
+    assert not list((tmp_path / "out.run").glob("stages/*"))
+
+
 def test_checking_data_needs_no_torch(recipe, tmp_path):
     with (tmp_path / "r.yaml").open("w") as file:
         YAML().dump(recipe(), file)
