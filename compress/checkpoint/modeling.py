@@ -73,7 +73,12 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
     """
     base = stock_config(config)
     names = base.architectures or []
-    stock = getattr(transformers, names[0], None) if auto is None and names else None
+    # where no other auto class is named, the model is one without a head, of which AutoModel knows one of a family alone
+    alone = auto is transformers.AutoModel and set(getattr(config, "auto_map", None) or ()) <= {
+        "AutoConfig",
+        "AutoModel",
+    }
+    stock = getattr(transformers, names[0], None) if names and (auto is None or alone) else None
     stock = stock or (auto or transformers.AutoModel)._model_mapping[type(base)]
     if isinstance(stock, (tuple, list)):
         stock = stock[0]

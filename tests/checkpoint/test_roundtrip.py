@@ -117,14 +117,19 @@ def test_compact_loads_elsewhere_with_our_logits(dtype, tmp_path, stock):
     assert out.splitlines() == ["transformers.models.llama.modeling_llama 5", "refused"]
 
 
-def test_compact_wraps_a_base_class_and_a_classifier(tmp_path, stock):
+def test_compact_wraps_base_classes_and_a_classifier(tmp_path, stock):
     import transformers
 
     torch.manual_seed(0)
     classifier = transformers.BertForSequenceClassification(pico.config("bert", num_labels=3))
     classifier.save_pretrained(tmp_path / "classifier")
     classifier.bert.save_pretrained(tmp_path / "base")
-    for name, auto in (("classifier", "AutoModelForSequenceClassification"), ("base", "AutoModel")):
+    transformers.T5EncoderModel(pico.config("t5")).save_pretrained(tmp_path / "half")  # AutoModel would take T5Model
+    for name, auto in (
+        ("classifier", "AutoModelForSequenceClassification"),
+        ("base", "AutoModel"),
+        ("half", "AutoModel"),
+    ):
         write_checkpoint(
             prune(open_checkpoint(tmp_path / name), sparsity=0.6), tmp_path / f"{name}-out", store="compact"
         )
@@ -133,7 +138,8 @@ def test_compact_wraps_a_base_class_and_a_classifier(tmp_path, stock):
             "import torch, transformers\n"
             f"m = transformers.{auto}.from_pretrained({str(tmp_path / (name + '-out'))!r}, trust_remote_code=True)\n"
             f"x = m(input_ids=(torch.arange(12) * 7 % 250)[None])[0]\n"
-            f"assert torch.allclose(x, torch.load({str(tmp_path / 'expected.pt')!r}), atol=1e-7)\n"  # alignment of memory picks the kernel
+            f"y = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+            "assert (x - y).abs().max() <= 1e-6 * y.abs().max(), (x - y).abs().max()\n"  # alignment of memory picks the kernel
         )
 
 
