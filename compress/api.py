@@ -150,7 +150,7 @@ def apply(
     from compress.passes.base import Context
     from compress.passes.distill import unhelped
     from compress.pipeline.publish import check_absent
-    from compress.pipeline.run import check_result, resolve_device
+    from compress.pipeline.run import check_dtype, check_result, resolve_device
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
     from compress.recipe.model import Calibration, Training
@@ -162,6 +162,7 @@ def apply(
         raise _first(error, name) from None
     chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
     progress = progress or SilentProgress()
+    check_dtype(dtype)
     output = place(output)
     local = expanded(model)
     check_absent(output, local if local.exists() else None)

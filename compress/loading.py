@@ -111,7 +111,10 @@ def load_checkpoint(
 
     if outgrown(checkpoint.spec) and isinstance(checkpoint, Stored):
         check_keys(checkpoint)  # on the meta device: what does not fit the files is not allocated first
-    kwargs: dict[str, Any] = {"dtype": getattr(torch, dtype) if dtype else "auto"}
+    computing = getattr(torch, dtype, None) if dtype else "auto"
+    if not (computing == "auto" or (isinstance(computing, torch.dtype) and computing.is_floating_point)):
+        raise CompressError(f"no model computes in {dtype!r}", where="dtype", fix="give float32, bfloat16 or float16")
+    kwargs: dict[str, Any] = {"dtype": computing}
     if device != "cpu":
         kwargs["device_map"] = {"": device}
     read: Any = _Unread if isinstance(checkpoint, Stored) else _values

@@ -6,6 +6,7 @@ Sizes take units (``500MB``); N:M sparsity is written ``2:4``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*$", re.IGNORECASE)
+_TOO_MANY = 2**63  # bytes of any file
 _LARGEST = 10**308  # of integers that are floats, too
 _PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 
@@ -55,12 +57,14 @@ def _fail(expected: str, value: Any) -> PydanticCustomError:
 
 def parse_size(value: Any) -> int:
     """``500MB`` (10^6), ``4GiB`` (2^30) or a plain number of bytes, as bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = _SIZE.match(value) if isinstance(value, str) else None
-    if match is None or float(match[1]) == 0:
+    size: float = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (match := _SIZE.match(value)):
+        size = float(match[1]) * _UNITS[match[2].lower()]
+    if not 0 < size < _TOO_MANY:
         raise _fail("a size such as 500MB or 4GiB", value)
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return max(1, int(size))
 
 
 def parse_share(value: Any) -> float:
@@ -101,7 +105,7 @@ def parse_increase(value: Any) -> dict[str, Any]:
     """An allowed change: ``5%`` is relative, a plain number absolute: ``{"value": 0.05, "relative": True}``."""
     if isinstance(value, dict):
         return value
-    if isinstance(value, str) and (match := _PERCENT.match(value)):
+    if isinstance(value, str) and (match := _PERCENT.match(value)) and math.isfinite(float(match[1])):
         return {"value": float(match[1]) / 100, "relative": True}
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST:
         return {"value": float(value), "relative": False}

@@ -48,14 +48,29 @@ def is_hub_id(reference: str) -> bool:
 
     ``folder/name`` is a path where ``folder`` exists here.
     """
-    return _ID.match(reference) is not None and not ("/" in reference and Path(reference.split("/")[0]).is_dir())
+    return _ID.fullmatch(reference) is not None and not ("/" in reference and Path(reference.split("/")[0]).is_dir())
+
+
+def _parts(reference: str) -> tuple[str, str]:
+    """Repository and revision, which may be empty. Raises `CheckpointError` where the hub gives no such names."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo, _, revision = reference.partition("@")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise CheckpointError(
+            "is neither a folder here nor a name that the hub gives", where=reference, fix="check the name"
+        ) from None
+    return repo, revision
 
 
 def download(reference: str, *, offline: bool = False) -> Path:
     """Folder of the snapshot in the hub cache, downloaded where it is not there yet."""
     import huggingface_hub
 
-    repo, _, revision = reference.partition("@")
+    repo, revision = _parts(reference)
     return Path(
         _call(
             reference,
@@ -76,7 +91,7 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
     """
     import huggingface_hub
 
-    repo, _, revision = reference.partition("@")
+    repo, revision = _parts(reference)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
         headers, notes = weight_headers(folder)

@@ -175,7 +175,7 @@ def select(modules: Iterable[str], settings: PassSettings, universe: Iterable[st
         for pattern in patterns:
             try:
                 found = any(matches(pattern, module) for module in everything)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise PassError(f"`{pattern}` is not a regular expression: {error}", key=key) from None
             if not found:
                 near = _nearest(pattern, everything)

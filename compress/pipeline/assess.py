@@ -16,7 +16,7 @@ from compress.checkpoint.running import emulated
 from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, Given, check_metrics, check_speed, task_of
 from compress.pipeline.fingerprint import versions
-from compress.pipeline.run import machine, resolve_device
+from compress.pipeline.run import check_dtype, machine, resolve_device
 from compress.pipeline.score import Scorer, load_processor, read
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
@@ -132,6 +132,7 @@ def assess(
         metrics = tuple(possible) or task.measurable(how.given) or task.default
     check_metrics(class_name, metrics, given=how.given)
     check_speed(class_name, candidate.spec.structure.config, metrics)
+    check_dtype(how.dtype)
     how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)

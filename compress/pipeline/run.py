@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ from compress.recipe.resolve import plain_settings
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
+
+
+#: What models are computed in.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -480,7 +485,9 @@ def _times(start: float, written: Written, checked: float) -> dict[str, float]:
 
 def resolve_device(device: str) -> str:
     """``auto`` is the first GPU where there is one. Raises `CompressError` for one that is not here."""
-    if device != "auto" and not device.startswith("cuda"):
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device) is None:
+        raise CompressError(f"no computation runs on {device!r}", where="device", fix="give auto, cpu, cuda or cuda:N")
+    if device == "cpu":
         return device
     import torch
 
@@ -492,6 +499,12 @@ def resolve_device(device: str) -> str:
         here = f"there are cpu and cuda:0 to cuda:{count - 1}" if count else "there is cpu alone, for this torch"
         raise CompressError(f"the device {device} is not here", where="device", fix=here)
     return device
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `CompressError` for a dtype that nothing is computed in."""
+    if dtype not in DTYPES:
+        raise CompressError(f"nothing is computed in {dtype!r}", where="dtype", fix=f"give {', '.join(DTYPES)}")
 
 
 def machine(device: str) -> dict[str, Any]:

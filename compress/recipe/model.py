@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
@@ -51,8 +52,9 @@ def _fail(expected: str, value: Any) -> PydanticCustomError:
 
 def _number(value: Any) -> float | None:
     if isinstance(value, str) and (match := _PERCENT.match(value)):
-        return float(match[1]) / 100
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return float(match[1]) / 100 if math.isfinite(float(match[1])) else None
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 10**308
+    return float(value) if known else None  # of larger integers there is no float
 
 
 def _device(value: str) -> str:

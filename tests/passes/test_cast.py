@@ -47,6 +47,9 @@ def test_only_and_skip(pico_llama):
     assert caught.value.key == "skip"
     with pytest.raises(PassError, match=r"is not a regular expression"):
         plan(checkpoint, "cast", weights="fp16", only=["re:("])
+    for pattern in ("(" * 5000 + ")" * 5000, "a{99999999999999999999}"):
+        with pytest.raises(PassError, match=r"is not a regular expression"):
+            plan(checkpoint, "cast", weights="fp16", skip=[f"re:{pattern}"])
 
 
 def test_fp16_refuses_what_does_not_fit(pico_llama, tmp_path):

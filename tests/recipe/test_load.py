@@ -19,6 +19,21 @@ from compress.passes.structured_settings import PruneStructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
 from compress.settings import Increase, Pattern
 
+TOO_LARGE = 10**400
+
+
+@pytest.mark.parametrize("value", [TOO_LARGE, -TOO_LARGE, "9" * 400 + "%", "9" * 400])
+def test_bounds_that_no_float_holds(value):
+    from pydantic_core import PydanticCustomError
+
+    from compress.recipe import model
+    from compress.settings import parse_increase, parse_size
+
+    for parse in (parse_increase, parse_size, model._ratio):
+        with pytest.raises(PydanticCustomError, match="expected"):
+            parse(value)
+
+
 Heads = Callable[..., list[str]]
 
 FULL = """\
