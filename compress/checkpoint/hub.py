@@ -54,7 +54,7 @@ def is_hub_id(reference: str) -> bool:
 def _parts(reference: str) -> tuple[str, str]:
     """Repository and revision, which may be empty. Raises `CheckpointError` where the hub gives no such names."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     repo, _, revision = reference.partition("@")
     try:
