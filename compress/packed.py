@@ -18,6 +18,7 @@ _ZST_PIECE = 1 << 12
 
 def unpacked(path: Path) -> bytes:
     """A file's bytes, decompressed. Raises `DataError`: missing, empty, damaged, or unpacking to far more than text does."""
+    check_file(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -37,6 +38,12 @@ def unpacked(path: Path) -> bytes:
     if not data:
         raise DataError("is empty", where=str(path))
     return data
+
+
+def check_file(path: Path) -> None:
+    """Raises `DataError` for a device or a pipe, which may never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError("is no file of text", where=str(path), fix="name a file")
 
 
 def room_for(size: int) -> int:

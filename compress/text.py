@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from compress import templates
 from compress.chats import Message, read_messages, said
 from compress.errors import DataError, one_line
-from compress.packed import lacking, room_for, too_much, unpacked
+from compress.packed import check_file, lacking, room_for, too_much, unpacked
 
 #: Kinds of files that hold text, and those with named fields among them; how each may be packed; files of token ids.
 TEXT_KINDS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -482,6 +482,7 @@ def fingerprint(files: Sequence[str]) -> str:
     whole = hashlib.sha256()
     for file in files:
         try:
+            check_file(Path(file))
             with Path(file).open("rb") as stream:
                 whole.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 import tracemalloc
 
@@ -49,3 +50,10 @@ def test_a_text_that_a_parquet_file_holds_once_and_names_often(tmp_path, monkeyp
     assert (tmp_path / "x.parquet").stat().st_size < 20_000
     with pytest.raises(DataError, match="unpack to more than"):
         read_documents([str(tmp_path / "x.parquet")])
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
+def test_text_is_read_from_files_alone(name, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is no file of text"):
+        packed.unpacked(tmp_path / name)

@@ -133,6 +133,8 @@ def assess(
     check_metrics(class_name, metrics, given=how.given)
     check_speed(class_name, candidate.spec.structure.config, metrics)
     check_dtype(how.dtype)
+    if how.stride is not None and how.stride > how.window:
+        raise DataError(f"a stride of {how.stride} would skip text, as the window is {how.window} tokens")
     how = replace(how, metrics=metrics, device=resolve_device(how.device), stride=how.stride or how.window)
     reference: Stored | None = None
     wants = set(metrics)

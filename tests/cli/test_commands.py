@@ -285,6 +285,11 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["eval", "model", "--baseline", "recipe.yaml"], "recipe.yaml: is no baseline"),
         (["eval", "model", "--data", "recipe.yaml", "--dtype", "half"], "give float32, bfloat16, float16"),
         (["eval", "model", "--data", "recipe.yaml", "--device", "meta"], "give auto, cpu, cuda or cuda:N"),
+        (
+            ["eval", "model", "--data", "recipe.yaml", "--window", "16", "--stride", "32"],
+            "a stride of 32 would skip text",
+        ),
+        (["eval", "model", "--data", "/dev/zero"], "/dev/zero: is no file of text"),
         (["inspect", "gone"], "gone"),
         (["inspect", "model\n"], "model\\n"),
         (["inspect", "org/a--b"], "org/a--b"),
