@@ -165,8 +165,12 @@ def _child(
 
     status: int = 70
     try:
+        import torch
+
         from compress.cli import main
 
+        # torch's pool of threads is made anew after a fork, by whoever asks first: two threads at once end in an assertion
+        torch.set_num_threads(1)
         if before is not None:
             before()
         sys.addaudithook(hook)

@@ -73,6 +73,9 @@ def _process(work: Callable[[int], Case], first: int, last: int) -> Iterator[Cas
 
 def _work(work: Callable[[int], Case], first: int, last: int, writing: int) -> None:
     """The child: one line of JSON for each case."""
+    import torch
+
+    torch.set_num_threads(1)  # makes torch's pool of threads anew: two threads that do so at once end in an assertion
     try:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
