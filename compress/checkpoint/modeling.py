@@ -19,6 +19,9 @@ from safetensors import safe_open
 from compress.checkpoint.decode import decode, part_names
 from compress.checkpoint.edits import edited_class
 
+#: Ends of the names of arrays that round a layer's inputs.
+INPUT_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale")
+
 
 class CompressConfig(transformers.PreTrainedConfig):
     """Config of a compact checkpoint: ``base`` is the stock config, ``edits`` the changes of structure on top of it."""
@@ -50,6 +53,8 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
                 storage, grid = tuple(row["storage"]), row.get("grid")
                 keys = part_names(tensor, storage, grid)
                 coded.update(keys.values())
+                if grid is not None:  # inputs are not rounded here
+                    coded.update(f"{tensor.rpartition('.')[0]}.{end}" for end in INPUT_ARRAYS)
                 parts = {role: file.get_tensor(key) for role, key in keys.items()}
                 state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, grid)[0]
             for key in file.keys():  # noqa: SIM118 - a file is no dict

@@ -1,0 +1,339 @@
+"""Makes the committed compact checkpoints in ``tests/data/format1``: a few kB for each codec and each edit.
+
+They hold the promise that format 1 still opens, so what is there is never made again. For a new codec or edit add a
+function to `MAKERS` and run ``python -m tests.checkpoint.golden``: it makes what is missing.
+
+Weights are multiples of 1/64 no larger than 1, so products of factors are exact before they are rounded, on every machine. The bundled modelling
+file is left out: it is not what the format promises, and ten times as large as the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import compress
+from compress.checkpoint import bundle
+from compress.checkpoint.grids import Grid
+from compress.checkpoint.open import Checkpoint, Codes, Derived, Value, open_checkpoint
+from compress.checkpoint.spec import FLOAT_DTYPES, Spec
+from compress.checkpoint.structure import alias, factored, projected, shared, sized
+from compress.checkpoint.write import write_checkpoint
+from compress.solvers.grids import Scales, rounded, to_codes, weights
+from tests import pico
+
+FOLDER = Path(__file__).resolve().parent.parent / "data/format1"
+EXPECTED = "expected.json"
+IDS = torch.tensor([[1, 5, 9, 33, 2, 17, 30, 8]])
+LLAMA = {"vocab_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+GPT2 = {"n_embd": 16, "n_inner": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 16}
+
+
+def base(root: Path, family: str = "llama", *, width: int = 16, blocks: int = 1, **changes: object) -> Checkpoint:
+    """A random checkpoint in bfloat16."""
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": blocks, "head_dim": width // 4}
+    options = GPT2 if family == "gpt2" else {**LLAMA, **sizes}
+    built = pico.model(family, **{**options, **changes})
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_((parameter * 64).round().clamp(-64, 64) / 64)
+    built.to(torch.bfloat16).save_pretrained(root / "stock")
+    return open_checkpoint(root / "stock")
+
+
+def changed(checkpoint: Checkpoint, spec: Spec, values: Mapping[str, Value]) -> Checkpoint:
+    """The checkpoint with that spec and those values; tensors that neither has are made at random."""
+    made = dict(values)
+    for seed, tensor in enumerate(spec.stored()):
+        old = checkpoint.spec.tensors.get(tensor.name)
+        if tensor.name not in made and (old is None or old.shape != tensor.shape):
+            random = torch.randint(-24, 25, tensor.shape, generator=torch.Generator().manual_seed(seed))
+            made[tensor.name] = Value((random / 64).bfloat16())
+    return Derived(checkpoint, spec, lambda name: made[name] if name in made else checkpoint.tensor(name))
+
+
+def kept(shape: tuple[int, ...], share: float, seed: int) -> torch.Tensor:
+    """A keep-mask."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def coded(checkpoint: Checkpoint, grids: Mapping[str, Grid], share: float | None = None) -> Checkpoint:
+    """Tensors whose names end so with codes of a grid, in bfloat16; a share of their weights removed if asked."""
+    tensors, values = dict(checkpoint.spec.tensors), {}
+    for seed, tensor in enumerate(checkpoint.spec.stored()):
+        grid = next((grid for end, grid in grids.items() if tensor.name.endswith(f"{end}.weight")), None)
+        if grid is None:
+            continue
+        data = checkpoint.tensor(tensor.name).data
+        mask = None if share is None else kept(tensor.shape, share, seed)
+        codes = codebook(data, grid, mask) if grid.is_codebook else integers(data, grid, mask)
+        found = weights(codes, mask if grid.is_codebook or mask is None or not grid.transposed else mask.T)
+        values[tensor.name] = Value(found.T.contiguous() if grid.transposed else found, mask, codes)
+        count = None if mask is None else int(mask.sum())
+        tensors[tensor.name] = replace(tensor, dtype="BF16", grid=grid, kept=count)
+    return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
+
+
+def codebook(data: torch.Tensor, grid: Grid, mask: torch.Tensor | None) -> Codes:
+    """The nearest values of an even codebook."""
+    half = 1 << (grid.bits - 1)
+    values = torch.linspace(-1, 1, 2 * half).bfloat16()
+    codes = (data.float()[..., None] - values.float()).abs().argmin(-1) - half
+    return Codes((codes if mask is None else codes.masked_fill(~mask, 0)).to(torch.int8), values)
+
+
+def integers(data: torch.Tensor, grid: Grid, mask: torch.Tensor | None) -> Codes:
+    """Codes rounded to nearest; with one scale for all where the grid says so."""
+    rows, keep = (data.T, mask.T if mask is not None else None) if grid.transposed else (data, mask)
+    if grid.whole:
+        zero = None if grid.symmetric else torch.tensor([[5.0]])
+        most = 448.0 if grid.format == "fp8" else 120.0
+        codes = to_codes(
+            rows, grid, Scales((rows.float().abs().max() / most).reshape(1, 1), zero), torch.bfloat16, keep
+        )
+    else:
+        codes = rounded(rows.contiguous(), grid, torch.bfloat16, keep, search=False)
+    given = {
+        "input_scale": torch.tensor([0.0625], dtype=torch.float32 if grid.given_dtype == "F32" else torch.bfloat16),
+        "input_zero_point": torch.tensor([-3], dtype=torch.int8),
+        "input_global_scale": torch.tensor([448.0]),
+    }
+    return replace(codes, given={end: given[end] for end in grid.given})
+
+
+def mask(root: Path) -> Checkpoint:
+    """Keep-masks, dense where few weights are removed; bfloat16 and float16 side by side."""
+    checkpoint = base(root)
+    tensors, values = dict(checkpoint.spec.tensors), {}
+    for seed, tensor in enumerate(checkpoint.spec.stored()):
+        if len(tensor.shape) == 2 and tensor.dtype in FLOAT_DTYPES:
+            found = kept(tensor.shape, 0.99 if "mlp" in tensor.name else 0.4, seed)
+            name = "F16" if "q_proj" in tensor.name else "F32" if "k_proj" in tensor.name else "BF16"
+            dtype = getattr(torch, FLOAT_DTYPES[name])
+            values[tensor.name] = Value(checkpoint.tensor(tensor.name).data.to(dtype), found)
+            tensors[tensor.name] = replace(tensor, dtype=name, kept=int(found.sum()))
+    return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
+
+
+EMBEDDING = {"embed_tokens": Grid("int4", 8)}  # stock loaders take no codes there, so the file is a compact one
+
+
+def packed(root: Path) -> Checkpoint:
+    """Integers of every width in 32-bit words, by group and by channel."""
+    grids = {"q_proj": Grid("int2", 8), "k_proj": Grid("int3", 8), "v_proj": Grid("int5"), "o_proj": Grid("int6", 16)}
+    return coded(base(root), {**EMBEDDING, **grids, "gate_proj": Grid("int8"), "up_proj": Grid("int4")})
+
+
+def packed_zero(root: Path) -> Checkpoint:
+    """The same with zero points."""
+    grids = {"q_proj": Grid("int4", 8, False), "k_proj": Grid("int3", 0, False), "up_proj": Grid("int8", 16, False)}
+    return coded(base(root), {**EMBEDDING, **grids, "v_proj": Grid("int2", 8, False)})
+
+
+def int8(root: Path) -> Checkpoint:
+    """Integers of a byte each, with all that is said of a layer's inputs."""
+    return coded(
+        base(root),
+        {
+            **EMBEDDING,
+            "q_proj": Grid("int8", activations="int8"),
+            "k_proj": Grid("int8", 8, False, activations="int8-zero"),
+            "v_proj": Grid("int8", whole=True, activations="int8-tensor"),
+            "o_proj": Grid("int8", symmetric=False, whole=True, activations="int8-tensor-zero", given_dtype="F32"),
+            "up_proj": Grid("int8", activations="int8-dynamic"),
+        },
+    )
+
+
+def fp8(root: Path) -> Checkpoint:
+    """E4M3 floats."""
+    return coded(
+        base(root),
+        {
+            **EMBEDDING,
+            "q_proj": Grid("fp8"),
+            "k_proj": Grid("fp8", 8, activations="fp8"),
+            "v_proj": Grid("fp8", whole=True, activations="fp8-tensor", given_dtype="F32"),
+            "o_proj": Grid("fp8", activations="fp8-dynamic"),
+        },
+    )
+
+
+def mxfp4(root: Path) -> Checkpoint:
+    """E2M1 floats with a power of two for each 32."""
+    return coded(base(root, width=32), {**EMBEDDING, "_proj": Grid("mxfp4", 32)})
+
+
+def nvfp4(root: Path) -> Checkpoint:
+    """E2M1 floats with an E4M3 scale for each 16 and a float for all."""
+    inputs = {"q_proj": Grid("nvfp4", 16, activations="nvfp4"), "k_proj": Grid("nvfp4", 16, activations="nvfp4-wide")}
+    return coded(base(root), {**EMBEDDING, **inputs, "_proj": Grid("nvfp4", 16)})
+
+
+def codebooks(root: Path) -> Checkpoint:
+    """Numbers of 2 to 8 bits of the values of codebooks."""
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return coded(base(root), {module: Grid(f"codebook{bits}") for bits, module in enumerate(modules, 2)})
+
+
+def masked_codes(root: Path) -> Checkpoint:
+    """A keep-mask before packed integers, with zero points and without, before bytes, and before a codebook."""
+    grids = {"q_proj": Grid("int4", 8), "k_proj": Grid("int3", 8, False), "v_proj": Grid("int8", activations="int8")}
+    return coded(base(root), {**grids, "up_proj": Grid("codebook3"), "down_proj": Grid("int8", 8)}, 0.4)
+
+
+def transposed(root: Path) -> Checkpoint:
+    """Codes of matrices that the family shapes [in, out]."""
+    grids = {"attn.c_attn": Grid("int4", 8, transposed=True), "c_fc": Grid("fp8", transposed=True)}
+    return coded(base(root, "gpt2"), {**grids, "mlp.c_proj": Grid("int5", 8, False, transposed=True)})
+
+
+def masked_transposed(root: Path) -> Checkpoint:
+    """The same before a keep-mask, in two shards."""
+    grids = {"attn.c_attn": Grid("int4", 8, transposed=True), "c_fc": Grid("codebook2")}
+    return coded(base(root, "gpt2"), grids, 0.4)
+
+
+def factors(root: Path) -> Checkpoint:
+    """Two thin matrices in place of one, of a layer with a bias and one without."""
+    checkpoint = base(root, attention_bias=True)
+    ranks = {"model.layers.0.self_attn.q_proj.weight": 4, "model.layers.0.mlp.up_proj.weight": 3}
+    biases = {f"model.layers.0.self_attn.q_proj.{part}" for part in ("bias", "up.bias")}
+    found = checkpoint.tensor("model.layers.0.self_attn.q_proj.bias")
+    return changed(checkpoint, factored(checkpoint.spec, ranks), dict.fromkeys(biases, found))
+
+
+def factors_transposed(root: Path) -> Checkpoint:
+    """Factors of a matrix that the family shapes [in, out]; they lie as [out, in] nonetheless."""
+    checkpoint = base(root, "gpt2")
+    spec = factored(checkpoint.spec, {"transformer.h.1.mlp.c_fc.weight": 3})
+    bias = checkpoint.tensor("transformer.h.1.mlp.c_fc.bias")
+    return changed(checkpoint, spec, {"transformer.h.1.mlp.c_fc.up.bias": bias})
+
+
+def shared_residual(root: Path) -> Checkpoint:
+    """A block with matrices of another one, each with a residual of its own."""
+    checkpoint = base(root, blocks=2)
+    return changed(
+        checkpoint, shared(checkpoint.spec, [[0, 1]], ["self_attn.q_proj.weight", "mlp.up_proj.weight"], 2), {}
+    )
+
+
+def shared_norms(root: Path) -> Checkpoint:
+    """A block with a matrix and a norm of another one, and no residual."""
+    checkpoint = base(root, "gpt2")
+    return changed(checkpoint, shared(checkpoint.spec, [[0, 1]], ["mlp.c_fc.weight", "ln_1.bias"], 0), {})
+
+
+def projected_tied(root: Path) -> Checkpoint:
+    """A thin table, read by embeddings and head, each with a projection."""
+    checkpoint = base(root, tie_word_embeddings=True)
+    spec = projected(checkpoint.spec, ["model.embed_tokens.weight", "lm_head.weight"], 6)
+    source = spec.tensors["model.embed_tokens.weight"]
+    tensors = {**spec.tensors, "lm_head.weight": alias(source, "lm_head.weight")}
+    return changed(checkpoint, replace(spec, tensors=tensors), {})
+
+
+def projected_untied(root: Path) -> Checkpoint:
+    """A thin table for embeddings alone."""
+    checkpoint = base(root)
+    return changed(checkpoint, projected(checkpoint.spec, ["model.embed_tokens.weight"], 6), {})
+
+
+def widths(root: Path) -> Checkpoint:
+    """An MLP of its own width in the second block, in two shards."""
+    checkpoint = base(root, blocks=2)
+    path = "model.layers.1.mlp"
+    shapes = {f"{path}.gate_proj": (10, 16), f"{path}.up_proj": (10, 16), f"{path}.down_proj": (16, 10)}
+    tensors = dict(checkpoint.spec.tensors)
+    for module, shape in shapes.items():
+        tensors[f"{module}.weight"] = replace(tensors[f"{module}.weight"], shape=shape)
+    return changed(checkpoint, sized(replace(checkpoint.spec, tensors=tensors), shapes), {})
+
+
+def widths_transposed(root: Path) -> Checkpoint:
+    """The same of matrices that the family shapes [in, out]."""
+    checkpoint = base(root, "gpt2")
+    path, tensors = "transformer.h.1.mlp", dict(checkpoint.spec.tensors)
+    for name, shape in {"c_fc.weight": (16, 10), "c_fc.bias": (10,), "c_proj.weight": (10, 16)}.items():
+        tensors[f"{path}.{name}"] = replace(tensors[f"{path}.{name}"], shape=shape)
+    return changed(checkpoint, sized(replace(checkpoint.spec, tensors=tensors), [f"{path}.c_fc", f"{path}.c_proj"]), {})
+
+
+MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
+    "mask": mask,
+    "packed": packed,
+    "packed-zero": packed_zero,
+    "int8": int8,
+    "fp8": fp8,
+    "mxfp4": mxfp4,
+    "nvfp4": nvfp4,
+    "codebooks": codebooks,
+    "masked-codes": masked_codes,
+    "transposed": transposed,
+    "masked-transposed": masked_transposed,
+    "factors": factors,
+    "factors-transposed": factors_transposed,
+    "shared-residual": shared_residual,
+    "shared-norms": shared_norms,
+    "projected-tied": projected_tied,
+    "projected-untied": projected_untied,
+    "widths": widths,
+    "widths-transposed": widths_transposed,
+}
+SHARDED = {"masked-transposed": 6_000, "widths": 8_000}
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 of names, dtypes, shapes, values and keep-masks of all stored tensors, in order of names."""
+    result = hashlib.sha256()
+    for tensor in sorted(checkpoint.spec.stored(), key=lambda t: t.name):
+        value = checkpoint.tensor(tensor.name)
+        result.update(json.dumps([tensor.name, tensor.dtype, list(tensor.shape), value.mask is not None]).encode())
+        result.update(value.data.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        if value.mask is not None:
+            result.update(value.mask.numpy().tobytes())
+    return result.hexdigest()
+
+
+def logits(model: torch.nn.Module) -> list[float]:
+    """What the model predicts after `IDS`, float32."""
+    with torch.no_grad():
+        return model(input_ids=IDS).logits[0, -1].float().tolist()
+
+
+def expected(folder: Path) -> dict[str, object]:
+    """What is recorded of a checkpoint: hashes of its tensors and of its unpacked ones, and logits."""
+    model = compress.load(folder, dtype="float32")
+    with tempfile.TemporaryDirectory() as temp:
+        dense = None
+        if not folder.name.startswith("widths"):  # no stock class has these
+            dense = digest(open_checkpoint(compress.unpack(folder, Path(temp) / "dense")))
+    return {"tensors": digest(open_checkpoint(folder)), "unpacked": dense, "logits": logits(model)}
+
+
+def main() -> None:
+    """Make what is missing."""
+    known = json.loads((FOLDER / EXPECTED).read_text()) if (FOLDER / EXPECTED).exists() else {}
+    for name, make in MAKERS.items():
+        if name in known:
+            continue
+        with tempfile.TemporaryDirectory() as temp:
+            done = write_checkpoint(
+                make(Path(temp)), FOLDER / name, store="compact", max_shard=SHARDED.get(name, 1 << 30)
+            )
+        (done.folder / bundle.FILE_NAME).unlink()
+        (done.folder / "generation_config.json").unlink(missing_ok=True)
+        known[name] = expected(done.folder)
+        print(name, done.bytes, sorted({(*t.storage,) for t in done.spec.stored()}))
+    (FOLDER / EXPECTED).write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

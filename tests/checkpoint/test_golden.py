@@ -1,0 +1,70 @@
+"""Committed checkpoints of format 1, one for each codec and each edit, still open, unpack and compute what is recorded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from compress import architectures
+from compress.checkpoint import bundle
+from compress.checkpoint.grids import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.spec import CHAINS
+from compress.checkpoint.structure import STORAGE
+from tests.checkpoint import golden
+
+RECORDED = json.loads((golden.FOLDER / golden.EXPECTED).read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_fixture_opens_unpacks_and_computes_what_is_recorded(name):
+    found = golden.expected(golden.FOLDER / name)
+    logits = torch.tensor(found.pop("logits")), torch.tensor(RECORDED[name]["logits"])
+    assert found == {key: value for key, value in RECORDED[name].items() if key != "logits"}
+    assert logits[1].std() > 0.05  # a model whose weights matter
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_a_fixture_for_each_codec_and_edit():
+    specs = [open_headers(golden.FOLDER / name)[0] for name in RECORDED]
+    tensors = [tensor for spec in specs for tensor in spec.stored()]
+    assert {tensor.storage for tensor in tensors} == set(CHAINS)
+    grids = {tensor.grid for tensor in tensors if tensor.grid is not None}
+    assert {grid.format for grid in grids} == INTEGERS.keys() | FLOATS.keys() | CODEBOOKS.keys()
+    assert {grid.activations for grid in grids} == {None, *ACTIVATIONS}
+    assert {edit.kind for spec in specs for edit in spec.structure.edits} == STORAGE.keys()
+    turned = {architectures.of(spec.structure.config).input_axis == 0 for spec in specs if spec.structure.edits}
+    assert turned == {True, False}
+    assert all(spec.structure.compact for spec in specs)
+
+
+def test_the_bundled_file_reads_all_fixtures(stock, tmp_path):
+    for name in RECORDED:
+        shutil.copytree(golden.FOLDER / name, tmp_path / name)
+        (tmp_path / name / bundle.FILE_NAME).write_bytes(bundle.source())
+    code = (
+        "import json, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"ids, result = torch.tensor({golden.IDS.tolist()}), {{}}\n"
+        f"for name in {list(RECORDED)}:\n"
+        f"    model = AutoModelForCausalLM.from_pretrained('{tmp_path}/' + name, trust_remote_code=True, dtype='float32')\n"
+        "    with torch.no_grad():\n"
+        "        result[name] = model(input_ids=ids).logits[0, -1].tolist()\n"
+        "print(json.dumps(result))\n"
+    )
+    found = json.loads(stock(code).splitlines()[-1])
+    assert found.keys() == RECORDED.keys()
+    for name, logits in found.items():
+        recorded = torch.tensor(RECORDED[name]["logits"])
+        torch.testing.assert_close(torch.tensor(logits), recorded, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def test_changed_byte_of_a_fixture_is_noticed(tmp_path):
+    shutil.copytree(golden.FOLDER / "packed", tmp_path / "packed")
+    path = tmp_path / "packed/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert golden.digest(open_checkpoint(tmp_path / "packed")) != RECORDED["packed"]["tensors"]
