@@ -211,10 +211,10 @@ def _bert(vocabulary: int) -> Any:
 
 def _accuracy(folder: Path, test: str) -> float:
     from compress.checkpoint.open import open_checkpoint
+    from compress.data.text import read_examples
     from compress.evaluation.classification import classify_documents
-    from compress.loading import load_model, load_tokenizer
-    from compress.pipeline.score import labels_of
-    from compress.text import read_examples
+    from compress.evaluation.scorer import labels_of
+    from compress.models.loading import load_model, load_tokenizer
 
     documents = read_examples([test], ["sentence"], labels_of(open_checkpoint(folder).spec.structure, "label"))
     found = classify_documents(load_model(folder), load_tokenizer(folder), documents, labels=["LABEL_0", "LABEL_1"])
@@ -278,7 +278,7 @@ def _models(vocabulary: int, checkpointing: bool) -> tuple[Any, Any, Any, Any]:
     import torch
     import transformers
 
-    from compress.calibration.batches import Batches
+    from compress.data.batches import Batches
     from compress.training.data import Samples
     from compress.training.objective import Objective, Terms
     from compress.training.optimize import Update, optimizers

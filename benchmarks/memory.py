@@ -70,7 +70,7 @@ def make(folder: Path, shape: dict[str, int], layers: int, *, weights: bool = Tr
     import transformers
 
     from compress.checkpoint.layout import lay_out
-    from compress.checkpoint.spec import Spec, Structure, Tensor
+    from compress.spec.spec import Spec, Structure, Tensor
 
     config = transformers.LlamaConfig(
         **shape, num_hidden_layers=layers, dtype="bfloat16", architectures=["LlamaForCausalLM"]

@@ -46,7 +46,7 @@ def heldout(model: str, files: list[str]) -> list[Any]:
     """Token windows of each text, int64 [windows, 256]."""
     import torch
 
-    from compress.loading import load_tokenizer
+    from compress.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     result = []
@@ -62,7 +62,7 @@ def loss(folder: str, texts: list[Any]) -> float:
     """Mean over the texts of the mean negative log-likelihood per token, float32."""
     import torch
 
-    from compress.loading import load_model
+    from compress.models.loading import load_model
 
     model = load_model(folder, dtype="float32")
     means = []

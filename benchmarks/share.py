@@ -98,13 +98,13 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
 
     import compress
     from compress import architectures
-    from compress.calibration.gathered import Gathered
-    from compress.calibration.sweep import Inputs, Sweep
+    from compress.blockwise.runner import Inputs, Sweep
+    from compress.blockwise.saved_hessians import Gathered
     from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
-    from compress.passes.sweeping import block_matrices
+    from compress.passes.blockwise import block_matrices
     from compress.progress import SilentProgress
-    from compress.solvers.lowrank import low_rank
+    from compress.solvers.low_rank import low_rank
 
     texts = heldout(args.model, args.heldout)
     dense = loss(args.model, texts)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from transformers import PreTrainedModel
 
-    from compress.calibration.batches import Batches
     from compress.checkpoint.codecs import Store
+    from compress.data.batches import Batches
     from compress.pipeline.run import RunResult
     from compress.planning import Plan
     from compress.recipe import Recipe
@@ -148,7 +148,7 @@ def apply(
     from compress.checkpoint.write import write_checkpoint
     from compress.evaluation.tasks import check_images
     from compress.passes.base import Context
-    from compress.passes.distill import unhelped
+    from compress.passes.distill.distill import unhelped
     from compress.pipeline.publish import check_absent
     from compress.pipeline.run import check_dtype, check_result, resolve_device
     from compress.planning import plan_pass
@@ -191,9 +191,9 @@ def apply(
         check_images(original.spec.structure.class_name, section.folder is not None)
 
     def batches(name: str) -> Batches:
-        from compress.calibration.batches import check_positions, check_vocabulary, first, given_ids
-        from compress.pipeline.data import draw, read_section
-        from compress.pipeline.score import load_processor
+        from compress.data.batches import check_positions, check_vocabulary, first, given_ids
+        from compress.evaluation.scorer import load_processor
+        from compress.pipeline.datasets import draw, read_section
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
         positions = architectures.positions(original.spec)
@@ -256,7 +256,7 @@ def load(
         quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not;
             evaluation does so.
     """
-    from compress.loading import load_model
+    from compress.models.loading import load_model
 
     return load_model(
         model,

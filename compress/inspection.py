@@ -12,9 +12,9 @@ from compress import architectures
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
-from compress.checkpoint.spec import Spec, Tensor
 from compress.files import expanded
 from compress.planning import size_of, size_on_disk
+from compress.spec.spec import Spec, Tensor
 
 
 def storage_name(tensor: Tensor) -> str:

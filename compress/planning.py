@@ -11,10 +11,10 @@ from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_stor
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
-from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, values_of
+from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -178,7 +178,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     samples that are too long for it, and a `CompressError` where the recipe measures what is not of the model's task, or the
     speed of a model that reads no single text.
     """
-    from compress.calibration.batches import check_positions
+    from compress.data.batches import check_positions
     from compress.errors import PassError
 
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation

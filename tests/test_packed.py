@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from compress import packed
+from compress.data import packed
+from compress.data.text import read_documents
 from compress.errors import DataError
-from compress.text import read_documents
 
 
 def bomb(packing: str, size: int) -> bytes:

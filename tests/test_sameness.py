@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import compress
-from compress import sameness
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.errors import CheckpointError
-from compress.sameness import same_logits
+from compress.models import sameness
+from compress.models.sameness import same_logits
 from tests import pico
 
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt"]  # fmt: skip

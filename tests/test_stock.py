@@ -11,11 +11,11 @@ import transformers
 
 import compress
 from compress import architectures, passes
-from compress import stock as stock_loader
 from compress.checkpoint import quantization
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError, PassError
-from compress.passes.cast_settings import CastSettings
+from compress.models import stock as stock_loader
+from compress.passes.cast.settings import CastSettings
 from compress.planning import plan_pass
 from tests import pico
 from tests.passes.helpers import apply, write

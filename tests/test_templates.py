@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from compress import templates
+from compress.data import templates
+from compress.data.text import Document, rendered
 from compress.errors import DataError
-from compress.text import Document, rendered
 from tests import pico
 
 MESSAGES = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"})

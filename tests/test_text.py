@@ -14,8 +14,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from compress.errors import DataError
-from compress.text import (
+from compress.data.text import (
     Document,
     Labels,
     check_disjoint,
@@ -27,6 +26,7 @@ from compress.text import (
     refusal,
     rendered,
 )
+from compress.errors import DataError
 
 
 def write(path, data):
@@ -354,7 +354,7 @@ def test_kinds_by_name():
 def test_reading_text_imports_nothing_heavy(tmp_path):
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\na", mtime=0))
     code = (
-        "import sys, compress.text as t; t.read_documents(sys.argv[1:]);"
+        "import sys, compress.data.text as t; t.read_documents(sys.argv[1:]);"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'zstandard', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)

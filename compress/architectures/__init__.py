@@ -12,8 +12,8 @@ from typing import Any
 
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
-from compress.checkpoint.spec import Spec
 from compress.errors import PassError
+from compress.spec.spec import Spec
 
 __all__ = ["RECORDS", "Architecture", "known", "of", "positions"]
 

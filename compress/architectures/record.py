@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from compress.architectures.units import Attention, Hidden, Mlp, Relative
-from compress.checkpoint.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.architectures.groups import Attention, Hidden, Mlp, Relative
 from compress.errors import CheckpointError, PassError
+from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Architecture:
             where they look for none.
         causal: whether it decodes, as it reads, with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` where the config does not say it.
-        mlps, attention, hidden: what structured pruning may narrow, see `architectures.units`.
+        mlps, attention, hidden: what structured pruning may narrow, see `architectures.groups`.
         cross: attention of a decoder's blocks to what the encoder gives, beside ``attention``.
         relative: a stock family to become where the config forbids a new number of heads.
         base_class: name of the class without a head.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from compress.architectures.groups import Attention, Hidden, Layout, Mlp, Relative
 from compress.architectures.record import Architecture, Leftover
-from compress.architectures.units import Attention, Hidden, Layout, Mlp, Relative
 
 _QKVO = Attention(
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True, rotary=True

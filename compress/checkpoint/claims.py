@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from compress.checkpoint.spec import Spec
 from compress.errors import CheckpointError
+from compress.spec.spec import Spec
 
 #: Deeper nesting and larger numbers than any config has; transformers and writers of JSON break on them.
 _DEEPEST = 64

@@ -11,8 +11,8 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from compress import architectures
-from compress.checkpoint.grids import Grid
-from compress.checkpoint.spec import (
+from compress.spec.formats import Grid
+from compress.spec.spec import (
     CODEBOOK,
     DENSE,
     DTYPE_BITS,

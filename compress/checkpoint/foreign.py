@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint import codecs
-from compress.checkpoint.grids import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, Grid
 from compress.checkpoint.headers import Entry
 from compress.checkpoint.patterns import Matcher
 from compress.checkpoint.quantization import KEY, METHOD, cache_of, in_memory
-from compress.checkpoint.spec import (
+from compress.errors import CheckpointError
+from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, Grid
+from compress.spec.spec import (
     CACHE_SCALES,
     FLOAT_DTYPES,
     FP8,
@@ -23,7 +24,6 @@ from compress.checkpoint.spec import (
     Structure,
     Tensor,
 )
-from compress.errors import CheckpointError
 
 #: How names of arrays end that only a running model needs.
 _RUNNING = tuple(f".{side}_{end}" for side in ("input", "output") for end in ("scale", "zero_point", "global_scale"))

@@ -14,8 +14,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.spec import DTYPE_BITS
 from compress.errors import CheckpointError, one_line
+from compress.spec.spec import DTYPE_BITS
 
 #: The reference implementation refuses longer headers too.
 MAX_HEADER = 100_000_000

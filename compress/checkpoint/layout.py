@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from compress.checkpoint.codecs import Part, parts
 from compress.checkpoint.headers import Entry, render_header
-from compress.checkpoint.spec import DENSE, DTYPE_BITS, Spec, Tensor
+from compress.spec.spec import DENSE, DTYPE_BITS, Spec, Tensor
 
 #: `bytes`, which is the name of a size here.
 Buffer: TypeAlias = bytes

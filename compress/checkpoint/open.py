@@ -17,14 +17,14 @@ from compress.checkpoint import codecs, foreign, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
 from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
-from compress.checkpoint.grids import Grid
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
-from compress.checkpoint.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 from compress.errors import CheckpointError
 from compress.files import expanded
+from compress.spec.formats import Grid
+from compress.spec.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ COMPACT_TYPE = "compress"
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """What a quantised matrix is made of, see `checkpoint.grids`; rows are outputs.
+    """What a quantised matrix is made of, see `spec.formats`; rows are outputs.
 
     Attributes:
         codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.

@@ -12,8 +12,8 @@ from typing import Any
 
 from compress import architectures
 from compress.checkpoint import codecs
-from compress.checkpoint.grids import ACTIVATIONS, Grid
-from compress.checkpoint.spec import Spec
+from compress.spec.formats import ACTIVATIONS, Grid
+from compress.spec.spec import Spec
 
 KEY = "quantization_config"
 #: Its ``quant_method``.

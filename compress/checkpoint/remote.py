@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint.spec import Structure
 from compress.errors import CheckpointError
+from compress.spec.spec import Structure
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from compress.checkpoint.grids import FIXED_GROUPS
-from compress.checkpoint.spec import Spec
+from compress.spec.formats import FIXED_GROUPS
+from compress.spec.spec import Spec
 
 #: Installs what transformers loads codes by, of the version that it asks for.
 INSTALL = 'pip install "compressed-tensors>=0.15"'

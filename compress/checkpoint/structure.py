@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
-from compress.architectures.narrowing import block_numbers
-from compress.checkpoint.spec import DENSE, Edit, Spec, Tensor
+from compress.architectures.resize import block_numbers
 from compress.errors import CheckpointError, PassError
+from compress.spec.spec import DENSE, Edit, Spec, Tensor
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint

@@ -13,8 +13,8 @@ from typing import Any
 from compress import architectures
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY
-from compress.checkpoint.spec import Spec
 from compress.errors import CheckpointError
+from compress.spec.spec import Spec
 
 #: Whether two tensors of the files hold the same bytes.
 Same = Callable[[str, str], bool]

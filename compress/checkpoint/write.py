@@ -19,10 +19,10 @@ from compress.checkpoint.codecs import Store
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
 from compress.checkpoint.sidecars import copy_sidecars
-from compress.checkpoint.spec import FLOAT_DTYPES, Spec, Tensor
 from compress.errors import CheckpointError, OutputError
 from compress.files import temporary
 from compress.progress import Progress, SilentProgress
+from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
 
 if TYPE_CHECKING:
     import torch

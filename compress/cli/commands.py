@@ -16,9 +16,9 @@ from compress.escape import in_one_line, printable_json
 from compress.files import expanded
 
 if TYPE_CHECKING:
-    from compress.checkpoint.spec import Structure
     from compress.progress import Progress
     from compress.recipe import Recipe
+    from compress.spec.spec import Structure
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
 
     Raises `DataError` for a label that is none of the model, or for text that evaluation and passes share.
     """
-    from compress.pipeline.data import DataSets
+    from compress.data.text import holds_ids
+    from compress.pipeline.datasets import DataSets
     from compress.pipeline.preflight import check_chats
-    from compress.text import holds_ids
 
     data, evaluation = DataSets(recipe, expanded(recipe.model), structure), recipe.data.evaluation
     if structure is not None and evaluation is not None and evaluation.given != "text":
@@ -283,7 +283,7 @@ def evaluate(
 ) -> None:
     """``compress eval``."""
     from compress.cli import tables
-    from compress.pipeline.assess import Assessment, assess
+    from compress.pipeline.evaluate import Assessment, assess
 
     images = data[0] if len(data) == 1 and Path(data[0]).is_dir() else None
     document = assess(
@@ -333,7 +333,7 @@ def gate(
     from compress import gates as gating
     from compress import report as reports
     from compress.cli import tables
-    from compress.pipeline.assess import judge_checkpoint
+    from compress.pipeline.evaluate import judge_checkpoint
     from compress.recipe import read_gates
     from compress.recipe import resolved as resolve
 

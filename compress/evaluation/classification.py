@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from compress.data.text import Document
 from compress.errors import CompressError
 from compress.evaluation.examples import Pictures, examples, outputs
 from compress.progress import Progress, SilentProgress
 from compress.statistics import macro_f1
-from compress.text import Document
 
 if TYPE_CHECKING:
     import torch

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sidecars import safe_file
+from compress.data.text import Document
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.examples import examples, outputs
 from compress.progress import Progress, SilentProgress
 from compress.statistics import rank_correlation
-from compress.text import Document
 
 if TYPE_CHECKING:
     import torch

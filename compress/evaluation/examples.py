@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.data.images import accepted, pixels
+from compress.data.text import Document, encoded
 from compress.errors import DataError
-from compress.images import accepted, pixels
-from compress.loading import arguments_of
+from compress.models.loading import arguments_of
 from compress.progress import Progress
-from compress.text import Document, encoded
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from compress.data.text import Document, beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.progress import Progress, SilentProgress
-from compress.text import Document, beginning, rendered, tokenized
 
 if TYPE_CHECKING:
     import torch

@@ -55,8 +55,8 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
     """The model, and the resident bytes of the process before it was loaded."""
     import torch
 
-    from compress.loading import load_model
     from compress.memory import peak_memory, reset_peak
+    from compress.models.loading import load_model
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.data.text import Document, rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
 from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared, token_metrics
 from compress.progress import Progress, SilentProgress
-from compress.text import Document, rendered, tokenized
 
 if TYPE_CHECKING:
     import torch

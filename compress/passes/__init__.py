@@ -12,12 +12,12 @@ from compress.passes.base import Pass
 
 #: name in recipes ▶ module:class
 TABLE = {
-    "cast": "compress.passes.cast:Cast",
-    "distill": "compress.passes.distill:Distill",
-    "factorize": "compress.passes.factorize:Factorize",
-    "prune_structured": "compress.passes.prune_structured:PruneStructured",
-    "prune_unstructured": "compress.passes.prune_unstructured:PruneUnstructured",
-    "share": "compress.passes.share:Share",
+    "cast": "compress.passes.cast.cast:Cast",
+    "distill": "compress.passes.distill.distill:Distill",
+    "factorize": "compress.passes.factorize.factorize:Factorize",
+    "prune_structured": "compress.passes.prune_structured.prune_structured:PruneStructured",
+    "prune_unstructured": "compress.passes.prune_unstructured.prune_unstructured:PruneUnstructured",
+    "share": "compress.passes.share.share:Share",
 }
 
 

@@ -7,17 +7,17 @@ from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
-from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.files import remove
 from compress.passes.base import Context
-from compress.passes.sweeping import measured_divergences, once, open_sweep
+from compress.passes.blockwise import measured_divergences, once, open_sweep
+from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.calibration.pruning import Method
     from compress.checkpoint.open import Checkpoint
-    from compress.passes.shape import Widths
-    from compress.passes.structured_settings import PruneStructuredSettings
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
+    from compress.passes.prune_structured.widths import Widths
+    from compress.passes.prune_unstructured.block import Method
 
 #: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
 REACH, STEPS = 0.2, 2
@@ -53,7 +53,7 @@ def loss_memory(spec: Spec, names: Collection[str]) -> int:
 
 def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, context: Context) -> dict[str, float]:
     """Sparsity of every tensor: blocks with more outliers are pruned less."""
-    from compress.calibration.pruning import owl_allocation
+    from compress.passes.prune_unstructured.block import owl_allocation
 
     sweep = open_sweep(checkpoint, names, context, work=context.work / "owl", with_targets=False)
     chosen, context.details["allocation"] = owl_allocation(sweep, sparsity)
@@ -71,7 +71,7 @@ def by_loss(
     work = context.work / "loss"
 
     def measured() -> dict[str, Any] | None:
-        from compress.calibration.pruning import prune_on_trial
+        from compress.passes.prune_unstructured.block import prune_on_trial
 
         sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)
         read = prune_on_trial(sweep, "wanda" if method == "wanda" else "sparsegpt", levels)
@@ -92,7 +92,7 @@ def _shares(
     read: Any,
     context: Context,
 ) -> dict[str, Any]:
-    from compress.solvers.shares import share_out
+    from compress.solvers.sparsity_allocation import share_out
 
     losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), _SETTING, context)
     tensors = [checkpoint.spec.tensors[name] for name in names]
@@ -124,8 +124,8 @@ def uneven_widths(
     work = context.work / "widths"
 
     def measured() -> dict[str, Any] | None:
-        from compress.calibration.narrowing import Narrowing, narrow_on_trial
-        from compress.solvers.shares import share_out
+        from compress.passes.prune_structured.block import Narrowing, narrow_on_trial
+        from compress.solvers.sparsity_allocation import share_out
 
         names = [f"{units.name}.weight" for units, _ in mlps]
         record = architectures.of(checkpoint.spec.structure.config)

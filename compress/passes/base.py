@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from compress.checkpoint.spec import Spec
 from compress.errors import PassError
 from compress.settings import Settings
+from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint

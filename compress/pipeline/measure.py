@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
+from compress.data.text import holds_ids
+from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS
-from compress.pipeline.data import DataSets
+from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
-from compress.pipeline.score import Scorer
 from compress.progress import Progress
-from compress.text import holds_ids
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -52,7 +52,7 @@ class Measurements:
         return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
 
     def _text(self, original: Stored, rows: list[dict[str, Any]]) -> None:
-        from compress.loading import load_checkpoint
+        from compress.models.loading import load_checkpoint
 
         section = self.recipe.data.evaluation
         assert section is not None

@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
-from compress.calibration.batches import check_positions, check_shape, ids_in, taken
 from compress.checkpoint.files import read_json
 from compress.checkpoint.hub import is_hub_id
 from compress.checkpoint.sidecars import safe_file
-from compress.errors import CompressError, DataError, PassError, ResourceError
-from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
-from compress.files import expanded, place
-from compress.loading import check_has_tokenizer
-from compress.pipeline.folder import RunFolder
-from compress.pipeline.publish import check_output, check_place
-from compress.text import (
+from compress.data.batches import check_positions, check_shape, ids_in, taken
+from compress.data.text import (
     FIELD_KINDS,
     Document,
     check_columns,
@@ -27,12 +21,18 @@ from compress.text import (
     no_template,
     template_columns,
 )
+from compress.errors import CompressError, DataError, PassError, ResourceError
+from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
+from compress.files import expanded, place
+from compress.models.loading import check_has_tokenizer
+from compress.pipeline.folder import RunFolder
+from compress.pipeline.publish import check_output, check_place
 
 if TYPE_CHECKING:
-    from compress.checkpoint.spec import Spec
     from compress.planning import Plan
     from compress.recipe import Recipe
     from compress.recipe.model import TextFiles
+    from compress.spec.spec import Spec
 
 #: Files of more bytes are not opened to see which columns they have.
 _LARGE = 1 << 28

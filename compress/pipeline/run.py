@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, passes
-from compress.calibration.ranks import Ranks
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
+from compress.distributed import Ranks
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, is_lack, one_line
 from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.files import disk_errors, place, remove, sweep
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
-from compress.passes.distill import unhelped
+from compress.passes.distill.distill import unhelped
 from compress.pipeline.closing import close, published_report
-from compress.pipeline.data import DataSets
+from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
-from compress.pipeline.processes import call_for_help, help_out, joined, own_device
 from compress.pipeline.publish import recover
+from compress.pipeline.workers import call_for_help, help_out, joined, own_device
 from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
@@ -312,7 +312,7 @@ class Run:
 
     def _check_input(self, checkpoint: Stored) -> None:
         """Before the first stage is computed: the input loads cleanly."""
-        from compress.loading import check_keys
+        from compress.models.loading import check_keys
 
         if not self.checked_input and checkpoint is self.original:
             check_keys(checkpoint)
@@ -461,9 +461,9 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
 
     Raises `CheckpointError`.
     """
-    from compress.loading import check_keys
-    from compress.sameness import same_logits
-    from compress.stock import check_codes
+    from compress.models.loading import check_keys
+    from compress.models.sameness import same_logits
+    from compress.models.stock import check_codes
 
     start = time.perf_counter()
     check_keys(stored)

@@ -23,11 +23,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from compress import passes
+from compress.data.text import FIELD, FIELD_KINDS, holds_ids, kind, template_columns
 from compress.errors import CompressError
 from compress.evaluation.tasks import TEXT_METRICS, Given, Task
 from compress.passes.base import PassSettings
 from compress.settings import AllowedIncrease, Settings, Size
-from compress.text import FIELD, FIELD_KINDS, holds_ids, kind, template_columns
 
 if TYPE_CHECKING:
     from compress.recipe.problems import Source

@@ -15,11 +15,11 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
+from compress.data.text import refusal
 from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
-from compress.text import refusal
 
 #: pydantic's error type ▶ what it expected. A type that is not here keeps pydantic's sentence.
 _EXPECTED = {

@@ -11,10 +11,10 @@ from typing import TypeAlias
 
 import torch
 
-from compress.checkpoint.grids import Grid
 from compress.solvers.codebook import borders_of
-from compress.solvers.grids import Scales, nearest
 from compress.solvers.hessian import inverse_factor
+from compress.solvers.quant_format import Scales, nearest
+from compress.spec.formats import Grid
 
 #: Weights [O] of an input, and its number ▶ the values they are rounded to, a new tensor.
 Rounding: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]

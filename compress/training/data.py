@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from compress.calibration.batches import Batches
-from compress.training.models import Task
+from compress.data.batches import Batches
+from compress.training.features import Task
 from compress.training.objective import Batch
 
 #: Share of tokens that masked language modelling predicts; of these so much is masked, and so much replaced by another token

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.calibration.ranks import Ranks
+from compress.distributed import Ranks
 from compress.errors import PassError
 from compress.progress import Progress
 from compress.training.data import Samples

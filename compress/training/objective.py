@@ -17,7 +17,7 @@ from torch.nn import functional
 from compress.evaluation.embeddings import Pooling, pooled
 from compress.training.chunks import chunk_rows, summed
 from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
-from compress.training.models import Ran, Reader, Task
+from compress.training.features import Ran, Reader, Task
 
 
 @dataclass(frozen=True)

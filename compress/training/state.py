@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from compress.calibration.ranks import Ranks
+from compress.distributed import Ranks
 from compress.errors import ResourceError, from_os
 from compress.files import disk_errors, read_record, remove, sha256, write_record
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.training.chunks import chunk_rows
 from compress.training.divergence import bucketed, ensemble
-from compress.training.models import Reader, Task
+from compress.training.features import Reader, Task
 from compress.training.objective import Batch, Signal, Terms
 
 

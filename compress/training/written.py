@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint.edits import shared_parameters
-from compress.checkpoint.spec import Spec
 from compress.checkpoint.structure import to_json
 from compress.errors import PassError
+from compress.spec.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import architectures
-from compress.calibration.influence import find_blocks
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
-from compress.loading import check_keys, load_checkpoint, load_model
+from compress.models.blocks import find_blocks
+from compress.models.loading import check_keys, load_checkpoint, load_model
 from compress.planning import size_of
 from tests import pico
 from tests.passes.helpers import apply, bypass, plan, write

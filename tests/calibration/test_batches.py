@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compress.calibration.batches import (
+from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import (
     Batches,
     check_vocabulary,
     every_window,
@@ -19,13 +20,12 @@ from compress.calibration.batches import (
     sample_documents,
     sample_windows,
 )
-from compress.calibration.influence import block_influence
-from compress.checkpoint.open import open_checkpoint
+from compress.data.text import Document
 from compress.errors import DataError
-from compress.loading import load_model
-from compress.passes.sweeping import open_sweep
+from compress.models.loading import load_model
+from compress.passes.blockwise import open_sweep
 from compress.progress import SilentProgress
-from compress.text import Document
+from compress.sensitivity.block_influence import block_influence
 from tests import pico
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

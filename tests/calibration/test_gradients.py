@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-import compress.calibration.gradients as gradients_module
-from compress.calibration.gradients import Gradients
+import compress.blockwise.output_curvature as gradients_module
+from compress.blockwise.output_curvature import Gradients
 from compress.checkpoint.open import open_checkpoint
-from compress.loading import load_checkpoint
+from compress.models.loading import load_checkpoint
 from tests import pico
 from tests.calibration.test_sweep import LENGTH, SAMPLES, inputs_of, sweep_of
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.calibration.paired import paired_statistics
-from compress.calibration.sweep import Inputs
+from compress.blockwise.asymmetric import paired_statistics
+from compress.blockwise.runner import Inputs
 from compress.checkpoint.open import Derived, open_checkpoint
-from compress.loading import load_checkpoint
+from compress.models.loading import load_checkpoint
 from tests import pico
 from tests.calibration.test_sweep import inputs_of, sweep_of
 

@@ -67,13 +67,13 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from compress.calibration.casting import Casting, cast_block
-from compress.calibration.pruning import Pruning, prune_block
-from compress.calibration.ranks import Ranks
-from compress.calibration.sweep import Inputs, Sweep
-from compress.calibration.tune import Tuning
+from compress.passes.cast.block import Casting, cast_block
+from compress.passes.prune_unstructured.block import Pruning, prune_block
+from compress.distributed import Ranks
+from compress.blockwise.runner import Inputs, Sweep
+from compress.blockwise.reconstruct import Tuning
 from compress import architectures
-from compress.checkpoint.grids import Grid
+from compress.spec.formats import Grid
 from compress.checkpoint.open import open_checkpoint
 from compress.progress import SilentProgress
 dist.init_process_group("gloo")
@@ -222,7 +222,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from compress import passes
-from compress.calibration.batches import Batches
+from compress.data.batches import Batches
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.passes.base import Context

@@ -9,13 +9,13 @@ import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
-from compress.calibration.influence import find_blocks
-from compress.calibration.sites import Experts, find_sites
-from compress.calibration.sweep import Changed, Inputs, Sweep
+from compress.blockwise.linears import Experts, find_sites
+from compress.blockwise.runner import Changed, Inputs, Sweep
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
-from compress.loading import load_checkpoint
+from compress.models.blocks import find_blocks
+from compress.models.loading import load_checkpoint
 from compress.progress import SilentProgress
 from tests import pico
 
@@ -221,7 +221,7 @@ def test_changes_reach_the_next_block_and_the_file(family, folders, tmp_path):
     )
     with torch.no_grad():
         model.base_model(**inputs.rows(range(SAMPLES)))
-    from compress.calibration.activations import Activations
+    from compress.blockwise.activations import Activations
 
     stored = Activations(
         tmp_path / "work" / f"inputs{(len(blocks) - 1) % 2}.act", SAMPLES, seen[0].shape[1:], torch.float32

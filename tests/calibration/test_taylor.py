@@ -7,12 +7,12 @@ import torch
 from torch.func import functional_call
 
 from compress import architectures
-from compress.architectures import narrowing
-from compress.calibration.batches import Batches
-from compress.calibration.taylor import taylor_scores
+from compress.architectures import resize
 from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
+from compress.passes.prune_structured.taylor import taylor_scores
 from compress.progress import SilentProgress
 from tests import pico
 from tests.passes.helpers import apply, plan, write
@@ -25,8 +25,8 @@ HOW = {"dtype": "float32", "device": "cpu", "seed": 3, "progress": SilentProgres
 
 def units(checkpoint, whole_groups=False):
     record = architectures.of(checkpoint.spec.structure.config)
-    neurons = [one for block in narrowing.mlp_units(record, checkpoint.spec).values() for one in block]
-    heads = [one for block in narrowing.head_units(record, checkpoint.spec, whole_groups).values() for one in block]
+    neurons = [one for block in resize.mlp_units(record, checkpoint.spec).values() for one in block]
+    heads = [one for block in resize.head_units(record, checkpoint.spec, whole_groups).values() for one in block]
     return [*neurons, *heads]
 
 

@@ -15,15 +15,15 @@ from safetensors.torch import save_file
 import compress
 from compress.checkpoint import codecs
 from compress.checkpoint.decode import decode, part_names
-from compress.checkpoint.grids import CODEBOOKS, Grid
 from compress.checkpoint.modeling import decoded_state_dict
 from compress.checkpoint.open import Codes, Derived, Value, open_checkpoint, torch_dtype
-from compress.checkpoint.spec import CODEBOOK, FLOAT_DTYPES, Tensor
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError
 from compress.inspection import diff, inspect
 from compress.planning import size_of
-from compress.solvers.grids import weights
+from compress.solvers.quant_format import weights
+from compress.spec.formats import CODEBOOKS, Grid
+from compress.spec.spec import CODEBOOK, FLOAT_DTYPES, Tensor
 from tests import pico
 
 

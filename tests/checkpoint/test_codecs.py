@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from compress.checkpoint import bundle, codecs
 from compress.checkpoint.decode import decode, part_names, unpack_bits, unpack_codes
-from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Value
-from compress.checkpoint.spec import DENSE, MASKED, Tensor
-from compress.solvers.grids import fit, to_codes, weights
+from compress.solvers.quant_format import fit, to_codes, weights
+from compress.spec.formats import Grid
+from compress.spec.spec import DENSE, MASKED, Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -113,7 +113,7 @@ def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs
 
 
 def test_the_mask_chain_is_taken_where_it_is_smaller():
-    from compress.checkpoint.spec import Spec, Structure
+    from compress.spec.spec import Spec, Structure
 
     tensors = {f"t{kept}": Tensor(f"t{kept}", (10, 16), "BF16", kept=kept) for kept in (160, 150, 149, 10)}
     spec = codecs.with_storage(Spec(Structure({"model_type": "x"}), tensors), "compact")

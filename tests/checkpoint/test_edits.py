@@ -11,12 +11,12 @@ import torch
 from compress import architectures
 from compress.api import unpack
 from compress.checkpoint.open import Derived, Value, open_checkpoint
-from compress.checkpoint.spec import Edit
 from compress.checkpoint.structure import alias, dense, factored, is_transposed
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
-from compress.loading import check_keys, load_checkpoint, load_model
-from compress.sameness import same_logits
+from compress.models.loading import check_keys, load_checkpoint, load_model
+from compress.models.sameness import same_logits
+from compress.spec.spec import Edit
 from tests import pico
 
 FAMILIES = [

@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.checkpoint.grids import ACTIVATIONS
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError, PassError
+from compress.spec.formats import ACTIVATIONS
 from tests import pico
 from tests.passes.helpers import apply, write
 

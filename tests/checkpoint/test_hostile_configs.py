@@ -18,7 +18,7 @@ from compress import api
 from compress.checkpoint.layout import METADATA_KEY, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError
-from compress.loading import check_keys, load_model
+from compress.models.loading import check_keys, load_model
 from tests import pico
 from tests.checkpoint.test_bad_checkpoints import edit_config, entry, raw
 

@@ -14,7 +14,7 @@ import compress
 from compress import architectures
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError, CompressError, PassError
-from compress.loading import check_keys, load_model
+from compress.models.loading import check_keys, load_model
 from tests import pico
 
 CONFIG = """from transformers import LlamaConfig

@@ -17,7 +17,7 @@ from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, OutputError
-from compress.loading import check_keys, load_model, load_tokenizer
+from compress.models.loading import check_keys, load_model, load_tokenizer
 from compress.passes.base import Context
 from compress.progress import SilentProgress
 from tests import pico

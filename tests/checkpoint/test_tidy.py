@@ -15,7 +15,7 @@ import compress
 from compress import architectures
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError
-from compress.loading import check_keys
+from compress.models.loading import check_keys
 from tests import pico
 
 WEIGHTS = "model.safetensors"

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from compress.cli import main
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests.conftest import ROOT
 
 

@@ -119,7 +119,7 @@ def test_a_bug_where_no_file_may_grow(ends, monkeypatch, tmp_path):
 @pytest.mark.parametrize("size", ["abc", ""])
 def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
     from compress.errors import CompressError
-    from compress.pipeline.processes import launched
+    from compress.pipeline.workers import launched
 
     monkeypatch.setenv("WORLD_SIZE", size)
     assert ends(lambda: None)[0] == 0
@@ -141,7 +141,7 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
 )
 def test_variables_of_torchrun_that_something_else_has_set(monkeypatch, changes, said):
     from compress.errors import CompressError
-    from compress.pipeline.processes import joined
+    from compress.pipeline.workers import joined
 
     variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}
     for name, value in variables.items():
@@ -163,7 +163,7 @@ def test_what_the_machine_lacks_is_no_fault_of_a_config(error):
     from types import SimpleNamespace
 
     from compress.errors import CheckpointError
-    from compress.loading import refusing
+    from compress.models.loading import refusing
 
     def make(checkpoint, error=error):
         raise error

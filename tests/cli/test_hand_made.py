@@ -12,7 +12,7 @@ import pytest
 
 import compress
 from compress.cli import main
-from compress.pipeline.assess import Assessment, assess
+from compress.pipeline.evaluate import Assessment, assess
 
 
 @pytest.fixture(scope="module")

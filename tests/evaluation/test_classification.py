@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
+from compress.data.text import Document, Labels, read_examples
 from compress.errors import CompressError, DataError
 from compress.evaluation.classification import classify_documents, metrics
 from compress.evaluation.examples import Examples
-from compress.loading import load_model, load_tokenizer
-from compress.text import Document, Labels, read_examples
+from compress.models.loading import load_model, load_tokenizer
 from tests import pico
 
 LABELS = ["red", "green", "blue"]

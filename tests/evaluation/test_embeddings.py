@@ -7,9 +7,9 @@ import pytest
 import scipy.stats
 import torch
 
+from compress.data.text import Document
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.embeddings import Pooling, embed_documents, read_pooling
-from compress.text import Document
 from tests import pico
 
 TEXTS = ["a", "some words", "über alles – 世界", "much longer than the others, it is", "zz top", "x y z"] * 3

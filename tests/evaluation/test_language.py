@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from compress.data.text import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.language import metrics, score_documents
-from compress.text import Document
 from tests import pico
 
 TEXTS = [

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import processors
 
+from compress.data.text import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.masked import SHARE, score_masked
-from compress.text import Document
 from tests import pico
 
 TEXTS = ["It was the best of times, it was the worst of times.", "x", "über alles – 世界", "far better " * 12]

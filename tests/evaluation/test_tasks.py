@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from compress.errors import CompressError
+from compress.evaluation.scorer import _SCORERS
 from compress.evaluation.tasks import (
     CLASSIFICATION,
     EMBEDDING,
@@ -22,7 +23,6 @@ from compress.evaluation.tasks import (
     score,
     task_of,
 )
-from compress.pipeline.score import _SCORERS
 from tests import pico
 
 BERT = "BertForSequenceClassification"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from compress import architectures, passes
-from compress.calibration.influence import find_blocks
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
-from compress.loading import load_model
+from compress.models.blocks import find_blocks
+from compress.models.loading import load_model
 from compress.passes.base import Context
 from compress.progress import SilentProgress
 

@@ -10,15 +10,15 @@ import torch
 
 import compress
 from compress import architectures
-from compress.calibration.batches import Batches
 from compress.checkpoint import codecs
-from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.data.batches import Batches
 from compress.errors import CheckpointError, CompressError, PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from compress.solvers.gptq import gptq, ordered_factor
-from compress.solvers.grids import fit, to_codes
+from compress.solvers.quant_format import fit, to_codes
+from compress.spec.formats import Grid
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
@@ -305,10 +305,10 @@ def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
 
 def test_the_measured_divergence_is_that_of_the_model(folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
-    from compress.calibration.sensitivity import Rounding, divergences
-    from compress.checkpoint.grids import Grid
     from compress.progress import SilentProgress
-    from compress.solvers.grids import fit, to_codes, weights
+    from compress.sensitivity.matrices import Rounding, divergences
+    from compress.solvers.quant_format import fit, to_codes, weights
+    from compress.spec.formats import Grid
 
     checkpoint = open_checkpoint(folders["llama"])
     name = "model.layers.1.mlp.up_proj.weight"
@@ -336,9 +336,9 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
 
 
 def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folders, data):
-    from compress.calibration.sensitivity import Rounding, divergences
-    from compress.checkpoint.grids import Grid
     from compress.progress import SilentProgress
+    from compress.sensitivity.matrices import Rounding, divergences
+    from compress.spec.formats import Grid
 
     checkpoint = open_checkpoint(folders["llama"])
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(4)]
@@ -369,8 +369,8 @@ def test_divergences_read_the_types_of_pairs(tmp_path):
     """A BERT on tokens of the second text is one without types whose first kind of token has the embedding of the second."""
     from safetensors.torch import load_file, save_file
 
-    from compress.calibration.sensitivity import divergences
     from compress.progress import SilentProgress
+    from compress.sensitivity.matrices import divergences
 
     folder = pico.save(tmp_path / "second", "bert", with_tokenizer=False)
     other = shutil.copytree(folder, tmp_path / "first")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import compress
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import Derived, Value, open_checkpoint
-from compress.checkpoint.spec import FLOAT_DTYPES
 from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from compress.passes.base import Context
-from compress.passes.clustering import cluster, clustered
+from compress.passes.share.codebooks import cluster, clustered
 from compress.planning import plan_pass
 from compress.progress import SilentProgress
+from compress.spec.spec import FLOAT_DTYPES
 from tests import pico
 from tests.passes.helpers import apply, write
 

@@ -88,9 +88,9 @@ def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
 
 def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
     """A block's share of outliers is that of the matrices that something is known of."""
-    from compress.calibration.batches import Batches
-    from compress.calibration.pruning import owl_allocation
-    from compress.calibration.sweep import Inputs, Sweep
+    from compress.blockwise.runner import Inputs, Sweep
+    from compress.data.batches import Batches
+    from compress.passes.prune_unstructured.block import owl_allocation
     from compress.progress import SilentProgress
 
     checkpoint = open_checkpoint(folders["qwen3_moe"])

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.spec import Tensor
 from compress.errors import CompressError, DataError, PassError
-from compress.loading import load_checkpoint
+from compress.models.loading import load_checkpoint
 from compress.passes.base import Pass
 from compress.report import render_markdown
+from compress.spec.spec import Tensor
 from compress.training.written import find_places
 from tests import pico
 from tests.passes.test_distill import distilled, ids

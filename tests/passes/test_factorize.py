@@ -9,7 +9,7 @@ import compress
 from compress.api import unpack
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import divergence
 

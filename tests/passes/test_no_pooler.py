@@ -11,7 +11,7 @@ import transformers
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico, processes
 
 IDS = torch.randint(5, 250, (16, 24), generator=torch.Generator().manual_seed(0))

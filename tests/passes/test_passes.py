@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from compress import architectures
-from compress.calibration.influence import find_blocks
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
-from compress.loading import load_model
+from compress.models.blocks import find_blocks
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, bypass, plan, write
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from compress import architectures, passes
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 
@@ -219,7 +219,7 @@ def test_counts_of_wanda_by_owl_are_those_of_the_masks(folders, data, tmp_path):
 
 
 def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block, data, tmp_path, monkeypatch):
-    from compress.calibration import sensitivity
+    from compress.sensitivity import matrices
 
     checkpoint, results = open_checkpoint(idle_block), []
     for i, allocation in enumerate(("uniform", "loss", "loss")):
@@ -230,7 +230,7 @@ def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block,
         results.append(write(pruned, tmp_path / f"out{i}").folder)
         if i == 1:  # what was measured lies in the work folder
             (tmp_path / "1/state.json").unlink()
-            monkeypatch.setattr(sensitivity, "divergences", None)
+            monkeypatch.setattr(matrices, "divergences", None)
     assert error(idle_block, results[1], data) < 0.8 * error(idle_block, results[0], data)
     assert (results[1] / "model.safetensors").read_bytes() == (results[2] / "model.safetensors").read_bytes()
 

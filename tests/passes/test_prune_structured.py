@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from compress import architectures
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 

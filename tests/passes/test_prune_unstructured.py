@@ -5,7 +5,7 @@ import torch
 
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 

@@ -10,11 +10,11 @@ import transformers
 
 import compress
 from compress.api import unpack
-from compress.calibration.gathered import Gathered
-from compress.calibration.sharing import Sharing, Solver
+from compress.blockwise.saved_hessians import Gathered
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
+from compress.passes.share.solve import Sharing, Solver
 from tests import pico
 from tests.passes.helpers import divergence
 

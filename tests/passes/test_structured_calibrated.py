@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from compress import architectures
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 
@@ -165,12 +165,12 @@ def test_padding_does_not_count(tmp_path):
 
 
 def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
-    from compress.calibration import narrowing
+    from compress.passes.prune_structured import block
 
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
     settings = {"layers": [2], "mlp": "25%", "heads": 2, "tune_epochs": 2}
     whole = smaller(original, tmp_path / "whole", **settings)
-    real, calls = narrowing.narrow_block, []
+    real, calls = block.narrow_block, []
 
     def stops(block, how):
         calls.append(block.index)
@@ -179,7 +179,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
         return real(block, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.passes.structured.narrow_block", stops)
+        patch.setattr("compress.passes.prune_structured.remove.narrow_block", stops)
         with pytest.raises(KeyboardInterrupt):
             smaller(original, tmp_path / "broken", **settings)
     resumed = smaller(original, tmp_path / "broken", **settings)
@@ -212,12 +212,12 @@ def test_refusals(family, settings, key, message, folders):
 
 def test_records_name_matrices_that_exist(folders):
     """Every family's record leads to an MLP and heads in every block."""
-    from compress.architectures import narrowing
+    from compress.architectures import resize
 
     for family, folder in folders.items():
         spec = open_checkpoint(folder).spec
         record = architectures.of(spec.structure.config)
-        assert sorted(narrowing.mlp_units(record, spec)) == [0, 1, 2, 3], family
-        heads = [one for block in narrowing.head_units(record, spec, True).values() for one in block]
+        assert sorted(resize.mlp_units(record, spec)) == [0, 1, 2, 3], family
+        heads = [one for block in resize.head_units(record, spec, True).values() for one in block]
         names = {m.module for units in heads for m in units.members}
         assert all(f"{name}.weight" in spec.tensors for name in names), family

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 import compress
 from compress import architectures
 from compress.api import unpack
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import Checkpoint, Derived, Stored, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
+from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
@@ -287,7 +287,7 @@ def test_other_families_keep_their_width(family, folders):
 @pytest.mark.parametrize("family", MOE)
 def test_experts(family, folders, tmp_path, monkeypatch):
     """Equal to the original with the logits of those experts at minus infinity."""
-    from compress.calibration.batches import Batches
+    from compress.data.batches import Batches
 
     original = open_checkpoint(folders[family])
     details: dict = {}
@@ -326,7 +326,7 @@ def test_experts(family, folders, tmp_path, monkeypatch):
 
 def test_saliency_is_that_of_the_paper(folders, tmp_path):
     """Mean over the tokens sent to an expert of its router weight times the norm of its output, by hooks on the stock model."""
-    from compress.calibration.batches import Batches
+    from compress.data.batches import Batches
 
     ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
     details: dict = {}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from compress import architectures
-from compress.architectures import narrowing
-from compress.calibration.batches import Batches
+from compress.architectures import resize
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 from tests.passes.test_structured_calibrated import IDS, error
@@ -36,7 +36,7 @@ def alike(folder, family: str, turned: bool):
     """Four heads of which each two are equal, or equal but for rotations that whatever reads them undoes."""
     base = open_checkpoint(pico.save(folder / "base", family, with_tokenizer=False, num_key_value_heads=4))
     record = architectures.of(base.spec.structure.config)
-    found = narrowing.merges(record, base.spec, 2)
+    found = resize.merges(record, base.spec, 2)
     width = record.head_dim(base.spec.structure.config)
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
     angle = torch.linspace(0.5, 2.5, width // 2).double()
@@ -184,7 +184,7 @@ def test_pruned_weights_are_refused(tmp_path):
 
 
 def test_heads_and_merging_contradict():
-    from compress.passes.structured_settings import PruneStructuredSettings
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
 
     with pytest.raises(ValueError, match="`heads` removes heads and `keep_kv_heads` merges them: give one, or use two"):
         PruneStructuredSettings(heads=1, keep_kv_heads=1)

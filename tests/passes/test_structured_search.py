@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.calibration.batches import Batches
 from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.evaluation import prefill
-from compress.loading import load_model
+from compress.models.loading import load_model
 from compress.passes.base import Context
-from compress.passes.search import shapes
-from compress.passes.speed import Stopwatch, work
-from compress.passes.structured_settings import PruneStructuredSettings
+from compress.passes.prune_structured.search import shapes
+from compress.passes.prune_structured.settings import PruneStructuredSettings
+from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.progress import SilentProgress
 from tests import pico
 from tests.passes.helpers import apply, plan, write

@@ -9,7 +9,7 @@ from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.evaluation import latency
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 from tests.architectures.test_records import change_config
 from tests.passes.helpers import apply, plan, write

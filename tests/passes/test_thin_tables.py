@@ -12,8 +12,8 @@ from compress.api import unpack
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form
 from compress.errors import CheckpointError, CompressError, PassError
-from compress.loading import load_model
-from compress.solvers.tables import thin_input, thin_output, thin_tied
+from compress.models.loading import load_model
+from compress.solvers.embeddings import thin_input, thin_output, thin_tied
 from tests import pico, processes
 from tests.conftest import ROOT
 from tests.passes.helpers import divergence, plan

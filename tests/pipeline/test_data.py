@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import compress
-from compress.calibration.batches import Batches, sample_documents, sample_windows
+from compress.data.batches import Batches, sample_documents, sample_windows
+from compress.data.text import Document, read_documents
 from compress.errors import CompressError, DataError
 from compress.evaluation.language import score_documents
-from compress.loading import load_model, load_tokenizer
-from compress.text import Document, read_documents
+from compress.models.loading import load_model, load_tokenizer
 from tests import pico
 
 PASSES = [{"prune_structured": {"layers": 1, "layer_score": "influence", "repair": "none"}}]
@@ -153,7 +153,7 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
             details["data"] = context.data("calibration")
             return real(self, checkpoint, settings, context)
 
-        from compress.passes.prune_structured import PruneStructured
+        from compress.passes.prune_structured.prune_structured import PruneStructured
 
         real = PruneStructured.apply
         with pytest.MonkeyPatch.context() as patch:

@@ -14,11 +14,11 @@ from tokenizers import processors
 import compress
 from compress import report as reports
 from compress.cli import main
+from compress.data.text import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.embeddings import Pooling, embed_documents
-from compress.loading import load_model, load_tokenizer
-from compress.pipeline.assess import Assessment, assess
-from compress.text import Document
+from compress.models.loading import load_model, load_tokenizer
+from compress.pipeline.evaluate import Assessment, assess
 from tests import pico
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 
 import compress
 from compress import report as reports
+from compress.data.images import read_images
+from compress.data.text import Labels
 from compress.errors import CheckpointError, CompressError, DataError, PassError, RecipeError
-from compress.images import read_images
-from compress.pipeline.assess import Assessment, assess
-from compress.text import Labels
+from compress.pipeline.evaluate import Assessment, assess
 from tests import pico
 
 NAMES = {0: "red", 1: "green", 2: "blue"}

@@ -12,7 +12,7 @@ import pytest
 import compress
 from compress import report as reports
 from compress.errors import CompressError, DataError
-from compress.pipeline.assess import Assessment, assess
+from compress.pipeline.evaluate import Assessment, assess
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def test_calibration_on_labelled_files_is_what_the_model_sees(classifying, label
     from tokenizers import processors
 
     from compress.checkpoint.open import open_checkpoint
-    from compress.loading import load_tokenizer
-    from compress.pipeline.data import DataSets
+    from compress.models.loading import load_tokenizer
+    from compress.pipeline.datasets import DataSets
     from compress.recipe import recipe_from_mapping
 
     tokenizer = load_tokenizer(labelled[0])

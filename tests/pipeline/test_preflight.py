@@ -182,7 +182,7 @@ def test_gradients_of_models_without_a_head(settings, message, check, texts, tmp
 
 
 def test_a_package_is_asked_for_before_any_pass_works(recipe, tmp_path, monkeypatch):
-    from compress.passes import share
+    from compress.passes.share import share
 
     monkeypatch.setattr(share, "find_spec", lambda name: None)
     passes = [{"cast": {"weights": "bf16"}}, {"share": {"groups": 2, "residual_rank": 2}}]

@@ -12,7 +12,7 @@ import torch
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, DataError, OutputError, PassError, ResourceError
-from compress.loading import load_model
+from compress.models.loading import load_model
 from tests import pico
 
 

@@ -13,9 +13,9 @@ from conftest import GOOD
 import compress
 from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
-from compress.passes.cast_settings import CastSettings
-from compress.passes.prune_unstructured import PruneUnstructuredSettings
-from compress.passes.structured_settings import PruneStructuredSettings
+from compress.passes.cast.settings import CastSettings
+from compress.passes.prune_structured.settings import PruneStructuredSettings
+from compress.passes.prune_unstructured.prune_unstructured import PruneUnstructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
 from compress.settings import Increase, Pattern
 
@@ -594,7 +594,7 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
     )
     assert (
         done.stdout
-        == "['compress.passes.base', 'compress.passes.budget', 'compress.passes.cast', 'compress.passes.cast_plan', 'compress.passes.cast_settings', 'compress.passes.sweeping']\n"
+        == "['compress.passes.base', 'compress.passes.cast.budget', 'compress.passes.cast.cast', 'compress.passes.cast.plan', 'compress.passes.cast.settings', 'compress.passes.blockwise']\n"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.passes.cast_settings import CastSettings
+from compress.passes.cast.settings import CastSettings
 from compress.recipe import Recipe, load_recipe
 from compress.settings import Pattern
 

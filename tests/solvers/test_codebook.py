@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from compress.solvers import codebook as solver
 from compress.solvers.codebook import codebook, rounded, to_codes
 from compress.solvers.gptq import codebook_gptq, gptq, ordered_factor
-from compress.solvers.grids import weights
+from compress.solvers.quant_format import weights
 
 
 def error(W, book, importance=None, keep=None):
@@ -177,8 +177,8 @@ def test_importance_and_gptq_pay(share):
 
 
 def test_gptq_is_that_of_a_grid_whose_codes_the_codebook_lists():
-    from compress.checkpoint.grids import Grid
-    from compress.solvers.grids import Scales
+    from compress.solvers.quant_format import Scales
+    from compress.spec.formats import Grid
 
     W, H = layer(1)
     order, factor, _ = ordered_factor(H)

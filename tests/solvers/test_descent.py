@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.checkpoint.grids import Grid
-from compress.solvers.descent import refine
 from compress.solvers.gptq import corrected, gptq, ordered_factor
-from compress.solvers.grids import Scales, code_range, code_values, fit
 from compress.solvers.hessian import damped
+from compress.solvers.quant_format import Scales, code_range, code_values, fit
+from compress.solvers.quantease import refine
+from compress.spec.formats import Grid
 
 
 def layer(outputs=6, inputs=24, tokens=200, seed=0):

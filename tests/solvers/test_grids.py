@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Codes
 from compress.solvers.gptq import gptq, importance_order, ordered_factor
-from compress.solvers.grids import Scales, code_range, fit, nearest, to_codes, weights
+from compress.solvers.quant_format import Scales, code_range, fit, nearest, to_codes, weights
+from compress.spec.formats import Grid
 
 
 def layer(outputs=6, inputs=48, tokens=200, seed=0):

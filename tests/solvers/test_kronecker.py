@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from compress.checkpoint.grids import Grid
-from compress.solvers.descent import refine
 from compress.solvers.gptq import gptq, ordered_factor
-from compress.solvers.grids import Scales, code_range, code_values, fit
 from compress.solvers.hessian import damped
-from compress.solvers.kronecker import _compatible, coupled_error, gptq_coupled, refine_coupled, shrunk
+from compress.solvers.quant_format import Scales, code_range, code_values, fit
+from compress.solvers.quantease import refine
+from compress.solvers.yaqa import _compatible, coupled_error, gptq_coupled, refine_coupled, shrunk
+from compress.spec.formats import Grid
 from tests.solvers.test_descent import layer
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from compress.solvers.merging import align_keys, align_values, merge
+from compress.solvers.kv_merge import align_keys, align_values, merge
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(200, 10, generator=GENERATOR, dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.solvers.shares import interpolated, share_out
+from compress.solvers.sparsity_allocation import interpolated, share_out
 
 SPARSITIES = [0.5, 0.52, 0.54]
 

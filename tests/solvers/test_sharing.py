@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from compress.solvers.lowrank import low_rank
-from compress.solvers.sharing import matching, pair_cost, partition, shared_matrix
+from compress.solvers.low_rank import low_rank
+from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
 
 
 def inputs(width, tokens, seed):

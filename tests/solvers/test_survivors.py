@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.solvers.survivors import keep_by_loss, keep_by_score, least_squares
+from compress.solvers.obs import keep_by_loss, keep_by_score, least_squares
 
 
 def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.calibration.batches import Batches, every_window
-from compress.text import Document
+from compress.data.batches import Batches, every_window
+from compress.data.text import Document
 from compress.training.data import Masking, Order, Samples
 from compress.training.optimize import Update
 from tests import pico

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.training.models import without_dropout
+from compress.training.features import without_dropout
 from tests import pico
 
 #: Everything that families call their rates of dropout.

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from compress.training.chunks import summed
 from compress.training.divergence import DIVERGENCES, bucketed, ensemble, skewed_kl
-from compress.training.models import Reader
+from compress.training.features import Reader
 from compress.training.objective import Batch, Objective, Signal, Terms, _relation
 from compress.training.teacher import Teachers, reader_of
 from tests import pico

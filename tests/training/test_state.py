@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.calibration.ranks import Ranks
+from compress.distributed import Ranks
 from compress.training.state import RunState
 
 

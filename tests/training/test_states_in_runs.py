@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress.calibration.ranks import Ranks
+from compress.distributed import Ranks
 from compress.errors import ResourceError
 from compress.files import read_record, write_record
 from compress.progress import SilentProgress

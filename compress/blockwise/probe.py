@@ -1,0 +1,51 @@
+"""What each wanted matrix alone would become, on the inputs of the model as it is: for amounts that are shared out by loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.blockwise.runner import Block, Changed, Sweep
+
+#: A block ▶ names of its tensors, each with ΔW [O, I] by trial. The first process keeps what it gives.
+Measure = Callable[[Block], Iterator[tuple[str, Mapping[str, torch.Tensor]]]]
+
+
+def on_trial(
+    sweep: Sweep, title: str, measure: Measure
+) -> tuple[Callable[[str], dict[str, torch.Tensor]], list[dict[str, Any]]]:
+    """Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
+
+    Returns:
+        A function from a tensor's name to ΔW [O, I] in bfloat16 by trial, for the first process; and the details of the blocks.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    def path(index: int) -> Path:
+        return sweep.work / f"trial{index:05}.safetensors"
+
+    def look(block: Block) -> dict[str, Changed]:
+        found = {
+            f"{name}:{trial}": change.to("cpu", torch.bfloat16).contiguous()
+            for name, changes in measure(block)
+            for trial, change in changes.items()
+        }
+        if not sweep.ranks.rank:
+            save_file(found, path(block.index))
+        return {}
+
+    rows = sweep.run(look, title).details
+
+    def read(name: str) -> dict[str, torch.Tensor]:
+        index = sweep.streamed.record.block_index(name)
+        assert index is not None
+        with safe_open(path(index), framework="pt") as file:
+            trials = [key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118
+            # numbers in their order
+            return {trial: file.get_tensor(f"{name}:{trial}") for trial in sorted(trials, key=lambda t: (len(t), t))}
+
+    return read, rows

@@ -1,0 +1,196 @@
+"""A transformers model whose blocks are in memory one at a time.
+
+The skeleton (embeddings, norms outside blocks, rotary tables) is built from the config and stays; a block's weights are
+loaded into their modules, used, and given back. The functions of transformers' loader that do the renaming and fusing of
+weights are not part of its public interface: they are used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import architectures
+from compress.checkpoint.open import Checkpoint
+from compress.errors import PassError
+from compress.models.blocks import find_blocks
+from compress.models.loading import quiet_transformers, stock_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+#: Number of a block, the hidden states it gets, and its other arguments ▶ what it gives back.
+Stubbed = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class StreamedModel:
+    """The base model (no head) of a checkpoint, without the weights of its blocks.
+
+    Attributes:
+        model: the whole transformers model; what was not loaded is on the meta device.
+        blocks: its repeated layers, in order.
+        dtype, device: of the weights in memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.record = architectures.of(checkpoint.spec.structure.config)
+        self._tensors: dict[int | None, list[str]] = {}
+        for tensor in checkpoint.spec.tensors.values():
+            index = self.record.block_index(tensor.name)
+            if (
+                tensor.alias_of is None or index is not None
+            ):  # blocks may share tensors; what the config ties is outside
+                self._tensors.setdefault(index, []).append(tensor.name)
+        with quiet_transformers():
+            self.model = self._skeleton()
+            self.base: Any = self.model.base_model
+            self.blocks: Any = find_blocks(self.model, self.record)
+            self.layers = list(self.blocks)
+            self.block_name = next(n for n, m in self.model.named_modules() if m is self.blocks)
+            head = f"{self.record.head}."  # with what may stand in front of it; no tensor's name begins with None
+            self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
+
+    def _skeleton(self) -> PreTrainedModel:
+        """The model on the meta device, but for buffers that no file holds: those are computed."""
+        stock, config = stock_class(self.checkpoint)
+        config._attn_implementation = "sdpa" if getattr(stock, "_supports_sdpa", False) else "eager"
+        contexts = stock.get_init_context(self.dtype, False, False, None)
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            model: PreTrainedModel = stock(config)
+        untyped: Any = model
+        for key, buffer in list(untyped.named_non_persistent_buffers()):
+            module, _, name = key.rpartition(".")
+            model.get_submodule(module).register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        untyped.initialize_weights()  # computes those buffers; does nothing to what is on meta
+        for key, buffer in list(untyped.named_non_persistent_buffers()):
+            module, _, name = key.rpartition(".")
+            model.get_submodule(module).register_buffer(name, buffer.to(self.device), persistent=False)
+        untyped.eval()
+        return model.requires_grad_(False)
+
+    def _load(self, names: list[str]) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        state = {name: self.checkpoint.tensor(name).data.to(self.dtype) for name in names}
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            device_map={"": self.device},
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+        )
+        info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+        problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
+        ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
+        if found := [p for p in problems if not any(re.search(i, str(p)) for i in ignored)]:
+            raise PassError(f"the sweep cannot place {found[0]} in {type(self.model).__name__}")
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Any]:
+        """The module of a block with its weights loaded; they are given back on leaving."""
+        module, present = self.layers[index], self.blocks[index]
+        self.blocks[index] = module  # the loader finds it by its name; `run` may have put a stub there
+        try:
+            with quiet_transformers():
+                self._load(self._tensors.get(index, []))
+        finally:
+            self.blocks[index] = present
+        missing = [name for name, p in module.named_parameters() if p.is_meta]
+        if missing:
+            raise PassError(f"block {index} lacks {missing[0]} after loading")
+        try:
+            yield module
+        finally:
+            for part in module.modules():
+                for name, parameter in list(part._parameters.items()):
+                    if parameter is not None:
+                        part._parameters[name] = torch.nn.Parameter(
+                            torch.empty_like(parameter, device="meta"), requires_grad=False
+                        )
+                for name, buffer in list(part._buffers.items()):
+                    if buffer is not None and name not in part._non_persistent_buffers_set:
+                        part._buffers[name] = torch.empty_like(buffer, device="meta")
+
+    def stored_names(self, index: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values under names of modules in block ``index`` ▶ values under the checkpoint's names (fused ones split)."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        prefix = f"{self.block_name}.{index}."
+        with quiet_transformers():
+            found = revert_weight_conversion(self.model, {prefix + k: v for k, v in parameters.items()})
+        return {self._spelt(name): value for name, value in found.items()}
+
+    def _spelt(self, name: str) -> str:
+        """The name as this checkpoint spells it: files of a base class have no prefix."""
+        tensors = self.checkpoint.spec.tensors
+        prefix = f"{self.model.base_model_prefix}."
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), name)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Within, the head that predicts tokens has its weights."""
+        prefix = f"{self.record.head}."
+        names = [name for name in self._tensors.get(None, ()) if name.startswith(prefix)]
+        absent = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.is_meta}
+        with quiet_transformers():
+            self._load(names)
+            self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+                if name in absent and not parameter.is_meta:
+                    module, _, key = name.rpartition(".")
+                    self.model.get_submodule(module)._parameters[key] = torch.nn.Parameter(
+                        torch.empty_like(parameter, device="meta"), requires_grad=False
+                    )
+
+    def run(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed) -> None:
+        """Run the base model with every block replaced by ``stub(index, hidden, args, kwargs)``."""
+        with torch.no_grad(), self._stubs(stub):
+            self._call(self.base, inputs, {})
+
+    def predict(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed, extra: Mapping[str, Any]) -> torch.Tensor:
+        """The logits of the whole model with every block replaced by ``stub``; ``extra`` are further arguments."""
+        with self._stubs(stub):
+            result: torch.Tensor = self._call(self.model, inputs, extra)[0]
+        return result
+
+    def _call(self, model: Any, inputs: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> Any:
+        caching = {"use_cache": False} if self.record.causal else {}
+        return model(**{k: v.to(self.device) for k, v in inputs.items()}, **caching, **extra)
+
+    @contextmanager
+    def _stubs(self, stub: Stubbed) -> Iterator[None]:
+        real = self.layers
+
+        class Stub(torch.nn.Module):
+            def __init__(self, index: int) -> None:
+                super().__init__()
+                self.index = index
+
+            def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as attention_type
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(real[self.index], name)
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                return stub(self.index, hidden, args[1:], kwargs)
+
+        try:
+            for i in range(len(real)):
+                self.blocks[i] = Stub(i)
+            yield
+        finally:
+            for i, module in enumerate(real):
+                self.blocks[i] = module

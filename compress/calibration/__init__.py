@@ -1,1 +1,0 @@
-"""Calibration: text ▶ token batches ▶ the sweep over blocks, with statistics of their inputs, changes and tuning."""

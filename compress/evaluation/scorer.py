@@ -1,0 +1,161 @@
+"""Text metrics of a model, by its task: which documents it is measured on, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress.data.images import read_images
+from compress.data.text import Document, Labels, read_documents, read_examples
+from compress.errors import DataError
+from compress.evaluation.tasks import (
+    CLASSIFICATION,
+    EMBEDDING,
+    IMAGES,
+    LANGUAGE,
+    MASKED,
+    Task,
+    label_id,
+    label_ids,
+    score,
+    task_of,
+)
+from compress.progress import Progress
+from compress.spec.spec import Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Labels that a message lists.
+_LABELS_SHOWN = 12
+
+
+class Texts(Protocol):
+    """What says which texts to read; `recipe.model.Evaluation` does, and `assess.Assessment`."""
+
+    @property
+    def files(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def images(self) -> str | None: ...  # noqa: D102
+    @property
+    def field(self) -> str: ...  # noqa: D102
+    @property
+    def template(self) -> str | None: ...  # noqa: D102
+    @property
+    def columns(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def label(self) -> str | None: ...  # noqa: D102
+    @property
+    def window(self) -> int: ...  # noqa: D102
+    @property
+    def stride(self) -> int | None: ...  # noqa: D102
+    @property
+    def max_documents(self) -> int | None: ...  # noqa: D102
+
+
+def read(texts: Texts, separator: str | None, structure: Structure | None) -> list[Document]:
+    """All documents of the evaluation data; labelled ones with what their labels say to the model, which plain text has no
+    need of.
+
+    Raises `DataError` with file and row.
+    """
+    if texts.images is None and texts.label is None:
+        return read_documents(texts.files, separator, texts.field, texts.template)
+    assert structure is not None
+    if texts.images is not None:
+        return read_images(texts.images, labels_of(structure, "images"))
+    assert texts.label is not None
+    task = task_of(structure.class_name)
+    if task.labels == "scores" and len(texts.columns) < 2:
+        raise DataError("scores are of pairs of texts", where=texts.files[0], fix="name two columns with `text`")
+    return read_examples(texts.files, texts.columns, labels_of(structure, texts.label))
+
+
+def load_processor(structure: Structure, folder: Path, *, trust_remote_code: bool) -> Any:
+    """What makes a checkpoint's inputs: its tokenizer, or of a model that reads images its image processor."""
+    from compress.models.loading import load_image_processor, load_tokenizer
+
+    load = load_image_processor if "images" in task_of(structure.class_name).takes else load_tokenizer
+    return load(folder, trust_remote_code=trust_remote_code)
+
+
+def labels_of(structure: Structure, field: str) -> Labels:
+    """How the column ``field`` of labels is read for a model. Raises `DataError` where it has no such thing as labels."""
+    task = task_of(structure.class_name)
+    if not task.labels:
+        raise DataError(f"`{field}` is to hold labels, and {task.name} has none", fix="leave out `label`")
+    return _LABELS[task.labels](field, structure.config)
+
+
+def _classes(field: str, config: Mapping[str, Any]) -> Labels:
+    labels, ids = label_ids(config)
+    shown = ", ".join(labels[:_LABELS_SHOWN]) + (", …" if len(labels) > _LABELS_SHOWN else "")
+    known = f"there are {shown}, or 0 to {len(labels) - 1}"
+    return Labels(field, lambda value: label_id(value, ids), "a label of the model", known)
+
+
+def _scores(field: str, config: Mapping[str, Any]) -> Labels:
+    return Labels(field, score, "a number")
+
+
+_LABELS: Mapping[str, Callable[[str, Mapping[str, Any]], Labels]] = {"classes": _classes, "scores": _scores}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Measures models on the same documents.
+
+    ``structure`` and ``folder`` are the original's: they tell the task, the labels, and how sentence embeddings are made.
+    ``processor``: as `load_processor` gives it.
+    """
+
+    structure: Structure
+    folder: Path
+    processor: Any
+    documents: Sequence[Document]
+    texts: Texts
+    progress: Progress
+
+    def __call__(
+        self, model: PreTrainedModel, reference: PreTrainedModel | None = None, title: str = "evaluate"
+    ) -> dict[str, Any]:
+        """The evaluation as JSON values; ``reference`` is the model to compare with."""
+        score = _SCORERS[task_of(self.structure.class_name)]
+        return score(self, model, reference=reference, title=title, progress=self.progress)
+
+
+def _classified(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.classification import classify_documents
+
+    labels, _ = label_ids(self.structure.config)
+    return classify_documents(model, self.processor, self.documents, labels=labels, **how).to_dict()
+
+
+def _language(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.language import score_documents
+
+    how |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
+    return score_documents(model, self.processor, self.documents, **how).to_dict()
+
+
+def _masked(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.masked import score_masked
+
+    return score_masked(model, self.processor, self.documents, window=self.texts.window, **how)
+
+
+def _embedded(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+    from compress.evaluation.embeddings import embed_documents, read_pooling
+
+    return embed_documents(model, self.processor, self.documents, pooling=read_pooling(self.folder), **how)
+
+
+_SCORERS: Mapping[Task, Callable[..., dict[str, Any]]] = {
+    CLASSIFICATION: _classified,
+    IMAGES: _classified,
+    LANGUAGE: _language,
+    MASKED: _masked,
+    EMBEDDING: _embedded,
+}

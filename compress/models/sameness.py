@@ -1,0 +1,123 @@
+"""Whether a written checkpoint computes what the one handed to the writer does: at once, and token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.checkpoint.open import Checkpoint, Derived, Stored
+from compress.errors import CheckpointError
+from compress.models.loading import arguments_of, load_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+#: Tokens of the sample: a prompt, and the single steps after it.
+PROMPT, STEPS = 16, 8
+#: Attention windows are cut to so many tokens where a sample would fit into the model's own: a config may name windows that
+#: its class does not use, and then only the cache forgets.
+WINDOW = 8
+#: What a model's forward calls the cache that it takes and hands back.
+_CACHES = frozenset({"cache", "past_key_values"})
+#: Largest difference, of the largest value or of 1. Tensors are equal bit by bit; kernels chosen by memory alignment, or for
+#: one token in place of many, may still round otherwise.
+_TOLERANCE, _STEPPED = 1e-4, 1e-3
+
+
+def same_logits(handed: Checkpoint, stored: Stored) -> None:
+    """The written checkpoint computes what the one handed to the writer does, on a short sample of token ids.
+
+    A causal language model also computes the same when it reads a prompt and then single tokens with its cache.
+
+    Raises:
+        CheckpointError: the outputs differ. Models that take no token ids are not compared.
+    """
+    ids = _sample(stored)
+    # without rounded inputs: what kernels round otherwise would turn into other codes; and with the values that files hold
+    model = load_checkpoint(handed, dtype="float32", quantized_activations=False, as_stored=True)
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        return
+    causal = _is_causal(stored)
+    before, stepped_before = _at_once(model, ids), _step_by_step(model, ids) if causal is None else None
+    del model
+    model = load_checkpoint(stored, dtype="float32", quantized_activations=False, as_stored=True)
+    after = _at_once(model, ids)
+    _compare(before, after, _TOLERANCE, "the written model computes other values", stored)
+    if causal is None:  # nobody says that it computes the same with its cache: it is to compute what it did
+        stepped, text = _step_by_step(model, ids), "the written model computes other values through its cache"
+        if stepped is not None and stepped_before is not None:
+            _compare(stepped_before, stepped, _STEPPED, text, stored)
+    elif causal and (stepped := _step_by_step(model, ids)) is not None:
+        if (narrow := _narrowed(stored)) is not None:
+            del model
+            model = load_checkpoint(narrow, dtype="float32", quantized_activations=False, as_stored=True)
+            after, stepped = _at_once(model, ids), _step_by_step(model, ids)
+        text = (
+            "the written model computes other values token by token, through its cache, than at once: its config may name "
+            "windows of attention (`layer_types`, `sliding_window`) that its class does not use"
+        )
+        assert stepped is not None
+        _compare(after, stepped, _STEPPED, text, stored)
+
+
+def _narrowed(stored: Stored) -> Checkpoint | None:
+    """The checkpoint with windows that the sample does not fit into; None where its own are as short, or it has none."""
+    structure = stored.spec.structure
+    window = structure.config.get("sliding_window")
+    if not isinstance(window, int) or window <= WINDOW:
+        return None
+    structure = replace(structure, config={**structure.config, "sliding_window": WINDOW})
+    return Derived(stored, replace(stored.spec, structure=structure), stored.tensor)
+
+
+def _sample(stored: Stored) -> torch.Tensor:
+    """Token ids [1, T], no more than the model has positions for."""
+    import torch
+
+    config = stored.spec.structure.config
+    vocabulary = config.get("vocab_size")
+    count = min(PROMPT + STEPS, architectures.positions(stored.spec) or PROMPT + STEPS)
+    return torch.arange(count).remainder(vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else PROMPT)[None]
+
+
+def _is_causal(stored: Stored) -> bool | None:
+    """Whether its family decodes with a cache, as its record says; None where there is no record, or the code is not stock."""
+    config = stored.spec.structure.config
+    if not architectures.known(config) or (config.get("auto_map") and stored.trust_remote_code):
+        return None
+    return architectures.of(config).causal
+
+
+def _at_once(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode():
+        output: torch.Tensor = model(input_ids=ids)[0]
+    return output
+
+
+def _step_by_step(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Logits [1, T, V] of a prompt and of single tokens after it; None of models that hand back no cache."""
+    import torch
+
+    taken = arguments_of(model) & _CACHES
+    if not model.can_generate() or not taken:
+        return None
+    name, prompt = min(taken), max(1, ids.shape[1] - STEPS)
+    cached: dict[str, Any] = {}
+    logits = []
+    with torch.inference_mode():
+        for piece in (ids[:, :prompt], *torch.split(ids[:, prompt:], 1, 1)):
+            output = model(input_ids=piece, use_cache=True, **cached)
+            if getattr(output, name, None) is None or not hasattr(output, "logits"):
+                return None
+            cached = {name: getattr(output, name)}
+            logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
+def _compare(a: torch.Tensor, b: torch.Tensor, tolerance: float, text: str, stored: Stored) -> None:
+    difference = float((a - b).abs().max())
+    if not difference <= tolerance * max(1.0, float(a.abs().max())):
+        raise CheckpointError(f"{text} (difference {difference:.3g})", where=str(stored.folder))

@@ -1,0 +1,106 @@
+"""What stock transformers would make of a written checkpoint of codes, with the config beside them.
+
+The names in a ``quantization_config`` are matched against modules in memory. Where one does not fit, a stock loader fills in
+random weights and says so in a warning at most. So what is written is held against the model twice: by the names that this
+package's records say, and by the stock loader itself where compressed-tensors is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from typing import Any
+
+from compress import architectures
+from compress.checkpoint import quantization
+from compress.checkpoint.codecs import needs_code, parts
+from compress.checkpoint.files import read_json
+from compress.checkpoint.foreign import Groups
+from compress.checkpoint.open import Checkpoint, Stored, torch_dtype
+from compress.errors import CheckpointError
+from compress.models.loading import quiet_transformers, stock_class
+
+#: The package that stock transformers reads codes by.
+PACKAGE = "compressed_tensors"
+
+
+def check_codes(checkpoint: Stored) -> None:
+    """The config of a checkpoint of codes means those modules that are codes, and stock transformers finds every key.
+
+    All is on the meta device; one process of several checks the names alone. Raises `CheckpointError`.
+    """
+    import torch.distributed as dist
+
+    if checkpoint.folder is None or needs_code(checkpoint.spec):
+        return
+    if not any(tensor.grid is not None for tensor in checkpoint.spec.stored()):
+        return
+    said = read_json(checkpoint.folder, "config.json")[quantization.KEY]
+    check_names(checkpoint, said)
+    # among several processes compressed-tensors would wait for all to load, and only the first one does
+    alone = not (dist.is_available() and dist.is_initialized())
+    if alone and importlib.util.find_spec(PACKAGE) is not None:
+        check_load(checkpoint)
+
+
+def check_names(checkpoint: Checkpoint, said: Any) -> None:
+    """The linear layers that a quantization config means are those that are codes, by the names of modules in memory."""
+    import torch
+
+    spec, where = checkpoint.spec, str(checkpoint.folder)
+    stock, config = stock_class(checkpoint)
+    with quiet_transformers(), torch.device("meta"):
+        model = stock(config) if hasattr(stock, "get_init_context") else stock.from_config(config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    groups = Groups(said, where)
+    meant = {name for name in linear if groups.scheme(name) is not None}
+    record = architectures.of(spec.structure.config)
+    coded = {quantization.in_memory(spec, t.module) for t in spec.stored() if t.grid and not record.is_expert(t.name)}
+    for names, wrong in (
+        (coded - linear, "no linear layer has that name in memory"),
+        (coded - meant, "no group of the config names it"),
+        (meant - coded, "the config says that it is codes, and it is not"),
+    ):
+        if names:
+            raise CheckpointError(f"stock transformers could not load {min(names)}: {wrong}", where=where, fix=_FIX)
+
+
+def check_load(checkpoint: Stored) -> None:
+    """Stock transformers loads the folder's arrays, by name and shape, with its config, and no key is missing or unexpected."""
+    import torch
+
+    stock, config = stock_class(checkpoint)
+    arrays = [part for tensor in checkpoint.spec.stored() for part in parts(tensor)]
+    state = {a.key: torch.empty(a.shape, dtype=torch_dtype(a.dtype), device="meta") for a in arrays}
+    noise = io.StringIO()  # compressed-tensors shows progress bars
+    try:
+        with quiet_transformers(), contextlib.redirect_stderr(noise):
+            _, info = stock.from_pretrained(
+                None,
+                config=type(config).from_pretrained(checkpoint.folder, local_files_only=True),
+                state_dict=state,
+                dtype="auto",
+                device_map={"": "meta"},
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever goes wrong in there, users of the result would meet it
+        raise CheckpointError(
+            f"stock transformers cannot load it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}",
+            where=str(checkpoint.folder),
+            fix=_FIX,
+        ) from error
+    # servers read the scales of a cache; transformers 5.24 does without and notes that
+    weights = {tensor.name for tensor in checkpoint.spec.weights()}
+    scales = {tensor.name for tensor in checkpoint.spec.stored()} - weights
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        found = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info[kind]} - scales)
+        if found:
+            raise CheckpointError(
+                f"stock transformers finds {len(found)} keys {kind.removesuffix('_keys')}, such as {found[0]}",
+                where=str(checkpoint.folder),
+                fix=_FIX,
+            )
+
+
+_FIX = "use `store: compact`, and report this: the record of the family lacks a name"

@@ -1,0 +1,211 @@
+"""What passes that work block by block have in common: their sweep, and the memory it will take."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.blockwise.memory_budget import (
+    KEPT_FREED,
+    LOGITS_AT_ONCE,
+    STATISTICS_BYTES,
+    TOKENS_PER_BATCH,
+    WIDE,
+    held_outputs,
+)
+from compress.checkpoint.structure import is_factor, is_residual
+from compress.errors import PassError
+from compress.evaluation.tasks import EMBEDDING, task_of
+from compress.passes.base import Context
+from compress.spec.spec import Spec, Tensor
+
+if TYPE_CHECKING:
+    from compress.blockwise.runner import Sweep, Teacher
+    from compress.checkpoint.open import Checkpoint
+    from compress.sensitivity.matrices import Changes
+
+#: Small things.
+_SLACK = 96 << 20
+
+
+def open_sweep(
+    checkpoint: Checkpoint,
+    names: Collection[str],
+    context: Context,
+    *,
+    work: Path,
+    with_targets: bool,
+    teacher: Teacher | None = None,
+) -> Sweep:
+    """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
+    from compress.blockwise.runner import Inputs, Sweep
+    from compress.distributed import Ranks
+
+    batches = context.data("calibration")
+    return Sweep(
+        checkpoint,
+        Inputs(batches.values, batches.mask),
+        set(names),
+        work=work,
+        dtype=context.dtype,
+        device=context.device,
+        progress=context.progress,
+        with_targets=with_targets,
+        seed=context.seed,
+        ranks=Ranks(context.rank, context.world),
+        teacher=teacher,
+    )
+
+
+def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` gives the first process, for all of them; kept in the work folder, so that a resumed run has the same.
+
+    Args:
+        name: of the file. compute: gives JSON values; all processes call it together, what the others get does not count.
+    """
+    from compress.distributed import Ranks
+
+    ranks, path = Ranks(context.rank, context.world), context.work / f"{name}.json"
+    found = ranks.tell(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
+    if found is None:
+        found = ranks.tell(0, compute())
+        if not context.rank:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temp = path.with_suffix(".tmp")
+            temp.write_text(json.dumps(found))
+            temp.replace(path)  # a kill leaves all of it or nothing
+    return found
+
+
+def measured_divergences(
+    checkpoint: Checkpoint, names: Sequence[str], changes: Changes, setting: tuple[str, str], context: Context
+) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
+    """See `sensitivity.matrices.divergences`, on the calibration data."""
+    from compress.sensitivity.matrices import divergences
+
+    return divergences(
+        checkpoint,
+        names,
+        changes,
+        context.data("calibration"),
+        setting=setting,
+        device=context.device,
+        seed=context.seed,
+        progress=context.progress,
+    )
+
+
+def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:
+    """The stored tensors of each block; under None those outside."""
+    record = architectures.of(spec.structure.config)
+    blocks: dict[int | None, list[Tensor]] = {}
+    for tensor in spec.stored():
+        blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
+    return blocks
+
+
+def sweep_memory(
+    spec: Spec,
+    names: Collection[str],
+    width: int,
+    *,
+    factors: float,
+    copies: int,
+    moments: int,
+    kept: float,
+    by_outputs: bool = False,
+) -> int:
+    """Bytes resident at the peak of a sweep: embeddings, one block, and the larger of what solving and tuning it take.
+
+    Args:
+        names: the tensors it changes. width: bytes of a float of the computation.
+        factors: matrices of the size of the largest statistics that the solver holds beside them.
+        copies: float32 matrices of the size of the largest weight that it holds.
+        moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
+        by_outputs: whether curvatures by outputs are held, and gradients measured for them.
+    """
+    record = architectures.of(spec.structure.config)
+    blocks = by_block(spec)
+    outside = blocks.pop(None, [])
+    head = width * sum(t.count for t in outside if t.module == record.head)
+    resident = width * sum(t.count for t in outside) - head  # the head is not loaded, but to predict tokens
+    vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
+    peak = head + 5 * 4 * LOGITS_AT_ONCE * vocabulary if by_outputs else 0
+    for tensors in blocks.values():
+        block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
+        wide = [t.shape[input_axis(spec, t)] for t in changed]
+        grams = [size * size * (8 if size <= WIDE else 4) for size in wide]
+        largest, matrix = max(grams, default=0), max((t.count for t in changed), default=0)
+        statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
+        solving = largest + int(factors * largest) + 4 * copies * matrix
+        chosen = int(kept * sum(t.count for t in changed))
+        if by_outputs:
+            shared = [t for t in changed if not any(f".{base}." in t.name for base in record.experts)]
+            held = held_outputs(t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared)
+            chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
+        peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
+    broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
+    activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
+    return resident + peak + KEPT_FREED + _SLACK + activations
+
+
+def input_axis(spec: Spec, tensor: Tensor) -> int:
+    """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
+    known = architectures.known(spec.structure.config)
+    if not known or len(tensor.shape) != 2 or is_factor(spec, tensor.name) or is_residual(spec, tensor.name):
+        return -1
+    return architectures.of(spec.structure.config).input_axis
+
+
+def block_matrices(spec: Spec) -> list[str]:
+    """Modules of the weight matrices that passes take by default: linear layers of blocks, but residuals of low rank."""
+    record = architectures.of(spec.structure.config)
+    matrices = [t for t in spec.stored() if t.is_float and len(t.shape) >= 2 and record.is_block_matrix(t.name)]
+    return [t.module for t in matrices if not is_residual(spec, t.name)]
+
+
+def followable(spec: Spec, fix: str) -> None:
+    """Raises `PassError`, with what to do instead, for families that a sweep cannot follow."""
+    record = architectures.of(spec.structure.config)
+    if record.stacks:
+        raise PassError(
+            f"calibration cannot follow {record.model_type}: its decoder's blocks read what the encoder gives, beside the "
+            "block before them",
+            fix=fix,
+        )
+
+
+def inside_blocks(spec: Spec, names: Collection[str]) -> None:
+    """Raises `PassError` for a tensor that no block holds, which the sweep does not reach; or for a family that it does not."""
+    followable(spec, "use `method: magnitude`")
+    record = architectures.of(spec.structure.config)
+    if outside := sorted(n for n in names if record.block_index(n) is None):
+        raise PassError(
+            f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
+            key="only",
+            fix="use `method: magnitude` for it",
+        )
+    linear_layers(spec, names, "use `method: magnitude` for it")
+
+
+def predicting(spec: Spec, asks: str, key: str, instead: str) -> None:
+    """Raises `PassError` for a model without a head: its predictions, which ``asks`` wants gradients of, are none."""
+    if task_of(spec.structure.class_name) is EMBEDDING:
+        raise PassError(f"{asks} needs a model that predicts something", key=key, fix=instead)
+
+
+def linear_layers(spec: Spec, names: Collection[str], instead: str) -> None:
+    """Raises `PassError` for a matrix of a block that is no linear layer (a router), which a sweep does not see."""
+    record = architectures.of(spec.structure.config)
+    inside = (n for n in sorted(names) if record.block_index(n) is not None)
+    if name := next((n for n in inside if not record.is_block_matrix(n)), None):
+        module = re.sub(r"\.\d+(?=\.)", ".*", spec.tensors[name].module)
+        raise PassError(
+            f"{name} is no linear layer, which calibrated methods alone reach",
+            key="only",
+            fix=f"leave it out: skip: [{module}], or {instead}",
+        )

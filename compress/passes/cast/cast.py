@@ -1,0 +1,285 @@
+"""Store weights in another number format: floats tensor by tensor, codes (integers, small floats) also block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress import architectures
+from compress.errors import CheckpointError, PassError
+from compress.passes.base import EDITED, Context, Mode, Pass, Storage
+from compress.passes.blockwise import followable, linear_layers, measured_divergences, once, open_sweep, sweep_memory
+from compress.passes.cast.budget import assumed
+from compress.passes.cast.plan import choices, planned, planned_cache, undecided, without_scales
+from compress.passes.cast.settings import CastSettings
+from compress.spec.formats import Grid
+from compress.spec.spec import Spec, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint.open import Checkpoint, Value
+
+#: Of a cache whose scales the files do not hold.
+NO_SCALES = (
+    "the fp8 cache has no calibrated scales: vLLM takes 1, SGLang does not quantise; `data.calibration` gives it scales"
+)
+#: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
+FINE = 6
+
+
+class Cast(Pass[CastSettings]):
+    """Floats of other widths become the format asked; integers and buffers of other kinds stay.
+
+    Removed weights stay zero. What compressed-tensors can express is stored so, and loads in stock transformers; with a
+    keep-mask that saves bytes, or in modules that it does not know, the compact store holds the codes.
+    """
+
+    name: ClassVar[str] = "cast"
+    summary: ClassVar[str] = "Store the weights in another number format."
+    settings = CastSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
+    preserves = frozenset({"masks", "aliases"})
+    source: ClassVar[str] = (
+        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323, towards the original's outputs as in "
+        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885, at last towards YAQA's objective, arXiv "
+        "2505.22988; formats of compressed-tensors"
+    )
+
+    def completed(self, settings: CastSettings, given: Collection[str]) -> CastSettings:
+        """Static scales of a cache where there are calibration data to find them on."""
+        if settings.kv_cache is None or settings.kv_cache_scales is not None:
+            return settings
+        return settings.model_copy(update={"kv_cache_scales": "tensor" if "calibration" in given else "none"})
+
+    def works(self, settings: CastSettings) -> Mode:
+        """Tensor by tensor for floats and by `rtn` and `mse`; block by block, or with the whole model at first, else.
+
+        Static scales of a cache are found block by block.
+        """
+        return "sweep" if settings.solved or settings.budgeted or settings.static_cache else "stream"
+
+    def needed(self, settings: CastSettings) -> frozenset[str]:
+        """Calibration data for codes by `gptq`, to choose formats, and for static scales of a cache."""
+        return self.needs if self.works(settings) == "sweep" else frozenset()
+
+    def produced(self, settings: CastSettings) -> frozenset[Storage]:
+        """Integers (codes of any kind) if any are asked for."""
+        return frozenset({"float", "integer"} if settings.coded else {"float"})
+
+    def plan(self, spec: Spec, settings: CastSettings) -> Spec:
+        """Exact but for budgets: dtypes and codes change, shapes and keep-masks stay; ``config.dtype`` is the widest kept.
+
+        With a budget, the formats are those of a model whose matrices all matter alike.
+        """
+        if self.needed(settings) and architectures.known(spec.structure.config):
+            followable(spec, "set `weights` and `method: rtn`")
+        if not settings.budgeted:
+            cast = planned(spec, settings, {})
+            if settings.solved and architectures.known(spec.structure.config):
+                coded = [t.name for t in cast.stored() if t.grid is not None and spec.tensors[t.name].grid is None]
+                linear_layers(spec, coded, "use `method: rtn`")
+            return cast
+        from compress.passes.allocation import check_loss
+
+        names = undecided(spec, settings)
+        key = "bits" if settings.bits is not None else "max_bytes"
+        check_loss(spec, names, ("a budget", "name the format with `weights`"), key)
+        among = choices(spec, settings, [[n] for n in names])
+        losses = {n: {o: assumed(among.grid(n, o)) * spec.tensors[n].count for o in among.options} for n in names}
+        chosen = among.allocate(losses, settings.bits, settings.max_bytes)
+        return replace(planned(spec, settings, among.grids(chosen)), exact=False)
+
+    def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
+        """Of a sweep: statistics, drift, factor and damped copies of them, curvatures by outputs, and copies of one matrix.
+
+        To choose formats within a budget: the model, and what each format changes of it in bfloat16.
+        """
+        grids = [t for t in self.plan(spec, settings).tensors.values() if t.grid is not None]
+        measuring = (
+            4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in grids) if settings.budgeted else 0
+        )
+        if not settings.solved:
+            cached = (
+                sweep_memory(spec, [], width, factors=0, copies=0, moments=0, kept=0) if settings.static_cache else 0
+            )
+            return max(measuring, cached) or None
+        coarse = any(t.grid is not None and t.grid.bits < FINE for t in grids)
+        moments = 2 if settings.tune_epochs and coarse else 0
+        if not coarse or not (settings.refine or moments):
+            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
+        else:  # kept: codes as floats, and each matrix as it was and as it is
+            sweep = sweep_memory(
+                spec,
+                [t.name for t in grids],
+                width,
+                factors=4.0,
+                copies=13,
+                moments=moments,
+                kept=12,
+                by_outputs=settings.refine and architectures.of(spec.structure.config).has_head(spec),
+            )
+        return max(measuring, sweep)
+
+    def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
+        """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
+        from compress.checkpoint.open import Derived, Value
+
+        if self.notes(checkpoint.spec, settings):
+            context.details["kv_cache"] = NO_SCALES
+        chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
+        spec = planned(checkpoint.spec, settings, chosen)
+        read = checkpoint.tensor
+        if settings.solved:
+            read = self._sweep(checkpoint, spec, settings, context)
+
+        def cast(name: str) -> Value:
+            return _cast(name, read(name), checkpoint.spec, spec, settings.method != "rtn")
+
+        if spec.structure.kv_cache is None or not any(t.is_cache_scale for t in spec.stored()):
+            return Derived(checkpoint, spec, cast)
+        scales = _cache_scales(Derived(checkpoint, without_scales(spec), cast), spec, context)
+        return Derived(checkpoint, spec, lambda name: Value(scales[name]) if name in scales else cast(name))
+
+    def notes(self, spec: Spec, settings: CastSettings) -> list[str]:
+        """What servers make of a cache without scales."""
+        if settings.kv_cache is None or planned_cache(spec, settings) != settings.kv_cache:
+            return []
+        return [NO_SCALES]
+
+    def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
+        """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
+        from compress.sensitivity.matrices import Rounding
+
+        spec = checkpoint.spec
+        names = undecided(spec, settings)
+        known = choices(spec, settings, [])
+
+        def measured() -> dict[str, Any] | None:
+            if context.rank:
+                return None
+            rounding = Rounding(known.grid, settings.options)
+            found, groups = measured_divergences(
+                checkpoint, names, rounding, ("a budget", "name the format with `weights`"), context
+            )
+            losses = rounding.scaled(found)
+            among = choices(spec, settings, groups)
+            chosen = among.allocate(losses, settings.bits, settings.max_bytes)
+            return {"losses": losses, "formats": chosen, "curve": among.curve(losses)}
+
+        found = once(context, "formats", measured)
+        context.details["formats"] = [
+            {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
+        ]
+        context.details["curve"] = found["curve"]
+        return known.grids(found["formats"])
+
+    def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
+        """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
+        from compress.blockwise.output_curvature import Gradients
+        from compress.blockwise.reconstruct import Tuning
+        from compress.checkpoint.open import torch_dtype
+        from compress.passes.cast.block import Casting, cast_block
+
+        record = architectures.of(spec.structure.config)
+        grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
+        if not grids:  # tables alone, which are rounded as they are read
+            return checkpoint.tensor
+        coarse = any(grid.bits < FINE for grid in grids.values())
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
+        dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
+        refine = settings.refine and coarse
+        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=refine or tuning is not None)
+        gradients = Gradients(sweep, context.work / "gradients") if refine else None
+        how = Casting(tuning, grids, dtypes, refine, gradients)
+        result = sweep.run(
+            lambda block: cast_block(block, how),
+            f"casting by {settings.method}",
+            gradients.measure if gradients is not None else None,
+        )
+        context.details["blocks"] = result.details
+        return result.reader()
+
+
+def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
+    """Static scales of the cache of a cast checkpoint, by name; kept in the work folder, so that a resumed run has the same."""
+    from compress.blockwise.runner import Inputs
+    from compress.distributed import Ranks
+    from compress.passes.cast.kv_cache import largest_cached, to_scales
+
+    batches = context.data("calibration")
+    found = once(
+        context,
+        "cache",
+        lambda: largest_cached(
+            checkpoint,
+            Inputs(batches.values, batches.mask),
+            work=context.work / "cache",
+            dtype=context.dtype,
+            device=context.device,
+            progress=context.progress,
+            seed=context.seed,
+            ranks=Ranks(context.rank, context.world),
+        ),
+    )
+    by_head = spec.structure.kv_cache == "fp8-head"
+    scales: dict[str, torch.Tensor] = {}
+    for names, pair in zip(architectures.of(spec.structure.config).cache_scales(spec).values(), found, strict=True):
+        scales |= {name: to_scales(largest, by_head=by_head) for name, largest in zip(names, pair, strict=True)}
+    largest = [[max(x) for x in side] for side in zip(*found, strict=True)]
+    context.details["cached keys and values"] = (
+        f"{'a scale per head' if by_head else 'a scale per layer'}; largest magnitudes over the calibration data, by layer: "
+        f"keys {min(largest[0]):.3g} to {max(largest[0]):.3g}, values {min(largest[1]):.3g} to {max(largest[1]):.3g}"
+    )
+    return scales
+
+
+def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:
+    """One tensor in the format that the plan gave it."""
+    from compress.checkpoint.open import Value, torch_dtype
+    from compress.solvers.casting import overflowing
+
+    tensor = after.tensors[name]
+    target = torch_dtype(tensor.dtype)
+    data: torch.Tensor = value.data
+    if tensor.grid is not None:
+        return value if value.codes is not None else _rounded(value, tensor, tensor.grid, target, search)
+    if data.dtype == target:
+        return value
+    if tensor.dtype == "F16" and (count := overflowing(data, target)):
+        raise PassError(
+            f"{count} weights of {name} are beyond the range of fp16 (65504)",
+            key="weights",
+            fix=f"use bf16, or keep the module: skip: [{before.tensors[name].module}]",
+        )
+    return Value(data.to(target), value.mask)
+
+
+def check_finite(name: str, data: torch.Tensor) -> None:
+    """Raises `CheckpointError` for a tensor with values that have no code."""
+    import torch
+
+    # the extremes are NaN where any value is: faster than to look at every weight
+    if data.numel() and not torch.isfinite(torch.stack(torch.aminmax(data))).all():
+        raise CheckpointError(f"tensor {name} holds NaN or infinite values, which have no code")
+
+
+def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, search: bool) -> Value:
+    """Rounded to the nearest codes of a grid fitted to the weights alone."""
+    from compress.checkpoint.open import Value
+    from compress.solvers.quant_format import rounded, weights
+
+    check_finite(tensor.name, value.data)
+    across = value.data.T if grid.transposed else value.data
+    keep = value.mask.T if value.mask is not None and grid.transposed else value.mask
+    codes = rounded(across, grid, dtype, keep, search=search)
+
+    def data() -> torch.Tensor:
+        found = weights(codes, keep)
+        return found.T.contiguous() if grid.transposed else found
+
+    return Value(data, value.mask, codes)

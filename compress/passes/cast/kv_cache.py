@@ -1,0 +1,96 @@
+"""Static scales of a quantised cache: the largest key and value of every block over the calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from compress.blockwise.runner import Inputs, Sweep
+from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.quantization import in_memory
+from compress.checkpoint.running import input_formats
+from compress.distributed import Ranks
+from compress.errors import PassError
+from compress.models.emulation import cached_attentions, round_inputs, tap_cache
+from compress.progress import Progress
+
+#: Largest E4M3 code.
+_LARGEST = 448.0
+
+
+def largest_cached(
+    checkpoint: Checkpoint,
+    inputs: Inputs,
+    *,
+    work: Path,
+    dtype: str,
+    device: str,
+    progress: Progress,
+    seed: int,
+    ranks: Ranks,
+) -> list[tuple[list[float], list[float]]]:
+    """For each block the largest magnitudes of its keys and of its values, by head; tokens that are masked do not count.
+
+    Raises:
+        PassError: the sweep cannot follow the model, or a block caches no keys and values.
+    """
+    quiet = {"work": work, "dtype": dtype, "device": device, "progress": progress, "seed": seed, "ranks": ranks}
+    sweep = Sweep(checkpoint, inputs, set(), with_targets=False, **quiet)  # type: ignore[arg-type]
+    formats = {in_memory(checkpoint.spec, module): f for module, f in input_formats(checkpoint.spec).items()}
+    round_inputs(sweep.streamed.model, formats)
+    sweep.check()
+    largest: list[tuple[list[float], list[float]]] = []
+    with progress.task("measuring keys and values", sweep.depth, "blocks") as task:
+        for block in sweep.unchanged(sweep.depth - 1, {}):
+            found = _Largest(sweep)
+            attentions = cached_attentions(block.module)
+            if len(attentions) != 1:
+                raise PassError(f"block {block.index} has {len(attentions)} attentions that cache keys and values")
+            found.tap(*attentions[0])
+            largest.append(found.of_all)  # filled while the sweep runs the block, which it does next
+            task.advance(note=f"block {block.index}")
+    return [_together(pair, ranks) for pair in largest]
+
+
+class _Largest:
+    """Notes magnitudes of a block's keys and values, a batch at a time in the order of the sweep's batches."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        self._batches: Iterator[list[int]] = sweep.batches()
+        self.of_all: tuple[list[float], list[float]] = ([], [])
+
+    def tap(self, argument: str, attention: torch.nn.Module) -> None:
+        tap_cache(argument, attention, self._note)
+
+    def _note(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = self._sweep.mask(next(self._batches))
+        for found, tensor in zip(self.of_all, (key, value), strict=True):
+            sizes = tensor.abs()
+            if mask is not None:
+                sizes = sizes * mask[:, None, :, None]
+            now = sizes.float().amax((0, 2, 3)).tolist()
+            found[:] = map(max, found or now, now)
+        return key, value
+
+
+def _together(pair: tuple[Sequence[float], Sequence[float]], ranks: Ranks) -> tuple[list[float], list[float]]:
+    """The largest over all processes."""
+    heads = ranks.tell(0, len(pair[0]))
+    result = []
+    for found in pair:
+        rows = torch.zeros(ranks.world, heads)
+        if found:
+            rows[ranks.rank] = torch.tensor(found)
+        ranks.add(rows)
+        result.append(rows.amax(0).tolist())
+    return result[0], result[1]
+
+
+def to_scales(largest: Sequence[float], *, by_head: bool) -> torch.Tensor:
+    """The scale [1], or of each head [heads, 1, 1], with which the largest magnitude gets the largest code; float32."""
+    scale = torch.tensor(largest if by_head else [max(largest)]) / _LARGEST
+    scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+    return scale[:, None, None] if by_head else scale

@@ -1,0 +1,196 @@
+"""What `cast` makes of a checkpoint's headers: the format and grid of every tensor."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from compress import architectures
+from compress.checkpoint.structure import is_factor
+from compress.errors import PassError
+from compress.evaluation.tasks import LANGUAGE, task_of
+from compress.passes.base import PassSettings, matches, select
+from compress.passes.blockwise import block_matrices, input_axis
+from compress.passes.cast.budget import Choices
+from compress.passes.cast.settings import DTYPES, CastSettings, Format
+from compress.spec.formats import FIXED_GROUPS, Grid
+from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
+
+
+def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
+    """The spec with these grids, and the formats that settings give the rest."""
+    formats = _formats(spec, settings)
+    _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.name in chosen:
+            return replace(tensor, grid=chosen[tensor.name])
+        format_ = formats.get(tensor.name)
+        if format_ is None:
+            return tensor
+        if format_ in DTYPES:
+            return replace(tensor, dtype=DTYPES[format_])
+        return replace(tensor, grid=_grid(spec, tensor, settings, format_))
+
+    cast = spec.map(change)
+    if cast.tensors == spec.tensors and not settings.allow_noop:
+        raise PassError(f"every weight is {settings.weights} already", key="weights", fix="leave the pass out")
+    dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES]
+    config = dict(spec.structure.config)
+    if dtypes:
+        config.pop("torch_dtype", None)
+        config["dtype"] = FLOAT_DTYPES[widest(dtypes)]
+    tensors = {
+        n: replace(t, dtype=cast.tensors[t.alias_of].dtype) if t.alias_of else t for n, t in cast.tensors.items()
+    }
+    cached, scales = _cached(spec, settings)
+    tensors |= {s.name: s for s in scales}
+    return replace(cast, structure=replace(spec.structure, config=config, kv_cache=cached), tensors=tensors)
+
+
+def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor]]:
+    """Format of cached keys and values, and their static scales. Raises `PassError` for a model that caches none."""
+    if settings.kv_cache is not None and task_of(spec.structure.class_name) is not LANGUAGE:
+        raise PassError(
+            f"{spec.structure.class_name or 'this model'} caches no keys and values", key="kv_cache", fix="leave it out"
+        )
+    if settings.kv_cache is None:
+        return spec.structure.kv_cache, []
+    config = spec.structure.config
+    names = architectures.of(config).cache_scales(spec) if architectures.known(config) else {}
+    if settings.static_cache is None or not names:
+        if settings.static_cache == "head":
+            what = f"servers read no scales of {spec.structure.model_type}'s cache"
+            raise PassError(what, key="kv_cache_scales", fix="leave it out")
+        return settings.kv_cache, []
+    shape = (architectures.of(config).kv_heads(config), 1, 1) if settings.static_cache == "head" else (1,)
+    scales = [Tensor(name, shape, "F32") for pair in names.values() for name in pair]
+    return f"{settings.kv_cache}-{settings.static_cache}", scales
+
+
+def planned_cache(spec: Spec, settings: CastSettings) -> str | None:
+    """The format of the cache that the pass will leave behind."""
+    return _cached(spec, settings)[0]
+
+
+def without_scales(spec: Spec) -> Spec:
+    """The spec without static scales of its cache."""
+    return replace(spec, tensors={n: t for n, t in spec.tensors.items() if not t.is_cache_scale})
+
+
+def undecided(spec: Spec, settings: CastSettings) -> list[str]:
+    """Tensors whose format the budget chooses."""
+    formats = _formats(spec, settings)
+    return [name for name, format_ in formats.items() if format_ is None]
+
+
+def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
+    """What a budget chooses from; ``groups`` hold the tensors that get the same format. Raises `PassError`."""
+    if settings.group_size is not None:
+        names = undecided(spec, settings)
+        for option in settings.options:
+            _check_groups(spec, settings, dict.fromkeys(names, option))
+
+    def grid(name: str, option: str) -> Grid:
+        tensor, format_ = spec.tensors[name], option.partition("/")[0]
+        if settings.group_size is None and format_ not in FIXED_GROUPS:  # what its width takes, at last a whole channel
+            among = (option, format_, f"{format_}/channel")
+            option = next(o for o in among if not _leftover(spec, tensor, settings.grid(o)))
+        return _grid(spec, tensor, settings, option)
+
+    return Choices(spec, groups, tuple(settings.options), grid)
+
+
+def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
+    """Format of every tensor that the pass touches; None where a budget chooses it."""
+    modules = [tensor.module for tensor in spec.stored()]
+    default = modules
+    if settings.weights not in DTYPES and not settings.only:
+        default = [module for module in block_matrices(spec) if len(spec.tensors[f"{module}.weight"].shape) == 2]
+    chosen = select(default, settings, modules)
+    # a pattern that matches nothing is an error
+    named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
+    if settings.weights not in DTYPES:
+        chosen |= named
+    result: dict[str, Format | None] = {}
+    for tensor in spec.stored():
+        if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
+            continue
+        format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
+        if format_ in DTYPES or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
+            result[tensor.name] = format_
+    if settings.weights not in DTYPES and settings.weights not in result.values():
+        raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
+    return result
+
+
+def _leftover(spec: Spec, tensor: Tensor, grid: Grid) -> int:
+    """Inputs of a weight that are left where groups of the grid are full; 0 where they divide them."""
+    return _inputs(spec, tensor) % grid.group if grid.group else 0
+
+
+def _inputs(spec: Spec, tensor: Tensor) -> int:
+    return tensor.shape[0 if _transposed(spec, tensor) else -1]
+
+
+def _transposed(spec: Spec, tensor: Tensor) -> bool:
+    """Whether the checkpoint shapes a matrix of a block [in, out] (GPT-2)."""
+    return (
+        input_axis(spec, tensor) == 0 and architectures.of(spec.structure.config).block_index(tensor.name) is not None
+    )
+
+
+def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
+    """Groups divide the inputs of every tensor. Raises `PassError` that names all for which they do not."""
+    by_grid: dict[Grid, list[Tensor]] = {}
+    for name, option in formats.items():
+        format_ = option.partition("/")[0]
+        if format_ in DTYPES:
+            continue
+        grid, tensor = settings.grid(option), spec.tensors[name]
+        if _leftover(spec, tensor, grid) and (format_ in FIXED_GROUPS or not is_factor(spec, name)):
+            by_grid.setdefault(grid, []).append(tensor)
+    for grid, tensors in by_grid.items():
+        _refuse_groups(spec, tensors, grid)
+
+
+def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], grid: Grid) -> NoReturn:
+    """Says which tensors groups do not fit, and what would."""
+    widths = [_inputs(spec, tensor) for tensor in tensors]
+    modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", tensor.module) for tensor in tensors)
+    patterns = ", ".join([tensors[0].module] if len(tensors) == 1 else modules)
+    common = math.gcd(*widths)
+    size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < grid.group), None)
+    fixed = grid.format in FIXED_GROUPS
+    others = f", nor those of {len(tensors) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
+    raise PassError(
+        f"{tensors[0].name} has {widths[0]} inputs, which groups of {grid.group} do not divide"
+        + (others if len(tensors) > 1 else ""),
+        key="weights" if fixed else "group_size",
+        fix=(
+            f"skip {'it' if len(tensors) == 1 else 'them'}: "
+            if fixed
+            else f"group_size: {size or 'channel'} would fit, or "
+        )
+        + f"skip: [{patterns}]",
+    )
+
+
+def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> Grid:
+    grid, format_ = settings.grid(option), option.partition("/")[0]
+    if _transposed(spec, tensor):
+        grid = replace(grid, transposed=True)
+    if _leftover(spec, tensor, grid) and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
+        grid = replace(grid, group=0)  # ranks are any number
+    if _leftover(spec, tensor, grid):
+        _refuse_groups(spec, [tensor], grid)
+    if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
+        raise PassError(
+            f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
+            key="weights",
+            fix="put `- cast: {weights: bf16}` before it",
+        )
+    return grid

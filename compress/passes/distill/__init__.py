@@ -1,0 +1,1 @@
+"""`distill`: train a student towards one teacher or several."""

@@ -1,0 +1,230 @@
+"""The teachers of a distillation: opened and checked, at work beside the student or read from a cache. Imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import architectures
+from compress.checkpoint.open import Checkpoint, open_checkpoint
+from compress.checkpoint.sidecars import safe_file
+from compress.data.batches import check_positions, check_vocabulary
+from compress.distributed import Ranks
+from compress.errors import PassError
+from compress.evaluation.tasks import IMAGES, task_of
+from compress.models.blocks import find_blocks
+from compress.models.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
+from compress.passes.base import Context
+from compress.passes.distill.distill import bytes_per_token, check_teacher, task_name
+from compress.passes.distill.settings import DistillSettings
+from compress.training.cache import SHARD, TeacherCache
+from compress.training.data import Samples
+from compress.training.features import Reader
+from compress.training.objective import Signal, Terms
+from compress.training.sharding import shard
+from compress.training.teacher import Says, Teachers, reader_of
+
+#: Tokens of the sample on which the ways to make logits are compared.
+_PROBE = 16
+#: Samples that teachers are asked about at a time when a cache is filled.
+_ASKED = 16
+
+
+def open_teachers(
+    student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context, ranks: Ranks
+) -> list[Checkpoint]:
+    """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
+    if not settings.needs_teacher():
+        return []
+    found: list[Checkpoint] = []
+    for entry in settings.teacher:
+        teacher: Checkpoint = context.original
+        if entry.checkpoint != "original":
+            how = {
+                "trust_remote_code": context.original.trust_remote_code,
+                "ignore_auto_map": context.original.ignore_auto_map,
+                "offline": context.offline,
+            }
+            if ranks.rank == 0:
+                open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
+            ranks.wait()
+            teacher = open_checkpoint(entry.checkpoint, **how)
+        check_teacher(student.spec, teacher.spec, entry.checkpoint)
+        _check_processors(student, teacher, entry.checkpoint)
+        if samples.batches.images is None:
+            check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
+            positions = architectures.positions(teacher.spec)
+            check_positions(samples.batches.ids.shape[1], positions, entry.checkpoint, name="training")
+        found.append(teacher)
+    return found
+
+
+def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
+    if student.folder is None or teacher.folder is None or student.folder.resolve() == teacher.folder.resolve():
+        return
+    if task_of(student.spec.structure.class_name) is IMAGES:
+        ours, others = (load_image_processor(c.folder).to_dict() for c in (student, teacher))  # type: ignore[arg-type]
+        if wrong := sorted(key for key in {*ours, *others} if ours.get(key) != others.get(key)):
+            raise PassError(
+                f"the teacher {name} has another image processor: `{wrong[0]}` is {others.get(wrong[0])}, for the student "
+                f"{ours.get(wrong[0])}",
+                key="teacher",
+                fix="learn from a teacher that sees images as the student does",
+            )
+        return
+    files = [safe_file(folder, "tokenizer.json") for folder in (student.folder, teacher.folder)]
+    if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
+        return
+    if not all(has_tokenizer(folder) for folder in (student.folder, teacher.folder)):
+        return  # token ids are given, and nobody says what they mean
+    mine, theirs = (load_tokenizer(c.folder, trust_remote_code=c.trust_remote_code) for c in (student, teacher))  # type: ignore[arg-type]
+    ours, others = mine.get_vocab(), theirs.get_vocab()
+    if ours != others:
+        word = next((w for w in ours if others.get(w) != ours[w]), next((w for w in others if w not in ours), ""))
+        raise PassError(
+            f"the teacher {name} has another tokenizer: `{word}` is token {ours.get(word, 'none')} for the student and "
+            f"{others.get(word, 'none')} for the teacher",
+            key="teacher",
+            fix="learn from a teacher with the student's tokenizer",
+        )
+
+
+def shared_vocabulary(student: Checkpoint, teachers: list[Checkpoint]) -> int:
+    """Ids that all know; rows beyond are padding of the larger tables."""
+    sizes = [c.spec.structure.config.get("vocab_size") for c in (student, *teachers)]
+    return min((int(size) for size in sizes if size is not None), default=1 << 31)
+
+
+def teachers_say(
+    teachers: list[Checkpoint],
+    terms: Terms,
+    vocabulary: int,
+    samples: Samples,
+    steps: int,
+    settings: DistillSettings,
+    context: Context,
+    ranks: Ranks,
+) -> tuple[Says, dict[str, Any]]:
+    """Who tells what teachers say, and what the report says of it."""
+    if not teachers:
+        return (lambda batch: Signal()), {}
+    if settings.teacher_cache is None:
+        return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
+    k = settings.teacher_cache.k
+    cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
+    if context.rank == 0:
+        cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
+    ranks.wait()
+    needed = {row for row, _ in samples.held}
+    order = samples.order(settings.batch, context.seed)
+    for step in range(min(steps, -(-samples.train // settings.batch) + 1)):
+        needed |= {row for row, _ in order.step(step)}
+    missing = cache.missing(needed)
+    ranks.wait()
+    filled = 0
+    if missing:
+        models = _at_work(teachers, terms, vocabulary, samples, settings, context)
+        filled = _fill(cache, missing, models, samples, context, ranks)
+    return cache, {
+        "teacher_cache": {
+            "k": k,
+            "bytes_per_token": bytes_per_token(k, vocabulary),
+            "samples_added": filled,
+            "folder": settings.teacher_cache.folder,
+        }
+    }
+
+
+def _fill(
+    cache: TeacherCache, missing: list[int], teachers: Teachers, samples: Samples, context: Context, ranks: Ranks
+) -> int:
+    """Ask the teachers about the samples of missing shards. Every process asks; the first writes."""
+    count, total = 0, len(samples.batches.ids)
+    with context.progress.task("asking teachers", len(missing), "shards") as task:
+        for shard_ in missing:
+            rows = list(range(shard_ * SHARD, min((shard_ + 1) * SHARD, total)))
+            said: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for begin in range(0, len(rows), _ASKED):
+                batch = samples.batch([(row, 0) for row in rows[begin : begin + _ASKED]], (1, 1), context.device)
+                ids, values = teachers.likeliest(batch, cache.k)
+                sizes = batch.predict.sum(1).tolist()
+                said += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
+            if context.rank == 0:
+                cache.write(shard_, said)
+            ranks.wait()
+            count += len(rows)
+            task.advance()
+    return count
+
+
+def _key(
+    teachers: list[Checkpoint], samples: Samples, settings: DistillSettings, vocabulary: int, dtype: str
+) -> dict[str, Any]:
+    """What the contents of a cache depend on."""
+    hashes = []
+    for teacher in teachers:
+        whole_ = hashlib.sha256(json.dumps(teacher.spec.structure.config, sort_keys=True, default=str).encode())
+        for tensor in teacher.spec.stored():
+            data = teacher.tensor(tensor.name).data.contiguous()
+            whole_.update(tensor.name.encode())
+            whole_.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+        hashes.append(whole_.hexdigest())
+    # the ids stand for tokenizer, text and packing
+    masking = samples.masking
+    return {
+        "teachers": hashes,
+        "weights": [entry.weight for entry in settings.teacher],
+        "temperature": settings.temperature,
+        "vocabulary": vocabulary,
+        "dtype": dtype,
+        "samples": samples.batches.sha256(),
+        "masking": None if masking is None else [masking.seed, masking.mask],
+    }
+
+
+def _at_work(
+    teachers: list[Checkpoint],
+    terms: Terms,
+    vocabulary: int,
+    samples: Samples,
+    settings: DistillSettings,
+    context: Context,
+) -> Teachers:
+    """The teachers' models, each loaded once."""
+    task = task_name(teachers[0].spec)
+    readers = []
+    for number, teacher in enumerate(teachers):
+        model = load_checkpoint(teacher, dtype=context.dtype, device=begins_on(context))
+        own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
+        reader = reader_of(model, task, own)
+        check_reader(reader, samples, context)
+        if context.world > 1:
+            shard(reader.base, blocks_of(model), context.device)
+            for child in model.children():
+                if child is not reader.base:
+                    child.to(context.device)
+        readers.append(reader)
+    total = sum(entry.weight for entry in settings.teacher)
+    return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
+
+
+def check_reader(reader: Reader, samples: Samples, context: Context) -> None:
+    """See how logits can be made, on a short sample, and say where that takes more memory."""
+    inputs = samples.batch([(0, 0)], (1, 1), begins_on(context)).inputs
+    if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
+        what = type(reader.model).__name__
+        context.progress.message(f"logits of {what} cannot be made a few tokens at a time: they take more memory")
+
+
+def begins_on(context: Context) -> str:
+    """Where models are loaded: sharding moves them to the device part by part."""
+    return context.device if context.world == 1 else "cpu"
+
+
+def blocks_of(model: Any) -> Any:
+    """The list of blocks of a transformers model."""
+    return find_blocks(model, architectures.of(model.config.to_dict()))

@@ -1,0 +1,349 @@
+"""The work of `distill`: models, data and the loop come together here. Imports torch."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import architectures
+from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
+from compress.distributed import Ranks
+from compress.errors import DataError, OutputError, PassError
+from compress.evaluation.embeddings import Pooling, read_pooling
+from compress.models.loading import load_checkpoint, load_tokenizer, stock_class
+from compress.passes.base import Context
+from compress.passes.distill.distill import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
+from compress.passes.distill.settings import DistillSettings
+from compress.passes.distill.teachers import (
+    begins_on,
+    blocks_of,
+    check_reader,
+    open_teachers,
+    shared_vocabulary,
+    teachers_say,
+)
+from compress.training.data import Masking, Samples
+from compress.training.features import without_dropout
+from compress.training.loop import History, How, Training
+from compress.training.objective import Objective, Terms
+from compress.training.optimize import Update
+from compress.training.sharding import like, shard, whole
+from compress.training.state import RunState, UnusableState
+from compress.training.written import Places, find_places
+
+if TYPE_CHECKING:
+    from compress.data.batches import Batches
+
+#: How often a training begins anew because a state on disk does not load.
+_ATTEMPTS = 3
+#: Samples trained on for each held-out one, at least, so that looking at these takes little of the time.
+_LOOKED = 4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training is made of besides the student's weights; all that is refused without them has been."""
+
+    samples: Samples
+    steps: int
+    teachers: list[Checkpoint]
+    terms: Terms
+    vocabulary: int
+
+
+def prepare(student: Checkpoint, settings: DistillSettings, context: Context, ranks: Ranks) -> Prepared:
+    """Samples, teachers and losses. Reads no weights, so the student may be one that is only planned.
+
+    Args:
+        ranks: the processes that call this together.
+
+    Raises:
+        CompressError: the data, the teachers and the settings do not go together.
+    """
+    if context.world > 1 and settings.optimizer != "adamw":
+        raise PassError(
+            f"{settings.optimizer} does not work on sharded weights", key="optimizer", fix="set `optimizer: adamw`"
+        )
+    samples = _samples(student, settings, context)
+    teachers = open_teachers(student, samples, settings, context, ranks)
+    vocabulary = shared_vocabulary(student, teachers)
+    if teachers:
+        check_cache(settings, vocabulary)
+    return Prepared(samples, _steps(samples, settings), teachers, _terms(student, teachers, settings), vocabulary)
+
+
+def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
+    """The student checkpoint, trained as the settings say; as it was where no weights were better on held-out samples."""
+    ranks = Ranks(context.rank, context.world)
+    log, close = _log(settings, context)
+    made = prepare(student, settings, context, ranks)
+    model, places = _student_model(student, settings, context)
+    if places.kept:
+        context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
+    says, filled = teachers_say(
+        made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, ranks
+    )
+    how = _how(student, made, settings, context)
+    state = RunState(context.work / "training", ranks)
+    for attempt in range(_ATTEMPTS):
+        objective, masks = _objective(student, model, made, settings, context)
+        training = Training(
+            objective,
+            says,
+            made.samples,
+            how,
+            device=context.device,
+            progress=context.progress,
+            state=state,
+            masks=masks,
+            log=log,
+        )
+        try:
+            history = training.run()
+            break
+        except UnusableState as error:
+            if attempt + 1 == _ATTEMPTS:
+                raise OutputError(
+                    f"{error}, and it was written a moment ago",
+                    where=str(state.folder),
+                    fix="see whether the disk is sound",
+                ) from error
+            context.progress.message(f"{error}: training begins anew")
+            state.drop()
+            del training, objective, masks, model
+            model, places = _student_model(student, settings, context)
+    close()
+    said = _said(history, made.samples, how)
+    context.details["training"] = {**said, **filled, "kept": sorted(places.kept)}
+    if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
+        return student  # bit by bit what it was, and not by way of float32
+    return _trained(student, model, places, context)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _objective(
+    student: Checkpoint, model: Any, made: Prepared, settings: DistillSettings, context: Context
+) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """What is minimised, with the student in it, ready to train; and the student's masks by parameter."""
+    masks = _masks(student, model)
+    widths = {_width(t) for t in made.teachers[:1]}
+    torch.manual_seed(context.seed)
+    objective = Objective(
+        model,
+        task_name(student.spec),
+        made.terms,
+        vocabulary=made.vocabulary,
+        teacher_width=widths.pop() if made.terms.of_inside else None,
+        pooling=_pooling(student),
+        teacher_pooling=_pooling(made.teachers[0]) if made.teachers else None,
+    ).to(begins_on(context))
+    check_reader(objective.reader, made.samples, context)
+    if settings.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older transformers do not have
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if context.world > 1:
+        masks = _sharded(objective, model, masks, context.device)
+    if settings.compile:
+        model.base_model.compile()
+    return objective, masks
+
+
+def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> How:
+    """How to train; says where the data repeats."""
+    steps = made.steps
+    if (epochs := steps * settings.batch / made.samples.train) > 1:
+        context.progress.message(f"the training data is gone through {epochs:.2g} times")
+    return How(
+        steps=steps,
+        batch=settings.batch,
+        update=Update(
+            settings.optimizer,
+            settings.rate or default_rate(steps, _width(student)),
+            settings.schedule,
+            default_warmup(steps) if settings.warmup is None else settings.warmup,
+            settings.weight_decay,
+        ),
+        micro=settings.micro_batch,
+        clip=settings.clip,
+        autocast=settings.autocast,
+        average=settings.average,
+        every=settings.evaluate_every or max(1, steps // 20, _LOOKED * settings.held_out // settings.batch),
+        patience=settings.patience,
+        seed=context.seed,
+    )
+
+
+def _said(history: History, samples: Samples, how: How) -> dict[str, Any]:
+    """What the report says of a training."""
+    return {
+        "steps": history.steps,
+        "samples": samples.train,
+        "held_out_samples": samples.held_out,
+        "epochs": round(history.steps * how.batch / samples.train, 3),
+        "of": "tokens" if samples.batches.images is None else "images",
+        "tokens": history.tokens,
+        "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9), 1),
+        "rate": how.update.rate,
+        "best_step": history.best_step,
+        "helped": history.best_step > 0,
+        "stopped": history.stopped,
+        "held_out": history.held_out,
+        "losses": history.train,
+    }
+
+
+def _pooling(checkpoint: Checkpoint) -> Pooling | None:
+    return read_pooling(checkpoint.folder) if checkpoint.folder is not None else None
+
+
+def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -> Samples:
+    """Training samples, of which the last are held out. Raises `DataError`."""
+    batches: Batches = context.data("training")
+    task = task_name(student.spec)
+    if len(batches.ids) < settings.held_out + settings.batch:
+        raise DataError(
+            f"the training data gives {len(batches.ids)} samples, {settings.held_out} are held out and a step takes "
+            f"{settings.batch}",
+            where="data.training",
+            fix="name more text, or set a shorter `length`, or a smaller `held_out` or `batch`",
+        )
+    if context.world > settings.batch:
+        raise PassError(
+            f"a batch of {settings.batch} samples has not one for each of {context.world} processes", key="batch"
+        )
+    weights = losses(student.spec, settings)
+    if task == "classes" and "labels" in weights and batches.labels is None:
+        raise DataError(
+            "the loss `labels` needs labelled text", where="data.training", fix="name the columns: `text`, `label`"
+        )
+    masking = None
+    if task == "masked":
+        assert student.folder is not None
+        tokenizer = load_tokenizer(student.folder, trust_remote_code=student.trust_remote_code)
+        if tokenizer.mask_token_id is None:
+            raise DataError("the tokenizer has no mask token, which masked language modelling needs")
+        masking = Masking(
+            int(tokenizer.mask_token_id),
+            frozenset(tokenizer.all_special_ids),
+            min(len(tokenizer), shared_vocabulary(student, [])),
+            context.seed,
+            fixed=settings.teacher_cache is not None,
+        )
+    order = list(range(len(batches.ids)))
+    random.Random(context.seed).shuffle(order)  # token ids that are given may lie in any order
+    return Samples(batches.at(order), task, settings.held_out, masking)
+
+
+def _steps(samples: Samples, settings: DistillSettings) -> int:
+    if settings.steps is not None:
+        return settings.steps
+    if settings.tokens is not None:
+        if samples.batches.images is not None:
+            raise PassError("images are not counted in tokens", key="tokens", fix="give `steps` or `epochs`")
+        mask = samples.batches.mask
+        each = samples.batches.ids.shape[1] if mask is None else float(mask.sum() / len(mask))
+        return max(1, round(settings.tokens / (each * settings.batch)))
+    return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch))
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    config = checkpoint.spec.structure.config
+    record = architectures.of(config)
+    return int(record.value(config, record.hidden_key))
+
+
+def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSettings) -> Terms:
+    states, vectors = pairs_inside(student.spec, teachers[0].spec, settings) if teachers else ((), None)
+    weights = losses(student.spec, settings)
+    return Terms(weights, settings.temperature, settings.skew, states, vectors, settings.relation_heads)
+
+
+def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, Places]:
+    """The student in float32, and where its weights stand in its file. Raises `PassError` where they have no place there."""
+    model = _fresh_model(student, settings, context)
+    if not settings.dropout:
+        without_dropout(model)
+    return model, find_places(student.spec, model)
+
+
+def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
+    if settings.student is not None and settings.student.init == "random":
+        found, config = stock_class(student)
+        torch.manual_seed(context.seed)
+        return found(config).float().to(begins_on(context))
+    return load_checkpoint(student, dtype="float32", device=begins_on(context))
+
+
+def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
+    """Parameter name ▶ what of it is kept, where a keep-mask removes something; fused by the loader as weights are."""
+    if not any(t.kept is not None and t.kept < t.count for t in student.spec.stored()):
+        return {}
+
+    def read(name: str) -> Value:
+        value = student.tensor(name)
+        return Value(torch.ones_like(value.data) if value.mask is None else value.mask.to(value.data.dtype))
+
+    spec = student.spec.map(lambda t: replace(t, kept=None, grid=None))
+    kept = load_checkpoint(Derived(student, spec, read), dtype="bfloat16")
+    named = dict(model.named_parameters())
+    masks = {name: p.detach() > 0.5 for name, p in kept.named_parameters()}
+    return {name: mask.to(named[name].device) for name, mask in masks.items() if not bool(mask.all())}
+
+
+def _sharded(
+    objective: Objective, model: Any, masks: Mapping[str, torch.Tensor], device: str
+) -> dict[str, torch.Tensor]:
+    """Shard the student, and its masks alike."""
+    shard(objective, blocks_of(model), device)
+    named = dict(model.named_parameters())
+    return {name: like(mask, named[name]) for name, mask in masks.items()}
+
+
+def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
+    """What writes TensorBoard logs, and what closes them."""
+    if settings.tensorboard is None or context.rank:
+        return None, lambda: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise PassError(
+            "logs for TensorBoard need the package tensorboard", key="tensorboard", fix="pip install tensorboard"
+        ) from None
+    writer = SummaryWriter(settings.tensorboard)
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return log, writer.close
+
+
+def _trained(student: Checkpoint, model: Any, places: Places, context: Context) -> Checkpoint:
+    """The student's checkpoint with the model's weights, named and shaped as in its file."""
+    state = {}
+    for name, value in model.state_dict().items():
+        full = whole(value)  # every process takes part, the first one keeps it
+        if context.rank == 0:
+            state[name] = full
+    if context.rank:
+        return student
+    spec, found = student.spec, places.tensors(model, state)
+
+    def read(name: str) -> Value:
+        if name in places.kept:
+            return student.tensor(name)
+        data = found[name].to(torch_dtype(spec.tensors[name].dtype))
+        return Value(data, student.tensor(name).mask if spec.tensors[name].kept is not None else None)
+
+    return Derived(student, spec, read)

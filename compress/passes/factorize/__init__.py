@@ -1,0 +1,1 @@
+"""`factorize`: replace a matrix by the product of two of low rank."""

@@ -1,0 +1,241 @@
+"""Low-rank factors: two thin matrices in place of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress import architectures
+from compress.checkpoint.structure import check_nameable, factored, is_transposed
+from compress.errors import PassError
+from compress.files import remove
+from compress.passes.allocation import check_loss
+from compress.passes.base import Context, Pass, PassSettings, Storage, select
+from compress.passes.blockwise import (
+    block_matrices,
+    inside_blocks,
+    measured_divergences,
+    once,
+    open_sweep,
+    sweep_memory,
+)
+from compress.settings import Share
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint, Value
+
+_SETTING = ("`allocation: loss`", "use `allocation: uniform`")
+#: By loss: in how many steps the rank of a matrix is chosen.
+_STEPS = 64
+
+
+class FactorizeSettings(PassSettings):
+    """Settings of `factorize`."""
+
+    keep_parameters: Share | None = Field(
+        default=None, description="Share of the parameters of the chosen matrices that their factors have together."
+    )
+    rank: int | None = Field(default=None, ge=1, description="The same rank for all chosen matrices, instead.")
+    allocation: Literal["loss", "uniform"] = Field(
+        default="loss",
+        description="With `keep_parameters`: `loss` gives each matrix the rank that costs the model's output least, which is "
+        "measured with the whole model in memory, and leaves alone what is better left; `uniform` gives all the same share.",
+    )
+    tune_epochs: int = Field(
+        default=5,
+        ge=0,
+        description="Passes over the calibration data in which each factorised block is moved by gradient towards the output "
+        "of the original's; 0 for none.",
+    )
+    tune_rate: float = Field(
+        default=0.01, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.keep_parameters is None) == (self.rank is None):
+            raise ValueError("give either `keep_parameters` or `rank`")
+        return self
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether ranks are chosen by measured losses."""
+        return self.allocation == "loss" and self.rank is None
+
+
+class Factorize(Pass[FactorizeSettings]):
+    """Weight matrices of blocks become products of two, with the least error of their outputs on calibration data.
+
+    The factors are linear layers of their own, which later passes prune, cast and train. Matrices whose factors would not be
+    smaller stay. Structured pruning with repair loses less at nearly equal bytes, see the benchmarks.
+    """
+
+    name: ClassVar[str] = "factorize"
+    summary: ClassVar[str] = "Replace weight matrices by products of two thin ones."
+    settings = FactorizeSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "factored"})
+    preserves = frozenset({"aliases"})
+    source: ClassVar[str] = (
+        "SVD-LLM, arXiv 2403.07378, towards the original's outputs; ranks by the Fisher information and the knapsack; tuning "
+        "as in BRECQ, arXiv 2102.05426"
+    )
+
+    def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
+        """Exact but for `allocation: loss`, where all matrices are taken to matter alike."""
+        from dataclasses import replace
+
+        ranks = self._ranks(spec, settings)
+        if settings.by_loss:
+            check_loss(spec, ranks, _SETTING)
+        return replace(factored(spec, ranks), exact=spec.exact and not settings.by_loss)
+
+    def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
+        """Of a sweep; or of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
+        names = self._targets(spec, settings)
+        moments = 5 if settings.tune_epochs else 0
+        sweep = sweep_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
+        if not settings.by_loss:
+            return sweep
+        return max(sweep, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
+
+    def apply(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> Checkpoint:
+        """The sweep runs here, and the result reads what it left in the work folder."""
+        from compress.blockwise.reconstruct import Tuning
+        from compress.checkpoint.open import Derived, Value, torch_dtype
+        from compress.passes.factorize.block import Factoring, factor_block
+
+        spec = checkpoint.spec
+        ranks = self._ranks(spec, settings)
+        if settings.by_loss:
+            ranks = self._allocate(checkpoint, settings, context)
+        tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+        how = Factoring(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, tuning)
+        sweep = open_sweep(checkpoint, ranks, context, work=context.work / "sweep", with_targets=True)
+        result = sweep.run(lambda block: factor_block(block, how), "factorising")
+        context.details["blocks"] = result.details
+        read = result.reader()
+        after = factored(spec, ranks)
+        modules = {spec.tensors[name].module: name for name in ranks}
+
+        def value(name: str) -> Value:
+            owner, _, kind = name.rpartition(".")
+            module, _, part = owner.rpartition(".")
+            if module not in modules:
+                return read(name)
+            if kind == "bias":
+                return read(f"{module}.bias")
+            up, down = result.factors(modules[module])
+            return Value(up if part == "up" else down)
+
+        return Derived(checkpoint, after, value)
+
+    def _targets(self, spec: Spec, settings: FactorizeSettings) -> list[str]:
+        """Names of the matrices to factorise, in order."""
+        check_nameable(spec)
+        record = architectures.of(spec.structure.config)
+        matrices = {
+            t.module: t for t in spec.stored() if t.is_float and len(t.shape) == 2 and t.name.endswith(".weight")
+        }
+        default = [m for m in block_matrices(spec) if m in matrices and not record.is_expert(matrices[m].name)]
+        chosen = select([] if settings.only else default, settings, [t.module for t in spec.tensors.values()])
+        names = [t.name for m, t in matrices.items() if m in chosen]
+        if not names:
+            raise PassError(
+                "no weight matrix is left to factorise",
+                key="only" if settings.only else "skip" if settings.skip else None,
+            )
+        inside_blocks(spec, names)
+        for name in names:
+            if record.is_expert(name):
+                raise PassError(f"{name} is fused with other experts in memory", key="only")
+            if spec.tensors[name].kept is not None:
+                raise PassError(
+                    f"{name} has weights removed, and factors would fill them in",
+                    fix="factorise before pruning weights",
+                )
+        return names
+
+    def _ranks(self, spec: Spec, settings: FactorizeSettings) -> dict[str, int]:
+        """Ranks by tensor, the same share for all; without those whose factors would not be smaller."""
+        found = {}
+        for name in self._targets(spec, settings):
+            outputs, inputs = _shape(spec, name)
+            rank = settings.rank or _rank_for(outputs, inputs, settings.keep_parameters or 0)
+            if rank < 1:
+                raise PassError(
+                    f"{settings.keep_parameters:.0%} of {name} [{outputs}, {inputs}] is less than one rank",
+                    key="keep_parameters",
+                )
+            if rank * (outputs + inputs) < outputs * inputs:
+                found[name] = rank
+        if not found:
+            key = "rank" if settings.rank else "keep_parameters"
+            raise PassError("factors of that rank are as large as the matrices, or larger", key=key, fix="ask for less")
+        return found
+
+    def _allocate(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> dict[str, int]:
+        """Ranks of least measured loss for that many parameters."""
+        spec = checkpoint.spec
+        uniform, work = self._ranks(spec, settings), context.work / "trial"
+
+        def measured() -> dict[str, Any] | None:
+            from compress.passes.factorize.block import factor_on_trial
+
+            sweep = open_sweep(checkpoint, uniform, context, work=work, with_targets=False)
+            read, energies = factor_on_trial(sweep, uniform)
+            if context.rank:
+                return None
+
+            losses, _ = measured_divergences(checkpoint, list(uniform), lambda name, _: read(name), _SETTING, context)
+            ranks = _shared_out(spec, uniform, energies, {n: row["trial"] for n, row in losses.items()})
+            return {
+                "ranks": ranks,
+                "divergence": {n: row["trial"] for n, row in losses.items()},
+                "measured_at": uniform,
+            }
+
+        found = once(context, "ranks", measured)
+        remove(work)
+        context.details["allocation"] = found
+        ranks: dict[str, int] = found["ranks"]
+        return ranks
+
+
+def _shape(spec: Spec, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a matrix."""
+    first, second = spec.tensors[name].shape
+    return (second, first) if is_transposed(spec) else (first, second)
+
+
+def _rank_for(outputs: int, inputs: int, share: float) -> int:
+    return int(share * outputs * inputs / (outputs + inputs) + 1e-9)
+
+
+def _shared_out(
+    spec: Spec, uniform: dict[str, int], energies: dict[str, list[float]], losses: dict[str, float]
+) -> dict[str, int]:
+    """Ranks for as many parameters as the uniform ones take, of least total loss; matrices better left whole are left out.
+
+    The loss of a matrix at another rank is that of the one measured, scaled by the error of its outputs, which the energies
+    tell.
+    """
+    from compress.solvers.knapsack import choose
+
+    costs, values, options = [], [], []
+    for name, at in uniform.items():
+        outputs, inputs = _shape(spec, name)
+        largest = (outputs * inputs - 1) // (outputs + inputs)
+        ranks = sorted({max(1, round(largest * i / _STEPS)) for i in range(1, _STEPS + 1)} | {at})
+        tails = [sum(energies[name][r:]) for r in ranks]
+        scale = losses[name] / max(sum(energies[name][at:]), 1e-30)
+        options.append([*ranks, 0])
+        costs.append([*(r * (outputs + inputs) for r in ranks), outputs * inputs])
+        values.append([*(scale * tail for tail in tails), 0.0])
+    budget = sum(at * sum(_shape(spec, name)) for name, at in uniform.items())
+    chosen = choose(costs, values, budget)
+    assert chosen is not None
+    return {name: options[i][c] for i, (name, c) in enumerate(zip(uniform, chosen, strict=True)) if options[i][c]}

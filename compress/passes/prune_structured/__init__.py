@@ -1,0 +1,1 @@
+"""`prune_structured`: remove whole blocks, heads, neurons, experts and hidden channels."""

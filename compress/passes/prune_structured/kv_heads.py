@@ -1,0 +1,103 @@
+"""Merging key and value heads in one block of a sweep: turned to be alike, their mean, then least squares on what reads them.
+
+The block keeps its shape: heads that are merged have equal weights, which is what fewer heads compute. Cutting comes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from compress.architectures.groups import Member, Merge
+from compress.blockwise.asymmetric import Earlier, measure
+from compress.blockwise.linears import Site, Statistics
+from compress.blockwise.runner import Block
+from compress.solvers.gptq import corrected, ordered_factor
+from compress.solvers.hessian import damped
+from compress.solvers.kv_merge import align_keys, align_values, merge
+
+#: Damping of the least squares, as for units that are removed.
+_DAMP = 0.001
+
+
+def merge_heads(block: Block, how: Merge, *, align: bool, repair: bool) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Merge the heads of a block in place.
+
+    Args:
+        align: turn heads first, by what calibration data show. repair: solve for the weights that read them.
+
+    Returns:
+        What is worth saying; and what makes merged heads equal again after a step of tuning.
+    """
+    sites = {site.name: site for site in block.sites}
+    output = sites[f"{how.output.module}.weight"]
+    heads = [rows for member in (how.key, how.value) for rows in _rows(sites[f"{member.module}.weight"], member, how)]
+
+    def project() -> None:
+        for rows in heads:
+            rows.copy_(merge(rows, how.left))
+
+    if align:
+        (key,) = block.reading({f"{how.key.module}.weight"})
+        for _, inputs, _ in block.statistics(groups=[key]):
+            _align(sites, how, inputs)
+    (reading,) = block.reading({output.name})
+    ((_, before, _),) = block.statistics(groups=[reading])
+    separate = [rows.clone() for rows in heads]
+    project()
+    block.sweep.ranks.spread(0, *(site.weight for site in sites.values()), *heads)
+    changed = [Earlier(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
+    now, drift = measure(replace(block, originals=block.inputs), reading, [], changed)
+    weight = output.weight.clone()
+    if repair:
+        order, factor, _ = ordered_factor(now.hessian, _DAMP)
+        output.weight.copy_(corrected(weight, drift.inputs, None, factor, order))
+        block.sweep.ranks.spread(0, output.weight)
+    error = _error(weight, output.weight, before.hessian, now.hessian, drift.inputs)
+    return {"kept": how.left, "of": how.heads, "error": error}, project
+
+
+def _error(
+    before: torch.Tensor, after: torch.Tensor, H_II: torch.Tensor, now_II: torch.Tensor, drift_II: torch.Tensor
+) -> float:
+    """||W X - V X̂||² over ||W X||², for weights [O, I] and inputs as they were and are; ``drift_II`` is Σ (x - x̂) x̂ᵀ."""
+    W, V = before.to(H_II.dtype), after.to(H_II.dtype)
+    scale = float(((W @ H_II) * W).sum())
+    lost = scale - 2 * float(((W @ (drift_II + now_II)) * V).sum()) + float(((V @ now_II) * V).sum())
+    return max(lost, 0.0) / scale if scale else 0.0
+
+
+def _rows(site: Site, member: Member, how: Merge) -> Iterator[torch.Tensor]:
+    """Views by head of a member's weights [heads, width, I] and, where it has some, biases [heads, width]."""
+    span = member.span(how.heads)
+    bias: Any = site.module.bias
+    for tensor in (site.weight, None if bias is None else bias.data):
+        if tensor is not None:
+            yield tensor[span.start : span.stop].view(how.heads, member.width, *tensor.shape[1:])
+
+
+def _align(sites: Mapping[str, Site], how: Merge, inputs: Statistics) -> None:
+    """Turn keys with the queries that they meet, and values with what reads them; nothing else changes."""
+    H_II = damped(inputs.hessian)[0]
+    query, key, value = (list(_rows(sites[f"{m.module}.weight"], m, how)) for m in (how.query, how.key, how.value))
+    output = sites[f"{how.output.module}.weight"].weight
+    columns = output.T.view(how.heads, -1, len(output))  # [heads, width, O]
+    per = how.heads // how.left
+    for start in range(0, how.heads, per):
+        run = slice(start, start + per)
+        if how.rotary:
+            R_GDD = align_keys(key[0][run], H_II, how.rotary)
+            for rows in (*query, *key):
+                _turn(rows[run], R_GDD)
+        R_GDD = align_values(value[0][run], H_II)
+        for rows in (*value, columns):
+            _turn(rows[run], R_GDD)
+
+
+def _turn(rows: torch.Tensor, R_GDD: torch.Tensor) -> None:
+    """Rows [G, heads x D, …] of one or several heads for each of the G that are merged, in place."""
+    heads = rows.reshape(len(rows), -1, R_GDD.shape[1], *rows.shape[2:])
+    rows.copy_(torch.einsum("gde,ghe...->ghd...", R_GDD.to(rows.dtype), heads).flatten(1, 2))

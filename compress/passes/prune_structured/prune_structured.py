@@ -1,0 +1,176 @@
+"""Structured pruning: whole units go, what stays is repaired, and the result is a smaller stock model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from compress import architectures
+from compress.architectures import resize
+from compress.errors import PassError
+from compress.passes.allocation import loss_memory
+from compress.passes.base import Context, Mode, Pass, Storage
+from compress.passes.blockwise import by_block, followable, predicting, sweep_memory
+from compress.passes.prune_structured import slicing, widths
+from compress.passes.prune_structured.settings import PruneStructuredSettings
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+
+
+class PruneStructured(Pass[PruneStructuredSettings]):
+    """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
+
+    Heads of keys and values may be merged instead. Every block keeps the same widths, unless MLPs are to have their own, so the
+    result is a stock model: of the same family, or, where its config forbids the new number of heads, of one that computes the
+    same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the repaired ones before it.
+    """
+
+    name: ClassVar[str] = "prune_structured"
+    summary: ClassVar[str] = (
+        "Remove neurons, heads, experts, hidden channels or blocks; the result is a smaller stock model."
+    )
+    settings = PruneStructuredSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
+    preserves = frozenset({"masks", "aliases"})
+    source: ClassVar[str] = (
+        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
+        "arXiv 1906.10771; blocks: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; merged heads: aligned as in "
+        "arXiv 2412.20677; tuning as in BRECQ, arXiv 2102.05426"
+    )
+
+    def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
+        """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
+        reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
+        return self.needs if reads else frozenset()
+
+    def produced(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
+        """Widths of their own where they are asked for."""
+        return self.yields if settings.widths == "uneven" else frozenset({"float"})
+
+    def works(self, settings: PruneStructuredSettings) -> Mode:
+        """Block by block where activations of blocks are looked at, else tensor by tensor."""
+        return "sweep" if _sweeps(settings) else "stream"
+
+    def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
+        """Of the sweep, and of a second model to tune towards; or of the whole model, to try blocks or for gradients."""
+        gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
+        if not _sweeps(settings):
+            return gradients or None
+        record = architectures.of(spec.structure.config)
+        names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+        tuned = settings.repair == "tune"
+        # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
+        biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
+        sweep = sweep_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
+        if tuned and _has_teacher(settings):
+            sizes = {index: sum(t.count for t in tensors) for index, tensors in by_block(spec).items()}
+            outside = sizes.pop(None, 0)
+            sweep += width * (outside + max(sizes.values()))
+        whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
+        if settings.widths == "uneven":
+            readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
+            whole = max(whole, loss_memory(spec, readers))
+        return max(sweep, whole, gradients)
+
+    def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
+        """Exact where blocks are named or all alike; a choice by score only changes which units go."""
+        if settings.only or settings.skip:
+            raise PassError(
+                "`only` and `skip` do not apply to units that go from every block",
+                key="only" if settings.only else "skip",
+                fix="name blocks in `layers`",
+            )
+        record = architectures.of(spec.structure.config)
+        if settings.layers is not None:
+            resize.has_numbers(record)
+        if settings.score == "taylor":
+            predicting(spec, "score: taylor", "score", "set `score: loss`")
+        if self.needed(settings):
+            followable(spec, "set `score: magnitude` and `repair: none`")
+        if self.needed(settings) and record.input != "input_ids":
+            raise PassError(
+                f"calibration data is text, and this model reads `{record.input}`",
+                fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
+            )
+        if settings.searched:
+            from compress.passes.prune_structured.search import estimate
+
+            return replace(estimate(self, spec, settings), exact=False)  # which one is told by trying
+        exact = spec.exact
+        if settings.layers is not None:
+            depth = record.depth(spec.structure.config)
+            count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
+            named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
+            exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
+            spec, _ = resize.without_blocks(record, spec, named)
+        if settings.experts is not None:
+            keep = widths.experts_to_keep(record, spec, settings.experts)
+            spec, _, _ = resize.without_experts(record, spec, {i: range(n) for i, n in keep.items()})
+        if settings.hidden is not None:
+            left = widths.hidden_to_keep(record, spec, settings.hidden, settings.multiple_of)
+            entries, config = resize.hidden_entries(record, spec, range(left))
+            spec = resize.resized(spec, entries, config)
+        found = widths.widths(spec, settings)
+        spec, _ = slicing.narrowed(spec, found.first(), found)
+        return replace(spec, exact=exact and spec.exact and not found.uneven)
+
+    def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
+        """Kind after kind; each reads the checkpoint that the one before it left."""
+        from compress.passes.prune_structured import remove
+
+        self.plan(checkpoint.spec, settings)
+        if settings.searched:
+            from compress.passes.prune_structured.search import search
+
+            settings = search(self, checkpoint, settings, context)
+        current, spans = remove.drop_layers(checkpoint, settings, context)
+        current = remove.drop_experts(current, settings, context)
+        current, channels = remove.drop_hidden(current, settings, context)
+        return remove.narrow(checkpoint, current, spans, channels, settings, context)
+
+
+def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
+    """Whether blocks are chosen by trying the whole model."""
+    return settings.searched or (settings.layers is not None and not isinstance(settings.layers, tuple))
+
+
+def _by_gradient(settings: PruneStructuredSettings) -> bool:
+    """Whether units are chosen by gradients of the whole model."""
+    narrower = settings.searched or settings.mlp is not None or settings.heads is not None
+    return narrower and settings.score == "taylor"
+
+
+def _gradient_memory(spec: Spec, width: int) -> int:
+    """The model, gradients of its matrices, and what a sample of 1,024 tokens leaves in them for the way back."""
+    record = architectures.of(spec.structure.config)
+    matrices = [t for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
+    vocabulary = max(t.shape[0] for t in spec.stored() if record.block_index(t.name) is None)
+    activations = 1024 * (
+        width * sum(sum(t.shape) for t in matrices) + 3 * 4 * vocabulary
+    )  # logits, their softmax, gradient
+    return width * (spec.parameters + sum(t.count for t in matrices)) + activations
+
+
+def _has_teacher(settings: PruneStructuredSettings) -> bool:
+    """Whether what is tuned has not the original's blocks or widths, so that both are at work."""
+    others = (settings.layers, settings.experts, settings.hidden)
+    return settings.searched or any(amount is not None for amount in others)
+
+
+def _sweeps(settings: PruneStructuredSettings) -> bool:
+    widths = settings.mlp is not None or settings.heads is not None
+    others = settings.hidden is not None or settings.keep_kv_heads is not None
+    by_inputs = (widths and settings.score in ("loss", "activation")) or (others and settings.score != "magnitude")
+    return settings.searched or settings.experts is not None or by_inputs or settings.repair != "none"
+
+
+def _alike(spec: Spec) -> bool:
+    """Whether all blocks have the same tensors."""
+    record = architectures.of(spec.structure.config)
+    blocks = by_block(spec)
+    blocks.pop(None, None)
+    return len({frozenset(replace(t, name=record.renumber(t.name, 0)) for t in b) for b in blocks.values()}) == 1

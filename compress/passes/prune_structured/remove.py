@@ -1,0 +1,204 @@
+"""The work of `prune_structured`: which units go, and the sweep that narrows and repairs what stays. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import architectures
+from compress.architectures import resize
+from compress.architectures.groups import Units
+from compress.blockwise.reconstruct import Tuning
+from compress.blockwise.runner import Teacher
+from compress.checkpoint.open import Checkpoint, Derived
+from compress.passes.allocation import uneven_widths
+from compress.passes.base import Context
+from compress.passes.blockwise import once, open_sweep
+from compress.passes.prune_structured import slicing, widths
+from compress.passes.prune_structured.block import Narrowing, magnitude, narrow_block
+from compress.passes.prune_structured.importance import channel_importance, expert_saliency
+from compress.passes.prune_structured.taylor import taylor_scores
+from compress.sensitivity.block_influence import block_influence
+from compress.sensitivity.depth import greedy_depth
+from compress.solvers.obs import keep_by_score
+
+if TYPE_CHECKING:
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
+
+
+def drop_layers(
+    checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> tuple[Checkpoint, list[int]]:
+    """Without the blocks that go, and for each that stays up to which block of the original it stands for."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    depth = record.depth(checkpoint.spec.structure.config)
+    if settings.layers is None:
+        return checkpoint, list(range(1, depth + 1))
+    if isinstance(settings.layers, tuple):
+        drop: Sequence[int] = settings.layers
+    else:
+        count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
+        found = once(context, "blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
+        context.details.update(found["details"])
+        drop = sorted(found["blocks"])
+    context.details["removed_blocks"] = list(drop)
+    keep = [i for i in range(depth) if i not in drop]
+    return slicing.drop_blocks(checkpoint, drop), [*keep[1:], depth]
+
+
+def _worst_blocks(
+    checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
+) -> dict[str, Any] | None:
+    """The blocks that go, and what the report says of the choice; in the first process."""
+    if context.rank:
+        return None
+    data = context.data("calibration")
+    how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
+    if settings.layer_score == "loss":
+        gone, steps = greedy_depth(checkpoint, data, count, **how)
+        said = [{str(i): loss for i, loss in step.items()} for step in steps]
+        return {"blocks": gone, "details": {"loss_without_block": said}}
+    scores = block_influence(checkpoint, data, **how)
+    gone = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
+    return {"blocks": gone, "details": {"block_influence": scores}}
+
+
+def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
+    """Without the experts of least saliency in each block."""
+    if settings.experts is None:
+        return checkpoint
+    record = architectures.of(checkpoint.spec.structure.config)
+    keep = widths.experts_to_keep(record, checkpoint.spec, settings.experts)
+    names = {
+        name
+        for name in _matrices(checkpoint)
+        if record.block_index(name) in keep and (path := record.block_path(name)) and path[1].startswith(record.experts)
+    }
+    sweep = open_sweep(checkpoint, names, context, work=context.work / "experts", with_targets=False)
+    saliency, context.details["experts"] = expert_saliency(sweep)
+    context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
+    chosen = {}
+    for index, scores in saliency.items():
+        chosen[index] = keep_by_score(torch.tensor(scores), len(scores) - keep[index])
+    context.details["kept_experts"] = {str(i): experts for i, experts in chosen.items()}
+    return slicing.drop_experts(checkpoint, chosen)
+
+
+def drop_hidden(
+    checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> tuple[Checkpoint, torch.Tensor | None]:
+    """Without the hidden channels that matter least, and which ones stay (None for all)."""
+    if settings.hidden is None:
+        return checkpoint, None
+    record = architectures.of(checkpoint.spec.structure.config)
+    width = int(record.value(checkpoint.spec.structure.config, record.hidden_key))
+    left = widths.hidden_to_keep(record, checkpoint.spec, settings.hidden, settings.multiple_of)
+    if settings.score == "magnitude":
+        importance = torch.zeros(width, dtype=torch.float64)
+        entries, _ = resize.hidden_entries(record, checkpoint.spec, range(width))
+        for name, axes in entries.items():
+            value = checkpoint.tensor(name).data.double().square()
+            (axis,) = axes
+            if value.ndim == 2:
+                importance += value.sum(1 - axis)
+    else:
+        names = _matrices(checkpoint)
+        sweep = open_sweep(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
+        importance = channel_importance(sweep, width)
+    channels = keep_by_score(importance, width - left)
+    context.details["hidden_channels"] = len(channels)
+    return slicing.narrow_hidden(checkpoint, channels), torch.tensor(channels)
+
+
+def narrow(
+    original: Checkpoint,
+    current: Checkpoint,
+    spans: Sequence[int],
+    channels: torch.Tensor | None,
+    settings: PruneStructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Without the neurons and heads that go, and repaired."""
+    own = uneven_widths(current, widths.widths(current.spec, settings), settings, context)
+    found = widths.widths(current.spec, settings, own)
+    narrower = any(found.remove.values()) or bool(found.merges)
+    changed_before = channels is not None or settings.experts is not None
+    tuned = settings.repair == "tune"
+    if not narrower and not tuned:
+        return current
+    scores = _gradients(current, found, settings, context) if narrower else {}
+    by_weights = settings.score == "magnitude" or (bool(scores) and not found.merges)
+    if settings.repair == "none" and by_weights:
+        return _by_weights(current, found, scores)
+    first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
+    record = architectures.of(current.spec.structure.config)
+    members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
+    members |= {f"{m.module}.weight" for merge in found.merges.values() for m in merge.members}
+    names = {n for n in _matrices(current) if (record.block_index(n) or 0) >= first} if tuned else members
+    if not names:
+        return current
+    teacher = None
+    if tuned and current is not original:
+        teacher = Teacher(original, spans, channels)
+    sweep = open_sweep(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
+    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if tuned else None
+    how = Narrowing(found.remove, found.merges, settings.score, settings.repair != "none", tuning, scores)
+    result = sweep.run(lambda block: narrow_block(block, how), "removing units" if narrower else "repairing")
+    kept = {row["block"]: row.pop("kept", {}) for row in result.details}
+    context.details["blocks"] = result.details
+    repaired = Derived(current, current.spec, result.reader())
+    if not narrower:
+        return repaired
+    chosen = [(one, kept[index][one.name]) for index, units in found.remove.items() for one, _ in units]
+    return slicing.narrow(repaired, [*chosen, *found.merged()], found)
+
+
+def _gradients(
+    checkpoint: Checkpoint, found: widths.Widths, settings: PruneStructuredSettings, context: Context
+) -> dict[str, list[float]]:
+    """With `score: taylor`, importance of each unit by the name of the module that reads it."""
+    units = [one for block in found.remove.values() for one, _ in block]
+    if settings.score != "taylor" or not units:
+        return {}
+
+    def compute() -> dict[str, list[float]] | None:
+        if context.rank:
+            return None
+        return taylor_scores(
+            checkpoint,
+            units,
+            context.data("calibration"),
+            dtype=context.dtype,
+            device=context.device,
+            seed=context.seed,
+            progress=context.progress,
+        )
+
+    scores: dict[str, list[float]] = once(context, "taylor", compute)
+    return scores
+
+
+def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[str, Sequence[float]]) -> Checkpoint:
+    """Cut tensor by tensor: by the scores, or where there are none by magnitude."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    transposed = record.input_axis == 0
+    chosen: list[tuple[Units, list[int]]] = []
+    for units in found.remove.values():
+        for one, remove in units:
+            if scores:
+                score = torch.tensor(scores[one.name])
+            else:
+                values = {f"{m.module}.weight": checkpoint.tensor(f"{m.module}.weight").data for m in one.members}
+                score = magnitude(one, {name: value.T if transposed else value for name, value in values.items()})
+            chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
+    merged = slicing.merge(checkpoint, found.merges.values())
+    return slicing.narrow(merged, [*chosen, *found.merged()], found)
+
+
+def _matrices(checkpoint: Checkpoint) -> set[str]:
+    """The weights of linear layers in blocks."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    stored = (t for t in checkpoint.spec.stored() if t.is_float and len(t.shape) == 2)
+    return {t.name for t in stored if record.is_block_matrix(t.name)}

@@ -1,0 +1,308 @@
+"""The shape for a target: which blocks, heads and neurons go so that a target is met at the least loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.architectures import resize
+from compress.checkpoint.layout import lay_out
+from compress.errors import PassError
+from compress.passes.base import Context
+from compress.passes.blockwise import once
+from compress.passes.prune_structured.settings import TARGETS
+from compress.passes.prune_structured.speed import Stopwatch, work
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+    from compress.passes.prune_structured.prune_structured import PruneStructured
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
+
+#: Most shapes that are tried; of more, those at equal steps of depth.
+MOST = 12
+#: No shape loses more of the neurons, or of the heads, than this, or more than half of the blocks.
+_MOST_NEURONS, _MOST_HEADS = 0.75, 0.5
+#: Calibration samples for trying a shape, at most; and for telling what it costs.
+_TRY, _HELD_OUT = 32, 16
+#: Of shapes that are measured, at most so many numbers of blocks, of heads, and of neurons.
+_MEASURED = (8, 3, 17)
+_ONE_FILE = 1 << 62
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Blocks, heads and neurons (of the narrowest MLP) that go; the settings that say so; what they plan.
+
+    ``prefill`` is the measured time for a prompt over the original's, where the target is one of speed.
+    """
+
+    layers: int
+    heads: int
+    neurons: int
+    settings: PruneStructuredSettings
+    spec: Spec
+    prefill: float | None = None
+
+    @property
+    def amounts(self) -> tuple[int, int, int]:
+        """What goes."""
+        return self.layers, self.heads, self.neurons
+
+    def less(self, other: Shape) -> bool:
+        """Whether it takes no more of anything, and less of something."""
+        pairs = zip(self.amounts, other.amounts, strict=True)
+        return self.amounts != other.amounts and all(a <= b for a, b in pairs)
+
+
+def meets(spec: Spec, before: Spec, settings: PruneStructuredSettings) -> bool:
+    """Whether a planned checkpoint is as small as asked; how fast it is, headers do not say."""
+    small = settings.keep_parameters is None or spec.parameters <= settings.keep_parameters * before.parameters
+    return small and (settings.max_bytes is None or lay_out(spec, _ONE_FILE).bytes <= settings.max_bytes)
+
+
+def estimate(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> Spec:
+    """A spec to plan with: of a shape that meets the target, taking a prompt's time to go with the weights of blocks.
+
+    Raises:
+        PassError: no shape is as small as asked.
+    """
+    if settings.max_latency_ratio is None:
+        return shapes(instance, spec, settings)[0].spec
+    bound = settings.max_latency_ratio * work(spec)
+    found, smallest = _least(
+        instance,
+        spec,
+        settings,
+        list(_depths_and_heads(spec)),
+        _options(spec, settings),
+        lambda shape: meets(shape.spec, spec, settings) and work(shape.spec) <= bound,
+    )
+    if not found and (smallest is None or not meets(smallest, spec, settings)):
+        raise _too_large(smallest, spec, settings)
+    # the estimate is no reason to refuse: what is measured decides
+    return max((shape.spec for shape in found), key=lambda s: s.parameters, default=smallest or spec)
+
+
+def shapes(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> list[Shape]:
+    """Shapes that are as small as asked; none that only takes more than another. Reads headers alone.
+
+    For each number of blocks and heads the fewest neurons that meet it.
+
+    Raises:
+        PassError: no shape does.
+    """
+    if meets(spec, spec, settings):
+        raise PassError(
+            "the model is that small already", key=_key(settings), fix="ask for less, or leave the pass out"
+        )
+    pairs, options = list(_depths_and_heads(spec)), _options(spec, settings)
+    found, smallest = _least(instance, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
+    if not found:
+        raise _too_large(smallest, spec, settings)
+    return found[:: max(1, -(-len(found) // MOST))]
+
+
+def fast_shapes(
+    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> list[Shape]:
+    """Shapes that read a prompt as fast as asked, measured here; of those the ones with the most parameters.
+
+    Raises:
+        PassError: none that is tried does.
+    """
+    spec, target = checkpoint.spec, settings.max_latency_ratio
+    assert target is not None
+    watch, ratios = Stopwatch(checkpoint, context), {}
+    pairs, options = _measured_pairs(spec), _spread(_options(spec, settings), _MEASURED[2])
+    with context.progress.task("measuring shapes", 2 + len(pairs) * len(options).bit_length()) as task:
+
+        def fits(shape: Shape) -> bool:
+            if shape.spec is spec or not meets(shape.spec, spec, settings):
+                return False
+            ratios[shape.amounts] = watch.ratio(shape.spec)
+            task.advance(note=f"{ratios[shape.amounts]:.2f}")
+            return ratios[shape.amounts] <= target
+
+        # the smallest shape comes first: where that is too slow, nothing else needs measuring
+        fit, smallest = _least(instance, spec, settings, pairs[-1:], options[-1:], fits)
+        found = _least(instance, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
+    if not ratios:
+        raise _too_large(smallest, spec, settings)
+    if not found:
+        raise PassError(
+            f"no shape that is tried reads a prompt that fast; the least measured is {min(ratios.values()):.2f} of the "
+            "original's time",
+            key="max_latency_ratio",
+            fix="ask for less, or name the amounts yourself",
+        )
+    largest = sorted(found, key=lambda shape: -shape.spec.parameters)[:MOST]
+    return [replace(shape, prefill=ratios[shape.amounts]) for shape in largest]
+
+
+def _key(settings: PruneStructuredSettings) -> str:
+    return next(key for key in TARGETS if getattr(settings, key) is not None)
+
+
+def _too_large(smallest: Spec | None, spec: Spec, settings: PruneStructuredSettings) -> PassError:
+    least = f"{smallest.parameters / spec.parameters:.1%} of the parameters" if smallest else "none"
+    return PassError(
+        f"no shape is that small; the smallest that is tried keeps {least}",
+        key=_key(settings),
+        fix="ask for less, or name the amounts yourself",
+    )
+
+
+def _least(
+    instance: PruneStructured,
+    spec: Spec,
+    settings: PruneStructuredSettings,
+    pairs: Sequence[tuple[int, int]],
+    options: Sequence[int],
+    fits: Callable[[Shape], bool],
+) -> tuple[list[Shape], Spec | None]:
+    """For each pair (blocks, heads) that go the fewest neurons, of ``options`` in rising order, with which it fits.
+
+    Returns:
+        Those shapes, without the ones that only take more than another; and the smallest spec that was looked at.
+    """
+    found: list[Shape] = []
+    smallest: Spec | None = None
+    width = _width(spec)
+    for layers, heads in pairs:
+        if any(s.layers <= layers and s.heads <= heads and not s.neurons for s in found):
+            continue  # whatever fits here takes more than that one
+        fixed = {"layers": layers or None, "heads": heads or None}
+        low, high = 0, len(options)  # binary search: more gone is smaller, and faster
+        best: Shape | None = None
+        while low < high:
+            middle = (low + high) // 2
+            planned = _planned(instance, spec, settings, fixed, options[middle], width)
+            if planned is None:  # this number of heads, or of neurons, no config can say
+                break
+            smallest = planned[1] if smallest is None or planned[1].parameters < smallest.parameters else smallest
+            shape = Shape(layers, heads, options[middle], *planned)
+            if fits(shape):
+                best, high = shape, middle
+            else:
+                low = middle + 1
+        if best is not None:
+            found.append(best)
+    return [shape for shape in found if not any(other.less(shape) for other in found)], smallest
+
+
+def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
+    record = architectures.of(spec.structure.config)
+    config = spec.structure.config
+    queries, groups = int(record.value(config, record.heads_key)), resize.kv_heads(record, config)
+    depth = record.depth(config)
+    step = queries // groups  # whole groups: they make the cache smaller too
+    movable = record.attention is not None and record.attention.free
+    for layers in range(depth // 2 + 1):
+        for heads in range(0, int(_MOST_HEADS * queries) + 1, step) if movable else (0,):
+            yield layers, heads
+
+
+def _measured_pairs(spec: Spec) -> list[tuple[int, int]]:
+    """Some of those pairs: each is measured several times."""
+    pairs = list(_depths_and_heads(spec))
+    depths, heads = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
+    return [(d, h) for d in _spread(depths, _MEASURED[0]) for h in _spread(heads, _MEASURED[1])]
+
+
+def _spread(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, at equal steps, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def _width(spec: Spec) -> int:
+    """Neurons of the narrowest MLP."""
+    units = chain.from_iterable(resize.mlp_units(architectures.of(spec.structure.config), spec).values())
+    return min((one.count for one in units), default=0)
+
+
+def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
+    """Numbers of neurons of the narrowest MLP that may go."""
+    units = chain.from_iterable(resize.mlp_units(architectures.of(spec.structure.config), spec).values())
+    return range(0, int(_MOST_NEURONS * _width(spec)) + 1, lcm(settings.multiple_of, *(one.multiple for one in units)))
+
+
+def _planned(
+    instance: PruneStructured,
+    spec: Spec,
+    settings: PruneStructuredSettings,
+    fixed: dict[str, Any],
+    neurons: int,
+    width: int,
+) -> tuple[PruneStructuredSettings, Spec] | None:
+    mlp = neurons / width if neurons else None
+    amounts = {**fixed, "mlp": mlp}
+    if not any(amounts.values()):
+        return settings, spec
+    chosen = settings.model_copy(update={**amounts, **dict.fromkeys(TARGETS)})
+    try:
+        return chosen, instance.plan(spec, chosen)
+    except PassError:
+        return None
+
+
+def search(
+    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> PruneStructuredSettings:
+    """The shape of least divergence from the original, each tried with least squares and without tuning.
+
+    Tried on some of the calibration samples and judged on others. ``context.details["shapes"]`` gets a row for each.
+    """
+    found = once(context, "shape", lambda: _tried(instance, checkpoint, settings, context))
+    context.details["shapes"] = found["shapes"]
+    best = found["best"]
+    layers = None if best["layers"] is None else tuple(best["layers"])
+    return settings.model_copy(update={**best, "layers": layers, **dict.fromkeys(TARGETS)})
+
+
+def _tried(
+    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+) -> dict[str, Any] | None:
+    """Amounts of the best shape, and a row for each; in the first process."""
+    if context.rank:
+        return None
+    from compress.sensitivity.depth import divergence, greedy_depth
+
+    if settings.max_latency_ratio is None:
+        found = shapes(instance, checkpoint.spec, settings)
+    else:
+        found = fast_shapes(instance, checkpoint, settings, context)
+    data = context.data("calibration")
+    held = min(_HELD_OUT, max(1, len(data.ids) // 4))
+    trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
+    order: list[int] = []
+    if deepest := max(shape.layers for shape in found):
+        how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
+        order, _ = greedy_depth(checkpoint, trying, deepest, **how)
+    rows = []
+    options = []
+    with context.progress.task("trying shapes", len(found)) as task:
+        for number, shape in enumerate(found):
+            named = tuple(sorted(order[: shape.layers])) or None
+            option = shape.settings.model_copy(update={"layers": named})
+            quick = option.model_copy(update={"repair": "least_squares"})
+            part = replace(
+                context, data=lambda _: trying, work=context.work / f"shape{number}", details={}, world=1, rank=0
+            )
+            smaller = instance.apply(checkpoint, quick, part)
+            loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
+            options.append((loss, number, option))
+            row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}
+            size = {"parameters": shape.spec.parameters, "bytes": lay_out(shape.spec, _ONE_FILE).bytes}
+            fast = {} if shape.prefill is None else {"prefill": shape.prefill}
+            rows.append(row | size | fast | {"divergence": loss})
+            task.advance(note=f"{loss:.4f}")
+    _, number, best = min(options, key=lambda o: o[:2])
+    amounts = {"layers": best.layers, "heads": best.heads, "mlp": best.mlp}
+    return {"best": amounts, "shapes": [row | {"chosen": i == number} for i, row in enumerate(rows)]}

@@ -1,0 +1,115 @@
+"""Checkpoints with whole units cut out, lazily: specs come from `architectures.resize`, values are slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from compress import architectures
+from compress.architectures import resize
+from compress.architectures.groups import Member, Merge
+from compress.checkpoint.structure import sized
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint, Value
+    from compress.passes.prune_structured.widths import Widths
+
+Entries = Mapping[str, Mapping[int, Sequence[int]]]
+
+
+def drop_blocks(checkpoint: Checkpoint, drop: Sequence[int]) -> Checkpoint:
+    """Without those blocks."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    spec, source = resize.without_blocks(record, checkpoint.spec, drop)
+    return _derived(checkpoint, spec, source, {})
+
+
+def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> Checkpoint:
+    """With those experts of each block alone; the router's rows go with them."""
+    record = architectures.of(checkpoint.spec.structure.config)
+    return _derived(checkpoint, *resize.without_experts(record, checkpoint.spec, keep))
+
+
+def narrow(checkpoint: Checkpoint, kept: Iterable[resize.Kept], found: Widths) -> Checkpoint:
+    """With those units alone, of the kinds and numbers that ``found`` says."""
+    spec, entries = narrowed(checkpoint.spec, kept, found)
+    return _derived(checkpoint, spec, {}, entries)
+
+
+def narrowed(spec: Spec, kept: Iterable[resize.Kept], found: Widths) -> tuple[Spec, Entries]:
+    """The spec with those units alone, and what stays of the tensors that lose some."""
+    record = architectures.of(spec.structure.config)
+    entries = resize.kept_entries(record, spec, kept)
+    return sized(resize.resized(spec, entries, found.config), found.sized()), entries
+
+
+def merge(checkpoint: Checkpoint, merges: Iterable[Merge]) -> Checkpoint:
+    """With key and value heads that are to be merged replaced by their mean; of the shape that it had."""
+    from compress.checkpoint.open import Derived, Value
+    from compress.solvers.kv_merge import merge
+
+    members: dict[str, list[tuple[Member, Merge]]] = {}
+    for one in merges:
+        for member in (one.key, one.value):
+            members.setdefault(member.module, []).append((member, one))
+
+    def mean(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        data = value.data
+        for member, one in members.get(name.rpartition(".")[0], ()):
+            span = member.span(one.heads)
+            data = data.clone()
+            rows = data[span.start : span.stop].view(one.heads, member.width, *data.shape[1:])
+            rows.copy_(merge(rows.double(), one.left))
+        return Value(data, value.mask)
+
+    return Derived(checkpoint, checkpoint.spec, mean)
+
+
+def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint:
+    """With those hidden channels alone; norms and embeddings scaled so that the others might as well be zero."""
+    from compress.checkpoint.open import Derived, Value
+
+    record = architectures.of(checkpoint.spec.structure.config)
+    entries, config = resize.hidden_entries(record, checkpoint.spec, channels)
+    scales = resize.hidden_scales(record, checkpoint.spec, len(channels))
+    cut = _derived(checkpoint, resize.resized(checkpoint.spec, entries, config), {}, entries)
+
+    def scaled(name: str) -> Value:
+        value = cut.tensor(name)
+        if name not in scales:
+            return value
+        factor, offset = scales[name]
+        data = ((value.data.double() + offset) * factor - offset).to(value.data.dtype)
+        return Value(data, value.mask)
+
+    return Derived(checkpoint, cut.spec, scaled)
+
+
+def _derived(checkpoint: Checkpoint, spec: Spec, source: Mapping[str, str], entries: Entries) -> Checkpoint:
+    import torch
+
+    from compress.checkpoint.open import Derived, Value
+
+    def read(name: str) -> Value:
+        old = source.get(name, name)
+        value = checkpoint.tensor(old)
+        data, mask = value.data, value.mask
+        for axis, rows in entries.get(old, {}).items():
+            index = torch.tensor(list(rows))
+            data = data.index_select(axis, index)
+            mask = None if mask is None else mask.index_select(axis, index)
+        return Value(data, mask, value.codes)
+
+    if not spec.exact and checkpoint.spec.exact:  # how many weights a mask keeps is known from its values alone
+        from dataclasses import replace
+
+        counts = {}
+        for name, tensor in spec.tensors.items():
+            if tensor.kept is not None and tensor.alias_of is None and source.get(name, name) in entries:
+                mask = read(name).mask
+                assert mask is not None
+                counts[name] = int(mask.sum())
+        spec = replace(spec.map(lambda t: replace(t, kept=counts.get(t.name, t.kept))), exact=True)
+    return Derived(checkpoint, spec, read)

@@ -1,0 +1,66 @@
+"""How fast a planned shape reads a prompt, beside the original: of random weights, as speed depends on shapes alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.evaluation.latency import PROMPT
+from compress.passes.base import Context
+from compress.spec.spec import Spec, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint.open import Checkpoint
+
+#: Numbers that random weights repeat; a prime, so that no two rows are alike and routers tell tokens apart.
+_NOISE = 4099
+
+
+def work(spec: Spec) -> int:
+    """Weights of blocks that a token meets: roughly what reading a prompt takes time for. An estimate from headers."""
+    record = architectures.of(spec.structure.config)
+    outside = sum(t.count for t in spec.stored() if t.is_float and record.block_index(t.name) is None)
+    return record.active_parameters(spec) - outside
+
+
+class Stopwatch:
+    """Measures shapes of a checkpoint in this process, where the original's stays in memory beside each."""
+
+    def __init__(self, checkpoint: Checkpoint, context: Context) -> None:
+        import torch
+
+        from compress.models.loading import load_checkpoint
+
+        self.checkpoint, self.context = checkpoint, context
+        generator = torch.Generator().manual_seed(context.seed)
+        self._noise = 0.02 * torch.randn(_NOISE, generator=generator)
+        self.original = load_checkpoint(self._random(checkpoint.spec), dtype=context.dtype, device=context.device)
+        positions = architectures.positions(checkpoint.spec) or PROMPT
+        embeddings: Any = self.original.get_input_embeddings()
+        prompt = torch.randint(len(embeddings.weight), (1, min(PROMPT, positions)), generator=generator)
+        self.prompt = prompt.to(context.device)
+
+    def ratio(self, spec: Spec) -> float:
+        """Seconds for a prompt of 256 tokens (fewer, where the model has fewer positions) over those of the original."""
+        from compress.evaluation.prefill import prefill_ratio
+        from compress.models.loading import load_checkpoint
+
+        candidate = load_checkpoint(self._random(spec), dtype=self.context.dtype, device=self.context.device)
+        return prefill_ratio(self.original, candidate, self.prompt, seed=self.context.seed)
+
+    def _random(self, spec: Spec) -> Checkpoint:
+        from compress.checkpoint.open import Derived, Value
+
+        return Derived(self.checkpoint, spec, lambda name: Value(self._values(spec.tensors[name])))
+
+    def _values(self, tensor: Tensor) -> torch.Tensor:
+        import torch
+
+        from compress.checkpoint.open import torch_dtype
+
+        dtype = torch_dtype(tensor.dtype)
+        if not tensor.is_float:
+            return torch.zeros(tensor.shape, dtype=dtype)
+        return self._noise.to(dtype).repeat(-(-tensor.count // _NOISE))[: tensor.count].view(tensor.shape)

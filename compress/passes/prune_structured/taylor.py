@@ -1,0 +1,117 @@
+"""How much units matter, told by the gradients of the model's loss on calibration data. The whole model is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from compress import architectures
+from compress.architectures.groups import Units
+from compress.blockwise.linears import Experts
+from compress.blockwise.output_curvature import draw
+from compress.errors import PassError
+from compress.models.blocks import find_blocks
+from compress.models.loading import load_checkpoint
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+    from compress.data.batches import Batches
+    from compress.progress import Progress
+
+
+def taylor_scores(
+    checkpoint: Checkpoint,
+    units: Sequence[Units],
+    samples: Batches,
+    *,
+    dtype: str,
+    device: str,
+    seed: int,
+    progress: Progress,
+) -> dict[str, list[float]]:
+    """Importance of every unit, by the name of the module that reads it: Σ over samples of (Σ gradient x weight)².
+
+    The inner sum runs over the weights that read the unit; it is the derivative of the sample's loss by a factor on the unit's
+    output, so its square is what the loss would change by, to first order, without the unit. The loss is that of the next
+    token; of a model that does not predict it (masked, classifiers) that of labels drawn from its own prediction.
+
+    Raises:
+        PassError: the model predicts nothing, or a unit's weights are not found in it.
+
+    Source: Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in groups.
+    """
+    record = architectures.of(checkpoint.spec.structure.config)
+    model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device).requires_grad_(False)
+    if model.base_model is model:
+        raise PassError("score: taylor needs a model that predicts something", key="score", fix="set `score: loss`")
+    readers = [_Reader(model, record, one) for one in units]
+    generator = torch.Generator(device).manual_seed(seed)
+    with progress.task("measuring gradients", len(samples.ids), "samples") as task:
+        for part in samples.parts(1):
+            loss = _loss(model, part, record.causal, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for reader in readers:
+                reader.add()
+            model.zero_grad(set_to_none=True)
+            task.advance()
+    return {reader.units.name: reader.total.tolist() for reader in readers}
+
+
+def _loss(model: Any, sample: Batches, causal: bool, generator: torch.Generator) -> torch.Tensor:
+    """Summed over the tokens of one sample that count."""
+    inputs = sample.inputs(model.device)
+    logits: torch.Tensor = model(**inputs)[0][0].float()
+    counted = None if sample.mask is None else sample.mask[0].to(logits.device)
+    if causal and logits.ndim == 2:
+        logits, labels = logits[:-1], inputs["input_ids"][0, 1:]
+        counted = None if counted is None else counted[1:]
+    else:
+        rows = logits if logits.ndim == 2 else logits[None]
+        counted = None if logits.ndim == 1 else counted
+        logits, labels = rows, draw(rows, generator)
+    losses = cross_entropy(logits, labels, reduction="none")
+    return (losses if counted is None else losses[counted]).sum()
+
+
+class _Reader:
+    """The weights that read some units, and the sum so far, [units], float64."""
+
+    def __init__(self, model: Any, record: architectures.Architecture, units: Units) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self.units, self.expert, self.transposed = units, None, False
+        path = record.block_path(f"{units.name}.weight")
+        assert path is not None
+        index, name = int(path[0].rstrip(".").rpartition(".")[2]), path[1].removesuffix(".weight")
+        modules = dict(find_blocks(model, record)[index].named_modules())
+        base = next((b for b in record.experts if name.startswith(f"{b}.")), None)
+        fused = next((m for m in modules.values() if Experts.fits(m)), None)
+        if name in modules:
+            self.parameter: Any = getattr(modules[name], "weight", None)
+            self.transposed = isinstance(modules[name], Conv1D)
+        elif base is not None and fused is not None:
+            self.parameter = fused.down_proj
+            self.expert = int(name.removeprefix(f"{base}.").partition(".")[0])
+        else:
+            self.parameter = None
+        if self.parameter is None:
+            raise PassError(
+                f"score: taylor does not reach {units.name}: it is no module of its own",
+                key="score",
+                fix="set `score: loss`",
+            )
+        self.parameter.requires_grad_(True)
+        self.total = torch.zeros(units.count, dtype=torch.float64)
+
+    def add(self) -> None:
+        """Add one sample's gradients; experts that no token was sent to have none."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            return
+        part = slice(None) if self.expert is None else self.expert
+        moved = (gradient[part] * self.parameter.detach()[part]).double()
+        by_input = moved.sum(1 if self.transposed else 0)
+        self.total += by_input.view(self.units.count, -1).sum(1).square().cpu()

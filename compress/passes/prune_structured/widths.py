@@ -1,0 +1,224 @@
+"""How many units of each kind go: settings of `prune_structured` and a spec ▶ counts, the same for all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from compress import architectures
+from compress.architectures import Architecture, resize
+from compress.architectures.groups import Merge, Units
+from compress.checkpoint.structure import check_nameable
+from compress.errors import PassError
+from compress.passes.allocation import UNEVEN, check_loss
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
+
+Layers = tuple[int, ...] | float | int
+Amount = float | int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Units that lose some, with how many, by block; key and value heads to merge; and the config that says so.
+
+    With ``uneven`` it says nothing of neurons: modules have widths of their own.
+    """
+
+    remove: Mapping[int, list[tuple[Units, int]]]
+    merges: Mapping[int, Merge]
+    config: Mapping[str, Any]
+    uneven: bool = False
+
+    def merged(self) -> list[resize.Kept]:
+        """Key and value heads that stay."""
+        return [merge.kept() for merge in self.merges.values()]
+
+    def sized(self) -> list[str]:
+        """Modules that come to have widths of their own."""
+        return [m.module for units, count in self.mlps() if count for m in units.members] if self.uneven else []
+
+    def mlps(self) -> list[tuple[Units, int]]:
+        """Those of neurons."""
+        return [pair for pair in chain.from_iterable(self.remove.values()) if pair[0].kind == "mlp"]
+
+    def first(self) -> list[resize.Kept]:
+        """A choice of that shape, for planning."""
+        removed = [(units, _first(units, count)) for block in self.remove.values() for units, count in block if count]
+        return [*removed, *self.merged()]
+
+
+def _first(units: Units, remove: int) -> list[int]:
+    run, less = units.count // units.groups, remove // units.groups
+    return [g * run + i for g in range(units.groups) for i in range(run - less)]
+
+
+def layers_to_drop(depth: int, layers: Layers, allow_none: bool = False) -> int:
+    """How many of ``depth`` blocks go."""
+    if isinstance(layers, tuple):
+        return len(layers)
+    return _count(layers, depth, "layers", "blocks", allow_none)
+
+
+def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[int, int]:
+    """How many experts stay in each block that has some."""
+    present = resize.expert_blocks(record, spec)
+    if not present:
+        raise PassError(f"{record.model_type} has no experts", key="experts", fix="leave `experts` out")
+    total = next(iter(present.values()))
+    keep = total - _count(amount, total, "experts", "experts")
+    active = int(record.value(spec.structure.config, record.active_experts_key or "") or 1)
+    if keep < active:
+        raise PassError(
+            f"each token is sent to {active} experts, and {keep} would stay",
+            key="experts",
+            fix=f"at most {total - active} of {total} can go",
+        )
+    return dict.fromkeys(present, keep)
+
+
+def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of: int) -> int:
+    """How many hidden channels stay."""
+    resize.has_hidden(record)
+    width = int(record.value(spec.structure.config, record.hidden_key))
+    neurons = chain.from_iterable(resize.mlp_units(record, spec).values())
+    multiple = lcm(multiple_of, *(units.multiple for units in neurons))
+    return _rounded(width, amount, multiple, "hidden", "hidden channels")
+
+
+def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] | None = None) -> Widths:
+    """Neurons and heads that go.
+
+    Args:
+        own: with `widths: uneven`, by the module that reads them how many neurons go; for plans as many everywhere.
+
+    Raises:
+        PassError: the family, or the numbers, do not allow it.
+    """
+    record = architectures.of(spec.structure.config)
+    config: Mapping[str, Any] = spec.structure.config
+    remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
+    if amounts.heads is not None:
+        chosen, config = _heads(record, spec, amounts.heads)
+        for index, found in chosen.items():
+            remove.setdefault(index, []).extend(found)
+    merges: dict[int, Merge] = {}
+    if amounts.keep_kv_heads is not None:
+        merges, config = _merges(record, spec, amounts.keep_kv_heads)
+    if amounts.mlp is not None:
+        neurons, config = _neurons(record, spec, amounts, config)
+        for index, found in neurons.items():
+            remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in found)
+    return Widths(remove, merges, config, amounts.widths == "uneven")
+
+
+def _neurons(
+    record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
+) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
+    assert amounts.mlp is not None
+    units = resize.mlp_units(record, spec)
+    if not units:
+        raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
+    largest: dict[str, Units] = {}  # by config field
+    uneven = amounts.widths == "uneven"
+    if uneven:
+        check_nameable(spec, "widths", UNEVEN[1])
+        check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "widths")
+    for one in chain.from_iterable(units.values()):
+        if one.size_key is None and not uneven:
+            raise PassError(
+                f"{record.model_type} cannot have another MLP width: its config has no field for it",
+                key="mlp",
+                fix="remove `layers` instead, or set `widths: uneven`, which needs `store: compact`",
+            )
+        key = str(one.size_key)
+        largest[key] = max(one, largest.get(key, one), key=lambda units: units.count)
+    if len(largest) > 1 and isinstance(amounts.mlp, int):
+        raise PassError(
+            "MLPs of two kinds, in blocks with and without experts, lose a share and no count",
+            key="mlp",
+            fix="give a share such as mlp: 25%",
+        )
+    kept = {
+        key: _rounded(one.count, amounts.mlp, lcm(amounts.multiple_of, one.multiple), "mlp", "neurons")
+        for key, one in largest.items()
+    }
+    chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in found] for i, found in units.items()}
+    return chosen, dict(config) if uneven else resize.with_size(record, config, kept)
+
+
+def _heads(
+    record: Architecture, spec: Spec, amount: Amount
+) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
+    """Heads go within their groups where each group can lose the same number, else whole groups go."""
+    if record.attention is None:
+        raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
+    config = spec.structure.config
+    queries, groups = int(record.value(config, record.heads_key)), resize.kv_heads(record, config)
+    per_group = queries // groups
+    count = _count(amount, queries, "heads", "heads")
+    if per_group > 1 and count % groups == 0:
+        found = resize.head_units(record, spec, whole_groups=False)
+        less = {i: [(one, count) for one in units] for i, units in found.items()}
+        return less, resize.with_heads(record, config, queries - count, groups)
+    if count % per_group:
+        raise PassError(
+            f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
+            key="heads",
+            fix=f"remove a multiple of {groups if groups < per_group else per_group}",
+        )
+    gone = count // per_group
+    found = resize.head_units(record, spec, whole_groups=True)
+    less = {i: [(one, gone) for one in units] for i, units in found.items()}
+    return less, resize.with_heads(record, config, queries - count, groups - gone)
+
+
+def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, Merge], dict[str, Any]]:
+    config = spec.structure.config
+    found, heads = resize.merges(record, spec, left), resize.kv_heads(record, config)
+    if left >= heads or heads % left:
+        possible = [str(n) for n in range(1, heads) if heads % n == 0]
+        raise PassError(
+            f"{heads} key and value heads cannot be merged into {left}",
+            key="keep_kv_heads",
+            fix=f"keep {' or '.join(possible)}" if possible else "leave `keep_kv_heads` out",
+        )
+    for name in (f"{m.module}.weight" for one in found.values() for m in one.members):
+        if spec.tensors[name].kept is not None:
+            raise PassError(
+                f"{name} has weights removed, and merged heads would fill them in",
+                key="keep_kv_heads",
+                fix="merge heads before pruning weights",
+            )
+    return found, resize.with_kv_heads(record, config, left)
+
+
+_HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
+
+
+def _count(amount: Amount, total: int, key: str, what: str, allow_none: bool = False) -> int:
+    """How many go. Raises `PassError` for none, or all."""
+    count = amount if isinstance(amount, int) else round(amount * total)
+    if count == 0 and not allow_none:
+        raise PassError(f"{amount:.0%} of {total} {what} is none", key=key, fix="ask for more, or give a count")
+    if count >= total:
+        raise PassError(f"cannot remove {count} of {total} {what}", key=key, fix=f"at most {total - 1} can go")
+    return count
+
+
+def _rounded(total: int, amount: Amount, multiple_of: int, key: str, what: str) -> int:
+    """How many stay, rounded to a multiple."""
+    keep = total - _count(amount, total, key, what)
+    rounded = max(multiple_of, multiple_of * round(keep / multiple_of))
+    if rounded >= total:
+        raise PassError(
+            f"no multiple of {multiple_of} near {keep} is below the {total} {what} there are",
+            key="multiple_of",
+            fix="ask for more to go, or for a smaller multiple",
+        )
+    return rounded

@@ -1,0 +1,1 @@
+"""`prune_unstructured`: set single weights to zero, by magnitude or with calibration data."""

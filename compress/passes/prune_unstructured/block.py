@@ -1,0 +1,152 @@
+"""Pruning one block of a sweep: statistics ▶ solver ▶ masks, then tuning of what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compress.blockwise.asymmetric import Drift, unpaired_statistics
+from compress.blockwise.linears import Site, Statistics
+from compress.blockwise.probe import on_trial
+from compress.blockwise.reconstruct import Tuning, floats, tune
+from compress.blockwise.runner import Block, Changed, Sweep
+from compress.blockwise.solve import solve_block
+from compress.solvers.alps import alps, problem
+from compress.solvers.hessian import inverse_factor
+from compress.solvers.magnitude import keep_largest, keep_n_of_m
+from compress.solvers.owl import outliers, owl_sparsities
+from compress.solvers.sparsegpt import sparsegpt
+from compress.solvers.wanda import keep_wanda
+
+Method = Literal["wanda", "sparsegpt", "alps"]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How to prune blocks.
+
+    Attributes:
+        sparsity: share to remove by tensor name; None with a pattern. pattern: (n, m) along the inputs.
+        tuning: of each block afterwards; None for none.
+    """
+
+    method: Method
+    sparsity: Mapping[str, float] | None
+    pattern: tuple[int, int] | None
+    tuning: Tuning | None
+
+
+def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dict[str, Any]]:
+    """Sparsity of every wanted tensor by OWL, and what the report says: each block's share of outliers and its sparsity.
+
+    Takes a sweep over the blocks as they are; ``sweep`` works in a folder of its own.
+    """
+
+    def look(block: Block) -> dict[str, Changed]:
+        names, many, seen, count = [], 0, 0, 0
+        for group, statistics, _ in block.statistics():
+            for site in group:
+                names.append(site.name)
+                count += site.weight.numel()
+                if statistics.tokens:  # of an expert that no token reached there is nothing to count
+                    over, size = outliers(site.weight, statistics.hessian.diagonal())
+                    many, seen = many + over, seen + size
+        block.details["outliers"] = [names, many / max(seen, 1), count]
+        return {}
+
+    found = [row["outliers"] for row in sweep.run(look, "counting outliers").details if "outliers" in row]
+    ratios = [ratio for _, ratio, _ in found]
+    chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
+    by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
+    return by_name, {"outlier_share": ratios, "sparsity": chosen}
+
+
+def prune_on_trial(
+    sweep: Sweep, method: Method, sparsities: Sequence[float]
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """What pruning each wanted matrix alone would change of it: ΔW by number of the sparsity, see `trials.on_trial`."""
+
+    def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for group, statistics, _ in block.statistics():
+            shared: dict[str, Any] = {}
+            for site in group if not sweep.ranks.rank else ():
+                earlier, changes = block.earlier_mask(site), {}
+                for number, sparsity in enumerate(sparsities):
+                    how = Pruning(method, {site.name: sparsity}, None, None)
+                    weight, mask, _ = _solve(site, statistics, how, earlier, shared)
+                    changes[str(number)] = weight.masked_fill(~mask, 0) - site.weight
+                yield site.name, changes
+
+    return on_trial(sweep, "pruning on trial", measure)[0]
+
+
+def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
+    """Prune the sites of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
+
+    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
+    block's error before and after.
+    """
+
+    def solve(
+        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        weight, mask, notes = _solve(site, statistics, how, block.earlier_mask(site), shared)
+        weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
+        row = {"error": statistics.relative_error(site.weight, weight), **notes}
+        return (weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
+
+    def blank(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
+        return weight, torch.empty_like(weight, dtype=torch.bool)
+
+    found = solve_block(
+        block,
+        unpaired_statistics(block),
+        solve,
+        blank=blank,
+        tensors=lambda made: made,
+        place=lambda site, made: site.weight.copy_(made[0]),
+    )
+    masks = {name: mask for name, (_, mask) in found.items()}  # as the sites shape them
+    if how.tuning is not None and how.tuning.epochs:
+        removed = [(site.weight, ~masks[site.name]) for site in block.sites]
+
+        def project() -> None:
+            for weight, gone in removed:
+                weight.masked_fill_(gone, 0)
+
+        block.details["tuning"] = tune(block, how.tuning, floats(block), project)
+    return {s.name: Changed((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.sites}
+
+
+def _solve(
+    site: Site, statistics: Statistics, how: Pruning, earlier: torch.Tensor | None, shared: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """New weights [O, I], mask, and what is worth saying. ``shared`` keeps what sites with the same inputs share."""
+    weight, pattern = site.weight.contiguous(), how.pattern
+    share = None if how.sparsity is None else how.sparsity[site.name]
+    if share == 0:
+        return weight, torch.ones_like(weight, dtype=torch.bool) if earlier is None else earlier, {}
+    if statistics.tokens == 0:  # an expert that no token was sent to: nothing is known but its weights
+        if pattern is not None:
+            mask = keep_n_of_m(weight, *pattern, earlier=earlier)
+        else:
+            assert share is not None
+            mask = keep_largest(weight, weight.numel() - round(share * weight.numel()), earlier)
+        return weight, mask, {"note": "no token reached it: pruned by magnitude"}
+    if how.method == "wanda":
+        return weight, keep_wanda(weight, statistics.hessian.diagonal(), share, pattern, earlier), {}
+    if how.method == "sparsegpt":
+        if "factor" not in shared:
+            shared["factor"], shared["damping"] = inverse_factor(statistics.hessian)
+        notes = {} if shared["damping"] == 0.01 else {"damping": shared["damping"]}
+        factor = shared["factor"].float()
+        return *sparsegpt(weight, factor, sparsity=share, pattern=pattern, earlier=earlier), notes
+    if "problem" not in shared:
+        shared["problem"] = problem(statistics.hessian)
+    notes = {} if shared["problem"].damping == 0.01 else {"damping": shared["problem"].damping}
+    kept = None if share is None else weight.numel() - round(share * weight.numel())
+    return *alps(weight, shared["problem"], kept=kept, pattern=pattern, earlier=earlier), notes

@@ -1,0 +1,266 @@
+"""Unstructured and N:M pruning: by weight magnitude tensor by tensor, or block by block with calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.errors import PassError
+from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
+from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select
+from compress.passes.blockwise import block_matrices, input_axis, inside_blocks, open_sweep, sweep_memory
+from compress.settings import PatternNM, Share
+from compress.spec.spec import Spec, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from compress.checkpoint.open import Checkpoint, Value
+
+
+class PruneUnstructuredSettings(PassSettings):
+    """Settings of `prune_unstructured`."""
+
+    method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
+        default="alps",
+        description="How weights are chosen. `alps` keeps the model best and is the default; `sparsegpt` is a few times "
+        "faster, `wanda` faster still and worse; these read calibration data. `magnitude` (|w|) needs none, and is by far the "
+        "worst.",
+    )
+    sparsity: Share | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
+    pattern: PatternNM | None = Field(
+        default=None, description="N:M: keep N of every M weights along the input, as 2:4."
+    )
+    scope: Literal["layer", "global"] = Field(
+        default="layer",
+        description="With `magnitude`, one threshold per weight matrix (`layer`), or one for all of them (`global`).",
+    )
+    allocation: Literal["uniform", "owl", "loss"] = Field(
+        default="uniform",
+        description="How the sparsity is shared: the same everywhere, or with calibration data. `owl`: blocks with more "
+        "outliers are pruned less. `loss`: each matrix by what pruning it costs the model's output, which is measured with "
+        "the whole model in memory; the total stays the same, and the loss rises by much less.",
+    )
+    tune_epochs: int = Field(
+        default=5,
+        ge=0,
+        description="With calibration data: passes over it in which each pruned block is moved by gradient towards the "
+        "output of the original's, its masks kept; 0 for none. Takes most of the time, and pays on text never seen.",
+    )
+    tune_rate: float = Field(
+        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either `sparsity` or `pattern`")
+        if self.pattern is not None and self.scope == "global":
+            raise ValueError("`scope: global` goes with `sparsity`, not with `pattern`")
+        if self.allocation != "uniform" and (self.method == "magnitude" or self.sparsity is None):
+            raise ValueError("`allocation` goes with `sparsity` and with a method that reads calibration data")
+        if self.method != "magnitude" and self.scope == "global":
+            raise ValueError("`scope: global` goes with `method: magnitude`")
+        return self
+
+
+class PruneUnstructured(Pass[PruneUnstructuredSettings]):
+    """Weights are removed where that changes each layer's output least; a keep-mask says which, also where a kept one is zero.
+
+    Weights that an earlier pass removed stay removed and count towards the sparsity. With calibration data blocks are pruned in
+    order, each on the outputs of the pruned ones before it, and what is kept moves to make up for what is removed.
+    """
+
+    name: ClassVar[str] = "prune_unstructured"
+    summary: ClassVar[str] = "Remove single weights: a share of them, or N:M."
+    settings = PruneUnstructuredSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
+    preserves = frozenset({"masks", "aliases"})
+    source: ClassVar[str] = (
+        "magnitude: Han et al. 2015, arXiv 1506.02626; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv "
+        "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; tuning as in BRECQ, arXiv 2102.05426"
+    )
+
+    def needed(self, settings: PruneUnstructuredSettings) -> frozenset[str]:
+        """Calibration data for all methods but magnitude."""
+        return frozenset() if settings.method == "magnitude" else self.needs
+
+    def works(self, settings: PruneUnstructuredSettings) -> Mode:
+        """Tensor by tensor by magnitude, else block by block."""
+        return "stream" if settings.method == "magnitude" else "sweep"
+
+    def plan(self, spec: Spec, settings: PruneUnstructuredSettings) -> Spec:
+        """Exact, but for ``scope: global`` and where N:M or Wanda meet an earlier mask: there counts are estimates."""
+        chosen = self._targets(spec, settings)
+
+        def change(tensor: Tensor) -> Tensor:
+            if tensor.name not in chosen:
+                return tensor
+            kept = _kept(tensor, settings, input_axis(spec, tensor))
+            return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
+
+        pruned = spec.map(change)
+        exact = self._exact(spec, chosen, settings)
+        if exact and pruned.tensors == spec.tensors and not settings.allow_noop:
+            raise PassError(
+                "every chosen weight matrix is that sparse already", fix="ask for more, or leave the pass out"
+            )
+        return replace(pruned, exact=spec.exact and exact)
+
+    def memory(self, spec: Spec, settings: PruneUnstructuredSettings, width: int) -> int | None:
+        """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take; or of measuring losses."""
+        if settings.method == "magnitude":
+            return None
+        # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
+        factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
+        chosen = self._targets(spec, settings)
+        moments = 5 if settings.tune_epochs else 0
+        sweep = sweep_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
+        if settings.allocation != "loss":
+            return sweep
+        assert settings.sparsity is not None
+        return max(sweep, loss_memory(spec, chosen))
+
+    def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
+        """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
+        spec, chosen = self.plan(checkpoint.spec, settings), self._targets(checkpoint.spec, settings)
+        if settings.method == "magnitude":
+            return _by_magnitude(checkpoint, spec, chosen, settings, context)
+        return _calibrated(checkpoint, spec, chosen, settings, context)
+
+    def _targets(self, spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
+        """Names of the weights to prune: matrices inside blocks by default, any that `only` names."""
+        matrices = {t.module: t.name for t in spec.stored() if t.is_float and len(t.shape) >= 2}
+        default = [] if settings.only else block_matrices(spec)
+        aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
+        universe = [t.module for t in spec.tensors.values()]
+        modules = {aliases.get(module, module) for module in select(default, settings, universe)}
+        names = frozenset(name for module, name in matrices.items() if module in modules)
+        if not names:
+            raise PassError(
+                "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
+            )
+        if settings.pattern is not None:
+            for name in sorted(names):
+                width = spec.tensors[name].shape[input_axis(spec, spec.tensors[name])]
+                if width % settings.pattern.m:
+                    raise PassError(
+                        f"{name} has {width} inputs, which {settings.pattern.m} does not divide",
+                        key="pattern",
+                        fix=f"skip it: skip: [{spec.tensors[name].module}]",
+                    )
+        if settings.method != "magnitude":
+            inside_blocks(spec, names)
+        if settings.allocation == "loss":
+            check_loss(spec, names)
+        return names
+
+    @staticmethod
+    def _exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
+        if settings.allocation != "uniform" or settings.scope == "global":
+            return False
+        # an earlier mask may leave a group, or a row, with fewer weights than are kept
+        by_part = settings.pattern is not None or settings.method == "wanda"
+        return not by_part or all(spec.tensors[name].kept is None for name in chosen)
+
+
+def _kept(tensor: Tensor, settings: PruneUnstructuredSettings, axis: int) -> int:
+    if settings.pattern is not None:
+        return tensor.count // settings.pattern.m * settings.pattern.n
+    assert settings.sparsity is not None
+    if settings.method == "wanda":  # compares within each output
+        width = tensor.shape[axis]
+        return tensor.count // width * (width - round(settings.sparsity * width))
+    return tensor.count - round(settings.sparsity * tensor.count)
+
+
+def _by_magnitude(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""
+    from compress.checkpoint.open import Derived, Value
+    from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
+
+    def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
+        if settings.pattern is None:
+            return keep_largest(value.data, kept, value.mask)
+        along = input_axis(spec, spec.tensors[name])
+        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
+
+    if not spec.exact:
+        counts: dict[str, int] = {}
+        with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
+            if settings.pattern is not None:
+                for name in sorted(chosen):
+                    counts[name] = int(mask_of(name, checkpoint.tensor(name), 0).sum())
+                    task.advance(note=name)
+            elif settings.sparsity is not None:
+                total = sum(checkpoint.spec.tensors[name].count for name in chosen)
+                counts = global_counts(
+                    checkpoint.tensor,
+                    sorted(chosen),
+                    total - round(settings.sparsity * total),
+                    advance=lambda name: task.advance(note=name),
+                )
+        spec = _with_counts(spec, checkpoint.spec, counts)
+
+    def prune(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        if name not in chosen:
+            return value
+        kept = spec.tensors[name].kept
+        assert kept is not None
+        return Value(value.data, mask_of(name, value, kept))
+
+    return Derived(checkpoint, spec, prune)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Block by block; the changed tensors come from the work folder."""
+    from compress.blockwise.reconstruct import Tuning
+    from compress.checkpoint.open import Derived
+    from compress.passes.prune_unstructured.block import Pruning, prune_block
+
+    assert settings.method != "magnitude"
+    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
+    if settings.allocation != "uniform":
+        assert settings.sparsity is not None
+        if settings.allocation == "owl":
+            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
+        else:
+            sparsity = by_loss(checkpoint, chosen, settings.sparsity, settings.method, context)
+    how = Pruning(method=settings.method, sparsity=sparsity, pattern=settings.pattern, tuning=tuning)
+    sweep = open_sweep(checkpoint, chosen, context, work=context.work, with_targets=tuning is not None)
+    result = sweep.run(lambda block: prune_block(block, how), f"pruning by {settings.method}")
+    context.details["blocks"] = result.details
+    read = result.reader()
+    if not spec.exact:
+        spec = _with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
+    return Derived(checkpoint, spec, read)
+
+
+def _mask(value: Value) -> torch.Tensor:
+    assert value.mask is not None
+    return value.mask
+
+
+def _with_counts(spec: Spec, before: Spec, counts: Mapping[str, int]) -> Spec:
+    """The spec with the numbers of weights that were really kept."""
+    spec = spec.map(lambda t: replace(t, kept=counts[t.name]) if t.name in counts else t)
+    return replace(spec, exact=before.exact)

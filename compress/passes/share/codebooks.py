@@ -1,0 +1,89 @@
+"""Storing matrices as numbers of the values of a codebook, each matrix with one of its own: what `share` does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from compress import architectures
+from compress.errors import PassError
+from compress.passes.base import Context
+from compress.passes.blockwise import open_sweep
+from compress.passes.cast.cast import FINE, check_finite
+from compress.spec.formats import Grid
+from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint, Value
+
+
+def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
+    """The spec with codebooks of 2**bits values for these tensors; exact. Keep-masks stay.
+
+    Args:
+        names: of stored float tensors with two axes or more. bits: 2 to 8.
+
+    Raises:
+        PassError: naming a tensor that is none, or that is made of codes already.
+    """
+    chosen = frozenset(names)
+    for name in sorted(chosen):
+        tensor = spec.tensors[name]
+        if tensor.alias_of or tensor.grid or tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) < 2:
+            what = "shared with " + tensor.alias_of if tensor.alias_of else "no matrix of floats"
+            raise PassError(f"{name} is {what}, and gets no codebook", fix=f"skip it: skip: [{tensor.module}]")
+    grid = Grid(f"codebook{bits}")
+    return spec.map(lambda tensor: replace(tensor, grid=grid) if tensor.name in chosen else tensor)
+
+
+def cluster(
+    checkpoint: Checkpoint, spec: Spec, names: Collection[str], context: Context, calibrated: bool
+) -> Checkpoint:
+    """The checkpoint with these tensors clustered, lazily; ``spec`` is what `clustered` gives for them.
+
+    Args:
+        calibrated: the matrices of blocks are clustered in a sweep over the calibration data, here, by how much their inputs
+            matter, and GPTQ makes up for each rounding. It works in a folder of its own. All else goes by its weights alone.
+    """
+    from compress.checkpoint.open import Derived
+
+    chosen = frozenset(names)
+    record = architectures.of(spec.structure.config) if calibrated else None
+    inside = sorted(n for n in chosen if record and record.is_block_matrix(n) and len(spec.tensors[n].shape) == 2)
+    read = _sweep(checkpoint, spec, inside, context) if inside else checkpoint.tensor
+
+    def change(name: str) -> Value:
+        value = read(name)
+        return value if name not in chosen or value.codes is not None else _by_weights(value, spec.tensors[name])
+
+    return Derived(checkpoint, spec, change)
+
+
+def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
+    """A function that reads the tensors as the sweep left them."""
+    from compress.checkpoint.open import torch_dtype
+    from compress.passes.share.codebook_block import Clustering, cluster_block
+
+    bits = {name: _bits(spec.tensors[name]) for name in names}
+    how = Clustering(bits, {name: torch_dtype(spec.tensors[name].dtype) for name in names})
+    coarse = any(b < FINE for b in bits.values())
+    sweep = open_sweep(checkpoint, names, context, work=context.work / "codebooks", with_targets=coarse)
+    result = sweep.run(lambda block: cluster_block(block, how), "clustering weights")
+    context.details["blocks"] = result.details
+    return result.reader()
+
+
+def _by_weights(value: Value, tensor: Tensor) -> Value:
+    from compress.checkpoint.open import Value, torch_dtype
+    from compress.solvers.codebook import rounded
+    from compress.solvers.quant_format import weights
+
+    check_finite(tensor.name, value.data)
+    codes = rounded(value.data, _bits(tensor), torch_dtype(tensor.dtype), None, value.mask)
+    return Value(lambda: weights(codes, value.mask), value.mask, codes)
+
+
+def _bits(tensor: Tensor) -> int:
+    assert tensor.grid is not None
+    return tensor.grid.bits

@@ -1,0 +1,469 @@
+"""Parameter sharing: blocks that use the same tensors, each with a residual of low rank where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress import architectures
+from compress.checkpoint.structure import STORAGE, block_paths, check_nameable, shared
+from compress.errors import PassError
+from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
+from compress.passes.blockwise import block_matrices, followable, once, open_sweep, predicting, sweep_memory
+from compress.passes.share.albert import albert_spec, as_albert, becomes_albert
+from compress.passes.share.codebooks import cluster, clustered
+from compress.passes.share.embeddings import thin, thinned, tied
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from compress.checkpoint.open import Checkpoint
+    from compress.passes.share.solve import Solver
+    from compress.spec.spec import Tensor
+
+Groups = list[list[int]]
+#: Rank of residuals: without them dropping as many blocks is better, see the benchmarks.
+DEFAULT_RANK = 8
+#: Calibration samples that arrangements are judged by, the last ones.
+_HELD_OUT = 16
+Arrangement = Literal["best", "sequence", "cycle", "nearest"]
+
+
+class ShareSettings(PassSettings):
+    """Settings of `share`."""
+
+    groups: int | Groups | None = Field(
+        default=None,
+        description="How many blocks are left to store, each used by as many; or lists of the numbers of blocks that share, "
+        "such as [[1, 2], [3, 4]], blocks in no list staying as they are.",
+    )
+    arrangement: Arrangement = Field(
+        default="best",
+        description="Which blocks share, where `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
+        "(0 3, 1 4). `nearest`: those whose outputs lose least by it. `best`: of these the one whose output on held-out "
+        "calibration samples is nearest to the original's, with two models in memory; `sequence` where a BERT becomes an "
+        "ALBERT by it.",
+    )
+    parts: Literal["matrices", "attention", "mlp", "all"] = Field(
+        default="matrices",
+        description="What they share: all weight matrices, those of attention or of the MLP, or all tensors, norms and biases "
+        "too. A BERT whose neighbours share `all` becomes a stock ALBERT.",
+    )
+    init: Literal["least_squares", "mean", "fisher", "first"] = Field(
+        default="least_squares",
+        description="The shared matrix: the one whose outputs are nearest to those of all of them on calibration data; their "
+        "mean; their mean weighted by the Fisher information; or that of the group's first block.",
+    )
+    align: bool = Field(
+        default=True,
+        description="Before, put neurons and heads of each block into the order in which they are most like those of its "
+        "group's first block, which changes nothing that the block computes.",
+    )
+    residual_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By "
+        "default 8, or 0 with `parts: all`. `distill` trains it too.",
+    )
+    embeddings: Literal["tie", "factorize"] | None = Field(
+        default=None,
+        description="`tie`: the vectors that tokens are looked up by and those that predict them become the same, nearest to "
+        "both where calibration data need them. `factorize`: tables get as thin as `embedding_rank`, with a projection to the "
+        "hidden states and one from them, nearest to what they were where calibration data read and predict; an OPT stays a "
+        "stock model.",
+    )
+    embedding_rank: int | None = Field(
+        default=None, ge=1, description="With `embeddings: factorize`, numbers that are left of each token's vector."
+    )
+    codebook_bits: int | None = Field(
+        default=None,
+        ge=2,
+        le=8,
+        description="Weights of each matrix share so few values: 2 to the power of this, in a codebook of its own. Found by "
+        "k-means weighted by what inputs matter, each rounding made up for by later ones; stored as numbers of that many bits. "
+        "Nothing trains after it.",
+    )
+
+    @property
+    def rank(self) -> int:
+        """Rank of residuals."""
+        if self.residual_rank is not None:
+            return self.residual_rank
+        return 0 if self.groups is None or self.parts == "all" else DEFAULT_RANK
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.groups is None and self.embeddings is None and self.codebook_bits is None:
+            raise ValueError("give `groups`, `embeddings` or `codebook_bits`")
+        if (self.embeddings == "factorize") != (self.embedding_rank is not None):
+            raise ValueError("`embeddings: factorize` and `embedding_rank` go together")
+        if self.groups is None and self.residual_rank:
+            raise ValueError("`residual_rank` goes with `groups`")
+        if self.groups is None:
+            return self
+        if isinstance(self.groups, int):
+            if self.groups < 1:
+                raise ValueError("`groups` is at least 1")
+            return self
+        numbers = [i for group in self.groups for i in group]
+        if len(set(numbers)) != len(numbers) or min(numbers, default=-1) < 0:
+            raise ValueError("`groups` names each block at most once, by its number from 0")
+        if any(len(group) < 2 for group in self.groups):
+            raise ValueError("each of `groups` has two blocks or more")
+        if any(sorted(group) != group for group in self.groups):
+            raise ValueError("each of `groups` is in ascending order")
+        return self
+
+
+class Share(Pass[ShareSettings]):
+    """Blocks share tensors, which are stored and held in memory once; each keeps its place, its norms and its cache.
+
+    The shared matrix is solved for in the order of the group's first block, after neurons and heads were put into one order.
+    `distill` after it trains shared tensors once and wins back most of what is lost. Stored by `store: compact`, or as ALBERT.
+    """
+
+    name: ClassVar[str] = "share"
+    summary: ClassVar[str] = "Let blocks share their parameters."
+    settings = ShareSettings
+    mode = "sweep"
+    needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared", "factored"})
+    preserves = frozenset({"aliases"})
+    source: ClassVar[str] = (
+        "ALBERT, arXiv 1909.11942; Relaxed Recursive Transformers, arXiv 2410.20672; order of units as in Git Re-Basin, arXiv "
+        "2209.04836; Fisher mean: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149; SqueezeLLM, arXiv 2306.07629"
+    )
+
+    def produced(self, settings: ShareSettings) -> frozenset[Storage]:
+        """Integers (numbers of values) with codebooks; shared tensors with groups; factors of embeddings."""
+        found: set[Storage] = {"float"}
+        if settings.codebook_bits is not None:
+            found.add("integer")
+        if settings.groups is not None:
+            found.add("shared")
+        if settings.embeddings == "factorize":
+            found.add("factored")
+        return frozenset(found)
+
+    def plan(self, spec: Spec, settings: ShareSettings) -> Spec:
+        """Exact but for names, where it is still open which blocks share."""
+        result = spec
+        if settings.groups is not None:
+            parts = self._parts(spec, settings)
+            if settings.init == "fisher":
+                predicting(spec, "`init: fisher`", "init", "use `least_squares`")
+            candidates = self._candidates(spec, settings, parts)
+            planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
+            result = replace(planned, exact=spec.exact and not self._open(settings, candidates))
+        if settings.embeddings == "tie":
+            result = tied(result)
+        if settings.embedding_rank is not None:
+            result = thinned(result, settings.embedding_rank)
+        if settings.codebook_bits is not None:
+            result = clustered(result, self._clustered(result, settings), settings.codebook_bits)
+        return result
+
+    def _clustered(self, spec: Spec, settings: ShareSettings) -> list[str]:
+        """Matrices that get codebooks: those of blocks, or the ones chosen."""
+        default = [] if settings.only else block_matrices(spec)
+        chosen = select(default, settings, [t.module for t in spec.tensors.values()])
+        names = [f"{m}.weight" for m in chosen if f"{m}.weight" in spec.tensors]
+        found = sorted(n for n in names if spec.tensors[n].alias_of is None and len(spec.tensors[n].shape) >= 2)
+        if not found:
+            raise PassError("no weight matrix is left to cluster", key="only" if settings.only else "skip")
+        return found
+
+    def _open(self, settings: ShareSettings, candidates: Mapping[str, Groups]) -> bool:
+        """Whether calibration data say which blocks share."""
+        return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
+
+    def _is_albert(self, spec: Spec, settings: ShareSettings, groups: Groups) -> bool:
+        return becomes_albert(spec, groups, settings.parts == "all", settings.rank)
+
+    def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
+        """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
+        found = 0
+        if settings.groups is not None:
+            parts = self._parts(spec, settings)
+            names = [path + part for path in block_paths(spec).values() for part in parts]
+            names = [name for name in names if len(spec.tensors[name].shape) == 2]
+            found = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
+            if self._open(settings, self._candidates(spec, settings, parts)) or settings.init == "fisher":
+                found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
+        if settings.embeddings is not None:
+            found = max(found, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
+        if settings.codebook_bits is not None:
+            planned = self.plan(spec, settings)
+            names = [t.name for t in planned.stored() if t.grid is not None]
+            found = max(found, sweep_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
+        return found
+
+    def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
+        """A package that is not installed."""
+        self._check_packages(settings)
+
+    def _check_packages(self, settings: ShareSettings) -> None:
+        if settings.groups is not None and settings.align and find_spec("scipy") is None:
+            raise PassError(
+                "putting units into one order needs the package scipy",
+                key="align",
+                fix="pip install scipy, or set `align: false`",
+            )
+
+    def apply(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
+        """What calibration data tell is found here, into the work folder, and the result reads it."""
+        result = checkpoint
+        if settings.groups is not None:
+            result = self._share_blocks(result, settings, context)
+        if settings.embeddings == "tie":
+            from compress.passes.share.fit_embeddings import tie
+
+            result = tie(
+                result,
+                tied(result.spec),
+                context.data("calibration"),
+                device=context.device,
+                dtype=context.dtype,
+                progress=context.progress,
+            )
+        if settings.embedding_rank is not None:
+            result = thin(result, settings.embedding_rank, context)
+        if settings.codebook_bits is not None:
+            names = self._clustered(result.spec, settings)
+            result = cluster(result, clustered(result.spec, names, settings.codebook_bits), names, context, True)
+        return result
+
+    def _share_blocks(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
+        """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
+        from compress.blockwise.saved_hessians import Gathered
+        from compress.passes.share.solve import Sharing, Solver
+
+        self._check_packages(settings)
+        spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
+        candidates = self._candidates(spec, settings, parts)
+        paths = block_paths(spec)
+        blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
+        matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
+        read = Gathered(context.work / "read", context.device)
+        sweep = open_sweep(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
+        wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
+        read.gather(sweep, wanted, "reading what blocks multiply", check=True)
+        fisher = None
+        if settings.init == "fisher" and not context.rank:
+            from compress.sensitivity.fisher import fisher_information
+
+            names = [paths[i] + part for i in blocks for part in matrices]
+            fisher = fisher_information(
+                checkpoint,
+                names,
+                context.data("calibration"),
+                device=context.device,
+                seed=context.seed,
+                progress=context.progress,
+            )
+        how = Sharing(parts, settings.init, settings.align, settings.rank, fisher)
+        solver = Solver(checkpoint, read, how)
+        found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
+        groups = found["groups"]
+        context.details["sharing"] = found
+        if not context.rank:
+            context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
+        sweep.ranks.wait()
+        result = _derived(checkpoint, settings, solver, groups, context)
+        if self._is_albert(spec, settings, groups):
+            return as_albert(result, len(groups))
+        return result
+
+    def _chosen(
+        self,
+        checkpoint: Checkpoint,
+        settings: ShareSettings,
+        solver: Solver,
+        candidates: dict[str, Groups],
+        context: Context,
+    ) -> dict[str, Any] | None:
+        """The groups, and what each arrangement that was tried gives; in the first process."""
+        from compress.sensitivity.depth import divergence
+
+        if context.rank:
+            return None
+        if self._open(settings, candidates):
+            nearest = solver.nearest(
+                list(candidates.values()), lambda i, j: _unlike(checkpoint.spec, i, j, solver.how.parts)
+            )
+            candidates = {**candidates, "nearest": nearest} if settings.arrangement == "best" else {"nearest": nearest}
+        rows: list[dict[str, Any]] = []
+        data = context.data("calibration")
+        for name, groups in candidates.items():
+            row: dict[str, Any] = {"arrangement": name, "groups": groups}
+            same = next((r for r in rows if r["groups"] == groups), None)
+            if len(candidates) > 1 and same is None:
+                solver.solve(groups, _folder(context, groups))
+                shared_ = _derived(checkpoint, settings, solver, groups, context)
+                held = data.last(min(_HELD_OUT, len(data.ids)))
+                row["divergence"] = divergence(checkpoint, shared_, held, dtype=context.dtype, device=context.device)
+            rows.append(row | ({"divergence": same["divergence"]} if same else {}))
+        best = min(rows, key=lambda row: row.get("divergence", 0.0))
+        return {"groups": best["groups"], "arrangement": best["arrangement"], "tried": rows}
+
+    def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: Groups) -> Spec:
+        result = shared(spec, groups, parts, settings.rank)
+        if self._is_albert(spec, settings, groups):
+            return albert_spec(result, len(groups))[0]
+        return result
+
+    def _parts(self, spec: Spec, settings: ShareSettings) -> list[str]:
+        """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
+        check_nameable(spec)
+        followable(spec, "distill it to fewer blocks")
+        if edit := next(iter(spec.structure.edits), None):
+            raise PassError(
+                f"{edit.module} {EDITS[STORAGE[edit.kind]]} already", key="groups", fix="share groups first, and once"
+            )
+        record, paths = architectures.of(spec.structure.config), block_paths(spec)
+        if record.experts and any(record.is_expert(name) for name in spec.tensors) and settings.parts != "attention":
+            raise PassError(f"experts of {record.model_type} are not shared", key="parts", fix="set `parts: attention`")
+        first = paths[min(paths)]
+        attention, modules = record.attention, set[str]()
+        if attention is not None and settings.parts in ("attention", "matrices"):
+            modules |= {attention.query, attention.key, attention.value, attention.output}
+        for mlp in record.mlps if settings.parts in ("mlp", "matrices") else ():
+            modules |= {*mlp.up, mlp.down}
+        inside = [t for t in spec.tensors.values() if t.name.startswith(first) and t.is_float]
+        if settings.parts != "all":
+            inside = [t for t in inside if len(t.shape) == 2 and t.module.removeprefix(first) in modules]
+        universe = [t.module for t in spec.tensors.values()]
+        chosen = select(
+            [t.module for path in paths.values() for t in _like(spec, inside, first, path)], settings, universe
+        )
+        found = []
+        for tensor in inside:
+            users = [tensor.module.replace(first, path, 1) for path in paths.values()]
+            picked = [module in chosen for module in users]
+            if any(picked) and not all(picked):
+                raise PassError(
+                    f"{tensor.module} is chosen in some blocks and not in others",
+                    key="only" if settings.only else "skip",
+                    fix="name the modules of all blocks (`*.mlp.*`); `groups: [[1, 2], …]` leaves blocks alone",
+                )
+            if all(picked):
+                found.append(tensor.name.removeprefix(first))
+        if not found:
+            raise PassError(
+                "nothing is left to share", key="only" if settings.only else "skip" if settings.skip else "parts"
+            )
+        return sorted(found)
+
+    def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, Groups]:
+        """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
+        depth = architectures.of(spec.structure.config).depth(spec.structure.config)
+        if isinstance(settings.groups, list):
+            groups = [list(group) for group in settings.groups]
+            if (wrong := next((i for group in groups for i in group if i >= depth), None)) is not None:
+                raise PassError(f"there is no block {wrong}: they are numbered 0 to {depth - 1}", key="groups")
+            self._check(spec, settings, groups, parts)
+            return {"given": groups}
+        assert settings.groups is not None
+        count = settings.groups
+        if depth % count or count == depth:
+            possible = " or ".join(str(n) for n in range(1, depth) if depth % n == 0)
+            raise PassError(
+                f"{depth} blocks cannot be {count} groups of equal size, two or more in each",
+                key="groups",
+                fix=f"set groups to {possible}" if possible else None,
+            )
+        size = depth // count
+        found: dict[str, Groups] = {
+            "sequence": [list(range(i * size, (i + 1) * size)) for i in range(count)],
+            "cycle": [list(range(i, depth, count)) for i in range(count)],
+        }
+        if settings.arrangement in found:
+            found = {settings.arrangement: found[settings.arrangement]}
+        elif self._is_albert(spec, settings, found["sequence"]):  # loads everywhere, as others would not
+            found = {"sequence": found["sequence"]}
+        good, problem = {}, None
+        for name, groups in found.items():
+            try:
+                self._check(spec, settings, groups, parts)
+                good[name] = groups
+            except PassError as error:
+                problem = error
+        if problem is not None and not good:
+            raise problem
+        return good
+
+    def _check(self, spec: Spec, settings: ShareSettings, groups: Groups, parts: Sequence[str]) -> None:
+        """The blocks of each group are alike, dense, and share more than residuals add. Raises `PassError`."""
+        paths = block_paths(spec)
+        for first, *others in groups:
+            for block in others:
+                if (difference := _unlike(spec, first, block, parts)) is not None:
+                    raise PassError(
+                        f"blocks {first} and {block} are unlike: {difference}",
+                        key="groups",
+                        fix="name `groups` of like blocks",
+                    )
+            for name in (paths[block] + part for block in (first, *others) for part in parts):
+                if spec.tensors[name].kept is not None:
+                    raise PassError(
+                        f"{name} has weights removed, and sharing would fill them in",
+                        fix="share before pruning weights",
+                    )
+            users = len(others) + 1
+            matrices = [t for t in (spec.tensors[paths[first] + part] for part in parts) if len(t.shape) == 2]
+            saves = {t.name: ((users - 1) * t.count - 1) // (users * sum(t.shape)) for t in matrices}
+            name = min(saves, key=lambda n: saves[n], default="")
+            if name and settings.rank > saves[name]:
+                raise PassError(
+                    f"residuals of rank {settings.rank} are as large as what sharing {name} saves",
+                    key="residual_rank",
+                    fix=f"set residual_rank to {saves[name]}" + (" or less" if saves[name] else ""),
+                )
+
+
+def _unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | None:
+    """How two blocks differ that could not share; None where they can."""
+    config, paths = spec.structure.config, block_paths(spec)
+    record = architectures.of(config)
+    for key in record.per_layer:
+        values = config.get(key)
+        if values is None and key in record.per_layer_defaults:
+            values = record.per_layer_defaults[key](config)
+        if isinstance(values, list) and values[first] != values[other]:
+            return f"{key} is {values[first]} and {values[other]}"
+    for part in parts:
+        one, two = (spec.tensors.get(paths[block] + part) for block in (first, other))
+        if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
+            return f"{paths[first]}{part} has another shape"
+    return None
+
+
+def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[Tensor]:
+    names = [t.name.replace(first, path, 1) for t in tensors]
+    return [spec.tensors[name] for name in names if name in spec.tensors]
+
+
+def _folder(context: Context, groups: Groups) -> Path:
+    """Where what groups share is kept."""
+    return context.work / ("solved-" + "-".join("_".join(map(str, group)) for group in groups))
+
+
+def _derived(
+    checkpoint: Checkpoint, settings: ShareSettings, solver: Solver, groups: Groups, context: Context
+) -> Checkpoint:
+    from compress.checkpoint.open import Derived, Value, torch_dtype
+
+    after = shared(checkpoint.spec, groups, solver.how.parts, settings.rank)
+    read = solver.read_solved(groups, _folder(context, groups))
+
+    def value(name: str) -> Value:
+        data = read(name).to(torch_dtype(after.tensors[name].dtype))
+        return Value(data, checkpoint.tensor(name).mask if after.tensors[name].kept is not None else None)
+
+    return Derived(checkpoint, after, value)

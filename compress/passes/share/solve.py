@@ -1,0 +1,257 @@
+"""Blocks that come to share tensors: what each reads ▶ units in one order ▶ one matrix for all ▶ what that lost, of low rank.
+
+Nothing of this changes a block's computation before its matrices become those of others, so all statistics are taken in one
+sweep over the model as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import architectures
+from compress.architectures.groups import Units
+from compress.architectures.resize import head_units, mlp_units
+from compress.blockwise.saved_hessians import Gathered
+from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.structure import block_paths
+from compress.solvers.low_rank import low_rank
+from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
+
+#: Times that the shared matrix and the residuals are solved for in turn.
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How blocks share.
+
+    Attributes:
+        parts: tensors of a block that come to be shared, without the block's path; other float tensors stay each block's own.
+        init: where shared matrices start from. align: put units into the order of the group's first block before.
+        rank: of each block's residual; 0 for none.
+        fisher: reads the Fisher information of a tensor, for ``init: fisher``.
+    """
+
+    parts: Sequence[str]
+    init: str
+    align: bool
+    rank: int
+    fisher: Callable[[str], torch.Tensor] | None = None
+
+
+class Solver:
+    """Finds the tensors of groups of blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, read: Gathered, how: Sharing) -> None:
+        self.checkpoint, self.read, self.how = checkpoint, read, how
+        spec = checkpoint.spec
+        self.record = architectures.of(spec.structure.config)
+        self.transposed = self.record.input_axis == 0
+        self.paths = block_paths(spec)
+        mlps = mlp_units(self.record, spec)
+        movable = self.record.attention is not None and not self.record.attention.ordered
+        heads = head_units(self.record, spec, whole_groups=True) if movable else {}
+        self.units = {i: [*mlps.get(i, ()), *heads.get(i, ())] for i in self.paths}
+        self._orders: dict[tuple[int, int], list[list[int]]] = {}
+
+    # ---- units in one order ----
+
+    def orders(self, first: int, other: int) -> list[list[int]]:
+        """For each kind of unit the order that makes those of ``other`` most like those of ``first``."""
+        if first == other or not self.how.align:
+            return [list(range(units.count)) for units in self.units[other]]
+        if (first, other) not in self._orders:
+            pairs = zip(self.units[first], self.units[other], strict=True)
+            self._orders[first, other] = [matching(self._likeness(a, b)) for a, b in pairs]
+        return self._orders[first, other]
+
+    def _likeness(self, first: Units, other: Units) -> torch.Tensor:
+        """Σ over tensors of the products of the entries of units [U, U], each tensor scaled to have norm 1."""
+        total = torch.zeros(first.count, first.count, dtype=torch.float64, device=self.read.device)
+        for a, b in zip(first.members, other.members, strict=True):
+            rows = []
+            for units, member in ((first, a), (other, b)):
+                W = self._matrix(f"{member.module}.weight").double()
+                W = W if member.side == "out" else W.T
+                entries = torch.tensor([member.entries(units.count, [u]) for u in range(units.count)], device=W.device)
+                part = W[entries].flatten(1)
+                rows.append(part / part.norm().clamp_min(1e-30))
+            total += rows[0] @ rows[1].T
+        return total
+
+    def _order_of(self, name: str, side: str, block: int, orders: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Entries of a tensor's outputs or inputs in the new order; None where nothing moves."""
+        module = name.rpartition(".")[0]
+        found: torch.Tensor | None = None
+        for units, order in zip(self.units[block], orders, strict=True):
+            for member in units.members:
+                if member.module == module and member.side == side and list(order) != list(range(units.count)):
+                    if found is None:
+                        shape = self.checkpoint.spec.tensors[name].shape
+                        axis = 0 if len(shape) == 1 else (1 if side == "in" else 0) ^ self.transposed
+                        found = torch.arange(shape[axis])
+                    span = member.span(units.count)
+                    found[span.start : span.stop] = torch.tensor(member.entries(units.count, order))
+        return found
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """A weight as [O, I], float32."""
+        data = self.checkpoint.tensor(name).data.to(self.read.device, torch.float32)
+        return data.T if self.transposed else data
+
+    def aligned(self, name: str, block: int, first: int) -> torch.Tensor:
+        """A tensor of ``block`` with its units in the order of those of ``first``: a weight [O, I], a vector [O]; float32."""
+        return self._ordered(name, self.checkpoint.tensor(name).data, block, first)
+
+    def _ordered(self, name: str, data: torch.Tensor, block: int, first: int) -> torch.Tensor:
+        """Values shaped as the checkpoint shapes that tensor, with units in the order of those of ``first``."""
+        orders = self.orders(first, block)
+        data = data.to(self.read.device, torch.float32)
+        if data.ndim == 2 and self.transposed:
+            data = data.T
+        if (rows := self._order_of(name, "out", block, orders)) is not None:
+            data = data[rows.to(data.device)]
+        if data.ndim == 2 and (columns := self._order_of(name, "in", block, orders)) is not None:
+            data = data[:, columns.to(data.device)]
+        return data
+
+    def _hessian(self, name: str, block: int, first: int) -> torch.Tensor:
+        found = self.read.hessian(name)
+        if (columns := self._order_of(name, "in", block, self.orders(first, block))) is not None:
+            found = found[columns.to(found.device)][:, columns.to(found.device)]
+        return found
+
+    # ---- which blocks ----
+
+    def costs(self, unlike: Callable[[int, int], Any]) -> list[list[float]]:
+        """What the outputs of any two blocks lose if they share, relative to what they are; infinite for unlike ones."""
+        count = len(self.paths)
+        result = [[0.0] * count for _ in range(count)]
+        matrices = [p for p in self.how.parts if f"{self.paths[0]}{p}" in self.read.files]
+        for i in range(count):
+            for j in range(i):
+                total = 0.0 if unlike(i, j) is None else math.inf
+                for part in matrices if total == 0 else ():
+                    names = [f"{self.paths[b]}{part}" for b in (i, j)]
+                    weights = [self.aligned(names[0], i, i), self.aligned(names[1], j, i)]
+                    inputs = [self._hessian(names[0], i, i).diagonal(), self._hessian(names[1], j, i).diagonal()]
+                    scale = [1 / self.read.energy(n) for n in names]
+                    total += pair_cost(weights[0], weights[1], inputs[0] * scale[0], inputs[1] * scale[1])
+                result[i][j] = result[j][i] = total
+        return result
+
+    def nearest(self, starts: Sequence[Sequence[Sequence[int]]], unlike: Callable[[int, int], Any]) -> list[list[int]]:
+        """Groups of blocks of equal size that lose least, by `costs`.
+
+        Args:
+            starts: groupings to begin from. unlike: gives None for two blocks that can share.
+        """
+        numbers = []
+        for groups in starts:
+            of = [0] * len(self.paths)
+            for number, blocks in enumerate(groups):
+                for block in blocks:
+                    of[block] = number
+            numbers.append(of)
+        chosen = partition(self.costs(unlike), numbers)
+        found: dict[int, list[int]] = {}
+        for block, number in enumerate(chosen):
+            found.setdefault(number, []).append(block)
+        return sorted(found.values())
+
+    # ---- what they share ----
+
+    def solve(self, groups: Sequence[Sequence[int]], folder: Path) -> list[dict[str, Any]]:
+        """Solve for all tensors that change, into a file of ``folder`` each; what is there stays. A row for each matrix.
+
+        Values are as the checkpoint shapes them; those that blocks share are under the names of their group's first block.
+        Residuals end in ``.residual_up.weight`` [O, r] and ``.residual_down.weight`` [r, I].
+        """
+        rows: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for blocks in groups:
+            for part in self.how.parts:
+                path = folder / f"{self.paths[blocks[0]]}{part}.rows.json"
+                if not path.exists():
+                    values, found = self._share(part, list(blocks))
+                    _save(folder, values)
+                    temp = path.with_suffix(".tmp")
+                    temp.write_text(json.dumps(found))
+                    temp.replace(path)
+                rows += json.loads(path.read_text())
+        return rows
+
+    def read_solved(self, groups: Sequence[Sequence[int]], folder: Path) -> Callable[[str], torch.Tensor]:
+        """A function from a tensor's name to its new values, after `solve`; of the others of a block in their new order."""
+        firsts = {block: blocks[0] for blocks in groups for block in blocks}
+
+        def read(name: str) -> torch.Tensor:
+            if (path := folder / f"{name}.safetensors").exists():
+                from safetensors.torch import load_file
+
+                return load_file(path)["values"]
+            block = self.record.block_index(name)
+            if block in firsts and firsts[block] != block and self.checkpoint.spec.tensors[name].is_float:
+                return self._shaped(self.aligned(name, block, firsts[block]))
+            return self.checkpoint.tensor(name).data
+
+        return read
+
+    def _shaped(self, data: torch.Tensor) -> torch.Tensor:
+        return (data.T if data.ndim == 2 and self.transposed else data).contiguous().cpu()
+
+    def _share(self, part: str, blocks: list[int]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """New values by name, and a row for each matrix."""
+        first = blocks[0]
+        names = [f"{self.paths[b]}{part}" for b in blocks]
+        weights = [self.aligned(name, block, first) for name, block in zip(names, blocks, strict=True)]
+        if names[0] not in self.read.files:  # biases and norms
+            return {names[0]: self._shaped(torch.stack(weights).mean(0))}, []
+        hessians = [self._hessian(name, block, first) for name, block in zip(names, blocks, strict=True)]
+        scaled = [H / self.read.energy(n) for H, n in zip(hessians, names, strict=True)]
+        residuals = [torch.zeros_like(W) for W in weights]
+        shared, factors = weights[0], list[tuple[torch.Tensor, torch.Tensor]]()
+        for _ in range(ROUNDS if self.how.rank else 1):
+            shared = self._start([W - R for W, R in zip(weights, residuals, strict=True)], scaled, names, blocks)
+            if self.how.rank:
+                factors = [low_rank(W - shared, H, self.how.rank)[:2] for W, H in zip(weights, hessians, strict=True)]
+                residuals = [up @ down for up, down in factors]
+        values, rows = {names[0]: self._shaped(shared)}, []
+        for number, name in enumerate(names):
+            if self.how.rank:
+                module = name.removesuffix(".weight")
+                for suffix, factor in zip(("up", "down"), factors[number], strict=True):
+                    values[f"{module}.residual_{suffix}.weight"] = factor.contiguous().cpu()
+            left = weights[number] - shared - residuals[number]
+            lost = float(((left @ hessians[number].float()) * left).sum()) / self.read.energy(name)
+            rows.append({"tensor": name, "shared_with": names[0], "error": lost})
+        return values, rows
+
+    def _start(
+        self, weights: list[torch.Tensor], hessians: list[torch.Tensor], names: list[str], blocks: list[int]
+    ) -> torch.Tensor:
+        if self.how.init == "first":
+            return weights[0]
+        if self.how.init == "mean":
+            return torch.stack(weights).mean(0)
+        if self.how.init == "fisher":
+            assert self.how.fisher is not None
+            found = [self.how.fisher(name) for name in names]
+            importance = [self._ordered(n, F, b, blocks[0]) for n, F, b in zip(names, found, blocks, strict=True)]
+            total = sum(importance, torch.zeros(())).clamp_min(1e-30)
+            return sum((F * W for F, W in zip(importance, weights, strict=True)), torch.zeros(())) / total
+        return shared_matrix(weights, hessians)[0]
+
+
+def _save(folder: Path, values: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    for name, value in values.items():
+        save_file({"values": value}, folder / f"{name}.safetensors")

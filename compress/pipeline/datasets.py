@@ -1,0 +1,200 @@
+"""The data sets of a run: documents, token batches, fingerprints; each made when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.data.images import fingerprint as fingerprint_images
+from compress.data.images import read_images
+from compress.data.text import Document, check_disjoint, holds_ids, read_documents, read_examples, rendered
+from compress.data.text import fingerprint as fingerprint_files
+from compress.errors import DataError
+from compress.evaluation.scorer import labels_of, load_processor, read
+from compress.evaluation.tasks import MASKED, task_of
+from compress.pipeline.fingerprint import fingerprint
+from compress.recipe.model import Calibration, Training
+
+if TYPE_CHECKING:
+    from compress.data.batches import Batches
+    from compress.recipe import Recipe
+    from compress.spec.spec import Structure
+
+
+def read_section(
+    section: Training | Calibration, separator: str | None, structure: Structure | None = None
+) -> list[Document]:
+    """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`.
+
+    Args:
+        structure: of the model, which says what labels there are.
+    """
+    if section.folder is not None:
+        assert structure is not None
+        return read_images(section.folder, labels_of(structure, "images"))
+    if section.text is None:
+        return read_documents(section.files, separator, section.field, section.template)
+    label = section.label if isinstance(section, Training) else None
+    labels = None if label is None or structure is None else labels_of(structure, label)
+    return read_examples(section.files, section.text, labels)
+
+
+def draw(
+    section: Training | Calibration,
+    processor: Callable[[], Any],
+    documents: Callable[[], Sequence[Document]],
+    *,
+    seed: int,
+    vocabulary: int | None,
+    positions: int | None,
+) -> Batches:
+    """The samples that a calibration section asks for; all samples of training text, in an order drawn by seed.
+
+    Args:
+        processor, documents: called where the section names text or images; `load_processor` says what the first gives.
+        vocabulary: how many token ids the model knows, None where its config does not say.
+        positions: how many tokens a sample may have, None for any number.
+
+    Raises:
+        DataError: the files cannot be read, give too few samples or too long ones, or hold ids that the model does not know.
+    """
+    from compress.data import batches
+
+    name = "calibration" if isinstance(section, Calibration) else "training"
+    samples = section.samples if isinstance(section, Calibration) else None
+    if section.folder is not None:
+        return batches.of_images(documents(), processor(), seed)
+    if holds_ids(file := section.files[0]):
+        read = batches.read_ids(file, section.field)
+        drawn = batches.first(read, samples, section.length, file)
+        batches.check_vocabulary(drawn, vocabulary, file)
+        batches.check_positions(drawn.ids.shape[1], positions, file, name)
+        return drawn
+    assert section.length is not None
+    batches.check_positions(section.length, positions, name=name)
+    if section.mode == "padded":
+        drawn = batches.sample_documents(processor(), documents(), samples, section.length, seed)
+    elif samples is None:
+        drawn = batches.every_window(processor(), documents(), section.length, seed)
+    else:
+        drawn = batches.sample_windows(processor(), documents(), samples, section.length, seed)
+    batches.check_vocabulary(drawn, vocabulary)
+    return drawn
+
+
+@dataclass
+class DataSets:
+    """Text or images of a recipe's ``data`` section.
+
+    Attributes:
+        folder: where the tokenizer or image processor is. structure: of the model, which tells its task and labels; None
+            where it is not at hand, for plain text alone.
+        positions: how many tokens a sample may have, None for any number.
+    """
+
+    recipe: Recipe
+    folder: Path
+    structure: Structure | None
+    positions: int | None = None
+    _documents: dict[str, list[Document]] = field(default_factory=dict)
+    _hashes: dict[str, str] = field(default_factory=dict)
+    _batches: dict[str, Any] = field(default_factory=dict)
+
+    def files(self, name: str) -> Sequence[str]:
+        """Files of the set ``name``, or its folder of images; empty where the recipe has none."""
+        section = getattr(self.recipe.data, name, None)
+        return () if section is None else section.files or (section.images,)
+
+    def documents(self, name: str) -> list[Document]:
+        """Documents of a set, in order."""
+        if name not in self._documents:
+            if not self.files(name):
+                raise DataError(f"the recipe has no data.{name}")
+            section, separator = getattr(self.recipe.data, name), self.recipe.document_separator
+            if name == "evaluation":
+                self._documents[name] = read(section, separator, self.structure)
+            else:
+                self._documents[name] = read_section(section, separator, self.structure)
+        return self._documents[name]
+
+    def fingerprint(self, name: str) -> str:
+        """Of the files' contents and of every setting that picks samples from them."""
+        if name not in self._hashes:
+            section = getattr(self.recipe.data, name)
+            settings = section.model_dump(mode="json", exclude={"files", "images"})
+            content = fingerprint_files(section.files) if section.files else fingerprint_images(self.documents(name))
+            self._hashes[name] = fingerprint([content, settings, self.recipe.document_separator])
+        return self._hashes[name]
+
+    def processor(self) -> Any:
+        """The original checkpoint's tokenizer, or its image processor."""
+        assert self.structure is not None
+        if "processor" not in self._batches:
+            self._batches["processor"] = load_processor(
+                self.structure, self.folder, trust_remote_code=self.recipe.trust_remote_code
+            )
+        return self._batches["processor"]
+
+    def batches(self, name: str) -> Batches:
+        """Samples of a set that is sampled."""
+        assert self.structure is not None
+        if name not in self._batches:
+            self._batches[name] = draw(
+                getattr(self.recipe.data, name),
+                self.processor,
+                lambda: self.documents(name),
+                seed=self.recipe.seed,
+                vocabulary=self.structure.config.get("vocab_size"),
+                positions=self.positions,
+            )
+        drawn: Batches = self._batches[name]
+        return drawn
+
+    def check_shown(self) -> None:
+        """The tokenizer can show models what they are measured on: chats in its template, masks. Raises `DataError`."""
+        if (section := self.recipe.data.evaluation) is None:
+            return
+        processor = self.processor()
+        if self.structure is not None and task_of(self.structure.class_name) is MASKED:
+            from compress.evaluation.masked import check_tokenizer
+
+            check_tokenizer(processor)
+        for document in self.documents("evaluation")[: section.max_documents]:
+            if document.messages is not None:
+                rendered(document, processor)
+
+    def check_ids(self, name: str) -> None:
+        """Token ids of a set, if the recipe names such, can be used. Raises `DataError`."""
+        if (files := self.files(name)) and holds_ids(files[0]):
+            self.batches(name)
+
+    def check_disjoint(self, *, ids: bool = True) -> list[str]:
+        """Evaluation shares no text with training or calibration. Raises `DataError`.
+
+        Args:
+            ids: look at token ids too, by what the tokenizer says of them.
+
+        Returns:
+            Names of the sets that were compared.
+        """
+        if not self.files("evaluation"):
+            return []
+        others: dict[tuple[Any, ...], str] = {}
+        for name in ("training", "calibration"):
+            if (files := tuple(self.files(name))) and (ids or not holds_ids(files[0])):
+                section = getattr(self.recipe.data, name)
+                # often the same files: compare once
+                others.setdefault((files, section.field, section.template, section.text), name)
+        for name in others.values():
+            check_disjoint(self.documents("evaluation"), self._seen(name), name)
+        return list(others.values())
+
+    def _seen(self, name: str) -> list[Document]:
+        """Documents of a set; of token ids what they say."""
+        if not holds_ids(self.files(name)[0]):
+            return self.documents(name)
+        drawn, tokenizer = self.batches(name), self.processor()
+        texts = tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=True)
+        return [Document(id_, text) for id_, text in zip(drawn.chosen, texts, strict=True)]

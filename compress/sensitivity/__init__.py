@@ -1,0 +1,1 @@
+"""How much the model's loss or output depends on each weight, matrix and block."""

@@ -1,0 +1,57 @@
+"""The Fisher information of weights: how much each matters to what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from compress.blockwise.output_curvature import draw
+from compress.checkpoint.open import Checkpoint
+from compress.data.batches import Batches
+from compress.errors import PassError
+from compress.models.loading import load_checkpoint
+from compress.progress import Progress
+from compress.sensitivity.matrices import SAMPLES
+
+
+def fisher_information(
+    checkpoint: Checkpoint, names: Sequence[str], batches: Batches, *, device: str, seed: int, progress: Progress
+) -> Callable[[str], torch.Tensor]:
+    """A function from a tensor's name to its diagonal Fisher information, shaped as the tensor, float32.
+
+    The mean over calibration samples of the squared gradient of the log-likelihood of tokens drawn from the model, or of a
+    class. The whole model is in memory, with gradients and their squares of those tensors.
+
+    Raises:
+        PassError: the model predicts nothing, or a tensor is no parameter of its own.
+
+    Source: Fisher-weighted averaging (arXiv 2111.09832), section 3.2.
+    """
+    model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
+    if model.base_model is model:
+        raise PassError("`init: fisher` needs a model that predicts something", key="init", fix="use `least_squares`")
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    if lost := next((n for n in names if n not in parameters), None):
+        raise PassError(f"`init: fisher` does not reach {lost}: it is no parameter of its own", key="init")
+    sums = {n: torch.zeros_like(parameters[n]) for n in names}
+    for name in names:
+        parameters[name].requires_grad_(True)
+    generator = torch.Generator(device).manual_seed(seed)
+    samples = batches.first(SAMPLES).parts(1)
+    with progress.task("measuring what weights matter", len(samples), "samples") as task:
+        for sample in samples:
+            logits = model(**sample.inputs(device))[0].float().flatten(0, -2)
+            losses = torch.nn.functional.cross_entropy(logits, draw(logits, generator), reduction="none")
+            if sample.mask is not None and len(losses) == sample.mask.numel():
+                losses = losses[sample.mask.flatten().to(losses.device)]
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            for name in names:
+                gradient = parameters[name].grad
+                assert gradient is not None
+                sums[name] += gradient.square()
+                parameters[name].grad = None
+            task.advance()
+    return lambda name: sums[name] / len(samples)

@@ -1,0 +1,99 @@
+"""Codes and scales made better by turns: coordinate descent on the codes, least squares for the scales.
+
+Letters: O outputs, I inputs, B inputs of a block, G groups of inputs that share a scale, S inputs of a group. Matrices are held
+transposed, [in, out], so that what belongs to one input is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compress.solvers.quant_format import Scales, code_values, codes_near
+from compress.spec.formats import FIXED_GROUPS, Grid
+
+#: Inputs whose gradients are brought up to date together.
+_BLOCK = 32
+#: By how much the scales of a row may change in a round: groups of hardly any codes but zero say little about theirs.
+_MOST_CHANGE = 2.0
+#: Values of a part of the outputs at a time, where scales are fitted.
+_VALUES = 1 << 24
+
+
+def refine(
+    W_OI: torch.Tensor,
+    latent_OI: torch.Tensor,
+    H_II: torch.Tensor,
+    grid: Grid,
+    scales: Scales,
+    keep_OI: torch.Tensor | None = None,
+    rounds: int = 3,
+) -> tuple[torch.Tensor, Scales]:
+    """Values of codes less zero points [O, I], and their scales, of a smaller output error than the nearest to ``latent``.
+
+    The error is tr((W - Q) H (W - Q)ᵀ). A round gives every weight in turn the best code while all others stand, then every
+    row its best scales for these codes; neither can make it larger. Scales of mxfp4 and nvfp4, which have few to choose from,
+    stay; so do zero points.
+
+    Args:
+        W_OI: what is to be matched. latent_OI: weights to start from, such as `gptq` gives. H_II: damped, float32.
+        keep_OI: removed weights are zero.
+
+    Source: QuantEase (arXiv 2309.01885) for the descent; least squares of scales as in BCQ's and AQLM's alternation.
+    """
+    inputs = W_OI.shape[1]
+    size = grid.group or inputs
+    scale_GO = scales.scale.t().contiguous()
+    zero_GO = None if scales.zero is None else scales.zero.t().contiguous()
+    W_IO = W_OI.t().contiguous()
+    keep_IO = None if keep_OI is None else keep_OI.t().contiguous()
+
+    def code(value_O: torch.Tensor, i: int) -> torch.Tensor:
+        """The nearest code, less its zero point, of values of input ``i``."""
+        g = i // size
+        found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], grid)
+        return found if keep_IO is None else found.masked_fill_(~keep_IO[i], 0)
+
+    code_IO = code_values(latent_OI, grid, scales, keep_OI).t().contiguous()
+    diagonal_I = H_II.diagonal()
+    for _ in range(rounds):
+        value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
+        error_IO = W_IO - value_IO
+        for start in range(0, inputs, _BLOCK):
+            stop = min(start + _BLOCK, inputs)
+            slope_BO = H_II[start:stop] @ error_IO
+            for i in range(start, stop):
+                found = code(torch.addcdiv(value_IO[i], slope_BO[i - start], diagonal_I[i]), i)
+                step = found * scale_GO[i // size] - value_IO[i]
+                slope_BO.addr_(H_II[start:stop, i], step, alpha=-1)
+                value_IO[i] += step
+                error_IO[i] -= step
+                code_IO[i] = found
+        if grid.format not in FIXED_GROUPS:
+            scale_GO = fitted_scales(W_IO, code_IO, H_II, scale_GO)
+    return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
+
+
+def fitted_scales(
+    W_IO: torch.Tensor, code_IO: torch.Tensor, H_II: torch.Tensor, scale_GO: torch.Tensor
+) -> torch.Tensor:
+    """The scales [G, O] of least output error for these codes; rows where they would change too much keep theirs."""
+    groups, outputs = scale_GO.shape
+    inputs = len(W_IO)
+    result = torch.empty_like(scale_GO)
+    part = max(1, _VALUES // (groups * inputs))
+    for start in range(0, outputs, part):
+        code_GSP = code_IO[:, start : start + part].reshape(groups, inputs // groups, -1)
+        H_IGS = H_II.view(inputs, groups, -1)
+        # H times the codes of each group alone
+        swept_GIP = torch.stack([H_IGS[:, g] @ code_GSP[g] for g in range(groups)])
+        gram_PGG = torch.einsum("gsp,hgsp->pgh", code_GSP, swept_GIP.view(groups, groups, -1, swept_GIP.shape[2]))
+        wanted_PG = torch.einsum("gip,ip->pg", swept_GIP, W_IO[:, start : start + part])
+        gram_PGG = gram_PGG.double()
+        diagonal_PG = gram_PGG.diagonal(dim1=1, dim2=2)
+        diagonal_PG += 1e-6 * diagonal_PG.mean(1, keepdim=True) + 1e-30
+        found_GP = torch.linalg.solve(gram_PGG, wanted_PG.double()).t().to(scale_GO.dtype)
+        before_GP = scale_GO[:, start : start + part]
+        ratio_GP = found_GP / before_GP
+        stable = ((ratio_GP > 1 / _MOST_CHANGE) & (ratio_GP < _MOST_CHANGE)).all(0)
+        result[:, start : start + part] = torch.where(stable, found_GP, before_GP)
+    return result

@@ -1,0 +1,195 @@
+"""What is known of a checkpoint without reading weights: structure, logical tensors, storage.
+
+* structure: the stock class and its config, plus the *edits* that the stock class cannot express;
+* tensors: logical name, shape, dtype, alias, keep-mask;
+* storage: how a tensor lies in the file, a chain of codec names, outermost first.
+
+This module imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+from compress.spec.formats import Grid
+
+#: Bits per element of every dtype string of the safetensors format.
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+        "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    }
+)  # fmt: skip
+
+#: Float dtypes that a cast may write, narrow to wide; the widest one kept becomes ``config.dtype``.
+FLOAT_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+)
+
+
+def widest(dtypes: list[str]) -> str:
+    """The dtype that holds all the others; F16 and BF16 together need F32."""
+    if {"F16", "BF16"} <= set(dtypes):
+        dtypes = [*dtypes, "F32"]
+    return max(dtypes, key=list(FLOAT_DTYPES).index)
+
+
+DENSE: tuple[str, ...] = ("dense",)
+MASKED: tuple[str, ...] = ("mask", "dense")
+#: Formats of compressed-tensors that a grid's codes are stored in; a keep-mask may go before each.
+PACKED: tuple[str, ...] = ("pack-quantized",)
+INT8: tuple[str, ...] = ("int-quantized",)
+FP8: tuple[str, ...] = ("float-quantized",)
+MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
+NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
+#: Codes that number the values of a codebook, which compressed-tensors does not have.
+CODEBOOK: tuple[str, ...] = ("codebook",)
+CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4, CODEBOOK)
+CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8, CODEBOOK)))
+
+
+#: What names of static scales of cached keys and values end with; they stand beside an attention's projections.
+CACHE_SCALES: tuple[str, ...] = (".k_scale", ".v_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One logical tensor.
+
+    Attributes:
+        name: its key in the state dict of the stock class, as the checkpoint spells it.
+        shape: logical shape (what the model sees), whatever the storage.
+        dtype: safetensors dtype string of the logical values.
+        kept: None without a keep-mask, else the number of weights the mask keeps.
+        alias_of: the tensor whose data this one shares; an alias is never stored.
+        storage: chain of codec names, outermost first.
+        grid: of what codes the values are made; None for free values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kept: int | None = None
+    alias_of: str | None = None
+    storage: tuple[str, ...] = DENSE
+    grid: Grid | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the values stored densely."""
+        return self.count * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floats of any width."""
+        return self.dtype.startswith(("F", "BF"))
+
+    @property
+    def is_cache_scale(self) -> bool:
+        """Whether it is no weight but a scale of cached keys or values, where the structure says how they are cached."""
+        return self.name.endswith(CACHE_SCALES)
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor: the name without its last part."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of structure that the stock class cannot express; ``kind`` names the code that applies it."""
+
+    kind: str
+    module: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The stock config (a JSON object, never changed in place) and the edits on top of it.
+
+    ``kv_cache``: the format that keys and values are meant to be cached in while running; None for that of the computation.
+    ``fp8``: without scales in the files. ``fp8-tensor`` and ``fp8-head``: with a static scale for each block's keys and one for
+    its values, or for each head of them.
+    ``compact``: whether it was read from a compact checkpoint, whose modelling file makes floats of codes in their own dtype.
+    """
+
+    config: Mapping[str, Any]
+    edits: tuple[Edit, ...] = ()
+    kv_cache: str | None = None
+    compact: bool = field(default=False, compare=False)
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the stock config."""
+        return str(self.config["model_type"])
+
+    @property
+    def own_class(self) -> str | None:
+        """The class that wrote the checkpoint, where the config says so."""
+        names = self.config.get("architectures")
+        return str(names[0]) if names else None
+
+    @property
+    def auto_model(self) -> tuple[str, str] | None:
+        """(auto class, the class it gives) of code that the checkpoint brings: for its own class, else for one with a head."""
+        auto_map = self.config.get("auto_map")
+        models = {k: v for k, v in auto_map.items() if k.startswith("AutoModel")} if isinstance(auto_map, dict) else {}
+        own = [(auto, name) for auto, name in models.items() if str(name).rpartition(".")[2] == self.own_class]
+        return next(iter([*own, *((a, n) for a, n in models.items() if a != "AutoModel"), *models.items()]), None)
+
+    @property
+    def class_name(self) -> str | None:
+        """`own_class`, whose end tells what kind of model it is; of code that the checkpoint brings the auto class tells it."""
+        if self.auto_model is None:
+            return self.own_class
+        auto, name = self.auto_model
+        kind = auto.removeprefix("AutoModel").replace("ForSeq2SeqLM", "ForConditionalGeneration")
+        found = self.own_class or str(name).rpartition(".")[2]
+        return found if not kind or found.endswith(("LMHeadModel", kind)) else f"{found}{kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts.
+
+    ``notes``: what opening it left out or decided, a sentence each, for the user; ``left_out``: bytes of its files that are no
+    tensor of it for that.
+    """
+
+    structure: Structure
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    exact: bool = True
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    left_out: int = field(default=0, compare=False)
+
+    def stored(self) -> Iterable[Tensor]:
+        """The tensors that have bytes of their own, in file order."""
+        return (tensor for tensor in self.tensors.values() if tensor.alias_of is None)
+
+    def weights(self) -> Iterable[Tensor]:
+        """The stored tensors but those that classes have no parameter for: static scales of a quantised cache."""
+        return (t for t in self.stored() if self.structure.kv_cache is None or not t.is_cache_scale)
+
+    @property
+    def parameters(self) -> int:
+        """Float elements of the model; shared tensors count once and pruned weights count."""
+        return sum(tensor.count for tensor in self.weights() if tensor.is_float)
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters that no keep-mask removes."""
+        return sum(t.count if t.kept is None else t.kept for t in self.weights() if t.is_float)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Spec:
+        """A copy with ``change`` applied to every stored tensor."""
+        return replace(self, tensors={n: t if t.alias_of else change(t) for n, t in self.tensors.items()})

@@ -1,0 +1,217 @@
+"""What losses read off a model: hidden states, queries, keys and values of blocks, and logits, these a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from compress import architectures
+from compress.architectures import resize
+from compress.data.images import accepted
+from compress.errors import PassError
+from compress.models.blocks import find_blocks
+from compress.models.loading import arguments_of
+
+Task = Literal["causal", "masked", "classes", "embedding"]
+#: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
+TOLERANCE = (1e-3, 3e-2)
+
+
+@dataclass
+class Ran:
+    """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D]; of a classifier its
+    logits [B, classes].
+
+    ``states``: hidden states before the first block and after each, by number. ``vectors``: by block number queries, keys and
+    values, each [B, L, width].
+    """
+
+    last: torch.Tensor
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    vectors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
+class Reader:
+    """Runs a model for a task. ``states`` and ``vectors``: of which block outputs (0: the embeddings) and blocks to keep them.
+
+    Raises:
+        PassError: queries, keys and values of this family are not known.
+    """
+
+    def __init__(self, model: Any, task: Task, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
+        self.model = model
+        self.task = task
+        self.base = model.base_model
+        self.states, self.vectors = tuple(states), tuple(vectors)
+        self.takes = arguments_of(model)
+        self._kind: Any = None
+        if vectors:
+            self.record = architectures.of(model.config.to_dict())
+            self.blocks = find_blocks(model, self.record)
+            # transformers gives modules of some families other names than files have
+            known = {name for name, _ in self.blocks[0].named_modules()}
+            if self.record.attention is None or not known.issuperset(self._names()):
+                raise PassError(
+                    f"it is not known where queries, keys and values of {model.config.model_type} are",
+                    key="losses",
+                    fix="leave out `relations`",
+                )
+        #: whether logits are made of hidden states, a few tokens at a time; `check` tells whether they can be
+        self.by_parts = task in ("causal", "masked")
+        #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
+        self.head: Any = self.logits
+
+    def parameters_of_head(self) -> list[torch.nn.Parameter]:
+        """Those that turn what `predicted` gives into logits; shared ones with the base among them."""
+        if not self.by_parts:
+            return []
+        found = {
+            id(p): p for n, child in self.model.named_children() if child is not self.base for p in child.parameters()
+        }
+        return list(found.values())
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
+        """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
+        target = self.model if self.task == "classes" else self.base
+        given = {name: value for name, value in inputs.items() if name in self.takes}
+        if (pixels := given.get("pixel_values")) is not None:
+            given["pixel_values"] = pixels.to(self.model.dtype)
+        if "use_cache" in self.takes:
+            given["use_cache"] = False  # type: ignore[assignment]
+        with self._watching() as seen, accepted(given):
+            out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
+        states = {i: out.hidden_states[i] for i in self.states}
+        if self.task == "classes":
+            return Ran(out.logits, states, seen)
+        self._kind = type(out)
+        return Ran(out.last_hidden_state, states, seen)
+
+    @contextmanager
+    def _watching(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
+        seen: dict[int, tuple[torch.Tensor, ...]] = {}
+        found: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.vectors}
+        handles = []
+        for i in self.vectors:
+            for name in dict.fromkeys(self._names()):
+                module = self.blocks[i].get_submodule(name)
+                handles.append(module.register_forward_hook(_keep(found[i], name)))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+        for i in self.vectors:
+            seen[i] = self._split([found[i][name] for name in self._names()])
+
+    def _names(self) -> tuple[str, str, str]:
+        attention = self.record.attention
+        assert attention is not None
+        return attention.query, attention.key, attention.value
+
+    def _split(self, outputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values of modules' outputs, which are three or three times the same."""
+        attention, config = self.record.attention, self.model.config.to_dict()
+        assert attention is not None
+        if attention.layout == "separate":
+            return tuple(outputs)
+        width = self.record.head_dim(config)
+        heads = int(self.record.value(config, self.record.heads_key))
+        if attention.layout == "interleaved":
+            three: Any = outputs[0].view(*outputs[0].shape[:-1], heads, 3, width)
+            return tuple(three[..., i, :].flatten(-2) for i in range(3))
+        groups = resize.kv_heads(self.record, config)
+        return torch.split(outputs[0], [heads * width, groups * width, groups * width], -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of last hidden states [N, D], by the model's own code around its base."""
+        if not self.by_parts:
+            return hidden  # `predicted` gave logits already
+        stub = _Stub(self._kind, hidden[None])
+        modules = self.model._modules
+        name = next(n for n, child in modules.items() if child is self.base)
+        modules[name] = stub
+        try:
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            out = type(self.model).forward(self.model, input_ids=ids, return_dict=True)
+        finally:
+            modules[name] = self.base
+        result: torch.Tensor = out.logits[0]
+        return result
+
+    def predicted(self, ran: Ran, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+        """What `head` takes of tokens ``where`` (bool [B, L], of a classifier [B]): last hidden states [N, D], or logits."""
+        if self.by_parts or self.task == "classes":
+            return ran.last[where]
+        given = {name: value for name, value in inputs.items() if name in self.takes}
+        logits: torch.Tensor = self.model(**given, return_dict=True).logits
+        return logits[where]
+
+    def check(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether logits made a few tokens at a time are the model's own; from then on they are made in that way, or whole."""
+        if not self.by_parts:
+            return True
+        training = self.model.training
+        self.model.eval()
+        short = {name: value[:1] for name, value in inputs.items()}
+        given = {name: value for name, value in short.items() if name in self.takes}
+        try:
+            with torch.no_grad():
+                whole = self.model(**given, return_dict=True).logits[0]
+                hidden = self.run(short).last[0]
+                fits = _near(self.logits(hidden), whole)
+                last = self.model.get_output_embeddings()
+                others = {id(p) for p in self.parameters_of_head()} - {id(p) for p in last.parameters()}
+                plain = isinstance(last, torch.nn.Linear) and type(last).forward is torch.nn.Linear.forward
+                if fits and not others and plain and _near(last(hidden), whole):
+                    self.head = last
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
+            fits = False  # its head asks the base for more than hidden states
+        self.model.train(training)
+        self.by_parts = fits
+        return fits
+
+
+def _near(parts: torch.Tensor, whole: torch.Tensor) -> bool:
+    tolerance = TOLERANCE[whole.dtype != torch.float32]
+    parts, whole = parts.float(), whole.float()
+    difference = (parts - whole).abs().max() if parts.shape == whole.shape else torch.tensor(torch.inf)
+    return bool(difference <= tolerance * whole.std().clamp_min(1e-6))
+
+
+class _Stub(torch.nn.Module):
+    """Stands for a base model, and gives hidden states that it made before."""
+
+    def __init__(self, kind: Any, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.kind, self.hidden = kind, hidden
+
+    @property
+    def decoder(self) -> Any:
+        """OPT calls the decoder inside its base."""
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind(last_hidden_state=self.hidden)
+
+
+def _keep(into: dict[str, torch.Tensor], name: str) -> Any:
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        into[name] = output
+
+    return hook
+
+
+def without_dropout(model: Any) -> None:
+    """Turn all dropout off. Modules hold its rates as floats, by names with ``drop`` in them, or read them off the config."""
+    for holder in (*model.modules(), model.config):
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+        if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
