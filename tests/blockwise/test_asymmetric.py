@@ -10,7 +10,7 @@ from compress.blockwise.runner import Inputs
 from compress.checkpoint.open import Derived, open_checkpoint
 from compress.models.loading import load_checkpoint
 from tests import pico
-from tests.calibration.test_sweep import inputs_of, sweep_of
+from tests.blockwise.test_runner import inputs_of, sweep_of
 
 #: Which matrices add to the residual stream: none where a norm, or experts, stand between.
 WRITERS = {

@@ -11,7 +11,7 @@ from compress.blockwise.output_curvature import Gradients
 from compress.checkpoint.open import open_checkpoint
 from compress.models.loading import load_checkpoint
 from tests import pico
-from tests.calibration.test_sweep import LENGTH, SAMPLES, inputs_of, sweep_of
+from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, sweep_of
 
 FAMILIES = ["llama", "gemma2", "phi3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "bert", "distilbert", "electra"]
 

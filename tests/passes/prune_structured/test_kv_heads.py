@@ -16,8 +16,8 @@ from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
-from tests.passes.test_structured_calibrated import IDS, error
-from tests.passes.test_structured_exact import FIXED_HEADS, RMS, SCRIPT
+from tests.passes.prune_structured.test_calibrated import IDS, error
+from tests.passes.prune_structured.test_exact import FIXED_HEADS, RMS, SCRIPT
 
 NORMED = ("qwen3", "gemma3_text", "qwen3_moe")
 WAYS = {

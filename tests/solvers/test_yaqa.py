@@ -13,7 +13,7 @@ from compress.solvers.quant_format import Scales, code_range, code_values, fit
 from compress.solvers.quantease import refine
 from compress.solvers.yaqa import _compatible, coupled_error, gptq_coupled, refine_coupled, shrunk
 from compress.spec.formats import Grid
-from tests.solvers.test_descent import layer
+from tests.solvers.test_quantease import layer
 
 
 def curvature(outputs, seed=0):

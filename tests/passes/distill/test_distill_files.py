@@ -21,7 +21,7 @@ from compress.report import render_markdown
 from compress.spec.spec import Tensor
 from compress.training.written import find_places
 from tests import pico
-from tests.passes.test_distill import distilled, ids
+from tests.passes.distill.test_distill import distilled, ids
 
 
 def with_tensors(source: Path, target: Path, more: dict[str, torch.Tensor]) -> Path:

@@ -13,7 +13,7 @@ from compress.models.loading import load_model
 from tests import pico
 from tests.architectures.test_records import change_config
 from tests.passes.helpers import apply, plan, write
-from tests.passes.test_structured_exact import DATA_FREE, HEADS_OUT, MLP_OUT, check
+from tests.passes.prune_structured.test_exact import DATA_FREE, HEADS_OUT, MLP_OUT, check
 
 
 @pytest.mark.parametrize("class_name", [None, "T5Model", "T5EncoderModel", "T5ForSequenceClassification"])
