@@ -20,12 +20,12 @@ import torch
 
 import compress
 from compress.checkpoint import bundle
-from compress.checkpoint.grids import Grid
 from compress.checkpoint.open import Checkpoint, Codes, Derived, Value, open_checkpoint
-from compress.checkpoint.spec import FLOAT_DTYPES, Spec
 from compress.checkpoint.structure import alias, factored, projected, shared, sized
 from compress.checkpoint.write import write_checkpoint
-from compress.solvers.grids import Scales, rounded, to_codes, weights
+from compress.solvers.quant_format import Scales, rounded, to_codes, weights
+from compress.spec.formats import Grid
+from compress.spec.spec import FLOAT_DTYPES, Spec
 from tests import pico
 
 FOLDER = Path(__file__).resolve().parent.parent / "data/format1"
