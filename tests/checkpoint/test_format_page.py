@@ -13,12 +13,12 @@ import torch
 
 import compress
 from compress.checkpoint import bundle, codecs, quantization, structure
-from compress.checkpoint.grids import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, Grid
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import METADATA_KEY
 from compress.checkpoint.modeling import INPUT_ARRAYS
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.spec import CHAINS
+from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, Grid
+from compress.spec.spec import CHAINS
 from tests.checkpoint import golden
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/format.md").read_text(encoding="utf-8")
