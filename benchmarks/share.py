@@ -98,8 +98,8 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
 
     import compress
     from compress import architectures
-    from compress.blockwise.runner import Inputs, Sweep
-    from compress.blockwise.saved_hessians import Gathered
+    from compress.blockwise.runner import BlockRunner, Inputs
+    from compress.blockwise.saved_hessians import SavedHessians
     from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.passes.blockwise import block_matrices
@@ -119,12 +119,12 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     by_block: dict[int, list[str]] = {}
     for name in names:
         by_block.setdefault(record.block_index(name) or 0, []).append(name)
-    sweep = Sweep(
+    runner = BlockRunner(
         checkpoint, Inputs({"input_ids": ids}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
         progress=SilentProgress(), with_targets=False,
     )  # fmt: skip
-    read = Gathered(scratch / "read", "cpu")
-    read.gather(sweep, by_block, "reading what blocks multiply", check=True)
+    read = SavedHessians(scratch / "read", "cpu")
+    read.collect(runner, by_block, "reading what blocks multiply", check=True)
 
     def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
         U, S, V = torch.linalg.svd(W, full_matrices=False)

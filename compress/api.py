@@ -153,7 +153,7 @@ def apply(
     from compress.pipeline.run import check_dtype, check_result, resolve_device
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
-    from compress.recipe.model import Calibration, Training
+    from compress.recipe.model import CalibrationSection, TrainingData
 
     instance = passes.get(name)
     try:
@@ -169,7 +169,7 @@ def apply(
     original = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
     plan_pass(original.spec, instance, chosen, store)  # refuse before any work
 
-    section: Training | Calibration | None = None
+    section: TrainingData | CalibrationSection | None = None
     if data is not None and not isinstance(data, torch.Tensor):
         files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
         asked: dict[str, Any] = {
@@ -180,8 +180,8 @@ def apply(
             "length": length,
             "label": label,
         }
-        kind = Training if "training" in instance.needed(chosen) else Calibration
-        if kind is Training and len(files) == 1 and Path(files[0]).is_dir():
+        kind = TrainingData if "training" in instance.required_data(chosen) else CalibrationSection
+        if kind is TrainingData and len(files) == 1 and Path(files[0]).is_dir():
             asked["images"], files = files[0], []
         try:
             asked |= {"files": tuple(files)} if files else {}

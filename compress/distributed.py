@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among ``world``; with one process every call returns what it was given."""
 
     rank: int = 0
     world: int = 1
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def shard(self, items: Sequence[T]) -> list[T]:
         """Every ``world``-th item, from this rank's on."""
         return list(items[self.rank :: self.world])
 
-    def add(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all processes."""
         if self.world > 1:
             import torch.distributed as dist
@@ -31,17 +31,17 @@ class Ranks:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def total(self, *values: float) -> list[float]:
+    def reduce_sum(self, *values: float) -> list[float]:
         """Sums over all processes."""
         if self.world == 1:
             return list(values)
         import torch
 
         tensor = torch.tensor(values, dtype=torch.float64)
-        self.add(tensor)
+        self.all_reduce(tensor)
         return [float(v) for v in tensor]
 
-    def spread(self, source: int, *tensors: torch.Tensor) -> None:
+    def broadcast(self, source: int, *tensors: torch.Tensor) -> None:
         """Overwrite each tensor by that of process ``source``. Bool tensors go as bytes."""
         if self.world > 1:
             import torch
@@ -50,7 +50,7 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, source)
 
-    def tell(self, source: int, value: Any) -> Any:
+    def broadcast_object(self, source: int, value: Any) -> Any:
         """The value that process ``source`` has."""
         if self.world == 1:
             return value
@@ -60,7 +60,7 @@ class Ranks:
         dist.broadcast_object_list(box, source)
         return box[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
             import torch.distributed as dist

@@ -1,7 +1,7 @@
 """Files and folders that this project makes: written whole, removed at one stroke, read as if they could be damaged.
 
 What is being written or removed bears the name ``.NAME.tmp-PROCESS-NUMBER`` beside its place. A process that is killed leaves
-such a thing and nothing half done under a name that counts; `sweep` removes it once its process is gone.
+such a thing and nothing half done under a name that counts; `remove_leftovers` removes it once its process is gone.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def temporary(folder: Path) -> Iterator[Path]:
     """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        remove_leftovers(folder)
         temp = _aside(folder)
         temp.mkdir()
         held = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -119,7 +119,7 @@ def leftovers(folder: Path, name: str | None = None) -> list[Path]:
     ]
 
 
-def sweep(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what dead processes left of ``path``."""
     for leftover in leftovers(path.parent, path.name):
         with contextlib.suppress(OSError):

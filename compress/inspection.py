@@ -19,7 +19,7 @@ from compress.spec.spec import Spec, Tensor
 
 def storage_name(tensor: Tensor) -> str:
     """The chain of codecs, a grid by its format: ``mask ∘ int4``."""
-    chain = tensor.storage if tensor.grid is None else (*tensor.storage[:-1], tensor.grid.format)
+    chain = tensor.storage if tensor.quant_format is None else (*tensor.storage[:-1], tensor.quant_format.format)
     return " ∘ ".join(chain)
 
 

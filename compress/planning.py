@@ -13,7 +13,7 @@ from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
-from compress.passes.base import EDITS, values_of
+from compress.passes.base import EDITS, accepted_values
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
         instance = passes.get(entry.name)
         try:
             following = plan_pass(current, instance, entry.settings, store)
-            for name in instance.needed(entry.settings):
+            for name in instance.required_data(entry.settings):
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)
                     check_positions(section.length, architectures.positions(current), name=name)
@@ -208,7 +208,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 planned_size(following, store, recipe.max_shard_size, metadata),
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
-                tuple(instance.notes(current, entry.settings)),
+                tuple(instance.plan_notes(current, entry.settings)),
             )
         )
         current = following
@@ -226,9 +226,9 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
     """The checkpoint that a pass will write in that store. Raises `PassError` where it cannot apply."""
     from compress.errors import PassError
 
-    if "integer" not in instance.accepts and (name := next((t.name for t in spec.stored() if t.grid), None)):
+    if "integer" not in instance.accepts and (name := next((t.name for t in spec.stored() if t.quant_format), None)):
         raise PassError(
-            f"{instance.name} accepts {values_of(instance)} weights, and {name} is quantised",
+            f"{instance.name} accepts {accepted_values(instance)} weights, and {name} is quantised",
             fix="start from the unquantised checkpoint, or make it dense with `compress unpack`",
         )
     if edit := next((e for e in spec.structure.edits if STORAGE[e.kind] not in instance.accepts), None):
@@ -237,7 +237,7 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             fix="start from the checkpoint before that"
             + ("" if uneven(spec) else ", or make it dense with `compress unpack`"),
         )
-    if small := next((t for t in spec.stored() if t.grid is None and t.dtype.startswith("F8")), None):
+    if small := next((t for t in spec.stored() if t.quant_format is None and t.dtype.startswith("F8")), None):
         raise PassError(
             f"{small.name} holds 8-bit floats ({small.dtype}), and neither scales nor a config say what they stand for",
             fix="start from the unquantised checkpoint, or from one whose config.json has its quantization_config",
@@ -251,10 +251,10 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
         )
     holds = stock_holds(following)
     if store == "stock" and (tensor := next((t for t in following.stored() if not holds(t)), None)):
-        assert tensor.grid is not None
+        assert tensor.quant_format is not None
         raise PassError(
-            f"stock loaders take no such codes ({tensor.grid.format}) for {tensor.name}" + _experts(following),
-            fix="use `store: compact`" + ("" if tensor.grid.symmetric else ", or `symmetric: true`"),
+            f"stock loaders take no such codes ({tensor.quant_format.format}) for {tensor.name}" + _experts(following),
+            fix="use `store: compact`" + ("" if tensor.quant_format.symmetric else ", or `symmetric: true`"),
         )
     if following.structure.config.get("auto_map") and needs_code(with_storage(following, store)):
         raise PassError(
@@ -263,7 +263,9 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
         )
     rounded = {
         "kv_cache": following.structure.kv_cache is not None,
-        "activations": any(t.grid is not None and t.grid.activations is not None for t in following.stored()),
+        "activations": any(
+            t.quant_format is not None and t.quant_format.activations is not None for t in following.stored()
+        ),
     }
     if (key := next((k for k, said in rounded.items() if said), None)) and needs_code(with_storage(following, store)):
         raise PassError(
@@ -294,7 +296,7 @@ def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedP
 
 
 def _streams(item: PlannedPass) -> bool:
-    return bool(passes.get(item.name).works(item.settings) == "stream")
+    return bool(passes.get(item.name).mode_for(item.settings) == "stream")
 
 
 def _peak(before: Spec, after: Spec, entry: PassEntry, dtype: str) -> int:
@@ -307,5 +309,5 @@ def _peak(before: Spec, after: Spec, entry: PassEntry, dtype: str) -> int:
     said = instance.memory(before, entry.settings, width)
     if said is not None:
         return RUNTIME_BYTES + max(said, stream)
-    model = 2 * width * before.parameters if instance.needed(entry.settings) else 0
+    model = 2 * width * before.parameters if instance.required_data(entry.settings) else 0
     return RUNTIME_BYTES + stream + model

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 
-class Task(Protocol):
+class ProgressTask(Protocol):
     """A running piece of work; a context manager."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
@@ -25,7 +25,7 @@ class Progress(Protocol):
     def stage(self, index: int, total: int, title: str) -> None:
         """Stage ``index`` (from 1) of ``total`` begins."""
 
-    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
+    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
         """Begin a piece of work of ``total`` units (None: unknown)."""
         ...
 
@@ -52,7 +52,7 @@ class SilentProgress:
     def stage(self, index: int, total: int, title: str) -> None:
         """Nothing."""
 
-    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
+    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
         """A task that says nothing."""
         return _SilentTask()
 

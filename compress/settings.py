@@ -112,10 +112,10 @@ def parse_increase(value: Any) -> dict[str, Any]:
     raise _fail("a relative change such as 5%, or an absolute one such as 0.02", value)
 
 
-Size = Annotated[
+ByteSize = Annotated[
     int, BeforeValidator(parse_size), WithJsonSchema({"type": ["integer", "string"], "examples": ["500MB", "4GiB"]})
 ]
-Share = Annotated[
+Fraction = Annotated[
     float, BeforeValidator(parse_share), WithJsonSchema({"type": ["number", "string"], "examples": ["50%", 0.5]})
 ]
 Amount = Annotated[

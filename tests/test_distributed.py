@@ -62,22 +62,22 @@ def world(code, *arguments, count=2, status=0):
     return output
 
 
-SWEEP = """
+BLOCKWISE = """
 import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from compress.passes.cast.block import Casting, cast_block
-from compress.passes.prune_unstructured.block import Pruning, prune_block
-from compress.distributed import Ranks
-from compress.blockwise.runner import Inputs, Sweep
-from compress.blockwise.reconstruct import Tuning
+from compress.passes.cast.block import CastOptions, cast_block
+from compress.passes.prune_unstructured.block import PruneOptions, prune_block
+from compress.distributed import ProcessGroup
+from compress.blockwise.runner import Inputs, BlockRunner
+from compress.blockwise.reconstruct import Reconstruction
 from compress import architectures
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.checkpoint.open import open_checkpoint
 from compress.progress import SilentProgress
 dist.init_process_group("gloo")
-ranks = Ranks(dist.get_rank(), dist.get_world_size())
+processes = ProcessGroup(dist.get_rank(), dist.get_world_size())
 torch.set_num_threads(1)
 for folder in sys.argv[2:]:
     checkpoint = open_checkpoint(folder)
@@ -85,16 +85,16 @@ for folder in sys.argv[2:]:
     wanted = {t.name for t in checkpoint.spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
     ids = torch.randint(2, 250, (15, 24), generator=torch.Generator().manual_seed(1))
     for method in ("wanda", "sparsegpt", "alps"):
-        how = Pruning(method, dict.fromkeys(wanted, 0.5), None, Tuning(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
-        sweep = Sweep(
-            checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{ranks.world}",
-            dtype="float32", device="cpu", progress=SilentProgress(), with_targets=how.tuning is not None, ranks=ranks)
-        sweep.run(lambda block: prune_block(block, how), "pruning")
-    how = Casting(None, {name: Grid("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
-    sweep = Sweep(
-        checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-cast-{ranks.world}",
-        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True, ranks=ranks)
-    sweep.run(lambda block: cast_block(block, how), "casting")
+        options = PruneOptions(method, dict.fromkeys(wanted, 0.5), None, Reconstruction(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
+        runner = BlockRunner(
+            checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{processes.world}",
+            dtype="float32", device="cpu", progress=SilentProgress(), with_targets=options.reconstruction is not None, processes=processes)
+        runner.run(lambda block: prune_block(block, options), "pruning")
+    options = CastOptions(None, {name: QuantFormat("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
+    runner = BlockRunner(
+        checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-cast-{processes.world}",
+        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True, processes=processes)
+    runner.run(lambda block: cast_block(block, options), "casting")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -104,7 +104,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     """Sums in another order differ in their last digits, so a mask may differ where two weights are all but equal."""
     folders = [pico.save(tmp_path / f, f, with_tokenizer=False) for f in ("llama", "qwen3_moe")]
     for count in (1, 2):
-        world(SWEEP, tmp_path / "work", *folders, count=count)
+        world(BLOCKWISE, tmp_path / "work", *folders, count=count)
     for folder in folders:
         one, two = (tmp_path / "work" / f"{folder.name}-cast-{n}" / "blocks" for n in (1, 2))
         # a code that differs in one block changes what all later ones have to make up for
@@ -178,7 +178,7 @@ def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, 
     recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "tune_epochs": 0}}]
     recipe_file.write_text(json.dumps(recipe))
     world(COMPRESS, "run", recipe_file, "--quiet")
-    assert len({t.grid for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
+    assert len({t.quant_format for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
 
 
 def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 Side = Literal["out", "in"]
 #: How the projection to queries, keys and values is laid out: three modules; one whose outputs are all queries, then all
 #: keys, then all values; or one with a query, a key and a value for each head in turn.
-Layout = Literal["separate", "stacked", "interleaved"]
+FusedLayout = Literal["separate", "stacked", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Attention:
     key: str
     value: str
     output: str
-    layout: Layout = "separate"
+    layout: FusedLayout = "separate"
     free: bool = False
     even: bool = False
     rotary: bool = False
@@ -94,7 +94,7 @@ class Relative:
 
 
 @dataclass(frozen=True)
-class Member:
+class Slice:
     """Where units lie along the outputs or inputs of a module: for unit u, entries ``start + (s·units + u)·width + w`` of
     every section s."""
 
@@ -119,7 +119,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Units:
+class PrunableGroup:
     """Units of one kind in one block.
 
     Attributes:
@@ -133,7 +133,7 @@ class Units:
     kind: Literal["mlp", "heads", "groups"]
     name: str
     count: int
-    members: tuple[Member, ...]
+    members: tuple[Slice, ...]
     groups: int = 1
     size_key: str | None = None
     multiple: int = 1
@@ -144,47 +144,47 @@ class Units:
         return self.members[-1].width
 
 
-def neurons(mlp: Mlp, path: str, count: int) -> Units:
+def neurons(mlp: Mlp, path: str, count: int) -> PrunableGroup:
     """The neurons of an MLP of one block; ``path`` is what the names of the block's modules begin with."""
-    up = tuple(Member(path + m, "out", sections=mlp.sections) for m in mlp.up)
+    up = tuple(Slice(path + m, "out", sections=mlp.sections) for m in mlp.up)
     down = path + mlp.down
-    return Units("mlp", down, count, (*up, Member(down, "in")), size_key=mlp.size_key, multiple=mlp.multiple)
+    return PrunableGroup("mlp", down, count, (*up, Slice(down, "in")), size_key=mlp.size_key, multiple=mlp.multiple)
 
 
-def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> Units:
+def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:
     """Query heads, to be removed within their groups."""
-    output = Member(path + attention.output, "in", head_dim)
-    query = Member(path + attention.query, "out", head_dim)
+    output = Slice(path + attention.output, "in", head_dim)
+    query = Slice(path + attention.query, "out", head_dim)
     assert attention.layout != "interleaved" or queries == groups
-    return Units("heads", output.module, queries, (query, output), groups)
+    return PrunableGroup("heads", output.module, queries, (query, output), groups)
 
 
-def head_groups(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> Units:
+def head_groups(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:
     """Groups of query heads with their key and value head; single heads where each has its own."""
     wide = queries // groups * head_dim
-    output = Member(path + attention.output, "in", wide)
+    output = Slice(path + attention.output, "in", wide)
     query, key, value = (path + m for m in (attention.query, attention.key, attention.value))
-    members: tuple[Member, ...]
+    members: tuple[Slice, ...]
     if attention.layout == "interleaved":
-        members = (Member(query, "out", 3 * head_dim),)
+        members = (Slice(query, "out", 3 * head_dim),)
     else:
         after = (groups * wide, groups * (wide + head_dim)) if attention.layout == "stacked" else (0, 0)
         members = (
-            Member(query, "out", wide),
-            Member(key, "out", head_dim, after[0]),
-            Member(value, "out", head_dim, after[1]),
+            Slice(query, "out", wide),
+            Slice(key, "out", head_dim, after[0]),
+            Slice(value, "out", head_dim, after[1]),
         )
-    return Units("groups", output.module, groups, (*members, output))
+    return PrunableGroup("groups", output.module, groups, (*members, output))
 
 
-def same_heads(attention: Attention, blocks: Sequence[Units], first: str) -> Units:
+def same_heads(attention: Attention, blocks: Sequence[PrunableGroup], first: str) -> PrunableGroup:
     """Heads that go from all blocks of a list together, with what the table of the first block says of them."""
-    table = Member(first + str(attention.table), "in")
+    table = Slice(first + str(attention.table), "in")
     return replace(blocks[-1], members=(table, *(member for units in blocks for member in units.members)))
 
 
 @dataclass(frozen=True)
-class Merge:
+class KVHeadMerge:
     """Key and value heads of a block that become fewer: every run of ``heads // left`` neighbours becomes one.
 
     Attributes:
@@ -195,17 +195,17 @@ class Merge:
     heads: int
     left: int
     rotary: int
-    query: Member
-    key: Member
-    value: Member
-    output: Member
+    query: Slice
+    key: Slice
+    value: Slice
+    output: Slice
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[Slice, ...]:
         """All places."""
         return self.query, self.key, self.value, self.output
 
-    def kept(self) -> tuple[Units, list[int]]:
+    def kept(self) -> tuple[PrunableGroup, list[int]]:
         """What is left of keys and values once merged heads are equal: the first of each run."""
-        units = Units("groups", self.output.module, self.heads, (self.key, self.value))
+        units = PrunableGroup("groups", self.output.module, self.heads, (self.key, self.value))
         return units, list(range(0, self.heads, self.heads // self.left))

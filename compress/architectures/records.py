@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress.architectures.groups import Attention, Hidden, Layout, Mlp, Relative
+from compress.architectures.groups import Attention, FusedLayout, Hidden, Mlp, Relative
 from compress.architectures.record import Architecture, Leftover
 
 _QKVO = Attention(
@@ -16,7 +16,7 @@ _QKVO = Attention(
 _NORMED = replace(_QKVO, rotary=False)
 
 
-def _fused(module: str, output: str, layout: Layout, free: bool = False) -> Attention:
+def _fused(module: str, output: str, layout: FusedLayout, free: bool = False) -> Attention:
     return Attention(module, module, module, output, layout, free)
 
 

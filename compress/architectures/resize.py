@@ -6,18 +6,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from compress.architectures.groups import Hidden, Member, Merge, Mlp, Units, head_groups, heads, neurons, same_heads
+from compress.architectures.groups import (
+    Hidden,
+    KVHeadMerge,
+    Mlp,
+    PrunableGroup,
+    Slice,
+    head_groups,
+    heads,
+    neurons,
+    same_heads,
+)
 from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
 #: Units and the numbers of those that stay.
-Kept = tuple[Units, Sequence[int]]
+Kept = tuple[PrunableGroup, Sequence[int]]
 
 
-def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
+def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[PrunableGroup]]:
     """Neurons of every MLP by block; of blocks with experts one entry per expert."""
-    found: dict[int, list[Units]] = {}
+    found: dict[int, list[PrunableGroup]] = {}
     for path, index in block_numbers(record, spec).items():
         for mlp in record.mlps:
             for expert in _experts(spec, path, mlp):
@@ -28,7 +38,7 @@ def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[Units]]:
     return found
 
 
-def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, list[Units]]:
+def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]:
     """By block: query heads, to go within their groups, or whole groups; those of a list together where they share a table."""
     if record.attention is None:
         return {}
@@ -36,8 +46,8 @@ def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int
     queries, head_dim = int(record.value(config, record.heads_key)), record.head_dim(config)
     groups = kv_heads(record, config)
     make = head_groups if whole_groups else heads
-    found: dict[int, list[Units]] = {}
-    lists: dict[str, list[Units]] = {}  # by what the names of the list's first block begin with
+    found: dict[int, list[PrunableGroup]] = {}
+    lists: dict[str, list[PrunableGroup]] = {}  # by what the names of the list's first block begin with
     for path, index in sorted(block_numbers(record, spec).items(), key=lambda block: block[1]):
         one = make(record.attention, path, queries, groups, head_dim)
         if record.attention.table is None:
@@ -57,7 +67,7 @@ def kv_heads(record: Architecture, config: Mapping[str, Any]) -> int:
     return int(found or record.value(config, record.heads_key))
 
 
-def merges(record: Architecture, spec: Spec, left: int) -> dict[int, Merge]:
+def merges(record: Architecture, spec: Spec, left: int) -> dict[int, KVHeadMerge]:
     """By block: its key and value heads, to become ``left``.
 
     Raises:
@@ -74,7 +84,7 @@ def merges(record: Architecture, spec: Spec, left: int) -> dict[int, Merge]:
     share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
     rotary = int(record.head_dim(config) * share) if record.attention.rotary else 0
     return {
-        index: Merge(one.count, left, rotary, *one.members)
+        index: KVHeadMerge(one.count, left, rotary, *one.members)
         for index, (one,) in head_units(record, spec, whole_groups=True).items()
     }
 
@@ -95,7 +105,7 @@ def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict
     return result
 
 
-def _places(record: Architecture, spec: Spec, member: Member) -> list[tuple[str, int]]:
+def _places(record: Architecture, spec: Spec, member: Slice) -> list[tuple[str, int]]:
     weight, bias = f"{member.module}.weight", f"{member.module}.bias"
     places = [(weight, _axis(record, member.side))]
     return [*places, (bias, 0)] if member.side == "out" and bias in spec.tensors else places

@@ -17,7 +17,7 @@ from compress.errors import PassError
 
 
 @dataclass
-class Site:
+class TargetLinear:
     """One weight matrix of a block.
 
     Attributes:
@@ -37,7 +37,7 @@ class Site:
 
 
 @dataclass
-class Statistics:
+class InputStatistics:
     """Sums over calibration tokens of a group's inputs: H = Σ x xᵀ [I, I], Σ x [I], and the number of tokens.
 
     While they are gathered, inputs wait until there are ``batch`` tokens, and of H only the upper part is kept.
@@ -173,9 +173,9 @@ def _view(matrix: torch.Tensor) -> torch.nn.Linear:
     return linear
 
 
-def find_sites(
+def find_linears(
     streamed: StreamedModel, index: int, block: Any, wanted: Iterable[str]
-) -> tuple[list[Site], list[tuple[Any, str, Experts]]]:
+) -> tuple[list[TargetLinear], list[tuple[Any, str, Experts]]]:
     """The sites of the wanted tensors of a block, in the order of its modules; and the fused experts to replace.
 
     Raises:
@@ -199,7 +199,7 @@ def find_sites(
     for parameter, probe in probes.items():
         for stored, value in streamed.stored_names(index, {parameter: probe}).items():
             names[parameter, int(value.flatten()[0])] = stored
-    by_name: dict[str, Site] = {}
+    by_name: dict[str, TargetLinear] = {}
     swaps: list[tuple[Any, str, Experts]] = []
     for path, module in block.named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
@@ -207,7 +207,7 @@ def find_sites(
             transposed = isinstance(module, Conv1D)
             data: torch.Tensor = module.weight.data
             stored = names[parameter, int(numbers[parameter])]
-            by_name[stored] = Site(stored, parameter, data.T if transposed else data, transposed, module)
+            by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
         elif path in fused:
             parent, _, child = path.rpartition(".")
             experts = Experts(module)
@@ -220,7 +220,7 @@ def find_sites(
                 ):
                     stored = names[parameter, code]
                     matrix: Any = linear.weight.data
-                    by_name[stored] = Site(stored, parameter, matrix, False, linear, experts)
+                    by_name[stored] = TargetLinear(stored, parameter, matrix, False, linear, experts)
     wanted = set(wanted)
     if lost := sorted(wanted - by_name.keys()):
         raise PassError(
@@ -228,11 +228,11 @@ def find_sites(
             key="skip",
             fix=f"skip it: skip: [{lost[0].rpartition('.')[0]}], or use method: magnitude",
         )
-    return [site for site in by_name.values() if site.name in wanted], swaps
+    return [linear for linear in by_name.values() if linear.name in wanted], swaps
 
 
 @contextmanager
-def noting_outputs(sites: Iterable[Site]) -> Iterator[dict[str, list[torch.Tensor]]]:
+def record_outputs(linears: Iterable[TargetLinear]) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Within, what the modules of sites give is noted by their names, in the order of their first call."""
     outputs: dict[str, list[torch.Tensor]] = {}
 
@@ -242,7 +242,7 @@ def noting_outputs(sites: Iterable[Site]) -> Iterator[dict[str, list[torch.Tenso
 
         return hook
 
-    handles = [site.module.register_forward_hook(listen(site.name)) for site in sites]
+    handles = [linear.module.register_forward_hook(listen(linear.name)) for linear in linears]
     try:
         yield outputs
     finally:
@@ -262,7 +262,9 @@ def unfused(swaps: Sequence[tuple[Any, str, Experts]]) -> Iterator[None]:
             setattr(parent, child, experts.fused)
 
 
-def group_sites(sites: Sequence[Site], run: Callable[[], Any]) -> tuple[list[list[Site]], int | None]:
+def group_linears(
+    linears: Sequence[TargetLinear], run: Callable[[], Any]
+) -> tuple[list[list[TargetLinear]], int | None]:
     """Sites that read the same tensor, found by running one small batch. Sites that saw none (cold experts) are alone.
 
     Returns:
@@ -270,27 +272,29 @@ def group_sites(sites: Sequence[Site], run: Callable[[], Any]) -> tuple[list[lis
     """
     seen: dict[str, list[torch.Tensor]] = {}
     order: list[str] = []
-    handles = [s.module.register_forward_pre_hook(_remember(s.name, seen.setdefault(s.name, []), order)) for s in sites]
+    handles = [
+        s.module.register_forward_pre_hook(_remember(s.name, seen.setdefault(s.name, []), order)) for s in linears
+    ]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    groups: list[list[Site]] = []
+    groups: list[list[TargetLinear]] = []
     heads: list[torch.Tensor | None] = []
-    for site in sites:
-        mine = seen[site.name][0] if seen[site.name] else None
+    for linear in linears:
+        mine = seen[linear.name][0] if seen[linear.name] else None
         # the tensors are all alive, so equal addresses are the same tensor
         place = next((i for i, h in enumerate(heads) if h is not None and mine is not None and _same(h, mine)), None)
-        if place is None and mine is None and site.owner is not None:
-            place = next((i for i, g in enumerate(groups) if heads[i] is None and _pair(g[0], site)), None)
+        if place is None and mine is None and linear.owner is not None:
+            place = next((i for i, g in enumerate(groups) if heads[i] is None and _pair(g[0], linear)), None)
         if place is None:
             groups.append([])
             heads.append(mine)
             place = len(groups) - 1
-        site.group = place
-        groups[place].append(site)
-    if any(site.owner is not None or len(seen[site.name]) != 1 for site in sites):
+        linear.group = place
+        groups[place].append(linear)
+    if any(linear.owner is not None or len(seen[linear.name]) != 1 for linear in linears):
         return groups, None
     last = max(range(len(groups)), key=lambda g: order.index(groups[g][0].name))
     return groups, last
@@ -308,7 +312,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def _pair(a: Site, b: Site) -> bool:
+def _pair(a: TargetLinear, b: TargetLinear) -> bool:
     """Gate and up projection of one expert."""
     if a.owner is None or a.owner is not b.owner:
         return False
@@ -316,12 +320,12 @@ def _pair(a: Site, b: Site) -> bool:
 
 
 @contextmanager
-def gathering(
-    groups: Sequence[Sequence[Site]], dtype: Callable[[int], torch.dtype], device: str, last: int | None = None
-) -> Iterator[list[Statistics]]:
-    """Within, every forward pass of the block adds to the statistics of the groups; `set_counted` says which tokens count.
+def collect_hessians(
+    groups: Sequence[Sequence[TargetLinear]], dtype: Callable[[int], torch.dtype], device: str, last: int | None = None
+) -> Iterator[list[InputStatistics]]:
+    """Within, every forward pass of the block adds to the statistics of the groups; `set_token_mask` says which tokens count.
 
-    With ``last`` a pass ends by `Enough` once that group has its inputs: nothing after it is wanted.
+    With ``last`` a pass ends by `StopForward` once that group has its inputs: nothing after it is wanted.
     """
     statistics = []
     handles = []
@@ -330,7 +334,7 @@ def gathering(
         hessian = torch.zeros(width, width, dtype=dtype(width), device=device)
         # of many experts each would hold its own waiting inputs
         waits = hessian.dtype == torch.float64 and group[0].owner is None
-        sums = Statistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
+        sums = InputStatistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
         statistics.append(sums)
         handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums, number == last)))
     try:
@@ -342,26 +346,26 @@ def gathering(
         sums.finish()
 
 
-class Enough(Exception):
+class StopForward(Exception):
     """Ends a pass through a block whose statistics are complete."""
 
 
-def _adder(site: Site, sums: Statistics, last: bool) -> Callable[..., None]:
+def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        counted = site.owner.counted if site.owner is not None else getattr(module, "counted", None)
+        counted = linear.owner.counted if linear.owner is not None else getattr(module, "counted", None)
         if counted is not None:
             x = x[counted]
         if len(x):
             sums.add(x)
         if last:
-            raise Enough
+            raise StopForward
 
     return hook
 
 
-def set_counted(
-    groups: Sequence[Sequence[Site]], swaps: Sequence[tuple[Any, str, Experts]], mask: torch.Tensor | None
+def set_token_mask(
+    groups: Sequence[Sequence[TargetLinear]], swaps: Sequence[tuple[Any, str, Experts]], mask: torch.Tensor | None
 ) -> None:
     """Say which tokens count in the next forward pass: bool [samples, length], None for all."""
     flat = None if mask is None else mask.flatten()

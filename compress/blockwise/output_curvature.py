@@ -16,13 +16,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from compress.blockwise.activations import Activations
-from compress.blockwise.linears import noting_outputs, unfused
-from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_AT_ONCE, held_outputs
+from compress.blockwise.linears import record_outputs, unfused
+from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
 from compress.errors import CheckpointError
 from compress.models.loading import arguments_of
 
 if TYPE_CHECKING:
-    from compress.blockwise.runner import Block, Sweep
+    from compress.blockwise.runner import Block, BlockRunner
 
 
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -43,46 +43,48 @@ class Gradients:
         known: whether there are any: the model has a head that predicts tokens. Said by `measure`.
     """
 
-    def __init__(self, sweep: Sweep, work: Path) -> None:
-        self.sweep, self.work, self.known = sweep, work, False
-        length = next(iter(sweep.inputs.values.values())).shape[1:].numel()
-        self._samples = min(-(-GRADIENT_TOKENS // max(1, length)), sweep.inputs.samples)
+    def __init__(self, runner: BlockRunner, work: Path) -> None:
+        self.runner, self.work, self.known = runner, work, False
+        length = next(iter(runner.inputs.values.values())).shape[1:].numel()
+        self._samples = min(-(-GRADIENT_TOKENS // max(1, length)), runner.inputs.samples)
 
     def batches(self) -> Iterator[list[int]]:
         """Numbers of this process's samples that have gradients, a batch at a time."""
-        return self.sweep.batches(self._samples)
+        return self.runner.batches(self._samples)
 
     def measure(self) -> None:
         """Go through the model forwards and back; nothing where an earlier run of the sweep has."""
-        sweep, done = self.sweep, self.work / "done"
-        model: Any = sweep.streamed.model
-        self.known = sweep.streamed.record.has_head(sweep.checkpoint.spec) and model.get_output_embeddings() is not None
-        if not self.known or sweep.ranks.tell(0, done.exists()):
+        runner, done = self.runner, self.work / "done"
+        model: Any = runner.streamed.model
+        self.known = (
+            runner.streamed.record.has_head(runner.checkpoint.spec) and model.get_output_embeddings() is not None
+        )
+        if not self.known or runner.processes.broadcast_object(0, done.exists()):
             return
-        shape = tuple(sweep.first_hidden([0]).shape[1:])
-        inputs = [self._file(f"inputs{i}", shape) for i in range(sweep.depth + 1)]
-        with sweep.progress.task("measuring which outputs matter", 2 * sweep.depth, "blocks") as task:
+        shape = tuple(runner.first_hidden([0]).shape[1:])
+        inputs = [self._file(f"inputs{i}", shape) for i in range(runner.depth + 1)]
+        with runner.progress.task("measuring which outputs matter", 2 * runner.depth, "blocks") as task:
             for rows in self.batches():
-                inputs[0].write(rows, sweep.first_hidden(rows))
-            for index in range(sweep.depth):
-                with torch.no_grad(), sweep.streamed.block(index) as module:
+                inputs[0].write(rows, runner.first_hidden(rows))
+            for index in range(runner.depth):
+                with torch.no_grad(), runner.streamed.block(index) as module:
                     for rows in self.batches():
-                        hidden = inputs[index].read(rows).to(sweep.device)
-                        inputs[index + 1].write(rows, sweep.through(index, module, rows, hidden))
+                        hidden = inputs[index].read(rows).to(runner.device)
+                        inputs[index + 1].write(rows, runner.through(index, module, rows, hidden))
                 task.advance()
-            later = self._file(f"{sweep.depth - 1}", shape)
-            with sweep.streamed.head():
+            later = self._file(f"{runner.depth - 1}", shape)
+            with runner.streamed.head():
                 for rows in self.batches():
                     for row in rows:
-                        later.write([row], self._at_the_end(row, inputs[-1].read([row]).to(sweep.device)))
+                        later.write([row], self._at_the_end(row, inputs[-1].read([row]).to(runner.device)))
             task.advance()
-            for index in reversed(range(1, sweep.depth)):
+            for index in reversed(range(1, runner.depth)):
                 earlier = self._file(f"{index - 1}", shape)
-                with sweep.streamed.block(index) as module:
+                with runner.streamed.block(index) as module:
                     for rows in self.batches():
-                        hidden = inputs[index].read(rows).to(sweep.device).requires_grad_()
+                        hidden = inputs[index].read(rows).to(runner.device).requires_grad_()
                         with torch.enable_grad():
-                            output = sweep.through(index, module, rows, hidden)
+                            output = runner.through(index, module, rows, hidden)
                         (found,) = torch.autograd.grad(output, hidden, later.read(rows).to(output))
                         earlier.write(rows, found)
                 later.sync()
@@ -94,26 +96,26 @@ class Gradients:
         later.close()
         for file in inputs:
             _drop(file)
-        sweep.ranks.wait()
-        if not sweep.ranks.rank:
+        runner.processes.barrier()
+        if not runner.processes.rank:
             done.touch()
-        sweep.ranks.wait()
+        runner.processes.barrier()
 
     def _file(self, name: str, shape: Sequence[int]) -> Activations:
-        return Activations(self.work / f"{name}.act", self._samples, shape, self.sweep.dtype)
+        return Activations(self.work / f"{name}.act", self._samples, shape, self.runner.dtype)
 
     def _at_the_end(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
         """Gradient at the last block's output of one sample, of tokens drawn from what it predicts."""
-        sweep, mask = self.sweep, self.sweep.mask([row])
+        runner, mask = self.runner, self.runner.mask([row])
         hidden.requires_grad_()
-        generator = torch.Generator(sweep.device).manual_seed(sweep.seed * 1_000_003 + row)
+        generator = torch.Generator(runner.device).manual_seed(runner.seed * 1_000_003 + row)
         length = hidden.shape[1]
-        some = "logits_to_keep" in arguments_of(sweep.streamed.model)
-        step = LOGITS_AT_ONCE if some else length
+        some = "logits_to_keep" in arguments_of(runner.streamed.model)
+        step = LOGITS_PER_CHUNK if some else length
         for start in range(0, length, step):
-            positions = torch.arange(start, min(start + step, length), device=sweep.device)
+            positions = torch.arange(start, min(start + step, length), device=runner.device)
             with torch.enable_grad():
-                logits = sweep.predict([row], hidden, {"logits_to_keep": positions} if some else {})[0].float()
+                logits = runner.predict([row], hidden, {"logits_to_keep": positions} if some else {})[0].float()
                 losses = cross_entropy(logits, draw(logits, generator), reduction="none")
                 (losses if mask is None else losses[mask[0, positions]]).sum().backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
@@ -122,20 +124,20 @@ class Gradients:
     def by_outputs(self, block: Block) -> dict[str, torch.Tensor]:
         """Σ g gᵀ over tokens, float32 [O, O], at the outputs of sites of a block that is still as it came.
 
-        Of those that every token passes once (no experts), from the narrowest on as many as `held_outputs` says.
+        Of those that every token passes once (no experts), from the narrowest on as many as `curvatures_that_fit` says.
         """
         if not self.known or block.originals is None:
             return {}
-        sites = sorted((s for s in block.sites if s.owner is None), key=lambda s: len(s.weight))
-        wanted = sites[: len(held_outputs([len(s.weight) for s in sites]))]
+        linears = sorted((s for s in block.linears if s.owner is None), key=lambda s: len(s.weight))
+        wanted = linears[: len(curvatures_that_fit([len(s.weight) for s in linears]))]
         if not wanted:
             return {}
         sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
         gradients = self._file(f"{block.index}", block.originals.shape)
         for rows in self.batches():
-            mask = self.sweep.mask(rows)
-            hidden = block.originals.read(rows).to(self.sweep.device).requires_grad_()
-            with torch.enable_grad(), unfused(block.swaps), noting_outputs(wanted) as outputs:
+            mask = self.runner.mask(rows)
+            hidden = block.originals.read(rows).to(self.runner.device).requires_grad_()
+            with torch.enable_grad(), unfused(block.swaps), record_outputs(wanted) as outputs:
                 whole = block.forward(rows, hidden)
             parts = {n: found[0] for n, found in outputs.items() if len(found) == 1}
             upstream = gradients.read(rows).to(whole)
@@ -146,7 +148,7 @@ class Gradients:
                     g = g if mask is None else g[mask.flatten()]
                     sums[name].addmm_(g.T, g)
         gradients.close()
-        self.sweep.ranks.add(*sums.values())
+        self.runner.processes.all_reduce(*sums.values())
         return {name: total for name, total in sums.items() if float(total.diagonal().sum()) > 0}
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.runner import Block, Changed, Sweep
+from compress.blockwise.runner import Block, BlockRunner, TensorExtras
 
 #: A block ▶ names of its tensors, each with ΔW [O, I] by trial. The first process keeps what it gives.
-Measure = Callable[[Block], Iterator[tuple[str, Mapping[str, torch.Tensor]]]]
+ProbeFn = Callable[[Block], Iterator[tuple[str, Mapping[str, torch.Tensor]]]]
 
 
-def on_trial(
-    sweep: Sweep, title: str, measure: Measure
+def probe_matrices(
+    runner: BlockRunner, title: str, measure: ProbeFn
 ) -> tuple[Callable[[str], dict[str, torch.Tensor]], list[dict[str, Any]]]:
     """Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
 
@@ -26,22 +26,22 @@ def on_trial(
     from safetensors.torch import save_file
 
     def path(index: int) -> Path:
-        return sweep.work / f"trial{index:05}.safetensors"
+        return runner.work / f"trial{index:05}.safetensors"
 
-    def look(block: Block) -> dict[str, Changed]:
+    def look(block: Block) -> dict[str, TensorExtras]:
         found = {
             f"{name}:{trial}": change.to("cpu", torch.bfloat16).contiguous()
             for name, changes in measure(block)
             for trial, change in changes.items()
         }
-        if not sweep.ranks.rank:
+        if not runner.processes.rank:
             save_file(found, path(block.index))
         return {}
 
-    rows = sweep.run(look, title).details
+    rows = runner.run(look, title).details
 
     def read(name: str) -> dict[str, torch.Tensor]:
-        index = sweep.streamed.record.block_index(name)
+        index = runner.streamed.record.block_index(name)
         assert index is not None
         with safe_open(path(index), framework="pt") as file:
             trials = [key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118

@@ -25,7 +25,7 @@ HELD_OUT = 1 / 16
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Reconstruction:
     """How to tune a block.
 
     Attributes:
@@ -39,26 +39,26 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Moving:
+class TrainableTensor:
     """A tensor that tuning moves, and the step that a rate of 1 means for it."""
 
     tensor: torch.Tensor
     unit: float
 
 
-def floats(block: Block, without: Collection[int] = ()) -> list[Moving]:
+def trainable_floats(block: Block, without: Collection[int] = ()) -> list[TrainableTensor]:
     """Every float parameter of the block by the root mean square of its values, but shared ones and those of these ids."""
     left = {*without, *block.frozen}
     parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in left]
-    return [Moving(p, max(float(p.detach().double().square().mean().sqrt()), 1e-8)) for p in parameters]
+    return [TrainableTensor(p, max(float(p.detach().double().square().mean().sqrt()), 1e-8)) for p in parameters]
 
 
-def tune(
+def reconstruct_block(
     block: Block,
-    how: Tuning,
-    moving: Sequence[Moving],
+    options: Reconstruction,
+    trainable: Sequence[TrainableTensor],
     project: Callable[[], None],
-    collect: Callable[[], None] | None = None,
+    chain_gradients: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Tune a block in place.
 
@@ -76,22 +76,22 @@ def tune(
         whether it paid; ``seconds``.
     """
     start = time.perf_counter()
-    sweep = block.sweep
+    runner = block.runner
     assert block.targets is not None
-    order = torch.Generator().manual_seed(sweep.seed * 1_000_003 + block.index)
-    samples = torch.randperm(sweep.inputs.samples, generator=order).tolist()
+    order = torch.Generator().manual_seed(runner.seed * 1_000_003 + block.index)
+    samples = torch.randperm(runner.inputs.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
     before, deviation = _error(block, test or train[:1])
-    kept = [m.tensor.detach().clone() for m in moving]
-    rate, steps, after = how.rate, 0, before
-    for rate in (how.rate, how.rate / RETRY, how.rate / RETRY**2):
-        steps += _descend(block, how, rate, train, moving, deviation, order, project, collect)
+    kept = [m.tensor.detach().clone() for m in trainable]
+    rate, steps, after = options.rate, 0, before
+    for rate in (options.rate, options.rate / RETRY, options.rate / RETRY**2):
+        steps += _descend(block, options, rate, train, trainable, deviation, order, project, chain_gradients)
         after = _error(block, test)[0] if test else 0.0
         if after < before or not test:
             break
         with torch.no_grad():
-            for m, old in zip(moving, kept, strict=True):
+            for m, old in zip(trainable, kept, strict=True):
                 m.tensor.copy_(old)
             project()
     return {
@@ -106,33 +106,33 @@ def tune(
 
 def _descend(
     block: Block,
-    how: Tuning,
+    options: Reconstruction,
     rate: float,
     train: Sequence[int],
-    moving: Sequence[Moving],
+    trainable: Sequence[TrainableTensor],
     deviation: float,
     order: torch.Generator,
     project: Callable[[], None],
-    collect: Callable[[], None] | None,
+    chain_gradients: Callable[[], None] | None,
 ) -> int:
     """All epochs at that rate; the number of steps."""
-    groups = [{"params": [m.tensor], "lr": rate * m.unit, "peak": rate * m.unit} for m in moving]
+    groups = [{"params": [m.tensor], "lr": rate * m.unit, "peak": rate * m.unit} for m in trainable]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
-    steps, step = how.epochs * -(-len(train) // how.batch), 0
+    steps, step = options.epochs * -(-len(train) // options.batch), 0
     parameters = [p for p in block.module.parameters() if p.is_floating_point()]
     for p in parameters:
         p.requires_grad_(True)
     try:
-        for _ in range(how.epochs):
+        for _ in range(options.epochs):
             shuffled = torch.randperm(len(train), generator=order).tolist()
-            for start in range(0, len(train), how.batch):
-                rows = sorted(train[i] for i in shuffled[start : start + how.batch])
+            for start in range(0, len(train), options.batch):
+                rows = sorted(train[i] for i in shuffled[start : start + options.batch])
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * (1 - step / steps)
                 _gradients(block, rows, parameters, deviation)
                 with torch.no_grad():
-                    if collect is not None:
-                        collect()
+                    if chain_gradients is not None:
+                        chain_gradients()
                     optimizer.step()
                     for p in parameters:
                         p.grad = None
@@ -147,28 +147,28 @@ def _descend(
 
 def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.Parameter], deviation: float) -> None:
     """Gradients of the loss on those samples; of several processes each takes some of them."""
-    ranks = block.sweep.ranks
-    if mine := ranks.mine(rows):
+    processes = block.runner.processes
+    if mine := processes.shard(rows):
         with torch.enable_grad():
             output, target = _parts(block, mine)
             loss = (output - target).float().square().mean() / deviation * (len(mine) / len(rows))
             loss.backward()  # type: ignore[no-untyped-call]
-    if ranks.world > 1:
+    if processes.world > 1:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            ranks.add(p.grad)
+            processes.all_reduce(p.grad)
 
 
 def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Output as the block is, and target, of those samples; of padded ones the tokens that count."""
-    sweep = block.sweep
+    runner = block.runner
     assert block.targets is not None
-    target = block.targets.read(rows).to(sweep.device)
-    if sweep.teacher is not None:
-        target = sweep.teacher.view(target)
-    output = block.forward(rows, block.inputs.read(rows).to(sweep.device))
-    if (mask := sweep.mask(rows)) is not None:
+    target = block.targets.read(rows).to(runner.device)
+    if runner.teacher is not None:
+        target = runner.teacher.view(target)
+    output = block.forward(rows, block.inputs.read(rows).to(runner.device))
+    if (mask := runner.mask(rows)) is not None:
         return output[mask], target[mask]
     return output, target
 
@@ -176,12 +176,12 @@ def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
 def _error(block: Block, rows: Sequence[int]) -> tuple[float, float]:
     """Squared error over the squared deviation of the targets, over all those samples; and the deviation per value."""
     total, scale, count = 0.0, 0.0, 0
-    mine = block.sweep.ranks.mine(rows)
+    mine = block.runner.processes.shard(rows)
     with torch.no_grad():
         for start in range(0, len(mine), 8):
             output, target = _parts(block, mine[start : start + 8])
             total += float((output - target).float().square().sum())
             scale += float((target.float() - target.float().mean()).square().sum())
             count += target.numel()
-    total, scale, values = block.sweep.ranks.total(total, scale, count)
+    total, scale, values = block.runner.processes.reduce_sum(total, scale, count)
     return (total / scale, scale / values) if scale else (0.0, 1.0)

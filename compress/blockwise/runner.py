@@ -22,23 +22,23 @@ import torch
 
 from compress.blockwise.activations import Activations
 from compress.blockwise.linears import (
-    Enough,
     Experts,
-    Site,
-    Statistics,
-    find_sites,
-    gathering,
-    group_sites,
-    set_counted,
+    InputStatistics,
+    StopForward,
+    TargetLinear,
+    collect_hessians,
+    find_linears,
+    group_linears,
+    set_token_mask,
     unfused,
 )
-from compress.blockwise.memory_budget import KEPT_FREED, STATISTICS_BYTES, TOKENS_PER_BATCH, WIDE
-from compress.blockwise.shared import Users, file_of
+from compress.blockwise.memory_budget import ALLOCATOR_RETAIN, FLOAT64_MAX_WIDTH, STATISTICS_BYTES, TOKENS_PER_BATCH
+from compress.blockwise.shared import SharedTensors, file_of
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.codecs import canonical, pack_bits
 from compress.checkpoint.decode import unpack_bits
 from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import CheckpointError, PassError
 from compress.memory import keep_freed
 from compress.progress import Progress, SilentProgress
@@ -104,11 +104,11 @@ class Block:
         reached: by expert, as the checkpoint calls it, how many tokens it read where that was counted.
     """
 
-    sweep: Sweep
+    runner: BlockRunner
     index: int
     module: Any
-    sites: list[Site]
-    groups: list[list[Site]]
+    linears: list[TargetLinear]
+    groups: list[list[TargetLinear]]
     swaps: list[tuple[Any, str, Experts]]
     inputs: Activations
     originals: Activations | None
@@ -120,23 +120,23 @@ class Block:
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
-        return self.sweep.through(self.index, self.module, rows, hidden)
+        return self.runner.through(self.index, self.module, rows, hidden)
 
-    def earlier_mask(self, site: Site) -> torch.Tensor | None:
+    def earlier_mask(self, linear: TargetLinear) -> torch.Tensor | None:
         """The keep-mask that a site's tensor came with, as the site shapes it; read only where there is one."""
-        if self.sweep.checkpoint.spec.tensors[site.name].kept is None:
+        if self.runner.checkpoint.spec.tensors[linear.name].kept is None:
             return None
-        mask = self.sweep.checkpoint.tensor(site.name).mask
+        mask = self.runner.checkpoint.tensor(linear.name).mask
         assert mask is not None
-        return (mask.T if site.transposed else mask).to(site.weight.device)
+        return (mask.T if linear.transposed else mask).to(linear.weight.device)
 
-    def reading(self, names: Collection[str]) -> list[list[Site]]:
+    def reading(self, names: Collection[str]) -> list[list[TargetLinear]]:
         """The groups that hold one of these tensors."""
-        return [group for group in self.groups if any(site.name in names for site in group)]
+        return [group for group in self.groups if any(linear.name in names for linear in group)]
 
     def statistics(
-        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[Site]] | None = None
-    ) -> Iterator[tuple[list[Site], Statistics, bool]]:
+        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[TargetLinear]] | None = None
+    ) -> Iterator[tuple[list[TargetLinear], InputStatistics, bool]]:
         """Each group with H = Σ x xᵀ of its inputs, and whether the block may be changed: no further pass through it follows.
 
         As many groups (all, or those given) at a time as fit ``budget`` bytes, at least one; each such part takes a pass over
@@ -154,25 +154,25 @@ class Block:
             with (
                 torch.no_grad(),
                 unfused(self.swaps),
-                gathering(part, summing_dtype, self.sweep.device, last) as found,
+                collect_hessians(part, summing_dtype, self.runner.device, last) as found,
             ):
-                for rows in self.sweep.batches():
-                    set_counted(part, self.swaps, self.sweep.mask(rows))
-                    with suppress(Enough):
-                        self.forward(rows, self.inputs.read(rows).to(self.sweep.device))
-                set_counted(part, self.swaps, None)
+                for rows in self.runner.batches():
+                    set_token_mask(part, self.swaps, self.runner.mask(rows))
+                    with suppress(StopForward):
+                        self.forward(rows, self.inputs.read(rows).to(self.runner.device))
+                set_token_mask(part, self.swaps, None)
             for group in part:
                 statistics = found.pop(0)
-                self.sweep.ranks.add(statistics.hessian)
-                self.sweep.ranks.add(statistics.total)
-                statistics.tokens = int(self.sweep.ranks.total(statistics.tokens)[0])
+                self.runner.processes.all_reduce(statistics.hessian)
+                self.runner.processes.all_reduce(statistics.total)
+                statistics.tokens = int(self.runner.processes.reduce_sum(statistics.tokens)[0])
                 self.count(group, statistics.tokens)
-                self.sweep.users.add(group, statistics)
+                self.runner.shared_tensors.add(group, statistics)
                 yield group, statistics, not pending
 
-    def count(self, sites: Sequence[Site], tokens: int) -> None:
+    def count(self, linears: Sequence[TargetLinear], tokens: int) -> None:
         """Note that so many tokens reached the experts that sites belong to."""
-        names = {site.name.rpartition(".")[0].rpartition(".")[0] for site in sites if site.owner is not None}
+        names = {linear.name.rpartition(".")[0].rpartition(".")[0] for linear in linears if linear.owner is not None}
         self.reached |= dict.fromkeys(names, tokens)
 
     def experts(self) -> dict[str, Any] | None:
@@ -180,21 +180,21 @@ class Block:
         if not self.reached:
             return None
         order = sorted(self.reached, key=lambda name: (len(name), name))  # 2 before 10
-        return {"tokens": self.sweep.inputs.tokens, "reached": {name: self.reached[name] for name in order}}
+        return {"tokens": self.runner.inputs.tokens, "reached": {name: self.reached[name] for name in order}}
 
 
 def summing_dtype(width: int) -> torch.dtype:
     """In which statistics of so many inputs are summed."""
-    return torch.float64 if width <= WIDE else torch.float32
+    return torch.float64 if width <= FLOAT64_MAX_WIDTH else torch.float32
 
 
-def _hessian_bytes(group: Sequence[Site]) -> int:
+def _hessian_bytes(group: Sequence[TargetLinear]) -> int:
     width = int(group[0].weight.shape[1])
-    return width * width * (8 if width <= WIDE else 4)
+    return width * width * (8 if width <= FLOAT64_MAX_WIDTH else 4)
 
 
 @dataclass(frozen=True)
-class Changed:
+class TensorExtras:
     """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it; codes; factors [O, r] and [r, I]."""
 
     mask: torch.Tensor | None = None
@@ -203,10 +203,10 @@ class Changed:
 
 
 #: What a sweep does to a block: change the weights in the module, and return what some tensors have beside them.
-Change = Callable[[Block], dict[str, Changed]]
+BlockFn = Callable[[Block], dict[str, TensorExtras]]
 
 
-class Sweep:
+class BlockRunner:
     """A sweep over the blocks of a checkpoint. See `run`."""
 
     def __init__(
@@ -221,20 +221,20 @@ class Sweep:
         progress: Progress,
         with_targets: bool,
         seed: int = 0,
-        ranks: Ranks | None = None,
+        processes: ProcessGroup | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
         self.work, self.device, self.progress = work, device, progress
-        self.with_targets, self.seed, self.ranks = with_targets, seed, ranks or Ranks()
+        self.with_targets, self.seed, self.processes = with_targets, seed, processes or ProcessGroup()
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.streamed = StreamedModel(checkpoint, dtype=self.dtype, device=device)
         self.depth = len(self.streamed.blocks)
         self.teacher = teacher
-        self._original: Sweep | None = None
+        self._original: BlockRunner | None = None
         if teacher is not None:
             quiet = SilentProgress()
-            self._original = Sweep(
+            self._original = BlockRunner(
                 teacher.checkpoint,
                 inputs,
                 set(),
@@ -244,7 +244,7 @@ class Sweep:
                 progress=quiet,
                 with_targets=False,
                 seed=seed,
-                ranks=ranks,
+                processes=processes,
             )
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._tuple = False
@@ -256,7 +256,7 @@ class Sweep:
                 key="only",
                 fix="use method: magnitude for it",
             )
-        self.users = Users(self)
+        self.shared_tensors = SharedTensors(self)
 
     # ---- running ----
 
@@ -264,7 +264,7 @@ class Sweep:
         """Numbers of this process's samples, a batch at a time; of the first so many if that is given."""
         length = next(iter(self.inputs.values.values())).shape[1:].numel()
         size = max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, length))
-        mine = self.ranks.mine(range(self.inputs.samples)[:first])
+        mine = self.processes.shard(range(self.inputs.samples)[:first])
         for start in range(0, len(mine), size):
             yield mine[start : start + size]
 
@@ -386,12 +386,12 @@ class Sweep:
 
     # ---- the sweep ----
 
-    def run(self, change: Change, title: str, before: Callable[[], None] | None = None) -> SweepResult:
+    def run(self, change: BlockFn, title: str, before: Callable[[], None] | None = None) -> RunnerResult:
         """Change every block in order. ``change`` alters weights in the block's module and returns keep-masks by tensor.
 
         ``before`` is called once it is known how blocks are called; a resumed sweep calls it again.
         """
-        keep_freed(KEPT_FREED)
+        keep_freed(ALLOCATOR_RETAIN)
         state = self._state()
         if state is None:
             self.check()
@@ -401,7 +401,7 @@ class Sweep:
             self._original._learn_calls()
         if before is not None:
             before()
-        self.users.gather()
+        self.shared_tensors.collect()
         sources = {"inputs": self} | ({"targets": self._original or self} if self.with_targets else {})
         files = {}
         for name, source in sources.items():
@@ -418,7 +418,7 @@ class Sweep:
             state = {"next": 0, "details": []}
             self._save(state)
         else:
-            self.ranks.wait()
+            self.processes.barrier()
         by_block: dict[int, set[str]] = {}
         for name in self.wanted:
             index = self.streamed.record.block_index(name)
@@ -440,11 +440,11 @@ class Sweep:
         for pair in files.values():
             for file in pair:
                 file.close()
-        return SweepResult(self.work / "blocks", self.checkpoint, list(range(last + 1)), state["details"])
+        return RunnerResult(self.work / "blocks", self.checkpoint, list(range(last + 1)), state["details"])
 
-    def changed(self) -> SweepResult:
+    def changed(self) -> RunnerResult:
         """What there is so far."""
-        return SweepResult(self.work / "blocks", self.checkpoint, list(range(self.depth)), [])
+        return RunnerResult(self.work / "blocks", self.checkpoint, list(range(self.depth)), [])
 
     def unchanged(self, last: int, wanted: Mapping[int, Collection[str]]) -> Iterator[Block]:
         """Each block up to ``last`` as it came, on the inputs that it then has, with the sites of those tensors."""
@@ -452,19 +452,19 @@ class Sweep:
         pair = [Activations(self.work / f"unchanged{i}.act", self.inputs.samples, shape, self.dtype) for i in (0, 1)]
         for rows in self.batches():
             pair[0].write(rows, self.first_hidden(rows))
-        self.ranks.wait()
+        self.processes.barrier()
         for index in range(last + 1):
             now, then = pair[index % 2], pair[(index + 1) % 2]
             with self.streamed.block(index) as module:
-                sites, swaps = find_sites(self.streamed, index, module, wanted.get(index, ()))
-                block = Block(self, index, module, sites, [], swaps, now, None, None)
-                if sites:
+                linears, swaps = find_linears(self.streamed, index, module, wanted.get(index, ()))
+                block = Block(self, index, module, linears, [], swaps, now, None, None)
+                if linears:
                     self._group(block)
                 yield block
                 with torch.no_grad():
                     for rows in self.batches():
                         then.write(rows, block.forward(rows, now.read(rows).to(self.device)))
-            self.ranks.wait()
+            self.processes.barrier()
         for file in pair:
             file.close()
 
@@ -472,8 +472,8 @@ class Sweep:
         """Find which sites read the same inputs."""
         probe = [0]
         with torch.no_grad(), unfused(block.swaps):
-            block.groups, block.last = group_sites(
-                block.sites, lambda: block.forward(probe, block.inputs.read(probe).to(self.device))
+            block.groups, block.last = group_linears(
+                block.linears, lambda: block.forward(probe, block.inputs.read(probe).to(self.device))
             )
 
     def _block(
@@ -484,21 +484,21 @@ class Sweep:
         files: Mapping[str, list[Activations]],
         now: int,
         then: int,
-        change: Change,
+        change: BlockFn,
         last: int,
     ) -> dict[str, Any]:
         inputs = files["inputs"][now]
-        sites, swaps = find_sites(self.streamed, index, module, wanted)
-        block = Block(self, index, module, sites, [], swaps, inputs, None, None)
+        linears, swaps = find_linears(self.streamed, index, module, wanted)
+        block = Block(self, index, module, linears, [], swaps, inputs, None, None)
         if self.with_targets:
             self._advance_targets(block, files["targets"][now], files["targets"][then])
-            self.ranks.wait()  # tuning reads samples of other processes too
+            self.processes.barrier()  # tuning reads samples of other processes too
             block.originals, block.targets = files["targets"][now], files["targets"][then]
-        self.users.renew(block)
-        if sites:
-            block.frozen = self.users.frozen(block)
+        self.shared_tensors.renew(block)
+        if linears:
+            block.frozen = self.shared_tensors.frozen(block)
             self._group(block)
-            if (split := self.users.split(block.groups)) != block.groups:
+            if (split := self.shared_tensors.split(block.groups)) != block.groups:
                 block.groups, block.last = split, None
             self._write(index, module, change(block))
             if (experts := block.experts()) is not None:
@@ -533,7 +533,7 @@ class Sweep:
                 source = then
         then.sync()
 
-    def _write(self, index: int, module: Any, changed: Mapping[str, Changed]) -> None:
+    def _write(self, index: int, module: Any, changed: Mapping[str, TensorExtras]) -> None:
         """Round the block's weights to the checkpoint's dtypes, in the module too, and put those that changed on disk."""
         from safetensors.torch import save_file
 
@@ -544,7 +544,7 @@ class Sweep:
                 continue
             for name, value in stored.items():
                 before = self.checkpoint.tensor(name)
-                found = changed.get(name, Changed())
+                found = changed.get(name, TensorExtras())
                 mask = before.mask if found.mask is None else found.mask
                 if found.codes is not None:
                     parts = {k: getattr(found.codes, k) for k in _CODES}
@@ -562,7 +562,7 @@ class Sweep:
                     result[name] = data.contiguous().clone()
             dtype = torch_dtype(widest([self.checkpoint.spec.tensors[name].dtype for name in stored]))
             parameter.data.copy_(parameter.data.to(dtype))
-        if self.ranks.rank:
+        if self.processes.rank:
             return
         path = file_of(self.work / "blocks", index)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -584,13 +584,13 @@ class Sweep:
             state = json.loads((self.work / "state.json").read_text())
         except (OSError, ValueError):
             state = None
-        state = self.ranks.tell(0, state)
+        state = self.processes.broadcast_object(0, state)
         return state
 
     def _save(self, state: Mapping[str, Any]) -> None:
         """Only when all processes have written their activations."""
-        self.ranks.wait()
-        if self.ranks.rank:
+        self.processes.barrier()
+        if self.processes.rank:
             return
         temp = self.work / ".state.json.tmp"
         temp.parent.mkdir(parents=True, exist_ok=True)
@@ -599,7 +599,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class RunnerResult:
     """The changed tensors, in a file per block; ``details`` has a row for each block."""
 
     folder: Path

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from compress.blockwise.runner import Sweep
+    from compress.blockwise.runner import BlockRunner
 
 
-class Gathered:
+class SavedHessians:
     """Statistics by tensor, from files of a folder: one for each group of matrices that read the same.
 
     Attributes:
@@ -25,36 +25,38 @@ class Gathered:
         self.files: dict[str, int] = {}
         self._energies: dict[str, float] = {}
 
-    def gather(self, sweep: Sweep, names: Mapping[int, Collection[str]], title: str, *, check: bool = False) -> None:
+    def collect(
+        self, runner: BlockRunner, names: Mapping[int, Collection[str]], title: str, *, check: bool = False
+    ) -> None:
         """Sweep over the blocks as they are, unless that was done before.
 
         Args:
             names: tensors by block. check: that the sweep follows the model, which others have not seen to.
         """
         table = self.folder / "table.json"
-        if not sweep.ranks.tell(0, table.exists()):
+        if not runner.processes.broadcast_object(0, table.exists()):
             if check:
-                sweep.check()
+                runner.check()
             found: dict[str, tuple[int, float]] = {}
             number, last = 0, max(names)
-            with sweep.progress.task(title, last + 1, "blocks") as task:
-                for block in sweep.unchanged(last, names):
-                    for group, statistics, _ in block.statistics() if block.sites else ():
-                        for site in group:
-                            W = site.weight.float()
+            with runner.progress.task(title, last + 1, "blocks") as task:
+                for block in runner.unchanged(last, names):
+                    for group, statistics, _ in block.statistics() if block.linears else ():
+                        for linear in group:
+                            W = linear.weight.float()
                             energy = float(((W @ statistics.hessian.float()) * W).sum()) / max(statistics.tokens, 1)
-                            found[site.name] = (number, energy)
-                        if not sweep.ranks.rank:
+                            found[linear.name] = (number, energy)
+                        if not runner.processes.rank:
                             self.folder.mkdir(parents=True, exist_ok=True)
                             kept = {k: getattr(statistics, k) for k in ("hessian", "total", "tokens")}
                             torch.save(kept, self.folder / f"{number}.pt")
                         number += 1
                     task.advance()
-            if not sweep.ranks.rank:
+            if not runner.processes.rank:
                 temp = table.with_suffix(".tmp")
                 temp.write_text(json.dumps(found))
                 temp.replace(table)
-            sweep.ranks.wait()
+            runner.processes.barrier()
         rows = json.loads(table.read_text())
         self.files = {name: number for name, (number, _) in rows.items()}
         self._energies = {name: energy for name, (_, energy) in rows.items()}

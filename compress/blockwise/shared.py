@@ -9,68 +9,68 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.blockwise.linears import Site, Statistics, find_sites
-from compress.blockwise.saved_hessians import Gathered
+from compress.blockwise.linears import InputStatistics, TargetLinear, find_linears
+from compress.blockwise.saved_hessians import SavedHessians
 from compress.errors import PassError
 
 if TYPE_CHECKING:
-    from compress.blockwise.runner import Block, Sweep
+    from compress.blockwise.runner import Block, BlockRunner
 
 
-class Users:
+class SharedTensors:
     """The further users of the tensors that a sweep changes.
 
     Attributes:
         by_block: number of a block ▶ its names of tensors of other blocks ▶ their own names.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep, self._gathered = sweep, Gathered(sweep.work / "users", sweep.device)
+    def __init__(self, runner: BlockRunner) -> None:
+        self.runner, self._gathered = runner, SavedHessians(runner.work / "users", runner.device)
         self.by_block: dict[int, dict[str, str]] = {}
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()
-        for tensor in sweep.checkpoint.spec.tensors.values():
+        for tensor in runner.checkpoint.spec.tensors.values():
             if tensor.alias_of is None:
                 continue
-            index, first = (sweep.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
+            index, first = (runner.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
             if index == first:
                 continue
             if index is None or first is None or first > index:
                 self._refuse(tensor.name, tensor.alias_of)
                 continue
             self.names |= {tensor.name, tensor.alias_of}
-            if tensor.alias_of in sweep.wanted:
+            if tensor.alias_of in runner.wanted:
                 self.by_block.setdefault(index, {})[tensor.name] = tensor.alias_of
 
     def _refuse(self, name: str, source: str) -> None:
         """Raises `PassError` where the sweep would change a tensor that runs before it is solved, or outside the blocks."""
-        wanted = self.sweep.wanted
+        wanted = self.runner.wanted
         if not wanted.isdisjoint((name, source)):
             module = source.rpartition(".")[0]
             raise PassError(
                 f"{name} is shared with {source}, which comes after it", fix=f"leave it out: skip: [{module}]"
             )
 
-    def gather(self) -> None:
+    def collect(self) -> None:
         """Statistics of what the other users read; nothing where that was done before."""
         if not self.by_block:
             return
-        self._gathered.gather(self.sweep, self.by_block, "reading what shared tensors multiply")
+        self._gathered.collect(self.runner, self.by_block, "reading what shared tensors multiply")
         for names in self.by_block.values():
             for name, source in names.items():
                 self._files[source] = sorted([*self._files.get(source, ()), self._gathered.files[name]])
 
-    def split(self, groups: list[list[Site]]) -> list[list[Site]]:
+    def split(self, groups: list[list[TargetLinear]]) -> list[list[TargetLinear]]:
         """Groups whose sites have the same further users, too."""
-        result: list[list[Site]] = []
+        result: list[list[TargetLinear]] = []
         for group in groups:
-            parts: dict[tuple[int, ...], list[Site]] = {}
-            for site in group:
-                parts.setdefault(tuple(self._files.get(site.name, ())), []).append(site)
+            parts: dict[tuple[int, ...], list[TargetLinear]] = {}
+            for linear in group:
+                parts.setdefault(tuple(self._files.get(linear.name, ())), []).append(linear)
             result += parts.values()
         return result
 
-    def add(self, group: list[Site], statistics: Statistics) -> None:
+    def add(self, group: list[TargetLinear], statistics: InputStatistics) -> None:
         """Add what the other users of the group's tensors read."""
         for number in self._files.get(group[0].name, ()):
             found = self._gathered.sums(number)
@@ -82,10 +82,10 @@ class Users:
         """Give a block the tensors of earlier ones as these have become."""
         if not (names := self.by_block.get(block.index)):
             return
-        read = self.sweep.changed().reader()
-        for site in find_sites(self.sweep.streamed, block.index, block.module, names)[0]:
-            value = read(names[site.name]).data
-            site.weight.copy_((value.T if site.transposed else value).to(site.weight))
+        read = self.runner.changed().reader()
+        for linear in find_linears(self.runner.streamed, block.index, block.module, names)[0]:
+            value = read(names[linear.name]).data
+            linear.weight.copy_((value.T if linear.transposed else value).to(linear.weight))
 
     def frozen(self, block: Block) -> set[int]:
         """Ids of the block's parameters that others share, which tuning must leave alone."""
@@ -93,7 +93,7 @@ class Users:
         if not self.names:
             return found
         for key, parameter in block.module.named_parameters():
-            if not self.names.isdisjoint(self.sweep.streamed.stored_names(block.index, {key: parameter.data})):
+            if not self.names.isdisjoint(self.runner.streamed.stored_names(block.index, {key: parameter.data})):
                 found.add(id(parameter))
         return found
 

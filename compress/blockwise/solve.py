@@ -8,26 +8,26 @@ from typing import Any, TypeVar
 
 import torch
 
-from compress.blockwise.asymmetric import Drift
-from compress.blockwise.linears import Site, Statistics
+from compress.blockwise.asymmetric import InputMismatch
+from compress.blockwise.linears import InputStatistics, TargetLinear
 from compress.blockwise.runner import Block
 
 A = TypeVar("A")
 #: A group of sites, its statistics, its drift, and whether the block may be changed.
-Measured = tuple[list[Site], Statistics, Drift | None, bool]
+GroupInputs = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]
 #: A site, the statistics and drift of its group, and what sites with the same inputs share ▶ what is found, and a row for the
 #: report.
-Solve = Callable[[Site, Statistics, Drift | None, dict[str, Any]], tuple[A, dict[str, Any]]]
+Solve = Callable[[TargetLinear, InputStatistics, InputMismatch | None, dict[str, Any]], tuple[A, dict[str, Any]]]
 
 
 def solve_block(
     block: Block,
-    groups: Iterable[Measured],
+    groups: Iterable[GroupInputs],
     solve: Solve[A],
     *,
-    blank: Callable[[Site], A],
+    blank: Callable[[TargetLinear], A],
     tensors: Callable[[A], Sequence[torch.Tensor]],
-    place: Callable[[Site, A], object],
+    place: Callable[[TargetLinear, A], object],
 ) -> dict[str, A]:
     """What is found for each site, by its name. ``block.details["tensors"]`` gets the rows, with seconds.
 
@@ -36,27 +36,27 @@ def solve_block(
         blank: what the processes that do not solve a site have of it, for ``tensors`` to be filled in.
         tensors: those that what was found consists of. place: puts it into the block, as soon as that may be changed.
     """
-    ranks = block.sweep.ranks
+    processes = block.runner.processes
     found: dict[str, A] = {}
     rows: dict[str, Any] = {}
-    waiting: list[Site] = []
-    for number, (group, statistics, drift, free) in enumerate(groups):
-        solver = number % ranks.world
+    waiting: list[TargetLinear] = []
+    for number, (group, statistics, mismatch, free) in enumerate(groups):
+        solver = number % processes.world
         shared: dict[str, Any] = {}
-        for site in group:
+        for linear in group:
             start = time.perf_counter()
-            if solver == ranks.rank:
-                made, row = solve(site, statistics, drift, shared)
+            if solver == processes.rank:
+                made, row = solve(linear, statistics, mismatch, shared)
                 row["seconds"] = round(time.perf_counter() - start, 3)
             else:
-                made, row = blank(site), {}
-            ranks.spread(solver, *tensors(made))
-            rows[site.name] = ranks.tell(solver, row)
-            found[site.name] = made
-            waiting.append(site)
+                made, row = blank(linear), {}
+            processes.broadcast(solver, *tensors(made))
+            rows[linear.name] = processes.broadcast_object(solver, row)
+            found[linear.name] = made
+            waiting.append(linear)
         if free:
-            for site in waiting:
-                place(site, found[site.name])
+            for linear in waiting:
+                place(linear, found[linear.name])
             waiting.clear()
     block.details["tensors"] = rows
     return found

@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from compress import architectures
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import (
     CODEBOOK,
     DENSE,
@@ -37,7 +37,7 @@ _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredPart:
     """One array in the file that carries a piece of a logical tensor."""
 
     key: str
@@ -51,72 +51,72 @@ class Part:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def parts(tensor: Tensor) -> list[Part]:
+def parts(tensor: Tensor) -> list[StoredPart]:
     """The arrays that the tensor's storage chain writes, with exact shapes."""
     name = tensor.name
     if tensor.storage == DENSE:
-        return [Part(name, "values", tensor.shape, tensor.dtype)]
-    if tensor.grid is None:
+        return [StoredPart(name, "values", tensor.shape, tensor.dtype)]
+    if tensor.quant_format is None:
         assert tensor.storage == MASKED, tensor
         assert tensor.kept is not None, tensor
-        return [_keep(tensor), Part(f"{name}.values", "values", (tensor.kept,), tensor.dtype)]
-    grid, chain = tensor.grid, tensor.storage[-1:]
-    assert grid.is_codebook == (chain == CODEBOOK), tensor
-    if grid.is_codebook:
+        return [_keep(tensor), StoredPart(f"{name}.values", "values", (tensor.kept,), tensor.dtype)]
+    quant_format, chain = tensor.quant_format, tensor.storage[-1:]
+    assert quant_format.is_codebook == (chain == CODEBOOK), tensor
+    if quant_format.is_codebook:
         masked = tensor.storage[0] == "mask"
         assert masked == (tensor.kept is not None), tensor
         count = tensor.count if tensor.kept is None else tensor.kept
         return ([_keep(tensor)] if masked else []) + [
-            Part(f"{name}.codes", "codes", (_words(count, grid.bits),), "I32"),
-            Part(f"{name}.codebook", "scale", (1 << grid.bits,), tensor.dtype),
+            StoredPart(f"{name}.codes", "codes", (_words(count, quant_format.bits),), "I32"),
+            StoredPart(f"{name}.codebook", "scale", (1 << quant_format.bits,), tensor.dtype),
         ]
-    outputs, inputs = grid.rows(tensor.shape)
-    scales = grid.scales(tensor.shape)
-    beside = [_given(tensor, name) for name in grid.given]
-    zero = not grid.symmetric
+    outputs, inputs = quant_format.rows(tensor.shape)
+    scales = quant_format.scales(tensor.shape)
+    beside = [_given(tensor, name) for name in quant_format.given]
+    zero = not quant_format.symmetric
     if tensor.storage[0] == "mask":
         assert tensor.kept is not None, tensor
-        found = [_keep(tensor), Part(f"{name}.codes", "codes", (_words(tensor.kept, grid.bits),), "I32")]
-        found.append(Part(f"{name}_scale", "scale", scales, tensor.dtype))
-        return found + ([_packed_zero(name, scales, grid)] if zero else [])
+        found = [_keep(tensor), StoredPart(f"{name}.codes", "codes", (_words(tensor.kept, quant_format.bits),), "I32")]
+        found.append(StoredPart(f"{name}_scale", "scale", scales, tensor.dtype))
+        return found + ([_packed_zero(name, scales, quant_format)] if zero else [])
     if chain == PACKED:
         found = [
-            Part(f"{name}_packed", "codes", (outputs, _words(inputs, grid.bits)), "I32"),
-            Part(f"{name}_scale", "scale", scales, tensor.dtype),
-            Part(f"{name}_shape", "shape", (2,), "I64"),
+            StoredPart(f"{name}_packed", "codes", (outputs, _words(inputs, quant_format.bits)), "I32"),
+            StoredPart(f"{name}_scale", "scale", scales, tensor.dtype),
+            StoredPart(f"{name}_shape", "shape", (2,), "I64"),
         ]
-        return found + ([_packed_zero(name, scales, grid)] if zero else [])
+        return found + ([_packed_zero(name, scales, quant_format)] if zero else [])
     if chain in (INT8, FP8):
         found = [
-            Part(name, "codes", (outputs, inputs), "I8" if chain == INT8 else "F8_E4M3"),
-            Part(f"{name}_scale", "scale", scales, tensor.dtype),
+            StoredPart(name, "codes", (outputs, inputs), "I8" if chain == INT8 else "F8_E4M3"),
+            StoredPart(f"{name}_scale", "scale", scales, tensor.dtype),
         ]
-        return found + ([Part(f"{name}_zero_point", "zero", scales, "I8")] if zero else []) + beside
+        return found + ([StoredPart(f"{name}_zero_point", "zero", scales, "I8")] if zero else []) + beside
     found = [
-        Part(f"{name}_packed", "codes", (outputs, inputs // 2), "U8"),
-        Part(f"{name}_scale", "scale", scales, "U8" if chain == MXFP4 else "F8_E4M3"),
+        StoredPart(f"{name}_packed", "codes", (outputs, inputs // 2), "U8"),
+        StoredPart(f"{name}_scale", "scale", scales, "U8" if chain == MXFP4 else "F8_E4M3"),
     ]
-    return found + ([Part(f"{name}_global_scale", "overall", (1,), "F32")] if chain == NVFP4 else []) + beside
+    return found + ([StoredPart(f"{name}_global_scale", "overall", (1,), "F32")] if chain == NVFP4 else []) + beside
 
 
-def _keep(tensor: Tensor) -> Part:
-    return Part(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8")
+def _keep(tensor: Tensor) -> StoredPart:
+    return StoredPart(f"{tensor.name}.keep", "keep", ((tensor.count + 7) // 8,), "U8")
 
 
-def _given(tensor: Tensor, name: str) -> Part:
+def _given(tensor: Tensor, name: str) -> StoredPart:
     """A scale or zero point of a layer's inputs, which stands beside its weight."""
-    assert tensor.grid is not None
+    assert tensor.quant_format is not None
     dtype = {
-        "input_scale": tensor.grid.given_dtype or tensor.dtype,
+        "input_scale": tensor.quant_format.given_dtype or tensor.dtype,
         "input_zero_point": "I8",
         "input_global_scale": "F32",
     }[name]
-    return Part(f"{tensor.module}.{name}", name, (1,), dtype)
+    return StoredPart(f"{tensor.module}.{name}", name, (1,), dtype)
 
 
-def _packed_zero(name: str, scales: tuple[int, ...], grid: Grid) -> Part:
+def _packed_zero(name: str, scales: tuple[int, ...], quant_format: QuantFormat) -> StoredPart:
     """Zero points, packed along the outputs."""
-    return Part(f"{name}_zero_point", "zero", (_words(scales[0], grid.bits), scales[1]), "I32")
+    return StoredPart(f"{name}_zero_point", "zero", (_words(scales[0], quant_format.bits), scales[1]), "I32")
 
 
 def _words(count: int, bits: int) -> int:
@@ -137,28 +137,30 @@ def with_storage(spec: Spec, store: Store) -> Spec:
     def choose(tensor: Tensor) -> Tensor:
         masked = store == "compact" and tensor.kept is not None
         if store == "stock" and not holds(tensor):
-            return replace(tensor, grid=None, kept=None, storage=DENSE)
-        if tensor.grid is not None:
-            plain = stock_chain(tensor.grid)
-            candidates = [plain, ("mask", *plain)] if masked and tensor.grid.is_integer else [plain]
-            if masked and tensor.grid.is_codebook:
+            return replace(tensor, quant_format=None, kept=None, storage=DENSE)
+        if tensor.quant_format is not None:
+            plain = stock_chain(tensor.quant_format)
+            candidates = [plain, ("mask", *plain)] if masked and tensor.quant_format.is_integer else [plain]
+            if masked and tensor.quant_format.is_codebook:
                 candidates = [("mask", *plain)]
         else:
             candidates = [DENSE, MASKED] if masked else [DENSE]
         options = [replace(tensor, storage=chain) for chain in candidates]
         best = min(options, key=lambda t: sum(part.bytes for part in parts(t)))
-        return best if best.grid is None or best.storage[0] == "mask" else replace(best, kept=None)
+        return best if best.quant_format is None or best.storage[0] == "mask" else replace(best, kept=None)
 
     return spec.map(choose)
 
 
-def stock_chain(grid: Grid) -> tuple[str, ...]:
+def stock_chain(quant_format: QuantFormat) -> tuple[str, ...]:
     """The format of compressed-tensors for such codes; it has none for codebooks."""
-    if grid.is_codebook:
+    if quant_format.is_codebook:
         return CODEBOOK
-    if grid.is_integer:
-        return INT8 if grid.bits == 8 and (grid.activations is not None or grid.whole) else PACKED
-    return {"fp8": FP8, "mxfp4": MXFP4, "nvfp4": NVFP4}[grid.format]
+    if quant_format.is_integer:
+        return (
+            INT8 if quant_format.bits == 8 and (quant_format.activations is not None or quant_format.whole) else PACKED
+        )
+    return {"fp8": FP8, "mxfp4": MXFP4, "nvfp4": NVFP4}[quant_format.format]
 
 
 def needs_code(spec: Spec) -> bool:
@@ -175,56 +177,70 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
     floats already it looks for in vain beside codes of any format but fp8.
     """
     record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
-    coded = [t for t in spec.stored() if t.grid is not None]
+    coded = [t for t in spec.stored() if t.quant_format is not None]
     if record is None or not coded:
-        return lambda tensor: tensor.grid is None
+        return lambda tensor: tensor.quant_format is None
     outside = [*record.embeddings, *filter(None, [record.head])]
-    experts = {t.grid for t in spec.stored() if len(t.shape) == 2 and record.is_expert(t.name)}
-    fused = {grid and fusible(grid) for grid in experts} == {True} and len(experts) == 1
-    beside = not experts or fused or (experts == {None} and all(t.grid and stock_chain(t.grid) == FP8 for t in coded))
+    experts = {t.quant_format for t in spec.stored() if len(t.shape) == 2 and record.is_expert(t.name)}
+    fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1
+    beside = (
+        not experts
+        or fused
+        or (experts == {None} and all(t.quant_format and stock_chain(t.quant_format) == FP8 for t in coded))
+    )
 
     def holds(tensor: Tensor) -> bool:
-        grid = tensor.grid
-        if grid is None:
+        quant_format = tensor.quant_format
+        if quant_format is None:
             return True
-        if not beside or grid.transposed or grid.is_codebook or (stock_chain(grid) == PACKED and not grid.symmetric):
+        if (
+            not beside
+            or quant_format.transposed
+            or quant_format.is_codebook
+            or (stock_chain(quant_format) == PACKED and not quant_format.symmetric)
+        ):
             return False
-        if not record.packable and stock_chain(grid) not in (INT8, FP8):
+        if not record.packable and stock_chain(quant_format) not in (INT8, FP8):
             return False
         return not any(f".{module}." in f".{tensor.name}" for module in outside)
 
     return holds
 
 
-def fusible(grid: Grid) -> bool:
+def fusible(quant_format: QuantFormat) -> bool:
     """Whether transformers reads experts in such codes, which it fuses in memory: without what inputs are cast to."""
-    return grid.activations is None and grid.symmetric and not grid.is_codebook and grid.format != "nvfp4"
+    return (
+        quant_format.activations is None
+        and quant_format.symmetric
+        and not quant_format.is_codebook
+        and quant_format.format != "nvfp4"
+    )
 
 
 def stock_value(value: Value, tensor: Tensor) -> Value:
     """The value without what the tensor, as stored, has no place for: codes, or a keep-mask beside codes."""
-    if value.codes is None or (tensor.grid is not None and tensor.kept is not None):
+    if value.codes is None or (tensor.quant_format is not None and tensor.kept is not None):
         return value
     from compress.checkpoint.open import Value
 
-    return Value(lambda: value.data, None, None if tensor.grid is None else value.codes)
+    return Value(lambda: value.data, None, None if tensor.quant_format is None else value.codes)
 
 
 def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
     """Values in canonical form (see `canonical`) ▶ role ▶ contiguous array, as `parts` says."""
     if tensor.storage == DENSE:
         return {"values": value.data.contiguous()}
-    if tensor.grid is None:
+    if tensor.quant_format is None:
         assert value.mask is not None
         return {"keep": pack_bits(value.mask), "values": value.data[value.mask]}
     import torch
 
-    found, bits = value.codes, tensor.grid.bits
+    found, bits = value.codes, tensor.quant_format.bits
     assert found is not None, tensor
-    result = {"scale": found.scale.flatten() if tensor.grid.whole else found.scale.contiguous(), **found.given}
+    result = {"scale": found.scale.flatten() if tensor.quant_format.whole else found.scale.contiguous(), **found.given}
     if tensor.storage[0] == "mask":
         assert value.mask is not None
-        mask = value.mask.T if tensor.grid.transposed else value.mask
+        mask = value.mask.T if tensor.quant_format.transposed else value.mask
         result |= {"keep": pack_bits(mask), "codes": pack_codes(found.codes[mask][None], bits)[0]}
     elif tensor.storage == CODEBOOK:
         result["codes"] = pack_codes(found.codes.reshape(1, -1), bits)[0]
@@ -236,7 +252,7 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
         result["codes"] = (found.codes[:, 0::2] | (found.codes[:, 1::2] << 4)).contiguous()
     if found.zero is not None:
         plain = tensor.storage == INT8
-        zero = found.zero.flatten() if tensor.grid.whole else found.zero
+        zero = found.zero.flatten() if tensor.quant_format.whole else found.zero
         result["zero"] = zero.contiguous() if plain else pack_codes(found.zero.T, bits).T.contiguous()
     if found.overall is not None:
         result["overall"] = found.overall

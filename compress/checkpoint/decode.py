@@ -35,12 +35,12 @@ _CODED = (
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
-def part_names(name: str, storage: tuple[str, ...], grid: dict[str, Any] | None = None) -> dict[str, str]:
+def part_names(name: str, storage: tuple[str, ...], quant_format: dict[str, Any] | None = None) -> dict[str, str]:
     """Role ▶ key in the file, for a tensor stored by this chain."""
     masked = storage[0] == "mask"
     if storage in (("dense",), ("mask", "dense")):
         return {"keep": f"{name}.keep", "values": f"{name}.values"} if masked else {"values": name}
-    if grid is None or storage[-1] not in _CODED or len(storage) != 1 + masked:
+    if quant_format is None or storage[-1] not in _CODED or len(storage) != 1 + masked:
         raise ValueError(f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read")
     if storage[-1] == "codebook":
         names = {"codes": f"{name}.codes", "scale": f"{name}.codebook"}
@@ -54,7 +54,7 @@ def part_names(name: str, storage: tuple[str, ...], grid: dict[str, Any] | None 
         names["codes"] = f"{name}_packed"
         if storage[0] == "pack-quantized":
             names["shape"] = f"{name}_shape"
-    if not grid["symmetric"]:
+    if not quant_format["symmetric"]:
         names["zero"] = f"{name}_zero_point"
     if storage[0] == "nvfp4-pack-quantized":
         names["overall"] = f"{name}_global_scale"
@@ -66,15 +66,15 @@ def decode(
     storage: tuple[str, ...],
     shape: tuple[int, ...],
     masked: bool,
-    grid: dict[str, Any] | None = None,
+    quant_format: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Values (of ``shape``, removed weights +0.0) and the keep-mask (bool, of ``shape``), None where there is none."""
     if storage == ("dense",):
         values = parts["values"].reshape(shape)
         return values, (values.view(_INT[values.element_size()]) != 0) if masked else None
-    if grid is not None:
-        found, mask = decode_codes(parts, storage, shape, grid)
-        return values_of(found, mask, grid), mask
+    if quant_format is not None:
+        found, mask = decode_codes(parts, storage, shape, quant_format)
+        return accepted_values(found, mask, quant_format), mask
     mask = unpack_bits(parts["keep"], shape)
     values = torch.zeros(shape, dtype=parts["values"].dtype, device=parts["values"].device)
     if int(mask.sum()) != parts["values"].numel():
@@ -89,13 +89,13 @@ _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | N
 
 
 def decode_codes(
-    parts: dict[str, torch.Tensor], storage: tuple[str, ...], shape: tuple[int, ...], grid: dict[str, Any]
+    parts: dict[str, torch.Tensor], storage: tuple[str, ...], shape: tuple[int, ...], quant_format: dict[str, Any]
 ) -> tuple[_Codes, torch.Tensor | None]:
     """Codes, those of zero for removed weights; and the keep-mask (bool, of ``shape``), None where there is none."""
-    rows = (shape[1], shape[0]) if grid["transposed"] else shape
+    rows = (shape[1], shape[0]) if quant_format["transposed"] else shape
     mask = unpack_bits(parts["keep"], rows) if storage[0] == "mask" else None
-    bits, found, scale, zero = int(grid["bits"]), parts["codes"], parts["scale"], parts.get("zero")
-    if grid.get("whole"):
+    bits, found, scale, zero = int(quant_format["bits"]), parts["codes"], parts["scale"], parts.get("zero")
+    if quant_format.get("whole"):
         scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
     if storage[-1] == "codebook" and len(scale) != 1 << bits:
         raise ValueError(f"a codebook of {bits} bits has {1 << bits} values, {len(scale)} are stored")
@@ -119,14 +119,14 @@ def decode_codes(
         found = unpack_codes(found, bits, rows[1])
     elif found.dtype == torch.uint8:
         found = torch.stack((found & 15, found >> 4), 2).flatten(1)
-    across = mask.T.contiguous() if mask is not None and grid["transposed"] else mask
+    across = mask.T.contiguous() if mask is not None and quant_format["transposed"] else mask
     return (found, scale, zero, parts.get("overall")), across
 
 
-def values_of(codes: _Codes, mask: torch.Tensor | None, grid: dict[str, Any]) -> torch.Tensor:
+def accepted_values(codes: _Codes, mask: torch.Tensor | None, quant_format: dict[str, Any]) -> torch.Tensor:
     """The values that codes stand for, shaped as the checkpoint shapes them; removed weights +0.0."""
     values = dequantized(*codes)
-    values = values.T.contiguous() if grid["transposed"] else values
+    values = values.T.contiguous() if quant_format["transposed"] else values
     return values if mask is None else values.masked_fill(~mask, 0)
 
 

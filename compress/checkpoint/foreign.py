@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from compress.checkpoint import codecs
-from compress.checkpoint.headers import Entry
+from compress.checkpoint.headers import TensorEntry
 from compress.checkpoint.patterns import Matcher
 from compress.checkpoint.quantization import KEY, METHOD, cache_of, in_memory
 from compress.errors import CheckpointError
-from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, Grid
+from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, QuantFormat
 from compress.spec.spec import (
     CACHE_SCALES,
     FLOAT_DTYPES,
@@ -34,14 +34,14 @@ _CACHED = tuple(f".{part}_{end}" for part in "qkv" for end in ("scale", "zero_po
 
 
 def parse(
-    structure: Structure, entries: Mapping[str, Entry], where: str
+    structure: Structure, entries: Mapping[str, TensorEntry], where: str
 ) -> tuple[dict[str, Tensor], set[str], tuple[str, ...]]:
     """Coded tensors of a compressed-tensors checkpoint, from its config and its arrays; arrays to leave out, and notes on them.
 
     Raises:
-        CheckpointError: another method, patterns that cannot be used, or codes of a kind that `Grid` cannot express.
+        CheckpointError: another method, patterns that cannot be used, or codes of a kind that `QuantFormat` cannot express.
     """
-    groups = Groups(structure.config[KEY], where)
+    groups = SchemeGroups(structure.config[KEY], where)
     found: dict[str, Tensor] = {}
     for key, entry in entries.items():
         if not key.endswith(".weight_scale"):
@@ -51,20 +51,22 @@ def parse(
         scheme = groups.scheme(in_memory(Spec(structure), module))
         if scheme is None:
             raise CheckpointError(f"has scales for {module}, which no group of its {KEY} names", where=where)
-        grid, chain = _grid(scheme, module, where)
+        quant_format, chain = _grid(scheme, module, where)
         packed = entries.get(f"{name}_packed") or entries.get(name)
-        if packed is None or len(packed.shape) != 2 or (len(entry.shape) != 2 and not grid.whole):
+        if packed is None or len(packed.shape) != 2 or (len(entry.shape) != 2 and not quant_format.whole):
             raise CheckpointError(f"lacks the codes of {module}, or has them in a shape of its own", where=where)
         inputs = packed.shape[1]
         if chain == PACKED:
-            inputs = entry.shape[1] * grid.group if grid.group else packed.shape[1] * 32 // grid.bits
+            inputs = (
+                entry.shape[1] * quant_format.group if quant_format.group else packed.shape[1] * 32 // quant_format.bits
+            )
         elif chain in (MXFP4, NVFP4):
             inputs *= 2
         dtype = "BF16" if chain in (MXFP4, NVFP4) else entry.dtype
         scale = entries.get(f"{module}.input_scale")
-        if scale is not None and "input_scale" in grid.given and scale.dtype in set(FLOAT_DTYPES) - {dtype}:
-            grid = replace(grid, given_dtype=scale.dtype)
-        tensor = Tensor(name, (packed.shape[0], inputs), dtype, storage=chain, grid=grid)
+        if scale is not None and "input_scale" in quant_format.given and scale.dtype in set(FLOAT_DTYPES) - {dtype}:
+            quant_format = replace(quant_format, given_dtype=scale.dtype)
+        tensor = Tensor(name, (packed.shape[0], inputs), dtype, storage=chain, quant_format=quant_format)
         for part in codecs.parts(tensor):
             other = entries.get(part.key)
             if other is None or other.shape != part.shape or other.dtype != part.dtype:
@@ -85,7 +87,7 @@ def parse(
     return found, left, (note,) if left else ()
 
 
-class Groups:
+class SchemeGroups:
     """The ``config_groups`` of a quantization config, whose types `claims` has checked, by what they target."""
 
     def __init__(self, quantization: Any, where: str) -> None:
@@ -150,7 +152,7 @@ def _text(said: Mapping[str, Any]) -> str:
     return f"{how}{said['num_bits']}-bit {said['type']} by {said['strategy']}"
 
 
-def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tuple[str, ...]]:
+def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantFormat, tuple[str, ...]]:
     """The grid and chain of a group. Raises `CheckpointError` for what neither can say, inputs and outputs included."""
     weights = scheme.get("weights") or {}
     said = _said(weights)
@@ -183,4 +185,6 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[Grid, tup
                 f"casts the inputs of {module} to {_text(inputs)}, which this version cannot do", where=where
             )
     whole = strategy == "tensor"
-    return Grid(name, group if grouped else 0, bool(said["symmetric"]), activations=activations, whole=whole), chain
+    return QuantFormat(
+        name, group if grouped else 0, bool(said["symmetric"]), activations=activations, whole=whole
+    ), chain

@@ -22,7 +22,7 @@ MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """One stored array: dtype string, shape, and its byte range within the data section."""
 
     dtype: str
@@ -35,7 +35,7 @@ class Entry:
 class Header:
     """Entries by name in order of offset, the string metadata, and where the data begins in the file."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     data_start: int
 
@@ -81,7 +81,7 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
     return Header(ordered, metadata, 8 + length)
 
 
-def render_header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+def render_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and JSON, padded so that the data begin at a multiple of 8 bytes."""
     data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, entry in entries.items():
@@ -99,7 +99,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _entry(name: str, value: Any, where: str) -> Entry:
+def _entry(name: str, value: Any, where: str) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         bits = DTYPE_BITS[dtype]
@@ -116,10 +116,10 @@ def _entry(name: str, value: Any, where: str) -> Entry:
             f"its offsets give {end - start}",
             where=where,
         )
-    return Entry(dtype, shape, start, end)
+    return TensorEntry(dtype, shape, start, end)
 
 
-def _check_offsets(entries: Mapping[str, Entry], size: int, where: str) -> None:
+def _check_offsets(entries: Mapping[str, TensorEntry], size: int, where: str) -> None:
     position, last = 0, ""
     for name, entry in entries.items():
         if entry.start < position:

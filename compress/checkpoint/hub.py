@@ -20,7 +20,7 @@ from compress.checkpoint.files import (
     unread_note,
     weight_headers,
 )
-from compress.checkpoint.headers import Entry, Header
+from compress.checkpoint.headers import Header, TensorEntry
 from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from compress.errors import CheckpointError
 
@@ -142,7 +142,7 @@ def _same(reference: str) -> SameBytes:
 
 def _header(info: Any) -> Header:
     """What the hub's client read of a file's header."""
-    entries = {name: Entry(t.dtype, tuple(t.shape), *t.data_offsets) for name, t in info.tensors.items()}
+    entries = {name: TensorEntry(t.dtype, tuple(t.shape), *t.data_offsets) for name, t in info.tensors.items()}
     return Header(entries, dict(info.metadata or {}), 0)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from compress.checkpoint.codecs import Part, parts
-from compress.checkpoint.headers import Entry, render_header
+from compress.checkpoint.codecs import StoredPart, parts
+from compress.checkpoint.headers import TensorEntry, render_header
 from compress.spec.spec import DENSE, DTYPE_BITS, Spec, Tensor
 
 #: `bytes`, which is the name of a size here.
@@ -26,7 +26,7 @@ class Shard:
 
     file: str
     tensors: tuple[Tensor, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     header: bytes
 
     @property
@@ -79,7 +79,7 @@ def lay_out(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = Non
         pieces = sorted((part for tensor in group for part in parts(tensor)), key=_alignment)
         entries, position = {}, 0
         for piece in pieces:
-            entries[piece.key] = Entry(piece.dtype, piece.shape, position, position + piece.bytes)
+            entries[piece.key] = TensorEntry(piece.dtype, piece.shape, position, position + piece.bytes)
             position += piece.bytes
         shards.append(Shard(file, tuple(group), entries, render_header(entries, _metadata(group, metadata))))
     return Layout(tuple(shards))
@@ -98,7 +98,7 @@ def _key(part: str) -> tuple[bool, int, str]:
     return True, len(digits), f"{digits} {part}"
 
 
-def _alignment(part: Part) -> int:
+def _alignment(part: StoredPart) -> int:
     return -DTYPE_BITS[part.dtype]
 
 
@@ -106,7 +106,7 @@ def _metadata(tensors: list[Tensor], metadata: Mapping[str, str] | None) -> dict
     """``format: pt`` (transformers asks for it), the input's own metadata, and our table where there is one."""
     table: dict[str, dict[str, Any]] = {
         t.name: {"storage": list(t.storage), "shape": list(t.shape), "kept": t.kept}
-        | ({} if t.grid is None else {"grid": t.grid.to_json(), "dtype": t.dtype})
+        | ({} if t.quant_format is None else {"grid": t.quant_format.to_json(), "dtype": t.dtype})
         for t in tensors
         if t.storage != DENSE or t.kept is not None
     }

@@ -50,13 +50,13 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
             table = json.loads((file.metadata() or {}).get("compress.tensors", "{}"))
             coded = set()
             for tensor, row in table.items():
-                storage, grid = tuple(row["storage"]), row.get("grid")
-                keys = part_names(tensor, storage, grid)
+                storage, quant_format = tuple(row["storage"]), row.get("grid")
+                keys = part_names(tensor, storage, quant_format)
                 coded.update(keys.values())
-                if grid is not None:  # inputs are not rounded here
+                if quant_format is not None:  # inputs are not rounded here
                     coded.update(f"{tensor.rpartition('.')[0]}.{end}" for end in INPUT_ARRAYS)
                 parts = {role: file.get_tensor(key) for role, key in keys.items()}
-                state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, grid)[0]
+                state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, quant_format)[0]
             for key in file.keys():  # noqa: SIM118 - a file is no dict
                 if key not in coded:
                     state[key] = file.get_tensor(key)

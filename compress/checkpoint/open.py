@@ -23,7 +23,7 @@ from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
 from compress.errors import CheckpointError
 from compress.files import expanded
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Codes:
     Attributes:
         codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.
         overall: float32 [1] that scales are divided by (nvfp4).
-        given: what casts the layer's inputs, each of one value, by the ends of names as `Grid.given` has them.
+        given: what casts the layer's inputs, each of one value, by the ends of names as `QuantFormat.given` has them.
 
     Of a codebook: ``codes`` are shaped like the tensor, int8, numbers of values less half of how many there are (0 for removed
     weights), and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
@@ -124,20 +124,22 @@ class Stored(Checkpoint):
 
     def tensor(self, name: str) -> Value:
         """Reads with pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import decode, decode_codes, part_names, values_of
+        from compress.checkpoint.decode import accepted_values, decode, decode_codes, part_names
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
             return self.tensor(tensor.alias_of)
-        grid = None if tensor.grid is None else tensor.grid.to_json()
-        parts = {role: self._read(key) for role, key in part_names(name, tensor.storage, grid).items()}
+        quant_format = None if tensor.quant_format is None else tensor.quant_format.to_json()
+        parts = {role: self._read(key) for role, key in part_names(name, tensor.storage, quant_format).items()}
         try:
-            if grid is None:
+            if quant_format is None:
                 data, mask = decode(parts, tensor.storage, tensor.shape, tensor.kept is not None)
                 value = Value(data, mask)
             else:
-                codes, mask = decode_codes(parts, tensor.storage, tensor.shape, grid)
-                value = Value(partial(values_of, codes, mask, grid), mask, Codes(*codes, given=self.given(name)))
+                codes, mask = decode_codes(parts, tensor.storage, tensor.shape, quant_format)
+                value = Value(
+                    partial(accepted_values, codes, mask, quant_format), mask, Codes(*codes, given=self.given(name))
+                )
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
         if mask is not None and int(mask.sum()) != tensor.kept:
@@ -151,7 +153,11 @@ class Stored(Checkpoint):
     def given(self, name: str) -> dict[str, torch.Tensor]:
         """What the file holds to cast the inputs of the layer that a tensor of codes belongs to, as `Codes.given`."""
         tensor = self.spec.tensors[name]
-        return {} if tensor.grid is None else {end: self._read(f"{tensor.module}.{end}") for end in tensor.grid.given}
+        return (
+            {}
+            if tensor.quant_format is None
+            else {end: self._read(f"{tensor.module}.{end}") for end in tensor.quant_format.given}
+        )
 
     def _read(self, key: str) -> torch.Tensor:
         import torch
@@ -301,7 +307,7 @@ def _spec(
     tensors: dict[str, Tensor] = {}
     left: set[str] = set()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
-    known = any(tensor.grid is not None for table in tables.values() for tensor in table.values())
+    known = any(tensor.quant_format is not None for table in tables.values() for tensor in table.values())
     if structure.config.get(quantization.KEY) and not known:
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
         others, left, more = foreign.parse(structure, every, where)
@@ -352,14 +358,16 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
                     f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where
                 )
             key = name if storage == DENSE else f"{name}.values"
-            grid = Grid.from_json(row["grid"]) if "grid" in row else None
-            dtype = header.entries[key].dtype if grid is None else row["dtype"]
+            quant_format = QuantFormat.from_json(row["grid"]) if "grid" in row else None
+            dtype = header.entries[key].dtype if quant_format is None else row["dtype"]
             shape, kept = tuple(row["shape"]), row["kept"]
             assert all(type(n) is int and n >= 0 for n in shape)
             assert kept is None or (type(kept) is int and 0 <= kept <= prod(shape))
-            assert dtype in FLOAT_DTYPES or (grid is None and kept is None), dtype
-            assert grid is None or (grid.fits(shape) and storage[-1:] == codecs.stock_chain(grid)), grid
-            tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, grid=grid)
+            assert dtype in FLOAT_DTYPES or (quant_format is None and kept is None), dtype
+            assert quant_format is None or (
+                quant_format.fits(shape) and storage[-1:] == codecs.stock_chain(quant_format)
+            ), quant_format
+            tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, quant_format=quant_format)
             for part in codecs.parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
                     raise CheckpointError(f"array {part.key} is not what the metadata say", where=where)

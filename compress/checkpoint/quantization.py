@@ -12,7 +12,7 @@ from typing import Any
 
 from compress import architectures
 from compress.checkpoint import codecs
-from compress.spec.formats import ACTIVATIONS, Grid
+from compress.spec.formats import ACTIVATIONS, QuantFormat
 from compress.spec.spec import Spec
 
 KEY = "quantization_config"
@@ -34,20 +34,20 @@ def render(spec: Spec) -> dict[str, Any] | None:
     One group of equal codes targets all linear layers but those it ignores; several name their modules. What is dense is
     always listed: some servers refuse a linear layer that no list names.
     """
-    by_grid: dict[Grid, list[str]] = {}
+    by_grid: dict[QuantFormat, list[str]] = {}
     for tensor in spec.stored():
-        if tensor.grid is not None:
-            by_grid.setdefault(tensor.grid, []).append(in_memory(spec, tensor.module))
+        if tensor.quant_format is not None:
+            by_grid.setdefault(tensor.quant_format, []).append(in_memory(spec, tensor.module))
     if not by_grid:
         return None
     groups = {}
-    for number, (grid, modules) in enumerate(by_grid.items()):
+    for number, (quant_format, modules) in enumerate(by_grid.items()):
         groups[f"group_{number}"] = {
             "targets": ["Linear"] if len(by_grid) == 1 else [f"re:.*{re.escape(m)}$" for m in modules],
-            "weights": _weights(grid),
-            "input_activations": _activations(grid),
+            "weights": _weights(quant_format),
+            "input_activations": _activations(quant_format),
             "output_activations": None,
-            "format": codecs.stock_chain(grid)[0],
+            "format": codecs.stock_chain(quant_format)[0],
         }
     formats = {group["format"] for group in groups.values()}
     return {
@@ -61,25 +61,25 @@ def render(spec: Spec) -> dict[str, Any] | None:
     }
 
 
-def _weights(grid: Grid) -> dict[str, Any]:
-    strategy = "tensor" if grid.whole else "channel"
-    if grid.group:
-        strategy = "tensor_group" if grid.format == "nvfp4" else "group"
+def _weights(quant_format: QuantFormat) -> dict[str, Any]:
+    strategy = "tensor" if quant_format.whole else "channel"
+    if quant_format.group:
+        strategy = "tensor_group" if quant_format.format == "nvfp4" else "group"
     result: dict[str, Any] = {
-        "num_bits": grid.bits,
-        "type": "int" if grid.is_integer else "float",
-        "symmetric": grid.symmetric,
+        "num_bits": quant_format.bits,
+        "type": "int" if quant_format.is_integer else "float",
+        "symmetric": quant_format.symmetric,
         "strategy": strategy,
-        "group_size": grid.group or None,
+        "group_size": quant_format.group or None,
         "dynamic": False,
     }
-    if grid.format == "mxfp4":
+    if quant_format.format == "mxfp4":
         result["scale_dtype"] = "torch.uint8"
     return result
 
 
-def _activations(grid: Grid) -> dict[str, Any] | None:
-    return None if grid.activations is None else dict(ACTIVATIONS[grid.activations])
+def _activations(quant_format: QuantFormat) -> dict[str, Any] | None:
+    return None if quant_format.activations is None else dict(ACTIVATIONS[quant_format.activations])
 
 
 def in_memory(spec: Spec, module: str) -> str:
@@ -98,10 +98,12 @@ def _ignored(spec: Spec) -> list[str]:
 
     By their names in memory; then, for servers whose modules are called as in files, those in files that differ.
     """
-    modules = [t.module for t in spec.stored() if t.grid is None and len(t.shape) == 2 and t.name.endswith(".weight")]
+    modules = [
+        t.module for t in spec.stored() if t.quant_format is None and len(t.shape) == 2 and t.name.endswith(".weight")
+    ]
     if architectures.known(spec.structure.config):
         record = architectures.of(spec.structure.config)
-        if record.head is not None and not any(t.module == record.head and t.grid for t in spec.stored()):
+        if record.head is not None and not any(t.module == record.head and t.quant_format for t in spec.stored()):
             modules.append(record.head)
         if record.pooler is not None and record.is_base(spec.structure.class_name):
             modules += [record.pooler] * all(f".{record.pooler}." not in f".{name}" for name in spec.tensors)

@@ -13,13 +13,13 @@ INSTALL = 'pip install "compressed-tensors>=0.15"'
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
-    """Module with codes ▶ the format that its inputs are cast to, of `grids.ACTIVATIONS`.
+    """Module with codes ▶ the format that its inputs are cast to, of `quant_formats.ACTIVATIONS`.
 
     None of a compact checkpoint: its modelling file makes floats of the codes and rounds nothing.
     """
     if spec.structure.compact:
         return {}
-    formats = {t.module: t.grid.activations for t in spec.stored() if t.grid is not None}
+    formats = {t.module: t.quant_format.activations for t in spec.stored() if t.quant_format is not None}
     return {module: format_ for module, format_ in formats.items() if format_ is not None}
 
 
@@ -27,7 +27,7 @@ def loading_notes(spec: Spec) -> list[str]:
     """What loading the checkpoint by stock transformers asks for beside torch and transformers."""
     if spec.structure.compact:  # the bundled file decodes all
         return []
-    formats = {t.grid.format for t in spec.stored() if t.grid is not None}
+    formats = {t.quant_format.format for t in spec.stored() if t.quant_format is not None}
     notes = []
     if formats:
         notes.append(f"transformers loads its codes by a package of their own: {INSTALL}")

@@ -113,7 +113,7 @@ def _check(spec: Spec, name: str, said: str, fits: Callable[[tuple[int, ...]], b
 
 def alias(source: Tensor, name: str) -> Tensor:
     """A tensor of that name whose data is that of another."""
-    return replace(source, name=name, alias_of=source.name, kept=None, storage=DENSE, grid=None)
+    return replace(source, name=name, alias_of=source.name, kept=None, storage=DENSE, quant_format=None)
 
 
 def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
@@ -274,7 +274,7 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
             shape = (tensor.shape[0], max(spec.tensors[made_of[1]].shape))
         elif module in edits and edits[module].kind == "residual" and last == "weight":
             made_of, kept = (name, f"{module}.residual_up.weight", f"{module}.residual_down.weight"), None
-        tensors[own] = replace(tensor, name=own, shape=shape, kept=kept, grid=None, storage=DENSE)
+        tensors[own] = replace(tensor, name=own, shape=shape, kept=kept, quant_format=None, storage=DENSE)
         sources[own] = made_of
     config = {**spec.structure.config, **({"tie_word_embeddings": False} if untied else {})}
     return replace(spec, structure=replace(spec.structure, edits=(), config=config), tensors=tensors), sources

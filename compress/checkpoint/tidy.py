@@ -106,7 +106,7 @@ def without_copies(spec: Spec, same: Same, where: str) -> Spec:
 
     def alike(name: str, source: str) -> bool:
         a, b = spec.tensors[name], spec.tensors[source]
-        if replace(a, name=source) != b or a.alias_of or a.grid is not None:
+        if replace(a, name=source) != b or a.alias_of or a.quant_format is not None:
             return False
         return same(name, source)
 

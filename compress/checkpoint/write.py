@@ -147,8 +147,11 @@ def _check_value(tensor: Tensor, value: Value) -> None:
 
     assert (value.mask is None) == (tensor.kept is None), tensor
     if value.codes is not None:
-        assert tensor.grid is not None, tensor
-        assert tuple(value.codes.codes.shape) == tensor.grid.rows(tensor.shape), (tensor, value.codes.codes.shape)
+        assert tensor.quant_format is not None, tensor
+        assert tuple(value.codes.codes.shape) == tensor.quant_format.rows(tensor.shape), (
+            tensor,
+            value.codes.codes.shape,
+        )
         data = value.codes.scale.float()  # a weight that is no number leaves its group a scale that is none
     else:
         data = value.data

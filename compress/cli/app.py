@@ -25,7 +25,9 @@ Sets = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Checkpoint = Annotated[str, typer.Argument(help="Folder or hub id (optionally @revision).", metavar="CHECKPOINT")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Folder or hub id (optionally @revision).", metavar="CHECKPOINT")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a checkpoint's own Python code.")]
 IgnoreCode = Annotated[
     bool,
@@ -100,7 +102,7 @@ def plan(recipe: RecipeFile, sets: Sets = None, offline: Offline = False, json: 
 
 @app.command()
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
     trust_remote_code: Trust = False,
@@ -132,7 +134,7 @@ def diff(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointArgument,
     data: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -279,7 +281,7 @@ def schema(
 
 @app.command()
 def unpack(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointArgument,
     output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="OUTPUT")],
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Size of a weight file.")] = "5GB",
     trust_remote_code: Trust = False,

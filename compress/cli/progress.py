@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from compress.escape import in_one_line
-from compress.progress import Progress, SilentProgress, Task
+from compress.progress import Progress, ProgressTask, SilentProgress
 from compress.settings import format_bytes
 
 #: Seconds between two lines where there is no terminal.
@@ -44,7 +44,7 @@ class _LineProgress:
     def stage(self, index: int, total: int, title: str) -> None:
         self.line(f"[{index}/{total}] {title}")
 
-    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
+    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
         return _LineTask(self, title, total, unit)
 
     def message(self, text: str) -> None:
@@ -98,7 +98,7 @@ class _TerminalProgress:
     def stage(self, index: int, total: int, title: str) -> None:
         self.console.print(in_one_line(f"[{index}/{total}] {title}"), style="bold", markup=False)
 
-    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Task:
+    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
         return _TerminalTask(self, title, total, unit)
 
     def message(self, text: str) -> None:

@@ -34,7 +34,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 #: Names of fields, each with the setting that names it.
-Columns: TypeAlias = Mapping[str, str]
+ColumnNames: TypeAlias = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def read_documents(
     return documents
 
 
-def check_columns(files: Sequence[str], columns: Columns) -> None:
+def check_columns(files: Sequence[str], columns: ColumnNames) -> None:
     """Each file has these columns, by its head: names, or its first row. Raises `DataError`."""
     for file in files:
         next(iter(_columns(Path(file), columns)), None)
@@ -279,7 +279,7 @@ def _place(path: Path) -> str:
     return f"{path}: row " if kind(path) == ".parquet" else f"{path}:"
 
 
-def _columns(path: Path, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _columns(path: Path, columns: ColumnNames) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Rows of a file with named fields: their values of the columns, in order."""
     data = unpacked(path)
     if kind(path) == ".parquet":
@@ -351,7 +351,9 @@ def _no_json(path: Path, line: int, error: Exception | str, unlike_records: bool
     return DataError(f"is not JSON: {said}", where=f"{path}:{line}", fix=fix)
 
 
-def _records(path: Path, rows: Iterable[tuple[int, Any]], columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _records(
+    path: Path, rows: Iterable[tuple[int, Any]], columns: ColumnNames
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f'expected {{"{next(iter(columns))}": "…"}}', where=f"{path}:{number}")
@@ -360,7 +362,7 @@ def _records(path: Path, rows: Iterable[tuple[int, Any]], columns: Columns) -> I
         yield number, tuple(row[name] for name in columns)
 
 
-def _table(path: Path, text: str, columns: Columns, delimiter: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _table(path: Path, text: str, columns: ColumnNames, delimiter: str) -> Iterator[tuple[int, tuple[Any, ...]]]:
     import csv
 
     before = csv.field_size_limit(2**31 - 1)  # 128 kB by default, less than a long document
@@ -387,7 +389,7 @@ def _table(path: Path, text: str, columns: Columns, delimiter: str) -> Iterator[
         csv.field_size_limit(before)
 
 
-def _parquet(path: Path, data: bytes, columns: Columns) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def _parquet(path: Path, data: bytes, columns: ColumnNames) -> Iterator[tuple[int, tuple[Any, ...]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -418,7 +420,7 @@ def _column_bytes(group: Any) -> int:
     return max((int(group.column(i).total_uncompressed_size) for i in range(group.num_columns)), default=0)
 
 
-def _no_field(where: str, field: str, columns: Columns, names: Iterable[str]) -> DataError:
+def _no_field(where: str, field: str, columns: ColumnNames, names: Iterable[str]) -> DataError:
     shown = [name if len(name) <= 40 else f"{name[:39]}…" for name in names]
     return DataError(
         f"has no field `{field}`",
@@ -460,7 +462,7 @@ def _pieces(
 
 
 def _joined(
-    rows: Iterable[tuple[int, tuple[Any, ...]]], columns: Columns, template: str, where: str
+    rows: Iterable[tuple[int, tuple[Any, ...]]], columns: ColumnNames, template: str, where: str
 ) -> Iterator[tuple[int, str | None]]:
     """The template filled for every row; None for a row whose columns are all empty."""
     for number, values in rows:

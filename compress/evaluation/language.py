@@ -26,7 +26,7 @@ BATCH_VALUES, BATCH_WINDOWS = 1 << 25, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class TextScore:
     """Sums over the scored tokens of one document, or of one chunk of it.
 
     Attributes:
@@ -47,7 +47,7 @@ class Score:
 class Scores:
     """Scores by document (``unit`` is ``document``) or by chunk (``chunk``), and how they were taken."""
 
-    documents: tuple[Score, ...]
+    documents: tuple[TextScore, ...]
     unit: str
     window: int
     stride: int
@@ -67,7 +67,7 @@ class Scores:
 
 
 def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of `Score` rows: bits per byte, perplexity per token, mean divergence per token, share of agreement."""
+    """Metrics of `TextScore` rows: bits per byte, perplexity per token, mean divergence per token, share of agreement."""
     size, nll = sum(r["bytes"] for r in rows), math.fsum(r["nll"] for r in rows)
     return {"bytes": size, "bits_per_byte": nll / math.log(2) / size, **token_metrics(rows)}
 
@@ -156,7 +156,7 @@ def score_documents(
         for number, piece in enumerate(pieces):
             nll, kl, agree = sums[piece].sum(0).tolist()
             scores.append(
-                Score(
+                TextScore(
                     id=documents[document].id + (f".{number}" if few else ""),
                     bytes=edges[number + 1] - edges[number],
                     tokens=sum(len(windows[i].ids) - 1 - windows[i].first for i in piece),

@@ -147,10 +147,10 @@ def _decoded(spec: Spec, dtype: str | None, as_stored: bool) -> Callable[[Tensor
     record = architectures.of(config) if architectures.known(config) else None
 
     def wanted(tensor: Tensor) -> torch.dtype | None:
-        if as_stored or spec.structure.compact or tensor.grid is None:
+        if as_stored or spec.structure.compact or tensor.quant_format is None:
             return None
         if record is not None and record.is_expert(tensor.name):
-            return torch.float32 if tensor.grid.format == "fp8" else None
+            return torch.float32 if tensor.quant_format.format == "fp8" else None
         return computed
 
     return wanted
@@ -175,13 +175,15 @@ class _Unread:
 
 def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
     """The values of a tensor; of codes with scales in the dtype ``wanted``, where one is."""
-    from compress.checkpoint.decode import values_of
+    from compress.checkpoint.decode import accepted_values
 
-    value, grid = checkpoint.tensor(tensor.name), tensor.grid
-    if wanted is None or value.codes is None or grid is None or grid.format in FIXED_GROUPS:
+    value, quant_format = checkpoint.tensor(tensor.name), tensor.quant_format
+    if wanted is None or value.codes is None or quant_format is None or quant_format.format in FIXED_GROUPS:
         return value.data
     codes = value.codes
-    return values_of((codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, grid.to_json())
+    return accepted_values(
+        (codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, quant_format.to_json()
+    )
 
 
 def _given(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from compress import architectures
 from compress.checkpoint import quantization
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.files import read_json
-from compress.checkpoint.foreign import Groups
+from compress.checkpoint.foreign import SchemeGroups
 from compress.checkpoint.open import Checkpoint, Stored, torch_dtype
 from compress.errors import CheckpointError
 from compress.models.loading import quiet_transformers, stock_class
@@ -34,7 +34,7 @@ def check_codes(checkpoint: Stored) -> None:
 
     if checkpoint.folder is None or needs_code(checkpoint.spec):
         return
-    if not any(tensor.grid is not None for tensor in checkpoint.spec.stored()):
+    if not any(tensor.quant_format is not None for tensor in checkpoint.spec.stored()):
         return
     said = read_json(checkpoint.folder, "config.json")[quantization.KEY]
     check_names(checkpoint, said)
@@ -53,10 +53,12 @@ def check_names(checkpoint: Checkpoint, said: Any) -> None:
     with quiet_transformers(), torch.device("meta"):
         model = stock(config) if hasattr(stock, "get_init_context") else stock.from_config(config)
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    groups = Groups(said, where)
+    groups = SchemeGroups(said, where)
     meant = {name for name in linear if groups.scheme(name) is not None}
     record = architectures.of(spec.structure.config)
-    coded = {quantization.in_memory(spec, t.module) for t in spec.stored() if t.grid and not record.is_expert(t.name)}
+    coded = {
+        quantization.in_memory(spec, t.module) for t in spec.stored() if t.quant_format and not record.is_expert(t.name)
+    }
     for names, wrong in (
         (coded - linear, "no linear layer has that name in memory"),
         (coded - meant, "no group of the config names it"),

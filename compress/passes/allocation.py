@@ -10,7 +10,7 @@ from compress import architectures
 from compress.errors import PassError
 from compress.files import remove
 from compress.passes.base import Context
-from compress.passes.blockwise import measured_divergences, once, open_sweep
+from compress.passes.blockwise import measured_divergences, once, open_runner
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, cont
     """Sparsity of every tensor: blocks with more outliers are pruned less."""
     from compress.passes.prune_unstructured.block import owl_allocation
 
-    sweep = open_sweep(checkpoint, names, context, work=context.work / "owl", with_targets=False)
-    chosen, context.details["allocation"] = owl_allocation(sweep, sparsity)
+    runner = open_runner(checkpoint, names, context, work=context.work / "owl", with_targets=False)
+    chosen, context.details["allocation"] = owl_allocation(runner, sparsity)
     return chosen
 
 
@@ -71,10 +71,10 @@ def by_loss(
     work = context.work / "loss"
 
     def measured() -> dict[str, Any] | None:
-        from compress.passes.prune_unstructured.block import prune_on_trial
+        from compress.passes.prune_unstructured.block import probe_pruning
 
-        sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)
-        read = prune_on_trial(sweep, "wanda" if method == "wanda" else "sparsegpt", levels)
+        runner = open_runner(checkpoint, names, context, work=work, with_targets=False)
+        read = probe_pruning(runner, "wanda" if method == "wanda" else "sparsegpt", levels)
         return None if context.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
 
     found = once(context, "allocation", measured)
@@ -92,14 +92,14 @@ def _shares(
     read: Any,
     context: Context,
 ) -> dict[str, Any]:
-    from compress.solvers.sparsity_allocation import share_out
+    from compress.solvers.sparsity_allocation import allocate_sparsity
 
     losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), _SETTING, context)
     tensors = [checkpoint.spec.tensors[name] for name in names]
     sizes = [t.count for t in tensors]
     most = [t.count if t.kept is None else t.kept for t in tensors]
     rows = [list(losses[name].values()) for name in names]
-    kept = share_out(sizes, most, levels, rows, sum(sizes) - round(sparsity * sum(sizes)))
+    kept = allocate_sparsity(sizes, most, levels, rows, sum(sizes) - round(sparsity * sum(sizes)))
     shares = {n: 1 - k / size for n, k, size in zip(names, kept, sizes, strict=True)}
     return {
         "sparsity": shares,
@@ -124,8 +124,8 @@ def uneven_widths(
     work = context.work / "widths"
 
     def measured() -> dict[str, Any] | None:
-        from compress.passes.prune_structured.block import Narrowing, narrow_on_trial
-        from compress.solvers.sparsity_allocation import share_out
+        from compress.passes.prune_structured.block import WidthOptions, probe_widths
+        from compress.solvers.sparsity_allocation import allocate_sparsity
 
         names = [f"{units.name}.weight" for units, _ in mlps]
         record = architectures.of(checkpoint.spec.structure.config)
@@ -133,14 +133,14 @@ def uneven_widths(
             name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
             for name, (units, _) in zip(names, mlps, strict=True)
         }
-        sweep = open_sweep(checkpoint, names, context, work=work, with_targets=False)
-        how = Narrowing({}, {}, settings.score, settings.repair != "none", None)
-        read = narrow_on_trial(sweep, counts, how)
+        runner = open_runner(checkpoint, names, context, work=work, with_targets=False)
+        options = WidthOptions({}, {}, settings.score, settings.repair != "none", None)
+        read = probe_widths(runner, counts, options)
         if context.rank:
             return None
         losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), UNEVEN, context)
         rows = [list(losses[name].values()) for name in names]
-        left = share_out(sizes, sizes, levels, rows, kept)
+        left = allocate_sparsity(sizes, sizes, levels, rows, kept)
         gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
         blocks = [
             {"block": record.block_index(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)

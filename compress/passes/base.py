@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
     from compress.progress import Progress
 
-Mode = Literal["stream", "sweep", "train"]
+Mode = Literal["stream", "blockwise", "train"]
 #: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one, of a width that no
 #: other block has.
 Storage = Literal["float", "integer", "shared", "factored", "uneven"]
@@ -80,8 +80,8 @@ class Pass(Generic[S]):
 
     Attributes:
         settings: the settings model; its field descriptions are the help text.
-        mode: how it works: ``stream`` (tensor by tensor), ``sweep`` (block by block) or ``train``.
-        needs: names of the data sets it reads, given settings (see `needed`).
+        mode: how it works: ``stream`` (tensor by tensor), ``runner`` (block by block) or ``train``.
+        needs: names of the data sets it reads, given settings (see `required_data`).
         accepts: the storage it can read. yields: storage it may leave behind.
         preserves: what later passes may rely on: ``masks``, ``aliases``, ``integers``.
         source: paper or repository, for help and docs.
@@ -101,15 +101,15 @@ class Pass(Generic[S]):
         """The settings with those defaults said that depend on which data sets a recipe has."""
         return settings
 
-    def needed(self, settings: S) -> frozenset[str]:
+    def required_data(self, settings: S) -> frozenset[str]:
         """Data sets that these settings need; all of ``needs`` unless a pass says otherwise."""
         return self.needs
 
-    def works(self, settings: S) -> Mode:
+    def mode_for(self, settings: S) -> Mode:
         """How it works with these settings; ``mode`` unless a pass says otherwise."""
         return self.mode
 
-    def produced(self, settings: S) -> frozenset[Storage]:
+    def output_storage(self, settings: S) -> frozenset[Storage]:
         """Storage that these settings leave behind; all of ``yields`` unless a pass says otherwise."""
         return self.yields
 
@@ -128,7 +128,7 @@ class Pass(Generic[S]):
         """Folders and hub ids of checkpoints that it reads besides its input and the original."""
         return []
 
-    def notes(self, spec: Spec, settings: S) -> list[str]:
+    def plan_notes(self, spec: Spec, settings: S) -> list[str]:
         """What a plan says besides sizes and memory, one sentence each."""
         return []
 
@@ -151,7 +151,7 @@ class Pass(Generic[S]):
 EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors", "uneven": "has a width of its own"}
 
 
-def values_of(instance: Pass[Any]) -> str:
+def accepted_values(instance: Pass[Any]) -> str:
     """The kinds of values that a pass accepts, for errors."""
     return " and ".join(sorted(instance.accepts - EDITED))
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.blockwise.memory_budget import (
-    KEPT_FREED,
-    LOGITS_AT_ONCE,
+    ALLOCATOR_RETAIN,
+    FLOAT64_MAX_WIDTH,
+    LOGITS_PER_CHUNK,
     STATISTICS_BYTES,
     TOKENS_PER_BATCH,
-    WIDE,
-    held_outputs,
+    curvatures_that_fit,
 )
 from compress.checkpoint.structure import is_factor, is_residual
 from compress.errors import PassError
@@ -24,15 +24,15 @@ from compress.passes.base import Context
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
-    from compress.blockwise.runner import Sweep, Teacher
+    from compress.blockwise.runner import BlockRunner, Teacher
     from compress.checkpoint.open import Checkpoint
-    from compress.sensitivity.matrices import Changes
+    from compress.sensitivity.matrices import WeightDeltas
 
 #: Small things.
 _SLACK = 96 << 20
 
 
-def open_sweep(
+def open_runner(
     checkpoint: Checkpoint,
     names: Collection[str],
     context: Context,
@@ -40,13 +40,13 @@ def open_sweep(
     work: Path,
     with_targets: bool,
     teacher: Teacher | None = None,
-) -> Sweep:
+) -> BlockRunner:
     """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
-    from compress.blockwise.runner import Inputs, Sweep
-    from compress.distributed import Ranks
+    from compress.blockwise.runner import BlockRunner, Inputs
+    from compress.distributed import ProcessGroup
 
     batches = context.data("calibration")
-    return Sweep(
+    return BlockRunner(
         checkpoint,
         Inputs(batches.values, batches.mask),
         set(names),
@@ -56,7 +56,7 @@ def open_sweep(
         progress=context.progress,
         with_targets=with_targets,
         seed=context.seed,
-        ranks=Ranks(context.rank, context.world),
+        processes=ProcessGroup(context.rank, context.world),
         teacher=teacher,
     )
 
@@ -67,12 +67,12 @@ def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
     Args:
         name: of the file. compute: gives JSON values; all processes call it together, what the others get does not count.
     """
-    from compress.distributed import Ranks
+    from compress.distributed import ProcessGroup
 
-    ranks, path = Ranks(context.rank, context.world), context.work / f"{name}.json"
-    found = ranks.tell(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
+    processes, path = ProcessGroup(context.rank, context.world), context.work / f"{name}.json"
+    found = processes.broadcast_object(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
     if found is None:
-        found = ranks.tell(0, compute())
+        found = processes.broadcast_object(0, compute())
         if not context.rank:
             path.parent.mkdir(parents=True, exist_ok=True)
             temp = path.with_suffix(".tmp")
@@ -82,7 +82,7 @@ def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
 
 
 def measured_divergences(
-    checkpoint: Checkpoint, names: Sequence[str], changes: Changes, setting: tuple[str, str], context: Context
+    checkpoint: Checkpoint, names: Sequence[str], changes: WeightDeltas, setting: tuple[str, str], context: Context
 ) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
     """See `sensitivity.matrices.divergences`, on the calibration data."""
     from compress.sensitivity.matrices import divergences
@@ -108,7 +108,7 @@ def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:
     return blocks
 
 
-def sweep_memory(
+def runner_memory(
     spec: Spec,
     names: Collection[str],
     width: int,
@@ -134,23 +134,23 @@ def sweep_memory(
     head = width * sum(t.count for t in outside if t.module == record.head)
     resident = width * sum(t.count for t in outside) - head  # the head is not loaded, but to predict tokens
     vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
-    peak = head + 5 * 4 * LOGITS_AT_ONCE * vocabulary if by_outputs else 0
+    peak = head + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if by_outputs else 0
     for tensors in blocks.values():
         block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
         wide = [t.shape[input_axis(spec, t)] for t in changed]
-        grams = [size * size * (8 if size <= WIDE else 4) for size in wide]
+        grams = [size * size * (8 if size <= FLOAT64_MAX_WIDTH else 4) for size in wide]
         largest, matrix = max(grams, default=0), max((t.count for t in changed), default=0)
         statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
         solving = largest + int(factors * largest) + 4 * copies * matrix
         chosen = int(kept * sum(t.count for t in changed))
         if by_outputs:
             shared = [t for t in changed if not any(f".{base}." in t.name for base in record.experts)]
-            held = held_outputs(t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared)
+            held = curvatures_that_fit(t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared)
             chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
-    return resident + peak + KEPT_FREED + _SLACK + activations
+    return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
 
 
 def input_axis(spec: Spec, tensor: Tensor) -> int:
@@ -168,7 +168,7 @@ def block_matrices(spec: Spec) -> list[str]:
     return [t.module for t in matrices if not is_residual(spec, t.name)]
 
 
-def followable(spec: Spec, fix: str) -> None:
+def require_blockwise(spec: Spec, fix: str) -> None:
     """Raises `PassError`, with what to do instead, for families that a sweep cannot follow."""
     record = architectures.of(spec.structure.config)
     if record.stacks:
@@ -179,9 +179,9 @@ def followable(spec: Spec, fix: str) -> None:
         )
 
 
-def inside_blocks(spec: Spec, names: Collection[str]) -> None:
+def require_inside_blocks(spec: Spec, names: Collection[str]) -> None:
     """Raises `PassError` for a tensor that no block holds, which the sweep does not reach; or for a family that it does not."""
-    followable(spec, "use `method: magnitude`")
+    require_blockwise(spec, "use `method: magnitude`")
     record = architectures.of(spec.structure.config)
     if outside := sorted(n for n in names if record.block_index(n) is None):
         raise PassError(
@@ -189,16 +189,16 @@ def inside_blocks(spec: Spec, names: Collection[str]) -> None:
             key="only",
             fix="use `method: magnitude` for it",
         )
-    linear_layers(spec, names, "use `method: magnitude` for it")
+    require_linear(spec, names, "use `method: magnitude` for it")
 
 
-def predicting(spec: Spec, asks: str, key: str, instead: str) -> None:
+def require_head(spec: Spec, asks: str, key: str, instead: str) -> None:
     """Raises `PassError` for a model without a head: its predictions, which ``asks`` wants gradients of, are none."""
     if task_of(spec.structure.class_name) is EMBEDDING:
         raise PassError(f"{asks} needs a model that predicts something", key=key, fix=instead)
 
 
-def linear_layers(spec: Spec, names: Collection[str], instead: str) -> None:
+def require_linear(spec: Spec, names: Collection[str], instead: str) -> None:
     """Raises `PassError` for a matrix of a block that is no linear layer (a router), which a sweep does not see."""
     record = architectures.of(spec.structure.config)
     inside = (n for n in sorted(names) if record.block_index(n) is not None)

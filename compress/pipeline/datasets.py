@@ -15,7 +15,7 @@ from compress.errors import DataError
 from compress.evaluation.scorer import labels_of, load_processor, read
 from compress.evaluation.tasks import MASKED, task_of
 from compress.pipeline.fingerprint import fingerprint
-from compress.recipe.model import Calibration, Training
+from compress.recipe.model import CalibrationSection, TrainingData
 
 if TYPE_CHECKING:
     from compress.data.batches import Batches
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def read_section(
-    section: Training | Calibration, separator: str | None, structure: Structure | None = None
+    section: TrainingData | CalibrationSection, separator: str | None, structure: Structure | None = None
 ) -> list[Document]:
     """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`.
 
@@ -36,13 +36,13 @@ def read_section(
         return read_images(section.folder, labels_of(structure, "images"))
     if section.text is None:
         return read_documents(section.files, separator, section.field, section.template)
-    label = section.label if isinstance(section, Training) else None
+    label = section.label if isinstance(section, TrainingData) else None
     labels = None if label is None or structure is None else labels_of(structure, label)
     return read_examples(section.files, section.text, labels)
 
 
 def draw(
-    section: Training | Calibration,
+    section: TrainingData | CalibrationSection,
     processor: Callable[[], Any],
     documents: Callable[[], Sequence[Document]],
     *,
@@ -62,8 +62,8 @@ def draw(
     """
     from compress.data import batches
 
-    name = "calibration" if isinstance(section, Calibration) else "training"
-    samples = section.samples if isinstance(section, Calibration) else None
+    name = "calibration" if isinstance(section, CalibrationSection) else "training"
+    samples = section.samples if isinstance(section, CalibrationSection) else None
     if section.folder is not None:
         return batches.of_images(documents(), processor(), seed)
     if holds_ids(file := section.files[0]):

@@ -20,7 +20,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.run import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
-from compress.report.document import Latency, Measured, Part, Size, checked, judged
+from compress.report.document import Latency, Measured, Part, SizeRow, checked, judged
 from compress.report.document import read as read_document
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class _Baseline(Part):
     """What `assess` gives and a later one reads."""
 
     checkpoint: str = Field(pattern=r"^[^\x00]+$")
-    size: Size
+    size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
     settings: _Settings

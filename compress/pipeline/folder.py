@@ -65,8 +65,8 @@ class RunFolder:
         return self.works / key
 
     @contextlib.contextmanager
-    def locked(self, *, sweep: bool = True) -> Iterator[None]:
-        """Hold the run folder, and remove what a killed run left half done (``sweep``).
+    def locked(self, *, remove_leftovers: bool = True) -> Iterator[None]:
+        """Hold the run folder, and remove what a killed run left half done (``remove_leftovers``).
 
         Raises:
             OutputError: another process holds it, or a link in it leads elsewhere.
@@ -77,7 +77,7 @@ class RunFolder:
             try:
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, str(os.getpid()).encode(), 0)
-                for leftover in self.leftovers() if sweep else ():
+                for leftover in self.leftovers() if remove_leftovers else ():
                     remove(leftover)
             except BaseException:
                 os.close(lock)

@@ -139,7 +139,7 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
     if dry_run:
         run.check_idle()
         return _gone(unused(), dry_run)
-    with run.locked(sweep=False):
+    with run.locked(remove_leftovers=False):
         return _gone(unused(), dry_run)
 
 

@@ -141,7 +141,7 @@ class Measurements:
 
     def _chosen(self) -> dict[str, Any] | None:
         """The calibration samples, kept beside the measurements; None where no pass of the recipe looks at them."""
-        if not any("calibration" in passes.get(p.name).needed(p.settings) for p in self.recipe.passes):
+        if not any("calibration" in passes.get(p.name).required_data(p.settings) for p in self.recipe.passes):
             return None
         name = f"calibration-{self._key(self.data.fingerprint('calibration'), self.recipe.seed, self._input)}"
         found = None if self.fresh else self.folder.cached(name)

@@ -144,7 +144,7 @@ def check_ids(recipe: Recipe, positions: int | None) -> None:
 
 def check_tokenizer(recipe: Recipe, folder: Path) -> None:
     """A tokenizer's files are there where the run reads text. Raises `CheckpointError`."""
-    needed = set().union(*(passes.get(entry.name).needed(entry.settings) for entry in recipe.passes))
+    needed = set().union(*(passes.get(entry.name).required_data(entry.settings) for entry in recipe.passes))
     if TEXT_METRICS & set(recipe.metrics):
         needed.add("evaluation")
     sections = [getattr(recipe.data, name) for name in needed]

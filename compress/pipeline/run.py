@@ -18,10 +18,10 @@ from compress import architectures, passes
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, is_lack, one_line
 from compress.evaluation.tasks import TEXT_METRICS, task_of
-from compress.files import disk_errors, place, remove, sweep
+from compress.files import disk_errors, place, remove, remove_leftovers
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
 from compress.passes.distill.distill import unhelped
@@ -32,7 +32,7 @@ from compress.pipeline.folder import RunFolder
 from compress.pipeline.measure import Measurements
 from compress.pipeline.preflight import check_folders, check_plan, check_sets, check_window
 from compress.pipeline.publish import recover
-from compress.pipeline.workers import call_for_help, help_out, joined, own_device
+from compress.pipeline.workers import dispatch, own_device, process_group, worker_loop
 from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
@@ -71,7 +71,7 @@ class Run:
     recipe: Recipe
     progress: Progress
     fresh: bool = False
-    ranks: Ranks = field(default_factory=Ranks)
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Run:
         check_plan(recipe, self.plan)
         check_window(recipe, spec)
         self.data.check_disjoint()
-        for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in recipe.passes))):
+        for name in sorted(set().union(*(passes.get(p.name).required_data(p.settings) for p in recipe.passes))):
             self.data.check_ids(name)
 
     def check_disk(self, missing: list[PlannedStage]) -> None:
@@ -118,7 +118,7 @@ class Run:
     def check_samples(self, missing: list[PlannedStage]) -> None:
         """What the stages to compute will read can be drawn, and what is measured on can be shown, before any pass works."""
         planned = [p for stage in missing for p in stage.passes]
-        for name in sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in planned))):
+        for name in sorted(set().union(*(passes.get(p.name).required_data(p.settings) for p in planned))):
             self.data.batches(name)
         if planned and TEXT_METRICS & set(self.recipe.metrics):
             self.data.check_shown()
@@ -130,7 +130,7 @@ class Run:
         self.input_hash = before
         result = []
         for stage in self.plan.stages:
-            needed = sorted(set().union(*(passes.get(p.name).needed(p.settings) for p in stage.passes)))
+            needed = sorted(set().union(*(passes.get(p.name).required_data(p.settings) for p in stage.passes)))
             environment: dict[str, Any] = {
                 "store": recipe.store,
                 "max_shard_size": recipe.max_shard_size,
@@ -177,7 +177,7 @@ class Run:
 
     def context(self, planned: PlannedPass, work: Path) -> Context:
         """What a pass of this run may know."""
-        shared = passes.get(planned.name).works(planned.settings) != "stream"  # else this process works alone
+        shared = passes.get(planned.name).mode_for(planned.settings) != "stream"  # else this process works alone
         return Context(
             original=self.original,
             device=own_device(self.device),
@@ -187,8 +187,8 @@ class Run:
             data=self.data.batches,
             progress=self.progress,
             work=work,
-            rank=self.ranks.rank,
-            world=self.ranks.world if shared else 1,
+            rank=self.processes.rank,
+            world=self.processes.world if shared else 1,
             offline=self.recipe.offline,
         )
 
@@ -201,8 +201,8 @@ class Run:
         rows = []
         for planned in stage.passes:
             context = self.context(planned, self.folder.work(key))
-            if passes.get(planned.name).works(planned.settings) != "stream":
-                call_for_help(self.ranks, planned.name, planned.settings, before.folder, context)
+            if passes.get(planned.name).mode_for(planned.settings) != "stream":
+                dispatch(self.processes, planned.name, planned.settings, before.folder, context)
             with _of_pass(planned):
                 checkpoint = passes.get(planned.name).apply(checkpoint, planned.settings, context)
             rows.append((planned, checkpoint.spec, context.details))
@@ -252,7 +252,7 @@ class Run:
     def _computed(self, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
         """Compute a stage; from its beginning where the state that an earlier run left cannot be used."""
         work = self.folder.work(key)
-        resumed = work.is_dir() and any(work.iterdir()) and self.ranks.world == 1
+        resumed = work.is_dir() and any(work.iterdir()) and self.processes.world == 1
         try:
             return self.compute(stage, before, print_, key)
         except Exception as error:
@@ -355,28 +355,33 @@ def run(
     Raises:
         CompressError: the recipe cannot run here; nothing at the output has changed.
     """
-    with joined(resolve_device(recipe.device)) as ranks:
-        if ranks.rank:
-            help_out(ranks)
+    with process_group(resolve_device(recipe.device)) as processes:
+        if processes.rank:
+            worker_loop(processes)
             raise SystemExit(0)
-        result = _run(recipe, ranks, fresh, publish_anyway, progress or SilentProgress(), recipe_path)
-        ranks.tell(0, None)
+        result = _run(recipe, processes, fresh, publish_anyway, progress or SilentProgress(), recipe_path)
+        processes.broadcast_object(0, None)
     return result
 
 
 def _run(
-    recipe: Recipe, ranks: Ranks, fresh: bool, publish_anyway: bool, progress: Progress, recipe_path: str | None
+    recipe: Recipe,
+    processes: ProcessGroup,
+    fresh: bool,
+    publish_anyway: bool,
+    progress: Progress,
+    recipe_path: str | None,
 ) -> RunResult:
     """The whole run, in the first process."""
     from compress.gates import judge, verdict
     from compress.recipe import resolved
 
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    state = Run(recipe, progress, fresh, ranks)
+    state = Run(recipe, progress, fresh, processes)
     state.prepare()
     with disk_errors(state.folder.path, "cannot be used"), state.folder.locked():
         recover(state.output)
-        sweep(state.output)
+        remove_leftovers(state.output)
         recipe = state.recipe
         wanted = resolved(recipe)
         identity = fingerprint(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
-    from compress.distributed import Ranks
+    from compress.distributed import ProcessGroup
     from compress.passes.base import Context
 
 
@@ -55,13 +55,13 @@ class Job:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[ProcessGroup]:
     """This process among those that torchrun started. Waiting has no limit: the first one may evaluate for hours."""
-    from compress.distributed import Ranks
+    from compress.distributed import ProcessGroup
 
     rank, world = launched()
     if world == 1:
-        yield Ranks()
+        yield ProcessGroup()
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise CompressError(
@@ -82,7 +82,7 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(_number("LOCAL_RANK", 0))
     dist.init_process_group(backend, timeout=timedelta(days=30))
     try:
-        yield Ranks(rank, world)
+        yield ProcessGroup(rank, world)
     except SystemExit:
         _leave()
         raise
@@ -101,14 +101,14 @@ def own_device(device: str) -> str:
     return f"cuda:{_number('LOCAL_RANK', 0)}" if device == "cuda" and launched()[1] > 1 else device
 
 
-def help_out(ranks: Ranks) -> None:
+def worker_loop(processes: ProcessGroup) -> None:
     """What processes other than the first do: jobs, until there are no more."""
     from compress import passes
     from compress.checkpoint.open import open_checkpoint
     from compress.passes.base import Context
     from compress.progress import SilentProgress
 
-    while (job := ranks.tell(0, None)) is not None:
+    while (job := processes.broadcast_object(0, None)) is not None:
         checkpoint = open_checkpoint(
             job.folder, trust_remote_code=job.trust_remote_code, ignore_auto_map=job.ignore_auto_map
         )
@@ -124,21 +124,21 @@ def help_out(ranks: Ranks) -> None:
             progress=SilentProgress(),
             work=job.work,
             offline=job.offline,
-            rank=ranks.rank,
-            world=ranks.world,
+            rank=processes.rank,
+            world=processes.world,
         )
         passes.get(job.name).apply(checkpoint, job.settings, context)
 
 
-def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, context: Context) -> None:
+def dispatch(processes: ProcessGroup, name: str, settings: Any, folder: Path | None, context: Context) -> None:
     """Tell the other processes to take part in a pass of this context."""
-    if ranks.world == 1:
+    if processes.world == 1:
         return
     from compress import passes
 
     assert folder is not None
     assert context.original.folder is not None
-    data = {key: context.data(key) for key in passes.get(name).needed(settings)}
+    data = {key: context.data(key) for key in passes.get(name).required_data(settings)}
     job = Job(
         name,
         settings,
@@ -153,4 +153,4 @@ def call_for_help(ranks: Ranks, name: str, settings: Any, folder: Path | None, c
         context.work.resolve(),
         context.offline,
     )
-    ranks.tell(0, job)
+    processes.broadcast_object(0, job)

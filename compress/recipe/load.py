@@ -16,8 +16,8 @@ from compress.files import expanded
 from compress.recipe.model import PassEntry, Recipe
 from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
 from compress.recipe.problems import (
-    Entry,
     ListNode,
+    MapEntry,
     MapNode,
     Node,
     Origin,
@@ -194,7 +194,7 @@ def _over(base: MapNode, top: MapNode) -> MapNode:
     for key, entry in top.entries.items():
         below = entries.get(key)
         if below is not None and isinstance(below.node, MapNode) and isinstance(entry.node, MapNode):
-            entries[key] = Entry(_over(below.node, entry.node), entry.key)
+            entries[key] = MapEntry(_over(below.node, entry.node), entry.key)
         else:
             entries[key] = entry
     return MapNode(entries, top.place)
@@ -244,11 +244,11 @@ class _Change:
                 items[index] = node = following
             elif isinstance(node, MapNode):
                 if depth == len(self.path) - 1:
-                    node.entries[part] = Entry(self.value, self.place)
+                    node.entries[part] = MapEntry(self.value, self.place)
                     return
                 entry_here = node.entries.get(part)
                 if entry_here is None or is_null(entry_here.node):
-                    node.entries[part] = entry_here = Entry(MapNode({}, self.place), self.place)
+                    node.entries[part] = entry_here = MapEntry(MapNode({}, self.place), self.place)
                 node = entry_here.node
             else:
                 owner = dotted(self.path[:depth])
@@ -293,7 +293,7 @@ def _as_entry(node: Node) -> MapNode | None:
     if isinstance(node, MapNode) and len(node.entries) == 1:
         return node
     if isinstance(node, Scalar) and isinstance(node.value, str):
-        return MapNode({node.value: Entry(MapNode({}, node.place), node.place)}, node.place)
+        return MapNode({node.value: MapEntry(MapNode({}, node.place), node.place)}, node.place)
     return None
 
 
@@ -333,7 +333,7 @@ def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem
         value = os.fspath(value)
     if isinstance(value, Mapping):
         return MapNode(
-            {str(key): Entry(_from_python(item, (*path, str(key)), problems)) for key, item in value.items()}
+            {str(key): MapEntry(_from_python(item, (*path, str(key)), problems)) for key, item in value.items()}
         )
     if isinstance(value, (list, tuple)):
         return ListNode([_from_python(item, (*path, i), problems) for i, item in enumerate(value)])

@@ -27,7 +27,7 @@ from compress.data.text import FIELD, FIELD_KINDS, holds_ids, kind, template_col
 from compress.errors import CompressError
 from compress.evaluation.tasks import TEXT_METRICS, Given, Task
 from compress.passes.base import PassSettings
-from compress.settings import AllowedIncrease, Settings, Size
+from compress.settings import AllowedIncrease, ByteSize, Settings
 
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
@@ -99,7 +99,7 @@ def _listed(value: Any) -> Any:
 
 
 #: One name, or a list of two.
-Columns = Annotated[
+ColumnSettings = Annotated[
     tuple[Text, ...],
     Field(min_length=1, max_length=2),
     BeforeValidator(_listed),
@@ -186,7 +186,7 @@ class Sampled(TextFiles):
         description=f"{_KINDS}; or one .npy or .safetensors file of token ids, integers [samples, length], used as they "
         "are (`field` names the tensor where a file has several)."
     )
-    text: Columns | None = Field(
+    text: ColumnSettings | None = Field(
         default=None,
         description="Of .jsonl, .json, .csv, .tsv and .parquet files the column of the text, or two columns of texts that the "
         "model reads together, [sentence1, sentence2], where each row is shown to the model by itself, as encoders read it; "
@@ -221,7 +221,7 @@ class Sampled(TextFiles):
         return self
 
 
-class Training(Sampled):
+class TrainingData(Sampled):
     """Text or images that passes train on: all of them, in samples."""
 
     model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
@@ -243,7 +243,7 @@ class Training(Sampled):
         return self
 
 
-class Calibration(Sampled):
+class CalibrationSection(Sampled):
     """Text whose activations passes look at."""
 
     samples: int | None = Field(
@@ -254,7 +254,7 @@ class Calibration(Sampled):
     )
 
 
-class Evaluation(TextFiles):
+class EvaluationSection(TextFiles):
     """Text or images that the original and every stage are measured on."""
 
     model_config = ConfigDict(json_schema_extra=_FILES_OR_IMAGES)
@@ -276,7 +276,7 @@ class Evaluation(TextFiles):
         ge=1,
         description="Measure on the first so many documents only; of images, of all classes by turns.",
     )
-    text: Columns | None = Field(
+    text: ColumnSettings | None = Field(
         default=None,
         description="Of labelled .jsonl, .json, .csv, .tsv and .parquet files the column of the text, or two columns of texts "
         "that the model reads together: [sentence1, sentence2]. `text` by default where `label` is given.",
@@ -330,9 +330,11 @@ class Evaluation(TextFiles):
 class Data(Settings):
     """The text or images of a run."""
 
-    training: Training | None = Field(default=None, description="Text or images that passes train on.")
-    calibration: Calibration | None = Field(default=None, description="Text whose activations passes look at.")
-    evaluation: Evaluation | None = Field(default=None, description="Text or images that models are measured on.")
+    training: TrainingData | None = Field(default=None, description="Text or images that passes train on.")
+    calibration: CalibrationSection | None = Field(default=None, description="Text whose activations passes look at.")
+    evaluation: EvaluationSection | None = Field(
+        default=None, description="Text or images that models are measured on."
+    )
 
     @property
     def needs_model(self) -> bool:
@@ -355,7 +357,7 @@ class Gate(Settings):
 class SizeGate(Gate):
     """Bounds on the bytes of all weight files."""
 
-    max: Size | None = Field(default=None, description="Most bytes, such as 500MB.")
+    max: ByteSize | None = Field(default=None, description="Most bytes, such as 500MB.")
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
 
 
@@ -498,7 +500,7 @@ def parse_pass(value: Any) -> PassEntry:
     return PassEntry(name, model.model_validate_json(text, strict=True))
 
 
-Entry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
+RecipeEntry = Annotated[PassEntry, PlainValidator(parse_pass), WithJsonSchema({"type": ["object", "string"]})]
 
 
 def _completed(entries: tuple[PassEntry, ...], info: ValidationInfo) -> tuple[PassEntry, ...]:
@@ -525,7 +527,7 @@ class Recipe(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Number format of computation."
     )
-    max_ram: Size | None = Field(
+    max_ram: ByteSize | None = Field(
         default=None, description="Most memory the run may use, such as 8GiB; no limit by default."
     )
     workers: int | None = Field(
@@ -537,7 +539,7 @@ class Recipe(Settings):
     document_separator: Text | None = Field(
         default=None, description="Line that separates documents in text files; without it a file is one document."
     )
-    max_shard_size: Size = Field(default=5 * 10**9, description="Most bytes per weight file, such as 5GB.")
+    max_shard_size: ByteSize = Field(default=5 * 10**9, description="Most bytes per weight file, such as 5GB.")
     trust_remote_code: bool = Field(
         default=False, description="Allow code that a foreign checkpoint brings (its `auto_map`)."
     )
@@ -548,7 +550,7 @@ class Recipe(Settings):
     )
     offline: bool = Field(default=False, description="Use no network; hub ids come from the cache.")
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to measure on.")
-    passes: Annotated[tuple[Entry, ...], AfterValidator(_completed)] = Field(
+    passes: Annotated[tuple[RecipeEntry, ...], AfterValidator(_completed)] = Field(
         min_length=1, description="The passes, in order, each as `name: {settings}`."
     )
     evaluate: Annotated[tuple[Metric, ...], AfterValidator(_distinct)] | None = Field(

@@ -19,7 +19,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
-from compress.recipe.problems import Entry, ListNode, MapNode, Node, Origin, Place, Problem, Scalar
+from compress.recipe.problems import ListNode, MapEntry, MapNode, Node, Origin, Place, Problem, Scalar
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
@@ -214,9 +214,9 @@ class _Reader:
             return Scalar("", "", place)
         return Scalar(value, text, place)
 
-    def entries(self, raw: MappingNode) -> dict[str, Entry]:
+    def entries(self, raw: MappingNode) -> dict[str, MapEntry]:
         """Entries of a mapping: its own, in order, then those that `<<` merges in."""
-        found: dict[str, Entry] = {}
+        found: dict[str, MapEntry] = {}
         merged: list[MapNode] = []
         merge_key: Place | None = None
         for raw_key, raw_value in raw.value:
@@ -245,7 +245,7 @@ class _Reader:
                 )
                 self.report(f"duplicate key `{key}`", place, f"{before}: keep one")
             else:
-                found[key] = Entry(node, place)
+                found[key] = MapEntry(node, place)
         for source in merged:
             for key, entry in source.entries.items():
                 found.setdefault(key, entry)

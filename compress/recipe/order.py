@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress import passes
-from compress.passes.base import EDITED, EDITS, Storage, values_of
+from compress.passes.base import EDITED, EDITS, Storage, accepted_values
 from compress.recipe.model import PassEntry
 
 
@@ -32,9 +32,7 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
         for storage in [storage for storage in left if storage not in instance.accepts]:
             earlier, name = left[storage]
             does = "trains and accepts" if instance.mode == "train" else "accepts"
-            message = (
-                f"{entry.name} {does} {values_of(instance)} weights, but {name} (passes.{earlier}) leaves {storage}s"
-            )
+            message = f"{entry.name} {does} {accepted_values(instance)} weights, but {name} (passes.{earlier}) leaves {storage}s"
             if storage in EDITED:
                 message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
             found.append(Misplaced(index, message, f"put {entry.name} before {name}"))
@@ -42,6 +40,6 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
         if "integer" in left and "integers" not in instance.preserves:
             del left["integer"]
         left.pop("float", None)
-        for storage in instance.produced(entry.settings):
+        for storage in instance.output_storage(entry.settings):
             left[storage] = (index, entry.name)
     return found

@@ -57,7 +57,7 @@ class ListNode:
 
 
 @dataclass(slots=True)
-class Entry:
+class MapEntry:
     """What a key holds, and where the key is."""
 
     node: Node
@@ -68,7 +68,7 @@ class Entry:
 class MapNode:
     """A mapping; keys are text."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, MapEntry] = field(default_factory=dict)
     place: Place | None = None
 
     def get(self, key: str) -> Node | None:

@@ -306,7 +306,7 @@ def _lacking(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
         return
     given = {name for name, value in data.items() if value is not None}
     for index, entry in _entries(values):
-        for name in sorted(passes.get(entry.name).needed(entry.settings) - given):
+        for name in sorted(passes.get(entry.name).required_data(entry.settings) - given):
             yield Problem(
                 f"{entry.name} needs {name} text, and there is no `data.{name}`",
                 *_at_pass(root, index),

@@ -40,7 +40,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-class Size(Part):
+class SizeRow(Part):
     """What a checkpoint costs."""
 
     bytes: Count = Field(description="Of all weight files.")
@@ -204,8 +204,8 @@ class PassRow(Part):
 
     name: str
     settings: dict[str, Any]
-    planned: Size = Field(description="What the plan said of the headers alone.")
-    actual: Size
+    planned: SizeRow = Field(description="What the plan said of the headers alone.")
+    actual: SizeRow
     exact: bool = Field(description="Whether planned and actual must be equal.")
     details: dict[str, Any] = Field(description="What the pass says of its work.")
 
@@ -225,7 +225,7 @@ class Stage(Part):
     fingerprint: str
     content: str = Field(description="SHA-256 over all decoded tensors.")
     passes: list[PassRow]
-    size: Size
+    size: SizeRow
     seconds: Seconds
     peak_memory: int = Field(description="Resident bytes.")
     reused: bool
@@ -238,7 +238,7 @@ class Original(Part):
     """The checkpoint that the run began with."""
 
     checkpoint: str
-    size: Size
+    size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
 
@@ -246,7 +246,7 @@ class Original(Part):
 class Result(Part):
     """The last stage."""
 
-    size: Size
+    size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
 

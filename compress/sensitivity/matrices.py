@@ -8,39 +8,39 @@ from typing import Any
 import torch
 
 from compress import architectures
-from compress.blockwise.linears import Site, group_sites
+from compress.blockwise.linears import TargetLinear, group_linears
 from compress.blockwise.output_curvature import draw
 from compress.checkpoint.open import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_checkpoint
 from compress.progress import Progress
-from compress.solvers.quant_format import fit, to_codes, weights
-from compress.spec.formats import Grid
+from compress.solvers.quant_format import dequantize, fit, to_codes
+from compress.spec.formats import QuantFormat
 
 #: Samples that are enough to rank matrices by.
 SAMPLES = 32
 #: A tensor's name and its weights [O, I] ▶ what each choice would change of them, ΔW [O, I].
-Changes = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+WeightDeltas = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
-class Rounding:
-    """What rounding to the nearest codes changes, as `Changes`: of options that differ in the size of groups alone, one.
+class RoundingDelta:
+    """What rounding to the nearest codes changes, as `WeightDeltas`: of options that differ in the size of groups alone, one.
 
     The divergence of the others is that of the one measured, scaled by the squared error of the weights.
     """
 
-    def __init__(self, grids: Callable[[str, str], Grid], options: Mapping[str, str]) -> None:
-        """``grids``: of a tensor (first argument) with an option. ``options``: each with the one that it is measured by."""
-        self.grids, self.options = grids, options
+    def __init__(self, quant_formats: Callable[[str, str], QuantFormat], options: Mapping[str, str]) -> None:
+        """``quant_formats``: of a tensor (first argument) with an option. ``options``: each with the one that it is measured by."""
+        self.quant_formats, self.options = quant_formats, options
         self._errors: dict[str, dict[str, float]] = {}
 
     def __call__(self, name: str, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """ΔW of the options to measure."""
         found = {}
         for option in self.options:
-            grid = self.grids(name, option)
-            change = weights(to_codes(W_OI, grid, fit(W_OI, grid), torch.float32)).float() - W_OI
+            quant_format = self.quant_formats(name, option)
+            change = dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
             self._errors.setdefault(name, {})[option] = max(float(change.square().sum()), 1e-30)
             if option in self.options.values():
                 found[option] = change
@@ -57,7 +57,7 @@ class Rounding:
 def divergences(
     checkpoint: Checkpoint,
     names: Sequence[str],
-    changes: Changes,
+    changes: WeightDeltas,
     batches: Batches,
     *,
     setting: tuple[str, str],
@@ -119,9 +119,11 @@ def divergences(
 
         return hook
 
-    sites = [Site(name, name, module.weight, False, module) for name, module in owners.items() if module is not None]
+    linears = [
+        TargetLinear(name, name, module.weight, False, module) for name, module in owners.items() if module is not None
+    ]
     with torch.no_grad():
-        groups, _ = group_sites(sites, lambda: model(**batches.first(1).inputs(device)))
+        groups, _ = group_linears(linears, lambda: model(**batches.first(1).inputs(device)))
     users = [
         (name, name) for name in names
     ]  # a tensor and each matrix that it is, of several blocks where they share it
@@ -147,4 +149,4 @@ def divergences(
     for handle in [*handles, embed]:
         handle.remove()
     divergence = {name: {o: 0.5 * total / max(tokens, 1) for o, total in row.items()} for name, row in sums.items()}
-    return divergence, [[site.name for site in group] for group in groups]
+    return divergence, [[linear.name for linear in group] for group in groups]

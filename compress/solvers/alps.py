@@ -32,7 +32,7 @@ _SETTLED = 1e-3
 _BAND = 0.05
 
 
-class Problem(NamedTuple):
+class LayerProblem(NamedTuple):
     """What ``alps`` derives from H alone; layers with the same inputs (q/k/v, gate/up) share it."""
 
     X_II: torch.Tensor
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     """Damping used, in units of the mean of H's diagonal; math.inf if eigenvalues were raised (see ``hessian``)."""
 
 
-def problem(H_II: torch.Tensor, damp: float = 0.01) -> Problem:
+def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
     """Scale and decompose H, [in, in], float32 or float64.
 
     Raises:
@@ -63,12 +63,12 @@ def problem(H_II: torch.Tensor, damp: float = 0.01) -> Problem:
         X_II = damped(H_II.to(precise), damping)[0]
     X_II.div_(scale_I).div_(scale_I[:, None])
     L_I, Q_II = torch.linalg.eigh(X_II)
-    return Problem(X_II.float(), Q_II.float(), L_I, scale_I.float(), damping)
+    return LayerProblem(X_II.float(), Q_II.float(), L_I, scale_I.float(), damping)
 
 
 def alps(
     W_OI: torch.Tensor,
-    H_II: torch.Tensor | Problem,
+    H_II: torch.Tensor | LayerProblem,
     *,
     kept: int | None = None,
     pattern: tuple[int, int] | None = None,
@@ -104,7 +104,7 @@ def alps(
     if kept is not None and kept >= alive:
         mask_OI = torch.ones_like(W_OI, dtype=torch.bool) if earlier is None else earlier.clone()
         return W_OI * mask_OI, mask_OI
-    this = H_II if isinstance(H_II, Problem) else problem(H_II, damp)
+    this = H_II if isinstance(H_II, LayerProblem) else problem(H_II, damp)
     target_OI = W_OI.float() * this.scale_I
     if earlier is not None:
         target_OI *= earlier
@@ -199,7 +199,7 @@ def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _admm(
-    target_OI: torch.Tensor, this: Problem, project: _Projection, max_iterations: int, growth: float
+    target_OI: torch.Tensor, this: LayerProblem, project: _Projection, max_iterations: int, growth: float
 ) -> torch.Tensor:
     """The paper's B after convergence, dense, whose largest entries are the support."""
 

@@ -14,15 +14,15 @@ import torch
 from compress.solvers.codebook import borders_of
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import Scales, nearest
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 
 #: Weights [O] of an input, and its number ▶ the values they are rounded to, a new tensor.
-Rounding: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
+RoundColumn: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
 #: Columns whose updates are applied to the rest of their block at once.
 _INNER = 32
 
 
-def importance_order(H_II: torch.Tensor) -> torch.Tensor:
+def act_order(H_II: torch.Tensor) -> torch.Tensor:
     """Inputs by falling diagonal of H [I]: those that matter most are rounded first, while others can still make up."""
     return torch.argsort(H_II.diagonal(), descending=True, stable=True)
 
@@ -31,7 +31,7 @@ def gptq(
     W_OI: torch.Tensor,
     U_II: torch.Tensor,
     order_I: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
     blocksize: int = 128,
@@ -41,16 +41,16 @@ def gptq(
     Scales are those of the groups in the file's order, fixed beforehand ("static groups"), whatever the order of work: no
     index tensor is needed. Arguments beside grid and scales are those of `compensated`.
     """
-    size = grid.group or W_OI.shape[1]
+    size = quant_format.group or W_OI.shape[1]
     scale_GO = scales.scale.t().to(U_II.dtype).contiguous()
     zero_GO = None if scales.zero is None else scales.zero.t().to(U_II.dtype).contiguous()
 
     def round_(w_O: torch.Tensor, i: int) -> torch.Tensor:
         scale_O = scale_GO[i // size]
         if zero_GO is None:
-            return nearest(w_O / scale_O, grid).mul_(scale_O)
+            return nearest(w_O / scale_O, quant_format).mul_(scale_O)
         zero_O = zero_GO[i // size]
-        return nearest(torch.addcdiv(zero_O, w_O, scale_O), grid).sub_(zero_O).mul_(scale_O)
+        return nearest(torch.addcdiv(zero_O, w_O, scale_O), quant_format).sub_(zero_O).mul_(scale_O)
 
     return compensated(W_OI, U_II, order_I, round_, keep_OI, blocksize)
 
@@ -77,7 +77,7 @@ def compensated(
     W_OI: torch.Tensor,
     U_II: torch.Tensor,
     order_I: torch.Tensor,
-    round_: Rounding,
+    round_: RoundColumn,
     keep_OI: torch.Tensor | None = None,
     blocksize: int = 128,
 ) -> torch.Tensor:
@@ -120,7 +120,7 @@ def compensated(
     return result_IO.t().to(W_OI.dtype).contiguous()  # `to` alone may hand back the transposed view
 
 
-def corrected(
+def asymmetric_target(
     W_OI: torch.Tensor,
     drift_II: torch.Tensor,
     residual_OI: torch.Tensor | None,
@@ -149,8 +149,8 @@ def corrected(
     return (W_OI + change_OI).to(W_OI.dtype)
 
 
-def ordered_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
+def act_order_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
     """``inverse_factor`` of H in the order of importance: (order, U, damping)."""
-    order_I = importance_order(H_II)
+    order_I = act_order(H_II)
     U_II, damping = inverse_factor(H_II[order_I][:, order_I], damp)
     return order_I, U_II, damping

@@ -17,7 +17,7 @@ import torch
 _HIGH_BITS = 16
 
 
-class Masked(Protocol):
+class MaskedTensor(Protocol):
     """Values and an optional keep-mask of the same shape."""
 
     @property
@@ -64,7 +64,10 @@ def keep_n_of_m(
 
 
 def global_counts(
-    read: Callable[[str], Masked], names: Sequence[str], kept: int, advance: Callable[[str], None] = lambda name: None
+    read: Callable[[str], MaskedTensor],
+    names: Sequence[str],
+    kept: int,
+    advance: Callable[[str], None] = lambda name: None,
 ) -> dict[str, int]:
     """How many weights of each tensor one threshold over all of them keeps, ``kept`` in total, exactly.
 
@@ -102,7 +105,7 @@ def global_counts(
     return counts
 
 
-def _alive(value: Masked) -> torch.Tensor:
+def _alive(value: MaskedTensor) -> torch.Tensor:
     keys = scores(value.data, value.mask).flatten()
     return keys[keys >= 0]
 

@@ -18,7 +18,9 @@ _ROWS = 1024
 _DAMP = 0.001
 
 
-def keep_by_loss(W_OI: torch.Tensor, H_II: torch.Tensor, remove: int, *, width: int = 1, runs: int = 1) -> list[int]:
+def obs_prune_groups(
+    W_OI: torch.Tensor, H_II: torch.Tensor, remove: int, *, width: int = 1, runs: int = 1
+) -> list[int]:
     """Numbers of the units that stay when units go one after another, each the one whose loss is least.
 
     The loss of a unit G is what ||(W - W')X||² grows by when its weights are zero and all others move to make up for it:

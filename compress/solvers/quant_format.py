@@ -11,7 +11,7 @@ import torch
 
 from compress.checkpoint.decode import dequantized
 from compress.checkpoint.open import Codes
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 
 #: Shares of the largest weight that the range of a group may end at.
 _SHRINK = torch.linspace(1.0, 0.45, 12).tolist()
@@ -32,22 +32,22 @@ class Scales(NamedTuple):
     overall: torch.Tensor | None = None
 
 
-def code_range(grid: Grid) -> tuple[float, float]:
+def code_range(quant_format: QuantFormat) -> tuple[float, float]:
     """Lowest and highest value of a code."""
-    if grid.is_integer:
-        half = 1 << (grid.bits - 1)
+    if quant_format.is_integer:
+        half = 1 << (quant_format.bits - 1)
         return -half, half - 1
-    most = 448.0 if grid.format == "fp8" else 6.0
+    most = 448.0 if quant_format.format == "fp8" else 6.0
     return -most, most
 
 
-def nearest(t: torch.Tensor, grid: Grid) -> torch.Tensor:
+def nearest(t: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
     """Values of the nearest codes; ``t``, weights over scales (plus zero points), may be overwritten."""
-    low, high = code_range(grid)
-    if grid.is_integer:
+    low, high = code_range(quant_format)
+    if quant_format.is_integer:
         return t.round_().clamp_(low, high)
     t = t.clamp_(low, high)
-    if grid.format == "fp8":
+    if quant_format.format == "fp8":
         return t.to(torch.float8_e4m3fn).to(t.dtype)
     # E2M1: steps of 1/2 up to 2, of 1 up to 4, of 2 up to 6; ties go to the even mantissa, as rounding does
     size = t.abs()
@@ -57,7 +57,7 @@ def nearest(t: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def fit(
     W_OI: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     importance_I: torch.Tensor | None = None,
     keep_OI: torch.Tensor | None = None,
     *,
@@ -79,7 +79,7 @@ def fit(
     2306.07629).
     """
     outputs, inputs = W_OI.shape
-    size = grid.group or inputs
+    size = quant_format.group or inputs
     W = W_OI.float().reshape(outputs, inputs // size, size)
     h = torch.ones(inputs, device=W.device) if importance_I is None else importance_I.float()
     h = (h / h.mean().clamp(min=1e-30) + 1e-6).reshape(1, inputs // size, size)
@@ -87,16 +87,16 @@ def fit(
         keep = keep_OI.reshape(W.shape)
         h = h * keep
         W = W * keep
-    low, high = code_range(grid)
+    low, high = code_range(quant_format)
     least, most = W.amin(2), W.amax(2)
     top = torch.maximum(-least, most).clamp(min=1e-12)
     # nvfp4: the largest scale is the largest of E4M3
-    overall = (448.0 * 6.0 / top.max()).reshape(1) if grid.format == "nvfp4" else None
+    overall = (448.0 * 6.0 / top.max()).reshape(1) if quant_format.format == "nvfp4" else None
     shares = _SHRINK if search else [1.0]
     starts: list[tuple[torch.Tensor, torch.Tensor | None]]
-    if grid.symmetric:
-        ends = torch.where(most > -least, -top, top) if grid.is_integer else top
-        starts = [(_stored(share * ends / -low, grid, overall), None) for share in shares]
+    if quant_format.symmetric:
+        ends = torch.where(most > -least, -top, top) if quant_format.is_integer else top
+        starts = [(_stored(share * ends / -low, quant_format, overall), None) for share in shares]
     else:
         least, most = least.clamp(max=0), most.clamp(min=0)
         starts = []
@@ -106,55 +106,59 @@ def fit(
     scale, zero = starts[0]
     if not search:
         return Scales(scale, zero, overall)
-    lowest = _error(W, h, scale, zero, grid)
+    lowest = _error(W, h, scale, zero, quant_format)
     for other, other_zero in starts[1:]:
-        error = _error(W, h, other, other_zero, grid)
+        error = _error(W, h, other, other_zero, quant_format)
         better = error < lowest
         lowest, scale = torch.where(better, error, lowest), torch.where(better, other, scale)
         if zero is not None and other_zero is not None:
             zero = torch.where(better, other_zero, zero)
     for _ in range(_REFITS):
-        q = _values(W, scale, zero, grid)
-        refit = _stored((h * W * q).sum(2) / (h * q * q).sum(2).clamp(min=1e-30), grid, overall)
+        q = _values(W, scale, zero, quant_format)
+        refit = _stored((h * W * q).sum(2) / (h * q * q).sum(2).clamp(min=1e-30), quant_format, overall)
         refit = torch.where(refit.abs() < 1e-12, scale, refit)
-        error = _error(W, h, refit, zero, grid)
+        error = _error(W, h, refit, zero, quant_format)
         better = error < lowest
         lowest, scale = torch.where(better, error, lowest), torch.where(better, refit, scale)
     return Scales(scale, zero, overall)
 
 
-def _stored(scale: torch.Tensor, grid: Grid, overall: torch.Tensor | None) -> torch.Tensor:
+def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tensor | None) -> torch.Tensor:
     """The nearest scale that the format can store."""
-    if grid.format == "mxfp4":
+    if quant_format.format == "mxfp4":
         return torch.exp2(torch.log2(scale.abs().clamp(min=1e-30)).round().clamp(-127, 127))
     if overall is not None:
         return (scale.abs() * overall).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float() / overall
     return scale
 
 
-def codes_near(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+def codes_near(
+    W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant_format: QuantFormat
+) -> torch.Tensor:
     """Values of the codes nearest to weights, less zero points; ``scale`` and ``zero`` broadcast to W."""
     if zero is None:
-        return nearest(W / scale, grid)
-    return nearest(W / scale + zero, grid).sub_(zero)
+        return nearest(W / scale, quant_format)
+    return nearest(W / scale + zero, quant_format).sub_(zero)
 
 
-def _values(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid) -> torch.Tensor:
+def _values(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant_format: QuantFormat) -> torch.Tensor:
     """Values of codes less zero points, [O, G, S]."""
-    return codes_near(W, scale[..., None], None if zero is None else zero[..., None], grid)
+    return codes_near(W, scale[..., None], None if zero is None else zero[..., None], quant_format)
 
 
 def _error(
-    W: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, grid: Grid
+    W: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant_format: QuantFormat
 ) -> torch.Tensor:
-    q = _values(W, scale, zero, grid)
+    q = _values(W, scale, zero, quant_format)
     return (q.mul_(scale[..., None]).sub_(W).square_().mul_(h)).sum(2)
 
 
-def code_values(W_OI: torch.Tensor, grid: Grid, scales: Scales, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
+def integer_codes(
+    W_OI: torch.Tensor, quant_format: QuantFormat, scales: Scales, keep_OI: torch.Tensor | None = None
+) -> torch.Tensor:
     """Values of the nearest codes, less zero points, of weights [O, I]; 0 for removed ones."""
     scale = scales.scale
-    q = _values(W_OI.float().reshape(len(W_OI), scale.shape[1], -1), scale, scales.zero, grid).view(W_OI.shape)
+    q = _values(W_OI.float().reshape(len(W_OI), scale.shape[1], -1), scale, scales.zero, quant_format).view(W_OI.shape)
     return q if keep_OI is None else q.masked_fill(~keep_OI, 0)
 
 
@@ -164,18 +168,22 @@ def scaled(code_OI: torch.Tensor, scale_OG: torch.Tensor) -> torch.Tensor:
 
 
 def to_codes(
-    W_OI: torch.Tensor, grid: Grid, scales: Scales, dtype: torch.dtype, keep_OI: torch.Tensor | None = None
+    W_OI: torch.Tensor,
+    quant_format: QuantFormat,
+    scales: Scales,
+    dtype: torch.dtype,
+    keep_OI: torch.Tensor | None = None,
 ) -> Codes:
     """The nearest codes of weights [O, I], as files store them, with scales in ``dtype``; of removed weights those of zero."""
     scale = scales.scale
-    q = code_values(W_OI, grid, scales, keep_OI).view(W_OI.shape[0], scale.shape[1], -1)
+    q = integer_codes(W_OI, quant_format, scales, keep_OI).view(W_OI.shape[0], scale.shape[1], -1)
     if scales.zero is not None:
         q = q + scales.zero[..., None]
     q = q.reshape(W_OI.shape)
-    if grid.is_integer:
+    if quant_format.is_integer:
         zero = None if scales.zero is None else scales.zero.to(torch.int8)
         return Codes(q.to(torch.int8), scale.to(dtype), zero)
-    if grid.format == "fp8":
+    if quant_format.format == "fp8":
         return Codes(q.to(torch.float8_e4m3fn), scale.to(dtype))
     size = (2 * q.abs()).to(torch.uint8)  # 0 1 2 3 4 6 8 12 ▶ 0 … 7
     q = (
@@ -189,18 +197,23 @@ def to_codes(
 
 
 def rounded(
-    W_OI: torch.Tensor, grid: Grid, dtype: torch.dtype, keep_OI: torch.Tensor | None = None, *, search: bool
+    W_OI: torch.Tensor,
+    quant_format: QuantFormat,
+    dtype: torch.dtype,
+    keep_OI: torch.Tensor | None = None,
+    *,
+    search: bool,
 ) -> Codes:
     """Codes of weights [O, I] of any float dtype by themselves: `fit`, and `to_codes`.
 
     Some outputs at a time, so that what is computed on the way stays in the caches; nvfp4 has one scale for all of them.
     """
-    rows = len(W_OI) if grid.format == "nvfp4" else max(1, _AT_ONCE // W_OI.shape[1])
+    rows = len(W_OI) if quant_format.format == "nvfp4" else max(1, _AT_ONCE // W_OI.shape[1])
     parts: list[Codes] = []
     for start in range(0, len(W_OI), rows):
         W = W_OI[start : start + rows].float().contiguous()
         keep = None if keep_OI is None else keep_OI[start : start + rows]
-        parts.append(to_codes(W, grid, fit(W, grid, None, keep, search=search), dtype, keep))
+        parts.append(to_codes(W, quant_format, fit(W, quant_format, None, keep, search=search), dtype, keep))
     zeros = [part.zero for part in parts if part.zero is not None]
     return Codes(
         torch.cat([part.codes for part in parts]),
@@ -210,7 +223,7 @@ def rounded(
     )
 
 
-def weights(codes: Codes, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
+def dequantize(codes: Codes, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
     """The weights [O, I] that a loader makes of codes, in the dtype of the scales; removed ones are +0."""
     values = dequantized(codes.codes, codes.scale, codes.zero, codes.overall)
     return values if keep_OI is None else values.masked_fill(~keep_OI, 0)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from compress.solvers.quant_format import Scales, code_values, codes_near
-from compress.spec.formats import FIXED_GROUPS, Grid
+from compress.solvers.quant_format import Scales, codes_near, integer_codes
+from compress.spec.formats import FIXED_GROUPS, QuantFormat
 
 #: Inputs whose gradients are brought up to date together.
 _BLOCK = 32
@@ -19,16 +19,16 @@ _MOST_CHANGE = 2.0
 _VALUES = 1 << 24
 
 
-def refine(
+def quantease(
     W_OI: torch.Tensor,
     latent_OI: torch.Tensor,
     H_II: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
     rounds: int = 3,
 ) -> tuple[torch.Tensor, Scales]:
-    """Values of codes less zero points [O, I], and their scales, of a smaller output error than the nearest to ``latent``.
+    """Values of codes less zero points [O, I], and their scales, of a smaller output error than the nearest to ``updated_weights``.
 
     The error is tr((W - Q) H (W - Q)ᵀ). A round gives every weight in turn the best code while all others stand, then every
     row its best scales for these codes; neither can make it larger. Scales of mxfp4 and nvfp4, which have few to choose from,
@@ -41,7 +41,7 @@ def refine(
     Source: QuantEase (arXiv 2309.01885) for the descent; least squares of scales as in BCQ's and AQLM's alternation.
     """
     inputs = W_OI.shape[1]
-    size = grid.group or inputs
+    size = quant_format.group or inputs
     scale_GO = scales.scale.t().contiguous()
     zero_GO = None if scales.zero is None else scales.zero.t().contiguous()
     W_IO = W_OI.t().contiguous()
@@ -50,10 +50,10 @@ def refine(
     def code(value_O: torch.Tensor, i: int) -> torch.Tensor:
         """The nearest code, less its zero point, of values of input ``i``."""
         g = i // size
-        found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], grid)
+        found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
         return found if keep_IO is None else found.masked_fill_(~keep_IO[i], 0)
 
-    code_IO = code_values(latent_OI, grid, scales, keep_OI).t().contiguous()
+    code_IO = integer_codes(latent_OI, quant_format, scales, keep_OI).t().contiguous()
     diagonal_I = H_II.diagonal()
     for _ in range(rounds):
         value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
@@ -68,7 +68,7 @@ def refine(
                 value_IO[i] += step
                 error_IO[i] -= step
                 code_IO[i] = found
-        if grid.format not in FIXED_GROUPS:
+        if quant_format.format not in FIXED_GROUPS:
             scale_GO = fitted_scales(W_IO, code_IO, H_II, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 

@@ -12,7 +12,7 @@ from compress.solvers.knapsack import choose
 _STEP = 0.01
 
 
-def share_out(
+def allocate_sparsity(
     sizes: Sequence[int], most: Sequence[int], sparsities: Sequence[float], losses: Sequence[Sequence[float]], kept: int
 ) -> list[int]:
     """Weights that each matrix keeps: ``kept`` in all, or all that they have if those are fewer.
@@ -30,7 +30,7 @@ def share_out(
     steps = round((sparsities[-1] - sparsities[0]) / _STEP)
     fine = [sparsities[0] + (sparsities[-1] - sparsities[0]) * i / max(steps, 1) for i in range(steps + 1)]
     costs = [[min(size - round(s * size), limit) for s in fine] for size, limit in zip(sizes, most, strict=True)]
-    values = [[interpolated(sparsities, row, s) for s in fine] for row in losses]
+    values = [[interpolate_loss(sparsities, row, s) for s in fine] for row in losses]
     chosen = choose(costs, values, kept)
     if chosen is None:
         raise ValueError("the highest sparsity keeps more than is asked")
@@ -48,7 +48,7 @@ def share_out(
     return counts
 
 
-def interpolated(sparsities: Sequence[float], losses: Sequence[float], sparsity: float) -> float:
+def interpolate_loss(sparsities: Sequence[float], losses: Sequence[float], sparsity: float) -> float:
     """The loss at a sparsity within the measured ones, its logarithm linear between neighbours; losses of 0 count as 1e-30."""
     after = min(max(bisect_left(sparsities, sparsity), 1), len(sparsities) - 1)
     share = (sparsity - sparsities[after - 1]) / (sparsities[after] - sparsities[after - 1])

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import Scales, codes_near, scaled
 from compress.solvers.quantease import fitted_scales
-from compress.spec.formats import FIXED_GROUPS, Grid
+from compress.spec.formats import FIXED_GROUPS, QuantFormat
 
 #: Inputs whose slopes are brought up to date together.
 _BLOCK = 32
@@ -31,12 +31,12 @@ def shrunk(F_OO: torch.Tensor) -> torch.Tensor:
     return F_OO
 
 
-def refine_coupled(
+def yaqa(
     W_OI: torch.Tensor,
     code_OI: torch.Tensor,
     H_II: torch.Tensor,
     F_OO: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
     rounds: int = 3,
@@ -55,15 +55,15 @@ def refine_coupled(
 
     Source: the objective is that of YAQA (arXiv 2505.22988), after K-FAC (arXiv 1503.05671).
     """
-    size = grid.group or W_OI.shape[1]
+    size = quant_format.group or W_OI.shape[1]
     W_IO, code_IO = W_OI.t().contiguous(), code_OI.t().clone(memory_format=torch.contiguous_format)
     scale_GO = scales.scale.t().contiguous()
     zero_GO = None if scales.zero is None else scales.zero.t().contiguous()
     keep_IO = None if keep_OI is None else keep_OI.t().contiguous()
     for _ in range(rounds):
         value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
-        _improve_codes(W_IO, code_IO, value_IO, H_II, F_OO, grid, scale_GO, zero_GO, keep_IO)
-        if grid.format not in FIXED_GROUPS:
+        _improve_codes(W_IO, code_IO, value_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
+        if quant_format.format not in FIXED_GROUPS:
             scale_GO = _moved_scales(W_IO, code_IO, value_IO, H_II, F_OO, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
@@ -74,7 +74,7 @@ def _improve_codes(
     value_IO: torch.Tensor,
     H_II: torch.Tensor,
     F_OO: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scale_GO: torch.Tensor,
     zero_GO: torch.Tensor | None,
     keep_IO: torch.Tensor | None,
@@ -89,7 +89,7 @@ def _improve_codes(
         for i in range(start, stop):
             g, h, slope = i // size, by_input[i], slope_BO[i - start]
             wanted = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h)
-            found = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], grid)
+            found = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
             if keep_IO is not None:
                 found.masked_fill_(~keep_IO[i], 0)
             at = (found != code_IO[i]).nonzero()[:, 0]
@@ -145,12 +145,12 @@ def _compatible(
     return at_K[chosen], step_K[chosen]
 
 
-def gptq_coupled(
+def gptq_kronecker(
     W_OI: torch.Tensor,
     U_II: torch.Tensor,
     order_I: torch.Tensor,
     F_OO: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -160,12 +160,12 @@ def gptq_coupled(
     soon as those before it both ways are, so all on a diagonal are at once: of tiles, and of weights in these.
 
     Args:
-        U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``. Others are those of `refine_coupled`.
+        U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``. Others are those of `yaqa`.
 
     Source: the feedback is that of YAQA (arXiv 2505.22988), for scalars.
     """
     outputs, inputs = W_OI.shape
-    size = grid.group or inputs
+    size = quant_format.group or inputs
     order_O = torch.argsort(F_OO.diagonal(), descending=True, stable=True)
     V_OO, _ = inverse_factor(F_OO[order_O][:, order_O], 1e-6)
     # feedback of errors: from inputs before an input, and from outputs before an output
@@ -207,7 +207,7 @@ def gptq_coupled(
             o = slice(i.start + at, i.stop + at)
             whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
             found = codes_near(
-                whole - fed.diagonal(at, 1, 2), step, None if zero is None else zero.diagonal(at, 1, 2), grid
+                whole - fed.diagonal(at, 1, 2), step, None if zero is None else zero.diagonal(at, 1, 2), quant_format
             )
             if gone is not None:
                 found.masked_fill_(gone.diagonal(at, 1, 2), 0)
@@ -225,7 +225,7 @@ def gptq_coupled(
     return result.t().contiguous()
 
 
-def coupled_error(
+def kronecker_error(
     W_OI: torch.Tensor, code_OI: torch.Tensor, scales: Scales, H_II: torch.Tensor, F_OO: torch.Tensor
 ) -> float:
     """tr(F E H Eᵀ) of codes less zero points."""

@@ -43,7 +43,7 @@ ACTIVATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class QuantFormat:
     """The codes of one matrix.
 
     Attributes:
@@ -129,19 +129,19 @@ class Grid:
         }
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Grid:
+    def from_json(cls, row: Mapping[str, Any]) -> QuantFormat:
         """What `to_json` gave. Raises KeyError, TypeError or AssertionError for what is not."""
         keys = ("format", "group", "symmetric", "transposed", "activations")
         more: dict[str, Any] = {"whole": bool(row.get("whole", False)), "given_dtype": row.get("given_dtype")}
-        grid = cls(**{k: row[k] for k in keys}, **more)
-        assert grid.activations is None or grid.activations in ACTIVATIONS
+        quant_format = cls(**{k: row[k] for k in keys}, **more)
+        assert quant_format.activations is None or quant_format.activations in ACTIVATIONS
         assert type(row["bits"]) is int
-        assert grid.bits == row["bits"]
-        assert type(grid.group) is int
-        assert grid.group >= 0
-        assert isinstance(grid.symmetric, bool)
-        assert isinstance(grid.transposed, bool)
-        assert FIXED_GROUPS.get(grid.format, grid.group) == grid.group
-        assert grid.symmetric or grid.format not in FIXED_GROUPS
-        assert not grid.is_codebook or grid == cls(grid.format)
-        return grid
+        assert quant_format.bits == row["bits"]
+        assert type(quant_format.group) is int
+        assert quant_format.group >= 0
+        assert isinstance(quant_format.symmetric, bool)
+        assert isinstance(quant_format.transposed, bool)
+        assert FIXED_GROUPS.get(quant_format.format, quant_format.group) == quant_format.group
+        assert quant_format.symmetric or quant_format.format not in FIXED_GROUPS
+        assert not quant_format.is_codebook or quant_format == cls(quant_format.format)
+        return quant_format

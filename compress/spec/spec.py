@@ -15,7 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 
 #: Bits per element of every dtype string of the safetensors format.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
@@ -76,7 +76,7 @@ class Tensor:
     kept: int | None = None
     alias_of: str | None = None
     storage: tuple[str, ...] = DENSE
-    grid: Grid | None = None
+    quant_format: QuantFormat | None = None
 
     @property
     def count(self) -> int:

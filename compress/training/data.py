@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from compress.data.batches import Batches
-from compress.training.features import Task
+from compress.training.features import HeadKind
 from compress.training.objective import Batch
 
 #: Share of tokens that masked language modelling predicts; of these so much is masked, and so much replaced by another token
@@ -82,7 +82,7 @@ class Samples:
     """
 
     batches: Batches
-    task: Task
+    task: HeadKind
     held_out: int
     masking: Masking | None = None
 

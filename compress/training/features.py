@@ -16,13 +16,13 @@ from compress.errors import PassError
 from compress.models.blocks import find_blocks
 from compress.models.loading import arguments_of
 
-Task = Literal["causal", "masked", "classes", "embedding"]
+HeadKind = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
 TOLERANCE = (1e-3, 3e-2)
 
 
 @dataclass
-class Ran:
+class ForwardOutput:
     """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D]; of a classifier its
     logits [B, classes].
 
@@ -35,14 +35,14 @@ class Ran:
     vectors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
-class Reader:
+class FeatureModel:
     """Runs a model for a task. ``states`` and ``vectors``: of which block outputs (0: the embeddings) and blocks to keep them.
 
     Raises:
         PassError: queries, keys and values of this family are not known.
     """
 
-    def __init__(self, model: Any, task: Task, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
+    def __init__(self, model: Any, task: HeadKind, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
         self.model = model
         self.task = task
         self.base = model.base_model
@@ -74,7 +74,7 @@ class Reader:
         }
         return list(found.values())
 
-    def run(self, inputs: dict[str, torch.Tensor]) -> Ran:
+    def run(self, inputs: dict[str, torch.Tensor]) -> ForwardOutput:
         """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
         target = self.model if self.task == "classes" else self.base
         given = {name: value for name, value in inputs.items() if name in self.takes}
@@ -86,9 +86,9 @@ class Reader:
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
         if self.task == "classes":
-            return Ran(out.logits, states, seen)
+            return ForwardOutput(out.logits, states, seen)
         self._kind = type(out)
-        return Ran(out.last_hidden_state, states, seen)
+        return ForwardOutput(out.last_hidden_state, states, seen)
 
     @contextmanager
     def _watching(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
@@ -142,10 +142,10 @@ class Reader:
         result: torch.Tensor = out.logits[0]
         return result
 
-    def predicted(self, ran: Ran, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+    def predicted(self, output: ForwardOutput, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
         """What `head` takes of tokens ``where`` (bool [B, L], of a classifier [B]): last hidden states [N, D], or logits."""
         if self.by_parts or self.task == "classes":
-            return ran.last[where]
+            return output.last[where]
         given = {name: value for name, value in inputs.items() if name in self.takes}
         logits: torch.Tensor = self.model(**given, return_dict=True).logits
         return logits[where]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.progress import Progress
 from compress.training.data import Samples
@@ -20,14 +20,14 @@ from compress.training.objective import Batch, Objective
 from compress.training.optimize import Update, optimizers, set_rate
 from compress.training.sharding import is_sharded, norm_of, release
 from compress.training.state import RunState, UnusableState, optimizer_tensors
-from compress.training.teacher import Says
+from compress.training.teacher import TeacherSignal
 
 #: Steps between looks at whether the loss is a number still.
 _LOOK = 10
 
 
 @dataclass(frozen=True)
-class How:
+class TrainingOptions:
     """How long and in what way to train.
 
     Attributes:
@@ -63,7 +63,7 @@ class History:
     seconds: float = 0.0
 
 
-class Training:
+class Trainer:
     """One run of the loop.
 
     Args:
@@ -75,9 +75,9 @@ class Training:
     def __init__(
         self,
         objective: Objective,
-        says: Says,
+        teacher_signal: TeacherSignal,
         samples: Samples,
-        how: How,
+        options: TrainingOptions,
         *,
         device: str,
         progress: Progress,
@@ -85,21 +85,21 @@ class Training:
         masks: Mapping[str, Tensor] | None = None,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
-        self.objective, self.says, self.samples, self.how = objective, says, samples, how
+        self.objective, self.teacher_signal, self.samples, self.options = objective, teacher_signal, samples, options
         self.device, self.progress, self.state, self.log = device, progress, state, log
-        self.ranks: Ranks = state.ranks
+        self.processes: ProcessGroup = state.processes
         student = objective.student
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
         looked_up = [m for m in student.modules() if isinstance(m, torch.nn.Embedding)]
         tables = [end.weight for end in (*looked_up, student.get_output_embeddings()) if end is not None]
-        self.optimizers = optimizers(objective, tables, how.update)
+        self.optimizers = optimizers(objective, tables, options.update)
         self.parameters = dict(objective.named_parameters())
         self.averages: dict[str, Tensor] = {}
-        if how.average is not None:
+        if options.average is not None:
             self.averages = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.order = samples.order(how.batch, how.seed)
-        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=how.autocast == "float16")
+        self.order = samples.order(options.batch, options.seed)
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=options.autocast == "float16")
         self.history = History()
 
     def run(self) -> History:
@@ -109,48 +109,48 @@ class Training:
             PassError: the loss is no number any more.
             UnusableState: a state on disk is damaged; the student holds anything then, and begins anew without that state.
         """
-        how, start = self.how, 0
+        options, start = self.options, 0
         if (found := self.state.find()) is not None:
             start = self._resume(found)
             self.progress.message(f"training goes on from step {start}")
         else:
-            self._look(0)
+            self._validate(0)
         self.objective.train()
         sums = torch.zeros(1 + len(self.objective.terms.names), device=self.device)
         since, begun = 0, time.perf_counter()
         seconds = self.history.seconds
-        with self.progress.task("training", how.steps - start, "steps") as task:
-            for step in range(start, how.steps):
+        with self.progress.task("training", options.steps - start, "steps") as task:
+            for step in range(start, options.steps):
                 if self.history.stopped is not None:
                     break
                 sums += self._step(step)
                 since += 1
-                if (step + 1) % _LOOK == 0 or (step + 1) % how.every == 0 or step + 1 == how.steps:
+                if (step + 1) % _LOOK == 0 or (step + 1) % options.every == 0 or step + 1 == options.steps:
                     self.history.seconds = seconds + time.perf_counter() - begun
                     note = self._note(step + 1, sums / since)
                     sums.zero_()
                     since = 0
                 else:
                     note = ""
-                if (step + 1) % how.every == 0 or step + 1 == how.steps:
-                    self._look(step + 1)
+                if (step + 1) % options.every == 0 or step + 1 == options.steps:
+                    self._validate(step + 1)
                 task.advance(1, note)
-        self.state.ranks.wait()
+        self.state.processes.barrier()
         self._take_best()
         self.objective.eval()
         return self.history
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step; the losses of its samples, as `Objective` gives them, over all processes."""
-        how, world, rank = self.how, self.ranks.world, self.ranks.rank
+        options, world, rank = self.options, self.processes.world, self.processes.rank
         taken = self.order.step(step)
-        set_rate(self.optimizers, how.update.rate * how.update.factor(step, how.steps))
-        torch.manual_seed(((how.seed * 1_000_003 + step) * 1_009 + rank) % (1 << 63))
+        set_rate(self.optimizers, options.update.rate * options.update.factor(step, options.steps))
+        torch.manual_seed(((options.seed * 1_000_003 + step) * 1_009 + rank) % (1 << 63))
         total: Tensor | None = None
         scale = float(self.scaler.get_scale()) if self.scaler.is_enabled() else 1.0
         for batch in self._batches(taken):
             with self._autocast():
-                values = self.objective(batch, self.says(batch), scale)
+                values = self.objective(batch, self.teacher_signal(batch), scale)
             # sharded gradients are means over processes, of which each has its share of the step
             self.scaler.scale(values[0] * (world if is_sharded(self.objective) else 1)).backward()
             total = values.detach() if total is None else total + values.detach()
@@ -158,10 +158,10 @@ class Training:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self._mask_gradients()
-        if how.clip is not None or self.scaler.is_enabled():
+        if options.clip is not None or self.scaler.is_enabled():
             norm = norm_of(list(self.parameters.values()))
-        if how.clip is not None:
-            factor = (how.clip / (norm + 1e-6)).clamp(max=1.0)
+        if options.clip is not None:
+            factor = (options.clip / (norm + 1e-6)).clamp(max=1.0)
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
@@ -173,28 +173,28 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self._mask_weights()
-        if how.average is not None:
+        if options.average is not None:
             for name, parameter in self.parameters.items():
-                self.averages[name].lerp_(parameter.detach(), 1 - how.average)
+                self.averages[name].lerp_(parameter.detach(), 1 - options.average)
         self.history.tokens += batch.tokens
         self.history.steps = step + 1
-        self.ranks.add(total)
+        self.processes.all_reduce(total)
         return total
 
     def _batches(self, taken: Sequence[tuple[int, int]]) -> Iterator[Batch]:
         """This process's part of the samples, so many at a time; as many batches in every process."""
         counts = self.samples.counts(taken)
-        world = self.ranks.world
-        mine, share = taken[self.ranks.rank :: world], -(-len(taken) // world)
-        micro = self.how.micro or -(-self.how.batch // world)
+        world = self.processes.world
+        mine, share = taken[self.processes.rank :: world], -(-len(taken) // world)
+        micro = self.options.micro or -(-self.options.batch // world)
         for begin in range(0, share, micro):
             size = min(micro, share - begin)
             yield self.samples.batch(mine[begin : begin + size], counts, self.device, size)
 
     def _autocast(self) -> Any:
-        if self.how.autocast is None:
+        if self.options.autocast is None:
             return nullcontext()
-        return torch.autocast(torch.device(self.device).type, getattr(torch, self.how.autocast))
+        return torch.autocast(torch.device(self.device).type, getattr(torch, self.options.autocast))
 
     @torch.no_grad()
     def _mask_gradients(self) -> None:
@@ -229,7 +229,7 @@ class Training:
             fix="lower `rate`",
         )
 
-    def _look(self, step: int) -> None:
+    def _validate(self, step: int) -> None:
         """Measure the held-out loss, keep the weights if they are the best, and save the state."""
         loss = self.held_out_loss()
         held = self.history.held_out
@@ -242,8 +242,8 @@ class Training:
         if loss < lowest:
             self.history.best_step = step
             self.state.save(f"best-{step}", self._weights())
-        patience = self.how.patience
-        if patience is not None and step - self.history.best_step >= patience * self.how.every:
+        patience = self.options.patience
+        if patience is not None and step - self.history.best_step >= patience * self.options.every:
             self.history.stopped = f"no progress on held-out samples since step {self.history.best_step}"
         said = {"step": step, "history": vars(self.history), "scaler": self.scaler.state_dict()}
         self.state.save(f"step-{step}", self._tensors(), said)
@@ -258,11 +258,11 @@ class Training:
         total = torch.zeros((), device=self.device)
         for batch in self._batches(self.samples.held):
             with self._autocast():
-                total += self.objective(batch, self.says(batch))[0]
+                total += self.objective(batch, self.teacher_signal(batch))[0]
         release(self.objective)
         self._swap(swapped)
         self.objective.train(training)
-        self.ranks.add(total)
+        self.processes.all_reduce(total)
         return float(total)
 
     def _swap(self, kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from compress.evaluation.embeddings import Pooling, pooled
 from compress.training.chunks import chunk_rows, summed
 from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
-from compress.training.features import Ran, Reader, Task
+from compress.training.features import FeatureModel, ForwardOutput, HeadKind
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Signal:
     """
 
     distribution: Callable[[slice], tuple[Tensor, Tensor | None]] | None = None
-    ran: Ran | None = None
+    output: ForwardOutput | None = None
 
 
 class Objective(torch.nn.Module):
@@ -105,7 +105,7 @@ class Objective(torch.nn.Module):
     def __init__(
         self,
         student: Any,
-        task: Task,
+        task: HeadKind,
         terms: Terms,
         *,
         vocabulary: int,
@@ -120,7 +120,7 @@ class Objective(torch.nn.Module):
         self.vocabulary = vocabulary
         self.pooling, self.teacher_pooling = pooling or Pooling(), teacher_pooling or Pooling()
         vectors = () if terms.vectors is None else (terms.vectors[0],)
-        self.reader = Reader(student, task, [s for s, _ in terms.states], vectors)
+        self.reader = FeatureModel(student, task, [s for s, _ in terms.states], vectors)
         self.projections = torch.nn.ModuleDict()
         width = int(student.config.hidden_size)
         if teacher_width is None:
@@ -141,29 +141,29 @@ class Objective(torch.nn.Module):
         Every value is this batch's share of the mean over the step: the shares of a step's batches add up to it. ``scale``
         multiplies gradients on their way (see `chunks.summed`).
         """
-        ran = self.reader.run(batch.inputs)
-        batch = _by_token(batch, ran)
+        output = self.reader.run(batch.inputs)
+        batch = _by_token(batch, output)
         parts: dict[str, Tensor] = {}
         if self.terms.of_logits:
-            of_logits = self._predicted(batch, signal, ran, scale)
+            of_logits = self._predicted(batch, signal, output, scale)
             total = of_logits[0]
             parts |= dict(zip(self._logit_terms(), of_logits[1:], strict=True))
         else:
             # sharded blocks are gathered for a backward pass that begins at their outputs
-            total = ran.last.float().sum() * 0
+            total = output.last.float().sum() * 0
         for name, loss in (("hidden", self._hidden), ("cosine", self._cosine), ("relations", self._relations)):
             if name in self.terms.weights:
-                assert signal.ran is not None
-                parts[name] = loss(batch, ran, signal.ran)
+                assert signal.output is not None
+                parts[name] = loss(batch, output, signal.output)
                 total = total + self.terms.weights[name] * parts[name]
         return torch.stack([total, *(parts[name].detach().float() for name in self.terms.names)])
 
     def _logit_terms(self) -> list[str]:
         return [name for name in self.terms.names if name in DIVERGENCES or name == "labels"]
 
-    def _predicted(self, batch: Batch, signal: Signal, ran: Ran, scale: float) -> Tensor:
+    def _predicted(self, batch: Batch, signal: Signal, output: ForwardOutput, scale: float) -> Tensor:
         """The weighted losses on logits over the predicted tokens, and each; their shares of the step's means."""
-        hidden = self.reader.predicted(ran, batch.inputs, batch.predict)
+        hidden = self.reader.predicted(output, batch.inputs, batch.predict)
         head, parameters = self.reader.head, self.reader.parameters_of_head()
         names, terms = self._logit_terms(), self.terms
 
@@ -196,7 +196,7 @@ class Objective(torch.nn.Module):
     def _project(self, name: str, states: Tensor) -> Tensor:
         return self.projections[name](states) if name in self.projections else states
 
-    def _hidden(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+    def _hidden(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """Squared distance of hidden states over the teacher's square, mean over tokens and pairs (arXiv 1909.10351)."""
         found = []
         for i, (s, t) in enumerate(self.terms.states):
@@ -205,7 +205,7 @@ class Objective(torch.nn.Module):
             found.append((error.square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).sum())
         return torch.stack(found).mean() / max(1, batch.tokens)
 
-    def _cosine(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+    def _cosine(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """1 - cosine of the last hidden states, mean over tokens (arXiv 1910.01108), or of sentence embeddings."""
         if self.task == "embedding":
             present = batch.rows >= 0
@@ -216,7 +216,7 @@ class Objective(torch.nn.Module):
         a, b = self._project("last", mine.last[batch.counted]).float(), theirs.last[batch.counted].float()
         return (1 - functional.cosine_similarity(a, b, dim=-1)).sum() / max(1, batch.tokens)
 
-    def _relations(self, batch: Batch, mine: Ran, theirs: Ran) -> Tensor:
+    def _relations(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """KL of relations among queries, keys and values, mean over tokens, heads and the three (MiniLMv2, 2012.15828)."""
         assert self.terms.vectors is not None
         student, teacher = self.terms.vectors
@@ -229,9 +229,9 @@ class Objective(torch.nn.Module):
         return torch.stack(found).mean() / max(1, batch.tokens)
 
 
-def _by_token(batch: Batch, ran: Ran) -> Batch:
+def _by_token(batch: Batch, output: ForwardOutput) -> Batch:
     """Of images, of which each counted as one: every token that the model makes of them counts."""
-    inside = [*ran.states.values(), *(one for each in ran.vectors.values() for one in each)]
+    inside = [*output.states.values(), *(one for each in output.vectors.values() for one in each)]
     if "pixel_values" not in batch.inputs or not inside:
         return batch
     length = inside[0].shape[1]

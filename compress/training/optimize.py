@@ -43,7 +43,9 @@ class Update:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.schedule == "cosine" else 1.0 - done
 
 
-def optimizers(module: torch.nn.Module, embeddings: Sequence[torch.Tensor], how: Update) -> list[torch.optim.Optimizer]:
+def optimizers(
+    module: torch.nn.Module, embeddings: Sequence[torch.Tensor], options: Update
+) -> list[torch.optim.Optimizer]:
     """One, or with ``muon`` two: Muon (Jordan 2024; its steps as large as AdamW's, arXiv 2502.16982) for the matrices, AdamW
     for all else and for ``embeddings``, which are looked up and not multiplied with.
     """
@@ -53,17 +55,17 @@ def optimizers(module: torch.nn.Module, embeddings: Sequence[torch.Tensor], how:
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained if id(p) not in chosen]
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": how.decay},
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": how.decay},
+        {"params": matrices, "weight_decay": options.decay},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": options.decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if how.optimizer == "muon":
-        muon = torch.optim.Muon(matrices, lr=how.rate, weight_decay=how.decay, adjust_lr_fn="match_rms_adamw")
-        return [muon, _adamw([g for g in groups[1:] if g["params"]], how.rate)]
+    if options.optimizer == "muon":
+        muon = torch.optim.Muon(matrices, lr=options.rate, weight_decay=options.decay, adjust_lr_fn="match_rms_adamw")
+        return [muon, _adamw([g for g in groups[1:] if g["params"]], options.rate)]
     groups = [g for g in groups if g["params"]]
-    if how.optimizer == "adafactor":
-        return [torch.optim.Adafactor(groups, lr=how.rate)]
-    return [_adamw(groups, how.rate)]
+    if options.optimizer == "adafactor":
+        return [torch.optim.Adafactor(groups, lr=options.rate)]
+    return [_adamw(groups, options.rate)]
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:

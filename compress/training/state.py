@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import ResourceError, from_os
 from compress.files import disk_errors, read_record, remove, sha256, write_record
 
@@ -43,7 +43,7 @@ class RunState:
     """Where a run keeps its states. ``folder`` must be one that all processes see."""
 
     folder: Path
-    ranks: Ranks
+    processes: ProcessGroup
     _digests: dict[str, str] = field(default_factory=dict)
 
     def find(self) -> dict[str, Any] | None:
@@ -61,13 +61,13 @@ class RunState:
         """
         path = self.folder / name
         temp = self.folder / f"{name}.tmp"
-        if self.ranks.rank == 0:
+        if self.processes.rank == 0:
             remove(temp)
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.ranks.wait()
+        self.processes.barrier()
         with disk_errors(path), _quiet(), _cause():
             save_state(dict(tensors), checkpoint_id=str(temp))
-        if self.ranks.rank == 0:
+        if self.processes.rank == 0:
             remove(path)
             temp.rename(path)
             digest = _digest(path)
@@ -77,7 +77,7 @@ class RunState:
                 names = {name, f"best-{said['history']['best_step']}"}
                 states = {n: d for n, d in self._digests.items() if n in names}
                 write_record(self.folder / "train.json", _KIND, {**said, "state": name, "states": states})
-        self.ranks.wait()
+        self.processes.barrier()
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
         """Read a state into tensors that are there. Raises `UnusableState`."""
@@ -94,16 +94,16 @@ class RunState:
 
     def keep(self, names: Sequence[str]) -> None:
         """Remove all other states."""
-        if self.ranks.rank == 0:
+        if self.processes.rank == 0:
             for path in sorted(self.folder.iterdir()):
                 if path.is_dir() and path.name not in names:
                     remove(path)
 
     def drop(self) -> None:
         """Remove all states."""
-        if self.ranks.rank == 0:
+        if self.processes.rank == 0:
             remove(self.folder)
-        self.ranks.wait()
+        self.processes.barrier()
 
 
 class _Reader(FileSystemReader):

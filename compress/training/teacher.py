@@ -11,11 +11,11 @@ from torch import Tensor
 
 from compress.training.chunks import chunk_rows
 from compress.training.divergence import bucketed, ensemble
-from compress.training.features import Reader, Task
+from compress.training.features import FeatureModel, HeadKind
 from compress.training.objective import Batch, Signal, Terms
 
 
-class Says(Protocol):
+class TeacherSignal(Protocol):
     """Whatever tells what teachers say of a batch."""
 
     def __call__(self, batch: Batch) -> Signal:
@@ -30,7 +30,7 @@ class Teachers:
     ``vocabulary``: ids shared with the student.
     """
 
-    readers: Sequence[Reader]
+    readers: Sequence[FeatureModel]
     weights: Sequence[float]
     terms: Terms
     vocabulary: int
@@ -42,7 +42,8 @@ class Teachers:
             return Signal(None, self.readers[0].run(batch.inputs))
         runs = [reader.run(batch.inputs) for reader in self.readers]
         hidden = [
-            reader.predicted(ran, batch.inputs, batch.predict) for reader, ran in zip(self.readers, runs, strict=True)
+            reader.predicted(output, batch.inputs, batch.predict)
+            for reader, output in zip(self.readers, runs, strict=True)
         ]
 
         @torch.no_grad()
@@ -52,7 +53,7 @@ class Teachers:
         return Signal(distribution, runs[0] if self.terms.of_inside else None)
 
     def log_probabilities(self, hidden: Sequence[Tensor]) -> Tensor:
-        """Of the ensemble, [n, V] float32, from what each teacher's `Reader.predicted` gave."""
+        """Of the ensemble, [n, V] float32, from what each teacher's `FeatureModel.predicted` gave."""
         members = []
         for reader, rows in zip(self.readers, hidden, strict=True):
             shared, temperature = reader.head(rows)[:, : self.vocabulary].float(), self.terms.temperature
@@ -60,7 +61,7 @@ class Teachers:
         return ensemble(members, list(self.weights))
 
     @torch.no_grad()
-    def likeliest(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+    def top_k(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
         """Ids [N, k] of the k likeliest tokens, and log-probabilities [N, k + 1] of these and of all others together."""
         signal = self(batch)
         assert signal.distribution is not None
@@ -77,9 +78,9 @@ class Teachers:
         return torch.cat(ids), torch.cat(values)
 
 
-def reader_of(model: Any, task: Task, terms: Terms) -> Reader:
+def reader_of(model: Any, task: HeadKind, terms: Terms) -> FeatureModel:
     """A teacher's reader, frozen, which keeps what the terms compare with."""
     model.requires_grad_(False)
     model.eval()
     vectors = () if terms.vectors is None else (terms.vectors[1],)
-    return Reader(model, task, [t for _, t in terms.states], vectors)
+    return FeatureModel(model, task, [t for _, t in terms.states], vectors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.blockwise.asymmetric import paired_statistics
+from compress.blockwise.asymmetric import asymmetric_statistics
 from compress.blockwise.runner import Inputs
 from compress.checkpoint.open import Derived, open_checkpoint
 from compress.models.loading import load_checkpoint
@@ -31,12 +31,12 @@ def shrink(found):
     """A change that tells group from group: what is found, and weights of its sites times 0.8."""
 
     def change(block):
-        for group, statistics, drift, free in paired_statistics(block):
-            if drift is not None:
+        for group, statistics, mismatch, free in asymmetric_statistics(block):
+            if mismatch is not None:
                 assert free
-                found[group[0].name] = (statistics, drift, [s.name for s in group])
-            for site in group:
-                site.weight.mul_(0.8)
+                found[group[0].name] = (statistics, mismatch, [s.name for s in group])
+            for linear in group:
+                linear.weight.mul_(0.8)
         return {}
 
     return change
@@ -87,21 +87,21 @@ def test_drift_is_what_separates_two_models(family, tmp_path):
     result = sweep_of(checkpoint, tmp_path / "work", inputs, with_targets=True).run(shrink(found), "shrinking")
     changed = Derived(checkpoint, checkpoint.spec, result.reader())
     original, now = (load_checkpoint(c, dtype="float32", device="cpu") for c in (checkpoint, changed))
-    writers = [name for _, drift, _ in found.values() for name in drift.residual]
+    writers = [name for _, mismatch, _ in found.values() for name in mismatch.residual]
     blocks = sorted({next(p for p in name.split(".") if p.isdigit()) for name in writers})
     assert [name.split(".")[-2] for name in writers] == list(WRITERS[family]) * len(blocks)
     for number in blocks:
         pair = [name for name in writers if number in name.split(".")]
         for name in pair:
-            statistics, drift, _ = found[name]
+            statistics, mismatch, _ = found[name]
             (x, r), (x_now, r_now) = (seen(m, checkpoint, inputs, name, pair) for m in (original, now))
             x, r, x_now, r_now = x.double(), r.double(), x_now.double(), r_now.double()
             assert statistics.tokens == len(x)
             close(statistics.hessian, x_now.T @ x_now)
-            close(drift.inputs, (x - x_now).T @ x_now)
-            close(drift.residual[name], (r - r_now).T @ x_now)
+            close(mismatch.inputs, (x - x_now).T @ x_now)
+            close(mismatch.residual[name], (r - r_now).T @ x_now)
     if not writers:  # inputs drift all the same, from the second block on
-        assert any(float(drift.inputs.abs().max()) > 0 for _, drift, _ in found.values())
+        assert any(float(mismatch.inputs.abs().max()) > 0 for _, mismatch, _ in found.values())
 
 
 def test_padding_has_no_drift(tmp_path):
@@ -115,10 +115,10 @@ def test_padding_has_no_drift(tmp_path):
     for number, inputs in enumerate((Inputs({"input_ids": short}), Inputs({"input_ids": ids}, mask))):
         both.append({})
         sweep_of(checkpoint, tmp_path / str(number), inputs, with_targets=True).run(shrink(both[-1]), "shrinking")
-    for name, (statistics, drift, _) in both[0].items():
+    for name, (statistics, mismatch, _) in both[0].items():
         other, padded, _ = both[1][name]
         assert statistics.tokens == other.tokens
-        close(padded.inputs, drift.inputs.double())
-        assert padded.residual.keys() == drift.residual.keys()
-        for key, value in drift.residual.items():
+        close(padded.inputs, mismatch.inputs.double())
+        assert padded.residual.keys() == mismatch.residual.keys()
+        for key, value in mismatch.residual.items():
             close(padded.residual[key], value.double())

@@ -19,24 +19,24 @@ FAMILIES = ["llama", "gemma2", "phi3", "mixtral", "gpt2", "gpt_neox", "opt", "bl
 def measured(folder, work, mask=None):
     """Σ g gᵀ by name as a sweep finds them, and the sweep."""
     checkpoint = open_checkpoint(folder)
-    sweep = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
-    gradients, found = Gradients(sweep, work / "gradients"), {}
+    runner = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
+    gradients, found = Gradients(runner, work / "gradients"), {}
 
     def change(block):
         found.update(gradients.by_outputs(block))
-        for site in block.sites:  # what earlier blocks become does not matter
-            site.weight.mul_(0.5)
+        for linear in block.linears:  # what earlier blocks become does not matter
+            linear.weight.mul_(0.5)
         return {}
 
-    sweep.run(change, "looking", gradients.measure)
-    return found, sweep
+    runner.run(change, "looking", gradients.measure)
+    return found, runner
 
 
-def expected(sweep, chunk):
+def expected(runner, chunk):
     """Σ g gᵀ by module of the whole model."""
-    model = load_checkpoint(sweep.checkpoint, dtype="float32").requires_grad_(False)
+    model = load_checkpoint(runner.checkpoint, dtype="float32").requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_())
-    mask, sums = sweep.inputs.mask, {}
+    mask, sums = runner.inputs.mask, {}
 
     def listen(name):
         def hook(module, args, output):
@@ -54,8 +54,8 @@ def expected(sweep, chunk):
         if isinstance(module, (torch.nn.Linear, Conv1D)) and "router" not in name:
             module.register_forward_hook(listen(name))
     for row in range(SAMPLES):
-        generator = torch.Generator().manual_seed(sweep.seed * 1_000_003 + row)
-        logits = model(**sweep.inputs.rows([row]))[0][0]
+        generator = torch.Generator().manual_seed(runner.seed * 1_000_003 + row)
+        logits = model(**runner.inputs.rows([row]))[0][0]
         drawn = [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(chunk)]
         losses = torch.nn.functional.cross_entropy(logits, torch.cat(drawn)[:, 0], reduction="none")
         (losses if mask is None else losses[mask[row]]).sum().backward()
@@ -69,10 +69,10 @@ def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path,
         mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
         mask[1, 5:] = mask[4, 9:] = False
     if family == "llama":
-        monkeypatch.setattr(gradients_module, "LOGITS_AT_ONCE", 5)
-    found, sweep = measured(pico.save(tmp_path / "model", family, with_tokenizer=False), tmp_path / "work", mask)
-    wanted = expected(sweep, 5 if family == "llama" else LENGTH)
-    names = {name: name.removesuffix(".weight") for name in sweep.wanted if ".experts." not in name}
+        monkeypatch.setattr(gradients_module, "LOGITS_PER_CHUNK", 5)
+    found, runner = measured(pico.save(tmp_path / "model", family, with_tokenizer=False), tmp_path / "work", mask)
+    wanted = expected(runner, 5 if family == "llama" else LENGTH)
+    names = {name: name.removesuffix(".weight") for name in runner.wanted if ".experts." not in name}
     assert found.keys() == names.keys()
     for name, module in names.items():
         other = next(total for known, total in wanted.items() if f".{module}".endswith(f".{known}"))

@@ -9,8 +9,8 @@ import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
-from compress.blockwise.linears import Experts, find_sites
-from compress.blockwise.runner import Changed, Inputs, Sweep
+from compress.blockwise.linears import Experts, find_linears
+from compress.blockwise.runner import BlockRunner, Inputs, TensorExtras
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
@@ -42,7 +42,7 @@ def matrices(checkpoint):
 
 
 def sweep_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
-    return Sweep(
+    return BlockRunner(
         checkpoint,
         inputs or inputs_of(checkpoint),
         wanted or matrices(checkpoint),
@@ -73,30 +73,32 @@ def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_
     expected: dict[int, torch.Tensor] = {}
     for i, block in enumerate(blocks):
         block.register_forward_hook(lambda m, a, o, i=i: expected.__setitem__(i, o[0] if isinstance(o, tuple) else o))
-    sweep = sweep_of(checkpoint, tmp_path, with_targets=True)
+    runner = sweep_of(checkpoint, tmp_path, with_targets=True)
     grams, compared = {}, []
 
     def look(block):
         for group, statistics, _ in block.statistics(1):
-            for site in group:
-                grams[site.name] = statistics
-                assert torch.equal(site.weight.T if site.transposed else site.weight, checkpoint.tensor(site.name).data)
+            for linear in group:
+                grams[linear.name] = statistics
+                assert torch.equal(
+                    linear.weight.T if linear.transposed else linear.weight, checkpoint.tensor(linear.name).data
+                )
         rows = list(range(SAMPLES))
         output = block.forward(rows, block.inputs.read(rows))
         assert torch.equal(block.targets.read(rows), output)
         compared.append((block.index, output))
         return {}
 
-    result = sweep.run(look, "looking")
+    result = runner.run(look, "looking")
     with torch.no_grad():
-        model.base_model(**sweep.inputs.rows(range(SAMPLES)))
+        model.base_model(**runner.inputs.rows(range(SAMPLES)))
     for index, output in compared:
         assert (output - expected[index]).abs().max() <= 1e-5 * expected[index].abs().max(), index
     assert set(grams) == matrices(checkpoint)
     assert len(compared) == len(blocks)
     for name, statistics in grams.items():
         try:
-            x = linear_inputs(model, checkpoint, sweep.inputs, name).double()
+            x = linear_inputs(model, checkpoint, runner.inputs, name).double()
         except AttributeError:
             continue  # an expert, which the stock model does not have as a module: see below
         assert statistics.tokens == len(x)
@@ -114,19 +116,19 @@ def test_statistics_of_experts_are_those_of_the_tokens_sent_to_them(family, fold
     name, fused = next((n, m) for n, m in model.named_modules() if Experts.fits(m))
     calls = []
     fused.register_forward_pre_hook(lambda m, a: calls.append(a))
-    sweep = sweep_of(checkpoint, tmp_path)
+    runner = sweep_of(checkpoint, tmp_path)
     with torch.no_grad():
-        model.base_model(**sweep.inputs.rows(range(SAMPLES)))
+        model.base_model(**runner.inputs.rows(range(SAMPLES)))
     hidden, index, _ = calls[0]
     found = {}
 
     def look(block):
         if f".{block.index}." in f"{name}.":
             for group, statistics, _ in block.statistics(1 << 30):
-                found.update({site.name: statistics for site in group})
+                found.update({linear.name: statistics for linear in group})
         return {}
 
-    sweep.run(look, "looking")
+    runner.run(look, "looking")
     seen = 0
     half = fused.down_proj.shape[2]
     for e in range(fused.down_proj.shape[0]):
@@ -189,11 +191,11 @@ def test_padding_counts_nowhere(family, folders, tmp_path):
 def halve(block):
     """A change that shows: every matrix is halved but for what its mask removes."""
     masks = {}
-    for site in block.sites:
-        mask = torch.zeros_like(site.weight, dtype=torch.bool)
+    for linear in block.linears:
+        mask = torch.zeros_like(linear.weight, dtype=torch.bool)
         mask[:, ::2] = True
-        site.weight.mul_(0.5).masked_fill_(~mask, 0)
-        masks[site.name] = Changed(mask.T.contiguous() if site.transposed else mask)
+        linear.weight.mul_(0.5).masked_fill_(~mask, 0)
+        masks[linear.name] = TensorExtras(mask.T.contiguous() if linear.transposed else mask)
     return masks
 
 
@@ -264,11 +266,11 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(at, folders, tmp_pat
 def test_a_model_that_the_sweep_cannot_follow_is_refused(tmp_path, monkeypatch):
     """Something that changes hidden states between two blocks is noticed before any work, and the block is named."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
-    sweep = sweep_of(checkpoint, tmp_path / "work")
-    sweep.streamed.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * sweep_noise.pop(), *a[1:]))
+    runner = sweep_of(checkpoint, tmp_path / "work")
+    runner.streamed.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * sweep_noise.pop(), *a[1:]))
     sweep_noise = [1.0, 1.5]
     with pytest.raises(PassError, match="the sweep does not follow this model: block 2 run by itself differs"):
-        sweep.run(halve, "halving")
+        runner.run(halve, "halving")
     assert not (tmp_path / "work/state.json").exists()
 
 
@@ -312,11 +314,11 @@ def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders
         for group, statistics, _ in block.statistics():
             seen[block.index] = ([s.name for s in group], statistics.hessian.clone(), statistics.tokens)
         assert block.frozen == {id(dict(block.module.named_parameters())["mlp.up_proj.weight"])}
-        block.sites[0].weight.mul_(0.5)
+        block.linears[0].weight.mul_(0.5)
         return {}
 
-    sweep = sweep_of(checkpoint, tmp_path / "work", wanted={source}, with_targets=True)
-    result = sweep.run(change, "changing").reader()
+    runner = sweep_of(checkpoint, tmp_path / "work", wanted={source}, with_targets=True)
+    result = runner.run(change, "changing").reader()
     assert list(seen) == [1]
     model = load_checkpoint(open_checkpoint(folders["llama"]))
     layers = model.model.layers
@@ -330,7 +332,7 @@ def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders
     assert torch.equal(result(source).data, checkpoint.tensor(source).data / 2)
 
     def look(block):
-        later.append(next(s.weight.clone() for s in find_sites(sweep.streamed, 3, block.module, {matrix})[0]))
+        later.append(next(s.weight.clone() for s in find_linears(runner.streamed, 3, block.module, {matrix})[0]))
         return {}
 
     both = {source, "model.layers.3.mlp.down_proj.weight"}
@@ -365,7 +367,7 @@ def test_nan_is_named(folders, tmp_path):
 
     def explode(block):
         if block.index == 1:
-            next(s for s in block.sites if "down_proj" in s.name).weight.fill_(float("nan"))
+            next(s for s in block.linears if "down_proj" in s.name).weight.fill_(float("nan"))
         return {}
 
     with pytest.raises(Exception, match=r"block 1 gives NaN or infinite values"):

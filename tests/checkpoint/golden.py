@@ -23,8 +23,8 @@ from compress.checkpoint import bundle
 from compress.checkpoint.open import Checkpoint, Codes, Derived, Value, open_checkpoint
 from compress.checkpoint.structure import alias, factored, projected, shared, sized
 from compress.checkpoint.write import write_checkpoint
-from compress.solvers.quant_format import Scales, rounded, to_codes, weights
-from compress.spec.formats import Grid
+from compress.solvers.quant_format import Scales, dequantize, rounded, to_codes
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec
 from tests import pico
 
@@ -63,48 +63,54 @@ def kept(shape: tuple[int, ...], share: float, seed: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def coded(checkpoint: Checkpoint, grids: Mapping[str, Grid], share: float | None = None) -> Checkpoint:
+def coded(checkpoint: Checkpoint, quant_formats: Mapping[str, QuantFormat], share: float | None = None) -> Checkpoint:
     """Tensors whose names end so with codes of a grid, in bfloat16; a share of their weights removed if asked."""
     tensors, values = dict(checkpoint.spec.tensors), {}
     for seed, tensor in enumerate(checkpoint.spec.stored()):
-        grid = next((grid for end, grid in grids.items() if tensor.name.endswith(f"{end}.weight")), None)
-        if grid is None:
+        quant_format = next(
+            (quant_format for end, quant_format in quant_formats.items() if tensor.name.endswith(f"{end}.weight")), None
+        )
+        if quant_format is None:
             continue
         data = checkpoint.tensor(tensor.name).data
         mask = None if share is None else kept(tensor.shape, share, seed)
-        codes = codebook(data, grid, mask) if grid.is_codebook else integers(data, grid, mask)
-        found = weights(codes, mask if grid.is_codebook or mask is None or not grid.transposed else mask.T)
-        values[tensor.name] = Value(found.T.contiguous() if grid.transposed else found, mask, codes)
+        codes = codebook(data, quant_format, mask) if quant_format.is_codebook else integers(data, quant_format, mask)
+        found = dequantize(
+            codes, mask if quant_format.is_codebook or mask is None or not quant_format.transposed else mask.T
+        )
+        values[tensor.name] = Value(found.T.contiguous() if quant_format.transposed else found, mask, codes)
         count = None if mask is None else int(mask.sum())
-        tensors[tensor.name] = replace(tensor, dtype="BF16", grid=grid, kept=count)
+        tensors[tensor.name] = replace(tensor, dtype="BF16", quant_format=quant_format, kept=count)
     return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
 
 
-def codebook(data: torch.Tensor, grid: Grid, mask: torch.Tensor | None) -> Codes:
+def codebook(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor | None) -> Codes:
     """The nearest values of an even codebook."""
-    half = 1 << (grid.bits - 1)
+    half = 1 << (quant_format.bits - 1)
     values = torch.linspace(-1, 1, 2 * half).bfloat16()
     codes = (data.float()[..., None] - values.float()).abs().argmin(-1) - half
     return Codes((codes if mask is None else codes.masked_fill(~mask, 0)).to(torch.int8), values)
 
 
-def integers(data: torch.Tensor, grid: Grid, mask: torch.Tensor | None) -> Codes:
+def integers(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor | None) -> Codes:
     """Codes rounded to nearest; with one scale for all where the grid says so."""
-    rows, keep = (data.T, mask.T if mask is not None else None) if grid.transposed else (data, mask)
-    if grid.whole:
-        zero = None if grid.symmetric else torch.tensor([[5.0]])
-        most = 448.0 if grid.format == "fp8" else 120.0
+    rows, keep = (data.T, mask.T if mask is not None else None) if quant_format.transposed else (data, mask)
+    if quant_format.whole:
+        zero = None if quant_format.symmetric else torch.tensor([[5.0]])
+        most = 448.0 if quant_format.format == "fp8" else 120.0
         codes = to_codes(
-            rows, grid, Scales((rows.float().abs().max() / most).reshape(1, 1), zero), torch.bfloat16, keep
+            rows, quant_format, Scales((rows.float().abs().max() / most).reshape(1, 1), zero), torch.bfloat16, keep
         )
     else:
-        codes = rounded(rows.contiguous(), grid, torch.bfloat16, keep, search=False)
+        codes = rounded(rows.contiguous(), quant_format, torch.bfloat16, keep, search=False)
     given = {
-        "input_scale": torch.tensor([0.0625], dtype=torch.float32 if grid.given_dtype == "F32" else torch.bfloat16),
+        "input_scale": torch.tensor(
+            [0.0625], dtype=torch.float32 if quant_format.given_dtype == "F32" else torch.bfloat16
+        ),
         "input_zero_point": torch.tensor([-3], dtype=torch.int8),
         "input_global_scale": torch.tensor([448.0]),
     }
-    return replace(codes, given={end: given[end] for end in grid.given})
+    return replace(codes, given={end: given[end] for end in quant_format.given})
 
 
 def mask(root: Path) -> Checkpoint:
@@ -121,19 +127,30 @@ def mask(root: Path) -> Checkpoint:
     return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
 
 
-EMBEDDING = {"embed_tokens": Grid("int4", 8)}  # stock loaders take no codes there, so the file is a compact one
+EMBEDDING = {"embed_tokens": QuantFormat("int4", 8)}  # stock loaders take no codes there, so the file is a compact one
 
 
 def packed(root: Path) -> Checkpoint:
     """Integers of every width in 32-bit words, by group and by channel."""
-    grids = {"q_proj": Grid("int2", 8), "k_proj": Grid("int3", 8), "v_proj": Grid("int5"), "o_proj": Grid("int6", 16)}
-    return coded(base(root), {**EMBEDDING, **grids, "gate_proj": Grid("int8"), "up_proj": Grid("int4")})
+    quant_formats = {
+        "q_proj": QuantFormat("int2", 8),
+        "k_proj": QuantFormat("int3", 8),
+        "v_proj": QuantFormat("int5"),
+        "o_proj": QuantFormat("int6", 16),
+    }
+    return coded(
+        base(root), {**EMBEDDING, **quant_formats, "gate_proj": QuantFormat("int8"), "up_proj": QuantFormat("int4")}
+    )
 
 
 def packed_zero(root: Path) -> Checkpoint:
     """The same with zero points."""
-    grids = {"q_proj": Grid("int4", 8, False), "k_proj": Grid("int3", 0, False), "up_proj": Grid("int8", 16, False)}
-    return coded(base(root), {**EMBEDDING, **grids, "v_proj": Grid("int2", 8, False)})
+    quant_formats = {
+        "q_proj": QuantFormat("int4", 8, False),
+        "k_proj": QuantFormat("int3", 0, False),
+        "up_proj": QuantFormat("int8", 16, False),
+    }
+    return coded(base(root), {**EMBEDDING, **quant_formats, "v_proj": QuantFormat("int2", 8, False)})
 
 
 def int8(root: Path) -> Checkpoint:
@@ -142,11 +159,13 @@ def int8(root: Path) -> Checkpoint:
         base(root),
         {
             **EMBEDDING,
-            "q_proj": Grid("int8", activations="int8"),
-            "k_proj": Grid("int8", 8, False, activations="int8-zero"),
-            "v_proj": Grid("int8", whole=True, activations="int8-tensor"),
-            "o_proj": Grid("int8", symmetric=False, whole=True, activations="int8-tensor-zero", given_dtype="F32"),
-            "up_proj": Grid("int8", activations="int8-dynamic"),
+            "q_proj": QuantFormat("int8", activations="int8"),
+            "k_proj": QuantFormat("int8", 8, False, activations="int8-zero"),
+            "v_proj": QuantFormat("int8", whole=True, activations="int8-tensor"),
+            "o_proj": QuantFormat(
+                "int8", symmetric=False, whole=True, activations="int8-tensor-zero", given_dtype="F32"
+            ),
+            "up_proj": QuantFormat("int8", activations="int8-dynamic"),
         },
     )
 
@@ -157,47 +176,59 @@ def fp8(root: Path) -> Checkpoint:
         base(root),
         {
             **EMBEDDING,
-            "q_proj": Grid("fp8"),
-            "k_proj": Grid("fp8", 8, activations="fp8"),
-            "v_proj": Grid("fp8", whole=True, activations="fp8-tensor", given_dtype="F32"),
-            "o_proj": Grid("fp8", activations="fp8-dynamic"),
+            "q_proj": QuantFormat("fp8"),
+            "k_proj": QuantFormat("fp8", 8, activations="fp8"),
+            "v_proj": QuantFormat("fp8", whole=True, activations="fp8-tensor", given_dtype="F32"),
+            "o_proj": QuantFormat("fp8", activations="fp8-dynamic"),
         },
     )
 
 
 def mxfp4(root: Path) -> Checkpoint:
     """E2M1 floats with a power of two for each 32."""
-    return coded(base(root, width=32), {**EMBEDDING, "_proj": Grid("mxfp4", 32)})
+    return coded(base(root, width=32), {**EMBEDDING, "_proj": QuantFormat("mxfp4", 32)})
 
 
 def nvfp4(root: Path) -> Checkpoint:
     """E2M1 floats with an E4M3 scale for each 16 and a float for all."""
-    inputs = {"q_proj": Grid("nvfp4", 16, activations="nvfp4"), "k_proj": Grid("nvfp4", 16, activations="nvfp4-wide")}
-    return coded(base(root), {**EMBEDDING, **inputs, "_proj": Grid("nvfp4", 16)})
+    inputs = {
+        "q_proj": QuantFormat("nvfp4", 16, activations="nvfp4"),
+        "k_proj": QuantFormat("nvfp4", 16, activations="nvfp4-wide"),
+    }
+    return coded(base(root), {**EMBEDDING, **inputs, "_proj": QuantFormat("nvfp4", 16)})
 
 
 def codebooks(root: Path) -> Checkpoint:
     """Numbers of 2 to 8 bits of the values of codebooks."""
     modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return coded(base(root), {module: Grid(f"codebook{bits}") for bits, module in enumerate(modules, 2)})
+    return coded(base(root), {module: QuantFormat(f"codebook{bits}") for bits, module in enumerate(modules, 2)})
 
 
 def masked_codes(root: Path) -> Checkpoint:
     """A keep-mask before packed integers, with zero points and without, before bytes, and before a codebook."""
-    grids = {"q_proj": Grid("int4", 8), "k_proj": Grid("int3", 8, False), "v_proj": Grid("int8", activations="int8")}
-    return coded(base(root), {**grids, "up_proj": Grid("codebook3"), "down_proj": Grid("int8", 8)}, 0.4)
+    quant_formats = {
+        "q_proj": QuantFormat("int4", 8),
+        "k_proj": QuantFormat("int3", 8, False),
+        "v_proj": QuantFormat("int8", activations="int8"),
+    }
+    return coded(
+        base(root), {**quant_formats, "up_proj": QuantFormat("codebook3"), "down_proj": QuantFormat("int8", 8)}, 0.4
+    )
 
 
 def transposed(root: Path) -> Checkpoint:
     """Codes of matrices that the family shapes [in, out]."""
-    grids = {"attn.c_attn": Grid("int4", 8, transposed=True), "c_fc": Grid("fp8", transposed=True)}
-    return coded(base(root, "gpt2"), {**grids, "mlp.c_proj": Grid("int5", 8, False, transposed=True)})
+    quant_formats = {
+        "attn.c_attn": QuantFormat("int4", 8, transposed=True),
+        "c_fc": QuantFormat("fp8", transposed=True),
+    }
+    return coded(base(root, "gpt2"), {**quant_formats, "mlp.c_proj": QuantFormat("int5", 8, False, transposed=True)})
 
 
 def masked_transposed(root: Path) -> Checkpoint:
     """The same before a keep-mask, in two shards."""
-    grids = {"attn.c_attn": Grid("int4", 8, transposed=True), "c_fc": Grid("codebook2")}
-    return coded(base(root, "gpt2"), grids, 0.4)
+    quant_formats = {"attn.c_attn": QuantFormat("int4", 8, transposed=True), "c_fc": QuantFormat("codebook2")}
+    return coded(base(root, "gpt2"), quant_formats, 0.4)
 
 
 def factors(root: Path) -> Checkpoint:

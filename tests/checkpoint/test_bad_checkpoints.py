@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint.headers import Entry, render_header
+from compress.checkpoint.headers import TensorEntry, render_header
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
@@ -86,7 +86,7 @@ def test_damaged_weight_files(case, folder):
 
 def test_the_reference_implementation_reads_what_we_render(tmp_path):
     values = torch.arange(6.0).reshape(2, 3)
-    header = render_header({"ünïcode": Entry("F32", (2, 3), 0, 24)}, {"format": "pt"})
+    header = render_header({"ünïcode": TensorEntry("F32", (2, 3), 0, 24)}, {"format": "pt"})
     (tmp_path / "x.safetensors").write_bytes(header + values.numpy().tobytes())
     assert torch.equal(load_file(tmp_path / "x.safetensors")["ünïcode"], values)
 

@@ -21,8 +21,8 @@ from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError
 from compress.inspection import diff, inspect
 from compress.planning import size_of
-from compress.solvers.quant_format import weights
-from compress.spec.formats import CODEBOOKS, Grid
+from compress.solvers.quant_format import dequantize
+from compress.spec.formats import CODEBOOKS, QuantFormat
 from compress.spec.spec import CODEBOOK, FLOAT_DTYPES, Tensor
 from tests import pico
 
@@ -41,19 +41,19 @@ def random_codes(shape, bits, dtype, seed, mask=None):
     st.sampled_from(list(FLOAT_DTYPES)), st.none() | st.floats(0, 1), st.integers(0, 10_000),
 )  # fmt: skip
 def test_decode_undoes_encode(format_, shape, dtype, share, seed):
-    grid, shape = Grid(format_), tuple(shape)
+    quant_format, shape = QuantFormat(format_), tuple(shape)
     mask = None if share is None else torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
-    codes = random_codes(shape, grid.bits, torch_dtype(dtype), seed, mask)
+    codes = random_codes(shape, quant_format.bits, torch_dtype(dtype), seed, mask)
     chain = CODEBOOK if mask is None else ("mask", *CODEBOOK)
-    tensor = Tensor("a.w", shape, dtype, None if mask is None else int(mask.sum()), None, chain, grid)
-    encoded = codecs.encode(Value(weights(codes, mask), mask, codes), tensor)
+    tensor = Tensor("a.w", shape, dtype, None if mask is None else int(mask.sum()), None, chain, quant_format)
+    encoded = codecs.encode(Value(dequantize(codes, mask), mask, codes), tensor)
     assert {part.role for part in codecs.parts(tensor)} == encoded.keys()
     for part in codecs.parts(tensor):
         assert tuple(encoded[part.role].shape) == part.shape
         assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
-        assert part_names("a.w", chain, grid.to_json())[part.role] == part.key
-    data, found = decode(encoded, chain, shape, mask is not None, grid.to_json())
-    numbers = codes.codes.long() + (1 << grid.bits - 1)
+        assert part_names("a.w", chain, quant_format.to_json())[part.role] == part.key
+    data, found = decode(encoded, chain, shape, mask is not None, quant_format.to_json())
+    numbers = codes.codes.long() + (1 << quant_format.bits - 1)
     expected = codes.scale[numbers] if mask is None else torch.where(mask, codes.scale[numbers], 0)
     assert data.dtype == torch_dtype(dtype)
     assert torch.equal(data, expected)
@@ -64,13 +64,13 @@ def test_long_tensors_are_decoded_in_parts(monkeypatch):
     from compress.checkpoint import decode as decoding
 
     codes = random_codes((9, 41), 3, torch.float32, 0)
-    tensor = Tensor("w", (9, 41), "F32", storage=CODEBOOK, grid=Grid("codebook3"))
-    encoded = codecs.encode(Value(weights(codes), None, codes), tensor)
+    tensor = Tensor("w", (9, 41), "F32", storage=CODEBOOK, quant_format=QuantFormat("codebook3"))
+    encoded = codecs.encode(Value(dequantize(codes), None, codes), tensor)
     monkeypatch.setattr(codecs, "_AT_ONCE", 64)
     monkeypatch.setattr(decoding, "_AT_ONCE", 64)
-    again = codecs.encode(Value(weights(codes), None, codes), tensor)
+    again = codecs.encode(Value(dequantize(codes), None, codes), tensor)
     assert torch.equal(encoded["codes"], again["codes"])
-    data, _ = decode(again, CODEBOOK, (9, 41), False, tensor.grid.to_json())
+    data, _ = decode(again, CODEBOOK, (9, 41), False, tensor.quant_format.to_json())
     assert torch.equal(data, codes.scale[codes.codes.long() + 4])
 
 
@@ -84,9 +84,9 @@ def coded(folder, bits=3, share=None):
         random = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed))
         mask = None if share is None else random < share
         codes = random_codes(tensor.shape, bits, torch_dtype(tensor.dtype), seed, mask)
-        values[tensor.name] = Value(weights(codes, mask), mask, codes)
+        values[tensor.name] = Value(dequantize(codes, mask), mask, codes)
         kept = None if mask is None else int(mask.sum())
-        tensors[tensor.name] = replace(tensor, grid=Grid(f"codebook{bits}"), kept=kept)
+        tensors[tensor.name] = replace(tensor, quant_format=QuantFormat(f"codebook{bits}"), kept=kept)
     spec = replace(base.spec, tensors=tensors)
     return Derived(base, spec, lambda name: values.get(name) or base.tensor(name)), values
 
@@ -204,16 +204,20 @@ def test_damage_is_refused_in_one_line(tmp_path):
     def say(**row):
         return lambda arrays, table: table[name].update(row)
 
-    grid = Grid("codebook3").to_json()
+    quant_format = QuantFormat("codebook3").to_json()
     cases = [
         ("plain", cut("codes"), f"array {name}.codes is not what the metadata say"),
         ("plain", cut("codebook"), f"array {name}.codebook is not what the metadata say"),
         ("plain", lose("codebook"), f"damaged table of stored tensors: KeyError\\('{name}.codebook'"),
         ("plain", lose("codes"), f"damaged table of stored tensors: KeyError\\('{name}.codes'"),
         ("plain", say(kept=7), "damaged table of stored tensors"),
-        ("plain", say(grid={**grid, "format": "int3"}), "damaged table of stored tensors"),
-        ("plain", say(grid={**grid, "format": "codebook9", "bits": 9}), "damaged table of stored tensors"),
-        ("plain", say(grid={**grid, "transposed": True}), "damaged table of stored tensors"),
+        ("plain", say(quant_format={**quant_format, "format": "int3"}), "damaged table of stored tensors"),
+        (
+            "plain",
+            say(quant_format={**quant_format, "format": "codebook9", "bits": 9}),
+            "damaged table of stored tensors",
+        ),
+        ("plain", say(quant_format={**quant_format, "transposed": True}), "damaged table of stored tensors"),
         ("plain", say(storage=["pack-quantized"]), "damaged table of stored tensors"),
         ("masked", say(storage=["codebook"]), "damaged table of stored tensors"),
         ("masked", lose("keep"), f"damaged table of stored tensors: KeyError\\('{name}.keep'"),

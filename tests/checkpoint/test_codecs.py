@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from compress.checkpoint import bundle, codecs
 from compress.checkpoint.decode import decode, part_names, unpack_bits, unpack_codes
 from compress.checkpoint.open import Value
-from compress.solvers.quant_format import fit, to_codes, weights
-from compress.spec.formats import Grid
+from compress.solvers.quant_format import dequantize, fit, to_codes
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import DENSE, MASKED, Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -83,31 +83,36 @@ def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs
     """Planned parts are the written ones; values, mask and codes come back bit by bit; removed weights are zero."""
     fixed = {"mxfp4": 32, "nvfp4": 16}.get(format_)
     symmetric = symmetric or not format_.startswith("int")
-    grid = Grid(format_, fixed if fixed else size, symmetric, transposed)
+    quant_format = QuantFormat(format_, fixed if fixed else size, symmetric, transposed)
     inputs = groups * (fixed or size or 7)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator)
     keep = torch.rand(outputs, inputs, generator=generator) < share
     dtype = torch.bfloat16 if fixed else torch.float32
-    codes = to_codes(weight, grid, fit(weight, grid, None, keep), dtype, keep)
-    values = weights(codes, keep)
+    codes = to_codes(weight, quant_format, fit(weight, quant_format, None, keep), dtype, keep)
+    values = dequantize(codes, keep)
     assert values.dtype == dtype
     assert not values[~keep].any()
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     whole = Tensor(
-        "a.weight", shape, "BF16" if fixed else "F32", kept=int(keep.sum()), grid=grid, storage=codecs.stock_chain(grid)
+        "a.weight",
+        shape,
+        "BF16" if fixed else "F32",
+        kept=int(keep.sum()),
+        quant_format=quant_format,
+        storage=codecs.stock_chain(quant_format),
     )
-    chains = [whole.storage] + ([("mask", *whole.storage)] if grid.is_integer else [])
+    chains = [whole.storage] + ([("mask", *whole.storage)] if quant_format.is_integer else [])
     value = Value(values.T if transposed else values, keep.T if transposed else keep, codes)
     for chain in chains:
-        tensor = Tensor(whole.name, shape, whole.dtype, whole.kept, None, chain, grid)
+        tensor = Tensor(whole.name, shape, whole.dtype, whole.kept, None, chain, quant_format)
         encoded = codecs.encode(value, tensor)
         assert {part.role for part in codecs.parts(tensor)} == encoded.keys()
         for part in codecs.parts(tensor):
             assert tuple(encoded[part.role].shape) == part.shape, part
             assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
-            assert part_names(whole.name, chain, grid.to_json())[part.role] == part.key
-        data, found = decode(encoded, chain, shape, chain[0] == "mask", grid.to_json())
+            assert part_names(whole.name, chain, quant_format.to_json())[part.role] == part.key
+        data, found = decode(encoded, chain, shape, chain[0] == "mask", quant_format.to_json())
         assert torch.equal(data, value.data)
         assert found is None or torch.equal(found, value.mask)
 

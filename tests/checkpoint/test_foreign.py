@@ -65,7 +65,7 @@ def by_tensor(change=lambda *a: None):
     return both
 
 
-SCALE, WIDE = (0.01, torch.float32), (0.01, torch.bfloat16)
+SCALE, FLOAT64_MAX_WIDTH = (0.01, torch.float32), (0.01, torch.bfloat16)
 CASES = {
     "int8-zero": (INT8, inputs(ACTIVATIONS["int8-zero"])),
     "int8-dynamic": (INT8, inputs(ACTIVATIONS["int8-dynamic"])),
@@ -76,8 +76,8 @@ CASES = {
     ),
     "fp8-dynamic": (FP8, inputs(ACTIVATIONS["fp8-dynamic"])),
     "fp8-tensor": (FP8, inputs({"num_bits": 8, "type": "float"}, input_scale=SCALE)),
-    "fp8-tensor bf16": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=WIDE)),
-    "fp8-tensor mixed": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=WIDE)),
+    "fp8-tensor bf16": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=FLOAT64_MAX_WIDTH)),
+    "fp8-tensor mixed": (FP8, inputs(ACTIVATIONS["fp8-tensor"], input_scale=FLOAT64_MAX_WIDTH)),
     "fp8 whole": (FP8, by_tensor()),
     "fp8 whole static": (FP8, by_tensor(inputs(ACTIVATIONS["fp8-tensor"], input_scale=SCALE))),
     "fp8 whole alone": (FP8, by_tensor(lambda group, *_: group.update(input_activations=None))),

@@ -32,9 +32,9 @@ def test_there_is_a_fixture_for_each_codec_and_edit():
     specs = [open_headers(golden.FOLDER / name)[0] for name in RECORDED]
     tensors = [tensor for spec in specs for tensor in spec.stored()]
     assert {tensor.storage for tensor in tensors} == set(CHAINS)
-    grids = {tensor.grid for tensor in tensors if tensor.grid is not None}
-    assert {grid.format for grid in grids} == INTEGERS.keys() | FLOATS.keys() | CODEBOOKS.keys()
-    assert {grid.activations for grid in grids} == {None, *ACTIVATIONS}
+    quant_formats = {tensor.quant_format for tensor in tensors if tensor.quant_format is not None}
+    assert {quant_format.format for quant_format in quant_formats} == INTEGERS.keys() | FLOATS.keys() | CODEBOOKS.keys()
+    assert {quant_format.activations for quant_format in quant_formats} == {None, *ACTIVATIONS}
     assert {edit.kind for spec in specs for edit in spec.structure.edits} == STORAGE.keys()
     turned = {architectures.of(spec.structure.config).input_axis == 0 for spec in specs if spec.structure.edits}
     assert turned == {True, False}

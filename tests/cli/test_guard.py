@@ -141,12 +141,12 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
 )
 def test_variables_of_torchrun_that_something_else_has_set(monkeypatch, changes, said):
     from compress.errors import CompressError
-    from compress.pipeline.workers import joined
+    from compress.pipeline.workers import process_group
 
     variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", **changes}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(CompressError, match=said), joined("cpu"):
+    with pytest.raises(CompressError, match=said), process_group("cpu"):
         pass
 
 
@@ -271,9 +271,9 @@ def test_paths_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch):
 def test_a_bound_too_large_for_a_number():
     from pydantic import TypeAdapter, ValidationError
 
-    from compress.settings import AllowedIncrease, Share
+    from compress.settings import AllowedIncrease, Fraction
 
-    for kind in (AllowedIncrease, Share):
+    for kind in (AllowedIncrease, Fraction):
         with pytest.raises(ValidationError, match="got 1000000"):
             TypeAdapter(kind).validate_python(10**400)
 

@@ -23,7 +23,7 @@ from compress.data.batches import (
 from compress.data.text import Document
 from compress.errors import DataError
 from compress.models.loading import load_model
-from compress.passes.blockwise import open_sweep
+from compress.passes.blockwise import open_runner
 from compress.progress import SilentProgress
 from compress.sensitivity.block_influence import block_influence
 from tests import pico
@@ -327,7 +327,7 @@ def test_a_sweep_reads_the_types_of_pairs(tmp_path):
     model = load_model(folder)
     outputs = []
     for batches in (Batches(ids, mask, ("a",) * 4, types), Batches(ids, mask, ("a",) * 4)):
-        sweep = open_sweep(
+        runner = open_runner(
             open_checkpoint(folder),
             ["bert.encoder.layer.3.output.dense.weight"],
             SimpleNamespace(
@@ -337,7 +337,7 @@ def test_a_sweep_reads_the_types_of_pairs(tmp_path):
             with_targets=False,
         )  # fmt: skip
         found = []
-        sweep.run(lambda block, found=found: found.append(block.inputs.read([0, 1, 2, 3]).clone()) or {}, "look")
+        runner.run(lambda block, found=found: found.append(block.inputs.read([0, 1, 2, 3]).clone()) or {}, "look")
         outputs.append(found[-1])
     with torch.no_grad():
         args = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types, "output_hidden_states": True}

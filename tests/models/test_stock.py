@@ -211,7 +211,7 @@ def test_names_in_memory_are_read_back(family, tmp_path):
     out = compress.apply("cast", folder, tmp_path / "out", method="rtn", **settings)
     before = open_checkpoint(out)
     save_file(load_file(out / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
-    assert {t.name: t.grid for t in open_checkpoint(out).spec.stored()} == {
-        t.name: t.grid for t in before.spec.stored()
+    assert {t.name: t.quant_format for t in open_checkpoint(out).spec.stored()} == {
+        t.name: t.quant_format for t in before.spec.stored()
     }
     assert any(quantization.in_memory(before.spec, t.module) != t.module for t in before.spec.stored())

@@ -88,7 +88,7 @@ def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
 
 def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
     """A block's share of outliers is that of the matrices that something is known of."""
-    from compress.blockwise.runner import Inputs, Sweep
+    from compress.blockwise.runner import BlockRunner, Inputs
     from compress.data.batches import Batches
     from compress.passes.prune_unstructured.block import owl_allocation
     from compress.progress import SilentProgress
@@ -101,7 +101,7 @@ def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
     )
 
     def share(names, folder):
-        sweep = Sweep(
+        runner = BlockRunner(
             checkpoint,
             Inputs(ids.values),
             names,
@@ -111,6 +111,6 @@ def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
             progress=SilentProgress(),
             with_targets=False,
         )
-        return owl_allocation(sweep, 0.5)[1]["outlier_share"]
+        return owl_allocation(runner, 0.5)[1]["outlier_share"]
 
     assert share(seen, "seen") == share(every, "every") != [0.0]

@@ -111,21 +111,21 @@ def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(recipe, recipe_file
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
-#: Says which block a sweep works on, and stops at one.
+#: Says which block the runner works on, and stops at one.
 BLOCKS = """
 import time
-from compress.calibration import sweep
-real = sweep.Sweep._block
+from compress.blockwise import runner
+real = runner.BlockRunner._block
 def told(self, index, *rest):
     print(index, flush=True)
     if index == {stop}:
         time.sleep(600)
     return real(self, index, *rest)
-sweep.Sweep._block = told
+runner.BlockRunner._block = told
 """
 
 
-def test_a_killed_sweep_goes_on_from_its_last_block_to_the_same_bytes(recipe_file, tmp_path):
+def test_a_killed_blockwise_run_goes_on_from_its_last_block_to_the_same_bytes(recipe_file, tmp_path):
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "tune_epochs": 2}}]
     path = recipe_file(passes=passes, gates=None, output=str(tmp_path / "unbroken"))
     assert start(path).wait(timeout=120) == 0

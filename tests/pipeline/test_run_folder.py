@@ -268,7 +268,7 @@ def test_what_is_removed_is_renamed_first(tmp_path, monkeypatch):
     assert fork(killed) == 9
     (left,) = tmp_path.iterdir()
     assert files.leftovers(tmp_path) == [left]
-    files.sweep(tmp_path / "a")
+    files.remove_leftovers(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -560,7 +560,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
         assert files.leftovers(tmp_path) == []
         stranger = temp.rename(tmp_path / f".out.tmp-{FAR}")  # the number is of another machine: the lock counts
         assert files.leftovers(tmp_path) == []
-        files.sweep(tmp_path / "out")
+        files.remove_leftovers(tmp_path / "out")
         assert stranger.is_dir()
     assert files.leftovers(tmp_path) == [stranger]
 

@@ -30,7 +30,7 @@ class Quantise(Pass[Bits]):
     mode = "stream"
     yields: ClassVar[frozenset[Storage]] = frozenset({"integer"})
 
-    def produced(self, settings: Bits) -> frozenset[Storage]:
+    def output_storage(self, settings: Bits) -> frozenset[Storage]:
         """Floats with ``keep``."""
         return frozenset({"float"}) if settings.keep else self.yields
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.solvers.alps import _CHECK, _RHO, Problem, _admm, _Projection, alps, problem, solve_support
+from compress.solvers.alps import _CHECK, _RHO, LayerProblem, _admm, _Projection, alps, problem, solve_support
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.sparsegpt import sparsegpt
 from tests.solvers.test_hessian import gram
@@ -84,7 +84,7 @@ def test_admm(seed, rows, columns, target, with_mask):
     if kept == 0:
         return
     # too few iterations for the rule that stops
-    found = _admm(scaled, Problem(X, Q, L, scale, 0.01), _Projection(kept, pattern, earlier), 2 * _CHECK - 1, 1.15)
+    found = _admm(scaled, LayerProblem(X, Q, L, scale, 0.01), _Projection(kept, pattern, earlier), 2 * _CHECK - 1, 1.15)
     expected = slow_admm(scaled, X, kept, pattern, earlier, 2 * _CHECK - 1)
     torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from compress.solvers import codebook as solver
 from compress.solvers.codebook import codebook, rounded, to_codes
-from compress.solvers.gptq import codebook_gptq, gptq, ordered_factor
-from compress.solvers.quant_format import weights
+from compress.solvers.gptq import act_order_factor, codebook_gptq, gptq
+from compress.solvers.quant_format import dequantize
 
 
 def error(W, book, importance=None, keep=None):
@@ -112,10 +112,10 @@ def test_few_values_are_kept_as_they_are(dtype):
     W = values[torch.randint(len(values), (50, 40), generator=generator)]
     codes = rounded(W, 4, dtype, torch.rand(40, generator=generator))
     assert codes.scale.dtype == dtype
-    assert torch.equal(weights(codes), W)
+    assert torch.equal(dequantize(codes), W)
     keep = torch.rand(W.shape, generator=generator) < 0.5
     noise = torch.where(keep, W, torch.randn(W.shape, generator=generator).to(dtype))
-    assert torch.equal(weights(rounded(noise, 4, dtype, None, keep), keep), torch.where(keep, W, 0))
+    assert torch.equal(dequantize(rounded(noise, 4, dtype, None, keep), keep), torch.where(keep, W, 0))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (3, 5, 7), (6,)])
@@ -123,14 +123,14 @@ def test_any_shape(shape):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes = rounded(W, 8, torch.float32)
     assert codes.codes.shape == W.shape
-    assert torch.equal(weights(codes), W)
-    assert not weights(rounded(W, 2, torch.float32, None, torch.zeros(shape, dtype=torch.bool))).any()
+    assert torch.equal(dequantize(codes), W)
+    assert not dequantize(rounded(W, 2, torch.float32, None, torch.zeros(shape, dtype=torch.bool))).any()
 
 
 def test_codes_are_the_nearest_values():
     W = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     book = codebook(W, 4).bfloat16()
-    found = weights(to_codes(W, book))
+    found = dequantize(to_codes(W, book))
     assert found.dtype == torch.bfloat16
     distance = (W[..., None].double() - book.double()).abs()
     assert torch.equal((W.double() - found.double()).abs(), distance.min(-1).values)
@@ -164,13 +164,13 @@ def test_importance_and_gptq_pay(share):
     W, H = layer()
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < share
     W = W * keep
-    order, factor, _ = ordered_factor(H)
+    order, factor, _ = act_order_factor(H)
     for bits in (2, 4):
         book = codebook(W, bits, H.diagonal(), keep).float()
-        plain = weights(rounded(W, bits, torch.float32, None, keep), keep)
-        weighted = weights(to_codes(W, book, keep), keep)
-        latent = codebook_gptq(W, factor.float(), order, book, keep)
-        solved = weights(to_codes(latent, book, keep), keep)
+        plain = dequantize(rounded(W, bits, torch.float32, None, keep), keep)
+        weighted = dequantize(to_codes(W, book, keep), keep)
+        updated_weights = codebook_gptq(W, factor.float(), order, book, keep)
+        solved = dequantize(to_codes(updated_weights, book, keep), keep)
         assert output_error(W, weighted, H.diagonal().diag()) < output_error(W, plain, H.diagonal().diag())
         assert output_error(W, solved, H) < 0.6 * output_error(W, weighted, H)
         assert not solved[~keep].any()
@@ -178,10 +178,10 @@ def test_importance_and_gptq_pay(share):
 
 def test_gptq_is_that_of_a_grid_whose_codes_the_codebook_lists():
     from compress.solvers.quant_format import Scales
-    from compress.spec.formats import Grid
+    from compress.spec.formats import QuantFormat
 
     W, H = layer(1)
-    order, factor, _ = ordered_factor(H)
+    order, factor, _ = act_order_factor(H)
     book = torch.arange(-8, 8) * 0.25
-    grid = gptq(W, factor.float(), order, Grid("int4"), Scales(torch.full((len(W), 1), 0.25)))
-    assert torch.equal(codebook_gptq(W, factor.float(), order, book), grid)
+    quant_format = gptq(W, factor.float(), order, QuantFormat("int4"), Scales(torch.full((len(W), 1), 0.25)))
+    assert torch.equal(codebook_gptq(W, factor.float(), order, book), quant_format)

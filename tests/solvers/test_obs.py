@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.solvers.obs import keep_by_loss, keep_by_score, least_squares
+from compress.solvers.obs import keep_by_score, least_squares, obs_prune_groups
 
 
 def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,13 +57,13 @@ def test_each_step_removes_what_costs_least(width, runs):
         gone = min(costs, key=lambda u: costs[u])
         quota[gone // (units // runs)] -= 1
         alive.remove(gone)
-    assert keep_by_loss(weight, hessian, 2, width=width, runs=runs) == alive
+    assert obs_prune_groups(weight, hessian, 2, width=width, runs=runs) == alive
 
 
 def test_many_at_once_is_nearly_as_good():
     """Above 256 units several go in each step; the cost is close to that of one by one."""
     weight, hessian, _ = problem(8, 400, seed=0)
-    several = cost(weight, hessian, keep_by_loss(weight, hessian, 300))
+    several = cost(weight, hessian, obs_prune_groups(weight, hessian, 300))
     first = weight, hessian
     alone = cost(*first, _one_by_one(*first, 300))
     assert several < 1.1 * alone
@@ -84,7 +84,7 @@ def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, remove: int) -> lis
 def test_three_of_six_is_near_the_best_choice():
     weight, hessian, _ = problem(4, 6, seed=3)
     best = min(cost(weight, hessian, list(kept)) for kept in itertools.combinations(range(6), 3))
-    assert cost(weight, hessian, keep_by_loss(weight, hessian, 3)) < 1.5 * best
+    assert cost(weight, hessian, obs_prune_groups(weight, hessian, 3)) < 1.5 * best
 
 
 def test_scores_within_runs():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.solvers.gptq import corrected, gptq, ordered_factor
+from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped
-from compress.solvers.quant_format import Scales, code_range, code_values, fit
-from compress.solvers.quantease import refine
-from compress.spec.formats import Grid
+from compress.solvers.quant_format import Scales, code_range, fit, integer_codes
+from compress.solvers.quantease import quantease
+from compress.spec.formats import QuantFormat
 
 
 def layer(outputs=6, inputs=24, tokens=200, seed=0):
@@ -26,10 +26,10 @@ def cost(W, codes, scales, H):
     return ((error @ H.double()) * error).sum(1)
 
 
-def twin(W, codes, H, grid, scales, keep, rounds):
+def twin(W, codes, H, quant_format, scales, keep, rounds):
     """Every weight tries every code; every row's scales are solved from its tokens' outputs."""
     codes, scale = codes.double().clone(), scales.scale.double().clone()
-    low, high = code_range(grid)
+    low, high = code_range(quant_format)
     groups = scale.shape[1]
     size = W.shape[1] // groups
     root = torch.linalg.cholesky(H.double())  # H = L Lᵀ: rows of Lᵀ are as good as tokens
@@ -53,16 +53,18 @@ def twin(W, codes, H, grid, scales, keep, rounds):
     return codes, scale
 
 
-@pytest.mark.parametrize("grid", [Grid("int3", 8), Grid("int2", 0), Grid("int3", 12, False)], ids=str)
+@pytest.mark.parametrize(
+    "quant_format", [QuantFormat("int3", 8), QuantFormat("int2", 0), QuantFormat("int3", 12, False)], ids=str
+)
 @pytest.mark.parametrize("pruned", [False, True])
-def test_refine_is_the_slow_one(grid, pruned):
+def test_refine_is_the_slow_one(quant_format, pruned):
     W, X = layer()
     H = damped((X.T @ X).double())[0].float()
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7 if pruned else None
-    scales = fit(W, grid, H.diagonal(), keep)
-    start = code_values(W, grid, scales, keep)
-    codes, found = refine(W, W, H, grid, scales, keep, rounds=2)
-    wanted, scale = twin(W, start, H, grid, scales, keep, rounds=2)
+    scales = fit(W, quant_format, H.diagonal(), keep)
+    start = integer_codes(W, quant_format, scales, keep)
+    codes, found = quantease(W, W, H, quant_format, scales, keep, rounds=2)
+    wanted, scale = twin(W, start, H, quant_format, scales, keep, rounds=2)
     assert torch.equal(codes.double(), wanted)
     torch.testing.assert_close(found.scale.double(), scale, rtol=1e-3, atol=1e-5)
     assert found.zero is scales.zero
@@ -74,20 +76,22 @@ def test_refine_is_the_slow_one(grid, pruned):
 @pytest.mark.parametrize("format_", ["int4", "fp8", "mxfp4", "nvfp4"])
 def test_refine_never_does_harm(format_):
     W, X = layer(8, 64, 300)
-    grid = Grid(format_, {"int4": 16, "fp8": 0, "mxfp4": 32, "nvfp4": 16}[format_])
+    quant_format = QuantFormat(format_, {"int4": 16, "fp8": 0, "mxfp4": 32, "nvfp4": 16}[format_])
     H = (X.T @ X).double()
-    scales = fit(W, grid, H.diagonal())
-    order, factor, _ = ordered_factor(H)
-    latent = gptq(W, factor.float(), order, grid, scales)
+    scales = fit(W, quant_format, H.diagonal())
+    order, factor, _ = act_order_factor(H)
+    updated_weights = gptq(W, factor.float(), order, quant_format, scales)
     H = damped(H)[0].float()
-    before = cost(W, code_values(latent, grid, scales), scales.scale, H).sum()
+    before = cost(W, integer_codes(updated_weights, quant_format, scales), scales.scale, H).sum()
     found = []
     for rounds in (0, 1, 3):
-        codes, better = refine(W, latent, H, grid, scales, rounds=rounds)
+        codes, better = quantease(W, updated_weights, H, quant_format, scales, rounds=rounds)
         found.append(float(cost(W, codes, better.scale, H).sum()))
         assert torch.equal(
             codes,
-            code_values(codes * better.scale.repeat_interleave(W.shape[1] // better.scale.shape[1], 1), grid, better),
+            integer_codes(
+                codes * better.scale.repeat_interleave(W.shape[1] // better.scale.shape[1], 1), quant_format, better
+            ),
         )
     assert found[0] == pytest.approx(float(before))
     assert found[0] > found[1] >= found[2] * (1 - 1e-6)
@@ -99,11 +103,11 @@ def test_scales_of_empty_groups_stay():
     W, X = layer(4, 16)
     W[:, :8] = 0
     scales = Scales(torch.ones(4, 2))
-    codes, found = refine(W, W, damped((X.T @ X).double())[0].float(), Grid("int4", 8), scales, rounds=0)
+    codes, found = quantease(W, W, damped((X.T @ X).double())[0].float(), QuantFormat("int4", 8), scales, rounds=0)
     assert (codes[:, :8] == 0).all()
     keep = torch.ones_like(W, dtype=torch.bool)
     keep[:, :8] = False
-    codes, found = refine(W, W, damped((X.T @ X).double())[0].float(), Grid("int4", 8), scales, keep)
+    codes, found = quantease(W, W, damped((X.T @ X).double())[0].float(), QuantFormat("int4", 8), scales, keep)
     assert torch.isfinite(found.scale).all()
     assert (codes[:, :8] == 0).all()
 
@@ -116,11 +120,11 @@ def test_corrected_weights_are_those_of_least_squares(with_residual):
     r = 0.5 * torch.randn(60, 5, generator=generator).double() if with_residual else None
     W, now, then = W.double(), now.double(), then.double()
     H = now.T @ now
-    order, U, damping = ordered_factor(H)
-    found = corrected(W, (then - now).T @ now, None if r is None else r.T @ now, U, order)
+    order, U, damping = act_order_factor(H)
+    found = asymmetric_target(W, (then - now).T @ now, None if r is None else r.T @ now, U, order)
     wanted = then @ W.T + (0 if r is None else r)
     # damping is a penalty on what V differs from W
     damp = (damping * H.diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
     left, right = torch.cat([now, damp]), torch.cat([wanted, damp @ W.T])
     torch.testing.assert_close(found, torch.linalg.lstsq(left, right).solution.T)
-    assert torch.equal(corrected(W, torch.zeros_like(H), None, U, order), W)
+    assert torch.equal(asymmetric_target(W, torch.zeros_like(H), None, U, order), W)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.solvers.sparsity_allocation import interpolated, share_out
+from compress.solvers.sparsity_allocation import allocate_sparsity, interpolate_loss
 
 SPARSITIES = [0.5, 0.52, 0.54]
 
@@ -37,9 +37,9 @@ def test_against_every_choice(data):
     every = [c for c in itertools.product(range(5), repeat=count) if sum(costs[i][k] for i, k in enumerate(c)) <= kept]
     if not every:
         with pytest.raises(ValueError, match="the highest sparsity keeps more"):
-            share_out(sizes, most, SPARSITIES, losses, kept)
+            allocate_sparsity(sizes, most, SPARSITIES, losses, kept)
         return
-    found = share_out(sizes, most, SPARSITIES, losses, kept)
+    found = allocate_sparsity(sizes, most, SPARSITIES, losses, kept)
     assert sum(found) == min(kept, sum(most))
     assert all(n <= m for n, m in zip(found, most, strict=True))
 
@@ -53,6 +53,6 @@ def test_against_every_choice(data):
 
 
 def test_the_loss_between_measured_points():
-    assert interpolated([0.4, 0.6], [1.0, 4.0], 0.5) == pytest.approx(2)
-    assert interpolated([0.4, 0.6, 0.8], [1.0, 4.0, 8.0], 0.7) == pytest.approx(math.sqrt(32))
-    assert interpolated([0.4, 0.6], [0.0, 0.0], 0.4) <= 1e-29
+    assert interpolate_loss([0.4, 0.6], [1.0, 4.0], 0.5) == pytest.approx(2)
+    assert interpolate_loss([0.4, 0.6, 0.8], [1.0, 4.0, 8.0], 0.7) == pytest.approx(math.sqrt(32))
+    assert interpolate_loss([0.4, 0.6], [0.0, 0.0], 0.4) <= 1e-29

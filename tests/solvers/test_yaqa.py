@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from compress.solvers.gptq import gptq, ordered_factor
+from compress.solvers.gptq import act_order_factor, gptq
 from compress.solvers.hessian import damped
-from compress.solvers.quant_format import Scales, code_range, code_values, fit
-from compress.solvers.quantease import refine
-from compress.solvers.yaqa import _compatible, coupled_error, gptq_coupled, refine_coupled, shrunk
-from compress.spec.formats import Grid
+from compress.solvers.quant_format import Scales, code_range, fit, integer_codes
+from compress.solvers.quantease import quantease
+from compress.solvers.yaqa import _compatible, gptq_kronecker, kronecker_error, shrunk, yaqa
+from compress.spec.formats import QuantFormat
 from tests.solvers.test_quantease import layer
 
 
@@ -30,36 +30,42 @@ def cost(W, codes, scales, H, F):
     return float(((F.double() @ error @ H.double()) * error).sum())
 
 
-def start(grid, pruned=False, outputs=7):
+def start(quant_format, pruned=False, outputs=7):
     W, X = layer(outputs)
     H = damped((X.T @ X).double())[0].float()
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7 if pruned else None
-    scales = fit(W, grid, H.diagonal(), keep)
-    codes, scales = refine(W, W, H, grid, scales, keep, rounds=3)
+    scales = fit(W, quant_format, H.diagonal(), keep)
+    codes, scales = quantease(W, W, H, quant_format, scales, keep, rounds=3)
     return W, H, keep, codes, scales
 
 
-GRIDS = [Grid("int3", 8), Grid("int2", 0), Grid("int3", 12, False), Grid("mxfp4", 8), Grid("fp8", 0)]
+GRIDS = [
+    QuantFormat("int3", 8),
+    QuantFormat("int2", 0),
+    QuantFormat("int3", 12, False),
+    QuantFormat("mxfp4", 8),
+    QuantFormat("fp8", 0),
+]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("quant_format", GRIDS, ids=str)
 @pytest.mark.parametrize("pruned", [False, True])
-def test_it_lowers_what_it_is_to_lower_until_no_single_code_helps(grid, pruned):
-    W, H, keep, codes, scales = start(grid, pruned)
+def test_it_lowers_what_it_is_to_lower_until_no_single_code_helps(quant_format, pruned):
+    W, H, keep, codes, scales = start(quant_format, pruned)
     F = curvature(len(W))
     costs = [cost(W, codes, scales, H, F)]
     given = codes.clone()
     for _ in range(24):
-        codes, scales = refine_coupled(W, codes, H, F, grid, scales, keep, rounds=1)
+        codes, scales = yaqa(W, codes, H, F, quant_format, scales, keep, rounds=1)
         costs.append(cost(W, codes, scales, H, F))
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(costs)), costs
-    assert costs[-1] < 0.97 * costs[0] or grid.format == "fp8"
+    assert costs[-1] < 0.97 * costs[0] or quant_format.format == "fp8"
     assert not torch.equal(codes, given)
     if keep is not None:
         assert (codes[~keep] == 0).all()
-    if grid.is_integer:
-        low, high = code_range(grid)
-        zero = torch.zeros_like(codes) if scales.zero is None else scales.zero.repeat_interleave(grid.group, 1)
+    if quant_format.is_integer:
+        low, high = code_range(quant_format)
+        zero = torch.zeros_like(codes) if scales.zero is None else scales.zero.repeat_interleave(quant_format.group, 1)
         stored = codes + zero
         assert (stored == stored.round()).all()
         assert low <= stored[keep if keep is not None else ...].min() <= stored.max() <= high
@@ -69,17 +75,17 @@ def test_it_lowers_what_it_is_to_lower_until_no_single_code_helps(grid, pruned):
                 other[o, i] += step
                 assert cost(W, other, scales, H, F) >= costs[-1] * (1 - 1e-5), (o, i, step)
     else:
-        values = codes * scales.scale.repeat_interleave(grid.group or W.shape[1], 1)
-        assert torch.equal(codes, code_values(values, grid, scales))
+        values = codes * scales.scale.repeat_interleave(quant_format.group or W.shape[1], 1)
+        assert torch.equal(codes, integer_codes(values, quant_format, scales))
 
 
-def rounded_one_by_one(W, H, F, order_I, grid, scales, keep):
+def rounded_one_by_one(W, H, F, order_I, quant_format, scales, keep):
     """GPTQ on the whole matrix as one vector, input by input and in each output by output, with the Kronecker product itself."""
     order_O = torch.argsort(F.diagonal(), descending=True, stable=True)
     outputs, size = len(W), W.shape[1] // scales.scale.shape[1]
     whole = torch.kron(H[order_I][:, order_I].double(), F[order_O][:, order_O].double())
     U = torch.linalg.cholesky(torch.linalg.inv(whole)).T
-    low, high = code_range(grid)
+    low, high = code_range(quant_format)
     left = W.t()[order_I][:, order_O].double().flatten().clone()
     codes = torch.zeros_like(W)
     for k in range(len(left)):
@@ -92,35 +98,37 @@ def rounded_one_by_one(W, H, F, order_I, grid, scales, keep):
     return codes
 
 
-@pytest.mark.parametrize("grid", [Grid("int3", 8), Grid("int4", 12, False), Grid("int2", 0)], ids=str)
+@pytest.mark.parametrize(
+    "quant_format", [QuantFormat("int3", 8), QuantFormat("int4", 12, False), QuantFormat("int2", 0)], ids=str
+)
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 24), (40, 24), (33, 48), (5, 72)])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_rounding_by_diagonals_is_gptq_on_the_kronecker_product(grid, outputs, inputs, pruned):
+def test_rounding_by_diagonals_is_gptq_on_the_kronecker_product(quant_format, outputs, inputs, pruned):
     W, X = layer(outputs, inputs)
     H = damped((X.T @ X).double())[0]
     F = curvature(outputs)
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7 if pruned else None
-    scales = fit(W, grid, H.diagonal(), keep)
-    order, U, _ = ordered_factor(H, 0.0)
-    found = gptq_coupled(
-        W.double(), U, order, F.double(), grid, Scales(*(t if t is None else t.double() for t in scales)), keep
+    scales = fit(W, quant_format, H.diagonal(), keep)
+    order, U, _ = act_order_factor(H, 0.0)
+    found = gptq_kronecker(
+        W.double(), U, order, F.double(), quant_format, Scales(*(t if t is None else t.double() for t in scales)), keep
     )
-    wanted = rounded_one_by_one(W, H, F, order, grid, scales, keep)
+    wanted = rounded_one_by_one(W, H, F, order, quant_format, scales, keep)
     assert (found != wanted).float().mean() <= 0.002  # the inverse of F has a millionth of damping
     if keep is not None:
         assert (found[~keep] == 0).all()
-    plain = code_values(gptq(W, U.float(), order, grid, scales, keep), grid, scales, keep)
-    error = coupled_error(W, found.float(), scales, H.float(), F)
+    plain = integer_codes(gptq(W, U.float(), order, quant_format, scales, keep), quant_format, scales, keep)
+    error = kronecker_error(W, found.float(), scales, H.float(), F)
     assert error == pytest.approx(cost(W, found, scales, H, F), rel=1e-3)
-    assert error < coupled_error(W, plain, scales, H.float(), F)
+    assert error < kronecker_error(W, plain, scales, H.float(), F)
 
 
 def test_outputs_that_do_not_hang_together_are_left_as_descent_leaves_them():
-    grid = Grid("int3", 8)
+    quant_format = QuantFormat("int3", 8)
     W, X = layer(6)
     H = damped((X.T @ X).double())[0].float()
-    codes, scales = refine(W, W, H, grid, fit(W, grid, H.diagonal()), rounds=60)
-    found, moved = refine_coupled(W, codes, H, torch.eye(6) * 3, grid, scales)
+    codes, scales = quantease(W, W, H, quant_format, fit(W, quant_format, H.diagonal()), rounds=60)
+    found, moved = yaqa(W, codes, H, torch.eye(6) * 3, quant_format, scales)
     assert torch.equal(found, codes)
     torch.testing.assert_close(moved.scale, scales.scale, rtol=1e-3, atol=1e-6)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from compress.training.chunks import summed
 from compress.training.divergence import DIVERGENCES, bucketed, ensemble, skewed_kl
-from compress.training.features import Reader
+from compress.training.features import FeatureModel
 from compress.training.objective import Batch, Objective, Signal, Terms, _relation
 from compress.training.teacher import Teachers, reader_of
 from tests import pico
@@ -104,7 +104,9 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_the_whole(rows, kind):
 def test_logits_of_a_few_tokens_are_the_models_own(family):
     """By the model's own code: softcaps of Gemma 2, the transform of BERT's head, OPT's decoder inside its base."""
     model = pico.model(family)
-    reader = Reader(model, "masked" if family in ("albert", "bert", "roberta", "electra", "distilbert") else "causal")
+    reader = FeatureModel(
+        model, "masked" if family in ("albert", "bert", "roberta", "electra", "distilbert") else "causal"
+    )
     inputs = pico.inputs(model)
     assert reader.check(inputs)
     with torch.no_grad():
@@ -121,7 +123,7 @@ def test_logits_of_a_few_tokens_are_the_models_own(family):
 def test_queries_keys_and_values_are_those_that_attention_reads(family):
     """Scores of the first position's value: attention over one token returns its value, whatever query and key."""
     model = pico.model(family)
-    reader = Reader(model, "masked" if family == "bert" else "causal", vectors=[1])
+    reader = FeatureModel(model, "masked" if family == "bert" else "causal", vectors=[1])
     seen = {}
     attention = reader.blocks[1].get_submodule(reader.record.attention.output)
     handle = attention.register_forward_pre_hook(lambda module, args: seen.update(mixed=args[0]))
@@ -274,7 +276,7 @@ def test_a_head_that_cannot_be_run_by_itself_is_run_whole():
             return SimpleNamespace(logits=self.head(found.last_hidden_state) * scale)
 
     model = Odd(pico.model("llama"))
-    reader = Reader(model, "causal")
+    reader = FeatureModel(model, "causal")
     inputs = {"input_ids": torch.arange(2, 14)[None]}
     assert not reader.check(inputs)
     with torch.no_grad():

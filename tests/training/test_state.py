@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.training.state import RunState
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two states, the second one counts, and the best is the first."""
-    state = RunState(tmp_path / "training", Ranks())
+    state = RunState(tmp_path / "training", ProcessGroup())
     state.save("best-2", {"w": torch.arange(4.0)})
     state.save("step-2", {"w": torch.arange(4.0), "m": torch.ones(2)}, {"step": 2, "history": {"best_step": 2}})
     state.save("step-4", {"w": torch.arange(4.0) + 1, "m": torch.ones(2)}, {"step": 4, "history": {"best_step": 2}})
@@ -27,14 +27,14 @@ def folder(tmp_path):
 
 def test_a_state_comes_back(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["best-2", "step-4", "train.json"]
-    state = RunState(folder, Ranks())
+    state = RunState(folder, ProcessGroup())
     found = state.find()
     assert (found["step"], found["state"], sorted(found["states"])) == (4, "step-4", ["best-2", "step-4"])
     tensors = {"w": torch.zeros(4), "m": torch.zeros(2)}
     state.load("step-4", tensors)
     assert torch.equal(tensors["w"], torch.arange(4.0) + 1)
     state.save("step-6", tensors, {"step": 6, "history": {"best_step": 2}})  # goes on: the best one is still known
-    assert sorted(RunState(folder, Ranks()).find()["states"]) == ["best-2", "step-6"]
+    assert sorted(RunState(folder, ProcessGroup()).find()["states"]) == ["best-2", "step-6"]
 
 
 def gone(folder: Path) -> None:
@@ -85,4 +85,4 @@ NOTES = [note_says(text) for text in ("", "[]", "{}", "[" * 20000, '{"step": 4, 
 )
 def test_what_was_damaged_is_no_state(damage, folder):
     damage(folder)
-    assert RunState(folder, Ranks()).find() is None
+    assert RunState(folder, ProcessGroup()).find() is None

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import ResourceError
 from compress.files import read_record, write_record
 from compress.progress import SilentProgress
@@ -29,7 +29,7 @@ def tensors(value):
 @pytest.fixture
 def saved(tmp_path):
     """States of steps 2 and 4, the best weights of step 2."""
-    state = RunState(tmp_path / "training", Ranks())
+    state = RunState(tmp_path / "training", ProcessGroup())
     state.save("best-2", tensors(2))
     for step in (2, 4):
         state.save(f"step-{step}", tensors(step), {**SAID, "step": step})
@@ -100,7 +100,7 @@ class StopsAt(SilentProgress):
             return inner
         progress = self
 
-        class Task:
+        class HeadKind:
             def __enter__(self):
                 self.inner = inner.__enter__()
                 return self
@@ -114,7 +114,7 @@ class StopsAt(SilentProgress):
                 if not progress.looks:
                     raise Stop
 
-        return Task()
+        return HeadKind()
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,26 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.asymmetric import Drift, statistics_of, unpaired_statistics
-from compress.blockwise.linears import Site, Statistics
+from compress.blockwise.asymmetric import InputMismatch, statistics_of, symmetric_statistics
+from compress.blockwise.linears import InputStatistics, TargetLinear
 from compress.blockwise.output_curvature import Gradients
-from compress.blockwise.reconstruct import Moving, Tuning, floats, tune
-from compress.blockwise.runner import Block, Changed
+from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
+from compress.blockwise.runner import Block, TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.checkpoint.open import Codes
-from compress.solvers.gptq import corrected, gptq, ordered_factor
+from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped
-from compress.solvers.quant_format import Scales, code_values, fit, scaled, to_codes, weights
-from compress.solvers.quantease import refine
-from compress.solvers.yaqa import coupled_error, gptq_coupled, refine_coupled, shrunk
-from compress.spec.formats import FIXED_GROUPS, Grid
+from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
+from compress.solvers.quantease import quantease
+from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
+from compress.spec.formats import FIXED_GROUPS, QuantFormat
 
 #: Of descent on codes and scales.
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Casting:
+class CastOptions:
     """How to cast blocks.
 
     Attributes:
@@ -37,8 +37,8 @@ class Casting:
             at last fit them in view of what errors of different outputs do to the prediction together.
     """
 
-    tuning: Tuning | None
-    grids: Mapping[str, Grid]
+    reconstruction: Reconstruction | None
+    quant_formats: Mapping[str, QuantFormat]
     dtypes: Mapping[str, torch.dtype]
     refine: bool = True
     gradients: Gradients | None = None
@@ -47,8 +47,15 @@ class Casting:
 class Rounded:
     """A site's weights as codes and scales; tuning moves the scales."""
 
-    def __init__(self, site: Site, grid: Grid, codes: torch.Tensor, scales: Scales, keep: torch.Tensor | None) -> None:
-        self.site, self.grid, self.keep = site, grid, keep
+    def __init__(
+        self,
+        linear: TargetLinear,
+        quant_format: QuantFormat,
+        codes: torch.Tensor,
+        scales: Scales,
+        keep: torch.Tensor | None,
+    ) -> None:
+        self.linear, self.quant_format, self.keep = linear, quant_format, keep
         self.scale, self.zero, self.overall = scales.scale, scales.zero, scales.overall
         #: Less zero points, [O, G, S].
         self.codes = codes.view(len(codes), self.scale.shape[1], -1)
@@ -59,11 +66,11 @@ class Rounded:
 
     def project(self) -> None:
         """Put the rounded weights into the block."""
-        self.site.weight.copy_(self.values())
+        self.linear.weight.copy_(self.values())
 
-    def collect(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    def chain_gradients(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Gradients of scales from those of the weights."""
-        whole, weight = parameters[self.site.parameter], self.site.weight
+        whole, weight = parameters[self.linear.parameter], self.linear.weight
         assert whole.grad is not None
         assert whole.is_contiguous()
         start = weight.storage_offset() - whole.storage_offset()
@@ -73,75 +80,81 @@ class Rounded:
     def finish(self, dtype: torch.dtype) -> Codes:
         """Codes, with scales in the dtype they are stored in; the block gets the weights that a loader will see."""
         scales = Scales(self.scale, self.zero, self.overall)
-        codes = to_codes(self.values(), self.grid, scales, dtype, self.keep)
-        self.site.weight.copy_(weights(codes, self.keep).to(self.site.weight.dtype))
+        codes = to_codes(self.values(), self.quant_format, scales, dtype, self.keep)
+        self.linear.weight.copy_(dequantize(codes, self.keep).to(self.linear.weight.dtype))
         return codes
 
 
-def cast_block(block: Block, how: Casting) -> dict[str, Changed]:
+def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     """Cast the sites of a block in place; codes by tensor name.
 
-    In a sweep with targets, if ``how.refine``, each matrix is matched to what the original gives on its own inputs, and those
+    In a sweep with targets, if ``options.refine``, each matrix is matched to what the original gives on its own inputs, and those
     that write to the residual stream also make up for what is wrong in it.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
     before and after.
     """
 
-    curvature = {} if how.gradients is None else how.gradients.by_outputs(block)
+    curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
 
     def solve(
-        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
-        keep, grid = block.earlier_mask(site), how.grids[site.name]
-        outputs = curvature.pop(site.name, None)
-        codes, scales, row = _solve(site, statistics, drift, grid, keep, how.refine, shared, outputs)
-        return Rounded(site, grid, codes, scales, keep), {"format": grid.format, **row}
+        keep, quant_format = block.earlier_mask(linear), options.quant_formats[linear.name]
+        outputs = curvature.pop(linear.name, None)
+        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, options.refine, shared, outputs)
+        return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
-    def blank(site: Site) -> Rounded:
-        keep, grid, weight = block.earlier_mask(site), how.grids[site.name], site.weight.float().contiguous()
-        return Rounded(site, grid, torch.empty_like(weight), fit(weight, grid, None, keep, search=False), keep)
+    def blank(linear: TargetLinear) -> Rounded:
+        keep, quant_format, weight = (
+            block.earlier_mask(linear),
+            options.quant_formats[linear.name],
+            linear.weight.float().contiguous(),
+        )
+        return Rounded(
+            linear, quant_format, torch.empty_like(weight), fit(weight, quant_format, None, keep, search=False), keep
+        )
 
     rounded = solve_block(
         block,
-        statistics_of(block) if how.refine else unpaired_statistics(block),
+        statistics_of(block) if options.refine else symmetric_statistics(block),
         solve,
         blank=blank,
         tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],
-        place=lambda site, made: made.project(),
+        place=lambda linear, made: made.project(),
     )
-    if how.tuning is not None and how.tuning.epochs:
+    if options.reconstruction is not None and options.reconstruction.epochs:
         parameters = dict(block.module.named_parameters())
-        coded = {id(parameters[s.parameter]) for s in block.sites}
+        coded = {id(parameters[s.parameter]) for s in block.linears}
         free_scales = [
             r
             for r in rounded.values()
-            if r.grid.format not in FIXED_GROUPS and id(parameters[r.site.parameter]) not in block.frozen
+            if r.quant_format.format not in FIXED_GROUPS and id(parameters[r.linear.parameter]) not in block.frozen
         ]
-        moving = [Moving(r.scale, float(r.scale.abs().mean())) for r in free_scales]
-        moving += floats(block, coded)
+        trainable = [TrainableTensor(r.scale, float(r.scale.abs().mean())) for r in free_scales]
+        trainable += trainable_floats(block, coded)
 
         def project() -> None:
             for r in free_scales:
                 r.project()
 
-        def collect() -> None:
+        def chain_gradients() -> None:
             for r in free_scales:
-                r.collect(parameters)
+                r.chain_gradients(parameters)
 
-        block.details["tuning"] = tune(block, how.tuning, moving, project, collect)
+        block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable, project, chain_gradients)
     result = {}
     for name, r in rounded.items():
-        mask = None if r.keep is None else (r.keep.T if r.site.transposed else r.keep).contiguous()
-        result[name] = Changed(mask, r.finish(how.dtypes[name]))
+        mask = None if r.keep is None else (r.keep.T if r.linear.transposed else r.keep).contiguous()
+        result[name] = TensorExtras(mask, r.finish(options.dtypes[name]))
     return result
 
 
 def _solve(
-    site: Site,
-    statistics: Statistics,
-    drift: Drift | None,
-    grid: Grid,
+    linear: TargetLinear,
+    statistics: InputStatistics,
+    mismatch: InputMismatch | None,
+    quant_format: QuantFormat,
     keep: torch.Tensor | None,
     refined: bool,
     shared: dict[str, Any],
@@ -152,24 +165,26 @@ def _solve(
     Args:
         shared: of sites with the same inputs. F: curvature by outputs [O, O]; None where there is none.
     """
-    weight = site.weight.float().contiguous()
+    weight = linear.weight.float().contiguous()
     if statistics.tokens == 0:
-        scales = fit(weight, grid, None, keep)
+        scales = fit(weight, quant_format, None, keep)
         note = "no token reached it: rounded to nearest"
-        return code_values(weight, grid, scales, keep), scales, {"error": None, "note": note}
+        return integer_codes(weight, quant_format, scales, keep), scales, {"error": None, "note": note}
     H = statistics.hessian
     if "order" not in shared:
-        shared["order"], factor, shared["damping"] = ordered_factor(H)
+        shared["order"], factor, shared["damping"] = act_order_factor(H)
         shared["whole"], shared["factor"] = factor, factor.float()
         shared["damped"] = damped(H, min(shared["damping"], 1.0))[0].float()
     order = shared["order"]
-    if drift is not None:
-        weight = corrected(weight, drift.inputs, drift.residual.get(site.name), shared["whole"], order)
-    scales = fit(weight, grid, H.diagonal(), keep)
-    latent = gptq(weight, shared["factor"], order, grid, scales, keep)
-    codes, scales = refine(weight, latent, shared["damped"], grid, scales, keep, _ROUNDS if refined else 0)
+    if mismatch is not None:
+        weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["whole"], order)
+    scales = fit(weight, quant_format, H.diagonal(), keep)
+    updated_weights = gptq(weight, shared["factor"], order, quant_format, scales, keep)
+    codes, scales = quantease(
+        weight, updated_weights, shared["damped"], quant_format, scales, keep, _ROUNDS if refined else 0
+    )
     if F is not None:
-        codes, scales = _coupled(weight, codes, shared, shrunk(F), grid, scales, keep)
+        codes, scales = _coupled(weight, codes, shared, shrunk(F), quant_format, scales, keep)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
@@ -181,13 +196,13 @@ def _coupled(
     codes: torch.Tensor,
     shared: dict[str, Any],
     F: torch.Tensor,
-    grid: Grid,
+    quant_format: QuantFormat,
     scales: Scales,
     keep: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales]:
     """Codes and scales refined in view of both curvatures: from those given, or anew from their scales, whichever is nearer."""
     H = shared["damped"]
-    anew = gptq_coupled(weight, shared["factor"], shared["order"], F, grid, scales, keep)
-    if coupled_error(weight, anew, scales, H, F) < coupled_error(weight, codes, scales, H, F):
+    anew = gptq_kronecker(weight, shared["factor"], shared["order"], F, quant_format, scales, keep)
+    if kronecker_error(weight, anew, scales, H, F) < kronecker_error(weight, codes, scales, H, F):
         codes = anew
-    return refine_coupled(weight, codes, H, F, grid, scales, keep)
+    return yaqa(weight, codes, H, F, quant_format, scales, keep)

@@ -9,16 +9,16 @@ from compress.checkpoint.codecs import parts, stock_chain, with_storage
 from compress.checkpoint.layout import lay_out
 from compress.errors import PassError
 from compress.solvers.knapsack import choose
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec
 
 
-def assumed(grid: Grid) -> float:
+def assumed(quant_format: QuantFormat) -> float:
     """Loss per weight for plans, before anything is measured: rounding errors fall by four with each bit.
 
     With each doubling of a group they grow by 8 (int2) to 16 % (int4), measured on a small trained Llama.
     """
-    error: float = 4.0**-grid.bits * ((grid.group or 1024) / 64) ** 0.16
+    error: float = 4.0**-quant_format.bits * ((quant_format.group or 1024) / 64) ** 0.16
     return error
 
 
@@ -34,7 +34,7 @@ class Choices:
     spec: Spec
     groups: Sequence[Sequence[str]]
     options: Sequence[str]
-    grid: Callable[[str, str], Grid]
+    quant_format: Callable[[str, str], QuantFormat]
 
     def allocate(
         self, losses: Mapping[str, Mapping[str, float]], bits: float | None, max_bytes: int | None = None
@@ -57,7 +57,9 @@ class Choices:
             room, beside = int(bits * count / 8), 0
         else:
             assert max_bytes is not None
-            beside = self._whole({n: self.grid(n, self.options[0]) for n in names}) - sum(row[0] for row in costs)
+            beside = self._whole({n: self.quant_format(n, self.options[0]) for n in names}) - sum(
+                row[0] for row in costs
+            )
             room = max_bytes - beside
         while True:
             chosen = choose(costs, values, room)
@@ -68,13 +70,13 @@ class Choices:
                     key="bits" if bits is not None else "max_bytes",
                 )
             result = {n: self.options[i] for group, i in zip(self.groups, chosen, strict=True) for n in group}
-            if max_bytes is None or (over := self._whole(self.grids(result)) - max_bytes) <= 0:
+            if max_bytes is None or (over := self._whole(self.quant_formats(result)) - max_bytes) <= 0:
                 return result
             room -= over  # headers are a few bytes longer with some formats than with others
 
-    def grids(self, chosen: Mapping[str, str]) -> dict[str, Grid]:
+    def quant_formats(self, chosen: Mapping[str, str]) -> dict[str, QuantFormat]:
         """The grids of options, by tensor."""
-        return {name: self.grid(name, option) for name, option in chosen.items()}
+        return {name: self.quant_format(name, option) for name, option in chosen.items()}
 
     def curve(self, losses: Mapping[str, Mapping[str, float]]) -> list[tuple[float, float]]:
         """Bits per weight, in halves, and the least total loss with them."""
@@ -89,11 +91,15 @@ class Choices:
 
     def _bytes(self, name: str, option: str) -> int:
         """Stored bytes of a tensor with an option."""
-        grid = self.grid(name, option)
-        tensor = replace(self.spec.tensors[name], kept=None, grid=grid, storage=stock_chain(grid))
+        quant_format = self.quant_format(name, option)
+        tensor = replace(
+            self.spec.tensors[name], kept=None, quant_format=quant_format, storage=stock_chain(quant_format)
+        )
         return sum(part.bytes for part in parts(tensor))
 
-    def _whole(self, grids: Mapping[str, Grid]) -> int:
+    def _whole(self, quant_formats: Mapping[str, QuantFormat]) -> int:
         """Bytes of all weight files of the checkpoint with these grids."""
-        coded = self.spec.map(lambda t: replace(t, grid=grids[t.name]) if t.name in grids else t)
+        coded = self.spec.map(
+            lambda t: replace(t, quant_format=quant_formats[t.name]) if t.name in quant_formats else t
+        )
         return lay_out(with_storage(coded, "stock"), 1 << 62).bytes

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from compress import architectures
 from compress.errors import CheckpointError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
-from compress.passes.blockwise import followable, linear_layers, measured_divergences, once, open_sweep, sweep_memory
+from compress.passes.blockwise import (
+    measured_divergences,
+    once,
+    open_runner,
+    require_blockwise,
+    require_linear,
+    runner_memory,
+)
 from compress.passes.cast.budget import assumed
 from compress.passes.cast.plan import choices, planned, planned_cache, undecided, without_scales
 from compress.passes.cast.settings import CastSettings
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ class Cast(Pass[CastSettings]):
     name: ClassVar[str] = "cast"
     summary: ClassVar[str] = "Store the weights in another number format."
     settings = CastSettings
-    mode = "sweep"
+    mode = "blockwise"
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
@@ -56,18 +63,18 @@ class Cast(Pass[CastSettings]):
             return settings
         return settings.model_copy(update={"kv_cache_scales": "tensor" if "calibration" in given else "none"})
 
-    def works(self, settings: CastSettings) -> Mode:
+    def mode_for(self, settings: CastSettings) -> Mode:
         """Tensor by tensor for floats and by `rtn` and `mse`; block by block, or with the whole model at first, else.
 
         Static scales of a cache are found block by block.
         """
-        return "sweep" if settings.solved or settings.budgeted or settings.static_cache else "stream"
+        return "blockwise" if settings.solved or settings.budgeted or settings.static_cache else "stream"
 
-    def needed(self, settings: CastSettings) -> frozenset[str]:
+    def required_data(self, settings: CastSettings) -> frozenset[str]:
         """Calibration data for codes by `gptq`, to choose formats, and for static scales of a cache."""
-        return self.needs if self.works(settings) == "sweep" else frozenset()
+        return self.needs if self.mode_for(settings) == "blockwise" else frozenset()
 
-    def produced(self, settings: CastSettings) -> frozenset[Storage]:
+    def output_storage(self, settings: CastSettings) -> frozenset[Storage]:
         """Integers (codes of any kind) if any are asked for."""
         return frozenset({"float", "integer"} if settings.coded else {"float"})
 
@@ -76,13 +83,17 @@ class Cast(Pass[CastSettings]):
 
         With a budget, the formats are those of a model whose matrices all matter alike.
         """
-        if self.needed(settings) and architectures.known(spec.structure.config):
-            followable(spec, "set `weights` and `method: rtn`")
+        if self.required_data(settings) and architectures.known(spec.structure.config):
+            require_blockwise(spec, "set `weights` and `method: rtn`")
         if not settings.budgeted:
             cast = planned(spec, settings, {})
             if settings.solved and architectures.known(spec.structure.config):
-                coded = [t.name for t in cast.stored() if t.grid is not None and spec.tensors[t.name].grid is None]
-                linear_layers(spec, coded, "use `method: rtn`")
+                coded = [
+                    t.name
+                    for t in cast.stored()
+                    if t.quant_format is not None and spec.tensors[t.name].quant_format is None
+                ]
+                require_linear(spec, coded, "use `method: rtn`")
             return cast
         from compress.passes.allocation import check_loss
 
@@ -90,32 +101,38 @@ class Cast(Pass[CastSettings]):
         key = "bits" if settings.bits is not None else "max_bytes"
         check_loss(spec, names, ("a budget", "name the format with `weights`"), key)
         among = choices(spec, settings, [[n] for n in names])
-        losses = {n: {o: assumed(among.grid(n, o)) * spec.tensors[n].count for o in among.options} for n in names}
+        losses = {
+            n: {o: assumed(among.quant_format(n, o)) * spec.tensors[n].count for o in among.options} for n in names
+        }
         chosen = among.allocate(losses, settings.bits, settings.max_bytes)
-        return replace(planned(spec, settings, among.grids(chosen)), exact=False)
+        return replace(planned(spec, settings, among.quant_formats(chosen)), exact=False)
 
     def memory(self, spec: Spec, settings: CastSettings, width: int) -> int | None:
         """Of a sweep: statistics, drift, factor and damped copies of them, curvatures by outputs, and copies of one matrix.
 
         To choose formats within a budget: the model, and what each format changes of it in bfloat16.
         """
-        grids = [t for t in self.plan(spec, settings).tensors.values() if t.grid is not None]
+        quant_formats = [t for t in self.plan(spec, settings).tensors.values() if t.quant_format is not None]
         measuring = (
-            4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in grids) if settings.budgeted else 0
+            4 * spec.parameters + 2 * len(settings.formats) * sum(t.count for t in quant_formats)
+            if settings.budgeted
+            else 0
         )
         if not settings.solved:
             cached = (
-                sweep_memory(spec, [], width, factors=0, copies=0, moments=0, kept=0) if settings.static_cache else 0
+                runner_memory(spec, [], width, factors=0, copies=0, moments=0, kept=0) if settings.static_cache else 0
             )
             return max(measuring, cached) or None
-        coarse = any(t.grid is not None and t.grid.bits < FINE for t in grids)
+        coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
         moments = 2 if settings.tune_epochs and coarse else 0
         if not coarse or not (settings.refine or moments):
-            sweep = sweep_memory(spec, [t.name for t in grids], width, factors=2.0, copies=4, moments=0, kept=4)
+            runner = runner_memory(
+                spec, [t.name for t in quant_formats], width, factors=2.0, copies=4, moments=0, kept=4
+            )
         else:  # kept: codes as floats, and each matrix as it was and as it is
-            sweep = sweep_memory(
+            runner = runner_memory(
                 spec,
-                [t.name for t in grids],
+                [t.name for t in quant_formats],
                 width,
                 factors=4.0,
                 copies=13,
@@ -123,13 +140,13 @@ class Cast(Pass[CastSettings]):
                 kept=12,
                 by_outputs=settings.refine and architectures.of(spec.structure.config).has_head(spec),
             )
-        return max(measuring, sweep)
+        return max(measuring, runner)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
         """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
         from compress.checkpoint.open import Derived, Value
 
-        if self.notes(checkpoint.spec, settings):
+        if self.plan_notes(checkpoint.spec, settings):
             context.details["kv_cache"] = NO_SCALES
         chosen = self._allocate(checkpoint, settings, context) if settings.budgeted else {}
         spec = planned(checkpoint.spec, settings, chosen)
@@ -145,15 +162,15 @@ class Cast(Pass[CastSettings]):
         scales = _cache_scales(Derived(checkpoint, without_scales(spec), cast), spec, context)
         return Derived(checkpoint, spec, lambda name: Value(scales[name]) if name in scales else cast(name))
 
-    def notes(self, spec: Spec, settings: CastSettings) -> list[str]:
+    def plan_notes(self, spec: Spec, settings: CastSettings) -> list[str]:
         """What servers make of a cache without scales."""
         if settings.kv_cache is None or planned_cache(spec, settings) != settings.kv_cache:
             return []
         return [NO_SCALES]
 
-    def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, Grid]:
+    def _allocate(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> dict[str, QuantFormat]:
         """Grids of least measured loss within the budget. Kept in the work folder, so that a resumed run has the same."""
-        from compress.sensitivity.matrices import Rounding
+        from compress.sensitivity.matrices import RoundingDelta
 
         spec = checkpoint.spec
         names = undecided(spec, settings)
@@ -162,7 +179,7 @@ class Cast(Pass[CastSettings]):
         def measured() -> dict[str, Any] | None:
             if context.rank:
                 return None
-            rounding = Rounding(known.grid, settings.options)
+            rounding = RoundingDelta(known.quant_format, settings.options)
             found, groups = measured_divergences(
                 checkpoint, names, rounding, ("a budget", "name the format with `weights`"), context
             )
@@ -176,28 +193,38 @@ class Cast(Pass[CastSettings]):
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
         ]
         context.details["curve"] = found["curve"]
-        return known.grids(found["formats"])
+        return known.quant_formats(found["formats"])
 
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
         from compress.blockwise.output_curvature import Gradients
-        from compress.blockwise.reconstruct import Tuning
+        from compress.blockwise.reconstruct import Reconstruction
         from compress.checkpoint.open import torch_dtype
-        from compress.passes.cast.block import Casting, cast_block
+        from compress.passes.cast.block import CastOptions, cast_block
 
         record = architectures.of(spec.structure.config)
-        grids = {t.name: t.grid for t in spec.stored() if t.grid is not None and record.block_index(t.name) is not None}
-        if not grids:  # tables alone, which are rounded as they are read
+        quant_formats = {
+            t.name: t.quant_format
+            for t in spec.stored()
+            if t.quant_format is not None and record.block_index(t.name) is not None
+        }
+        if not quant_formats:  # tables alone, which are rounded as they are read
             return checkpoint.tensor
-        coarse = any(grid.bits < FINE for grid in grids.values())
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate, batch=2) if settings.tune_epochs and coarse else None
-        dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in grids}
+        coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
+        reconstruction = (
+            Reconstruction(settings.tune_epochs, settings.tune_rate, batch=2)
+            if settings.tune_epochs and coarse
+            else None
+        )
+        dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in quant_formats}
         refine = settings.refine and coarse
-        sweep = open_sweep(checkpoint, grids, context, work=context.work, with_targets=refine or tuning is not None)
-        gradients = Gradients(sweep, context.work / "gradients") if refine else None
-        how = Casting(tuning, grids, dtypes, refine, gradients)
-        result = sweep.run(
-            lambda block: cast_block(block, how),
+        runner = open_runner(
+            checkpoint, quant_formats, context, work=context.work, with_targets=refine or reconstruction is not None
+        )
+        gradients = Gradients(runner, context.work / "gradients") if refine else None
+        options = CastOptions(reconstruction, quant_formats, dtypes, refine, gradients)
+        result = runner.run(
+            lambda block: cast_block(block, options),
             f"casting by {settings.method}",
             gradients.measure if gradients is not None else None,
         )
@@ -208,7 +235,7 @@ class Cast(Pass[CastSettings]):
 def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
     """Static scales of the cache of a cast checkpoint, by name; kept in the work folder, so that a resumed run has the same."""
     from compress.blockwise.runner import Inputs
-    from compress.distributed import Ranks
+    from compress.distributed import ProcessGroup
     from compress.passes.cast.kv_cache import largest_cached, to_scales
 
     batches = context.data("calibration")
@@ -223,7 +250,7 @@ def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[
             device=context.device,
             progress=context.progress,
             seed=context.seed,
-            ranks=Ranks(context.rank, context.world),
+            processes=ProcessGroup(context.rank, context.world),
         ),
     )
     by_head = spec.structure.kv_cache == "fp8-head"
@@ -246,8 +273,8 @@ def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> V
     tensor = after.tensors[name]
     target = torch_dtype(tensor.dtype)
     data: torch.Tensor = value.data
-    if tensor.grid is not None:
-        return value if value.codes is not None else _rounded(value, tensor, tensor.grid, target, search)
+    if tensor.quant_format is not None:
+        return value if value.codes is not None else _rounded(value, tensor, tensor.quant_format, target, search)
     if data.dtype == target:
         return value
     if tensor.dtype == "F16" and (count := overflowing(data, target)):
@@ -268,18 +295,18 @@ def check_finite(name: str, data: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name} holds NaN or infinite values, which have no code")
 
 
-def _rounded(value: Value, tensor: Tensor, grid: Grid, dtype: torch.dtype, search: bool) -> Value:
+def _rounded(value: Value, tensor: Tensor, quant_format: QuantFormat, dtype: torch.dtype, search: bool) -> Value:
     """Rounded to the nearest codes of a grid fitted to the weights alone."""
     from compress.checkpoint.open import Value
-    from compress.solvers.quant_format import rounded, weights
+    from compress.solvers.quant_format import dequantize, rounded
 
     check_finite(tensor.name, value.data)
-    across = value.data.T if grid.transposed else value.data
-    keep = value.mask.T if value.mask is not None and grid.transposed else value.mask
-    codes = rounded(across, grid, dtype, keep, search=search)
+    across = value.data.T if quant_format.transposed else value.data
+    keep = value.mask.T if value.mask is not None and quant_format.transposed else value.mask
+    codes = rounded(across, quant_format, dtype, keep, search=search)
 
     def data() -> torch.Tensor:
-        found = weights(codes, keep)
-        return found.T.contiguous() if grid.transposed else found
+        found = dequantize(codes, keep)
+        return found.T.contiguous() if quant_format.transposed else found
 
     return Value(data, value.mask, codes)

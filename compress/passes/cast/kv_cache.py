@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from compress.blockwise.runner import Inputs, Sweep
+from compress.blockwise.runner import BlockRunner, Inputs
 from compress.checkpoint.open import Checkpoint
 from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.running import input_formats
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.models.emulation import cached_attentions, round_inputs, tap_cache
 from compress.progress import Progress
@@ -29,37 +29,37 @@ def largest_cached(
     device: str,
     progress: Progress,
     seed: int,
-    ranks: Ranks,
+    processes: ProcessGroup,
 ) -> list[tuple[list[float], list[float]]]:
     """For each block the largest magnitudes of its keys and of its values, by head; tokens that are masked do not count.
 
     Raises:
         PassError: the sweep cannot follow the model, or a block caches no keys and values.
     """
-    quiet = {"work": work, "dtype": dtype, "device": device, "progress": progress, "seed": seed, "ranks": ranks}
-    sweep = Sweep(checkpoint, inputs, set(), with_targets=False, **quiet)  # type: ignore[arg-type]
+    quiet = {"work": work, "dtype": dtype, "device": device, "progress": progress, "seed": seed, "processes": processes}
+    runner = BlockRunner(checkpoint, inputs, set(), with_targets=False, **quiet)  # type: ignore[arg-type]
     formats = {in_memory(checkpoint.spec, module): f for module, f in input_formats(checkpoint.spec).items()}
-    round_inputs(sweep.streamed.model, formats)
-    sweep.check()
+    round_inputs(runner.streamed.model, formats)
+    runner.check()
     largest: list[tuple[list[float], list[float]]] = []
-    with progress.task("measuring keys and values", sweep.depth, "blocks") as task:
-        for block in sweep.unchanged(sweep.depth - 1, {}):
-            found = _Largest(sweep)
+    with progress.task("measuring keys and values", runner.depth, "blocks") as task:
+        for block in runner.unchanged(runner.depth - 1, {}):
+            found = _Largest(runner)
             attentions = cached_attentions(block.module)
             if len(attentions) != 1:
                 raise PassError(f"block {block.index} has {len(attentions)} attentions that cache keys and values")
             found.tap(*attentions[0])
             largest.append(found.of_all)  # filled while the sweep runs the block, which it does next
             task.advance(note=f"block {block.index}")
-    return [_together(pair, ranks) for pair in largest]
+    return [_together(pair, processes) for pair in largest]
 
 
 class _Largest:
     """Notes magnitudes of a block's keys and values, a batch at a time in the order of the sweep's batches."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self._sweep = sweep
-        self._batches: Iterator[list[int]] = sweep.batches()
+    def __init__(self, runner: BlockRunner) -> None:
+        self._sweep = runner
+        self._batches: Iterator[list[int]] = runner.batches()
         self.of_all: tuple[list[float], list[float]] = ([], [])
 
     def tap(self, argument: str, attention: torch.nn.Module) -> None:
@@ -76,15 +76,17 @@ class _Largest:
         return key, value
 
 
-def _together(pair: tuple[Sequence[float], Sequence[float]], ranks: Ranks) -> tuple[list[float], list[float]]:
+def _together(
+    pair: tuple[Sequence[float], Sequence[float]], processes: ProcessGroup
+) -> tuple[list[float], list[float]]:
     """The largest over all processes."""
-    heads = ranks.tell(0, len(pair[0]))
+    heads = processes.broadcast_object(0, len(pair[0]))
     result = []
     for found in pair:
-        rows = torch.zeros(ranks.world, heads)
+        rows = torch.zeros(processes.world, heads)
         if found:
-            rows[ranks.rank] = torch.tensor(found)
-        ranks.add(rows)
+            rows[processes.rank] = torch.tensor(found)
+        processes.all_reduce(rows)
         result.append(rows.amax(0).tolist())
     return result[0], result[1]
 

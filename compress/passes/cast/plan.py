@@ -16,24 +16,24 @@ from compress.passes.base import PassSettings, matches, select
 from compress.passes.blockwise import block_matrices, input_axis
 from compress.passes.cast.budget import Choices
 from compress.passes.cast.settings import DTYPES, CastSettings, Format
-from compress.spec.formats import FIXED_GROUPS, Grid
+from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
 
 
-def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, Grid]) -> Spec:
+def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat]) -> Spec:
     """The spec with these grids, and the formats that settings give the rest."""
     formats = _formats(spec, settings)
     _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.name in chosen:
-            return replace(tensor, grid=chosen[tensor.name])
+            return replace(tensor, quant_format=chosen[tensor.name])
         format_ = formats.get(tensor.name)
         if format_ is None:
             return tensor
         if format_ in DTYPES:
             return replace(tensor, dtype=DTYPES[format_])
-        return replace(tensor, grid=_grid(spec, tensor, settings, format_))
+        return replace(tensor, quant_format=_grid(spec, tensor, settings, format_))
 
     cast = spec.map(change)
     if cast.tensors == spec.tensors and not settings.allow_noop:
@@ -94,14 +94,14 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
         for option in settings.options:
             _check_groups(spec, settings, dict.fromkeys(names, option))
 
-    def grid(name: str, option: str) -> Grid:
+    def quant_format(name: str, option: str) -> QuantFormat:
         tensor, format_ = spec.tensors[name], option.partition("/")[0]
         if settings.group_size is None and format_ not in FIXED_GROUPS:  # what its width takes, at last a whole channel
             among = (option, format_, f"{format_}/channel")
-            option = next(o for o in among if not _leftover(spec, tensor, settings.grid(o)))
+            option = next(o for o in among if not _leftover(spec, tensor, settings.quant_format(o)))
         return _grid(spec, tensor, settings, option)
 
-    return Choices(spec, groups, tuple(settings.options), grid)
+    return Choices(spec, groups, tuple(settings.options), quant_format)
 
 
 def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
@@ -117,7 +117,7 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
         chosen |= named
     result: dict[str, Format | None] = {}
     for tensor in spec.stored():
-        if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.grid is not None:
+        if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.quant_format is not None:
             continue
         format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
         if format_ in DTYPES or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
@@ -127,9 +127,9 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     return result
 
 
-def _leftover(spec: Spec, tensor: Tensor, grid: Grid) -> int:
+def _leftover(spec: Spec, tensor: Tensor, quant_format: QuantFormat) -> int:
     """Inputs of a weight that are left where groups of the grid are full; 0 where they divide them."""
-    return _inputs(spec, tensor) % grid.group if grid.group else 0
+    return _inputs(spec, tensor) % quant_format.group if quant_format.group else 0
 
 
 def _inputs(spec: Spec, tensor: Tensor) -> int:
@@ -145,29 +145,29 @@ def _transposed(spec: Spec, tensor: Tensor) -> bool:
 
 def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
     """Groups divide the inputs of every tensor. Raises `PassError` that names all for which they do not."""
-    by_grid: dict[Grid, list[Tensor]] = {}
+    by_grid: dict[QuantFormat, list[Tensor]] = {}
     for name, option in formats.items():
         format_ = option.partition("/")[0]
         if format_ in DTYPES:
             continue
-        grid, tensor = settings.grid(option), spec.tensors[name]
-        if _leftover(spec, tensor, grid) and (format_ in FIXED_GROUPS or not is_factor(spec, name)):
-            by_grid.setdefault(grid, []).append(tensor)
-    for grid, tensors in by_grid.items():
-        _refuse_groups(spec, tensors, grid)
+        quant_format, tensor = settings.quant_format(option), spec.tensors[name]
+        if _leftover(spec, tensor, quant_format) and (format_ in FIXED_GROUPS or not is_factor(spec, name)):
+            by_grid.setdefault(quant_format, []).append(tensor)
+    for quant_format, tensors in by_grid.items():
+        _refuse_groups(spec, tensors, quant_format)
 
 
-def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], grid: Grid) -> NoReturn:
+def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], quant_format: QuantFormat) -> NoReturn:
     """Says which tensors groups do not fit, and what would."""
     widths = [_inputs(spec, tensor) for tensor in tensors]
     modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", tensor.module) for tensor in tensors)
     patterns = ", ".join([tensors[0].module] if len(tensors) == 1 else modules)
     common = math.gcd(*widths)
-    size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < grid.group), None)
-    fixed = grid.format in FIXED_GROUPS
+    size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < quant_format.group), None)
+    fixed = quant_format.format in FIXED_GROUPS
     others = f", nor those of {len(tensors) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
     raise PassError(
-        f"{tensors[0].name} has {widths[0]} inputs, which groups of {grid.group} do not divide"
+        f"{tensors[0].name} has {widths[0]} inputs, which groups of {quant_format.group} do not divide"
         + (others if len(tensors) > 1 else ""),
         key="weights" if fixed else "group_size",
         fix=(
@@ -179,18 +179,18 @@ def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], grid: Grid) -> NoRetur
     )
 
 
-def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> Grid:
-    grid, format_ = settings.grid(option), option.partition("/")[0]
+def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> QuantFormat:
+    quant_format, format_ = settings.quant_format(option), option.partition("/")[0]
     if _transposed(spec, tensor):
-        grid = replace(grid, transposed=True)
-    if _leftover(spec, tensor, grid) and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
-        grid = replace(grid, group=0)  # ranks are any number
-    if _leftover(spec, tensor, grid):
-        _refuse_groups(spec, [tensor], grid)
+        quant_format = replace(quant_format, transposed=True)
+    if _leftover(spec, tensor, quant_format) and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
+        quant_format = replace(quant_format, group=0)  # ranks are any number
+    if _leftover(spec, tensor, quant_format):
+        _refuse_groups(spec, [tensor], quant_format)
     if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
         raise PassError(
             f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
             key="weights",
             fix="put `- cast: {weights: bf16}` before it",
         )
-    return grid
+    return quant_format

@@ -7,11 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from compress.passes.base import PassSettings
-from compress.settings import Size
-from compress.spec.formats import FIXED_GROUPS, INTEGERS, Grid
+from compress.settings import ByteSize
+from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
-Code = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 #: Formats that are no codes ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Groups that a budget may choose instead of the usual 64.
@@ -34,10 +34,10 @@ class CastSettings(PassSettings):
         description="Average bits per weight over what is cast, scales included: each matrix gets one of `formats`, so that "
         "the model's output changes least (measured by gradients on 32 samples, with the whole model in memory).",
     )
-    max_bytes: Size | None = Field(
+    max_bytes: ByteSize | None = Field(
         default=None, description="As `bits`, for the weight files of the whole checkpoint, embeddings and all: 500MB."
     )
-    formats: list[Code] = Field(
+    formats: list[CodeFormat] = Field(
         default=["int8", "int6", "int5", "int4", "int3", "int2"],
         min_length=2,
         description="What `bits` and `max_bytes` choose from, integers of less than 8 bits in groups of 64, 128 or a whole "
@@ -140,7 +140,7 @@ class CastSettings(PassSettings):
 
     @property
     def options(self) -> dict[str, str]:
-        """What a budget chooses from, as `grid` takes it ▶ the format.
+        """What a budget chooses from, as `quant_format` takes it ▶ the format.
 
         Where ``group_size`` is not set, integers of less than 8 bits come in larger groups too: what those save in scales may
         buy more bits.
@@ -151,7 +151,7 @@ class CastSettings(PassSettings):
             result |= {f"{format_}/{size}": format_ for format_ in finer for size in _LARGER}
         return result
 
-    def grid(self, option: str) -> Grid:
+    def quant_format(self, option: str) -> QuantFormat:
         """The grid of a format with these settings; of an option, with its own size of groups."""
         format_, _, own = option.partition("/")
         group = FIXED_GROUPS.get(format_)
@@ -160,4 +160,4 @@ class CastSettings(PassSettings):
             group = (64 if INTEGERS.get(format_, 8) < 8 else 0) if size is None else 0 if size == "channel" else size
         symmetric = self.symmetric or format_ not in INTEGERS
         activations = self.activations if format_ == self.activations else None
-        return Grid(format_, group, symmetric, activations=activations)
+        return QuantFormat(format_, group, symmetric, activations=activations)

@@ -81,7 +81,7 @@ class Distill(Pass[DistillSettings]):
             [t.checkpoint for t in settings.teacher if t.checkpoint != "original"] if settings.needs_teacher() else []
         )
 
-    def notes(self, spec: Spec, settings: DistillSettings) -> list[str]:
+    def plan_notes(self, spec: Spec, settings: DistillSettings) -> list[str]:
         """Bytes of the teacher cache."""
         if settings.teacher_cache is None:
             return []
@@ -91,11 +91,11 @@ class Distill(Pass[DistillSettings]):
     def prepare(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> None:
         """Training data that is too little, teachers that do not fit, losses that this student or its teachers do not have."""
         from compress.checkpoint.open import Derived
-        from compress.distributed import Ranks
+        from compress.distributed import ProcessGroup
         from compress.passes.distill.train import prepare
 
         student = Derived(checkpoint, self.plan(checkpoint.spec, settings), checkpoint.tensor)
-        prepare(student, settings, context, Ranks())
+        prepare(student, settings, context, ProcessGroup())
 
     def apply(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
         """The student, trained."""

@@ -81,7 +81,7 @@ def _teachers(value: Any) -> Any:
     return tuple({"checkpoint": e} if isinstance(e, str) else e for e in entries)
 
 
-Teachers = Annotated[
+TeacherList = Annotated[
     tuple[TeacherEntry, ...],
     BeforeValidator(_teachers),
     WithJsonSchema(
@@ -145,7 +145,7 @@ def _cache(value: Any) -> Any:
 class DistillSettings(PassSettings):
     """Settings of `distill`."""
 
-    teacher: Teachers = Field(
+    teacher: TeacherList = Field(
         default=(TeacherEntry(checkpoint="original"),),
         description="Who is learned from: `original` (what the run began with), a checkpoint, or a list of several, each with "
         "a weight, whose probabilities are averaged. Their tokenizer must be the student's.",

@@ -13,7 +13,7 @@ from compress import architectures
 from compress.checkpoint.open import Checkpoint, open_checkpoint
 from compress.checkpoint.sidecars import safe_file
 from compress.data.batches import check_positions, check_vocabulary
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, task_of
 from compress.models.blocks import find_blocks
@@ -23,10 +23,10 @@ from compress.passes.distill.distill import bytes_per_token, check_teacher, task
 from compress.passes.distill.settings import DistillSettings
 from compress.training.cache import SHARD, TeacherCache
 from compress.training.data import Samples
-from compress.training.features import Reader
+from compress.training.features import FeatureModel
 from compress.training.objective import Signal, Terms
 from compress.training.sharding import shard
-from compress.training.teacher import Says, Teachers, reader_of
+from compress.training.teacher import Teachers, TeacherSignal, reader_of
 
 #: Tokens of the sample on which the ways to make logits are compared.
 _PROBE = 16
@@ -35,7 +35,7 @@ _ASKED = 16
 
 
 def open_teachers(
-    student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context, ranks: Ranks
+    student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context, processes: ProcessGroup
 ) -> list[Checkpoint]:
     """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
     if not settings.needs_teacher():
@@ -44,15 +44,15 @@ def open_teachers(
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
-            how = {
+            options = {
                 "trust_remote_code": context.original.trust_remote_code,
                 "ignore_auto_map": context.original.ignore_auto_map,
                 "offline": context.offline,
             }
-            if ranks.rank == 0:
-                open_checkpoint(entry.checkpoint, **how)  # downloads what is not there
-            ranks.wait()
-            teacher = open_checkpoint(entry.checkpoint, **how)
+            if processes.rank == 0:
+                open_checkpoint(entry.checkpoint, **options)  # downloads what is not there
+            processes.barrier()
+            teacher = open_checkpoint(entry.checkpoint, **options)
         check_teacher(student.spec, teacher.spec, entry.checkpoint)
         _check_processors(student, teacher, entry.checkpoint)
         if samples.batches.images is None:
@@ -107,8 +107,8 @@ def teachers_say(
     steps: int,
     settings: DistillSettings,
     context: Context,
-    ranks: Ranks,
-) -> tuple[Says, dict[str, Any]]:
+    processes: ProcessGroup,
+) -> tuple[TeacherSignal, dict[str, Any]]:
     """Who tells what teachers say, and what the report says of it."""
     if not teachers:
         return (lambda batch: Signal()), {}
@@ -118,17 +118,17 @@ def teachers_say(
     cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
     if context.rank == 0:
         cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
-    ranks.wait()
+    processes.barrier()
     needed = {row for row, _ in samples.held}
     order = samples.order(settings.batch, context.seed)
     for step in range(min(steps, -(-samples.train // settings.batch) + 1)):
         needed |= {row for row, _ in order.step(step)}
     missing = cache.missing(needed)
-    ranks.wait()
+    processes.barrier()
     filled = 0
     if missing:
         models = _at_work(teachers, terms, vocabulary, samples, settings, context)
-        filled = _fill(cache, missing, models, samples, context, ranks)
+        filled = _fill(cache, missing, models, samples, context, processes)
     return cache, {
         "teacher_cache": {
             "k": k,
@@ -140,7 +140,12 @@ def teachers_say(
 
 
 def _fill(
-    cache: TeacherCache, missing: list[int], teachers: Teachers, samples: Samples, context: Context, ranks: Ranks
+    cache: TeacherCache,
+    missing: list[int],
+    teachers: Teachers,
+    samples: Samples,
+    context: Context,
+    processes: ProcessGroup,
 ) -> int:
     """Ask the teachers about the samples of missing shards. Every process asks; the first writes."""
     count, total = 0, len(samples.batches.ids)
@@ -150,12 +155,12 @@ def _fill(
             said: list[tuple[torch.Tensor, torch.Tensor]] = []
             for begin in range(0, len(rows), _ASKED):
                 batch = samples.batch([(row, 0) for row in rows[begin : begin + _ASKED]], (1, 1), context.device)
-                ids, values = teachers.likeliest(batch, cache.k)
+                ids, values = teachers.top_k(batch, cache.k)
                 sizes = batch.predict.sum(1).tolist()
                 said += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
             if context.rank == 0:
                 cache.write(shard_, said)
-            ranks.wait()
+            processes.barrier()
             count += len(rows)
             task.advance()
     return count
@@ -212,7 +217,7 @@ def _at_work(
     return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
 
 
-def check_reader(reader: Reader, samples: Samples, context: Context) -> None:
+def check_reader(reader: FeatureModel, samples: Samples, context: Context) -> None:
     """See how logits can be made, on a short sample, and say where that takes more memory."""
     inputs = samples.batch([(0, 0)], (1, 1), begins_on(context)).inputs
     if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):

@@ -12,7 +12,7 @@ import torch
 
 from compress import architectures
 from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
-from compress.distributed import Ranks
+from compress.distributed import ProcessGroup
 from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.models.loading import load_checkpoint, load_tokenizer, stock_class
@@ -29,7 +29,7 @@ from compress.passes.distill.teachers import (
 )
 from compress.training.data import Masking, Samples
 from compress.training.features import without_dropout
-from compress.training.loop import History, How, Training
+from compress.training.loop import History, Trainer, TrainingOptions
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
@@ -56,11 +56,11 @@ class Prepared:
     vocabulary: int
 
 
-def prepare(student: Checkpoint, settings: DistillSettings, context: Context, ranks: Ranks) -> Prepared:
+def prepare(student: Checkpoint, settings: DistillSettings, context: Context, processes: ProcessGroup) -> Prepared:
     """Samples, teachers and losses. Reads no weights, so the student may be one that is only planned.
 
     Args:
-        ranks: the processes that call this together.
+        processes: the processes that call this together.
 
     Raises:
         CompressError: the data, the teachers and the settings do not go together.
@@ -70,7 +70,7 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, ra
             f"{settings.optimizer} does not work on sharded weights", key="optimizer", fix="set `optimizer: adamw`"
         )
     samples = _samples(student, settings, context)
-    teachers = open_teachers(student, samples, settings, context, ranks)
+    teachers = open_teachers(student, samples, settings, context, processes)
     vocabulary = shared_vocabulary(student, teachers)
     if teachers:
         check_cache(settings, vocabulary)
@@ -79,24 +79,24 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, ra
 
 def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
     """The student checkpoint, trained as the settings say; as it was where no weights were better on held-out samples."""
-    ranks = Ranks(context.rank, context.world)
+    processes = ProcessGroup(context.rank, context.world)
     log, close = _log(settings, context)
-    made = prepare(student, settings, context, ranks)
+    made = prepare(student, settings, context, processes)
     model, places = _student_model(student, settings, context)
     if places.kept:
         context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
-    says, filled = teachers_say(
-        made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, ranks
+    teacher_signal, filled = teachers_say(
+        made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, processes
     )
-    how = _how(student, made, settings, context)
-    state = RunState(context.work / "training", ranks)
+    options = _how(student, made, settings, context)
+    state = RunState(context.work / "training", processes)
     for attempt in range(_ATTEMPTS):
         objective, masks = _objective(student, model, made, settings, context)
-        training = Training(
+        training = Trainer(
             objective,
-            says,
+            teacher_signal,
             made.samples,
-            how,
+            options,
             device=context.device,
             progress=context.progress,
             state=state,
@@ -118,7 +118,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             del training, objective, masks, model
             model, places = _student_model(student, settings, context)
     close()
-    said = _said(history, made.samples, how)
+    said = _said(history, made.samples, options)
     context.details["training"] = {**said, **filled, "kept": sorted(places.kept)}
     if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
         return student  # bit by bit what it was, and not by way of float32
@@ -159,12 +159,12 @@ def _objective(
     return objective, masks
 
 
-def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> How:
+def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> TrainingOptions:
     """How to train; says where the data repeats."""
     steps = made.steps
     if (epochs := steps * settings.batch / made.samples.train) > 1:
         context.progress.message(f"the training data is gone through {epochs:.2g} times")
-    return How(
+    return TrainingOptions(
         steps=steps,
         batch=settings.batch,
         update=Update(
@@ -184,17 +184,17 @@ def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context
     )
 
 
-def _said(history: History, samples: Samples, how: How) -> dict[str, Any]:
+def _said(history: History, samples: Samples, options: TrainingOptions) -> dict[str, Any]:
     """What the report says of a training."""
     return {
         "steps": history.steps,
         "samples": samples.train,
         "held_out_samples": samples.held_out,
-        "epochs": round(history.steps * how.batch / samples.train, 3),
+        "epochs": round(history.steps * options.batch / samples.train, 3),
         "of": "tokens" if samples.batches.images is None else "images",
         "tokens": history.tokens,
         "tokens_per_second": round(history.tokens / max(history.seconds, 1e-9), 1),
-        "rate": how.update.rate,
+        "rate": options.update.rate,
         "best_step": history.best_step,
         "helped": history.best_step > 0,
         "stopped": history.stopped,
@@ -294,7 +294,7 @@ def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
         value = student.tensor(name)
         return Value(torch.ones_like(value.data) if value.mask is None else value.mask.to(value.data.dtype))
 
-    spec = student.spec.map(lambda t: replace(t, kept=None, grid=None))
+    spec = student.spec.map(lambda t: replace(t, kept=None, quant_format=None))
     kept = load_checkpoint(Derived(student, spec, read), dtype="bfloat16")
     named = dict(model.named_parameters())
     masks = {name: p.detach() > 0.5 for name, p in kept.named_parameters()}

@@ -14,13 +14,13 @@ from compress.passes.allocation import check_loss
 from compress.passes.base import Context, Pass, PassSettings, Storage, select
 from compress.passes.blockwise import (
     block_matrices,
-    inside_blocks,
     measured_divergences,
     once,
-    open_sweep,
-    sweep_memory,
+    open_runner,
+    require_inside_blocks,
+    runner_memory,
 )
-from compress.settings import Share
+from compress.settings import Fraction
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _STEPS = 64
 class FactorizeSettings(PassSettings):
     """Settings of `factorize`."""
 
-    keep_parameters: Share | None = Field(
+    keep_parameters: Fraction | None = Field(
         default=None, description="Share of the parameters of the chosen matrices that their factors have together."
     )
     rank: int | None = Field(default=None, ge=1, description="The same rank for all chosen matrices, instead.")
@@ -75,7 +75,7 @@ class Factorize(Pass[FactorizeSettings]):
     name: ClassVar[str] = "factorize"
     summary: ClassVar[str] = "Replace weight matrices by products of two thin ones."
     settings = FactorizeSettings
-    mode = "sweep"
+    mode = "blockwise"
     needs = frozenset({"calibration"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "factored"})
     preserves = frozenset({"aliases"})
@@ -97,25 +97,25 @@ class Factorize(Pass[FactorizeSettings]):
         """Of a sweep; or of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
         names = self._targets(spec, settings)
         moments = 5 if settings.tune_epochs else 0
-        sweep = sweep_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
+        runner = runner_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
         if not settings.by_loss:
-            return sweep
-        return max(sweep, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
+            return runner
+        return max(runner, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
 
     def apply(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> Checkpoint:
         """The sweep runs here, and the result reads what it left in the work folder."""
-        from compress.blockwise.reconstruct import Tuning
+        from compress.blockwise.reconstruct import Reconstruction
         from compress.checkpoint.open import Derived, Value, torch_dtype
-        from compress.passes.factorize.block import Factoring, factor_block
+        from compress.passes.factorize.block import FactorOptions, factor_block
 
         spec = checkpoint.spec
         ranks = self._ranks(spec, settings)
         if settings.by_loss:
             ranks = self._allocate(checkpoint, settings, context)
-        tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
-        how = Factoring(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, tuning)
-        sweep = open_sweep(checkpoint, ranks, context, work=context.work / "sweep", with_targets=True)
-        result = sweep.run(lambda block: factor_block(block, how), "factorising")
+        reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+        options = FactorOptions(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, reconstruction)
+        runner = open_runner(checkpoint, ranks, context, work=context.work / "sweep", with_targets=True)
+        result = runner.run(lambda block: factor_block(block, options), "factorising")
         context.details["blocks"] = result.details
         read = result.reader()
         after = factored(spec, ranks)
@@ -148,7 +148,7 @@ class Factorize(Pass[FactorizeSettings]):
                 "no weight matrix is left to factorise",
                 key="only" if settings.only else "skip" if settings.skip else None,
             )
-        inside_blocks(spec, names)
+        require_inside_blocks(spec, names)
         for name in names:
             if record.is_expert(name):
                 raise PassError(f"{name} is fused with other experts in memory", key="only")
@@ -183,10 +183,10 @@ class Factorize(Pass[FactorizeSettings]):
         uniform, work = self._ranks(spec, settings), context.work / "trial"
 
         def measured() -> dict[str, Any] | None:
-            from compress.passes.factorize.block import factor_on_trial
+            from compress.passes.factorize.block import probe_factors
 
-            sweep = open_sweep(checkpoint, uniform, context, work=work, with_targets=False)
-            read, energies = factor_on_trial(sweep, uniform)
+            runner = open_runner(checkpoint, uniform, context, work=work, with_targets=False)
+            read, energies = probe_factors(runner, uniform)
             if context.rank:
                 return None
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from compress.blockwise.linears import unfused
-from compress.blockwise.runner import Block, Changed, Sweep
+from compress.blockwise.runner import Block, BlockRunner, TensorExtras
 from compress.errors import PassError
 
 
-def expert_saliency(sweep: Sweep) -> tuple[dict[int, list[float]], list[dict[str, Any]]]:
+def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[dict[str, Any]]]:
     """Saliency of every expert by block: mean over the tokens sent to it of its router weight times the norm of its output.
 
     Experts that no token is sent to have 0. Beside it a row for each block that says how many tokens reached each, see
@@ -23,7 +23,7 @@ def expert_saliency(sweep: Sweep) -> tuple[dict[int, list[float]], list[dict[str
     Source: REAP (arXiv 2510.13999), equation 9.
     """
 
-    def look(block: Block) -> dict[str, Changed]:
+    def look(block: Block) -> dict[str, TensorExtras]:
         if not block.swaps:
             raise PassError(f"the experts of block {block.index} are of a kind that cannot be scored", key="experts")
         experts = block.swaps[0][2]
@@ -35,41 +35,41 @@ def expert_saliency(sweep: Sweep) -> tuple[dict[int, list[float]], list[dict[str
 
         experts.watch = watch
         with torch.no_grad(), unfused(block.swaps):
-            for rows in sweep.batches():
-                mask = sweep.mask(rows)
+            for rows in runner.batches():
+                mask = runner.mask(rows)
                 experts.valid = None if mask is None else mask.flatten()
-                block.forward(rows, block.inputs.read(rows).to(sweep.device))
+                block.forward(rows, block.inputs.read(rows).to(runner.device))
         experts.watch = experts.valid = None
-        sweep.ranks.add(sums)
-        for e, linear in enumerate(experts.gate):
-            block.count([site for site in block.sites if site.module is linear], int(sums[1, e]))
+        runner.processes.all_reduce(sums)
+        for e, gate in enumerate(experts.gate):
+            block.count([linear for linear in block.linears if linear.module is gate], int(sums[1, e]))
         block.details["saliency"] = (sums[0] / sums[1].clamp(min=1)).tolist()
         return {}
 
-    rows = sweep.run(look, "scoring experts").details
+    rows = runner.run(look, "scoring experts").details
     scored = [row for row in rows if "saliency" in row]
     reached = [{"block": row["block"], "experts": row["experts"]} for row in scored]
     return {row["block"]: row["saliency"] for row in scored}, reached
 
 
-def channel_importance(sweep: Sweep, width: int) -> torch.Tensor:
+def channel_importance(runner: BlockRunner, width: int) -> torch.Tensor:
     """Importance of each hidden channel, [width], float64: what matrices that read the hidden width would lose without it.
 
     Σ x² Σ w² per channel, as a share of that of all channels, summed over the matrices of all blocks.
     """
     total = torch.zeros(width, dtype=torch.float64)
 
-    def look(block: Block) -> dict[str, Changed]:
+    def look(block: Block) -> dict[str, TensorExtras]:
         found = torch.zeros(width, dtype=torch.float64)
-        names = {site.name for site in block.sites if site.weight.shape[1] == width}
+        names = {linear.name for linear in block.linears if linear.weight.shape[1] == width}
         for group, statistics, _ in block.statistics(groups=block.reading(names)):
-            for site in group:
-                lost = statistics.hessian.diagonal().double() * site.weight.double().square().sum(0)
+            for linear in group:
+                lost = statistics.hessian.diagonal().double() * linear.weight.double().square().sum(0)
                 found += (lost / lost.sum().clamp(min=1e-300)).cpu()
         block.details["importance"] = found.tolist()
         return {}
 
-    for row in sweep.run(look, "scoring hidden channels").details:
+    for row in runner.run(look, "scoring hidden channels").details:
         if "importance" in row:
             total += torch.tensor(row["importance"], dtype=torch.float64)
     return total

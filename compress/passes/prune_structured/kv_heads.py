@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from compress.architectures.groups import Member, Merge
-from compress.blockwise.asymmetric import Earlier, measure
-from compress.blockwise.linears import Site, Statistics
+from compress.architectures.groups import KVHeadMerge, Slice
+from compress.blockwise.asymmetric import ChangedTensor, measure
+from compress.blockwise.linears import InputStatistics, TargetLinear
 from compress.blockwise.runner import Block
-from compress.solvers.gptq import corrected, ordered_factor
+from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.hessian import damped
 from compress.solvers.kv_merge import align_keys, align_values, merge
 
@@ -23,7 +23,9 @@ from compress.solvers.kv_merge import align_keys, align_values, merge
 _DAMP = 0.001
 
 
-def merge_heads(block: Block, how: Merge, *, align: bool, repair: bool) -> tuple[dict[str, Any], Callable[[], None]]:
+def merge_heads(
+    block: Block, options: KVHeadMerge, *, align: bool, repair: bool
+) -> tuple[dict[str, Any], Callable[[], None]]:
     """Merge the heads of a block in place.
 
     Args:
@@ -32,32 +34,36 @@ def merge_heads(block: Block, how: Merge, *, align: bool, repair: bool) -> tuple
     Returns:
         What is worth saying; and what makes merged heads equal again after a step of tuning.
     """
-    sites = {site.name: site for site in block.sites}
-    output = sites[f"{how.output.module}.weight"]
-    heads = [rows for member in (how.key, how.value) for rows in _rows(sites[f"{member.module}.weight"], member, how)]
+    linears = {linear.name: linear for linear in block.linears}
+    output = linears[f"{options.output.module}.weight"]
+    heads = [
+        rows
+        for member in (options.key, options.value)
+        for rows in _rows(linears[f"{member.module}.weight"], member, options)
+    ]
 
     def project() -> None:
         for rows in heads:
-            rows.copy_(merge(rows, how.left))
+            rows.copy_(merge(rows, options.left))
 
     if align:
-        (key,) = block.reading({f"{how.key.module}.weight"})
+        (key,) = block.reading({f"{options.key.module}.weight"})
         for _, inputs, _ in block.statistics(groups=[key]):
-            _align(sites, how, inputs)
+            _align(linears, options, inputs)
     (reading,) = block.reading({output.name})
     ((_, before, _),) = block.statistics(groups=[reading])
     separate = [rows.clone() for rows in heads]
     project()
-    block.sweep.ranks.spread(0, *(site.weight for site in sites.values()), *heads)
-    changed = [Earlier(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
-    now, drift = measure(replace(block, originals=block.inputs), reading, [], changed)
+    block.runner.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
+    changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
+    now, mismatch = measure(replace(block, originals=block.inputs), reading, [], changed)
     weight = output.weight.clone()
     if repair:
-        order, factor, _ = ordered_factor(now.hessian, _DAMP)
-        output.weight.copy_(corrected(weight, drift.inputs, None, factor, order))
-        block.sweep.ranks.spread(0, output.weight)
-    error = _error(weight, output.weight, before.hessian, now.hessian, drift.inputs)
-    return {"kept": how.left, "of": how.heads, "error": error}, project
+        order, factor, _ = act_order_factor(now.hessian, _DAMP)
+        output.weight.copy_(asymmetric_target(weight, mismatch.inputs, None, factor, order))
+        block.runner.processes.broadcast(0, output.weight)
+    error = _error(weight, output.weight, before.hessian, now.hessian, mismatch.inputs)
+    return {"kept": options.left, "of": options.heads, "error": error}, project
 
 
 def _error(
@@ -70,26 +76,28 @@ def _error(
     return max(lost, 0.0) / scale if scale else 0.0
 
 
-def _rows(site: Site, member: Member, how: Merge) -> Iterator[torch.Tensor]:
+def _rows(linear: TargetLinear, member: Slice, options: KVHeadMerge) -> Iterator[torch.Tensor]:
     """Views by head of a member's weights [heads, width, I] and, where it has some, biases [heads, width]."""
-    span = member.span(how.heads)
-    bias: Any = site.module.bias
-    for tensor in (site.weight, None if bias is None else bias.data):
+    span = member.span(options.heads)
+    bias: Any = linear.module.bias
+    for tensor in (linear.weight, None if bias is None else bias.data):
         if tensor is not None:
-            yield tensor[span.start : span.stop].view(how.heads, member.width, *tensor.shape[1:])
+            yield tensor[span.start : span.stop].view(options.heads, member.width, *tensor.shape[1:])
 
 
-def _align(sites: Mapping[str, Site], how: Merge, inputs: Statistics) -> None:
+def _align(linears: Mapping[str, TargetLinear], options: KVHeadMerge, inputs: InputStatistics) -> None:
     """Turn keys with the queries that they meet, and values with what reads them; nothing else changes."""
     H_II = damped(inputs.hessian)[0]
-    query, key, value = (list(_rows(sites[f"{m.module}.weight"], m, how)) for m in (how.query, how.key, how.value))
-    output = sites[f"{how.output.module}.weight"].weight
-    columns = output.T.view(how.heads, -1, len(output))  # [heads, width, O]
-    per = how.heads // how.left
-    for start in range(0, how.heads, per):
+    query, key, value = (
+        list(_rows(linears[f"{m.module}.weight"], m, options)) for m in (options.query, options.key, options.value)
+    )
+    output = linears[f"{options.output.module}.weight"].weight
+    columns = output.T.view(options.heads, -1, len(output))  # [heads, width, O]
+    per = options.heads // options.left
+    for start in range(0, options.heads, per):
         run = slice(start, start + per)
-        if how.rotary:
-            R_GDD = align_keys(key[0][run], H_II, how.rotary)
+        if options.rotary:
+            R_GDD = align_keys(key[0][run], H_II, options.rotary)
             for rows in (*query, *key):
                 _turn(rows[run], R_GDD)
         R_GDD = align_values(value[0][run], H_II)

@@ -10,7 +10,7 @@ from compress.architectures import resize
 from compress.errors import PassError
 from compress.passes.allocation import loss_memory
 from compress.passes.base import Context, Mode, Pass, Storage
-from compress.passes.blockwise import by_block, followable, predicting, sweep_memory
+from compress.passes.blockwise import by_block, require_blockwise, require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
@@ -32,7 +32,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         "Remove neurons, heads, experts, hidden channels or blocks; the result is a smaller stock model."
     )
     settings = PruneStructuredSettings
-    mode = "sweep"
+    mode = "blockwise"
     needs = frozenset({"calibration"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
     preserves = frozenset({"masks", "aliases"})
@@ -42,18 +42,18 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         "arXiv 2412.20677; tuning as in BRECQ, arXiv 2102.05426"
     )
 
-    def needed(self, settings: PruneStructuredSettings) -> frozenset[str]:
+    def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:
         """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
         reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
         return self.needs if reads else frozenset()
 
-    def produced(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
+    def output_storage(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
         """Widths of their own where they are asked for."""
         return self.yields if settings.widths == "uneven" else frozenset({"float"})
 
-    def works(self, settings: PruneStructuredSettings) -> Mode:
+    def mode_for(self, settings: PruneStructuredSettings) -> Mode:
         """Block by block where activations of blocks are looked at, else tensor by tensor."""
-        return "sweep" if _sweeps(settings) else "stream"
+        return "blockwise" if _sweeps(settings) else "stream"
 
     def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
         """Of the sweep, and of a second model to tune towards; or of the whole model, to try blocks or for gradients."""
@@ -65,16 +65,16 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         tuned = settings.repair == "tune"
         # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
-        sweep = sweep_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
+        runner = runner_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
         if tuned and _has_teacher(settings):
             sizes = {index: sum(t.count for t in tensors) for index, tensors in by_block(spec).items()}
             outside = sizes.pop(None, 0)
-            sweep += width * (outside + max(sizes.values()))
+            runner += width * (outside + max(sizes.values()))
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         if settings.widths == "uneven":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
             whole = max(whole, loss_memory(spec, readers))
-        return max(sweep, whole, gradients)
+        return max(runner, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact where blocks are named or all alike; a choice by score only changes which units go."""
@@ -88,10 +88,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if settings.layers is not None:
             resize.has_numbers(record)
         if settings.score == "taylor":
-            predicting(spec, "score: taylor", "score", "set `score: loss`")
-        if self.needed(settings):
-            followable(spec, "set `score: magnitude` and `repair: none`")
-        if self.needed(settings) and record.input != "input_ids":
+            require_head(spec, "score: taylor", "score", "set `score: loss`")
+        if self.required_data(settings):
+            require_blockwise(spec, "set `score: magnitude` and `repair: none`")
+        if self.required_data(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",
                 fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",

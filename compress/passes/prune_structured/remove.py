@@ -9,15 +9,15 @@ import torch
 
 from compress import architectures
 from compress.architectures import resize
-from compress.architectures.groups import Units
-from compress.blockwise.reconstruct import Tuning
+from compress.architectures.groups import PrunableGroup
+from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.runner import Teacher
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes.allocation import uneven_widths
 from compress.passes.base import Context
-from compress.passes.blockwise import once, open_sweep
+from compress.passes.blockwise import once, open_runner
 from compress.passes.prune_structured import slicing, widths
-from compress.passes.prune_structured.block import Narrowing, magnitude, narrow_block
+from compress.passes.prune_structured.block import WidthOptions, magnitude, prune_block_width
 from compress.passes.prune_structured.importance import channel_importance, expert_saliency
 from compress.passes.prune_structured.taylor import taylor_scores
 from compress.sensitivity.block_influence import block_influence
@@ -55,12 +55,12 @@ def _worst_blocks(
     if context.rank:
         return None
     data = context.data("calibration")
-    how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
+    options: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
     if settings.layer_score == "loss":
-        gone, steps = greedy_depth(checkpoint, data, count, **how)
+        gone, steps = greedy_depth(checkpoint, data, count, **options)
         said = [{str(i): loss for i, loss in step.items()} for step in steps]
         return {"blocks": gone, "details": {"loss_without_block": said}}
-    scores = block_influence(checkpoint, data, **how)
+    scores = block_influence(checkpoint, data, **options)
     gone = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
     return {"blocks": gone, "details": {"block_influence": scores}}
 
@@ -76,8 +76,8 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
         for name in _matrices(checkpoint)
         if record.block_index(name) in keep and (path := record.block_path(name)) and path[1].startswith(record.experts)
     }
-    sweep = open_sweep(checkpoint, names, context, work=context.work / "experts", with_targets=False)
-    saliency, context.details["experts"] = expert_saliency(sweep)
+    runner = open_runner(checkpoint, names, context, work=context.work / "experts", with_targets=False)
+    saliency, context.details["experts"] = expert_saliency(runner)
     context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
     chosen = {}
     for index, scores in saliency.items():
@@ -105,8 +105,8 @@ def drop_hidden(
                 importance += value.sum(1 - axis)
     else:
         names = _matrices(checkpoint)
-        sweep = open_sweep(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
-        importance = channel_importance(sweep, width)
+        runner = open_runner(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
+        importance = channel_importance(runner, width)
     channels = keep_by_score(importance, width - left)
     context.details["hidden_channels"] = len(channels)
     return slicing.narrow_hidden(checkpoint, channels), torch.tensor(channels)
@@ -142,10 +142,12 @@ def narrow(
     teacher = None
     if tuned and current is not original:
         teacher = Teacher(original, spans, channels)
-    sweep = open_sweep(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
-    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if tuned else None
-    how = Narrowing(found.remove, found.merges, settings.score, settings.repair != "none", tuning, scores)
-    result = sweep.run(lambda block: narrow_block(block, how), "removing units" if narrower else "repairing")
+    runner = open_runner(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
+    reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if tuned else None
+    options = WidthOptions(
+        found.remove, found.merges, settings.score, settings.repair != "none", reconstruction, scores
+    )
+    result = runner.run(lambda block: prune_block_width(block, options), "removing units" if narrower else "repairing")
     kept = {row["block"]: row.pop("kept", {}) for row in result.details}
     context.details["blocks"] = result.details
     repaired = Derived(current, current.spec, result.reader())
@@ -184,7 +186,7 @@ def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[st
     """Cut tensor by tensor: by the scores, or where there are none by magnitude."""
     record = architectures.of(checkpoint.spec.structure.config)
     transposed = record.input_axis == 0
-    chosen: list[tuple[Units, list[int]]] = []
+    chosen: list[tuple[PrunableGroup, list[int]]] = []
     for units in found.remove.values():
         for one, remove in units:
             if scores:

@@ -283,8 +283,8 @@ def _tried(
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
     order: list[int] = []
     if deepest := max(shape.layers for shape in found):
-        how: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
-        order, _ = greedy_depth(checkpoint, trying, deepest, **how)
+        common: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
+        order, _ = greedy_depth(checkpoint, trying, deepest, **common)
     rows = []
     options = []
     with context.progress.task("trying shapes", len(found)) as task:

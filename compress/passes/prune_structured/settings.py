@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from compress.passes.base import PassSettings
-from compress.settings import Amount, Share, Size, parse_amount
+from compress.settings import Amount, ByteSize, Fraction, parse_amount
 
 
 def _layers(value: Any) -> Any:
@@ -69,15 +69,15 @@ class PruneStructuredSettings(PassSettings):
     experts: Amount | None = Field(
         default=None, description="Experts to remove from every block that has some: a share or a count."
     )
-    keep_parameters: Share | None = Field(
+    keep_parameters: Fraction | None = Field(
         default=None,
         description="Instead of amounts: the share of the model's parameters to keep, such as 60%. Shapes that do (fewer "
         "blocks, heads, neurons) are tried on calibration data, and the one that costs least is taken.",
     )
-    max_bytes: Size | None = Field(
+    max_bytes: ByteSize | None = Field(
         default=None, description="Likewise the most bytes of weights, stored densely, such as 500MB."
     )
-    max_latency_ratio: Share | None = Field(
+    max_latency_ratio: Fraction | None = Field(
         default=None,
         description="Likewise the most time that reading a prompt of 256 tokens may take, as a share of the original's, such "
         "as 70%. Shapes are measured beside it on this machine, with random weights, which no plan and no rerun can foretell; "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress import architectures
 from compress.architectures import resize
-from compress.architectures.groups import Member, Merge
+from compress.architectures.groups import KVHeadMerge, Slice
 from compress.checkpoint.structure import sized
 from compress.spec.spec import Spec
 
@@ -44,12 +44,12 @@ def narrowed(spec: Spec, kept: Iterable[resize.Kept], found: Widths) -> tuple[Sp
     return sized(resize.resized(spec, entries, found.config), found.sized()), entries
 
 
-def merge(checkpoint: Checkpoint, merges: Iterable[Merge]) -> Checkpoint:
+def merge(checkpoint: Checkpoint, merges: Iterable[KVHeadMerge]) -> Checkpoint:
     """With key and value heads that are to be merged replaced by their mean; of the shape that it had."""
     from compress.checkpoint.open import Derived, Value
     from compress.solvers.kv_merge import merge
 
-    members: dict[str, list[tuple[Member, Merge]]] = {}
+    members: dict[str, list[tuple[Slice, KVHeadMerge]]] = {}
     for one in merges:
         for member in (one.key, one.value):
             members.setdefault(member.module, []).append((member, one))

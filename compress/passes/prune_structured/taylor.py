@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from compress import architectures
-from compress.architectures.groups import Units
+from compress.architectures.groups import PrunableGroup
 from compress.blockwise.linears import Experts
 from compress.blockwise.output_curvature import draw
 from compress.errors import PassError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def taylor_scores(
     checkpoint: Checkpoint,
-    units: Sequence[Units],
+    units: Sequence[PrunableGroup],
     samples: Batches,
     *,
     dtype: str,
@@ -79,7 +79,7 @@ def _loss(model: Any, sample: Batches, causal: bool, generator: torch.Generator)
 class _Reader:
     """The weights that read some units, and the sum so far, [units], float64."""
 
-    def __init__(self, model: Any, record: architectures.Architecture, units: Units) -> None:
+    def __init__(self, model: Any, record: architectures.Architecture, units: PrunableGroup) -> None:
         from transformers.pytorch_utils import Conv1D
 
         self.units, self.expert, self.transposed = units, None, False

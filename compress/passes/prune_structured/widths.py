@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures import Architecture, resize
-from compress.architectures.groups import Merge, Units
+from compress.architectures.groups import KVHeadMerge, PrunableGroup
 from compress.checkpoint.structure import check_nameable
 from compress.errors import PassError
 from compress.passes.allocation import UNEVEN, check_loss
@@ -19,8 +19,8 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
-Layers = tuple[int, ...] | float | int
-Amount = float | int
+BlockAmount = tuple[int, ...] | float | int
+WidthAmount = float | int
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Widths:
     With ``uneven`` it says nothing of neurons: modules have widths of their own.
     """
 
-    remove: Mapping[int, list[tuple[Units, int]]]
-    merges: Mapping[int, Merge]
+    remove: Mapping[int, list[tuple[PrunableGroup, int]]]
+    merges: Mapping[int, KVHeadMerge]
     config: Mapping[str, Any]
     uneven: bool = False
 
@@ -43,7 +43,7 @@ class Widths:
         """Modules that come to have widths of their own."""
         return [m.module for units, count in self.mlps() if count for m in units.members] if self.uneven else []
 
-    def mlps(self) -> list[tuple[Units, int]]:
+    def mlps(self) -> list[tuple[PrunableGroup, int]]:
         """Those of neurons."""
         return [pair for pair in chain.from_iterable(self.remove.values()) if pair[0].kind == "mlp"]
 
@@ -53,19 +53,19 @@ class Widths:
         return [*removed, *self.merged()]
 
 
-def _first(units: Units, remove: int) -> list[int]:
+def _first(units: PrunableGroup, remove: int) -> list[int]:
     run, less = units.count // units.groups, remove // units.groups
     return [g * run + i for g in range(units.groups) for i in range(run - less)]
 
 
-def layers_to_drop(depth: int, layers: Layers, allow_none: bool = False) -> int:
+def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) -> int:
     """How many of ``depth`` blocks go."""
     if isinstance(layers, tuple):
         return len(layers)
     return _count(layers, depth, "layers", "blocks", allow_none)
 
 
-def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[int, int]:
+def experts_to_keep(record: Architecture, spec: Spec, amount: WidthAmount) -> dict[int, int]:
     """How many experts stay in each block that has some."""
     present = resize.expert_blocks(record, spec)
     if not present:
@@ -82,7 +82,7 @@ def experts_to_keep(record: Architecture, spec: Spec, amount: Amount) -> dict[in
     return dict.fromkeys(present, keep)
 
 
-def hidden_to_keep(record: Architecture, spec: Spec, amount: Amount, multiple_of: int) -> int:
+def hidden_to_keep(record: Architecture, spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
     """How many hidden channels stay."""
     resize.has_hidden(record)
     width = int(record.value(spec.structure.config, record.hidden_key))
@@ -102,12 +102,12 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
     """
     record = architectures.of(spec.structure.config)
     config: Mapping[str, Any] = spec.structure.config
-    remove: dict[int, list[tuple[Units, int]]] = {i: [] for i in range(record.depth(config))}
+    remove: dict[int, list[tuple[PrunableGroup, int]]] = {i: [] for i in range(record.depth(config))}
     if amounts.heads is not None:
         chosen, config = _heads(record, spec, amounts.heads)
         for index, found in chosen.items():
             remove.setdefault(index, []).extend(found)
-    merges: dict[int, Merge] = {}
+    merges: dict[int, KVHeadMerge] = {}
     if amounts.keep_kv_heads is not None:
         merges, config = _merges(record, spec, amounts.keep_kv_heads)
     if amounts.mlp is not None:
@@ -119,12 +119,12 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
 
 def _neurons(
     record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
-) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
+) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
     assert amounts.mlp is not None
     units = resize.mlp_units(record, spec)
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
-    largest: dict[str, Units] = {}  # by config field
+    largest: dict[str, PrunableGroup] = {}  # by config field
     uneven = amounts.widths == "uneven"
     if uneven:
         check_nameable(spec, "widths", UNEVEN[1])
@@ -153,8 +153,8 @@ def _neurons(
 
 
 def _heads(
-    record: Architecture, spec: Spec, amount: Amount
-) -> tuple[dict[int, list[tuple[Units, int]]], dict[str, Any]]:
+    record: Architecture, spec: Spec, amount: WidthAmount
+) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
     """Heads go within their groups where each group can lose the same number, else whole groups go."""
     if record.attention is None:
         raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
@@ -178,7 +178,7 @@ def _heads(
     return less, resize.with_heads(record, config, queries - count, groups - gone)
 
 
-def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, Merge], dict[str, Any]]:
+def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, Any]]:
     config = spec.structure.config
     found, heads = resize.merges(record, spec, left), resize.kv_heads(record, config)
     if left >= heads or heads % left:
@@ -201,7 +201,7 @@ def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, Merg
 _HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
 
 
-def _count(amount: Amount, total: int, key: str, what: str, allow_none: bool = False) -> int:
+def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: bool = False) -> int:
     """How many go. Raises `PassError` for none, or all."""
     count = amount if isinstance(amount, int) else round(amount * total)
     if count == 0 and not allow_none:
@@ -211,7 +211,7 @@ def _count(amount: Amount, total: int, key: str, what: str, allow_none: bool = F
     return count
 
 
-def _rounded(total: int, amount: Amount, multiple_of: int, key: str, what: str) -> int:
+def _rounded(total: int, amount: WidthAmount, multiple_of: int, key: str, what: str) -> int:
     """How many stay, rounded to a multiple."""
     keep = total - _count(amount, total, key, what)
     rounded = max(multiple_of, multiple_of * round(keep / multiple_of))

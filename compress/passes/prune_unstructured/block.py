@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from compress.blockwise.asymmetric import Drift, unpaired_statistics
-from compress.blockwise.linears import Site, Statistics
-from compress.blockwise.probe import on_trial
-from compress.blockwise.reconstruct import Tuning, floats, tune
-from compress.blockwise.runner import Block, Changed, Sweep
+from compress.blockwise.asymmetric import InputMismatch, symmetric_statistics
+from compress.blockwise.linears import InputStatistics, TargetLinear
+from compress.blockwise.probe import probe_matrices
+from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
+from compress.blockwise.runner import Block, BlockRunner, TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
@@ -25,7 +25,7 @@ Method = Literal["wanda", "sparsegpt", "alps"]
 
 
 @dataclass(frozen=True)
-class Pruning:
+class PruneOptions:
     """How to prune blocks.
 
     Attributes:
@@ -36,54 +36,54 @@ class Pruning:
     method: Method
     sparsity: Mapping[str, float] | None
     pattern: tuple[int, int] | None
-    tuning: Tuning | None
+    reconstruction: Reconstruction | None
 
 
-def owl_allocation(sweep: Sweep, sparsity: float) -> tuple[dict[str, float], dict[str, Any]]:
+def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, float], dict[str, Any]]:
     """Sparsity of every wanted tensor by OWL, and what the report says: each block's share of outliers and its sparsity.
 
-    Takes a sweep over the blocks as they are; ``sweep`` works in a folder of its own.
+    Takes a sweep over the blocks as they are; ``runner`` works in a folder of its own.
     """
 
-    def look(block: Block) -> dict[str, Changed]:
+    def look(block: Block) -> dict[str, TensorExtras]:
         names, many, seen, count = [], 0, 0, 0
         for group, statistics, _ in block.statistics():
-            for site in group:
-                names.append(site.name)
-                count += site.weight.numel()
+            for linear in group:
+                names.append(linear.name)
+                count += linear.weight.numel()
                 if statistics.tokens:  # of an expert that no token reached there is nothing to count
-                    over, size = outliers(site.weight, statistics.hessian.diagonal())
+                    over, size = outliers(linear.weight, statistics.hessian.diagonal())
                     many, seen = many + over, seen + size
         block.details["outliers"] = [names, many / max(seen, 1), count]
         return {}
 
-    found = [row["outliers"] for row in sweep.run(look, "counting outliers").details if "outliers" in row]
+    found = [row["outliers"] for row in runner.run(look, "counting outliers").details if "outliers" in row]
     ratios = [ratio for _, ratio, _ in found]
     chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
     by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
     return by_name, {"outlier_share": ratios, "sparsity": chosen}
 
 
-def prune_on_trial(
-    sweep: Sweep, method: Method, sparsities: Sequence[float]
+def probe_pruning(
+    runner: BlockRunner, method: Method, sparsities: Sequence[float]
 ) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What pruning each wanted matrix alone would change of it: ΔW by number of the sparsity, see `trials.on_trial`."""
+    """What pruning each wanted matrix alone would change of it: ΔW by number of the sparsity, see `trials.probe_matrices`."""
 
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for group, statistics, _ in block.statistics():
             shared: dict[str, Any] = {}
-            for site in group if not sweep.ranks.rank else ():
-                earlier, changes = block.earlier_mask(site), {}
+            for linear in group if not runner.processes.rank else ():
+                earlier, changes = block.earlier_mask(linear), {}
                 for number, sparsity in enumerate(sparsities):
-                    how = Pruning(method, {site.name: sparsity}, None, None)
-                    weight, mask, _ = _solve(site, statistics, how, earlier, shared)
-                    changes[str(number)] = weight.masked_fill(~mask, 0) - site.weight
-                yield site.name, changes
+                    options = PruneOptions(method, {linear.name: sparsity}, None, None)
+                    weight, mask, _ = _solve(linear, statistics, options, earlier, shared)
+                    changes[str(number)] = weight.masked_fill(~mask, 0) - linear.weight
+                yield linear.name, changes
 
-    return on_trial(sweep, "pruning on trial", measure)[0]
+    return probe_matrices(runner, "pruning on trial", measure)[0]
 
 
-def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
+def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
     """Prune the sites of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
 
     ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
@@ -91,43 +91,49 @@ def prune_block(block: Block, how: Pruning) -> dict[str, Changed]:
     """
 
     def solve(
-        site: Site, statistics: Statistics, drift: Drift | None, shared: dict[str, Any]
+        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
-        weight, mask, notes = _solve(site, statistics, how, block.earlier_mask(site), shared)
+        weight, mask, notes = _solve(linear, statistics, options, block.earlier_mask(linear), shared)
         weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
-        row = {"error": statistics.relative_error(site.weight, weight), **notes}
+        row = {"error": statistics.relative_error(linear.weight, weight), **notes}
         return (weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
 
-    def blank(site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-        weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
+    def blank(linear: TargetLinear) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.empty_like(linear.weight, memory_format=torch.contiguous_format)
         return weight, torch.empty_like(weight, dtype=torch.bool)
 
     found = solve_block(
         block,
-        unpaired_statistics(block),
+        symmetric_statistics(block),
         solve,
         blank=blank,
         tensors=lambda made: made,
-        place=lambda site, made: site.weight.copy_(made[0]),
+        place=lambda linear, made: linear.weight.copy_(made[0]),
     )
     masks = {name: mask for name, (_, mask) in found.items()}  # as the sites shape them
-    if how.tuning is not None and how.tuning.epochs:
-        removed = [(site.weight, ~masks[site.name]) for site in block.sites]
+    if options.reconstruction is not None and options.reconstruction.epochs:
+        removed = [(linear.weight, ~masks[linear.name]) for linear in block.linears]
 
         def project() -> None:
             for weight, gone in removed:
                 weight.masked_fill_(gone, 0)
 
-        block.details["tuning"] = tune(block, how.tuning, floats(block), project)
-    return {s.name: Changed((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.sites}
+        block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable_floats(block), project)
+    return {
+        s.name: TensorExtras((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.linears
+    }
 
 
 def _solve(
-    site: Site, statistics: Statistics, how: Pruning, earlier: torch.Tensor | None, shared: dict[str, Any]
+    linear: TargetLinear,
+    statistics: InputStatistics,
+    options: PruneOptions,
+    earlier: torch.Tensor | None,
+    shared: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """New weights [O, I], mask, and what is worth saying. ``shared`` keeps what sites with the same inputs share."""
-    weight, pattern = site.weight.contiguous(), how.pattern
-    share = None if how.sparsity is None else how.sparsity[site.name]
+    weight, pattern = linear.weight.contiguous(), options.pattern
+    share = None if options.sparsity is None else options.sparsity[linear.name]
     if share == 0:
         return weight, torch.ones_like(weight, dtype=torch.bool) if earlier is None else earlier, {}
     if statistics.tokens == 0:  # an expert that no token was sent to: nothing is known but its weights
@@ -137,9 +143,9 @@ def _solve(
             assert share is not None
             mask = keep_largest(weight, weight.numel() - round(share * weight.numel()), earlier)
         return weight, mask, {"note": "no token reached it: pruned by magnitude"}
-    if how.method == "wanda":
+    if options.method == "wanda":
         return weight, keep_wanda(weight, statistics.hessian.diagonal(), share, pattern, earlier), {}
-    if how.method == "sparsegpt":
+    if options.method == "sparsegpt":
         if "factor" not in shared:
             shared["factor"], shared["damping"] = inverse_factor(statistics.hessian)
         notes = {} if shared["damping"] == 0.01 else {"damping": shared["damping"]}

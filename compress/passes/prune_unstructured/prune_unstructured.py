@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from compress.errors import PassError
 from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
 from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select
-from compress.passes.blockwise import block_matrices, input_axis, inside_blocks, open_sweep, sweep_memory
-from compress.settings import PatternNM, Share
+from compress.passes.blockwise import block_matrices, input_axis, open_runner, require_inside_blocks, runner_memory
+from compress.settings import Fraction, PatternNM
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PruneUnstructuredSettings(PassSettings):
         "faster, `wanda` faster still and worse; these read calibration data. `magnitude` (|w|) needs none, and is by far the "
         "worst.",
     )
-    sparsity: Share | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
+    sparsity: Fraction | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
     pattern: PatternNM | None = Field(
         default=None, description="N:M: keep N of every M weights along the input, as 2:4."
     )
@@ -77,7 +77,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     name: ClassVar[str] = "prune_unstructured"
     summary: ClassVar[str] = "Remove single weights: a share of them, or N:M."
     settings = PruneUnstructuredSettings
-    mode = "sweep"
+    mode = "blockwise"
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     preserves = frozenset({"masks", "aliases"})
@@ -86,13 +86,13 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; tuning as in BRECQ, arXiv 2102.05426"
     )
 
-    def needed(self, settings: PruneUnstructuredSettings) -> frozenset[str]:
+    def required_data(self, settings: PruneUnstructuredSettings) -> frozenset[str]:
         """Calibration data for all methods but magnitude."""
         return frozenset() if settings.method == "magnitude" else self.needs
 
-    def works(self, settings: PruneUnstructuredSettings) -> Mode:
+    def mode_for(self, settings: PruneUnstructuredSettings) -> Mode:
         """Tensor by tensor by magnitude, else block by block."""
-        return "stream" if settings.method == "magnitude" else "sweep"
+        return "stream" if settings.method == "magnitude" else "blockwise"
 
     def plan(self, spec: Spec, settings: PruneUnstructuredSettings) -> Spec:
         """Exact, but for ``scope: global`` and where N:M or Wanda meet an earlier mask: there counts are estimates."""
@@ -120,11 +120,11 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
         chosen = self._targets(spec, settings)
         moments = 5 if settings.tune_epochs else 0
-        sweep = sweep_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
+        runner = runner_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
         if settings.allocation != "loss":
-            return sweep
+            return runner
         assert settings.sparsity is not None
-        return max(sweep, loss_memory(spec, chosen))
+        return max(runner, loss_memory(spec, chosen))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
@@ -155,7 +155,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                         fix=f"skip it: skip: [{spec.tensors[name].module}]",
                     )
         if settings.method != "magnitude":
-            inside_blocks(spec, names)
+            require_inside_blocks(spec, names)
         if settings.allocation == "loss":
             check_loss(spec, names)
         return names
@@ -232,12 +232,12 @@ def _calibrated(
     context: Context,
 ) -> Checkpoint:
     """Block by block; the changed tensors come from the work folder."""
-    from compress.blockwise.reconstruct import Tuning
+    from compress.blockwise.reconstruct import Reconstruction
     from compress.checkpoint.open import Derived
-    from compress.passes.prune_unstructured.block import Pruning, prune_block
+    from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 
     assert settings.method != "magnitude"
-    tuning = Tuning(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+    reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
     if settings.allocation != "uniform":
         assert settings.sparsity is not None
@@ -245,9 +245,11 @@ def _calibrated(
             sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
         else:
             sparsity = by_loss(checkpoint, chosen, settings.sparsity, settings.method, context)
-    how = Pruning(method=settings.method, sparsity=sparsity, pattern=settings.pattern, tuning=tuning)
-    sweep = open_sweep(checkpoint, chosen, context, work=context.work, with_targets=tuning is not None)
-    result = sweep.run(lambda block: prune_block(block, how), f"pruning by {settings.method}")
+    options = PruneOptions(
+        method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
+    )
+    runner = open_runner(checkpoint, chosen, context, work=context.work, with_targets=reconstruction is not None)
+    result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
     context.details["blocks"] = result.details
     read = result.reader()
     if not spec.exact:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from compress import architectures
 from compress.errors import PassError
 from compress.passes.base import Context
-from compress.passes.blockwise import open_sweep
+from compress.passes.blockwise import open_runner
 from compress.passes.cast.cast import FINE, check_finite
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
     chosen = frozenset(names)
     for name in sorted(chosen):
         tensor = spec.tensors[name]
-        if tensor.alias_of or tensor.grid or tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) < 2:
+        if tensor.alias_of or tensor.quant_format or tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) < 2:
             what = "shared with " + tensor.alias_of if tensor.alias_of else "no matrix of floats"
             raise PassError(f"{name} is {what}, and gets no codebook", fix=f"skip it: skip: [{tensor.module}]")
-    grid = Grid(f"codebook{bits}")
-    return spec.map(lambda tensor: replace(tensor, grid=grid) if tensor.name in chosen else tensor)
+    quant_format = QuantFormat(f"codebook{bits}")
+    return spec.map(lambda tensor: replace(tensor, quant_format=quant_format) if tensor.name in chosen else tensor)
 
 
 def cluster(
@@ -63,13 +63,13 @@ def cluster(
 def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
     """A function that reads the tensors as the sweep left them."""
     from compress.checkpoint.open import torch_dtype
-    from compress.passes.share.codebook_block import Clustering, cluster_block
+    from compress.passes.share.codebook_block import CodebookOptions, codebook_block
 
     bits = {name: _bits(spec.tensors[name]) for name in names}
-    how = Clustering(bits, {name: torch_dtype(spec.tensors[name].dtype) for name in names})
+    options = CodebookOptions(bits, {name: torch_dtype(spec.tensors[name].dtype) for name in names})
     coarse = any(b < FINE for b in bits.values())
-    sweep = open_sweep(checkpoint, names, context, work=context.work / "codebooks", with_targets=coarse)
-    result = sweep.run(lambda block: cluster_block(block, how), "clustering weights")
+    runner = open_runner(checkpoint, names, context, work=context.work / "codebooks", with_targets=coarse)
+    result = runner.run(lambda block: codebook_block(block, options), "clustering weights")
     context.details["blocks"] = result.details
     return result.reader()
 
@@ -77,13 +77,13 @@ def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Contex
 def _by_weights(value: Value, tensor: Tensor) -> Value:
     from compress.checkpoint.open import Value, torch_dtype
     from compress.solvers.codebook import rounded
-    from compress.solvers.quant_format import weights
+    from compress.solvers.quant_format import dequantize
 
     check_finite(tensor.name, value.data)
     codes = rounded(value.data, _bits(tensor), torch_dtype(tensor.dtype), None, value.mask)
-    return Value(lambda: weights(codes, value.mask), value.mask, codes)
+    return Value(lambda: dequantize(codes, value.mask), value.mask, codes)
 
 
 def _bits(tensor: Tensor) -> int:
-    assert tensor.grid is not None
-    return tensor.grid.bits
+    assert tensor.quant_format is not None
+    return tensor.quant_format.bits

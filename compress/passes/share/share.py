@@ -13,7 +13,7 @@ from compress import architectures
 from compress.checkpoint.structure import STORAGE, block_paths, check_nameable, shared
 from compress.errors import PassError
 from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
-from compress.passes.blockwise import block_matrices, followable, once, open_sweep, predicting, sweep_memory
+from compress.passes.blockwise import block_matrices, once, open_runner, require_blockwise, require_head, runner_memory
 from compress.passes.share.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress.passes.share.solve import Solver
     from compress.spec.spec import Tensor
 
-Groups = list[list[int]]
+BlockGroups = list[list[int]]
 #: Rank of residuals: without them dropping as many blocks is better, see the benchmarks.
 DEFAULT_RANK = 8
 #: Calibration samples that arrangements are judged by, the last ones.
@@ -37,7 +37,7 @@ Arrangement = Literal["best", "sequence", "cycle", "nearest"]
 class ShareSettings(PassSettings):
     """Settings of `share`."""
 
-    groups: int | Groups | None = Field(
+    groups: int | BlockGroups | None = Field(
         default=None,
         description="How many blocks are left to store, each used by as many; or lists of the numbers of blocks that share, "
         "such as [[1, 2], [3, 4]], blocks in no list staying as they are.",
@@ -130,7 +130,7 @@ class Share(Pass[ShareSettings]):
     name: ClassVar[str] = "share"
     summary: ClassVar[str] = "Let blocks share their parameters."
     settings = ShareSettings
-    mode = "sweep"
+    mode = "blockwise"
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared", "factored"})
@@ -140,7 +140,7 @@ class Share(Pass[ShareSettings]):
         "2209.04836; Fisher mean: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149; SqueezeLLM, arXiv 2306.07629"
     )
 
-    def produced(self, settings: ShareSettings) -> frozenset[Storage]:
+    def output_storage(self, settings: ShareSettings) -> frozenset[Storage]:
         """Integers (numbers of values) with codebooks; shared tensors with groups; factors of embeddings."""
         found: set[Storage] = {"float"}
         if settings.codebook_bits is not None:
@@ -157,7 +157,7 @@ class Share(Pass[ShareSettings]):
         if settings.groups is not None:
             parts = self._parts(spec, settings)
             if settings.init == "fisher":
-                predicting(spec, "`init: fisher`", "init", "use `least_squares`")
+                require_head(spec, "`init: fisher`", "init", "use `least_squares`")
             candidates = self._candidates(spec, settings, parts)
             planned = self._planned(spec, settings, parts, next(iter(candidates.values())))
             result = replace(planned, exact=spec.exact and not self._open(settings, candidates))
@@ -179,11 +179,11 @@ class Share(Pass[ShareSettings]):
             raise PassError("no weight matrix is left to cluster", key="only" if settings.only else "skip")
         return found
 
-    def _open(self, settings: ShareSettings, candidates: Mapping[str, Groups]) -> bool:
+    def _open(self, settings: ShareSettings, candidates: Mapping[str, BlockGroups]) -> bool:
         """Whether calibration data say which blocks share."""
         return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
 
-    def _is_albert(self, spec: Spec, settings: ShareSettings, groups: Groups) -> bool:
+    def _is_albert(self, spec: Spec, settings: ShareSettings, groups: BlockGroups) -> bool:
         return becomes_albert(spec, groups, settings.parts == "all", settings.rank)
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
@@ -193,15 +193,15 @@ class Share(Pass[ShareSettings]):
             parts = self._parts(spec, settings)
             names = [path + part for path in block_paths(spec).values() for part in parts]
             names = [name for name in names if len(spec.tensors[name].shape) == 2]
-            found = sweep_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
+            found = runner_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
             if self._open(settings, self._candidates(spec, settings, parts)) or settings.init == "fisher":
                 found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
         if settings.embeddings is not None:
             found = max(found, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
         if settings.codebook_bits is not None:
             planned = self.plan(spec, settings)
-            names = [t.name for t in planned.stored() if t.grid is not None]
-            found = max(found, sweep_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
+            names = [t.name for t in planned.stored() if t.quant_format is not None]
+            found = max(found, runner_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
         return found
 
     def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
@@ -241,8 +241,8 @@ class Share(Pass[ShareSettings]):
 
     def _share_blocks(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
         """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
-        from compress.blockwise.saved_hessians import Gathered
-        from compress.passes.share.solve import Sharing, Solver
+        from compress.blockwise.saved_hessians import SavedHessians
+        from compress.passes.share.solve import ShareOptions, Solver
 
         self._check_packages(settings)
         spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
@@ -250,10 +250,10 @@ class Share(Pass[ShareSettings]):
         paths = block_paths(spec)
         blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
         matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
-        read = Gathered(context.work / "read", context.device)
-        sweep = open_sweep(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
+        read = SavedHessians(context.work / "read", context.device)
+        runner = open_runner(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
         wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
-        read.gather(sweep, wanted, "reading what blocks multiply", check=True)
+        read.collect(runner, wanted, "reading what blocks multiply", check=True)
         fisher = None
         if settings.init == "fisher" and not context.rank:
             from compress.sensitivity.fisher import fisher_information
@@ -267,14 +267,14 @@ class Share(Pass[ShareSettings]):
                 seed=context.seed,
                 progress=context.progress,
             )
-        how = Sharing(parts, settings.init, settings.align, settings.rank, fisher)
-        solver = Solver(checkpoint, read, how)
+        options = ShareOptions(parts, settings.init, settings.align, settings.rank, fisher)
+        solver = Solver(checkpoint, read, options)
         found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
         groups = found["groups"]
         context.details["sharing"] = found
         if not context.rank:
             context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
-        sweep.ranks.wait()
+        runner.processes.barrier()
         result = _derived(checkpoint, settings, solver, groups, context)
         if self._is_albert(spec, settings, groups):
             return as_albert(result, len(groups))
@@ -285,7 +285,7 @@ class Share(Pass[ShareSettings]):
         checkpoint: Checkpoint,
         settings: ShareSettings,
         solver: Solver,
-        candidates: dict[str, Groups],
+        candidates: dict[str, BlockGroups],
         context: Context,
     ) -> dict[str, Any] | None:
         """The groups, and what each arrangement that was tried gives; in the first process."""
@@ -295,7 +295,7 @@ class Share(Pass[ShareSettings]):
             return None
         if self._open(settings, candidates):
             nearest = solver.nearest(
-                list(candidates.values()), lambda i, j: _unlike(checkpoint.spec, i, j, solver.how.parts)
+                list(candidates.values()), lambda i, j: _unlike(checkpoint.spec, i, j, solver.options.parts)
             )
             candidates = {**candidates, "nearest": nearest} if settings.arrangement == "best" else {"nearest": nearest}
         rows: list[dict[str, Any]] = []
@@ -312,7 +312,7 @@ class Share(Pass[ShareSettings]):
         best = min(rows, key=lambda row: row.get("divergence", 0.0))
         return {"groups": best["groups"], "arrangement": best["arrangement"], "tried": rows}
 
-    def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: Groups) -> Spec:
+    def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: BlockGroups) -> Spec:
         result = shared(spec, groups, parts, settings.rank)
         if self._is_albert(spec, settings, groups):
             return albert_spec(result, len(groups))[0]
@@ -321,7 +321,7 @@ class Share(Pass[ShareSettings]):
     def _parts(self, spec: Spec, settings: ShareSettings) -> list[str]:
         """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
         check_nameable(spec)
-        followable(spec, "distill it to fewer blocks")
+        require_blockwise(spec, "distill it to fewer blocks")
         if edit := next(iter(spec.structure.edits), None):
             raise PassError(
                 f"{edit.module} {EDITS[STORAGE[edit.kind]]} already", key="groups", fix="share groups first, and once"
@@ -360,7 +360,7 @@ class Share(Pass[ShareSettings]):
             )
         return sorted(found)
 
-    def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, Groups]:
+    def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, BlockGroups]:
         """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
         depth = architectures.of(spec.structure.config).depth(spec.structure.config)
         if isinstance(settings.groups, list):
@@ -379,7 +379,7 @@ class Share(Pass[ShareSettings]):
                 fix=f"set groups to {possible}" if possible else None,
             )
         size = depth // count
-        found: dict[str, Groups] = {
+        found: dict[str, BlockGroups] = {
             "sequence": [list(range(i * size, (i + 1) * size)) for i in range(count)],
             "cycle": [list(range(i, depth, count)) for i in range(count)],
         }
@@ -398,7 +398,7 @@ class Share(Pass[ShareSettings]):
             raise problem
         return good
 
-    def _check(self, spec: Spec, settings: ShareSettings, groups: Groups, parts: Sequence[str]) -> None:
+    def _check(self, spec: Spec, settings: ShareSettings, groups: BlockGroups, parts: Sequence[str]) -> None:
         """The blocks of each group are alike, dense, and share more than residuals add. Raises `PassError`."""
         paths = block_paths(spec)
         for first, *others in groups:
@@ -449,17 +449,17 @@ def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[
     return [spec.tensors[name] for name in names if name in spec.tensors]
 
 
-def _folder(context: Context, groups: Groups) -> Path:
+def _folder(context: Context, groups: BlockGroups) -> Path:
     """Where what groups share is kept."""
     return context.work / ("solved-" + "-".join("_".join(map(str, group)) for group in groups))
 
 
 def _derived(
-    checkpoint: Checkpoint, settings: ShareSettings, solver: Solver, groups: Groups, context: Context
+    checkpoint: Checkpoint, settings: ShareSettings, solver: Solver, groups: BlockGroups, context: Context
 ) -> Checkpoint:
     from compress.checkpoint.open import Derived, Value, torch_dtype
 
-    after = shared(checkpoint.spec, groups, solver.how.parts, settings.rank)
+    after = shared(checkpoint.spec, groups, solver.options.parts, settings.rank)
     read = solver.read_solved(groups, _folder(context, groups))
 
     def value(name: str) -> Value:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from compress import architectures
-from compress.architectures.groups import Units
+from compress.architectures.groups import PrunableGroup
 from compress.architectures.resize import head_units, mlp_units
-from compress.blockwise.saved_hessians import Gathered
+from compress.blockwise.saved_hessians import SavedHessians
 from compress.checkpoint.open import Checkpoint
 from compress.checkpoint.structure import block_paths
 from compress.solvers.low_rank import low_rank
@@ -29,7 +29,7 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Sharing:
+class ShareOptions:
     """How blocks share.
 
     Attributes:
@@ -49,8 +49,8 @@ class Sharing:
 class Solver:
     """Finds the tensors of groups of blocks."""
 
-    def __init__(self, checkpoint: Checkpoint, read: Gathered, how: Sharing) -> None:
-        self.checkpoint, self.read, self.how = checkpoint, read, how
+    def __init__(self, checkpoint: Checkpoint, read: SavedHessians, options: ShareOptions) -> None:
+        self.checkpoint, self.read, self.options = checkpoint, read, options
         spec = checkpoint.spec
         self.record = architectures.of(spec.structure.config)
         self.transposed = self.record.input_axis == 0
@@ -65,14 +65,14 @@ class Solver:
 
     def orders(self, first: int, other: int) -> list[list[int]]:
         """For each kind of unit the order that makes those of ``other`` most like those of ``first``."""
-        if first == other or not self.how.align:
+        if first == other or not self.options.align:
             return [list(range(units.count)) for units in self.units[other]]
         if (first, other) not in self._orders:
             pairs = zip(self.units[first], self.units[other], strict=True)
             self._orders[first, other] = [matching(self._likeness(a, b)) for a, b in pairs]
         return self._orders[first, other]
 
-    def _likeness(self, first: Units, other: Units) -> torch.Tensor:
+    def _likeness(self, first: PrunableGroup, other: PrunableGroup) -> torch.Tensor:
         """Σ over tensors of the products of the entries of units [U, U], each tensor scaled to have norm 1."""
         total = torch.zeros(first.count, first.count, dtype=torch.float64, device=self.read.device)
         for a, b in zip(first.members, other.members, strict=True):
@@ -134,7 +134,7 @@ class Solver:
         """What the outputs of any two blocks lose if they share, relative to what they are; infinite for unlike ones."""
         count = len(self.paths)
         result = [[0.0] * count for _ in range(count)]
-        matrices = [p for p in self.how.parts if f"{self.paths[0]}{p}" in self.read.files]
+        matrices = [p for p in self.options.parts if f"{self.paths[0]}{p}" in self.read.files]
         for i in range(count):
             for j in range(i):
                 total = 0.0 if unlike(i, j) is None else math.inf
@@ -177,7 +177,7 @@ class Solver:
         rows: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         for blocks in groups:
-            for part in self.how.parts:
+            for part in self.options.parts:
                 path = folder / f"{self.paths[blocks[0]]}{part}.rows.json"
                 if not path.exists():
                     values, found = self._share(part, list(blocks))
@@ -218,14 +218,16 @@ class Solver:
         scaled = [H / self.read.energy(n) for H, n in zip(hessians, names, strict=True)]
         residuals = [torch.zeros_like(W) for W in weights]
         shared, factors = weights[0], list[tuple[torch.Tensor, torch.Tensor]]()
-        for _ in range(ROUNDS if self.how.rank else 1):
+        for _ in range(ROUNDS if self.options.rank else 1):
             shared = self._start([W - R for W, R in zip(weights, residuals, strict=True)], scaled, names, blocks)
-            if self.how.rank:
-                factors = [low_rank(W - shared, H, self.how.rank)[:2] for W, H in zip(weights, hessians, strict=True)]
+            if self.options.rank:
+                factors = [
+                    low_rank(W - shared, H, self.options.rank)[:2] for W, H in zip(weights, hessians, strict=True)
+                ]
                 residuals = [up @ down for up, down in factors]
         values, rows = {names[0]: self._shaped(shared)}, []
         for number, name in enumerate(names):
-            if self.how.rank:
+            if self.options.rank:
                 module = name.removesuffix(".weight")
                 for suffix, factor in zip(("up", "down"), factors[number], strict=True):
                     values[f"{module}.residual_{suffix}.weight"] = factor.contiguous().cpu()
@@ -237,13 +239,13 @@ class Solver:
     def _start(
         self, weights: list[torch.Tensor], hessians: list[torch.Tensor], names: list[str], blocks: list[int]
     ) -> torch.Tensor:
-        if self.how.init == "first":
+        if self.options.init == "first":
             return weights[0]
-        if self.how.init == "mean":
+        if self.options.init == "mean":
             return torch.stack(weights).mean(0)
-        if self.how.init == "fisher":
-            assert self.how.fisher is not None
-            found = [self.how.fisher(name) for name in names]
+        if self.options.init == "fisher":
+            assert self.options.fisher is not None
+            found = [self.options.fisher(name) for name in names]
             importance = [self._ordered(n, F, b, blocks[0]) for n, F, b in zip(names, found, blocks, strict=True)]
             total = sum(importance, torch.zeros(())).clamp_min(1e-30)
             return sum((F * W for F, W in zip(importance, weights, strict=True)), torch.zeros(())) / total

@@ -16,9 +16,9 @@ from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.data.batches import Batches
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.models.loading import load_model
-from compress.solvers.gptq import gptq, ordered_factor
+from compress.solvers.gptq import act_order_factor, gptq
 from compress.solvers.quant_format import fit, to_codes
-from compress.spec.formats import Grid
+from compress.spec.formats import QuantFormat
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
@@ -138,7 +138,7 @@ def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric
     written = write_checkpoint(cast, tmp_path / "out", store="compact")
     assert written.bytes == layout.bytes
     record = architectures.of(checkpoint.spec.structure.config)
-    coded = [t for t in open_checkpoint(written.folder).spec.stored() if t.grid is not None]
+    coded = [t for t in open_checkpoint(written.folder).spec.stored() if t.quant_format is not None]
     assert {t.name for t in coded} == {
         t.name for t in checkpoint.spec.stored() if record.is_block_matrix(t.name) and len(t.shape) == 2
     }
@@ -175,7 +175,7 @@ def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
     settings = {"weights": "int4", "group_size": 16, "refine": False, "tune_epochs": 0}
     cast = apply(checkpoint, "cast", data=data, work=tmp_path / "work", **settings)
-    model, grid = load_model(folders["llama"]), Grid("int4", 16)
+    model, quant_format = load_model(folders["llama"]), QuantFormat("int4", 16)
     for name in (f"model.layers.0.{part}.weight" for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")):
         module, seen = model.get_submodule(name.removesuffix(".weight")), []
         handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].flatten(0, 1).double()))
@@ -183,9 +183,9 @@ def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_
             model(input_ids=data.ids)
         handle.remove()
         H, W = seen[0].T @ seen[0], checkpoint.tensor(name).data
-        order, factor, _ = ordered_factor(H)
-        scales = fit(W, grid, H.diagonal())
-        expected = to_codes(gptq(W, factor.float(), order, grid, scales), grid, scales, torch.float32)
+        order, factor, _ = act_order_factor(H)
+        scales = fit(W, quant_format, H.diagonal())
+        expected = to_codes(gptq(W, factor.float(), order, quant_format, scales), quant_format, scales, torch.float32)
         assert torch.equal(cast.tensor(name).codes.codes, expected.codes)
 
 
@@ -230,8 +230,8 @@ def test_files_of_another_tool_are_read(folders, tmp_path):
         shutil.copytree(out.folder, bare)
         save_file(load_file(bare / "model.safetensors"), bare / "model.safetensors", metadata={"format": "pt"})
         found = open_checkpoint(bare)
-        grids = {t.name: t.grid for t in out.spec.stored()}
-        assert {t.name: t.grid for t in found.spec.stored()} == grids
+        quant_formats = {t.name: t.quant_format for t in out.spec.stored()}
+        assert {t.name: t.quant_format for t in found.spec.stored()} == quant_formats
         assert torch.equal(our_logits(bare), our_logits(out.folder))
 
 
@@ -240,7 +240,7 @@ def test_embeddings_when_asked(folders, tmp_path):
     with pytest.raises(CompressError, match=r"stock loaders take no such codes \(int8\) for model.embed_tokens.weight"):
         compress.apply("cast", folders["llama"], tmp_path / "no", **settings)
     out = compress.apply("cast", folders["llama"], tmp_path / "out", store="compact", **settings)
-    assert open_checkpoint(out).spec.tensors["model.embed_tokens.weight"].grid.format == "int8"
+    assert open_checkpoint(out).spec.tensors["model.embed_tokens.weight"].quant_format.format == "int8"
     assert torch.equal(stock_logits(out, tmp_path, trust=True), our_logits(out))
 
 
@@ -251,7 +251,7 @@ def test_embeddings_alone(folders, data, tmp_path):
     cast = write(
         apply(original, "cast", data=data, work=tmp_path / "work", **settings), tmp_path / "out", store="compact"
     )
-    assert [t.name for t in cast.spec.stored() if t.grid is not None] == ["model.embed_tokens.weight"]
+    assert [t.name for t in cast.spec.stored() if t.quant_format is not None] == ["model.embed_tokens.weight"]
     before, after = (c.tensor("model.layers.0.mlp.up_proj.weight").data for c in (original, cast))
     assert torch.equal(before, after)
     table, rounded = (c.tensor("model.embed_tokens.weight").data for c in (original, cast))
@@ -265,12 +265,14 @@ def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
         "cast", folders["llama"], tmp_path / "bits", data=data.ids, bits=4.5, details=details, **settings
     )
     found = open_checkpoint(out)
-    coded = [t for t in found.spec.stored() if t.grid is not None]
+    coded = [t for t in found.spec.stored() if t.quant_format is not None]
     stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
     assert 4.3 < stored <= 4.5
-    assert {r["tensor"]: r["format"] for r in details["formats"]} == {t.name: t.grid.format for t in coded}
+    assert {r["tensor"]: r["format"] for r in details["formats"]} == {t.name: t.quant_format.format for t in coded}
     for block in range(4):  # what reads the same inputs has the same format
-        formats = {found.spec.tensors[f"model.layers.{block}.self_attn.{n}_proj.weight"].grid.format for n in "qkv"}
+        formats = {
+            found.spec.tensors[f"model.layers.{block}.self_attn.{n}_proj.weight"].quant_format.format for n in "qkv"
+        }
         assert len(formats) == 1
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
     size = 130_000
@@ -294,30 +296,30 @@ def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
     details: dict = {}
     out = compress.apply("cast", folder, tmp_path / "out", data=data.ids, bits=4.5, tune_epochs=0, details=details)
     found = open_checkpoint(out)
-    coded = [t for t in found.spec.stored() if t.grid is not None]
+    coded = [t for t in found.spec.stored() if t.quant_format is not None]
     stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
     assert 4.3 < stored <= 4.5
-    assert {t.grid.group for t in coded} & {0, 128}
-    assert all(t.grid.groups(t.shape) * (t.grid.group or t.shape[1]) == t.shape[1] for t in coded)
-    assert {r["format"].partition("/")[0] for r in details["formats"]} == {t.grid.format for t in coded}
+    assert {t.quant_format.group for t in coded} & {0, 128}
+    assert all(t.quant_format.groups(t.shape) * (t.quant_format.group or t.shape[1]) == t.shape[1] for t in coded)
+    assert {r["format"].partition("/")[0] for r in details["formats"]} == {t.quant_format.format for t in coded}
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
 
 
 def test_the_measured_divergence_is_that_of_the_model(folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
     from compress.progress import SilentProgress
-    from compress.sensitivity.matrices import Rounding, divergences
-    from compress.solvers.quant_format import fit, to_codes, weights
-    from compress.spec.formats import Grid
+    from compress.sensitivity.matrices import RoundingDelta, divergences
+    from compress.solvers.quant_format import dequantize, fit, to_codes
+    from compress.spec.formats import QuantFormat
 
     checkpoint = open_checkpoint(folders["llama"])
     name = "model.layers.1.mlp.up_proj.weight"
     ids = data.ids.repeat(3, 1)[:32]
-    grid = Grid("int6", 16)
+    quant_format = QuantFormat("int6", 16)
     found, _ = divergences(
         checkpoint,
         [name],
-        Rounding(lambda n, f: grid, {"int6": "int6"}),
+        RoundingDelta(lambda n, f: quant_format, {"int6": "int6"}),
         Batches(ids),
         setting=("", ""),
         device="cpu",
@@ -328,7 +330,7 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
     with torch.no_grad():
         before = model(input_ids=ids).logits.log_softmax(-1)
         W = model.model.layers[1].mlp.up_proj.weight
-        W.copy_(weights(to_codes(W, grid, fit(W, grid), torch.float32)))
+        W.copy_(dequantize(to_codes(W, quant_format, fit(W, quant_format), torch.float32)))
         after = model(input_ids=ids).logits.log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     # blocks mix tokens, and each token's gradient is taken alone: the same order of size, not the same number
@@ -337,15 +339,15 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
 
 def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folders, data):
     from compress.progress import SilentProgress
-    from compress.sensitivity.matrices import Rounding, divergences
-    from compress.spec.formats import Grid
+    from compress.sensitivity.matrices import RoundingDelta, divergences
+    from compress.spec.formats import QuantFormat
 
     checkpoint = open_checkpoint(folders["llama"])
     names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(4)]
-    grids = {"int4": Grid("int4", 8), "int4/channel": Grid("int4")}
+    quant_formats = {"int4": QuantFormat("int4", 8), "int4/channel": QuantFormat("int4")}
 
     def measure(options):
-        rounding = Rounding(lambda n, o: grids[o], options)
+        rounding = RoundingDelta(lambda n, o: quant_formats[o], options)
         found, _ = divergences(
             checkpoint,
             names,

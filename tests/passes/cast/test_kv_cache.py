@@ -108,7 +108,7 @@ for kind, folder in {folders!r}.items():
         assert set(unexpected) <= set(scales(made["tensor"]))
 
 
-class Rounding(DynamicCache):
+class RoundingDelta(DynamicCache):
     """A cache that rounds what it is given: what our models are compared with."""
 
     def __init__(self, config, of_layer):
@@ -135,7 +135,7 @@ def test_evaluation_rounds_keys_and_values_by_them(made, kind):
     plain, ours = compress.load(made[kind]), compress.load(made[kind], quantized_kv_cache=True)
     ids = IDS[:1]
     with torch.no_grad():
-        expected = plain(input_ids=ids, past_key_values=Rounding(plain.config, of_layer)).logits
+        expected = plain(input_ids=ids, past_key_values=RoundingDelta(plain.config, of_layer)).logits
         logits = ours(input_ids=ids, use_cache=False).logits
         assert torch.allclose(logits, expected, atol=1e-5)
         assert (plain(input_ids=ids).logits - logits).abs().max() > 1e-3
@@ -160,7 +160,7 @@ def test_other_families(family, tmp_path):
 
     plain, ours = compress.load(out), compress.load(out, quantized_kv_cache=True)
     with torch.no_grad():
-        expected = plain(input_ids=IDS, past_key_values=Rounding(plain.config, of_layer)).logits
+        expected = plain(input_ids=IDS, past_key_values=RoundingDelta(plain.config, of_layer)).logits
         logits = ours(input_ids=IDS).logits
         assert torch.allclose(logits, expected, atol=1e-5)
         assert (plain(input_ids=IDS).logits - logits).abs().max() > 1e-3
@@ -170,13 +170,19 @@ def test_padding_does_not_count(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
     from compress.blockwise.runner import Inputs
     from compress.data.batches import Batches
-    from compress.distributed import Ranks
+    from compress.distributed import ProcessGroup
     from compress.passes.cast.kv_cache import largest_cached
     from compress.progress import SilentProgress
 
     def largest(ids, mask, name):
         batches = Batches(ids, mask)
-        how = {"dtype": "float32", "device": "cpu", "progress": SilentProgress(), "seed": 0, "ranks": Ranks()}
+        how = {
+            "dtype": "float32",
+            "device": "cpu",
+            "progress": SilentProgress(),
+            "seed": 0,
+            "processes": ProcessGroup(),
+        }
         return largest_cached(open_checkpoint(base), Inputs(batches.values, batches.mask), work=tmp_path / name, **how)
 
     mask = torch.ones(IDS.shape, dtype=torch.bool)

@@ -81,8 +81,8 @@ def test_passes_after_it(folders, tmp_path):
     spec = open_checkpoint(tmp_path / "codes").spec
     factors = [t for t in spec.stored() if t.name.endswith((".down.weight", ".up.weight"))]
     assert len(factors) == 2 * 4 * 4
-    assert all(t.grid is not None and t.kept is not None and not t.grid.transposed for t in factors)
-    assert {t.grid.group for t in factors} == {0, 32}
+    assert all(t.quant_format is not None and t.kept is not None and not t.quant_format.transposed for t in factors)
+    assert {t.quant_format.group for t in factors} == {0, 32}
     unpack(tmp_path / "codes", tmp_path / "dense")
     x, y = (pico.logits(load_model(tmp_path / f)) for f in ("codes", "dense"))
     assert torch.allclose(x, y, rtol=1e-4, atol=1e-3)

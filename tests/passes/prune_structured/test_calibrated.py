@@ -170,7 +170,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
     settings = {"layers": [2], "mlp": "25%", "heads": 2, "tune_epochs": 2}
     whole = smaller(original, tmp_path / "whole", **settings)
-    real, calls = block.narrow_block, []
+    real, calls = block.prune_block_width, []
 
     def stops(block, how):
         calls.append(block.index)
@@ -179,7 +179,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
         return real(block, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.passes.prune_structured.remove.narrow_block", stops)
+        patch.setattr("compress.passes.prune_structured.remove.prune_block_width", stops)
         with pytest.raises(KeyboardInterrupt):
             smaller(original, tmp_path / "broken", **settings)
     resumed = smaller(original, tmp_path / "broken", **settings)

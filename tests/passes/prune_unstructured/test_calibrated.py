@@ -143,11 +143,11 @@ def test_wanda_is_its_formula(folders, data, tmp_path):
 def test_tuning_that_does_not_pay_is_put_back(folders, data, tmp_path):
     """A step far too large makes the held-out error worse: the weights stay what the solver gave."""
     results = []
-    for i, tuning in enumerate(({"tune_epochs": 0}, {"tune_epochs": 1, "tune_rate": 0.99})):
+    for i, reconstruction in enumerate(({"tune_epochs": 0}, {"tune_epochs": 1, "tune_rate": 0.99})):
         details: dict = {}
         pruned = apply(
             open_checkpoint(folders["llama"]), "prune_unstructured", data=data, work=tmp_path / str(i), details=details, method="wanda",
-            sparsity=0.1, **tuning,
+            sparsity=0.1, **reconstruction,
         )  # fmt: skip
         results.append({t.name: pruned.tensor(t.name) for t in pruned.spec.stored()})
     report = [row["tuning"] for row in details["blocks"]]

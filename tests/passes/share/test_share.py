@@ -10,11 +10,11 @@ import transformers
 
 import compress
 from compress.api import unpack
-from compress.blockwise.saved_hessians import Gathered
+from compress.blockwise.saved_hessians import SavedHessians
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
-from compress.passes.share.solve import Sharing, Solver
+from compress.passes.share.solve import ShareOptions, Solver
 from tests import pico
 from tests.passes.helpers import divergence
 
@@ -47,7 +47,7 @@ class Shuffled(Solver):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    solver = Shuffled(checkpoint, Gathered(tmp_path / "none", "cpu"), Sharing([], "mean", True, 0))
+    solver = Shuffled(checkpoint, SavedHessians(tmp_path / "none", "cpu"), ShareOptions([], "mean", True, 0))
     assert all(len(units) == (1 if family == "bloom" else 2) for units in solver.units.values())
     read = solver.read_solved([[0, 1], [2, 3]], tmp_path)
     model = load_model(folders[family])
@@ -64,7 +64,7 @@ def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
 def twins(family, folder):
     """A model whose blocks 0 and 1, and 2 and 3, compute the same with their units in different orders."""
     checkpoint = open_checkpoint(folder)
-    solver = Shuffled(checkpoint, Gathered(folder / "none", "cpu"), Sharing([], "mean", True, 0))
+    solver = Shuffled(checkpoint, SavedHessians(folder / "none", "cpu"), ShareOptions([], "mean", True, 0))
     model = load_model(folder)
     with torch.no_grad():
         state = model.state_dict()
@@ -322,7 +322,7 @@ def test_embeddings_are_tied_towards_both(folders, tmp_path, stock):
 def test_codebooks_after_sharing(folders, tmp_path):
     share(folders["llama"], tmp_path / "out", groups=2, codebook_bits=4)
     spec = open_checkpoint(tmp_path / "out").spec
-    coded = [t for t in spec.stored() if t.grid is not None]
+    coded = [t for t in spec.stored() if t.quant_format is not None]
     assert len(coded) == 2 * 7
     assert all(len(open_checkpoint(tmp_path / "out").tensor(t.name).data.unique()) <= 16 for t in coded)
     assert error(tmp_path / "out", folders["llama"]) > 0
