@@ -32,7 +32,8 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
         for storage in [storage for storage in left if storage not in instance.accepts]:
             earlier, name = left[storage]
             does = "trains and accepts" if instance.mode == "train" else "accepts"
-            message = f"{entry.name} {does} {accepted_values(instance)} weights, but {name} (passes.{earlier}) leaves {storage}s"
+            values = accepted_values(instance)
+            message = f"{entry.name} {does} {values} weights, but {name} (passes.{earlier}) leaves {storage}s"
             if storage in EDITED:
                 message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
             found.append(Misplaced(index, message, f"put {entry.name} before {name}"))

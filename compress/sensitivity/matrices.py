@@ -31,7 +31,7 @@ class RoundingDelta:
     """
 
     def __init__(self, quant_formats: Callable[[str, str], QuantFormat], options: Mapping[str, str]) -> None:
-        """``quant_formats``: of a tensor (first argument) with an option. ``options``: each with the one that it is measured by."""
+        """``quant_formats``: (tensor, option) ▶ its format. ``options``: option ▶ the option that it is measured by."""
         self.quant_formats, self.options = quant_formats, options
         self._errors: dict[str, dict[str, float]] = {}
 

@@ -28,7 +28,7 @@ def quantease(
     keep_OI: torch.Tensor | None = None,
     rounds: int = 3,
 ) -> tuple[torch.Tensor, Scales]:
-    """Values of codes less zero points [O, I], and their scales, of a smaller output error than the nearest to ``updated_weights``.
+    """Codes less zero points [O, I], and their scales, with a smaller output error than rounding ``updated_weights``.
 
     The error is tr((W - Q) H (W - Q)ᵀ). A round gives every weight in turn the best code while all others stand, then every
     row its best scales for these codes; neither can make it larger. Scales of mxfp4 and nvfp4, which have few to choose from,

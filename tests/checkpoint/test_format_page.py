@@ -17,7 +17,7 @@ from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import METADATA_KEY
 from compress.checkpoint.modeling import INPUT_ARRAYS
 from compress.checkpoint.open import open_checkpoint
-from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, Grid
+from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, QuantFormat
 from compress.spec.spec import CHAINS
 from tests.checkpoint import golden
 
@@ -107,13 +107,20 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
     index = json.loads((golden.FOLDER / "widths/model.safetensors.index.json").read_text())
     written |= {*index, *index["metadata"]}
     base = golden.base(tmp_path)
-    for grids in (
-        {"q_proj": Grid("int8", activations="int8"), "k_proj": Grid("fp8", whole=True), "v_proj": Grid("int4", 8)},
-        {"_proj": Grid("mxfp4", 16)},
-        {"_proj": Grid("nvfp4", 16)},
+    for quant_formats in (
+        {
+            "q_proj": QuantFormat("int8", activations="int8"),
+            "k_proj": QuantFormat("fp8", whole=True),
+            "v_proj": QuantFormat("int4", 8),
+        },
+        {"_proj": QuantFormat("mxfp4", 16)},
+        {"_proj": QuantFormat("nvfp4", 16)},
     ):
         tensors = {
-            name: replace(tensor, grid=next((g for end, g in grids.items() if name.endswith(f"{end}.weight")), None))
+            name: replace(
+                tensor,
+                quant_format=next((g for end, g in quant_formats.items() if name.endswith(f"{end}.weight")), None),
+            )
             for name, tensor in base.spec.tensors.items()
         }
         config = quantization.render(codecs.with_storage(replace(base.spec, tensors=tensors), "stock"))

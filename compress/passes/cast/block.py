@@ -88,8 +88,8 @@ class Rounded:
 def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     """Cast the sites of a block in place; codes by tensor name.
 
-    In a sweep with targets, if ``options.refine``, each matrix is matched to what the original gives on its own inputs, and those
-    that write to the residual stream also make up for what is wrong in it.
+    With targets and ``options.refine`` each matrix is matched to the original's outputs on the original's inputs (GPTAQ,
+    arXiv 2504.02692). Matrices that write to the residual stream also correct for the error that it has already.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
     before and after.

@@ -92,7 +92,7 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
 def probe_widths(
     runner: BlockRunner, counts: Mapping[str, tuple[PrunableGroup, Sequence[int]]], options: WidthOptions
 ) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What removing units alone would change of the matrices that read them: ΔW by number of the trial, see `trials.probe_matrices`.
+    """Change ΔW of each matrix that reads removed units, by number of the probe; see `probe.probe_matrices`.
 
     Args:
         counts: by tensor name the units that it reads, and how many of them to remove, one number after another.
