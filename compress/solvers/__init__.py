@@ -1,1 +1,4 @@
-"""Pure mathematics: tensors in, tensors out. Each has a slow, obvious twin in the tests."""
+"""Solvers: pure functions from tensors to tensors.
+
+Each has a slow, obvious twin in the tests. docs/methods.md has the derivations.
+"""

@@ -1,11 +1,12 @@
-"""ALPS: choose the weights of a layer to keep, and their values, by ADMM (arXiv 2406.07831).
+"""ALPS (arXiv 2406.07831): choose a layer's kept weights and their values together, by ADMM.
 
-Letters: O outputs, I inputs. The problem is min ||(W - W')X||² over W' with a given number of entries, in scaled weights
-B = W · diag(s), whose Hessian is X = diag(1/s) H diag(1/s). B, D and the multiplier (here u, divided by rho) are the paper's.
+Letters: O outputs, I inputs. The problem is min ||(W - W')X||² over W' with a given number of nonzero entries. It is solved
+in scaled weights B = W' · diag(s), whose Hessian is X = diag(1/s) H diag(1/s). The letters B and D are the paper's; u is its
+multiplier divided by rho.
 
-Differences from the paper and its code, measured on ten layers of a trained model: s_j² = 1 / (H⁻¹)_jj instead of H_jj, and a
-rho that grows slowly and evenly instead of by thresholds. Together 0.97 of the published error at the same support size, for
-50 to 70 % and 2:4, in less than half the time (thresholds from a narrow band, float32, no error computed along the way).
+Differences from the paper and its code: s_j² = 1 / (H⁻¹)_jj instead of H_jj; rho grows slowly and evenly instead of by
+thresholds. Measured on ten layers of a trained model, at 50 to 70 % and 2:4: 0.97 of the published error at the same support
+size, in less than half the time. The time is saved by thresholds from a narrow band, float32, and no error computed on the way.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from compress.solvers.magnitude import keep_largest, keep_n_of_m
 
 #: Above this size the eigendecomposition is in float32.
 _DOUBLE_LIMIT = 2048
-#: First penalty. Scaled Hessians have eigenvalues whose harmonic mean is about 1.
+#: First penalty rho. The eigenvalues of scaled Hessians have a harmonic mean of about 1.
 _RHO = 0.6
-#: Where nothing has moved up to this rho, nothing will.
+#: If the support has not changed up to this rho, it will not.
 _LATE = 2.0
 #: Iterations between checks of the support.
 _CHECK = 5
-#: A change of the support, as a share of it, that counts as none.
+#: Share of the support whose change counts as no change.
 _SETTLED = 1e-3
-#: Greatest half width of the band around the last threshold in which the next one is looked for first.
+#: Largest half width, relative, of the band around the last threshold that is searched first for the next one.
 _BAND = 0.05
 
 
 class LayerProblem(NamedTuple):
-    """What ``alps`` derives from H alone; layers with the same inputs (q/k/v, gate/up) share it."""
+    """The part of ``alps`` that depends on H alone; layers with the same inputs (q/k/v, gate/up) share it."""
 
     X_II: torch.Tensor
     """Damped H divided by the scales of its rows and columns, [in, in], float32."""
@@ -48,7 +49,9 @@ class LayerProblem(NamedTuple):
 
 
 def problem(H_II: torch.Tensor, damp: float = 0.01) -> LayerProblem:
-    """Scale and decompose H, [in, in], float32 or float64.
+    """Return H, [in, in], float32 or float64, damped, scaled and decomposed.
+
+    The eigendecomposition is in float64 up to 2048 inputs, above in float32.
 
     Raises:
         ValueError: H holds NaN or infinite values.
@@ -78,20 +81,20 @@ def alps(
     pcg_iterations: int = 10,
     growth: float = 1.15,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights with some removed and the others refitted, [out, in] in W's dtype, and the mask, True where a weight is kept.
+    """Return the pruned and refitted weights, [out, in] in W's dtype, and the keep-mask [out, in], True for kept weights.
 
-    Exactly one of ``kept`` and ``pattern`` is given. The work is done in float32.
+    Give exactly one of ``kept`` and ``pattern``. The work is done in float32.
 
     Args:
         W_OI: weights, [out, in], any float dtype.
-        H_II: sum of x xᵀ, [in, in], float32 or float64, or what ``problem`` made of it; ``damp`` is then not used.
-        kept: how many weights of the matrix survive, exactly, wherever they are; all that ``earlier`` kept if those are fewer.
+        H_II: sum of x xᵀ, [in, in], float32 or float64; or the result of ``problem``, and then ``damp`` is not used.
+        kept: number of weights to keep in the whole matrix, exact; all that ``earlier`` kept if those are fewer.
         pattern: (n, m): n of every m consecutive inputs are kept; m divides in.
-        earlier: a keep-mask that is obeyed. What it removed counts as zero and stays removed.
+        earlier: a keep-mask. Weights that it removed are zero and stay removed.
         damp: damping of H, in units of the mean of its diagonal.
-        max_iterations: of ADMM, which mostly needs 50 to 100.
-        pcg_iterations: of conjugate gradients on the final support; fewer where all gradients fell to a thousandth.
-        growth: factor of rho after every five iterations. 1.05 takes twice as long and lessens the error by 0.4 %.
+        max_iterations: most iterations of ADMM, which usually needs 50 to 100.
+        pcg_iterations: most conjugate-gradient steps on the final support; it stops once all gradients fell to a thousandth.
+        growth: factor of rho after every five iterations. 1.05 takes twice as long and lowers the error by 0.4 %.
 
     Raises:
         ValueError: both or none of ``kept`` and ``pattern`` are given; H holds NaN or infinite values.
@@ -125,16 +128,16 @@ def alps(
 def solve_support(
     W_OI: torch.Tensor, H_II: torch.Tensor, mask_OI: torch.Tensor, damp: float = 0.01, max_iterations: int = 1000
 ) -> torch.Tensor:
-    """The weights W' that are zero outside ``mask_OI`` with the least ||(W - W')X||² + damping · ||W - W'||².
+    """Return the weights W', zero outside ``mask_OI``, of least ||(W - W')X||² + damping · ||W - W'||²; in W's dtype.
 
-    Conjugate gradients in H's dtype until no row's gradient exceeds 1e-10 (float32: 1e-6) of what it is at W' = 0.
+    Conjugate gradients in H's dtype run until no row's gradient exceeds 1e-10 (float32: 1e-6) of its value at W' = 0.
 
     Args:
-        W_OI: weights to imitate, all of them, [out, in], any float dtype; the result has it too.
+        W_OI: the dense weights, [out, in], any float dtype.
         H_II: sum of x xᵀ, [in, in], float32 or float64.
-        mask_OI: True where W' may differ from zero.
-        damp: in units of the mean of H's diagonal. The damping pulls towards W, not towards zero.
-        max_iterations: after which the result is returned as it is.
+        mask_OI: bool [out, in], True where W' may differ from zero.
+        damp: damping in units of the mean of H's diagonal. It pulls towards W, not towards zero.
+        max_iterations: the result after that many iterations is returned, converged or not.
     """
     X_II = damped(H_II, damp)[0]
     scale_I = X_II.diagonal().sqrt()
@@ -147,7 +150,7 @@ def solve_support(
 
 
 class _Projection:
-    """The largest entries of a matrix, the others set to zero; a little fewer or more among exact ties."""
+    """Keeps the largest entries of a matrix and zeroes the others; the count may differ among exact ties."""
 
     def __init__(self, kept: int | None, pattern: tuple[int, int] | None, earlier: torch.Tensor | None) -> None:
         self.kept, self.pattern = kept, pattern
@@ -156,7 +159,7 @@ class _Projection:
         self.band = 0.0
 
     def __call__(self, Z_OI: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """D, [out, in], in ``out``."""
+        """Write the projection of Z, [out, in], into ``out`` and return it."""
         size_OI = torch.abs(Z_OI, out=out)
         if self.allowed is not None:
             size_OI *= self.allowed
@@ -170,7 +173,7 @@ class _Projection:
         return out
 
     def _threshold(self, size_OI: torch.Tensor) -> float:
-        """The largest magnitude that is not kept. It moves slowly: a band around the last one is searched first."""
+        """Return the largest magnitude that is not kept. It moves slowly, so a band around the last one is searched first."""
         rank = (self.kept or 0) + 1
         if self.last and rank < size_OI.numel():
             above_OI = size_OI > self.last * (1 + self.band)
@@ -187,7 +190,7 @@ class _Projection:
 
 
 def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
-    """The n-th largest of each row, [groups, 1], by insertion; for the few columns of a pattern faster than sorting."""
+    """Return the n-th largest of each row, [groups, 1], by insertion: faster than sorting for a pattern's few columns."""
     best: list[torch.Tensor] = []
     for value_G in groups_Gm.unbind(1):
         for rank, other_G in enumerate(best):
@@ -201,7 +204,7 @@ def _nth_largest(groups_Gm: torch.Tensor, n: int) -> torch.Tensor:
 def _admm(
     target_OI: torch.Tensor, this: LayerProblem, project: _Projection, max_iterations: int, growth: float
 ) -> torch.Tensor:
-    """The paper's B after convergence, dense, whose largest entries are the support."""
+    """Return the paper's B after convergence, dense, [out, in]; its largest entries are the support."""
 
     def inverse(rho: float) -> torch.Tensor:
         return (this.Q_II / (this.L_I + rho).to(this.Q_II.dtype)) @ this.Q_II.T
@@ -210,7 +213,7 @@ def _admm(
     rho = _RHO
     inverse_II = inverse(rho)
     B_OI = torch.empty_like(target_OI)
-    free_OI = torch.empty_like(target_OI)  # D, D - u and the right-hand side in turn
+    free_OI = torch.empty_like(target_OI)  # holds D, D - u and the right-hand side in turn
     u_OI = torch.zeros_like(target_OI)
     D_OI = project(target_OI, free_OI)
     support_OI = D_OI != 0
@@ -227,7 +230,7 @@ def _admm(
         if iteration % _CHECK == 0:
             before_OI, support_OI = support_OI, D_OI != 0
             settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
-            if settled and (moved or rho > _LATE):  # while rho is small it need not move yet
+            if settled and (moved or rho > _LATE):  # while rho is small the support need not move yet
                 break
             moved = moved or not settled
             u_OI /= growth
@@ -244,7 +247,7 @@ def _conjugate_gradients(
     iterations: int,
     tolerance: float,
 ) -> torch.Tensor:
-    """Lessens (B - target) X (B - target)ᵀ of each row over B inside the mask, from ``start_OI``; no row becomes worse."""
+    """Return B, zero outside the mask, of a lower (B - target) X (B - target)ᵀ than ``start_OI``; no row gets worse."""
     mask_OI = mask_OI.to(X_II.dtype)
     jacobi_I = X_II.diagonal().reciprocal()
     floor = torch.finfo(X_II.dtype).tiny

@@ -6,11 +6,11 @@ import torch
 
 
 def influence(before: torch.Tensor, after: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
-    """Sum over tokens of 1 - cos(before, after), and the number of tokens.
+    """Return the sum over tokens of 1 - cos(before, after), and the number of tokens.
 
     Args:
-        before, after: hidden states on entering and leaving a block, [..., hidden]; computed in float32.
-        weights: 1 for tokens that count, 0 for padding, [...]; all count by default.
+        before, after: hidden states at a block's input and output, [..., hidden], any float dtype; cosines are in float32.
+        weights: 1 for tokens that count, 0 for padding, [...]; None if all count.
     """
     cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).double()
     if weights is None:

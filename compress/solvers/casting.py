@@ -1,4 +1,4 @@
-"""Casting floats."""
+"""Casts between float formats."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def overflowing(values: torch.Tensor, target: torch.dtype) -> int:
-    """How many finite values would become infinite in ``target``, after rounding to nearest even."""
+    """Return how many finite values overflow to infinity in ``target``, rounded to nearest even."""
     return int((torch.isinf(values.to(target)) & torch.isfinite(values)).sum())

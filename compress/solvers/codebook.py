@@ -1,4 +1,4 @@
-"""Codebooks: the 2**bits values that stand for all weights of a tensor, and which weight gets which.
+"""Codebooks: 2**bits values per tensor by weighted k-means on the line, and the nearest value of each weight.
 
 Letters: I inputs, N values on the line with their weights, K values of a codebook.
 """
@@ -15,37 +15,40 @@ import torch
 from compress.checkpoint.open import Codes
 
 Array: TypeAlias = npt.NDArray[Any]
-#: Bits of a float32 that its bin of the histogram leaves out: those of 16-bit floats all have bins of their own.
+#: Low bits of a float32 that the histogram ignores. Each value of a 16-bit float has a bin of its own.
 _DROPPED = 13
-#: Bins for each value of the codebook; where there are fewer, every value of the tensor has its own.
+#: Least bins for each value of the codebook; with fewer, every distinct value of the tensor gets a bin.
 _BINS_PER_VALUE = 4
-#: Values that the exact clustering works on; more are merged first. With 8 bits 1024 cost up to .5 % more, 4096 .1 % less.
+#: Values that are clustered exactly; more are merged first. At 8 bits 1024 have up to .5 % more error, 4096 .1 % less.
 _MERGED = 2048
-#: Rounds of Lloyd's at most: a handful suffices after the exact clustering.
+#: Most rounds of Lloyd's algorithm; a few suffice after the exact clustering.
 _ROUNDS = 100
-#: Weights taken at a time.
+#: Weights processed at a time.
 _AT_ONCE = 1 << 21
 
 
 def codebook(
     W: torch.Tensor, bits: int, importance_I: torch.Tensor | None = None, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The values c of least Σ h_i (w - c(w))² over the weights, each with its nearest: k-means on the line.
+    """Return the codebook of least Σ h_i (w - c(w))², where c(w) is the value nearest to w: weighted k-means on the line.
 
-    Exact by dynamic programming on a histogram of 2048 values, then Lloyd's on one whose bins tell all 16-bit floats apart.
-    Tensors of at most 2**bits different values have those. Computed on the CPU, in float64: the same on every machine.
+    Dynamic programming clusters a histogram of 2048 values exactly. Lloyd's algorithm then runs on a histogram whose bins
+    separate all 16-bit floats. A tensor of at most 2**bits distinct values gets exactly these. The work is in float64 on the
+    CPU, so the result does not depend on the machine.
 
     Args:
-        W: weights of any float dtype, finite, [..., in]. bits: 2 to 8.
-        importance_I: h, such as the diagonal of Σ x xᵀ [in]; None for all alike.
-        keep: bool, of W's shape; removed weights do not count.
+        W: weights, [..., in], any float dtype, finite.
+        bits: 2 to 8.
+        importance_I: h [in], such as the diagonal of Σ x xᵀ; None for equal weights.
+        keep: keep-mask, bool, of W's shape; removed weights do not count.
 
     Returns:
-        float64 [2**bits] on the CPU, ascending; the largest is repeated where fewer are needed.
+        float64 [2**bits] on the CPU, ascending; the largest is repeated if fewer are needed.
 
     Source: weight sharing of Deep Compression (arXiv 1510.00149), weighted as in SqueezeLLM (arXiv 2306.07629); exact
-    clustering as in Ckmeans.1d.dp (Wang and Song, 2011). From values at equal distances, where Deep Compression starts, 300
-    rounds of Lloyd's ended with 1 and 24 % more error at 4 bits, 3 and 5 times as much at 8, in two matrices of tiny-lm.
+    clustering as in Ckmeans.1d.dp (Wang and Song, 2011). Deep Compression starts Lloyd's algorithm from values at equal
+    distances: after 300 rounds that had 1 and 24 % more error at 4 bits and 3 and 5 times the error at 8 bits, on two matrices
+    of tiny-lm.
     """
     K = 1 << bits
     x_N, weight_N = _histogram(W, importance_I, keep)
@@ -59,10 +62,12 @@ def codebook(
 
 
 def to_codes(W: torch.Tensor, book_K: torch.Tensor, keep: torch.Tensor | None = None) -> Codes:
-    """The nearest values of a codebook, as files store them; of removed weights code 0.
+    """Return the indices of the nearest values of a codebook, int8 as files store them; 0 for removed weights.
 
     Args:
-        W: weights of any shape and float dtype. book_K: ascending, in the dtype that it is stored in.
+        W: weights of any shape and float dtype.
+        book_K: the codebook, ascending, in the dtype in which it is stored.
+        keep: keep-mask of W's shape.
     """
     half = len(book_K) // 2
     borders = borders_of(book_K.to(W.device))
@@ -74,7 +79,7 @@ def to_codes(W: torch.Tensor, book_K: torch.Tensor, keep: torch.Tensor | None = 
 
 
 def borders_of(book_K: torch.Tensor) -> torch.Tensor:
-    """Halfway between neighbours [K - 1], float32 or float64: what is above has the upper one nearest."""
+    """Return the midpoints between neighbours, [K - 1], float32 or float64; a weight above one is nearer to the upper value."""
     book_K = book_K.to(torch.promote_types(book_K.dtype, torch.float32))
     return book_K[:-1] + (book_K[1:] - book_K[:-1]) / 2
 
@@ -86,12 +91,12 @@ def rounded(
     importance_I: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
 ) -> Codes:
-    """Codes of weights [..., in] by themselves: `codebook` rounded to ``dtype``, and `to_codes`."""
+    """Return the codes of weights [..., in] without compensation: `codebook` rounded to ``dtype``, then `to_codes`."""
     return to_codes(W, codebook(W, bits, importance_I, keep).to(dtype), keep)
 
 
 def _histogram(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.Tensor | None) -> tuple[Array, Array]:
-    """Mean and weight of the values in each bin that has some, ascending."""
+    """Return the mean and the weight of the values in each bin that is not empty, ascending, [N] each."""
     half = 1 << (31 - _DROPPED)
     weight_N, sum_N = torch.zeros(2, 2 * half, dtype=torch.float64)
     for x, h in _parts(W, importance_I, keep):
@@ -104,7 +109,7 @@ def _histogram(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.T
 
 
 def _distinct(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.Tensor | None) -> tuple[Array, Array]:
-    """The different values of the tensor, ascending, and the weight of each."""
+    """Return the distinct values of the tensor, ascending, and the weight of each, [N] each."""
     parts = list(_parts(W, importance_I, keep))
     x_N, place = torch.unique(torch.cat([x for x, _ in parts]), return_inverse=True)
     h = None if importance_I is None else torch.cat([h for _, h in parts if h is not None])
@@ -114,7 +119,7 @@ def _distinct(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.Te
 def _parts(
     W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Values that count, some rows at a time, and what each counts, None for 1; float64 [n] on the CPU."""
+    """Yield the kept values, some rows at a time, and their weights, None for 1; float64 [n] on the CPU."""
     width = max(1, W.shape[-1])
     h_I = None
     if importance_I is not None:
@@ -133,13 +138,13 @@ def _parts(
 
 
 def _merged(x_N: Array, weight_N: Array, count: int) -> tuple[Array, Array]:
-    """Mean and weight of at most ``count`` runs of neighbours, narrow where values lie close.
+    """Return the mean and the weight of at most ``count`` runs of neighbouring values, narrow where values are dense.
 
-    As in the best codebook of many values, their density goes with the cube root of that of the values (Panter and Dite, 1951).
+    The density of runs is the cube root of that of the values, as in the best codebook of many values (Panter and Dite, 1951).
     """
     gap_N = np.diff(x_N, prepend=x_N[0], append=x_N[-1])
     share_N = np.cbrt(weight_N * ((gap_N[1:] + gap_N[:-1]) / 2) ** 2)
-    for _ in range(16):  # a run is one value at least: what more than that an outlier would take is for the others
+    for _ in range(16):  # a run holds at least one value: the excess share of an outlier is left to the others
         share_N = np.minimum(share_N, share_N.sum() / count)
     end_N = share_N.cumsum()
     run_N = np.minimum((end_N - share_N / 2) * (count / end_N[-1]), count - 1).astype(np.int64)
@@ -149,29 +154,29 @@ def _merged(x_N: Array, weight_N: Array, count: int) -> tuple[Array, Array]:
 
 
 class _Sums:
-    """Sums over runs of values from i up to, but without, j."""
+    """Prefix sums over runs of values i … j - 1."""
 
     def __init__(self, x_N: Array, weight_N: Array) -> None:
         self.weight = np.concatenate([[0.0], weight_N.cumsum()])
         self.moment = np.concatenate([[0.0], (weight_N * x_N).cumsum()])
 
     def gain(self, i: Array, j: Array) -> Array:
-        """(Σ h x)² / Σ h: what the squared error is less than Σ h x² when the mean stands for the run; 0 of an empty one."""
+        """Return (Σ h x)² / Σ h, by which a run's squared error around its mean is below Σ h x²; 0 for an empty run."""
         weight = self.weight[j] - self.weight[i]
         result: Array = (self.moment[j] - self.moment[i]) ** 2 / np.where(weight > 0, weight, np.inf)
         return result
 
     def mean(self, i: Array, j: Array) -> Array:
-        """Means of runs that hold some."""
+        """Return the means of runs, none of them empty."""
         result: Array = (self.moment[j] - self.moment[i]) / (self.weight[j] - self.weight[i])
         return result
 
 
 def _exact(x_N: Array, weight_N: Array, K: int) -> Array:
-    """The means of the K runs of least squared error.
+    """Return the means [K] of the K runs of least squared error.
 
-    The best last run of the first j values begins no earlier the larger j is. So rows are solved from coarse to fine, each
-    between those beside it: O(K N log N), all rows of one fineness at once.
+    The best last run of the first j values begins no earlier as j grows. So rows j are solved from coarse to fine, each
+    between the starts of its neighbours, and all rows of one level at once: O(K N log N).
     """
     N = len(x_N)
     sums = _Sums(x_N, weight_N)
@@ -204,7 +209,7 @@ def _exact(x_N: Array, weight_N: Array, K: int) -> Array:
 
 
 def _lloyd(x_N: Array, weight_N: Array, book_K: Array) -> Array:
-    """Every value to the nearest of the codebook, whose values become the means of theirs, until none changes."""
+    """Return the codebook [K] after Lloyd's algorithm: assign to the nearest value, take means, until nothing changes."""
     sums = _Sums(x_N, weight_N)
     before = None
     for _ in range(_ROUNDS):

@@ -1,7 +1,7 @@
-"""GPTQ: round weights column by column and let the columns to the right make up for each (arXiv 2210.17323).
+"""GPTQ (arXiv 2210.17323): quantise weights column by column; the columns not yet quantised compensate for the error.
 
-Letters: O outputs, I inputs, B columns of a block, G of a smaller one in it. Matrices are held transposed, [in, out], so that
-a column of W is contiguous.
+Letters: O outputs, I inputs, B columns of a block, G columns of a smaller block in it. Matrices are held transposed,
+[in, out], so that a column of W is contiguous.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import Scales, nearest
 from compress.spec.formats import QuantFormat
 
-#: Weights [O] of an input, and its number ▶ the values they are rounded to, a new tensor.
+#: Weights [O] of one input, and the index of that input ▶ the values they are rounded to, in a new tensor.
 RoundColumn: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
-#: Columns whose updates are applied to the rest of their block at once.
+#: Columns whose updates are applied to the rest of their block in one product.
 _INNER = 32
 
 
 def act_order(H_II: torch.Tensor) -> torch.Tensor:
-    """Inputs by falling diagonal of H [I]: those that matter most are rounded first, while others can still make up."""
+    """Return the input indices [I] by falling diagonal of H (act-order).
+
+    The most important inputs are quantised first, while many columns are left to compensate.
+    """
     return torch.argsort(H_II.diagonal(), descending=True, stable=True)
 
 
@@ -36,10 +39,14 @@ def gptq(
     keep_OI: torch.Tensor | None = None,
     blocksize: int = 128,
 ) -> torch.Tensor:
-    """The weights to round to nearest, [out, in] in W's dtype: as updated for the errors of the columns before.
+    """Return the compensated weights, [out, in] in W's dtype. Rounding them gives the quantised weights.
 
-    Scales are those of the groups in the file's order, fixed beforehand ("static groups"), whatever the order of work: no
-    index tensor is needed. Arguments beside grid and scales are those of `compensated`.
+    Scales belong to the groups of inputs in the file's order and are fixed beforehand (static groups), whatever ``order_I``
+    is. So no index tensor is stored.
+
+    Args:
+        quant_format, scales: the format, and scales [O, G] with optional zero points.
+        W_OI, U_II, order_I, keep_OI, blocksize: as in `compensated`.
     """
     size = quant_format.group or W_OI.shape[1]
     scale_GO = scales.scale.t().to(U_II.dtype).contiguous()
@@ -63,7 +70,7 @@ def codebook_gptq(
     keep_OI: torch.Tensor | None = None,
     blocksize: int = 128,
 ) -> torch.Tensor:
-    """As `gptq`, for the values of a codebook, ascending. Arguments beside it are those of `compensated`."""
+    """Return the compensated weights, as `gptq`, where the values are those of a codebook [K], ascending."""
     book_K = book_K.to(W_OI.device, U_II.dtype)
     borders = borders_of(book_K)
 
@@ -81,11 +88,19 @@ def compensated(
     keep_OI: torch.Tensor | None = None,
     blocksize: int = 128,
 ) -> torch.Tensor:
-    """The weights to round, [out, in] in W's dtype: as updated for the errors of the columns before.
+    """Return the compensated weights, [out, in] in W's dtype: each column as it was when ``round_`` was applied to it.
+
+    After column j is rounded to q, every later column k becomes w_k - (w_j - q) U_jk / U_jj.
 
     Args:
-        W_OI: weights, [out, in]. U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``.
-        order_I: in which order columns are rounded. keep_OI: removed weights are rounded to zero.
+        W_OI: weights, [out, in], any float dtype; the work is done in U's dtype.
+        U_II: upper triangular with Uᵀ U = H⁻¹, rows and columns in ``order_I`` (see `hessian.inverse_factor`).
+        order_I: the order in which columns are rounded.
+        round_: rounds one column.
+        keep_OI: keep-mask; removed weights round to zero.
+        blocksize: columns whose updates of all later columns are applied in one product.
+
+    Source: GPTQ (arXiv 2210.17323), algorithm 1.
     """
     inputs = W_OI.shape[1]
     W_IO = W_OI.t()[order_I].to(U_II.dtype, memory_format=torch.contiguous_format, copy=True)
@@ -95,7 +110,7 @@ def compensated(
     for start in range(0, inputs, blocksize):
         stop = min(start + blocksize, inputs)
         W_BO = W_IO[start:stop]
-        # rows divided by their diagonal: then the error to hand on is that of the weight itself
+        # rows divided by their diagonal, so that the error to propagate is that of the weight itself
         U_BI = U_II[start:stop, start:] / U_II.diagonal()[start:stop, None]
         error_BO = torch.empty_like(W_BO)
         for i in range(0, stop - start, _INNER):
@@ -127,19 +142,19 @@ def asymmetric_target(
     U_II: torch.Tensor,
     order_I: torch.Tensor,
 ) -> torch.Tensor:
-    """The weights whose outputs, on inputs as they have become, are nearest to those of W on the inputs as they were.
+    """Return V = W + (W Δ + R) H⁻¹, [out, in] in W's dtype: W corrected for the error of earlier matrices.
 
-    With x̂ and x the inputs now and then, they minimise Σ ||V x̂ - W x - r||² (with H's damping, which holds V near W), r being
-    what else the outputs are to make up for.
+    With x the original's inputs and x̂ the present ones, V minimises Σ ||V x̂ - W x - r||² + λ ||V - W||², where r is what the
+    residual stream lacks and λ the damping of H. Write V = W + D. Then V x̂ - W x - r = D x̂ - (W (x - x̂) + r), and the
+    derivative by D is zero at D (H + λ) = Σ (W (x - x̂) + r) x̂ᵀ = W Δ + R.
 
     Args:
-        W_OI: weights, [out, in]. drift_II: Σ (x - x̂) x̂ᵀ. residual_OI: Σ r x̂ᵀ; None for none.
-        U_II: upper triangular, Uᵀ U = H⁻¹ with H = Σ x̂ x̂ᵀ in ``order_I``, damped.
+        W_OI: the original's weights, [out, in], any float dtype.
+        drift_II: Δ = Σ (x - x̂) x̂ᵀ, [in, in]; the work is done in its dtype.
+        residual_OI: R = Σ r x̂ᵀ, [out, in]; None for zero.
+        U_II: upper triangular with Uᵀ U = (H + λ)⁻¹, H = Σ x̂ x̂ᵀ, rows and columns in ``order_I``.
 
-    Returns:
-        V in W's dtype.
-
-    Source: the target of GPTAQ (arXiv 2504.02692), solved before rounding instead of in its course.
+    Source: the objective of GPTAQ (arXiv 2504.02692), solved before rounding instead of column by column.
     """
     moved_OI = W_OI.to(drift_II.dtype) @ drift_II
     if residual_OI is not None:
@@ -150,7 +165,7 @@ def asymmetric_target(
 
 
 def act_order_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """``inverse_factor`` of H in the order of importance: (order, U, damping)."""
+    """Return (order [I], U [I, I], damping): `act_order` of H, and `inverse_factor` of H in that order."""
     order_I = act_order(H_II)
     U_II, damping = inverse_factor(H_II[order_I][:, order_I], damp)
     return order_I, U_II, damping

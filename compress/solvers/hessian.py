@@ -1,6 +1,6 @@
-"""The Hessian of a linear layer's output error, damped, and the Cholesky factor of its inverse.
+"""The Hessian of a linear layer's output error: damping, and the Cholesky factor of the inverse.
 
-Letters: O outputs, I inputs. H_II is the sum of x xᵀ over tokens; for new weights W' the output error ||(W - W')X||² is
+Letters: O outputs, I inputs. H_II is the sum of x xᵀ over tokens. For new weights W' the output error ||(W - W')X||² is
 tr((W - W') H (W - W')ᵀ).
 """
 
@@ -10,20 +10,20 @@ import math
 
 import torch
 
-#: Damping never exceeds the mean of the diagonal; what still has no Cholesky factor there is not close to positive.
+#: Largest damping, in units of the diagonal's mean. A matrix without a Cholesky factor there is far from positive.
 _MOST_DAMPING = 1.0
 
 
 def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
-    """H with ``damp`` times the mean of its diagonal added to the diagonal, and which inputs are dead.
+    """Return H with ``damp`` times the mean of its diagonal added to the diagonal, and a mask of the dead inputs.
 
     Args:
-        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64. It is left as it is; the result is its one copy.
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; not changed. The result is one copy of it.
         damp: at least 0, in units of the diagonal's mean over inputs that are not dead.
 
     Returns:
-        The damped copy, and a bool tensor [in], True for inputs that were always zero (diagonal 0). They get the damping
-        alone, whatever the scale of H, or 1 where that is zero: their weights do nothing, so they are the cheapest to remove.
+        The damped copy, and a bool tensor [in]: True for inputs that were always zero (diagonal 0). The diagonal of a dead
+        input is the damping, or 1 if the damping is zero. Weights of dead inputs have no effect, so they are removed first.
     """
     damped_II = H_II.clone(memory_format=torch.contiguous_format)
     damped_II.diagonal().copy_(damped_diagonal(H_II, damp))
@@ -31,7 +31,7 @@ def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.
 
 
 def damped_diagonal(H_II: torch.Tensor, damp: float) -> torch.Tensor:
-    """The diagonal [in] that ``damped`` gives H."""
+    """Return the diagonal [in] of the damped H, as ``damped`` computes it."""
     diagonal_I = H_II.diagonal()
     alive = max(1, int((diagonal_I != 0).sum()))
     result_I = diagonal_I + damp * float(diagonal_I.sum(dtype=H_II.dtype)) / alive
@@ -40,7 +40,7 @@ def damped_diagonal(H_II: torch.Tensor, damp: float) -> torch.Tensor:
 
 
 def check_finite(H_II: torch.Tensor) -> None:
-    """Raises `ValueError` where H holds NaN or infinite values: no damping gives it a Cholesky factor."""
+    """Raise `ValueError` if H holds NaN or infinite values: no damping gives it a Cholesky factor."""
     if not all(math.isfinite(float(bound)) for bound in torch.aminmax(H_II)):
         raise ValueError(
             f"H [{H_II.shape[0]}, {H_II.shape[1]}] holds NaN or infinite values; check the calibration inputs"
@@ -48,19 +48,19 @@ def check_finite(H_II: torch.Tensor) -> None:
 
 
 def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
-    """Upper triangular U with Uᵀ U = (damped H)⁻¹, as GPTQ and SparseGPT use it, and the damping it took.
+    """Return the upper triangular U with Uᵀ U = (damped H)⁻¹, which GPTQ and SparseGPT use, and the damping used.
 
-    Damping grows tenfold, up to 1, until the Cholesky factorisation succeeds. If it never does, H's eigenvalues are raised to
-    at least ``damp`` times the mean of its diagonal instead.
+    The damping grows tenfold, up to 1, until the Cholesky factorisation succeeds. If it never does, the eigenvalues of H are
+    raised to at least ``damp`` times the mean of its diagonal.
 
     Args:
-        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; left as it is. One more matrix of its size is held at
-            the peak, and a little; four in the eigenvalue decomposition.
-        damp: where to start, in units of the diagonal's mean, as for ``damped``.
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; not changed. The peak is one more matrix of its size, or
+            four in the eigenvalue decomposition.
+        damp: the first damping to try, in units of the diagonal's mean, as for ``damped``.
 
     Returns:
-        U in H's dtype, with a positive diagonal, and the damping used: ``damp`` if all went well, math.inf if eigenvalues were
-        raised. Callers should report any other value than ``damp``.
+        U [in, in] in H's dtype, with a positive diagonal; and the damping used: ``damp`` normally, math.inf if eigenvalues
+        were raised. Callers should report any value other than ``damp``.
 
     Raises:
         ValueError: H holds NaN or infinite values.
@@ -71,17 +71,19 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
 
 
 def inverse(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
-    """(damped H)⁻¹, row-major, and the damping it took; as `inverse_factor`, also in memory."""
+    """Return (damped H)⁻¹ [in, in], row-major, and the damping used. Arguments, errors and memory are those of
+    `inverse_factor`.
+    """
     found_II, used = _inverted(H_II, damp, factor=False)
     return (found_II.mT @ found_II if math.isinf(used) else found_II.mT), used
 
 
 def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.Tensor, float]:
-    """The inverse, column-major, or its factor; where eigenvalues were raised always the factor."""
+    """Return the inverse, column-major, or its factor, and the damping; always the factor if eigenvalues were raised."""
     check_finite(H_II)
     used = damp
     while True:
-        # all in one matrix, column-major as LAPACK wants it: a symmetric one is its own transpose
+        # one matrix throughout, column-major as LAPACK wants it: a symmetric matrix is its own transpose
         work_II = damped(H_II, used)[0].mT
         failed = torch.empty((), dtype=torch.int32, device=H_II.device)
         torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
@@ -89,7 +91,7 @@ def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.T
             torch.cholesky_inverse(work_II, out=work_II)
             if factor:
                 torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
-            # an inverse of overflown or vanishing values is as good as none
+            # an inverse with infinite or zero values counts as a failure
             diagonal_I = work_II.diagonal()
             if not int(failed) and bool((diagonal_I.isfinite() & (diagonal_I > 0)).all()):
                 return work_II, used
@@ -100,11 +102,11 @@ def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.T
 
 
 def _raised_factor(H_II: torch.Tensor, damp: float) -> torch.Tensor:
-    """U with Uᵀ U = Q max(L, floor)⁻¹ Qᵀ: the R of QR of max(L, floor)^-½ Qᵀ."""
+    """Return U with Uᵀ U = Q max(L, floor)⁻¹ Qᵀ: the R of the QR decomposition of max(L, floor)^-½ Qᵀ."""
     values_I, vectors_II = torch.linalg.eigh(H_II)
     floor = max(damp, 1e-4) * float(H_II.diagonal().abs().mean()) or 1.0
     vectors_II *= values_I.clamp_(min=floor).rsqrt_()
     upper_II: torch.Tensor = torch.linalg.qr(vectors_II.mT, mode="r").R
     del vectors_II
-    upper_II *= torch.where(upper_II.diagonal() < 0, -1, 1)[:, None]  # QR leaves the sign of each row open
+    upper_II *= torch.where(upper_II.diagonal() < 0, -1, 1)[:, None]  # QR does not fix the sign of a row
     return upper_II

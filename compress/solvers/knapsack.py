@@ -1,20 +1,23 @@
-"""One choice for each item, of least total loss within a budget: the multiple-choice knapsack, by dynamic programming."""
+"""The multiple-choice knapsack by dynamic programming: one option per item, least total loss within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Steps that the budget is divided into; costs are rounded up to whole ones, so a budget is never exceeded.
+#: Most steps that the spare budget is divided into.
 _STEPS = 1 << 13
 
 
 def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int] | None:
-    """Number of the choice of each item; None if even the cheapest ones exceed the budget.
+    """Return the index of the chosen option of each item; None if even the cheapest options exceed the budget.
+
+    The spare budget, above the cheapest options, is divided into at most 8192 steps. An option's cost above the cheapest is
+    rounded up to whole steps, so the budget is never exceeded. The result is exact if all these costs are whole steps.
+    Otherwise it is at least as good as any choice that leaves one step per item unused.
 
     Args:
-        costs, losses: of each choice of each item. budget: most that the chosen costs may sum to.
-
-    Exact for costs in whole steps of 1/8192 of what the budget leaves above the cheapest choices.
+        costs, losses: cost and loss of each option of each item.
+        budget: bound on the sum of the chosen costs.
     """
     import numpy as np
 

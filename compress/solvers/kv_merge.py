@@ -1,4 +1,4 @@
-"""Several attention heads that become one: turned so that they are alike, then their mean.
+"""Merge attention heads: align them by rotations that do not change the model, then take their mean.
 
 Letters: G heads, D outputs of a head, I inputs. H_II is the sum of x xᵀ over tokens, damped.
 """
@@ -9,14 +9,18 @@ from collections.abc import Callable
 
 import torch
 
-#: Rounds of turning each head towards the mean of all as they are turned so far.
+#: Rounds of aligning every head with the mean of the aligned heads.
 _ROUNDS = 4
 
 
 def align_values(V_GDI: torch.Tensor, H_II: torch.Tensor) -> torch.Tensor:
-    """Rotations R [G, D, D] with which the heads' outputs R_g V_g x come nearest to each other.
+    """Return rotations R [G, D, D] that bring the heads' outputs R_g V_g x close to each other, in H's dtype.
 
-    Whatever reads head g reads the same when its weights are multiplied by R_gᵀ. Heads that are alike already stay as they are.
+    The model does not change if the weights that read head g are multiplied by R_gᵀ. Equal heads are not turned.
+
+    Args:
+        V_GDI: weights of the heads, [heads, head outputs, in].
+        H_II: sum of x xᵀ, damped.
 
     Source: generalised Procrustes analysis (Gower 1975); of attention heads as in arXiv 2412.20677.
     """
@@ -24,20 +28,25 @@ def align_values(V_GDI: torch.Tensor, H_II: torch.Tensor) -> torch.Tensor:
 
 
 def align_keys(K_GDI: torch.Tensor, H_II: torch.Tensor, rotary: int) -> torch.Tensor:
-    """The same among rotations that rotary positions leave alone: entry p turns with p + rotary/2, by an angle for each pair.
+    """Return such rotations that commute with rotary positions: an angle for each pair of entries (p, p + rotary/2).
 
-    Scores stay what they are when queries of head g are turned by R_g too. Entries from ``rotary`` on do not turn.
+    Attention scores do not change if the queries of head g are turned by R_g too. Entries from ``rotary`` on are not turned.
+    Arguments are those of `align_values`.
     """
     return _aligned(K_GDI, H_II, lambda M_DD: _turns(M_DD, rotary))
 
 
 def merge(W_GDI: torch.Tensor, into: int) -> torch.Tensor:
-    """Every run of G / ``into`` neighbouring heads (weights [G, D, I], or biases [G, D]) replaced by its mean."""
+    """Return weights [G, D, I] or biases [G, D] in which every run of G / ``into`` neighbouring heads is its mean."""
     runs = W_GDI.reshape(into, -1, *W_GDI.shape[1:])
     return runs.mean(1, keepdim=True).expand_as(runs).flatten(0, 1)
 
 
 def _aligned(W_GDI: torch.Tensor, H_II: torch.Tensor, nearest: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return R [G, D, D]; ``nearest`` gives the allowed R of largest tr(Rᵀ C) for a matrix C [D, D].
+
+    Σ ||R W_g x - M x||² is least where tr(Rᵀ M H W_gᵀ) is largest, M being the mean of the aligned heads.
+    """
     weights = W_GDI.to(H_II.dtype)
     mean = weights[0]
     for _ in range(_ROUNDS):
@@ -47,14 +56,18 @@ def _aligned(W_GDI: torch.Tensor, H_II: torch.Tensor, nearest: Callable[[torch.T
 
 
 def _rotation(M_DD: torch.Tensor) -> torch.Tensor:
-    """The orthogonal R of largest tr(Rᵀ M)."""
+    """Return the orthogonal R [D, D] of largest tr(Rᵀ M): A Bᵀ of the SVD M = A Σ Bᵀ (Procrustes)."""
     left, _, right = torch.linalg.svd(M_DD)
     product: torch.Tensor = left @ right
     return product
 
 
 def _turns(M_DD: torch.Tensor, rotary: int) -> torch.Tensor:
-    """The R of largest tr(Rᵀ M) that turns pairs alone."""
+    """Return the R of largest tr(Rᵀ M) that turns each pair (p, q = p + rotary/2) by an angle θ.
+
+    The pair's share of the trace is cos θ (M_pp + M_qq) + sin θ (M_qp - M_pq), largest at
+    θ = atan2(M_qp - M_pq, M_pp + M_qq).
+    """
     half = rotary // 2
     one, other = torch.arange(half, device=M_DD.device), torch.arange(half, rotary, device=M_DD.device)
     angle = torch.atan2(M_DD[other, one] - M_DD[one, other], M_DD[one, one] + M_DD[other, other])

@@ -1,6 +1,6 @@
-"""A weight matrix as the product of two of low rank, with the least error of its outputs.
+"""Low-rank factors of a weight matrix with the least output error.
 
-Letters: O outputs, I inputs, R ranks. For H = Σ x xᵀ the error ||(W - V)X||² is tr((W - V) H (W - V)ᵀ).
+Letters: O outputs, I inputs, R ranks. With H = Σ x xᵀ the error ||(W - V)X||² is tr((W - V) H (W - V)ᵀ).
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from compress.solvers.hessian import inverse_factor
 def low_rank(
     W_OI: torch.Tensor, H_II: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Factors A B of that rank nearest to W in its outputs: the best there are for inputs of these statistics.
+    """Return the factors A B of that rank with the least ||(W - A B)X||².
 
-    What SVD-LLM (arXiv 2403.07378) finds by the singular values of W L, with H = L Lᵀ: its left singular vectors are the
-    eigenvectors P of W H Wᵀ, and A B = P Pᵀ W. Where there are more outputs than inputs, the smaller problem of its right
-    ones is solved instead.
+    With H = L Lᵀ the error is ||W L - A B L||², least at the truncated SVD of W L (Eckart and Young). Its left singular vectors
+    are the eigenvectors P of W H Wᵀ, so A B = P Pᵀ W, and no factor of H is needed. If there are more outputs than inputs, the
+    smaller problem of the right singular vectors is solved. The work is in float64.
 
     Args:
-        W_OI: weights, [out, in]. H_II: sum of x xᵀ, symmetric, float32 or float64.
+        W_OI: weights, [out, in], any float dtype.
+        H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64.
+        rank: at most min(out, in).
 
     Returns:
-        A [out, rank] and B [rank, in] in W's dtype, of equal norms for each rank; the energies λ [min(O, I)], falling: the
-        error at rank r is the sum of λ from r on; and the damping it took, 0 for none.
+        A [out, rank] and B [rank, in] in W's dtype, with equal norms for each rank; the eigenvalues λ [min(O, I)], falling: the
+        error at rank r is the sum of λ from index r on; and the damping of H, 0 if it was not factorised.
+
+    Source: the result of SVD-LLM (arXiv 2403.07378).
     """
     wide_OI, damping = W_OI.double(), 0.0
     H = H_II.double()
@@ -34,7 +38,7 @@ def low_rank(
         B = A.T @ wide_OI
     else:
         U_II, damping = inverse_factor(H, 1e-6)
-        # H = (Uᵀ U)⁻¹, so E U⁻¹ has the norm of E's outputs
+        # H = (Uᵀ U)⁻¹, so ||E U⁻¹||² is the output error of E
         white_OI = torch.linalg.solve_triangular(U_II, wide_OI, upper=True, left=False)
         energies, Q_II = torch.linalg.eigh(white_OI.T @ white_OI)
         Q = Q_II[:, -rank:].flip(1)

@@ -1,7 +1,7 @@
 """Keep-masks by weight magnitude. Masks are bool, True where a weight is kept.
 
-An earlier mask is obeyed: what it removed scores below every other weight. Equal magnitudes are kept in row-major order,
-so that masks do not depend on the machine's sorting.
+An earlier mask is obeyed: weights that it removed score below all others. Of equal magnitudes the first in row-major order are
+kept, so that masks do not depend on the machine's sorting.
 
 Sources: Han et al. 2015 (arXiv 1506.02626); N:M, Mishra et al. 2021 (arXiv 2104.08378).
 """
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-#: Histogram resolution of a global threshold: float32 magnitudes compare like their bit patterns.
+#: Bits of the first histogram for a global threshold. float32 magnitudes compare as their bit patterns do.
 _HIGH_BITS = 16
 
 
@@ -32,13 +32,19 @@ class MaskedTensor(Protocol):
 
 
 def scores(values: torch.Tensor, earlier: torch.Tensor | None) -> torch.Tensor:
-    """|w| as int64 keys in the order of magnitude, -1 where an earlier mask removed it. float64 goes through float32."""
+    """Return int64 keys in the order of |w|, of the shape of ``values``; -1 for weights that an earlier mask removed.
+
+    float64 values are rounded to float32 first.
+    """
     keys = values.abs().to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
     return keys if earlier is None else torch.where(earlier, keys, -1)
 
 
 def keep_largest(values: torch.Tensor, kept: int, earlier: torch.Tensor | None = None) -> torch.Tensor:
-    """Mask that keeps exactly ``kept`` weights, the largest, of a tensor of any shape."""
+    """Return the mask that keeps exactly ``kept`` weights, the largest, of a tensor of any shape.
+
+    Fewer are kept if ``earlier`` keeps fewer.
+    """
     flat = scores(values, earlier).flatten()
     if kept == 0:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -54,10 +60,10 @@ def keep_largest(values: torch.Tensor, kept: int, earlier: torch.Tensor | None =
 def keep_n_of_m(
     values: torch.Tensor, n: int, m: int, axis: int = -1, earlier: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mask that keeps the ``n`` largest of every ``m`` consecutive weights along ``axis`` (whose size ``m`` divides)."""
+    """Return the mask that keeps the ``n`` largest of every ``m`` consecutive weights along ``axis``, which ``m`` divides."""
     moved = scores(values, earlier).movedim(axis, -1)
     groups = moved.reshape(-1, m)
-    # stable: of equal magnitudes the earlier ones are kept
+    # stable: of equal magnitudes the first are kept
     best = torch.sort(groups, dim=-1, descending=True, stable=True).indices[:, :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True) & (groups >= 0)
     return mask.reshape(moved.shape).movedim(-1, axis).contiguous()
@@ -69,12 +75,16 @@ def global_counts(
     kept: int,
     advance: Callable[[str], None] = lambda name: None,
 ) -> dict[str, int]:
-    """How many weights of each tensor one threshold over all of them keeps, ``kept`` in total, exactly.
+    """Return how many weights of each tensor one global threshold keeps; ``kept`` in total, exactly.
 
-    ``advance`` is called with a tensor's name whenever it has been read.
+    The threshold is found in two reads of the tensors, by a histogram of the upper and one of the lower half of the
+    magnitudes' bits, so only one tensor is in memory. Weights equal to the threshold are kept in the order of ``names``.
 
-    Two passes over the tensors, a histogram of the upper and one of the lower half of the magnitudes' bits, instead of all
-    magnitudes in memory. Weights equal to the threshold are kept in the order of ``names``.
+    Args:
+        read: tensor name ▶ its values and keep-mask.
+        names: the tensors.
+        kept: weights to keep over all tensors; all if that many are not left.
+        advance: called with a tensor's name after each read.
     """
     low_bits = 32 - _HIGH_BITS
     high = torch.zeros(1 << _HIGH_BITS, dtype=torch.int64)
@@ -111,7 +121,7 @@ def _alive(value: MaskedTensor) -> torch.Tensor:
 
 
 def _descend(histogram: torch.Tensor, kept: int) -> tuple[int, int]:
-    """The bucket in which the ``kept``-th largest lies, and how many lie above it."""
+    """Return the bucket that holds the ``kept``-th largest value, and how many values lie above that bucket."""
     above = histogram.flip(0).cumsum(0)
     position = int(torch.searchsorted(above, kept))
     bucket = histogram.numel() - 1 - position

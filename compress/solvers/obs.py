@@ -1,7 +1,7 @@
-"""Which inputs of a linear layer stay, and the weights that then give nearly the same outputs.
+"""Optimal Brain Surgeon in groups: which inputs of a linear layer to keep, and least squares for the weights that read them.
 
-Letters: O outputs, I inputs, S inputs that stay. Inputs come in units of ``width`` neighbours: one neuron, or a head. H_II is
-the sum of x xᵀ over tokens; for a layer with a bias that of x - mean(x), as the bias makes up for the mean.
+Letters: O outputs, I inputs, S kept inputs. Inputs come in units of ``width`` neighbours: a neuron, or a head. H_II is the sum
+of x xᵀ over tokens; for a layer with a bias that of x - mean(x), since the bias compensates for the mean.
 """
 
 from __future__ import annotations
@@ -10,25 +10,32 @@ import torch
 
 from compress.solvers.hessian import check_finite, damped_diagonal, inverse
 
-#: Steps in which single inputs go; with more inputs than that, several go in each.
+#: Units that are removed one at a time; if more are removed, several go in each step.
 _STEPS = 256
 #: Rows of H that are copied at a time.
 _ROWS = 1024
-#: Damping of the least squares: beside it, what no token has told is kept as it was.
+#: Damping of the least squares: directions that no token excites keep their weights.
 _DAMP = 0.001
 
 
 def obs_prune_groups(
     W_OI: torch.Tensor, H_II: torch.Tensor, remove: int, *, width: int = 1, runs: int = 1
 ) -> list[int]:
-    """Numbers of the units that stay when units go one after another, each the one whose loss is least.
+    """Return the indices of the units to keep. Units are removed greedily, each time the one of least loss.
 
-    The loss of a unit G is what ||(W - W')X||² grows by when its weights are zero and all others move to make up for it:
-    tr(W_G (H⁻¹_GG)⁻¹ W_Gᵀ). Weights and H⁻¹ then move on. Of more than 256 units that go, several go in each step.
+    The loss of a unit G is the rise of ||(W - W')X||² if its weights become zero and all others compensate (`_losses`). With
+    P = H⁻¹ the compensated weights are W - W_G P_GG⁻¹ P_G, and the inverse Hessian of the rest is P - P_:G P_GG⁻¹ P_G. If more
+    than 256 units are removed, several go in each step.
 
     Args:
-        remove: how many units go. width: neighbouring inputs of a unit.
-        runs: the units lie in so many equal runs, each of which loses the same number.
+        W_OI: weights of the layer that reads the units, [out, in].
+        H_II: sum of x xᵀ, [in, in]; the work is done in its dtype.
+        remove: number of units to remove.
+        width: neighbouring inputs of a unit.
+        runs: number of equal runs that the units lie in; each run loses the same number.
+
+    Raises:
+        ValueError: H holds NaN or infinite values.
 
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993), in groups as in ZipLM (arXiv 2302.04089), algorithm 1.
     """
@@ -48,7 +55,7 @@ def obs_prune_groups(
         rows = torch.linalg.solve(P_II[inputs][:, inputs], P_II[inputs])
         weight.addmm_(weight[:, inputs], rows, alpha=-1)
         P_II.addmm_(P_II[:, inputs], rows, alpha=-1)
-        P_II[inputs, inputs] = 1  # nothing divides by what is gone
+        P_II[inputs, inputs] = 1  # so that removed units divide by 1
         alive[gone] = False
         remove -= len(gone)
         for r in run[gone].tolist():
@@ -58,6 +65,11 @@ def obs_prune_groups(
 
 
 def _losses(W_OI: torch.Tensor, P_II: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the loss tr(W_G P_GG⁻¹ W_Gᵀ) of removing each unit G, [units]; P is the inverse Hessian of the kept inputs.
+
+    It is the minimum of tr(D H Dᵀ) over changes D with D_G = -W_G. A Lagrange multiplier for each constraint gives
+    D = -W_G P_GG⁻¹ P_G, and with it this value. For single inputs it is ||W_j||² / P_jj.
+    """
     if width == 1:
         single: torch.Tensor = W_OI.square().sum(0) / P_II.diagonal()
         return single
@@ -70,7 +82,11 @@ def _losses(W_OI: torch.Tensor, P_II: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def keep_by_score(score: torch.Tensor, remove: int, *, runs: int = 1) -> list[int]:
-    """Numbers of the units [U] that stay when those of least score go, the same number from each of ``runs`` equal runs."""
+    """Return the indices of the units to keep when those of least score go, the same number from each of ``runs`` equal runs.
+
+    Args:
+        score: of each unit, [U]; of equal scores the first go.
+    """
     by_run = score.view(runs, -1)
     order = by_run.argsort(dim=1, stable=True)[:, remove // runs :] + by_run.shape[1] * torch.arange(runs)[:, None]
     kept: list[int] = order.flatten().sort().values.tolist()
@@ -78,10 +94,10 @@ def keep_by_score(score: torch.Tensor, remove: int, *, runs: int = 1) -> list[in
 
 
 def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
-    """Weights [O, S] over the inputs ``stay_S`` that minimise ||W X - V X_S||² + λ||W_S - V||².
+    """Return the weights V [O, S] on the inputs ``stay_S`` of least ||W X - V X_S||² + λ||W_S - V||², in H's dtype.
 
-    V = (W (H + λ))_{:,S} (H_SS + λ)⁻¹ with λ a thousandth of the mean of H's diagonal, more where that has no Cholesky
-    factor. Where all stay, V is W. In H's dtype.
+    V = (W (H + λ))_:S (H_SS + λ)⁻¹. λ is a thousandth of the mean of H's diagonal, more if H_SS + λ has no Cholesky factor. If
+    all inputs stay, V is W.
 
     Raises:
         ValueError: H holds NaN or infinite values.
@@ -105,8 +121,8 @@ def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) 
 
 
 def _square(H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
-    """H between survivors [S, S], column-major as LAPACK wants it, without a copy of whole rows."""
+    """Return H_SS [S, S], column-major as LAPACK wants it, without a copy of all whole rows."""
     found_SS = H_II.new_empty(len(stay_S), len(stay_S))
     for start in range(0, len(stay_S), _ROWS):
         found_SS[start : start + _ROWS] = H_II[stay_S[start : start + _ROWS]][:, stay_S]
-    return found_SS.mT  # of a symmetric one
+    return found_SS.mT  # symmetric, so its transpose is itself

@@ -1,4 +1,4 @@
-"""Scales and codes of matrices: fitting a grid to weights, rounding to it, and back.
+"""Scales and codes of matrices: fit scales to weights, quantise, dequantise.
 
 Letters: O outputs, I inputs, G groups of inputs that share a scale, S inputs of a group.
 """
@@ -13,18 +13,18 @@ from compress.checkpoint.decode import dequantized
 from compress.checkpoint.open import Codes
 from compress.spec.formats import QuantFormat
 
-#: Shares of the largest weight that the range of a group may end at.
+#: Ends of a group's range to try, as shares of its largest weight.
 _SHRINK = torch.linspace(1.0, 0.45, 12).tolist()
-#: Weights rounded at a time.
+#: Weights quantised at a time.
 _AT_ONCE = 1 << 19
 #: Rounds of least squares for the scale, given the codes.
 _REFITS = 3
 
 
 class Scales(NamedTuple):
-    """Scales [O, G] as floats and, for asymmetric grids, whole zero points [O, G] of the same dtype.
+    """Scales [O, G] as floats and, for asymmetric grids, integer-valued zero points [O, G] of the same dtype.
 
-    ``overall`` is what nvfp4's stored scales are divided by, float32 [1].
+    ``overall`` is the scale of nvfp4's scales, float32 [1]: the stored scales are divided by it.
     """
 
     scale: torch.Tensor
@@ -33,7 +33,7 @@ class Scales(NamedTuple):
 
 
 def code_range(quant_format: QuantFormat) -> tuple[float, float]:
-    """Lowest and highest value of a code."""
+    """Return the lowest and the highest value of a code."""
     if quant_format.is_integer:
         half = 1 << (quant_format.bits - 1)
         return -half, half - 1
@@ -42,7 +42,10 @@ def code_range(quant_format: QuantFormat) -> tuple[float, float]:
 
 
 def nearest(t: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
-    """Values of the nearest codes; ``t``, weights over scales (plus zero points), may be overwritten."""
+    """Return the values of the nearest codes, of the shape of ``t``: weights over scales, plus zero points.
+
+    ``t`` may be overwritten. Ties go to the even code.
+    """
     low, high = code_range(quant_format)
     if quant_format.is_integer:
         return t.round_().clamp_(low, high)
@@ -63,20 +66,20 @@ def fit(
     *,
     search: bool = True,
 ) -> Scales:
-    """Scales (and zero points) that make the rounding error Σ h_i (w - w')² of each group small.
+    """Return scales [O, G] (and zero points) with a small rounding error Σ h_i (w - w')² in each group.
 
-    The ends of the range are searched between the extremes of a group and 0.45 of them, then scale and codes are fitted to
-    each other by least squares in turns. Symmetric integers have one code more on the negative side: the longer tail of a
-    group gets it, by a negative scale where that is the positive one.
+    Twelve ends of the range are tried, from the extremes of a group to 0.45 of them. Then codes and scale alternate three
+    times: nearest codes q, and s = Σ h w q / Σ h q². A step counts only if it lowers the error. Symmetric integers have one
+    code more on the negative side. The longer tail of a group gets it: the scale is negative if that is the positive tail.
 
     Args:
-        W_OI: float32 weights, [out, in].
-        importance_I: h, such as the diagonal of Σ x xᵀ; None for all alike.
-        keep_OI: weights that count; removed ones have a code of their own (zero) in every grid.
-        search: without, the range ends at the extremes of each group.
+        W_OI: weights, [out, in], float32.
+        quant_format: the format; its group size divides the inputs.
+        importance_I: h [in], such as the diagonal of Σ x xᵀ; None for equal weights.
+        keep_OI: keep-mask; removed weights do not count, since every format has the code zero.
+        search: if false, the range ends at the extremes of each group, and nothing is fitted.
 
-    Source: the search is that of GPTQ's and AWQ's codes, weighted by the diagonal of the Hessian as in SqueezeLLM (arXiv
-    2306.07629).
+    Source: the search of the code of GPTQ and AWQ, weighted by the Hessian's diagonal as in SqueezeLLM (arXiv 2306.07629).
     """
     outputs, inputs = W_OI.shape
     size = quant_format.group or inputs
@@ -90,7 +93,7 @@ def fit(
     low, high = code_range(quant_format)
     least, most = W.amin(2), W.amax(2)
     top = torch.maximum(-least, most).clamp(min=1e-12)
-    # nvfp4: the largest scale is the largest of E4M3
+    # nvfp4: the largest scale becomes the largest value of E4M3
     overall = (448.0 * 6.0 / top.max()).reshape(1) if quant_format.format == "nvfp4" else None
     shares = _SHRINK if search else [1.0]
     starts: list[tuple[torch.Tensor, torch.Tensor | None]]
@@ -124,7 +127,7 @@ def fit(
 
 
 def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tensor | None) -> torch.Tensor:
-    """The nearest scale that the format can store."""
+    """Return the nearest scale that the format can store."""
     if quant_format.format == "mxfp4":
         return torch.exp2(torch.log2(scale.abs().clamp(min=1e-30)).round().clamp(-127, 127))
     if overall is not None:
@@ -135,14 +138,14 @@ def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tenso
 def codes_near(
     W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant_format: QuantFormat
 ) -> torch.Tensor:
-    """Values of the codes nearest to weights, less zero points; ``scale`` and ``zero`` broadcast to W."""
+    """Return the nearest codes to weights, less zero points, in W's shape; ``scale`` and ``zero`` broadcast to it."""
     if zero is None:
         return nearest(W / scale, quant_format)
     return nearest(W / scale + zero, quant_format).sub_(zero)
 
 
 def _values(W: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, quant_format: QuantFormat) -> torch.Tensor:
-    """Values of codes less zero points, [O, G, S]."""
+    """Return the nearest codes less zero points, [O, G, S]."""
     return codes_near(W, scale[..., None], None if zero is None else zero[..., None], quant_format)
 
 
@@ -156,14 +159,14 @@ def _error(
 def integer_codes(
     W_OI: torch.Tensor, quant_format: QuantFormat, scales: Scales, keep_OI: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Values of the nearest codes, less zero points, of weights [O, I]; 0 for removed ones."""
+    """Return the nearest codes less zero points of weights [O, I], float32; 0 for removed weights."""
     scale = scales.scale
     q = _values(W_OI.float().reshape(len(W_OI), scale.shape[1], -1), scale, scales.zero, quant_format).view(W_OI.shape)
     return q if keep_OI is None else q.masked_fill(~keep_OI, 0)
 
 
 def scaled(code_OI: torch.Tensor, scale_OG: torch.Tensor) -> torch.Tensor:
-    """Weights [O, I] of values of codes less zero points."""
+    """Return the weights [O, I] of codes less zero points: codes times scales."""
     return (code_OI.view(len(code_OI), scale_OG.shape[1], -1) * scale_OG[..., None]).view_as(code_OI)
 
 
@@ -174,7 +177,10 @@ def to_codes(
     dtype: torch.dtype,
     keep_OI: torch.Tensor | None = None,
 ) -> Codes:
-    """The nearest codes of weights [O, I], as files store them, with scales in ``dtype``; of removed weights those of zero."""
+    """Return the nearest codes of weights [O, I], as files store them, with scales in ``dtype``.
+
+    Removed weights get the code of zero.
+    """
     scale = scales.scale
     q = integer_codes(W_OI, quant_format, scales, keep_OI).view(W_OI.shape[0], scale.shape[1], -1)
     if scales.zero is not None:
@@ -204,9 +210,10 @@ def rounded(
     *,
     search: bool,
 ) -> Codes:
-    """Codes of weights [O, I] of any float dtype by themselves: `fit`, and `to_codes`.
+    """Return the codes of weights [O, I], any float dtype, without calibration: `fit`, then `to_codes`.
 
-    Some outputs at a time, so that what is computed on the way stays in the caches; nvfp4 has one scale for all of them.
+    A few outputs are processed at a time, so that intermediate tensors stay in the caches; all at once for nvfp4, whose overall
+    scale spans them.
     """
     rows = len(W_OI) if quant_format.format == "nvfp4" else max(1, _AT_ONCE // W_OI.shape[1])
     parts: list[Codes] = []
@@ -224,6 +231,6 @@ def rounded(
 
 
 def dequantize(codes: Codes, keep_OI: torch.Tensor | None = None) -> torch.Tensor:
-    """The weights [O, I] that a loader makes of codes, in the dtype of the scales; removed ones are +0."""
+    """Return the dequantised weights [O, I] as a loader computes them, in the dtype of the scales; +0 for removed weights."""
     values = dequantized(codes.codes, codes.scale, codes.zero, codes.overall)
     return values if keep_OI is None else values.masked_fill(~keep_OI, 0)

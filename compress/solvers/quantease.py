@@ -1,7 +1,7 @@
-"""Codes and scales made better by turns: coordinate descent on the codes, least squares for the scales.
+"""Alternate codes and scales: coordinate descent on the codes (QuantEase), least squares for the scales.
 
-Letters: O outputs, I inputs, B inputs of a block, G groups of inputs that share a scale, S inputs of a group. Matrices are held
-transposed, [in, out], so that what belongs to one input is contiguous.
+Letters: O outputs, I inputs, B inputs of a block, G groups of inputs that share a scale, S inputs of a group, P outputs of a
+part. Matrices are held transposed, [in, out], so that the weights of one input are contiguous.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from compress.solvers.quant_format import Scales, codes_near, integer_codes
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 
-#: Inputs whose gradients are brought up to date together.
+#: Inputs whose gradients are computed in one product.
 _BLOCK = 32
-#: By how much the scales of a row may change in a round: groups of hardly any codes but zero say little about theirs.
+#: Largest factor by which a scale may change in a round: a group of almost only zero codes says little about its scale.
 _MOST_CHANGE = 2.0
-#: Values of a part of the outputs at a time, where scales are fitted.
+#: Values in memory at a time where scales are fitted: outputs are split into parts.
 _VALUES = 1 << 24
 
 
@@ -28,17 +28,23 @@ def quantease(
     keep_OI: torch.Tensor | None = None,
     rounds: int = 3,
 ) -> tuple[torch.Tensor, Scales]:
-    """Codes less zero points [O, I], and their scales, with a smaller output error than rounding ``updated_weights``.
+    """Return codes less zero points [O, I] and their scales, with an output error no larger than that of the start.
 
-    The error is tr((W - Q) H (W - Q)ᵀ). A round gives every weight in turn the best code while all others stand, then every
-    row its best scales for these codes; neither can make it larger. Scales of mxfp4 and nvfp4, which have few to choose from,
-    stay; so do zero points.
+    The error is tr(E H Eᵀ) with E = W - Q. One weight that changes by δ changes it by -2 δ (E H)_oi + δ² H_ii, a parabola in
+    δ with its minimum at (E H)_oi / H_ii, so the nearest code to that point is the best one. A round gives every weight in
+    turn its best code while all others are fixed, then every row the best scales for these codes. No step raises the error.
+    Zero points do not change, nor do the scales of mxfp4 and nvfp4.
 
     Args:
-        W_OI: what is to be matched. latent_OI: weights to start from, such as `gptq` gives. H_II: damped, float32.
-        keep_OI: removed weights are zero.
+        W_OI: weights to match, [out, in], float32.
+        latent_OI: weights whose nearest codes are the start, such as `gptq` returns.
+        H_II: sum of x xᵀ, [in, in], damped, float32.
+        quant_format, scales: the format, and scales [O, G] with optional zero points.
+        keep_OI: keep-mask; removed weights are zero.
+        rounds: rounds over codes and scales; 0 returns the nearest codes to ``latent_OI``.
 
-    Source: QuantEase (arXiv 2309.01885) for the descent; least squares of scales as in BCQ's and AQLM's alternation.
+    Source: QuantEase (arXiv 2309.01885) for the descent. Least-squares scales alternate with codes in BCQ and AQLM (arXiv
+    2401.06118) too.
     """
     inputs = W_OI.shape[1]
     size = quant_format.group or inputs
@@ -48,7 +54,7 @@ def quantease(
     keep_IO = None if keep_OI is None else keep_OI.t().contiguous()
 
     def code(value_O: torch.Tensor, i: int) -> torch.Tensor:
-        """The nearest code, less its zero point, of values of input ``i``."""
+        """Return the nearest codes, less zero points, [O], of values of input ``i``."""
         g = i // size
         found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
         return found if keep_IO is None else found.masked_fill_(~keep_IO[i], 0)
@@ -76,7 +82,16 @@ def quantease(
 def fitted_scales(
     W_IO: torch.Tensor, code_IO: torch.Tensor, H_II: torch.Tensor, scale_GO: torch.Tensor
 ) -> torch.Tensor:
-    """The scales [G, O] of least output error for these codes; rows where they would change too much keep theirs."""
+    """Return the scales [G, O] of least output error for these codes.
+
+    A row of weights is C s: column g of C [I, G] holds the codes of group g, and zeros for other inputs. The error
+    (w - C s)ᵀ H (w - C s) is least at (Cᵀ H C) s = Cᵀ H w, which is solved in float64 for each row. A row keeps its scales if
+    any of them would change its sign, or by more than a factor of 2.
+
+    Args:
+        W_IO: weights to match, [in, out]. code_IO: codes less zero points. H_II: sum of x xᵀ, damped.
+        scale_GO: present scales, [groups, out].
+    """
     groups, outputs = scale_GO.shape
     inputs = len(W_IO)
     result = torch.empty_like(scale_GO)
@@ -84,7 +99,7 @@ def fitted_scales(
     for start in range(0, outputs, part):
         code_GSP = code_IO[:, start : start + part].reshape(groups, inputs // groups, -1)
         H_IGS = H_II.view(inputs, groups, -1)
-        # H times the codes of each group alone
+        # H C: for each group H times its codes, [G, I, P]
         swept_GIP = torch.stack([H_IGS[:, g] @ code_GSP[g] for g in range(groups)])
         gram_PGG = torch.einsum("gsp,hgsp->pgh", code_GSP, swept_GIP.view(groups, groups, -1, swept_GIP.shape[2]))
         wanted_PG = torch.einsum("gip,ip->pg", swept_GIP, W_IO[:, start : start + part])

@@ -1,4 +1,4 @@
-"""One weight matrix in place of several, and units of two layers put into the same order.
+"""Replace several weight matrices by a shared one, match the units of two layers, and group blocks.
 
 Letters: O outputs, I inputs, U units (neurons, heads), B blocks that share.
 """
@@ -15,15 +15,21 @@ from compress.solvers.hessian import inverse_factor
 def shared_matrix(
     W_BOI: Sequence[torch.Tensor], H_BII: Sequence[torch.Tensor], damp: float = 0.01
 ) -> tuple[torch.Tensor, float]:
-    """The matrix whose outputs are nearest to those of all: it minimises Σ_b tr((W - W_b) H_b (W - W_b)ᵀ).
+    """Return the matrix W of least Σ_b tr((W - W_b) H_b (W - W_b)ᵀ), and the damping used.
 
-    W = (Σ W_b H_b) (Σ H_b)⁻¹, which is the mean where all have the same inputs; the damping holds W near the mean.
+    W = (Σ W_b H_b) (Σ H_b)⁻¹, the mean if all blocks have the same inputs. It is computed as the mean plus
+    Σ (W_b - mean) H_b (Σ H_b)⁻¹, so that damping pulls it towards the mean.
 
     Args:
-        W_BOI: weights of each block, [out, in]. H_BII: of each Σ x xᵀ, times how much its errors count.
+        W_BOI: weights of each block, [out, in].
+        H_BII: sum of x xᵀ of each block, [in, in], times the weight of its errors; the work is in float64.
+        damp: damping in units of the mean of the diagonal of Σ H_b.
 
     Returns:
-        W in the weights' dtype, and the damping used (see `hessian.inverse_factor`).
+        W [out, in] in the weights' dtype, and the damping (see `hessian.inverse_factor`).
+
+    Raises:
+        ValueError: an H holds NaN or infinite values.
     """
     mean_OI = torch.stack([W.double() for W in W_BOI]).mean(0)
     total_II = torch.stack([H.double() for H in H_BII]).sum(0)
@@ -33,24 +39,26 @@ def shared_matrix(
 
 
 def pair_cost(W_OI: torch.Tensor, V_OI: torch.Tensor, h_I: torch.Tensor, k_I: torch.Tensor) -> float:
-    """Least error of the outputs of two matrices that become one, with the statistics of their inputs by input alone.
+    """Return the least output error of one matrix in place of W and V, with the Hessians taken to be diagonal.
 
-    For diagonal H and K it is Σ (w - v)² h k / (h + k).
+    For each entry the minimum of h (u - w)² + k (u - v)² over u is (w - v)² h k / (h + k).
 
     Args:
-        W_OI, V_OI: weights. h_I, k_I: Σ x² of their inputs.
+        W_OI, V_OI: weights. h_I, k_I: diagonals of the sums of x xᵀ of their inputs.
     """
     both_I = h_I.double() * k_I.double() / (h_I.double() + k_I.double()).clamp_min(1e-30)
     return float(((W_OI.double() - V_OI.double()).square() @ both_I).sum())
 
 
 def matching(likeness_UU: torch.Tensor) -> list[int]:
-    """For each unit of the first layer that of the second to take its place, so that the sum of likenesses is greatest.
+    """Return for each unit of the first layer the index of its match in the second, with the largest sum of similarities.
 
-    A linear assignment, as in Git Re-Basin (arXiv 2209.04836), weight matching.
+    A linear assignment; needs scipy.
 
     Args:
-        likeness_UU: of unit i of the first and j of the second.
+        likeness_UU: similarity of unit i of the first layer and unit j of the second.
+
+    Source: weight matching of Git Re-Basin (arXiv 2209.04836).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -59,12 +67,13 @@ def matching(likeness_UU: torch.Tensor) -> list[int]:
 
 
 def partition(cost_BB: Sequence[Sequence[float]], starts: Sequence[Sequence[int]]) -> list[int]:
-    """Which group each block goes to, groups of equal size, for the least sum of costs between members of a group.
+    """Return the group of each block, for a low sum of costs between members of a group; group sizes are those of the start.
 
-    From each start blocks are exchanged between groups while that helps (2-opt); the best end is taken.
+    From each start, blocks are exchanged between groups while that lowers the sum (2-opt). The best result is returned.
 
     Args:
-        cost_BB: symmetric, of any two blocks in one group; infinite where they cannot be. starts: groups by block.
+        cost_BB: symmetric cost of two blocks in one group; infinite if they cannot share.
+        starts: partitions to start from, each the group of every block.
     """
     best: tuple[float, list[int]] | None = None
     for start in starts:

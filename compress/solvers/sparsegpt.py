@@ -1,7 +1,7 @@
-"""SparseGPT: remove weights column by column and let the columns to the right make up for each (arXiv 2301.00774).
+"""SparseGPT (arXiv 2301.00774): remove weights column by column; later columns compensate for the error.
 
-Letters: O outputs, I inputs, B columns of a block, G of a smaller one in it. Matrices are held transposed, [in, out], so that
-a column of W is contiguous.
+Letters: O outputs, I inputs, B columns of a block, G columns of a smaller block in it. Matrices are held transposed,
+[in, out], so that a column of W is contiguous.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
 
-#: Columns whose updates are applied to the rest of their block at once. Measured on CPU: 16 to 128 are alike.
+#: Columns whose updates are applied to the rest of their block in one product. On a CPU 16 to 128 take the same time.
 _INNER = 32
 
 
@@ -23,11 +23,13 @@ def sparsegpt(
     blocksize: int = 128,
     earlier: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights with some removed and the others updated, [out, in] in W's dtype, and the mask, True where a weight is kept.
+    """Return the pruned weights, [out, in] in W's dtype, and the keep-mask [out, in], True for kept weights.
 
-    Columns are decided on from left to right, by the score w² / U_jj² of the weights as updated so far: over blocks of
-    ``blocksize`` columns without a pattern, within each row's next m columns with one. Of equal scores the first in order
-    (outputs last) are kept. Exactly one of ``sparsity`` and ``pattern`` is given.
+    Columns are processed from left to right. A weight's score is w² / U_jj², with w as updated so far: what removing it costs
+    once later columns compensate. With a sparsity the scores of ``blocksize`` columns are compared, over all outputs; with a
+    pattern those of each m columns, within a row. Of equal scores the first in the order [in, out] are kept.
+
+    Give exactly one of ``sparsity`` and ``pattern``.
 
     Args:
         W_OI: weights, [out, in], any float dtype.
@@ -35,9 +37,9 @@ def sparsegpt(
         sparsity: round(sparsity · out · in) weights are removed, to the one; the columns before any block's end e have lost
             round(sparsity · out · e).
         pattern: (n, m): n of every m consecutive inputs are kept; m divides in.
-        blocksize: columns per choice of mask and per update of all columns to the right.
-        earlier: a keep-mask that is obeyed. What it removed counts as zero, stays removed and counts towards the sparsity; the
-            blocks share what remains to be removed in proportion to their remaining weights.
+        blocksize: columns per choice of the mask and per update of all later columns.
+        earlier: a keep-mask. Weights that it removed are zero, stay removed and count towards the sparsity. The rest to remove
+            is shared among the blocks of columns in proportion to their remaining weights.
 
     Raises:
         ValueError: both or none of ``sparsity`` and ``pattern`` are given.
@@ -68,7 +70,7 @@ def sparsegpt(
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
         W_BO, keep_BO = W_IO[start:stop], keep_IO[start:stop]
-        # rows divided by their diagonal: then the error to hand on is the removed weight itself
+        # rows divided by their diagonal, so that the error to propagate is the removed weight itself
         U_BI = U_II[start:stop, start:] / U_II.diagonal()[start:stop, None]
         error_BO = torch.empty_like(W_BO)
         if pattern is None:
@@ -97,7 +99,7 @@ def sparsegpt(
 
 
 def _keep_group(score_GO: torch.Tensor, n: int, m: int, earlier_GO: torch.Tensor | None) -> torch.Tensor:
-    """``keep_n_of_m`` of one group of m columns, without sorting where no scores are equal."""
+    """Return ``keep_n_of_m`` of one group of m columns, [m, out]; sorts only if scores are equal."""
     threshold_1O = score_GO.kthvalue(m - n + 1, dim=0, keepdim=True).values
     mask_GO = score_GO >= threshold_1O
     if earlier_GO is not None or int(torch.count_nonzero(mask_GO)) != n * score_GO.shape[1]:

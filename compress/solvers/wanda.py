@@ -1,4 +1,4 @@
-"""Wanda: weights weighted by the norm of their input, compared within each output row (arXiv 2306.11695).
+"""Wanda (arXiv 2306.11695): weights scored by magnitude times input norm, compared within each output.
 
 Letters: O outputs, I inputs. Masks are bool, True where a weight is kept.
 """
@@ -17,17 +17,17 @@ def keep_wanda(
     pattern: tuple[int, int] | None = None,
     earlier: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mask [out, in] by the score |W_ij| · sqrt(H_jj). Of equal scores in a row the first are kept.
+    """Return the keep-mask [out, in] by the score |W_ij| · sqrt(H_jj). Of equal scores in a row the first are kept.
 
-    Exactly one of ``sparsity`` and ``pattern`` is given.
+    Give exactly one of ``sparsity`` and ``pattern``.
 
     Args:
         W_OI: weights, [out, in], any float dtype; scores are computed in float32.
         diag_I: diagonal of the sum of x xᵀ, [in].
         sparsity: every row keeps in - round(sparsity · in) weights.
         pattern: (n, m): the n largest of every m consecutive inputs are kept; m divides in.
-        earlier: a keep-mask that is obeyed: what it removed stays removed and counts as removed. A row in which it keeps
-            fewer than asked for stays as it is.
+        earlier: a keep-mask. Weights that it removed stay removed and count as removed. A row in which it keeps fewer weights
+            than asked for does not change.
 
     Raises:
         ValueError: both or none of ``sparsity`` and ``pattern`` are given.

@@ -1,7 +1,7 @@
-"""Codes made better in view of what errors of different outputs do together: the curvature of the loss, Kronecker-factored.
+"""YAQA (arXiv 2505.22988): quantise for the curvature of the loss, tr(F E H Eᵀ), Kronecker-factored into outputs and inputs.
 
 Letters: O outputs, I inputs, B inputs of a block, K outputs whose codes may change. Matrices are held transposed, [in, out], so
-that what belongs to one input is contiguous.
+that the weights of one input are contiguous.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from compress.solvers.quant_format import Scales, codes_near, scaled
 from compress.solvers.quantease import fitted_scales
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 
-#: Inputs whose slopes are brought up to date together.
+#: Inputs whose slopes are computed in one product.
 _BLOCK = 32
-#: Inputs and outputs whose errors are handed on one by one, before they are to all others together.
+#: Inputs and outputs of a tile: errors propagate one by one within it, and to other tiles in one product.
 _TILE = 32
-#: Of the mean of its diagonal, what is added to that of the curvature at the outputs: it is an estimate from few tokens.
+#: Damping of the output curvature, in units of its diagonal's mean: it is estimated from few tokens.
 _SHRINKAGE = 0.05
 
 
 def shrunk(F_OO: torch.Tensor) -> torch.Tensor:
-    """A curvature by outputs, scaled in place to a diagonal of mean 1, with a share of the identity added."""
+    """Scale an output curvature [O, O] in place to a diagonal of mean 1, damp it, and return it."""
     F_OO /= F_OO.diagonal().mean().clamp(min=torch.finfo(F_OO.dtype).tiny)
     F_OO.diagonal().add_(_SHRINKAGE)
     return F_OO
@@ -41,19 +41,24 @@ def yaqa(
     keep_OI: torch.Tensor | None = None,
     rounds: int = 3,
 ) -> tuple[torch.Tensor, Scales]:
-    """Values of codes less zero points [O, I], and their scales, of a smaller tr(F E H Eᵀ), E being the error W - Q.
+    """Return codes less zero points [O, I] and their scales, with tr(F E H Eᵀ) no larger than that of the start; E = W - Q.
 
-    A round goes through the inputs: each output proposes the code that is best for it while all others stand, then the half of
-    the proposals that get most in each other's way is dropped until none of the rest would better be dropped too. Then all
-    outputs' scales are fitted likewise, each as if the others stood, and moved that way as far as it helps. Neither makes the
-    sum larger. Scales of mxfp4 and nvfp4 stay; so do zero points.
+    A round visits the inputs. For each input every output proposes the code that is best while all others are fixed; the
+    proposals with most conflict are dropped until every remaining one lowers the objective (`_compatible`). Then the scales of
+    every output are fitted as if the others were fixed, and all move along that direction as far as it helps
+    (`_moved_scales`). No step raises the objective. Zero points do not change, nor do the scales of mxfp4 and nvfp4.
 
     Args:
-        W_OI: what is to be matched. code_OI: values to start from. H_II: curvature by inputs, Σ x xᵀ, damped, float32.
-        F_OO: by outputs, E[g gᵀ] with g the gradient of the log-likelihood at the outputs, float32, positive definite.
-        keep_OI: removed weights stay zero.
+        W_OI: weights to match, [out, in], float32.
+        code_OI: codes less zero points to start from, [out, in], float32.
+        H_II: input curvature, sum of x xᵀ, [in, in], damped, float32.
+        F_OO: output curvature E[g gᵀ], [out, out], float32, positive definite; g is the gradient of the log-likelihood at the
+            outputs.
+        quant_format, scales: the format, and scales [O, G] with optional zero points.
+        keep_OI: keep-mask; removed weights stay zero.
+        rounds: rounds over codes and scales.
 
-    Source: the objective is that of YAQA (arXiv 2505.22988), after K-FAC (arXiv 1503.05671).
+    Source: the objective of YAQA (arXiv 2505.22988), after K-FAC (arXiv 1503.05671).
     """
     size = quant_format.group or W_OI.shape[1]
     W_IO, code_IO = W_OI.t().contiguous(), code_OI.t().clone(memory_format=torch.contiguous_format)
@@ -79,7 +84,7 @@ def _improve_codes(
     zero_GO: torch.Tensor | None,
     keep_IO: torch.Tensor | None,
 ) -> None:
-    """One time through the inputs; codes and the values they stand for change in place."""
+    """Visit every input once and improve its codes; ``code_IO`` and ``value_IO``, the dequantised weights, change in place."""
     inputs, size = len(W_IO), len(W_IO) // len(scale_GO)
     coupled_IO = (W_IO - value_IO) @ F_OO
     by_output, by_input = F_OO.diagonal(), H_II.diagonal().tolist()
@@ -112,14 +117,19 @@ def _moved_scales(
     F_OO: torch.Tensor,
     scale_GO: torch.Tensor,
 ) -> torch.Tensor:
-    """Scales [G, O] of a smaller sum for these codes; those that there are, where none is found."""
+    """Return scales [G, O] for these codes with tr(F E H Eᵀ) no larger than with ``scale_GO``.
+
+    While the errors e_p of all other outputs are fixed, output o is best at the target w_o + Σ_p≠o (F_op / F_oo) e_p in the
+    norm of H: a least-squares fit. All outputs then change at once, along M [I, O]. The objective along θ M is a parabola with
+    its minimum at θ = tr(F E H Mᵀ) / tr(F M H Mᵀ), clipped to [0, 1].
+    """
     error_IO = W_IO - value_IO
-    # each output is to make up for the errors of the others
+    # what each output has to add to its target because of the errors of the others
     others_IO = error_IO @ F_OO / F_OO.diagonal() - error_IO
     change_GO = fitted_scales(W_IO + others_IO, code_IO, H_II, scale_GO) - scale_GO
     moved_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
     swept_IO = (H_II @ moved_IO) @ F_OO
-    # the sum along that way is a parabola
+    # slope and curvature of the objective along the change
     down, bend = float((swept_IO * error_IO).sum()), float((swept_IO * moved_IO).sum())
     share = max(0.0, min(1.0, down / bend)) if bend > 0 else 0.0
     return scale_GO + share * change_GO
@@ -128,14 +138,24 @@ def _moved_scales(
 def _compatible(
     at_K: torch.Tensor, step_K: torch.Tensor, slope_O: torch.Tensor, h: float, F_OO: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of proposed steps of one input those that, taken together, each make the error smaller."""
+    """Return the proposed steps of one input, (outputs [K], steps [K]), that each lower the objective when taken together.
+
+    Steps d change the objective by f(d) = -2 dᵀ s + h dᵀ F d. Leaving out step k saves
+    2 h d_k (F d)_k - h F_kk d_k² - 2 d_k s_k. The half with the largest positive savings is dropped, repeatedly, until no
+    saving is positive. Then f(d) ≤ 0, given that each step alone lowers the objective: d_k s_k ≥ ½ h F_kk d_k², and half the
+    sum of the savings is f(d) + dᵀ s - ½ h Σ F_kk d_k².
+
+    Args:
+        at_K: outputs that propose a step. step_K: change of their weights. slope_O: s = (F E H) of this input, [O].
+        h: H_ii of this input. F_OO: output curvature.
+    """
     if not len(at_K):
         return at_K, step_K
     F_KK = F_OO[at_K].index_select(1, at_K).mul_(2 * h)
     alone_K, slope_K = F_KK.diagonal() / 2, 2 * slope_O[at_K]
     left_K = step_K
     while True:
-        # what leaving one out would save
+        # saving of leaving out each step
         saved_K = torch.addcmul(F_KK @ left_K, alone_K, left_K, value=-1).sub_(slope_K).mul_(left_K)
         worse = int((saved_K > 0).sum())
         if not worse:
@@ -154,21 +174,26 @@ def gptq_kronecker(
     scales: Scales,
     keep_OI: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Values of codes less zero points [O, I]: each weight is rounded in view of the errors of those before it.
+    """Return codes less zero points [O, I] by GPTQ for tr(F E H Eᵀ) instead of tr(E H Eᵀ).
 
-    GPTQ for tr(F E H Eᵀ) instead of tr(E H Eᵀ): outputs have an order too, by falling curvature. A weight can be rounded as
-    soon as those before it both ways are, so all on a diagonal are at once: of tiles, and of weights in these.
+    Outputs have an order too, by falling curvature. With Uᵀ U = H⁻¹ and Vᵀ V = F⁻¹ the objective is a sum of squares, one for
+    each weight, which depends on that weight and on those before it by input and output. Each weight is rounded so that its
+    square is least. It can be rounded once those before it are, so a whole antidiagonal is rounded at once: of tiles, and of
+    weights within tiles.
 
     Args:
-        U_II: upper triangular, Uᵀ U = H⁻¹ with rows and columns in ``order_I``. Others are those of `yaqa`.
+        W_OI: weights, [out, in], float32.
+        U_II: upper triangular with Uᵀ U = H⁻¹, rows and columns in ``order_I`` (see `hessian.inverse_factor`).
+        order_I: the order in which inputs are rounded.
+        F_OO, quant_format, scales, keep_OI: as in `yaqa`.
 
-    Source: the feedback is that of YAQA (arXiv 2505.22988), for scalars.
+    Source: the feedback of YAQA (arXiv 2505.22988), for scalars.
     """
     outputs, inputs = W_OI.shape
     size = quant_format.group or inputs
     order_O = torch.argsort(F_OO.diagonal(), descending=True, stable=True)
     V_OO, _ = inverse_factor(F_OO[order_O][:, order_O], 1e-6)
-    # feedback of errors: from inputs before an input, and from outputs before an output
+    # feedback of errors: from earlier inputs, and from earlier outputs
     before_II = (U_II / U_II.diagonal()[:, None]).triu_(1)
     V_OO = V_OO / V_OO.diagonal()[:, None]
     before_OO = torch.linalg.solve_triangular(V_OO, torch.eye(outputs).to(V_OO), upper=True, unitriangular=True)
@@ -188,7 +213,7 @@ def gptq_kronecker(
         places = [(slice(i, i + _TILE), slice(o, o + _TILE)) for i, o in tiles]
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
-            """The tiles on this diagonal [N, B, B], those at the edges filled up; outputs backwards, see below."""
+            """Return the tiles of this antidiagonal [N, B, B], padded at the edges, with outputs reversed (see below)."""
             whole = [pad(p, (0, _TILE - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
             return torch.stack(whole).flip(2)
 
@@ -201,7 +226,7 @@ def gptq_kronecker(
         gone = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
         code = torch.zeros_like(target)
         for t in range(2 * _TILE - 1):
-            # outputs run backwards, so weights whose places add up to t are a diagonal, and their rows and columns slices
+            # outputs are reversed: an antidiagonal of weights is then a diagonal, and its rows and columns are slices
             at = _TILE - 1 - t
             i = slice(max(0, -at), min(t, _TILE - 1) + 1)
             o = slice(i.start + at, i.stop + at)
@@ -228,6 +253,6 @@ def gptq_kronecker(
 def kronecker_error(
     W_OI: torch.Tensor, code_OI: torch.Tensor, scales: Scales, H_II: torch.Tensor, F_OO: torch.Tensor
 ) -> float:
-    """tr(F E H Eᵀ) of codes less zero points."""
+    """Return tr(F E H Eᵀ) of codes less zero points, with E = W - Q."""
     error = W_OI - scaled(code_OI, scales.scale)
     return float(((F_OO @ error) * (error @ H_II)).sum())
