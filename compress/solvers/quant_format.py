@@ -22,7 +22,7 @@ _REFITS = 3
 
 
 class Scales(NamedTuple):
-    """Scales [O, G] as floats and, for asymmetric grids, integer-valued zero points [O, G] of the same dtype.
+    """Scales [O, G] as floats and, for asymmetric formats, integer-valued zero points [O, G] of the same dtype.
 
     ``overall`` is the scale of nvfp4's scales, float32 [1]: the stored scales are divided by it.
     """
