@@ -39,8 +39,9 @@ def resident() -> int:
 
 
 def handles() -> tuple[int, int]:
-    """Open files and threads of this process."""
-    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+    """Open files and threads of this process, without the one monitor that tqdm starts in a process and keeps."""
+    threads = [thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"]
+    return len(list(Path("/proc/self/fd").iterdir())), len(threads)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,7 +95,8 @@ def _growth(memory: int, before: tuple[int, int]) -> list[str]:
     if (grown := resident() - memory) > GROWTH:
         wrong.append(f"memory has grown by {grown / 2**20:.0f} MiB")
     if (now := handles()) > before:
-        wrong.append(f"(open files, threads) were {before}, are {now}")
+        threads = ", ".join(t.name for t in threading.enumerate())
+        wrong.append(f"(open files, threads) were {before}, are {now}: {threads}")
     return wrong
 
 
