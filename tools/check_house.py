@@ -1,0 +1,185 @@
+"""Rules of the house that ruff, mypy and import-linter do not check. ``make check`` runs it; status 1 with one line per breach.
+
+- No circle between files or between packages, whether an import stands at the top, inside a function or under TYPE_CHECKING.
+- No model family is named outside ``compress/architectures``.
+- No file above 400 lines and no function above 60, except tables.
+- No public class is defined twice.
+- No variable or parameter is called ``how``, ``found``, ``says`` or ``ran``.
+- No docstring begins with "What" or "Of".
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "compress"
+FILE_LINES, FUNCTION_LINES = 400, 60
+#: Files that are tables of data.
+TABLES = {"architectures/records.py"}
+VAGUE = {"how", "found", "says", "ran"}
+#: Values of ``model_type`` that are also English words or names of formats.
+WORDS = {"compress"}
+
+
+def module_of(path: Path) -> str:
+    """Dotted name of a file of the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(tree: ast.Module, modules: set[str]) -> Iterator[str]:
+    """Modules of the package that a file imports, wherever the import stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in modules:
+                    yield inner
+                elif node.module in modules:
+                    yield node.module
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one node (Tarjan 1972), each sorted."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    result: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(edges.get(node, ())):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            component = [stack.pop()]
+            while component[-1] != node:
+                component.append(stack.pop())
+            if len(component) > 1:
+                result.append(sorted(component))
+
+    for node in sorted(edges):
+        if node not in index:
+            visit(node)
+    return result
+
+
+def room(module: str) -> str:
+    """The package or single module below ``compress`` that a module belongs to; a pass is a room of its own."""
+    parts = module.split(".")
+    if parts[1:2] == ["passes"] and len(parts) > 3:
+        return ".".join(parts[:3])
+    return ".".join(parts[:2])
+
+
+def check_circles(trees: dict[Path, ast.Module]) -> Iterator[str]:
+    """Circles between files, and between packages."""
+    modules = {module_of(path) for path in trees}
+    lazy = {"compress", "compress.__main__"}  # the package's own lazy exports
+    edges = {
+        module_of(path): {m for m in imported(tree, modules) if m not in lazy} - {module_of(path)}
+        for path, tree in trees.items()
+        if module_of(path) not in lazy
+    }
+    for component in circles(edges):
+        yield f"circle between files: {' ↔ '.join(component)}"
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for module, others in edges.items():
+        rooms[room(module)] |= {room(other) for other in others} - {room(module)}
+    for component in circles(rooms):
+        yield f"circle between packages: {' ↔ '.join(component)}"
+
+
+def check_sizes(path: Path, text: str, tree: ast.Module) -> Iterator[str]:
+    """Files and functions that are too long."""
+    name = path.relative_to(PACKAGE).as_posix()
+    lines = len(text.splitlines())
+    if lines > FILE_LINES and name not in TABLES:
+        yield f"compress/{name}: {lines} lines; at most {FILE_LINES}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > FUNCTION_LINES:
+                yield f"compress/{name}:{node.lineno}: {node.name} has {length} lines; at most {FUNCTION_LINES}"
+
+
+def check_names(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Vague names, and docstrings that begin with them."""
+    name = path.relative_to(PACKAGE).as_posix()
+    for node in ast.walk(tree):
+        bound = node.arg if isinstance(node, ast.arg) else None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound = node.id
+        if bound in VAGUE:
+            yield f"compress/{name}:{node.lineno}: `{bound}` says nothing; name the thing"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            doc = ast.get_docstring(node) or ""
+            if re.match(r"(What|Of)\b", doc):
+                line = 1 if isinstance(node, ast.Module) else node.lineno
+                yield f"compress/{name}:{line}: docstring begins with `{doc.split()[0]}`; begin with the noun or the verb"
+
+
+def check_classes(trees: dict[Path, ast.Module]) -> Iterator[str]:
+    """Public classes and type aliases that are defined more than once."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path, tree in trees.items():
+        for node in tree.body:
+            names = [node.name] if isinstance(node, ast.ClassDef) else []
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [t.id for t in targets if isinstance(t, ast.Name) and re.fullmatch(r"[A-Z]\w*[a-z]\w*", t.id)]
+            for one in names:
+                if not one.startswith("_"):
+                    homes[one].append(path.relative_to(ROOT).as_posix())
+    for one, paths in sorted(homes.items()):
+        if len(paths) > 1:
+            yield f"{one} is defined {len(paths)} times: {', '.join(paths)}"
+
+
+def families() -> set[str]:
+    """Every ``model_type`` that a record of `compress.architectures` names."""
+    sys.path.insert(0, str(ROOT))
+    from compress.architectures.records import RECORDS
+
+    return {record.model_type for record in RECORDS} - WORDS
+
+
+def check_families(path: Path, tree: ast.Module, names: set[str]) -> Iterator[str]:
+    """String constants outside ``architectures`` that are a model type, docstrings aside."""
+    name = path.relative_to(PACKAGE).as_posix()
+    if name.startswith("architectures/"):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
+            yield f"compress/{name}:{node.lineno}: names the model family `{node.value}`; ask `compress.architectures`"
+
+
+def main() -> int:
+    """Print every breach; the exit status."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    problems = [*check_circles(trees), *check_classes(trees)]
+    names = families()
+    for path, tree in trees.items():
+        problems += [
+            *check_sizes(path, texts[path], tree),
+            *check_names(path, tree),
+            *check_families(path, tree, names),
+        ]
+    print("\n".join(problems))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
