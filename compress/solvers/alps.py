@@ -180,10 +180,10 @@ class _Projection:
             rest = rank - int(torch.count_nonzero(above_OI))
             near = size_OI[(size_OI > self.last * (1 - self.band)) ^ above_OI]
             if 1 <= rest <= near.numel():
-                found = float(near.kthvalue(near.numel() - rest + 1).values)
-                self.band = min(_BAND, max(4 * abs(found / self.last - 1), _BAND / 50))
-                self.last = found
-                return found
+                threshold = float(near.kthvalue(near.numel() - rest + 1).values)
+                self.band = min(_BAND, max(4 * abs(threshold / self.last - 1), _BAND / 50))
+                self.last = threshold
+                return threshold
         self.last = float(size_OI.flatten().kthvalue(size_OI.numel() - rank + 1).values)
         self.band = _BAND
         return self.last

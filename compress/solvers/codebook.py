@@ -104,8 +104,8 @@ def _histogram(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.T
         weight_N.index_add_(0, bins, torch.ones((), dtype=x.dtype).expand(x.shape) if h is None else h)
         sum_N.index_add_(0, bins, x if h is None else x * h)
     weight_N, sum_N = (torch.cat([t[:half].flip(0), t[half:]]) for t in (weight_N, sum_N))  # of negative floats
-    found = weight_N > 0
-    return (sum_N[found] / weight_N[found]).numpy(), weight_N[found].numpy()
+    some = weight_N > 0
+    return (sum_N[some] / weight_N[some]).numpy(), weight_N[some].numpy()
 
 
 def _distinct(W: torch.Tensor, importance_I: torch.Tensor | None, keep: torch.Tensor | None) -> tuple[Array, Array]:

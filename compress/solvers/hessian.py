@@ -74,8 +74,8 @@ def inverse(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float
     """Return (damped H)⁻¹ [in, in], row-major, and the damping used. Arguments, errors and memory are those of
     `inverse_factor`.
     """
-    found_II, used = _inverted(H_II, damp, factor=False)
-    return (found_II.mT @ found_II if math.isinf(used) else found_II.mT), used
+    result_II, used = _inverted(H_II, damp, factor=False)
+    return (result_II.mT @ result_II if math.isinf(used) else result_II.mT), used
 
 
 def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.Tensor, float]:

@@ -122,7 +122,7 @@ def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) 
 
 def _square(H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
     """Return H_SS [S, S], column-major as LAPACK wants it, without a copy of all whole rows."""
-    found_SS = H_II.new_empty(len(stay_S), len(stay_S))
+    result_SS = H_II.new_empty(len(stay_S), len(stay_S))
     for start in range(0, len(stay_S), _ROWS):
-        found_SS[start : start + _ROWS] = H_II[stay_S[start : start + _ROWS]][:, stay_S]
-    return found_SS.mT  # symmetric, so its transpose is itself
+        result_SS[start : start + _ROWS] = H_II[stay_S[start : start + _ROWS]][:, stay_S]
+    return result_SS.mT  # symmetric, so its transpose is itself

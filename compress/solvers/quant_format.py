@@ -5,6 +5,7 @@ Letters: O outputs, I inputs, G groups of inputs that share a scale, S inputs of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,22 +91,7 @@ def fit(
         keep = keep_OI.reshape(W.shape)
         h = h * keep
         W = W * keep
-    low, high = code_range(quant_format)
-    least, most = W.amin(2), W.amax(2)
-    top = torch.maximum(-least, most).clamp(min=1e-12)
-    # nvfp4: the largest scale becomes the largest value of E4M3
-    overall = (448.0 * 6.0 / top.max()).reshape(1) if quant_format.format == "nvfp4" else None
-    shares = _SHRINK if search else [1.0]
-    starts: list[tuple[torch.Tensor, torch.Tensor | None]]
-    if quant_format.symmetric:
-        ends = torch.where(most > -least, -top, top) if quant_format.is_integer else top
-        starts = [(_stored(share * ends / -low, quant_format, overall), None) for share in shares]
-    else:
-        least, most = least.clamp(max=0), most.clamp(min=0)
-        starts = []
-        for share in shares:
-            scale = ((most - least) * share / (high - low)).clamp(min=1e-12)
-            starts.append((scale, (low - least * share / scale).round().clamp(low, high)))
+    starts, overall = _from_extremes(W, quant_format, _SHRINK if search else [1.0])
     scale, zero = starts[0]
     if not search:
         return Scales(scale, zero, overall)
@@ -124,6 +110,30 @@ def fit(
         better = error < lowest
         lowest, scale = torch.where(better, error, lowest), torch.where(better, refit, scale)
     return Scales(scale, zero, overall)
+
+
+def _from_extremes(
+    W: torch.Tensor, quant_format: QuantFormat, shares: Sequence[float]
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor | None]], torch.Tensor | None]:
+    """Return scales and zero points [O, G] for each end of the range, and the scale of nvfp4's scales.
+
+    Args:
+        W: weights, [O, G, S]. shares: ends of the range, as shares of each group's extremes.
+    """
+    low, high = code_range(quant_format)
+    least, most = W.amin(2), W.amax(2)
+    top = torch.maximum(-least, most).clamp(min=1e-12)
+    # nvfp4: the largest scale becomes the largest value of E4M3
+    overall = (448.0 * 6.0 / top.max()).reshape(1) if quant_format.format == "nvfp4" else None
+    if quant_format.symmetric:
+        ends = torch.where(most > -least, -top, top) if quant_format.is_integer else top
+        return [(_stored(share * ends / -low, quant_format, overall), None) for share in shares], overall
+    least, most = least.clamp(max=0), most.clamp(min=0)
+    starts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for share in shares:
+        scale = ((most - least) * share / (high - low)).clamp(min=1e-12)
+        starts.append((scale, (low - least * share / scale).round().clamp(low, high)))
+    return starts, overall
 
 
 def _stored(scale: torch.Tensor, quant_format: QuantFormat, overall: torch.Tensor | None) -> torch.Tensor:

@@ -56,8 +56,8 @@ def quantease(
     def code(value_O: torch.Tensor, i: int) -> torch.Tensor:
         """Return the nearest codes, less zero points, [O], of values of input ``i``."""
         g = i // size
-        found = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
-        return found if keep_IO is None else found.masked_fill_(~keep_IO[i], 0)
+        code_O = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
+        return code_O if keep_IO is None else code_O.masked_fill_(~keep_IO[i], 0)
 
     code_IO = integer_codes(latent_OI, quant_format, scales, keep_OI).t().contiguous()
     diagonal_I = H_II.diagonal()
@@ -68,12 +68,12 @@ def quantease(
             stop = min(start + _BLOCK, inputs)
             slope_BO = H_II[start:stop] @ error_IO
             for i in range(start, stop):
-                found = code(torch.addcdiv(value_IO[i], slope_BO[i - start], diagonal_I[i]), i)
-                step = found * scale_GO[i // size] - value_IO[i]
+                code_O = code(torch.addcdiv(value_IO[i], slope_BO[i - start], diagonal_I[i]), i)
+                step = code_O * scale_GO[i // size] - value_IO[i]
                 slope_BO.addr_(H_II[start:stop, i], step, alpha=-1)
                 value_IO[i] += step
                 error_IO[i] -= step
-                code_IO[i] = found
+                code_IO[i] = code_O
         if quant_format.format not in FIXED_GROUPS:
             scale_GO = fitted_scales(W_IO, code_IO, H_II, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
@@ -106,9 +106,9 @@ def fitted_scales(
         gram_PGG = gram_PGG.double()
         diagonal_PG = gram_PGG.diagonal(dim1=1, dim2=2)
         diagonal_PG += 1e-6 * diagonal_PG.mean(1, keepdim=True) + 1e-30
-        found_GP = torch.linalg.solve(gram_PGG, wanted_PG.double()).t().to(scale_GO.dtype)
+        solved_GP = torch.linalg.solve(gram_PGG, wanted_PG.double()).t().to(scale_GO.dtype)
         before_GP = scale_GO[:, start : start + part]
-        ratio_GP = found_GP / before_GP
+        ratio_GP = solved_GP / before_GP
         stable = ((ratio_GP > 1 / _MOST_CHANGE) & (ratio_GP < _MOST_CHANGE)).all(0)
-        result[:, start : start + part] = torch.where(stable, found_GP, before_GP)
+        result[:, start : start + part] = torch.where(stable, solved_GP, before_GP)
     return result

@@ -48,54 +48,73 @@ def sparsegpt(
         raise ValueError("give either sparsity or pattern")
     columns = W_OI.shape[1]
     W_IO = W_OI.t().to(U_II.dtype, memory_format=torch.contiguous_format, copy=True)
-    keep_IO = (
-        torch.ones_like(W_IO, dtype=torch.bool)
-        if earlier is None
-        else earlier.t().clone(memory_format=torch.contiguous_format)
-    )
+    keep_OI = torch.ones_like(W_OI, dtype=torch.bool) if earlier is None else earlier
+    keep_IO = keep_OI.t().clone(memory_format=torch.contiguous_format)
     if earlier is not None:
         W_IO *= keep_IO
     variance_I = U_II.diagonal().square()
     alive_I = keep_IO.sum(1).cumsum(0).tolist()
-    rate = 0.0
-    if sparsity is not None and alive_I[-1]:
-        dead = W_IO.numel() - alive_I[-1]
-        rate = sparsity if not dead else max(0, round(sparsity * W_IO.numel()) - dead) / alive_I[-1]
-
+    rate = 0.0 if sparsity is None else _rate(sparsity, W_IO.numel(), alive_I[-1])
     if pattern is not None:
-        blocksize -= blocksize % pattern[1]
-        blocksize = max(blocksize, pattern[1])
-    inner = pattern[1] if pattern is not None else _INNER
+        blocksize = max(blocksize - blocksize % pattern[1], pattern[1])
     alive = removed = 0
     for start in range(0, columns, blocksize):
         stop = min(start + blocksize, columns)
         W_BO, keep_BO = W_IO[start:stop], keep_IO[start:stop]
         # rows divided by their diagonal, so that the error to propagate is the removed weight itself
         U_BI = U_II[start:stop, start:] / U_II.diagonal()[start:stop, None]
-        error_BO = torch.empty_like(W_BO)
         if pattern is None:
             kept = alive_I[stop - 1] - alive - (round(rate * alive_I[stop - 1]) - removed)
             alive, removed = alive_I[stop - 1], round(rate * alive_I[stop - 1])
             score_BO = W_BO.square().div_(variance_I[start:stop, None])
             keep_BO.copy_(keep_largest(score_BO, kept, None if earlier is None else keep_BO))
-        for i in range(0, stop - start, inner):
-            j = min(i + inner, stop - start)
-            W_GO, keep_GO, error_GO = W_BO[i:j], keep_BO[i:j], error_BO[i:j]
-            if i:
-                W_GO.addmm_(U_BI[:i, i:j].T, error_BO[:i], alpha=-1)
-            if pattern is not None:
-                score_GO = W_GO.square() / variance_I[start + i : start + j, None]
-                keep_GO.copy_(_keep_group(score_GO, *pattern, None if earlier is None else keep_GO))
-            gone_GO = (~keep_GO).to(W_GO.dtype)
-            U_GG = U_BI[i:j, i:j]
-            for k in range(j - i):
-                if k:
-                    W_GO[k].addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
-                torch.mul(W_GO[k], gone_GO[k], out=error_GO[k])
+        error_BO = _remove(W_BO, keep_BO, U_BI, variance_I[start:stop], pattern, earlier is not None)
         if stop < columns:
             W_IO[stop:].addmm_(U_BI[:, stop - start :].T, error_BO, alpha=-1)
         W_BO -= error_BO
     return W_IO.t().to(W_OI.dtype).contiguous(), keep_IO.t().contiguous()
+
+
+def _rate(sparsity: float, count: int, alive: int) -> float:
+    """Return the share of the ``alive`` weights to remove, so that ``sparsity`` of all ``count`` weights is removed."""
+    if alive == count:
+        return sparsity
+    return max(0, round(sparsity * count) - (count - alive)) / alive if alive else 0.0
+
+
+def _remove(
+    W_BO: torch.Tensor,
+    keep_BO: torch.Tensor,
+    U_BI: torch.Tensor,
+    variance_B: torch.Tensor,
+    pattern: tuple[int, int] | None,
+    masked: bool,
+) -> torch.Tensor:
+    """Return the removed weights of a block of columns, [B, O], each as updated for those removed before it.
+
+    W_BO is updated in place, but for the removal itself. With a pattern the keep-mask is chosen here, in place, group by group.
+
+    Args:
+        keep_BO: the keep-mask; with a pattern the earlier one. U_BI: rows of U over their diagonal. variance_B: U_jj².
+        masked: whether there is an earlier keep-mask.
+    """
+    columns, inner = len(W_BO), _INNER if pattern is None else pattern[1]
+    error_BO = torch.empty_like(W_BO)
+    for i in range(0, columns, inner):
+        j = min(i + inner, columns)
+        W_GO, keep_GO, error_GO = W_BO[i:j], keep_BO[i:j], error_BO[i:j]
+        if i:
+            W_GO.addmm_(U_BI[:i, i:j].T, error_BO[:i], alpha=-1)
+        if pattern is not None:
+            score_GO = W_GO.square() / variance_B[i:j, None]
+            keep_GO.copy_(_keep_group(score_GO, *pattern, keep_GO if masked else None))
+        gone_GO = (~keep_GO).to(W_GO.dtype)
+        U_GG = U_BI[i:j, i:j]
+        for k in range(j - i):
+            if k:
+                W_GO[k].addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
+            torch.mul(W_GO[k], gone_GO[k], out=error_GO[k])
+    return error_BO
 
 
 def _keep_group(score_GO: torch.Tensor, n: int, m: int, earlier_GO: torch.Tensor | None) -> torch.Tensor:

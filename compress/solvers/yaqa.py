@@ -6,7 +6,7 @@ that the weights of one input are contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.nn.functional import pad
@@ -94,19 +94,19 @@ def _improve_codes(
         for i in range(start, stop):
             g, h, slope = i // size, by_input[i], slope_BO[i - start]
             wanted = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h)
-            found = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
+            proposed = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
             if keep_IO is not None:
-                found.masked_fill_(~keep_IO[i], 0)
-            at = (found != code_IO[i]).nonzero()[:, 0]
-            step = (found[at] - code_IO[i, at]) * scale_GO[g, at]
+                proposed.masked_fill_(~keep_IO[i], 0)
+            at = (proposed != code_IO[i]).nonzero()[:, 0]
+            step = (proposed[at] - code_IO[i, at]) * scale_GO[g, at]
             at, step = _compatible(at, step, slope, h, F_OO)
             if not len(at):
                 continue
             coupled = step @ F_OO[at]
             slope_BO.addr_(H_II[start:stop, i], coupled, alpha=-1)
             coupled_IO[i] -= coupled
-            code_IO[i, at] = found[at]
-            value_IO[i, at] = found[at] * scale_GO[g, at]
+            code_IO[i, at] = proposed[at]
+            value_IO[i, at] = proposed[at] * scale_GO[g, at]
 
 
 def _moved_scales(
@@ -192,12 +192,7 @@ def gptq_kronecker(
     outputs, inputs = W_OI.shape
     size = quant_format.group or inputs
     order_O = torch.argsort(F_OO.diagonal(), descending=True, stable=True)
-    V_OO, _ = inverse_factor(F_OO[order_O][:, order_O], 1e-6)
-    # feedback of errors: from earlier inputs, and from earlier outputs
-    before_II = (U_II / U_II.diagonal()[:, None]).triu_(1)
-    V_OO = V_OO / V_OO.diagonal()[:, None]
-    before_OO = torch.linalg.solve_triangular(V_OO, torch.eye(outputs).to(V_OO), upper=True, unitriangular=True)
-    before_OO = before_OO.neg_().triu_(1)
+    before_II, before_OO = _feedback(U_II, F_OO[order_O][:, order_O])
 
     def ordered(t_IO: torch.Tensor) -> torch.Tensor:
         return t_IO.index_select(1, order_O)
@@ -207,13 +202,10 @@ def gptq_kronecker(
     zero_IO = None if scales.zero is None else ordered(scales.zero.t().index_select(0, order_I // size))
     keep_IO = None if keep_OI is None else ordered(keep_OI.t().index_select(0, order_I))
     error_IO, code_IO = torch.empty_like(W_IO), torch.empty_like(W_IO)
-    rows, columns = range(0, inputs, _TILE), range(0, outputs, _TILE)
-    for number in range(len(rows) + len(columns) - 1):
-        tiles = [(i, columns[number - r]) for r, i in enumerate(rows) if 0 <= number - r < len(columns)]
-        places = [(slice(i, i + _TILE), slice(o, o + _TILE)) for i, o in tiles]
+    for places in _antidiagonals(inputs, outputs):
 
         def stack(parts: Iterable[torch.Tensor], fill: float = 0.0) -> torch.Tensor:
-            """Return the tiles of this antidiagonal [N, B, B], padded at the edges, with outputs reversed (see below)."""
+            """Return the tiles of this antidiagonal [N, B, B], padded at the edges, with outputs reversed."""
             whole = [pad(p, (0, _TILE - p.shape[1], 0, _TILE - p.shape[0]), value=fill) for p in parts]
             return torch.stack(whole).flip(2)
 
@@ -224,30 +216,70 @@ def gptq_kronecker(
         scale = stack((scale_IO[p] for p in places), 1.0)
         zero = None if zero_IO is None else stack(zero_IO[p] for p in places)
         gone = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
-        code = torch.zeros_like(target)
-        for t in range(2 * _TILE - 1):
-            # outputs are reversed: an antidiagonal of weights is then a diagonal, and its rows and columns are slices
-            at = _TILE - 1 - t
-            i = slice(max(0, -at), min(t, _TILE - 1) + 1)
-            o = slice(i.start + at, i.stop + at)
-            whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
-            found = codes_near(
-                whole - fed.diagonal(at, 1, 2), step, None if zero is None else zero.diagonal(at, 1, 2), quant_format
-            )
-            if gone is not None:
-                found.masked_fill_(gone.diagonal(at, 1, 2), 0)
-            code.diagonal(at, 1, 2).copy_(found)
-            error = torch.addcmul(whole, found, step, value=-1)
-            whole.copy_(error)
-            target[:, :, o].addcmul_(by_input[:, :, i], error[:, None], value=-1)
-            fed[:, i].addcmul_(error[:, :, None], by_output[:, o])
-        target, code = target.flip(2), code.flip(2)
+        code = _round_tiles(target, fed, by_input, by_output, scale, zero, gone, quant_format)
+        error, code = target.flip(2), code.flip(2)
         for n, p in enumerate(places):
             shape = error_IO[p].shape
-            error_IO[p], code_IO[p] = target[n, : shape[0], : shape[1]], code[n, : shape[0], : shape[1]]
+            error_IO[p], code_IO[p] = error[n, : shape[0], : shape[1]], code[n, : shape[0], : shape[1]]
     result = torch.empty_like(code_IO)
     result[order_I[:, None], order_O] = code_IO
     return result.t().contiguous()
+
+
+def _antidiagonals(inputs: int, outputs: int) -> Iterator[list[tuple[slice, slice]]]:
+    """Yield the tiles of each antidiagonal, as slices of inputs and of outputs."""
+    rows, columns = range(0, inputs, _TILE), range(0, outputs, _TILE)
+    for number in range(len(rows) + len(columns) - 1):
+        tiles = [(i, columns[number - r]) for r, i in enumerate(rows) if 0 <= number - r < len(columns)]
+        yield [(slice(i, i + _TILE), slice(o, o + _TILE)) for i, o in tiles]
+
+
+def _feedback(U_II: torch.Tensor, F_OO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the feedback of errors from earlier inputs [I, I] and from earlier outputs [O, O], strictly upper triangular.
+
+    With Ũ and Ṽ the factors of H⁻¹ and F⁻¹, rows over their diagonals, these are Ũ - 1 and 1 - Ṽ⁻¹.
+    """
+    before_II = (U_II / U_II.diagonal()[:, None]).triu_(1)
+    V_OO, _ = inverse_factor(F_OO, 1e-6)
+    V_OO = V_OO / V_OO.diagonal()[:, None]
+    before_OO = torch.linalg.solve_triangular(V_OO, torch.eye(len(V_OO)).to(V_OO), upper=True, unitriangular=True)
+    return before_II, before_OO.neg_().triu_(1)
+
+
+def _round_tiles(
+    target: torch.Tensor,
+    fed: torch.Tensor,
+    by_input: torch.Tensor,
+    by_output: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    gone: torch.Tensor | None,
+    quant_format: QuantFormat,
+) -> torch.Tensor:
+    """Return the codes of N independent tiles, [N, B inputs, B outputs], outputs reversed; ``target`` becomes their errors.
+
+    An antidiagonal of weights is rounded at once. With outputs reversed it is a diagonal, and its rows and columns are slices.
+
+    Args:
+        target: weights less the feedback of earlier inputs outside the tile. fed: feedback of earlier outputs outside it.
+        by_input, by_output: feedback within tiles. scale, zero: of each weight. gone: removed weights.
+    """
+    code = torch.zeros_like(target)
+    for t in range(2 * _TILE - 1):
+        at = _TILE - 1 - t
+        i = slice(max(0, -at), min(t, _TILE - 1) + 1)
+        o = slice(i.start + at, i.stop + at)
+        whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
+        zero_point = None if zero is None else zero.diagonal(at, 1, 2)
+        rounded = codes_near(whole - fed.diagonal(at, 1, 2), step, zero_point, quant_format)
+        if gone is not None:
+            rounded.masked_fill_(gone.diagonal(at, 1, 2), 0)
+        code.diagonal(at, 1, 2).copy_(rounded)
+        error = torch.addcmul(whole, rounded, step, value=-1)
+        whole.copy_(error)
+        target[:, :, o].addcmul_(by_input[:, :, i], error[:, None], value=-1)
+        fed[:, i].addcmul_(error[:, :, None], by_output[:, o])
+    return code
 
 
 def kronecker_error(
