@@ -1,5 +1,6 @@
-"""Checkpoints: folder ▶ header ▶ logical tensors, and back, atomically.
+"""Reading and writing checkpoints: folder ▶ headers ▶ logical tensors ▶ folder.
 
-`spec` and `headers` describe without torch; `open` reads, `write` writes, `codecs` and `decode` are the storage chain,
-`bundle` and `modeling` make the compact store load elsewhere.
+`headers` and `structure` describe without torch. `open` reads, `write` writes atomically. `codecs` and `decode` are the two
+halves of the storage codecs. `bundle` and `modeling` make the loader that compact checkpoints carry. docs/format.md specifies
+the files.
 """

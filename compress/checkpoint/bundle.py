@@ -1,4 +1,4 @@
-"""The modelling file that compact checkpoints carry, and the ``auto_map`` that points to it."""
+"""The modelling file of compact checkpoints, and the ``auto_map`` that points to it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 FILE_NAME = "modeling_compress.py"
 CLASS_NAME = "CompressModel"
 _HERE = Path(__file__).parent
-#: Modules whose text stands in the bundled file in place of their import in `modeling`.
+#: Modules whose text replaces their import in the bundled copy of `modeling`.
 _IMPORTS = {
     "decode": ("storage chains", "from compress.checkpoint.decode import decode, part_names\n"),
     "edits": ("changes of structure", "from compress.checkpoint.edits import edited_class\n"),
 }
-#: Suffix of a stock class ▶ the auto class that loads it. `modeling` has one class for each, called Compress<suffix>.
+#: Suffix of a stock class ▶ its auto class. `modeling` has a class for each, called Compress<suffix>.
 _AUTO = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -28,7 +28,7 @@ _AUTO = {
 
 @cache
 def source() -> bytes:
-    """Text of the bundled file: what `modeling` imports of this package, and itself; needs torch and transformers alone."""
+    """Text of the bundled file: `modeling` and the modules that it imports from this package."""
     text, parts = (_HERE / "modeling.py").read_text(encoding="utf-8"), list[str]()
     for module, (title, line) in _IMPORTS.items():
         assert line in text, f"modeling.py must import {module} in one line"
@@ -40,7 +40,7 @@ def source() -> bytes:
 
 
 def auto_class(class_name: str | None) -> str:
-    """Name of the auto class that loads the stock class ``class_name``; ``AutoModel`` for a base model."""
+    """Auto class that loads the stock class ``class_name``; ``AutoModel`` for a base model."""
     return next((auto for suffix, auto in _AUTO.items() if (class_name or "").endswith(suffix)), "AutoModel")
 
 

@@ -1,6 +1,6 @@
-"""Storage chains: which one a tensor gets, the exact parts it will have, and the writing half of each codec.
+"""Storage chains: choice of the chain, exact names and shapes of the stored arrays, and encoding.
 
-Planning needs no torch. The reading half is in `decode`.
+Planning needs no torch. `decode` has the decoding half.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from compress.checkpoint.open import Value
 
 Store = Literal["stock", "compact"]
-#: Codes packed at a time; a multiple of 32, so that the words of long rows do not straddle the parts.
+#: Codes packed at a time; a multiple of 32, so no word of a long row spans two pieces.
 _AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """One array in the file that carries a piece of a logical tensor."""
+    """One array of a file, which stores part of a logical tensor. ``role``: its name in `encode` and `decode`."""
 
     key: str
     role: str
@@ -52,7 +52,7 @@ class StoredPart:
 
 
 def parts(tensor: Tensor) -> list[StoredPart]:
-    """The arrays that the tensor's storage chain writes, with exact shapes."""
+    """Arrays that the tensor's storage chain writes, with names, dtypes and shapes."""
     name = tensor.name
     if tensor.storage == DENSE:
         return [StoredPart(name, "values", tensor.shape, tensor.dtype)]
@@ -104,7 +104,7 @@ def _keep(tensor: Tensor) -> StoredPart:
 
 
 def _given(tensor: Tensor, name: str) -> StoredPart:
-    """A scale or zero point of a layer's inputs, which stands beside its weight."""
+    """Static scale or zero point of a layer's inputs, stored beside its weight."""
     assert tensor.quant_format is not None
     dtype = {
         "input_scale": tensor.quant_format.given_dtype or tensor.dtype,
@@ -115,21 +115,20 @@ def _given(tensor: Tensor, name: str) -> StoredPart:
 
 
 def _packed_zero(name: str, scales: tuple[int, ...], quant_format: QuantFormat) -> StoredPart:
-    """Zero points, packed along the outputs."""
+    """Zero points packed along the outputs."""
     return StoredPart(f"{name}_zero_point", "zero", (_words(scales[0], quant_format.bits), scales[1]), "I32")
 
 
 def _words(count: int, bits: int) -> int:
-    """32-bit words that so many codes take."""
+    """Number of 32-bit words for ``count`` codes."""
     return -(-count * bits // 32)
 
 
 def with_storage(spec: Spec, store: Store) -> Spec:
-    """The spec with the chain that each tensor gets in that store: the smallest, dense where equal.
+    """Spec with the smallest storage chain that ``store`` allows for each tensor; dense wins ties.
 
-    Stock files have no place for the keep-mask of a matrix of codes: its zeros are written, and that they were removed is
-    forgotten. Codes that stock loaders do not take are written as the floats that they stand for. A codebook may have no zero:
-    with one a keep-mask is always stored.
+    Stock files cannot store the keep-mask of quantised weights, so the zeros are written and the mask is lost. Codes that stock
+    loaders cannot read are written as floats. A codebook may lack the value zero, so its keep-mask is always stored.
     """
 
     holds = stock_holds(spec)
@@ -153,7 +152,7 @@ def with_storage(spec: Spec, store: Store) -> Spec:
 
 
 def stock_chain(quant_format: QuantFormat) -> tuple[str, ...]:
-    """The format of compressed-tensors for such codes; it has none for codebooks."""
+    """Storage chain of a number format: its format in compressed-tensors, or the codebook chain."""
     if quant_format.is_codebook:
         return CODEBOOK
     if quant_format.is_integer:
@@ -164,17 +163,17 @@ def stock_chain(quant_format: QuantFormat) -> tuple[str, ...]:
 
 
 def needs_code(spec: Spec) -> bool:
-    """Whether only the bundled modelling file can load the spec as stored."""
+    """Whether only the bundled modelling file can load the spec as stored, so that the checkpoint is a compact one."""
     holds = stock_holds(spec)
     return bool(spec.structure.edits) or any(t.storage[0] == "mask" or not holds(t) for t in spec.stored())
 
 
 def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
-    """A function that says whether stock loaders take a tensor of the spec: free values, and codes of linear layers.
+    """Predicate: whether stock loaders read a tensor of the spec as stored. They read plain values and codes of linear layers.
 
-    With compressed-tensors 0.20 transformers expects zero points of packed codes unpacked, and refuses a file that has them
-    packed as the format says. Experts, which it fuses in memory, become floats on loading, all by one format; those that are
-    floats already it looks for in vain beside codes of any format but fp8.
+    Tried with transformers 5.24 and compressed-tensors 0.20. They refuse packed zero points, although the format defines them.
+    Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
+    any format but fp8.
     """
     record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
     coded = [t for t in spec.stored() if t.quant_format is not None]
@@ -208,7 +207,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
 
 
 def fusible(quant_format: QuantFormat) -> bool:
-    """Whether transformers reads experts in such codes, which it fuses in memory: without what inputs are cast to."""
+    """Whether transformers, which fuses experts in memory, reads experts of this format; it ignores their input scales."""
     return (
         quant_format.activations is None
         and quant_format.symmetric
@@ -218,7 +217,7 @@ def fusible(quant_format: QuantFormat) -> bool:
 
 
 def stock_value(value: Value, tensor: Tensor) -> Value:
-    """The value without what the tensor, as stored, has no place for: codes, or a keep-mask beside codes."""
+    """The value without the parts that the tensor's storage drops: codes, or the keep-mask of codes."""
     if value.codes is None or (tensor.quant_format is not None and tensor.kept is not None):
         return value
     from compress.checkpoint.open import Value
@@ -227,7 +226,7 @@ def stock_value(value: Value, tensor: Tensor) -> Value:
 
 
 def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
-    """Values in canonical form (see `canonical`) ▶ role ▶ contiguous array, as `parts` says."""
+    """Contiguous arrays by role, as `parts` lists them, of a value in canonical form (see `canonical`)."""
     if tensor.storage == DENSE:
         return {"values": value.data.contiguous()}
     if tensor.quant_format is None:
@@ -260,14 +259,15 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
 
 
 def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
-    """Signed codes [R, C] ▶ int32 [R, ceil(C · bits / 32)]: offset to be positive, then a dense stream of bits, lowest first.
+    """Signed codes [R, C] ▶ int32 [R, ceil(C · bits / 32)].
 
-    As compressed-tensors packs them (``pack_to_int32``).
+    Codes are offset to be non-negative and packed without gaps, lowest bit first, as ``pack_to_int32`` of compressed-tensors
+    does.
     """
     import torch
 
     rows, count = codes_RC.shape
-    if rows * count > _AT_ONCE:  # the steps in between take many times the memory
+    if rows * count > _AT_ONCE:  # intermediate arrays take many times the memory
         if rows > 1:
             return torch.cat([pack_codes(part, bits) for part in torch.split(codes_RC, max(1, _AT_ONCE // count))])
         return torch.cat([pack_codes(part, bits) for part in torch.split(codes_RC, _AT_ONCE, 1)], 1)
@@ -275,7 +275,7 @@ def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
     offset = (codes_RC ^ -128 if bits == 8 else codes_RC + half).contiguous().view(torch.uint8)
     words, eights = -(-count * bits // 32), -(-count // 8)
     offset = torch.nn.functional.pad(offset, (0, -count % 8))
-    if 8 % bits == 0:  # codes do not straddle bytes
+    if 8 % bits == 0:  # no code spans two bytes
         per = 8 // bits
         parts = offset.view(rows, eights * bits, per).unbind(2)
         octets = parts[0].clone()
@@ -295,7 +295,7 @@ def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def canonical(data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Removed weights +0.0, kept zeros -0.0: the form in which values and mask determine each other."""
+    """Canonical form, from which the mask can be read: removed weights are +0.0, kept zeros are -0.0."""
     import torch
 
     zero = torch.zeros((), dtype=data.dtype, device=data.device)
@@ -303,7 +303,7 @@ def canonical(data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """Bool [...] with n elements ▶ uint8 [ceil(n / 8)], lowest bit first."""
+    """Bool mask of n elements ▶ uint8 [ceil(n / 8)], lowest bit first."""
     import torch
 
     flat = mask.flatten().to(torch.uint8)

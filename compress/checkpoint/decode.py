@@ -1,15 +1,10 @@
-"""Stored parts ▶ logical tensors: the reading half of every storage codec.
+"""Decoding of stored arrays into logical tensors, for every storage codec. docs/format.md specifies the codecs.
 
-This file needs torch alone: its text is also placed at the top of the bundled modelling file of compact checkpoints,
-which must not import this package. A codec that a later pass adds gets its `decode` here and its `encode` in `codecs`.
+This file imports only torch: its text is copied into the modelling file of compact checkpoints, which must not import this
+package. `codecs` has the encoding half.
 
-A chain lists codecs outermost first. ``("mask", "dense")``: part ``.keep`` holds the keep-mask, 8 weights a byte,
-lowest bit first, padded with zeros; part ``.values`` the kept weights in row-major order. ``("dense",)``: one part with
-the tensor's own name. In a dense part a removed weight is +0.0 and a kept weight that is zero is stored as -0.0, so a
-keep-mask survives a dense float file without a byte of its own (the metadata say which tensors have one).
-
-``("codebook",)``: part ``.codebook`` holds 2**bits values, part ``.codes`` the number of each weight's value, in row-major
-order as `unpack_codes` reads them. ``("mask", "codebook")``: ``.keep`` as above, and codes of the kept weights alone.
+In a dense float array a removed weight is +0.0 and a kept zero is -0.0. So the array carries its keep-mask; the metadata say
+which tensors have one.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from typing import Any
 
 import torch
 
-#: Codes unpacked at a time, a multiple of 32.
+#: Codes unpacked at a time; a multiple of 32.
 _AT_ONCE = 1 << 22
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,12 +26,12 @@ _CODED = (
     "nvfp4-pack-quantized",
     "codebook",
 )
-#: Values of the sixteen E2M1 codes: sign, two bits of exponent, one of mantissa.
+#: Values of the 16 E2M1 codes: one sign bit, two exponent bits, one mantissa bit.
 _E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
 def part_names(name: str, storage: tuple[str, ...], quant_format: dict[str, Any] | None = None) -> dict[str, str]:
-    """Role ▶ key in the file, for a tensor stored by this chain."""
+    """Array names by role, for a tensor with this storage chain. Raises ValueError for an unknown chain."""
     masked = storage[0] == "mask"
     if storage in (("dense",), ("mask", "dense")):
         return {"keep": f"{name}.keep", "values": f"{name}.values"} if masked else {"values": name}
@@ -68,7 +63,7 @@ def decode(
     masked: bool,
     quant_format: dict[str, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values (of ``shape``, removed weights +0.0) and the keep-mask (bool, of ``shape``), None where there is none."""
+    """Values of ``shape``, with removed weights +0.0, and the keep-mask, bool of ``shape``; None without one."""
     if storage == ("dense",):
         values = parts["values"].reshape(shape)
         return values, (values.view(_INT[values.element_size()]) != 0) if masked else None
@@ -83,15 +78,15 @@ def decode(
     return values, mask
 
 
-#: Codes [O, I] (int8, float8, or uint8 of E2M1 codes), scales and zero points [O, G], and the scale of all scales. Of a
-#: codebook: int8 codes shaped like the tensor, less half their range, and its values [2**bits] in place of the scales.
+#: Codes [O, I] (int8, float8, or E2M1 codes as uint8), scales [O, G], zero points [O, G] or None, and the global scale [1] or
+#: None. With a codebook: int8 indices less half their range, shaped like the tensor, and its values [2**bits] as scales.
 _Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def decode_codes(
     parts: dict[str, torch.Tensor], storage: tuple[str, ...], shape: tuple[int, ...], quant_format: dict[str, Any]
 ) -> tuple[_Codes, torch.Tensor | None]:
-    """Codes, those of zero for removed weights; and the keep-mask (bool, of ``shape``), None where there is none."""
+    """Codes, zero for removed weights, and the keep-mask, bool of ``shape``; None without one."""
     rows = (shape[1], shape[0]) if quant_format["transposed"] else shape
     mask = unpack_bits(parts["keep"], rows) if storage[0] == "mask" else None
     bits, found, scale, zero = int(quant_format["bits"]), parts["codes"], parts["scale"], parts.get("zero")
@@ -124,7 +119,7 @@ def decode_codes(
 
 
 def accepted_values(codes: _Codes, mask: torch.Tensor | None, quant_format: dict[str, Any]) -> torch.Tensor:
-    """The values that codes stand for, shaped as the checkpoint shapes them; removed weights +0.0."""
+    """Dequantised values in the tensor's shape, with removed weights +0.0."""
     values = dequantized(*codes)
     values = values.T.contiguous() if quant_format["transposed"] else values
     return values if mask is None else values.masked_fill(~mask, 0)
@@ -133,9 +128,9 @@ def accepted_values(codes: _Codes, mask: torch.Tensor | None, quant_format: dict
 def dequantized(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, overall: torch.Tensor | None
 ) -> torch.Tensor:
-    """(q - z) · s [O, I], computed in the dtype of s as compressed-tensors does; bfloat16 for four-bit floats.
+    """(q - z) · s, [O, I], computed in the dtype of s as compressed-tensors does; bfloat16 for four-bit floats.
 
-    Where ``scale`` has one axis it is a codebook: the values that codes of any shape number.
+    A ``scale`` with one axis is a codebook, and codes, of any shape, are indices into it.
     """
     if scale.ndim == 1:
         values = torch.empty(codes.shape, dtype=scale.dtype, device=codes.device)
@@ -159,9 +154,9 @@ def dequantized(
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """int32 [R, W] ▶ int8 [R, count]: a dense stream of ``bits``-bit codes, lowest bit first, less half their range."""
+    """int32 [R, W] ▶ int8 [R, count]: codes of ``bits`` bits without gaps, lowest bit first, less half their range."""
     rows, words = packed.shape
-    if rows * count > _AT_ONCE:  # the steps in between take many times the memory
+    if rows * count > _AT_ONCE:  # intermediate arrays take many times the memory
         if rows > 1:
             return torch.cat(
                 [unpack_codes(part, bits, count) for part in torch.split(packed, max(1, _AT_ONCE // count))]
@@ -170,7 +165,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         sizes = [min(_AT_ONCE, count - i * _AT_ONCE) for i in range(len(parts))]
         return torch.cat([unpack_codes(part, bits, size) for part, size in zip(parts, sizes, strict=True)], 1)
     octets = packed.contiguous().flatten().view(torch.uint8).view(rows, 4 * words)
-    if 8 % bits == 0:  # codes do not straddle bytes
+    if 8 % bits == 0:  # no code spans two bytes
         found = torch.stack([(octets >> (bits * place)) & ((1 << bits) - 1) for place in range(8 // bits)], 2)
         found = found.view(rows, 4 * words * (8 // bits))[:, :count]
         return (found ^ 128).view(torch.int8) if bits == 8 else found.to(torch.int8) - (1 << (bits - 1))

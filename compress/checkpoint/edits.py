@@ -1,16 +1,13 @@
-"""Changes of structure that no stock class can express, made to a model of that class: factors, residuals, shared tensors.
+"""Edits applied to models: low-rank factors, low-rank residuals, shared parameters, thin embeddings, sizes of single layers.
 
-This file needs torch alone: its text is also placed into the bundled modelling file of compact checkpoints, which must not
-import this package. An edit is a JSON object with ``kind``, ``module`` and ``values``:
+This file imports only torch: its text is copied into the modelling file of compact checkpoints, which must not import this
+package. docs/format.md specifies the edits. An edit is a JSON object with ``kind``, ``module`` and ``values``:
 
-* ``factors``: the linear layer ``module`` is ``up(down(x))``, with ``rank`` values in between; tensors ``down.weight`` [r, I],
-  ``up.weight`` [O, r] and, where the layer has a bias, ``up.bias`` [O] take the place of its own.
-* ``shared``: the parameters of block ``module`` that ``parts`` names are those of block ``source``. The file holds them once,
-  under the source's names.
-* ``projected``: the table of embeddings ``module``, or the head tied to one, is ``rank`` wide; a ``projection`` stands between
-  it and the hidden states.
-* ``sized``: the linear layer ``module`` has ``outputs`` and ``inputs`` of its own, whatever the config says of all blocks.
-* ``residual``: the linear layer ``module`` adds ``residual_up(residual_down(x))`` to what it gives, of rank ``rank``.
+* ``factors``: the linear layer ``module`` becomes ``up(down(x))`` of rank ``rank``.
+* ``residual``: the linear layer ``module`` adds ``residual_up(residual_down(x))`` of rank ``rank`` to its output.
+* ``shared``: the parameters ``parts`` of block ``module`` are those of block ``source``.
+* ``projected``: the embedding table or head ``module`` is ``rank`` wide, with a projection to or from the hidden states.
+* ``sized``: the linear layer ``module`` has its own numbers of ``outputs`` and ``inputs``.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import torch
 
 
 class Factored(torch.nn.Module):
-    """Two linear layers in place of one."""
+    """Two thin linear layers in place of one."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, bias: bool, **like: Any) -> None:
         super().__init__()
@@ -31,12 +28,12 @@ class Factored(torch.nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The product [O, I]; models look at its dtype and device."""
+        """Product of the factors, [O, I]; models read its dtype and device."""
         return self.up.weight @ self.down.weight
 
     @property
     def bias(self) -> torch.nn.Parameter | None:
-        """That of the second layer."""
+        """Bias of the second layer."""
         return self.up.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,20 +43,20 @@ class Factored(torch.nn.Module):
 
 
 class Relaxed:
-    """What a linear layer with a residual of low rank also is."""
+    """Mixin for a linear layer with a low-rank residual."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer gives and, beside it, its residual."""
+        """Output of the layer plus its residual, […, O]."""
         layer: Any = self
         result: torch.Tensor = super().forward(x) + layer.residual_up(layer.residual_down(x))  # type: ignore[misc]
         return result
 
 
 class Projected:
-    """What a thin table of embeddings, or a head that reads one, also is."""
+    """Mixin for a thin embedding table, or for a head that reads one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids ▶ their vectors [r] ▶ hidden states; of a head hidden states ▶ [r] ▶ logits."""
+        """Embedding: token ids ▶ vectors [r] ▶ hidden states. Head: hidden states ▶ [r] ▶ logits."""
         layer: Any = self
         if isinstance(self, torch.nn.Embedding):
             found: torch.Tensor = layer.projection(super().forward(x))  # type: ignore[misc]
@@ -69,10 +66,10 @@ class Projected:
 
 
 def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
-    """Make the changes to a model of the stock class; what they add has the dtype and device of what was there.
+    """Apply the edits to a model of the stock class. New modules get the dtype and device of those they replace.
 
     Raises:
-        ValueError: a kind that this version does not know, or a module that the model does not have.
+        ValueError: this version does not know a kind, or the model does not have a module.
     """
     find = _finder(model, edits)
     for edit in edits:
@@ -105,7 +102,7 @@ def apply_edits(model: Any, edits: list[dict[str, Any]]) -> None:
 
 
 def _resize(module: Any, outputs: int, inputs: int) -> None:
-    """Give a linear layer that many outputs and inputs, with random weights."""
+    """Resize a linear layer, with random weights."""
     linear = isinstance(module, torch.nn.Linear)
     new = module.weight.new_empty((outputs, inputs) if linear else (inputs, outputs))
     module.weight = torch.nn.Parameter(new.normal_(std=0.02), module.weight.requires_grad)
@@ -117,7 +114,7 @@ def _resize(module: Any, outputs: int, inputs: int) -> None:
 
 
 def _project(module: Any, rank: int) -> None:
-    """Make a table of embeddings, or a head, ``rank`` wide, with random weights and a projection."""
+    """Make an embedding table or a head ``rank`` wide, with a projection; weights are random."""
     weight, looked_up = module.weight, isinstance(module, torch.nn.Embedding)
     count, hidden = weight.shape
     module.weight = torch.nn.Parameter(weight.new_empty(count, rank).normal_(std=0.02), weight.requires_grad)
@@ -128,7 +125,7 @@ def _project(module: Any, rank: int) -> None:
 
 
 def shared_parameters(model: Any, edits: list[dict[str, Any]]) -> dict[str, str]:
-    """Name of each parameter that is another's ▶ the name of that one."""
+    """Name of each shared parameter ▶ name of its source."""
     result: dict[str, str] = {}
     find = _finder(model, edits)
     for edit in edits:
@@ -144,13 +141,13 @@ def _mixed(more: type, stock: type) -> type:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer; GPT-2's has them the other way round."""
+    """(outputs, inputs) of a linear layer; GPT-2's ``Conv1D`` shapes its weight [in, out]."""
     first, second = module.weight.shape
     return (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
 
 
 def _finder(model: Any, edits: list[dict[str, Any]]) -> Callable[[str], str]:
-    """From the path of a module in files to the model's: files of a base class leave its name out, those of others have it."""
+    """Function from a module's path in files to its path in the model; one of them may have the base model's prefix."""
     prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
     tables = {edit["module"] for edit in edits if edit["kind"] == "projected"}
 
@@ -158,7 +155,7 @@ def _finder(model: Any, edits: list[dict[str, Any]]) -> Callable[[str], str]:
         for name in (path, path.removeprefix(prefix), prefix + path):
             if name in modules:
                 return name
-        head = model.get_output_embeddings() if path in tables else None  # files of GPT-NeoX have another name for it
+        head = model.get_output_embeddings() if path in tables else None  # files may call the head otherwise
         if head is None:
             raise ValueError(f"the model has no module {path}")
         names: list[str] = [name for name, module in model.named_modules() if module is head]
@@ -168,10 +165,10 @@ def _finder(model: Any, edits: list[dict[str, Any]]) -> Callable[[str], str]:
 
 
 def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The state of the stock class that computes the same: products for factors, a copy for each user of what is shared.
+    """State dict of the dense twin: the stock class computes the same with products for factors and copies of shared tensors.
 
     Raises:
-        ValueError: widths differ from block to block, which that class cannot express.
+        ValueError: a ``sized`` edit, which the stock class cannot express.
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     for target in shared_parameters(model, edits):
@@ -186,7 +183,7 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
         if edit["kind"] == "shared":
             continue
         if edit["kind"] == "sized":
-            raise ValueError(f"{edit['module']} has a width of its own, which no stock class can express")
+            raise ValueError(f"{edit['module']} has its own width, which no stock class can express")
         path = find(edit["module"])
         if edit["kind"] == "projected":
             state[f"{path}.weight"] = unprojected(state[f"{path}.weight"], state.pop(f"{path}.projection.weight"))
@@ -202,31 +199,31 @@ def dense_state(model: Any, edits: list[dict[str, Any]]) -> dict[str, torch.Tens
 
 
 def _untied(edits: list[dict[str, Any]]) -> bool:
-    """Whether the dense twin has a table for each side, since two projections make two of one."""
+    """Whether the dense twin has two tables: two projections make two tables of one."""
     return len([edit for edit in edits if edit["kind"] == "projected"]) > 1
 
 
 def product(up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """[O, r] and [r, I] ▶ [O, I], or [I, O] for GPT-2's layers; computed in float32 at least."""
+    """Product of factors [O, r] and [r, I]: [O, I], or [I, O] if ``transposed``; computed in float32 at least."""
     wide = torch.promote_types(up.dtype, torch.float32)
     found = (up.to(wide) @ down.to(wide)).to(up.dtype)
     return found.T.contiguous() if transposed else found
 
 
 def unprojected(table: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """[V, r] and what stands between it and the hidden states, [h, r] of embeddings or [r, h] of a head, r < h ▶ [V, h]."""
+    """Full table [V, h] of a thin one [V, r] and its projection: [h, r] of embeddings, [r, h] of a head, r < h."""
     return product(table, projection if len(projection) == table.shape[1] else projection.T, False)
 
 
 def with_residual(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The weight that a layer with a residual has in all, computed in float32."""
+    """Weight plus residual of a layer, computed in float32."""
     return (weight.float() + product(up.float(), down.float(), transposed)).to(weight.dtype)
 
 
 def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
-    """A subclass of a transformers class whose models have those changes, tensors that are shared being one parameter.
+    """Subclass of a transformers class that applies the edits. A shared tensor is one parameter.
 
-    Its `save_pretrained` writes the dense checkpoint of the stock class.
+    Its `save_pretrained` writes the dense twin, of the stock class.
     """
     if not edits:
         return stock
@@ -237,19 +234,19 @@ def edited_class(stock: Any, edits: list[dict[str, Any]]) -> Any:
             apply_edits(self, edits)
             self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=False)
             if any(edit["kind"] == "projected" for edit in edits):
-                self.tie_weights()  # the head has the table that took the place of the one it was tied to
+                self.tie_weights()  # ties the head to the new table
 
         def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
             found: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels=all_submodels)
             return {**found, **shared_parameters(self, edits)}
 
         def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
-            if isinstance(output_embeddings, torch.nn.Linear):  # of GPT-2's layers it would take inputs for outputs
+            if isinstance(output_embeddings, torch.nn.Linear):  # for Conv1D it would confuse inputs with outputs
                 super()._adjust_bias(output_embeddings, input_embeddings)
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
             state = kwargs.pop("state_dict", None)
-            if state is not None:  # given by somebody who knows what it is
+            if state is not None:  # the caller chose it
                 return super().save_pretrained(save_directory, *args, state_dict=state, **kwargs)
             config = type(self.config).from_dict(self.config.to_dict())
             if _untied(edits):

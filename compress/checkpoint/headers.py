@@ -1,6 +1,6 @@
-"""The header of a safetensors file, read and written without torch.
+"""Safetensors headers, read and written without torch.
 
-Format: 8 bytes little-endian header length N, N bytes of JSON (padded with spaces), then the data. Offsets count from
+A file is the header's length N in 8 little-endian bytes, N bytes of JSON padded with spaces, and the data. Offsets count from
 the end of the header. The checks are those of the reference implementation (huggingface/safetensors).
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 from compress.errors import CheckpointError, one_line
 from compress.spec.spec import DTYPE_BITS
 
-#: The reference implementation refuses longer headers too.
+#: Longest header in bytes, as in the reference implementation.
 MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored array: dtype string, shape, and its byte range within the data section."""
+    """One stored array: dtype string, shape, and byte range within the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Entries by name in order of offset, the string metadata, and where the data begins in the file."""
+    """Entries by name in order of offset, string metadata, and the offset of the data in the file."""
 
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
@@ -41,7 +41,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Header of a local file. Raises `CheckpointError` naming the file and, where one is at fault, the tensor."""
+    """Header of a local file. Raises `CheckpointError` with the file and the tensor at fault."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -51,17 +51,19 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
-    """Header from its first 8 bytes and a function that reads the next n bytes; ``size`` is the file's."""
+    """Header from the first 8 bytes and a function that reads the next n. ``size``: bytes of the file."""
     if size == 0:
         raise CheckpointError("is empty (0 bytes)", where=where, fix="copy or download it again")
     if len(prefix) < 8:
-        raise CheckpointError(f"is no safetensors file: only {size} bytes", where=where)
+        raise CheckpointError(f"is not a safetensors file: it has only {size} bytes", where=where)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"is no safetensors file, or damaged: its header would be {length} bytes", where=where)
+        raise CheckpointError(
+            f"is not a safetensors file, or is damaged: its header would have {length} bytes", where=where
+        )
     if 8 + length > size:
         raise CheckpointError(
-            f"is truncated: the header is {length} bytes, the file {size}", where=where, fix="copy it again"
+            f"is truncated: the header has {length} bytes, the file {size}", where=where, fix="copy it again"
         )
     try:
         data = json.loads(read(length), object_pairs_hook=_unique)
@@ -71,10 +73,10 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
         raise CheckpointError("has a header that is not a JSON object", where=where)
     metadata = data.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError("has metadata that are not strings", where=where)
+        raise CheckpointError("has metadata values that are not strings", where=where)
     for text in (*data, *metadata, *metadata.values()):
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise CheckpointError(f"names {text[:60]}: half a surrogate pair, which is no text", where=where)
+            raise CheckpointError(f"has half a surrogate pair, which is not text, in {text[:60]}", where=where)
     entries = {name: _entry(name, value, where) for name, value in data.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_offsets(ordered, size - 8 - length, where)
@@ -82,7 +84,7 @@ def parse_header(prefix: bytes, read: Any, size: int, where: str) -> Header:
 
 
 def render_header(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """Length prefix and JSON, padded so that the data begin at a multiple of 8 bytes."""
+    """Length prefix and JSON, padded so that the data begins at a multiple of 8 bytes."""
     data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, entry in entries.items():
         data[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.end]}
@@ -95,7 +97,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"`{next(n for n in names if names.count(n) > 1)}` stands twice")
+        raise ValueError(f"the key `{next(n for n in names if names.count(n) > 1)}` is there twice")
     return data
 
 
@@ -113,7 +115,7 @@ def _entry(name: str, value: Any, where: str) -> TensorEntry:
     if (end - start) * 8 != prod(shape) * bits:
         raise CheckpointError(
             f"tensor {name} of shape {list(shape)} and dtype {dtype} needs {prod(shape) * bits // 8} bytes, "
-            f"its offsets give {end - start}",
+            f"its offsets span {end - start}",
             where=where,
         )
     return TensorEntry(dtype, shape, start, end)
@@ -125,11 +127,13 @@ def _check_offsets(entries: Mapping[str, TensorEntry], size: int, where: str) ->
         if entry.start < position:
             raise CheckpointError(f"tensors {last} and {name} overlap", where=where)
         if entry.start > position:
-            raise CheckpointError(f"has a hole of {entry.start - position} bytes before tensor {name}", where=where)
+            raise CheckpointError(f"has a gap of {entry.start - position} bytes before tensor {name}", where=where)
         if entry.end > size:
             missing = entry.end - size
             raise CheckpointError(
-                f"is truncated: tensor {name} ends {missing} bytes beyond the file", where=where, fix="copy it again"
+                f"is truncated: tensor {name} ends {missing} bytes after the end of the file",
+                where=where,
+                fix="copy it again",
             )
         position, last = entry.end, name
     if position != size:

@@ -1,4 +1,4 @@
-"""Where every byte of a checkpoint goes: shards, headers, offsets, index. The plan and the writer share it."""
+"""Exact layout of weight files: shards, headers, offsets, index. Planner and writer share it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from compress.checkpoint.codecs import StoredPart, parts
 from compress.checkpoint.headers import TensorEntry, render_header
 from compress.spec.spec import DENSE, DTYPE_BITS, Spec, Tensor
 
-#: `bytes`, which is the name of a size here.
+#: The type `bytes`, whose name is a property here.
 Buffer: TypeAlias = bytes
-#: Safetensors metadata key that holds, as JSON, what the header alone cannot say of some tensors.
+#: Safetensors metadata key whose JSON value describes the stored tensors; docs/format.md specifies it.
 METADATA_KEY = "compress.tensors"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -22,7 +22,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file: its tensors in writing order, its rendered header, its size in bytes."""
+    """One weight file: its tensors in writing order, its array entries and its rendered header."""
 
     file: str
     tensors: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class Shard:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(e.end - e.start for e in self.entries.values())
 
 
@@ -43,11 +43,11 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all weight files (the index, a sidecar, apart)."""
+        """Size of all weight files in bytes, without the index."""
         return sum(shard.bytes for shard in self.shards)
 
     def index(self) -> Buffer | None:
-        """Bytes of the index file, None where one file holds all."""
+        """Contents of the index file; None for a single weight file."""
         if len(self.shards) == 1:
             return None
         names = {key: shard.file for shard in self.shards for key in shard.entries}
@@ -57,12 +57,11 @@ class Layout:
 
 
 def lay_out(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = None) -> Layout:
-    """Fill shards in natural order of names up to ``max_shard`` bytes of data; a larger tensor gets a shard of its own.
+    """Layout with shards of up to ``max_shard`` bytes of data; a larger tensor gets its own shard.
 
-    The order does not depend on that of the input's files, so that the same tensors always give the same bytes.
-
-    Within a shard, arrays of wide elements come first, so that each is aligned in the file (the reference writer does the
-    same, and memory-mapping readers need it).
+    Tensors are in natural order of their names, so the same tensors give the same bytes whatever the input's order was.
+    Within a shard, arrays with wider elements come first. That aligns each array in the file, which memory-mapping readers
+    need; the reference writer does the same.
     """
     groups: list[list[Tensor]] = [[]]
     filled = 0
@@ -86,12 +85,12 @@ def lay_out(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = Non
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key that takes numbers in names by value: block 2 before block 10."""
+    """Sort key that compares numbers in names by value: block 2 comes before block 10."""
     return [_key(part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _key(part: str) -> tuple[bool, int, str]:
-    """Numbers compare by length, then digit by digit: a name may have more digits than Python makes a number of."""
+    """Numbers compare by length, then by digits: Python refuses to parse integers of several thousand digits."""
     if not (part.isascii() and part.isdigit()):
         return False, 0, part
     digits = part.lstrip("0")
@@ -103,7 +102,7 @@ def _alignment(part: StoredPart) -> int:
 
 
 def _metadata(tensors: list[Tensor], metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """``format: pt`` (transformers asks for it), the input's own metadata, and our table where there is one."""
+    """``format: pt``, which transformers requires, the input's own metadata, and the table of stored tensors if any."""
     table: dict[str, dict[str, Any]] = {
         t.name: {"storage": list(t.storage), "shape": list(t.shape), "kept": t.kept}
         | ({} if t.quant_format is None else {"grid": t.quant_format.to_json(), "dtype": t.dtype})

@@ -1,9 +1,8 @@
-"""Loads a compact checkpoint of the `compress` toolkit as the stock transformers model that it stands for.
+"""Loader of compact checkpoints of the `compress` toolkit, for stock transformers.
 
-Weights may be stored by codecs (a keep-mask and the kept values, say) instead of densely; they are decoded on loading, and
-layers may be two factors, and blocks may share parameters. What `from_pretrained` returns is an instance of the stock
-class, or of one made from it; its `save_pretrained` writes a dense stock checkpoint.
-Needs torch and transformers. Apache-2.0.
+Stored codes and masked weights are decoded on loading. Low-rank factors, shared parameters and other edits are applied to the
+stock class. `from_pretrained` returns an instance of that class or of a subclass; its `save_pretrained` writes a dense stock
+checkpoint. Needs torch, transformers and safetensors. Apache-2.0.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from safetensors import safe_open
 from compress.checkpoint.decode import decode, part_names
 from compress.checkpoint.edits import edited_class
 
-#: Ends of the names of arrays that round a layer's inputs.
+#: Name suffixes of static scales and zero points of a layer's inputs.
 INPUT_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale")
 
 
 class CompressConfig(transformers.PreTrainedConfig):
-    """Config of a compact checkpoint: ``base`` is the stock config, ``edits`` the changes of structure on top of it."""
+    """Config of a compact checkpoint. ``base``: the stock config. ``edits``: changes of structure."""
 
     model_type = "compress"
 
@@ -36,11 +35,11 @@ class CompressConfig(transformers.PreTrainedConfig):
 
 
 def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
-    """Dense tensors of every weight file in the folder, under their stock names."""
+    """Decoded tensors of all weight files in the folder, by name."""
     folder = pathlib.Path(folder)
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
-    if not (folder / files[0]).exists():  # where both are there stock loaders take the single file
+    if not (folder / files[0]).exists():  # if both exist, stock loaders take the single file
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     state = {}
     for name in files:
@@ -53,7 +52,7 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
                 storage, quant_format = tuple(row["storage"]), row.get("grid")
                 keys = part_names(tensor, storage, quant_format)
                 coded.update(keys.values())
-                if quant_format is not None:  # inputs are not rounded here
+                if quant_format is not None:  # these loaders round no inputs
                     coded.update(f"{tensor.rpartition('.')[0]}.{end}" for end in INPUT_ARRAYS)
                 parts = {role: file.get_tensor(key) for role, key in keys.items()}
                 state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, quant_format)[0]
@@ -72,13 +71,13 @@ def stock_config(config: CompressConfig) -> transformers.PreTrainedConfig:
 
 
 def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
-    """Build the stock class that ``auto`` gives for the config, with the folder's decoded weights.
+    """Model of the stock class that ``auto`` has for the config, with the folder's decoded weights.
 
-    Raises ValueError where a weight is missing or of another shape: nothing is ever left at random.
+    Raises ValueError if a weight is missing, unknown or has another shape, so that no weight stays random.
     """
     base = stock_config(config)
     names = base.architectures or []
-    # where no other auto class is named, the model is one without a head, of which AutoModel knows one of a family alone
+    # without another auto class the model has no head; AutoModel knows one such class per family
     alone = auto is transformers.AutoModel and set(getattr(config, "auto_map", None) or ()) <= {
         "AutoConfig",
         "AutoModel",
@@ -106,7 +105,7 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
 
 
 class CompressModel:
-    """What ``AutoModel…from_pretrained`` calls; it hands back a model of the stock class."""
+    """Class that ``AutoModel….from_pretrained`` calls; it returns a model of the stock class."""
 
     auto = transformers.AutoModel
     _ignored = (
@@ -122,11 +121,11 @@ class CompressModel:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to register: what is saved later is a stock model."""
+        """Do nothing: a model that is saved later is a stock model."""
 
     @classmethod
     def from_pretrained(cls, folder, *args, config=None, **kwargs):
-        """See `transformers.PreTrainedModel.from_pretrained`; dtype, device_map and the like are passed on."""
+        """As `transformers.PreTrainedModel.from_pretrained`; dtype, device_map and others are passed on."""
         download = {k: kwargs.pop(k) for k in cls._download if k in kwargs}
         for key in cls._ignored:
             kwargs.pop(key, None)

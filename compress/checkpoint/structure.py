@@ -1,6 +1,6 @@
-"""Changes of structure as headers show them: which tensors an edit adds, replaces or shares. No torch here.
+"""Edits applied to specs: which tensors an edit adds, replaces or shares. Imports no torch.
 
-`edits` has what they mean for a model.
+`edits` applies them to models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from compress.spec.spec import DENSE, Edit, Spec, Tensor
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
 
-#: What the tensors of an edit are to passes.
+#: Kind of edit ▶ kind of tensors, by which passes accept a checkpoint.
 STORAGE: Mapping[str, str] = {
     "factors": "factored",
     "projected": "factored",
@@ -25,36 +25,36 @@ STORAGE: Mapping[str, str] = {
     "shared": "shared",
     "sized": "uneven",
 }
-#: What an edit of each kind says; of others, their rank.
+#: Kind of edit ▶ keys of its ``values``; other kinds have ``rank`` and ``transposed``.
 _VALUES = {"shared": {"source", "parts"}, "sized": {"outputs", "inputs"}, "projected": {"rank"}}
 
 
 def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
-    """As ``config.json`` holds them."""
+    """JSON list for ``config.json``."""
     return [{"kind": e.kind, "module": e.module, "values": dict(e.values)} for e in edits]
 
 
 def from_json(rows: Any, where: str) -> tuple[Edit, ...]:
-    """What `to_json` gave. Raises `CheckpointError` for what this version does not know, or what is damaged."""
+    """Inverse of `to_json`. Raises `CheckpointError` for kinds that this version does not know and for damaged edits."""
     try:
         found = tuple(Edit(str(row["kind"]), str(row["module"]), dict(row["values"])) for row in rows or ())
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"has damaged changes of structure: {error!r}", where=where) from None
+        raise CheckpointError(f"has damaged `edits`: {error!r}", where=where) from None
     for edit in found:
         keys = _VALUES.get(edit.kind, {"rank", "transposed"})
         if edit.kind not in STORAGE:
             raise CheckpointError(
-                f"has a change of structure that this version does not know: {edit.kind}",
+                f"has an edit that this version does not know: {edit.kind}",
                 where=where,
                 fix="update compress",
             )
         if edit.values.keys() != keys or not _sound(edit.values):
-            raise CheckpointError(f"has a damaged change of structure: {edit.kind} of {edit.module}", where=where)
+            raise CheckpointError(f"has a damaged edit: {edit.kind} of {edit.module}", where=where)
     return found
 
 
 def _sound(values: Mapping[str, Any]) -> bool:
-    """Whether what an edit says is of the right types."""
+    """Whether the values of an edit have the right types."""
     if "parts" in values:
         parts = values["parts"]
         return isinstance(values["source"], str) and isinstance(parts, list) and all(isinstance(p, str) for p in parts)
@@ -65,7 +65,7 @@ def _sound(values: Mapping[str, Any]) -> bool:
 
 
 def with_shared(spec: Spec, where: str) -> Spec:
-    """Add the tensors that blocks share with others, which files leave out. Raises `CheckpointError` where edits do not fit."""
+    """Spec with aliases for shared tensors, which files store once. Raises `CheckpointError` if edits and tensors disagree."""
     aliases = {}
     for edit in spec.structure.edits:
         if edit.kind != "shared":
@@ -75,13 +75,13 @@ def with_shared(spec: Spec, where: str) -> Spec:
         for part in edit.values["parts"]:
             name, source = f"{edit.module}.{part}", f"{edit.values['source']}.{part}"
             if source not in spec.tensors or name in spec.tensors:
-                raise CheckpointError(f"config and weights disagree: {name} is to be that of {source}", where=where)
+                raise CheckpointError(f"config and weights disagree: an edit shares {name} with {source}", where=where)
             aliases[name] = alias(spec.tensors[source], name)
     return replace(spec, tensors={**spec.tensors, **aliases})
 
 
 def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
-    """The two matrices that an edit adds are there, of its rank."""
+    """Check that the two matrices of an edit are there and have its rank."""
     prefix, rank = "residual_" if edit.kind == "residual" else "", edit.values["rank"]
     down, up = (f"{edit.module}.{prefix}{suffix}.weight" for suffix in ("down", "up"))
     _check(spec, down, f"of rank {rank}", lambda shape: shape[0] == rank, where)
@@ -89,7 +89,7 @@ def _check_low_rank(spec: Spec, edit: Edit, where: str) -> None:
 
 
 def _check_projected(spec: Spec, edit: Edit, where: str) -> None:
-    """The projection beside a table is there, of its rank; so is the table, unless the config ties it to another."""
+    """Check the rank of the projection and of its table, which is missing if the config ties it to another."""
     table, rank = f"{edit.module}.weight", edit.values["rank"]
     _check(spec, f"{edit.module}.projection.weight", f"of rank {rank}", lambda shape: rank in shape, where)
     if table in spec.tensors:
@@ -97,14 +97,14 @@ def _check_projected(spec: Spec, edit: Edit, where: str) -> None:
 
 
 def _check_sized(spec: Spec, edit: Edit, where: str) -> None:
-    """The matrix has the shape that an edit says."""
+    """Check that the matrix has the shape of the edit."""
     outputs, inputs = edit.values["outputs"], edit.values["inputs"]
     expected = (inputs, outputs) if is_transposed(spec) else (outputs, inputs)
     _check(spec, f"{edit.module}.weight", f"of {outputs} x {inputs}", lambda shape: shape == expected, where)
 
 
 def _check(spec: Spec, name: str, said: str, fits: Callable[[tuple[int, ...]], bool], where: str) -> None:
-    """The matrix of that name is there, of a shape that fits. Raises `CheckpointError`."""
+    """Check that a matrix is there and that its shape fits. Raises `CheckpointError`."""
     shape = spec.tensors[name].shape if name in spec.tensors else None
     if shape is None or len(shape) != 2 or not fits(shape):
         found = "is missing" if shape is None else f"is {list(shape)}"
@@ -112,12 +112,12 @@ def _check(spec: Spec, name: str, said: str, fits: Callable[[tuple[int, ...]], b
 
 
 def alias(source: Tensor, name: str) -> Tensor:
-    """A tensor of that name whose data is that of another."""
+    """Alias of ``source`` under another name."""
     return replace(source, name=name, alias_of=source.name, kept=None, storage=DENSE, quant_format=None)
 
 
 def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
-    """The spec with factors in place of weight matrices, given by name with their ranks."""
+    """Spec with factors in place of weight matrices. ``ranks``: name of the matrix ▶ rank."""
     tensors: dict[str, Tensor] = {}
     edits = list(spec.structure.edits)
     biases = {f"{spec.tensors[name].module}.bias": spec.tensors[name].module for name in ranks}
@@ -139,7 +139,7 @@ def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
 
 
 def projected(spec: Spec, tables: Iterable[str], rank: int) -> Spec:
-    """The spec with those tables (of embeddings [V, h], and of the head) so wide, each with a projection beside it."""
+    """Spec with thin tables: that of the embeddings [V, h] ▶ [V, r], then that of the head, each with a projection."""
     tensors, edits = dict(spec.tensors), list(spec.structure.edits)
     for number, name in enumerate(tables):
         tensor = tensors[name]
@@ -153,11 +153,11 @@ def projected(spec: Spec, tables: Iterable[str], rank: int) -> Spec:
 
 
 def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], rank: int) -> Spec:
-    """The spec with those tensors of the blocks of each group stored once, under the names of its first block.
+    """Spec in which the blocks of a group share tensors, stored under the names of the group's first block.
 
     Args:
-        groups: numbers of blocks. parts: tensors of a block, without its path. rank: of the residual that each block of a group
-            gets beside each shared matrix; 0 for none.
+        groups: block numbers. parts: names of the tensors within a block. rank: rank of the residual that each block of a group
+            gets for each shared matrix; 0 for none.
     """
     tensors, edits = dict(spec.tensors), list(spec.structure.edits)
     paths = block_paths(spec)
@@ -181,7 +181,7 @@ def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], 
 
 
 def sized(spec: Spec, modules: Iterable[str]) -> Spec:
-    """The spec, whose shapes are those of widths of their own already, with edits that say so of those modules."""
+    """Spec with ``sized`` edits for modules whose tensors have their new shapes already."""
     edits = list(spec.structure.edits)
     for module in modules:
         shape = spec.tensors[f"{module}.weight"].shape
@@ -191,27 +191,27 @@ def sized(spec: Spec, modules: Iterable[str]) -> Spec:
 
 
 def block_paths(spec: Spec) -> dict[int, str]:
-    """What the names of each block's tensors begin with, up to the dot."""
+    """Block number ▶ prefix of its tensors' names, dot included."""
     return {index: path for path, index in block_numbers(architectures.of(spec.structure.config), spec).items()}
 
 
 def is_transposed(spec: Spec) -> bool:
-    """Whether the family's weight matrices lie with their inputs along rows, as GPT-2's do; those that edits add never do."""
+    """Whether the family shapes its matrices [in, out], as GPT-2 does. Matrices that edits add are always [out, in]."""
     return architectures.of(spec.structure.config).input_axis == 0
 
 
 def is_factor(spec: Spec, name: str) -> bool:
-    """Whether a tensor is one of two factors."""
+    """Whether a tensor is a low-rank factor."""
     return _part(spec, name, "factors", ("down", "up"))
 
 
 def is_residual(spec: Spec, name: str) -> bool:
-    """Whether a tensor belongs to a residual of low rank."""
+    """Whether a tensor belongs to a low-rank residual."""
     return _part(spec, name, "residual", ("residual_down", "residual_up"))
 
 
 def is_projection(spec: Spec, name: str) -> bool:
-    """Whether a tensor stands between a thin table of embeddings and the hidden states."""
+    """Whether a tensor is the projection of a thin table."""
     return _part(spec, name, "projected", ("projection",))
 
 
@@ -222,31 +222,29 @@ def _part(spec: Spec, name: str, kind: str, parts: tuple[str, ...]) -> bool:
 
 
 def uneven(spec: Spec) -> str | None:
-    """A module that has a width of its own, if any has."""
+    """First module with a ``sized`` edit, None without any."""
     return next((e.module for e in spec.structure.edits if e.kind == "sized"), None)
 
 
 def check_nameable(spec: Spec, key: str | None = None, fix: str | None = None) -> None:
-    """Raises `PassError` for families whose modules have other names in memory than their tensors in files."""
+    """Raise `PassError` for families whose modules are named differently in memory and in files."""
     record = architectures.of(spec.structure.config)
     if record.stacks or record.module_blocks is not None:
         raise PassError(f"the structure of {record.model_type} cannot be changed block by block", key=key, fix=fix)
 
 
 def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
-    """The spec of the twin that the stock class can express, and the tensors here that each of its tensors is made of.
+    """Spec of the dense twin, and for each of its tensors the names of the tensors here that it is computed from.
 
-    Of one it is that; of two their product, [O, r] and [r, I]; of three the first and the product of the others.
+    One name: a copy. Two: the product of [O, r] and [r, I]. Three: the first plus the product of the others.
 
     Raises:
-        PassError: there is no such twin, because blocks have widths of their own.
+        PassError: a ``sized`` edit has no dense twin.
     """
     if (odd := uneven(spec)) is not None:
-        raise PassError(
-            f"no stock class can express that {odd} has a width of its own", fix="prune with `widths: even` for that"
-        )
+        raise PassError(f"no stock class can express that {odd} has its own width", fix="prune with `widths: even`")
     edits = {e.module: e for e in spec.structure.edits if e.kind != "shared"}
-    untied = sum(edit.kind == "projected" for edit in edits.values()) > 1  # of one table two projections make two
+    untied = sum(edit.kind == "projected" for edit in edits.values()) > 1  # two projections make two tables of one
     shared = {f"{e.module}.{part}" for e in spec.structure.edits if e.kind == "shared" for part in e.values["parts"]}
     sources: dict[str, tuple[str, ...]] = {}
     tensors: dict[str, Tensor] = {}
@@ -281,7 +279,7 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
 
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
-    """The twin of a checkpoint that the stock class can express: products for factors, copies of what is shared."""
+    """Dense twin of a checkpoint, of the stock class: products for factors, copies for shared tensors."""
     from compress.checkpoint.edits import product, unprojected, with_residual
     from compress.checkpoint.open import Derived, Value
 

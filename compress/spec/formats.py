@@ -1,7 +1,8 @@
-"""Number formats with scales, and codebooks: how the weights of a matrix become codes. No torch here.
+"""Number formats of quantised weights: integers, small floats and codebooks. Imports no torch.
 
-Rows are outputs. Each row, or each group of consecutive inputs in it, has a scale s and, where the format is asymmetric, an
-integer zero point z; a code q stands for (q - z) · s. Or codes number the values of a codebook, one for a whole tensor.
+Rows are outputs. Each row, or each group of consecutive inputs of a row, has a scale s; asymmetric formats also have an
+integer zero point z. A code q has the value (q - z) · s. With a codebook, codes are indices into the values of one codebook
+per tensor.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-#: Formats of integer codes ▶ bits.
+#: Integer formats ▶ bits.
 INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (8, 6, 5, 4, 3, 2)})
-#: Formats of float codes ▶ bits.
+#: Float formats ▶ bits.
 FLOATS: Mapping[str, int] = MappingProxyType({"fp8": 8, "mxfp4": 4, "nvfp4": 4})
-#: Codes that number the values of a codebook ▶ bits.
+#: Codebook formats ▶ bits of an index.
 CODEBOOKS: Mapping[str, int] = MappingProxyType({f"codebook{bits}": bits for bits in range(8, 1, -1)})
 _E4M3 = "torch.float8_e4m3fn"
-#: Formats whose groups are what their definition says.
+#: Formats whose definition fixes the group size ▶ that size.
 FIXED_GROUPS: Mapping[str, int] = MappingProxyType({"mxfp4": 32, "nvfp4": 16})
-#: Formats that inputs of a layer are cast to while running ▶ how compressed-tensors says so. The plain ones find a scale for
-#: each token; ``-tensor`` have one in the file for all tokens, ``-dynamic`` find one for all, ``-zero`` have a zero point
-#: beside it. ``nvfp4`` finds a scale for each 16, in E4M3 or, ``-wide``, unrounded, and has one in the file for those.
+#: Formats that a runtime rounds a layer's inputs to ▶ their scheme in compressed-tensors. Without a suffix there is a dynamic
+#: scale for each token; ``-dynamic``: one dynamic scale for all tokens; ``-tensor``: one static scale, stored in the file;
+#: ``-zero``: with a zero point. ``nvfp4`` has a dynamic E4M3 scale for each 16 inputs (``-wide``: an unrounded one) and one
+#: static scale for these.
 ACTIVATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         name: {"num_bits": bits, "type": kind, "symmetric": not name.endswith("-zero"), "strategy": strategy, **more}
@@ -44,18 +46,18 @@ ACTIVATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class QuantFormat:
-    """The codes of one matrix.
+    """Number format of one matrix.
 
     Attributes:
         format: ``int2`` … ``int8``, ``fp8`` (E4M3), ``mxfp4`` (OCP MX: E2M1 with a power of two for each 32), ``nvfp4`` (E2M1
             with an E4M3 scale for each 16 and one float32 for all), ``codebook2`` … ``codebook8``.
         group: inputs per scale; 0 for one scale per row.
-        symmetric: no zero points.
-        transposed: the checkpoint shapes the matrix [in, out] (GPT-2); codes and scales lie as [out, in] nonetheless. Never
-            with a codebook, whose codes lie as the tensor does.
-        activations: the format that inputs are meant to be cast to while running, of `ACTIVATIONS`; None for none.
-        whole: one scale for the whole matrix.
-        given_dtype: safetensors dtype of a static scale of inputs; None for that of the weights' scales.
+        symmetric: whether there are no zero points.
+        transposed: whether the checkpoint shapes the matrix [in, out] (GPT-2). Codes and scales are stored as [out, in] all the
+            same. Always False with a codebook, whose codes have the tensor's shape.
+        activations: format of `ACTIVATIONS` that a runtime rounds the inputs to; None for none.
+        whole: whether one scale serves the whole matrix.
+        given_dtype: safetensors dtype of the static input scale; None for that of the weight's scales.
     """
 
     format: str
@@ -78,22 +80,22 @@ class QuantFormat:
 
     @property
     def is_codebook(self) -> bool:
-        """Whether codes number the values of a codebook."""
+        """Whether codes are indices into a codebook."""
         return self.format in CODEBOOKS
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the codes: outputs and inputs of a matrix; with a codebook that of the tensor."""
+        """Shape of the codes: [out, in] of a matrix; the tensor's own shape with a codebook."""
         if self.is_codebook:
             return shape
         return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the scales in a file."""
+        """Shape of the scales in a file."""
         return (1,) if self.whole else (self.rows(shape)[0], self.groups(shape))
 
     @property
     def given(self) -> tuple[str, ...]:
-        """What a file holds beside the codes so that inputs can be cast, by the ends of names: scales, a zero point."""
+        """Name suffixes of the static input scales and zero points that files store beside the codes."""
         said = ACTIVATIONS.get(self.activations or "", {})
         if said.get("dynamic") == "local":
             return ("input_global_scale",)
@@ -106,7 +108,7 @@ class QuantFormat:
         return self.rows(shape)[1] // self.group if self.group else 1
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can be made of such codes: a matrix, and whole groups; codebooks take any shape."""
+        """Whether a tensor of that shape can have this format: a matrix with whole groups; codebooks take any shape."""
         if self.is_codebook:
             return True
         if len(shape) != 2:
@@ -116,7 +118,7 @@ class QuantFormat:
         return whole and (inputs % 2 == 0 or self.format not in FIXED_GROUPS)
 
     def to_json(self) -> dict[str, Any]:
-        """As the metadata of a weight file hold it."""
+        """JSON object for the metadata of a weight file."""
         return {
             "format": self.format,
             "bits": self.bits,
@@ -130,7 +132,7 @@ class QuantFormat:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> QuantFormat:
-        """What `to_json` gave. Raises KeyError, TypeError or AssertionError for what is not."""
+        """Inverse of `to_json`. Raises KeyError, TypeError or AssertionError for anything else."""
         keys = ("format", "group", "symmetric", "transposed", "activations")
         more: dict[str, Any] = {"whole": bool(row.get("whole", False)), "given_dtype": row.get("given_dtype")}
         quant_format = cls(**{k: row[k] for k in keys}, **more)

@@ -1,8 +1,8 @@
-"""What is known of a checkpoint without reading weights: structure, logical tensors, storage.
+"""Description of a checkpoint without its weights: structure, logical tensors, storage.
 
-* structure: the stock class and its config, plus the *edits* that the stock class cannot express;
+* structure: the stock class and its config, plus *edits* that the stock class cannot express;
 * tensors: logical name, shape, dtype, alias, keep-mask;
-* storage: how a tensor lies in the file, a chain of codec names, outermost first.
+* storage: a chain of codec names, outermost first, that says how a tensor is stored.
 
 This module imports neither torch nor numpy.
 """
@@ -25,14 +25,14 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 
-#: Float dtypes that a cast may write, narrow to wide; the widest one kept becomes ``config.dtype``.
+#: Float dtypes that a cast may write, narrow to wide. The widest one of a checkpoint becomes ``config.dtype``.
 FLOAT_DTYPES: Mapping[str, str] = MappingProxyType(
     {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 )
 
 
 def widest(dtypes: list[str]) -> str:
-    """The dtype that holds all the others; F16 and BF16 together need F32."""
+    """Narrowest float dtype that holds all given ones exactly; F16 and BF16 together need F32."""
     if {"F16", "BF16"} <= set(dtypes):
         dtypes = [*dtypes, "F32"]
     return max(dtypes, key=list(FLOAT_DTYPES).index)
@@ -40,19 +40,19 @@ def widest(dtypes: list[str]) -> str:
 
 DENSE: tuple[str, ...] = ("dense",)
 MASKED: tuple[str, ...] = ("mask", "dense")
-#: Formats of compressed-tensors that a grid's codes are stored in; a keep-mask may go before each.
+#: Storage formats of compressed-tensors. A keep-mask may precede those of integers.
 PACKED: tuple[str, ...] = ("pack-quantized",)
 INT8: tuple[str, ...] = ("int-quantized",)
 FP8: tuple[str, ...] = ("float-quantized",)
 MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
 NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
-#: Codes that number the values of a codebook, which compressed-tensors does not have.
+#: Indices into a codebook, which compressed-tensors does not have.
 CODEBOOK: tuple[str, ...] = ("codebook",)
 CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4, CODEBOOK)
 CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8, CODEBOOK)))
 
 
-#: What names of static scales of cached keys and values end with; they stand beside an attention's projections.
+#: Name suffixes of static KV-cache scales, which are stored beside the projections of an attention.
 CACHE_SCALES: tuple[str, ...] = (".k_scale", ".v_scale")
 
 
@@ -61,13 +61,13 @@ class Tensor:
     """One logical tensor.
 
     Attributes:
-        name: its key in the state dict of the stock class, as the checkpoint spells it.
-        shape: logical shape (what the model sees), whatever the storage.
+        name: key in the state dict of the stock class, as the checkpoint spells it.
+        shape: logical shape, which the model sees.
         dtype: safetensors dtype string of the logical values.
-        kept: None without a keep-mask, else the number of weights the mask keeps.
-        alias_of: the tensor whose data this one shares; an alias is never stored.
+        kept: number of weights that the keep-mask keeps; None without one.
+        alias_of: name of the tensor whose data this one shares. An alias is never stored.
         storage: chain of codec names, outermost first.
-        grid: of what codes the values are made; None for free values.
+        quant_format: format of the codes that the values come from; None for plain values.
     """
 
     name: str
@@ -85,28 +85,28 @@ class Tensor:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the values stored densely."""
+        """Bytes of the values if stored densely."""
         return self.count * DTYPE_BITS[self.dtype] // 8
 
     @property
     def is_float(self) -> bool:
-        """Whether the values are floats of any width."""
+        """Whether the values are floats."""
         return self.dtype.startswith(("F", "BF"))
 
     @property
     def is_cache_scale(self) -> bool:
-        """Whether it is no weight but a scale of cached keys or values, where the structure says how they are cached."""
+        """Whether the name is that of a static KV-cache scale; it is one only if the structure has a ``kv_cache``."""
         return self.name.endswith(CACHE_SCALES)
 
     @property
     def module(self) -> str:
-        """Name of the module that owns the tensor: the name without its last part."""
+        """Path of the module that owns the tensor: the name without its last part."""
         return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A change of structure that the stock class cannot express; ``kind`` names the code that applies it."""
+    """A change of structure that the stock class cannot express. docs/format.md lists kinds and values."""
 
     kind: str
     module: str
@@ -115,12 +115,15 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The stock config (a JSON object, never changed in place) and the edits on top of it.
+    """Stock config and edits.
 
-    ``kv_cache``: the format that keys and values are meant to be cached in while running; None for that of the computation.
-    ``fp8``: without scales in the files. ``fp8-tensor`` and ``fp8-head``: with a static scale for each block's keys and one for
-    its values, or for each head of them.
-    ``compact``: whether it was read from a compact checkpoint, whose modelling file makes floats of codes in their own dtype.
+    Attributes:
+        config: JSON object, never changed in place.
+        edits: in the order of application.
+        kv_cache: format in which runtimes cache keys and values; None for the dtype of the computation. ``fp8``: no scales in
+            the files. ``fp8-tensor``, ``fp8-head``: static scales for the keys and the values of each block, or of each
+            head.
+        compact: whether it was read from a compact checkpoint, whose loader decodes codes to floats.
     """
 
     config: Mapping[str, Any]
@@ -135,13 +138,13 @@ class Structure:
 
     @property
     def own_class(self) -> str | None:
-        """The class that wrote the checkpoint, where the config says so."""
+        """Class that wrote the checkpoint, from ``architectures``; None where the config has none."""
         names = self.config.get("architectures")
         return str(names[0]) if names else None
 
     @property
     def auto_model(self) -> tuple[str, str] | None:
-        """(auto class, the class it gives) of code that the checkpoint brings: for its own class, else for one with a head."""
+        """(auto class, model class) of the checkpoint's remote code: for its own class if listed, else for one with a head."""
         auto_map = self.config.get("auto_map")
         models = {k: v for k, v in auto_map.items() if k.startswith("AutoModel")} if isinstance(auto_map, dict) else {}
         own = [(auto, name) for auto, name in models.items() if str(name).rpartition(".")[2] == self.own_class]
@@ -149,7 +152,7 @@ class Structure:
 
     @property
     def class_name(self) -> str | None:
-        """`own_class`, whose end tells what kind of model it is; of code that the checkpoint brings the auto class tells it."""
+        """`own_class`; its suffix tells the task. With remote code the suffix comes from the auto class."""
         if self.auto_model is None:
             return self.own_class
         auto, name = self.auto_model
@@ -160,10 +163,12 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Structure and tensors of a checkpoint. ``exact`` is False when a data-dependent pass could only estimate counts.
+    """Structure and tensors of a checkpoint.
 
-    ``notes``: what opening it left out or decided, a sentence each, for the user; ``left_out``: bytes of its files that are no
-    tensor of it for that.
+    Attributes:
+        exact: False if the counts of a data-dependent pass are estimates.
+        notes: sentences for the user about what opening left out or decided.
+        left_out: bytes of the files whose tensors were left out.
     """
 
     structure: Structure
@@ -173,23 +178,23 @@ class Spec:
     left_out: int = field(default=0, compare=False)
 
     def stored(self) -> Iterable[Tensor]:
-        """The tensors that have bytes of their own, in file order."""
+        """Tensors that are no aliases, in file order."""
         return (tensor for tensor in self.tensors.values() if tensor.alias_of is None)
 
     def weights(self) -> Iterable[Tensor]:
-        """The stored tensors but those that classes have no parameter for: static scales of a quantised cache."""
+        """Stored tensors that are parameters of the model, so no KV-cache scales."""
         return (t for t in self.stored() if self.structure.kv_cache is None or not t.is_cache_scale)
 
     @property
     def parameters(self) -> int:
-        """Float elements of the model; shared tensors count once and pruned weights count."""
+        """Number of float elements; shared tensors count once, removed weights count."""
         return sum(tensor.count for tensor in self.weights() if tensor.is_float)
 
     @property
     def kept_parameters(self) -> int:
-        """Parameters that no keep-mask removes."""
+        """Number of parameters that no keep-mask removes."""
         return sum(t.count if t.kept is None else t.kept for t in self.weights() if t.is_float)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Spec:
-        """A copy with ``change`` applied to every stored tensor."""
+        """Copy with ``change`` applied to every stored tensor."""
         return replace(self, tensors={n: t if t.alias_of else change(t) for n, t in self.tensors.items()})

@@ -50,26 +50,29 @@ def entry(start: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
 
 FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"is empty \(0 bytes\); copy or download it again"),
-    "seven bytes": (b"1234567", "is no safetensors file: only 7 bytes"),
-    "oversized header": ((1 << 40).to_bytes(8, "little") + b"{}", "its header would be 1099511627776 bytes"),
+    "seven bytes": (b"1234567", "is not a safetensors file: it has only 7 bytes"),
+    "oversized header": ((1 << 40).to_bytes(8, "little") + b"{}", "its header would have 1099511627776 bytes"),
     "header beyond the end": (
         (500).to_bytes(8, "little") + b"{}",
-        "is truncated: the header is 500 bytes, the file 10",
+        "is truncated: the header has 500 bytes, the file 10",
     ),
     "not JSON": (raw(b"{nonsense"), "has a damaged header"),
     "a list": (raw([]), "has a header that is not a JSON object"),
     "deep nesting": (raw(b"[" * 100_000), "has a damaged header"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "has a damaged header"),
-    "truncated data": (raw({"a": entry(0, 8, [2])}, b"1234"), "is truncated: tensor a ends 4 bytes beyond the file"),
+    "truncated data": (
+        raw({"a": entry(0, 8, [2])}, b"1234"),
+        "is truncated: tensor a ends 4 bytes after the end of the file",
+    ),
     "overlap": (raw({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"1" * 12), "tensors a and b overlap"),
-    "hole": (raw({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12), "has a hole of 4 bytes before tensor b"),
+    "hole": (raw({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12), "has a gap of 4 bytes before tensor b"),
     "trailing bytes": (raw({"a": entry(0, 4, [1])}, b"1" * 9), "has 5 bytes after its last tensor"),
     "wrong length": (raw({"a": entry(0, 4, [2])}, b"1" * 4), r"tensor a of shape \[2\] and dtype F32 needs 8 bytes"),
     "unknown dtype": (raw({"a": entry(0, 4, [1], "Q7")}, b"1" * 4), "tensor a has the unknown dtype Q7"),
     "negative shape": (raw({"a": entry(0, 4, [-1])}, b"1" * 4), "tensor a has a damaged header entry"),
     "entry is a number": (raw({"a": 1}), "tensor a has a damaged header entry"),
-    "duplicate key": (raw(b'{"a": 1, "a": 2}'), "`a` stands twice"),
-    "metadata of numbers": (raw({"__metadata__": {"x": 1}}), "has metadata that are not strings"),
+    "duplicate key": (raw(b'{"a": 1, "a": 2}'), "the key `a` is there twice"),
+    "metadata of numbers": (raw({"__metadata__": {"x": 1}}), "has metadata values that are not strings"),
     "no tensor": (raw({}), "holds no tensor"),
 }
 
@@ -94,7 +97,7 @@ def test_the_reference_implementation_reads_what_we_render(tmp_path):
 def test_truncated_shard(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size - 10)
-    with pytest.raises(CheckpointError, match=rf"{shard.name}: is truncated: tensor .* ends 10 bytes beyond"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: is truncated: tensor .* ends 10 bytes after"):
         open_headers(sharded)
 
 

@@ -139,14 +139,14 @@ def test_without_trust_remote_code_it_is_refused(written, stock):
     ("change", "message"),
     [
         (lambda edits: edits[0].update(kind="magic"), "does not know: magic"),
-        (lambda edits: edits[0]["values"].pop("rank"), "damaged change of structure"),
-        (lambda edits: edits.append(7), "damaged changes of structure"),
-        (lambda edits: edits[0]["values"].update(rank="many"), "damaged change of structure: factors"),
-        (lambda edits: edits[0]["values"].update(rank=-3), "damaged change of structure: factors"),
+        (lambda edits: edits[0]["values"].pop("rank"), "damaged edit"),
+        (lambda edits: edits.append(7), "damaged `edits`"),
+        (lambda edits: edits[0]["values"].update(rank="many"), "damaged edit: factors"),
+        (lambda edits: edits[0]["values"].update(rank=-3), "damaged edit: factors"),
         (lambda edits: edits[0]["values"].update(rank=4), "down.weight, of rank 4, is "),
         (lambda edits: edits[1].update(module="model.layers.9.mlp"), "residual_down.weight, of rank 2, is missing"),
-        (lambda edits: edits[-1]["values"].update(parts=3), "damaged change of structure: shared"),
-        (lambda edits: edits[-1]["values"].update(source="model.layers.9"), "is to be that of model.layers.9"),
+        (lambda edits: edits[-1]["values"].update(parts=3), "damaged edit: shared"),
+        (lambda edits: edits[-1]["values"].update(source="model.layers.9"), "with model.layers.9"),
     ],
 )
 def test_damaged(change, message, written, tmp_path):

@@ -153,10 +153,10 @@ def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
     widths = [pruned.spec.tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(4)]
     assert len(set(widths)) > 1
     assert not any(width % 4 for width in widths)
-    with pytest.raises(PassError, match=r"no stock class can express that .*mlp.* has a width of its own"):
+    with pytest.raises(PassError, match=r"no stock class can express that .*mlp.* has its own width"):
         unpack(folder, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
-    with pytest.raises(ValueError, match="has a width of its own, which no stock class can express"):
+    with pytest.raises(ValueError, match="has its own width, which no stock class can express"):
         load_model(folder).save_pretrained(tmp_path / "saved")
     with pytest.raises(PassError, match=r"cannot change this checkpoint: .* has a width of its own"):
         compress.apply("prune_structured", folder, tmp_path / "again", mlp=1, **DATA_FREE)
