@@ -218,7 +218,7 @@ def _admm(
     D_OI = project(target_OI, free_OI)
     support_OI = D_OI != 0
     size = max(1, int(support_OI.sum()))
-    moved = False
+    changed = False
     for iteration in range(1, max_iterations + 1):
         D_OI -= u_OI
         torch.mm(torch.add(G_OI, D_OI, alpha=rho, out=free_OI), inverse_II, out=B_OI)
@@ -230,9 +230,9 @@ def _admm(
         if iteration % _CHECK == 0:
             before_OI, support_OI = support_OI, D_OI != 0
             settled = int(torch.count_nonzero(before_OI ^ support_OI)) < _SETTLED * size
-            if settled and (moved or rho > _LATE):  # while rho is small the support need not move yet
+            if settled and (changed or rho > _LATE):  # while rho is small the support need not move yet
                 break
-            moved = moved or not settled
+            changed = changed or not settled
             u_OI /= growth
             rho *= growth
             inverse_II = inverse(rho)

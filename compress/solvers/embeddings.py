@@ -11,7 +11,7 @@ import torch
 from compress.solvers.low_rank import low_rank
 
 #: Rounds of the alternation; the first few give nearly all of the gain.
-_TURNS = 20
+_ROUNDS = 20
 
 
 def thin_input(E_Vh: torch.Tensor, f_V: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def thin_tied(
     both = both / torch.trace(both).clamp_min(1e-30)
     A_Vr, _ = thin_output(E_Vh, H_hh + both * torch.trace(H_hh), rank)
     P_rh = Q_rh = torch.empty(0)
-    for _ in range(_TURNS):
+    for _ in range(_ROUNDS):
         P_rh = torch.linalg.lstsq(A_Vr * f_V.sqrt()[:, None], E_Vh * f_V.sqrt()[:, None]).solution
         Q_rh = torch.linalg.lstsq(A_Vr, E_Vh).solution
         # T for all rows of A, see above; the diagonal is raised a little so that the factor exists

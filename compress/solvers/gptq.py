@@ -104,9 +104,9 @@ def compensated(
     """
     inputs = W_OI.shape[1]
     W_IO = W_OI.t()[order_I].to(U_II.dtype, memory_format=torch.contiguous_format, copy=True)
-    latent_IO = torch.empty_like(W_IO)
+    updated_IO = torch.empty_like(W_IO)
     numbers = order_I.tolist()
-    gone_IO = None if keep_OI is None else ~keep_OI.t()[order_I]
+    removed_IO = None if keep_OI is None else ~keep_OI.t()[order_I]
     for start in range(0, inputs, blocksize):
         stop = min(start + blocksize, inputs)
         W_BO = W_IO[start:stop]
@@ -123,21 +123,21 @@ def compensated(
                 w, at = W_GO[k], start + i + k
                 if k:
                     w.addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
-                back = round_(w, numbers[at])
-                if gone_IO is not None:
-                    back.masked_fill_(gone_IO[at], 0)
-                torch.sub(w, back, out=error_GO[k])
-            latent_IO[start + i : start + j] = W_GO
+                rounded_O = round_(w, numbers[at])
+                if removed_IO is not None:
+                    rounded_O.masked_fill_(removed_IO[at], 0)
+                torch.sub(w, rounded_O, out=error_GO[k])
+            updated_IO[start + i : start + j] = W_GO
         if stop < inputs:
             W_IO[stop:].addmm_(U_BI[:, stop - start :].T, error_BO, alpha=-1)
     result_IO = torch.empty_like(W_IO)
-    result_IO[order_I] = latent_IO
+    result_IO[order_I] = updated_IO
     return result_IO.t().to(W_OI.dtype).contiguous()  # `to` alone may hand back the transposed view
 
 
 def asymmetric_target(
     W_OI: torch.Tensor,
-    drift_II: torch.Tensor,
+    mismatch_II: torch.Tensor,
     residual_OI: torch.Tensor | None,
     U_II: torch.Tensor,
     order_I: torch.Tensor,
@@ -150,17 +150,17 @@ def asymmetric_target(
 
     Args:
         W_OI: the original's weights, [out, in], any float dtype.
-        drift_II: Δ = Σ (x - x̂) x̂ᵀ, [in, in]; the work is done in its dtype.
+        mismatch_II: Δ = Σ (x - x̂) x̂ᵀ, [in, in]; the work is done in its dtype.
         residual_OI: R = Σ r x̂ᵀ, [out, in]; None for zero.
         U_II: upper triangular with Uᵀ U = (H + λ)⁻¹, H = Σ x̂ x̂ᵀ, rows and columns in ``order_I``.
 
     Source: the objective of GPTAQ (arXiv 2504.02692), solved before rounding instead of column by column.
     """
-    moved_OI = W_OI.to(drift_II.dtype) @ drift_II
+    pull_OI = W_OI.to(mismatch_II.dtype) @ mismatch_II
     if residual_OI is not None:
-        moved_OI += residual_OI
-    change_OI = torch.empty_like(moved_OI)
-    change_OI[:, order_I] = (moved_OI[:, order_I] @ U_II.T) @ U_II
+        pull_OI += residual_OI
+    change_OI = torch.empty_like(pull_OI)
+    change_OI[:, order_I] = (pull_OI[:, order_I] @ U_II.T) @ U_II
     return (W_OI + change_OI).to(W_OI.dtype)
 
 

@@ -24,7 +24,7 @@ def align_values(V_GDI: torch.Tensor, H_II: torch.Tensor) -> torch.Tensor:
 
     Source: generalised Procrustes analysis (Gower 1975); of attention heads as in arXiv 2412.20677.
     """
-    return _aligned(V_GDI, H_II, _rotation)
+    return _aligned(V_GDI, H_II, _procrustes)
 
 
 def align_keys(K_GDI: torch.Tensor, H_II: torch.Tensor, rotary: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def align_keys(K_GDI: torch.Tensor, H_II: torch.Tensor, rotary: int) -> torch.Te
     Attention scores do not change if the queries of head g are turned by R_g too. Entries from ``rotary`` on are not turned.
     Arguments are those of `align_values`.
     """
-    return _aligned(K_GDI, H_II, lambda M_DD: _turns(M_DD, rotary))
+    return _aligned(K_GDI, H_II, lambda M_DD: _pair_rotations(M_DD, rotary))
 
 
 def merge(W_GDI: torch.Tensor, into: int) -> torch.Tensor:
@@ -50,19 +50,19 @@ def _aligned(W_GDI: torch.Tensor, H_II: torch.Tensor, nearest: Callable[[torch.T
     weights = W_GDI.to(H_II.dtype)
     mean = weights[0]
     for _ in range(_ROUNDS):
-        turns = torch.stack([nearest(mean @ H_II @ weight.T) for weight in weights])
-        mean = (turns @ weights).mean(0)
-    return turns
+        rotations = torch.stack([nearest(mean @ H_II @ weight.T) for weight in weights])
+        mean = (rotations @ weights).mean(0)
+    return rotations
 
 
-def _rotation(M_DD: torch.Tensor) -> torch.Tensor:
+def _procrustes(M_DD: torch.Tensor) -> torch.Tensor:
     """Return the orthogonal R [D, D] of largest tr(Rᵀ M): A Bᵀ of the SVD M = A Σ Bᵀ (Procrustes)."""
     left, _, right = torch.linalg.svd(M_DD)
     product: torch.Tensor = left @ right
     return product
 
 
-def _turns(M_DD: torch.Tensor, rotary: int) -> torch.Tensor:
+def _pair_rotations(M_DD: torch.Tensor, rotary: int) -> torch.Tensor:
     """Return the R of largest tr(Rᵀ M) that turns each pair (p, q = p + rotary/2) by an angle θ.
 
     The pair's share of the trace is cos θ (M_pp + M_qq) + sin θ (M_qp - M_pq), largest at

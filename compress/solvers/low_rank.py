@@ -33,15 +33,20 @@ def low_rank(
     wide_OI, damping = W_OI.double(), 0.0
     H = H_II.double()
     if len(W_OI) <= W_OI.shape[1]:
-        energies, P_OO = torch.linalg.eigh(wide_OI @ H @ wide_OI.T)
+        eigenvalues, P_OO = torch.linalg.eigh(wide_OI @ H @ wide_OI.T)
         A = P_OO[:, -rank:].flip(1)
         B = A.T @ wide_OI
     else:
         U_II, damping = inverse_factor(H, 1e-6)
         # H = (Uᵀ U)⁻¹, so ||E U⁻¹||² is the output error of E
         white_OI = torch.linalg.solve_triangular(U_II, wide_OI, upper=True, left=False)
-        energies, Q_II = torch.linalg.eigh(white_OI.T @ white_OI)
+        eigenvalues, Q_II = torch.linalg.eigh(white_OI.T @ white_OI)
         Q = Q_II[:, -rank:].flip(1)
         A, B = white_OI @ Q, Q.T @ U_II
     scale_R = (B.norm(dim=1) / A.norm(dim=0).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
-    return (A * scale_R).to(W_OI.dtype), (B / scale_R[:, None]).to(W_OI.dtype), energies.flip(0).clamp_min(0), damping
+    return (
+        (A * scale_R).to(W_OI.dtype),
+        (B / scale_R[:, None]).to(W_OI.dtype),
+        eigenvalues.flip(0).clamp_min(0),
+        damping,
+    )

@@ -50,15 +50,15 @@ def obs_prune_groups(
         loss = _losses(weight, P_II, width)
         full = torch.tensor([left == 0 for left in quota], device=W_OI.device)
         loss[~alive | full[run]] = torch.inf
-        gone = loss.topk(min(at_once, remove), largest=False).indices
-        inputs = (gone[:, None] * width + torch.arange(width, device=W_OI.device)).flatten()
+        removed = loss.topk(min(at_once, remove), largest=False).indices
+        inputs = (removed[:, None] * width + torch.arange(width, device=W_OI.device)).flatten()
         rows = torch.linalg.solve(P_II[inputs][:, inputs], P_II[inputs])
         weight.addmm_(weight[:, inputs], rows, alpha=-1)
         P_II.addmm_(P_II[:, inputs], rows, alpha=-1)
         P_II[inputs, inputs] = 1  # so that removed units divide by 1
-        alive[gone] = False
-        remove -= len(gone)
-        for r in run[gone].tolist():
+        alive[removed] = False
+        remove -= len(removed)
+        for r in run[removed].tolist():
             quota[r] -= 1
     kept: list[int] = alive.nonzero().flatten().tolist()
     return kept
@@ -93,8 +93,8 @@ def keep_by_score(score: torch.Tensor, remove: int, *, runs: int = 1) -> list[in
     return kept
 
 
-def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
-    """Return the weights V [O, S] on the inputs ``stay_S`` of least ||W X - V X_S||² + λ||W_S - V||², in H's dtype.
+def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, keep_S: torch.Tensor) -> torch.Tensor:
+    """Return the weights V [O, S] on the inputs ``keep_S`` of least ||W X - V X_S||² + λ||W_S - V||², in H's dtype.
 
     V = (W (H + λ))_:S (H_SS + λ)⁻¹. λ is a thousandth of the mean of H's diagonal, more if H_SS + λ has no Cholesky factor. If
     all inputs stay, V is W.
@@ -108,21 +108,21 @@ def least_squares(W_OI: torch.Tensor, H_II: torch.Tensor, stay_S: torch.Tensor) 
     weight, damp = W_OI.to(H_II.dtype), _DAMP
     while True:
         diagonal_I = damped_diagonal(H_II, damp)
-        factor_SS = _square(H_II, stay_S)
-        factor_SS.diagonal().copy_(diagonal_I[stay_S])
+        factor_SS = _square(H_II, keep_S)
+        factor_SS.diagonal().copy_(diagonal_I[keep_S])
         failed = torch.empty((), dtype=torch.int32, device=H_II.device)
         torch.linalg.cholesky_ex(factor_SS, out=(factor_SS, failed))
         if not int(failed):
             target = weight @ H_II
             target += weight * (diagonal_I - H_II.diagonal())
-            return torch.cholesky_solve(target[:, stay_S].mT, factor_SS).mT.contiguous()
+            return torch.cholesky_solve(target[:, keep_S].mT, factor_SS).mT.contiguous()
         del factor_SS
         damp *= 10
 
 
-def _square(H_II: torch.Tensor, stay_S: torch.Tensor) -> torch.Tensor:
+def _square(H_II: torch.Tensor, keep_S: torch.Tensor) -> torch.Tensor:
     """Return H_SS [S, S], column-major as LAPACK wants it, without a copy of all whole rows."""
-    result_SS = H_II.new_empty(len(stay_S), len(stay_S))
-    for start in range(0, len(stay_S), _ROWS):
-        result_SS[start : start + _ROWS] = H_II[stay_S[start : start + _ROWS]][:, stay_S]
+    result_SS = H_II.new_empty(len(keep_S), len(keep_S))
+    for start in range(0, len(keep_S), _ROWS):
+        result_SS[start : start + _ROWS] = H_II[keep_S[start : start + _ROWS]][:, keep_S]
     return result_SS.mT  # symmetric, so its transpose is itself

@@ -21,7 +21,7 @@ _VALUES = 1 << 24
 
 def quantease(
     W_OI: torch.Tensor,
-    latent_OI: torch.Tensor,
+    start_OI: torch.Tensor,
     H_II: torch.Tensor,
     quant_format: QuantFormat,
     scales: Scales,
@@ -37,11 +37,11 @@ def quantease(
 
     Args:
         W_OI: weights to match, [out, in], float32.
-        latent_OI: weights whose nearest codes are the start, such as `gptq` returns.
+        start_OI: weights whose nearest codes are the start, such as `gptq` returns.
         H_II: sum of x xᵀ, [in, in], damped, float32.
         quant_format, scales: the format, and scales [O, G] with optional zero points.
         keep_OI: keep-mask; removed weights are zero.
-        rounds: rounds over codes and scales; 0 returns the nearest codes to ``latent_OI``.
+        rounds: rounds over codes and scales; 0 returns the nearest codes to ``start_OI``.
 
     Source: QuantEase (arXiv 2309.01885) for the descent. Least-squares scales alternate with codes in BCQ and AQLM (arXiv
     2401.06118) too.
@@ -59,7 +59,7 @@ def quantease(
         code_O = codes_near(value_O, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
         return code_O if keep_IO is None else code_O.masked_fill_(~keep_IO[i], 0)
 
-    code_IO = integer_codes(latent_OI, quant_format, scales, keep_OI).t().contiguous()
+    code_IO = integer_codes(start_OI, quant_format, scales, keep_OI).t().contiguous()
     diagonal_I = H_II.diagonal()
     for _ in range(rounds):
         value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
@@ -100,13 +100,13 @@ def fitted_scales(
         code_GSP = code_IO[:, start : start + part].reshape(groups, inputs // groups, -1)
         H_IGS = H_II.view(inputs, groups, -1)
         # H C: for each group H times its codes, [G, I, P]
-        swept_GIP = torch.stack([H_IGS[:, g] @ code_GSP[g] for g in range(groups)])
-        gram_PGG = torch.einsum("gsp,hgsp->pgh", code_GSP, swept_GIP.view(groups, groups, -1, swept_GIP.shape[2]))
-        wanted_PG = torch.einsum("gip,ip->pg", swept_GIP, W_IO[:, start : start + part])
+        HC_GIP = torch.stack([H_IGS[:, g] @ code_GSP[g] for g in range(groups)])
+        gram_PGG = torch.einsum("gsp,hgsp->pgh", code_GSP, HC_GIP.view(groups, groups, -1, HC_GIP.shape[2]))
+        rhs_PG = torch.einsum("gip,ip->pg", HC_GIP, W_IO[:, start : start + part])
         gram_PGG = gram_PGG.double()
         diagonal_PG = gram_PGG.diagonal(dim1=1, dim2=2)
         diagonal_PG += 1e-6 * diagonal_PG.mean(1, keepdim=True) + 1e-30
-        solved_GP = torch.linalg.solve(gram_PGG, wanted_PG.double()).t().to(scale_GO.dtype)
+        solved_GP = torch.linalg.solve(gram_PGG, rhs_PG.double()).t().to(scale_GO.dtype)
         before_GP = scale_GO[:, start : start + part]
         ratio_GP = solved_GP / before_GP
         stable = ((ratio_GP > 1 / _MOST_CHANGE) & (ratio_GP < _MOST_CHANGE)).all(0)

@@ -50,19 +50,19 @@ def pair_cost(W_OI: torch.Tensor, V_OI: torch.Tensor, h_I: torch.Tensor, k_I: to
     return float(((W_OI.double() - V_OI.double()).square() @ both_I).sum())
 
 
-def matching(likeness_UU: torch.Tensor) -> list[int]:
+def matching(similarity_UU: torch.Tensor) -> list[int]:
     """Return for each unit of the first layer the index of its match in the second, with the largest sum of similarities.
 
     A linear assignment; needs scipy.
 
     Args:
-        likeness_UU: similarity of unit i of the first layer and unit j of the second.
+        similarity_UU: similarity of unit i of the first layer and unit j of the second.
 
     Source: weight matching of Git Re-Basin (arXiv 2209.04836).
     """
     from scipy.optimize import linear_sum_assignment
 
-    _, chosen = linear_sum_assignment(likeness_UU.cpu().numpy(), maximize=True)
+    _, chosen = linear_sum_assignment(similarity_UU.cpu().numpy(), maximize=True)
     return [int(i) for i in chosen]
 
 

@@ -108,12 +108,12 @@ def _remove(
         if pattern is not None:
             score_GO = W_GO.square() / variance_B[i:j, None]
             keep_GO.copy_(_keep_group(score_GO, *pattern, keep_GO if masked else None))
-        gone_GO = (~keep_GO).to(W_GO.dtype)
+        removed_GO = (~keep_GO).to(W_GO.dtype)
         U_GG = U_BI[i:j, i:j]
         for k in range(j - i):
             if k:
                 W_GO[k].addmv_(error_GO[:k].T, U_GG[:k, k], alpha=-1)
-            torch.mul(W_GO[k], gone_GO[k], out=error_GO[k])
+            torch.mul(W_GO[k], removed_GO[k], out=error_GO[k])
     return error_BO
 
 

@@ -43,10 +43,10 @@ def yaqa(
 ) -> tuple[torch.Tensor, Scales]:
     """Return codes less zero points [O, I] and their scales, with tr(F E H Eᵀ) no larger than that of the start; E = W - Q.
 
-    A round visits the inputs. For each input every output proposes the code that is best while all others are fixed; the
-    proposals with most conflict are dropped until every remaining one lowers the objective (`_compatible`). Then the scales of
-    every output are fitted as if the others were fixed, and all move along that direction as far as it helps
-    (`_moved_scales`). No step raises the objective. Zero points do not change, nor do the scales of mxfp4 and nvfp4.
+    A round visits the inputs. For each input every output proposes the code that is best while all others are fixed. Proposals
+    with most conflict are dropped until every remaining one lowers the objective (`_compatible_steps`). Then the scales of
+    every output are fitted as if the others were fixed, and all move along that direction as far as it helps (`_scale_step`).
+    No step raises the objective. Zero points do not change, nor do the scales of mxfp4 and nvfp4.
 
     Args:
         W_OI: weights to match, [out, in], float32.
@@ -69,7 +69,7 @@ def yaqa(
         value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
         _improve_codes(W_IO, code_IO, value_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
         if quant_format.format not in FIXED_GROUPS:
-            scale_GO = _moved_scales(W_IO, code_IO, value_IO, H_II, F_OO, scale_GO)
+            scale_GO = _scale_step(W_IO, code_IO, value_IO, H_II, F_OO, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
 
@@ -93,13 +93,13 @@ def _improve_codes(
         slope_BO = H_II[start:stop] @ coupled_IO
         for i in range(start, stop):
             g, h, slope = i // size, by_input[i], slope_BO[i - start]
-            wanted = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h)
-            proposed = codes_near(wanted, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
+            optimum = torch.addcdiv(value_IO[i], slope, by_output, value=1 / h)
+            proposed = codes_near(optimum, scale_GO[g], None if zero_GO is None else zero_GO[g], quant_format)
             if keep_IO is not None:
                 proposed.masked_fill_(~keep_IO[i], 0)
             at = (proposed != code_IO[i]).nonzero()[:, 0]
             step = (proposed[at] - code_IO[i, at]) * scale_GO[g, at]
-            at, step = _compatible(at, step, slope, h, F_OO)
+            at, step = _compatible_steps(at, step, slope, h, F_OO)
             if not len(at):
                 continue
             coupled = step @ F_OO[at]
@@ -109,7 +109,7 @@ def _improve_codes(
             value_IO[i, at] = proposed[at] * scale_GO[g, at]
 
 
-def _moved_scales(
+def _scale_step(
     W_IO: torch.Tensor,
     code_IO: torch.Tensor,
     value_IO: torch.Tensor,
@@ -125,17 +125,17 @@ def _moved_scales(
     """
     error_IO = W_IO - value_IO
     # what each output has to add to its target because of the errors of the others
-    others_IO = error_IO @ F_OO / F_OO.diagonal() - error_IO
-    change_GO = fitted_scales(W_IO + others_IO, code_IO, H_II, scale_GO) - scale_GO
-    moved_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
-    swept_IO = (H_II @ moved_IO) @ F_OO
+    correction_IO = error_IO @ F_OO / F_OO.diagonal() - error_IO
+    change_GO = fitted_scales(W_IO + correction_IO, code_IO, H_II, scale_GO) - scale_GO
+    direction_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
+    gradient_IO = (H_II @ direction_IO) @ F_OO
     # slope and curvature of the objective along the change
-    down, bend = float((swept_IO * error_IO).sum()), float((swept_IO * moved_IO).sum())
-    share = max(0.0, min(1.0, down / bend)) if bend > 0 else 0.0
+    slope, curvature = float((gradient_IO * error_IO).sum()), float((gradient_IO * direction_IO).sum())
+    share = max(0.0, min(1.0, slope / curvature)) if curvature > 0 else 0.0
     return scale_GO + share * change_GO
 
 
-def _compatible(
+def _compatible_steps(
     at_K: torch.Tensor, step_K: torch.Tensor, slope_O: torch.Tensor, h: float, F_OO: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the proposed steps of one input, (outputs [K], steps [K]), that each lower the objective when taken together.
@@ -153,15 +153,15 @@ def _compatible(
         return at_K, step_K
     F_KK = F_OO[at_K].index_select(1, at_K).mul_(2 * h)
     alone_K, slope_K = F_KK.diagonal() / 2, 2 * slope_O[at_K]
-    left_K = step_K
+    active_K = step_K
     while True:
         # saving of leaving out each step
-        saved_K = torch.addcmul(F_KK @ left_K, alone_K, left_K, value=-1).sub_(slope_K).mul_(left_K)
-        worse = int((saved_K > 0).sum())
-        if not worse:
+        saved_K = torch.addcmul(F_KK @ active_K, alone_K, active_K, value=-1).sub_(slope_K).mul_(active_K)
+        harmful = int((saved_K > 0).sum())
+        if not harmful:
             break
-        left_K = left_K.masked_fill(saved_K >= saved_K.topk((worse + 1) // 2).values[-1], 0)
-    chosen = left_K != 0
+        active_K = active_K.masked_fill(saved_K >= saved_K.topk((harmful + 1) // 2).values[-1], 0)
+    chosen = active_K != 0
     return at_K[chosen], step_K[chosen]
 
 
@@ -210,13 +210,13 @@ def gptq_kronecker(
             return torch.stack(whole).flip(2)
 
         target = stack(W_IO[b, c] - before_II[: b.start, b].T @ error_IO[: b.start, c] for b, c in places)
-        fed = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
+        feedback = stack(error_IO[b, : c.start] @ before_OO[: c.start, c] for b, c in places)
         by_input = stack(before_II[b, b] for b, _ in places).flip(2).mT
         by_output = stack(before_OO[c, c] for _, c in places).flip(1)
         scale = stack((scale_IO[p] for p in places), 1.0)
         zero = None if zero_IO is None else stack(zero_IO[p] for p in places)
-        gone = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
-        code = _round_tiles(target, fed, by_input, by_output, scale, zero, gone, quant_format)
+        removed = None if keep_IO is None else ~stack(keep_IO[p] for p in places)
+        code = _round_tiles(target, feedback, by_input, by_output, scale, zero, removed, quant_format)
         error, code = target.flip(2), code.flip(2)
         for n, p in enumerate(places):
             shape = error_IO[p].shape
@@ -248,12 +248,12 @@ def _feedback(U_II: torch.Tensor, F_OO: torch.Tensor) -> tuple[torch.Tensor, tor
 
 def _round_tiles(
     target: torch.Tensor,
-    fed: torch.Tensor,
+    feedback: torch.Tensor,
     by_input: torch.Tensor,
     by_output: torch.Tensor,
     scale: torch.Tensor,
     zero: torch.Tensor | None,
-    gone: torch.Tensor | None,
+    removed: torch.Tensor | None,
     quant_format: QuantFormat,
 ) -> torch.Tensor:
     """Return the codes of N independent tiles, [N, B inputs, B outputs], outputs reversed; ``target`` becomes their errors.
@@ -271,14 +271,14 @@ def _round_tiles(
         o = slice(i.start + at, i.stop + at)
         whole, step = target.diagonal(at, 1, 2), scale.diagonal(at, 1, 2)
         zero_point = None if zero is None else zero.diagonal(at, 1, 2)
-        rounded = codes_near(whole - fed.diagonal(at, 1, 2), step, zero_point, quant_format)
-        if gone is not None:
-            rounded.masked_fill_(gone.diagonal(at, 1, 2), 0)
+        rounded = codes_near(whole - feedback.diagonal(at, 1, 2), step, zero_point, quant_format)
+        if removed is not None:
+            rounded.masked_fill_(removed.diagonal(at, 1, 2), 0)
         code.diagonal(at, 1, 2).copy_(rounded)
         error = torch.addcmul(whole, rounded, step, value=-1)
         whole.copy_(error)
         target[:, :, o].addcmul_(by_input[:, :, i], error[:, None], value=-1)
-        fed[:, i].addcmul_(error[:, :, None], by_output[:, o])
+        feedback[:, i].addcmul_(error[:, :, None], by_output[:, o])
     return code
 
 

@@ -67,12 +67,12 @@ def merge_heads(
 
 
 def _error(
-    before: torch.Tensor, after: torch.Tensor, H_II: torch.Tensor, now_II: torch.Tensor, drift_II: torch.Tensor
+    before: torch.Tensor, after: torch.Tensor, H_II: torch.Tensor, now_II: torch.Tensor, mismatch_II: torch.Tensor
 ) -> float:
-    """||W X - V X̂||² over ||W X||², for weights [O, I] and inputs as they were and are; ``drift_II`` is Σ (x - x̂) x̂ᵀ."""
+    """||W X - V X̂||² over ||W X||², for weights [O, I] and inputs as they were and are; ``mismatch_II`` is Σ (x - x̂) x̂ᵀ."""
     W, V = before.to(H_II.dtype), after.to(H_II.dtype)
     scale = float(((W @ H_II) * W).sum())
-    lost = scale - 2 * float(((W @ (drift_II + now_II)) * V).sum()) + float(((V @ now_II) * V).sum())
+    lost = scale - 2 * float(((W @ (mismatch_II + now_II)) * V).sum()) + float(((V @ now_II) * V).sum())
     return max(lost, 0.0) / scale if scale else 0.0
 
 
