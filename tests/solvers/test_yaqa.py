@@ -11,7 +11,7 @@ from compress.solvers.gptq import act_order_factor, gptq
 from compress.solvers.hessian import damped
 from compress.solvers.quant_format import Scales, code_range, fit, integer_codes
 from compress.solvers.quantease import quantease
-from compress.solvers.yaqa import _compatible, gptq_kronecker, kronecker_error, shrunk, yaqa
+from compress.solvers.yaqa import _compatible_steps, gptq_kronecker, kronecker_error, shrunk, yaqa
 from compress.spec.formats import QuantFormat
 from tests.solvers.test_quantease import layer
 
@@ -146,7 +146,7 @@ def test_steps_kept_together_are_each_worth_it():
 
         best = 2 * slope / F.diagonal()  # what each output alone would like
         at = torch.arange(6)
-        kept, step = _compatible(at, best, slope, 0.5, F)
+        kept, step = _compatible_steps(at, best, slope, 0.5, F)
         dropped += 6 - len(kept)
         assert len(kept)
         assert torch.equal(step, best[kept])
