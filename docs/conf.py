@@ -1,0 +1,95 @@
+"""Sphinx settings of the site: ``make docs`` builds it into ``build/site``, without network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+
+project = "compress"
+author = "the compress contributors"
+copyright = "the compress contributors, Apache-2.0"
+extensions = ["myst_parser", "sphinx_copybutton"]
+exclude_patterns = ["_static"]
+source_suffix = {".md": "markdown"}
+
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_double_inline = True
+myst_heading_anchors = 4
+
+nitpicky = True
+highlight_language = "text"
+html_theme = "furo"
+html_title = "compress"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_copy_source = False
+html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+#: The table of contents. It stands here and not in index.md, which has to read well on GitHub too.
+CONTENTS = """
+
+```{toctree}
+:hidden:
+:caption: Use it
+
+start
+choose
+recipes
+passes/index
+metrics
+commands
+reference
+```
+
+```{toctree}
+:hidden:
+:caption: Understand it
+
+tour
+architecture
+methods
+format
+benchmarks
+reliability
+decisions/index
+```
+
+```{toctree}
+:hidden:
+:caption: Extend it
+
+extend/pass
+extend/family
+extend/codec
+extend/metric
+```
+"""
+
+
+def setup(app: Sphinx) -> None:
+    """Register the table of contents and the renderer of formulas."""
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
+    app.connect("source-read", _add_contents)
+
+
+def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
+    if page == "index":
+        source[0] += CONTENTS
+    if page == "passes/index":
+        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
+
+
+def _inline_math(translator: Any, node: nodes.math) -> None:
+    """Write a formula as MathML, which browsers show without a script."""
+    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    raise nodes.SkipNode
+
+
+def _display_math(translator: Any, node: nodes.math_block) -> None:
+    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode

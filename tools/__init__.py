@@ -1,0 +1,1 @@
+"""Tools of the repository: the pages of the documentation, and their checks."""

@@ -1,0 +1,1 @@
+"""The documentation: generated pages, checks of links, the picture of the architecture."""

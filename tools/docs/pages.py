@@ -1,0 +1,178 @@
+"""Write what the documentation takes from the code: schemas, commands, recipe keys, settings of passes.
+
+``python -m tools.docs.pages`` writes. ``--check`` fails if a page is out of date and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+#: A new pass gets this page; prose is written between the two generated parts.
+NEW_PASS = """# `{name}`
+
+<!-- begin summary -->
+<!-- end summary -->
+
+## Settings
+
+<!-- begin settings -->
+<!-- end settings -->
+"""
+
+
+def main() -> None:
+    """Write the pages, or with ``--check`` name those that are out of date and exit with status 1."""
+    stale = []
+    for path, text in pages().items():
+        if "--check" in sys.argv[1:]:
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                stale.append(f"docs/{path.relative_to(DOCS)}")
+        else:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run `python -m tools.docs.pages`")
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each page that is generated, in whole or in part, by its path."""
+    from compress.passes.describe import describe_all
+    from compress.recipe import recipe_schema
+    from compress.report import report_schema
+
+    passes = describe_all()["passes"]
+    return {
+        DOCS / "recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
+        DOCS / "report.schema.json": json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n",
+        DOCS / "commands.md": commands_page(),
+        DOCS / "reference.md": reference_page(),
+        DOCS / "passes" / "index.md": passes_page(passes),
+        **{DOCS / "passes" / f"{entry['name']}.md": pass_page(entry) for entry in passes},
+    }
+
+
+def passes_page(passes: list[dict[str, Any]]) -> str:
+    """Return the list of passes: name, what it does, which data it reads."""
+    rows = [
+        [f"[`{p['name']}`]({p['name']}.md)", p["summary"], ", ".join(f"`{n}`" for n in p["needs"]) or "none"]
+        for p in passes
+    ]
+    return "\n".join(
+        [
+            "# Passes",
+            "",
+            "A pass reads a checkpoint and writes a smaller one. A recipe lists passes in the order in which they run.",
+            "`compress passes` prints this list, `compress passes NAME` the settings of one pass.",
+            "",
+            *table(["pass", "what it does", "data that it reads"], rows),
+            "",
+            "Every pass also takes `only` and `skip` (module patterns) and `allow_noop`.",
+            "",
+        ]
+    )
+
+
+def pass_page(entry: dict[str, Any]) -> str:
+    """Return the page of a pass with its generated parts renewed; the prose around them stays."""
+    path = DOCS / "passes" / f"{entry['name']}.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else NEW_PASS.format(name=entry["name"])
+    text = put(text, "summary", [f"{entry['summary']} {entry['details']}"])
+    needs = ", ".join(f"`data.{n}`" for n in entry["needs"]) or "no data"
+    return put(
+        text,
+        "settings",
+        [
+            f"Mode: {entry['mode']}. Data: {needs}.",
+            *(["", f"Sources: {entry['source']}."] if entry["source"] else []),
+            "",
+            *settings_table(entry["settings"], "setting"),
+        ],
+    )
+
+
+def put(text: str, part: str, lines: list[str]) -> str:
+    """Return ``text`` with the lines between ``<!-- begin part -->`` and ``<!-- end part -->`` replaced."""
+    begin, end = f"<!-- begin {part} -->", f"<!-- end {part} -->"
+    if begin not in text or end not in text:
+        raise SystemExit(f"a page of a pass lacks {begin} or {end}; put both where the generated part belongs")
+    body = "\n".join([begin, "", *lines, "", end])
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, count=1, flags=re.DOTALL)
+
+
+def reference_page() -> str:
+    """Return every key of a recipe, from the recipe's model."""
+    from typing import get_args
+
+    from compress.passes.describe import describe_settings
+    from compress.recipe.model import Data, Gates, Recipe
+
+    lines = [
+        "# Recipe keys",
+        "",
+        "Every key of a recipe. [Recipes](recipes.md) explains how they work together,",
+        "[passes](passes/index.md) has the settings of each pass.",
+        "`compress schema` prints the same as JSON schema.",
+        "",
+        "## Top level",
+        "",
+        *settings_table(describe_settings(Recipe), "key"),
+        "",
+    ]
+    for title, sections in (("data", Data), ("gates", Gates)):
+        lines += [f"## `{title}`", ""]
+        for name, field in sections.model_fields.items():
+            (inner,) = [t for t in get_args(field.annotation) if isinstance(t, type) and hasattr(t, "model_fields")]
+            lines += [f"### `{title}.{name}`", "", field.description or "", ""]
+            lines += [*settings_table(describe_settings(inner), "key"), ""]
+    return "\n".join(lines)
+
+
+def settings_table(settings: list[dict[str, Any]], title: str) -> list[str]:
+    """Return a table of settings: name, type, default, meaning."""
+    rows = []
+    for s in settings:
+        default = "required" if s["required"] else "" if s["type"] == "section" else f"`{json.dumps(s['default'])}`"
+        rows.append([f"`{s['name']}`", s["type"], default, s["description"]])
+    return table([title, "type", "default", "meaning"], rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table; ``|`` in a cell is escaped."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *escaped)]
+
+
+def commands_page() -> str:
+    """Return the help of every command, at 100 columns."""
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+
+    def text(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "compress", *arguments, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        body = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+        return body.replace("python -m compress", "compress")
+
+    from compress.cli.app import app
+
+    names = [c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands]
+    lines = ["# Commands", "", "The help of each command, as `compress COMMAND --help` prints it.", ""]
+    lines += ["```text", text(), "```", ""]
+    for name in names:
+        lines += [f"## `compress {name}`", "", "```text", text(name), "```", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
