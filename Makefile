@@ -48,7 +48,8 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m tools.docs.pages --check
+	$(BIN)/python -m tools.docs.check
 	$(BIN)/python -m pytest -q --noconftest tests/test_reads.py
 
 bench: $(STAMP)
@@ -83,8 +84,15 @@ bench-rounded: $(STAMP)
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
-docs: $(STAMP)
-	$(BIN)/python docs/generate.py
+# the pages that are made from the code, then the site in build/site; Sphinx is installed here and by no other target
+docs: $(VENV)/.docs-ready
+	$(BIN)/python -m tools.docs.pages
+	$(BIN)/python -m tools.docs.check
+	$(BIN)/sphinx-build -q -W --keep-going -n -b html docs build/site
+
+$(VENV)/.docs-ready: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

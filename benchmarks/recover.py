@@ -1,7 +1,7 @@
 """Whether `distill` with its defaults makes a pruned student better in a few steps: `make bench-recover MODEL= ARGS=`.
 
 Each CUT, settings of `prune_structured` in JSON, is taken from MODEL; then it is distilled for STEPS steps under MODEL, with
-the defaults and at each of RATES. Rows for docs/distillation.md: the held-out loss in training before and after.
+the defaults and at each of RATES. Rows for docs/passes/distill.md: the held-out loss in training before and after.
 """
 
 from __future__ import annotations

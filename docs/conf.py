@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
+
+ACCENT = re.compile(r"\\(?:hat|bar|tilde)\s*(?:\\?[A-Za-z]+|\{[^{}]*\})")
+logger = logging.getLogger(__name__)
 
 project = "compress"
 author = "the compress contributors"
@@ -80,16 +87,27 @@ def setup(app: Sphinx) -> None:
 def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
     if page == "index":
         source[0] += CONTENTS
-    if page == "passes/index":
+    if page in ("passes/index", "decisions/index"):
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
 
 
 def _inline_math(translator: Any, node: nodes.math) -> None:
-    """Write a formula as MathML, which browsers show without a script."""
-    translator.body.append(tex2mathml(node.astext(), as_block=False))
+    translator.body.append(_mathml(node, as_block=False))
     raise nodes.SkipNode
 
 
 def _display_math(translator: Any, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    translator.body.append(f'<div class="math">{_mathml(node, as_block=True)}</div>')
     raise nodes.SkipNode
+
+
+def _mathml(node: nodes.Element, as_block: bool) -> str:
+    """Return a formula as MathML, which browsers show without a script; warn where it cannot be read."""
+    # docutils takes the index of an accented letter for a limit below it, and draws primes as apostrophes
+    tex = ACCENT.sub(r"{\g<0>}", node.astext()).replace("'", r"^{\prime}")
+    try:
+        # browsers draw `^` and `~` into the letter if they are marked as accents
+        return str(tex2mathml(tex, as_block=as_block)).replace(' accent="true"', "")
+    except MathError as error:
+        logger.warning("formula %r: %s", node.astext(), error, location=node)
+        return html.escape(node.astext())
