@@ -48,6 +48,7 @@ start
 choose
 recipes
 passes/index
+checkpoints
 metrics
 commands
 reference

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.docs.picture import picture
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 #: A new pass gets this page; prose is written between the two generated parts.
@@ -51,6 +53,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
         DOCS / "report.schema.json": json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n",
+        DOCS / "architecture.svg": picture(),
         DOCS / "commands.md": commands_page(),
         DOCS / "reference.md": reference_page(),
         DOCS / "passes" / "index.md": passes_page(passes),
