@@ -43,9 +43,11 @@ def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def put(section: str, rows: list[str]) -> None:
-    """Put the rows into the section of that name; other sections stay."""
+    """Put the rows into the section of that name; other sections stay, and no title is used twice."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else HEAD
     begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
+    others = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", "", text, flags=re.DOTALL).splitlines()
+    rows = [f"{row} ({section})" if row.startswith("## ") and row in others else row for row in rows]
     body = "\n".join([begin, "", *rows, "", end])
     if begin in text:
         text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: body, text, flags=re.DOTALL)

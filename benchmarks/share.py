@@ -217,7 +217,8 @@ def main() -> None:
         for job in args.jobs:
             found = sharing(args, scratch) if job == "share" else factors(args, scratch)
             head = [
-                f"## {titles[job]} of {Path(args.model).name}",
+                f"## {titles[job]} of {Path(args.model).name}"
+                + (f", {args.tokens:,} tokens" if job == "share" else ""),
                 "",
                 f"`{page.command('bench-share', parser, args)}`: {page.environment()}",
                 "",
