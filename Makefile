@@ -88,7 +88,7 @@ bench-memory: $(STAMP)
 docs: $(VENV)/.docs-ready
 	$(BIN)/python -m tools.docs.pages
 	$(BIN)/python -m tools.docs.check
-	$(BIN)/sphinx-build -q -W --keep-going -n -b html docs build/site
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site
 
 $(VENV)/.docs-ready: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

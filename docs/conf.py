@@ -1,9 +1,13 @@
-"""Sphinx settings of the site: ``make docs`` builds it into ``build/site``, without network."""
+"""Sphinx settings of the site: ``make docs`` builds it into ``build/site``, without network.
+
+The sources are the Markdown pages of the repository as they are, so every link works on the site and in the repository.
+"""
 
 from __future__ import annotations
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -19,7 +23,9 @@ project = "compress"
 author = "the compress contributors"
 copyright = "the compress contributors, Apache-2.0"
 extensions = ["myst_parser", "sphinx_copybutton"]
-exclude_patterns = ["_static"]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "CHANGELOG.md", "CONTRIBUTING.md"]
+exclude_patterns = ["docs/_static", ".venv", "build", "out"]
 source_suffix = {".md": "markdown"}
 
 myst_enable_extensions = ["dollarmath"]
@@ -33,6 +39,7 @@ html_title = "compress"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
+html_use_index = False
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -71,10 +78,10 @@ decisions/index
 :hidden:
 :caption: Extend it
 
+../CONTRIBUTING
 extend/pass
 extend/family
-extend/codec
-extend/metric
+../CHANGELOG
 ```
 """
 
@@ -83,13 +90,20 @@ def setup(app: Sphinx) -> None:
     """Register the table of contents and the renderer of formulas."""
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.connect("source-read", _add_contents)
+    app.connect("build-finished", _add_entrance)
 
 
 def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
-    if page == "index":
+    if page == root_doc:
         source[0] += CONTENTS
-    if page in ("passes/index", "decisions/index"):
+    if page in ("docs/passes/index", "docs/decisions/index"):
         source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*\n```\n"
+
+
+def _add_entrance(app: Sphinx, error: Exception | None) -> None:
+    """Let the folder of the site open at its first page."""
+    redirect = f'<meta http-equiv="refresh" content="0; url={root_doc}.html">\n'
+    (Path(app.outdir) / "index.html").write_text(redirect, encoding="utf-8")
 
 
 def _inline_math(translator: Any, node: nodes.math) -> None:

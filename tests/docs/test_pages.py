@@ -1,0 +1,70 @@
+"""Recipes and links in Markdown: recipes have keys and values that exist, and the checker of links finds what is broken."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from compress.recipe import recipe_from_mapping
+from tools.docs import check
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What a fragment of a recipe leaves to the reader.
+REST = {"model": "some-model", "output": "some-output"}
+DATA = {name: {"files": [f"{name}.txt"]} for name in ("training", "calibration", "evaluation")}
+
+
+def recipes() -> list[object]:
+    """Every YAML block with passes, completed to a recipe, except for the example of a pass outside this package."""
+    found = []
+    for page in check.tracked():
+        blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for number, block in enumerate(block for block in blocks if re.search(r"^passes:", block, re.MULTILINE)):
+            if page.name != "pass.md":
+                recipe = YAML(typ="safe").load(block)
+                recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
+                found.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
+    return found
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_recipe_on_a_page_is_valid(recipe: dict[str, Any]) -> None:
+    assert recipe_from_mapping(recipe, check_files=False).passes
+
+
+def page(folder: Path, text: str) -> list[str]:
+    """Return the mistakes of a page, without the place."""
+    (folder / "other.md").write_text("# Other\n\n## A heading: `here`\n")
+    (folder / "page.md").write_text(text)
+    return [mistake.split(": ", 1)[1] for mistake in check.mistakes(folder / "page.md", folder)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](gone.md)", ["links to gone.md, which does not exist"]),
+        ("[a](other.md#gone)", ["links to other.md#gone, but other.md has no heading #gone"]),
+        ("![a](gone.svg)", ["links to gone.svg, which does not exist"]),
+        ("[a](#gone)", ["links to #gone, but this page has no heading #gone"]),
+        ("[a](../other.md)", ["links to ../other.md, which does not exist"]),
+        ("`compress/gone.py`", ["names compress/gone.py, which does not exist"]),
+        ("# A\n\n## A", ["a second heading 'A'; give it another title"]),
+        ("a " * 61, ["122 characters; break the line at 120"]),
+        ("[a](other.md#a-heading-here) [b](https://example.com/x) `[c](gone.md)`", []),
+        ("```\n[a](gone.md)\n# A\n# A\n```\n| " + "a " * 61 + "|", []),
+        ("<!-- begin x -->\n" + "a " * 61 + "\n<!-- end x -->", []),
+    ],
+)
+def test_check_reports_what_is_wrong_on_a_page(text: str, expected: list[str], tmp_path: Path) -> None:
+    assert page(tmp_path, text) == expected
+
+
+def test_tracked_pages_include_the_tree() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in check.tracked()}
+
+    assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/passes/cast.md"} <= names
+    assert not any(name.startswith("examples/") for name in names)
