@@ -21,7 +21,13 @@ HISTORY = ("CHANGELOG.md", "docs/decisions/")
 #: Model cards and notes of the examples, which scripts write.
 OTHERS = ("examples/",)
 #: Pages written by a command, whose lines are as long as their text.
-GENERATED = ("docs/reference.md", "docs/passes/index.md", "docs/commands.md", "docs/decisions/000-moved.md")
+GENERATED = (
+    "docs/reference.md",
+    "docs/passes/index.md",
+    "docs/commands.md",
+    "docs/decisions/index.md",
+    "docs/decisions/000-moved.md",
+)
 
 _FENCE = re.compile(r"^\s*(```+|~~~+)")
 _LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")

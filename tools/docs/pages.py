@@ -56,9 +56,25 @@ def pages() -> dict[Path, str]:
         DOCS / "architecture.svg": picture(),
         DOCS / "commands.md": commands_page(),
         DOCS / "reference.md": reference_page(),
+        DOCS / "decisions" / "index.md": decisions_page(),
         DOCS / "passes" / "index.md": passes_page(passes),
         **{DOCS / "passes" / f"{entry['name']}.md": pass_page(entry) for entry in passes},
     }
+
+
+def decisions_page() -> str:
+    """Return the list of decisions by their titles."""
+    lines = [
+        "# Decisions",
+        "",
+        "Each page has one question, what was tried with its figures, and what was chosen. What lost is kept here, so that",
+        "nobody has to try it again.",
+        "",
+    ]
+    for path in sorted((DOCS / "decisions").glob("[0-9]*.md")):
+        title = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        lines.append(f"- [{title}]({path.name})")
+    return "\n".join([*lines, ""])
 
 
 def passes_page(passes: list[dict[str, Any]]) -> str:
