@@ -56,7 +56,7 @@ choose
 recipes
 passes/index
 checkpoints
-metrics
+Metrics <metrics>
 commands
 reference
 ```
@@ -68,7 +68,7 @@ reference
 tour
 architecture
 methods
-format
+Format <format>
 benchmarks
 reliability
 decisions/index

@@ -20,15 +20,15 @@ DATA = {name: {"files": [f"{name}.txt"]} for name in ("training", "calibration",
 
 def recipes() -> list[object]:
     """Every YAML block with passes, completed to a recipe, except for the example of a pass outside this package."""
-    found = []
+    blocks_with_passes = []
     for page in check.tracked():
         blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         for number, block in enumerate(block for block in blocks if re.search(r"^passes:", block, re.MULTILINE)):
             if page.name != "pass.md":
                 recipe = YAML(typ="safe").load(block)
                 recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
-                found.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
-    return found
+                blocks_with_passes.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
+    return blocks_with_passes
 
 
 @pytest.mark.parametrize("recipe", recipes())

@@ -51,9 +51,9 @@ class Line:
 
 def main() -> None:
     """Print every mistake; exit with status 1 if there is one."""
-    found = [mistake for page in tracked() for mistake in mistakes(page)]
-    print("\n".join(found) if found else f"{len(tracked())} Markdown pages are in order")
-    sys.exit(1 if found else 0)
+    reported = [mistake for page in tracked() for mistake in mistakes(page)]
+    print("\n".join(reported) if reported else f"{len(tracked())} Markdown pages are in order")
+    sys.exit(1 if reported else 0)
 
 
 @cache

@@ -24,6 +24,7 @@ ABOUT = {
     "recipe": "YAML ▶ typed recipe, each mistake located",
     "gates": "verdicts",
     "passes": "a folder per pass: settings, plan, work on a block",
+    "workspace": "the one way to cache, resume and write atomically",
     "training": "the training loop, losses, teachers",
     "sensitivity": "which matrix or block matters",
     "evaluation": "tasks and metrics",
