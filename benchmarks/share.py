@@ -97,12 +97,11 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     import torch
 
     import compress
-    from compress import architectures
+    from compress.architectures.model_map import model_map
     from compress.blockwise.runner import BlockRunner, Inputs
     from compress.blockwise.saved_hessians import SavedHessians
     from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
-    from compress.passes.blockwise import block_matrices
     from compress.progress import SilentProgress
     from compress.solvers.low_rank import low_rank
 
@@ -114,11 +113,11 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     if not isinstance(ids, torch.Tensor):
         ids = heldout(args.model, [args.train[0]])[0][: args.samples]
     rows: list[list[str]] = []
-    record = architectures.of(checkpoint.spec.structure.config)
-    names = [f"{module}.weight" for module in block_matrices(checkpoint.spec)]
+    targets = model_map(checkpoint.spec).targets
+    names = [linear.name for linear in targets]
     by_block: dict[int, list[str]] = {}
-    for name in names:
-        by_block.setdefault(record.block_index(name) or 0, []).append(name)
+    for linear in targets:
+        by_block.setdefault(linear.block or 0, []).append(linear.name)
     runner = BlockRunner(
         checkpoint, Inputs({"input_ids": ids}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
         progress=SilentProgress(), with_targets=False,

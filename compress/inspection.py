@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
@@ -94,11 +94,9 @@ def modules(spec: Spec) -> list[dict[str, Any]]:
 
 
 def _group(spec: Spec, tensor: Tensor) -> str:
-    if architectures.known(spec.structure.config):
-        record = architectures.of(spec.structure.config)
-        index = record.block_index(tensor.name)
-        if index is not None:
-            return tensor.name[: tensor.name.index(f".{index}.")] + f".{index}"
+    index = model_map(spec).block_of(tensor.name)
+    if index is not None:
+        return tensor.name[: tensor.name.index(f".{index}.")] + f".{index}"
     return tensor.module or tensor.name
 
 

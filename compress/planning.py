@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures, passes
+from compress import passes
+from compress.architectures.model_map import model_map
 from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
@@ -56,16 +57,15 @@ def size_of(spec: Spec, layout: Layout) -> Size:
     data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
-    record = architectures.of(config) if architectures.known(config) else None
+    mapped = model_map(spec)
+    quantised = cache_format(spec) is not None
     return Size(
         bytes=layout.bytes,
         parameters=spec.parameters,
         kept_parameters=spec.kept_parameters,
-        active_parameters=record.active_parameters(spec) if record else spec.parameters,
+        active_parameters=mapped.active_parameters,
         bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
-        kv_bytes_per_token=record.kv_bytes_per_token(config, quantised=cache_format(spec) is not None)
-        if record
-        else None,
+        kv_bytes_per_token=mapped.record.kv_bytes_per_token(config, quantised=quantised) if mapped.known else None,
         load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
         tensors=len(stored),
     )
@@ -195,7 +195,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
             for name in instance.required_data(entry.settings):
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)
-                    check_positions(section.length, architectures.positions(current), name=name)
+                    check_positions(section.length, model_map(current).positions, name=name)
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"
             raise
@@ -278,8 +278,7 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
 
 def _experts(spec: Spec) -> str:
     """What stock loaders ask of experts, where the spec has some."""
-    record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
-    if record is None or not any(record.is_expert(name) for name in spec.tensors):
+    if not model_map(spec).has_experts:
         return ""
     return ": they read experts in one format for all, without zero points, and not nvfp4 or beside cast activations"
 

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
 from compress.errors import CheckpointError, PassError
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+
+#: What a matrix of a block does: ``distances`` are added to the scores of attention.
+BlockRole = Literal["attention", "mlp", "router", "distances", "other"]
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,42 @@ class Architecture:
         others = (*self.routers, self.attention.table if self.attention else None)
         return match is not None and name.endswith(".weight") and match[3][1:].rpartition(".")[0] not in others
 
+    @cached_property
+    def _roles(self) -> Mapping[str, BlockRole]:
+        """Module below a block ▶ its role; ``*`` stands for the number of an expert."""
+        found: dict[str, BlockRole] = {}
+        for attention in filter(None, (self.attention, self.cross)):
+            modules = (attention.query, attention.key, attention.value, attention.output)
+            found |= dict.fromkeys(modules, "attention")
+            if attention.table is not None:
+                found[attention.table] = "distances"
+        for mlp in self.mlps:
+            found |= dict.fromkeys((*mlp.up, mlp.down), "mlp")
+        return found | dict.fromkeys(self.routers, "router")
+
+    def role(self, part: str) -> BlockRole:
+        """The role of a matrix of a block, by its module's path below the block."""
+        return self._roles.get(self.starred(part), "other")
+
+    def starred(self, part: str) -> str:
+        """The path of a module below a block, with ``*`` for the number of an expert."""
+        base = next((f"{base}." for base in self.experts if part.startswith(f"{base}.")), None)
+        return part if base is None else f"{base}*.{part.removeprefix(base).partition('.')[2]}"
+
     def depth(self, config: Mapping[str, Any]) -> int:
         """Number of blocks."""
         return int(self.value(config, self.depth_key))
+
+    def per_layer_values(self, config: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Config field ▶ its list of one entry per block; the family's default where the config leaves it out."""
+        found = {}
+        for key in self.per_layer:
+            values = config.get(key)
+            if values is None and key in self.per_layer_defaults:
+                values = self.per_layer_defaults[key](config)
+            if isinstance(values, list):
+                found[key] = values
+        return found
 
     def cut_depth(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
         """The config with only the blocks ``keep``: depth, every per-layer list, and block numbers.
@@ -203,11 +239,8 @@ class Architecture:
         depth = self.depth(config)
         result = {key: value for key, value in config.items() if self.spellings.get(key) != self.depth_key}
         result[self.depth_key] = len(keep)
-        for key in self.per_layer:
-            values = result.get(key)
-            if values is None and key in self.per_layer_defaults:
-                values = self.per_layer_defaults[key](config)
-            if isinstance(values, list) and len(values) == depth:
+        for key, values in self.per_layer_values(config).items():
+            if len(values) == depth:
                 result[key] = [values[i] for i in keep]
         if self.dense_blocks_key and self.sparse_step_key:
             # a step cannot say which blocks have experts once some are gone; the list of those without them always can
@@ -227,6 +260,14 @@ class Architecture:
         """Width of one attention head."""
         explicit = self.value(config, self.head_dim_key) if self.head_dim_key else None
         return int(explicit or self.value(config, self.hidden_key) // self.value(config, self.heads_key))
+
+    def rotary_entries(self, config: Mapping[str, Any]) -> int:
+        """Entries of a key that rotary positions turn in pairs; 0 where something else lies between queries and keys."""
+        if self.attention is None or not self.attention.rotary:
+            return 0
+        nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
+        return int(self.head_dim(config) * share)
 
     def kv_bytes_per_token(self, config: Mapping[str, Any], *, quantised: bool = False) -> int | None:
         """Bytes of keys and values that decoding caches per token, in ``config.dtype`` or 8 bits; None without a cache.

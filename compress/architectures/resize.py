@@ -17,6 +17,7 @@ from compress.architectures.groups import (
     neurons,
     same_heads,
 )
+from compress.architectures.model_map import Block, model_map
 from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.spec import Spec
@@ -25,77 +26,72 @@ from compress.spec.spec import Spec
 Kept = tuple[PrunableGroup, Sequence[int]]
 
 
-def mlp_units(record: Architecture, spec: Spec) -> dict[int, list[PrunableGroup]]:
-    """Neurons of every MLP by block; of blocks with experts one entry per expert."""
+def mlp_units(spec: Spec) -> dict[int, list[PrunableGroup]]:
+    """Number of a block ▶ the neurons of its MLP; of a block with experts one group per expert."""
+    mapped = model_map(spec)
     found: dict[int, list[PrunableGroup]] = {}
-    for path, index in block_numbers(record, spec).items():
-        for mlp in record.mlps:
-            for expert in _experts(spec, path, mlp):
+    for block in mapped.blocks:
+        for mlp in mapped.record.mlps:
+            for expert in _experts(block, mlp):
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
-                tensor = spec.tensors.get(f"{path}{one.down}.weight")
-                if tensor is not None and all(f"{path}{up}.weight" in spec.tensors for up in one.up):
-                    found.setdefault(index, []).append(neurons(one, path, tensor.shape[_axis(record, "in")]))
+                if all(f"{module}.weight" in block.tensors for module in (*one.up, one.down)):
+                    inputs = mapped.linears[f"{block.path}{one.down}.weight"].I
+                    found.setdefault(block.index, []).append(neurons(one, block.path, inputs))
     return found
 
 
-def head_units(record: Architecture, spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]:
+def head_units(spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]:
     """By block: query heads, to go within their groups, or whole groups; those of a list together where they share a table."""
-    if record.attention is None:
+    mapped = model_map(spec)
+    record, attention = mapped.record, mapped.record.attention
+    if attention is None:
         return {}
-    config = spec.structure.config
-    queries, head_dim = int(record.value(config, record.heads_key)), record.head_dim(config)
-    groups = kv_heads(record, config)
+    counts = mapped.heads, mapped.kv_heads, mapped.head_dim
     make = head_groups if whole_groups else heads
     found: dict[int, list[PrunableGroup]] = {}
     lists: dict[str, list[PrunableGroup]] = {}  # by what the names of the list's first block begin with
-    for path, index in sorted(block_numbers(record, spec).items(), key=lambda block: block[1]):
-        one = make(record.attention, path, queries, groups, head_dim)
-        if record.attention.table is None:
+    for block in sorted(mapped.blocks, key=lambda block: block.index):
+        path, index = block.path, block.index
+        one = make(attention, path, *counts)
+        if attention.table is None:
             found.setdefault(index, []).append(one)
         else:
             lists.setdefault(path.removesuffix(f"{index}.") + "0.", []).append(one)
-        if record.cross is not None and f"{path}{record.cross.output}.weight" in spec.tensors:
-            found.setdefault(index, []).append(make(record.cross, path, queries, groups, head_dim))
+        if record.cross is not None and f"{record.cross.output}.weight" in block.tensors:
+            found.setdefault(index, []).append(make(record.cross, path, *counts))
     for first, blocks in lists.items():
-        found.setdefault(0, []).append(same_heads(record.attention, blocks, first))
+        found.setdefault(0, []).append(same_heads(attention, blocks, first))
     return found
 
 
-def kv_heads(record: Architecture, config: Mapping[str, Any]) -> int:
-    """Number of key and value heads."""
-    found = record.value(config, record.kv_heads_key) if record.kv_heads_key else None
-    return int(found or record.value(config, record.heads_key))
-
-
-def merges(record: Architecture, spec: Spec, left: int) -> dict[int, KVHeadMerge]:
+def merges(spec: Spec, left: int) -> dict[int, KVHeadMerge]:
     """By block: its key and value heads, to become ``left``.
 
     Raises:
         PassError: no config of the family says that heads share keys and values.
     """
+    mapped = model_map(spec)
+    record = mapped.record
     if record.attention is None or record.kv_heads_key is None or record.attention.layout == "interleaved":
         raise PassError(
             f"{record.model_type} cannot share keys and values among heads: its config has no field for it",
             key="keep_kv_heads",
             fix="remove `mlp` or `layers` instead",
         )
-    config = spec.structure.config
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
-    rotary = int(record.head_dim(config) * share) if record.attention.rotary else 0
+    rotary = record.rotary_entries(mapped.config)
     return {
         index: KVHeadMerge(one.count, left, rotary, *one.members)
-        for index, (one,) in head_units(record, spec, whole_groups=True).items()
+        for index, (one,) in head_units(spec, whole_groups=True).items()
     }
 
 
-def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
+def kept_entries(spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
     """Tensor name ▶ axis ▶ entries that stay, for every tensor that loses some."""
     gone: dict[tuple[str, int], set[int]] = {}
     for units, keep in kept:
         for member in units.members:
             lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
-            for place in _places(record, spec, member):
+            for place in _places(spec, member):
                 gone.setdefault(place, set()).update(lost)
     result: dict[str, dict[int, list[int]]] = {}
     for (name, axis), lost in gone.items():
@@ -105,9 +101,9 @@ def kept_entries(record: Architecture, spec: Spec, kept: Iterable[Kept]) -> dict
     return result
 
 
-def _places(record: Architecture, spec: Spec, member: Slice) -> list[tuple[str, int]]:
+def _places(spec: Spec, member: Slice) -> list[tuple[str, int]]:
     weight, bias = f"{member.module}.weight", f"{member.module}.bias"
-    places = [(weight, _axis(record, member.side))]
+    places = [(weight, _axis(model_map(spec).record, member.side))]
     return [*places, (bias, 0)] if member.side == "out" and bias in spec.tensors else places
 
 
@@ -188,24 +184,13 @@ def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) 
     return {**{k: v for k, v in config.items() if k not in others}, key: value}
 
 
-def block_numbers(record: Architecture, spec: Spec) -> dict[str, int]:
-    """What the names of a block's tensors begin with ▶ its number."""
-    found: dict[str, int] = {}
-    for name in spec.tensors:
-        if (path := record.block_path(name)) is not None:
-            index = record.block_index(name)
-            assert index is not None
-            found[path[0]] = index
-    return found
-
-
-def _experts(spec: Spec, path: str, mlp: Mlp) -> list[str]:
+def _experts(block: Block, mlp: Mlp) -> list[str]:
     """Numbers of the experts of a block that have this MLP, as text; [""] for an MLP without experts."""
     before, star, after = mlp.down.partition("*")
     if not star:
         return [""]
-    start, end = path + before, f"{after}.weight"
-    numbers = [n[len(start) : -len(end)] for n in spec.tensors if n.startswith(start) and n.endswith(end)]
+    end = f"{after}.weight"
+    numbers = [n[len(before) : -len(end)] for n in block.tensors if n.startswith(before) and n.endswith(end)]
     return sorted((n for n in numbers if n.isdigit()), key=int)
 
 
@@ -223,15 +208,14 @@ def has_numbers(record: Architecture) -> None:
         )
 
 
-def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str]]:
+def without_blocks(spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str]]:
     """The spec without those blocks, and its tensor names ▶ what the checkpoint calls them.
 
     Raises:
         PassError: there is no such block, none would stay, or numbers do not tell blocks.
     """
+    record, depth = model_map(spec).record, model_map(spec).depth
     has_numbers(record)
-    config = spec.structure.config
-    depth = record.depth(config)
     if wrong := [i for i in drop if i >= depth]:
         raise PassError(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0", key="layers")
     if len(drop) == depth:
@@ -257,24 +241,26 @@ def without_blocks(record: Architecture, spec: Spec, drop: Sequence[int]) -> tup
         index = record.block_index(name)
         if index is None or index in number:
             source[name if index is None else record.renumber(name, number[index])] = name
-    smaller = _renamed(spec, source, record.cut_depth(config, keep))
+    smaller = _renamed(spec, source, record.cut_depth(spec.structure.config, keep))
     return replace(smaller, structure=replace(smaller.structure, edits=tuple(edits))), source
 
 
-def expert_blocks(record: Architecture, spec: Spec) -> dict[int, int]:
+def expert_blocks(spec: Spec) -> dict[int, int]:
     """Number of experts of every block that has some."""
+    mapped = model_map(spec)
     found = {}
-    for path, index in block_numbers(record, spec).items():
-        numbers = {e for mlp in record.mlps if "*" in mlp.down for e in _experts(spec, path, mlp)}
+    for block in mapped.blocks:
+        numbers = {e for mlp in mapped.record.mlps if "*" in mlp.down for e in _experts(block, mlp)}
         if numbers:
-            found[index] = len(numbers)
+            found[block.index] = len(numbers)
     return found
 
 
 def without_experts(
-    record: Architecture, spec: Spec, keep: Mapping[int, Sequence[int]]
+    spec: Spec, keep: Mapping[int, Sequence[int]]
 ) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:
     """The spec with only the experts ``keep`` of each block, its names ▶ the checkpoint's, and what stays of routers."""
+    record = model_map(spec).record
     source, entries = {}, {}
     for name in spec.tensors:
         index, path = record.block_index(name), record.block_path(name)
@@ -327,18 +313,16 @@ def has_hidden(record: Architecture) -> Hidden:
     return record.hidden
 
 
-def hidden_entries(
-    record: Architecture, spec: Spec, channels: Sequence[int]
-) -> tuple[dict[str, dict[int, list[int]]], dict[str, Any]]:
+def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[int, list[int]]], dict[str, Any]]:
     """Tensor name ▶ axis ▶ entries for the hidden channels that stay, and the config.
 
     Raises:
         PassError: the family has LayerNorm, no stock config allows it, or a tensor outside the blocks is not known.
     """
+    mapped = model_map(spec)
+    record, config, width, keep = mapped.record, mapped.config, mapped.hidden, list(channels)
     hidden, attention = has_hidden(record), record.attention
     assert attention is not None
-    config, keep = spec.structure.config, list(channels)
-    width = int(record.value(config, record.hidden_key))
     readers = {attention.query, attention.key, attention.value, *record.routers}
     writers = {attention.output}
     for mlp in record.mlps:
@@ -352,7 +336,7 @@ def hidden_entries(
                 raise PassError(f"{tensor.name} is not known to have the hidden width", key="hidden")
             entries[tensor.name] = {len(tensor.shape) - 1: keep}
             continue
-        module = _starred(record, path[1].rpartition(".")[0])
+        module = record.starred(path[1].rpartition(".")[0])
         if module in readers and len(tensor.shape) == 2:
             entries[tensor.name] = {_axis(record, "in"): keep}
         elif module in writers:
@@ -364,21 +348,21 @@ def hidden_entries(
     return entries, with_heads(
         record,
         {**smaller, **({record.head_dim_key: record.head_dim(config)} if record.head_dim_key else {})},
-        int(record.value(config, record.heads_key)),
-        kv_heads(record, config),
+        mapped.heads,
+        mapped.kv_heads,
     )
 
 
-def hidden_scales(record: Architecture, spec: Spec, left: int) -> dict[str, tuple[float, float]]:
+def hidden_scales(spec: Spec, left: int) -> dict[str, tuple[float, float]]:
     """Tensor name ▶ (factor, offset): (w + offset) · factor - offset makes norms of ``left`` channels give the same values.
 
     With the others zero, the mean of squares over fewer channels is larger by the ratio of the widths; so is epsilon, in
     `hidden_entries`, and gains grow by its root.
     """
-    hidden = record.hidden
+    mapped = model_map(spec)
+    record, hidden = mapped.record, mapped.record.hidden
     assert hidden is not None
-    config = spec.structure.config
-    factor = (int(record.value(config, record.hidden_key)) / left) ** 0.5
+    factor = (mapped.hidden / left) ** 0.5
     tied = any(t.alias_of for t in spec.tensors.values())
     scales = {}
     for tensor in spec.stored():
@@ -391,10 +375,3 @@ def hidden_scales(record: Architecture, spec: Spec, left: int) -> dict[str, tupl
         elif path is None and hidden.scaled and tensor.module.endswith(record.embeddings[0]):
             scales[tensor.name] = (factor, 0.0)
     return scales
-
-
-def _starred(record: Architecture, module: str) -> str:
-    for base in record.experts:
-        if module.startswith(f"{base}."):
-            return f"{base}.*.{module.removeprefix(f'{base}.').partition('.')[2]}"
-    return module

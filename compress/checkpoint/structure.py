@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
-from compress.architectures.resize import block_numbers
+from compress.architectures.model_map import model_map
 from compress.errors import CheckpointError, PassError
 from compress.spec.spec import DENSE, Edit, Spec, Tensor
 
@@ -99,8 +98,9 @@ def _check_projected(spec: Spec, edit: Edit, where: str) -> None:
 def _check_sized(spec: Spec, edit: Edit, where: str) -> None:
     """Check that the matrix has the shape of the edit."""
     outputs, inputs = edit.values["outputs"], edit.values["inputs"]
-    expected = (inputs, outputs) if is_transposed(spec) else (outputs, inputs)
-    _check(spec, f"{edit.module}.weight", f"of {outputs} x {inputs}", lambda shape: shape == expected, where)
+    linear = model_map(spec).linears.get(f"{edit.module}.weight")
+    fits = linear is not None and (outputs, inputs) == (linear.O, linear.I)
+    _check(spec, f"{edit.module}.weight", f"of {outputs} x {inputs}", lambda shape: fits, where)
 
 
 def _check(spec: Spec, name: str, said: str, fits: Callable[[tuple[int, ...]], bool], where: str) -> None:
@@ -120,16 +120,16 @@ def factored(spec: Spec, ranks: Mapping[str, int]) -> Spec:
     """Spec with factors in place of weight matrices. ``ranks``: name of the matrix ▶ rank."""
     tensors: dict[str, Tensor] = {}
     edits = list(spec.structure.edits)
+    linears = model_map(spec).linears
     biases = {f"{spec.tensors[name].module}.bias": spec.tensors[name].module for name in ranks}
     for name, tensor in spec.tensors.items():
         if name in ranks:
-            transposed = is_transposed(spec)
-            outputs, inputs = tensor.shape[::-1] if transposed else tensor.shape
-            shapes = {"down": (ranks[name], inputs), "up": (outputs, ranks[name])}
+            linear = linears[name]
+            shapes = {"down": (ranks[name], linear.I), "up": (linear.O, ranks[name])}
             for part, shape in shapes.items():
                 new = f"{tensor.module}.{part}.weight"
                 tensors[new] = replace(tensor, name=new, shape=shape, kept=None, storage=DENSE)
-            edits.append(Edit("factors", tensor.module, {"rank": ranks[name], "transposed": transposed}))
+            edits.append(Edit("factors", tensor.module, {"rank": ranks[name], "transposed": linear.transposed}))
         elif name in biases:
             new = f"{biases[name]}.up.bias"
             tensors[new] = replace(tensor, name=new)
@@ -160,7 +160,7 @@ def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], 
             gets for each shared matrix; 0 for none.
     """
     tensors, edits = dict(spec.tensors), list(spec.structure.edits)
-    paths = block_paths(spec)
+    paths, linears = model_map(spec).paths, model_map(spec).linears
     for blocks in groups:
         source = paths[blocks[0]]
         for block in blocks:
@@ -170,11 +170,11 @@ def shared(spec: Spec, groups: Sequence[Sequence[int]], parts: Collection[str], 
                 if block != blocks[0]:
                     tensors[path + part] = alias(spec.tensors[source + part], path + part)
                 if rank and len(tensor.shape) == 2:
-                    outputs, inputs = tensor.shape[::-1] if is_transposed(spec) else tensor.shape
-                    for suffix, shape in (("up", (outputs, rank)), ("down", (rank, inputs))):
+                    linear = linears[tensor.name]
+                    for suffix, shape in (("up", (linear.O, rank)), ("down", (rank, linear.I))):
                         name = f"{tensor.module}.residual_{suffix}.weight"
                         tensors[name] = replace(tensor, name=name, shape=shape, kept=None, storage=DENSE)
-                    edits.append(Edit("residual", tensor.module, {"rank": rank, "transposed": is_transposed(spec)}))
+                    edits.append(Edit("residual", tensor.module, {"rank": rank, "transposed": linear.transposed}))
             if block != blocks[0]:
                 edits.append(Edit("shared", path[:-1], {"source": source[:-1], "parts": sorted(parts)}))
     return replace(spec, structure=replace(spec.structure, edits=tuple(edits)), tensors=tensors)
@@ -184,53 +184,14 @@ def sized(spec: Spec, modules: Iterable[str]) -> Spec:
     """Spec with ``sized`` edits for modules whose tensors have their new shapes already."""
     edits = list(spec.structure.edits)
     for module in modules:
-        shape = spec.tensors[f"{module}.weight"].shape
-        outputs, inputs = shape[::-1] if is_transposed(spec) else shape
-        edits.append(Edit("sized", module, {"outputs": outputs, "inputs": inputs}))
+        linear = model_map(spec).linears[f"{module}.weight"]
+        edits.append(Edit("sized", module, {"outputs": linear.O, "inputs": linear.I}))
     return replace(spec, structure=replace(spec.structure, edits=tuple(edits)))
-
-
-def block_paths(spec: Spec) -> dict[int, str]:
-    """Block number ▶ prefix of its tensors' names, dot included."""
-    return {index: path for path, index in block_numbers(architectures.of(spec.structure.config), spec).items()}
-
-
-def is_transposed(spec: Spec) -> bool:
-    """Whether the family shapes its matrices [in, out], as GPT-2 does. Matrices that edits add are always [out, in]."""
-    return architectures.of(spec.structure.config).input_axis == 0
-
-
-def is_factor(spec: Spec, name: str) -> bool:
-    """Whether a tensor is a low-rank factor."""
-    return _part(spec, name, "factors", ("down", "up"))
-
-
-def is_residual(spec: Spec, name: str) -> bool:
-    """Whether a tensor belongs to a low-rank residual."""
-    return _part(spec, name, "residual", ("residual_down", "residual_up"))
-
-
-def is_projection(spec: Spec, name: str) -> bool:
-    """Whether a tensor is the projection of a thin table."""
-    return _part(spec, name, "projected", ("projection",))
-
-
-def _part(spec: Spec, name: str, kind: str, parts: tuple[str, ...]) -> bool:
-    owner = name.rpartition(".")[0]
-    module, _, part = owner.rpartition(".")
-    return part in parts and any(e.kind == kind and e.module == module for e in spec.structure.edits)
 
 
 def uneven(spec: Spec) -> str | None:
     """First module with a ``sized`` edit, None without any."""
     return next((e.module for e in spec.structure.edits if e.kind == "sized"), None)
-
-
-def check_nameable(spec: Spec, key: str | None = None, fix: str | None = None) -> None:
-    """Raise `PassError` for families whose modules are named differently in memory and in files."""
-    record = architectures.of(spec.structure.config)
-    if record.stacks or record.module_blocks is not None:
-        raise PassError(f"the structure of {record.model_type} cannot be changed block by block", key=key, fix=fix)
 
 
 def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
@@ -253,7 +214,8 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
         parent, _, part = module.rpartition(".")
         if spec.structure.kv_cache is not None and tensor.is_cache_scale:
             continue
-        if is_residual(spec, name) or (is_factor(spec, name) and part == "down") or is_projection(spec, name):
+        role = model_map(spec).added(name)
+        if role in ("residual", "projection") or (role == "factor" and part == "down"):
             continue
         if name in shared:
             tensor = spec.tensors[str(tensor.alias_of)]
@@ -261,9 +223,9 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
             tensor = replace(spec.tensors[tensor.alias_of], name=name)
         made_of: tuple[str, ...] = (name,)
         own, shape, kept = name, tensor.shape, tensor.kept
-        if is_factor(spec, name) and last == "bias":
+        if role == "factor" and last == "bias":
             own = f"{parent}.bias"
-        elif is_factor(spec, name):
+        elif role == "factor":
             own, made_of, kept = f"{parent}.weight", (name, f"{parent}.down.weight"), None
             shape = (tensor.shape[0], spec.tensors[f"{parent}.down.weight"].shape[1])
             shape = shape[::-1] if edits[parent].values["transposed"] else shape
@@ -291,7 +253,7 @@ def dense(checkpoint: Checkpoint) -> Checkpoint:
         if not others:
             return Value(first.data, first.mask)
         turned = name.rpartition(".")[0] in transposed
-        if len(others) == 1 and is_projection(checkpoint.spec, sources[name][1]):
+        if len(others) == 1 and model_map(checkpoint.spec).added(sources[name][1]) == "projection":
             return Value(unprojected(first.data, others[0].data))
         if len(others) == 1:
             return Value(product(first.data, others[0].data, turned))

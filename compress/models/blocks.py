@@ -1,11 +1,15 @@
-"""The list of blocks inside a transformers model."""
+"""The record of a transformers model's family, and the list of blocks inside the model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from compress import architectures
+from compress import architectures
+
+
+def record_of(model: Any) -> architectures.Architecture:
+    """The record of the family of a transformers model. Raises `PassError` where there is none."""
+    return architectures.of(model.config.to_dict())
 
 
 def find_blocks(model: Any, record: architectures.Architecture) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.claims import largest_number, outgrown
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
 from compress.checkpoint.quantization import in_memory
@@ -144,12 +144,12 @@ def _decoded(spec: Spec, dtype: str | None, as_stored: bool) -> Callable[[Tensor
 
     config = spec.structure.config
     computed = getattr(torch, dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
-    record = architectures.of(config) if architectures.known(config) else None
+    mapped = model_map(spec)
 
     def wanted(tensor: Tensor) -> torch.dtype | None:
         if as_stored or spec.structure.compact or tensor.quant_format is None:
             return None
-        if record is not None and record.is_expert(tensor.name):
+        if mapped.is_expert(tensor.name):
             return torch.float32 if tensor.quant_format.format == "fp8" else None
         return computed
 

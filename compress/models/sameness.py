@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint, Derived, Stored
 from compress.errors import CheckpointError
 from compress.models.loading import arguments_of, load_checkpoint
@@ -77,16 +77,16 @@ def _sample(stored: Stored) -> torch.Tensor:
 
     config = stored.spec.structure.config
     vocabulary = config.get("vocab_size")
-    count = min(PROMPT + STEPS, architectures.positions(stored.spec) or PROMPT + STEPS)
+    count = min(PROMPT + STEPS, model_map(stored.spec).positions or PROMPT + STEPS)
     return torch.arange(count).remainder(vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else PROMPT)[None]
 
 
 def _is_causal(stored: Stored) -> bool | None:
     """Whether its family decodes with a cache, as its record says; None where there is no record, or the code is not stock."""
-    config = stored.spec.structure.config
-    if not architectures.known(config) or (config.get("auto_map") and stored.trust_remote_code):
+    mapped = model_map(stored.spec)
+    if not mapped.known or (mapped.config.get("auto_map") and stored.trust_remote_code):
         return None
-    return architectures.of(config).causal
+    return mapped.record.causal
 
 
 def _at_once(model: Any, ids: torch.Tensor) -> torch.Tensor:

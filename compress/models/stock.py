@@ -12,7 +12,7 @@ import importlib.util
 import io
 from typing import Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint import quantization
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.files import read_json
@@ -55,10 +55,8 @@ def check_names(checkpoint: Checkpoint, said: Any) -> None:
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     groups = SchemeGroups(said, where)
     meant = {name for name in linear if groups.scheme(name) is not None}
-    record = architectures.of(spec.structure.config)
-    coded = {
-        quantization.in_memory(spec, t.module) for t in spec.stored() if t.quant_format and not record.is_expert(t.name)
-    }
+    mapped = model_map(spec)
+    coded = {mapped.in_memory(t.module) for t in spec.stored() if t.quant_format and not mapped.is_expert(t.name)}
     for names, wrong in (
         (coded - linear, "no linear layer has that name in memory"),
         (coded - meant, "no group of the config names it"),

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.files import remove
 from compress.passes.base import Context
@@ -39,10 +39,10 @@ def check_loss(
     Args:
         setting: what asks for it, and what to do without it. key: of that setting.
     """
-    record, (asks, fix) = architectures.of(spec.structure.config), setting
-    if not record.has_head(spec):
+    mapped, (asks, fix) = model_map(spec), setting
+    if not mapped.has_head:
         raise PassError(f"{asks} needs a model that predicts tokens", key=key, fix=fix)
-    if expert := next((name for name in sorted(names) if record.is_expert(name)), None):
+    if expert := next((name for name in sorted(names) if mapped.is_expert(name)), None):
         raise PassError(f"{asks} does not reach {expert}: experts are fused in memory", key=key, fix=fix)
 
 
@@ -128,7 +128,7 @@ def uneven_widths(
         from compress.solvers.sparsity_allocation import allocate_sparsity
 
         names = [f"{units.name}.weight" for units, _ in mlps]
-        record = architectures.of(checkpoint.spec.structure.config)
+        block_of = model_map(checkpoint.spec).block_of
         counts = {
             name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
             for name, (units, _) in zip(names, mlps, strict=True)
@@ -142,9 +142,7 @@ def uneven_widths(
         rows = [list(losses[name].values()) for name in names]
         left = allocate_sparsity(sizes, sizes, levels, rows, kept)
         gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
-        blocks = [
-            {"block": record.block_index(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)
-        ]
+        blocks = [{"block": block_of(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)]
         return {"removed": gone, "blocks": blocks, "divergence": dict(zip(names, rows, strict=True)), "at": levels}
 
     result = once(context, "widths", measured)

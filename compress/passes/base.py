@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
+from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.settings import Settings
 from compress.spec.spec import Spec
@@ -184,6 +185,22 @@ def select(modules: Iterable[str], settings: PassSettings, universe: Iterable[st
                 )
     chosen = {m for m in everything if any(matches(p, m) for p in settings.only)} if settings.only else set(modules)
     return {m for m in chosen if not any(matches(p, m) for p in settings.skip)}
+
+
+def select_linears(
+    spec: Spec, settings: PassSettings, default: Callable[[Linear], bool] = lambda linear: True
+) -> set[str]:
+    """Modules that the pass works on: linear layers of blocks, or any module that ``only`` names.
+
+    Args:
+        default: whether the pass takes a linear layer where ``only`` is not given.
+
+    Raises:
+        PassError: a pattern matches no module; or the family has no record, and ``only`` is not given.
+    """
+    mapped = model_map(spec)
+    taken = () if settings.only else [linear.module for linear in mapped.targets if default(linear)]
+    return select(taken, settings, mapped.modules)
 
 
 def _nearest(pattern: str, modules: list[str]) -> str | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
     ALLOCATOR_RETAIN,
     FLOAT64_MAX_WIDTH,
@@ -17,11 +16,10 @@ from compress.blockwise.memory_budget import (
     TOKENS_PER_BATCH,
     curvatures_that_fit,
 )
-from compress.checkpoint.structure import is_factor, is_residual
 from compress.errors import PassError
 from compress.evaluation.tasks import EMBEDDING, task_of
 from compress.passes.base import Context
-from compress.spec.spec import Spec, Tensor
+from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.blockwise.runner import BlockRunner, Teacher
@@ -99,15 +97,6 @@ def measured_divergences(
     )
 
 
-def by_block(spec: Spec) -> dict[int | None, list[Tensor]]:
-    """The stored tensors of each block; under None those outside."""
-    record = architectures.of(spec.structure.config)
-    blocks: dict[int | None, list[Tensor]] = {}
-    for tensor in spec.stored():
-        blocks.setdefault(record.block_index(tensor.name), []).append(tensor)
-    return blocks
-
-
 def runner_memory(
     spec: Spec,
     names: Collection[str],
@@ -128,24 +117,23 @@ def runner_memory(
         moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
         by_outputs: whether curvatures by outputs are held, and gradients measured for them.
     """
-    record = architectures.of(spec.structure.config)
-    blocks = by_block(spec)
-    outside = blocks.pop(None, [])
-    head = width * sum(t.count for t in outside if t.module == record.head)
+    mapped = model_map(spec)
+    outside = mapped.outside
+    head = width * sum(t.count for t in outside if t.module == mapped.record.head)
     resident = width * sum(t.count for t in outside) - head  # the head is not loaded, but to predict tokens
     vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
     peak = head + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if by_outputs else 0
-    for tensors in blocks.values():
-        block, changed = sum(t.count for t in tensors), [t for t in tensors if t.name in names]
-        wide = [t.shape[input_axis(spec, t)] for t in changed]
+    for one in mapped.blocks:
+        block = sum(t.count for t in one.stored())
+        changed = [x for x in one.linears if x.name in names and x.shared_with is None]
+        wide = [x.I for x in changed]
         grams = [size * size * (8 if size <= FLOAT64_MAX_WIDTH else 4) for size in wide]
-        largest, matrix = max(grams, default=0), max((t.count for t in changed), default=0)
+        largest, matrix = max(grams, default=0), max((x.tensor.count for x in changed), default=0)
         statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
         solving = largest + int(factors * largest) + 4 * copies * matrix
-        chosen = int(kept * sum(t.count for t in changed))
+        chosen = int(kept * sum(x.tensor.count for x in changed))
         if by_outputs:
-            shared = [t for t in changed if not any(f".{base}." in t.name for base in record.experts)]
-            held = curvatures_that_fit(t.count // max(1, t.shape[input_axis(spec, t)]) for t in shared)
+            held = curvatures_that_fit(x.O for x in changed if x.expert is None)
             chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
@@ -153,59 +141,7 @@ def runner_memory(
     return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
 
 
-def input_axis(spec: Spec, tensor: Tensor) -> int:
-    """Axis of the inputs of a weight: the first one for GPT-2's transposed matrices."""
-    known = architectures.known(spec.structure.config)
-    if not known or len(tensor.shape) != 2 or is_factor(spec, tensor.name) or is_residual(spec, tensor.name):
-        return -1
-    return architectures.of(spec.structure.config).input_axis
-
-
-def block_matrices(spec: Spec) -> list[str]:
-    """Modules of the weight matrices that passes take by default: linear layers of blocks, but residuals of low rank."""
-    record = architectures.of(spec.structure.config)
-    matrices = [t for t in spec.stored() if t.is_float and len(t.shape) >= 2 and record.is_block_matrix(t.name)]
-    return [t.module for t in matrices if not is_residual(spec, t.name)]
-
-
-def require_blockwise(spec: Spec, fix: str) -> None:
-    """Raises `PassError`, with what to do instead, for families that a sweep cannot follow."""
-    record = architectures.of(spec.structure.config)
-    if record.stacks:
-        raise PassError(
-            f"calibration cannot follow {record.model_type}: its decoder's blocks read what the encoder gives, beside the "
-            "block before them",
-            fix=fix,
-        )
-
-
-def require_inside_blocks(spec: Spec, names: Collection[str]) -> None:
-    """Raises `PassError` for a tensor that no block holds, which the sweep does not reach; or for a family that it does not."""
-    require_blockwise(spec, "use `method: magnitude`")
-    record = architectures.of(spec.structure.config)
-    if outside := sorted(n for n in names if record.block_index(n) is None):
-        raise PassError(
-            f"{outside[0]} is outside the blocks, which calibrated methods do not reach",
-            key="only",
-            fix="use `method: magnitude` for it",
-        )
-    require_linear(spec, names, "use `method: magnitude` for it")
-
-
 def require_head(spec: Spec, asks: str, key: str, instead: str) -> None:
     """Raises `PassError` for a model without a head: its predictions, which ``asks`` wants gradients of, are none."""
     if task_of(spec.structure.class_name) is EMBEDDING:
         raise PassError(f"{asks} needs a model that predicts something", key=key, fix=instead)
-
-
-def require_linear(spec: Spec, names: Collection[str], instead: str) -> None:
-    """Raises `PassError` for a matrix of a block that is no linear layer (a router), which a sweep does not see."""
-    record = architectures.of(spec.structure.config)
-    inside = (n for n in sorted(names) if record.block_index(n) is not None)
-    if name := next((n for n in inside if not record.is_block_matrix(n)), None):
-        module = re.sub(r"\.\d+(?=\.)", ".*", spec.tensors[name].module)
-        raise PassError(
-            f"{name} is no linear layer, which calibrated methods alone reach",
-            key="only",
-            fix=f"leave it out: skip: [{module}], or {instead}",
-        )

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures, passes
+from compress import passes
+from compress.architectures.model_map import model_map
 from compress.checkpoint.files import read_json
 from compress.checkpoint.hub import is_hub_id
 from compress.checkpoint.sidecars import safe_file
@@ -80,7 +81,7 @@ def check_window(recipe: Recipe, spec: Spec) -> None:
         or task_of(spec.structure.class_name) is not LANGUAGE
     ):
         return
-    limit = architectures.positions(spec) or (known if isinstance(known, int) else None)
+    limit = model_map(spec).positions or (known if isinstance(known, int) else None)
     if limit is not None and evaluation.window > limit:
         raise CompressError(
             f"a window of {evaluation.window} tokens is beyond the model's {limit} positions",

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures, passes
+from compress import passes
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.write import Written, write_checkpoint
@@ -94,7 +95,7 @@ class Run:
         spec = self.original.spec
         self.notes += spec.notes
         self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
-        self.data = DataSets(recipe, self.original.folder, spec.structure, architectures.positions(spec))
+        self.data = DataSets(recipe, self.original.folder, spec.structure, model_map(spec).positions)
         self.plan = make_plan(recipe, self.original.spec, self.original.metadata)
         check_plan(recipe, self.plan)
         check_window(recipe, spec)

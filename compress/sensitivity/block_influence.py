@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_checkpoint
 from compress.solvers.block_influence import influence
@@ -27,7 +27,7 @@ def block_influence(
     """
     import torch
 
-    record = architectures.of(checkpoint.spec.structure.config)
+    record = model_map(checkpoint.spec).record
     model = load_checkpoint(checkpoint, dtype=dtype, device=device)
     blocks = find_blocks(model, record)
     totals = [[0.0, 0.0] for _ in blocks]

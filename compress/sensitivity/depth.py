@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_checkpoint
 
@@ -35,7 +35,7 @@ def greedy_depth(
     """
     import torch
 
-    record = architectures.of(checkpoint.spec.structure.config)
+    record = model_map(checkpoint.spec).record
     model = load_checkpoint(checkpoint, dtype=dtype, device=device)
     blocks = find_blocks(model, record)
     batches = samples.first(SAMPLES).parts(_TOKENS_PER_BATCH)

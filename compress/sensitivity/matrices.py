@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.blockwise.linears import TargetLinear, group_linears
 from compress.blockwise.output_curvature import draw
 from compress.checkpoint.open import Checkpoint
@@ -80,8 +80,7 @@ def divergences(
     Raises:
         PassError: the model predicts no tokens, or a tensor is no module's own weight.
     """
-    from transformers.pytorch_utils import Conv1D
-
+    mapped = model_map(checkpoint.spec)
     model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
     if not model.can_generate() and model.get_output_embeddings() is None:
         raise PassError(f"{setting[0]} needs a model that predicts tokens", fix=setting[1])
@@ -94,7 +93,7 @@ def divergences(
     changed: dict[str, dict[str, torch.Tensor]] = {}
     for name, module in owners.items():
         assert module is not None
-        W = module.weight.T if isinstance(module, Conv1D) else module.weight
+        W = module.weight.T if mapped.linears[name].transposed else module.weight
         found = changes(name, W.float().contiguous())
         changed[name] = {k: v.to(device, torch.bfloat16) for k, v in found.items()}  # seven bits of it are enough
     seen: dict[str, torch.Tensor] = {}
@@ -127,9 +126,8 @@ def divergences(
     users = [
         (name, name) for name in names
     ]  # a tensor and each matrix that it is, of several blocks where they share it
-    record = architectures.of(checkpoint.spec.structure.config)
     for tensor in checkpoint.spec.tensors.values():
-        if tensor.alias_of in owners and record.block_index(tensor.name) is not None:
+        if tensor.alias_of in owners and mapped.block_of(tensor.name) is not None:
             users.append((tensor.alias_of, tensor.name))
     handles = [modules[user.removesuffix(".weight")].register_forward_hook(forward(name, user)) for name, user in users]
     generator = torch.Generator(device).manual_seed(seed)

@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from compress import architectures
-from compress.architectures import resize
 from compress.data.images import accepted
 from compress.errors import PassError
-from compress.models.blocks import find_blocks
+from compress.models.blocks import find_blocks, record_of
 from compress.models.loading import arguments_of
 
 HeadKind = Literal["causal", "masked", "classes", "embedding"]
@@ -50,7 +48,7 @@ class FeatureModel:
         self.takes = arguments_of(model)
         self._kind: Any = None
         if vectors:
-            self.record = architectures.of(model.config.to_dict())
+            self.record = record_of(model)
             self.blocks = find_blocks(model, self.record)
             # transformers gives modules of some families other names than files have
             known = {name for name, _ in self.blocks[0].named_modules()}
@@ -123,7 +121,7 @@ class FeatureModel:
         if attention.layout == "interleaved":
             three: Any = outputs[0].view(*outputs[0].shape[:-1], heads, 3, width)
             return tuple(three[..., i, :].flatten(-2) for i in range(3))
-        groups = resize.kv_heads(self.record, config)
+        groups = self.record.kv_heads(config)
         return torch.split(outputs[0], [heads * width, groups * width, groups * width], -1)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from compress import architectures
 from compress.api import unpack
 from compress.checkpoint.open import Derived, Value, open_checkpoint
-from compress.checkpoint.structure import alias, dense, factored, is_transposed
+from compress.checkpoint.structure import alias, dense, factored
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
 from compress.models.loading import check_keys, load_checkpoint, load_model
@@ -50,8 +50,9 @@ def edited(folder):
     for path in (source, target):
         module = f"{path}.{parts[0].removesuffix('.weight')}"
         shape = spec.tensors[f"{module}.weight"].shape
-        outputs, inputs = shape[::-1] if is_transposed(spec) else shape
-        edits.append(Edit("residual", module, {"rank": 2, "transposed": is_transposed(spec)}))
+        transposed = record.input_axis == 0
+        outputs, inputs = shape[::-1] if transposed else shape
+        edits.append(Edit("residual", module, {"rank": 2, "transposed": transposed}))
         for suffix, size in (("down", (2, inputs)), ("up", (outputs, 2))):
             name = f"{module}.residual_{suffix}.weight"
             tensors[name] = replace(spec.tensors[f"{module}.weight"], name=name, shape=size)

@@ -6,15 +6,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.errors import CheckpointError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.blockwise import (
     measured_divergences,
     once,
     open_runner,
-    require_blockwise,
-    require_linear,
     runner_memory,
 )
 from compress.passes.cast.budget import assumed
@@ -83,17 +81,18 @@ class Cast(Pass[CastSettings]):
 
         With a budget, the formats are those of a model whose matrices all matter alike.
         """
-        if self.required_data(settings) and architectures.known(spec.structure.config):
-            require_blockwise(spec, "set `weights` and `method: rtn`")
+        mapped = model_map(spec)
+        if self.required_data(settings) and mapped.known:
+            mapped.require_blockwise("set `weights` and `method: rtn`")
         if not settings.budgeted:
             cast = planned(spec, settings, {})
-            if settings.solved and architectures.known(spec.structure.config):
+            if settings.solved and mapped.known:
                 coded = [
                     t.name
                     for t in cast.stored()
                     if t.quant_format is not None and spec.tensors[t.name].quant_format is None
                 ]
-                require_linear(spec, coded, "use `method: rtn`")
+                mapped.require_layers(coded, "use `method: rtn`")
             return cast
         from compress.passes.allocation import check_loss
 
@@ -138,7 +137,7 @@ class Cast(Pass[CastSettings]):
                 copies=13,
                 moments=moments,
                 kept=12,
-                by_outputs=settings.refine and architectures.of(spec.structure.config).has_head(spec),
+                by_outputs=settings.refine and model_map(spec).has_head,
             )
         return max(measuring, runner)
 
@@ -202,7 +201,7 @@ class Cast(Pass[CastSettings]):
         from compress.checkpoint.open import torch_dtype
         from compress.passes.cast.block import CastOptions, cast_block
 
-        record = architectures.of(spec.structure.config)
+        record = model_map(spec).record
         quant_formats = {
             t.name: t.quant_format
             for t in spec.stored()
@@ -255,7 +254,7 @@ def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[
     )
     by_head = spec.structure.kv_cache == "fp8-head"
     scales: dict[str, torch.Tensor] = {}
-    for names, pair in zip(architectures.of(spec.structure.config).cache_scales(spec).values(), found, strict=True):
+    for names, pair in zip(model_map(spec).record.cache_scales(spec).values(), found, strict=True):
         scales |= {name: to_scales(largest, by_head=by_head) for name, largest in zip(names, pair, strict=True)}
     largest = [[max(x) for x in side] for side in zip(*found, strict=True)]
     context.details["cached keys and values"] = (

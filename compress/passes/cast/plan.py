@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from compress import architectures
-from compress.checkpoint.structure import is_factor
+from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.evaluation.tasks import LANGUAGE, task_of
 from compress.passes.base import PassSettings, matches, select
-from compress.passes.blockwise import block_matrices, input_axis
 from compress.passes.cast.budget import Choices
 from compress.passes.cast.settings import DTYPES, CastSettings, Format
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
@@ -25,6 +23,8 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
     formats = _formats(spec, settings)
     _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
 
+    linears = model_map(spec).linears
+
     def change(tensor: Tensor) -> Tensor:
         if tensor.name in chosen:
             return replace(tensor, quant_format=chosen[tensor.name])
@@ -33,7 +33,7 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
             return tensor
         if format_ in DTYPES:
             return replace(tensor, dtype=DTYPES[format_])
-        return replace(tensor, quant_format=_grid(spec, tensor, settings, format_))
+        return replace(tensor, quant_format=_grid(spec, linears[tensor.name], settings, format_))
 
     cast = spec.map(change)
     if cast.tensors == spec.tensors and not settings.allow_noop:
@@ -59,14 +59,14 @@ def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor
         )
     if settings.kv_cache is None:
         return spec.structure.kv_cache, []
-    config = spec.structure.config
-    names = architectures.of(config).cache_scales(spec) if architectures.known(config) else {}
+    mapped = model_map(spec)
+    names = mapped.record.cache_scales(spec) if mapped.known else {}
     if settings.static_cache is None or not names:
         if settings.static_cache == "head":
             what = f"servers read no scales of {spec.structure.model_type}'s cache"
             raise PassError(what, key="kv_cache_scales", fix="leave it out")
         return settings.kv_cache, []
-    shape = (architectures.of(config).kv_heads(config), 1, 1) if settings.static_cache == "head" else (1,)
+    shape = (mapped.kv_heads, 1, 1) if settings.static_cache == "head" else (1,)
     scales = [Tensor(name, shape, "F32") for pair in names.values() for name in pair]
     return f"{settings.kv_cache}-{settings.static_cache}", scales
 
@@ -94,12 +94,14 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
         for option in settings.options:
             _check_groups(spec, settings, dict.fromkeys(names, option))
 
+    linears = model_map(spec).linears
+
     def quant_format(name: str, option: str) -> QuantFormat:
-        tensor, format_ = spec.tensors[name], option.partition("/")[0]
+        linear, format_ = linears[name], option.partition("/")[0]
         if settings.group_size is None and format_ not in FIXED_GROUPS:  # what its width takes, at last a whole channel
             among = (option, format_, f"{format_}/channel")
-            option = next(o for o in among if not _leftover(spec, tensor, settings.quant_format(o)))
-        return _grid(spec, tensor, settings, option)
+            option = next(o for o in among if not _leftover(linear, settings.quant_format(o)))
+        return _grid(spec, linear, settings, option)
 
     return Choices(spec, groups, tuple(settings.options), quant_format)
 
@@ -109,7 +111,7 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     modules = [tensor.module for tensor in spec.stored()]
     default = modules
     if settings.weights not in DTYPES and not settings.only:
-        default = [module for module in block_matrices(spec) if len(spec.tensors[f"{module}.weight"].shape) == 2]
+        default = [linear.module for linear in model_map(spec).targets if len(linear.tensor.shape) == 2]
     chosen = select(default, settings, modules)
     # a pattern that matches nothing is an error
     named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
@@ -127,51 +129,41 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     return result
 
 
-def _leftover(spec: Spec, tensor: Tensor, quant_format: QuantFormat) -> int:
-    """Inputs of a weight that are left where groups of the grid are full; 0 where they divide them."""
-    return _inputs(spec, tensor) % quant_format.group if quant_format.group else 0
-
-
-def _inputs(spec: Spec, tensor: Tensor) -> int:
-    return tensor.shape[0 if _transposed(spec, tensor) else -1]
-
-
-def _transposed(spec: Spec, tensor: Tensor) -> bool:
-    """Whether the checkpoint shapes a matrix of a block [in, out] (GPT-2)."""
-    return (
-        input_axis(spec, tensor) == 0 and architectures.of(spec.structure.config).block_index(tensor.name) is not None
-    )
+def _leftover(linear: Linear, quant_format: QuantFormat) -> int:
+    """Number of inputs that do not fill a group of the format; 0 where groups divide them."""
+    return linear.I % quant_format.group if quant_format.group else 0
 
 
 def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
     """Groups divide the inputs of every tensor. Raises `PassError` that names all for which they do not."""
-    by_grid: dict[QuantFormat, list[Tensor]] = {}
+    linears = model_map(spec).linears
+    by_grid: dict[QuantFormat, list[Linear]] = {}
     for name, option in formats.items():
         format_ = option.partition("/")[0]
         if format_ in DTYPES:
             continue
-        quant_format, tensor = settings.quant_format(option), spec.tensors[name]
-        if _leftover(spec, tensor, quant_format) and (format_ in FIXED_GROUPS or not is_factor(spec, name)):
-            by_grid.setdefault(quant_format, []).append(tensor)
-    for quant_format, tensors in by_grid.items():
-        _refuse_groups(spec, tensors, quant_format)
+        quant_format, linear = settings.quant_format(option), linears[name]
+        if _leftover(linear, quant_format) and (format_ in FIXED_GROUPS or linear.role != "factor"):
+            by_grid.setdefault(quant_format, []).append(linear)
+    for quant_format, refused in by_grid.items():
+        _refuse_groups(refused, quant_format)
 
 
-def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], quant_format: QuantFormat) -> NoReturn:
-    """Says which tensors groups do not fit, and what would."""
-    widths = [_inputs(spec, tensor) for tensor in tensors]
-    modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", tensor.module) for tensor in tensors)
-    patterns = ", ".join([tensors[0].module] if len(tensors) == 1 else modules)
+def _refuse_groups(linears: Sequence[Linear], quant_format: QuantFormat) -> NoReturn:
+    """Raises `PassError`: names the tensors that groups do not divide, and what would."""
+    widths = [linear.I for linear in linears]
+    modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", linear.module) for linear in linears)
+    patterns = ", ".join([linears[0].module] if len(linears) == 1 else modules)
     common = math.gcd(*widths)
     size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < quant_format.group), None)
     fixed = quant_format.format in FIXED_GROUPS
-    others = f", nor those of {len(tensors) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
+    others = f", nor those of {len(linears) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
     raise PassError(
-        f"{tensors[0].name} has {widths[0]} inputs, which groups of {quant_format.group} do not divide"
-        + (others if len(tensors) > 1 else ""),
+        f"{linears[0].name} has {widths[0]} inputs, which groups of {quant_format.group} do not divide"
+        + (others if len(linears) > 1 else ""),
         key="weights" if fixed else "group_size",
         fix=(
-            f"skip {'it' if len(tensors) == 1 else 'them'}: "
+            f"skip {'it' if len(linears) == 1 else 'them'}: "
             if fixed
             else f"group_size: {size or 'channel'} would fit, or "
         )
@@ -179,14 +171,14 @@ def _refuse_groups(spec: Spec, tensors: Sequence[Tensor], quant_format: QuantFor
     )
 
 
-def _grid(spec: Spec, tensor: Tensor, settings: CastSettings, option: str) -> QuantFormat:
+def _grid(spec: Spec, linear: Linear, settings: CastSettings, option: str) -> QuantFormat:
     quant_format, format_ = settings.quant_format(option), option.partition("/")[0]
-    if _transposed(spec, tensor):
+    if linear.transposed:
         quant_format = replace(quant_format, transposed=True)
-    if _leftover(spec, tensor, quant_format) and format_ not in FIXED_GROUPS and is_factor(spec, tensor.name):
+    if _leftover(linear, quant_format) and format_ not in FIXED_GROUPS and linear.role == "factor":
         quant_format = replace(quant_format, group=0)  # ranks are any number
-    if _leftover(spec, tensor, quant_format):
-        _refuse_groups(spec, [tensor], quant_format)
+    if _leftover(linear, quant_format):
+        _refuse_groups([linear], quant_format)
     if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
         raise PassError(
             f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from compress import architectures
+from compress.architectures import resize
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_headers
 from compress.errors import PassError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, label_ids, task_of
@@ -55,7 +56,7 @@ class Distill(Pass[DistillSettings]):
 
     def plan(self, spec: Spec, settings: DistillSettings) -> Spec:
         """The student's shapes; values change alone, masks and dtypes stay."""
-        record = architectures.of(spec.structure.config)
+        record = model_map(spec).record
         if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
             raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
         if any(record.in_stack(name) for name in spec.tensors):
@@ -163,8 +164,8 @@ def pairs_inside(
     Raises:
         PassError: a block or head is asked for that there is not.
     """
-    weights, mine = losses(student, settings), _depth(student)
-    theirs = mine if teacher is None else _depth(teacher)
+    weights, mine = losses(student, settings), model_map(student).depth
+    theirs = mine if teacher is None else model_map(teacher).depth
     known = teacher is not None
     states: tuple[tuple[int, int], ...] = ()
     vectors = None
@@ -190,21 +191,12 @@ def pairs_inside(
 
 
 def _check_heads(spec: Spec, heads: int) -> None:
-    from compress.architectures import resize
-
-    config = spec.structure.config
-    record = architectures.of(config)
-    if (width := resize.kv_heads(record, config) * record.head_dim(config)) % heads:
+    if (width := model_map(spec).kv_heads * model_map(spec).head_dim) % heads:
         raise PassError(
             f"vectors of {width} entries do not split into {heads} heads",
             key="relation_heads",
             fix=f"set relation_heads to a divisor of {width}, such as {math.gcd(width, heads)}",
         )
-
-
-def _depth(spec: Spec) -> int:
-    config = spec.structure.config
-    return architectures.of(config).depth(config)
 
 
 def default_rate(steps: int, width: int) -> float:
@@ -251,15 +243,15 @@ def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSetting
     """What to remove from the checkpoint so that the student is left; None for nothing. Raises `PassError`."""
     asked = settings.student
     assert asked is not None
-    record, config = architectures.of(spec.structure.config), spec.structure.config
-    depth = record.depth(config)
+    mapped = model_map(spec)
+    depth = mapped.depth
     gone: dict[str, Any] = {}
     if asked.layers is not None and asked.layers != depth:
         kept = kept_blocks(depth, asked.layers, getattr(asked, "from"))
         gone["layers"] = tuple(i for i in range(depth) if i not in kept)
     sizes: dict[str, int | None] = {
-        "heads": int(record.value(config, record.heads_key)),
-        "hidden": int(record.value(config, record.hidden_key)),
+        "heads": mapped.heads,
+        "hidden": mapped.hidden,
         "mlp": _neurons(spec),
     }
     for key, size in sizes.items():
@@ -281,9 +273,7 @@ def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSetting
 
 
 def _neurons(spec: Spec) -> int | None:
-    from compress.architectures import resize
-
-    units = resize.mlp_units(architectures.of(spec.structure.config), spec)
+    units = resize.mlp_units(spec)
     return max((one.count for found in units.values() for one in found), default=None)
 
 
@@ -310,8 +300,7 @@ def kept_blocks(depth: int, layers: int, begin: str) -> list[int]:
 
 def _activations(spec: Spec, settings: DistillSettings) -> int:
     """Bytes of activations that a backward pass needs: an estimate by widths, for samples of 256 tokens."""
-    record, config = architectures.of(spec.structure.config), spec.structure.config
-    depth, hidden = record.depth(config), int(record.value(config, record.hidden_key))
+    depth, hidden = model_map(spec).depth, model_map(spec).hidden
     tokens = 256 * (settings.micro_batch or settings.batch)
     inside = 8 * hidden + 3 * (_neurons(spec) or 4 * hidden)
     per_token = depth * hidden + inside if settings.gradient_checkpointing else depth * inside

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint, open_checkpoint
 from compress.checkpoint.sidecars import safe_file
 from compress.data.batches import check_positions, check_vocabulary
 from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, task_of
-from compress.models.blocks import find_blocks
+from compress.models.blocks import find_blocks, record_of
 from compress.models.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
 from compress.passes.base import Context
 from compress.passes.distill.distill import bytes_per_token, check_teacher, task_name
@@ -57,7 +57,7 @@ def open_teachers(
         _check_processors(student, teacher, entry.checkpoint)
         if samples.batches.images is None:
             check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
-            positions = architectures.positions(teacher.spec)
+            positions = model_map(teacher.spec).positions
             check_positions(samples.batches.ids.shape[1], positions, entry.checkpoint, name="training")
         found.append(teacher)
     return found
@@ -232,4 +232,4 @@ def begins_on(context: Context) -> str:
 
 def blocks_of(model: Any) -> Any:
     """The list of blocks of a transformers model."""
-    return find_blocks(model, architectures.of(model.config.to_dict()))
+    return find_blocks(model, record_of(model))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
 from compress.distributed import ProcessGroup
 from compress.errors import DataError, OutputError, PassError
@@ -258,9 +258,7 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
 
 
 def _width(checkpoint: Checkpoint) -> int:
-    config = checkpoint.spec.structure.config
-    record = architectures.of(config)
-    return int(record.value(config, record.hidden_key))
+    return model_map(checkpoint.spec).hidden
 
 
 def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSettings) -> Terms:

@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress import architectures
-from compress.checkpoint.structure import check_nameable, factored, is_transposed
+from compress.architectures.model_map import model_map
+from compress.checkpoint.structure import factored
 from compress.errors import PassError
 from compress.files import remove
 from compress.passes.allocation import check_loss
-from compress.passes.base import Context, Pass, PassSettings, Storage, select
+from compress.passes.base import Context, Pass, PassSettings, Storage, select_linears
 from compress.passes.blockwise import (
-    block_matrices,
     measured_divergences,
     once,
     open_runner,
-    require_inside_blocks,
     runner_memory,
 )
 from compress.settings import Fraction
@@ -135,22 +133,23 @@ class Factorize(Pass[FactorizeSettings]):
 
     def _targets(self, spec: Spec, settings: FactorizeSettings) -> list[str]:
         """Names of the matrices to factorise, in order."""
-        check_nameable(spec)
-        record = architectures.of(spec.structure.config)
-        matrices = {
-            t.module: t for t in spec.stored() if t.is_float and len(t.shape) == 2 and t.name.endswith(".weight")
-        }
-        default = [m for m in block_matrices(spec) if m in matrices and not record.is_expert(matrices[m].name)]
-        chosen = select([] if settings.only else default, settings, [t.module for t in spec.tensors.values()])
-        names = [t.name for m, t in matrices.items() if m in chosen]
+        mapped = model_map(spec)
+        mapped.require_nameable()
+        matrices = [
+            x
+            for x in mapped.linears.values()
+            if x.shared_with is None and x.tensor.is_float and len(x.tensor.shape) == 2 and x.name.endswith(".weight")
+        ]
+        chosen = select_linears(spec, settings, lambda x: len(x.tensor.shape) == 2 and x.expert is None)
+        names = [x.name for x in matrices if x.module in chosen]
         if not names:
             raise PassError(
                 "no weight matrix is left to factorise",
                 key="only" if settings.only else "skip" if settings.skip else None,
             )
-        require_inside_blocks(spec, names)
+        mapped.require_inside_blocks(names)
         for name in names:
-            if record.is_expert(name):
+            if mapped.is_expert(name):
                 raise PassError(f"{name} is fused with other experts in memory", key="only")
             if spec.tensors[name].kept is not None:
                 raise PassError(
@@ -161,9 +160,9 @@ class Factorize(Pass[FactorizeSettings]):
 
     def _ranks(self, spec: Spec, settings: FactorizeSettings) -> dict[str, int]:
         """Ranks by tensor, the same share for all; without those whose factors would not be smaller."""
-        found = {}
+        found, linears = {}, model_map(spec).linears
         for name in self._targets(spec, settings):
-            outputs, inputs = _shape(spec, name)
+            outputs, inputs = linears[name].O, linears[name].I
             rank = settings.rank or _rank_for(outputs, inputs, settings.keep_parameters or 0)
             if rank < 1:
                 raise PassError(
@@ -205,12 +204,6 @@ class Factorize(Pass[FactorizeSettings]):
         return ranks
 
 
-def _shape(spec: Spec, name: str) -> tuple[int, int]:
-    """Outputs and inputs of a matrix."""
-    first, second = spec.tensors[name].shape
-    return (second, first) if is_transposed(spec) else (first, second)
-
-
 def _rank_for(outputs: int, inputs: int, share: float) -> int:
     return int(share * outputs * inputs / (outputs + inputs) + 1e-9)
 
@@ -226,8 +219,9 @@ def _shared_out(
     from compress.solvers.knapsack import choose
 
     costs, values, options = [], [], []
+    linears = model_map(spec).linears
     for name, at in uniform.items():
-        outputs, inputs = _shape(spec, name)
+        outputs, inputs = linears[name].O, linears[name].I
         largest = (outputs * inputs - 1) // (outputs + inputs)
         ranks = sorted({max(1, round(largest * i / _STEPS)) for i in range(1, _STEPS + 1)} | {at})
         tails = [sum(energies[name][r:]) for r in ranks]
@@ -235,7 +229,7 @@ def _shared_out(
         options.append([*ranks, 0])
         costs.append([*(r * (outputs + inputs) for r in ranks), outputs * inputs])
         values.append([*(scale * tail for tail in tails), 0.0])
-    budget = sum(at * sum(_shape(spec, name)) for name, at in uniform.items())
+    budget = sum(at * (linears[name].O + linears[name].I) for name, at in uniform.items())
     chosen = choose(costs, values, budget)
     assert chosen is not None
     return {name: options[i][c] for i, (name, c) in enumerate(zip(uniform, chosen, strict=True)) if options[i][c]}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from compress import architectures
 from compress.architectures import resize
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import loss_memory
 from compress.passes.base import Context, Mode, Pass, Storage
-from compress.passes.blockwise import by_block, require_blockwise, require_head, runner_memory
+from compress.passes.blockwise import require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
@@ -60,16 +60,15 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
         if not _sweeps(settings):
             return gradients or None
-        record = architectures.of(spec.structure.config)
-        names = {t.name for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+        mapped = model_map(spec)
+        names = {linear.name for linear in mapped.layers if len(linear.tensor.shape) == 2}
         tuned = settings.repair == "tune"
         # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
         runner = runner_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
         if tuned and _has_teacher(settings):
-            sizes = {index: sum(t.count for t in tensors) for index, tensors in by_block(spec).items()}
-            outside = sizes.pop(None, 0)
-            runner += width * (outside + max(sizes.values()))
+            largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
+            runner += width * (sum(t.count for t in mapped.outside) + largest)
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         if settings.widths == "uneven":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
@@ -84,13 +83,14 @@ class PruneStructured(Pass[PruneStructuredSettings]):
                 key="only" if settings.only else "skip",
                 fix="name blocks in `layers`",
             )
-        record = architectures.of(spec.structure.config)
+        mapped = model_map(spec)
+        record = mapped.record
         if settings.layers is not None:
             resize.has_numbers(record)
         if settings.score == "taylor":
             require_head(spec, "score: taylor", "score", "set `score: loss`")
         if self.required_data(settings):
-            require_blockwise(spec, "set `score: magnitude` and `repair: none`")
+            mapped.require_blockwise("set `score: magnitude` and `repair: none`")
         if self.required_data(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",
@@ -102,17 +102,17 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             return replace(estimate(self, spec, settings), exact=False)  # which one is told by trying
         exact = spec.exact
         if settings.layers is not None:
-            depth = record.depth(spec.structure.config)
+            depth = mapped.depth
             count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
-            spec, _ = resize.without_blocks(record, spec, named)
+            spec, _ = resize.without_blocks(spec, named)
         if settings.experts is not None:
-            keep = widths.experts_to_keep(record, spec, settings.experts)
-            spec, _, _ = resize.without_experts(record, spec, {i: range(n) for i, n in keep.items()})
+            keep = widths.experts_to_keep(spec, settings.experts)
+            spec, _, _ = resize.without_experts(spec, {i: range(n) for i, n in keep.items()})
         if settings.hidden is not None:
-            left = widths.hidden_to_keep(record, spec, settings.hidden, settings.multiple_of)
-            entries, config = resize.hidden_entries(record, spec, range(left))
+            left = widths.hidden_to_keep(spec, settings.hidden, settings.multiple_of)
+            entries, config = resize.hidden_entries(spec, range(left))
             spec = resize.resized(spec, entries, config)
         found = widths.widths(spec, settings)
         spec, _ = slicing.narrowed(spec, found.first(), found)
@@ -146,9 +146,9 @@ def _by_gradient(settings: PruneStructuredSettings) -> bool:
 
 def _gradient_memory(spec: Spec, width: int) -> int:
     """The model, gradients of its matrices, and what a sample of 1,024 tokens leaves in them for the way back."""
-    record = architectures.of(spec.structure.config)
-    matrices = [t for t in spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)]
-    vocabulary = max(t.shape[0] for t in spec.stored() if record.block_index(t.name) is None)
+    mapped = model_map(spec)
+    matrices = [linear.tensor for linear in mapped.layers if len(linear.tensor.shape) == 2]
+    vocabulary = max(t.shape[0] for t in mapped.outside)
     activations = 1024 * (
         width * sum(sum(t.shape) for t in matrices) + 3 * 4 * vocabulary
     )  # logits, their softmax, gradient
@@ -170,7 +170,6 @@ def _sweeps(settings: PruneStructuredSettings) -> bool:
 
 def _alike(spec: Spec) -> bool:
     """Whether all blocks have the same tensors."""
-    record = architectures.of(spec.structure.config)
-    blocks = by_block(spec)
-    blocks.pop(None, None)
-    return len({frozenset(replace(t, name=record.renumber(t.name, 0)) for t in b) for b in blocks.values()}) == 1
+    blocks = model_map(spec).blocks
+    alike = {frozenset(replace(t, name=part) for part, t in b.tensors.items() if t.alias_of is None) for b in blocks}
+    return len(alike) == 1

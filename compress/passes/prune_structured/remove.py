@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import architectures
 from compress.architectures import resize
 from compress.architectures.groups import PrunableGroup
+from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.runner import Teacher
 from compress.checkpoint.open import Checkpoint, Derived
@@ -32,8 +32,7 @@ def drop_layers(
     checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> tuple[Checkpoint, list[int]]:
     """Without the blocks that go, and for each that stays up to which block of the original it stands for."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    depth = record.depth(checkpoint.spec.structure.config)
+    depth = model_map(checkpoint.spec).depth
     if settings.layers is None:
         return checkpoint, list(range(1, depth + 1))
     if isinstance(settings.layers, tuple):
@@ -69,13 +68,8 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
     """Without the experts of least saliency in each block."""
     if settings.experts is None:
         return checkpoint
-    record = architectures.of(checkpoint.spec.structure.config)
-    keep = widths.experts_to_keep(record, checkpoint.spec, settings.experts)
-    names = {
-        name
-        for name in _matrices(checkpoint)
-        if record.block_index(name) in keep and (path := record.block_path(name)) and path[1].startswith(record.experts)
-    }
+    keep = widths.experts_to_keep(checkpoint.spec, settings.experts)
+    names = {x.name for x in _layers(checkpoint) if x.block in keep and x.expert is not None}
     runner = open_runner(checkpoint, names, context, work=context.work / "experts", with_targets=False)
     saliency, context.details["experts"] = expert_saliency(runner)
     context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
@@ -92,19 +86,18 @@ def drop_hidden(
     """Without the hidden channels that matter least, and which ones stay (None for all)."""
     if settings.hidden is None:
         return checkpoint, None
-    record = architectures.of(checkpoint.spec.structure.config)
-    width = int(record.value(checkpoint.spec.structure.config, record.hidden_key))
-    left = widths.hidden_to_keep(record, checkpoint.spec, settings.hidden, settings.multiple_of)
+    width = model_map(checkpoint.spec).hidden
+    left = widths.hidden_to_keep(checkpoint.spec, settings.hidden, settings.multiple_of)
     if settings.score == "magnitude":
         importance = torch.zeros(width, dtype=torch.float64)
-        entries, _ = resize.hidden_entries(record, checkpoint.spec, range(width))
+        entries, _ = resize.hidden_entries(checkpoint.spec, range(width))
         for name, axes in entries.items():
             value = checkpoint.tensor(name).data.double().square()
             (axis,) = axes
             if value.ndim == 2:
                 importance += value.sum(1 - axis)
     else:
-        names = _matrices(checkpoint)
+        names = {x.name for x in _layers(checkpoint)}
         runner = open_runner(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
         importance = channel_importance(runner, width)
     channels = keep_by_score(importance, width - left)
@@ -133,10 +126,9 @@ def narrow(
     if settings.repair == "none" and by_weights:
         return _by_weights(current, found, scores)
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
-    record = architectures.of(current.spec.structure.config)
     members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
     members |= {f"{m.module}.weight" for merge in found.merges.values() for m in merge.members}
-    names = {n for n in _matrices(current) if (record.block_index(n) or 0) >= first} if tuned else members
+    names = {x.name for x in _layers(current) if (x.block or 0) >= first} if tuned else members
     if not names:
         return current
     teacher = None
@@ -184,8 +176,7 @@ def _gradients(
 
 def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[str, Sequence[float]]) -> Checkpoint:
     """Cut tensor by tensor: by the scores, or where there are none by magnitude."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    transposed = record.input_axis == 0
+    linears = model_map(checkpoint.spec).linears
     chosen: list[tuple[PrunableGroup, list[int]]] = []
     for units in found.remove.values():
         for one, remove in units:
@@ -193,14 +184,12 @@ def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[st
                 score = torch.tensor(scores[one.name])
             else:
                 values = {f"{m.module}.weight": checkpoint.tensor(f"{m.module}.weight").data for m in one.members}
-                score = magnitude(one, {name: value.T if transposed else value for name, value in values.items()})
+                score = magnitude(one, {n: value.T if linears[n].transposed else value for n, value in values.items()})
             chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
     merged = slicing.merge(checkpoint, found.merges.values())
     return slicing.narrow(merged, [*chosen, *found.merged()], found)
 
 
-def _matrices(checkpoint: Checkpoint) -> set[str]:
-    """The weights of linear layers in blocks."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    stored = (t for t in checkpoint.spec.stored() if t.is_float and len(t.shape) == 2)
-    return {t.name for t in stored if record.is_block_matrix(t.name)}
+def _layers(checkpoint: Checkpoint) -> list[Linear]:
+    """The weights of linear layers of blocks."""
+    return [linear for linear in model_map(checkpoint.spec).layers if len(linear.tensor.shape) == 2]

@@ -8,8 +8,8 @@ from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
 from compress.architectures import resize
+from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import lay_out
 from compress.errors import PassError
 from compress.passes.base import Context
@@ -196,14 +196,12 @@ def _least(
 
 
 def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
-    record = architectures.of(spec.structure.config)
-    config = spec.structure.config
-    queries, groups = int(record.value(config, record.heads_key)), resize.kv_heads(record, config)
-    depth = record.depth(config)
-    step = queries // groups  # whole groups: they make the cache smaller too
-    movable = record.attention is not None and record.attention.free
-    for layers in range(depth // 2 + 1):
-        for heads in range(0, int(_MOST_HEADS * queries) + 1, step) if movable else (0,):
+    mapped = model_map(spec)
+    attention = mapped.record.attention
+    step = mapped.heads // mapped.kv_heads  # whole groups: they make the cache smaller too
+    movable = attention is not None and attention.free
+    for layers in range(mapped.depth // 2 + 1):
+        for heads in range(0, int(_MOST_HEADS * mapped.heads) + 1, step) if movable else (0,):
             yield layers, heads
 
 
@@ -223,13 +221,13 @@ def _spread(values: Sequence[int], most: int) -> list[int]:
 
 def _width(spec: Spec) -> int:
     """Neurons of the narrowest MLP."""
-    units = chain.from_iterable(resize.mlp_units(architectures.of(spec.structure.config), spec).values())
+    units = chain.from_iterable(resize.mlp_units(spec).values())
     return min((one.count for one in units), default=0)
 
 
 def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
     """Numbers of neurons of the narrowest MLP that may go."""
-    units = chain.from_iterable(resize.mlp_units(architectures.of(spec.structure.config), spec).values())
+    units = chain.from_iterable(resize.mlp_units(spec).values())
     return range(0, int(_MOST_NEURONS * _width(spec)) + 1, lcm(settings.multiple_of, *(one.multiple for one in units)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from compress import architectures
 from compress.architectures import resize
 from compress.architectures.groups import KVHeadMerge, Slice
 from compress.checkpoint.structure import sized
@@ -20,15 +19,13 @@ Entries = Mapping[str, Mapping[int, Sequence[int]]]
 
 def drop_blocks(checkpoint: Checkpoint, drop: Sequence[int]) -> Checkpoint:
     """Without those blocks."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    spec, source = resize.without_blocks(record, checkpoint.spec, drop)
+    spec, source = resize.without_blocks(checkpoint.spec, drop)
     return _derived(checkpoint, spec, source, {})
 
 
 def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> Checkpoint:
     """With those experts of each block alone; the router's rows go with them."""
-    record = architectures.of(checkpoint.spec.structure.config)
-    return _derived(checkpoint, *resize.without_experts(record, checkpoint.spec, keep))
+    return _derived(checkpoint, *resize.without_experts(checkpoint.spec, keep))
 
 
 def narrow(checkpoint: Checkpoint, kept: Iterable[resize.Kept], found: Widths) -> Checkpoint:
@@ -39,8 +36,7 @@ def narrow(checkpoint: Checkpoint, kept: Iterable[resize.Kept], found: Widths) -
 
 def narrowed(spec: Spec, kept: Iterable[resize.Kept], found: Widths) -> tuple[Spec, Entries]:
     """The spec with those units alone, and what stays of the tensors that lose some."""
-    record = architectures.of(spec.structure.config)
-    entries = resize.kept_entries(record, spec, kept)
+    entries = resize.kept_entries(spec, kept)
     return sized(resize.resized(spec, entries, found.config), found.sized()), entries
 
 
@@ -71,9 +67,8 @@ def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint
     """With those hidden channels alone; norms and embeddings scaled so that the others might as well be zero."""
     from compress.checkpoint.open import Derived, Value
 
-    record = architectures.of(checkpoint.spec.structure.config)
-    entries, config = resize.hidden_entries(record, checkpoint.spec, channels)
-    scales = resize.hidden_scales(record, checkpoint.spec, len(channels))
+    entries, config = resize.hidden_entries(checkpoint.spec, channels)
+    scales = resize.hidden_scales(checkpoint.spec, len(channels))
     cut = _derived(checkpoint, resize.resized(checkpoint.spec, entries, config), {}, entries)
 
     def scaled(name: str) -> Value:

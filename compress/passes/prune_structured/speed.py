@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.evaluation.latency import PROMPT
 from compress.passes.base import Context
 from compress.spec.spec import Spec, Tensor
@@ -20,9 +20,8 @@ _NOISE = 4099
 
 def work(spec: Spec) -> int:
     """Weights of blocks that a token meets: roughly what reading a prompt takes time for. An estimate from headers."""
-    record = architectures.of(spec.structure.config)
-    outside = sum(t.count for t in spec.stored() if t.is_float and record.block_index(t.name) is None)
-    return record.active_parameters(spec) - outside
+    mapped = model_map(spec)
+    return mapped.record.active_parameters(spec) - sum(t.count for t in mapped.outside if t.is_float)
 
 
 class Stopwatch:
@@ -37,7 +36,7 @@ class Stopwatch:
         generator = torch.Generator().manual_seed(context.seed)
         self._noise = 0.02 * torch.randn(_NOISE, generator=generator)
         self.original = load_checkpoint(self._random(checkpoint.spec), dtype=context.dtype, device=context.device)
-        positions = architectures.positions(checkpoint.spec) or PROMPT
+        positions = model_map(checkpoint.spec).positions or PROMPT
         embeddings: Any = self.original.get_input_embeddings()
         prompt = torch.randint(len(embeddings.weight), (1, min(PROMPT, positions)), generator=generator)
         self.prompt = prompt.to(context.device)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from compress import architectures
 from compress.architectures.groups import PrunableGroup
+from compress.architectures.model_map import ModelMap, model_map
 from compress.blockwise.linears import Experts
 from compress.blockwise.output_curvature import draw
 from compress.errors import PassError
@@ -43,15 +43,15 @@ def taylor_scores(
 
     Source: Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in groups.
     """
-    record = architectures.of(checkpoint.spec.structure.config)
+    mapped = model_map(checkpoint.spec)
     model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device).requires_grad_(False)
     if model.base_model is model:
         raise PassError("score: taylor needs a model that predicts something", key="score", fix="set `score: loss`")
-    readers = [_Reader(model, record, one) for one in units]
+    readers = [_Reader(model, mapped, one) for one in units]
     generator = torch.Generator(device).manual_seed(seed)
     with progress.task("measuring gradients", len(samples.ids), "samples") as task:
         for part in samples.parts(1):
-            loss = _loss(model, part, record.causal, generator)
+            loss = _loss(model, part, mapped.record.causal, generator)
             loss.backward()  # type: ignore[no-untyped-call]
             for reader in readers:
                 reader.add()
@@ -79,22 +79,17 @@ def _loss(model: Any, sample: Batches, causal: bool, generator: torch.Generator)
 class _Reader:
     """The weights that read some units, and the sum so far, [units], float64."""
 
-    def __init__(self, model: Any, record: architectures.Architecture, units: PrunableGroup) -> None:
-        from transformers.pytorch_utils import Conv1D
-
-        self.units, self.expert, self.transposed = units, None, False
-        path = record.block_path(f"{units.name}.weight")
-        assert path is not None
-        index, name = int(path[0].rstrip(".").rpartition(".")[2]), path[1].removesuffix(".weight")
-        modules = dict(find_blocks(model, record)[index].named_modules())
-        base = next((b for b in record.experts if name.startswith(f"{b}.")), None)
+    def __init__(self, model: Any, mapped: ModelMap, units: PrunableGroup) -> None:
+        self.units, self.expert = units, None
+        linear = mapped.linears[f"{units.name}.weight"]
+        self.transposed = linear.transposed
+        assert linear.block is not None
+        modules = dict(find_blocks(model, mapped.record)[linear.block].named_modules())
         fused = next((m for m in modules.values() if Experts.fits(m)), None)
-        if name in modules:
-            self.parameter: Any = getattr(modules[name], "weight", None)
-            self.transposed = isinstance(modules[name], Conv1D)
-        elif base is not None and fused is not None:
-            self.parameter = fused.down_proj
-            self.expert = int(name.removeprefix(f"{base}.").partition(".")[0])
+        if linear.part in modules:
+            self.parameter: Any = getattr(modules[linear.part], "weight", None)
+        elif linear.expert is not None and fused is not None:
+            self.parameter, self.expert = fused.down_proj, linear.expert
         else:
             self.parameter = None
         if self.parameter is None:

@@ -8,10 +8,9 @@ from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures
-from compress.architectures import Architecture, resize
+from compress.architectures import resize
 from compress.architectures.groups import KVHeadMerge, PrunableGroup
-from compress.checkpoint.structure import check_nameable
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import UNEVEN, check_loss
 from compress.spec.spec import Spec
@@ -65,9 +64,10 @@ def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) ->
     return _count(layers, depth, "layers", "blocks", allow_none)
 
 
-def experts_to_keep(record: Architecture, spec: Spec, amount: WidthAmount) -> dict[int, int]:
+def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
     """How many experts stay in each block that has some."""
-    present = resize.expert_blocks(record, spec)
+    record = model_map(spec).record
+    present = resize.expert_blocks(spec)
     if not present:
         raise PassError(f"{record.model_type} has no experts", key="experts", fix="leave `experts` out")
     total = next(iter(present.values()))
@@ -82,11 +82,11 @@ def experts_to_keep(record: Architecture, spec: Spec, amount: WidthAmount) -> di
     return dict.fromkeys(present, keep)
 
 
-def hidden_to_keep(record: Architecture, spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
+def hidden_to_keep(spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
     """How many hidden channels stay."""
-    resize.has_hidden(record)
-    width = int(record.value(spec.structure.config, record.hidden_key))
-    neurons = chain.from_iterable(resize.mlp_units(record, spec).values())
+    resize.has_hidden(model_map(spec).record)
+    width = model_map(spec).hidden
+    neurons = chain.from_iterable(resize.mlp_units(spec).values())
     multiple = lcm(multiple_of, *(units.multiple for units in neurons))
     return _rounded(width, amount, multiple, "hidden", "hidden channels")
 
@@ -100,34 +100,34 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
     Raises:
         PassError: the family, or the numbers, do not allow it.
     """
-    record = architectures.of(spec.structure.config)
+    mapped = model_map(spec)
     config: Mapping[str, Any] = spec.structure.config
-    remove: dict[int, list[tuple[PrunableGroup, int]]] = {i: [] for i in range(record.depth(config))}
+    remove: dict[int, list[tuple[PrunableGroup, int]]] = {i: [] for i in range(mapped.depth)}
     if amounts.heads is not None:
-        chosen, config = _heads(record, spec, amounts.heads)
+        chosen, config = _heads(spec, amounts.heads)
         for index, found in chosen.items():
             remove.setdefault(index, []).extend(found)
     merges: dict[int, KVHeadMerge] = {}
     if amounts.keep_kv_heads is not None:
-        merges, config = _merges(record, spec, amounts.keep_kv_heads)
+        merges, config = _merges(spec, amounts.keep_kv_heads)
     if amounts.mlp is not None:
-        neurons, config = _neurons(record, spec, amounts, config)
+        neurons, config = _neurons(spec, amounts, config)
         for index, found in neurons.items():
             remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in found)
     return Widths(remove, merges, config, amounts.widths == "uneven")
 
 
 def _neurons(
-    record: Architecture, spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
+    spec: Spec, amounts: PruneStructuredSettings, config: Mapping[str, Any]
 ) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
     assert amounts.mlp is not None
-    units = resize.mlp_units(record, spec)
+    record, units = model_map(spec).record, resize.mlp_units(spec)
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
     largest: dict[str, PrunableGroup] = {}  # by config field
     uneven = amounts.widths == "uneven"
     if uneven:
-        check_nameable(spec, "widths", UNEVEN[1])
+        model_map(spec).require_nameable("widths", UNEVEN[1])
         check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "widths")
     for one in chain.from_iterable(units.values()):
         if one.size_key is None and not uneven:
@@ -152,18 +152,16 @@ def _neurons(
     return chosen, dict(config) if uneven else resize.with_size(record, config, kept)
 
 
-def _heads(
-    record: Architecture, spec: Spec, amount: WidthAmount
-) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
+def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
     """Heads go within their groups where each group can lose the same number, else whole groups go."""
+    mapped = model_map(spec)
+    record, config, queries, groups = mapped.record, mapped.config, mapped.heads, mapped.kv_heads
     if record.attention is None:
         raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
-    config = spec.structure.config
-    queries, groups = int(record.value(config, record.heads_key)), resize.kv_heads(record, config)
     per_group = queries // groups
     count = _count(amount, queries, "heads", "heads")
     if per_group > 1 and count % groups == 0:
-        found = resize.head_units(record, spec, whole_groups=False)
+        found = resize.head_units(spec, whole_groups=False)
         less = {i: [(one, count) for one in units] for i, units in found.items()}
         return less, resize.with_heads(record, config, queries - count, groups)
     if count % per_group:
@@ -173,14 +171,14 @@ def _heads(
             fix=f"remove a multiple of {groups if groups < per_group else per_group}",
         )
     gone = count // per_group
-    found = resize.head_units(record, spec, whole_groups=True)
+    found = resize.head_units(spec, whole_groups=True)
     less = {i: [(one, gone) for one in units] for i, units in found.items()}
     return less, resize.with_heads(record, config, queries - count, groups - gone)
 
 
-def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, Any]]:
-    config = spec.structure.config
-    found, heads = resize.merges(record, spec, left), resize.kv_heads(record, config)
+def _merges(spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, Any]]:
+    mapped = model_map(spec)
+    found, heads = resize.merges(spec, left), mapped.kv_heads
     if left >= heads or heads % left:
         possible = [str(n) for n in range(1, heads) if heads % n == 0]
         raise PassError(
@@ -195,7 +193,7 @@ def _merges(record: Architecture, spec: Spec, left: int) -> tuple[dict[int, KVHe
                 key="keep_kv_heads",
                 fix="merge heads before pruning weights",
             )
-    return found, resize.with_kv_heads(record, config, left)
+    return found, resize.with_kv_heads(mapped.record, mapped.config, left)
 
 
 _HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
-from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select
-from compress.passes.blockwise import block_matrices, input_axis, open_runner, require_inside_blocks, runner_memory
+from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select_linears
+from compress.passes.blockwise import open_runner, runner_memory
 from compress.settings import Fraction, PatternNM
 from compress.spec.spec import Spec, Tensor
 
@@ -96,12 +97,12 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
 
     def plan(self, spec: Spec, settings: PruneUnstructuredSettings) -> Spec:
         """Exact, but for ``scope: global`` and where N:M or Wanda meet an earlier mask: there counts are estimates."""
-        chosen = self._targets(spec, settings)
+        chosen, linears = self._targets(spec, settings), model_map(spec).linears
 
         def change(tensor: Tensor) -> Tensor:
             if tensor.name not in chosen:
                 return tensor
-            kept = _kept(tensor, settings, input_axis(spec, tensor))
+            kept = _kept(linears[tensor.name], settings)
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
@@ -135,11 +136,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
 
     def _targets(self, spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         """Names of the weights to prune: matrices inside blocks by default, any that `only` names."""
-        matrices = {t.module: t.name for t in spec.stored() if t.is_float and len(t.shape) >= 2}
-        default = [] if settings.only else block_matrices(spec)
+        mapped = model_map(spec)
+        matrices = {x.module: x.name for x in mapped.linears.values() if x.tensor.is_float and x.shared_with is None}
         aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
-        universe = [t.module for t in spec.tensors.values()]
-        modules = {aliases.get(module, module) for module in select(default, settings, universe)}
+        modules = {aliases.get(module, module) for module in select_linears(spec, settings)}
         names = frozenset(name for module, name in matrices.items() if module in modules)
         if not names:
             raise PassError(
@@ -147,15 +147,15 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             )
         if settings.pattern is not None:
             for name in sorted(names):
-                width = spec.tensors[name].shape[input_axis(spec, spec.tensors[name])]
-                if width % settings.pattern.m:
+                linear = mapped.linears[name]
+                if linear.I % settings.pattern.m:
                     raise PassError(
-                        f"{name} has {width} inputs, which {settings.pattern.m} does not divide",
+                        f"{name} has {linear.I} inputs, which {settings.pattern.m} does not divide",
                         key="pattern",
-                        fix=f"skip it: skip: [{spec.tensors[name].module}]",
+                        fix=f"skip it: skip: [{linear.module}]",
                     )
         if settings.method != "magnitude":
-            require_inside_blocks(spec, names)
+            mapped.require_inside_blocks(names)
         if settings.allocation == "loss":
             check_loss(spec, names)
         return names
@@ -169,14 +169,14 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         return not by_part or all(spec.tensors[name].kept is None for name in chosen)
 
 
-def _kept(tensor: Tensor, settings: PruneUnstructuredSettings, axis: int) -> int:
+def _kept(linear: Linear, settings: PruneUnstructuredSettings) -> int:
+    count = linear.tensor.count
     if settings.pattern is not None:
-        return tensor.count // settings.pattern.m * settings.pattern.n
+        return count // settings.pattern.m * settings.pattern.n
     assert settings.sparsity is not None
     if settings.method == "wanda":  # compares within each output
-        width = tensor.shape[axis]
-        return tensor.count // width * (width - round(settings.sparsity * width))
-    return tensor.count - round(settings.sparsity * tensor.count)
+        return linear.O * (linear.I - round(settings.sparsity * linear.I))
+    return count - round(settings.sparsity * count)
 
 
 def _by_magnitude(
@@ -190,10 +190,12 @@ def _by_magnitude(
     from compress.checkpoint.open import Derived, Value
     from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
 
+    linears = model_map(spec).linears
+
     def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
         if settings.pattern is None:
             return keep_largest(value.data, kept, value.mask)
-        along = input_axis(spec, spec.tensors[name])
+        along = linears[name].input_axis
         return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
 
     if not spec.exact:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
@@ -49,8 +49,8 @@ def cluster(
     from compress.checkpoint.open import Derived
 
     chosen = frozenset(names)
-    record = architectures.of(spec.structure.config) if calibrated else None
-    inside = sorted(n for n in chosen if record and record.is_block_matrix(n) and len(spec.tensors[n].shape) == 2)
+    layers = model_map(spec).layers if calibrated else ()
+    inside = sorted(x.name for x in layers if x.name in chosen and len(x.tensor.shape) == 2)
     read = _sweep(checkpoint, spec, inside, context) if inside else checkpoint.tensor
 
     def change(name: str) -> Value:

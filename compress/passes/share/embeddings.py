@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compress import architectures
-from compress.checkpoint.structure import alias, check_nameable, is_projection, projected
+from compress.architectures.model_map import model_map
+from compress.checkpoint.structure import alias, projected
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 def tied(spec: Spec) -> Spec:
     """The spec with one table for looking tokens up and for predicting them. Raises `PassError`."""
-    record = architectures.of(spec.structure.config)
-    embedding = _table(spec)
-    head = spec.tensors.get(record.head_tie)
-    if not record.has_head(spec) or embedding is None or head is None:
+    mapped = model_map(spec)
+    embedding, head = mapped.embedding, spec.tensors.get(mapped.record.head_tie)
+    if not mapped.has_head or embedding is None or head is None:
         raise PassError("this model has no head that predicts tokens", key="embeddings")
     if head.alias_of is not None:
         raise PassError("the embeddings are tied already", key="embeddings", fix="leave `embeddings` out")
@@ -37,16 +36,16 @@ def tied(spec: Spec) -> Spec:
 
 def thinned(spec: Spec, rank: int) -> Spec:
     """The spec with thin tables of that rank, and projections. Raises `PassError`."""
-    record = architectures.of(spec.structure.config)
-    embedding = _table(spec)
+    mapped = model_map(spec)
+    record, embedding = mapped.record, mapped.embedding
     if embedding is None:
         raise PassError(f"{record.model_type} looks no tokens up", key="embeddings")
-    check_nameable(spec, "embeddings")
-    head = record.head_tie if record.has_head(spec) and record.head_tie in spec.tensors else None
+    mapped.require_nameable("embeddings")
+    head = record.head_tie if mapped.has_head and record.head_tie in spec.tensors else None
     tables = [embedding, *([head] if head is not None else [])]
     for name in tables:
         tensor = spec.tensors[name]
-        if is_projection(spec, f"{tensor.module}.projection.weight"):
+        if mapped.added(f"{tensor.module}.projection.weight") == "projection":
             raise PassError(f"{tensor.module} is two factors already", key="embeddings")
         if tensor.kept is not None:
             raise PassError(
@@ -63,7 +62,7 @@ def thinned(spec: Spec, rank: int) -> Spec:
             key="embedding_rank",
             fix=f"at most {most}" if most else "leave `embeddings` out",
         )
-    if record.projections is None or head is None or not record.is_tied(spec):
+    if record.projections is None or head is None or not mapped.tied:
         return projected(spec, tables, rank)
     *modules, key = record.projections
     if any(f"{record.prefix}.{module}.weight" in spec.tensors for module in modules):
@@ -84,7 +83,7 @@ def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
     from compress.passes.share import fit_embeddings
 
     spec = checkpoint.spec
-    after, record = thinned(spec, rank), architectures.of(spec.structure.config)
+    after, record = thinned(spec, rank), model_map(spec).record
     found = fit_embeddings.thin(
         checkpoint,
         after,
@@ -94,7 +93,7 @@ def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
         dtype=context.dtype,
         progress=context.progress,
     )
-    embedding = str(_table(spec))
+    embedding = str(model_map(spec).embedding)
     sides = {embedding: "in", record.head_tie: "out"}
     new = {embedding: found["table"]} | ({record.head_tie: found["head"]} if "head" in found else {})
     if len(after.structure.edits) > len(spec.structure.edits):
@@ -111,11 +110,3 @@ def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
         return Value(new[name].to(torch_dtype(after.tensors[name].dtype)).contiguous())
 
     return Derived(checkpoint, after, value)
-
-
-def _table(spec: Spec) -> str | None:
-    """The tensor that tokens are looked up in."""
-    record = architectures.of(spec.structure.config)
-    if record.input != "input_ids":
-        return None
-    return next((n for n in spec.tensors if n.endswith(f"{record.embeddings[0]}.weight")), None)

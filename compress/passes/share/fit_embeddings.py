@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
 from compress.data.batches import Batches
 from compress.models.loading import load_checkpoint
@@ -82,7 +82,7 @@ def tie(
     values = values.clamp_min(values.max() * 1e-6)
     turned = ((W @ vectors) * values + (E @ vectors) * pull[:, None]) / (values + pull[:, None])
     found = (turned @ vectors.T).cpu()
-    name = after.tensors[architectures.of(after.structure.config).head_tie].alias_of
+    name = after.tensors[model_map(after).record.head_tie].alias_of
 
     def value(tensor: str) -> Value:
         if tensor == name:
@@ -106,7 +106,7 @@ def thin(
     read = read_tables(checkpoint, batches, device=device, dtype=dtype, progress=progress)
     frequency = (read.counts + 1) / (read.counts + 1).sum()
     found = {}
-    if read.W is not None and read.H is not None and architectures.of(after.structure.config).is_tied(after):
+    if read.W is not None and read.H is not None and model_map(after).tied:
         found["table"], found["in"], found["out"] = thin_tied(read.E, frequency, read.H, rank)
     else:
         found["table"], found["in"] = thin_input(read.E, frequency, rank)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress import architectures
-from compress.checkpoint.structure import STORAGE, block_paths, check_nameable, shared
+from compress.architectures.model_map import model_map
+from compress.checkpoint.structure import STORAGE, shared
 from compress.errors import PassError
-from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select
-from compress.passes.blockwise import block_matrices, once, open_runner, require_blockwise, require_head, runner_memory
+from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select, select_linears
+from compress.passes.blockwise import once, open_runner, require_head, runner_memory
 from compress.passes.share.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.open import Checkpoint
     from compress.passes.share.solve import Solver
-    from compress.spec.spec import Tensor
 
 BlockGroups = list[list[int]]
 #: Rank of residuals: without them dropping as many blocks is better, see the benchmarks.
@@ -171,9 +170,7 @@ class Share(Pass[ShareSettings]):
 
     def _clustered(self, spec: Spec, settings: ShareSettings) -> list[str]:
         """Matrices that get codebooks: those of blocks, or the ones chosen."""
-        default = [] if settings.only else block_matrices(spec)
-        chosen = select(default, settings, [t.module for t in spec.tensors.values()])
-        names = [f"{m}.weight" for m in chosen if f"{m}.weight" in spec.tensors]
+        names = [f"{m}.weight" for m in select_linears(spec, settings) if f"{m}.weight" in spec.tensors]
         found = sorted(n for n in names if spec.tensors[n].alias_of is None and len(spec.tensors[n].shape) >= 2)
         if not found:
             raise PassError("no weight matrix is left to cluster", key="only" if settings.only else "skip")
@@ -191,7 +188,7 @@ class Share(Pass[ShareSettings]):
         found = 0
         if settings.groups is not None:
             parts = self._parts(spec, settings)
-            names = [path + part for path in block_paths(spec).values() for part in parts]
+            names = [path + part for path in model_map(spec).paths.values() for part in parts]
             names = [name for name in names if len(spec.tensors[name].shape) == 2]
             found = runner_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
             if self._open(settings, self._candidates(spec, settings, parts)) or settings.init == "fisher":
@@ -247,7 +244,7 @@ class Share(Pass[ShareSettings]):
         self._check_packages(settings)
         spec, parts = checkpoint.spec, self._parts(checkpoint.spec, settings)
         candidates = self._candidates(spec, settings, parts)
-        paths = block_paths(spec)
+        paths = model_map(spec).paths
         blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
         matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
         read = SavedHessians(context.work / "read", context.device)
@@ -320,40 +317,40 @@ class Share(Pass[ShareSettings]):
 
     def _parts(self, spec: Spec, settings: ShareSettings) -> list[str]:
         """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
-        check_nameable(spec)
-        require_blockwise(spec, "distill it to fewer blocks")
+        mapped = model_map(spec)
+        mapped.require_nameable()
+        mapped.require_blockwise("distill it to fewer blocks")
         if edit := next(iter(spec.structure.edits), None):
             raise PassError(
                 f"{edit.module} {EDITS[STORAGE[edit.kind]]} already", key="groups", fix="share groups first, and once"
             )
-        record, paths = architectures.of(spec.structure.config), block_paths(spec)
-        if record.experts and any(record.is_expert(name) for name in spec.tensors) and settings.parts != "attention":
-            raise PassError(f"experts of {record.model_type} are not shared", key="parts", fix="set `parts: attention`")
-        first = paths[min(paths)]
-        attention, modules = record.attention, set[str]()
-        if attention is not None and settings.parts in ("attention", "matrices"):
-            modules |= {attention.query, attention.key, attention.value, attention.output}
-        for mlp in record.mlps if settings.parts in ("mlp", "matrices") else ():
-            modules |= {*mlp.up, mlp.down}
-        inside = [t for t in spec.tensors.values() if t.name.startswith(first) and t.is_float]
+        if mapped.has_experts and settings.parts != "attention":
+            raise PassError(
+                f"experts of {mapped.record.model_type} are not shared", key="parts", fix="set `parts: attention`"
+            )
+        roles = ("attention", "mlp") if settings.parts == "matrices" else (settings.parts,)
+        first = mapped.blocks[0]
+        inside = [part for part, tensor in first.tensors.items() if tensor.is_float]
         if settings.parts != "all":
-            inside = [t for t in inside if len(t.shape) == 2 and t.module.removeprefix(first) in modules]
-        universe = [t.module for t in spec.tensors.values()]
+            matrices = {x.name for x in first.linears if x.role in roles and len(x.tensor.shape) == 2}
+            inside = [part for part in inside if first.path + part in matrices]
         chosen = select(
-            [t.module for path in paths.values() for t in _like(spec, inside, first, path)], settings, universe
+            [block.tensors[part].module for block in mapped.blocks for part in inside if part in block.tensors],
+            settings,
+            mapped.modules,
         )
         found = []
-        for tensor in inside:
-            users = [tensor.module.replace(first, path, 1) for path in paths.values()]
-            picked = [module in chosen for module in users]
+        for part in inside:
+            module = part.rpartition(".")[0]
+            picked = [block.path + module in chosen for block in mapped.blocks]
             if any(picked) and not all(picked):
                 raise PassError(
-                    f"{tensor.module} is chosen in some blocks and not in others",
+                    f"{first.path}{module} is chosen in some blocks and not in others",
                     key="only" if settings.only else "skip",
                     fix="name the modules of all blocks (`*.mlp.*`); `groups: [[1, 2], …]` leaves blocks alone",
                 )
             if all(picked):
-                found.append(tensor.name.removeprefix(first))
+                found.append(part)
         if not found:
             raise PassError(
                 "nothing is left to share", key="only" if settings.only else "skip" if settings.skip else "parts"
@@ -362,7 +359,7 @@ class Share(Pass[ShareSettings]):
 
     def _candidates(self, spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, BlockGroups]:
         """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
-        depth = architectures.of(spec.structure.config).depth(spec.structure.config)
+        depth = model_map(spec).depth
         if isinstance(settings.groups, list):
             groups = [list(group) for group in settings.groups]
             if (wrong := next((i for group in groups for i in group if i >= depth), None)) is not None:
@@ -400,7 +397,7 @@ class Share(Pass[ShareSettings]):
 
     def _check(self, spec: Spec, settings: ShareSettings, groups: BlockGroups, parts: Sequence[str]) -> None:
         """The blocks of each group are alike, dense, and share more than residuals add. Raises `PassError`."""
-        paths = block_paths(spec)
+        paths = model_map(spec).paths
         for first, *others in groups:
             for block in others:
                 if (difference := _unlike(spec, first, block, parts)) is not None:
@@ -429,24 +426,15 @@ class Share(Pass[ShareSettings]):
 
 def _unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | None:
     """How two blocks differ that could not share; None where they can."""
-    config, paths = spec.structure.config, block_paths(spec)
-    record = architectures.of(config)
-    for key in record.per_layer:
-        values = config.get(key)
-        if values is None and key in record.per_layer_defaults:
-            values = record.per_layer_defaults[key](config)
-        if isinstance(values, list) and values[first] != values[other]:
+    mapped = model_map(spec)
+    for key, values in mapped.per_layer.items():
+        if values[first] != values[other]:
             return f"{key} is {values[first]} and {values[other]}"
     for part in parts:
-        one, two = (spec.tensors.get(paths[block] + part) for block in (first, other))
+        one, two = (spec.tensors.get(mapped.paths[block] + part) for block in (first, other))
         if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
-            return f"{paths[first]}{part} has another shape"
+            return f"{mapped.paths[first]}{part} has another shape"
     return None
-
-
-def _like(spec: Spec, tensors: Sequence[Tensor], first: str, path: str) -> list[Tensor]:
-    names = [t.name.replace(first, path, 1) for t in tensors]
-    return [spec.tensors[name] for name in names if name in spec.tensors]
 
 
 def _folder(context: Context, groups: BlockGroups) -> Path:

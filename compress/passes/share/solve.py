@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from compress import architectures
 from compress.architectures.groups import PrunableGroup
+from compress.architectures.model_map import model_map
 from compress.architectures.resize import head_units, mlp_units
 from compress.blockwise.saved_hessians import SavedHessians
 from compress.checkpoint.open import Checkpoint
-from compress.checkpoint.structure import block_paths
 from compress.solvers.low_rank import low_rank
 from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
 
@@ -52,12 +51,13 @@ class Solver:
     def __init__(self, checkpoint: Checkpoint, read: SavedHessians, options: ShareOptions) -> None:
         self.checkpoint, self.read, self.options = checkpoint, read, options
         spec = checkpoint.spec
-        self.record = architectures.of(spec.structure.config)
-        self.transposed = self.record.input_axis == 0
-        self.paths = block_paths(spec)
-        mlps = mlp_units(self.record, spec)
-        movable = self.record.attention is not None and not self.record.attention.ordered
-        heads = head_units(self.record, spec, whole_groups=True) if movable else {}
+        self.map = model_map(spec)
+        attention = self.map.record.attention
+        self.transposed = self.map.record.input_axis == 0
+        self.paths = self.map.paths
+        mlps = mlp_units(spec)
+        movable = attention is not None and not attention.ordered
+        heads = head_units(spec, whole_groups=True) if movable else {}
         self.units = {i: [*mlps.get(i, ()), *heads.get(i, ())] for i in self.paths}
         self._orders: dict[tuple[int, int], list[list[int]]] = {}
 
@@ -197,7 +197,7 @@ class Solver:
                 from safetensors.torch import load_file
 
                 return load_file(path)["values"]
-            block = self.record.block_index(name)
+            block = self.map.block_of(name)
             if block in firsts and firsts[block] != block and self.checkpoint.spec.tensors[name].is_float:
                 return self._shaped(self.aligned(name, block, firsts[block]))
             return self.checkpoint.tensor(name).data

@@ -36,7 +36,7 @@ def alike(folder, family: str, turned: bool):
     """Four heads of which each two are equal, or equal but for rotations that whatever reads them undoes."""
     base = open_checkpoint(pico.save(folder / "base", family, with_tokenizer=False, num_key_value_heads=4))
     record = architectures.of(base.spec.structure.config)
-    found = resize.merges(record, base.spec, 2)
+    found = resize.merges(base.spec, 2)
     width = record.head_dim(base.spec.structure.config)
     turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double())[0]
     angle = torch.linspace(0.5, 2.5, width // 2).double()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from compress import architectures
 from compress.architectures import resize
 from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
@@ -24,9 +23,8 @@ HOW = {"dtype": "float32", "device": "cpu", "seed": 3, "progress": SilentProgres
 
 
 def units(checkpoint, whole_groups=False):
-    record = architectures.of(checkpoint.spec.structure.config)
-    neurons = [one for block in resize.mlp_units(record, checkpoint.spec).values() for one in block]
-    heads = [one for block in resize.head_units(record, checkpoint.spec, whole_groups).values() for one in block]
+    neurons = [one for block in resize.mlp_units(checkpoint.spec).values() for one in block]
+    heads = [one for block in resize.head_units(checkpoint.spec, whole_groups).values() for one in block]
     return [*neurons, *heads]
 
 

@@ -54,7 +54,7 @@ def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
     before, moved = pico.logits(model), 0
     with torch.no_grad():
         for name, value in model.state_dict().items():
-            if solver.record.block_index(name) is not None:
+            if solver.map.record.block_index(name) is not None:
                 moved += not torch.equal(value, read(name))
                 value.copy_(read(name))
     assert moved >= 4
@@ -69,9 +69,9 @@ def twins(family, folder):
     with torch.no_grad():
         state = model.state_dict()
         for name in list(state):
-            index = solver.record.block_index(name)
+            index = solver.map.record.block_index(name)
             if index in (1, 3):
-                source = solver.record.renumber(name, index - 1)
+                source = solver.map.record.renumber(name, index - 1)
                 data = solver._ordered(source, checkpoint.tensor(source).data, index - 1, index)
                 state[name].copy_(data.T if data.ndim == 2 and solver.transposed else data)
     return model

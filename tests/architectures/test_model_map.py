@@ -1,0 +1,92 @@
+"""The map of a model agrees with the model that stock transformers builds of the same files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from compress.architectures.model_map import model_map
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.structure import factored, projected, shared
+from compress.errors import PassError
+from compress.models.loading import load_model
+from tests import pico
+
+
+def spec_of(family):
+    return open_checkpoint(pico.folder(family)).spec
+
+
+@pytest.mark.parametrize("family", pico.families())
+def test_inputs_and_outputs_are_those_of_the_modules_in_memory(family):
+    folder = pico.folder(family)
+    modules = dict(load_model(folder).named_modules())
+    mapped = model_map(open_checkpoint(folder).spec)
+    layers = [linear for linear in mapped.layers if linear.expert is None]
+    assert layers
+    for linear in layers:
+        module = modules[mapped.in_memory(linear.module)]
+        sizes = (module.out_features, module.in_features) if hasattr(module, "in_features") else (module.nf, module.nx)
+        assert sizes == (linear.O, linear.I), linear.name
+        assert linear.transposed == (not hasattr(module, "in_features"))
+
+
+@pytest.mark.parametrize("family", pico.families())
+def test_every_block_has_attention_and_mlp_and_all_tensors_have_one_place(family):
+    spec = spec_of(family)
+    mapped = model_map(spec)
+    assert {block.index for block in mapped.blocks} == set(range(mapped.depth))
+    for block in mapped.blocks:
+        assert {"attention", "mlp"} <= {linear.role for linear in block.linears}
+        assert all(spec.tensors[block.path + part] is tensor for part, tensor in block.tensors.items())
+    inside = [tensor.name for block in mapped.blocks for tensor in block.stored()]
+    assert sorted([*inside, *(t.name for t in mapped.outside)]) == sorted(t.name for t in spec.stored())
+
+
+def test_experts_have_numbers_and_routers_are_no_layers():
+    mapped = model_map(spec_of("qwen3_moe"))
+    experts = {linear.expert for linear in mapped.layers}
+    assert experts == {None, *range(mapped.record.value(mapped.config, mapped.record.experts_key))}
+    routers = [linear for linear in mapped.linears.values() if linear.role == "router"]
+    assert {x.block for x in routers} == {x.block for x in mapped.layers if x.expert is not None}
+    assert not any(linear.is_layer for linear in routers)
+
+
+def test_tables_outside_blocks_are_embedding_and_head():
+    mapped = model_map(spec_of("gpt_neox"))
+    roles = {linear.module: linear.role for linear in mapped.linears.values() if linear.block is None}
+    assert roles == {"gpt_neox.embed_in": "embedding", "embed_out": "head"}
+    assert mapped.embedding == "gpt_neox.embed_in.weight"
+
+
+def test_matrices_of_edits_have_their_roles_and_are_never_transposed():
+    spec = spec_of("gpt2")
+    mapped = model_map(spec)
+    name = mapped.targets[0].name
+    factors = [x for x in model_map(factored(spec, {name: 2})).linears.values() if x.role == "factor"]
+    assert [(x.O, x.I, x.transposed) for x in factors] == [
+        (2, mapped.linears[name].I, False),
+        (mapped.linears[name].O, 2, False),
+    ]
+    both = model_map(shared(spec, [[0, 1]], ["attn.c_attn.weight"], 2))
+    assert both.linears[both.blocks[1].path + "attn.c_attn.weight"].shared_with == name
+    assert {x.role for x in both.layers} - {x.role for x in both.targets} == {"residual"}
+    thin = model_map(projected(spec, [str(mapped.embedding)], 2))
+    assert [x.role for x in thin.linears.values()].count("projection") == 1
+
+
+def test_a_spec_has_one_map_and_an_equal_spec_another():
+    spec = spec_of("llama")
+    assert model_map(spec) is model_map(spec)
+    assert model_map(replace(spec)) is not model_map(spec)
+
+
+def test_a_family_without_a_record_has_matrices_but_no_blocks():
+    spec = spec_of("llama")
+    other = replace(spec, structure=replace(spec.structure, config={**spec.structure.config, "model_type": "unheard"}))
+    mapped = model_map(other)
+    assert not mapped.known
+    assert {(linear.role, linear.block) for linear in mapped.linears.values()} == {("other", None)}
+    with pytest.raises(PassError, match="no architecture record"):
+        mapped.blocks  # noqa: B018 - reading it raises
