@@ -1,7 +1,4 @@
-"""What a config claims, before anything is made of it: types of the fields that are read, and sizes beside the headers.
-
-No torch here.
-"""
+"""Checks of a config before it is used: types of the fields that are read, and sizes against the headers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import Any, TypeAlias
 from compress.errors import CheckpointError
 from compress.spec.spec import Spec
 
-#: Deeper nesting and larger numbers than any config has; transformers and writers of JSON break on them.
+#: Limits beyond any real config. transformers and JSON writers break on deeper nesting and larger numbers.
 _DEEPEST = 64
 _LARGEST = 1 << 63
-#: Blocks, or experts, that a config may claim whatever the files hold; building so many empty ones takes a second.
+#: Number of blocks or experts that a config may have whatever the files hold; building so many empty ones takes a second.
 _BLOCKS = 256
-#: Labels that a config may claim where no tensor has as long an axis; each gets a name.
+#: Number of labels that a config may have although no tensor has as many rows; each gets a name.
 _LABELS = 100_000
 _COUNT_OF_MODULES = re.compile(r"(layer|block|expert|depth|group)s?(_|$)|^layers|layers$")
 _NO_COUNT = re.compile(
@@ -38,7 +35,7 @@ def _is_object(value: Any) -> bool:
 
 
 _Fields: TypeAlias = Mapping[str, tuple[str, Callable[[Any], bool]]]
-#: Fields that this package reads, whatever the family ▶ what they are if they are there, in words and as a test.
+#: Config fields that this package reads for any family ▶ their type in words, and a test of it.
 _FIELDS: _Fields = {
     "architectures": ("a list of class names", _names),
     "dtype": ("the name of a number format", lambda v: isinstance(v, (str, dict))),
@@ -61,7 +58,7 @@ _FIELDS: _Fields = {
     "quantization_config": ("an object", _is_object),
 }
 _SCHEMES = ("weights", "input_activations", "output_activations")
-#: The same of ``quantization_config``, of a group in it, and of the number format of weights, inputs or the cache.
+#: The same for ``quantization_config``, for a group in it, and for a scheme of weights, inputs or cache.
 _QUANTIZATION: _Fields = {
     "config_groups": ("an object", _is_object),
     "ignore": ("a list of names", _names),
@@ -82,7 +79,7 @@ _SCHEME: _Fields = {
 
 
 def check_fields(config: Mapping[str, Any], where: str) -> None:
-    """Fields that are read have the types that they are read as, and the whole is what JSON can say again.
+    """Check the types of the fields that are read, and that the config can be written as JSON.
 
     Raises:
         CheckpointError: names the field.
@@ -90,9 +87,9 @@ def check_fields(config: Mapping[str, Any], where: str) -> None:
     for path, value in _leaves(config, (), where):
         text = [*path, value] if isinstance(value, str) else path
         if any("\ud800" <= c <= "\udfff" for part in text for c in part):
-            raise CheckpointError(f"`{_dotted(path)}` holds half a surrogate pair, which is no text", where=where)
+            raise CheckpointError(f"`{_dotted(path)}` holds half a surrogate pair, which is not text", where=where)
         if isinstance(value, int) and abs(value) >= _LARGEST:
-            raise CheckpointError(f"`{_dotted(path)}` is a number of {len(str(abs(value)))} digits", where=where)
+            raise CheckpointError(f"`{_dotted(path)}` is a number with {len(str(abs(value)))} digits", where=where)
     _check(config, _FIELDS, "", where)
     if (found := config.get("quantization_config")) is None:
         return
@@ -113,9 +110,9 @@ def _check(data: Mapping[str, Any], fields: _Fields, before: str, where: str) ->
 
 
 def check_sizes(spec: Spec, where: str) -> None:
-    """The config claims no more blocks, experts or labels than tensors of the files could belong to.
+    """Check that the config has no more blocks, experts or labels than the tensors of the files could belong to.
 
-    A model of as many would be built first, module by module, and compared with the files afterwards.
+    Otherwise a model of that size would be built, module by module, before it is compared with the files.
 
     Raises:
         CheckpointError: names the field.
@@ -128,34 +125,34 @@ def check_sizes(spec: Spec, where: str) -> None:
         key = path[-1]
         if key == "num_labels" and value > max(longest, _LABELS):
             raise CheckpointError(
-                f"config and weights disagree: `{_dotted(path)}` is {value}, and no tensor has as many rows",
+                f"config and weights disagree: `{_dotted(path)}` is {value}, but no tensor has as many rows",
                 where=where,
             )
         counts = _COUNT_OF_MODULES.search(key) is not None and _NO_COUNT.search(key) is None
         if counts and value > max(tensors, _BLOCKS):
             raise CheckpointError(
-                f"config and weights disagree: `{_dotted(path)}` is {value}, the files hold {tensors} tensors",
+                f"config and weights disagree: `{_dotted(path)}` is {value}, but the files have {tensors} tensors",
                 where=where,
             )
 
 
 def outgrown(spec: Spec) -> bool:
-    """Whether the config names a size beyond what tensors have: names and shapes should agree before memory is taken."""
+    """Whether the config has a size beyond those of all tensors, so that shapes must be compared before memory is allocated."""
     longest = max((size for tensor in spec.tensors.values() for size in tensor.shape), default=0)
     sizes = (value for path, value in _leaves(spec.structure.config, (), "") if "theta" not in "".join(path[-1:]))
     return any(_whole(value) and value > max(4 * longest, 1 << 16) for value in sizes)
 
 
 def largest_number(data: Any, word: str) -> int:
-    """The largest whole number below a key with that word in JSON values; 0 where there is none."""
+    """Largest integer under a key that contains ``word``; 0 without any."""
     found = [v for path, v in _leaves(data, (), "") if _whole(v) and any(word in part for part in path)]
     return max(found, default=0)
 
 
 def _leaves(value: Any, path: tuple[str, ...], where: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of every value that is neither an object nor a list; of empty ones too."""
+    """(path, value) of every JSON leaf; empty objects and lists count as leaves."""
     if len(path) > _DEEPEST:
-        raise CheckpointError(f"`{_dotted(path[:3])}` is nested more than {_DEEPEST} deep", where=where)
+        raise CheckpointError(f"`{_dotted(path[:3])}` is nested more than {_DEEPEST} levels deep", where=where)
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _leaves(inner, (*path, str(key)), where)

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold its weights: what stock loaders take. No torch here."""
+"""Weight files of a checkpoint folder, chosen as stock loaders choose them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from compress.checkpoint.sidecars import safe_file
 from compress.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-#: Whether so many bytes at two places, each the name of a file and an offset in it, are equal.
+#: Function of two places, each a file name and an offset, and a size: whether the bytes are equal.
 SameBytes: TypeAlias = Callable[[tuple[str, int], tuple[str, int], int], bool]
-#: Bytes compared at the beginning, in the middle and at the end of every tensor of two copies.
+#: Bytes that are compared at the beginning, in the middle and at the end of every tensor of two copies.
 _SAMPLE = 4096
 _AT_ONCE = 1 << 24
 
 
 class TwoModels(CheckpointError):
-    """A folder holds two models, and nothing says which one is meant."""
+    """A folder holds two different models."""
 
 
 def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a checkpoint folder."""
+    """Parsed JSON file of a checkpoint folder. Raises `CheckpointError`."""
     path = safe_file(folder, name)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -42,12 +42,13 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def weight_headers(folder: Path) -> tuple[dict[str, Header], tuple[str, ...]]:
-    """Headers of the weight files by name, in order, each file checked to stay inside the folder; and notes for the user.
+    """Headers of the weight files by name, in order, and notes for the user. Files must stay inside the folder.
 
-    Stock loaders take the single file where it stands beside an index, so it is taken here.
+    If both a single file and an index exist, the single file is read, as stock loaders do.
 
     Raises:
-        TwoModels: the index's shards are all there too, and hold another model. CheckpointError: there are no weights.
+        TwoModels: the shards of the index are all there too, and hold another model.
+        CheckpointError: there are no weights.
     """
     if (folder / SINGLE_NAME).exists() or (folder / SINGLE_NAME).is_symlink():
         single = read_header(safe_file(folder, SINGLE_NAME))
@@ -57,7 +58,7 @@ def weight_headers(folder: Path) -> tuple[dict[str, Header], tuple[str, ...]]:
         return check_index(read_json(folder, INDEX_NAME), folder), ()
     if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
         raise CheckpointError(
-            f"holds its weights as a pickle ({pickles[0]}), which can run code when opened and is refused",
+            f"has its weights in a pickle ({pickles[0]}), which can run code when opened and is refused",
             where=str(folder),
             fix="convert it with: " + conversion_command(folder),
         )
@@ -67,7 +68,7 @@ def weight_headers(folder: Path) -> tuple[dict[str, Header], tuple[str, ...]]:
 
 
 def conversion_command(folder: Path) -> str:
-    """A command that turns a pickle checkpoint into safetensors with stock transformers."""
+    """Command that converts a pickle checkpoint to safetensors with stock transformers."""
     return (
         'python -c "import json, transformers as t; '
         f"c = json.load(open('{folder}/config.json'))['architectures'][0]; "
@@ -76,7 +77,7 @@ def conversion_command(folder: Path) -> str:
 
 
 def indexed_files(index: Any) -> dict[str, str] | None:
-    """Tensor ▶ file, as a shard index says it; None where it is no index."""
+    """Tensor name ▶ file of a shard index; None if it is not one."""
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
         return None
@@ -84,11 +85,11 @@ def indexed_files(index: Any) -> dict[str, str] | None:
 
 
 def check_index(index: Any, folder: Path) -> dict[str, Header]:
-    """Headers of the files of a shard index, each of which must be there and hold exactly the tensors that it gives it."""
+    """Headers of the shards of an index. Raises `CheckpointError` if shards and index disagree."""
     where = str(folder / INDEX_NAME)
     names = indexed_files(index)
     if names is None:
-        raise CheckpointError("has no `weight_map` of tensor names to files", where=where)
+        raise CheckpointError("has no `weight_map` from tensor names to files", where=where)
     headers = {}
     for file in dict.fromkeys(names.values()):
         path = safe_file(folder, file)
@@ -99,17 +100,17 @@ def check_index(index: Any, folder: Path) -> dict[str, Header]:
         headers[file] = read_header(path)
     held = {key: file for file, header in headers.items() for key in header.entries}
     if lost := next((name for name, file in names.items() if held.get(name) != file), None):
-        raise CheckpointError(f"names tensor {lost} in {names[lost]}, which does not hold it", where=where)
+        raise CheckpointError(f"puts tensor {lost} in {names[lost]}, which does not hold it", where=where)
     if extra := next((name for name in held if name not in names), None):
-        raise CheckpointError(f"does not name tensor {extra} of {held[extra]}", where=where)
+        raise CheckpointError(f"lacks tensor {extra} of {held[extra]}", where=where)
     return headers
 
 
 def check_copies(single: Header, shards: Mapping[str, Header], where: str) -> str:
-    """The note for a single file beside an index whose shards hold the same tensors.
+    """Note about a single file beside an index whose shards hold the same tensors.
 
     Raises:
-        TwoModels: they hold tensors of other names, shapes or dtypes.
+        TwoModels: names, shapes or dtypes differ.
     """
     mine = {name: (entry.dtype, entry.shape) for name, entry in single.entries.items()}
     theirs = {name: (e.dtype, e.shape) for header in shards.values() for name, e in header.entries.items()}
@@ -120,7 +121,7 @@ def check_copies(single: Header, shards: Mapping[str, Header], where: str) -> st
 
 
 def _beside(folder: Path, single: Header) -> tuple[str, ...]:
-    """Notes on the index beside a single file; one whose shards are not all there says nothing. Raises `TwoModels`."""
+    """Notes on an index beside a single file; it is ignored if a shard is missing. Raises `TwoModels`."""
     try:
         names = indexed_files(read_json(folder, INDEX_NAME)) or {}
         shards = {file: read_header(safe_file(folder, file)) for file in dict.fromkeys(names.values())}
@@ -138,7 +139,7 @@ def _beside(folder: Path, single: Header) -> tuple[str, ...]:
 
 
 def unread_note() -> str:
-    """The note for an index beside a single file that says nothing of files that are there."""
+    """Note about an index beside a single file whose shards are not there."""
     return f"{INDEX_NAME} is not read: {SINGLE_NAME} beside it holds the weights"
 
 
@@ -146,12 +147,12 @@ def _two_models(name: str, where: str) -> TwoModels:
     return TwoModels(
         f"holds two models: {SINGLE_NAME}, and other weights in the shards of {INDEX_NAME} ({name} differs)",
         where=where,
-        fix="remove the one that is not meant",
+        fix="remove the one that you do not mean",
     )
 
 
 def same_bytes(folder: Path, *, sampled: bool = False) -> SameBytes:
-    """What compares bytes of the files of a folder; ``sampled``: those at the beginning, in the middle and at the end alone."""
+    """Comparison of byte ranges of a folder's files. ``sampled``: only their beginning, middle and end."""
 
     def same(a: tuple[str, int], b: tuple[str, int], size: int) -> bool:
         pieces = (
@@ -173,7 +174,7 @@ def same_bytes(folder: Path, *, sampled: bool = False) -> SameBytes:
 
 
 def samples(size: int) -> list[tuple[int, int]]:
-    """(start, count) of the pieces of so many bytes that are compared where all would take too long."""
+    """(start, count) of the pieces of a range of ``size`` bytes that a sampled comparison reads."""
     if size <= 3 * _SAMPLE:
         return [(0, size)]
     return [(0, _SAMPLE), ((size - _SAMPLE) // 2, _SAMPLE), (size - _SAMPLE, _SAMPLE)]

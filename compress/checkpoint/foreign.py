@@ -1,4 +1,4 @@
-"""Reading the codes of compressed-tensors checkpoints that other tools wrote. No torch here."""
+"""Reads compressed-tensors checkpoints of other tools. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from compress.spec.spec import (
     Tensor,
 )
 
-#: How names of arrays end that only a running model needs.
+#: Name suffixes of arrays that only a running model needs.
 _RUNNING = tuple(f".{side}_{end}" for side in ("input", "output") for end in ("scale", "zero_point", "global_scale"))
-#: Zero points of symmetric schemes, which older tools wrote as zeros.
+#: Name suffixes of zero points. Older tools wrote zeros for symmetric schemes.
 _ZEROS = (".weight_zero_point", ".input_zero_point", ".output_zero_point")
-#: Arrays for cached keys and values and for queries.
+#: Name suffixes of scales and zero points of queries and of cached keys and values.
 _CACHED = tuple(f".{part}_{end}" for part in "qkv" for end in ("scale", "zero_point"))
 
 
 def parse(
     structure: Structure, entries: Mapping[str, TensorEntry], where: str
 ) -> tuple[dict[str, Tensor], set[str], tuple[str, ...]]:
-    """Coded tensors of a compressed-tensors checkpoint, from its config and its arrays; arrays to leave out, and notes on them.
+    """Quantised tensors of a compressed-tensors checkpoint, names of arrays to leave out, and notes on these.
 
     Raises:
-        CheckpointError: another method, patterns that cannot be used, or codes of a kind that `QuantFormat` cannot express.
+        CheckpointError: another quantisation method, an unusable pattern, or codes that `QuantFormat` cannot express.
     """
     groups = SchemeGroups(structure.config[KEY], where)
     found: dict[str, Tensor] = {}
@@ -50,11 +50,11 @@ def parse(
         module = name.removesuffix(".weight")
         scheme = groups.scheme(in_memory(Spec(structure), module))
         if scheme is None:
-            raise CheckpointError(f"has scales for {module}, which no group of its {KEY} names", where=where)
+            raise CheckpointError(f"has scales for {module}, which no group of its {KEY} targets", where=where)
         quant_format, chain = _grid(scheme, module, where)
         packed = entries.get(f"{name}_packed") or entries.get(name)
         if packed is None or len(packed.shape) != 2 or (len(entry.shape) != 2 and not quant_format.whole):
-            raise CheckpointError(f"lacks the codes of {module}, or has them in a shape of its own", where=where)
+            raise CheckpointError(f"lacks the codes of {module}, or has them in an unexpected shape", where=where)
         inputs = packed.shape[1]
         if chain == PACKED:
             inputs = (
@@ -70,7 +70,7 @@ def parse(
         for part in codecs.parts(tensor):
             other = entries.get(part.key)
             if other is None or other.shape != part.shape or other.dtype != part.dtype:
-                raise CheckpointError(f"array {part.key} is not what the {KEY} says", where=where)
+                raise CheckpointError(f"array {part.key} does not match the {KEY}", where=where)
         found[name] = tensor
     owned = {part.key for tensor in found.values() for part in codecs.parts(tensor)}
     cached = CACHE_SCALES if cache_of(structure.config[KEY]) is not None else ()
@@ -81,20 +81,20 @@ def parse(
         or (key.endswith(_CACHED) and not key.endswith(cached))
     }
     if stray := next((key for key in entries if key.endswith(_RUNNING) and key not in owned | left), None):
-        raise CheckpointError(f"holds {stray}, which no group of its {KEY} asks for", where=where)
+        raise CheckpointError(f"has {stray}, which no group of its {KEY} uses", where=where)
     ends = sorted({key.rpartition(".")[2] for key in left})
     note = f"{len(left)} arrays that stock transformers does not read are left out: {', '.join(ends)}"
     return found, left, (note,) if left else ()
 
 
 class SchemeGroups:
-    """The ``config_groups`` of a quantization config, whose types `claims` has checked, by what they target."""
+    """The ``config_groups`` of a quantization config, by target. `claims` has checked its types."""
 
     def __init__(self, quantization: Any, where: str) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method != METHOD:
             raise CheckpointError(
-                f"holds weights quantised by {method!r}, which this version cannot read",
+                f"has weights quantised by {method!r}, which this version cannot read",
                 where=where,
                 fix="start from the unquantised checkpoint",
             )
@@ -107,12 +107,12 @@ class SchemeGroups:
         self._ordered = sorted(self._targets, key=lambda target: ("re:" in target, target))
 
     def scheme(self, module: str) -> Mapping[str, Any] | None:
-        """The group that a linear layer belongs to, as compressed-tensors finds it; None where there is none.
+        """Group of a linear layer, found as compressed-tensors does; None without one.
 
-        Names count before patterns, these before classes, and among several the first of the alphabet.
+        Names take precedence over patterns and patterns over classes; among several the alphabetically first wins.
 
         Args:
-            module: its name in memory.
+            module: name of the layer in memory.
         """
         if "Linear" in self._ignored or self._matcher.any(self._ignored, module):
             return None
@@ -123,7 +123,7 @@ class SchemeGroups:
         return {"format": self._format, **{k: v for k, v in group.items() if v is not None}}
 
 
-#: What compressed-tensors takes of a scheme where it is not said.
+#: Defaults of a scheme in compressed-tensors.
 _DEFAULTS: Mapping[str, Any] = {
     "num_bits": 8,
     "type": "int",
@@ -136,7 +136,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def _said(scheme: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a scheme of weights or inputs says, defaults filled in."""
+    """Scheme of weights or inputs with defaults filled in."""
     found = {**_DEFAULTS, **{k: v for k, v in scheme.items() if k in _DEFAULTS and v is not None}}
     for key in ("type", "strategy", "dynamic"):
         found[key] = found[key].lower() if isinstance(found[key], str) else found[key]
@@ -147,17 +147,17 @@ def _said(scheme: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(said: Mapping[str, Any]) -> str:
-    """What a scheme says, for an error."""
+    """Scheme in words, for an error."""
     how = "locally dynamic " if said["dynamic"] == "local" else "dynamic " if said["dynamic"] else ""
     return f"{how}{said['num_bits']}-bit {said['type']} by {said['strategy']}"
 
 
 def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantFormat, tuple[str, ...]]:
-    """The grid and chain of a group. Raises `CheckpointError` for what neither can say, inputs and outputs included."""
+    """Number format and storage chain of a group. Raises `CheckpointError` for what they cannot express."""
     weights = scheme.get("weights") or {}
     said = _said(weights)
     chain: tuple[str, ...] = (str(scheme.get("format")),)
-    if chain == ("naive-quantized",):  # the same arrays
+    if chain == ("naive-quantized",):  # it has the same arrays
         chain = FP8 if said["type"] == "float" else INT8
     kind, bits, strategy, group = (said[key] for key in ("type", "num_bits", "strategy", "group_size"))
     name = {
@@ -174,7 +174,7 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantForm
             f"stores {module} as {scheme.get('format')}, {_text(said)}, which this version cannot read", where=where
         )
     if scheme.get("output_activations"):
-        raise CheckpointError(f"casts the outputs of {module}, which this version cannot do", where=where)
+        raise CheckpointError(f"quantises the outputs of {module}, which is not supported", where=where)
     activations = None
     if scheme.get("input_activations"):
         inputs = _said(scheme["input_activations"])
@@ -182,7 +182,7 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantForm
         activations = next(known, None)
         if activations is None:
             raise CheckpointError(
-                f"casts the inputs of {module} to {_text(inputs)}, which this version cannot do", where=where
+                f"quantises the inputs of {module} to {_text(inputs)}, which is not supported", where=where
             )
     whole = strategy == "tensor"
     return QuantFormat(

@@ -1,4 +1,4 @@
-"""Hub ids: headers by range requests, files into the usual cache. Nothing here runs for a local folder."""
+"""Hub ids: headers by range requests, files into the hub cache. Local folders never get here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compress.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from compress.errors import CheckpointError
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
-#: Everything but weights of other formats.
+#: Files that are not downloaded: weights in other formats.
 _IGNORED = [
     "*.bin",
     "*.pt",
@@ -44,15 +44,15 @@ T = TypeVar("T")
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether a reference that is no local folder can be a hub id: ``name``, ``org/name``, with ``@revision`` or not.
+    """Whether a reference can be a hub id: ``name`` or ``org/name``, optionally with ``@revision``.
 
-    ``folder/name`` is a path where ``folder`` exists here.
+    ``folder/name`` is a path if ``folder`` exists here. The caller has checked that the reference is no local folder.
     """
     return _ID.fullmatch(reference) is not None and not ("/" in reference and Path(reference.split("/")[0]).is_dir())
 
 
 def _parts(reference: str) -> tuple[str, str]:
-    """Repository and revision, which may be empty. Raises `CheckpointError` where the hub gives no such names."""
+    """Repository and revision, which may be empty. Raises `CheckpointError` for a name that the hub does not allow."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
@@ -61,13 +61,13 @@ def _parts(reference: str) -> tuple[str, str]:
         validate_repo_id(repo)
     except HFValidationError:
         raise CheckpointError(
-            "is neither a folder here nor a name that the hub gives", where=reference, fix="check the name"
+            "is neither a folder here nor a valid hub id", where=reference, fix="check the name"
         ) from None
     return repo, revision
 
 
 def download(reference: str, *, offline: bool = False) -> Path:
-    """Folder of the snapshot in the hub cache, downloaded where it is not there yet."""
+    """Folder of the snapshot in the hub cache; downloaded if it is not there yet."""
     import huggingface_hub
 
     repo, revision = _parts(reference)
@@ -82,12 +82,12 @@ def download(reference: str, *, offline: bool = False) -> Path:
 
 
 def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header], SameBytes, tuple[str, ...]]:
-    """Config, weight headers, what compares ranges of their files, and notes.
+    """Config, weight headers, a comparison of byte ranges, and notes.
 
-    Of files that are not in the cache by range requests, a few kB each: then ranges are compared by samples.
+    Files that are not in the cache are read by range requests of a few kB; byte ranges are then compared by samples.
 
     Raises:
-        TwoModels: as `files.weight_headers`, but for the values of tensors, which are not looked at.
+        TwoModels: as `files.weight_headers`; values of tensors are not compared.
     """
     import huggingface_hub
 
@@ -111,7 +111,7 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
 
 
 def _same(reference: str) -> SameBytes:
-    """What compares data of a repository's files by samples; offsets count from the end of a file's header."""
+    """Sampled comparison of data of a repository's files. Offsets count from the end of a header."""
     import huggingface_hub
 
     utils: Any = huggingface_hub.utils
@@ -141,13 +141,13 @@ def _same(reference: str) -> SameBytes:
 
 
 def _header(info: Any) -> Header:
-    """What the hub's client read of a file's header."""
+    """Header as the hub's client has read it."""
     entries = {name: TensorEntry(t.dtype, tuple(t.shape), *t.data_offsets) for name, t in info.tensors.items()}
     return Header(entries, dict(info.metadata or {}), 0)
 
 
 def _beside(reference: str, single: Header) -> tuple[str, ...]:
-    """Notes on an index beside the single file of a repository, as `files.weight_headers` gives them for a folder."""
+    """Notes on an index beside the single file of a repository, like those of `files.weight_headers`."""
     import huggingface_hub
 
     repo, _, tag = reference.partition("@")
@@ -180,14 +180,14 @@ def _offline(offline: bool) -> bool:
 
 
 def _call(reference: str, work: Callable[[], T]) -> T:
-    """Run a hub call; whatever goes wrong there becomes one line."""
+    """Result of a hub call. Its errors become a `CheckpointError` of one line."""
     import huggingface_hub.errors as hub
 
     try:
         return work()
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
         raise CheckpointError(
-            "is neither a folder here nor a repository that the hub shows you", where=reference
+            "is neither a folder here nor a hub repository that you can read", where=reference
         ) from None
     except hub.NotASafetensorsRepoError:
         raise CheckpointError(

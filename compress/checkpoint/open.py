@@ -35,15 +35,17 @@ COMPACT_TYPE = "compress"
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """What a quantised matrix is made of, see `spec.formats`; rows are outputs.
+    """Codes, scales and zero points of a quantised matrix, see `spec.formats`. Rows are outputs.
 
     Attributes:
-        codes: [O, I], int8, float8_e4m3fn, or uint8 of E2M1 codes. scale: [O, G]. zero: int8 [O, G], None where symmetric.
-        overall: float32 [1] that scales are divided by (nvfp4).
-        given: what casts the layer's inputs, each of one value, by the ends of names as `QuantFormat.given` has them.
+        codes: [O, I], int8, float8_e4m3fn, or E2M1 codes as uint8.
+        scale: [O, G].
+        zero: int8 [O, G]; None if symmetric.
+        overall: float32 [1], the global scale of nvfp4 that scales are divided by.
+        given: static input scales and zero points, of one element each, by name suffix (`QuantFormat.given`).
 
-    Of a codebook: ``codes`` are shaped like the tensor, int8, numbers of values less half of how many there are (0 for removed
-    weights), and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
+    With a codebook, ``codes`` are int8 indices less half the number of values, shaped like the tensor (0 for removed weights),
+    and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
     """
 
     codes: torch.Tensor
@@ -54,9 +56,9 @@ class Codes:
 
 
 class Value:
-    """A tensor's values, its keep-mask (bool, same shape), and the codes that the values come from; None where it has none.
+    """Values of a tensor, its keep-mask (bool, same shape) and its codes; None where it has none.
 
-    Values may be given as a function, which is called when they are asked for: writing codes and comparing them needs none.
+    ``data`` may be a function, called on first use: codes are written and compared without dequantising them.
     """
 
     __slots__ = ("_data", "codes", "mask")
@@ -71,22 +73,22 @@ class Value:
 
     @property
     def data(self) -> torch.Tensor:
-        """The values."""
+        """Values, dequantised on first use."""
         if callable(self._data):
             self._data = self._data()
         return self._data
 
 
 class Checkpoint(ABC):
-    """A spec and its weights. Weights are read when asked for, and not kept.
+    """A spec and its weights. Weights are read on request and not kept.
 
     Attributes:
         spec: structure, tensors, storage.
-        folder: where its sidecars are; None for the ones that have none.
-        sidecars: paths relative to ``folder`` of all files that travel with the weights.
+        folder: folder of the sidecars; None without any.
+        sidecars: paths, relative to ``folder``, of the files that are copied along with the weights.
         metadata: string metadata of the weight files.
-        trust_remote_code, ignore_auto_map: as it was opened with.
-        rewritten: contents of sidecars that differ from those in ``folder``.
+        trust_remote_code, ignore_auto_map: the options that it was opened with.
+        rewritten: new contents of sidecars, by name.
     """
 
     spec: Spec
@@ -99,11 +101,11 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Value:
-        """Values of a stored tensor in canonical form; an alias reads its source."""
+        """Value of a tensor in canonical form. An alias reads its source."""
 
 
 class Stored(Checkpoint):
-    """A checkpoint on disk; `where` maps each key to its file and header entry."""
+    """A checkpoint on disk."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class Stored(Checkpoint):
         self._where = {key: (file, header, e) for file, header in headers.items() for key, e in header.entries.items()}
 
     def tensor(self, name: str) -> Value:
-        """Reads with pread into fresh memory, so that no mapped pages stay resident."""
+        """Value of a tensor, read by pread into fresh memory, so that no mapped pages stay resident."""
         from compress.checkpoint.decode import accepted_values, decode, decode_codes, part_names
 
         tensor = self.spec.tensors[name]
@@ -144,14 +146,14 @@ class Stored(Checkpoint):
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
         if mask is not None and int(mask.sum()) != tensor.kept:
             raise CheckpointError(
-                f"tensor {name} keeps {int(mask.sum())} weights, its metadata say {tensor.kept}",
+                f"tensor {name} keeps {int(mask.sum())} weights, but its metadata says {tensor.kept}",
                 where=str(self.folder),
-                fix="it was changed after it was written; write it again from its source",
+                fix="it was changed after it was written; create it again",
             )
         return value
 
     def given(self, name: str) -> dict[str, torch.Tensor]:
-        """What the file holds to cast the inputs of the layer that a tensor of codes belongs to, as `Codes.given`."""
+        """Static input scales and zero points of the layer of a quantised tensor, by name suffix."""
         tensor = self.spec.tensors[name]
         return (
             {}
@@ -184,7 +186,7 @@ class Stored(Checkpoint):
 
 
 class Derived(Checkpoint):
-    """A lazy change of another checkpoint; passes return it, the writer reads it once."""
+    """A lazily changed checkpoint. Passes return it; the writer reads each tensor once."""
 
     def __init__(self, base: Checkpoint, spec: Spec, read: Callable[[str], Value]) -> None:
         self.base = base
@@ -197,11 +199,11 @@ class Derived(Checkpoint):
         self._read = read
 
     def tensor(self, name: str) -> Value:
-        """The changed values, brought into canonical form."""
+        """Changed value in canonical form."""
         value = self._read(self.spec.tensors[name].alias_of or name)
         if value.mask is None:
             return value
-        if value.codes is not None:  # its zeros are those of the codes
+        if value.codes is not None:  # codes of removed weights are zero already
             return value
         return Value(codecs.canonical(value.data, value.mask), value.mask)
 
@@ -209,13 +211,14 @@ class Derived(Checkpoint):
 def open_checkpoint(
     reference: str | Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False, offline: bool = False
 ) -> Stored:
-    """Open a folder, or download a hub id (``org/name``, ``org/name@revision``) and open that.
+    """Open a folder, or download a hub id (``org/name``, ``org/name@revision``) and open that. Reads headers only.
 
     Args:
-        trust_remote_code: allow code that the checkpoint brings (`auto_map`).
-        ignore_auto_map: leave such code out of account, as if the config did not name it.
+        trust_remote_code: allow Python code that the checkpoint brings (`auto_map`).
+        ignore_auto_map: ignore such code and use the class of transformers.
 
-    Reads headers alone. Raises `CheckpointError` for whatever does not hold together.
+    Raises:
+        CheckpointError: config, headers and edits are damaged or disagree.
     """
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
@@ -227,7 +230,7 @@ def open_checkpoint(
 def open_headers(
     reference: str | Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False, offline: bool = False
 ) -> tuple[Spec, dict[str, str]]:
-    """Spec and metadata alone, without torch; of a hub id by range requests, without downloading weights."""
+    """Spec and metadata, without torch. Headers of a hub id are read by range requests; no weights are downloaded."""
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         config, headers, same, notes = hub.read_headers(str(reference), offline=offline)
@@ -239,7 +242,7 @@ def open_headers(
 
 
 def _metadata(headers: Mapping[str, Header]) -> dict[str, str]:
-    """String metadata of all weight files, ours apart."""
+    """String metadata of all weight files, without the table of stored tensors."""
     return {k: v for header in headers.values() for k, v in header.metadata.items() if k != METADATA_KEY}
 
 
@@ -258,23 +261,23 @@ def _read_folder(folder: Path, trust_remote_code: bool, ignore_auto_map: bool) -
 
 
 def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_map: bool = False) -> dict[str, Any]:
-    """The config as a dictionary that names its model type and asks for no foreign code unless that is allowed."""
+    """The config, checked: it has a model type, a known format, and remote code only if that is allowed."""
     if not isinstance(config, dict):
         raise CheckpointError("is not a JSON object", where=where)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError("has no `model_type`", where=where, fix="a config.json written by transformers has one")
     if config.get("transformers_weights") not in (None, SINGLE_NAME):
         raise CheckpointError(
-            f"names its weight file, {config['transformers_weights']!r} (`transformers_weights`), which is not followed",
+            f"has `transformers_weights`: {config['transformers_weights']!r}, which is not supported",
             where=where,
             fix=f"rename that file to {SINGLE_NAME} and remove the key",
         )
     if config["model_type"] == COMPACT_TYPE:
         if not isinstance(config.get("base"), dict) or not isinstance(config["base"].get("model_type"), str):
-            raise CheckpointError("is a compact checkpoint's, but has no `base` config", where=where)
+            raise CheckpointError("has the model type of a compact checkpoint, but no `base` config", where=where)
         if config.get("format") != 1:
             raise CheckpointError(
-                f"has the compact format {config.get('format')!r}; this version reads 1",
+                f"has the compact format {config.get('format')!r}; this version reads format 1",
                 where=where,
                 fix="update compress",
             )
@@ -282,9 +285,9 @@ def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_m
         return without_code(config)
     elif config.get("auto_map") and not trust_remote_code:
         raise CheckpointError(
-            "asks for Python code of its own (`auto_map`)",
+            "needs Python code that the checkpoint brings (`auto_map`)",
             where=where,
-            fix="if you trust it, set trust_remote_code: true; for the class that transformers has, ignore_auto_map: true",
+            fix="if you trust it, set trust_remote_code: true; to use the class of transformers, set ignore_auto_map: true",
         )
     check_fields(config["base"] if config["model_type"] == COMPACT_TYPE else config, where)
     return config
@@ -293,15 +296,15 @@ def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_m
 def _spec(
     config: dict[str, Any], headers: Mapping[str, Header], where: str, same: SameBytes, notes: tuple[str, ...]
 ) -> tuple[Spec, dict[str, Header]]:
-    """The spec, and the headers with tensors named as it names them; ``notes`` are those so far.
+    """Spec of a checkpoint, and its headers with the spec's tensor names.
 
     Args:
-        same: whether two ranges of bytes, each a file and an offset, are equal.
+        same: compares two byte ranges, each given by file and offset. notes: notes so far.
     """
     compact = config["model_type"] == COMPACT_TYPE
     stock, chosen = tidy.without_choices(config["base"] if compact else config)
     if compact:
-        stock.pop("auto_map", None)  # such a checkpoint has the bundled file alone, which stands for a stock class
+        stock.pop("auto_map", None)  # compact checkpoints bring only the bundled file, which loads a stock class
     edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()
     structure, headers = Structure(stock, edits, compact=compact), tidy.with_new_names(headers, stock)
     tensors: dict[str, Tensor] = {}
@@ -324,10 +327,10 @@ def _spec(
             if key in left:
                 continue
             if name in tensors and name not in table:
-                raise CheckpointError(f"tensor {name} stands in two files", where=where)
+                raise CheckpointError(f"tensor {name} is in two files", where=where)
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
     if not tensors:
-        raise CheckpointError("holds no tensor", where=where)
+        raise CheckpointError("has no tensors", where=where)
     check_sizes(Spec(structure, tensors), where)
     places = {
         key: (file, header.data_start + entry.start, entry.end - entry.start)
@@ -345,7 +348,7 @@ def _spec(
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:
-    """Tensors that our metadata describe, checked against the arrays in the same file."""
+    """Tensors of the metadata's table, checked against the arrays in the same file."""
     if METADATA_KEY not in header.metadata:
         return {}
     try:
@@ -370,7 +373,7 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
             tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, quant_format=quant_format)
             for part in codecs.parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
-                    raise CheckpointError(f"array {part.key} is not what the metadata say", where=where)
+                    raise CheckpointError(f"array {part.key} does not match the metadata", where=where)
             result[name] = tensor
     except CheckpointError:
         raise
@@ -380,7 +383,7 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
 
 
 def with_aliases(spec: Spec, where: str) -> Spec:
-    """Add the tensors that the config ties to others and the file therefore leaves out."""
+    """Spec with aliases for the tensors that edits share or the config ties."""
     from compress import architectures
 
     spec = structure_edits.with_shared(spec, where)

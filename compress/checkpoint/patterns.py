@@ -1,9 +1,8 @@
-"""Names of modules against the patterns of a ``quantization_config``, without the freedom to hang.
+"""Matching of module names against the patterns of a ``quantization_config``, in bounded time. Imports no torch.
 
-A checkpoint is foreign input, and Python's ``re`` takes time that grows exponentially with what some patterns are matched
-against. Here a pattern becomes a small program, each of whose steps is tried once at each place of a name, and all matching
-of one checkpoint shares a limit of steps. Literals, classes, groups, alternatives, repeats, anchors and lookahead are known;
-anything else is refused. No torch here.
+A checkpoint is untrusted input, and for some patterns Python's ``re`` takes exponential time. Here a pattern is compiled to a
+small program. Each instruction runs at most once at each position of a name, and all matching of one checkpoint shares a limit
+of steps. Literals, classes, groups, alternatives, repeats, anchors and lookahead are supported; anything else is refused.
 """
 
 from __future__ import annotations
@@ -14,31 +13,31 @@ from typing import Any
 
 from compress.errors import CheckpointError
 
-#: Comparisons, and steps of programs, that the patterns of one checkpoint may take: some seconds.
+#: Cost limit for all patterns of one checkpoint: some seconds.
 _STEPS = 20_000_000
-#: What a step of a program counts, beside a comparison.
+#: Cost of one instruction; a comparison of names costs 1.
 _STEP = 5
-#: Characters of one pattern, and instructions of its program, which counted repeats multiply.
+#: Most characters of a pattern and instructions of its program, which counted repeats multiply.
 _LONGEST = 4_000
 _DEEPEST = 50
-#: An instruction: what it does (``char``, ``split``, ``jump``, ``assert``, ``ahead``, ``match``) and with what.
+#: Instructions: opcode (``char``, ``split``, ``jump``, ``assert``, ``ahead``, ``match``) and two operands.
 _Program = tuple[tuple[str, Any, Any], ...]
 
 
 class Matcher:
-    """Whether names are among what patterns say, as compressed-tensors decides it.
+    """Matches names as compressed-tensors does, within one cost limit.
 
-    ``re:…`` is a regular expression that what a name begins with must match; anything else the whole name.
+    ``re:…`` is a regular expression that the beginning of a name must match; any other pattern is a whole name.
     """
 
     def __init__(self, where: str) -> None:
         self._where, self._left = where, _STEPS
 
     def matches(self, pattern: str, name: str) -> bool:
-        """Whether one pattern means that name.
+        """Whether a pattern matches a name.
 
         Raises:
-            CheckpointError: a broken pattern, one of a kind that is not known here, or all of them together take too long.
+            CheckpointError: the pattern is broken or not supported, or the cost limit is reached.
         """
         self._count()
         if not pattern.startswith("re:"):
@@ -51,13 +50,13 @@ class Matcher:
         return self._run(program, 0, name, 0)
 
     def any(self, patterns: Iterable[str], name: str) -> bool:
-        """Whether any of the patterns means that name."""
+        """Whether any of the patterns matches the name."""
         return any(self.matches(pattern, name) for pattern in patterns)
 
     def _count(self, cost: int = 1) -> None:
         self._left -= cost
         if self._left < 0:
-            raise CheckpointError("has patterns of names that take too long to match", where=self._where)
+            raise CheckpointError("has patterns that take too long to match", where=self._where)
 
     def _run(self, program: _Program, start: int, name: str, place: int) -> bool:
         stack, seen = [(start, place)], set()
@@ -88,7 +87,7 @@ class Matcher:
 
 @lru_cache(4096)
 def _compiled(pattern: str) -> _Program | str:
-    """A program, or what is wrong with the pattern."""
+    """Program of a pattern, or an error text."""
     text = pattern.removeprefix("re:")
     if len(text) > _LONGEST:
         return "it is too long"
@@ -100,7 +99,7 @@ def _compiled(pattern: str) -> _Program | str:
 
 @lru_cache(4096)
 def _simple(pattern: str) -> Callable[[str], bool] | None:
-    """A test, of names in one line, for what tools write by the hundred: a literal, ``.*`` before it, ``$`` after it."""
+    """Fast test for the usual patterns: a literal, with or without ``.*`` before and ``$`` after it; None for others."""
     text = pattern.removeprefix("re:")
     anywhere = text.startswith(".*")
     body = text[2:] if anywhere else text.removeprefix("^")
@@ -126,7 +125,7 @@ def _simple(pattern: str) -> Callable[[str], bool] | None:
 
 
 class _Parser:
-    """A regular expression ▶ a program. Raises ValueError with what is wrong."""
+    """Compiles a regular expression to a program. Raises ValueError with an error text."""
 
     _CLASSES: dict[str, Callable[[str], bool]] = {  # noqa: RUF012
         "d": str.isdecimal,
@@ -138,7 +137,7 @@ class _Parser:
         self.text, self.at, self.depth = text, 0, 0
 
     def program(self) -> list[tuple[str, Any, Any]]:
-        """Instructions; jumps are absolute."""
+        """Instructions with absolute jumps."""
         found = self._alternatives()
         if self.at < len(self.text):
             raise ValueError("a bracket is closed that was not opened")
@@ -173,7 +172,7 @@ class _Parser:
         if sign not in ("*", "+", "?", "{") or not sign:
             return part
         least, most = self._counts()
-        self._take("?")  # lazy or not, the same names match
+        self._take("?")  # lazy repeats match the same names
         if self.at < len(self.text) and self.text[self.at] in "*+?{":
             raise ValueError("a repeat is repeated")
         if len(part) * max(least, most or 0) > _LONGEST:
@@ -191,7 +190,7 @@ class _Parser:
         return found
 
     def _counts(self) -> tuple[int, int | None]:
-        """Least and most of a repeat, None for no limit."""
+        """Least and most repeats; None for no limit."""
         sign = self.text[self.at]
         self.at += 1
         if sign != "{":
@@ -199,7 +198,7 @@ class _Parser:
         end = self.text.find("}", self.at)
         first, comma, last = self.text[self.at : end].partition(",") if end > 0 else ("", "", "")
         if not all(part.isascii() and (part.isdigit() or (comma and not part)) for part in (first, last or first)):
-            raise ValueError("a repeat in braces is no number or range")
+            raise ValueError("a repeat in braces is not a number or range")
         self.at = end + 1
         least = int(first or 0)
         most = int(last) if last else (None if comma else least)
@@ -233,7 +232,7 @@ class _Parser:
         if self._take("?"):
             kind = next((k for k in (":", "=", "!", "P<") if self.text.startswith(k, self.at)), None)
             if kind is None or self.text.startswith(("P=", "P>"), self.at):
-                raise ValueError("of groups with `(?` only `(?:`, `(?=`, `(?!` and `(?P<name>` are known here")
+                raise ValueError("of groups with `(?` only `(?:`, `(?=`, `(?!` and `(?P<name>` are supported")
             self.at += len(kind)
             if kind == "P<":
                 self.at = self.text.find(">", self.at) + 1 or len(self.text)
@@ -282,7 +281,7 @@ class _Parser:
             test, inverse = self._CLASSES[sign.lower()], sign.isupper()
             return lambda c: test(c) != inverse
         if sign.isalnum():
-            raise ValueError(f"the escape \\{sign} is not known here")
+            raise ValueError(f"the escape \\{sign} is not supported")
         return sign.__eq__
 
     def _escape_sign(self) -> str:
@@ -306,7 +305,7 @@ def _between(low: str, high: str, sign: str) -> bool:
 
 
 def _placed(part: list[tuple[str, Any, Any]], offset: int) -> list[tuple[str, Any, Any]]:
-    """The part with its jumps moved so that it stands that many instructions later."""
+    """Instructions of a part that is moved by ``offset``, with its jumps adjusted."""
     moved = []
     for kind, first, second in part:
         if kind == "split":

@@ -1,6 +1,6 @@
-"""``quantization_config`` of compressed-tensors checkpoints: written from a spec's grids.
+"""The ``quantization_config`` of compressed-tensors checkpoints, rendered from a spec. Imports no torch.
 
-Format: https://github.com/vllm-project/compressed-tensors. No torch here.
+Format: https://github.com/vllm-project/compressed-tensors.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from compress.spec.formats import ACTIVATIONS, QuantFormat
 from compress.spec.spec import Spec
 
 KEY = "quantization_config"
-#: Its ``quant_method``.
+#: Value of its ``quant_method``.
 METHOD = "compressed-tensors"
 _EIGHT = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None}
-#: Formats of cached keys and values ▶ scheme. vLLM takes these 8 bits alone (compressed_tensors.py, validate_kv_cache_scheme).
-#: Dynamic: without scales in the file; vLLM takes 1, SGLang does not quantise.
+#: Format of the KV cache ▶ scheme. vLLM accepts only these 8 bits (compressed_tensors.py, validate_kv_cache_scheme). Dynamic
+#: means no scales in the file: vLLM then uses 1, and SGLang does not quantise.
 _CACHES: Mapping[str, dict[str, Any]] = {
     "fp8": {**_EIGHT, "strategy": "tensor", "dynamic": True},
     "fp8-tensor": {**_EIGHT, "strategy": "tensor", "dynamic": False},
@@ -29,10 +29,10 @@ _CACHES: Mapping[str, dict[str, Any]] = {
 
 
 def render(spec: Spec) -> dict[str, Any] | None:
-    """The config for the grids of a spec as stored; None where nothing is coded.
+    """Config for the number formats of a spec as stored; None if nothing is quantised.
 
-    One group of equal codes targets all linear layers but those it ignores; several name their modules. What is dense is
-    always listed: some servers refuse a linear layer that no list names.
+    A single group targets all linear layers that are not ignored; several groups name their modules. Dense layers are always
+    listed, because some servers refuse a linear layer that is in no list.
     """
     by_grid: dict[QuantFormat, list[str]] = {}
     for tensor in spec.stored():
@@ -83,9 +83,9 @@ def _activations(quant_format: QuantFormat) -> dict[str, Any] | None:
 
 
 def in_memory(spec: Spec, module: str) -> str:
-    """The name that transformers gives a module, called so in the file, when it loads it.
+    """Name of a module in transformers, given its name in files.
 
-    Stock loaders match the names in a `quantization_config` against these.
+    Stock loaders match the names in a `quantization_config` against names in memory.
     """
     config = spec.structure.config
     return (
@@ -94,9 +94,9 @@ def in_memory(spec: Spec, module: str) -> str:
 
 
 def _ignored(spec: Spec) -> list[str]:
-    """Modules with matrices that are no codes, the head, which tied files leave out, and a pooler that the file lacks.
+    """Modules to ignore: those with plain matrices, the head, which tied files leave out, and a pooler that the file lacks.
 
-    By their names in memory; then, for servers whose modules are called as in files, those in files that differ.
+    First their names in memory, then the names in files that differ, for servers that use these.
     """
     modules = [
         t.module for t in spec.stored() if t.quant_format is None and len(t.shape) == 2 and t.name.endswith(".weight")
@@ -111,14 +111,14 @@ def _ignored(spec: Spec) -> list[str]:
 
 
 def strip(spec: Spec) -> Spec:
-    """The spec whose config says nothing of quantisation: the tensors say it, and the structure how keys are cached."""
+    """Spec without the ``quantization_config``; tensors have its formats, and the structure its KV cache."""
     config = dict(spec.structure.config)
     cached = cache_of(config.pop(KEY, None))
     return replace(spec, structure=replace(spec.structure, config=config, kv_cache=cached))
 
 
 def cache_of(said: Any) -> str | None:
-    """The format of cached keys and values that a quantization config says; None for none, or one not known here."""
+    """KV-cache format of a quantization config; None for none and for an unknown one."""
     scheme = said.get("kv_cache_scheme") if isinstance(said, dict) else None
     if not isinstance(scheme, dict):
         return None

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of runtimes: packages, and what is rounded on the way: inputs, keys and values. No torch here."""
+"""Requirements of a checkpoint on runtimes: packages, and rounding of inputs, keys and values. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import Spec
 
-#: Installs what transformers loads codes by, of the version that it asks for.
+#: Command that installs the package by which transformers loads codes, in the version that it requires.
 INSTALL = 'pip install "compressed-tensors>=0.15"'
 
 
 def input_formats(spec: Spec) -> dict[str, str]:
-    """Module with codes ▶ the format that its inputs are cast to, of `quant_formats.ACTIVATIONS`.
+    """Quantised module ▶ format of `ACTIVATIONS` that its inputs are rounded to.
 
-    None of a compact checkpoint: its modelling file makes floats of the codes and rounds nothing.
+    Empty for a compact checkpoint: its loader decodes codes to floats and rounds no inputs.
     """
     if spec.structure.compact:
         return {}
@@ -24,24 +24,24 @@ def input_formats(spec: Spec) -> dict[str, str]:
 
 
 def loading_notes(spec: Spec) -> list[str]:
-    """What loading the checkpoint by stock transformers asks for beside torch and transformers."""
-    if spec.structure.compact:  # the bundled file decodes all
+    """Notes on what stock transformers needs to load the checkpoint, beside torch."""
+    if spec.structure.compact:  # the bundled file decodes everything
         return []
     formats = {t.quant_format.format for t in spec.stored() if t.quant_format is not None}
     notes = []
     if formats:
-        notes.append(f"transformers loads its codes by a package of their own: {INSTALL}")
+        notes.append(f"transformers needs a package to load its codes: {INSTALL}")
     if narrow := sorted(formats & set(FIXED_GROUPS)):
         notes.append(f'transformers computes with {" and ".join(narrow)} in bfloat16 alone: load it with dtype="auto"')
     return notes
 
 
 def cache_format(spec: Spec) -> str | None:
-    """The format of cached keys and values; None for that of the computation."""
+    """Format of the KV cache; None for the dtype of the computation."""
     return None if spec.structure.compact else spec.structure.kv_cache
 
 
-#: Formats of caches ▶ what figures say of them.
+#: KV-cache format ▶ its name in reports.
 _CACHES = {
     "fp8": "fp8 (scale 1)",
     "fp8-tensor": "fp8 (static scales, one per layer)",
@@ -50,9 +50,12 @@ _CACHES = {
 
 
 def emulated(spec: Spec, *, kv_cache: bool) -> dict[str, Any] | None:
-    """What an evaluation rounds as runtimes do, JSON values: ``activations`` (format ▶ number of layers), ``kv_cache``.
+    """Rounding that an evaluation emulates, as JSON values: ``activations`` (format ▶ number of layers) and ``kv_cache``.
 
-    None where there is nothing. ``kv_cache``: whether the evaluation rounds keys and values.
+    None if nothing is rounded.
+
+    Args:
+        kv_cache: whether the evaluation rounds keys and values.
     """
     inputs = dict(sorted(Counter(input_formats(spec).values()).items()))
     cache = cache_format(spec) if kv_cache else None

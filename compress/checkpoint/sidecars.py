@@ -1,4 +1,4 @@
-"""Files that travel with the weights: tokenizer, chat template, generation config, licence, custom code …"""
+"""Files that are copied along with the weights: tokenizer, chat template, generation config, licence, custom code …"""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from compress.errors import CheckpointError
 
-#: Written anew by every pass, so not carried over.
+#: Files that every pass writes anew, so they are not copied.
 WRITTEN = frozenset({"config.json", "README.md", "compress.json", "modeling_compress.py"})
-#: Weights in this or other formats, which would be stale beside the new ones.
+#: Suffixes of weights in this or other formats, which would be stale beside the new ones.
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite", ".npz",
     ".safetensors.index.json", ".bin.index.json", ".onnx_data",
@@ -19,7 +19,7 @@ _FOLDERS_LEFT = frozenset({".git", ".cache", "__pycache__", "onnx", "openvino", 
 
 
 def find_sidecars(folder: Path) -> tuple[str, ...]:
-    """Relative paths of all files to carry over, sorted. Links that lead out of the folder are refused."""
+    """Sorted relative paths of all files to copy. Raises `CheckpointError` for links that lead out of the folder."""
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in _FOLDERS_LEFT)
@@ -27,27 +27,27 @@ def find_sidecars(folder: Path) -> tuple[str, ...]:
             relative = (Path(root) / file).relative_to(folder)
             if file.endswith(_WEIGHTS) or file == ".gitattributes":
                 continue
-            safe_file(folder, str(relative))  # also of files that are not carried over: some are read
+            safe_file(folder, str(relative))  # also for files that are not copied: some are read
             if str(relative) not in WRITTEN:
                 found.append(str(relative))
     return tuple(sorted(found))
 
 
 def safe_file(folder: Path, name: str) -> Path:
-    """The path of a file of the checkpoint, which must lie inside it.
+    """Path of a file of the checkpoint, which must be inside the folder. Raises `CheckpointError`.
 
-    Symbolic links may lead elsewhere within the folder, or into the ``blobs`` of a hub cache; others are refused, since a
-    downloaded checkpoint could otherwise read, and have published, any file of the machine.
+    A symbolic link may lead elsewhere within the folder, or into the ``blobs`` of a hub cache. Others are refused: a downloaded
+    checkpoint could otherwise have any file of the machine copied and published.
     """
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute() or "\\" in name or "\0" in name:
-        raise CheckpointError(f"names the file {name!r}, which lies outside it", where=str(folder))
+        raise CheckpointError(f"names the file {name!r}, which is outside the folder", where=str(folder))
     path = folder / name
     try:
         target, home = path.resolve(strict=path.is_symlink()), folder.resolve()
     except PermissionError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (OSError, RuntimeError, ValueError):  # the last of a name that no file can have
+    except (OSError, RuntimeError, ValueError):  # ValueError: no file can have that name
         raise CheckpointError("is a broken symbolic link", where=str(path)) from None
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
     if not target.is_relative_to(home) and not (blobs and target.is_relative_to(blobs)):
@@ -62,7 +62,7 @@ def safe_file(folder: Path, name: str) -> Path:
 
 
 def copy_sidecars(source: Path, names: tuple[str, ...], target: Path) -> None:
-    """Copy contents (not links), keeping subfolders."""
+    """Copy files, following links and keeping subfolders."""
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(safe_file(source, name), target / name)

@@ -1,6 +1,6 @@
-"""What files hold beside the model is left out on opening: leftovers, copies of tied tensors, choices of one machine. No torch.
+"""Removes what is not part of the model on opening: leftover tensors, copies of tied tensors, settings of one machine.
 
-What belongs to a family stands in its record (`architectures`).
+Records of families (`architectures`) say what is a leftover. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from compress.checkpoint.layout import METADATA_KEY
 from compress.errors import CheckpointError
 from compress.spec.spec import Spec
 
-#: Whether two tensors of the files hold the same bytes.
+#: Function of two tensor names: whether the files hold the same bytes for both.
 Same = Callable[[str, str], bool]
-#: Keys of a config that choose code to compute with, here and in the configs within: kernels that may not be there, or are
-#: fetched. They belong to a machine, not to the model.
+#: Keys, in a config or in nested ones, that choose kernels. These may be missing elsewhere, or are downloaded; they belong to a
+#: machine, not to the model.
 _CHOICES = frozenset(
     {
         "_attn_implementation",
@@ -38,7 +38,7 @@ _SHOWN = 3
 
 
 def without_choices(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config without what a machine chooses, and a note for each choice; the names of its weight files are not its own."""
+    """Config without machine-specific keys and without the name of its weight file, and a note for each choice removed."""
     notes: dict[str, None] = {}
 
     def clean(value: Any) -> Any:
@@ -48,7 +48,7 @@ def without_choices(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
             return value
         for key in value.keys() & _CHOICES:
             if value[key]:
-                notes[f"`{key}` of config.json is left out: it chooses code to compute with, not a model"] = None
+                notes[f"`{key}` of config.json is left out: it chooses kernels and is not part of the model"] = None
         return {key: clean(item) for key, item in value.items() if key not in _CHOICES}
 
     result = clean({key: value for key, value in config.items() if key != "transformers_weights"})
@@ -56,7 +56,7 @@ def without_choices(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
 
 
 def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[str, Header]:
-    """The headers with tensors named as transformers names them now, where the family's record says how older files did."""
+    """Headers with today's tensor names, for families whose record knows the names in older files."""
     if not architectures.known(config):
         return dict(headers)
     record, names = architectures.of(config), {name for header in headers.values() for name in header.entries}
@@ -74,7 +74,7 @@ def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> 
 
 
 def without_leftovers(spec: Spec) -> Spec:
-    """The spec without the tensors that its class does not read, as far as the record of the family knows them, and a note."""
+    """Spec without the leftover tensors that the family's record knows, and with a note on them."""
     config, class_name = spec.structure.config, spec.structure.class_name
     if not architectures.known(config):
         return spec
@@ -91,13 +91,13 @@ def without_leftovers(spec: Spec) -> Spec:
 
 
 def without_copies(spec: Spec, same: Same, where: str) -> Spec:
-    """The spec without second copies of what its class holds once: those that the config ties, and the embedding's.
+    """Spec without second copies of tensors that the class has once, such as tied embeddings.
 
-    A head whose values differ from those of the embedding that the config ties it to is kept beside it, as stock transformers
-    keeps it, and the config says so from then on.
+    If a head differs from the embedding that the config ties it to, both are kept, as stock transformers keeps them, and
+    ``tie_word_embeddings`` becomes false.
 
     Raises:
-        CheckpointError: copies differ, and the family has no config that would keep both.
+        CheckpointError: copies differ, and the family has no config that keeps both.
     """
     if not architectures.known(spec.structure.config):
         return spec
@@ -130,14 +130,14 @@ def without_copies(spec: Spec, same: Same, where: str) -> Spec:
         pairs = []
     for name, source in pairs:
         if alike(name, source):
-            del tensors[name]  # the record names it as an alias
+            del tensors[name]  # the record adds it as an alias
             notes.append(f"{name} is stored once: it is {source}, to which the config ties it")
     return replace(spec, structure=structure, tensors=tensors, notes=tuple(notes))
 
 
 def _apart(name: str, source: str, where: str) -> CheckpointError:
     return CheckpointError(
-        f"ties {name} to {source} by its config, but holds other values for each",
+        f"ties {name} to {source} in its config, but has different values for each",
         where=where,
-        fix="remove the one that is not meant from the weight files",
+        fix="remove the one that you do not mean from the weight files",
     )

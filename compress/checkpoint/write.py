@@ -1,4 +1,4 @@
-"""Writing a checkpoint: streamed, verified, and visible only when whole."""
+"""Writing checkpoints: streamed, verified, and visible only when complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
 if TYPE_CHECKING:
     import torch
 
-#: Bytes of data per shard unless the recipe says otherwise; the hub's usual size.
+#: Default bytes of data per shard; the hub's usual size.
 DEFAULT_MAX_SHARD = 5 * 10**9
 _CHUNK = 1 << 24
 A = TypeVar("A")
@@ -36,7 +36,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: the spec with its storage, weight-file bytes, a hash of all logical contents, and times."""
+    """Result of writing: spec with storage, bytes of the weight files, hash of all logical contents, seconds."""
 
     folder: Path
     spec: Spec
@@ -49,7 +49,7 @@ class Written:
 def stored_form(
     spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None
 ) -> tuple[Spec, Layout]:
-    """The spec with storage chosen and laid out exactly as `write_checkpoint` will write it."""
+    """Spec with its storage, and the layout of the files, exactly as `write_checkpoint` writes them."""
     spec = codecs.with_storage(spec, store)
     return spec, lay_out(spec, max_shard, metadata)
 
@@ -63,14 +63,15 @@ def write_checkpoint(
     extra_files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> Written:
-    """Write ``checkpoint`` to ``folder``, which must not exist; it appears by a rename, complete and verified, or not at all.
+    """Write ``checkpoint`` to ``folder``, which must not exist. The folder appears by a rename, complete and verified.
 
     Tensors are encoded and written one at a time, while the next one is read. Then every tensor is decoded from the written
-    files and compared, by SHA-256 of its values or codes, with what was handed to the writer.
+    files, and the SHA-256 of its values or codes is compared with that of the input.
 
     Raises:
-        OutputError: ``folder`` exists or its parent cannot be written. ResourceError: the disk is full.
-        CheckpointError: a tensor holds NaN, or the written file does not read back.
+        OutputError: ``folder`` exists, or its parent cannot be written.
+        ResourceError: the disk is full.
+        CheckpointError: a tensor has NaN, or a tensor does not read back as written.
     """
     progress = progress or SilentProgress()
     if folder.exists():
@@ -104,7 +105,7 @@ def write_checkpoint(
 
 def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[str, str], task: Any) -> None:
     with path.open("wb", buffering=0) as file:
-        # reserving the space first makes a full disk an error before the work, not after it
+        # reserve the space first, so a full disk fails before the work
         os.posix_fallocate(file.fileno(), 0, shard.bytes)
         _pwrite(file.fileno(), shard.header, 0)
 
@@ -127,7 +128,7 @@ def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[
 
 
 def ahead(work: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
-    """Results of ``work`` in order; up to ``threads`` of the next ones are computed while the caller uses one."""
+    """Results of ``work`` in order. Up to ``threads`` further ones are computed while the caller uses one."""
     pool = ThreadPoolExecutor(threads)
     queue: deque[Future[B]] = deque()
     try:
@@ -142,7 +143,7 @@ def ahead(work: Callable[[A], B], items: Iterable[A], threads: int) -> Generator
 
 
 def _check_value(tensor: Tensor, value: Value) -> None:
-    """The value is what the plan promised, and holds no NaN."""
+    """Check that the value has the planned shape and dtype, and no NaN."""
     import torch
 
     assert (value.mask is None) == (tensor.kept is None), tensor
@@ -152,17 +153,17 @@ def _check_value(tensor: Tensor, value: Value) -> None:
             tensor,
             value.codes.codes.shape,
         )
-        data = value.codes.scale.float()  # a weight that is no number leaves its group a scale that is none
+        data = value.codes.scale.float()  # a NaN weight makes the scale of its group NaN
     else:
         data = value.data
         assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
         assert data.dtype == torch_dtype(tensor.dtype), (tensor, data.dtype)
     if not tensor.count or tensor.dtype not in FLOAT_DTYPES:
         return
-    # the extremes are NaN where any value is: one fast pass in the common case
+    # the minimum is NaN if any value is: one fast pass in the common case
     if torch.isnan(torch.aminmax(data).min) and (count := int(torch.isnan(data).sum())):
         raise CheckpointError(
-            f"tensor {tensor.name} holds {count} NaN values",
+            f"tensor {tensor.name} has {count} NaN values",
             fix="the checkpoint is damaged or its training diverged",
         )
 
@@ -182,7 +183,7 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _digest(value: Value) -> str:
-    """SHA-256 of the values in canonical form, or of the codes that they come from, and of the keep-mask where there is one."""
+    """SHA-256 of the values in canonical form, or of their codes, and of the keep-mask if there is one."""
     found = value.codes
     parts = (
         [value.data] if found is None else [found.codes, found.scale, found.zero, found.overall, *found.given.values()]
@@ -207,7 +208,7 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
 
 
 def render_config(spec: Spec) -> bytes:
-    """``config.json``: the stock one, or the compact one that wraps it."""
+    """``config.json``: the stock config, or the compact one that wraps it."""
     config = dict(spec.structure.config)
     if codecs.needs_code(spec):
         config = {

@@ -206,22 +206,22 @@ def test_damage_is_refused_in_one_line(tmp_path):
 
     quant_format = QuantFormat("codebook3").to_json()
     cases = [
-        ("plain", cut("codes"), f"array {name}.codes is not what the metadata say"),
-        ("plain", cut("codebook"), f"array {name}.codebook is not what the metadata say"),
+        ("plain", cut("codes"), f"array {name}.codes does not match the metadata"),
+        ("plain", cut("codebook"), f"array {name}.codebook does not match the metadata"),
         ("plain", lose("codebook"), f"damaged table of stored tensors: KeyError\\('{name}.codebook'"),
         ("plain", lose("codes"), f"damaged table of stored tensors: KeyError\\('{name}.codes'"),
         ("plain", say(kept=7), "damaged table of stored tensors"),
-        ("plain", say(quant_format={**quant_format, "format": "int3"}), "damaged table of stored tensors"),
+        ("plain", say(grid={**quant_format, "format": "int3"}), "damaged table of stored tensors"),
         (
             "plain",
-            say(quant_format={**quant_format, "format": "codebook9", "bits": 9}),
+            say(grid={**quant_format, "format": "codebook9", "bits": 9}),
             "damaged table of stored tensors",
         ),
-        ("plain", say(quant_format={**quant_format, "transposed": True}), "damaged table of stored tensors"),
+        ("plain", say(grid={**quant_format, "transposed": True}), "damaged table of stored tensors"),
         ("plain", say(storage=["pack-quantized"]), "damaged table of stored tensors"),
         ("masked", say(storage=["codebook"]), "damaged table of stored tensors"),
         ("masked", lose("keep"), f"damaged table of stored tensors: KeyError\\('{name}.keep'"),
-        ("masked", cut("codes"), f"array {name}.codes is not what the metadata say"),
+        ("masked", cut("codes"), f"array {name}.codes does not match the metadata"),
         ("masked", lambda arrays, table: arrays[f"{name}.keep"].fill_(255), r"the keep-mask keeps 2048 weights"),
     ]
     for kind, change, message in cases:

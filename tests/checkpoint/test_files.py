@@ -72,7 +72,7 @@ def test_two_models_in_one_folder_are_refused_by_both_names(both, name, values):
             use(both)
         assert str(caught.value) == (
             f"{both}: holds two models: {SINGLE}, and other weights in the shards of {INDEX} ({name} differs); "
-            "remove the one that is not meant"
+            "remove the one that you do not mean"
         )
 
 
@@ -104,5 +104,7 @@ def test_a_stale_index_does_no_harm(both, left, tmp_path):
 def test_a_config_that_names_another_weight_file_is_refused(both):
     config = json.loads((both / "config.json").read_text())
     (both / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"names its weight file, 'other.safetensors' \(`transformers_weights`\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has `transformers_weights`: 'other.safetensors', which is not supported"
+    ):
         open_headers(both)

@@ -150,7 +150,7 @@ def test_a_run_downloads_once_and_then_needs_no_network(hub, call, tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("org/gone", (), "org/gone: is neither a folder here nor a repository that the hub shows you"),
+        ("org/gone", (), "org/gone: is neither a folder here nor a hub repository that you can read"),
         ("org/tiny", ("--offline",), "org/tiny: is not in the local cache"),
     ],
 )

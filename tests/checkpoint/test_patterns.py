@@ -62,7 +62,7 @@ def test_patterns_of_tools(pattern, names, others):
         ("re:(?=(a|aa)*c)(.*a.*a.*)*$", "has scales for a{40}!, which no group"),
         ("re:(a", r"a pattern that cannot be used, 're:\(a': a bracket is not closed"),
         ("re:a**", "a repeat is repeated"),
-        (r"re:(a)\1", r"the escape \\1 is not known here"),
+        (r"re:(a)\1", r"the escape \\1 is not supported"),
         ("re:(?<=a)b", "of groups with"),
         ("re:((a{200}){200}){200}", "it is too long"),
         ("re:" + "(" * 100 + ")" * 100, "its brackets are nested too deeply"),
@@ -95,7 +95,7 @@ def test_all_patterns_of_a_checkpoint_share_a_limit(monkeypatch):
     monkeypatch.setattr(patterns, "_STEPS", patterns._STEPS // 20)
     start, matcher = time.perf_counter(), Matcher("here")
     many = (f"re:(x|{number})*(.*a.*b.*)*$" for number in range(10**9))
-    with pytest.raises(CheckpointError, match="here: has patterns of names that take too long to match"):
+    with pytest.raises(CheckpointError, match="here: has patterns that take too long to match"):
         sum(matcher.matches(pattern, "ab" * 500) for pattern in many)
     with pytest.raises(CheckpointError, match="take too long to match"):
         Matcher("here").any(itertools.repeat("plain"), "name")

@@ -113,7 +113,9 @@ def test_every_kind_of_pass_uses_the_code(foreign, record, texts, tmp_path, stoc
 
 def test_the_code_is_refused_unless_it_is_trusted(foreign):
     for use in (open_headers, open_checkpoint, compress.load):
-        with pytest.raises(CheckpointError, match=r"asks for Python code of its own .* set trust_remote_code: true"):
+        with pytest.raises(
+            CheckpointError, match=r"needs Python code that the checkpoint brings .* set trust_remote_code: true"
+        ):
             use(foreign)
     once = pico.logits(load_model(foreign, trust_remote_code=True))
     assert torch.isfinite(once).all()
@@ -153,15 +155,15 @@ def test_a_compact_checkpoint_cannot_stand_for_code(tmp_path, texts):
     [
         (
             {**MAP, "AutoModelForCausalLM": "modeling_gone.MyModel"},
-            r"names modeling_gone.MyModel \(`auto_map`\), which cannot be taken from the folder",
+            r"names modeling_gone.MyModel \(`auto_map`\), which cannot be loaded from the folder",
         ),
         (
             {**MAP, "AutoModelForCausalLM": "other/repo--modeling_my.MyModel"},
-            r"asks for code of another repository .*other/repo--modeling_my.MyModel.* download other/repo first",
+            r"needs code of another repository .*other/repo--modeling_my.MyModel.* download other/repo first",
         ),
-        ({**MAP, "AutoModelForCausalLM": "configuration_my.MyConfig"}, "which is no class of models"),
+        ({**MAP, "AutoModelForCausalLM": "configuration_my.MyConfig"}, "which is not a model class"),
         ({**MAP, "AutoConfig": "modeling_my.nothing"}, r"names modeling_my.nothing \(`auto_map`\)"),
-        ({**MAP, "AutoModelForCausalLM": ["modeling_my.MyModel"]}, "has an `auto_map` that is no map"),
+        ({**MAP, "AutoModelForCausalLM": ["modeling_my.MyModel"]}, "has an `auto_map` that does not map"),
     ],
 )
 def test_code_that_is_not_there(auto_map, message, tmp_path):
@@ -225,7 +227,8 @@ def test_kernels_that_a_config_chooses_are_left_out(tmp_path, stock_outputs):
     assert not spec.structure.config.keys() & CHOICES.keys()
     assert spec.structure.config["extra"] == {"kept": 1}
     assert (
-        "`attn_implementation` of config.json is left out: it chooses code to compute with, not a model" in spec.notes
+        "`attn_implementation` of config.json is left out: it chooses kernels and is not part of the model"
+        in spec.notes
     )
     assert torch.equal(pico.logits(compress.load(folder)), expected)
     out = compress.apply("cast", folder, tmp_path / "out", weights="fp16")
@@ -258,7 +261,7 @@ def test_quantised_checkpoints_that_name_code_are_unpacked(tmp_path):
     coded = compress.apply("cast", pico.save(tmp_path / "in"), tmp_path / "coded", weights="int8", method="rtn")
     expected = pico.logits(compress.load(coded, dtype="float32"))
     edit_config(coded, auto_map=MAP)
-    with pytest.raises(CheckpointError, match="asks for Python code of its own"):
+    with pytest.raises(CheckpointError, match="needs Python code that the checkpoint brings"):
         compress.unpack(coded, tmp_path / "refused")
     for name, how in {"trusted": {"trust_remote_code": True}, "ignored": {"ignore_auto_map": True}}.items():
         out = compress.unpack(coded, tmp_path / name, **how)

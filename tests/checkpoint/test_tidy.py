@@ -227,9 +227,7 @@ def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path, stock_outputs):
 def test_copies_that_differ_are_refused_where_no_config_keeps_both(family, name, source, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     rewrite(folder, lambda s: {**s, name: s[source] + 0.5})
-    with pytest.raises(
-        CheckpointError, match=f"ties {re.escape(name)} to {re.escape(source)} by its config, but holds"
-    ):
+    with pytest.raises(CheckpointError, match=f"ties {re.escape(name)} to {re.escape(source)} in its config, but has"):
         open_headers(folder)
 
 

@@ -34,4 +34,4 @@ def test_packages_that_loading_needs(settings, store, narrow, tmp_path, cli):
     said = [card, " ".join(printed.split()), *([" ".join(report["notes"])])]
     assert [INSTALL in text for text in said] == [narrow is not None] * 3
     assert ['load it with dtype="auto"' in text for text in said] == [narrow is not None] * 3
-    assert INSTALL not in card or f"Transformers loads its codes by a package of their own: {INSTALL}." in card
+    assert INSTALL not in card or f"Transformers needs a package to load its codes: {INSTALL}." in card

@@ -449,7 +449,7 @@ def test_bad_input(folders, data, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(folders["llama"], bare)
     (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match=r"holds weights quantised by 'gptq', which this version cannot read"):
+    with pytest.raises(CheckpointError, match=r"has weights quantised by 'gptq', which this version cannot read"):
         open_checkpoint(bare)
 
 
