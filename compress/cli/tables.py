@@ -319,10 +319,12 @@ def print_pass(data: Mapping[str, Any]) -> None:
     console = _console()
     _line(console, data["name"], "bold")
     _line(console, f"{data['summary']} {data['details']}".strip())
+    for line in data["sample"].splitlines():
+        _line(console, f"    {line}", whole=True)
     needs = ", ".join(f"data.{n}" for n in data["needs"]) or "no data"
     _line(
         console,
-        f"works {data['mode']}-wise, reads {needs}, preserves {', '.join(data['preserves']) or 'nothing'}",
+        f"mode: {data['mode']}, reads {needs}, preserves {', '.join(data['preserves']) or 'nothing'}",
         "dim",
     )
     if data["source"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any, get_args
 
@@ -18,12 +19,14 @@ def describe_all() -> dict[str, Any]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One pass: what it does, where that comes from, and each setting with type, default and description."""
+    """One pass: what it does, a sample recipe, sources, and each setting with type, default and description."""
     instance = passes.get(name)
+    details, sample = _docstring(type(instance))
     return {
         "name": name,
         "summary": instance.summary,
-        "details": " ".join((type(instance).__doc__ or "").split()),
+        "details": details,
+        "sample": sample,
         "mode": instance.mode,
         "needs": sorted(instance.needs),
         "accepts": sorted(instance.accepts),
@@ -32,6 +35,12 @@ def describe(name: str) -> dict[str, Any]:
         "source": instance.source,
         "settings": _with_sections(describe_settings(instance.settings), instance.settings),
     }
+
+
+def _docstring(pass_class: type) -> tuple[str, str]:
+    """Return the prose of a pass's docstring on one line, and the sample recipe after ``Sample recipe::``, or ""."""
+    prose, _, sample = inspect.cleandoc(pass_class.__doc__ or "").partition("Sample recipe::")
+    return " ".join(prose.split()), inspect.cleandoc(sample)
 
 
 def _with_sections(rows: list[dict[str, Any]], model: type[BaseModel]) -> list[dict[str, Any]]:

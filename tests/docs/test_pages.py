@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from compress import passes
+from compress.passes.describe import describe
 from compress.recipe import recipe_from_mapping
 from tools.docs import check
 
@@ -19,21 +21,28 @@ DATA = {name: {"files": [f"{name}.txt"]} for name in ("training", "calibration",
 
 
 def recipes() -> list[object]:
-    """Every YAML block with passes, completed to a recipe, except for the example of a pass outside this package."""
+    """Every YAML block with passes, completed to a recipe."""
     blocks_with_passes = []
     for page in check.tracked():
         blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         for number, block in enumerate(block for block in blocks if re.search(r"^passes:", block, re.MULTILINE)):
-            if page.name != "pass.md":
-                recipe = YAML(typ="safe").load(block)
-                recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
-                blocks_with_passes.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
+            recipe = YAML(typ="safe").load(block)
+            recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
+            blocks_with_passes.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
     return blocks_with_passes
 
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe_on_a_page_is_valid(recipe: dict[str, Any]) -> None:
     assert recipe_from_mapping(recipe, check_files=False).passes
+
+
+@pytest.mark.parametrize("name", passes.TABLE)
+def test_docstring_of_a_pass_has_a_sample_recipe_of_it(name: str) -> None:
+    described = describe(name)
+
+    assert f"- {name}:" in described["sample"]
+    assert "Sample" not in described["details"]
 
 
 def page(folder: Path, text: str) -> list[str]:

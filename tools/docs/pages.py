@@ -102,7 +102,8 @@ def pass_page(entry: dict[str, Any]) -> str:
     """Return the page of a pass with its generated parts renewed; the prose around them stays."""
     path = DOCS / "passes" / f"{entry['name']}.md"
     text = path.read_text(encoding="utf-8") if path.exists() else NEW_PASS.format(name=entry["name"])
-    text = put(text, "summary", [f"{entry['summary']} {entry['details']}"])
+    sample = ["", "```yaml", *entry["sample"].splitlines(), "```"] if entry["sample"] else []
+    text = put(text, "summary", [f"{entry['summary']} {entry['details']}", *sample])
     needs = ", ".join(f"`data.{n}`" for n in entry["needs"]) or "no data"
     return put(
         text,

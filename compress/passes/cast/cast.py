@@ -35,10 +35,16 @@ FINE = 6
 
 
 class Cast(Pass[CastSettings]):
-    """Floats of other widths become the format asked; integers and buffers of other kinds stay.
+    """Other floats become the chosen format; integers, and buffers of other kinds, stay.
 
-    Removed weights stay zero. What compressed-tensors can express is stored so, and loads in stock transformers; with a
-    keep-mask that saves bytes, or in modules that it does not know, the compact store holds the codes.
+    Removed weights stay zero. Codes are stored as compressed-tensors where it can express them, and load in stock
+    transformers. The compact store holds the codes instead if a mask saves bytes there, or if compressed-tensors does not
+    know the module.
+
+    Sample recipe::
+
+        passes:
+          - cast: {weights: int4}
     """
 
     name: ClassVar[str] = "cast"

@@ -29,10 +29,18 @@ _STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
 
 
 class Distill(Pass[DistillSettings]):
-    """Trains the checkpoint, or a smaller student cut from it, under the original or other teachers.
+    """Trains the checkpoint, or a smaller student cut from it, on the predictions of the original or of other teachers.
 
-    Keep-masks stay as they are, shared tensors train once and stay shared. The weights that are best on held-out samples are
-    kept. Under torchrun student and teachers are sharded (FSDP2). A killed run goes on from its last state.
+    Masks stay as they are; shared tensors train once and stay shared. The weights with the lowest held-out loss are kept.
+    Under torchrun student and teachers are sharded (FSDP2). A killed run continues from its last state.
+
+    Sample recipe::
+
+        data:
+          training: {files: [train.txt], length: 256}
+        passes:
+          - prune_structured: {layers: 2, mlp: 25%}
+          - distill: {tokens: 2000000}
     """
 
     name: ClassVar[str] = "distill"

@@ -64,10 +64,16 @@ class FactorizeSettings(PassSettings):
 
 
 class Factorize(Pass[FactorizeSettings]):
-    """Weight matrices of blocks become products of two, with the least error of their outputs on calibration data.
+    """Weight matrices of blocks become products of two, with the smallest error of their outputs on calibration data.
 
-    The factors are linear layers of their own, which later passes prune, cast and train. Matrices whose factors would not be
-    smaller stay. Structured pruning with repair loses less at nearly equal bytes, see the benchmarks.
+    The factors are linear layers, which later passes prune, cast and train. A matrix whose factors would not be smaller
+    stays. Structured pruning with repair loses less at nearly equal bytes (docs/benchmarks.md).
+
+    Sample recipe::
+
+        store: compact
+        passes:
+          - factorize: {keep_parameters: 60%}
     """
 
     name: ClassVar[str] = "factorize"

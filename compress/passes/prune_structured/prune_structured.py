@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 
 class PruneStructured(Pass[PruneStructuredSettings]):
-    """Blocks, experts, hidden channels, heads and neurons go, in that order; the config and its per-layer lists follow.
+    """Blocks, experts, hidden channels, heads and neurons are removed, in that order; the config follows.
 
-    Heads of keys and values may be merged instead. Every block keeps the same widths, unless MLPs are to have their own, so the
-    result is a stock model: of the same family, or, where its config forbids the new number of heads, of one that computes the
-    same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the repaired ones before it.
+    Heads of keys and values may be merged instead. All blocks keep the same widths, unless MLPs get widths of their own. So
+    the result is a stock model of the same family or, if its config forbids the number of heads, of one that computes the
+    same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the repaired blocks before it.
+
+    Sample recipe::
+
+        passes:
+          - prune_structured: {layers: 2, mlp: 25%}
     """
 
     name: ClassVar[str] = "prune_structured"

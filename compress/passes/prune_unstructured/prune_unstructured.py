@@ -69,10 +69,16 @@ class PruneUnstructuredSettings(PassSettings):
 
 
 class PruneUnstructured(Pass[PruneUnstructuredSettings]):
-    """Weights are removed where that changes each layer's output least; a keep-mask says which, also where a kept one is zero.
+    """Removes the weights that change each layer's output least; a mask records them, also where a kept weight is zero.
 
-    Weights that an earlier pass removed stay removed and count towards the sparsity. With calibration data blocks are pruned in
-    order, each on the outputs of the pruned ones before it, and what is kept moves to make up for what is removed.
+    Weights that an earlier pass removed stay removed and count towards the sparsity. With calibration data, blocks are
+    pruned in order, each on the outputs of the pruned blocks before it, and the remaining weights compensate for the error.
+
+    Sample recipe::
+
+        store: compact
+        passes:
+          - prune_unstructured: {sparsity: 50%}
     """
 
     name: ClassVar[str] = "prune_unstructured"

@@ -120,10 +120,18 @@ class ShareSettings(PassSettings):
 
 
 class Share(Pass[ShareSettings]):
-    """Blocks share tensors, which are stored and held in memory once; each keeps its place, its norms and its cache.
+    """Blocks share tensors, stored and held in memory once; each block keeps its place, its norms and its KV cache.
 
-    The shared matrix is solved for in the order of the group's first block, after neurons and heads were put into one order.
-    `distill` after it trains shared tensors once and wins back most of what is lost. Stored by `store: compact`, or as ALBERT.
+    Neurons and heads are aligned to the group's first block, then the shared matrix is solved for. `distill` after it trains
+    shared tensors once and wins back most of the loss. The result is a compact checkpoint, or an ALBERT.
+
+    Sample recipe::
+
+        store: compact
+        passes:
+          - share: {groups: 3}
+          - distill: {tokens: 2000000}
+          - cast: {weights: int8}
     """
 
     name: ClassVar[str] = "share"
