@@ -69,7 +69,7 @@ def decode(
         return values, (values.view(_INT[values.element_size()]) != 0) if masked else None
     if quant_format is not None:
         found, mask = decode_codes(parts, storage, shape, quant_format)
-        return accepted_values(found, mask, quant_format), mask
+        return logical_values(found, mask, quant_format), mask
     mask = unpack_bits(parts["keep"], shape)
     values = torch.zeros(shape, dtype=parts["values"].dtype, device=parts["values"].device)
     if int(mask.sum()) != parts["values"].numel():
@@ -118,7 +118,7 @@ def decode_codes(
     return (found, scale, zero, parts.get("overall")), across
 
 
-def accepted_values(codes: _Codes, mask: torch.Tensor | None, quant_format: dict[str, Any]) -> torch.Tensor:
+def logical_values(codes: _Codes, mask: torch.Tensor | None, quant_format: dict[str, Any]) -> torch.Tensor:
     """Dequantised values in the tensor's shape, with removed weights +0.0."""
     values = dequantized(*codes)
     values = values.T.contiguous() if quant_format["transposed"] else values

@@ -126,7 +126,7 @@ class Stored(Checkpoint):
 
     def tensor(self, name: str) -> Value:
         """Value of a tensor, read by pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import accepted_values, decode, decode_codes, part_names
+        from compress.checkpoint.decode import logical_values, decode, decode_codes, part_names
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
@@ -140,7 +140,7 @@ class Stored(Checkpoint):
             else:
                 codes, mask = decode_codes(parts, tensor.storage, tensor.shape, quant_format)
                 value = Value(
-                    partial(accepted_values, codes, mask, quant_format), mask, Codes(*codes, given=self.given(name))
+                    partial(logical_values, codes, mask, quant_format), mask, Codes(*codes, given=self.given(name))
                 )
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None

@@ -175,13 +175,13 @@ class _Unread:
 
 def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
     """The values of a tensor; of codes with scales in the dtype ``wanted``, where one is."""
-    from compress.checkpoint.decode import accepted_values
+    from compress.checkpoint.decode import logical_values
 
     value, quant_format = checkpoint.tensor(tensor.name), tensor.quant_format
     if wanted is None or value.codes is None or quant_format is None or quant_format.format in FIXED_GROUPS:
         return value.data
     codes = value.codes
-    return accepted_values(
+    return logical_values(
         (codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, quant_format.to_json()
     )
 
