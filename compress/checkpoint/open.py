@@ -125,13 +125,8 @@ class Stored(Checkpoint):
         self._where = {key: (file, header, e) for file, header in headers.items() for key, e in header.entries.items()}
 
     def tensor(self, name: str) -> Value:
-<<<<<<< HEAD
         """Value of a tensor, read by pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import logical_values, decode, decode_codes, part_names
-=======
-        """Reads with pread into fresh memory, so that no mapped pages stay resident."""
         from compress.checkpoint.decode import decode, decode_codes, logical_values, part_names
->>>>>>> fdcf1fd (Format)
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
