@@ -154,6 +154,7 @@ def apply(
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
     from compress.recipe.model import CalibrationSection, TrainingData
+    from compress.workspace import Workspace
 
     instance = passes.get(name)
     try:
@@ -223,7 +224,7 @@ def apply(
             None,
             batches,
             progress,
-            Path(work),
+            Workspace(Path(work)),
             details={} if details is None else details,
         )
         result = instance.apply(original, chosen, context)

@@ -178,6 +178,21 @@ def put(temp: Path, path: Path) -> None:
     temp.replace(path)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a new file, which replaces ``path`` when the block ends; an error removes it."""
+    temp = _aside(path)
+    try:
+        yield temp
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())
+        put(temp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a small file so that readers see the old or the new one, whole. A link is replaced, not followed."""
     put(prepare(path, data), path)

@@ -225,8 +225,10 @@ from compress import passes
 from compress.data.batches import Batches
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import write_checkpoint
+from compress.distributed import ProcessGroup
 from compress.passes.base import Context
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.set_num_threads(1)
@@ -235,7 +237,7 @@ ids = torch.randint(2, 250, (31, 24), generator=torch.Generator().manual_seed(1)
 work = Path(sys.argv[1])
 instance = passes.get("prune_structured")
 settings = instance.settings(layers=1, experts=1, hidden=8, heads=2, mlp=0.25, tune_epochs=2)
-context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: Batches(ids), SilentProgress(), work / f"work{world}", rank, world)
+context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: Batches(ids), SilentProgress(), Workspace(work / f"work{world}", ProcessGroup(rank, world)))
 smaller = instance.apply(checkpoint, settings, context)
 if rank == 0:
     write_checkpoint(smaller, work / f"out{world}")

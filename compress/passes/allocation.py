@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.files import remove
 from compress.passes.base import Context
-from compress.passes.blockwise import measured_divergences, once, open_runner
+from compress.passes.blockwise import measured_divergences, open_runner
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, cont
     """Sparsity of every tensor: blocks with more outliers are pruned less."""
     from compress.passes.prune_unstructured.block import owl_allocation
 
-    runner = open_runner(checkpoint, names, context, work=context.work / "owl", with_targets=False)
+    runner = open_runner(checkpoint, names, context, workspace=context.workspace.folder("owl"), with_targets=False)
     chosen, context.details["allocation"] = owl_allocation(runner, sparsity)
     return chosen
 
@@ -68,17 +67,17 @@ def by_loss(
     Trials are pruned by Wanda where that is the method, else by SparseGPT, each matrix on the inputs of the unpruned model.
     """
     levels = trials(sparsity)
-    work = context.work / "loss"
+    workspace = context.workspace.folder("loss")
 
     def measured() -> dict[str, Any] | None:
         from compress.passes.prune_unstructured.block import probe_pruning
 
-        runner = open_runner(checkpoint, names, context, work=work, with_targets=False)
+        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
         read = probe_pruning(runner, "wanda" if method == "wanda" else "sparsegpt", levels)
-        return None if context.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
+        return None if context.processes.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
 
-    found = once(context, "allocation", measured)
-    remove(work)
+    found = context.workspace.cached("allocation", measured)
+    workspace.remove()
     context.details["allocation"] = found
     shares: dict[str, float] = found["sparsity"]
     return shares
@@ -121,7 +120,7 @@ def uneven_widths(
     sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
     kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))
     levels = trials(1 - kept / sum(sizes))
-    work = context.work / "widths"
+    workspace = context.workspace.folder("widths")
 
     def measured() -> dict[str, Any] | None:
         from compress.passes.prune_structured.block import WidthOptions, probe_widths
@@ -133,10 +132,10 @@ def uneven_widths(
             name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
             for name, (units, _) in zip(names, mlps, strict=True)
         }
-        runner = open_runner(checkpoint, names, context, work=work, with_targets=False)
+        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
         options = WidthOptions({}, {}, settings.score, settings.repair != "none", None)
         read = probe_widths(runner, counts, options)
-        if context.rank:
+        if context.processes.rank:
             return None
         losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), UNEVEN, context)
         rows = [list(losses[name].values()) for name in names]
@@ -145,8 +144,8 @@ def uneven_widths(
         blocks = [{"block": block_of(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)]
         return {"removed": gone, "blocks": blocks, "divergence": dict(zip(names, rows, strict=True)), "at": levels}
 
-    result = once(context, "widths", measured)
-    remove(work)
+    result = context.workspace.cached("widths", measured)
+    workspace.remove()
     context.details["widths"] = result
     removed: dict[str, int] = result["removed"]
     return removed

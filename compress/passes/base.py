@@ -9,8 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
@@ -22,7 +21,9 @@ from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
+    from compress.distributed import ProcessGroup
     from compress.progress import Progress
+    from compress.workspace import Workspace
 
 Mode = Literal["stream", "blockwise", "train"]
 #: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one, of a width that no
@@ -54,7 +55,7 @@ class Context:
         device: torch device string. dtype: dtype string of computation (``float32``).
         seed: seeds every choice. max_ram: bytes the pass may use, None for no limit.
         data: set name (``calibration`` …) to its token batches, made when first asked for.
-        progress: where to report steps. work: durable folder keyed by the stage's fingerprint.
+        progress: where to report steps. workspace: durable state, keyed by the stage's fingerprint: cache and resume there.
         offline: whether hub ids come from the cache alone.
         details: facts for the report that the pass writes, JSON values.
     """
@@ -66,11 +67,24 @@ class Context:
     max_ram: int | None
     data: Callable[[str], Any]
     progress: Progress
-    work: Path
-    rank: int = 0
-    world: int = 1
+    workspace: Workspace
     offline: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> ProcessGroup:
+        """The processes that apply the pass together."""
+        return self.workspace.processes
+
+    def part(self, name: str, *, data: Callable[[str], Any] | None = None) -> Context:
+        """The context of a pass that this one applies, alone in this process, in the folder ``name`` of the workspace.
+
+        Args:
+            data: gives it other data sets.
+        """
+        return replace(
+            self, workspace=self.workspace.folder(name).alone(), data=self.data if data is None else data, details={}
+        )
 
 
 S = TypeVar("S", bound=PassSettings)

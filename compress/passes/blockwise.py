@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from compress.blockwise.runner import BlockRunner, Teacher
     from compress.checkpoint.open import Checkpoint
     from compress.sensitivity.matrices import WeightDeltas
+    from compress.workspace import Workspace
 
 #: Small things.
 _SLACK = 96 << 20
@@ -35,48 +34,27 @@ def open_runner(
     names: Collection[str],
     context: Context,
     *,
-    work: Path,
+    workspace: Workspace,
     with_targets: bool,
     teacher: Teacher | None = None,
 ) -> BlockRunner:
     """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
     from compress.blockwise.runner import BlockRunner, Inputs
-    from compress.distributed import ProcessGroup
 
     batches = context.data("calibration")
     return BlockRunner(
         checkpoint,
         Inputs(batches.values, batches.mask),
         set(names),
-        work=work,
+        work=workspace.path,
         dtype=context.dtype,
         device=context.device,
         progress=context.progress,
         with_targets=with_targets,
         seed=context.seed,
-        processes=ProcessGroup(context.rank, context.world),
+        processes=workspace.processes,
         teacher=teacher,
     )
-
-
-def once(context: Context, name: str, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives the first process, for all of them; kept in the work folder, so that a resumed run has the same.
-
-    Args:
-        name: of the file. compute: gives JSON values; all processes call it together, what the others get does not count.
-    """
-    from compress.distributed import ProcessGroup
-
-    processes, path = ProcessGroup(context.rank, context.world), context.work / f"{name}.json"
-    found = processes.broadcast_object(0, json.loads(path.read_text()) if not context.rank and path.exists() else None)
-    if found is None:
-        found = processes.broadcast_object(0, compute())
-        if not context.rank:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temp = path.with_suffix(".tmp")
-            temp.write_text(json.dumps(found))
-            temp.replace(path)  # a kill leaves all of it or nothing
-    return found
 
 
 def measured_divergences(

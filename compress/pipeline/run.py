@@ -37,6 +37,7 @@ from compress.pipeline.workers import dispatch, own_device, process_group, worke
 from compress.planning import Plan, PlannedPass, PlannedStage, make_plan, planned_size, size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.recipe.resolve import plain_settings
+from compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -187,9 +188,7 @@ class Run:
             max_ram=self.recipe.max_ram,
             data=self.data.batches,
             progress=self.progress,
-            work=work,
-            rank=self.processes.rank,
-            world=self.processes.world if shared else 1,
+            workspace=Workspace(work, self.processes if shared else ProcessGroup()),
             offline=self.recipe.offline,
         )
 

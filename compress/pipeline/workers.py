@@ -107,6 +107,7 @@ def worker_loop(processes: ProcessGroup) -> None:
     from compress.checkpoint.open import open_checkpoint
     from compress.passes.base import Context
     from compress.progress import SilentProgress
+    from compress.workspace import Workspace
 
     while (job := processes.broadcast_object(0, None)) is not None:
         checkpoint = open_checkpoint(
@@ -122,10 +123,8 @@ def worker_loop(processes: ProcessGroup) -> None:
             max_ram=None,
             data=lambda name, job=job: job.data[name],  # type: ignore[misc]
             progress=SilentProgress(),
-            work=job.work,
+            workspace=Workspace(job.work, processes),
             offline=job.offline,
-            rank=processes.rank,
-            world=processes.world,
         )
         passes.get(job.name).apply(checkpoint, job.settings, context)
 
@@ -150,7 +149,7 @@ def dispatch(processes: ProcessGroup, name: str, settings: Any, folder: Path | N
         context.dtype,
         context.device.partition(":")[0],  # each process takes its own
         context.seed,
-        context.work.resolve(),
+        context.workspace.path.resolve(),
         context.offline,
     )
     processes.broadcast_object(0, job)

@@ -20,11 +20,14 @@ from compress.errors import CheckpointError, OutputError
 from compress.models.loading import check_keys, load_model, load_tokenizer
 from compress.passes.base import Context
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 from tests import pico
 
 
 def prune(checkpoint: Checkpoint, **settings: object) -> Checkpoint:
-    context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Path("/nowhere"))
+    context = Context(
+        checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Workspace(Path("/nowhere"))
+    )
     instance = passes.get("prune_unstructured")
     return instance.apply(checkpoint, instance.settings(method="magnitude", **settings), context)
 

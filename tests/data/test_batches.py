@@ -26,6 +26,7 @@ from compress.models.loading import load_model
 from compress.passes.blockwise import open_runner
 from compress.progress import SilentProgress
 from compress.sensitivity.block_influence import block_influence
+from compress.workspace import Workspace
 from tests import pico
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -331,9 +332,9 @@ def test_a_sweep_reads_the_types_of_pairs(tmp_path):
             open_checkpoint(folder),
             ["bert.encoder.layer.3.output.dense.weight"],
             SimpleNamespace(
-                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0, rank=0, world=1
+                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0
             ),
-            work=tmp_path / str(len(outputs)),
+            workspace=Workspace(tmp_path / str(len(outputs))),
             with_targets=False,
         )  # fmt: skip
         found = []

@@ -15,6 +15,7 @@ from compress.models.blocks import find_blocks
 from compress.models.loading import load_model
 from compress.passes.base import Context
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 
 
 def apply(
@@ -36,7 +37,7 @@ def apply(
         None,
         lambda key: data,
         SilentProgress(),
-        work,
+        Workspace(work),
         details={} if details is None else details,
     )
     return instance.apply(checkpoint, instance.settings(**settings), context)

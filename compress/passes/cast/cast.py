@@ -11,7 +11,6 @@ from compress.errors import CheckpointError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.blockwise import (
     measured_divergences,
-    once,
     open_runner,
     runner_memory,
 )
@@ -182,7 +181,7 @@ class Cast(Pass[CastSettings]):
         known = choices(spec, settings, [])
 
         def measured() -> dict[str, Any] | None:
-            if context.rank:
+            if context.processes.rank:
                 return None
             rounding = RoundingDelta(known.quant_format, settings.options)
             found, groups = measured_divergences(
@@ -193,7 +192,7 @@ class Cast(Pass[CastSettings]):
             chosen = among.allocate(losses, settings.bits, settings.max_bytes)
             return {"losses": losses, "formats": chosen, "curve": among.curve(losses)}
 
-        found = once(context, "formats", measured)
+        found = context.workspace.cached("formats", measured)
         context.details["formats"] = [
             {"tensor": n, "format": f, "divergence": found["losses"][n][f]} for n, f in found["formats"].items()
         ]
@@ -224,9 +223,13 @@ class Cast(Pass[CastSettings]):
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in quant_formats}
         refine = settings.refine and coarse
         runner = open_runner(
-            checkpoint, quant_formats, context, work=context.work, with_targets=refine or reconstruction is not None
+            checkpoint,
+            quant_formats,
+            context,
+            workspace=context.workspace,
+            with_targets=refine or reconstruction is not None,
         )
-        gradients = Gradients(runner, context.work / "gradients") if refine else None
+        gradients = Gradients(runner, context.workspace.folder("gradients").path) if refine else None
         options = CastOptions(reconstruction, quant_formats, dtypes, refine, gradients)
         result = runner.run(
             lambda block: cast_block(block, options),
@@ -240,22 +243,19 @@ class Cast(Pass[CastSettings]):
 def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
     """Static scales of the cache of a cast checkpoint, by name; kept in the work folder, so that a resumed run has the same."""
     from compress.blockwise.runner import Inputs
-    from compress.distributed import ProcessGroup
     from compress.passes.cast.kv_cache import largest_cached, to_scales
 
     batches = context.data("calibration")
-    found = once(
-        context,
+    found = context.workspace.cached(
         "cache",
         lambda: largest_cached(
             checkpoint,
             Inputs(batches.values, batches.mask),
-            work=context.work / "cache",
+            workspace=context.workspace.folder("cache"),
             dtype=context.dtype,
             device=context.device,
             progress=context.progress,
             seed=context.seed,
-            processes=ProcessGroup(context.rank, context.world),
         ),
     )
     by_head = spec.structure.kv_cache == "fp8-head"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.models.emulation import cached_attentions, round_inputs, tap_cache
 from compress.progress import Progress
+from compress.workspace import Workspace
 
 #: Largest E4M3 code.
 _LARGEST = 448.0
@@ -24,20 +24,29 @@ def largest_cached(
     checkpoint: Checkpoint,
     inputs: Inputs,
     *,
-    work: Path,
+    workspace: Workspace,
     dtype: str,
     device: str,
     progress: Progress,
     seed: int,
-    processes: ProcessGroup,
 ) -> list[tuple[list[float], list[float]]]:
     """For each block the largest magnitudes of its keys and of its values, by head; tokens that are masked do not count.
 
     Raises:
         PassError: the sweep cannot follow the model, or a block caches no keys and values.
     """
-    quiet = {"work": work, "dtype": dtype, "device": device, "progress": progress, "seed": seed, "processes": processes}
-    runner = BlockRunner(checkpoint, inputs, set(), with_targets=False, **quiet)  # type: ignore[arg-type]
+    runner = BlockRunner(
+        checkpoint,
+        inputs,
+        set(),
+        work=workspace.path,
+        dtype=dtype,
+        device=device,
+        progress=progress,
+        with_targets=False,
+        seed=seed,
+        processes=workspace.processes,
+    )
     formats = {in_memory(checkpoint.spec, module): f for module, f in input_formats(checkpoint.spec).items()}
     round_inputs(runner.streamed.model, formats)
     runner.check()
@@ -51,7 +60,7 @@ def largest_cached(
             found.tap(*attentions[0])
             largest.append(found.of_all)  # filled while the sweep runs the block, which it does next
             task.advance(note=f"block {block.index}")
-    return [_together(pair, processes) for pair in largest]
+    return [_together(pair, workspace.processes) for pair in largest]
 
 
 class _Largest:

@@ -113,7 +113,9 @@ class Distill(Pass[DistillSettings]):
         self.plan(checkpoint.spec, settings)
         student = checkpoint
         if settings.student is not None and (cut := student_cut(checkpoint.spec, settings)) is not None:
-            student = PruneStructured().apply(checkpoint, cut, replace(context, work=context.work / "student"))
+            student = PruneStructured().apply(
+                checkpoint, cut, replace(context, workspace=context.workspace.folder("student"))
+            )
         return distill(student, settings, context)
 
 

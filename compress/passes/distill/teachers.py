@@ -116,7 +116,7 @@ def teachers_say(
         return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
     k = settings.teacher_cache.k
     cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
-    if context.rank == 0:
+    if context.processes.rank == 0:
         cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
     processes.barrier()
     needed = {row for row, _ in samples.held}
@@ -158,7 +158,7 @@ def _fill(
                 ids, values = teachers.top_k(batch, cache.k)
                 sizes = batch.predict.sum(1).tolist()
                 said += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
-            if context.rank == 0:
+            if context.processes.rank == 0:
                 cache.write(shard_, said)
             processes.barrier()
             count += len(rows)
@@ -207,7 +207,7 @@ def _at_work(
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
         reader = reader_of(model, task, own)
         check_reader(reader, samples, context)
-        if context.world > 1:
+        if context.processes.world > 1:
             shard(reader.base, blocks_of(model), context.device)
             for child in model.children():
                 if child is not reader.base:
@@ -227,7 +227,7 @@ def check_reader(reader: FeatureModel, samples: Samples, context: Context) -> No
 
 def begins_on(context: Context) -> str:
     """Where models are loaded: sharding moves them to the device part by part."""
-    return context.device if context.world == 1 else "cpu"
+    return context.device if context.processes.world == 1 else "cpu"
 
 
 def blocks_of(model: Any) -> Any:

@@ -65,7 +65,7 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, pr
     Raises:
         CompressError: the data, the teachers and the settings do not go together.
     """
-    if context.world > 1 and settings.optimizer != "adamw":
+    if context.processes.world > 1 and settings.optimizer != "adamw":
         raise PassError(
             f"{settings.optimizer} does not work on sharded weights", key="optimizer", fix="set `optimizer: adamw`"
         )
@@ -79,7 +79,7 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, pr
 
 def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
     """The student checkpoint, trained as the settings say; as it was where no weights were better on held-out samples."""
-    processes = ProcessGroup(context.rank, context.world)
+    processes = context.processes
     log, close = _log(settings, context)
     made = prepare(student, settings, context, processes)
     model, places = _student_model(student, settings, context)
@@ -89,7 +89,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, processes
     )
     options = _how(student, made, settings, context)
-    state = RunState(context.work / "training", processes)
+    state = RunState(context.workspace.folder("training").path, processes)
     for attempt in range(_ATTEMPTS):
         objective, masks = _objective(student, model, made, settings, context)
         training = Trainer(
@@ -152,7 +152,7 @@ def _objective(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older transformers do not have
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if context.world > 1:
+    if context.processes.world > 1:
         masks = _sharded(objective, model, masks, context.device)
     if settings.compile:
         model.base_model.compile()
@@ -218,9 +218,10 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
             where="data.training",
             fix="name more text, or set a shorter `length`, or a smaller `held_out` or `batch`",
         )
-    if context.world > settings.batch:
+    if context.processes.world > settings.batch:
         raise PassError(
-            f"a batch of {settings.batch} samples has not one for each of {context.world} processes", key="batch"
+            f"a batch of {settings.batch} samples has not one for each of {context.processes.world} processes",
+            key="batch",
         )
     weights = losses(student.spec, settings)
     if task == "classes" and "labels" in weights and batches.labels is None:
@@ -310,7 +311,7 @@ def _sharded(
 
 def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
     """What writes TensorBoard logs, and what closes them."""
-    if settings.tensorboard is None or context.rank:
+    if settings.tensorboard is None or context.processes.rank:
         return None, lambda: None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -332,9 +333,9 @@ def _trained(student: Checkpoint, model: Any, places: Places, context: Context) 
     state = {}
     for name, value in model.state_dict().items():
         full = whole(value)  # every process takes part, the first one keeps it
-        if context.rank == 0:
+        if context.processes.rank == 0:
             state[name] = full
-    if context.rank:
+    if context.processes.rank:
         return student
     spec, found = student.spec, places.tensors(model, state)
 

@@ -9,12 +9,10 @@ from pydantic import Field, model_validator
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import factored
 from compress.errors import PassError
-from compress.files import remove
 from compress.passes.allocation import check_loss
 from compress.passes.base import Context, Pass, PassSettings, Storage, select_linears
 from compress.passes.blockwise import (
     measured_divergences,
-    once,
     open_runner,
     runner_memory,
 )
@@ -118,7 +116,7 @@ class Factorize(Pass[FactorizeSettings]):
             ranks = self._allocate(checkpoint, settings, context)
         reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
         options = FactorOptions(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, reconstruction)
-        runner = open_runner(checkpoint, ranks, context, work=context.work / "sweep", with_targets=True)
+        runner = open_runner(checkpoint, ranks, context, workspace=context.workspace.folder("sweep"), with_targets=True)
         result = runner.run(lambda block: factor_block(block, options), "factorising")
         context.details["blocks"] = result.details
         read = result.reader()
@@ -185,14 +183,14 @@ class Factorize(Pass[FactorizeSettings]):
     def _allocate(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> dict[str, int]:
         """Ranks of least measured loss for that many parameters."""
         spec = checkpoint.spec
-        uniform, work = self._ranks(spec, settings), context.work / "trial"
+        uniform, workspace = self._ranks(spec, settings), context.workspace.folder("trial")
 
         def measured() -> dict[str, Any] | None:
             from compress.passes.factorize.block import probe_factors
 
-            runner = open_runner(checkpoint, uniform, context, work=work, with_targets=False)
+            runner = open_runner(checkpoint, uniform, context, workspace=workspace, with_targets=False)
             read, energies = probe_factors(runner, uniform)
-            if context.rank:
+            if context.processes.rank:
                 return None
 
             losses, _ = measured_divergences(checkpoint, list(uniform), lambda name, _: read(name), _SETTING, context)
@@ -203,8 +201,8 @@ class Factorize(Pass[FactorizeSettings]):
                 "measured_at": uniform,
             }
 
-        found = once(context, "ranks", measured)
-        remove(work)
+        found = context.workspace.cached("ranks", measured)
+        workspace.remove()
         context.details["allocation"] = found
         ranks: dict[str, int] = found["ranks"]
         return ranks

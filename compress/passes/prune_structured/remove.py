@@ -15,7 +15,7 @@ from compress.blockwise.runner import Teacher
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes.allocation import uneven_widths
 from compress.passes.base import Context
-from compress.passes.blockwise import once, open_runner
+from compress.passes.blockwise import open_runner
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.block import WidthOptions, magnitude, prune_block_width
 from compress.passes.prune_structured.importance import channel_importance, expert_saliency
@@ -39,7 +39,7 @@ def drop_layers(
         drop: Sequence[int] = settings.layers
     else:
         count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
-        found = once(context, "blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
+        found = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
         context.details.update(found["details"])
         drop = sorted(found["blocks"])
     context.details["removed_blocks"] = list(drop)
@@ -51,7 +51,7 @@ def _worst_blocks(
     checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, Any] | None:
     """The blocks that go, and what the report says of the choice; in the first process."""
-    if context.rank:
+    if context.processes.rank:
         return None
     data = context.data("calibration")
     options: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
@@ -70,7 +70,7 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
         return checkpoint
     keep = widths.experts_to_keep(checkpoint.spec, settings.experts)
     names = {x.name for x in _layers(checkpoint) if x.block in keep and x.expert is not None}
-    runner = open_runner(checkpoint, names, context, work=context.work / "experts", with_targets=False)
+    runner = open_runner(checkpoint, names, context, workspace=context.workspace.folder("experts"), with_targets=False)
     saliency, context.details["experts"] = expert_saliency(runner)
     context.details["expert_saliency"] = {str(i): scores for i, scores in saliency.items()}
     chosen = {}
@@ -98,7 +98,9 @@ def drop_hidden(
                 importance += value.sum(1 - axis)
     else:
         names = {x.name for x in _layers(checkpoint)}
-        runner = open_runner(checkpoint, names, context, work=context.work / "hidden", with_targets=False)
+        runner = open_runner(
+            checkpoint, names, context, workspace=context.workspace.folder("hidden"), with_targets=False
+        )
         importance = channel_importance(runner, width)
     channels = keep_by_score(importance, width - left)
     context.details["hidden_channels"] = len(channels)
@@ -134,7 +136,7 @@ def narrow(
     teacher = None
     if tuned and current is not original:
         teacher = Teacher(original, spans, channels)
-    runner = open_runner(current, names, context, work=context.work, with_targets=tuned, teacher=teacher)
+    runner = open_runner(current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher)
     reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if tuned else None
     options = WidthOptions(
         found.remove, found.merges, settings.score, settings.repair != "none", reconstruction, scores
@@ -158,7 +160,7 @@ def _gradients(
         return {}
 
     def compute() -> dict[str, list[float]] | None:
-        if context.rank:
+        if context.processes.rank:
             return None
         return taylor_scores(
             checkpoint,
@@ -170,7 +172,7 @@ def _gradients(
             progress=context.progress,
         )
 
-    scores: dict[str, list[float]] = once(context, "taylor", compute)
+    scores: dict[str, list[float]] = context.workspace.cached("taylor", compute)
     return scores
 
 

@@ -13,7 +13,6 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import lay_out
 from compress.errors import PassError
 from compress.passes.base import Context
-from compress.passes.blockwise import once
 from compress.passes.prune_structured.settings import TARGETS
 from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.spec.spec import Spec
@@ -257,7 +256,7 @@ def search(
 
     Tried on some of the calibration samples and judged on others. ``context.details["shapes"]`` gets a row for each.
     """
-    found = once(context, "shape", lambda: _tried(instance, checkpoint, settings, context))
+    found = context.workspace.cached("shape", lambda: _tried(instance, checkpoint, settings, context))
     context.details["shapes"] = found["shapes"]
     best = found["best"]
     layers = None if best["layers"] is None else tuple(best["layers"])
@@ -268,7 +267,7 @@ def _tried(
     instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, Any] | None:
     """Amounts of the best shape, and a row for each; in the first process."""
-    if context.rank:
+    if context.processes.rank:
         return None
     from compress.sensitivity.depth import divergence, greedy_depth
 
@@ -290,10 +289,7 @@ def _tried(
             named = tuple(sorted(order[: shape.layers])) or None
             option = shape.settings.model_copy(update={"layers": named})
             quick = option.model_copy(update={"repair": "least_squares"})
-            part = replace(
-                context, data=lambda _: trying, work=context.work / f"shape{number}", details={}, world=1, rank=0
-            )
-            smaller = instance.apply(checkpoint, quick, part)
+            smaller = instance.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
             loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
             options.append((loss, number, option))
             row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}

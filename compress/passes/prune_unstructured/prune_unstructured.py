@@ -256,7 +256,9 @@ def _calibrated(
     options = PruneOptions(
         method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
     )
-    runner = open_runner(checkpoint, chosen, context, work=context.work, with_targets=reconstruction is not None)
+    runner = open_runner(
+        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
+    )
     result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
     context.details["blocks"] = result.details
     read = result.reader()

@@ -68,7 +68,9 @@ def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Contex
     bits = {name: _bits(spec.tensors[name]) for name in names}
     options = CodebookOptions(bits, {name: torch_dtype(spec.tensors[name].dtype) for name in names})
     coarse = any(b < FINE for b in bits.values())
-    runner = open_runner(checkpoint, names, context, work=context.work / "codebooks", with_targets=coarse)
+    runner = open_runner(
+        checkpoint, names, context, workspace=context.workspace.folder("codebooks"), with_targets=coarse
+    )
     result = runner.run(lambda block: codebook_block(block, options), "clustering weights")
     context.details["blocks"] = result.details
     return result.reader()

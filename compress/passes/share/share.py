@@ -13,17 +13,16 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import STORAGE, shared
 from compress.errors import PassError
 from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select, select_linears
-from compress.passes.blockwise import once, open_runner, require_head, runner_memory
+from compress.passes.blockwise import open_runner, require_head, runner_memory
 from compress.passes.share.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from compress.checkpoint.open import Checkpoint
     from compress.passes.share.solve import Solver
+    from compress.workspace import Workspace
 
 BlockGroups = list[list[int]]
 #: Rank of residuals: without them dropping as many blocks is better, see the benchmarks.
@@ -255,12 +254,12 @@ class Share(Pass[ShareSettings]):
         paths = model_map(spec).paths
         blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
         matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
-        read = SavedHessians(context.work / "read", context.device)
-        runner = open_runner(checkpoint, [], context, work=context.work / "sweep", with_targets=False)
+        read = SavedHessians(context.workspace.folder("read").path, context.device)
+        runner = open_runner(checkpoint, [], context, workspace=context.workspace.folder("sweep"), with_targets=False)
         wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
         read.collect(runner, wanted, "reading what blocks multiply", check=True)
         fisher = None
-        if settings.init == "fisher" and not context.rank:
+        if settings.init == "fisher" and not context.processes.rank:
             from compress.sensitivity.fisher import fisher_information
 
             names = [paths[i] + part for i in blocks for part in matrices]
@@ -274,11 +273,13 @@ class Share(Pass[ShareSettings]):
             )
         options = ShareOptions(parts, settings.init, settings.align, settings.rank, fisher)
         solver = Solver(checkpoint, read, options)
-        found = once(context, "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context))
+        found = context.workspace.cached(
+            "groups", lambda: self._chosen(checkpoint, settings, solver, candidates, context)
+        )
         groups = found["groups"]
         context.details["sharing"] = found
-        if not context.rank:
-            context.details["sharing"] |= {"tensors": solver.solve(groups, _folder(context, groups))}
+        if not context.processes.rank:
+            context.details["sharing"] |= {"tensors": solver.solve(groups, _solved(context, groups))}
         runner.processes.barrier()
         result = _derived(checkpoint, settings, solver, groups, context)
         if self._is_albert(spec, settings, groups):
@@ -296,7 +297,7 @@ class Share(Pass[ShareSettings]):
         """The groups, and what each arrangement that was tried gives; in the first process."""
         from compress.sensitivity.depth import divergence
 
-        if context.rank:
+        if context.processes.rank:
             return None
         if self._open(settings, candidates):
             nearest = solver.nearest(
@@ -309,7 +310,7 @@ class Share(Pass[ShareSettings]):
             row: dict[str, Any] = {"arrangement": name, "groups": groups}
             same = next((r for r in rows if r["groups"] == groups), None)
             if len(candidates) > 1 and same is None:
-                solver.solve(groups, _folder(context, groups))
+                solver.solve(groups, _solved(context, groups))
                 shared_ = _derived(checkpoint, settings, solver, groups, context)
                 held = data.last(min(_HELD_OUT, len(data.ids)))
                 row["divergence"] = divergence(checkpoint, shared_, held, dtype=context.dtype, device=context.device)
@@ -445,9 +446,9 @@ def _unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | N
     return None
 
 
-def _folder(context: Context, groups: BlockGroups) -> Path:
-    """Where what groups share is kept."""
-    return context.work / ("solved-" + "-".join("_".join(map(str, group)) for group in groups))
+def _solved(context: Context, groups: BlockGroups) -> Workspace:
+    """The workspace of the tensors that groups of blocks share; the first process alone solves for them."""
+    return context.workspace.alone().folder("solved-" + "-".join("_".join(map(str, group)) for group in groups))
 
 
 def _derived(
@@ -456,7 +457,7 @@ def _derived(
     from compress.checkpoint.open import Derived, Value, torch_dtype
 
     after = shared(checkpoint.spec, groups, solver.options.parts, settings.rank)
-    read = solver.read_solved(groups, _folder(context, groups))
+    read = solver.read_solved(groups, _solved(context, groups))
 
     def value(name: str) -> Value:
         data = read(name).to(torch_dtype(after.tensors[name].dtype))

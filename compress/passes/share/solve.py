@@ -6,11 +6,10 @@ sweep over the model as it is.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from compress.blockwise.saved_hessians import SavedHessians
 from compress.checkpoint.open import Checkpoint
 from compress.solvers.low_rank import low_rank
 from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
+from compress.workspace import Workspace
 
 #: Times that the shared matrix and the residuals are solved for in turn.
 ROUNDS = 3
@@ -168,32 +168,32 @@ class Solver:
 
     # ---- what they share ----
 
-    def solve(self, groups: Sequence[Sequence[int]], folder: Path) -> list[dict[str, Any]]:
-        """Solve for all tensors that change, into a file of ``folder`` each; what is there stays. A row for each matrix.
+    def solve(self, groups: Sequence[Sequence[int]], workspace: Workspace) -> list[dict[str, Any]]:
+        """Solve for all tensors that change, into a file of the workspace each; finished ones stay. A row for each matrix.
 
         Values are as the checkpoint shapes them; those that blocks share are under the names of their group's first block.
         Residuals end in ``.residual_up.weight`` [O, r] and ``.residual_down.weight`` [r, I].
         """
         rows: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
+
+        def solve_part(part: str, blocks: Sequence[int]) -> list[dict[str, Any]]:
+            values, found = self._share(part, list(blocks))
+            for name, value in values.items():
+                workspace.save_tensors(name, {"values": value})
+            return found
+
         for blocks in groups:
             for part in self.options.parts:
-                path = folder / f"{self.paths[blocks[0]]}{part}.rows.json"
-                if not path.exists():
-                    values, found = self._share(part, list(blocks))
-                    _save(folder, values)
-                    temp = path.with_suffix(".tmp")
-                    temp.write_text(json.dumps(found))
-                    temp.replace(path)
-                rows += json.loads(path.read_text())
+                name = f"{self.paths[blocks[0]]}{part}.rows"
+                rows += workspace.cached(name, partial(solve_part, part, blocks))
         return rows
 
-    def read_solved(self, groups: Sequence[Sequence[int]], folder: Path) -> Callable[[str], torch.Tensor]:
+    def read_solved(self, groups: Sequence[Sequence[int]], workspace: Workspace) -> Callable[[str], torch.Tensor]:
         """A function from a tensor's name to its new values, after `solve`; of the others of a block in their new order."""
         firsts = {block: blocks[0] for blocks in groups for block in blocks}
 
         def read(name: str) -> torch.Tensor:
-            if (path := folder / f"{name}.safetensors").exists():
+            if (path := workspace.tensors(name)).exists():
                 from safetensors.torch import load_file
 
                 return load_file(path)["values"]
@@ -250,10 +250,3 @@ class Solver:
             total = sum(importance, torch.zeros(())).clamp_min(1e-30)
             return sum((F * W for F, W in zip(importance, weights, strict=True)), torch.zeros(())) / total
         return shared_matrix(weights, hessians)[0]
-
-
-def _save(folder: Path, values: Mapping[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    for name, value in values.items():
-        save_file({"values": value}, folder / f"{name}.safetensors")

@@ -170,9 +170,9 @@ def test_padding_does_not_count(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
     from compress.blockwise.runner import Inputs
     from compress.data.batches import Batches
-    from compress.distributed import ProcessGroup
     from compress.passes.cast.kv_cache import largest_cached
     from compress.progress import SilentProgress
+    from compress.workspace import Workspace
 
     def largest(ids, mask, name):
         batches = Batches(ids, mask)
@@ -181,9 +181,10 @@ def test_padding_does_not_count(base, tmp_path):
             "device": "cpu",
             "progress": SilentProgress(),
             "seed": 0,
-            "processes": ProcessGroup(),
         }
-        return largest_cached(open_checkpoint(base), Inputs(batches.values, batches.mask), work=tmp_path / name, **how)
+        return largest_cached(
+            open_checkpoint(base), Inputs(batches.values, batches.mask), workspace=Workspace(tmp_path / name), **how
+        )
 
     mask = torch.ones(IDS.shape, dtype=torch.bool)
     mask[:, 10:] = False

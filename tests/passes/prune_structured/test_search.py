@@ -15,6 +15,7 @@ from compress.passes.prune_structured.search import shapes
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 from tests import pico
 from tests.passes.helpers import apply, plan, write
 
@@ -126,7 +127,7 @@ def test_time_is_measured(tmp_path, monkeypatch):
     """A model of a third of the blocks is faster than the whole; the same one is about as fast."""
     monkeypatch.setattr(prefill, "SECONDS", 0.5)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False, num_hidden_layers=24))
-    context = Context(original, "cpu", "float32", 0, None, lambda key: None, SilentProgress(), tmp_path)
+    context = Context(original, "cpu", "float32", 0, None, lambda key: None, SilentProgress(), Workspace(tmp_path))
     watch = Stopwatch(original, context)
     assert watch.prompt.shape == (1, 256)
     assert watch.ratio(plan(original, "prune_structured", layers=list(range(16)), repair="none")) < 0.8

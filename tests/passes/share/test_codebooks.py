@@ -18,6 +18,7 @@ from compress.passes.share.codebooks import cluster, clustered
 from compress.planning import plan_pass
 from compress.progress import SilentProgress
 from compress.spec.spec import FLOAT_DTYPES
+from compress.workspace import Workspace
 from tests import pico
 from tests.passes.helpers import apply, write
 
@@ -41,7 +42,7 @@ def matrices(checkpoint):
 
 def context(checkpoint, work, data=None, details=None):
     return Context(
-        checkpoint, "cpu", "float32", 0, None, lambda key: data, SilentProgress(), work,
+        checkpoint, "cpu", "float32", 0, None, lambda key: data, SilentProgress(), Workspace(work),
         details={} if details is None else details,
     )  # fmt: skip
 
