@@ -15,6 +15,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
 from compress.passes.share.solve import ShareOptions, Solver
+from compress.workspace import Workspace
 from tests import pico
 from tests.passes.helpers import divergence
 
@@ -49,7 +50,7 @@ def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     solver = Shuffled(checkpoint, SavedHessians(tmp_path / "none", "cpu"), ShareOptions([], "mean", True, 0))
     assert all(len(units) == (1 if family == "bloom" else 2) for units in solver.units.values())
-    read = solver.read_solved([[0, 1], [2, 3]], tmp_path)
+    read = solver.read_solved([[0, 1], [2, 3]], Workspace(tmp_path))
     model = load_model(folders[family])
     before, moved = pico.logits(model), 0
     with torch.no_grad():
