@@ -143,7 +143,8 @@ def apply(
     import torch
     from pydantic import ValidationError
 
-    from compress import architectures, passes
+    from compress import passes
+    from compress.architectures.model_map import model_map
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.write import write_checkpoint
     from compress.evaluation.tasks import check_images
@@ -197,7 +198,7 @@ def apply(
         from compress.pipeline.datasets import draw, read_section
 
         folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
-        positions = architectures.positions(original.spec)
+        positions = model_map(original.spec).positions
         assert folder is not None
         if isinstance(data, torch.Tensor):
             drawn = first(given_ids(data), samples, length, "data")

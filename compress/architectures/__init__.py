@@ -13,9 +13,8 @@ from typing import Any
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
 from compress.errors import PassError
-from compress.spec.spec import Spec
 
-__all__ = ["RECORDS", "Architecture", "known", "of", "positions"]
+__all__ = ["RECORDS", "Architecture", "find", "of"]
 
 
 @cache
@@ -33,23 +32,16 @@ def _by_type() -> dict[str, Architecture]:
     return found | {record.model_type: record for record in RECORDS}
 
 
-def known(config: Mapping[str, Any]) -> bool:
-    """Whether there is a record for the config's model type."""
-    return config.get("model_type") in _by_type()
+def find(config: Mapping[str, Any]) -> Architecture | None:
+    """The record of the config's family; None where there is none."""
+    return _by_type().get(str(config.get("model_type")))
 
 
 def of(config: Mapping[str, Any]) -> Architecture:
     """The record of the config's family. Raises `PassError` where there is none."""
-    found = _by_type().get(str(config.get("model_type")))
-    if found is None:
+    if (record := find(config)) is None:
         raise PassError(
             f"the model type `{config.get('model_type')}` has no architecture record",
             fix=f"records: {', '.join(sorted(_by_type()))}; CONTRIBUTING.md says how to write one",
         )
-    return found
-
-
-def positions(spec: Spec) -> int | None:
-    """How many tokens a text may have; None where that has no limit, or there is no record."""
-    config = spec.structure.config
-    return of(config).positions(spec) if known(config) else None
+    return record

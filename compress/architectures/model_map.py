@@ -132,7 +132,7 @@ class ModelMap:
     @cached_property
     def known(self) -> bool:
         """Whether the family has a record. Without one no matrix has a block, and `record` raises."""
-        return architectures.known(self.config)
+        return architectures.find(self.config) is not None
 
     @cached_property
     def record(self) -> Architecture:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.activations import Activations
 from compress.blockwise.linears import (
     Experts,
@@ -635,9 +636,7 @@ class RunnerResult:
         """Those of a tensor, [O, r] and [r, I]."""
         from safetensors import safe_open
 
-        from compress import architectures
-
-        index = architectures.of(self.checkpoint.spec.structure.config).block_index(name)
+        index = model_map(self.checkpoint.spec).block_of(name)
         assert index is not None
         with safe_open(file_of(self.folder, index), framework="pt") as file:
             return file.get_tensor(f"{name}:up"), file.get_tensor(f"{name}:down")

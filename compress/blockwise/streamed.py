@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Checkpoint
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
@@ -39,7 +39,7 @@ class StreamedModel:
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.record = architectures.of(checkpoint.spec.structure.config)
+        self.record = model_map(checkpoint.spec).record
         self._tensors: dict[int | None, list[str]] = {}
         for tensor in checkpoint.spec.tensors.values():
             index = self.record.block_index(tensor.name)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import (
     CODEBOOK,
@@ -175,12 +175,13 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
     Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
     any format but fp8.
     """
-    record = architectures.of(spec.structure.config) if architectures.known(spec.structure.config) else None
+    mapped = model_map(spec)
     coded = [t for t in spec.stored() if t.quant_format is not None]
-    if record is None or not coded:
+    if not mapped.known or not coded:
         return lambda tensor: tensor.quant_format is None
+    record = mapped.record
     outside = [*record.embeddings, *filter(None, [record.head])]
-    experts = {t.quant_format for t in spec.stored() if len(t.shape) == 2 and record.is_expert(t.name)}
+    experts = {t.quant_format for t in spec.stored() if len(t.shape) == 2 and mapped.is_expert(t.name)}
     fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1
     beside = (
         not experts

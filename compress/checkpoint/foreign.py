@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from compress.architectures.model_map import model_map
 from compress.checkpoint import codecs
 from compress.checkpoint.headers import TensorEntry
 from compress.checkpoint.patterns import Matcher
-from compress.checkpoint.quantization import KEY, METHOD, cache_of, in_memory
+from compress.checkpoint.quantization import KEY, METHOD, cache_of
 from compress.errors import CheckpointError
 from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, QuantFormat
 from compress.spec.spec import (
@@ -42,13 +43,14 @@ def parse(
         CheckpointError: another quantisation method, an unusable pattern, or codes that `QuantFormat` cannot express.
     """
     groups = SchemeGroups(structure.config[KEY], where)
+    mapped = model_map(Spec(structure))
     found: dict[str, Tensor] = {}
     for key, entry in entries.items():
         if not key.endswith(".weight_scale"):
             continue
         name = key.removesuffix("_scale")
         module = name.removesuffix(".weight")
-        scheme = groups.scheme(in_memory(Spec(structure), module))
+        scheme = groups.scheme(mapped.in_memory(module))
         if scheme is None:
             raise CheckpointError(f"has scales for {module}, which no group of its {KEY} targets", where=where)
         quant_format, chain = _grid(scheme, module, where)

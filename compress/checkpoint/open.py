@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from compress import architectures
 from compress.checkpoint import codecs, foreign, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
@@ -384,12 +385,9 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
 
 def with_aliases(spec: Spec, where: str) -> Spec:
     """Spec with aliases for the tensors that edits share or the config ties."""
-    from compress import architectures
-
     spec = structure_edits.with_shared(spec, where)
-    if not architectures.known(spec.structure.config):
+    if (record := architectures.find(spec.structure.config)) is None:
         return spec
-    record = architectures.of(spec.structure.config)
     record.check(spec, where)
     aliases = {target: structure_edits.alias(spec.tensors[source], target) for target, source in record.ties(spec)}
     return replace(spec, tensors={**spec.tensors, **aliases})

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint import codecs
 from compress.spec.formats import ACTIVATIONS, QuantFormat
 from compress.spec.spec import Spec
@@ -37,7 +37,7 @@ def render(spec: Spec) -> dict[str, Any] | None:
     by_grid: dict[QuantFormat, list[str]] = {}
     for tensor in spec.stored():
         if tensor.quant_format is not None:
-            by_grid.setdefault(tensor.quant_format, []).append(in_memory(spec, tensor.module))
+            by_grid.setdefault(tensor.quant_format, []).append(model_map(spec).in_memory(tensor.module))
     if not by_grid:
         return None
     groups = {}
@@ -82,17 +82,6 @@ def _activations(quant_format: QuantFormat) -> dict[str, Any] | None:
     return None if quant_format.activations is None else dict(ACTIVATIONS[quant_format.activations])
 
 
-def in_memory(spec: Spec, module: str) -> str:
-    """Name of a module in transformers, given its name in files.
-
-    Stock loaders match the names in a `quantization_config` against names in memory.
-    """
-    config = spec.structure.config
-    return (
-        architectures.of(config).in_memory(module, spec.structure.class_name) if architectures.known(config) else module
-    )
-
-
 def _ignored(spec: Spec) -> list[str]:
     """Modules to ignore: those with plain matrices, the head, which tied files leave out, and a pooler that the file lacks.
 
@@ -101,13 +90,14 @@ def _ignored(spec: Spec) -> list[str]:
     modules = [
         t.module for t in spec.stored() if t.quant_format is None and len(t.shape) == 2 and t.name.endswith(".weight")
     ]
-    if architectures.known(spec.structure.config):
-        record = architectures.of(spec.structure.config)
+    mapped = model_map(spec)
+    if mapped.known:
+        record = mapped.record
         if record.head is not None and not any(t.module == record.head and t.quant_format for t in spec.stored()):
             modules.append(record.head)
         if record.pooler is not None and record.is_base(spec.structure.class_name):
             modules += [record.pooler] * all(f".{record.pooler}." not in f".{name}" for name in spec.tensors)
-    return list(dict.fromkeys([*(in_memory(spec, module) for module in modules), *modules]))
+    return list(dict.fromkeys([*(mapped.in_memory(module) for module in modules), *modules]))
 
 
 def strip(spec: Spec) -> Spec:

@@ -57,9 +57,9 @@ def without_choices(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
 
 def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> dict[str, Header]:
     """Headers with today's tensor names, for families whose record knows the names in older files."""
-    if not architectures.known(config):
+    if (record := architectures.find(config)) is None:
         return dict(headers)
-    record, names = architectures.of(config), {name for header in headers.values() for name in header.entries}
+    names = {name for header in headers.values() for name in header.entries}
 
     def new(name: str) -> str:
         found = record.new_name(name)
@@ -76,9 +76,8 @@ def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> 
 def without_leftovers(spec: Spec) -> Spec:
     """Spec without the leftover tensors that the family's record knows, and with a note on them."""
     config, class_name = spec.structure.config, spec.structure.class_name
-    if not architectures.known(config):
+    if (record := architectures.find(config)) is None:
         return spec
-    record = architectures.of(config)
     gone = [name for name in spec.tensors if record.is_leftover(name, class_name)]
     if not gone:
         return spec
@@ -99,9 +98,8 @@ def without_copies(spec: Spec, same: Same, where: str) -> Spec:
     Raises:
         CheckpointError: copies differ, and the family has no config that keeps both.
     """
-    if not architectures.known(spec.structure.config):
+    if (record := architectures.find(spec.structure.config)) is None:
         return spec
-    record = architectures.of(spec.structure.config)
     tensors, notes = dict(spec.tensors), list(spec.notes)
 
     def alike(name: str, source: str) -> bool:

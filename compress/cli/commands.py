@@ -79,7 +79,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
 
     With ``data`` the text is read, and compared with the evaluation's.
     """
-    from compress.architectures import positions
+    from compress.architectures.model_map import model_map
     from compress.pipeline.preflight import (
         check_folders,
         check_ids,
@@ -113,7 +113,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
             recipe = recipe.fitted(task_of(structure.class_name))
             check_window(recipe, spec)
             check_tokenizer(recipe, local)
-        check_ids(recipe, positions(spec) if local.exists() else None)
+        check_ids(recipe, model_map(spec).positions if local.exists() else None)
         notes += _read_data(recipe, structure, data)
     if json:
         _print_json({"schema": "compress.check/1", "recipe": resolve(recipe)})

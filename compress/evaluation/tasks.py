@@ -125,9 +125,9 @@ def check_speed(class_name: str | None, config: Mapping[str, Any], metrics: Coll
     if not set(metrics) & SPEED_METRICS:
         return
     model, fix = class_name or "this model", "leave out `latency`, `memory` and the gates `prefill`, `decode`, `memory`"
-    read = architectures.of(config).input if architectures.known(config) else "input_ids"
-    if read != "input_ids":
-        raise CompressError(f"latency is measured on token ids, and {model} reads `{read}`", fix=fix)
+    record = architectures.find(config)
+    if record is not None and record.input != "input_ids":
+        raise CompressError(f"latency is measured on token ids, and {model} reads `{record.input}`", fix=fix)
     if config.get("is_encoder_decoder"):
         raise CompressError(f"latency is measured on one text, and {model} reads two", fix=fix)
 

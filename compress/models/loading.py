@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from compress.architectures.model_map import model_map
 from compress.checkpoint.claims import largest_number, outgrown
 from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
-from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
@@ -124,7 +123,7 @@ def load_checkpoint(
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.models.emulation import round_inputs
 
-        names = {module: in_memory(checkpoint.spec, module) for module in formats}
+        names = {module: model_map(checkpoint.spec).in_memory(module) for module in formats}
         given = {names[module]: _given(checkpoint, f"{module}.weight") for module in formats}
         round_inputs(model, {names[module]: format_ for module, format_ in formats.items()}, given)
     if quantized_kv_cache and cache_format(checkpoint.spec):

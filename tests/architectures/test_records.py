@@ -329,7 +329,7 @@ def test_records_of_other_packages(monkeypatch):
     try:
         monkeypatch.setattr(metadata, "entry_points", points("tests.architectures.test_records:FOREIGN"))
         assert architectures.of({"model_type": "foreign"}) is FOREIGN
-        assert architectures.known({"model_type": "llama"})
+        assert architectures.find({"model_type": "llama"}) is not None
         _by_type.cache_clear()
         monkeypatch.setattr(metadata, "entry_points", points("tests.pico:VOCABULARY"))
         with pytest.raises(PassError, match=r"names tests\.pico:VOCABULARY, which is no Architecture"):

@@ -11,7 +11,7 @@ import transformers
 
 import compress
 from compress import architectures, passes
-from compress.checkpoint import quantization
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.models import stock as stock_loader
@@ -214,4 +214,4 @@ def test_names_in_memory_are_read_back(family, tmp_path):
     assert {t.name: t.quant_format for t in open_checkpoint(out).spec.stored()} == {
         t.name: t.quant_format for t in before.spec.stored()
     }
-    assert any(quantization.in_memory(before.spec, t.module) != t.module for t in before.spec.stored())
+    assert any(model_map(before.spec).in_memory(t.module) != t.module for t in before.spec.stored())

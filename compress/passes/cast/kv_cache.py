@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.runner import BlockRunner, Inputs
 from compress.checkpoint.open import Checkpoint
-from compress.checkpoint.quantization import in_memory
 from compress.checkpoint.running import input_formats
 from compress.distributed import ProcessGroup
 from compress.errors import PassError
@@ -47,7 +47,8 @@ def largest_cached(
         seed=seed,
         processes=workspace.processes,
     )
-    formats = {in_memory(checkpoint.spec, module): f for module, f in input_formats(checkpoint.spec).items()}
+    mapped = model_map(checkpoint.spec)
+    formats = {mapped.in_memory(module): f for module, f in input_formats(checkpoint.spec).items()}
     round_inputs(runner.streamed.model, formats)
     runner.check()
     largest: list[tuple[list[float], list[float]]] = []
