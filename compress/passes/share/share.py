@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from compress.architectures.conversions import SharedBlocks, shared_blocks
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import STORAGE, shared
 from compress.errors import PassError
 from compress.passes.base import EDITED, EDITS, Context, Pass, PassSettings, Storage, select, select_linears
 from compress.passes.blockwise import open_runner, require_head, runner_memory
-from compress.passes.share.albert import albert_spec, as_albert, becomes_albert
 from compress.passes.share.codebooks import cluster, clustered
+from compress.passes.share.conversion import convert
 from compress.passes.share.embeddings import thin, thinned, tied
 from compress.spec.spec import Spec
 
@@ -187,8 +188,10 @@ class Share(Pass[ShareSettings]):
         """Whether calibration data say which blocks share."""
         return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
 
-    def _is_albert(self, spec: Spec, settings: ShareSettings, groups: BlockGroups) -> bool:
-        return becomes_albert(spec, groups, settings.parts == "all", settings.rank)
+    def _conversion(self, spec: Spec, settings: ShareSettings, groups: BlockGroups) -> SharedBlocks | None:
+        """The stock family that shares its blocks so, such as ALBERT; None where there is none."""
+        conversion = shared_blocks(spec) if settings.parts == "all" and not settings.rank else None
+        return conversion if conversion is not None and conversion.expresses(spec, groups) else None
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
         """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
@@ -282,8 +285,8 @@ class Share(Pass[ShareSettings]):
             context.details["sharing"] |= {"tensors": solver.solve(groups, _solved(context, groups))}
         runner.processes.barrier()
         result = _derived(checkpoint, settings, solver, groups, context)
-        if self._is_albert(spec, settings, groups):
-            return as_albert(result, len(groups))
+        if (conversion := self._conversion(spec, settings, groups)) is not None:
+            return convert(result, conversion, len(groups))
         return result
 
     def _chosen(
@@ -320,8 +323,8 @@ class Share(Pass[ShareSettings]):
 
     def _planned(self, spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: BlockGroups) -> Spec:
         result = shared(spec, groups, parts, settings.rank)
-        if self._is_albert(spec, settings, groups):
-            return albert_spec(result, len(groups))[0]
+        if (conversion := self._conversion(spec, settings, groups)) is not None:
+            return conversion.converted(result, len(groups))[0]
         return result
 
     def _parts(self, spec: Spec, settings: ShareSettings) -> list[str]:
@@ -391,7 +394,7 @@ class Share(Pass[ShareSettings]):
         }
         if settings.arrangement in found:
             found = {settings.arrangement: found[settings.arrangement]}
-        elif self._is_albert(spec, settings, found["sequence"]):  # loads everywhere, as others would not
+        elif self._conversion(spec, settings, found["sequence"]):  # loads everywhere, as others would not
             found = {"sequence": found["sequence"]}
         good, problem = {}, None
         for name, groups in found.items():
