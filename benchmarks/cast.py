@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import page  # noqa: E402
 from benchmarks.prune import WINDOW, calibration, heldout, loss  # noqa: E402
 
-UNTUNED: dict[str, Any] = {"tune_epochs": 0}
+UNTUNED: dict[str, Any] = {"reconstruction_epochs": 0}
 JOBS: dict[str, dict[str, Any]] = {
     "int8 default": {"weights": "int8"},
     "int4 rtn": {"weights": "int4", "method": "rtn"},

@@ -29,7 +29,7 @@ from benchmarks.prune import heldout, loss  # noqa: E402
 WAYS: dict[str, dict[str, Any]] = {
     "hard labels": {"losses": {"labels": 1.0}},
     "distilled (default)": {},
-    "distilled, cache of k = 64": {"teacher_cache": {"k": 64}},
+    "distilled, cache of k = 64": {"teacher_cache": {"top_k": 64}},
 }
 #: of the section, by its first job
 TITLES = {
@@ -60,7 +60,7 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     named = args.calibration is not None and args.calibration.partition(":")
     if named:
         ids = {"data": named[0], "field": named[2]}
-    simple = {"score": "activation", "layer_score": "influence", "repair": "none"}
+    simple = {"importance": "activation", "layer_importance": "block_influence", "compensation": "none"}
     for name, how in (("bare", simple), ("student", {})):
         if not (scratch / name).exists():
             compress.apply("prune_structured", args.model, scratch / name, **ids, **cut, **how)
@@ -117,7 +117,13 @@ def classifier(args: argparse.Namespace, scratch: Path) -> list[str]:
     _bert(len(tokenizer)).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     data = {"data": train, "text": "sentence", "label": "label", "length": 48}
-    how = {"batch": 64, "epochs": args.epochs, "schedule": "linear", "rate": 1e-3, "held_out": 256}
+    how = {
+        "batch_size": 64,
+        "epochs": args.epochs,
+        "schedule": "linear",
+        "learning_rate": 1e-3,
+        "validation_samples": 256,
+    }
     compress.apply("distill", fresh, scratch / "six", losses={"labels": 1.0}, weight_decay=0.05, **how, **data)
     rows = []
     reference = _accuracy(scratch / "six", test)
@@ -152,7 +158,7 @@ def ensemble(args: argparse.Namespace, scratch: Path) -> list[str]:
         "data": args.train,
         "document_separator": "<|doc|>",
         "tokens": args.tokens,
-        "rate": 2e-3,
+        "learning_rate": 2e-3,
         "schedule": "cosine",
     }
     rows = []

@@ -39,8 +39,8 @@ SMALL = {
     "num_key_value_heads": 4,
 }
 
-SPARSEGPT = {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "tune_epochs": 0}}
-NARROWER = {"prune_structured": {"mlp": "25%", "heads": "25%", "repair": "least_squares"}}
+SPARSEGPT = {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5, "reconstruction_epochs": 0}}
+NARROWER = {"prune_structured": {"mlp": "25%", "heads": "25%", "compensation": "least_squares"}}
 CASTS: dict[str, dict[str, Any]] = {"int4": {"weights": "int4"}, "4.5 bits": {"bits": 4.5}}
 
 RUN = """

@@ -31,13 +31,13 @@ AMOUNTS: dict[str, dict[str, Any]] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda", "tune_epochs": 0},
-    "sparsegpt": {"method": "sparsegpt", "tune_epochs": 0},
-    "alps": {"method": "alps", "tune_epochs": 0},
+    "wanda": {"method": "wanda", "reconstruction_epochs": 0},
+    "sparsegpt": {"method": "sparsegpt", "reconstruction_epochs": 0},
+    "alps": {"method": "alps", "reconstruction_epochs": 0},
     "default": {},
-    "sparsegpt-owl": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "owl"},
-    "sparsegpt-loss": {"method": "sparsegpt", "tune_epochs": 0, "allocation": "loss"},
-    "default-loss": {"allocation": "loss"},
+    "sparsegpt-owl": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "owl"},
+    "sparsegpt-loss": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "kl"},
+    "default-loss": {"allocation": "kl"},
 }
 WINDOW, WINDOWS = 256, 400
 

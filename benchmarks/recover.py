@@ -40,12 +40,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for number, cut in enumerate(args.cuts):
             student = Path(scratch) / f"student{number}"
-            ids = {} if cut.get("repair") == "none" else {**text, "samples": args.samples}
+            ids = {} if cut.get("compensation") == "none" else {**text, "samples": args.samples}
             compress.apply("prune_structured", args.model, student, **ids, **cut)
             for rate in (None, *args.rates):
                 details: dict[str, Any] = {}
-                how = {"steps": args.steps, "batch": args.batch, "held_out": args.held_out}
-                how |= {"evaluate_every": args.steps} | ({} if rate is None else {"rate": rate})
+                how = {"steps": args.steps, "batch_size": args.batch, "validation_samples": args.held_out}
+                how |= {"evaluate_every": args.steps} | ({} if rate is None else {"learning_rate": rate})
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a training that does not help is what is looked for
                     out = Path(scratch) / f"out{len(rows)}"

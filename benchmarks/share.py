@@ -160,8 +160,8 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
         rows.append([way, f"{100 * error / len(names):.2f} %", f"{loss(str(folder), texts) - dense:+.4f}", "", ""])
         print(*rows[-1], flush=True)
     passes: dict[str, tuple[str, dict[str, Any]]] = {
-        "factorize, uniform, not tuned": ("factorize", {"allocation": "uniform", "tune_epochs": 0}),
-        "factorize, not tuned": ("factorize", {"tune_epochs": 0}),
+        "factorize, uniform, not tuned": ("factorize", {"allocation": "uniform", "reconstruction_epochs": 0}),
+        "factorize, not tuned": ("factorize", {"reconstruction_epochs": 0}),
         "factorize (default)": ("factorize", {}),
     }
     for way, (name, settings) in passes.items():

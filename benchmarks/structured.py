@@ -29,16 +29,20 @@ from benchmarks.versus import wide  # noqa: E402
 JOBS: dict[str, dict[str, Any]] = {
     "MLP 25%": {"mlp": 0.25},
     "MLP 50%": {"mlp": 0.5},
-    "MLP 25% uneven": {"mlp": 0.25, "widths": "uneven"},
-    "MLP 50% uneven": {"mlp": 0.5, "widths": "uneven"},
+    "MLP 25% uneven": {"mlp": 0.25, "allocation": "kl"},
+    "MLP 50% uneven": {"mlp": 0.5, "allocation": "kl"},
     "heads 25%": {"heads": 0.25},
     "1 block": {"layers": 1},
     "2 blocks": {"layers": 2},
     "3 blocks": {"layers": 3},
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "simple score, no repair": {"score": "activation", "layer_score": "influence", "repair": "none"},
-    "least squares": {"repair": "least_squares"},
+    "simple score, no repair": {
+        "importance": "activation",
+        "layer_importance": "block_influence",
+        "compensation": "none",
+    },
+    "least squares": {"compensation": "least_squares"},
     "default": {},
 }
 
@@ -58,7 +62,12 @@ def speed(model: str) -> list[str]:
         ):
             shutil.rmtree(scratch / "small", ignore_errors=True)
             compress.apply(
-                "prune_structured", scratch / "whole", scratch / "small", score="magnitude", repair="none", **settings
+                "prune_structured",
+                scratch / "whole",
+                scratch / "small",
+                importance="magnitude",
+                compensation="none",
+                **settings,
             )
             found = measure_latency([scratch / "whole", scratch / "small"], dtype="float32", device="cpu")["candidate"]
             ratios = [f"{1 / found[k]['ratio']:.2f} ×" for k in ("prefill", "decode")]
@@ -135,7 +144,7 @@ def main() -> None:
         f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
         f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
-        "`uneven`: with `widths: uneven`. "
+        "`uneven`: with `allocation: kl`. "
         "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` "
         "is the pass without any setting but the amount; seconds are of its whole call, loading, self-check and writing "
         "included.",

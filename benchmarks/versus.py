@@ -29,9 +29,9 @@ import json, sys, tempfile
 sys.path.insert(0, sys.argv[1])
 import compress
 from safetensors.torch import load_file
-name, settings = {"sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "tune_epochs": 0}),
-                  "alps": ("prune_unstructured", {"method": "alps", "sparsity": 0.6, "tune_epochs": 0}),
-                  "gptq": ("cast", {"weights": "int4", "refine": False, "tune_epochs": 0}),
+name, settings = {"sparsegpt": ("prune_unstructured", {"method": "sparsegpt", "sparsity": 0.6, "reconstruction_epochs": 0}),
+                  "alps": ("prune_unstructured", {"method": "alps", "sparsity": 0.6, "reconstruction_epochs": 0}),
+                  "gptq": ("cast", {"weights": "int4", "error_correction": [], "reconstruction_epochs": 0}),
                   "tuned": ("cast", {"weights": "int4"})}[sys.argv[2]]
 details = {}
 with tempfile.TemporaryDirectory() as folder:

@@ -147,8 +147,8 @@ def recipe_file(tmp_path, pico_llama, texts):
             "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
         },
         "passes": [
-            {"prune_structured": {"layers": 1, "repair": "none"}},
-            {"prune_unstructured": {"sparsity": "50%", "tune_epochs": 1}},
+            {"prune_structured": {"layers": 1, "compensation": "none"}},
+            {"prune_unstructured": {"sparsity": "50%", "reconstruction_epochs": 1}},
             {"cast": {"weights": "bf16"}},
         ],
         "gates": {"size": {"max_ratio": 0.9}},
@@ -175,7 +175,7 @@ def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
 @pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, tmp_path, method):
     recipe = json.loads(recipe_file.read_text())
-    recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "tune_epochs": 0}}]
+    recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "reconstruction_epochs": 0}}]
     recipe_file.write_text(json.dumps(recipe))
     world(COMPRESS, "run", recipe_file, "--quiet")
     assert len({t.quant_format for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
@@ -184,7 +184,7 @@ def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, 
 def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
     """Which removes as many weights in all as one process would."""
     text = json.loads(recipe_file.read_text())
-    prune = {"method": "sparsegpt", "sparsity": "50%", "tune_epochs": 0, "allocation": "loss"}
+    prune = {"method": "sparsegpt", "sparsity": "50%", "reconstruction_epochs": 0, "allocation": "kl"}
     recipe_file.write_text(json.dumps({**text, "passes": [{"prune_unstructured": prune}], "gates": {}}))
     report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet"))
     shares = report["stages"][0]["passes"][0]["details"]["allocation"]["sparsity"]
@@ -197,7 +197,7 @@ def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file,
 
 def test_widths_chosen_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
     recipe = json.loads(recipe_file.read_text())
-    prune = {"prune_structured": {"mlp": "40%", "widths": "uneven", "tune_epochs": 1}}
+    prune = {"prune_structured": {"mlp": "40%", "allocation": "kl", "reconstruction_epochs": 1}}
     thin = {"share": {"embeddings": "factorize", "embedding_rank": 12}}
     recipe_file.write_text(json.dumps({**recipe, "store": "compact", "passes": [prune, thin], "gates": {}}))
     report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet"))
@@ -236,7 +236,7 @@ checkpoint = open_checkpoint(sys.argv[2])
 ids = torch.randint(2, 250, (31, 24), generator=torch.Generator().manual_seed(1))
 work = Path(sys.argv[1])
 instance = passes.get("prune_structured")
-settings = instance.settings(layers=1, experts=1, hidden=8, heads=2, mlp=0.25, tune_epochs=2)
+settings = instance.settings(layers=1, experts=1, hidden=8, heads=2, mlp=0.25, reconstruction_epochs=2)
 context = Context(checkpoint, "cpu", "float32", 0, None, lambda name: Batches(ids), SilentProgress(), Workspace(work / f"work{world}", ProcessGroup(rank, world)))
 smaller = instance.apply(checkpoint, settings, context)
 if rank == 0:
@@ -264,9 +264,18 @@ def test_two_processes_train_the_same_student(recipe_file, tmp_path):
     recipe["data"]["training"] = {**recipe["data"]["calibration"], "samples": None, "length": 32}
     del recipe["data"]["training"]["samples"]
     recipe["passes"] = [
-        {"prune_structured": {"layers": [2], "repair": "none"}},
+        {"prune_structured": {"layers": [2], "compensation": "none"}},
         {"prune_unstructured": {"method": "magnitude", "sparsity": "50%"}},
-        {"distill": {"steps": 6, "batch": 6, "micro_batch": 2, "held_out": 6, "evaluate_every": 3, "average": 0.5}},
+        {
+            "distill": {
+                "steps": 6,
+                "batch_size": 6,
+                "micro_batch_size": 2,
+                "validation_samples": 6,
+                "evaluate_every": 3,
+                "ema_decay": 0.5,
+            }
+        },
         {"cast": {"weights": "bf16"}},
     ]
     recipe["gates"] = {"size": {"max_ratio": 0.9}, "kl": {"max": 5.0}}

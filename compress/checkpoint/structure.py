@@ -203,7 +203,9 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
         PassError: a ``sized`` edit has no dense twin.
     """
     if (odd := uneven(spec)) is not None:
-        raise PassError(f"no stock class can express that {odd} has its own width", fix="prune with `widths: even`")
+        raise PassError(
+            f"no stock class can express that {odd} has its own width", fix="prune with `allocation: uniform`"
+        )
     edits = {e.module: e for e in spec.structure.edits if e.kind != "shared"}
     untied = sum(edit.kind == "projected" for edit in edits.values()) > 1  # two projections make two tables of one
     shared = {f"{e.module}.{part}" for e in spec.structure.edits if e.kind == "shared" for part in e.values["parts"]}

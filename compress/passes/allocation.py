@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 #: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
 REACH, STEPS = 0.2, 2
-UNEVEN = ("`widths: uneven`", "set `widths: even`")
-_SETTING = ("`allocation: loss`", "use `allocation: uniform` or `owl`")
+UNEVEN = ("`allocation: kl`", "set `allocation: uniform`")
+_SETTING = ("`allocation: kl`", "use `allocation: uniform` or `owl`")
 
 
 def trials(sparsity: float) -> list[float]:
@@ -109,7 +109,7 @@ def _shares(
 def uneven_widths(
     checkpoint: Checkpoint, found: Widths, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, int]:
-    """With `widths: uneven`, by the module that reads them how many neurons go: in all as many as ``found`` says.
+    """With `allocation: kl`, by the module that reads them how many neurons go: in all as many as ``found`` says.
 
     For the least divergence of the model's output, that of each MLP measured by itself, on the inputs of the whole model.
     """
@@ -133,7 +133,7 @@ def uneven_widths(
             for name, (units, _) in zip(names, mlps, strict=True)
         }
         runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
-        options = WidthOptions({}, {}, settings.score, settings.repair != "none", None)
+        options = WidthOptions({}, {}, settings.importance, settings.compensation != "none", None)
         read = probe_widths(runner, counts, options)
         if context.processes.rank:
             return None

@@ -108,7 +108,7 @@ class Measurements:
                 device=self.device,
                 trust_remote_code=self.recipe.trust_remote_code,
                 ignore_auto_map=self.recipe.ignore_auto_map,
-                threads=self.recipe.workers,
+                threads=self.recipe.threads,
                 seed=self.recipe.seed,
                 progress=self.progress,
             )

@@ -530,7 +530,7 @@ class Recipe(Settings):
     max_ram: ByteSize | None = Field(
         default=None, description="Most memory the run may use, such as 8GiB; no limit by default."
     )
-    workers: int | None = Field(
+    threads: int | None = Field(
         default=None, ge=1, description="Threads of computation; as many as torch takes by default."
     )
     evaluate_at: Literal["stage", "end"] = Field(

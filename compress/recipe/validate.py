@@ -20,6 +20,8 @@ from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
 from compress.recipe.model import PassEntry, Recipe, metric_of, parse_pass
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Node, Problem, Scalar, Source, dotted, find_place, plain
+from compress.recipe.renamed import Renamed, spelled
+from compress.recipe.renamed import find as find_renamed
 
 #: pydantic's error type ▶ what it expected. A type that is not here keeps pydantic's sentence.
 _EXPECTED = {
@@ -185,8 +187,21 @@ def _owner(path: tuple[str | int, ...]) -> str:
 
 def _unknown_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
     key, owner = str(path[-1]), path[:-1]
+    place = find_place(root, path, key=True)
+    if (entry := _renamed(path)) is not None and entry.new != entry.old:
+        node = _node(root, path)
+        value = node.value if isinstance(node, Scalar) else None
+        new = f"`{entry.new.rpartition('.')[2]}`"
+        hint = f"write `{spelled(entry.new, entry.value(value))}`" if value is not None else f"rename the key to {new}"
+        return Problem(f"`{key}`{_owner(owner)} is called {new} now", place, path, hint)
     names = list(_fields(owner)) + (["extends"] if not owner else [])
-    return Problem(f"unknown key `{key}`{_owner(owner)}", find_place(root, path, key=True), path, _choices(key, names))
+    return Problem(f"unknown key `{key}`{_owner(owner)}", place, path, _choices(key, names))
+
+
+def _renamed(path: tuple[str | int, ...]) -> Renamed | None:
+    """The table's entry for the key at a path, where it is an old one or has old values."""
+    in_pass = len(path) > 3 and path[0] == "passes"
+    return find_renamed(str(path[2]) if in_pass else "", dotted(path[3:] if in_pass else path))
 
 
 def _choices(given: str, names: list[str]) -> str | None:
@@ -222,6 +237,8 @@ def _wrong_value(root: MapNode, path: tuple[str | int, ...], errors: list[ErrorD
     message = f"expected {wanted}" + (f", got {_got(node)}" if node is not None else "")
     if node is not None and path and isinstance(path[-1], str):
         message = f"{path[-1]}: {message}"
+    if (entry := _renamed(path)) is not None and isinstance(node, Scalar) and entry.knows(node.value):
+        return Problem(message, place, path, f"`{node.value}` is called `{entry.value(node.value)}` now")
     return Problem(message, place, path, _value_hint(node, wanted, errors))
 
 

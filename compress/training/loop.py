@@ -225,8 +225,8 @@ class Trainer:
         return PassError(
             f"training diverged: the loss is {loss} at step {step}, and was {self.history.held_out[-1]['loss']:.4g} at step "
             f"{self.history.held_out[-1]['step']:.0f}",
-            key="rate",
-            fix="lower `rate`",
+            key="learning_rate",
+            fix="lower `learning_rate`",
         )
 
     def _validate(self, step: int) -> None:

@@ -208,7 +208,9 @@ def test_t5_ties_its_head_where_the_file_has_none(said, tmp_path):
     aliases = {t.name: t.alias_of for t in checkpoint.spec.tensors.values() if t.alias_of}
     assert aliases == ({"lm_head.weight": "shared.weight"} if said else {})
     assert load_model(folder).config.scale_decoder_outputs is said
-    smaller = write(apply(checkpoint, "prune_structured", mlp=16, score="magnitude", repair="none"), tmp_path / "out")
+    smaller = write(
+        apply(checkpoint, "prune_structured", mlp=16, importance="magnitude", compensation="none"), tmp_path / "out"
+    )
     after = load_model(smaller.folder)
     assert after.config.scale_decoder_outputs is said
     assert torch.equal(after.lm_head.weight, checkpoint.tensor("lm_head.weight").data)
@@ -231,7 +233,7 @@ def test_files_of_the_base_class(family, tmp_path):
         assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(model), atol=1e-5)
         return
     bypass(model, (0, 2))
-    smaller = load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2], repair="none"))
+    smaller = load_checkpoint(apply(checkpoint, "prune_structured", layers=[0, 2], compensation="none"))
     assert torch.allclose(pico.logits(smaller), pico.logits(model), atol=1e-5)
 
 
@@ -247,17 +249,17 @@ def test_files_of_a_class_with_a_head_may_lack_the_prefix(family, tmp_path):
     check_keys(checkpoint)
     assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == aliases
     assert torch.allclose(pico.logits(load_checkpoint(checkpoint)), pico.logits(pico.model(family)), atol=1e-6)
-    removed = {"layers": [0, 2]} if family in pico.ONE_LIST else {"mlp": 32, "score": "magnitude"}
-    load_checkpoint(apply(checkpoint, "prune_structured", repair="none", **removed))
+    removed = {"layers": [0, 2]} if family in pico.ONE_LIST else {"mlp": 32, "importance": "magnitude"}
+    load_checkpoint(apply(checkpoint, "prune_structured", compensation="none", **removed))
 
 
 def same_as_bypassed(folder, drop):
     """Dropping blocks from a checkpoint with that config equals bypassing them; returns the new config."""
-    smaller = load_checkpoint(apply(open_checkpoint(folder), "prune_structured", layers=drop, repair="none"))
+    smaller = load_checkpoint(apply(open_checkpoint(folder), "prune_structured", layers=drop, compensation="none"))
     model = load_model(folder)
     bypass(model, drop)
     assert torch.allclose(pico.logits(smaller), pico.logits(model), rtol=0, atol=1e-5)
-    return plan(open_checkpoint(folder), "prune_structured", layers=drop, repair="none").structure.config
+    return plan(open_checkpoint(folder), "prune_structured", layers=drop, compensation="none").structure.config
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_blocks_that_compute_by_their_number_stay(tmp_path):
     with pytest.raises(
         PassError, match="`scale_attn_by_inverse_layer_idx` makes each block compute by its number"
     ) as e:
-        plan(checkpoint, "prune_structured", layers=[1], repair="none")
+        plan(checkpoint, "prune_structured", layers=[1], compensation="none")
     assert e.value.key == "layers"
 
 

@@ -159,7 +159,7 @@ def _structured(bases: Path) -> None:
 
     ids = torch.randint(1, 250, (8, 16), generator=torch.Generator().manual_seed(0))
     wanted: dict[str, tuple[str, dict[str, Any]]] = {
-        "factors": ("factorize", {"rank": 4, "tune_epochs": 0}),
+        "factors": ("factorize", {"rank": 4, "reconstruction_epochs": 0}),
         "projected": ("share", {"embeddings": "factorize", "embedding_rank": 8}),
         "shared": ("share", {"groups": [[0, 1]], "residual_rank": 2}),
         "codebook": ("share", {"codebook_bits": 4}),
@@ -241,7 +241,7 @@ _PASSES: tuple[dict[str, Any], ...] = (
     {"cast": {"weights": "fp16"}},
     {"cast": {"weights": "int8", "method": "rtn"}},
     {"prune_unstructured": {"method": "magnitude", "sparsity": 0.5}},
-    {"prune_structured": {"layers": 1, "repair": "none"}},
+    {"prune_structured": {"layers": 1, "compensation": "none"}},
 )
 
 
@@ -315,7 +315,7 @@ def _recipe(trial: Trial, folder: Path) -> Path:
         if rng.random() < 0.5:
             recipe["gates"] = {"size": {"max_ratio": 2.0}, "bits_per_byte": {"max_increase": "500%"}}
     if rng.random() < 0.2:
-        recipe["passes"] = [{"prune_structured": {"layers": 1, "repair": "none"}}, {"cast": {"weights": "bf16"}}]
+        recipe["passes"] = [{"prune_structured": {"layers": 1, "compensation": "none"}}, {"cast": {"weights": "bf16"}}]
     if any("prune_structured" in step for step in recipe["passes"]):
         recipe.setdefault("data", {})["calibration"] = {
             "files": [str(trial.sound / "calibration.txt")],

@@ -32,16 +32,16 @@ _GATES = {"size": {"max_ratio": 0.9}, "bits_per_byte": {"max_increase": "500%"}}
 RECIPES: dict[str, dict[str, Any]] = {
     "chain": {
         "model": "model", "output": "out", "document_separator": "<|doc|>", "data": _DATA, "gates": _GATES, "evaluate": ["bits_per_byte"],
-        "passes": [{"prune_structured": {"layers": 1, "repair": "none"}}, {"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}}, {"cast": {"weights": "bf16"}}],
+        "passes": [{"prune_structured": {"layers": 1, "compensation": "none"}}, {"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}}, {"cast": {"weights": "bf16"}}],
     },
     "other": {
         "model": "model", "output": "out", "document_separator": "<|doc|>", "data": _DATA, "evaluate": [],
-        "passes": [{"prune_structured": {"layers": 1, "repair": "none"}}, {"cast": {"weights": "fp16"}}],
+        "passes": [{"prune_structured": {"layers": 1, "compensation": "none"}}, {"cast": {"weights": "fp16"}}],
     },
     "training": {
         "model": "model", "output": "out", "document_separator": "<|doc|>", "evaluate": [],
         "data": {**_DATA, "training": {"files": ["train.txt"], "length": 16}},
-        "passes": [{"prune_structured": {"layers": 1, "repair": "none"}}, {"distill": {"steps": 6, "batch": 2, "held_out": 2, "rate": 1e-3, "evaluate_every": 2}}],
+        "passes": [{"prune_structured": {"layers": 1, "compensation": "none"}}, {"distill": {"steps": 6, "batch_size": 2, "validation_samples": 2, "learning_rate": 1e-3, "evaluate_every": 2}}],
     },
 }  # fmt: skip
 

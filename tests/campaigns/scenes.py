@@ -18,10 +18,12 @@ from typing import Any
 from tests import pico
 from tests.campaigns.forked import Outcome, command
 
-PRUNE = {"prune_structured": {"mlp": "50%", "repair": "none", "score": "magnitude"}}
-SPARSE = {"prune_unstructured": {"method": "sparsegpt", "sparsity": "50%", "tune_epochs": 1}}
+PRUNE = {"prune_structured": {"mlp": "50%", "compensation": "none", "importance": "magnitude"}}
+SPARSE = {"prune_unstructured": {"method": "sparsegpt", "sparsity": "50%", "reconstruction_epochs": 1}}
 INT4 = {"cast": {"weights": "int4", "group_size": 32, "method": "gptq"}}
-DISTILL = {"distill": {"steps": 4, "batch": 2, "held_out": 2, "rate": 1e-3, "evaluate_every": 1}}
+DISTILL = {
+    "distill": {"steps": 4, "batch_size": 2, "validation_samples": 2, "learning_rate": 1e-3, "evaluate_every": 1}
+}
 #: Recipes by name: the passes that run, and those of an earlier result that the run is to replace.
 RECIPES: dict[str, tuple[list[Any], list[Any] | None]] = {
     "chain": ([PRUNE, SPARSE, INT4], None),

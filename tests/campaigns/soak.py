@@ -28,7 +28,7 @@ PASSES: list[list[Any]] = [
     [scenes.PRUNE, scenes.DISTILL],
     [scenes.SPARSE, {"cast": {"weights": "int8"}}],
     [{"share": {"codebook_bits": 4}}],
-    [{"factorize": {"keep_parameters": "70%", "tune_epochs": 1}}],
+    [{"factorize": {"keep_parameters": "70%", "reconstruction_epochs": 1}}],
     [{"cast": {"weights": "bf16"}}],
 ]
 

@@ -89,8 +89,8 @@ def recipe(model: Path, output: Path, texts, passes, **more):
 
 
 def test_every_kind_of_pass_uses_the_code(foreign, record, texts, tmp_path, stock):
-    wide = {"prune_structured": {"mlp": "25%", "repair": "none", "score": "magnitude"}}
-    steps = {"distill": {"steps": 2, "batch": 2, "held_out": 2, "rate": 1e-3}}
+    wide = {"prune_structured": {"mlp": "25%", "compensation": "none", "importance": "magnitude"}}
+    steps = {"distill": {"steps": 2, "batch_size": 2, "validation_samples": 2, "learning_rate": 1e-3}}
     chains = {
         "cast": [{"cast": {"weights": "bf16"}}],
         "prune": [{"prune_unstructured": {"method": "wanda", "sparsity": "50%"}}],

@@ -47,7 +47,7 @@ BASE = {
     "store": "compact",
     "document_separator": "<|doc|>",
     "passes": [
-        {"prune_structured": {"layers": 1, "repair": "none"}},
+        {"prune_structured": {"layers": 1, "compensation": "none"}},
         {"prune_unstructured": {"method": "magnitude", "sparsity": 0.6}},
     ],
     "evaluate": ["bits_per_byte", "kl", "agreement"],
@@ -156,7 +156,7 @@ def test_check_reports_every_mistake_at_its_place(cli, tmp_path):
 def test_a_pass_that_cannot_apply_is_shown_at_its_line(cli, place):
     path = place / "nine.yaml"
     path.write_text(
-        f"model: {place / 'model'}\noutput: {place / 'nine'}\npasses:\n  - prune_structured:\n      layers: [9]\n      repair: none\n"
+        f"model: {place / 'model'}\noutput: {place / 'nine'}\npasses:\n  - prune_structured:\n      layers: [9]\n      compensation: none\n"
     )
     for command in ("check", "plan", "run"):
         done = cli(command, path)

@@ -43,11 +43,16 @@ def run(model, texts, output, settings):
     ("family", "name", "settings", "cold"),
     [
         ("qwen3_moe", "cast", {"weights": "int4", "group_size": 32}, 16),
-        ("mixtral", "cast", {"weights": "int8", "refine": False, "tune_epochs": 1, "only": ["*layers.1.*experts*"]}, 4),
+        (
+            "mixtral",
+            "cast",
+            {"weights": "int8", "error_correction": [], "reconstruction_epochs": 1, "only": ["*layers.1.*experts*"]},
+            4,
+        ),
         ("mixtral", "share", {"codebook_bits": 4, "only": ["*layers.0.*experts*"]}, 4),
         ("qwen3_moe", "prune_unstructured", {"method": "wanda", "sparsity": 0.5, "allocation": "owl"}, 16),
         ("qwen3_moe", "prune_structured", {"mlp": "25%"}, 16),
-        ("qwen3_moe", "prune_structured", {"experts": 2, "repair": "none"}, 16),
+        ("qwen3_moe", "prune_structured", {"experts": 2, "compensation": "none"}, 16),
     ],
 )
 def test_the_run_ends_and_its_report_names_them(family, name, settings, cold, folders, texts, tmp_path):
@@ -78,7 +83,9 @@ def test_the_run_ends_and_its_report_names_them(family, name, settings, cold, fo
 def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
     from compress.cli.tables import print_report
 
-    settings = {"cast": {"weights": "int8", "method": "gptq", "only": ["*layers.2.*experts*"], "tune_epochs": 0}}
+    settings = {
+        "cast": {"weights": "int8", "method": "gptq", "only": ["*layers.2.*experts*"], "reconstruction_epochs": 0}
+    }
     print_report(run(folders["qwen3_moe"], texts, tmp_path / "out", settings).report)
     said = " ".join(capsys.readouterr().out.split())
     assert (

@@ -41,11 +41,11 @@ def hidden(folder):
 @pytest.mark.parametrize(
     ("store", "name", "settings"),
     [
-        ("stock", "prune_structured", {"mlp": 0.25, "repair": "least_squares"}),
+        ("stock", "prune_structured", {"mlp": 0.25, "compensation": "least_squares"}),
         ("stock", "cast", {"weights": "bf16"}),
-        ("compact", "prune_unstructured", {"sparsity": 0.5, "tune_epochs": 1}),
+        ("compact", "prune_unstructured", {"sparsity": 0.5, "reconstruction_epochs": 1}),
         ("compact", "share", {"groups": 2, "residual_rank": 0}),
-        ("compact", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "tune_epochs": 0}),
+        ("compact", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "reconstruction_epochs": 0}),
     ],
 )
 def test_it_is_compressed_and_loaded_as_it_is(store, name, settings, encoder, tmp_path):

@@ -17,8 +17,8 @@ STATIC = [
     ("cast", {"weights": "fp16", "overrides": {"*norm*": "fp32", "*ln_*": "fp32", "*LayerNorm*": "fp32"}}),
     ("prune_unstructured", {"method": "magnitude", "sparsity": 0.37}),
     ("prune_unstructured", {"method": "magnitude", "pattern": "2:4"}),
-    ("prune_structured", {"layers": [1, 2], "repair": "none"}),
-    ("prune_structured", {"layers": [0], "repair": "none"}),
+    ("prune_structured", {"layers": [1, 2], "compensation": "none"}),
+    ("prune_structured", {"layers": [0], "compensation": "none"}),
 ]
 
 
@@ -56,7 +56,7 @@ def test_planned_is_written(family, name, settings, store, folders, tmp_path):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_one_write_or_three_give_the_same_bytes(store, scope, folders, tmp_path):
     steps = [
-        ("prune_structured", {"layers": [2], "repair": "none"}),
+        ("prune_structured", {"layers": [2], "compensation": "none"}),
         ("prune_unstructured", {"method": "magnitude", "sparsity": 0.5, "scope": scope}),
         ("cast", {"weights": "fp16"}),
         ("prune_unstructured", {"method": "magnitude", "sparsity": 0.6, "scope": scope}),
@@ -76,7 +76,7 @@ def dropped(folders, tmp_path_factory, stock_outputs):
     root = tmp_path_factory.mktemp("dropped")
     for family in pico.ONE_LIST:
         folder = folders[family]
-        write(apply(open_checkpoint(folder), "prune_structured", layers=[0, 2], repair="none"), root / family)
+        write(apply(open_checkpoint(folder), "prune_structured", layers=[0, 2], compensation="none"), root / family)
         original = load_model(folder)
         bypass(original, (0, 2))
         pico.save_expected(original, root / f"{family}.pt")

@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
                 "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
             },
             "passes": [
-                {"prune_structured": {"layers": 1, "repair": "none"}},
+                {"prune_structured": {"layers": 1, "compensation": "none"}},
                 {"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}},
                 {"cast": {"weights": "bf16"}},
             ],

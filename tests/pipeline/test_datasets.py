@@ -18,7 +18,7 @@ from compress.evaluation.language import score_documents
 from compress.models.loading import load_model, load_tokenizer
 from tests import pico
 
-PASSES = [{"prune_structured": {"layers": 1, "layer_score": "influence", "repair": "none"}}]
+PASSES = [{"prune_structured": {"layers": 1, "layer_importance": "block_influence", "compensation": "none"}}]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_token_ids_that_will_not_do(with_data, texts, tmp_path, pico_llama):
     ("name", "settings"),
     [
         ("prune_unstructured", {"method": "wanda", "sparsity": 0.5}),
-        ("prune_structured", {"layers": 1, "layer_score": "influence", "repair": "none"}),
+        ("prune_structured", {"layers": 1, "layer_importance": "block_influence", "compensation": "none"}),
         ("prune_structured", {"mlp": "25%"}),
         ("cast", {"weights": "int4", "method": "gptq", "group_size": 32}),
         ("cast", {"bits": 4.5, "group_size": 32}),
@@ -160,7 +160,13 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
             patch.setattr(PruneStructured, "apply", spy)
             out = tmp_path / str(len(list(tmp_path.iterdir())))
             compress.apply(
-                "prune_structured", pico_llama, out, layers=1, repair="none", document_separator="<|doc|>", **arguments
+                "prune_structured",
+                pico_llama,
+                out,
+                layers=1,
+                compensation="none",
+                document_separator="<|doc|>",
+                **arguments,
             )
         return details["data"]
 

@@ -126,7 +126,7 @@ def test_masked_language_models(base, folders, texts):
 def test_calibration_on_pairs(base, folders):
     """Pruned block by block on pairs as the model reads them; the default with `text` is one row at a time."""
     calibration = {"files": [str(folders / "pairs.tsv")], "text": ["one", "two"], "samples": 20, "length": 24}
-    passes = [{"prune_unstructured": {"method": "wanda", "sparsity": "50%", "tune_epochs": 0}}]
+    passes = [{"prune_unstructured": {"method": "wanda", "sparsity": "50%", "reconstruction_epochs": 0}}]
     result = compress.run(base(data={"calibration": calibration}, passes=passes))
     used = result.report["data"]["calibration"]
     assert (used["mode"], used["samples"], used["length"]) == ("padded", 20, 24)

@@ -63,7 +63,7 @@ def recipe(pictures, tmp_path, **changes):
         "output": str(tmp_path / "out"),
         "device": "cpu",
         "data": {"training": {"images": str(train)}, "evaluation": {"images": str(val)}},
-        "passes": [{"distill": {"steps": 20, "batch": 4, "held_out": 8, "evaluate_every": 10, "rate": 3e-3, "student": {"layers": 3}}}],
+        "passes": [{"distill": {"steps": 20, "batch_size": 4, "validation_samples": 8, "evaluate_every": 10, "learning_rate": 3e-3, "student": {"layers": 3}}}],
         "evaluate_at": "end",
     }  # fmt: skip
     return {**base, **changes}
@@ -112,11 +112,11 @@ def distilled(pictures, out, **settings):
     details = {}
     how = {
         "steps": 8,
-        "batch": 6,
-        "held_out": 6,
+        "batch_size": 6,
+        "validation_samples": 6,
         "evaluate_every": 4,
         "student": {"layers": 3},
-        "rate": 3e-3,
+        "learning_rate": 3e-3,
         **settings,
     }
     how = {"data": pictures[1], **how}
@@ -129,7 +129,7 @@ def test_losses_and_micro_batches(pictures, tmp_path):
     whole = distilled(pictures, tmp_path / "whole", losses=losses)
     assert {*whole["losses"][0]} == {"step", "loss", *losses}
     assert (whole["of"], whole["tokens"]) == ("images", 48)
-    parts = distilled(pictures, tmp_path / "parts", losses=losses, micro_batch=4, gradient_checkpointing=True)
+    parts = distilled(pictures, tmp_path / "parts", losses=losses, micro_batch_size=4, gradient_checkpointing=True)
     again = distilled(pictures, tmp_path / "again", losses=losses)
     for name, said in (("parts", parts), ("again", again)):
         for a, b in zip(whole["held_out"], said["held_out"], strict=True):
@@ -141,7 +141,7 @@ def test_losses_and_micro_batches(pictures, tmp_path):
 def test_hidden_states_count_by_token_as_the_paper_has_it(pictures, tmp_path):
     """The loss before any step: squared distance over the teacher's square, mean over tokens and pairs of layers."""
     said = distilled(
-        pictures, tmp_path / "out", losses={"hidden": 1}, steps=1, student={"layers": 3, "from": "first"}, rate=1e-9,
+        pictures, tmp_path / "out", losses={"hidden": 1}, steps=1, student={"layers": 3, "from": "first"}, learning_rate=1e-9,
         allow_noop=True,
     )  # fmt: skip
     teacher = transformers.ViTForImageClassification.from_pretrained(pictures[0])

@@ -126,7 +126,7 @@ runner.BlockRunner._block = told
 
 
 def test_a_killed_blockwise_run_goes_on_from_its_last_block_to_the_same_bytes(recipe_file, tmp_path):
-    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "tune_epochs": 2}}]
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "reconstruction_epochs": 2}}]
     path = recipe_file(passes=passes, gates=None, output=str(tmp_path / "unbroken"))
     assert start(path).wait(timeout=120) == 0
     path = recipe_file(passes=passes, gates=None)
@@ -215,7 +215,7 @@ def test_killed_eight_times_at_random_it_ends_with_the_bytes_of_an_unbroken_run(
     """Moments are drawn one from each eighth of the time an unbroken run takes, early ones first; every kill hits a run at work."""
     changes = {
         "passes": [
-            {"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "tune_epochs": 10}},
+            {"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "reconstruction_epochs": 10}},
             {"cast": {"weights": "int4", "group_size": 32}},
         ],
         "data": {"calibration": {"files": [str(texts[0])], "samples": 64, "length": 64}},

@@ -139,7 +139,7 @@ def test_budgets_on_fused_experts(check, cli, tmp_path):
     message = "a budget does not reach model.layers.0.mlp.experts.0.down_proj.weight: experts are fused in memory"
     assert (status, message in text) == (2, True), text
     assert cli("plan", tmp_path / "r.yaml")[0] == 2
-    changes["passes"] = [{"prune_unstructured": {"sparsity": 0.5, "method": "wanda", "allocation": "loss"}}]
+    changes["passes"] = [{"prune_unstructured": {"sparsity": 0.5, "method": "wanda", "allocation": "kl"}}]
     assert check(**changes)[0] == 2
 
 
@@ -168,8 +168,8 @@ def test_routers_that_no_sweep_sees(settings, check, tmp_path):
     ("settings", "message"),
     [
         (
-            {"prune_structured": {"mlp": "25%", "score": "taylor"}},
-            "score: taylor needs a model that predicts something",
+            {"prune_structured": {"mlp": "25%", "importance": "taylor"}},
+            "importance: taylor needs a model that predicts something",
         ),
         ({"share": {"groups": 2, "init": "fisher"}}, "`init: fisher` needs a model that predicts something"),
     ],

@@ -92,7 +92,7 @@ def test_fused_and_separate_stages_give_the_same_bytes(recipe, tmp_path):
 def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path):
     compress.run(recipe())
     passes = [
-        {"prune_structured": {"layers": 1, "repair": "none"}},
+        {"prune_structured": {"layers": 1, "compensation": "none"}},
         {"prune_unstructured": {"method": "magnitude", "sparsity": "70%"}},
         {"cast": {"weights": "bf16"}},
     ]
@@ -208,7 +208,9 @@ def test_memory_and_disk_are_checked_before_the_work(recipe, tmp_path, monkeypat
 def test_errors_of_a_pass_name_its_place(recipe):
     with pytest.raises(PassError) as caught:
         compress.run(
-            recipe(passes=[{"cast": {"weights": "bf16"}}, {"prune_structured": {"layers": [9], "repair": "none"}}])
+            recipe(
+                passes=[{"cast": {"weights": "bf16"}}, {"prune_structured": {"layers": [9], "compensation": "none"}}]
+            )
         )
     assert caught.value.where == "passes.1.prune_structured"
     assert caught.value.key == "layers"
@@ -237,7 +239,7 @@ def test_apply_api(tmp_path, pico_llama, texts):
     )
     assert load_model(out).config.num_hidden_layers == 3
     ids = torch.randint(0, 250, (4, 16))
-    compress.apply("prune_structured", pico_llama, tmp_path / "b", layers=2, repair="none", data=ids)
+    compress.apply("prune_structured", pico_llama, tmp_path / "b", layers=2, compensation="none", data=ids)
     small = compress.apply(
         "prune_unstructured", pico_llama, tmp_path / "c", method="magnitude", sparsity=0.6, store="compact"
     )
@@ -245,7 +247,7 @@ def test_apply_api(tmp_path, pico_llama, texts):
     assert torch.equal(pico.logits(compress.load(small)), pico.logits(compress.load(dense)))
     assert open_checkpoint(dense).spec.tensors["model.layers.0.mlp.up_proj.weight"].kept is not None
     with pytest.raises(CompressError, match=r"needs calibration data; give data="):
-        compress.apply("prune_structured", pico_llama, tmp_path / "e", layers=1, repair="none")
+        compress.apply("prune_structured", pico_llama, tmp_path / "e", layers=1, compensation="none")
     with pytest.raises(CompressError, match=r"prune_unstructured.sparsty: Extra inputs|prune_unstructured"):
         compress.apply("prune_unstructured", pico_llama, tmp_path / "e", sparsty=0.5)
     with pytest.raises(

@@ -24,13 +24,13 @@ def run(tmp_path, pico_llama, texts, capsys, monkeypatch):
             "document_separator": "<|doc|>",
             "data": {"training": {"files": [str(texts[0])], "length": 16}},
             "passes": [
-                {"prune_structured": {"layers": [1], "repair": "none"}},
+                {"prune_structured": {"layers": [1], "compensation": "none"}},
                 {
                     "distill": {
-                        "rate": 1.0,
+                        "learning_rate": 1.0,
                         "steps": 4,
-                        "batch": 4,
-                        "held_out": 4,
+                        "batch_size": 4,
+                        "validation_samples": 4,
                         "evaluate_every": 2,
                         **(distill or {}),
                     }

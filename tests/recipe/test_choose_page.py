@@ -14,7 +14,7 @@ from compress.errors import CompressError
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/choose.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-SOURCES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs/decisions").glob("*.md")]
+SOURCES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def recipe(data, monkeypatch):

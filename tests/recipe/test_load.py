@@ -44,7 +44,7 @@ seed: 3
 device: cuda:1
 dtype: bfloat16
 max_ram: 8GiB
-workers: 2
+threads: 2
 evaluate_at: end
 document_separator: "<|end|>"
 max_shard_size: 500MB
@@ -78,7 +78,7 @@ def test_a_full_recipe(work: Path) -> None:
     recipe = load_recipe(Path("r.yaml"))
     assert (recipe.store, recipe.seed, recipe.device, recipe.dtype) == ("compact", 3, "cuda:1", "bfloat16")
     assert (recipe.max_ram, recipe.max_shard_size) == (8 * 2**30, 500_000_000)
-    assert (recipe.workers, recipe.evaluate_at, recipe.document_separator) == (2, "end", "<|end|>")
+    assert (recipe.threads, recipe.evaluate_at, recipe.document_separator) == (2, "end", "<|end|>")
     assert (recipe.trust_remote_code, recipe.offline, recipe.confidence, recipe.bootstrap) == (True, True, 0.9, 500)
     assert recipe.data.calibration is not None
     assert (recipe.data.calibration.samples, recipe.data.calibration.files) == (16, ("text/train.txt",))
@@ -228,7 +228,7 @@ r.yaml:3:7: seed: expected an integer, got '7'
 r.yaml:4:1: unknown key `stroe`
     4 | stroe: compact
       | ^^^^^
-   expected one of: model, output, store, seed, device, dtype, max_ram, workers, evaluate_at, document_separator, \
+   expected one of: model, output, store, seed, device, dtype, max_ram, threads, evaluate_at, document_separator, \
 max_shard_size, trust_remote_code, …; did you mean `store`?
 r.yaml:6:25: text/tran.txt: there is no such file
     6 |   calibration: {files: [text/tran.txt], samples: 0}
@@ -248,7 +248,7 @@ r.yaml:10:5: duplicate key `window`
 r.yaml:12:26: unknown key `sparcity` in prune_unstructured
    12 |   - prune_unstructured: {sparcity: 50%}
       |                          ^^^^^^^^
-   expected one of: method, sparsity, pattern, scope, allocation, tune_epochs, tune_rate, only, skip, allow_noop; did you mean `sparsity`?
+   expected one of: method, sparsity, pattern, scope, allocation, reconstruction_epochs, reconstruction_lr, only, skip, allow_noop; did you mean `sparsity`?
 r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'bf61'
    13 |   - cast: {weights: bf61}
       |                     ^^^^
@@ -295,7 +295,7 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("confidence: 0.5", "r.yaml:5:13: confidence: expected a number above 0.5, got 0.5"),
         ("confidence: 1", "r.yaml:5:13: confidence: expected a number below 1.0, got 1"),
         ("bootstrap: 99", "r.yaml:5:12: bootstrap: expected 100 or more, got 99"),
-        ("workers: 0", "r.yaml:5:10: workers: expected 1 or more, got 0"),
+        ("threads: 0", "r.yaml:5:10: threads: expected 1 or more, got 0"),
         ("evaluate: latency", "r.yaml:5:11: evaluate: expected a list, got 'latency'"),
         ("evaluate: [latency, latency]", "r.yaml:5:11: `latency` is named twice"),
         ("evaluate: [kl]", "r.yaml:5:12: kl needs text to measure on, and there is no `data.evaluation`"),
@@ -401,7 +401,7 @@ def test_passes_are_a_list_with_an_entry(heads: Heads) -> None:
 
 
 def test_blocks_named_need_no_data(work: Path) -> None:
-    Path("r.yaml").write_text("model: m\noutput: o\npasses:\n  - prune_structured: {layers: [2], repair: none}\n")
+    Path("r.yaml").write_text("model: m\noutput: o\npasses:\n  - prune_structured: {layers: [2], compensation: none}\n")
     assert load_recipe(Path("r.yaml")).passes[0].name == "prune_structured"
 
 
@@ -466,10 +466,10 @@ def test_mistakes_keep_the_file_they_came_from(problems: Heads) -> None:
     Path("base.yaml").write_text(f"{GOOD}sede: 1\ngates: {{size: {{max: tiny}}}}\n")
     assert problems("extends: base.yaml\nstroe: stock\n") == [
         "r.yaml:2:1: unknown key `stroe`\n    2 | stroe: stock\n      | ^^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, workers, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
+        "seed, device, dtype, max_ram, threads, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
         "did you mean `store`?",
         "base.yaml:5:1: unknown key `sede`\n    5 | sede: 1\n      | ^^^^\n   expected one of: model, output, store, "
-        "seed, device, dtype, max_ram, workers, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
+        "seed, device, dtype, max_ram, threads, evaluate_at, document_separator, max_shard_size, trust_remote_code, …; "
         "did you mean `seed`?",
         "base.yaml:6:21: max: expected a size such as 500MB or 4GiB, got 'tiny'\n    6 | gates: {size: {max: tiny}}\n"
         "      |                     ^^^^",
@@ -549,7 +549,7 @@ def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
             {
                 "model": "m",
                 "seed": float("nan"),
-                "workers": "2",
+                "threads": "2",
                 "passes": [{"cast": {"wieghts": "fp16"}}, {"cast": {"weights": 16}}, {"cast": {"weights": {1, 2}}}],
                 "gates": {"kl": {"max": 1}},
             }
@@ -563,7 +563,7 @@ def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
         "passes.2: give one of `weights`, `bits` and `max_bytes`",
         "seed: nan is not a finite number",
         "seed: seed: expected an integer, got nan",
-        "workers: workers: expected an integer, got '2'",
+        "threads: threads: expected an integer, got '2'",
     ]
 
 
@@ -594,7 +594,7 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
     )
     assert (
         done.stdout
-        == "['compress.passes.base', 'compress.passes.cast.budget', 'compress.passes.cast.cast', 'compress.passes.cast.plan', 'compress.passes.cast.settings', 'compress.passes.blockwise']\n"
+        == "['compress.passes.base', 'compress.passes.blockwise', 'compress.passes.cast', 'compress.passes.cast.budget', 'compress.passes.cast.cast', 'compress.passes.cast.plan', 'compress.passes.cast.settings']\n"
     )
 
 

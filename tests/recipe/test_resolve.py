@@ -53,7 +53,7 @@ def test_defaults_are_written_out(work: Path) -> None:
         "device": "auto",
         "dtype": "float32",
         "max_ram": None,
-        "workers": None,
+        "threads": None,
         "evaluate_at": "stage",
         "document_separator": None,
         "max_shard_size": 5_000_000_000,
@@ -75,9 +75,9 @@ def test_defaults_are_written_out(work: Path) -> None:
                     "group_size": None,
                     "symmetric": True,
                     "method": "gptq",
-                    "refine": True,
-                    "tune_epochs": 1,
-                    "tune_rate": 0.006,
+                    "error_correction": ["asymmetric", "alternating", "curvature"],
+                    "reconstruction_epochs": 1,
+                    "reconstruction_lr": 0.006,
                     "activations": None,
                     "kv_cache": None,
                     "kv_cache_scales": None,
@@ -103,7 +103,7 @@ entries = st.one_of(
     shares.map(lambda s: {"prune_unstructured": {"method": "magnitude", "sparsity": s}}),
     patterns.map(lambda p: {"prune_unstructured": {"method": "magnitude", "pattern": p}}),
     st.lists(st.integers(0, 30), min_size=1, unique=True).map(
-        lambda x: {"prune_structured": {"layers": x, "repair": "none"}}
+        lambda x: {"prune_structured": {"layers": x, "compensation": "none"}}
     ),
 )
 increases = st.floats(-10, 10) | st.decimals(-50, 500, places=3).map(lambda d: f"{d}%")

@@ -114,8 +114,8 @@ def test_suggestions(problems: Heads) -> None:
 
 
 def test_mistakes_stand_after_those_of_files_and_in_order(heads: Heads) -> None:
-    assert heads(TEXT + "sede: 1\n", "workers=x", "bootstrap=x") == [
+    assert heads(TEXT + "sede: 1\n", "threads=x", "bootstrap=x") == [
         "r.yaml:8:1: unknown key `sede`",
-        "--set workers=x: workers: expected an integer, got 'x'",
+        "--set threads=x: threads: expected an integer, got 'x'",
         "--set bootstrap=x: bootstrap: expected an integer, got 'x'",
     ]

@@ -32,7 +32,7 @@ def finished(tmp_path_factory, pico_llama, texts):
                 "evaluation": {"files": [str(valid)], "window": 32, "max_documents": 30},
             },
             "passes": [
-                {"prune_structured": {"layers": 1, "repair": "none"}},
+                {"prune_structured": {"layers": 1, "compensation": "none"}},
                 {"prune_unstructured": {"method": "magnitude", "pattern": "2:4"}},
                 {"cast": {"weights": "bf16"}},
             ],
@@ -89,7 +89,7 @@ def test_waterfall_adds_up(finished):
     steps = figures.waterfall(finished.report)
     assert [s.name for s in steps] == ["original", "prune_structured", "prune_unstructured", "cast"]
     assert [s.settings for s in steps[1:]] == [
-        "layers: 1, repair: none",
+        "layers: 1, compensation: none",
         "method: magnitude, pattern: 2:4",
         "weights: bf16",
     ]
@@ -208,7 +208,7 @@ def test_shapes_tried_for_a_target_are_a_table(tmp_path, pico_llama, texts):
             "output": str(tmp_path / "out"),
             "document_separator": "<|doc|>",
             "data": {"calibration": {"files": [str(train)], "samples": 8, "length": 32}},
-            "passes": [{"prune_structured": {"keep_parameters": "75%", "repair": "least_squares"}}],
+            "passes": [{"prune_structured": {"keep_parameters": "75%", "compensation": "least_squares"}}],
         }
     )
     rows = figures.shape_rows(done.report["stages"][0]["passes"][0]["details"])

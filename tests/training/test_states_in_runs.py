@@ -128,10 +128,10 @@ def recipe(pico_llama, texts):
             {
                 "distill": {
                     "student": {"layers": 2},
-                    "rate": 3e-3,
+                    "learning_rate": 3e-3,
                     "steps": 6,
-                    "batch": 4,
-                    "held_out": 4,
+                    "batch_size": 4,
+                    "validation_samples": 4,
                     "evaluate_every": 2,
                 }
             }

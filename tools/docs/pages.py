@@ -132,6 +132,7 @@ def reference_page() -> str:
 
     from compress.passes.describe import describe_settings
     from compress.recipe.model import Data, Gates, Recipe
+    from compress.recipe.renamed import rows
 
     lines = [
         "# Recipe keys",
@@ -151,7 +152,9 @@ def reference_page() -> str:
             (inner,) = [t for t in get_args(field.annotation) if isinstance(t, type) and hasattr(t, "model_fields")]
             lines += [f"### `{title}.{name}`", "", field.description or "", ""]
             lines += [*settings_table(describe_settings(inner), "key"), ""]
-    return "\n".join(lines)
+    lines += ["## Renamed keys", "", "Old spellings are refused; the error shows the new one.", ""]
+    lines += table(["pass", "old", "new"], [[f"`{name}`" if name else "", f"`{o}`", f"`{n}`"] for name, o, n in rows()])
+    return "\n".join([*lines, ""])
 
 
 def settings_table(settings: list[dict[str, Any]], title: str) -> list[str]:

@@ -32,15 +32,17 @@ class CastOptions:
 
     Attributes:
         tuning: of each block afterwards; None for none. grids: of every tensor to cast.
-        dtypes: that scales are stored in, by tensor. refine: after GPTQ fit codes and scales by turns; and in a sweep with
-            targets, before it make up for what earlier changes did to the inputs. gradients: where they were measured,
-            at last fit them in view of what errors of different outputs do to the prediction together.
+        dtypes: of stored scales, by tensor.
+        asymmetric: match the original's outputs on the original's inputs, where the runner has targets (GPTAQ).
+        alternating: after GPTQ, improve codes and scales in turns (QuantEase).
+        gradients: measured ones weigh output errors by their effect on the prediction, as a last step (YAQA).
     """
 
     reconstruction: Reconstruction | None
     quant_formats: Mapping[str, QuantFormat]
     dtypes: Mapping[str, torch.dtype]
-    refine: bool = True
+    asymmetric: bool = True
+    alternating: bool = True
     gradients: Gradients | None = None
 
 
@@ -88,7 +90,7 @@ class Rounded:
 def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     """Cast the sites of a block in place; codes by tensor name.
 
-    With targets and ``options.refine`` each matrix is matched to the original's outputs on the original's inputs (GPTAQ,
+    With targets and ``options.asymmetric`` each matrix is matched to the original's outputs on the original's inputs (GPTAQ,
     arXiv 2504.02692). Matrices that write to the residual stream also correct for the error that it has already.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
@@ -102,7 +104,9 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     ) -> tuple[Rounded, dict[str, Any]]:
         keep, quant_format = block.earlier_mask(linear), options.quant_formats[linear.name]
         outputs = curvature.pop(linear.name, None)
-        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, options.refine, shared, outputs)
+        codes, scales, row = _solve(
+            linear, statistics, mismatch, quant_format, keep, options.alternating, shared, outputs
+        )
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
     def blank(linear: TargetLinear) -> Rounded:
@@ -117,7 +121,7 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
 
     rounded = solve_block(
         block,
-        statistics_of(block) if options.refine else symmetric_statistics(block),
+        statistics_of(block) if options.asymmetric else symmetric_statistics(block),
         solve,
         blank=blank,
         tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],
@@ -156,7 +160,7 @@ def _solve(
     mismatch: InputMismatch | None,
     quant_format: QuantFormat,
     keep: torch.Tensor | None,
-    refined: bool,
+    alternating: bool,
     shared: dict[str, Any],
     F: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
@@ -181,7 +185,7 @@ def _solve(
     scales = fit(weight, quant_format, H.diagonal(), keep)
     updated_weights = gptq(weight, shared["factor"], order, quant_format, scales, keep)
     codes, scales = quantease(
-        weight, updated_weights, shared["damped"], quant_format, scales, keep, _ROUNDS if refined else 0
+        weight, updated_weights, shared["damped"], quant_format, scales, keep, _ROUNDS if alternating else 0
     )
     if F is not None:
         codes, scales = _coupled(weight, codes, shared, shrunk(F), quant_format, scales, keep)

@@ -128,8 +128,8 @@ class Cast(Pass[CastSettings]):
             )
             return max(measuring, cached) or None
         coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
-        moments = 2 if settings.tune_epochs and coarse else 0
-        if not coarse or not (settings.refine or moments):
+        moments = 2 if settings.reconstruction_epochs and coarse else 0
+        if not coarse or not (settings.error_correction or moments):
             runner = runner_memory(
                 spec, [t.name for t in quant_formats], width, factors=2.0, copies=4, moments=0, kept=4
             )
@@ -142,7 +142,7 @@ class Cast(Pass[CastSettings]):
                 copies=13,
                 moments=moments,
                 kept=12,
-                by_outputs=settings.refine and model_map(spec).has_head,
+                by_outputs="curvature" in settings.error_correction and model_map(spec).has_head,
             )
         return max(measuring, runner)
 
@@ -216,21 +216,24 @@ class Cast(Pass[CastSettings]):
             return checkpoint.tensor
         coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
         reconstruction = (
-            Reconstruction(settings.tune_epochs, settings.tune_rate, batch=2)
-            if settings.tune_epochs and coarse
+            Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr, batch=2)
+            if settings.reconstruction_epochs and coarse
             else None
         )
         dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in quant_formats}
-        refine = settings.refine and coarse
+        correction = settings.error_correction if coarse else []
+        with_targets = "asymmetric" in correction or "curvature" in correction or reconstruction is not None
         runner = open_runner(
             checkpoint,
             quant_formats,
             context,
             workspace=context.workspace,
-            with_targets=refine or reconstruction is not None,
+            with_targets=with_targets,
         )
-        gradients = Gradients(runner, context.workspace.folder("gradients").path) if refine else None
-        options = CastOptions(reconstruction, quant_formats, dtypes, refine, gradients)
+        gradients = Gradients(runner, context.workspace.folder("gradients").path) if "curvature" in correction else None
+        options = CastOptions(
+            reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
+        )
         result = runner.run(
             lambda block: cast_block(block, options),
             f"casting by {settings.method}",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from compress.passes.base import PassSettings
 from compress.settings import ByteSize
@@ -12,10 +12,20 @@ from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+#: What `gptq` adds to itself, in the order in which it does.
+Correction = Literal["asymmetric", "alternating", "curvature"]
+CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
 #: Formats that are no codes ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Groups that a budget may choose instead of the usual 64.
 _LARGER = ("128", "channel")
+
+
+def _corrections(value: list[Correction]) -> list[Correction]:
+    """In the order in which they work."""
+    if twice := next((name for name in value if value.count(name) > 1), None):
+        raise ValueError(f"`{twice}` is named twice")
+    return [name for name in CORRECTIONS if name in value]
 
 
 class CastSettings(PassSettings):
@@ -59,21 +69,23 @@ class CastSettings(PassSettings):
         "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
         "read; `mse` searches the ends of the range for the least squared error.",
     )
-    refine: bool = Field(
-        default=True,
-        description="With `gptq`, below 6 bits: also make up for what was rounded in front, then fit codes and scales to each "
-        "other by turns, and at last, in models that predict tokens, do so in view of which errors of the outputs change the "
-        "prediction (gradients of up to 32768 tokens, measured with one block in memory; they take disk space in the work "
-        "folder: a float per token, hidden channel and block). `false` with `tune_epochs: 0` is GPTQ alone, which takes about "
-        "a seventh of the time.",
+    error_correction: Annotated[list[Correction], AfterValidator(_corrections)] = Field(
+        default=list(CORRECTIONS),
+        description="With `method: gptq`, below 6 bits: methods that reduce the rounding error further. `asymmetric`: each "
+        "matrix matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, "
+        "arXiv 2504.02692). `alternating`: codes and scales are improved in turns, each exactly while the other stands "
+        "(QuantEase, arXiv 2309.01885). `curvature`: output errors are weighted by their effect on the loss, in models that "
+        "predict tokens; other models skip it (YAQA, arXiv 2505.22988). It measures gradients of up to 32768 tokens with one "
+        "block in memory; they take disk space in the work folder, one float per token, hidden channel and block. An empty "
+        "list with `reconstruction_epochs: 0` is GPTQ alone, which takes about a seventh of the time.",
     )
-    tune_epochs: int = Field(
+    reconstruction_epochs: int = Field(
         default=1,
         ge=0,
         description="With `gptq`: passes over the calibration data in which each block's scales, norms and biases are moved "
         "by gradient towards the original's output; 0 for none. Left out where all codes have 6 bits or more.",
     )
-    tune_rate: float = Field(
+    reconstruction_lr: float = Field(
         default=0.006, gt=0, lt=1, description="Step of the tuning, in units of each tensor's own size."
     )
     activations: Literal["int8", "fp8"] | None = Field(

@@ -55,7 +55,7 @@ class Distill(Pass[DistillSettings]):
     def memory(self, spec: Spec, settings: DistillSettings, width: int) -> int:
         """Weights, gradients, optimizer state, averages and a copy to look at the held-out loss; teachers; activations."""
         student = self.plan(spec, settings).parameters
-        each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.average is not None else 0)
+        each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.ema_decay is not None else 0)
         teachers = 0
         if settings.needs_teacher():
             # of others than the original the sizes are not known here, so they count as what the student is cut from
@@ -94,7 +94,7 @@ class Distill(Pass[DistillSettings]):
         """Bytes of the teacher cache."""
         if settings.teacher_cache is None:
             return []
-        k, vocabulary = settings.teacher_cache.k, int(spec.structure.config.get("vocab_size") or 1 << 31)
+        k, vocabulary = settings.teacher_cache.top_k, int(spec.structure.config.get("vocab_size") or 1 << 31)
         return [f"teacher cache: {bytes_per_token(k, vocabulary)} bytes per token (k = {k})"]
 
     def prepare(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> None:
@@ -157,9 +157,9 @@ def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
 
 def check_cache(settings: DistillSettings, vocabulary: int) -> None:
     """A teacher cache leaves something of the vocabulary out. Raises `PassError`."""
-    if settings.teacher_cache is not None and settings.teacher_cache.k >= vocabulary:
+    if settings.teacher_cache is not None and settings.teacher_cache.top_k >= vocabulary:
         raise PassError(
-            f"k of {settings.teacher_cache.k} is not below the vocabulary of {vocabulary}", key="teacher_cache"
+            f"top_k of {settings.teacher_cache.top_k} is not below the vocabulary of {vocabulary}", key="teacher_cache"
         )
 
 
@@ -279,7 +279,7 @@ def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSetting
         raise PassError(
             "the student is the checkpoint itself", key="student", fix="leave `student` out, or make it smaller"
         )
-    return PruneStructuredSettings(score="magnitude", repair="none", **gone)
+    return PruneStructuredSettings(importance="magnitude", compensation="none", **gone)
 
 
 def _neurons(spec: Spec) -> int | None:
@@ -311,7 +311,7 @@ def kept_blocks(depth: int, layers: int, begin: str) -> list[int]:
 def _activations(spec: Spec, settings: DistillSettings) -> int:
     """Bytes of activations that a backward pass needs: an estimate by widths, for samples of 256 tokens."""
     depth, hidden = model_map(spec).depth, model_map(spec).hidden
-    tokens = 256 * (settings.micro_batch or settings.batch)
+    tokens = 256 * (settings.micro_batch_size or settings.batch_size)
     inside = 8 * hidden + 3 * (_neurons(spec) or 4 * hidden)
     per_token = depth * hidden + inside if settings.gradient_checkpointing else depth * inside
     return 4 * tokens * per_token

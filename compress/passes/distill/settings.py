@@ -14,8 +14,20 @@ DIVERGENCES = ("kl", "reverse_kl", "skewed_kl", "js")
 INSIDE = ("hidden", "cosine", "relations")
 #: What a preset fills in where the recipe says nothing.
 PRESETS: dict[str, dict[str, Any]] = {
-    "recover": {"rate": None, "schedule": "cosine", "optimizer": "adamw", "weight_decay": 0.0, "dropout": False},
-    "from_scratch": {"rate": 3e-3, "schedule": "wsd", "optimizer": "muon", "weight_decay": 0.1, "dropout": True},
+    "recover": {
+        "learning_rate": None,
+        "schedule": "cosine",
+        "optimizer": "adamw",
+        "weight_decay": 0.0,
+        "dropout": False,
+    },
+    "from_scratch": {
+        "learning_rate": 3e-3,
+        "schedule": "wsd",
+        "optimizer": "muon",
+        "weight_decay": 0.1,
+        "dropout": True,
+    },
 }
 
 
@@ -135,7 +147,9 @@ class CacheSettings(Settings):
     """What teachers say, kept on disk."""
 
     folder: str = Field(min_length=1, description="Where; runs with the same teachers and samples share it.")
-    k: int = Field(default=64, ge=1, le=4096, description="Likeliest tokens kept per token; all others are one bucket.")
+    top_k: int = Field(
+        default=64, ge=1, le=4096, description="Likeliest tokens kept per token; all others are one bucket."
+    )
 
 
 def _cache(value: Any) -> Any:
@@ -182,14 +196,14 @@ class DistillSettings(PassSettings):
         default=None, gt=0, description="In place of `steps`: times through the training data."
     )
     tokens: int | None = Field(default=None, ge=1, description="In place of `steps`: training tokens, repeats counted.")
-    batch: int = Field(default=16, ge=1, description="Samples of a step, over all processes.")
-    micro_batch: int | None = Field(
+    batch_size: int = Field(default=16, ge=1, description="Samples of a step, over all processes.")
+    micro_batch_size: int | None = Field(
         default=None,
         ge=1,
         description="Samples of a process at a time, for less memory and the same result; all by default.",
     )
-    rate: float | None = Field(
-        default_factory=_of_preset("rate"),
+    learning_rate: float | None = Field(
+        default_factory=_of_preset("learning_rate"),
         gt=0,
         description="Peak learning rate. By default 3e-3 from scratch; to recover 5e-4, less for fewer than 500 steps and for "
         "models wider than 256: times √(steps / 500) and times √(256 / width).",
@@ -198,7 +212,7 @@ class DistillSettings(PassSettings):
         default_factory=_of_preset("schedule"),
         description="How the rate falls; `cosine` to recover, else `wsd` (falls over the last 40 %).",
     )
-    warmup: float | None = Field(
+    warmup_ratio: float | None = Field(
         default=None,
         ge=0,
         lt=1,
@@ -216,7 +230,7 @@ class DistillSettings(PassSettings):
         default_factory=_of_preset("dropout"),
         description="Whether the student's dropout is on while it is trained; off to recover.",
     )
-    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
     autocast: Literal["bfloat16", "float16"] | None = Field(
         default=None, description="Narrow floats for matrix products; weights stay float32 while they are trained."
     )
@@ -224,13 +238,13 @@ class DistillSettings(PassSettings):
         default=False, description="Compute activations of blocks twice, to hold those of one at a time."
     )
     compile: bool = Field(default=False, description="Compile the student with torch.compile; needs a C++ compiler.")
-    average: float | None = Field(
+    ema_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Keep a running mean (EMA) of the weights in their place: its decay, such as 0.99.",
     )
-    held_out: int = Field(
+    validation_samples: int = Field(
         default=32, ge=1, description="Samples that are not trained on; the weights best on them are kept."
     )
     evaluate_every: int | None = Field(
@@ -241,7 +255,7 @@ class DistillSettings(PassSettings):
     patience: int | None = Field(default=None, ge=1, description="Looks without progress after which training stops.")
     teacher_cache: Annotated[CacheSettings, BeforeValidator(_cache)] | None = Field(
         default=None,
-        description="A folder to keep what teachers say in, or {folder, k}: then teachers are not run again where it is there.",
+        description="Folder that keeps the teachers' predictions, or {folder, top_k}. What is there is not computed again.",
     )
     tensorboard: str | None = Field(default=None, min_length=1, description="Folder for TensorBoard logs.")
 
@@ -252,8 +266,8 @@ class DistillSettings(PassSettings):
             raise ValueError(f"give one of `{lengths[0]}` and `{lengths[1]}`")
         if self.only or self.skip:
             raise ValueError("`only` and `skip` have no meaning here: all weights are trained")
-        if self.micro_batch is not None and self.micro_batch > self.batch:
-            raise ValueError(f"micro_batch {self.micro_batch} is more than batch {self.batch}")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"`micro_batch_size` {self.micro_batch_size} is more than `batch_size` {self.batch_size}")
         if self.teacher_cache is not None and self.losses is not None:
             inside = [name for name in INSIDE if name in self.losses.weights]
             if inside:

@@ -114,14 +114,14 @@ def teachers_say(
         return (lambda batch: Signal()), {}
     if settings.teacher_cache is None:
         return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
-    k = settings.teacher_cache.k
+    k = settings.teacher_cache.top_k
     cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
     if context.processes.rank == 0:
         cache.prepare(_key(teachers, samples, settings, vocabulary, context.dtype))
     processes.barrier()
     needed = {row for row, _ in samples.held}
-    order = samples.order(settings.batch, context.seed)
-    for step in range(min(steps, -(-samples.train // settings.batch) + 1)):
+    order = samples.order(settings.batch_size, context.seed)
+    for step in range(min(steps, -(-samples.train // settings.batch_size) + 1)):
         needed |= {row for row, _ in order.step(step)}
     missing = cache.missing(needed)
     processes.barrier()

@@ -162,23 +162,24 @@ def _objective(
 def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> TrainingOptions:
     """How to train; says where the data repeats."""
     steps = made.steps
-    if (epochs := steps * settings.batch / made.samples.train) > 1:
+    if (epochs := steps * settings.batch_size / made.samples.train) > 1:
         context.progress.message(f"the training data is gone through {epochs:.2g} times")
     return TrainingOptions(
         steps=steps,
-        batch=settings.batch,
+        batch=settings.batch_size,
         update=Update(
             settings.optimizer,
-            settings.rate or default_rate(steps, _width(student)),
+            settings.learning_rate or default_rate(steps, _width(student)),
             settings.schedule,
-            default_warmup(steps) if settings.warmup is None else settings.warmup,
+            default_warmup(steps) if settings.warmup_ratio is None else settings.warmup_ratio,
             settings.weight_decay,
         ),
-        micro=settings.micro_batch,
-        clip=settings.clip,
+        micro=settings.micro_batch_size,
+        clip=settings.max_grad_norm,
         autocast=settings.autocast,
-        average=settings.average,
-        every=settings.evaluate_every or max(1, steps // 20, _LOOKED * settings.held_out // settings.batch),
+        average=settings.ema_decay,
+        every=settings.evaluate_every
+        or max(1, steps // 20, _LOOKED * settings.validation_samples // settings.batch_size),
         patience=settings.patience,
         seed=context.seed,
     )
@@ -211,17 +212,17 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
     """Training samples, of which the last are held out. Raises `DataError`."""
     batches: Batches = context.data("training")
     task = task_name(student.spec)
-    if len(batches.ids) < settings.held_out + settings.batch:
+    if len(batches.ids) < settings.validation_samples + settings.batch_size:
         raise DataError(
-            f"the training data gives {len(batches.ids)} samples, {settings.held_out} are held out and a step takes "
-            f"{settings.batch}",
+            f"the training data gives {len(batches.ids)} samples, {settings.validation_samples} are held out and a step takes "
+            f"{settings.batch_size}",
             where="data.training",
-            fix="name more text, or set a shorter `length`, or a smaller `held_out` or `batch`",
+            fix="name more text, or set a shorter `length`, or a smaller `validation_samples` or `batch_size`",
         )
-    if context.processes.world > settings.batch:
+    if context.processes.world > settings.batch_size:
         raise PassError(
-            f"a batch of {settings.batch} samples has not one for each of {context.processes.world} processes",
-            key="batch",
+            f"a batch of {settings.batch_size} samples has not one for each of {context.processes.world} processes",
+            key="batch_size",
         )
     weights = losses(student.spec, settings)
     if task == "classes" and "labels" in weights and batches.labels is None:
@@ -243,7 +244,7 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
         )
     order = list(range(len(batches.ids)))
     random.Random(context.seed).shuffle(order)  # token ids that are given may lie in any order
-    return Samples(batches.at(order), task, settings.held_out, masking)
+    return Samples(batches.at(order), task, settings.validation_samples, masking)
 
 
 def _steps(samples: Samples, settings: DistillSettings) -> int:
@@ -254,8 +255,8 @@ def _steps(samples: Samples, settings: DistillSettings) -> int:
             raise PassError("images are not counted in tokens", key="tokens", fix="give `steps` or `epochs`")
         mask = samples.batches.mask
         each = samples.batches.ids.shape[1] if mask is None else float(mask.sum() / len(mask))
-        return max(1, round(settings.tokens / (each * settings.batch)))
-    return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch))
+        return max(1, round(settings.tokens / (each * settings.batch_size)))
+    return max(1, round((settings.epochs or 1.0) * samples.train / settings.batch_size))
 
 
 def _width(checkpoint: Checkpoint) -> int:

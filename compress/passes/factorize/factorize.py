@@ -22,7 +22,7 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint, Value
 
-_SETTING = ("`allocation: loss`", "use `allocation: uniform`")
+_SETTING = ("`allocation: kl`", "use `allocation: uniform`")
 #: By loss: in how many steps the rank of a matrix is chosen.
 _STEPS = 64
 
@@ -34,18 +34,18 @@ class FactorizeSettings(PassSettings):
         default=None, description="Share of the parameters of the chosen matrices that their factors have together."
     )
     rank: int | None = Field(default=None, ge=1, description="The same rank for all chosen matrices, instead.")
-    allocation: Literal["loss", "uniform"] = Field(
-        default="loss",
+    allocation: Literal["kl", "uniform"] = Field(
+        default="kl",
         description="With `keep_parameters`: `loss` gives each matrix the rank that costs the model's output least, which is "
         "measured with the whole model in memory, and leaves alone what is better left; `uniform` gives all the same share.",
     )
-    tune_epochs: int = Field(
+    reconstruction_epochs: int = Field(
         default=5,
         ge=0,
         description="Passes over the calibration data in which each factorised block is moved by gradient towards the output "
         "of the original's; 0 for none.",
     )
-    tune_rate: float = Field(
+    reconstruction_lr: float = Field(
         default=0.01, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
     )
 
@@ -58,7 +58,7 @@ class FactorizeSettings(PassSettings):
     @property
     def by_loss(self) -> bool:
         """Whether ranks are chosen by measured losses."""
-        return self.allocation == "loss" and self.rank is None
+        return self.allocation == "kl" and self.rank is None
 
 
 class Factorize(Pass[FactorizeSettings]):
@@ -87,7 +87,7 @@ class Factorize(Pass[FactorizeSettings]):
     )
 
     def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
-        """Exact but for `allocation: loss`, where all matrices are taken to matter alike."""
+        """Exact but for `allocation: kl`, where all matrices are taken to matter alike."""
         from dataclasses import replace
 
         ranks = self._ranks(spec, settings)
@@ -98,7 +98,7 @@ class Factorize(Pass[FactorizeSettings]):
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
         """Of a sweep; or of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
         names = self._targets(spec, settings)
-        moments = 5 if settings.tune_epochs else 0
+        moments = 5 if settings.reconstruction_epochs else 0
         runner = runner_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
         if not settings.by_loss:
             return runner
@@ -114,7 +114,11 @@ class Factorize(Pass[FactorizeSettings]):
         ranks = self._ranks(spec, settings)
         if settings.by_loss:
             ranks = self._allocate(checkpoint, settings, context)
-        reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+        reconstruction = (
+            Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
+            if settings.reconstruction_epochs
+            else None
+        )
         options = FactorOptions(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, reconstruction)
         runner = open_runner(checkpoint, ranks, context, workspace=context.workspace.folder("sweep"), with_targets=True)
         result = runner.run(lambda block: factor_block(block, options), "factorising")

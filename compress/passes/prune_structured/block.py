@@ -19,7 +19,7 @@ from compress.blockwise.runner import Block, BlockRunner, TensorExtras
 from compress.passes.prune_structured.kv_heads import merge_heads
 from compress.solvers.obs import keep_by_score, least_squares, obs_prune_groups
 
-UnitScore = Literal["loss", "activation", "taylor", "magnitude"]
+UnitScore = Literal["obs", "activation", "taylor", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class WidthOptions:
     Attributes:
         units: block ▶ units and how many of them go, those that come first in the block first.
         merges: block ▶ key and value heads to merge, before anything else.
-        score: which go. repair: whether survivors make up for them by least squares. tuning: of each block afterwards.
+        importance: how units are scored. compensate: whether remaining weights are solved for by least squares.
+        reconstruction: of each block afterwards.
         scores: of `taylor`, importance of each unit by the name of the module that reads it.
     """
 
     units: Mapping[int, Sequence[tuple[PrunableGroup, int]]]
     merges: Mapping[int, KVHeadMerge]
-    score: UnitScore
-    repair: bool
+    importance: UnitScore
+    compensate: bool
     reconstruction: Reconstruction | None
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -54,7 +55,9 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
     projections: list[Callable[[], None]] = []
     if (merge := options.merges.get(block.index)) is not None:
         name = f"{merge.output.module}.weight"
-        rows[name], again = merge_heads(block, merge, align=options.score != "magnitude", repair=options.repair)
+        rows[name], again = merge_heads(
+            block, merge, align=options.importance != "magnitude", compensate=options.compensate
+        )
         projections.append(again)
     todo = list(options.units.get(block.index, ()))
     while todo:
@@ -125,11 +128,11 @@ def _solve(
     processes, cold = block.runner.processes, statistics.tokens == 0
     bias = None if linear.owner is not None or linear.module.bias is None else _bias(linear)
     hessian = statistics.hessian if bias is None else statistics.centred()
-    if options.score == "magnitude" or cold:
+    if options.importance == "magnitude" or cold:
         keep = keep_by_score(magnitude(units, {n: s.weight for n, s in linears.items()}), remove, runs=units.groups)
-    elif options.score == "taylor":
+    elif options.importance == "taylor":
         keep = keep_by_score(torch.tensor(options.scores[units.name]), remove, runs=units.groups)
-    elif options.score == "activation":
+    elif options.importance == "activation":
         power = statistics.hessian.diagonal().view(units.count, -1).sum(1).sqrt()
         keep = keep_by_score(power.cpu(), remove, runs=units.groups)
     else:
@@ -138,14 +141,14 @@ def _solve(
     stay = torch.tensor(units.members[-1].entries(units.count, keep), device=linear.weight.device)
     weight = torch.zeros_like(linear.weight, memory_format=torch.contiguous_format)
     weight[:, stay] = linear.weight[:, stay]
-    if options.repair and not cold:
+    if options.compensate and not cold:
         weight[:, stay] = least_squares(linear.weight, hessian, stay).to(weight.dtype)
         if (mask := block.earlier_mask(linear)) is not None:
             weight.masked_fill_(~mask, 0)
     processes.broadcast(0, weight)
-    if options.repair and not cold and bias is not None:
+    if options.compensate and not cold and bias is not None:
         bias = bias + (linear.weight - weight) @ (statistics.total / statistics.tokens).to(weight.dtype)
-    error = statistics.relative_error(linear.weight, weight, centred=options.repair and bias is not None)
+    error = statistics.relative_error(linear.weight, weight, centred=options.compensate and bias is not None)
     row: dict[str, Any] = {"kept": len(keep), "of": units.count, "error": error}
     if cold:
         row["note"] = "no token reached it: chosen by magnitude"

@@ -24,12 +24,12 @@ _DAMP = 0.001
 
 
 def merge_heads(
-    block: Block, options: KVHeadMerge, *, align: bool, repair: bool
+    block: Block, options: KVHeadMerge, *, align: bool, compensate: bool
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """Merge the heads of a block in place.
 
     Args:
-        align: turn heads first, by what calibration data show. repair: solve for the weights that read them.
+        align: turn heads first, by what calibration data show. compensate: solve for the weights that read them.
 
     Returns:
         What is worth saying; and what makes merged heads equal again after a step of tuning.
@@ -58,7 +58,7 @@ def merge_heads(
     changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
     now, mismatch = measure(replace(block, originals=block.inputs), reading, [], changed)
     weight = output.weight.clone()
-    if repair:
+    if compensate:
         order, factor, _ = act_order_factor(now.hessian, _DAMP)
         output.weight.copy_(asymmetric_target(weight, mismatch.inputs, None, factor, order))
         block.runner.processes.broadcast(0, output.weight)

@@ -54,7 +54,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
 
     def output_storage(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
         """Widths of their own where they are asked for."""
-        return self.yields if settings.widths == "uneven" else frozenset({"float"})
+        return self.yields if settings.allocation == "kl" else frozenset({"float"})
 
     def mode_for(self, settings: PruneStructuredSettings) -> Mode:
         """Block by block where activations of blocks are looked at, else tensor by tensor."""
@@ -67,7 +67,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             return gradients or None
         mapped = model_map(spec)
         names = {linear.name for linear in mapped.layers if len(linear.tensor.shape) == 2}
-        tuned = settings.repair == "tune"
+        tuned = settings.compensation == "reconstruction"
         # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
         runner = runner_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
@@ -75,7 +75,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
             runner += width * (sum(t.count for t in mapped.outside) + largest)
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
-        if settings.widths == "uneven":
+        if settings.allocation == "kl":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
             whole = max(whole, loss_memory(spec, readers))
         return max(runner, whole, gradients)
@@ -92,14 +92,14 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         record = mapped.record
         if settings.layers is not None:
             resize.has_numbers(record)
-        if settings.score == "taylor":
-            require_head(spec, "score: taylor", "score", "set `score: loss`")
+        if settings.importance == "taylor":
+            require_head(spec, "importance: taylor", "importance", "set `importance: obs`")
         if self.required_data(settings):
-            mapped.require_blockwise("set `score: magnitude` and `repair: none`")
+            mapped.require_blockwise("set `importance: magnitude` and `compensation: none`")
         if self.required_data(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",
-                fix="set `score: magnitude` and `repair: none`, and name blocks, as in layers: [3, 4]",
+                fix="set `importance: magnitude` and `compensation: none`, and name blocks, as in layers: [3, 4]",
             )
         if settings.searched:
             from compress.passes.prune_structured.search import estimate
@@ -146,7 +146,7 @@ def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
 def _by_gradient(settings: PruneStructuredSettings) -> bool:
     """Whether units are chosen by gradients of the whole model."""
     narrower = settings.searched or settings.mlp is not None or settings.heads is not None
-    return narrower and settings.score == "taylor"
+    return narrower and settings.importance == "taylor"
 
 
 def _gradient_memory(spec: Spec, width: int) -> int:
@@ -169,8 +169,10 @@ def _has_teacher(settings: PruneStructuredSettings) -> bool:
 def _sweeps(settings: PruneStructuredSettings) -> bool:
     widths = settings.mlp is not None or settings.heads is not None
     others = settings.hidden is not None or settings.keep_kv_heads is not None
-    by_inputs = (widths and settings.score in ("loss", "activation")) or (others and settings.score != "magnitude")
-    return settings.searched or settings.experts is not None or by_inputs or settings.repair != "none"
+    by_inputs = (widths and settings.importance in ("obs", "activation")) or (
+        others and settings.importance != "magnitude"
+    )
+    return settings.searched or settings.experts is not None or by_inputs or settings.compensation != "none"
 
 
 def _alike(spec: Spec) -> bool:

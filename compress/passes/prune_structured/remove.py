@@ -55,7 +55,7 @@ def _worst_blocks(
         return None
     data = context.data("calibration")
     options: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
-    if settings.layer_score == "loss":
+    if settings.layer_importance == "kl":
         gone, steps = greedy_depth(checkpoint, data, count, **options)
         said = [{str(i): loss for i, loss in step.items()} for step in steps]
         return {"blocks": gone, "details": {"loss_without_block": said}}
@@ -88,7 +88,7 @@ def drop_hidden(
         return checkpoint, None
     width = model_map(checkpoint.spec).hidden
     left = widths.hidden_to_keep(checkpoint.spec, settings.hidden, settings.multiple_of)
-    if settings.score == "magnitude":
+    if settings.importance == "magnitude":
         importance = torch.zeros(width, dtype=torch.float64)
         entries, _ = resize.hidden_entries(checkpoint.spec, range(width))
         for name, axes in entries.items():
@@ -120,12 +120,12 @@ def narrow(
     found = widths.widths(current.spec, settings, own)
     narrower = any(found.remove.values()) or bool(found.merges)
     changed_before = channels is not None or settings.experts is not None
-    tuned = settings.repair == "tune"
+    tuned = settings.compensation == "reconstruction"
     if not narrower and not tuned:
         return current
     scores = _gradients(current, found, settings, context) if narrower else {}
-    by_weights = settings.score == "magnitude" or (bool(scores) and not found.merges)
-    if settings.repair == "none" and by_weights:
+    by_weights = settings.importance == "magnitude" or (bool(scores) and not found.merges)
+    if settings.compensation == "none" and by_weights:
         return _by_weights(current, found, scores)
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
     members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
@@ -137,9 +137,9 @@ def narrow(
     if tuned and current is not original:
         teacher = Teacher(original, spans, channels)
     runner = open_runner(current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher)
-    reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if tuned else None
+    reconstruction = Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr) if tuned else None
     options = WidthOptions(
-        found.remove, found.merges, settings.score, settings.repair != "none", reconstruction, scores
+        found.remove, found.merges, settings.importance, settings.compensation != "none", reconstruction, scores
     )
     result = runner.run(lambda block: prune_block_width(block, options), "removing units" if narrower else "repairing")
     kept = {row["block"]: row.pop("kept", {}) for row in result.details}
@@ -154,9 +154,9 @@ def narrow(
 def _gradients(
     checkpoint: Checkpoint, found: widths.Widths, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, list[float]]:
-    """With `score: taylor`, importance of each unit by the name of the module that reads it."""
+    """With `importance: taylor`, importance of each unit by the name of the module that reads it."""
     units = [one for block in found.remove.values() for one, _ in block]
-    if settings.score != "taylor" or not units:
+    if settings.importance != "taylor" or not units:
         return {}
 
     def compute() -> dict[str, list[float]] | None:

@@ -288,7 +288,7 @@ def _tried(
         for number, shape in enumerate(found):
             named = tuple(sorted(order[: shape.layers])) or None
             option = shape.settings.model_copy(update={"layers": named})
-            quick = option.model_copy(update={"repair": "least_squares"})
+            quick = option.model_copy(update={"compensation": "least_squares"})
             smaller = instance.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
             loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
             options.append((loss, number, option))

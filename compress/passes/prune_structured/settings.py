@@ -40,14 +40,14 @@ class PruneStructuredSettings(PassSettings):
 
     layers: Layers | None = Field(
         default=None,
-        description="Blocks to remove: a count, a share, or a list of block numbers from 0. By count, `layer_score` tells "
+        description="Blocks to remove: a count, a share, or a list of block numbers from 0. By count, `layer_importance` tells "
         "which.",
     )
     mlp: Amount | None = Field(
         default=None, description="Neurons to remove from every MLP (of every expert): a share or a count."
     )
-    widths: Literal["even", "uneven"] = Field(
-        default="even",
+    allocation: Literal["uniform", "kl"] = Field(
+        default="uniform",
         description="`even`: every MLP loses as many neurons, and the result is a stock model. `uneven`: as many in all, but "
         "each block as many as costs the model's output least, measured by gradients on 32 samples with the whole model in "
         "memory; needs `store: compact`, and no stock model is its equal.",
@@ -60,8 +60,8 @@ class PruneStructuredSettings(PassSettings):
     keep_kv_heads: int | None = Field(
         default=None,
         ge=1,
-        description="Merge the heads of keys and values of every block into so many, each of the mean of its neighbours, "
-        "turned first to be alike on calibration data (by plain mean with `score: magnitude`). A number that divides theirs.",
+        description="Number of KV heads to keep in every block; it divides theirs. Neighbouring heads are aligned on "
+        "calibration data, then averaged (arXiv 2412.20677). With `importance: magnitude` they are averaged as they are.",
     )
     hidden: Amount | None = Field(
         default=None, description="Hidden channels to remove (families with RMSNorm): a share or a count."
@@ -88,26 +88,28 @@ class PruneStructuredSettings(PassSettings):
         ge=1,
         description="What is kept of `mlp` and `hidden` is rounded to a multiple of this (with experts: and of 8).",
     )
-    score: Literal["loss", "activation", "taylor", "magnitude"] = Field(
-        default="loss",
+    importance: Literal["obs", "activation", "taylor", "magnitude"] = Field(
+        default="obs",
         description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
         "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
         "`taylor`: those that change the model's loss least to first order, by gradients (the whole model is in memory). "
         "`magnitude`: those of the smallest weights; needs no data.",
     )
-    layer_score: Literal["loss", "influence"] = Field(
-        default="loss",
+    layer_importance: Literal["kl", "block_influence"] = Field(
+        default="kl",
         description="Which blocks go. `loss`: one after another the one without which the calibration text costs least (the "
         "whole model is in memory). `influence`: those that change their input least (ShortGPT), in one pass over it.",
     )
-    repair: Literal["tune", "least_squares", "none"] = Field(
-        default="tune",
+    compensation: Literal["reconstruction", "least_squares", "none"] = Field(
+        default="reconstruction",
         description="What makes up for removed units. `least_squares`: the weights that read the survivors are solved for "
         "anew. `tune`: that, and then each block is moved by gradient towards the output of the original's. Both read "
         "calibration data.",
     )
-    tune_epochs: int = Field(default=10, ge=1, description="With `repair: tune`, passes over the calibration data.")
-    tune_rate: float = Field(
+    reconstruction_epochs: int = Field(
+        default=10, ge=1, description="With `compensation: reconstruction`, passes over the calibration data."
+    )
+    reconstruction_lr: float = Field(
         default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
     )
 
@@ -121,12 +123,12 @@ class PruneStructuredSettings(PassSettings):
             raise ValueError(f"give what to remove: {', '.join(f'`{key}`' for key in (*KINDS, *TARGETS))}")
         if self.heads is not None and self.keep_kv_heads is not None:
             raise ValueError("`heads` removes heads and `keep_kv_heads` merges them: give one, or use two passes")
-        if self.widths == "uneven" and self.mlp is None:
-            raise ValueError("`widths: uneven` goes with `mlp`, which says how many neurons go in all")
-        if self.widths == "uneven" and self.score not in ("loss", "activation"):
-            raise ValueError("`widths: uneven` tries widths on calibration data: set `score: loss` or `activation`")
-        if targets and self.score == "magnitude":
-            raise ValueError(f"`{targets[0]}` tries shapes on calibration data: leave out `score: magnitude`")
+        if self.allocation == "kl" and self.mlp is None:
+            raise ValueError("`allocation: kl` goes with `mlp`, which says how many neurons go in all")
+        if self.allocation == "kl" and self.importance not in ("obs", "activation"):
+            raise ValueError("`allocation: kl` tries widths on calibration data: set `importance: obs` or `activation`")
+        if targets and self.importance == "magnitude":
+            raise ValueError(f"`{targets[0]}` tries shapes on calibration data: leave out `importance: magnitude`")
         return self
 
     @property

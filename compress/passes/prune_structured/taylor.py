@@ -46,7 +46,9 @@ def taylor_scores(
     mapped = model_map(checkpoint.spec)
     model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device).requires_grad_(False)
     if model.base_model is model:
-        raise PassError("score: taylor needs a model that predicts something", key="score", fix="set `score: loss`")
+        raise PassError(
+            "importance: taylor needs a model that predicts something", key="importance", fix="set `importance: obs`"
+        )
     readers = [_Reader(model, mapped, one) for one in units]
     generator = torch.Generator(device).manual_seed(seed)
     with progress.task("measuring gradients", len(samples.ids), "samples") as task:
@@ -94,9 +96,9 @@ class _Reader:
             self.parameter = None
         if self.parameter is None:
             raise PassError(
-                f"score: taylor does not reach {units.name}: it is no module of its own",
-                key="score",
-                fix="set `score: loss`",
+                f"importance: taylor does not reach {units.name}: it is no module of its own",
+                key="importance",
+                fix="set `importance: obs`",
             )
         self.parameter.requires_grad_(True)
         self.total = torch.zeros(units.count, dtype=torch.float64)

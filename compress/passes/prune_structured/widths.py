@@ -95,7 +95,7 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
     """Neurons and heads that go.
 
     Args:
-        own: with `widths: uneven`, by the module that reads them how many neurons go; for plans as many everywhere.
+        own: with `allocation: kl`, by the module that reads them how many neurons go; for plans as many everywhere.
 
     Raises:
         PassError: the family, or the numbers, do not allow it.
@@ -114,7 +114,7 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
         neurons, config = _neurons(spec, amounts, config)
         for index, found in neurons.items():
             remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in found)
-    return Widths(remove, merges, config, amounts.widths == "uneven")
+    return Widths(remove, merges, config, amounts.allocation == "kl")
 
 
 def _neurons(
@@ -125,16 +125,16 @@ def _neurons(
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
     largest: dict[str, PrunableGroup] = {}  # by config field
-    uneven = amounts.widths == "uneven"
+    uneven = amounts.allocation == "kl"
     if uneven:
-        model_map(spec).require_nameable("widths", UNEVEN[1])
-        check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "widths")
+        model_map(spec).require_nameable("allocation", UNEVEN[1])
+        check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "allocation")
     for one in chain.from_iterable(units.values()):
         if one.size_key is None and not uneven:
             raise PassError(
                 f"{record.model_type} cannot have another MLP width: its config has no field for it",
                 key="mlp",
-                fix="remove `layers` instead, or set `widths: uneven`, which needs `store: compact`",
+                fix="remove `layers` instead, or set `allocation: kl`, which needs `store: compact`",
             )
         key = str(one.size_key)
         largest[key] = max(one, largest.get(key, one), key=lambda units: units.count)

@@ -39,19 +39,19 @@ class PruneUnstructuredSettings(PassSettings):
         default="layer",
         description="With `magnitude`, one threshold per weight matrix (`layer`), or one for all of them (`global`).",
     )
-    allocation: Literal["uniform", "owl", "loss"] = Field(
+    allocation: Literal["uniform", "owl", "kl"] = Field(
         default="uniform",
         description="How the sparsity is shared: the same everywhere, or with calibration data. `owl`: blocks with more "
         "outliers are pruned less. `loss`: each matrix by what pruning it costs the model's output, which is measured with "
         "the whole model in memory; the total stays the same, and the loss rises by much less.",
     )
-    tune_epochs: int = Field(
+    reconstruction_epochs: int = Field(
         default=5,
         ge=0,
         description="With calibration data: passes over it in which each pruned block is moved by gradient towards the "
         "output of the original's, its masks kept; 0 for none. Takes most of the time, and pays on text never seen.",
     )
-    tune_rate: float = Field(
+    reconstruction_lr: float = Field(
         default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
     )
 
@@ -126,9 +126,9 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
         factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
         chosen = self._targets(spec, settings)
-        moments = 5 if settings.tune_epochs else 0
+        moments = 5 if settings.reconstruction_epochs else 0
         runner = runner_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
-        if settings.allocation != "loss":
+        if settings.allocation != "kl":
             return runner
         assert settings.sparsity is not None
         return max(runner, loss_memory(spec, chosen))
@@ -162,7 +162,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
                     )
         if settings.method != "magnitude":
             mapped.require_inside_blocks(names)
-        if settings.allocation == "loss":
+        if settings.allocation == "kl":
             check_loss(spec, names)
         return names
 
@@ -245,7 +245,11 @@ def _calibrated(
     from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 
     assert settings.method != "magnitude"
-    reconstruction = Reconstruction(settings.tune_epochs, settings.tune_rate) if settings.tune_epochs else None
+    reconstruction = (
+        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
+        if settings.reconstruction_epochs
+        else None
+    )
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
     if settings.allocation != "uniform":
         assert settings.sparsity is not None

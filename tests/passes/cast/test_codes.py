@@ -129,7 +129,7 @@ def test_bfloat16_checkpoints(format_, folders, tmp_path):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    settings = {"weights": "int4", "group_size": 8, "symmetric": symmetric, "tune_epochs": 1}
+    settings = {"weights": "int4", "group_size": 8, "symmetric": symmetric, "reconstruction_epochs": 1}
     planned = plan(checkpoint, "cast", **settings)
     assert planned.exact
     _, layout = stored_form(planned, "compact", 10**9, checkpoint.metadata)
@@ -165,7 +165,7 @@ def test_gptq_and_tuning_pay(tmp_path):
         return float((a - b).square().mean())
 
     errors = [
-        error(0, method="rtn"), error(1, method="mse"), error(2, tune_epochs=0), error(3, tune_epochs=10),
+        error(0, method="rtn"), error(1, method="mse"), error(2, reconstruction_epochs=0), error(3, reconstruction_epochs=10),
     ]  # fmt: skip
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
@@ -173,7 +173,7 @@ def test_gptq_and_tuning_pay(tmp_path):
 def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_block_gives(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
-    settings = {"weights": "int4", "group_size": 16, "refine": False, "tune_epochs": 0}
+    settings = {"weights": "int4", "group_size": 16, "error_correction": [], "reconstruction_epochs": 0}
     cast = apply(checkpoint, "cast", data=data, work=tmp_path / "work", **settings)
     model, quant_format = load_model(folders["llama"]), QuantFormat("int4", 16)
     for name in (f"model.layers.0.{part}.weight" for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")):
@@ -195,7 +195,7 @@ def test_pruned_weights_stay_zero_and_the_compact_store_is_smaller(folders, data
         apply(base, "prune_unstructured", method="magnitude", sparsity=0.6), tmp_path / "pruned", store="compact"
     )
     masks = {t.name: pruned.tensor(t.name).mask for t in pruned.spec.stored() if t.kept is not None}
-    cast = apply(pruned, "cast", data=data, work=tmp_path / "w", weights="int4", group_size=16, tune_epochs=2)
+    cast = apply(pruned, "cast", data=data, work=tmp_path / "w", weights="int4", group_size=16, reconstruction_epochs=2)
     sizes = {}
     for store in ("stock", "compact"):
         out = write(cast, tmp_path / store, store=store)
@@ -259,7 +259,7 @@ def test_embeddings_alone(folders, data, tmp_path):
 
 
 def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
-    settings = {"group_size": 16, "tune_epochs": 0}
+    settings = {"group_size": 16, "reconstruction_epochs": 0}
     details: dict = {}
     out = compress.apply(
         "cast", folders["llama"], tmp_path / "bits", data=data.ids, bits=4.5, details=details, **settings
@@ -294,7 +294,9 @@ def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
         tmp_path / "m", "llama", hidden_size=128, head_dim=32, intermediate_size=192, with_tokenizer=False
     )
     details: dict = {}
-    out = compress.apply("cast", folder, tmp_path / "out", data=data.ids, bits=4.5, tune_epochs=0, details=details)
+    out = compress.apply(
+        "cast", folder, tmp_path / "out", data=data.ids, bits=4.5, reconstruction_epochs=0, details=details
+    )
     found = open_checkpoint(out)
     coded = [t for t in found.spec.stored() if t.quant_format is not None]
     stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)

@@ -72,7 +72,13 @@ def test_scales_are_those_of_the_largest_keys_and_values(made, kind):
 
 
 def test_codes_by_gptq_have_scales_of_their_own_keys(base, tmp_path):
-    settings = {"weights": "int3", "group_size": 8, "refine": False, "tune_epochs": 0, "kv_cache": "fp8"}
+    settings = {
+        "weights": "int3",
+        "group_size": 8,
+        "error_correction": [],
+        "reconstruction_epochs": 0,
+        "kv_cache": "fp8",
+    }
     out = compress.apply("cast", base, tmp_path / "out", data=IDS, **settings)
     assert scheme(out)["dynamic"] is False
     key = cached(out)[3][0].abs().max() / 448

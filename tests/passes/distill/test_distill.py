@@ -33,7 +33,7 @@ def ids(rows=48, length=16, seed=0):
 
 def distilled(tmp_path, model, name="out", data=None, **settings):
     details = {}
-    how = {"steps": 8, "batch": 8, "held_out": 8, "evaluate_every": 4, **settings}
+    how = {"steps": 8, "batch_size": 8, "validation_samples": 8, "evaluate_every": 4, **settings}
     out = compress.apply(
         "distill", model, tmp_path / name, data=ids() if data is None else data, details=details, device="cpu", **how
     )
@@ -43,7 +43,7 @@ def distilled(tmp_path, model, name="out", data=None, **settings):
 @pytest.fixture
 def pruned(tmp_path, pico_llama):
     """Two of four blocks, and half of the weights of the MLPs masked."""
-    small = compress.apply("prune_structured", pico_llama, tmp_path / "cut", layers=[1, 2], repair="none")
+    small = compress.apply("prune_structured", pico_llama, tmp_path / "cut", layers=[1, 2], compensation="none")
     return compress.apply(
         "prune_unstructured", small, tmp_path / "pruned", method="magnitude", sparsity=0.5, store="compact"
     )
@@ -62,7 +62,7 @@ def same(a, b):
 
 def test_a_pruned_student_comes_nearer_to_its_teacher_and_keeps_its_masks(tmp_path, pruned, pico_llama):
     out, said = distilled(
-        tmp_path, pruned, steps=30, evaluate_every=10, teacher=str(pico_llama), store="compact", rate=5e-3
+        tmp_path, pruned, steps=30, evaluate_every=10, teacher=str(pico_llama), store="compact", learning_rate=5e-3
     )
     held = [row["loss"] for row in said["held_out"]]
     assert held[-1] < 0.8 * held[0]
@@ -77,7 +77,9 @@ def test_a_pruned_student_comes_nearer_to_its_teacher_and_keeps_its_masks(tmp_pa
 
 def test_micro_batches_and_checkpointing_change_memory_and_not_the_result(tmp_path, pruned, pico_llama):
     whole, _ = distilled(tmp_path, pruned, "a", teacher=str(pico_llama))
-    parts, _ = distilled(tmp_path, pruned, "b", teacher=str(pico_llama), micro_batch=3, gradient_checkpointing=True)
+    parts, _ = distilled(
+        tmp_path, pruned, "b", teacher=str(pico_llama), micro_batch_size=3, gradient_checkpointing=True
+    )
     a, b = weights(whole), weights(parts)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
@@ -90,16 +92,16 @@ def test_padded_samples_of_any_length_count_token_by_token(tmp_path, pico_llama,
     short = tmp_path / "short.txt"
     short.write_text("\n<|doc|>\n".join(train.read_text()[i * 37 : i * 37 + 3 + i % 40] for i in range(60)))
     how = {"data": short, "mode": "padded", "length": 32, "document_separator": "<|doc|>"}
-    how |= {"losses": {"labels": 1.0}, "clip": None}
+    how |= {"losses": {"labels": 1.0}, "max_grad_norm": None}
     whole, _ = distilled(tmp_path, pico_llama, "a", **how)
-    parts, _ = distilled(tmp_path, pico_llama, "b", micro_batch=2, **how)
+    parts, _ = distilled(tmp_path, pico_llama, "b", micro_batch_size=2, **how)
     a, b = weights(whole), weights(parts)
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, pruned, pico_llama):
-    how = {"teacher": str(pico_llama), "average": 0.9, "optimizer": "muon"}
+    how = {"teacher": str(pico_llama), "ema_decay": 0.9, "optimizer": "muon"}
     assert same(distilled(tmp_path, pruned, "a", **how)[0], distilled(tmp_path, pruned, "b", **how)[0])
 
 
@@ -107,7 +109,13 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, pruned, pico_llama):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_every_optimizer_and_schedule_learns(tmp_path, pico_llama, optimizer, schedule):
     _, said = distilled(
-        tmp_path, pico_llama, losses={"labels": 1.0}, optimizer=optimizer, schedule=schedule, rate=3e-3, steps=12
+        tmp_path,
+        pico_llama,
+        losses={"labels": 1.0},
+        optimizer=optimizer,
+        schedule=schedule,
+        learning_rate=3e-3,
+        steps=12,
     )
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
     assert said["tokens"] == 12 * 8 * 16
@@ -130,7 +138,7 @@ def test_every_loss_falls(tmp_path, pruned, pico_llama):
         losses=losses,
         relation_heads=2,
         steps=40,
-        rate=5e-3,
+        learning_rate=5e-3,
         evaluate_every=20,
     )
     first, last = said["losses"][0], said["losses"][-1]
@@ -148,7 +156,7 @@ def test_the_default_rate_and_warmup_follow_from_steps_and_width():
 def test_settings_of_rate_and_dropout_are_taken_and_reported(tmp_path, pico_llama):
     how = {"student": {"layers": 2}, "allow_noop": True, "steps": 2, "evaluate_every": 2}
     assert distilled(tmp_path, pico_llama, "a", **how)[1]["rate"] == pytest.approx(5e-4 * (2 / 500) ** 0.5)
-    assert distilled(tmp_path, pico_llama, "b", rate=1e-3, **how)[1]["rate"] == 1e-3
+    assert distilled(tmp_path, pico_llama, "b", learning_rate=1e-3, **how)[1]["rate"] == 1e-3
     assert distilled(tmp_path, pico_llama, "c", preset="from_scratch", **how)[1]["rate"] == 3e-3
 
 
@@ -158,7 +166,7 @@ def test_a_student_recovers_without_dropout(tmp_path):
     for name, given in (("with", {}), ("without", rates)):
         pico.model("bert", class_name="BertModel", **given).save_pretrained(tmp_path / name)
         pico.tokenizer().save_pretrained(tmp_path / name)
-    how = {"student": {"layers": 2}, "rate": 3e-3, "steps": 4}
+    how = {"student": {"layers": 2}, "learning_rate": 3e-3, "steps": 4}
     off, _ = distilled(tmp_path, tmp_path / "with", "off", **how)
     none, _ = distilled(tmp_path, tmp_path / "without", "none", **how)
     on, _ = distilled(tmp_path, tmp_path / "with", "on", dropout=True, **how)
@@ -172,10 +180,10 @@ def test_the_shipped_model_recovers_in_20_steps_with_the_defaults(tmp_path):
     """After least squares it is near an optimum: large first steps of Adam would throw it off."""
     text = {"document_separator": "<|doc|>", "data": ROOT / "examples/text/train.txt", "device": "cpu", "length": 64}
     model = ROOT / "examples/tiny-lm"
-    cut = {"layers": 1, "mlp": "25%", "repair": "least_squares"}
+    cut = {"layers": 1, "mlp": "25%", "compensation": "least_squares"}
     small = compress.apply("prune_structured", model, tmp_path / "small", samples=32, **cut, **text)
     details = {}
-    how = {"teacher": str(model), "steps": 20, "batch": 8}
+    how = {"teacher": str(model), "steps": 20, "batch_size": 8}
     compress.apply("distill", small, tmp_path / "out", details=details, **how, **text)
     held = [row["loss"] for row in details["training"]["held_out"]]
     assert held[-1] < 0.95 * held[0], held
@@ -183,7 +191,9 @@ def test_the_shipped_model_recovers_in_20_steps_with_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("begin", ["spread", "every_second", "first", "last"])
 def test_a_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin):
-    out, _ = distilled(tmp_path, pico_llama, steps=1, rate=1e-9, allow_noop=True, student={"layers": 2, "from": begin})
+    out, _ = distilled(
+        tmp_path, pico_llama, steps=1, learning_rate=1e-9, allow_noop=True, student={"layers": 2, "from": begin}
+    )
     kept = {"spread": (0, 3), "every_second": (0, 2), "first": (0, 1), "last": (2, 3)}[begin]
     before, after = weights(pico_llama), weights(out)
     for new, old in enumerate(kept):
@@ -223,7 +233,7 @@ def test_families_learn_and_are_written_as_their_files_name_things(tmp_path, fam
         tokenizer = pico.tokenizer()
         tokenizer.add_special_tokens({"mask_token": "<mask>"})
         tokenizer.save_pretrained(teacher)
-    out, said = distilled(tmp_path, teacher, student={"layers": 2}, rate=3e-3, steps=20, evaluate_every=10)
+    out, said = distilled(tmp_path, teacher, student={"layers": 2}, learning_rate=3e-3, steps=20, evaluate_every=10)
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
     before, after = (
         {re.sub(r"\d+", "N", name): t.dtype for name, t in open_checkpoint(f).spec.tensors.items()}
@@ -264,7 +274,7 @@ def test_a_cache_says_what_the_teacher_said_and_serves_again(tmp_path, pico_llam
     """With nearly all of the vocabulary kept the loss is that at work; the second run asks nobody."""
     how = {"student": {"layers": 2}}
     _, at_work = distilled(tmp_path, pico_llama, "a", **how)
-    cache = {"folder": str(tmp_path / "cache"), "k": 299}
+    cache = {"folder": str(tmp_path / "cache"), "top_k": 299}
     offline, cached = distilled(tmp_path, pico_llama, "b", teacher_cache=cache, **how)
     assert cached["held_out"][-1]["loss"] == pytest.approx(at_work["held_out"][-1]["loss"], rel=0.01)
     assert cached["teacher_cache"]["samples_added"] == 48
@@ -278,7 +288,7 @@ def test_a_cache_says_what_the_teacher_said_and_serves_again(tmp_path, pico_llam
 
 
 def test_a_cache_of_another_teacher_or_other_samples_is_refused(tmp_path, pico_llama):
-    cache = {"folder": str(tmp_path / "cache"), "k": 8}
+    cache = {"folder": str(tmp_path / "cache"), "top_k": 8}
     distilled(tmp_path, pico_llama, "a", student={"layers": 2}, teacher_cache=cache)
     other = pico.save(tmp_path / "other", seed=5)
     with pytest.raises(
@@ -288,7 +298,7 @@ def test_a_cache_of_another_teacher_or_other_samples_is_refused(tmp_path, pico_l
     with pytest.raises(DataError, match="its samples differs"):
         distilled(tmp_path, pico_llama, "c", student={"layers": 2}, teacher_cache=cache, data=ids(seed=9))
     with pytest.raises(DataError, match="its k differs"):
-        distilled(tmp_path, pico_llama, "d", student={"layers": 2}, teacher_cache={**cache, "k": 9})
+        distilled(tmp_path, pico_llama, "d", student={"layers": 2}, teacher_cache={**cache, "top_k": 9})
     shard = next((tmp_path / "cache").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(DataError, match="is damaged"):
@@ -299,8 +309,8 @@ def test_a_cache_of_another_teacher_or_other_samples_is_refused(tmp_path, pico_l
 
 def test_a_classifier_learns_from_its_teacher(tmp_path, labelled):
     teacher, texts = labelled
-    how = {"data": texts, "text": "sentence", "length": 32, "student": {"layers": 2}, "rate": 3e-3}
-    how |= {"batch": 4, "steps": 20, "evaluate_every": 10}
+    how = {"data": texts, "text": "sentence", "length": 32, "student": {"layers": 2}, "learning_rate": 3e-3}
+    how |= {"batch_size": 4, "steps": 20, "evaluate_every": 10}
     _, said = distilled(tmp_path, teacher, "a", losses={"kl": 1.0, "hidden": 0.1}, **how)
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
     _, said = distilled(tmp_path, teacher, "b", losses={"labels": 1.0}, label="label", **how)
@@ -317,7 +327,7 @@ def test_a_sentence_embedding_learns_by_cosine(tmp_path):
     for name, sizes in (("in", {}), ("wide", {"hidden_size": 48})):
         pico.model("bert", class_name="BertModel", **sizes).save_pretrained(tmp_path / name)
         pico.tokenizer().save_pretrained(tmp_path / name)
-    how = {"rate": 3e-3, "steps": 20, "evaluate_every": 10}
+    how = {"learning_rate": 3e-3, "steps": 20, "evaluate_every": 10}
     _, said = distilled(tmp_path, tmp_path / "in", "a", student={"layers": 2}, **how)
     assert said["losses"][0].keys() == {"step", "loss", "cosine"}
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
@@ -326,7 +336,7 @@ def test_a_sentence_embedding_learns_by_cosine(tmp_path):
 
 
 def test_narrow_floats_compiled_code_and_lengths_by_tokens(tmp_path, pico_llama):
-    how = {"losses": {"labels": 1.0}, "rate": 3e-3, "evaluate_every": 8, "steps": None}
+    how = {"losses": {"labels": 1.0}, "learning_rate": 3e-3, "evaluate_every": 8, "steps": None}
     _, said = distilled(tmp_path, pico_llama, "a", autocast="bfloat16", tokens=16 * 8 * 12, **how)
     assert said["steps"] == 12
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
@@ -364,13 +374,13 @@ def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_lla
         ({"losses": {"hidden": 1}, "layer_map": [[5, 1]]}, r"\[5, 1\] is out of range: the student's outputs are 0 to 4"),
         ({"losses": {"relations": 1}, "relation_layers": [0, 7]}, r"\[0, 7\] is out of range: the student has 4 blocks"),
         ({"losses": {"relations": 1}, "relation_heads": 5}, "vectors of 16 entries do not split into 5 heads"),
-        ({"batch": 64}, r"gives 48 samples, 8 are held out and a step takes 64"),
+        ({"batch_size": 64}, r"gives 48 samples, 8 are held out and a step takes 64"),
         ({"only": ["*mlp*"]}, "`only` and `skip` have no meaning here"),
-        ({"batch": 4, "micro_batch": 8}, "micro_batch 8 is more than batch 4"),
+        ({"batch_size": 4, "micro_batch_size": 8}, "`micro_batch_size` 8 is more than `batch_size` 4"),
         ({"teacher_cache": "x", "losses": {"kl": 1, "hidden": 1}}, "leave out the loss `hidden`"),
         ({"teacher": ["original", "original"], "losses": {"labels": 1}}, "several teachers are for losses that compare predictions"),
         ({"layer_map": [[1, 1]]}, "`layer_map` is for the loss `hidden`, which has no weight"),
-        ({"teacher_cache": {"folder": "x", "k": 300}}, "k of 300 is not below the vocabulary of 300"),
+        ({"teacher_cache": {"folder": "x", "top_k": 300}}, "top_k of 300 is not below the vocabulary of 300"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(tmp_path, pico_llama, settings, message):
@@ -381,7 +391,7 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, pico_llama, settings, mess
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path, pico_llama):
-    small = compress.apply("prune_structured", pico_llama, tmp_path / "small", layers=[1, 2], repair="none")
+    small = compress.apply("prune_structured", pico_llama, tmp_path / "small", layers=[1, 2], compensation="none")
     with pytest.raises(PassError, match=r"more than the teacher .*small"):
         distilled(tmp_path, pico_llama, teacher=str(small))
     encoder = pico.save(tmp_path / "bert", "bert")
@@ -399,14 +409,21 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, pico_llama):
 
 
 def test_divergence_ends_the_run_with_one_line(tmp_path, pico_llama):
-    with pytest.raises(PassError, match=r"training diverged: the loss is (nan|inf) at step \d+.*lower `rate`"):
+    with pytest.raises(PassError, match=r"training diverged: the loss is (nan|inf) at step \d+.*lower `learning_rate`"):
         distilled(
-            tmp_path, pico_llama, losses={"labels": 1}, rate=1e18, clip=None, steps=40, schedule="constant", warmup=0
+            tmp_path,
+            pico_llama,
+            losses={"labels": 1},
+            learning_rate=1e18,
+            max_grad_norm=None,
+            steps=40,
+            schedule="constant",
+            warmup_ratio=0,
         )
 
 
 def test_training_stops_where_it_does_not_help_and_keeps_the_best(tmp_path, pico_llama):
-    how = {"rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup": 0}
+    how = {"learning_rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup_ratio": 0}
     with pytest.warns(
         UserWarning, match=r"distill did not help: the held-out loss was .* the weights stay as they were"
     ):
@@ -423,8 +440,8 @@ RECIPE = {
     "document_separator": "<|doc|>",
     "device": "cpu",
     "passes": [
-        {"prune_structured": {"layers": [1], "repair": "none"}},
-        {"distill": {"steps": 120, "batch": 4, "held_out": 4, "evaluate_every": 10, "average": 0.9}},
+        {"prune_structured": {"layers": [1], "compensation": "none"}},
+        {"distill": {"steps": 120, "batch_size": 4, "validation_samples": 4, "evaluate_every": 10, "ema_decay": 0.9}},
         {"cast": {"weights": "bf16"}},
     ],
     "gates": {"size": {"max_ratio": 0.9}},

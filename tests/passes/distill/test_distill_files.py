@@ -81,7 +81,13 @@ def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
         {**tensors, "embeddings.position_ids": positions}, teacher / "model.safetensors", metadata={"format": "pt"}
     )
     out, said = distilled(
-        tmp_path, teacher, "out", student={"layers": 2, "from": "every_second"}, rate=3e-3, steps=12, evaluate_every=6
+        tmp_path,
+        teacher,
+        "out",
+        student={"layers": 2, "from": "every_second"},
+        learning_rate=3e-3,
+        steps=12,
+        evaluate_every=6,
     )
     assert said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
     written = load_file(out / "model.safetensors")
@@ -148,7 +154,7 @@ def test_a_model_without_a_place_for_its_weights_is_refused_before_it_is_trained
 RUN = {
     "document_separator": "<|doc|>",
     "device": "cpu",
-    "passes": [{"prune_structured": {"layers": [1], "repair": "none"}}, {"distill": {"steps": 2}}],
+    "passes": [{"prune_structured": {"layers": [1], "compensation": "none"}}, {"distill": {"steps": 2}}],
 }
 
 
@@ -178,12 +184,12 @@ def worked(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "data", "message"),
     [
-        ({"held_out": 10**6}, {}, r"gives \d+ samples, 1000000 are held out and a step takes 16"),
-        ({"batch": 10**6}, {}, r"32 are held out and a step takes 1000000"),
+        ({"validation_samples": 10**6}, {}, r"gives \d+ samples, 1000000 are held out and a step takes 16"),
+        ({"batch_size": 10**6}, {}, r"32 are held out and a step takes 1000000"),
         ({"teacher": "other"}, {}, r"has another tokenizer: `\w` is token \d+ for the student"),
         ({"teacher": "small"}, {}, "more than the teacher"),
         ({"teacher": "masked"}, {}, "is for masked language modelling, the student for causal language modelling"),
-        ({"teacher_cache": {"folder": "x", "k": 300}}, {}, "k of 300 is not below the vocabulary of 300"),
+        ({"teacher_cache": {"folder": "x", "top_k": 300}}, {}, "top_k of 300 is not below the vocabulary of 300"),
         ({"losses": {"hidden": 1}, "layer_map": [[4, 1]]}, {}, r"\[4, 1\] is out of range: the student's outputs are 0 to 3"),
         ({"losses": {"hidden": 1}, "layer_map": [[3, 9]]}, {}, r"\[3, 9\] is out of range"),
     ],
@@ -218,7 +224,7 @@ def teachers(tmp_path_factory, pico_llama):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    small = compress.apply("prune_structured", pico_llama, folder / "small", layers=[1, 2], repair="none")
+    small = compress.apply("prune_structured", pico_llama, folder / "small", layers=[1, 2], compensation="none")
     return {"other": other, "small": small, "masked": pico.save(folder / "masked", "bert")}
 
 
@@ -244,7 +250,7 @@ def test_what_is_no_weight_of_the_model_is_kept_and_the_report_names_it(tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"teacher_cache": {"folder": "x", "k": 300}}, "k of 300 is not below the vocabulary of 300"),
+        ({"teacher_cache": {"folder": "x", "top_k": 300}}, "top_k of 300 is not below the vocabulary of 300"),
         ({"losses": {"hidden": 1}, "layer_map": [[4, 1]]}, "[4, 1] is out of range: the student's outputs are 0 to 3"),
         ({"losses": {"relations": 1}, "relation_heads": 5}, "vectors of 16 entries do not split into 5 heads"),
         ({"losses": {"relations": 1}, "relation_layers": [3, 0]}, "[3, 0] is out of range: the student has 3 blocks"),

@@ -28,10 +28,15 @@ def factorize(folder, out, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "bert"])
 def test_what_is_written_loads_and_is_what_its_twin_computes(family, folders, tmp_path):
-    allocation = "uniform" if family == "bert" else "loss"
+    allocation = "uniform" if family == "bert" else "kl"
     details = {}
     factorize(
-        folders[family], tmp_path / "out", keep_parameters=0.6, allocation=allocation, tune_epochs=1, details=details
+        folders[family],
+        tmp_path / "out",
+        keep_parameters=0.6,
+        allocation=allocation,
+        reconstruction_epochs=1,
+        details=details,
     )
     before, after = (open_checkpoint(f).spec for f in (folders[family], tmp_path / "out"))
     model = load_model(tmp_path / "out")
@@ -52,8 +57,8 @@ def test_what_is_written_loads_and_is_what_its_twin_computes(family, folders, tm
 def test_ranks_keep_within_the_budget_and_pay(folders, tmp_path):
     found = {}
     for name, settings in {
-        "uniform": {"allocation": "uniform", "tune_epochs": 0},
-        "loss": {"tune_epochs": 0},
+        "uniform": {"allocation": "uniform", "reconstruction_epochs": 0},
+        "loss": {"reconstruction_epochs": 0},
         "tuned": {},
     }.items():
         factorize(folders["llama"], tmp_path / name, keep_parameters=0.5, **settings)
@@ -66,12 +71,12 @@ def test_ranks_keep_within_the_budget_and_pay(folders, tmp_path):
 
 def test_the_same_bytes_again(folders, tmp_path):
     for name in ("a", "b"):
-        factorize(folders["llama"], tmp_path / name, keep_parameters=0.6, tune_epochs=1)
+        factorize(folders["llama"], tmp_path / name, keep_parameters=0.6, reconstruction_epochs=1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
 def test_passes_after_it(folders, tmp_path):
-    factorize(folders["gpt2"], tmp_path / "factors", rank=8, tune_epochs=0)
+    factorize(folders["gpt2"], tmp_path / "factors", rank=8, reconstruction_epochs=0)
     compress.apply(
         "prune_unstructured", tmp_path / "factors", tmp_path / "sparse", sparsity=0.5, data=IDS, store="compact"
     )

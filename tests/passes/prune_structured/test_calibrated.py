@@ -58,19 +58,28 @@ def amounts(family: str) -> dict:
 def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors, layers = {}, {}
-    for repair in ("none", "least_squares", "tune"):
-        if family == "bloom" and repair == "least_squares":
+    for compensation in ("none", "least_squares", "reconstruction"):
+        if family == "bloom" and compensation == "least_squares":
             continue
         details: dict = {}
-        out = smaller(original, tmp_path / repair, details=details, repair=repair, tune_epochs=5, **amounts(family))
-        assert plan(original, "prune_structured", repair=repair, **amounts(family)).tensors == out.spec.tensors
-        errors[repair] = error(out.folder, folders[family])
-        layers[repair] = {n: row["error"] for n, row in details.get("blocks", [{}])[0].get("tensors", {}).items()}
+        out = smaller(
+            original,
+            tmp_path / compensation,
+            details=details,
+            compensation=compensation,
+            reconstruction_epochs=5,
+            **amounts(family),
+        )
+        assert (
+            plan(original, "prune_structured", compensation=compensation, **amounts(family)).tensors == out.spec.tensors
+        )
+        errors[compensation] = error(out.folder, folders[family])
+        layers[compensation] = {n: row["error"] for n, row in details.get("blocks", [{}])[0].get("tensors", {}).items()}
         assert json.loads(json.dumps(details)) == details
-        if repair == "tune":
+        if compensation == "reconstruction":
             assert any(row["tuning"]["kept"] for row in details["blocks"])
     # random routers send tokens elsewhere after the least change
-    assert errors["tune"] < (1.0 if family in ("mixtral", "qwen3_moe") else 0.9) * errors["none"]
+    assert errors["reconstruction"] < (1.0 if family in ("mixtral", "qwen3_moe") else 0.9) * errors["none"]
     if "least_squares" in errors:
         assert errors["least_squares"] < 1.01 * errors["none"]
         for name, error_before in layers["none"].items():
@@ -81,11 +90,11 @@ def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
 def test_loss_chooses_better_than_activation_and_magnitude(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors = {}
-    for score in ("loss", "activation", "magnitude"):
-        out = smaller(original, tmp_path / score, score=score, mlp="50%", repair="least_squares")
+    for score in ("obs", "activation", "magnitude"):
+        out = smaller(original, tmp_path / score, importance=score, mlp="50%", compensation="least_squares")
         errors[score] = error(out.folder, folders[family])
-    assert errors["loss"] < errors["activation"]
-    assert errors["loss"] < errors["magnitude"]
+    assert errors["obs"] < errors["activation"]
+    assert errors["obs"] < errors["magnitude"]
 
 
 def test_everything_at_once(tmp_path):
@@ -94,8 +103,8 @@ def test_everything_at_once(tmp_path):
     original = open_checkpoint(folder)
     settings = {"layers": 1, "experts": 1, "hidden": 8, "heads": 2, "mlp": "25%", "multiple_of": 4}
     errors = {}
-    for repair in ("none", "tune"):
-        out = smaller(original, tmp_path / repair, repair=repair, **settings)
+    for compensation in ("none", "reconstruction"):
+        out = smaller(original, tmp_path / compensation, compensation=compensation, **settings)
         config = out.spec.structure.config
         assert config["num_hidden_layers"] == 3
         assert config["num_local_experts"] == 3
@@ -103,8 +112,8 @@ def test_everything_at_once(tmp_path):
         assert config["num_attention_heads"] == 2
         assert config["moe_intermediate_size"] == 24
         before, after = (load_model(f)(input_ids=TEST).logits.detach() for f in (folder, out.folder))
-        errors[repair] = float((after - before).square().mean())
-    assert errors["tune"] < errors["none"]
+        errors[compensation] = float((after - before).square().mean())
+    assert errors["reconstruction"] < errors["none"]
 
 
 def test_a_removed_block_is_made_up_for(tmp_path):
@@ -112,11 +121,11 @@ def test_a_removed_block_is_made_up_for(tmp_path):
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
     original = open_checkpoint(folder)
     errors, details = {}, {}
-    for repair in ("none", "tune"):
+    for compensation in ("none", "reconstruction"):
         details = {}
-        out = smaller(original, tmp_path / repair, details=details, layers=[2], repair=repair)
-        errors[repair] = error(out.folder, folder)
-    assert errors["tune"] < 0.9 * errors["none"]
+        out = smaller(original, tmp_path / compensation, details=details, layers=[2], compensation=compensation)
+        errors[compensation] = error(out.folder, folder)
+    assert errors["reconstruction"] < 0.9 * errors["none"]
     tuned = [row["block"] for row in details["blocks"] if "tuning" in row]
     assert tuned == [1, 2]  # block 0 has nothing to make up for
 
@@ -134,7 +143,7 @@ def test_greedy_removal_is_what_trying_gives(tmp_path):
         work=tmp_path,
         details=details,
         layers=2,
-        repair="none",
+        compensation="none",
     )
     with torch.no_grad():
         reference = load_model(folder)(input_ids=IDS[:32]).logits.log_softmax(-1)
@@ -156,7 +165,7 @@ def test_padding_does_not_count(tmp_path):
     original = open_checkpoint(folder)
     padded = torch.cat([IDS, torch.full((96, 6), 7)], 1)
     mask = torch.cat([torch.ones(96, 16), torch.zeros(96, 6)], 1).bool()
-    settings = {"mlp": 32, "repair": "least_squares"}
+    settings = {"mlp": 32, "compensation": "least_squares"}
     plain = apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "a", **settings)
     other = apply(original, "prune_structured", data=Batches(padded, mask), work=tmp_path / "b", **settings)
     for name in plain.spec.tensors:
@@ -167,7 +176,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
     from compress.passes.prune_structured import block
 
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
-    settings = {"layers": [2], "mlp": "25%", "heads": 2, "tune_epochs": 2}
+    settings = {"layers": [2], "mlp": "25%", "heads": 2, "reconstruction_epochs": 2}
     whole = smaller(original, tmp_path / "whole", **settings)
     real, calls = block.prune_block_width, []
 

@@ -24,7 +24,7 @@ from compress.models.loading import load_model
 from tests import pico, processes
 from tests.passes.helpers import apply, plan, write
 
-DATA_FREE = {"score": "magnitude", "repair": "none"}
+DATA_FREE = {"importance": "magnitude", "compensation": "none"}
 MLP_OUT = (
     "down_proj",
     "mlp.c_proj",
@@ -102,7 +102,7 @@ def test_neurons(family, folders, tmp_path):
 
 
 UNEVEN = ("llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "bert", "roberta", "distilbert")
-UNEVEN_SETTINGS = {"mlp": "40%", "widths": "uneven"}
+UNEVEN_SETTINGS = {"mlp": "40%", "allocation": "kl"}
 STOCK_UNEVEN = """
 import sys, torch, transformers
 for folder in sys.argv[1:]:
@@ -124,7 +124,7 @@ def data():
 def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
     """Blocks lose different numbers, in all as many as asked; loaded by transformers alone, and here, it is the twin."""
     original, details = open_checkpoint(folders[family]), {}
-    settings = {"score": "activation", "repair": "none", **UNEVEN_SETTINGS}
+    settings = {"importance": "activation", "compensation": "none", **UNEVEN_SETTINGS}
     derived = apply(original, "prune_structured", data=data, work=tmp_path / "work", details=details, **settings)
     pruned = open_checkpoint(write_checkpoint(derived, tmp_path / family, store="compact").folder)
     widths = [columns(pruned, name).shape[1] for name in pruned.spec.tensors if reads(name, MLP_OUT)]
@@ -170,7 +170,7 @@ def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
         later = apply(pruned, name, data=data, work=tmp_path / name, **settings)
         written = write_checkpoint(later, tmp_path / f"out_{name}", store="compact")
         assert torch.isfinite(load_model(written.folder)(data.values["input_ids"]).logits).all()
-    student = {"student": {"layers": 2, "from": "last"}, "steps": 1, "batch": 4, "held_out": 4}
+    student = {"student": {"layers": 2, "from": "last"}, "steps": 1, "batch_size": 4, "validation_samples": 4}
     ids = {"data": data.values["input_ids"], "teacher": str(folders["llama"])}
     compress.apply("distill", folder, tmp_path / "student", store="compact", **student, **ids)
     cut = open_checkpoint(tmp_path / "student").spec
@@ -185,10 +185,10 @@ def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("mixtral", {}, "`widths: uneven` does not reach .*: experts are fused in memory"),
+        ("mixtral", {}, "`allocation: kl` does not reach .*: experts are fused in memory"),
         ("vit", {}, "calibration data is text, and this model reads `pixel_values`"),
-        ("llama", {"score": "magnitude"}, "`widths: uneven` tries widths on calibration data"),
-        ("llama", {"mlp": None, "heads": 2}, "`widths: uneven` goes with `mlp`"),
+        ("llama", {"importance": "magnitude"}, "`allocation: kl` tries widths on calibration data"),
+        ("llama", {"mlp": None, "heads": 2}, "`allocation: kl` goes with `mlp`"),
     ],
 )
 def test_where_widths_cannot_be_uneven(family, settings, message, folders):
@@ -299,7 +299,7 @@ def test_experts(family, folders, tmp_path, monkeypatch):
         work=tmp_path / "work",
         details=details,
         experts=1,
-        repair="none",
+        compensation="none",
     )
     pruned = write(smaller, tmp_path / "out")
     model = load_model(original.folder)
@@ -321,7 +321,7 @@ def test_experts(family, folders, tmp_path, monkeypatch):
         patch.setattr(torch.nn.functional, "linear", barred)
         expected = pico.logits(model)
     torch.testing.assert_close(pico.logits(load_model(pruned.folder)), expected, rtol=1e-4, atol=1e-4)
-    assert plan(original, "prune_structured", experts=1, repair="none").tensors == pruned.spec.tensors
+    assert plan(original, "prune_structured", experts=1, compensation="none").tensors == pruned.spec.tensors
 
 
 def test_saliency_is_that_of_the_paper(folders, tmp_path):
@@ -331,7 +331,9 @@ def test_saliency_is_that_of_the_paper(folders, tmp_path):
     ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
     details: dict = {}
     original = open_checkpoint(folders["mixtral"])
-    apply(original, "prune_structured", data=Batches(ids), work=tmp_path, details=details, experts=1, repair="none")
+    apply(
+        original, "prune_structured", data=Batches(ids), work=tmp_path, details=details, experts=1, compensation="none"
+    )
     model = load_model(original.folder)
     experts = model.model.layers[0].mlp.experts
     seen = {}

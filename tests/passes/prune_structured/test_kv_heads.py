@@ -21,9 +21,9 @@ from tests.passes.prune_structured.test_exact import FIXED_HEADS, RMS, SCRIPT
 
 NORMED = ("qwen3", "gemma3_text", "qwen3_moe")
 WAYS = {
-    "mean": {"score": "magnitude", "repair": "none"},
-    "aligned": {"repair": "none"},
-    "least squares": {"repair": "least_squares"},
+    "mean": {"importance": "magnitude", "compensation": "none"},
+    "aligned": {"compensation": "none"},
+    "least squares": {"compensation": "least_squares"},
 }
 
 
@@ -103,7 +103,7 @@ def test_each_repair_is_nearer_to_the_original(family, tmp_path):
     folder = pico.save(tmp_path / "in", family, with_tokenizer=False, num_key_value_heads=4)
     original = open_checkpoint(folder)
     errors, layers = {}, {}
-    for way, settings in (WAYS | {"tune": {"repair": "tune", "tune_epochs": 5}}).items():
+    for way, settings in (WAYS | {"tune": {"compensation": "reconstruction", "reconstruction_epochs": 5}}).items():
         details: dict = {}
         work = tmp_path / f"{way}-work"
         made = apply(
@@ -127,12 +127,12 @@ def test_each_repair_is_nearer_to_the_original(family, tmp_path):
 
 def test_with_other_removals(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen2", with_tokenizer=False, num_key_value_heads=4)
-    settings = {"keep_kv_heads": 2, "mlp": "50%", "layers": [1], "hidden": 8, "tune_epochs": 1}
+    settings = {"keep_kv_heads": 2, "mlp": "50%", "layers": [1], "hidden": 8, "reconstruction_epochs": 1}
     original = open_checkpoint(folder)
     out = merged(original, tmp_path / "out", **settings)
     assert plan(original, "prune_structured", **settings).tensors == out.spec.tensors
     pico.logits(load_model(out.folder))
-    taylor = merged(original, tmp_path / "taylor", keep_kv_heads=2, mlp="50%", score="taylor", repair="none")
+    taylor = merged(original, tmp_path / "taylor", keep_kv_heads=2, mlp="50%", importance="taylor", compensation="none")
     pico.logits(load_model(taylor.folder))
 
 

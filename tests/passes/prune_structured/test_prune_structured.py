@@ -16,7 +16,7 @@ def test_config_and_per_layer_lists_are_cut(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "qwen2"))
     kinds = checkpoint.spec.structure.config["layer_types"]
     assert kinds == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    out = write(apply(checkpoint, "prune_structured", layers=[1], repair="none"), tmp_path / "out")
+    out = write(apply(checkpoint, "prune_structured", layers=[1], compensation="none"), tmp_path / "out")
     assert out.spec.structure.config["num_hidden_layers"] == 3
     assert out.spec.structure.config["layer_types"] == ["full_attention"] + ["sliding_attention"] * 2
     model = load_model(out.folder)
@@ -33,8 +33,8 @@ ENCODERS = ("bert", "roberta", "distilbert")
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt", *ENCODERS]
 )
-@pytest.mark.parametrize("score", ["loss", "influence"])
-def test_by_count_the_block_that_changes_least_goes(family, score, tmp_path):
+@pytest.mark.parametrize("importance", ["kl", "block_influence"])
+def test_by_count_the_block_that_changes_least_goes(family, importance, tmp_path):
     """Block 2 is made to do almost nothing, so it must be the one to go; its influence is checked against a plain forward."""
     base = open_checkpoint(pico.save(tmp_path / "in", family))
     record = architectures.of(base.spec.structure.config)
@@ -58,15 +58,15 @@ def test_by_count_the_block_that_changes_least_goes(family, score, tmp_path):
         quieted,
         "prune_structured",
         layers=1,
-        layer_score=score,
-        repair="none",
+        layer_importance=importance,
+        compensation="none",
         data=Batches(ids),
         details=details,
         work=tmp_path,
     )
     assert details["removed_blocks"] == [2]
     assert record.depth(dropped.spec.structure.config) == 3
-    if score == "loss":
+    if importance == "kl":
         return
     model = load_model(quieted.folder)
     with torch.no_grad():
@@ -78,15 +78,19 @@ def test_by_count_the_block_that_changes_least_goes(family, score, tmp_path):
 def test_models_that_read_no_text_have_no_scores(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "vit"))
     with pytest.raises(PassError, match="calibration data is text, and this model reads `pixel_values`"):
-        plan(checkpoint, "prune_structured", layers=1, repair="none")
-    assert plan(checkpoint, "prune_structured", layers=[1], repair="none").structure.config["num_hidden_layers"] == 3
+        plan(checkpoint, "prune_structured", layers=1, compensation="none")
+    assert (
+        plan(checkpoint, "prune_structured", layers=[1], compensation="none").structure.config["num_hidden_layers"] == 3
+    )
 
 
 def test_shares_and_counts(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     for amount, left in ((0.5, 2), ("25%", 3), (3, 1), ([0, 1, 2], 1)):
         assert (
-            plan(checkpoint, "prune_structured", layers=amount, repair="none").structure.config["num_hidden_layers"]
+            plan(checkpoint, "prune_structured", layers=amount, compensation="none").structure.config[
+                "num_hidden_layers"
+            ]
             == left
         )
 
@@ -102,10 +106,10 @@ def test_shares_and_counts(pico_llama):
 )
 def test_refusals(layers, message, pico_llama):
     with pytest.raises(PassError, match=message) as caught:
-        plan(open_checkpoint(pico_llama), "prune_structured", layers=layers, repair="none")
+        plan(open_checkpoint(pico_llama), "prune_structured", layers=layers, compensation="none")
     assert caught.value.key == "layers"
 
 
 def test_patterns_do_not_apply(pico_llama):
     with pytest.raises(PassError, match="do not apply to units that go from every block"):
-        plan(open_checkpoint(pico_llama), "prune_structured", layers=1, repair="none", only=["*"])
+        plan(open_checkpoint(pico_llama), "prune_structured", layers=1, compensation="none", only=["*"])

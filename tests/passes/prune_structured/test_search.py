@@ -25,7 +25,7 @@ IDS = torch.randint(0, 250, (48, 16), generator=torch.Generator().manual_seed(0)
 def searched(original, tmp_path, **target):
     """The checkpoint pruned to a target, written; and what the report says of it."""
     details: dict = {}
-    how = {"data": Batches(IDS), "work": tmp_path / "work", "details": details, "repair": "least_squares"}
+    how = {"data": Batches(IDS), "work": tmp_path / "work", "details": details, "compensation": "least_squares"}
     return write(apply(original, "prune_structured", **how, **target), tmp_path / "out"), details
 
 
@@ -104,7 +104,7 @@ def test_a_size_and_a_speed(tmp_path, monkeypatch):
     clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
     details: dict = {}
-    settings = {"max_latency_ratio": 0.9, "keep_parameters": 0.6, "repair": "none"}
+    settings = {"max_latency_ratio": 0.9, "keep_parameters": 0.6, "compensation": "none"}
     apply(original, "prune_structured", data=Batches(IDS), work=tmp_path / "work", details=details, **settings)
     assert all(row["parameters"] <= 0.6 * original.spec.parameters for row in details["shapes"])
     assert plan(original, "prune_structured", **settings).parameters <= 0.6 * original.spec.parameters
@@ -130,7 +130,7 @@ def test_time_is_measured(tmp_path, monkeypatch):
     context = Context(original, "cpu", "float32", 0, None, lambda key: None, SilentProgress(), Workspace(tmp_path))
     watch = Stopwatch(original, context)
     assert watch.prompt.shape == (1, 256)
-    assert watch.ratio(plan(original, "prune_structured", layers=list(range(16)), repair="none")) < 0.8
+    assert watch.ratio(plan(original, "prune_structured", layers=list(range(16)), compensation="none")) < 0.8
     assert 0.5 < watch.ratio(original.spec) < 2
 
 
@@ -160,7 +160,7 @@ def test_refusals(settings, message, pico_llama):
     ("settings", "message"),
     [
         ({"mlp": 0.5, "keep_parameters": 0.5}, "give amounts or a target, not `mlp` and `keep_parameters`"),
-        ({"score": "magnitude", "max_bytes": "1MB"}, "leave out `score: magnitude`"),
+        ({"importance": "magnitude", "max_bytes": "1MB"}, "leave out `importance: magnitude`"),
         ({}, "give what to remove"),
     ],
 )

@@ -71,8 +71,12 @@ def test_heads_of_least_magnitude_go(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("prune_structured", {"mlp": "25%"}, "beside the block before them; set `score: magnitude` and `repair: none`"),
-        ("prune_structured", {"keep_parameters": 0.5}, "beside the block before them; set `score: magnitude`"),
+        (
+            "prune_structured",
+            {"mlp": "25%"},
+            "beside the block before them; set `importance: magnitude` and `compensation: none`",
+        ),
+        ("prune_structured", {"keep_parameters": 0.5}, "beside the block before them; set `importance: magnitude`"),
         ("prune_structured", {"layers": [1]}, "none can go by a number; remove `mlp` or `heads` instead"),
         ("prune_structured", {"layers": 1}, "none can go by a number; remove `mlp` or `heads` instead"),
         (

@@ -82,21 +82,29 @@ def test_other_models_have_scores(family, class_name, tmp_path):
 
 def test_a_model_that_predicts_nothing(tmp_path):
     folder = pico.save(tmp_path / "in", "bert", with_tokenizer=False, class_name="BertModel")
-    with pytest.raises(PassError, match="score: taylor needs a model that predicts something; set `score: loss`"):
+    with pytest.raises(
+        PassError, match="importance: taylor needs a model that predicts something; set `importance: obs`"
+    ):
         taylor_scores(open_checkpoint(folder), [], Batches(IDS), **HOW)
 
 
-@pytest.mark.parametrize("repair", ["none", "tune"])
+@pytest.mark.parametrize("compensation", ["none", "reconstruction"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_units_of_least_score_go(family, repair, tmp_path):
+def test_units_of_least_score_go(family, compensation, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
-    settings = {"mlp": "50%", "heads": 2, "score": "taylor", "repair": repair, "tune_epochs": 1}
+    settings = {
+        "mlp": "50%",
+        "heads": 2,
+        "importance": "taylor",
+        "compensation": compensation,
+        "reconstruction_epochs": 1,
+    }
     details: dict = {}
     made = apply(checkpoint, "prune_structured", data=Batches(IDS), work=tmp_path / "work", details=details, **settings)
     out = write(made, tmp_path / "out")
     assert plan(checkpoint, "prune_structured", **settings).tensors == out.spec.tensors
     scores = taylor_scores(checkpoint, units(checkpoint), Batches(IDS), **HOW)
-    if repair == "none":
+    if compensation == "none":
         name = next(n for n in scores if "down_proj" in n or n.endswith("w2"))
         before, after = (c.tensor(f"{name}.weight").data for c in (checkpoint, out))
         kept = (before.T[:, None] == after.T[None]).all(-1).any(1)

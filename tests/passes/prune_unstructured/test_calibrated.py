@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe"])
 def test_planned_is_written(family, settings, method, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    settings = {**settings, "method": method, "tune_epochs": 1 if method == "alps" else 0}
+    settings = {**settings, "method": method, "reconstruction_epochs": 1 if method == "alps" else 0}
     planned = plan(checkpoint, "prune_unstructured", **settings)
     assert planned.exact
     _, layout = stored_form(planned, "compact", 10**9, checkpoint.metadata)
@@ -52,7 +52,7 @@ def test_planned_is_written(family, settings, method, folders, data, tmp_path):
             if "pattern" in settings:
                 along = value.mask.movedim(record.input_axis, -1).reshape(-1, 4)
                 assert (along.sum(1) == 2).all()
-        elif not settings["tune_epochs"]:
+        elif not settings["reconstruction_epochs"]:
             assert torch.equal(value.data, checkpoint.tensor(tensor.name).data), tensor.name
 
 
@@ -70,10 +70,10 @@ def test_each_method_is_better_than_the_one_before_it_and_tuning_better_still(fo
     for i, settings in enumerate(
         [
             {"method": "magnitude"},
-            {"method": "wanda", "tune_epochs": 0},
-            {"method": "sparsegpt", "tune_epochs": 0},
-            {"method": "alps", "tune_epochs": 0},
-            {"method": "alps", "tune_epochs": 20},
+            {"method": "wanda", "reconstruction_epochs": 0},
+            {"method": "sparsegpt", "reconstruction_epochs": 0},
+            {"method": "alps", "reconstruction_epochs": 0},
+            {"method": "alps", "reconstruction_epochs": 20},
         ]
     ):
         details: dict = {}
@@ -93,7 +93,7 @@ def test_each_method_is_better_than_the_one_before_it_and_tuning_better_still(fo
             assert len(rows) == 7
             assert all(0 < row["error"] < 1 and row["sparsity"] == pytest.approx(0.5) for row in rows.values())
             layers.append(sum(row["error"] for row in rows.values()))
-            assert ("tuning" in details["blocks"][0]) == bool(settings["tune_epochs"])
+            assert ("tuning" in details["blocks"][0]) == bool(settings["reconstruction_epochs"])
     assert errors[4] < errors[3] < errors[2] < errors[1] < errors[0], errors
     assert layers[2] < layers[1] < layers[0]
     assert layers[2] == layers[3]  # before any tuning, the first block is the same
@@ -107,7 +107,13 @@ def test_an_earlier_mask_is_kept(method, folders, data, tmp_path):
     )
     for i, settings in enumerate(({"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.3, "allow_noop": True})):
         more = apply(
-            half, "prune_unstructured", data=data, work=tmp_path / str(i), method=method, tune_epochs=1, **settings
+            half,
+            "prune_unstructured",
+            data=data,
+            work=tmp_path / str(i),
+            method=method,
+            reconstruction_epochs=1,
+            **settings,
         )
         for tensor in more.spec.stored():
             if tensor.kept is not None:
@@ -125,7 +131,7 @@ def test_wanda_is_its_formula(folders, data, tmp_path):
         work=tmp_path,
         method="wanda",
         sparsity=0.5,
-        tune_epochs=0,
+        reconstruction_epochs=0,
     )
     model = load_model(folders["llama"], dtype="float32")
     for name in ("q_proj", "o_proj", "down_proj"):
@@ -143,7 +149,9 @@ def test_wanda_is_its_formula(folders, data, tmp_path):
 def test_tuning_that_does_not_pay_is_put_back(folders, data, tmp_path):
     """A step far too large makes the held-out error worse: the weights stay what the solver gave."""
     results = []
-    for i, reconstruction in enumerate(({"tune_epochs": 0}, {"tune_epochs": 1, "tune_rate": 0.99})):
+    for i, reconstruction in enumerate(
+        ({"reconstruction_epochs": 0}, {"reconstruction_epochs": 1, "reconstruction_lr": 0.99})
+    ):
         details: dict = {}
         pruned = apply(
             open_checkpoint(folders["llama"]), "prune_unstructured", data=data, work=tmp_path / str(i), details=details, method="wanda",
@@ -190,7 +198,7 @@ def idle_block(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_allocation_by_loss_prunes_most_where_it_matters_least(method, idle_block, data, tmp_path):
     checkpoint, details = open_checkpoint(idle_block), {}
-    settings = {"method": method, "sparsity": 0.6, "tune_epochs": 0, "allocation": "loss"}
+    settings = {"method": method, "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "kl"}
     pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "w", details=details, **settings)
     masks = {t.name: pruned.tensor(t.name).mask for t in pruned.spec.stored() if t.kept is not None}
     removed = {name: 1 - float(mask.double().mean()) for name, mask in masks.items()}
@@ -209,7 +217,7 @@ def test_allocation_by_loss_prunes_most_where_it_matters_least(method, idle_bloc
 
 
 def test_counts_of_wanda_by_owl_are_those_of_the_masks(folders, data, tmp_path):
-    settings = {"method": "wanda", "sparsity": 0.6, "tune_epochs": 0, "allocation": "owl"}
+    settings = {"method": "wanda", "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "owl"}
     checkpoint = open_checkpoint(folders["llama"])
     assert not plan(checkpoint, "prune_unstructured", **settings).exact
     pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path, **settings)
@@ -222,10 +230,10 @@ def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block,
     from compress.sensitivity import matrices
 
     checkpoint, results = open_checkpoint(idle_block), []
-    for i, allocation in enumerate(("uniform", "loss", "loss")):
+    for i, allocation in enumerate(("uniform", "kl", "kl")):
         pruned = apply(
             checkpoint, "prune_unstructured", data=data, work=tmp_path / str(min(i, 1)), method="sparsegpt", sparsity=0.5,
-            tune_epochs=0, allocation=allocation,
+            reconstruction_epochs=0, allocation=allocation,
         )  # fmt: skip
         results.append(write(pruned, tmp_path / f"out{i}").folder)
         if i == 1:  # what was measured lies in the work folder
@@ -236,19 +244,19 @@ def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block,
 
 
 def test_allocation_by_loss_for_gpt2_and_where_it_cannot_be(folders, data, tmp_path):
-    settings = {"method": "sparsegpt", "sparsity": 0.6, "tune_epochs": 0, "allocation": "loss"}
+    settings = {"method": "sparsegpt", "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "kl"}
     pruned = apply(open_checkpoint(folders["gpt2"]), "prune_unstructured", data=data, work=tmp_path, **settings)
     kept = [(t.kept, t.count) for t in pruned.spec.stored() if t.kept is not None]
     assert sum(k for k, _ in kept) == sum(n for _, n in kept) - round(0.6 * sum(n for _, n in kept))
-    with pytest.raises(PassError, match=r"`allocation: loss` does not reach .*experts.*; use `allocation: uniform` or"):
+    with pytest.raises(PassError, match=r"`allocation: kl` does not reach .*experts.*; use `allocation: uniform` or"):
         plan(open_checkpoint(folders["qwen3_moe"]), "prune_unstructured", **settings)
     import transformers
 
     transformers.AutoModel.from_pretrained(folders["bert"]).save_pretrained(tmp_path / "base")
-    with pytest.raises(PassError, match="`allocation: loss` needs a model that predicts tokens"):
+    with pytest.raises(PassError, match="`allocation: kl` needs a model that predicts tokens"):
         plan(open_checkpoint(tmp_path / "base"), "prune_unstructured", **settings)
     with pytest.raises(ValueError, match="`allocation` goes with `sparsity`"):
-        plan(open_checkpoint(folders["gpt2"]), "prune_unstructured", pattern="2:4", allocation="loss")
+        plan(open_checkpoint(folders["gpt2"]), "prune_unstructured", pattern="2:4", allocation="kl")
 
 
 def test_memory_of_allocation_by_loss_is_the_models(folders):
@@ -259,8 +267,8 @@ def test_memory_of_allocation_by_loss_is_the_models(folders):
     copies = {(name := rename(t.name, i)): replace(t, name=name) for i in range(9000) for t in blocks}
     big = replace(spec, tensors={**spec.tensors, **copies})
     most = [
-        instance.memory(big, instance.settings(sparsity=0.5, tune_epochs=0, method="wanda", allocation=a), 4)
-        for a in ("owl", "loss")
+        instance.memory(big, instance.settings(sparsity=0.5, reconstruction_epochs=0, method="wanda", allocation=a), 4)
+        for a in ("owl", "kl")
     ]
     pruned = sum(t.count for t in big.stored() if ".layers." in t.name and len(t.shape) == 2)
     assert most[1] == 4 * big.parameters + 10 * pruned > most[0]

@@ -133,7 +133,7 @@ def test_more_rank_is_nearer_and_later_passes_go_on(tmp_path):
     compress.apply("share", original, tmp_path / "r12", store="compact", data=IDS, **SETTINGS)
     steps = [
         ("prune_unstructured", {"sparsity": 0.5, "data": IDS}),
-        ("distill", {"steps": 4, "batch": 4, "held_out": 4, "data": IDS, "teacher": str(original)}),
+        ("distill", {"steps": 4, "batch_size": 4, "validation_samples": 4, "data": IDS, "teacher": str(original)}),
         ("cast", {"weights": "int8", "data": IDS}),
     ]
     folder = tmp_path / "r12"

@@ -148,7 +148,7 @@ def test_arrangements(arrangement, folders, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_passes_after_it_keep_what_is_shared(family, steps, fraction, folders, texts, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    more = {"distill": {"batch": 4, "held_out": 4, "allow_noop": True}}
+    more = {"distill": {"batch_size": 4, "validation_samples": 4, "allow_noop": True}}
     passes = [{name: {**settings, **more.get(name, {})}} for name, settings in steps]
     data = {"files": [str(texts[0])], "length": 32}
     recipe.write_text(
