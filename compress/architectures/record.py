@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
 from compress.errors import CheckpointError, PassError
+from compress.spec.classes import CAUSAL_LM, MASKED_LM
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
 #: What a matrix of a block does: ``distances`` are added to the scores of attention.
@@ -102,7 +103,7 @@ class Architecture:
     head_tie: str = "lm_head.weight"
     projections: tuple[str, str, str] | None = None
     bias_tie: tuple[str, str] | None = None
-    head_classes: tuple[str, ...] = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
+    head_classes: tuple[str, ...] = (*CAUSAL_LM.suffixes, *MASKED_LM.suffixes, "ForPreTraining")
     depth_key: str = "num_hidden_layers"
     hidden_key: str = "hidden_size"
     heads_key: str = "num_attention_heads"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from compress.spec.classes import auto_class
+
 FILE_NAME = "modeling_compress.py"
 CLASS_NAME = "CompressModel"
 _HERE = Path(__file__).parent
@@ -12,17 +14,6 @@ _HERE = Path(__file__).parent
 _IMPORTS = {
     "decode": ("storage chains", "from compress.checkpoint.decode import decode, part_names\n"),
     "edits": ("changes of structure", "from compress.checkpoint.edits import edited_class\n"),
-}
-#: Suffix of a stock class ▶ its auto class. `modeling` has a class for each, called Compress<suffix>.
-_AUTO = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
 }
 
 
@@ -37,11 +28,6 @@ def source() -> bytes:
         parts.append(f"# ---- {title} ----\n\n{body}\n\n\n")
     head, _, tail = text.partition("@@")
     return f"{head.rstrip()}\n\n\n{''.join(parts)}# ---- loading ----\n\n{tail.lstrip()}".encode()
-
-
-def auto_class(class_name: str | None) -> str:
-    """Auto class that loads the stock class ``class_name``; ``AutoModel`` for a base model."""
-    return next((auto for suffix, auto in _AUTO.items() if (class_name or "").endswith(suffix)), "AutoModel")
 
 
 def auto_map(class_name: str | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from compress import architectures
 from compress.errors import CompressError, DataError
+from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
 
 #: What evaluation data are: documents, rows with labels, or a folder of images for each class.
 Given: TypeAlias = Literal["text", "labelled", "images"]
@@ -44,7 +45,7 @@ PAIRED = frozenset({"kl", "agreement", "similarity"})
 
 CLASSIFICATION = Task(
     "text classification",
-    ("ForSequenceClassification",),
+    SEQUENCE_CLASSIFICATION.suffixes,
     ("accuracy", "f1", "agreement", "kl"),
     ("accuracy", "agreement"),
     takes=("labelled",),
@@ -52,16 +53,16 @@ CLASSIFICATION = Task(
 )
 IMAGES = Task(
     "image classification",
-    ("ForImageClassification",),
+    IMAGE_CLASSIFICATION.suffixes,
     CLASSIFICATION.metrics,
     CLASSIFICATION.default,
     takes=("images",),
     labels="classes",
 )
-MASKED = Task("masked language modelling", ("ForMaskedLM",), ("perplexity", "kl", "agreement"), ("perplexity", "kl"))
+MASKED = Task("masked language modelling", MASKED_LM.suffixes, ("perplexity", "kl", "agreement"), ("perplexity", "kl"))
 LANGUAGE = Task(
     "causal language modelling",
-    ("ForCausalLM", "LMHeadModel"),
+    CAUSAL_LM.suffixes,
     ("bits_per_byte", "perplexity", "kl", "agreement"),
     ("bits_per_byte", "kl"),
 )

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.checkpoint.bundle import auto_class
 from compress.escape import fence, in_one_line, markdown, quoted
 from compress.report import figures
 from compress.report.markdown import before_after_table, waterfall_table
+from compress.spec.classes import auto_class
 
 #: Characters of front matter that are read as such; the hub's own has a thousand or two.
 _LONGEST = 100_000

@@ -15,6 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
+from compress.spec.classes import CAUSAL_LM, suffix_of
 from compress.spec.formats import QuantFormat
 
 #: Bits per element of every dtype string of the safetensors format.
@@ -156,9 +157,9 @@ class Structure:
         if self.auto_model is None:
             return self.own_class
         auto, name = self.auto_model
-        kind = auto.removeprefix("AutoModel").replace("ForSeq2SeqLM", "ForConditionalGeneration")
+        kind = suffix_of(auto)
         found = self.own_class or str(name).rpartition(".")[2]
-        return found if not kind or found.endswith(("LMHeadModel", kind)) else f"{found}{kind}"
+        return found if not kind or found.endswith((*CAUSAL_LM.suffixes[1:], kind)) else f"{found}{kind}"
 
 
 @dataclass(frozen=True, slots=True)

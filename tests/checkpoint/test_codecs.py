@@ -10,6 +10,7 @@ from compress.checkpoint import bundle, codecs
 from compress.checkpoint.decode import decode, part_names, unpack_bits, unpack_codes
 from compress.checkpoint.open import Value
 from compress.solvers.quant_format import dequantize, fit, to_codes
+from compress.spec.classes import KINDS
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import DENSE, MASKED, Tensor
 
@@ -150,5 +151,5 @@ def test_the_bundled_file_needs_torch_and_transformers_alone():
     }
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert {"decode", "unpack_bits", "part_names", "CompressConfig", "CompressForCausalLM"} <= defined
-    for auto in bundle._AUTO.values():
+    for auto in {kind.auto for kind in KINDS}:
         assert auto.replace("AutoModel", "Compress") in defined

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from compress import passes
-from compress.checkpoint import bundle
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
@@ -20,6 +19,7 @@ from compress.errors import CheckpointError, OutputError
 from compress.models.loading import check_keys, load_model, load_tokenizer
 from compress.passes.base import Context
 from compress.progress import SilentProgress
+from compress.spec.classes import auto_class
 from compress.workspace import Workspace
 from tests import pico
 
@@ -43,7 +43,7 @@ def rewritten(tmp_path_factory, stock_outputs):
             out = root / f"{family}-{store}"
             write_checkpoint(changed, out, store=store)
             pico.save_expected(load_model(out), root / f"{family}-{store}.pt")
-            loader = name if store == "stock" else bundle.auto_class(name)
+            loader = name if store == "stock" else auto_class(name)
             cases[store][family] = (loader, out, root / f"{family}-{store}.pt")
     outputs = {
         "stock": stock_outputs(cases["stock"]),
