@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -83,6 +83,10 @@ bench-rounded: $(STAMP)
 
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+# outputs equal those of an earlier commit byte for byte; BEFORE= is the commit, ARGS= such as --only 'cast_*'
+same-bytes: $(STAMP)
+	$(BIN)/python benchmarks/same_bytes.py $(if $(BEFORE),--before $(BEFORE)) $(ARGS)
 
 # the pages that are made from the code, then the site in build/site; Sphinx is installed here and by no other target
 docs: $(VENV)/.docs-ready
