@@ -75,7 +75,8 @@ def _child(folder: Path, name: str, recipe: dict[str, Any]) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     try:
-        values = record(out, translated({**recipe, "output": str(out / "result"), "device": "cpu"}))
+        here = json.loads(json.dumps(recipe).replace("{out}", str(out)))
+        values = record(out, translated({**here, "output": str(out / "result"), "device": "cpu"}))
     except BaseException as error:
         traceback.print_exc()
         values = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
