@@ -20,15 +20,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Keys of a report and of compress.json that are not compared, at any depth ▶ why.
+#: Keys of a report that are not compared, at any depth ▶ why.
 LEFT_OUT = {
-    **dict.fromkeys(("seconds", "started", "peak_memory", "latency"), "times and memory differ from run to run"),
+    **dict.fromkeys(("seconds", "started", "tokens_per_second", "peak_memory", "latency"), "times and memory"),
     **dict.fromkeys(("versions", "machine"), "not of the result"),
     **dict.fromkeys(("output", "folder", "run_folder", "checkpoint", "path"), "paths"),
     **dict.fromkeys(("resolved", "settings"), "keys of recipes, which may be renamed"),
     **dict.fromkeys(("fingerprint", "recipe"), "digests of versions and of keys of recipes"),
     **dict.fromkeys(("notes", "text"), "prose"),
 }
+#: The same for compress.json.
+OF_PROVENANCE = {**LEFT_OUT, **dict.fromkeys(("files", "sha256"), "digests of files, prose among them")}
 #: Files of a result that are not compared: prose, and code, whose results the figures of the report are.
 UNREAD = ("README.md", "*.py")
 
@@ -96,13 +98,14 @@ def translated(recipe: dict[str, Any]) -> dict[str, Any]:
 def record(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Run a recipe; all that is compared of its result, by place."""
     import compress
+    from compress.errors import CompressError
 
     result = compress.run(recipe)
     found = dict(flat(json.loads((out / "result.run/report.json").read_text()), "report", LEFT_OUT))
     found |= of_folder(result.checkpoint, "result")
     try:
         compress.unpack(result.checkpoint, out / "twin")
-    except compress.CompressError:
+    except CompressError:
         return {**found, "twin": "refused"}
     return found | {key: value for key, value in of_folder(out / "twin", "twin").items() if "tensor" in key}
 
@@ -115,7 +118,7 @@ def of_folder(folder: Path, place: str) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             found |= of_weights(file, at)
         elif file.suffix == ".json" and file.stat().st_size < 50_000:
-            left = LEFT_OUT if file.name == "compress.json" else ()
+            left = OF_PROVENANCE if file.name == "compress.json" else ()
             found |= dict(flat(json.loads(file.read_text(encoding="utf-8")), at, left))
         else:
             found[at] = _sha256(file.read_bytes())
