@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what differs between two. Headers alone, unless values are asked for."""
+"""Contents of a checkpoint, and differences between two. Reads headers alone, unless values are asked for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from compress.architectures.model_map import model_map
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
-from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.open import Checkpoint, open_checkpoint, open_headers
 from compress.files import expanded
 from compress.planning import size_of, size_on_disk
 from compress.spec.spec import Spec, Tensor
 
 
 def storage_name(tensor: Tensor) -> str:
-    """The chain of codecs, a grid by its format: ``mask ∘ int4``."""
+    """The chain of codecs, with the number format of codes: ``mask ∘ int4``."""
     chain = tensor.storage if tensor.quant_format is None else (*tensor.storage[:-1], tensor.quant_format.format)
     return " ∘ ".join(chain)
 
@@ -31,10 +31,10 @@ def inspect(
     ignore_auto_map: bool = False,
     offline: bool = False,
 ) -> dict[str, Any]:
-    """Facts of a checkpoint as JSON values, schema ``compress.inspect/1``.
+    """Facts about a checkpoint as JSON values, schema ``compress.inspect/1``.
 
     Args:
-        zeros: read the weights and count the values that are zero; without it sparsity is what keep-masks say.
+        zeros: also read the weights and count zero values. Sparsity always comes from keep-masks.
     """
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     spec, metadata = open_headers(model, **code, offline=offline)
@@ -62,6 +62,7 @@ def inspect(
 
 
 def _row(tensor: Tensor, zero: int | None) -> dict[str, Any]:
+    """One tensor of `inspect`; ``zero``: how many of its values are zero, where they were counted."""
     row: dict[str, Any] = {
         "name": tensor.name,
         "shape": list(tensor.shape),
@@ -77,6 +78,7 @@ def _row(tensor: Tensor, zero: int | None) -> dict[str, Any]:
 
 
 def _sparsity(tensor: Tensor) -> float | None:
+    """Share of the weights that the keep-mask removes; None without a mask."""
     return None if tensor.kept is None else 1 - tensor.kept / max(tensor.count, 1)
 
 
@@ -86,7 +88,7 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def modules(spec: Spec) -> list[dict[str, Any]]:
-    """Bytes, parameters and sparsity by part of the model: each block, and everything outside blocks by module."""
+    """Bytes, parameters and sparsity of each block, and of each module outside the blocks, in natural order of their names."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in spec.tensors.values():
         groups.setdefault(_group(spec, tensor), []).append(tensor)
@@ -94,10 +96,9 @@ def modules(spec: Spec) -> list[dict[str, Any]]:
 
 
 def _group(spec: Spec, tensor: Tensor) -> str:
-    index = model_map(spec).block_of(tensor.name)
-    if index is not None:
-        return tensor.name[: tensor.name.index(f".{index}.")] + f".{index}"
-    return tensor.module or tensor.name
+    """Path of the tensor's block, or the module that owns it outside the blocks."""
+    path = model_map(spec).path_of(tensor.name)
+    return (tensor.module or tensor.name) if path is None else path.removesuffix(".")
 
 
 def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
@@ -124,57 +125,21 @@ def diff(
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
 ) -> dict[str, Any]:
-    """What changed from ``a`` to ``b``, as JSON values, schema ``compress.diff/1``.
+    """Differences from checkpoint ``a`` to ``b``, as JSON values, schema ``compress.diff/1``.
 
-    Per tensor that both hold with equal shape: whether any value differs, the largest absolute difference and the relative
-    one, ‖b - a‖ / ‖a‖ (Frobenius, float64).
+    A tensor that both hold in the same shape gets the largest absolute difference of its values, and the relative difference
+    ‖b - a‖ / ‖a‖ (Frobenius norm, float64).
 
     Args:
         values: compare weights too; False compares headers alone.
     """
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     first, second = (open_checkpoint(x, **code) for x in (a, b))
-    rows = []
-    for name in sorted(first.spec.tensors.keys() | second.spec.tensors.keys(), key=natural):
-        before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)
-        row: dict[str, Any] = {"name": name, "change": "same"}
-        if before is None or after is None:
-            present = before or after
-            assert present is not None
-            row |= {
-                "change": "removed" if after is None else "added",
-                "shape": list(present.shape),
-                "bytes": stored_bytes(present),
-            }
-        else:
-            row |= {
-                "shape": [list(before.shape), list(after.shape)],
-                "dtype": [before.dtype, after.dtype],
-                "sparsity": [_sparsity(before), _sparsity(after)],
-                "bytes": [stored_bytes(before), stored_bytes(after)],
-            }
-            if (before.shape, before.dtype, before.kept, before.storage) != (
-                after.shape,
-                after.dtype,
-                after.kept,
-                after.storage,
-            ):
-                row["change"] = "changed"
-            if values and before.shape == after.shape and not (before.alias_of and after.alias_of):
-                x, y = first.tensor(name).data.double(), second.tensor(name).data.double()
-                row["max_difference"] = float((y - x).abs().max()) if x.numel() else 0.0
-                norm = float(x.norm())
-                row["relative_difference"] = (
-                    float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
-                )
-                if row["max_difference"] != 0:  # also where it is NaN
-                    row["change"] = "changed"
-        rows.append(row)
-    config = {
-        key: [first.spec.structure.config.get(key), second.spec.structure.config.get(key)]
-        for key in sorted(first.spec.structure.config.keys() | second.spec.structure.config.keys())
-        if first.spec.structure.config.get(key) != second.spec.structure.config.get(key)
-    }
+    names = sorted(first.spec.tensors.keys() | second.spec.tensors.keys(), key=natural)
+    rows = [_difference(first, second, name, values) for name in names]
+    before, after = first.spec.structure.config, second.spec.structure.config
+    keys = sorted(before.keys() | after.keys())
+    config = {key: [before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)}
     return {
         "schema": "compress.diff/1",
         "a": str(a),
@@ -184,3 +149,33 @@ def diff(
         "tensors": rows,
         "same": all(row["change"] == "same" for row in rows) and not config,
     }
+
+
+def _difference(first: Checkpoint, second: Checkpoint, name: str, values: bool) -> dict[str, Any]:
+    """One tensor of `diff`: ``change`` is ``added``, ``removed``, ``changed`` or ``same``."""
+    before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)
+    if before is None or after is None:
+        present = before or after
+        assert present is not None
+        change = "removed" if after is None else "added"
+        return {"name": name, "change": change, "shape": list(present.shape), "bytes": stored_bytes(present)}
+    row: dict[str, Any] = {
+        "name": name,
+        "change": "same",
+        "shape": [list(before.shape), list(after.shape)],
+        "dtype": [before.dtype, after.dtype],
+        "sparsity": [_sparsity(before), _sparsity(after)],
+        "bytes": [stored_bytes(before), stored_bytes(after)],
+    }
+    if any(getattr(before, key) != getattr(after, key) for key in ("shape", "dtype", "kept", "storage")):
+        row["change"] = "changed"
+    if values and before.shape == after.shape and not (before.alias_of and after.alias_of):
+        x, y = first.tensor(name).data.double(), second.tensor(name).data.double()
+        row["max_difference"] = float((y - x).abs().max()) if x.numel() else 0.0
+        norm = float(x.norm())
+        row["relative_difference"] = (
+            float((y - x).norm()) / norm if norm else (0.0 if row["max_difference"] == 0 else float("inf"))
+        )
+        if row["max_difference"] != 0:  # also where it is NaN
+            row["change"] = "changed"
+    return row

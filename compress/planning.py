@@ -1,4 +1,4 @@
-"""Recipe + headers ▶ bytes, parameters, memory, disk. Imports neither torch nor numpy."""
+"""Plans: bytes, parameters, memory and disk of a recipe, from the headers of its model. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
+from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
@@ -28,16 +29,17 @@ RUNTIME_BYTES = 450 * 10**6
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a checkpoint costs.
+    """The size of a checkpoint.
 
     Attributes:
-        bytes: of all weight files. parameters: float elements, shared ones once. kept_parameters: those no mask removes.
-        active_parameters: used for one token, which is sent to some of the experts alone.
+        bytes: size of all weight files. parameters: number of float elements; shared ones count once.
+        kept_parameters: parameters that no keep-mask removes.
+        active_parameters: parameters used for one token, which is sent to some of the experts alone.
         bits_per_weight: stored bits of data per parameter.
-        kv_bytes_per_token: cached by decoding while no window is full, in the format that the config asks for; None without a
-            record or a cache.
+        kv_bytes_per_token: bytes that decoding caches per token while no window is full, in the format that the config names;
+            None without a record or without a cache.
         load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
-        tensors: number of logical tensors with bytes of their own.
+        tensors: number of tensors with bytes of their own.
     """
 
     bytes: int
@@ -51,7 +53,7 @@ class Size:
 
 
 def size_of(spec: Spec, layout: Layout) -> Size:
-    """The size of a checkpoint that is laid out so."""
+    """The size of a checkpoint with that layout of its weight files."""
     config = spec.structure.config
     stored = list(spec.stored())
     data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
@@ -72,7 +74,7 @@ def size_of(spec: Spec, layout: Layout) -> Size:
 
 
 def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
-    """The size that the writer will give the spec in that store; of one that needs code, in stock files that of its twin."""
+    """The size that the writer will give the spec in a store. In the stock store, edits are written as the dense twin."""
     if store == "stock" and spec.structure.edits:
         spec = dense_spec(spec)[0]
     spec = with_storage(spec, store)
@@ -80,13 +82,13 @@ def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str
 
 
 def _other_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None) -> Size | None:
-    """Its size in the other store; None where stock files cannot hold it."""
+    """The size in the other store; None where stock files cannot hold the spec."""
     other = _other(store)
     return None if other == "stock" and uneven(spec) else planned_size(spec, other, max_shard, metadata)
 
 
 def size_on_disk(checkpoint: Stored) -> Size:
-    """Size of a checkpoint as it lies on disk: ``bytes`` are those of its weight files."""
+    """The size of a checkpoint on disk; ``bytes`` is the size of its weight files as they are."""
     assert checkpoint.folder is not None
     size = size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 62, checkpoint.metadata))
     return replace(size, bytes=sum(safe_file(checkpoint.folder, name).stat().st_size for name in checkpoint.files))
@@ -94,7 +96,13 @@ def size_on_disk(checkpoint: Stored) -> Size:
 
 @dataclass(frozen=True)
 class PlannedPass:
-    """One pass: the checkpoint after it, its size in the recipe's store and in the other one."""
+    """One pass of a plan.
+
+    Attributes:
+        index: number of the pass, from 0. name, settings: as in the recipe.
+        spec: the checkpoint after the pass. size: its size in the recipe's store. other_store: in the other store, if it fits.
+        peak_memory: resident bytes at the peak, the interpreter included. notes: one sentence each, for the user.
+    """
 
     index: int
     name: str
@@ -108,20 +116,25 @@ class PlannedPass:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """Passes that run in one read and one write. ``index`` counts from 1."""
+    """Passes that run in one read and one write. ``index``: number of the stage, from 1."""
 
     index: int
     passes: tuple[PlannedPass, ...]
 
     @property
     def size(self) -> Size:
-        """Size after the last of its passes."""
+        """The size after the last of its passes."""
         return self.passes[-1].size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. ``disk`` is what the run folder will hold when every stage is computed."""
+    """The plan of a run.
+
+    Attributes:
+        original, original_spec: the recipe's model. store: where the result is written. stages: in order.
+        peak_memory: resident bytes at the peak of the run.
+    """
 
     original: Size
     original_spec: Spec
@@ -131,7 +144,7 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes of weight files that the stages write."""
+        """Bytes of the weight files that the stages write into the run folder."""
         return sum(stage.size.bytes for stage in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,14 +185,17 @@ def _other(store: Store) -> Store:
 
 
 def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = None) -> Plan:
-    """Plan every pass of the recipe on the spec of its model.
+    """The plan of a recipe.
 
-    Raises the `PassError` of the first pass that cannot apply, with ``where`` set to ``passes.<index>``, the `DataError` of
-    samples that are too long for it, and a `CompressError` where the recipe measures what is not of the model's task, or the
-    speed of a model that reads no single text.
+    Args:
+        spec: the headers of its model. metadata: those of the model's weight files, which count as bytes.
+
+    Raises:
+        PassError: a pass cannot apply; ``where`` is ``passes.<index>.<name>``.
+        DataError: samples are too long for the model.
+        CompressError: a metric does not fit the model's task, or speed is measured of a model that reads no single text.
     """
     from compress.data.batches import check_positions
-    from compress.errors import PassError
 
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
     check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
@@ -223,9 +239,15 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:
-    """The checkpoint that a pass will write in that store. Raises `PassError` where it cannot apply."""
-    from compress.errors import PassError
+    """The spec of the checkpoint that a pass will write in a store. Raises `PassError` where the pass cannot apply."""
+    _check_readable(spec, instance)
+    following = instance.plan(spec, settings)
+    _check_storable(following, store)
+    return following
 
+
+def _check_readable(spec: Spec, instance: Pass[Any]) -> None:
+    """Check that the pass can work on weights stored so. Raises `PassError`."""
     if "integer" not in instance.accepts and (name := next((t.name for t in spec.stored() if t.quant_format), None)):
         raise PassError(
             f"{instance.name} accepts {accepted_values(instance)} weights, and {name} is quantised",
@@ -239,10 +261,13 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
         )
     if small := next((t for t in spec.stored() if t.quant_format is None and t.dtype.startswith("F8")), None):
         raise PassError(
-            f"{small.name} holds 8-bit floats ({small.dtype}), and neither scales nor a config say what they stand for",
+            f"{small.name} holds 8-bit floats ({small.dtype}), and neither scales nor a config give their values",
             fix="start from the unquantised checkpoint, or from one whose config.json has its quantization_config",
         )
-    following = instance.plan(spec, settings)
+
+
+def _check_storable(following: Spec, store: Store) -> None:
+    """Check that the store can hold the planned checkpoint. Raises `PassError`."""
     if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(
             f"stock classes cannot express that {edit.module} {EDITS[STORAGE[edit.kind]]}",
@@ -253,7 +278,7 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
     if store == "stock" and (tensor := next((t for t in following.stored() if not holds(t)), None)):
         assert tensor.quant_format is not None
         raise PassError(
-            f"stock loaders take no such codes ({tensor.quant_format.format}) for {tensor.name}" + _experts(following),
+            f"stock loaders do not read {tensor.quant_format.format} codes of {tensor.name}" + _experts(following),
             fix="use `store: compact`" + ("" if tensor.quant_format.symmetric else ", or `symmetric: true`"),
         )
     if following.structure.config.get("auto_map") and needs_code(with_storage(following, store)):
@@ -267,24 +292,23 @@ def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> S
             t.quant_format is not None and t.quant_format.activations is not None for t in following.stored()
         ),
     }
-    if (key := next((k for k, said in rounded.items() if said), None)) and needs_code(with_storage(following, store)):
+    if (key := next((k for k, asked in rounded.items() if asked), None)) and needs_code(with_storage(following, store)):
         raise PassError(
-            f"`{key}` is said in the config of compressed-tensors, which compact checkpoints do not have",
+            f"`{key}` belongs in the config of compressed-tensors, which compact checkpoints do not have",
             key=key,
             fix="use `store: stock`, or leave it out",
         )
-    return following
 
 
 def _experts(spec: Spec) -> str:
-    """What stock loaders ask of experts, where the spec has some."""
+    """The limits of stock loaders for experts, as a part of an error; empty for a model without experts."""
     if not model_map(spec).has_experts:
         return ""
     return ": they read experts in one format for all, without zero points, and not nvfp4 or beside cast activations"
 
 
 def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:
-    """Passes by stage: one each, or with ``end`` consecutive tensor-by-tensor passes together."""
+    """The passes of each stage: one each, or with ``evaluate_at: end`` neighbouring tensor-by-tensor passes together."""
     groups: list[list[PlannedPass]] = []
     for item in planned:
         if groups and evaluate_at == "end" and _streams(item) and _streams(groups[-1][-1]):
@@ -299,14 +323,14 @@ def _streams(item: PlannedPass) -> bool:
 
 
 def _peak(before: Spec, after: Spec, entry: PassEntry, dtype: str) -> int:
-    """Resident bytes: what the pass says; else a few tensors for a stream, the whole model beside them where it reads data."""
+    """Resident bytes at the peak of a pass: its own figure, else a few tensors, and the model where it reads data."""
     instance, width = passes.get(entry.name), {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     largest = max(t.dense_bytes for t in before.stored())
-    # the input, the result, a scratch copy of it and the one being written; magnitudes as 8-byte keys where weights are masked
+    # input, result, a scratch copy and the tensor being written; where weights are masked, magnitudes as 8-byte keys
     masks = max((8 * t.count for t in after.stored() if t.kept is not None), default=0)
     stream = 4 * largest + 2 * masks
-    said = instance.memory(before, entry.settings, width)
-    if said is not None:
-        return RUNTIME_BYTES + max(said, stream)
+    own = instance.memory(before, entry.settings, width)
+    if own is not None:
+        return RUNTIME_BYTES + max(own, stream)
     model = 2 * width * before.parameters if instance.required_data(entry.settings) else 0
     return RUNTIME_BYTES + stream + model

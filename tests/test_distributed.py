@@ -72,7 +72,7 @@ from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 from compress.distributed import ProcessGroup
 from compress.blockwise.runner import Inputs, BlockRunner
 from compress.blockwise.reconstruct import Reconstruction
-from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.spec.formats import QuantFormat
 from compress.checkpoint.open import open_checkpoint
 from compress.progress import SilentProgress
@@ -81,8 +81,7 @@ processes = ProcessGroup(dist.get_rank(), dist.get_world_size())
 torch.set_num_threads(1)
 for folder in sys.argv[2:]:
     checkpoint = open_checkpoint(folder)
-    record = architectures.of(checkpoint.spec.structure.config)
-    wanted = {t.name for t in checkpoint.spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+    wanted = {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
     ids = torch.randint(2, 250, (15, 24), generator=torch.Generator().manual_seed(1))
     for method in ("wanda", "sparsegpt", "alps"):
         options = PruneOptions(method, dict.fromkeys(wanted, 0.5), None, Reconstruction(2, 0.02, 4) if method == "alps" and "llama" in folder else None)

@@ -1,6 +1,7 @@
-"""Model families: where blocks, embeddings, heads and norms are. All knowledge of families lives in `records`.
+"""Model families: one record each says where blocks, embeddings, heads and norms are.
 
-No other module asks for a ``model_type``. Entry points of the group ``compress.architectures`` add records of other packages.
+All knowledge of families lives in this package; no other one asks for a ``model_type``. `model_map` answers questions about a
+checkpoint. Entry points of the group ``compress.architectures`` add records of other packages.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ __all__ = ["RECORDS", "Architecture", "find", "of"]
 
 @cache
 def _by_type() -> dict[str, Architecture]:
-    """Model type ▶ record; ours count before those of other packages. Raises `PassError` for an entry point that is none."""
-    found: dict[str, Architecture] = {}
+    """Model type ▶ record. Records of this package win over those of others. Raises `PassError` for a broken entry point."""
+    records: dict[str, Architecture] = {}
     for point in metadata.entry_points(group="compress.architectures"):
         try:
             record = point.load()
-        except Exception as error:  # whatever a foreign module does on import
+        except Exception as error:  # a foreign module may do anything on import
             raise PassError(f"the architecture record `{point.value}` cannot be loaded: {error!r}") from None
         if not isinstance(record, Architecture):
-            raise PassError(f"the entry point `{point.name}` names {point.value}, which is no Architecture")
-        found[record.model_type] = record
-    return found | {record.model_type: record for record in RECORDS}
+            raise PassError(f"the entry point `{point.name}` names {point.value}, which is not an Architecture")
+        records[record.model_type] = record
+    return records | {record.model_type: record for record in RECORDS}
 
 
 def find(config: Mapping[str, Any]) -> Architecture | None:

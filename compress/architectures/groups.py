@@ -1,6 +1,6 @@
-"""What structured pruning may remove from a block, declared per family, and where each unit lies in the tensors.
+"""Groups of weights that structured pruning removes together, declared per family, and where they lie in the tensors.
 
-Neurons of an MLP, attention heads, groups of heads that share keys and values, experts, and the hidden width. Imports neither
+A group is a unit such as an MLP neuron, an attention head, or the query heads that share a key and value head. Imports neither
 torch nor numpy.
 """
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Side = Literal["out", "in"]
-#: How the projection to queries, keys and values is laid out: three modules; one whose outputs are all queries, then all
-#: keys, then all values; or one with a query, a key and a value for each head in turn.
+#: Layout of the projections to queries, keys and values. ``separate``: three modules. ``stacked``: one module; its outputs are
+#: all queries, then all keys, then all values. ``interleaved``: one module; each head in turn has a query, a key and a value.
 FusedLayout = Literal["separate", "stacked", "interleaved"]
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Neurons between two projections of a block. Paths are below the block; ``*`` stands for the number of an expert.
+    """The MLP of a block. Paths are below the block; ``*`` stands for the number of an expert.
 
     Attributes:
-        up: modules whose outputs are the neurons. down: the module that reads them.
-        size_key: config field with their number. None where no field has it: then none can go.
-        sections: runs of neurons that the outputs of ``up`` hold, one after another (2 where gate and up are fused).
-        multiple: the number of neurons, and the hidden width, stay multiples of this.
+        up: modules whose outputs are the neurons. down: the module that reads the neurons.
+        size_key: config field with the number of neurons. Without one no neuron can be removed.
+        sections: how often the outputs of ``up`` hold the neurons, one run after another (2 where gate and up are fused).
+        multiple: the number of neurons and the hidden width stay multiples of this.
     """
 
     up: tuple[str, ...]
@@ -36,16 +36,16 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Attention:
-    """Heads of a block. Paths are below the block.
+    """The attention of a block. Paths are below the block.
 
     Attributes:
-        query, key, value: modules; the same one where they are fused, as ``layout`` says. output: reads all heads.
-        free: whether the config may have heads x head width other than the hidden size (by ``head_dim_key``).
-        even: whether the config still wants the hidden size to be a multiple of the number of heads.
-        rotary: whether nothing but rotary positions (entry i with i + half) lies between queries and keys and their product.
-        table: module of the first block whose weight [distances, heads] is added to the scores of all blocks of its list: the
-            same heads go from all of them.
-        ordered: whether what a head computes depends on its number (ALiBi).
+        query, key, value: modules; the same one where they are fused as ``layout`` says. output: the module that reads heads.
+        free: whether heads x head width may differ from the hidden size (the config has ``head_dim_key``).
+        even: whether the config still requires that the number of heads divides the hidden size.
+        rotary: whether queries and keys are multiplied after rotary positions alone (entry i turned with entry i + half).
+        table: module of a list's first block whose weight [distances, heads] is added to the scores of every block of the list.
+            All blocks then lose the same heads.
+        ordered: whether the computation of a head depends on its number (ALiBi).
     """
 
     query: str
@@ -62,12 +62,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The width between blocks, in families with RMSNorm.
+    """The hidden width between blocks, in families with RMSNorm.
 
     Attributes:
-        norms: modules of a block that normalise it. final: the norm after the blocks, below the prefix.
-        epsilon_key: config field; epsilon: where the config does not say it. offset: added to norms' weights (1 in Gemma).
-        scaled: whether embeddings are multiplied by the root of the width.
+        norms: modules of a block that normalise the hidden states. final: the norm after the blocks, below the prefix.
+        epsilon_key: config field; epsilon: its default. offset: added to the weights of norms (1 in Gemma).
+        scaled: whether embeddings are multiplied by the square root of the width.
     """
 
     norms: tuple[str, ...]
@@ -80,11 +80,11 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Relative:
-    """A stock family that computes the same and has a freer config.
+    """A stock family that computes the same and whose config allows more.
 
     Attributes:
-        model_type: of it. classes: (how class names begin here, and there). config: fields to set.
-        unless: config fields that, when true, have no counterpart there.
+        model_type: its model type. classes: (beginning of the class names here, beginning there). config: fields to set.
+        unless: config fields that have no counterpart there when they are true.
     """
 
     model_type: str
@@ -95,8 +95,10 @@ class Relative:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where units lie along the outputs or inputs of a module: for unit u, entries ``start + (s·units + u)·width + w`` of
-    every section s."""
+    """Where units lie along the outputs or inputs of a module.
+
+    Unit u has the entries ``start + (s · units + u) · width + w`` for every section s and every w below the width.
+    """
 
     module: str
     side: Side
@@ -105,7 +107,7 @@ class Slice:
     sections: int = 1
 
     def entries(self, units: int, keep: Sequence[int]) -> list[int]:
-        """Entries of the units ``keep`` among ``units``, in order."""
+        """Entries of the units ``keep`` out of ``units``, in order."""
         return [
             self.start + (s * units + u) * self.width + w
             for s in range(self.sections)
@@ -114,7 +116,7 @@ class Slice:
         ]
 
     def span(self, units: int) -> range:
-        """Entries of all units."""
+        """Entries of all units together."""
         return range(self.start, self.start + self.sections * units * self.width)
 
 
@@ -123,11 +125,11 @@ class PrunableGroup:
     """Units of one kind in one block.
 
     Attributes:
-        kind: ``mlp``, ``heads`` (query heads) or ``groups`` (heads with the keys and values they share).
-        name: of the module that reads them. count: how many there are.
-        members: all places where they lie; the last is the inputs of the module ``name``.
-        groups: into how many equal runs the units are divided that must lose the same number each; 1 for no such rule.
-        size_key, multiple: of neurons, as in `Mlp`.
+        kind: ``mlp`` (neurons), ``heads`` (query heads) or ``groups`` (query heads with the key and value head they share).
+        name: the module that reads the units. count: number of units.
+        members: all places where the units lie. The last place is the inputs of the module ``name``.
+        groups: number of equal runs of units, each of which must lose the same number of units; 1 for no such rule.
+        size_key, multiple: for neurons, as in `Mlp`.
     """
 
     kind: Literal["mlp", "heads", "groups"]
@@ -140,19 +142,19 @@ class PrunableGroup:
 
     @property
     def width(self) -> int:
-        """Inputs of the reading module per unit."""
+        """Number of inputs of the reading module per unit."""
         return self.members[-1].width
 
 
 def neurons(mlp: Mlp, path: str, count: int) -> PrunableGroup:
-    """The neurons of an MLP of one block; ``path`` is what the names of the block's modules begin with."""
+    """The neurons of an MLP of one block; ``path``: the block's path with the dot."""
     up = tuple(Slice(path + m, "out", sections=mlp.sections) for m in mlp.up)
     down = path + mlp.down
     return PrunableGroup("mlp", down, count, (*up, Slice(down, "in")), size_key=mlp.size_key, multiple=mlp.multiple)
 
 
 def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:
-    """Query heads, to be removed within their groups."""
+    """The query heads of one block, to be removed in equal numbers from each group that shares a key and value head."""
     output = Slice(path + attention.output, "in", head_dim)
     query = Slice(path + attention.query, "out", head_dim)
     assert attention.layout != "interleaved" or queries == groups
@@ -160,7 +162,7 @@ def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: 
 
 
 def head_groups(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:
-    """Groups of query heads with their key and value head; single heads where each has its own."""
+    """Query heads with the key and value head they share; single heads where each has its own key and value."""
     wide = queries // groups * head_dim
     output = Slice(path + attention.output, "in", wide)
     query, key, value = (path + m for m in (attention.query, attention.key, attention.value))
@@ -178,18 +180,19 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
 
 
 def same_heads(attention: Attention, blocks: Sequence[PrunableGroup], first: str) -> PrunableGroup:
-    """Heads that go from all blocks of a list together, with what the table of the first block says of them."""
+    """Heads that all blocks of a list lose together, and their columns in the first block's table of distances."""
     table = Slice(first + str(attention.table), "in")
     return replace(blocks[-1], members=(table, *(member for units in blocks for member in units.members)))
 
 
 @dataclass(frozen=True)
 class KVHeadMerge:
-    """Key and value heads of a block that become fewer: every run of ``heads // left`` neighbours becomes one.
+    """Key and value heads of a block that are merged: every run of ``heads // left`` neighbours becomes one head.
 
     Attributes:
-        rotary: entries of a key that positions turn in pairs; 0 where keys cannot be turned to be alike.
-        query, key, value, output: where the heads lie, and what belongs to each.
+        heads, left: number of key and value heads before and after.
+        rotary: entries of a key that rotary positions turn in pairs; 0 where keys cannot be aligned by a rotation.
+        query, key, value, output: where the heads lie, and the queries and outputs that belong to each.
     """
 
     heads: int
@@ -202,10 +205,10 @@ class KVHeadMerge:
 
     @property
     def members(self) -> tuple[Slice, ...]:
-        """All places."""
+        """All places where the heads lie."""
         return self.query, self.key, self.value, self.output
 
     def kept(self) -> tuple[PrunableGroup, list[int]]:
-        """What is left of keys and values once merged heads are equal: the first of each run."""
+        """The key and value heads to keep once the heads of each run are equal: the first of each run."""
         units = PrunableGroup("groups", self.output.module, self.heads, (self.key, self.value))
         return units, list(range(0, self.heads, self.heads // self.left))

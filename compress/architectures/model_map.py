@@ -87,7 +87,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ModelBlock:
     """One repeated layer.
 
     Attributes:
@@ -203,7 +203,7 @@ class ModelMap:
     # ---- blocks and tensors ----
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[ModelBlock, ...]:
         """The blocks by number; those of an encoder before those of a decoder."""
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
         paths: dict[tuple[str, int], str] = {}
@@ -216,7 +216,7 @@ class ModelMap:
         stems = list(dict.fromkeys(stem for stem, _ in parts))
         order = sorted(parts, key=lambda key: (self.record.in_stack(f"{paths[key]}x"), stems.index(key[0]), key[1]))
         return tuple(
-            Block(
+            ModelBlock(
                 key[1],
                 paths[key],
                 parts[key],
@@ -238,6 +238,11 @@ class ModelMap:
     def block_of(self, name: str) -> int | None:
         """Number of the block that a tensor belongs to; None outside the blocks, and without a record."""
         return self.record.block_index(name) if self.known else None
+
+    def path_of(self, name: str) -> str | None:
+        """Path of the block that a tensor belongs to, with the dot; None outside the blocks, and without a record."""
+        path = self.record.block_path(name) if self.known else None
+        return None if path is None else path[0]
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to one of a block's experts."""
@@ -262,7 +267,8 @@ class ModelMap:
 
     @cached_property
     def layers(self) -> tuple[Linear, ...]:
-        """Float weights of the linear layers of blocks that have bytes of their own."""
+        """Float weights of the linear layers of blocks that have bytes of their own. Raises `PassError` without a record."""
+        architectures.of(self.config)
         return tuple(x for x in self.linears.values() if x.is_layer and x.shared_with is None and x.tensor.is_float)
 
     @cached_property
@@ -312,8 +318,8 @@ class ModelMap:
         """Raises `PassError`, with that fix, for families whose blocks cannot run one after another."""
         if self.record.stacks:
             raise PassError(
-                f"calibration cannot follow {self.record.model_type}: its decoder's blocks read what the encoder gives, "
-                "beside the block before them",
+                f"calibration cannot run the blocks of {self.record.model_type} one after another: those of its decoder also "
+                "read the encoder's output",
                 fix=fix,
             )
 
@@ -334,7 +340,7 @@ class ModelMap:
         if (linear := next((linear for linear in inside if not linear.is_layer), None)) is not None:
             module = re.sub(r"\.\d+(?=\.)", ".*", linear.module)
             raise PassError(
-                f"{linear.name} is no linear layer, which calibrated methods alone reach",
+                f"{linear.name} is no linear layer, and calibrated methods reach linear layers alone",
                 key="only",
                 fix=f"leave it out: skip: [{module}], or {instead}",
             )

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
-from compress.errors import CheckpointError, PassError
+from compress.errors import PassError
 from compress.spec.classes import CAUSAL_LM, MASKED_LM
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
@@ -19,71 +19,72 @@ BlockRole = Literal["attention", "mlp", "router", "distances", "other"]
 
 @dataclass(frozen=True)
 class Leftover:
-    """Tensors that files of a family may hold and a class does not read.
+    """Tensors that the files of a family may hold although some class does not read them.
 
     Attributes:
-        pattern: regular expression that such a name ends with, or has after a dot.
-        lacking: how the names of the classes without such tensors end; all classes, where not said.
+        pattern: regular expression for the end of such a name. It matches at the start of the name or after a dot.
+        lacking: suffixes of the classes without these tensors; by default every class.
     """
 
     pattern: str
     lacking: tuple[str, ...] = ("",)
 
     def fits(self, name: str, class_name: str) -> bool:
-        """Whether a class of that name has no tensor of that name, but files may."""
+        """Whether the tensor is a leftover for a class of that name."""
         return class_name.endswith(self.lacking) and re.search(rf"(?:^|\.)(?:{self.pattern})", name) is not None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family.
+    """The record of one model family.
 
-    Names are those of files, which are not always those of modules in memory.
+    All names are names in files. They may differ from the names of modules in memory.
 
     Attributes:
-        model_type: as in ``config.json``.
-        prefix: name of the base model inside a class with a head (``model.`` of ``model.layers``); files written by the base
-            class alone leave it out, all of it or its first part.
-        blocks: path of the list of repeated blocks below the prefix.
-        embeddings: modules below the prefix that look up vectors, or make them of pixels; the one of the vocabulary first.
-        position_table: the one of them that holds a learned vector per position; None where positions are computed.
-        skipped_positions: config ▶ how many of that table's rows, its first ones, no token is given.
-        stacks: further such lists (the decoder's, where ``blocks`` are the encoder's) ▶ the config field with their number; a
-            model may lack them. A sweep cannot follow such families, and no block can go by its number.
-        module_blocks: path of that list in the model, where transformers renames it on loading.
-        renames: (pattern, replacement) pairs, applied in order to a module's name in files, that give its name in the model.
-        pooler: module below the prefix that the base class has and files may leave out.
-        packable: whether stock transformers loads codes that lie under another name than the weight's.
-        flat_classes: how the names end of classes with a head whose model has the blocks without the prefix.
-        input: what the model reads, an argument of its forward: token ids, or something else that text cannot give.
-        head: module (no prefix) that projects onto the vocabulary, None for a base model.
+        model_type: ``model_type`` of ``config.json``.
+        prefix: name of the base model inside a class with a head (``model`` of ``model.layers``). Files written by the base
+            class leave out the prefix, or its first part.
+        blocks: path of the list of repeated blocks, below the prefix.
+        embeddings: modules below the prefix that embed token ids, positions or pixels; the vocabulary's comes first.
+        position_table: the one of them with a learned vector per position; None where positions are computed.
+        skipped_positions: config ▶ number of leading rows of that table that no token uses.
+        stacks: path of a further list of blocks (a decoder's, where ``blocks`` is the encoder's) ▶ the config field with its
+            length. A model may lack such a list. Blocks of such a family cannot run one after another, and none can be removed
+            by its number.
+        module_blocks: path of the list of blocks in memory, where transformers renames it on loading.
+        renames: (pattern, replacement) pairs, applied in order, that turn a module's name in files into its name in memory.
+        pooler: module below the prefix that the base class has, and that files may leave out.
+        packable: whether stock transformers loads packed codes, which are stored under another name than the weight.
+        flat_classes: suffixes of the classes with a head whose blocks have no prefix in memory.
+        input: the argument of the model's forward that data fills: ``input_ids``, or one that text cannot fill.
+        head: module (without prefix) that projects onto the vocabulary; None where the family has none.
         head_tie: the parameter that ``tie_word_embeddings`` ties to the first embedding.
-        projections: modules below the prefix between a thinner table of embeddings and the hidden states, and between them and
-            a head tied to it, and the config field with its width; None where the stock class has no such thing.
-        bias_tie: (target, source) of a head's bias that ``tie_word_embeddings`` ties to another parameter.
-        head_classes: how the names of the classes with that head end.
-        depth_key, hidden_key, heads_key: config fields; ``kv_heads_key`` and ``head_dim_key`` where the family has them.
-        spellings: other names that configs give those fields ▶ the field; where both stand, the other name counts.
+        projections: two modules below the prefix, from a thin embedding table to the hidden states and from these to a tied
+            head, and the config field with the table's width; None where the stock class has no such modules.
+        bias_tie: (target, source): the head's bias, and the parameter that ``tie_word_embeddings`` ties it to.
+        head_classes: suffixes of the classes with that head.
+        depth_key, hidden_key, heads_key: config fields. ``kv_heads_key`` and ``head_dim_key``: where the family has them.
+        spellings: other name of a config field ▶ the field. The other name wins where a config has both.
         per_layer: config fields that hold one entry per block.
-        per_layer_defaults: those that older configs leave out ▶ what transformers makes of the config without them.
-        dense_blocks_key: config field that lists the numbers of blocks without experts.
-        sparse_step_key: config field beside it: every so many-th block has experts.
-        numbered: config switches that make a block's computation depend on its number.
-        routers: modules inside a block that choose experts: matrices, but no linear layers to prune.
-        experts: modules inside a block that hold the experts; ``experts_key`` (how many) and ``active_experts_key`` (how
-            many of them a token uses) are config fields.
-        input_axis: axis of a weight matrix that its inputs run along: -1 for Linear, 0 for GPT-2's Conv1D.
-        scaled_cache: attention module of a block beside which servers look for static scales of cached keys and values; None
-            where they look for none.
-        causal: whether it decodes, as it reads, with a key-value cache.
-        tie_default: value of ``tie_word_embeddings`` where the config does not say it.
-        mlps, attention, hidden: what structured pruning may narrow, see `architectures.groups`.
-        cross: attention of a decoder's blocks to what the encoder gives, beside ``attention``.
-        relative: a stock family to become where the config forbids a new number of heads.
+        per_layer_defaults: field that older configs leave out ▶ function from the config to its value in transformers.
+        dense_blocks_key: config field that lists the numbers of the blocks without experts.
+        sparse_step_key: config field beside it; only every n-th block has experts.
+        numbered: config switches that make the computation of a block depend on its number.
+        routers: modules inside a block that choose experts. They are matrices, but no linear layers to prune.
+        experts: modules inside a block that hold the experts. ``experts_key``, ``active_experts_key``: config fields with the
+            number of experts, and with the number that each token uses.
+        input_axis: axis of a weight matrix that its inputs run along: -1 for ``Linear``, 0 for ``Conv1D``.
+        scaled_cache: attention module of a block in which servers look for static scales of cached keys and values; None where
+            they look for none.
+        causal: whether the model decodes with a key-value cache.
+        tie_default: value of ``tie_word_embeddings`` in a config without it.
+        mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
+        cross: cross-attention of a decoder's blocks, beside ``attention``.
+        relative: the stock family to become where this family's config cannot express a number of heads.
         base_class: name of the class without a head.
-        leftovers: what files may hold beside the model: heads of other classes, tables that models now compute.
-        old_names: ends of names that older files spell otherwise ▶ as transformers spells them.
-        copies: parameters (no prefix) that are the first embedding's, whatever the config says; files may hold them.
+        leftovers: tensors that files may hold beside the model: heads of other classes, tables that models now compute.
+        old_names: end of a name in older files ▶ the end in transformers today.
+        copies: parameters (without prefix) that every class ties to the first embedding; files may hold them.
     """
 
     model_type: str
@@ -134,44 +135,44 @@ class Architecture:
     copies: tuple[str, ...] = ()
 
     @cached_property
-    def _block(self) -> re.Pattern[str]:
-        """Groups: what stands before the number, the number, the rest with its dot."""
+    def block_pattern(self) -> re.Pattern[str]:
+        """Matches a tensor of a block. Groups: the path up to the number, the number, the rest with its dot."""
         first, _, rest = self.prefix.rpartition(".")
         inner = f"(?:{re.escape(first)}\\.)?{re.escape(rest)}\\." if first else f"{re.escape(rest)}\\."
         lists = "|".join(map(re.escape, filter(None, (self.blocks, *self.stacks, self.module_blocks))))
         return re.compile(rf"^((?:{inner})?(?:{lists})\.)(0|[1-9][0-9]{{0,8}})(\..+)$", re.DOTALL)
 
     def value(self, config: Mapping[str, Any], key: str) -> Any:
-        """A field of the config under any of its names, None where it has none."""
+        """Value of a config field under any of its spellings; None where the config has none."""
         names = [*(name for name, meant in self.spellings.items() if meant == key), key]
         return next((config[name] for name in names if config.get(name) is not None), None)
 
     def block_index(self, name: str) -> int | None:
-        """Number of the block that a tensor belongs to, None outside the blocks."""
-        match = self._block.match(name)
+        """Number of the block that a tensor belongs to; None outside the blocks."""
+        match = self.block_pattern.match(name)
         return int(match[2]) if match else None
 
     def block_path(self, name: str) -> tuple[str, str] | None:
-        """(what a tensor's name begins with up to its block's number and dot, the rest); None outside the blocks."""
-        match = self._block.match(name)
+        """(path of its block with the dot, name inside the block) of a tensor; None outside the blocks."""
+        match = self.block_pattern.match(name)
         return (f"{match[1]}{match[2]}.", match[3][1:]) if match else None
 
     def in_stack(self, name: str) -> bool:
-        """Whether a tensor belongs to a block of a further list, such as the decoder's beside the encoder's."""
-        match = self._block.match(name)
+        """Whether a tensor belongs to a block of one of the ``stacks``, such as a decoder."""
+        match = self.block_pattern.match(name)
         return match is not None and match[1].endswith(tuple(f"{stack}." for stack in self.stacks))
 
     def renumber(self, name: str, index: int) -> str:
-        """The tensor's name in block ``index``."""
-        return self._block.sub(rf"\g<1>{index}\g<3>", name)
+        """Name of the same tensor in block ``index``."""
+        return self.block_pattern.sub(rf"\g<1>{index}\g<3>", name)
 
     @staticmethod
     def is_base(class_name: str | None) -> bool:
-        """Whether a class, None where the config names none, is the one without a head."""
+        """Whether a class is a base class, without a head. A config that names no class means one."""
         return class_name is None or re.search(r"(?<!Head)(?<!Heads)Model$", class_name) is not None
 
     def in_memory(self, module: str, class_name: str | None) -> str:
-        """The name that a module, called so in a file, has in a model of that class (None: the base class)."""
+        """Name in memory of a module, given its name in files and the class that loads it (None: the base class)."""
         for pattern, replacement in self.renames:
             module = re.sub(pattern, replacement, module)
         first, _, rest = self.prefix.partition(".")
@@ -183,24 +184,18 @@ class Architecture:
             return f"{first}.{module}"  # files of the base class leave the prefix out
         return module
 
-    def is_block_matrix(self, name: str) -> bool:
-        """Whether a matrix of that name is a linear layer of a block (what pruning takes by default); routers are none."""
-        match = self._block.match(name)
-        others = (*self.routers, self.attention.table if self.attention else None)
-        return match is not None and name.endswith(".weight") and match[3][1:].rpartition(".")[0] not in others
-
     @cached_property
     def _roles(self) -> Mapping[str, BlockRole]:
         """Module below a block ▶ its role; ``*`` stands for the number of an expert."""
-        found: dict[str, BlockRole] = {}
+        roles: dict[str, BlockRole] = {}
         for attention in filter(None, (self.attention, self.cross)):
             modules = (attention.query, attention.key, attention.value, attention.output)
-            found |= dict.fromkeys(modules, "attention")
+            roles |= dict.fromkeys(modules, "attention")
             if attention.table is not None:
-                found[attention.table] = "distances"
+                roles[attention.table] = "distances"
         for mlp in self.mlps:
-            found |= dict.fromkeys((*mlp.up, mlp.down), "mlp")
-        return found | dict.fromkeys(self.routers, "router")
+            roles |= dict.fromkeys((*mlp.up, mlp.down), "mlp")
+        return roles | dict.fromkeys(self.routers, "router")
 
     def role(self, part: str) -> BlockRole:
         """The role of a matrix of a block, by its module's path below the block."""
@@ -217,24 +212,24 @@ class Architecture:
 
     def per_layer_values(self, config: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Config field ▶ its list of one entry per block; the family's default where the config leaves it out."""
-        found = {}
+        lists = {}
         for key in self.per_layer:
             values = config.get(key)
             if values is None and key in self.per_layer_defaults:
                 values = self.per_layer_defaults[key](config)
             if isinstance(values, list):
-                found[key] = values
-        return found
+                lists[key] = values
+        return lists
 
     def cut_depth(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-        """The config with only the blocks ``keep``: depth, every per-layer list, and block numbers.
+        """The config with the blocks ``keep`` alone: their number, every per-layer list, and the list of dense blocks.
 
         Raises:
-            PassError: blocks compute by their number, which would change.
+            PassError: the computation of a block depends on its number, which would change.
         """
         if switch := next((key for key in self.numbered if config.get(key)), None):
             raise PassError(
-                f"`{switch}` makes each block compute by its number, so none can go without changing the others",
+                f"`{switch}` makes the computation of a block depend on its number, so that removing one changes others",
                 key="layers",
             )
         depth = self.depth(config)
@@ -244,7 +239,7 @@ class Architecture:
             if len(values) == depth:
                 result[key] = [values[i] for i in keep]
         if self.dense_blocks_key and self.sparse_step_key:
-            # a step cannot say which blocks have experts once some are gone; the list of those without them always can
+            # once blocks are gone no step says which ones have experts; the list of dense blocks always can
             step = int(config.get(self.sparse_step_key) or 1)
             listed = config.get(self.dense_blocks_key) or []
             dense = [i in listed or (i + 1) % step != 0 for i in keep]
@@ -253,8 +248,8 @@ class Architecture:
         return result
 
     def positions(self, spec: Spec) -> int | None:
-        """How many tokens a text may have; None where positions are computed (rotary, ALiBi)."""
-        name = self._find(spec, f"{self.position_table}.weight") if self.position_table else None
+        """Number of tokens that a text may have; None where positions are computed (rotary, ALiBi)."""
+        name = self.find_name(spec, f"{self.position_table}.weight") if self.position_table else None
         return spec.tensors[name].shape[0] - self.skipped_positions(spec.structure.config) if name else None
 
     def head_dim(self, config: Mapping[str, Any]) -> int:
@@ -271,10 +266,10 @@ class Architecture:
         return int(self.head_dim(config) * share)
 
     def kv_bytes_per_token(self, config: Mapping[str, Any], *, quantised: bool = False) -> int | None:
-        """Bytes of keys and values that decoding caches per token, in ``config.dtype`` or 8 bits; None without a cache.
+        """Bytes of keys and values that decoding caches per token, in ``config.dtype`` or in 8 bits; None without a cache.
 
-        Sliding windows are left out of account: blocks with one stop growing once it is full, so for texts longer than the
-        window this is more than what is cached.
+        Sliding windows are ignored. A block with a window caches no more than the window, so for longer texts the figure is an
+        upper bound.
         """
         if not self.causal:
             return None
@@ -283,7 +278,7 @@ class Architecture:
         return 2 * self.depth(config) * self.kv_heads(config) * self.head_dim(config) * bits // 8
 
     def cache_scales(self, spec: Spec) -> dict[int, tuple[str, str]]:
-        """Number of a block ▶ names of the static scales of its cached keys and values; empty where servers read none."""
+        """Block number ▶ names of the static scales of its cached keys and values; empty where servers read none."""
         if self.scaled_cache is None:
             return {}
         paths = {self.block_path(name) for name in spec.tensors} - {None}
@@ -294,12 +289,12 @@ class Architecture:
         }
 
     def kv_heads(self, config: Mapping[str, Any]) -> int:
-        """Heads of keys and values of a block."""
+        """Number of key and value heads of a block."""
         heads = self.value(config, self.kv_heads_key) if self.kv_heads_key else None
         return int(heads or self.value(config, self.heads_key))
 
     def active_parameters(self, spec: Spec) -> int:
-        """Parameters used for one token: all of them, but of the experts only the share that a token is sent to."""
+        """Parameters used for one token: all but those of the experts that the token is not sent to."""
         config = spec.structure.config
         total = self.value(config, self.experts_key) if self.experts_key else None
         active = self.value(config, self.active_experts_key) if self.active_experts_key else None
@@ -309,14 +304,14 @@ class Architecture:
         return spec.parameters - experts + experts * min(int(active), int(total)) // int(total)
 
     def is_expert(self, name: str) -> bool:
-        """Whether a tensor of that name belongs to one of a block's experts."""
-        match = self._block.match(name)
+        """Whether a tensor belongs to one of a block's experts."""
+        match = self.block_pattern.match(name)
         return match is not None and match[3].startswith(tuple(f".{path}." for path in self.experts))
 
     def ties(self, spec: Spec) -> Iterator[tuple[str, str]]:
-        """(name, source) of parameters that the config ties and the file leaves out; the head's weight comes last.
+        """(name, source) of the tied parameters that the file leaves out; the head's weight comes last.
 
-        The file may hold either of two tied parameters; stock transformers fills in the other.
+        A file may hold either of two tied parameters. Stock transformers fills in the other one.
         """
         for target, source in self.tied_pairs(spec):
             if source in spec.tensors and target not in spec.tensors:
@@ -325,88 +320,42 @@ class Architecture:
                 yield source, target
 
     def tied_pairs(self, spec: Spec) -> list[tuple[str, str]]:
-        """(name, source) of the parameters that the config ties, whether the file holds them or not; the head's weight last."""
+        """(name, source) of the parameters that the config ties, in the file or not; the head's weight comes last."""
         if not self.is_tied(spec):
             return []
         embedding = f"{self.embeddings[0]}.weight"
         pairs = [self.bias_tie] if self.bias_tie else []
-        return [*pairs, (self.head_tie, self._find(spec, embedding) or self._spelt(spec, embedding))]
+        return [*pairs, (self.head_tie, self.find_name(spec, embedding) or self._spelt(spec, embedding))]
 
     def held_copies(self, spec: Spec) -> list[tuple[str, str]]:
-        """(name, source) of the embedding's copies that the file holds and every class of the family reads as the embedding."""
-        source = self._find(spec, f"{self.embeddings[0]}.weight")
+        """(name, source) of the ``copies`` of the embedding that the file holds."""
+        source = self.find_name(spec, f"{self.embeddings[0]}.weight")
         names = (start + name for name in self.copies for start in (f"{self.prefix}.", ""))
         return [] if source is None else [(name, source) for name in names if name in spec.tensors]
 
     def is_leftover(self, name: str, class_name: str | None) -> bool:
-        """Whether the class of that name (None: the one without a head) does not read a tensor that files may hold."""
+        """Whether a tensor of a file is a leftover, which the class (None: the base class) does not read."""
         return any(leftover.fits(name, class_name or self.base_class) for leftover in self.leftovers)
 
     def new_name(self, name: str) -> str:
-        """The name of a tensor of a file as transformers spells it now."""
+        """Name of a tensor in transformers today, given its name in a file."""
         old = next((end for end in self.old_names if name.endswith(end)), None)
         return name if old is None else name.removesuffix(old) + self.old_names[old]
 
     def is_tied(self, spec: Spec) -> bool:
-        """Whether its config ties what tokens are predicted by to what they are looked up by."""
+        """Whether the config ties the head's weight to the embedding table."""
         return self.has_head(spec) and bool(spec.structure.config.get("tie_word_embeddings", self.tie_default))
 
     def has_head(self, spec: Spec) -> bool:
-        """Whether the checkpoint's class has a head that predicts tokens."""
+        """Whether the checkpoint's class has the head that predicts tokens."""
         return self.head is not None and (spec.structure.class_name or "").endswith(self.head_classes)
 
-    def _find(self, spec: Spec, name: str) -> str | None:
-        """The name as the file spells it: with the prefix, with its last part, or without."""
+    def find_name(self, spec: Spec, name: str) -> str | None:
+        """The name as the file has it: with the prefix, with its last part alone, or without; None without such a tensor."""
         prefixes = (f"{self.prefix}.", f"{self.prefix.rpartition('.')[2]}.", "")
         return next((p + name for p in prefixes if p + name in spec.tensors), None)
 
     def _spelt(self, spec: Spec, name: str) -> str:
-        """The name of a tensor that the file does not hold, as it spells others: with the prefix, or without."""
+        """The name of a tensor that the file lacks, with the prefix if the file's other names have it."""
         start = f"{self.prefix}."
         return start + name if any(other.startswith(start) for other in spec.tensors) else name
-
-    def check(self, spec: Spec, where: str) -> None:
-        """Config and weights agree on depth and embedding shape. Raises `CheckpointError`."""
-        config = spec.structure.config
-        needed = (self.depth_key, self.hidden_key, self.heads_key)
-        optional = (
-            self.kv_heads_key,
-            self.head_dim_key,
-            self.experts_key,
-            self.active_experts_key,
-            *self.stacks.values(),
-        )
-        for key in (*needed, *filter(None, optional)):
-            value = self.value(config, key)
-            if not (value is None and key not in needed) and (type(value) is not int or value < 1):
-                raise CheckpointError(f"config.json has no usable `{key}`", where=where)
-        matches = [match for match in map(self._block.match, spec.tensors) if match is not None]
-        lists = {stack: {int(m[2]) for m in matches if m[1].endswith(f"{stack}.")} for stack in self.stacks}
-        numbers = {int(m[2]) for m in matches if not m[1].endswith(tuple(f"{stack}." for stack in self.stacks))}
-        self._check_depth("block ", numbers, self.depth(config), where)
-        for stack, found in lists.items():
-            if found:
-                self._check_depth(f"{stack}.", found, int(config.get(self.stacks[stack]) or self.depth(config)), where)
-        embedding = self._find(spec, f"{self.embeddings[0]}.weight")
-        if embedding is None and self.is_tied(spec) and self.head_tie in spec.tensors:
-            embedding = self.head_tie
-        if embedding is None:
-            raise CheckpointError(
-                f"config and weights disagree: there is no {self.prefix}.{self.embeddings[0]}.weight", where=where
-            )
-        vocabulary = config.get("vocab_size") if self.input == "input_ids" else None
-        shape = spec.tensors[embedding].shape
-        if isinstance(vocabulary, int) and shape[0] != vocabulary:
-            raise CheckpointError(
-                f"config and weights disagree: {embedding} has {shape[0]} rows, the config says vocab_size {vocabulary}",
-                where=where,
-            )
-
-    @staticmethod
-    def _check_depth(what: str, found: set[int], depth: int, where: str) -> None:
-        # a depth that a damaged config claims may be more than memory can count to
-        missing = (index for index in range(min(depth, len(found) + 1)) if index not in found)
-        if wrongs := [*missing, *(index for index in found if index >= depth)]:
-            wrong = min(wrongs)
-            side = "the weights hold none" if wrong < depth else f"the config says {depth}"
-            raise CheckpointError(f"config and weights disagree: {what}{wrong}: {side}", where=where)

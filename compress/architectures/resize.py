@@ -1,4 +1,4 @@
-"""The units of a checkpoint, from its headers, and the smaller checkpoint that remains when some go. Imports no torch."""
+"""The prunable groups of a checkpoint, and the spec of the smaller checkpoint without some of them. Headers alone, no torch."""
 
 from __future__ import annotations
 
@@ -17,58 +17,61 @@ from compress.architectures.groups import (
     neurons,
     same_heads,
 )
-from compress.architectures.model_map import Block, model_map
+from compress.architectures.model_map import ModelBlock, model_map
 from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
-#: Units and the numbers of those that stay.
+#: Units of one block, and the numbers of those to keep.
 Kept = tuple[PrunableGroup, Sequence[int]]
 
 
 def mlp_units(spec: Spec) -> dict[int, list[PrunableGroup]]:
-    """Number of a block ▶ the neurons of its MLP; of a block with experts one group per expert."""
+    """Block number ▶ the neurons of its MLP; one group per expert in a block with experts."""
     mapped = model_map(spec)
-    found: dict[int, list[PrunableGroup]] = {}
+    units: dict[int, list[PrunableGroup]] = {}
     for block in mapped.blocks:
         for mlp in mapped.record.mlps:
             for expert in _experts(block, mlp):
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
                 if all(f"{module}.weight" in block.tensors for module in (*one.up, one.down)):
                     inputs = mapped.linears[f"{block.path}{one.down}.weight"].I
-                    found.setdefault(block.index, []).append(neurons(one, block.path, inputs))
-    return found
+                    units.setdefault(block.index, []).append(neurons(one, block.path, inputs))
+    return units
 
 
 def head_units(spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]:
-    """By block: query heads, to go within their groups, or whole groups; those of a list together where they share a table."""
+    """Block number ▶ its query heads, or its whole groups of them.
+
+    Where blocks share a table of distances, block 0 has one group for the whole list.
+    """
     mapped = model_map(spec)
     record, attention = mapped.record, mapped.record.attention
     if attention is None:
         return {}
     counts = mapped.heads, mapped.kv_heads, mapped.head_dim
     make = head_groups if whole_groups else heads
-    found: dict[int, list[PrunableGroup]] = {}
-    lists: dict[str, list[PrunableGroup]] = {}  # by what the names of the list's first block begin with
+    units: dict[int, list[PrunableGroup]] = {}
+    lists: dict[str, list[PrunableGroup]] = {}  # by the path of the list's first block
     for block in sorted(mapped.blocks, key=lambda block: block.index):
         path, index = block.path, block.index
         one = make(attention, path, *counts)
         if attention.table is None:
-            found.setdefault(index, []).append(one)
+            units.setdefault(index, []).append(one)
         else:
             lists.setdefault(path.removesuffix(f"{index}.") + "0.", []).append(one)
         if record.cross is not None and f"{record.cross.output}.weight" in block.tensors:
-            found.setdefault(index, []).append(make(record.cross, path, *counts))
+            units.setdefault(index, []).append(make(record.cross, path, *counts))
     for first, blocks in lists.items():
-        found.setdefault(0, []).append(same_heads(attention, blocks, first))
-    return found
+        units.setdefault(0, []).append(same_heads(attention, blocks, first))
+    return units
 
 
 def merges(spec: Spec, left: int) -> dict[int, KVHeadMerge]:
-    """By block: its key and value heads, to become ``left``.
+    """Block number ▶ the merge of its key and value heads into ``left`` heads.
 
     Raises:
-        PassError: no config of the family says that heads share keys and values.
+        PassError: the family has no config in which heads share keys and values.
     """
     mapped = model_map(spec)
     record = mapped.record
@@ -86,15 +89,15 @@ def merges(spec: Spec, left: int) -> dict[int, KVHeadMerge]:
 
 
 def kept_entries(spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[int]]]:
-    """Tensor name ▶ axis ▶ entries that stay, for every tensor that loses some."""
-    gone: dict[tuple[str, int], set[int]] = {}
+    """Tensor name ▶ axis ▶ entries to keep, for every tensor that loses some."""
+    removed: dict[tuple[str, int], set[int]] = {}
     for units, keep in kept:
         for member in units.members:
             lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
             for place in _places(spec, member):
-                gone.setdefault(place, set()).update(lost)
+                removed.setdefault(place, set()).update(lost)
     result: dict[str, dict[int, list[int]]] = {}
-    for (name, axis), lost in gone.items():
+    for (name, axis), lost in removed.items():
         if lost:
             size = spec.tensors[name].shape[axis]
             result.setdefault(name, {})[axis] = [i for i in range(size) if i not in lost]
@@ -102,18 +105,24 @@ def kept_entries(spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[i
 
 
 def _places(spec: Spec, member: Slice) -> list[tuple[str, int]]:
+    """(tensor, axis) pairs of a slice: the module's weight, and its bias along the outputs."""
     weight, bias = f"{member.module}.weight", f"{member.module}.bias"
     places = [(weight, _axis(model_map(spec).record, member.side))]
     return [*places, (bias, 0)] if member.side == "out" and bias in spec.tensors else places
 
 
 def _axis(record: Architecture, side: str) -> int:
+    """Axis of a block's weight matrices along their inputs (``in``) or outputs."""
     inputs = record.input_axis % 2
     return inputs if side == "in" else 1 - inputs
 
 
 def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], config: Mapping[str, Any]) -> Spec:
-    """The spec with only those entries, and that config."""
+    """The spec with those entries of its tensors alone, and with that config.
+
+    Args:
+        entries: tensor name ▶ axis ▶ entries to keep. The result is not exact if a tensor with a keep-mask loses entries.
+    """
     tensors = {}
     for name, tensor in spec.tensors.items():
         by_axis = entries.get(tensor.alias_of or name, {})
@@ -126,10 +135,12 @@ def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], conf
 
 
 def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, groups: int) -> dict[str, Any]:
-    """The config for so many query heads and key-value heads of the same width; of a relative where that must be.
+    """The config with new numbers of query heads and of key and value heads; the head width stays.
+
+    It is that of a relative where this family's config cannot express the numbers.
 
     Raises:
-        PassError: no stock config says it.
+        PassError: no stock config can express them.
     """
     attention = record.attention
     assert attention is not None
@@ -151,6 +162,7 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
 
 
 def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int) -> dict[str, Any]:
+    """The config of the relative that computes the same. Raises `PassError` where there is none."""
     relative = record.relative
     barred = relative is not None and next((key for key in relative.unless if config.get(key)), None)
     if relative is None or barred:
@@ -166,13 +178,13 @@ def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, quer
 
 
 def with_kv_heads(record: Architecture, config: Mapping[str, Any], left: int) -> dict[str, Any]:
-    """The config with so many key and value heads."""
+    """The config with ``left`` key and value heads."""
     assert record.kv_heads_key is not None
     return _set(record, config, record.kv_heads_key, left)
 
 
 def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The config with those numbers of neurons."""
+    """The config with new numbers of neurons. ``sizes``: config field ▶ number."""
     result = dict(config)
     for key, size in sizes.items():
         result = _set(record, result, key, size)
@@ -180,12 +192,13 @@ def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[st
 
 
 def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) -> dict[str, Any]:
+    """The config with one field set, under its own name alone."""
     others = {other for other, meant in record.spellings.items() if meant == key}
     return {**{k: v for k, v in config.items() if k not in others}, key: value}
 
 
-def _experts(block: Block, mlp: Mlp) -> list[str]:
-    """Numbers of the experts of a block that have this MLP, as text; [""] for an MLP without experts."""
+def _experts(block: ModelBlock, mlp: Mlp) -> list[str]:
+    """Numbers of the experts of a block that have this MLP, as text; [""] for an MLP outside experts."""
     before, star, after = mlp.down.partition("*")
     if not star:
         return [""]
@@ -194,28 +207,28 @@ def _experts(block: Block, mlp: Mlp) -> list[str]:
     return sorted((n for n in numbers if n.isdigit()), key=int)
 
 
-# ---- blocks and experts: tensors go, others are renumbered ----
+# ---- blocks and experts: tensors are removed, others renumbered ----
 
 
-def has_numbers(record: Architecture) -> None:
-    """Raises `PassError` for families of which no block can go by its number."""
+def require_numbered_blocks(record: Architecture) -> None:
+    """Raises `PassError` for families whose blocks cannot be removed by number."""
     if record.stacks:
         raise PassError(
-            f"{record.model_type} has blocks in an encoder and in a decoder, whose first ones say what distances add in all "
-            "of them: none can go by a number",
+            f"{record.model_type} has an encoder and a decoder, whose blocks share the first block's table of distances: "
+            "none can be removed by its number",
             key="layers",
             fix="remove `mlp` or `heads` instead",
         )
 
 
 def without_blocks(spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str]]:
-    """The spec without those blocks, and its tensor names ▶ what the checkpoint calls them.
+    """The spec without the blocks ``drop``, and the name of each of its tensors ▶ the name in the checkpoint.
 
     Raises:
-        PassError: there is no such block, none would stay, or numbers do not tell blocks.
+        PassError: there is no such block, none would be left, or blocks cannot be removed by number.
     """
     record, depth = model_map(spec).record, model_map(spec).depth
-    has_numbers(record)
+    require_numbered_blocks(record)
     if wrong := [i for i in drop if i >= depth]:
         raise PassError(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0", key="layers")
     if len(drop) == depth:
@@ -227,7 +240,7 @@ def without_blocks(spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str
         index = record.block_index(f"{edit.module}.weight")
         if edit.kind == "shared":
             raise PassError(
-                f"{edit.module} shares tensors with other blocks: none can go",
+                f"{edit.module} shares tensors with other blocks, so no block can be removed",
                 key="layers",
                 fix="remove blocks before sharing",
             )
@@ -246,20 +259,25 @@ def without_blocks(spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str
 
 
 def expert_blocks(spec: Spec) -> dict[int, int]:
-    """Number of experts of every block that has some."""
+    """Block number ▶ number of its experts, for every block that has some."""
     mapped = model_map(spec)
-    found = {}
+    counts = {}
     for block in mapped.blocks:
         numbers = {e for mlp in mapped.record.mlps if "*" in mlp.down for e in _experts(block, mlp)}
         if numbers:
-            found[block.index] = len(numbers)
-    return found
+            counts[block.index] = len(numbers)
+    return counts
 
 
 def without_experts(
     spec: Spec, keep: Mapping[int, Sequence[int]]
 ) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:
-    """The spec with only the experts ``keep`` of each block, its names ▶ the checkpoint's, and what stays of routers."""
+    """The spec with the experts ``keep`` of each block alone.
+
+    Returns:
+        The spec; the name of each of its tensors ▶ the name in the checkpoint; and tensor name ▶ axis ▶ the rows of the routers
+        to keep.
+    """
     record = model_map(spec).record
     source, entries = {}, {}
     for name in spec.tensors:
@@ -285,6 +303,7 @@ def without_experts(
 
 
 def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -> Spec:
+    """The spec with the tensors of ``source`` (new name ▶ old name) alone, and with that config."""
     target = {old: new for new, old in source.items()}
     tensors = {}
     for new, old in source.items():
@@ -297,8 +316,8 @@ def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -
 # ---- hidden width ----
 
 
-def has_hidden(record: Architecture) -> Hidden:
-    """What the record says of the hidden width. Raises `PassError` for families where it cannot shrink exactly."""
+def require_hidden(record: Architecture) -> Hidden:
+    """The record's `Hidden`. Raises `PassError` for families whose hidden width cannot shrink exactly."""
     if record.hidden is None:
         reason = (
             "the encoder and the decoder share it"
@@ -314,14 +333,15 @@ def has_hidden(record: Architecture) -> Hidden:
 
 
 def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[int, list[int]]], dict[str, Any]]:
-    """Tensor name ▶ axis ▶ entries for the hidden channels that stay, and the config.
+    """Tensor name ▶ axis ▶ entries of the hidden channels to keep, and the config.
 
     Raises:
-        PassError: the family has LayerNorm, no stock config allows it, or a tensor outside the blocks is not known.
+        PassError: the family has LayerNorm, no stock config can express the width, or a tensor outside the blocks does not have
+            the hidden width.
     """
     mapped = model_map(spec)
     record, config, width, keep = mapped.record, mapped.config, mapped.hidden, list(channels)
-    hidden, attention = has_hidden(record), record.attention
+    hidden, attention = require_hidden(record), record.attention
     assert attention is not None
     readers = {attention.query, attention.key, attention.value, *record.routers}
     writers = {attention.output}
@@ -333,7 +353,7 @@ def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[
         path = record.block_path(tensor.name)
         if path is None:
             if tensor.shape[-1] != width:
-                raise PassError(f"{tensor.name} is not known to have the hidden width", key="hidden")
+                raise PassError(f"{tensor.name} has another last axis than the hidden width {width}", key="hidden")
             entries[tensor.name] = {len(tensor.shape) - 1: keep}
             continue
         module = record.starred(path[1].rpartition(".")[0])
@@ -354,10 +374,10 @@ def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[
 
 
 def hidden_scales(spec: Spec, left: int) -> dict[str, tuple[float, float]]:
-    """Tensor name ▶ (factor, offset): (w + offset) · factor - offset makes norms of ``left`` channels give the same values.
+    """Tensor name ▶ (factor, offset): with weights (w + offset) · factor - offset, norms over ``left`` channels give the same.
 
-    With the others zero, the mean of squares over fewer channels is larger by the ratio of the widths; so is epsilon, in
-    `hidden_entries`, and gains grow by its root.
+    The removed channels count as zero. So the mean of squares over the channels left is larger by the ratio of the widths.
+    `hidden_entries` scales epsilon by that ratio, and the weights of norms grow by its square root.
     """
     mapped = model_map(spec)
     record, hidden = mapped.record, mapped.record.hidden
@@ -370,7 +390,7 @@ def hidden_scales(spec: Spec, left: int) -> dict[str, tuple[float, float]]:
         if path is not None and path[1].rpartition(".")[0] in hidden.norms:
             scales[tensor.name] = (factor, hidden.offset)
         elif path is None and tensor.module.endswith(hidden.final) and len(tensor.shape) == 1:
-            # embeddings that grow below do so in a tied head too
+            # embeddings that are scaled below are scaled in a tied head too
             scales[tensor.name] = (1.0 if hidden.scaled and tied else factor, hidden.offset)
         elif path is None and hidden.scaled and tensor.module.endswith(record.embeddings[0]):
             scales[tensor.name] = (factor, 0.0)

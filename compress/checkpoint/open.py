@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
+from compress.architectures.agreement import check_agreement
 from compress.checkpoint import codecs, foreign, hub, quantization, tidy
 from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
@@ -388,7 +389,7 @@ def with_aliases(spec: Spec, where: str) -> Spec:
     spec = structure_edits.with_shared(spec, where)
     if (record := architectures.find(spec.structure.config)) is None:
         return spec
-    record.check(spec, where)
+    check_agreement(record, spec, where)
     aliases = {target: structure_edits.alias(spec.tensors[source], target) for target, source in record.ties(spec)}
     return replace(spec, tensors={**spec.tensors, **aliases})
 

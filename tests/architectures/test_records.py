@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
@@ -106,7 +107,7 @@ def test_experts_are_counted_under_the_older_name_too(tmp_path):
 def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
     """With one token more it fails; where the record says no limit, it goes on beyond what the config was trained for."""
     spec = open_checkpoint(pico.save(tmp_path / "in", family)).spec
-    model, positions = load_model(tmp_path / "in"), architectures.positions(spec)
+    model, positions = load_model(tmp_path / "in"), model_map(spec).positions
     ids = torch.full((1, 100), 7)
     with torch.no_grad():
         if family in ("gpt2", "opt", "albert", "bert", "roberta", "electra", "distilbert"):
@@ -122,14 +123,14 @@ def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
 
 def test_the_positions_of_roberta_begin_after_the_padding_token(tmp_path):
     folder = pico.save(tmp_path / "in", "roberta", pad_token_id=5)
-    assert architectures.positions(open_checkpoint(folder).spec) == 58
+    assert model_map(open_checkpoint(folder).spec).positions == 58
     model = load_model(folder)
     with torch.no_grad():
         model(torch.full((1, 58), 7))
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, 59), 7))
     change_config(folder, "pad_token_id")  # transformers takes 1
-    assert architectures.positions(open_checkpoint(folder).spec) == 62
+    assert model_map(open_checkpoint(folder).spec).positions == 62
 
 
 TIED = [
@@ -312,7 +313,7 @@ def test_other_spellings_of_config_fields(tmp_path):
 def test_blocks_that_compute_by_their_number_stay(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "gpt2", scale_attn_by_inverse_layer_idx=True))
     with pytest.raises(
-        PassError, match="`scale_attn_by_inverse_layer_idx` makes each block compute by its number"
+        PassError, match="`scale_attn_by_inverse_layer_idx` makes the computation of a block depend on its number"
     ) as e:
         plan(checkpoint, "prune_structured", layers=[1], compensation="none")
     assert e.value.key == "layers"

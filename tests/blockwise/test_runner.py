@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress import architectures
+from compress.architectures.model_map import model_map
 from compress.architectures.record import Architecture
 from compress.blockwise.linears import Experts, find_linears
 from compress.blockwise.runner import BlockRunner, Inputs, TensorExtras
@@ -37,8 +38,7 @@ def inputs_of(checkpoint, samples=SAMPLES, mask=None):
 
 
 def matrices(checkpoint):
-    record = architectures.of(checkpoint.spec.structure.config)
-    return {t.name for t in checkpoint.spec.stored() if len(t.shape) == 2 and record.is_block_matrix(t.name)}
+    return {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
 
 
 def sweep_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):

@@ -212,6 +212,6 @@ def test_fp8_without_scales(name, tmp_path):
     state = {k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {"weights": "bf16"} if name == "cast" else {"method": "magnitude", "sparsity": 0.5}
-    said = r"holds 8-bit floats \(F8_E4M3\), and neither scales nor a config say what they stand for; start from"
+    said = r"holds 8-bit floats \(F8_E4M3\), and neither scales nor a config give their values; start from"
     with pytest.raises(PassError, match=said):
         compress.apply(name, folder, tmp_path / "out", **settings)

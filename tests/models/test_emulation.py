@@ -155,7 +155,7 @@ def test_compact_files_round_no_inputs(rounded, tmp_path):
     """Nothing would read it there: refused, as `kv_cache` is."""
     base = pico.save(tmp_path / "gpt2", "gpt2", with_tokenizer=False)
     settings = {"weights": "int8", "activations": "int8", "method": "rtn", "store": "compact"}
-    with pytest.raises(PassError, match=r"`activations` is said in the config of compressed-tensors") as caught:
+    with pytest.raises(PassError, match=r"`activations` belongs in the config of compressed-tensors") as caught:
         compress.apply("cast", base, tmp_path / "out", **settings)
     assert caught.value.key == "activations"
     again = compress.apply("cast", rounded["llama", "int8"].parent / "llama", tmp_path / "llama", **settings)

@@ -154,7 +154,7 @@ def test_routers_that_no_sweep_sees(settings, check, tmp_path):
     model = pico.save(tmp_path / "moe", "mixtral")
     status, text = check(model=str(model), gates=None, passes=[settings])
     said = " ".join(text.split())
-    assert (status, "layers.1.block_sparse_moe.gate.weight is no linear layer, which calibrated" in said) == (
+    assert (status, "layers.1.block_sparse_moe.gate.weight is no linear layer, and calibrated" in said) == (
         2,
         True,
     ), text

@@ -91,7 +91,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         mapped = model_map(spec)
         record = mapped.record
         if settings.layers is not None:
-            resize.has_numbers(record)
+            resize.require_numbered_blocks(record)
         if settings.importance == "taylor":
             require_head(spec, "importance: taylor", "importance", "set `importance: obs`")
         if self.required_data(settings):

@@ -84,7 +84,7 @@ def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
 
 def hidden_to_keep(spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
     """How many hidden channels stay."""
-    resize.has_hidden(model_map(spec).record)
+    resize.require_hidden(model_map(spec).record)
     width = model_map(spec).hidden
     neurons = chain.from_iterable(resize.mlp_units(spec).values())
     multiple = lcm(multiple_of, *(units.multiple for units in neurons))

@@ -77,20 +77,28 @@ def test_heads_of_least_magnitude_go(tmp_path):
             "beside the block before them; set `importance: magnitude` and `compensation: none`",
         ),
         ("prune_structured", {"keep_parameters": 0.5}, "beside the block before them; set `importance: magnitude`"),
-        ("prune_structured", {"layers": [1]}, "none can go by a number; remove `mlp` or `heads` instead"),
-        ("prune_structured", {"layers": 1}, "none can go by a number; remove `mlp` or `heads` instead"),
+        ("prune_structured", {"layers": [1]}, "none can be removed by its number; remove `mlp` or `heads` instead"),
+        ("prune_structured", {"layers": 1}, "none can be removed by its number; remove `mlp` or `heads` instead"),
         (
             "prune_structured",
             {"hidden": 8, **DATA_FREE},
             "cannot lose hidden width exactly: the encoder and the decoder",
         ),
-        ("prune_unstructured", {"sparsity": 0.5}, "calibration cannot follow t5: .*; use `method: magnitude`"),
+        (
+            "prune_unstructured",
+            {"sparsity": 0.5},
+            "calibration cannot run the blocks of t5 one after another: .*; use `method: magnitude`",
+        ),
         (
             "cast",
             {"weights": "int4", "method": "gptq"},
-            "calibration cannot follow t5: .*; set `weights` and `method: rtn`",
+            "calibration cannot run the blocks of t5 one after another: .*; set `weights` and `method: rtn`",
         ),
-        ("cast", {"bits": 4}, "calibration cannot follow t5: .*; set `weights` and `method: rtn`"),
+        (
+            "cast",
+            {"bits": 4},
+            "calibration cannot run the blocks of t5 one after another: .*; set `weights` and `method: rtn`",
+        ),
     ],
 )
 def test_refusals(name, settings, message, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress import architectures, passes
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.data.batches import Batches
@@ -43,14 +44,14 @@ def test_planned_is_written(family, settings, method, folders, data, tmp_path):
     pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "work", **settings)
     written = write_checkpoint(pruned, tmp_path / "out", store="compact")
     assert written.bytes == layout.bytes
-    record = architectures.of(checkpoint.spec.structure.config)
+    linears = model_map(checkpoint.spec).linears
     for tensor in open_checkpoint(written.folder).spec.stored():
         value = pruned.tensor(tensor.name)
-        if record.is_block_matrix(tensor.name) and tensor.kept is not None:
+        if tensor.kept is not None:
             assert not value.data[~value.mask].any()
             assert int(value.mask.sum()) == tensor.kept
             if "pattern" in settings:
-                along = value.mask.movedim(record.input_axis, -1).reshape(-1, 4)
+                along = value.mask.movedim(linears[tensor.name].input_axis, -1).reshape(-1, 4)
                 assert (along.sum(1) == 2).all()
         elif not settings["reconstruction_epochs"]:
             assert torch.equal(value.data, checkpoint.tensor(tensor.name).data), tensor.name

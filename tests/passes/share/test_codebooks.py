@@ -174,7 +174,7 @@ def test_bad_input(folders, tmp_path):
     with pytest.raises(PassError, match=r"is no matrix of floats"):
         clustered(spec, matrices(checkpoint), 4)
     share = SimpleNamespace(name="share", accepts=frozenset({"float"}), plan=lambda spec_, settings: spec)
-    with pytest.raises(PassError, match=r"stock loaders take no such codes \(codebook4\) for transformer") as caught:
+    with pytest.raises(PassError, match=r"stock loaders do not read codebook4 codes of transformer") as caught:
         plan_pass(checkpoint.spec, share, None, "stock")
     assert caught.value.fix == "use `store: compact`"
     assert plan_pass(checkpoint.spec, share, None, "compact") == spec

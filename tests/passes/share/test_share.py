@@ -280,7 +280,9 @@ def test_what_comes_before_it(folders, tmp_path):
             share(tmp_path / name, tmp_path / "out", groups=2)
     with pytest.raises(PassError, match="prune_structured cannot change this checkpoint"):
         compress.apply("prune_structured", tmp_path / "shared", tmp_path / "out", layers=1)
-    with pytest.raises(PassError, match="shares tensors with other blocks: none can go; remove blocks before sharing"):
+    with pytest.raises(
+        PassError, match="shares tensors with other blocks, so no block can be removed; remove blocks before sharing"
+    ):
         compress.apply(
             "distill", tmp_path / "shared", tmp_path / "out", store="compact", student={"layers": 2}, steps=1, data=IDS
         )
