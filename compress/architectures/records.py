@@ -21,7 +21,7 @@ def _fused(module: str, output: str, layout: FusedLayout, free: bool = False) ->
 
 
 _GATED = Mlp(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-#: Grouped matrix products, by which transformers runs experts, want rows of whole 16 bytes: 8 bfloat16 numbers.
+#: transformers runs experts by grouped matrix products, whose rows must be multiples of 16 bytes: 8 bfloat16 numbers.
 _EXPERTS = Mlp(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), "mlp.experts.*.down_proj", multiple=8)
 _PRE_NORMS = Hidden(("input_layernorm", "post_attention_layernorm"))
 _GEMMA_NORMS = Hidden(
@@ -49,7 +49,7 @@ _GEMMA_LIKE: dict[str, Any] = {
 }
 _POSITION_IDS = Leftover(r"embeddings\.position_ids$")
 _LAYER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-#: Classes that tell something of a whole text or of its tokens: all but those that predict tokens.
+#: Suffixes of the classes that label single tokens, and of those that label whole texts or tokens.
 _TOKENS = ("ForTokenClassification", "ForQuestionAnswering")
 _TEXTS = ("ForSequenceClassification", "ForMultipleChoice", *_TOKENS)
 _BERT_LIKE: dict[str, Any] = {
@@ -71,14 +71,14 @@ def _t5_attention(path: str) -> Attention:
 
 
 def _window_from(config: Mapping[str, Any]) -> list[str]:
-    """Attention of Qwen's blocks: a window from ``max_window_layers`` on, where windows are used at all."""
+    """Kinds of attention of Qwen's blocks: sliding from block ``max_window_layers`` on, if the config uses windows."""
     depth, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
     windows = bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
     return ["sliding_attention" if windows and i >= first else "full_attention" for i in range(depth)]
 
 
 def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
-    """Attention of Gemma's blocks: every ``step``-th is full, the others have a window."""
+    """Kinds of attention of Gemma's blocks: every ``step``-th is full, the others slide."""
     return [
         "full_attention" if (i + 1) % step == 0 else "sliding_attention"
         for i in range(int(config["num_hidden_layers"]))
@@ -86,7 +86,7 @@ def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
 
 
 def _up_to_padding(config: Mapping[str, Any]) -> int:
-    """Positions of RoBERTa begin after the padding token's id."""
+    """Rows before RoBERTa's first position, which comes after the padding token's id."""
     padding = config.get("pad_token_id")
     return 1 + (1 if padding is None else int(padding))
 
@@ -287,7 +287,7 @@ RECORDS: tuple[Architecture, ...] = (
         **_BERT_LIKE,
         head="generator_lm_head",
         head_tie="generator_lm_head.weight",
-        head_classes=("ForMaskedLM", "ForCausalLM"),  # its ForPreTraining tells replaced tokens from others
+        head_classes=("ForMaskedLM", "ForCausalLM"),  # its ForPreTraining detects replaced tokens
         base_class="ElectraModel",
         leftovers=(
             _POSITION_IDS,
@@ -320,10 +320,10 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "t5",
-        prefix="transformer",  # of its classifiers alone
+        prefix="transformer",  # only its classifiers have it
         blocks="encoder.block",
         stacks={"decoder.block": "num_decoder_layers"},
-        packable=False,  # when transformers 5.24 loads it, it looks for `weight` in every layer
+        packable=False,  # transformers 5.24 looks for `weight` in every layer when it loads this family
         flat_classes=("ForConditionalGeneration", "ForQuestionAnswering"),
         embeddings=("shared",),
         head_classes=("ForConditionalGeneration",),
