@@ -179,6 +179,16 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
     return PrunableGroup("groups", output.module, groups, (*members, output))
 
 
+def split_fused(outputs: Any, layout: FusedLayout, queries: int, groups: int, head_dim: int) -> tuple[Any, Any, Any]:
+    """Queries, keys and values out of the outputs [..., O] of a fused projection, a torch tensor."""
+    if layout == "interleaved":
+        by_head = outputs.view(*outputs.shape[:-1], queries, 3, head_dim)
+        query, key, value = (by_head[..., part, :].flatten(-2) for part in range(3))
+    else:
+        query, key, value = outputs.split([queries * head_dim, groups * head_dim, groups * head_dim], -1)
+    return query, key, value
+
+
 def same_heads(attention: Attention, blocks: Sequence[PrunableGroup], first: str) -> PrunableGroup:
     """Heads that all blocks of a list lose together, and their columns in the first block's table of distances."""
     table = Slice(first + str(attention.table), "in")

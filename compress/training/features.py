@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from compress.architectures.groups import split_fused
 from compress.data.images import accepted
 from compress.errors import PassError
 from compress.models.blocks import find_blocks, record_of
@@ -116,13 +117,9 @@ class FeatureModel:
         assert attention is not None
         if attention.layout == "separate":
             return tuple(outputs)
-        width = self.record.head_dim(config)
         heads = int(self.record.value(config, self.record.heads_key))
-        if attention.layout == "interleaved":
-            three: Any = outputs[0].view(*outputs[0].shape[:-1], heads, 3, width)
-            return tuple(three[..., i, :].flatten(-2) for i in range(3))
-        groups = self.record.kv_heads(config)
-        return torch.split(outputs[0], [heads * width, groups * width, groups * width], -1)
+        sizes = heads, self.record.kv_heads(config), self.record.head_dim(config)
+        return split_fused(outputs[0], attention.layout, *sizes)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of last hidden states [N, D], by the model's own code around its base."""
