@@ -74,9 +74,9 @@ def test_heads_of_least_magnitude_go(tmp_path):
         (
             "prune_structured",
             {"mlp": "25%"},
-            "beside the block before them; set `importance: magnitude` and `compensation: none`",
+            "also read the encoder's output; set `importance: magnitude` and `compensation: none`",
         ),
-        ("prune_structured", {"keep_parameters": 0.5}, "beside the block before them; set `importance: magnitude`"),
+        ("prune_structured", {"keep_parameters": 0.5}, "also read the encoder's output; set `importance: magnitude`"),
         ("prune_structured", {"layers": [1]}, "none can be removed by its number; remove `mlp` or `heads` instead"),
         ("prune_structured", {"layers": 1}, "none can be removed by its number; remove `mlp` or `heads` instead"),
         (
