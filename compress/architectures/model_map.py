@@ -192,6 +192,21 @@ class ModelMap:
         return next((name for name in self.spec.tensors if name.endswith(f"{self.record.embeddings[0]}.weight")), None)
 
     @property
+    def head_weight(self) -> Tensor | None:
+        """The head's weight [V, h], which may be an alias of the embedding table; None without one."""
+        return self.spec.tensors.get(self.record.head_tie) if self.has_head else None
+
+    @property
+    def experts_per_token(self) -> int:
+        """Number of experts that each token is sent to; 1 where the config has no such number."""
+        return int(self.record.value(self.config, self.record.active_experts_key or "") or 1)
+
+    @property
+    def cache_scales(self) -> Mapping[int, tuple[str, str]]:
+        """Block number ▶ names of the static scales of its cached keys and values; empty where servers read none."""
+        return self.record.cache_scales(self.spec) if self.known else {}
+
+    @property
     def active_parameters(self) -> int:
         """Parameters used for one token, which is sent to some of the experts alone; all of them without a record."""
         return self.record.active_parameters(self.spec) if self.known else self.spec.parameters

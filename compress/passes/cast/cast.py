@@ -263,7 +263,7 @@ def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[
     )
     by_head = spec.structure.kv_cache == "fp8-head"
     scales: dict[str, torch.Tensor] = {}
-    for names, pair in zip(model_map(spec).record.cache_scales(spec).values(), found, strict=True):
+    for names, pair in zip(model_map(spec).cache_scales.values(), found, strict=True):
         scales |= {name: to_scales(largest, by_head=by_head) for name, largest in zip(names, pair, strict=True)}
     largest = [[max(x) for x in side] for side in zip(*found, strict=True)]
     context.details["cached keys and values"] = (

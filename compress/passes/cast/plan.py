@@ -60,7 +60,7 @@ def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor
     if settings.kv_cache is None:
         return spec.structure.kv_cache, []
     mapped = model_map(spec)
-    names = mapped.record.cache_scales(spec) if mapped.known else {}
+    names = mapped.cache_scales
     if settings.static_cache is None or not names:
         if settings.static_cache == "head":
             what = f"servers read no scales of {spec.structure.model_type}'s cache"

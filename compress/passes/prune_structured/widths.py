@@ -66,13 +66,13 @@ def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) ->
 
 def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
     """How many experts stay in each block that has some."""
-    record = model_map(spec).record
+    mapped = model_map(spec)
     present = resize.expert_blocks(spec)
     if not present:
-        raise PassError(f"{record.model_type} has no experts", key="experts", fix="leave `experts` out")
+        raise PassError(f"{mapped.record.model_type} has no experts", key="experts", fix="leave `experts` out")
     total = next(iter(present.values()))
     keep = total - _count(amount, total, "experts", "experts")
-    active = int(record.value(spec.structure.config, record.active_experts_key or "") or 1)
+    active = mapped.experts_per_token
     if keep < active:
         raise PassError(
             f"each token is sent to {active} experts, and {keep} would stay",

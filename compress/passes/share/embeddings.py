@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def tied(spec: Spec) -> Spec:
     """The spec with one table for looking tokens up and for predicting them. Raises `PassError`."""
     mapped = model_map(spec)
-    embedding, head = mapped.embedding, spec.tensors.get(mapped.record.head_tie)
-    if not mapped.has_head or embedding is None or head is None:
+    embedding, head = mapped.embedding, mapped.head_weight
+    if embedding is None or head is None:
         raise PassError("this model has no head that predicts tokens", key="embeddings")
     if head.alias_of is not None:
         raise PassError("the embeddings are tied already", key="embeddings", fix="leave `embeddings` out")
@@ -41,8 +41,8 @@ def thinned(spec: Spec, rank: int) -> Spec:
     if embedding is None:
         raise PassError(f"{record.model_type} looks no tokens up", key="embeddings")
     mapped.require_nameable("embeddings")
-    head = record.head_tie if mapped.has_head and record.head_tie in spec.tensors else None
-    tables = [embedding, *([head] if head is not None else [])]
+    head = mapped.head_weight
+    tables = [embedding, *([head.name] if head is not None else [])]
     for name in tables:
         tensor = spec.tensors[name]
         if mapped.added(f"{tensor.module}.projection.weight") == "projection":
