@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import fnmatch
 import hashlib
 import json
@@ -53,7 +54,9 @@ def main() -> None:
     args = parser.parse_args()
     before = _git("rev-parse", "--short=7", args.before).strip()
     with tempfile.TemporaryDirectory(prefix="same-bytes-") as scratch:
-        recipes = {**shipped(before, args.whole), **table(Path(scratch))}
+        originals = shipped(before, args.whole)
+        recipes = {name: timeless(row["recipe"], args.whole) for name, row in originals.items()}
+        recipes |= table(Path(scratch))
         recipes = {n: r for n, r in recipes.items() if any(fnmatch.fnmatch(n, glob) for glob in args.only)}
         old = known(args.kept.resolve() / before, recipes)
         if missing := {name: recipe for name, recipe in recipes.items() if name not in old}:
@@ -61,7 +64,7 @@ def main() -> None:
                 old |= side(tree, missing, Path(scratch), args.jobs)
             keep(args.kept / before, recipes, {name: old[name] for name in missing})
         with tree_of(args.after, Path(scratch)) as tree:
-            new = side(tree, recipes, Path(scratch), args.jobs)
+            new = side(tree, recipes, Path(scratch), args.jobs, originals)
     sys.exit(report(old, new))
 
 
@@ -85,18 +88,22 @@ def tree_of(commit: str | None, scratch: Path) -> Iterator[Path]:
 
 
 def shipped(commit: str, whole: bool) -> dict[str, dict[str, Any]]:
-    """The recipes of a commit by name, without what measures times."""
+    """The recipes of a commit by name, each with its path."""
     found = {}
     for path in _git("ls-tree", "--name-only", commit, "recipes/").split():
-        recipe = YAML(typ="safe").load(_git("show", f"{commit}:{path}"))
-        recipe["evaluate"] = [metric for metric in recipe.get("evaluate", ()) if metric not in TIMES] or None
-        recipe["gates"] = {name: gate for name, gate in recipe.get("gates", {}).items() if name not in TIMES}
-        if not whole:
-            _shorten(recipe)
-        found[("whole/" if whole else "shipped/") + Path(path).stem] = {
-            k: v for k, v in recipe.items() if v is not None
-        }
+        name = ("whole/" if whole else "shipped/") + Path(path).stem
+        found[name] = {"path": path, "recipe": YAML(typ="safe").load(_git("show", f"{commit}:{path}"))}
     return found
+
+
+def timeless(recipe: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+    """A shipped recipe without what measures times; on a little of its data, or on the whole."""
+    found = copy.deepcopy(dict(recipe))
+    found["evaluate"] = [metric for metric in found.get("evaluate", ()) if metric not in TIMES] or None
+    found["gates"] = {name: gate for name, gate in found.get("gates", {}).items() if name not in TIMES}
+    if not whole:
+        _shorten(found)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _shorten(recipe: dict[str, Any]) -> None:
@@ -177,11 +184,17 @@ def make_images(scratch: Path) -> Path:
 # One side
 
 
-def side(tree: Path, recipes: Mapping[str, Any], scratch: Path, jobs: int) -> dict[str, dict[str, Any]]:
-    """The record of each recipe, run in a process of its own with the code of a tree."""
+def side(
+    tree: Path, recipes: Mapping[str, Any], scratch: Path, jobs: int, originals: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The record of each recipe, run in a process of its own with the code of a tree.
+
+    A record of one of ``originals`` says so where the tree's own file differs from its translation.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tasks = Path(folder) / "tasks.json"
-        tasks.write_text(json.dumps({"tree": str(tree), "recipes": recipes, "folder": folder, "jobs": jobs}))
+        known = {"tree": str(tree), "recipes": recipes, "folder": folder, "jobs": jobs, "originals": originals or {}}
+        tasks.write_text(json.dumps(known))
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         # -P: this folder has files called as modules of the standard library and of ours
         command = [sys.executable, "-P", str(WORKER), str(tasks)]

@@ -42,7 +42,7 @@ def work(tasks: Mapping[str, Any]) -> None:
     running: dict[int, str] = {}
     for name, recipe in tasks["recipes"].items():
         if (process := os.fork()) == 0:
-            _child(Path(tasks["folder"]), name.replace("/", "-"), recipe)
+            _child(Path(tasks["folder"]), name.replace("/", "-"), recipe, tasks["originals"].get(name))
         running[process] = name
         if len(running) == tasks["jobs"]:
             _wait(running)
@@ -69,8 +69,8 @@ def _wait(running: dict[int, str]) -> None:
     print(f"{used.ru_utime + used.ru_stime:6.1f} s  {running.pop(process)}", file=sys.stderr, flush=True)
 
 
-def _child(folder: Path, name: str, recipe: dict[str, Any]) -> None:
-    """Run one recipe and write its record; never returns."""
+def _child(folder: Path, name: str, recipe: dict[str, Any], original: Mapping[str, Any] | None) -> None:
+    """Run one recipe and write its record; ``original``: what the tree's file is to say. Never returns."""
     out = folder / name
     out.mkdir()
     with (folder / f"{name}.log").open("w") as log:
@@ -79,6 +79,8 @@ def _child(folder: Path, name: str, recipe: dict[str, Any]) -> None:
     try:
         here = json.loads(json.dumps(recipe).replace("{out}", str(out)))
         values = record(out, translated({**here, "output": str(out / "result"), "device": "cpu"}))
+        if original is not None and not says(Path(original["path"]), original["recipe"]):
+            values[original["path"]] = "is no translation of the earlier one"
     except BaseException as error:
         traceback.print_exc()
         values = {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
@@ -93,6 +95,13 @@ def translated(recipe: dict[str, Any]) -> dict[str, Any]:
         return recipe
     renamed: dict[str, Any] = importlib.import_module("compress.recipe.renamed").translated(recipe)
     return renamed
+
+
+def says(path: Path, recipe: dict[str, Any]) -> bool:
+    """Whether a recipe's file says the same as a recipe in the earlier keys, with all defaults written out."""
+    from compress.recipe import load_recipe, recipe_from_mapping, resolved
+
+    return path.is_file() and resolved(load_recipe(path)) == resolved(recipe_from_mapping(translated(recipe)))
 
 
 def record(out: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
