@@ -149,7 +149,7 @@ def apply(
     from compress.checkpoint.write import write_checkpoint
     from compress.evaluation.tasks import check_images
     from compress.passes.base import Context
-    from compress.passes.distill.distill import unhelped
+    from compress.passes.distill.plan import unhelped
     from compress.pipeline.publish import check_absent
     from compress.pipeline.run import check_dtype, check_result, resolve_device
     from compress.planning import plan_pass

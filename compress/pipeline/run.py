@@ -25,7 +25,7 @@ from compress.evaluation.tasks import TEXT_METRICS, task_of
 from compress.files import disk_errors, place, remove, remove_leftovers
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.base import Context
-from compress.passes.distill.distill import unhelped
+from compress.passes.distill.plan import unhelped
 from compress.pipeline.closing import close, published_report
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions

@@ -99,11 +99,11 @@ class Cast(Pass[CastSettings]):
                 ]
                 mapped.require_layers(coded, "use `method: rtn`")
             return cast
-        from compress.passes.allocation import check_loss
+        from compress.passes.allocation import require_divergence
 
         names = undecided(spec, settings)
         key = "bits" if settings.bits is not None else "max_bytes"
-        check_loss(spec, names, ("a budget", "name the format with `weights`"), key)
+        require_divergence(spec, names, ("a budget", "name the format with `weights`"), key)
         among = choices(spec, settings, [[n] for n in names])
         losses = {
             n: {o: assumed(among.quant_format(n, o)) * spec.tensors[n].count for o in among.options} for n in names

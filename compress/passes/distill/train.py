@@ -17,7 +17,7 @@ from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.models.loading import load_checkpoint, load_tokenizer, stock_class
 from compress.passes.base import Context
-from compress.passes.distill.distill import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
+from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
 from compress.passes.distill.settings import DistillSettings
 from compress.passes.distill.teachers import (
     begins_on,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import factored
 from compress.errors import PassError
-from compress.passes.allocation import check_loss
+from compress.passes.allocation import require_divergence
 from compress.passes.base import Context, Pass, PassSettings, Storage, select_linears
 from compress.passes.blockwise import (
     measured_divergences,
@@ -92,7 +92,7 @@ class Factorize(Pass[FactorizeSettings]):
 
         ranks = self._ranks(spec, settings)
         if settings.by_loss:
-            check_loss(spec, ranks, _SETTING)
+            require_divergence(spec, ranks, _SETTING)
         return replace(factored(spec, ranks), exact=spec.exact and not settings.by_loss)
 
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.passes.allocation import loss_memory
+from compress.passes.allocation import divergence_memory
 from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
@@ -77,7 +77,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
         if settings.allocation == "kl":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
-            whole = max(whole, loss_memory(spec, readers))
+            whole = max(whole, divergence_memory(spec, readers))
         return max(runner, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:

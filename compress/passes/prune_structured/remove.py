@@ -13,10 +13,10 @@ from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.runner import Teacher
 from compress.checkpoint.open import Checkpoint, Derived
-from compress.passes.allocation import uneven_widths
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.prune_structured import slicing, widths
+from compress.passes.prune_structured.allocation import uneven_widths
 from compress.passes.prune_structured.block import WidthOptions, magnitude, prune_block_width
 from compress.passes.prune_structured.importance import channel_importance, expert_saliency
 from compress.passes.prune_structured.taylor import taylor_scores

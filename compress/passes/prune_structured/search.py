@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
@@ -19,7 +19,6 @@ from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
-    from compress.passes.prune_structured.prune_structured import PruneStructured
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
 #: Most shapes that are tried; of more, those at equal steps of depth.
@@ -31,6 +30,18 @@ _TRY, _HELD_OUT = 32, 16
 #: Of shapes that are measured, at most so many numbers of blocks, of heads, and of neurons.
 _MEASURED = (8, 3, 17)
 _ONE_FILE = 1 << 62
+
+
+class Planner(Protocol):
+    """The part of the pass that the search uses: the shape that settings plan, and a checkpoint cut to it."""
+
+    def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
+        """Headers of the smaller checkpoint."""
+        ...
+
+    def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
+        """The smaller checkpoint."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,17 +75,17 @@ def meets(spec: Spec, before: Spec, settings: PruneStructuredSettings) -> bool:
     return small and (settings.max_bytes is None or lay_out(spec, _ONE_FILE).bytes <= settings.max_bytes)
 
 
-def estimate(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> Spec:
+def estimate(planner: Planner, spec: Spec, settings: PruneStructuredSettings) -> Spec:
     """A spec to plan with: of a shape that meets the target, taking a prompt's time to go with the weights of blocks.
 
     Raises:
         PassError: no shape is as small as asked.
     """
     if settings.max_latency_ratio is None:
-        return shapes(instance, spec, settings)[0].spec
+        return shapes(planner, spec, settings)[0].spec
     bound = settings.max_latency_ratio * work(spec)
     found, smallest = _least(
-        instance,
+        planner,
         spec,
         settings,
         list(_depths_and_heads(spec)),
@@ -87,7 +98,7 @@ def estimate(instance: PruneStructured, spec: Spec, settings: PruneStructuredSet
     return max((shape.spec for shape in found), key=lambda s: s.parameters, default=smallest or spec)
 
 
-def shapes(instance: PruneStructured, spec: Spec, settings: PruneStructuredSettings) -> list[Shape]:
+def shapes(planner: Planner, spec: Spec, settings: PruneStructuredSettings) -> list[Shape]:
     """Shapes that are as small as asked; none that only takes more than another. Reads headers alone.
 
     For each number of blocks and heads the fewest neurons that meet it.
@@ -100,14 +111,14 @@ def shapes(instance: PruneStructured, spec: Spec, settings: PruneStructuredSetti
             "the model is that small already", key=_key(settings), fix="ask for less, or leave the pass out"
         )
     pairs, options = list(_depths_and_heads(spec)), _options(spec, settings)
-    found, smallest = _least(instance, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
+    found, smallest = _least(planner, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
     if not found:
         raise _too_large(smallest, spec, settings)
     return found[:: max(1, -(-len(found) // MOST))]
 
 
 def fast_shapes(
-    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+    planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> list[Shape]:
     """Shapes that read a prompt as fast as asked, measured here; of those the ones with the most parameters.
 
@@ -128,8 +139,8 @@ def fast_shapes(
             return ratios[shape.amounts] <= target
 
         # the smallest shape comes first: where that is too slow, nothing else needs measuring
-        fit, smallest = _least(instance, spec, settings, pairs[-1:], options[-1:], fits)
-        found = _least(instance, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
+        fit, smallest = _least(planner, spec, settings, pairs[-1:], options[-1:], fits)
+        found = _least(planner, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
     if not ratios:
         raise _too_large(smallest, spec, settings)
     if not found:
@@ -157,7 +168,7 @@ def _too_large(smallest: Spec | None, spec: Spec, settings: PruneStructuredSetti
 
 
 def _least(
-    instance: PruneStructured,
+    planner: Planner,
     spec: Spec,
     settings: PruneStructuredSettings,
     pairs: Sequence[tuple[int, int]],
@@ -180,7 +191,7 @@ def _least(
         best: Shape | None = None
         while low < high:
             middle = (low + high) // 2
-            planned = _planned(instance, spec, settings, fixed, options[middle], width)
+            planned = _planned(planner, spec, settings, fixed, options[middle], width)
             if planned is None:  # this number of heads, or of neurons, no config can say
                 break
             smallest = planned[1] if smallest is None or planned[1].parameters < smallest.parameters else smallest
@@ -231,7 +242,7 @@ def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
 
 
 def _planned(
-    instance: PruneStructured,
+    planner: Planner,
     spec: Spec,
     settings: PruneStructuredSettings,
     fixed: dict[str, Any],
@@ -244,19 +255,19 @@ def _planned(
         return settings, spec
     chosen = settings.model_copy(update={**amounts, **dict.fromkeys(TARGETS)})
     try:
-        return chosen, instance.plan(spec, chosen)
+        return chosen, planner.plan(spec, chosen)
     except PassError:
         return None
 
 
 def search(
-    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+    planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> PruneStructuredSettings:
     """The shape of least divergence from the original, each tried with least squares and without tuning.
 
     Tried on some of the calibration samples and judged on others. ``context.details["shapes"]`` gets a row for each.
     """
-    found = context.workspace.cached("shape", lambda: _tried(instance, checkpoint, settings, context))
+    found = context.workspace.cached("shape", lambda: _tried(planner, checkpoint, settings, context))
     context.details["shapes"] = found["shapes"]
     best = found["best"]
     layers = None if best["layers"] is None else tuple(best["layers"])
@@ -264,7 +275,7 @@ def search(
 
 
 def _tried(
-    instance: PruneStructured, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+    planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, Any] | None:
     """Amounts of the best shape, and a row for each; in the first process."""
     if context.processes.rank:
@@ -272,9 +283,9 @@ def _tried(
     from compress.sensitivity.depth import divergence, greedy_depth
 
     if settings.max_latency_ratio is None:
-        found = shapes(instance, checkpoint.spec, settings)
+        found = shapes(planner, checkpoint.spec, settings)
     else:
-        found = fast_shapes(instance, checkpoint, settings, context)
+        found = fast_shapes(planner, checkpoint, settings, context)
     data = context.data("calibration")
     held = min(_HELD_OUT, max(1, len(data.ids) // 4))
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
@@ -289,7 +300,7 @@ def _tried(
             named = tuple(sorted(order[: shape.layers])) or None
             option = shape.settings.model_copy(update={"layers": named})
             quick = option.model_copy(update={"compensation": "least_squares"})
-            smaller = instance.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
+            smaller = planner.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
             loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
             options.append((loss, number, option))
             row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}

@@ -12,7 +12,7 @@ from compress.architectures import resize
 from compress.architectures.groups import KVHeadMerge, PrunableGroup
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.passes.allocation import UNEVEN, check_loss
+from compress.passes.allocation import UNEVEN, require_divergence
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def _neurons(
     uneven = amounts.allocation == "kl"
     if uneven:
         model_map(spec).require_nameable("allocation", UNEVEN[1])
-        check_loss(spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "allocation")
+        require_divergence(
+            spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "allocation"
+        )
     for one in chain.from_iterable(units.values()):
         if one.size_key is None and not uneven:
             raise PassError(

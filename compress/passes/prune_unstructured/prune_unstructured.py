@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
-from compress.passes.allocation import by_loss, by_owl, check_loss, loss_memory
+from compress.passes.allocation import divergence_memory, require_divergence
 from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select_linears
 from compress.passes.blockwise import open_runner, runner_memory
+from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
 from compress.settings import Fraction, PatternNM
 from compress.spec.spec import Spec, Tensor
 
@@ -131,7 +132,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         if settings.allocation != "kl":
             return runner
         assert settings.sparsity is not None
-        return max(runner, loss_memory(spec, chosen))
+        return max(runner, divergence_memory(spec, chosen))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
@@ -163,7 +164,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         if settings.method != "magnitude":
             mapped.require_inside_blocks(names)
         if settings.allocation == "kl":
-            check_loss(spec, names)
+            require_divergence(spec, names)
         return names
 
     @staticmethod
@@ -256,7 +257,7 @@ def _calibrated(
         if settings.allocation == "owl":
             sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
         else:
-            sparsity = by_loss(checkpoint, chosen, settings.sparsity, settings.method, context)
+            sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
     options = PruneOptions(
         method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, DataError, PassError
-from compress.passes.distill.distill import default_rate, default_warmup
+from compress.passes.distill.plan import default_rate, default_warmup
 from tests import pico
 from tests.conftest import ROOT
 from tests.processes import Process

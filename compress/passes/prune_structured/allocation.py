@@ -1,0 +1,61 @@
+"""How many neurons each MLP loses: as many in all as a plan says, by measured divergence of the model's output."""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from compress.architectures.model_map import model_map
+from compress.passes.allocation import UNEVEN, probe_sparsities
+from compress.passes.base import Context
+from compress.passes.blockwise import measured_divergences, open_runner
+
+if TYPE_CHECKING:
+    from compress.checkpoint.open import Checkpoint
+    from compress.passes.prune_structured.settings import PruneStructuredSettings
+    from compress.passes.prune_structured.widths import Widths
+
+
+def uneven_widths(
+    checkpoint: Checkpoint, found: Widths, settings: PruneStructuredSettings, context: Context
+) -> dict[str, int]:
+    """With `allocation: kl`, by the module that reads them how many neurons go: in all as many as ``found`` says.
+
+    For the least divergence of the model's output, that of each MLP measured by itself, on the inputs of the whole model.
+    """
+    if not found.uneven:
+        return {}
+    mlps = found.mlps()
+    steps = [lcm(settings.multiple_of, units.multiple) for units, _ in mlps]
+    sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
+    kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))
+    levels = probe_sparsities(1 - kept / sum(sizes))
+    workspace = context.workspace.folder("widths")
+
+    def measured() -> dict[str, Any] | None:
+        from compress.passes.prune_structured.block import WidthOptions, probe_widths
+        from compress.solvers.sparsity_allocation import allocate_sparsity
+
+        names = [f"{units.name}.weight" for units, _ in mlps]
+        block_of = model_map(checkpoint.spec).block_of
+        counts = {
+            name: (units, [min(max(1, round(share * units.count)), units.count - 1) for share in levels])
+            for name, (units, _) in zip(names, mlps, strict=True)
+        }
+        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
+        options = WidthOptions({}, {}, settings.importance, settings.compensation != "none", None)
+        read = probe_widths(runner, counts, options)
+        if context.processes.rank:
+            return None
+        losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), UNEVEN, context)
+        rows = [list(losses[name].values()) for name in names]
+        left = allocate_sparsity(sizes, sizes, levels, rows, kept)
+        gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}
+        blocks = [{"block": block_of(n), "removed": gone[u.name]} for n, (u, _) in zip(names, mlps, strict=True)]
+        return {"removed": gone, "blocks": blocks, "divergence": dict(zip(names, rows, strict=True)), "at": levels}
+
+    result = context.workspace.cached("widths", measured)
+    workspace.remove()
+    context.details["widths"] = result
+    removed: dict[str, int] = result["removed"]
+    return removed
