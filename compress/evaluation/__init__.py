@@ -1,1 +1,1 @@
-"""What a model is worth: `language` scores text, `latency` measures time and memory in processes of their own."""
+"""Evaluation of one model: metrics on text and images by task, and speed and memory. docs/metrics.md defines all metrics."""

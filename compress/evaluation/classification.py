@@ -1,4 +1,4 @@
-"""Accuracy, F1, agreement and divergence of classifiers on labelled texts or images."""
+"""Metrics of classifiers on labelled texts or images: accuracy, F1, agreement and KL divergence."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ SCHEMA = "compress.classification/1"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a model says of one text or image.
+    """Prediction for one text or image.
 
     Attributes:
-        label: its true label. prediction: the likeliest one. nll: negative log-likelihood of the true one, nats.
-        kl: divergence of the reference from the model over labels, KL(reference ‖ model), nats; None without a reference.
-        agree: 1 where the reference's likeliest label is the same, else 0; None without a reference.
+        label: true label. prediction: most likely label.
+        nll: negative log-likelihood of the true label, nats.
+        kl: KL(reference ‖ model) over labels, nats; None without a reference.
+        agree: 1 if the reference has the same most likely label, else 0; None without a reference.
     """
 
     id: str
@@ -40,9 +41,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions in the order of the texts or images (``of``).
+    """Predictions in the order of the examples.
 
-    ``labels``: names by id. ``cut``: texts longer than the model reads.
+    Attributes:
+        labels: label names by id.
+        cut: number of texts that are longer than the model reads.
+        of: kind of the examples.
     """
 
     documents: tuple[Prediction, ...]
@@ -51,7 +55,7 @@ class Predictions:
     of: Literal["texts", "images"] = "texts"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, schema ``compress.classification/1``, with the metrics over all texts; NaN stays NaN."""
+        """JSON values of schema ``compress.classification/1``, with the metrics over all examples; NaN stays NaN."""
         rows = [asdict(d) for d in self.documents]
         return {
             "schema": SCHEMA,
@@ -65,7 +69,7 @@ class Predictions:
 
 
 def metrics(rows: Sequence[dict[str, Any]], labels: int) -> dict[str, Any]:
-    """Metrics of `Prediction` rows: accuracy, macro F1, mean cross-entropy, mean divergence, share of agreement."""
+    """Metrics of `Prediction` rows: accuracy, macro F1, mean cross-entropy, mean KL, agreement."""
     paired = all(row["kl"] is not None for row in rows)
     return {
         "accuracy": sum(row["prediction"] == row["label"] for row in rows) / len(rows),
@@ -86,19 +90,19 @@ def classify_documents(
     title: str = "evaluate",
     progress: Progress | None = None,
 ) -> Predictions:
-    """Predict every document's label, with log-probabilities in float32.
+    """Predictions for all documents, with float32 log-probabilities.
 
-    Texts and pairs get the tokenizer's special tokens and are cut to what model and tokenizer take; batches hold texts of
-    similar length, padded on the right and masked. Images are read a batch at a time.
+    Texts and pairs get the tokenizer's special tokens and are cut to the length that model and tokenizer accept. Batches have
+    texts of similar length, padded on the right and masked. Images are read one batch at a time.
 
     Args:
-        processor: the checkpoint's tokenizer, or its image processor where the documents are images.
+        processor: tokenizer of the checkpoint, or its image processor if the documents are images.
         documents: each with a label, an id below ``len(labels)``.
-        reference: the model to compare with; of the same labels.
+        reference: model to compare with, with the same labels.
 
     Raises:
-        CompressError: the model's outputs are not the labels, or the reference has others.
-        DataError: the tokenizer gives tokens that the model does not know.
+        CompressError: model or reference has another number of labels.
+        DataError: the tokenizer produces tokens that the model does not know.
     """
     import torch
 
@@ -135,6 +139,6 @@ def classify_documents(
 
 
 def _log_probabilities(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Over labels, float32 [texts, labels], on the CPU."""
+    """Log-probabilities of the labels, float32 [examples, labels], on the CPU."""
     log_probabilities: torch.Tensor = outputs(model, inputs).logits.float().log_softmax(-1).cpu()
     return log_probabilities

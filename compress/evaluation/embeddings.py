@@ -1,4 +1,4 @@
-"""Sentence embeddings: how near they stay to the original's, and how well the cosines of pairs follow their scores."""
+"""Metrics of sentence embeddings: similarity to the original's, and rank correlation of cosines with scores of pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = "compress.embeddings/1"
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How the vectors of a text's tokens become one: each of ``modes``, side by side. ``length``: most tokens of a text."""
+    """Pooling of token vectors: results of all ``modes``, concatenated. ``length``: most tokens of a text."""
 
     modes: tuple[str, ...] = ("mean_tokens",)
     length: int | None = None
@@ -33,11 +33,12 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """What a model makes of one text, or pair of texts.
+    """Result for one text or pair of texts.
 
     Attributes:
-        similarity: cosine to the reference's embedding, of a pair the mean of both; None without a reference.
-        cosine: of the two texts of a pair. score: what the pair's label says. Both None for one text.
+        similarity: cosine to the reference's embedding, for a pair the mean of both; None without a reference.
+        cosine: between the two texts of a pair; None for a single text.
+        score: label of the pair; None for a single text.
     """
 
     id: str
@@ -56,15 +57,15 @@ def embed_documents(
     title: str = "evaluate",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Embed every text by itself, the texts of a pair too, in float32.
+    """Embed every text by itself, also the texts of a pair, in float32.
 
     Returns:
-        JSON values, schema ``compress.embeddings/1``: rows of `Embedded`, the mean of their similarities, and with scores the
-        rank correlation (Spearman) of cosines and scores.
+        JSON values of schema ``compress.embeddings/1``: rows of `Embedded`, their mean similarity, and with scores Spearman's
+        rank correlation of cosines and scores.
 
     Raises:
-        CompressError: the model gives no vectors of tokens, or the reference's are of another width.
-        DataError: the tokenizer gives tokens that the model does not know.
+        CompressError: the model has no token vectors, or the reference's have another width.
+        DataError: the tokenizer produces tokens that the model does not know.
     """
     progress = progress or SilentProgress()
     alone = [
@@ -83,8 +84,8 @@ def embed_documents(
                 theirs = _embeddings(reference, inputs, pooling)
                 if theirs.shape != mine.shape:
                     raise CompressError(
-                        f"the embeddings have {mine.shape[1]} numbers, the original's {theirs.shape[1]}",
-                        fix="leave out `similarity`; spearman needs labelled pairs alone",
+                        f"the embeddings have width {mine.shape[1]}, the original's {theirs.shape[1]}",
+                        fix="leave out `similarity`; `spearman` works, on labelled pairs",
                     )
                 near = (mine * theirs).sum(1).tolist()
             for row, i in enumerate(batch):
@@ -123,7 +124,7 @@ def _embeddings(model: Any, inputs: dict[str, torch.Tensor], pooling: Pooling) -
 
 
 def pooled(states: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """Unit vectors [texts, width] of states [texts, tokens, D] where ``mask`` [texts, tokens] is true."""
+    """Unit vectors [texts, width] of states [texts, tokens, D], pooled where ``mask`` [texts, tokens] is true."""
     import torch
 
     vectors = torch.cat([_POOLS[mode](states, mask) for mode in pooling.modes], 1)
@@ -159,22 +160,22 @@ _POOLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "mean_sqrt_len_tokens": _mean_sqrt,
     "lasttoken": _last,
 }
-#: Modules of sentence-transformers that are applied here; cosines take no notice of Normalize.
+#: Modules of sentence-transformers that are supported; Normalize does not change cosines.
 _MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """What the sentence-transformers files of a checkpoint say; the mean over tokens where there are none.
+    """Pooling of a checkpoint's sentence-transformers files; the mean over tokens without such files.
 
     Raises:
-        CheckpointError: they cannot be read, or ask for what is not offered.
+        CheckpointError: the files are damaged, or ask for an unsupported pooling or module.
     """
     for module in _json(safe_file(folder, "modules.json"), list):
         if isinstance(module, dict) and (name := str(module.get("type")).rpartition(".")[2]) not in _MODULES:
             raise CheckpointError(
-                f"has a module {name}, without which its embeddings are others",
+                f"has a module {name}, which is not supported and changes the embeddings",
                 where=f"{folder}/modules.json",
-                fix=f"those that are applied are {', '.join(_MODULES)}",
+                fix=f"supported are {', '.join(_MODULES)}",
             )
     length = _json(safe_file(folder, "sentence_bert_config.json"), dict).get("max_seq_length")
     if length is not None and (type(length) is not int or length < 1):
@@ -183,20 +184,20 @@ def read_pooling(folder: Path) -> Pooling:
     asked = [key.removeprefix("pooling_mode_") for key, on in said.items() if key.startswith("pooling_mode_") and on]
     wrong = [mode for mode in asked if mode not in _POOLS]
     if wrong or (said and not asked):
-        what = f"the pooling {wrong[0]}" if wrong else "no pooling that is known"
+        what = f"the pooling {wrong[0]}" if wrong else "no known pooling"
         raise CheckpointError(f"asks for {what}", where=str(path), fix=f"there are {', '.join(_POOLS)}")
     modes = tuple(mode for mode in _POOLS if mode in asked)
     return Pooling(modes or Pooling().modes, length)
 
 
 def _json(path: Path, kind: type) -> Any:
-    """The JSON value of a file, which must be of that kind; an empty one where there is no file."""
+    """JSON value of a file, which must have that type; an empty one without a file. Raises `CheckpointError`."""
     if not path.is_file():
         return kind()
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"is no JSON: {error}", where=str(path)) from None
+        raise CheckpointError(f"is not JSON: {error}", where=str(path)) from None
     if not isinstance(value, kind):
-        raise CheckpointError(f"is no {'object' if kind is dict else 'list'}", where=str(path))
+        raise CheckpointError(f"is not {'an object' if kind is dict else 'a list'}", where=str(path))
     return value

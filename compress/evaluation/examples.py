@@ -1,4 +1,4 @@
-"""Texts that are read whole, each by itself: as tokens, in batches of similar length, padded and masked. Images too."""
+"""Texts that a model reads whole: tokenised, in padded batches of similar length. Images in batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Tokens of a batch with its padding, and most texts in one.
+#: Most tokens of a batch, padding included, and most texts of a batch.
 BATCH_TOKENS, BATCH_TEXTS = 1 << 13, 64
 #: Images of a batch.
 BATCH_IMAGES = 32
@@ -25,11 +25,12 @@ BATCH_IMAGES = 32
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts as a model reads them.
+    """Tokenised texts.
 
     Attributes:
-        rows: of each text the model's inputs by name. cut: how many are longer than the model reads.
-        padding: id of the padding token; None where the model knows none.
+        rows: inputs of the model by name, for each text.
+        cut: number of texts that are longer than the model reads.
+        padding: id of the padding token; None if the model has none.
     """
 
     rows: tuple[dict[str, list[int]], ...]
@@ -37,8 +38,8 @@ class Examples:
     padding: int | None
 
     def batches(self, tokens: int = BATCH_TOKENS) -> list[list[int]]:
-        """Numbers of texts, longest first, so that memory is at its most in the first batch of up to so many tokens."""
-        # some models find by the padding token where a text ends; without one texts go one by one
+        """Indices of texts by batch, longest first, so the first batch needs the most memory. ``tokens``: most per batch."""
+        # some models find the end of a text by the padding token; without one, texts go one by one
         most = BATCH_TEXTS if self.padding is not None else 1
         lengths = [len(row["input_ids"]) for row in self.rows]
         batches: list[list[int]] = []
@@ -50,7 +51,7 @@ class Examples:
         return batches
 
     def inputs(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Tensors [texts, tokens] of every input that the tokenizer gives."""
+        """Input tensors [texts, tokens] by name."""
         import torch
 
         rows = [self.rows[i] for i in batch]
@@ -65,14 +66,14 @@ class Examples:
     def each(
         self, progress: Progress, title: str, tokens: int = BATCH_TOKENS
     ) -> Iterator[Iterator[tuple[list[int], dict[str, torch.Tensor]]]]:
-        """Every batch of up to so many tokens with its inputs, under inference mode."""
+        """Every batch with its inputs, under inference mode."""
         with _each(self.batches(tokens), self.inputs, progress, title, "texts") as batches:
             yield batches
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images as a model reads them, each batch from disk. ``processor``: the checkpoint's, which makes pixels of them."""
+    """Images, read from disk one batch at a time. ``processor``: image processor of the checkpoint."""
 
     files: tuple[str, ...]
     processor: Any
@@ -116,10 +117,10 @@ def examples(
     documents: Sequence[Document],
     longest: int | None = None,
 ) -> Examples:
-    """The documents with the tokenizer's special tokens, cut to what model and tokenizer take, and to ``longest`` tokens.
+    """Tokenised documents with special tokens, cut to what model and tokenizer accept and to ``longest`` tokens.
 
     Raises:
-        DataError: the tokenizer gives tokens that the model does not know, or none.
+        DataError: the tokenizer produces no tokens, or tokens that the model does not know.
     """
     limit = min((n for n in (longest, longest_text(model, tokenizer)) if n is not None), default=None)
     rows = [encoded(document, tokenizer) for document in documents]
@@ -129,20 +130,20 @@ def examples(
         for row, document, long in zip(rows, documents, cut, strict=True)
     ]
     if empty := next((document for row, document in zip(rows, documents, strict=True) if not row["input_ids"]), None):
-        raise DataError("the tokenizer makes no token of it", where=empty.id)
+        raise DataError("the tokenizer produces no token for it", where=empty.id)
     check_tokens(model, max(max(row["input_ids"]) for row in rows))
     return Examples(tuple(rows), sum(cut), model.config.pad_token_id)
 
 
 def check_tokens(model: PreTrainedModel, highest: int) -> None:
-    """The model knows token ids up to ``highest``. Raises `DataError`."""
+    """Raise `DataError` if the model does not know token ids up to ``highest``."""
     embeddings: Any = model.get_input_embeddings()
     if highest >= (size := int(embeddings.weight.shape[0])):
         raise DataError(f"the tokenizer gives token {highest}, the model knows {size}", fix="use its own tokenizer")
 
 
 def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens of a text; None where nothing limits them. Positions up to the padding token's are no text's."""
+    """Most tokens of a text; None without a limit. Positions up to that of the padding token cannot be used."""
     import torch
 
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 1 << 30 else []
@@ -155,7 +156,7 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """What the model gives for those of the inputs that it takes."""
+    """Output of the model for the inputs that its forward accepts."""
     taken = arguments_of(model)
     there = {name: value.to(model.device) for name, value in inputs.items() if name in taken}
     with accepted(inputs):

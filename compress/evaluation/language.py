@@ -1,4 +1,4 @@
-"""Bits per byte, perplexity, divergence and agreement of causal language models on fixed documents."""
+"""Metrics of causal language models on documents: bits per byte, perplexity, KL divergence and agreement."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA = "compress.evaluation/1"
-#: Below so many documents, chunks of them are the unit that is resampled.
+#: With fewer documents, chunks of them are the unit of resampling.
 FEW_DOCUMENTS = 30
-#: As many chunks as that are made of few documents, where there are windows enough.
+#: Number of chunks that few documents are cut into, if there are enough windows.
 CHUNKS = 60
-#: Values of one batch's logits (float32), and most windows in a batch.
+#: Most logits (float32) of a batch, and most windows of a batch.
 BATCH_VALUES, BATCH_WINDOWS = 1 << 25, 16
 
 
@@ -30,9 +30,11 @@ class TextScore:
     """Sums over the scored tokens of one document, or of one chunk of it.
 
     Attributes:
-        bytes: UTF-8 bytes of its text. tokens: scored. nll: negative log-likelihood, nats.
-        kl: divergence of the reference from the model, KL(reference ‖ model), nats; None without a reference.
-        agree: tokens at which both models' likeliest next token is the same; None without a reference.
+        bytes: UTF-8 bytes of its text.
+        tokens: number of scored tokens.
+        nll: negative log-likelihood, nats.
+        kl: KL(reference ‖ model), nats; None without a reference.
+        agree: number of tokens at which both models have the same most likely next token; None without a reference.
     """
 
     id: str
@@ -45,7 +47,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by document (``unit`` is ``document``) or by chunk (``chunk``), and how they were taken."""
+    """Scores by document or by chunk (``unit``), and the windows that they were measured with."""
 
     documents: tuple[TextScore, ...]
     unit: str
@@ -54,7 +56,7 @@ class Scores:
     begins: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, schema ``compress.evaluation/1``, with the metrics over all documents; NaN stays NaN."""
+        """JSON values of schema ``compress.evaluation/1``, with the metrics over all documents; NaN stays NaN."""
         return {
             "schema": SCHEMA,
             "unit": self.unit,
@@ -67,13 +69,13 @@ class Scores:
 
 
 def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of `TextScore` rows: bits per byte, perplexity per token, mean divergence per token, share of agreement."""
+    """Metrics of `TextScore` rows: bits per byte, perplexity per token, mean KL per token, agreement."""
     size, nll = sum(r["bytes"] for r in rows), math.fsum(r["nll"] for r in rows)
     return {"bytes": size, "bits_per_byte": nll / math.log(2) / size, **token_metrics(rows)}
 
 
 def token_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Those of them that are per token."""
+    """The metrics per token: perplexity, KL and agreement."""
     tokens, nll = sum(r["tokens"] for r in rows), math.fsum(r["nll"] for r in rows)
     paired = all(r["kl"] is not None for r in rows)
     return {
@@ -89,7 +91,7 @@ class _Window:
     """Tokens of one forward pass; the targets from ``first`` on are scored here."""
 
     document: int
-    ids: list[int]  # one more than the model reads: the last is a target alone
+    ids: list[int]  # one more than the model reads: the last is only a target
     first: int
     start: int  # index in the document of the first scored target
 
@@ -105,19 +107,19 @@ def score_documents(
     title: str = "evaluate",
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every token of every document once, in float32 log-probabilities.
+    """Score every token of every document once, with float32 log-probabilities.
 
-    Each document is tokenised by itself, after the tokenizer's beginning-of-text token where it has one. A forward pass
-    reads up to ``window`` tokens; the next starts ``stride`` tokens later and scores only what is not scored yet. Where the
-    tokenizer puts a beginning-of-text token before texts, every forward pass begins with one, as the model expects. Of a
-    chat the text that the tokenizer's template gives is scored, roles and marks included.
+    Each document is tokenised by itself, with the tokenizer's beginning-of-text token in front if it has one. A forward pass
+    reads up to ``window`` tokens. The next one starts ``stride`` tokens later and scores only tokens not scored yet. If the
+    tokenizer puts a beginning-of-text token before texts, every forward pass begins with one, as the model expects. A chat is
+    scored as rendered by the tokenizer's template, roles and markers included.
 
     Args:
-        reference: the model to compare with; where the vocabularies are padded differently, over the shared ids.
+        reference: model to compare with, over the shared ids if the vocabularies are padded differently.
 
     Raises:
-        CompressError: the model is no causal language model, or cannot read so many tokens.
-        DataError: no text, tokens that the model does not know, or a chat that the tokenizer has no template for.
+        CompressError: the model is not a causal language model, or cannot read ``window`` tokens.
+        DataError: no text, tokens that the model does not know, or a chat without a template.
     """
     import torch
 
@@ -180,7 +182,7 @@ def _check(model: PreTrainedModel, window: int) -> None:
 
 
 def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A chat as its template gives it, without the beginning-of-text token: that is put before every document anyway."""
+    """A chat as rendered, without the beginning-of-text token, which is put before every document later."""
     if document.messages is None:
         return document
     text = rendered(document, tokenizer).removeprefix(str(tokenizer.bos_token or ""))
@@ -188,7 +190,7 @@ def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Documen
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and the index in ``text`` of the character at which each begins."""
+    """Token ids, and for each the index of its first character in ``text``."""
     if tokenizer.is_fast:
         both = tokenized(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
         return list(both["input_ids"]), [start for start, _ in both["offset_mapping"]]
@@ -201,7 +203,7 @@ def _byte_at(text: str, character: int) -> int:
 
 
 def _windows(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[_Window]:
-    """``begin`` stands before all windows but the first, whose first token it is."""
+    """Windows of a document. ``begin`` is put before all but the first, which begins with it already."""
     scored, start = 1, 0  # the first token is never a target
     while start < len(ids) - 1:
         lead = [begin] if begin is not None and start else []
@@ -215,7 +217,7 @@ def _windows(document: int, ids: list[int], window: int, stride: int, begin: int
 def _score(
     model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[_Window], pad: int
 ) -> torch.Tensor:
-    """Sums of nll, kl and agreement over the scored targets, float64 [windows, 3]. Padding stands right, unseen."""
+    """Sums of NLL, KL and agreement over the scored targets, float64 [windows, 3]. Padding is on the right."""
     import torch
 
     longest = max(len(w.ids) for w in windows)
@@ -231,10 +233,11 @@ def _score(
 
 
 def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of the targets, divergence from the reference and agreement with it, [..., 3], nats.
+    """NLL of the targets, KL(reference ‖ model) and agreement, [..., 3], nats.
 
     Args:
-        logits, theirs: [..., vocabulary], float32; of the model and of the reference, without which the last two are 0.
+        logits: of the model, float32 [..., vocabulary].
+        theirs: of the reference; without it KL and agreement are 0.
         targets: token ids [...].
     """
     import torch

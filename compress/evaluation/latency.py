@@ -1,7 +1,7 @@
-"""Time to read a prompt and to generate a token, and memory, of two checkpoints side by side.
+"""Prefill time, decode time and memory of two checkpoints, measured in turns.
 
-Each model lives in a process of its own (`latency_worker`), so that neither warms caches or fills memory for the other.
-Both are asked in turn, in changing order; only one works at a time.
+Each model is in its own process (`latency_worker`), so neither warms caches or fills memory for the other. Only one works at a
+time, in alternating order.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import IO, Any
 from compress.errors import CheckpointError, CompressError, ResourceError
 from compress.progress import Progress, SilentProgress
 
-#: Tokens of the prompt, and tokens generated one by one after it.
+#: Tokens of the prompt, and generated tokens.
 PROMPT, GENERATED = 256, 32
-#: Rounds of both models: as many as fit the seconds, within these bounds.
+#: Rounds: as many as fit into ``SECONDS``, within these bounds.
 SECONDS, FEWEST, MOST = 8.0, 10, 40
-#: A worker that says nothing for so long is given up.
+#: Seconds without an answer after which a worker is killed.
 PATIENCE = 900.0
 
 
@@ -42,14 +42,14 @@ def measure_latency(
     """Measure ``[original, candidate]`` interleaved, after a warm-up.
 
     Returns:
-        ``original`` and ``candidate``, each with ``prefill`` (seconds for the prompt, with logits of its last
-        token alone, as generation reads it) and ``decode`` (seconds per token; None for models that do not generate), both
-        with ``samples`` by round, ``median`` and ``p90``, the candidate's also with ``ratio`` and its 95 % interval
-        ``lower``, ``upper``; ``memory``: bytes of peak memory that loading and inference took beyond what the process held
-        before (on a GPU: allocated there), and its ``ratio``.
+        ``original`` and ``candidate``. Each has ``prefill``, seconds for the prompt with logits of the last token only, and
+        ``decode``, seconds per generated token (None for models that do not generate). Both have ``samples`` by round,
+        ``median`` and ``p90``; the candidate's also ``ratio`` with one-sided 95 % bounds ``lower`` and ``upper``. ``memory``
+        has the ``peak`` bytes of loading and inference beyond what the process had before (on a GPU: allocated bytes), and
+        the candidate's its ``ratio``.
 
     Raises:
-        CompressError: a worker could not load its model, or died.
+        CompressError: a worker cannot load its model, or died.
     """
     settings = {"dtype": dtype, "device": device, "threads": threads, "trust_remote_code": trust_remote_code}
     settings["ignore_auto_map"] = ignore_auto_map
@@ -62,7 +62,7 @@ def measure_latency(
         task["generated"] = min([GENERATED, *(max(p - prompt, 1) for p in positions)])
         task["decode"] = all(f["generates"] for f in facts)
         warm = [_ask(worker, "warm", task) for worker in workers]
-        # the second warm-up is timed: how many rounds fit
+        # a second, timed warm-up tells how many rounds fit
         once = sum(_ask(worker, "round", task)["seconds"] for worker in workers)
         rounds = int(max(FEWEST, min(MOST, SECONDS / max(once, 1e-6))))
         samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
@@ -105,7 +105,7 @@ def _summary(
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Linear between order statistics, as numpy's default."""
+    """Quantile with linear interpolation, as numpy's default."""
     place = share * (len(ordered) - 1)
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
@@ -113,7 +113,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 class _Worker:
-    """A process that answers each line of JSON with one."""
+    """A process that answers each line of JSON with a line of JSON."""
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self.process = process
@@ -143,7 +143,7 @@ class _Worker:
 
     def send(self, data: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `answer` says why it is gone
+        with contextlib.suppress(BrokenPipeError):  # `answer` raises the reason
             self.process.stdin.write(json.dumps(data) + "\n")
             self.process.stdin.flush()
 
@@ -155,7 +155,7 @@ def _ask(worker: _Worker, what: str, task: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _worker(settings: dict[str, Any]) -> Iterator[_Worker]:
-    """Start a worker; whatever happens, it is gone afterwards. It also ends when its stdin closes."""
+    """Start a worker and kill it at the end. It also ends when its stdin closes."""
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -167,7 +167,7 @@ def _worker(settings: dict[str, Any]) -> Iterator[_Worker]:
             stderr=errors,
             text=True,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is this process's to handle
+            start_new_session=True,  # this process handles Ctrl-C
         )
         try:
             yield _Worker(process, errors)

@@ -1,7 +1,7 @@
-"""The process that holds one model and times it: ``python -m compress.evaluation.latency_worker SETTINGS``.
+"""Process that times one model: ``python -m compress.evaluation.latency_worker SETTINGS``.
 
-Reads commands as lines of JSON on stdin (``warm``, ``round``, ``memory``), answers each with one line on stdout, and
-ends when stdin closes.
+It reads commands (``warm``, ``round``, ``memory``) as lines of JSON on stdin, answers each by one line on stdout, and ends
+when stdin closes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Load, say what was loaded, then serve."""
-    out = os.fdopen(os.dup(1), "w")  # libraries that print do not spoil the protocol
+    """Load the model, describe it on stdout, then answer commands."""
+    out = os.fdopen(os.dup(1), "w")  # prints of libraries must not mix with the answers
     os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
     try:
@@ -52,7 +52,7 @@ def _say(out: Any, data: dict[str, Any]) -> None:
 
 
 def _load(settings: dict[str, Any]) -> tuple[Any, int]:
-    """The model, and the resident bytes of the process before it was loaded."""
+    """The model, and the resident bytes of the process before loading."""
     import torch
 
     from compress.memory import peak_memory, reset_peak
@@ -60,7 +60,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
 
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the maths library is loaded
+    torch.ones(64, 64) @ torch.ones(64, 64)  # load the maths library
     reset_peak()
     before = peak_memory()
     model = load_model(
@@ -69,7 +69,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
         ignore_auto_map=settings["ignore_auto_map"],
-        quantized_activations=False,  # emulating them takes time that no runtime spends
+        quantized_activations=False,  # emulation takes time that no runtime needs
     )
     if settings["device"].startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -102,7 +102,7 @@ def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generate(model: Any, output: Any, count: int) -> None:
-    """Greedy, one token at a time, with the cache."""
+    """Generate greedily with the cache, one token at a time."""
     for _ in range(count):
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)

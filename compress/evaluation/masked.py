@@ -1,4 +1,4 @@
-"""Perplexity, divergence and agreement of masked language models at tokens that are masked by lot."""
+"""Metrics of masked language models at randomly masked tokens: perplexity, KL divergence and agreement."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCHEMA = "compress.masked/1"
-#: The share of tokens that is masked (BERT, arXiv 1810.04805).
+#: Fraction of tokens that is masked (BERT, arXiv 1810.04805).
 SHARE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Tokens of one forward pass, special ones included, and which of them are masked."""
+    """Tokens of one forward pass, special ones included, and the positions that are masked."""
 
     document: int
     ids: list[int]
@@ -41,17 +41,18 @@ def score_masked(
     title: str = "evaluate",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Mask `SHARE` of each window's tokens, all of them as the mask token, and score what the model says there, in float32.
+    """Mask `SHARE` of each window's tokens by the mask token and score the predictions there, in float32.
 
     Each document is cut into windows of up to ``window`` tokens, each with the tokenizer's special tokens, which are never
-    masked. Which tokens are masked depends on the document's id and the window's number alone, so that every model is asked
-    the same. Perplexity is that of the masked tokens, as transformers' run_mlm.py gives it, not one of the text.
+    masked. The masked positions depend only on the document's id and the number of the window, so every model is asked the same
+    ones. Perplexity is over the masked tokens, as in transformers' run_mlm.py.
 
     Returns:
-        JSON values, schema ``compress.masked/1``; of fewer than 30 documents windows are the unit (``chunk``).
+        JSON values of schema ``compress.masked/1``. With fewer than 30 documents the unit is the window (``chunk``).
 
     Raises:
-        CompressError: the model cannot read so many tokens. DataError: no text, or the tokenizer is not one for masking.
+        CompressError: the model cannot read ``window`` tokens.
+        DataError: no text, or the tokenizer has no mask token.
     """
     import torch
 
@@ -106,11 +107,13 @@ def score_masked(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """It can hide tokens, and gives windows of a text. Raises `DataError`."""
+    """Raise `DataError` if a tokenizer has no mask token or cannot cut a text into windows."""
     if tokenizer.mask_token_id is None:
         raise DataError("the tokenizer has no mask token, which masked language modelling needs")
     if not tokenizer.is_fast:
-        raise DataError("the tokenizer gives no windows of a text", fix="save it as a fast one, with tokenizer.json")
+        raise DataError(
+            "the tokenizer cannot cut a text into windows", fix="save it as a fast one, with tokenizer.json"
+        )
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], window: int) -> list[_Window]:

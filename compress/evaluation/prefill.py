@@ -1,4 +1,4 @@
-"""Time to read a prompt: of one model, or of two that are in memory, in turn."""
+"""Prefill time of one model, and the ratio for two models in memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compress.statistics import median_ratio
 if TYPE_CHECKING:
     import torch
 
-#: Rounds of both models in `prefill_ratio`: as many as fit the seconds, within these bounds.
+#: Rounds of `prefill_ratio`: as many as fit into ``SECONDS``, within these bounds.
 SECONDS, FEWEST, MOST = 2.0, 5, 40
 
 
 def prefill(model: Any, prompt: torch.Tensor) -> Any:
-    """Output for token ids [samples, length], as generation asks for it: with a cache, and logits of the last token alone."""
+    """Output for token ids [samples, length], as generation calls the model: with a cache and logits of the last token only."""
     if not model.can_generate():
         return model(input_ids=prompt)
     last = {"logits_to_keep": 1} if "logits_to_keep" in arguments_of(model) else {}
@@ -25,7 +25,7 @@ def prefill(model: Any, prompt: torch.Tensor) -> Any:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds of ``work`` until the device is done with it, and what it gives."""
+    """Seconds until the device has finished ``work``, and its result."""
     import torch
 
     cuda = device.type == "cuda"
@@ -39,10 +39,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def prefill_ratio(original: Any, candidate: Any, prompt: torch.Tensor, *, seed: int = 0) -> float:
-    """Seconds that the candidate takes to read the prompt over those of the original: the ratio of the medians of rounds.
-
-    Both are warm when the first round begins, and take turns in changing order.
-    """
+    """Ratio of the median prefill times, candidate over original, after a warm-up, in alternating order."""
     import torch
 
     models = (original, candidate)

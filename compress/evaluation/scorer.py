@@ -1,4 +1,4 @@
-"""Text metrics of a model, by its task: which documents it is measured on, and how."""
+"""Metrics of a model on text or images, by its task."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from compress.spec.spec import Structure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Labels that a message lists.
+#: Most labels that a message lists.
 _LABELS_SHOWN = 12
 
 
 class Texts(Protocol):
-    """What says which texts to read; `recipe.model.Evaluation` does, and `assess.Assessment`."""
+    """Selection of evaluation data, as in a recipe's ``data.evaluation`` or on the command line."""
 
     @property
     def files(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -56,10 +56,10 @@ class Texts(Protocol):
 
 
 def read(texts: Texts, separator: str | None, structure: Structure | None) -> list[Document]:
-    """All documents of the evaluation data; labelled ones with what their labels say to the model, which plain text has no
-    need of.
+    """All documents of the evaluation data, with label ids if they are labelled. Raises `DataError` with file and row.
 
-    Raises `DataError` with file and row.
+    Args:
+        structure: of the model, for its labels; plain text does not need it.
     """
     if texts.images is None and texts.label is None:
         return read_documents(texts.files, separator, texts.field, texts.template)
@@ -74,7 +74,7 @@ def read(texts: Texts, separator: str | None, structure: Structure | None) -> li
 
 
 def load_processor(structure: Structure, folder: Path, *, trust_remote_code: bool) -> Any:
-    """What makes a checkpoint's inputs: its tokenizer, or of a model that reads images its image processor."""
+    """Tokenizer of a checkpoint, or the image processor of a model that reads images."""
     from compress.models.loading import load_image_processor, load_tokenizer
 
     load = load_image_processor if "images" in task_of(structure.class_name).takes else load_tokenizer
@@ -82,7 +82,7 @@ def load_processor(structure: Structure, folder: Path, *, trust_remote_code: boo
 
 
 def labels_of(structure: Structure, field: str) -> Labels:
-    """How the column ``field`` of labels is read for a model. Raises `DataError` where it has no such thing as labels."""
+    """Reader of the label column ``field`` for a model. Raises `DataError` if its task has no labels."""
     task = task_of(structure.class_name)
     if not task.labels:
         raise DataError(f"`{field}` is to hold labels, and {task.name} has none", fix="leave out `label`")
@@ -105,10 +105,11 @@ _LABELS: Mapping[str, Callable[[str, Mapping[str, Any]], Labels]] = {"classes": 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Measures models on the same documents.
+    """Evaluates models on the same documents.
 
-    ``structure`` and ``folder`` are the original's: they tell the task, the labels, and how sentence embeddings are made.
-    ``processor``: as `load_processor` gives it.
+    Attributes:
+        structure, folder: of the original; they determine the task, the labels and the pooling of embeddings.
+        processor: result of `load_processor`.
     """
 
     structure: Structure
@@ -121,7 +122,7 @@ class Scorer:
     def __call__(
         self, model: PreTrainedModel, reference: PreTrainedModel | None = None, title: str = "evaluate"
     ) -> dict[str, Any]:
-        """The evaluation as JSON values; ``reference`` is the model to compare with."""
+        """Evaluation as JSON values. ``reference``: model to compare with."""
         score = _SCORERS[task_of(self.structure.class_name)]
         return score(self, model, reference=reference, title=title, progress=self.progress)
 

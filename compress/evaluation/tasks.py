@@ -1,4 +1,4 @@
-"""What a model can be measured by, from the name of its class. Needs neither torch nor numpy."""
+"""Tasks and their metrics, by the name of the model's class. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from compress import architectures
 from compress.errors import CompressError, DataError
 from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
 
-#: What evaluation data are: documents, rows with labels, or a folder of images for each class.
+#: Kinds of evaluation data: documents, labelled rows, or a folder of images for each class.
 Given: TypeAlias = Literal["text", "labelled", "images"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One kind of model.
+    """A task of models, such as causal language modelling.
 
     Attributes:
-        name: in words. suffixes: how names of its classes end. metrics: read off data; ``default`` where none is named.
-        takes: evaluation data of these kinds. labels: what their labels are, empty where they have none.
+        name: the task in words.
+        suffixes: suffixes of the class names.
+        metrics: its metrics on data.
+        default: those measured by default.
+        takes: kinds of evaluation data.
+        labels: kind of the labels; empty without labels.
     """
 
     name: str
@@ -33,13 +37,13 @@ class Task:
     labels: Literal["", "classes", "scores"] = ""
 
     def measurable(self, given: Given) -> tuple[str, ...]:
-        """Its metrics on data of a kind; none where it takes no such data."""
+        """Its metrics on data of a kind; empty if it does not take such data."""
         if given not in self.takes:
             return ()
         return tuple(metric for metric in self.metrics if given != "text" or metric not in LABELLED)
 
 
-#: Metrics that need labels, and those that need the original beside the model.
+#: Metrics that need labels, and metrics that compare with the original model.
 LABELLED = frozenset({"accuracy", "f1", "spearman"})
 PAIRED = frozenset({"kl", "agreement", "similarity"})
 
@@ -68,38 +72,38 @@ LANGUAGE = Task(
 )
 EMBEDDING = Task(
     "sentence embedding",
-    ("Model",),  # a base model, without a head
+    ("Model",),  # a base model without a head
     ("similarity", "spearman"),
     ("similarity", "spearman"),
     takes=("text", "labelled"),
     labels="scores",
 )
-#: The first one whose suffix fits counts.
+#: In order of precedence: the first task with a matching suffix is taken.
 TASKS = (CLASSIFICATION, IMAGES, MASKED, LANGUAGE, EMBEDDING)
-#: Metrics read off text or images, of any task.
+#: Metrics on text or images, of any task.
 TEXT_METRICS = frozenset(metric for task in TASKS for metric in task.metrics)
-#: Metrics measured in processes of their own.
+#: Metrics that are measured in separate processes.
 SPEED_METRICS = frozenset({"latency", "memory"})
 
 
 def task_of(class_name: str | None) -> Task:
-    """The task of a stock class, by its name; what is no language model after all is refused when it is loaded."""
+    """Task of a stock class; causal language modelling for an unknown suffix. Loading refuses other models later."""
     return next((task for task in TASKS if (class_name or "").endswith(task.suffixes)), LANGUAGE)
 
 
 def measurable(given: Given) -> frozenset[str]:
-    """Metrics that some task reads off data of a kind."""
+    """Metrics that some task has on data of a kind."""
     return frozenset(metric for task in TASKS for metric in task.measurable(given))
 
 
 def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Given | None) -> Task:
-    """The task of a class, of which all ``metrics`` that are read off data must be.
+    """Task of a class, after checking that it has all ``metrics`` on such data.
 
     Args:
-        given: what the evaluation data are; None where there are none.
+        given: kind of the evaluation data; None without any.
 
     Raises:
-        CompressError: a metric is of another task, or the data are.
+        CompressError: a metric or the data belong to another task.
     """
     task, model = task_of(class_name), class_name or "this model"
     if wrong := [metric for metric in metrics if metric in TEXT_METRICS - set(task.metrics)]:
@@ -122,7 +126,7 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Gi
 
 
 def check_speed(class_name: str | None, config: Mapping[str, Any], metrics: Collection[str]) -> None:
-    """Latency and memory are measured on one text of token ids. Raises `CompressError` for models that read something else."""
+    """Raise `CompressError` if latency or memory is asked of a model that does not read one text of token ids."""
     if not set(metrics) & SPEED_METRICS:
         return
     model, fix = class_name or "this model", "leave out `latency`, `memory` and the gates `prefill`, `decode`, `memory`"
@@ -134,7 +138,7 @@ def check_speed(class_name: str | None, config: Mapping[str, Any], metrics: Coll
 
 
 def check_images(class_name: str | None, images: bool) -> None:
-    """Data that passes read are images where the model reads images, and text where it reads text. Raises `DataError`."""
+    """Raise `DataError` if passes get images for a text model, or text for an image model."""
     if images != ("images" in (task := task_of(class_name)).takes):
         raise _of_images(task, class_name or "this model")
 
@@ -148,19 +152,19 @@ def _of_images(task: Task, model: str) -> DataError:
 
 
 def label_ids(config: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
-    """Names of a classifier's labels in order, and every name that stands for one (``id2label`` and ``label2id``).
+    """Names of a classifier's labels by id, and a map from every name in ``id2label`` and ``label2id`` to its id.
 
-    A config without names has the stock ones, LABEL_0 and so on; two where it has no number either.
+    Without names in the config they are LABEL_0 and so on, two of them if it has no number either.
 
     Raises:
-        CompressError: the model gives no distribution over labels, or the config's names do not fit together.
+        CompressError: the model does not predict a distribution over labels, or the config's names disagree.
     """
     given = config.get("id2label") or {i: f"LABEL_{i}" for i in range(int(config.get("num_labels") or 2))}
     try:
         names = {int(index): str(name) for index, name in given.items()}
         ids = {str(name): int(index) for name, index in (config.get("label2id") or {}).items()}
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise CompressError("`id2label` or `label2id` of config.json is no mapping of labels") from None
+        raise CompressError("`id2label` or `label2id` of config.json is not a mapping of labels") from None
     problem = config.get("problem_type")
     if problem not in (None, "single_label_classification") or len(names) < 2:
         raise CompressError(
@@ -174,19 +178,19 @@ def label_ids(config: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
 
 
 def label_id(value: Any, names: Mapping[str, int]) -> int | None:
-    """The id that a label of a file says: one of the names, or the integer itself; None for what is neither."""
+    """Id of a label in a file: of one of the names, or the integer itself; None for anything else."""
     if isinstance(value, str) and value.strip() in names:
         return names[value.strip()]
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]+\s*", value):
         value = int(value)
-    if isinstance(value, float) and value.is_integer():  # how parquet keeps integers of a column with gaps
+    if isinstance(value, float) and value.is_integer():  # parquet stores integers of a column with gaps as floats
         value = int(value)
     known = isinstance(value, int) and not isinstance(value, bool) and value in names.values()
     return int(value) if known else None
 
 
 def score(value: Any) -> float | None:
-    """The finite number that a score of a file says, None where it says none."""
+    """Score in a file as a finite number; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
     try:

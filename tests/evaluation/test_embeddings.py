@@ -101,7 +101,7 @@ def test_texts_are_cut_to_what_the_pooling_says(tokenizer):
 def test_what_gives_no_embeddings(tokenizer):
     with pytest.raises(CompressError, match="sentence embeddings need a base model, this is BertForMaskedLM"):
         embed_documents(pico.model("bert"), tokenizer, DOCUMENTS, pooling=Pooling())
-    with pytest.raises(CompressError, match="the embeddings have 16 numbers, the original's 32; leave out"):
+    with pytest.raises(CompressError, match="the embeddings have width 16, the original's 32; leave out"):
         embed_documents(encoder(hidden_size=16), tokenizer, DOCUMENTS, pooling=Pooling(), reference=encoder())
 
 
@@ -128,13 +128,13 @@ def test_pooling_of_a_checkpoint(tmp_path):
     ("files", "message"),
     [
         ({"pooling": {"pooling_mode_weightedmean_tokens": True}}, "config.json: asks for the pooling weightedmean_tokens; there are cls_token, "),
-        ({"pooling": {"pooling_mode": "mean"}}, "config.json: asks for no pooling that is known; there are"),
-        ({"pooling": "{"}, "config.json: is no JSON"),
+        ({"pooling": {"pooling_mode": "mean"}}, "config.json: asks for no known pooling; there are"),
+        ({"pooling": "{"}, "config.json: is not JSON"),
         ({"length": 0}, "sentence_bert_config.json: has no usable `max_seq_length`"),
         ({"length": "x"}, "sentence_bert_config.json: has no usable `max_seq_length`"),
         ({"length": False}, "sentence_bert_config.json: has no usable `max_seq_length`"),
-        ({"pooling": "[]"}, "config.json: is no object"),
-        ({"modules": [{"type": "sentence_transformers.models.Dense"}]}, "modules.json: has a module Dense, without which its embeddings are others"),
+        ({"pooling": "[]"}, "config.json: is not an object"),
+        ({"modules": [{"type": "sentence_transformers.models.Dense"}]}, "modules.json: has a module Dense, which is not supported"),
     ],
 )  # fmt: skip
 def test_poolings_that_are_not_offered(tmp_path, files, message):

@@ -15,7 +15,7 @@ from compress.report import document
 PAGE = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", PAGE))))
 PARTS = [
-    document.Size,
+    document.SizeRow,
     document.Emulated,
     document.Evaluation,
     document.DocumentScore,

@@ -94,9 +94,9 @@ def test_labels_of_a_config():
         ({"id2label": {"0": "LABEL_0"}}, "several labels, this one does regression"),
         ({"problem_type": "multi_label_classification"}, "this one does multi_label_classification"),
         ({"id2label": {"1": "a", "2": "b"}}, "does not count from 0"),
-        ({"id2label": ["a", "b"]}, "is no mapping of labels"),
-        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": math.inf}}, "is no mapping of labels"),
-        ({"label2id": {"a": "x"}}, "is no mapping of labels"),
+        ({"id2label": ["a", "b"]}, "is not a mapping of labels"),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": math.inf}}, "is not a mapping of labels"),
+        ({"label2id": {"a": "x"}}, "is not a mapping of labels"),
     ],
 )
 def test_labels_that_will_not_do(config, message):
