@@ -10,6 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from compress import passes
+from compress.errors import RecipeError
 from compress.passes.describe import describe
 from compress.recipe import recipe_from_mapping
 from tools.docs import check
@@ -30,6 +31,27 @@ def recipes() -> list[object]:
             recipe = {**REST, **recipe, "data": {**DATA, **recipe.get("data", {})}}
             blocks_with_passes.append(pytest.param(recipe, id=f"{page.relative_to(ROOT).as_posix()} {number}"))
     return blocks_with_passes
+
+
+def inline_passes() -> list[str]:
+    """Every pass with settings in code within a line, such as `cast: {weights: int4}`; pages of the past may have old keys."""
+    named = re.compile(rf"`((?:{'|'.join(passes.TABLE)}): \{{[^`]*\}})`")
+    pages = [page for page in check.tracked() if not page.relative_to(ROOT).as_posix().startswith(check.HISTORY)]
+    return sorted({code for page in pages for code in named.findall(page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize("code", inline_passes())
+def test_pass_named_in_a_line_has_settings_that_exist(code: str) -> None:
+    entry = YAML(typ="safe").load(code)
+    recipe = {**REST, "store": "compact", "data": DATA, "passes": [entry]}
+    try:
+        recipe_from_mapping(recipe, check_files=False)
+        mistake = None
+    except RecipeError as error:
+        mistake = str(error)
+
+    # a mistake of the pass as a whole is a setting that an excerpt leaves out
+    assert mistake is None or mistake.startswith("passes.0: ")
 
 
 @pytest.mark.parametrize("recipe", recipes())
