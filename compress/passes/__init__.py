@@ -1,8 +1,9 @@
-"""The passes: a static table, extended by entry points of the group ``compress.passes``."""
+"""The passes: a folder each, and entry points of the group ``compress.passes`` from other packages."""
 
 from __future__ import annotations
 
 import difflib
+import pkgutil
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -10,15 +11,15 @@ from typing import Any
 from compress.errors import CompressError
 from compress.passes.base import Pass
 
-#: name in recipes ▶ module:class
-TABLE = {
-    "cast": "compress.passes.cast.cast:Cast",
-    "distill": "compress.passes.distill.distill:Distill",
-    "factorize": "compress.passes.factorize.factorize:Factorize",
-    "prune_structured": "compress.passes.prune_structured.prune_structured:PruneStructured",
-    "prune_unstructured": "compress.passes.prune_unstructured.prune_unstructured:PruneUnstructured",
-    "share": "compress.passes.share.share:Share",
-}
+
+def _folders() -> dict[str, str]:
+    """Return name ▶ ``module:class`` of the passes here: a folder ``my_pass`` has ``my_pass.py`` with the class ``MyPass``."""
+    names = (name for _, name, is_folder in pkgutil.iter_modules(__path__) if is_folder)
+    return {name: f"{__name__}.{name}.{name}:{name.title().replace('_', '')}" for name in sorted(names)}
+
+
+#: Name in recipes ▶ module:class. A folder in this package is a pass; nothing else registers it.
+TABLE = _folders()
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress import architectures
+from compress import architectures, passes
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.models.blocks import find_blocks
@@ -20,6 +20,11 @@ STATIC = [
     ("prune_structured", {"layers": [1, 2], "compensation": "none"}),
     ("prune_structured", {"layers": [0], "compensation": "none"}),
 ]
+
+
+def test_every_folder_is_the_pass_of_its_name():
+    assert {"cast", "distill", "factorize", "prune_structured", "prune_unstructured", "share"} <= set(passes.names())
+    assert all(passes.get(name).name == name for name in passes.TABLE)
 
 
 @pytest.fixture(scope="module")
