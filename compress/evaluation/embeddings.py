@@ -91,17 +91,7 @@ def embed_documents(
             for row, i in enumerate(batch):
                 cosines[i] = None if near is None else near[row]
                 vectors[i] = mine[row] if documents[0].pair else None
-    rows: list[Embedded] = []
-    for number, document in enumerate(documents):
-        step = 2 if document.pair else 1
-        own = [c for c in cosines[step * number : step * (number + 1)] if c is not None]
-        cosine = None
-        if document.pair:
-            first, second = vectors[2 * number], vectors[2 * number + 1]
-            assert first is not None
-            assert second is not None
-            cosine = float((first * second).sum())
-        rows.append(Embedded(document.id, sum(own) / step if own else None, cosine, document.label))
+    rows = _rows(documents, cosines, vectors)
     near_all = [row.similarity for row in rows if row.similarity is not None]
     scored = [(row.cosine, row.score) for row in rows if row.cosine is not None and row.score is not None]
     return {
@@ -113,6 +103,24 @@ def embed_documents(
         "spearman": rank_correlation(*zip(*scored, strict=True)) if scored else None,
         "documents": [asdict(row) for row in rows],
     }
+
+
+def _rows(
+    documents: Sequence[Document], cosines: Sequence[float | None], vectors: Sequence[torch.Tensor | None]
+) -> list[Embedded]:
+    """A row per document; ``cosines`` (to the reference) and ``vectors`` have an entry for each text, two for a pair."""
+    rows: list[Embedded] = []
+    for number, document in enumerate(documents):
+        step = 2 if document.pair else 1
+        own = [c for c in cosines[step * number : step * (number + 1)] if c is not None]
+        cosine = None
+        if document.pair:
+            first, second = vectors[2 * number], vectors[2 * number + 1]
+            assert first is not None
+            assert second is not None
+            cosine = float((first * second).sum())
+        rows.append(Embedded(document.id, sum(own) / step if own else None, cosine, document.label))
+    return rows
 
 
 def _embeddings(model: Any, inputs: dict[str, torch.Tensor], pooling: Pooling) -> torch.Tensor:

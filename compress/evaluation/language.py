@@ -126,11 +126,7 @@ def score_documents(
     _check(model, window)
     documents = [_as_shown(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
-    encoded, starts = [], []
-    for document in documents:
-        ids, offsets = _tokens(tokenizer, document.text)
-        encoded.append([*([begin] if begin is not None else []), *ids])
-        starts.append([*([0] if begin is not None else []), *offsets])
+    encoded, starts = _encoded(tokenizer, documents, begin)
     always = beginning(tokenizer)
     windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride, always)]
     if not windows:
@@ -147,6 +143,26 @@ def score_documents(
             part = windows[at : at + batch]
             sums[at : at + len(part)] = _score(model, reference, part, pad)
             task.advance(len(part), documents[part[-1].document].id)
+    scores = _by_unit(documents, windows, starts, sums, paired=reference is not None)
+    unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
+    return Scores(tuple(scores), unit, window, stride, begin is not None)
+
+
+def _by_unit(
+    documents: Sequence[Document],
+    windows: Sequence[_Window],
+    starts: Sequence[Sequence[int]],
+    sums: torch.Tensor,
+    *,
+    paired: bool,
+) -> list[TextScore]:
+    """Scores by document, or by chunk of documents if these are few.
+
+    Args:
+        starts: of each document, the character at which each token begins.
+        sums: NLL, KL and agreement of each window, [windows, 3].
+        paired: whether there is a reference, without which KL and agreement are None.
+    """
     few = len(documents) < FEW_DOCUMENTS
     per_chunk = max(1, len(windows) // CHUNKS)
     scores = []
@@ -163,11 +179,11 @@ def score_documents(
                     bytes=edges[number + 1] - edges[number],
                     tokens=sum(len(windows[i].ids) - 1 - windows[i].first for i in piece),
                     nll=nll,
-                    kl=kl if reference is not None else None,
-                    agree=int(agree) if reference is not None else None,
+                    kl=kl if paired else None,
+                    agree=int(agree) if paired else None,
                 )
             )
-    return Scores(tuple(scores), "chunk" if few else "document", window, stride, begin is not None)
+    return scores
 
 
 def _check(model: PreTrainedModel, window: int) -> None:
@@ -187,6 +203,18 @@ def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Documen
         return document
     text = rendered(document, tokenizer).removeprefix(str(tokenizer.bos_token or ""))
     return replace(document, text=text, messages=None)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], begin: int | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of each document, with ``begin`` in front if it is given, and the character at which each token begins."""
+    encoded, starts = [], []
+    for document in documents:
+        ids, offsets = _tokens(tokenizer, document.text)
+        encoded.append([*([begin] if begin is not None else []), *ids])
+        starts.append([*([0] if begin is not None else []), *offsets])
+    return encoded, starts
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

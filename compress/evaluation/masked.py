@@ -76,6 +76,26 @@ def score_masked(
             logits, theirs = _at(model, inputs, places), None if reference is None else _at(reference, inputs, places)
             found = compared(logits, theirs, truth.to(logits.device))
             sums.index_add_(0, torch.tensor(batch)[places[:, 0]], found.double().cpu())
+    scores = _by_unit(documents, windows, sums, paired=reference is not None)
+    return {
+        "schema": SCHEMA,
+        "unit": "chunk" if len(documents) < FEW_DOCUMENTS else "document",
+        "window": window,
+        "share": SHARE,
+        **token_metrics(scores),
+        "documents": scores,
+    }
+
+
+def _by_unit(
+    documents: Sequence[Document], windows: Sequence[_Window], sums: torch.Tensor, *, paired: bool
+) -> list[dict[str, Any]]:
+    """Rows by document, or by window if documents are few.
+
+    Args:
+        sums: NLL, KL and agreement of each window, [windows, 3].
+        paired: whether there is a reference, without which KL and agreement are None.
+    """
     few = len(documents) < FEW_DOCUMENTS
     units: dict[str, list[int]] = {}
     counts = [0] * len(documents)
@@ -86,7 +106,6 @@ def score_masked(
     scores = []
     for name, members in units.items():
         nll, kl, agree = sums[members].sum(0).tolist()
-        paired = reference is not None
         scores.append(
             {
                 "id": name,
@@ -96,14 +115,7 @@ def score_masked(
                 "agree": int(agree) if paired else None,
             }
         )
-    return {
-        "schema": SCHEMA,
-        "unit": "chunk" if few else "document",
-        "window": window,
-        "share": SHARE,
-        **token_metrics(scores),
-        "documents": scores,
-    }
+    return scores
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""Kinds of transformers classes, told by the end of a class name, and the auto class that loads each kind. No torch here."""
+"""Kinds of transformers classes by the suffix of their names, and the auto class of each kind. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ClassKind:
     """One kind of model with a head.
 
     Attributes:
-        suffixes: ends of its classes' names, the usual one first.
+        suffixes: suffixes of the class names, the usual one first.
         auto: the auto class that loads it.
     """
 
@@ -25,7 +25,7 @@ TOKEN_CLASSIFICATION = ClassKind(("ForTokenClassification",), "AutoModelForToken
 QUESTION_ANSWERING = ClassKind(("ForQuestionAnswering",), "AutoModelForQuestionAnswering")
 IMAGE_CLASSIFICATION = ClassKind(("ForImageClassification",), "AutoModelForImageClassification")
 SEQ2SEQ_LM = ClassKind(("ForConditionalGeneration",), "AutoModelForSeq2SeqLM")
-#: Every kind that compact checkpoints can stand for, besides base models.
+#: Kinds that compact checkpoints support, besides base models.
 KINDS = (
     CAUSAL_LM,
     MASKED_LM,
@@ -38,10 +38,10 @@ KINDS = (
 
 
 def auto_class(class_name: str | None) -> str:
-    """Name of the auto class that loads a class; ``AutoModel`` for a base model, or where no class is named."""
+    """Name of the auto class that loads a class; ``AutoModel`` for a base model, or without a name."""
     return next((kind.auto for kind in KINDS if (class_name or "").endswith(kind.suffixes)), "AutoModel")
 
 
 def suffix_of(auto: str) -> str:
-    """The usual end of the names of the classes that an auto class gives; empty for ``AutoModel``."""
+    """Usual suffix of the classes of an auto class; empty for ``AutoModel``."""
     return next((kind.suffixes[0] for kind in KINDS if kind.auto == auto), auto.removeprefix("AutoModel"))
