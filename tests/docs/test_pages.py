@@ -98,4 +98,12 @@ def test_tracked_pages_include_the_tree() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in check.tracked()}
 
     assert {"README.md", "CONTRIBUTING.md", "docs/index.md", "docs/passes/cast.md"} <= names
-    assert not any(name.startswith("examples/") for name in names)
+    assert not any(name.startswith(check.CARDS) for name in names)
+
+
+def test_recipe_in_the_readme_is_the_quickstart() -> None:
+    block = re.search(r"```yaml\n(model: .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    recipe = (ROOT / "recipes/quickstart.yaml").read_text(encoding="utf-8")
+
+    assert block is not None
+    assert block[1] == "".join(line for line in recipe.splitlines(keepends=True) if not line.startswith("#"))

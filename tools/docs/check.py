@@ -18,8 +18,8 @@ WIDTH = 120
 
 #: Pages that name paths of earlier commits.
 HISTORY = ("CHANGELOG.md", "docs/decisions/")
-#: Model cards and notes of the examples, which scripts write.
-OTHERS = ("examples/",)
+#: Model cards, which are part of a checkpoint.
+CARDS = ("examples/tiny-lm/", "examples/tiny-classifier/")
 #: Pages written by a command, whose lines are as long as their text.
 GENERATED = (
     "docs/reference.md",
@@ -69,7 +69,7 @@ def tracked() -> tuple[Path, ...]:
         text=True,
         check=True,
     )
-    paths = (ROOT / name for name in sorted(set(listed.stdout.splitlines())) if not name.startswith(OTHERS))
+    paths = (ROOT / name for name in sorted(set(listed.stdout.splitlines())) if not name.startswith(CARDS))
     return tuple(path for path in paths if path.exists())
 
 
