@@ -95,6 +95,13 @@ def test_index_row_names_a_function_and_a_setting(row: list[str]) -> None:
         TypeAdapter(Any if field.annotation is None else field.rebuild_annotation()).validate_python(value)
 
 
+def test_settings_in_the_text_exist() -> None:
+    fields = {key for name in passes.TABLE for key in passes.get(name).settings.model_fields}
+    keys = {match[1] for text in CODE if (match := re.fullmatch(r"(\w+): \w+", text))}
+    assert keys
+    assert keys <= fields
+
+
 def test_every_solver_is_described() -> None:
     modules = {path.stem for path in (PACKAGE / "solvers").rglob("*.py")} - {"__init__"}
     described = {part for name in dotted_names() for part in name.split(".")}
