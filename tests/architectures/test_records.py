@@ -335,7 +335,7 @@ def test_records_of_other_packages(monkeypatch):
         assert architectures.find({"model_type": "llama"}) is not None
         _by_type.cache_clear()
         monkeypatch.setattr(metadata, "entry_points", points("tests.pico:VOCABULARY"))
-        with pytest.raises(PassError, match=r"names tests\.pico:VOCABULARY, which is no Architecture"):
+        with pytest.raises(PassError, match=r"names tests\.pico:VOCABULARY, which is not an Architecture"):
             architectures.of({"model_type": "foreign"})
         _by_type.cache_clear()
         monkeypatch.setattr(metadata, "entry_points", points("no_such_package:RECORD"))
