@@ -98,7 +98,7 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
 
     import compress
     from compress.architectures.model_map import model_map
-    from compress.blockwise.runner import BlockRunner, Inputs
+    from compress.blockwise.executor import BlockExecutor, Inputs
     from compress.blockwise.saved_hessians import SavedHessians
     from compress.checkpoint.open import Derived, Value, open_checkpoint
     from compress.checkpoint.write import write_checkpoint
@@ -118,12 +118,11 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     by_block: dict[int, list[str]] = {}
     for linear in targets:
         by_block.setdefault(linear.block or 0, []).append(linear.name)
-    runner = BlockRunner(
-        checkpoint, Inputs({"input_ids": ids}), set(), work=scratch / "sweep", dtype="float32", device="cpu",
-        progress=SilentProgress(), with_targets=False,
-    )  # fmt: skip
+    executor = BlockExecutor(checkpoint, Inputs({"input_ids": ids}), dtype="float32", device="cpu")
     read = SavedHessians(scratch / "read", "cpu")
-    read.collect(runner, by_block, "reading what blocks multiply", check=True)
+    read.collect(
+        executor, by_block, work=scratch / "sweep", progress=SilentProgress(), title="collecting Hessians", check=True
+    )
 
     def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
         U, S, V = torch.linalg.svd(W, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Activations of all calibration samples in a file, so that memory holds one batch of them."""
+"""Hidden states of all calibration samples in files, so that memory holds one batch of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
+
+
+class HiddenStates(Protocol):
+    """Hidden states that are read by sample."""
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        """Hidden states of those samples, [len(rows), …], on the CPU."""
+        ...
 
 
 class Activations:
     """A file of float activations [samples, …], read and written by sample.
 
-    Plain reads and writes, not a memory map: the pages stay the system's, which gives them up when memory is short.
+    Plain reads and writes, not a memory map: the pages stay the system's, which drops them when memory is short.
     """
 
     def __init__(self, path: Path, samples: int, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -29,7 +38,7 @@ class Activations:
         return self.samples * self._row
 
     def write(self, rows: Sequence[int], values: torch.Tensor) -> None:
-        """Put values [len(rows), …] at those samples."""
+        """Write values [len(rows), …] at those samples."""
         data = values.detach().to("cpu", self.dtype).contiguous().view(len(rows), -1).view(torch.uint8).numpy()
         for row, value in zip(rows, data, strict=True):
             view, offset = memoryview(value.data), row * self._row
@@ -38,7 +47,7 @@ class Activations:
                 view, offset = view[count:], offset + count
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """Values of those samples, [len(rows), …]."""
+        """Values of those samples, [len(rows), …], on the CPU."""
         buffer = torch.empty(len(rows), self._row, dtype=torch.uint8)
         for row, value in zip(rows, buffer.numpy(), strict=True):
             view, offset = memoryview(value.data), row * self._row
@@ -49,9 +58,49 @@ class Activations:
         return buffer.view(self.dtype).view(len(rows), *self.shape)
 
     def sync(self) -> None:
-        """Wait until all is on the disk: a later resume relies on it."""
+        """Wait until everything is on the disk: a later resume relies on it."""
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Release the file; it stays on disk."""
+        """Release the file; it stays on the disk."""
         os.close(self._file)
+
+
+class ActivationStream:
+    """Hidden states in front of each block, in files that take turns.
+
+    With two files a block reads one and writes the other. The file that it reads stays as it is until the next block writes,
+    so a process killed at any moment leaves the inputs of the block that it worked on. With a file for each position all
+    hidden states are kept.
+
+    Args:
+        name: the files are ``<folder>/<name><number>.act``. files: how many there are; position i is in file i mod files.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, samples: int, shape: Sequence[int], dtype: torch.dtype, *, files: int = 2
+    ) -> None:
+        self._folder, self._name, self._files = folder, name, files
+        self._samples, self._shape, self._dtype = samples, tuple(shape), dtype
+        self._open: dict[int, Activations] = {}
+
+    def before(self, index: int) -> Activations:
+        """Hidden states in front of block ``index``; with a block's number + 1, behind it."""
+        number = index % self._files
+        if number not in self._open:
+            path = self._folder / f"{self._name}{number}.act"
+            self._open[number] = Activations(path, self._samples, self._shape, self._dtype)
+        return self._open[number]
+
+    def release(self, index: int, *, delete: bool = False) -> None:
+        """Close the file of that position, and remove it with ``delete``."""
+        file = self._open.pop(index % self._files, None)
+        if file is not None:
+            file.close()
+            if delete:
+                file.path.unlink(missing_ok=True)  # other processes have it open, for samples of their own
+
+    def close(self) -> None:
+        """Close all files; they stay on the disk."""
+        for number in list(self._open):
+            self.release(number)

@@ -1,7 +1,7 @@
-"""Statistics of a block beside the original's: what earlier changes have done to the inputs of each matrix.
+"""Statistics for asymmetric calibration (GPTAQ, arXiv 2504.02692): how earlier changes moved the inputs of each matrix.
 
-Group by group in the order of reading: each is to be changed before the next is measured, so that later ones see what
-earlier ones have done, and can make up for it. I inputs and O outputs of a matrix, T tokens.
+Groups are measured in the order in which they read. Each is changed before the next is measured, so later ones see the
+errors of earlier ones and can compensate for them. I inputs and O outputs of a matrix, T tokens.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from typing import Any
 import torch
 
 from compress.blockwise.activations import Activations
-from compress.blockwise.linears import InputStatistics, StopForward, TargetLinear, record_outputs, unfused
-from compress.blockwise.runner import Block, summing_dtype
+from compress.blockwise.block import Block
+from compress.blockwise.experts import unfused
+from compress.blockwise.hessians import InputStatistics, StopForward, hessian_dtype
+from compress.blockwise.linears import TargetLinear, record_outputs
 
-#: Of a block's output less its input: how much the matrices that write to the residual stream may leave unexplained.
+#: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
 _UNEXPLAINED = 1e-4
 
 
 @dataclass
 class InputMismatch:
-    """Sums over tokens; x and r are what the original has, x̂ and r̂ what there is now.
+    """Sums over tokens; x and r belong to the original, x̂ and r̂ to the model as it is now.
 
     Attributes:
         inputs: Σ (x - x̂) x̂ᵀ [I, I].
-        residual: by the name of a site that writes to the residual stream Σ (r - r̂) x̂ᵀ [O, I], r being what its outputs are
-            added to.
+        residual: Σ (r - r̂) x̂ᵀ [O, I] by the name of each linear that writes to the residual stream; its outputs are added
+            to r.
     """
 
     inputs: torch.Tensor
@@ -38,7 +40,7 @@ class InputMismatch:
 
 @dataclass(frozen=True)
 class ChangedTensor:
-    """A tensor of the block that has been changed, and what it was."""
+    """A tensor of the block that has been changed, with its values before and after."""
 
     tensor: torch.Tensor
     before: torch.Tensor
@@ -48,12 +50,13 @@ class ChangedTensor:
 def asymmetric_statistics(
     block: Block,
 ) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """Each group with H = Σ x̂ x̂ᵀ, its drift, and whether the block may be changed, which it is before the next is asked for.
+    """Yield each group, its H = Σ x̂ x̂ᵀ, its mismatch, and whether the block may be changed now.
 
-    Takes two passes through the block as far as each group. Groups that do not read all tokens once each (experts) come last
-    and have no drift; see `Block.statistics`.
+    The caller changes the group's matrices before it asks for the next group. Each group takes two passes through the block,
+    as far as the group. Groups that do not read every token exactly once (experts) come last, without mismatch; see
+    `Block.statistics`.
     """
-    once, writers = _explore(block)
+    once, writers = _single_readers(block)
     changed: list[ChangedTensor] = []
     for group in once:
         statistics, mismatch = measure(block, group, writers, changed)
@@ -66,25 +69,27 @@ def asymmetric_statistics(
 
 
 def statistics_of(block: Block) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """As `asymmetric_statistics`, or where there is no original to compare with without drift."""
+    """`asymmetric_statistics` in a run with targets, else `symmetric_statistics`."""
     return asymmetric_statistics(block) if block.originals is not None else symmetric_statistics(block)
 
 
 def symmetric_statistics(
     block: Block,
 ) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """Each group with its statistics and no drift, see `Block.statistics`."""
+    """`Block.statistics`, with None for each group's mismatch."""
     for group, statistics, free in block.statistics():
         yield group, statistics, None, free
 
 
-def _explore(block: Block) -> tuple[list[list[TargetLinear]], list[TargetLinear]]:
-    """Groups that read once in a pass, in their order; and the sites, one or two, whose outputs added to the block's input
-    make its output, in order: none where no such are found.
+def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[TargetLinear]]:
+    """The groups that read once in a pass, and the linears that write to the residual stream, both in order of reading.
+
+    The writers are the one or two linears whose outputs added to the block's input make its output; none where there are no
+    such.
     """
     linears = [linear for group in block.groups for linear in group if linear.owner is None]
     with torch.no_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
-        hidden = block.inputs.read([0]).to(block.runner.device)
+        hidden = block.read_inputs([0])
         wanted = (block.forward([0], hidden) - hidden).float()
     order = list(outputs)
     once = [g for g in block.groups if all(s.owner is None and len(outputs.get(s.name, ())) == 1 for s in g)]
@@ -103,22 +108,21 @@ def _explore(block: Block) -> tuple[list[list[TargetLinear]], list[TargetLinear]
 def measure(
     block: Block, group: list[TargetLinear], writers: Sequence[TargetLinear], changed: Sequence[ChangedTensor]
 ) -> tuple[InputStatistics, InputMismatch]:
-    """Statistics and drift of a group, from passes through the block as it is and as it was before ``changed``.
+    """Statistics and mismatch of a group, from passes through the block as it is and as it was before ``changed``.
 
     Args:
-        writers: sites that write to the residual stream, in order.
+        writers: linears that write to the residual stream, in order.
     """
-    runner = block.runner
     assert block.originals is not None
     width = group[0].weight.shape[1]
 
     def zeros(rows: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=summing_dtype(width), device=runner.device)
+        return torch.zeros(rows, width, dtype=hessian_dtype(width), device=block.view.device)
 
     statistics = InputStatistics(zeros(width))
     mismatch = InputMismatch(zeros(width), {s.name: zeros(len(s.weight)) for s in group if s in writers})
     earlier = writers[: writers.index(group[0])] if group[0] in writers else []
-    for rows in runner.batches():
+    for rows in block.view.batches():
         now, residual_now = _read(block, group[0], earlier, block.inputs, rows)
         with _restored(changed):
             then, residual_then = _read(block, group[0], earlier, block.originals, rows)
@@ -127,22 +131,21 @@ def measure(
         for total in mismatch.residual.values():
             total += (residual_then - residual_now).T @ now
     statistics.finish()
-    runner.processes.all_reduce(statistics.hessian, statistics.total, mismatch.inputs, *mismatch.residual.values())
-    statistics.tokens = int(runner.processes.reduce_sum(statistics.tokens)[0])
-    runner.shared_tensors.add(group, statistics)
+    block.sum_over_processes(statistics, mismatch.inputs, *mismatch.residual.values())
+    block.add_shared_inputs(group, statistics)
     return statistics, mismatch
 
 
 def _read(
     block: Block, linear: TargetLinear, earlier: Sequence[TargetLinear], inputs: Activations, rows: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs of a site [T, I], and the block's input with what ``earlier`` sites add [T, hidden]; float32, without padding."""
-    hidden = inputs.read(rows).to(block.runner.device)
+    """Inputs of a linear [T, I], and the residual stream behind ``earlier`` ones [T, hidden]; float32, without padding."""
+    hidden = inputs.read(rows).to(block.view.device)
     residual = hidden.float().reshape(-1, hidden.shape[-1])
-    found: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
 
     def stop(module: Any, args: tuple[Any, ...]) -> None:
-        found.append(args[0].float())
+        read.append(args[0].float())
         raise StopForward
 
     def add(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -156,15 +159,15 @@ def _read(
     finally:
         for handle in handles:
             handle.remove()
-    x = found[0].reshape(-1, found[0].shape[-1])
-    if (mask := block.runner.mask(rows)) is not None:
+    x = read[0].reshape(-1, read[0].shape[-1])
+    if (mask := block.view.token_mask(rows)) is not None:
         x, residual = x[mask.flatten()], residual[mask.flatten()]
     return x, residual
 
 
 @contextmanager
 def _restored(changed: Sequence[ChangedTensor]) -> Iterator[None]:
-    """Within, the tensors are what they were."""
+    """Within, the tensors have their values before the change."""
     try:
         for one in changed:
             one.tensor.copy_(one.before)

@@ -1,4 +1,4 @@
-"""What each wanted matrix alone would become, on the inputs of the model as it is: for amounts that are shared out by loss."""
+"""The change that each wanted matrix alone would undergo, on the inputs of the model as it is, to share out amounts by loss."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.runner import Block, BlockRunner, TensorExtras
+from compress.blockwise.block import Block
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 
-#: A block ▶ names of its tensors, each with ΔW [O, I] by trial. The first process keeps what it gives.
+#: A block ▶ names of its tensors, each with ΔW [O, I] by trial. The first process saves what its function yields.
 ProbeFn = Callable[[Block], Iterator[tuple[str, Mapping[str, torch.Tensor]]]]
 
 
 def probe_matrices(
     runner: BlockRunner, title: str, measure: ProbeFn
 ) -> tuple[Callable[[str], dict[str, torch.Tensor]], list[dict[str, Any]]]:
-    """Takes a sweep, which works in a folder of its own and leaves the changes there, of each block in a file.
+    """Run over the blocks without changing them, in a folder of the runner's own, and save the changes of each block.
 
     Returns:
         A function from a tensor's name to ΔW [O, I] in bfloat16 by trial, for the first process; and the details of the blocks.
@@ -28,17 +30,17 @@ def probe_matrices(
     def path(index: int) -> Path:
         return runner.work / f"trial{index:05}.safetensors"
 
-    def look(block: Block) -> dict[str, TensorExtras]:
-        found = {
+    def save(block: Block) -> dict[str, TensorExtras]:
+        changes = {
             f"{name}:{trial}": change.to("cpu", torch.bfloat16).contiguous()
-            for name, changes in measure(block)
-            for trial, change in changes.items()
+            for name, trials in measure(block)
+            for trial, change in trials.items()
         }
-        if not runner.processes.rank:
-            save_file(found, path(block.index))
+        if not block.view.processes.rank:
+            save_file(changes, path(block.index))
         return {}
 
-    rows = runner.run(look, title).details
+    details = runner.run(save, title).details
 
     def read(name: str) -> dict[str, torch.Tensor]:
         index = runner.streamed.record.block_index(name)
@@ -48,4 +50,4 @@ def probe_matrices(
             # numbers in their order
             return {trial: file.get_tensor(f"{name}:{trial}") for trial in sorted(trials, key=lambda t: (len(t), t))}
 
-    return read, rows
+    return read, details

@@ -1,9 +1,8 @@
-"""Moving a changed block towards the output that the original model has there, by gradient on the calibration samples.
+"""Block reconstruction: training a changed block towards the original's output, on the calibration samples.
 
-What solvers leave to be done: they see one matrix at a time, and inputs as the blocks before have made them; here all float
-tensors of a block (weights that are kept, norms, biases) move together, against the original's own activations. As in
-block-wise reconstruction of quantised models (BRECQ, arXiv 2102.05426; AutoRound, arXiv 2309.05516), for any change that is
-a projection of the weights.
+Solvers see one matrix at a time, on inputs that the changed blocks before it output. Reconstruction trains all float tensors
+of a block (kept weights, norms, biases) together, against the original's own activations. BRECQ (arXiv 2102.05426) and
+AutoRound (arXiv 2309.05516) do so for quantised models; this works for any change that is a projection of the weights.
 """
 
 from __future__ import annotations
@@ -11,26 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from compress.blockwise.runner import Block
+from compress.blockwise.block import Block
 
-#: Where tuning does not pay, it is tried again at a rate so many times lower, twice.
+#: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
 RETRY = 4
-#: Share of the samples that are held out to see whether tuning pays; at least one.
+#: Share of the samples that are held out to see whether the error falls; at least one.
 HELD_OUT = 1 / 16
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How to tune a block.
+    """Settings of block reconstruction.
 
     Attributes:
         epochs: passes over the samples; 0 for none. rate: Adam's step, relative to the root mean square of each tensor.
-        batch: samples of one step.
+        batch: samples per step.
     """
 
     epochs: int = 5
@@ -40,16 +38,20 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class TrainableTensor:
-    """A tensor that tuning moves, and the step that a rate of 1 means for it."""
+    """A tensor to train, and its step at a rate of 1."""
 
     tensor: torch.Tensor
     unit: float
 
 
 def trainable_floats(block: Block, without: Collection[int] = ()) -> list[TrainableTensor]:
-    """Every float parameter of the block by the root mean square of its values, but shared ones and those of these ids."""
-    left = {*without, *block.frozen}
-    parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in left]
+    """The block's float parameters, with the root mean square of their values as unit.
+
+    Args:
+        without: ids of parameters to leave out, besides those that other blocks share.
+    """
+    excluded = {*without, *block.frozen}
+    parameters = [p for p in block.module.parameters() if p.is_floating_point() and id(p) not in excluded]
     return [TrainableTensor(p, max(float(p.detach().double().square().mean().sqrt()), 1e-8)) for p in parameters]
 
 
@@ -60,26 +62,25 @@ def reconstruct_block(
     project: Callable[[], None],
     chain_gradients: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Tune a block in place.
+    """Train a block in place.
 
-    The loss is the mean squared difference to ``block.targets`` over their variance. Steps are Adam's, with a rate that falls
-    linearly to zero. Some samples are held out: if the error there ends no lower than it began, everything is put back and
-    tried at lower rates, and left as it was if none pays.
+    The loss is the mean squared difference to ``block.targets`` over their variance. The optimiser is Adam, with a rate that
+    falls linearly to zero. If the error on held-out samples does not fall, all tensors are restored and training starts again
+    at a lower rate; if no rate lowers it, the block stays as it was.
 
     Args:
-        moving: what moves, tensors of the block or such as its weights are made of.
-        project: called after every step; brings the block's weights to where they may be: zeros, or rounded values.
-        collect: called before every step; makes gradients of what moves from those of the block's weights.
+        trainable: the tensors to train: parameters of the block, or tensors that its weights are computed from.
+        project: called after every step; brings the block's weights back to allowed values: zeros, or rounded values.
+        chain_gradients: called before every step; sets the gradients of ``trainable`` from those of the block's weights.
 
     Returns:
-        ``before`` and ``after``: relative error on the held-out samples; ``rate`` tried last; ``steps`` in all; ``kept``:
-        whether it paid; ``seconds``.
+        ``before`` and ``after``: relative error on the held-out samples; ``rate``: the last one tried; ``steps``: in all;
+        ``kept``: whether the error fell; ``seconds``.
     """
     start = time.perf_counter()
-    runner = block.runner
     assert block.targets is not None
-    order = torch.Generator().manual_seed(runner.seed * 1_000_003 + block.index)
-    samples = torch.randperm(runner.inputs.samples, generator=order).tolist()
+    order = torch.Generator().manual_seed(block.view.seed * 1_000_003 + block.index)
+    samples = torch.randperm(block.view.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
     before, deviation = _error(block, test or train[:1])
@@ -115,7 +116,7 @@ def _descend(
     project: Callable[[], None],
     chain_gradients: Callable[[], None] | None,
 ) -> int:
-    """All epochs at that rate; the number of steps."""
+    """Train for all epochs at that rate; the number of steps."""
     groups = [{"params": [m.tensor], "lr": rate * m.unit, "peak": rate * m.unit} for m in trainable]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
     steps, step = options.epochs * -(-len(train) // options.batch), 0
@@ -146,12 +147,12 @@ def _descend(
 
 
 def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.Parameter], deviation: float) -> None:
-    """Gradients of the loss on those samples; of several processes each takes some of them."""
-    processes = block.runner.processes
-    if mine := processes.shard(rows):
+    """Add the gradients of the loss on those samples; of several processes each takes some of them."""
+    processes = block.view.processes
+    if own := processes.shard(rows):
         with torch.enable_grad():
-            output, target = _parts(block, mine)
-            loss = (output - target).float().square().mean() / deviation * (len(mine) / len(rows))
+            output, target = _output_and_target(block, own)
+            loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
             loss.backward()  # type: ignore[no-untyped-call]
     if processes.world > 1:
         for p in parameters:
@@ -160,15 +161,12 @@ def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.
             processes.all_reduce(p.grad)
 
 
-def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output as the block is, and target, of those samples; of padded ones the tokens that count."""
-    runner = block.runner
+def _output_and_target(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output of the block as it is, and target, of those samples; of padded ones the tokens that count."""
     assert block.targets is not None
-    target = block.targets.read(rows).to(runner.device)
-    if runner.teacher is not None:
-        target = runner.teacher.view(target)
-    output = block.forward(rows, block.inputs.read(rows).to(runner.device))
-    if (mask := runner.mask(rows)) is not None:
+    target = block.targets.read(rows).to(block.view.device)
+    output = block.forward(rows, block.read_inputs(rows))
+    if (mask := block.view.token_mask(rows)) is not None:
         return output[mask], target[mask]
     return output, target
 
@@ -176,12 +174,12 @@ def _parts(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tenso
 def _error(block: Block, rows: Sequence[int]) -> tuple[float, float]:
     """Squared error over the squared deviation of the targets, over all those samples; and the deviation per value."""
     total, scale, count = 0.0, 0.0, 0
-    mine = block.runner.processes.shard(rows)
+    own = block.view.processes.shard(rows)
     with torch.no_grad():
-        for start in range(0, len(mine), 8):
-            output, target = _parts(block, mine[start : start + 8])
+        for start in range(0, len(own), 8):
+            output, target = _output_and_target(block, own[start : start + 8])
             total += float((output - target).float().square().sum())
             scale += float((target.float() - target.float().mean()).square().sum())
             count += target.numel()
-    total, scale, values = block.runner.processes.reduce_sum(total, scale, count)
+    total, scale, values = block.view.processes.reduce_sum(total, scale, count)
     return (total / scale, scale / values) if scale else (0.0, 1.0)

@@ -1,67 +1,77 @@
-"""Tensors that several blocks share, in a sweep: solved once, in the block that comes first, with the inputs of all.
+"""Tensors that several blocks share: solved for once, in the block that comes first, with the inputs of all of them.
 
-What the other blocks read is measured beforehand, in the model as it came; from the solution on, they have the changed
-tensor.
+The inputs of the other blocks are measured beforehand, in the model as it came. Once the tensor is solved for, those blocks
+use the changed one.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from compress.blockwise.linears import InputStatistics, TargetLinear, find_linears
+from compress.blockwise.block import Block
+from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear, find_linears
+from compress.blockwise.results import RunnerResult
 from compress.blockwise.saved_hessians import SavedHessians
 from compress.errors import PassError
-
-if TYPE_CHECKING:
-    from compress.blockwise.runner import Block, BlockRunner
+from compress.progress import Progress
 
 
 class SharedTensors:
-    """The further users of the tensors that a sweep changes.
+    """The tensors that a run changes and later blocks use too.
 
     Attributes:
-        by_block: number of a block ▶ its names of tensors of other blocks ▶ their own names.
+        by_block: number of a block ▶ its names of tensors of earlier blocks ▶ their own names.
+        names: all names of shared tensors, changed or not.
+
+    Raises:
+        PassError: a wanted tensor is used by a block that comes before the one it is solved in, or outside the blocks.
     """
 
-    def __init__(self, runner: BlockRunner) -> None:
-        self.runner, self._gathered = runner, SavedHessians(runner.work / "users", runner.device)
+    def __init__(self, executor: BlockExecutor, wanted: set[str], work: Path) -> None:
+        self._executor, self._wanted, self._work = executor, wanted, work
+        self._hessians = SavedHessians(work / "users", executor.device)
         self.by_block: dict[int, dict[str, str]] = {}
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()
-        for tensor in runner.checkpoint.spec.tensors.values():
+        for tensor in executor.checkpoint.spec.tensors.values():
             if tensor.alias_of is None:
                 continue
-            index, first = (runner.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
+            index, first = (executor.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
             if index == first:
                 continue
             if index is None or first is None or first > index:
-                self._refuse(tensor.name, tensor.alias_of)
+                self._require_unchanged(tensor.name, tensor.alias_of)
                 continue
             self.names |= {tensor.name, tensor.alias_of}
-            if tensor.alias_of in runner.wanted:
+            if tensor.alias_of in wanted:
                 self.by_block.setdefault(index, {})[tensor.name] = tensor.alias_of
 
-    def _refuse(self, name: str, source: str) -> None:
-        """Raises `PassError` where the sweep would change a tensor that runs before it is solved, or outside the blocks."""
-        wanted = self.runner.wanted
-        if not wanted.isdisjoint((name, source)):
+    def _require_unchanged(self, name: str, source: str) -> None:
+        if not self._wanted.isdisjoint((name, source)):
             module = source.rpartition(".")[0]
             raise PassError(
                 f"{name} is shared with {source}, which comes after it", fix=f"leave it out: skip: [{module}]"
             )
 
-    def collect(self) -> None:
-        """Statistics of what the other users read; nothing where that was done before."""
+    def collect(self, progress: Progress) -> None:
+        """Measure the inputs of later blocks that use changed tensors, unless that was done before."""
         if not self.by_block:
             return
-        self._gathered.collect(self.runner, self.by_block, "reading what shared tensors multiply")
+        self._hessians.collect(
+            self._executor,
+            self.by_block,
+            work=self._work,
+            progress=progress,
+            title="reading what shared tensors multiply",
+        )
         for names in self.by_block.values():
             for name, source in names.items():
-                self._files[source] = sorted([*self._files.get(source, ()), self._gathered.files[name]])
+                self._files[source] = sorted([*self._files.get(source, ()), self._hessians.files[name]])
 
     def split(self, groups: list[list[TargetLinear]]) -> list[list[TargetLinear]]:
-        """Groups whose sites have the same further users, too."""
+        """Groups of which the linears are also used by the same later blocks."""
         result: list[list[TargetLinear]] = []
         for group in groups:
             parts: dict[tuple[int, ...], list[TargetLinear]] = {}
@@ -71,33 +81,30 @@ class SharedTensors:
         return result
 
     def add(self, group: list[TargetLinear], statistics: InputStatistics) -> None:
-        """Add what the other users of the group's tensors read."""
+        """Add the inputs of later blocks that use the group's tensors."""
         for number in self._files.get(group[0].name, ()):
-            found = self._gathered.sums(number)
-            statistics.hessian += found["hessian"]
-            statistics.total += found["total"]
-            statistics.tokens += found["tokens"]
+            sums = self._hessians.sums(number)
+            statistics.hessian += sums["hessian"]
+            statistics.total += sums["total"]
+            statistics.tokens += sums["tokens"]
 
     def renew(self, block: Block) -> None:
-        """Give a block the tensors of earlier ones as these have become."""
+        """Copy into a block the tensors of earlier blocks that have been changed."""
         if not (names := self.by_block.get(block.index)):
             return
-        read = self.runner.changed().reader()
-        for linear in find_linears(self.runner.streamed, block.index, block.module, names)[0]:
+        checkpoint, depth = self._executor.checkpoint, self._executor.depth
+        read = RunnerResult(self._work / "blocks", checkpoint, list(range(depth)), []).reader()
+        for linear in find_linears(self._executor.streamed, block.index, block.module, names)[0]:
             value = read(names[linear.name]).data
             linear.weight.copy_((value.T if linear.transposed else value).to(linear.weight))
 
     def frozen(self, block: Block) -> set[int]:
-        """Ids of the block's parameters that others share, which tuning must leave alone."""
-        found: set[int] = set()
+        """Ids of the block's parameters that other blocks share, which reconstruction must not change."""
         if not self.names:
-            return found
-        for key, parameter in block.module.named_parameters():
-            if not self.names.isdisjoint(self.runner.streamed.stored_names(block.index, {key: parameter.data})):
-                found.add(id(parameter))
-        return found
-
-
-def file_of(folder: Path, index: int) -> Path:
-    """The file that a sweep leaves of a block."""
-    return folder / f"{index:05}.safetensors"
+            return set()
+        stored = self._executor.streamed.stored_names
+        return {
+            id(parameter)
+            for key, parameter in block.module.named_parameters()
+            if not self.names.isdisjoint(stored(block.index, {key: parameter.data}))
+        }

@@ -3,60 +3,79 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from compress.blockwise.asymmetric import InputMismatch
-from compress.blockwise.linears import InputStatistics, TargetLinear
-from compress.blockwise.runner import Block
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 
-A = TypeVar("A")
-#: A group of sites, its statistics, its drift, and whether the block may be changed.
+S = TypeVar("S")
+#: A group of linears, its statistics, its mismatch, and whether the block may be changed.
 GroupInputs = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]
-#: A site, the statistics and drift of its group, and what sites with the same inputs share ▶ what is found, and a row for the
-#: report.
-Solve = Callable[[TargetLinear, InputStatistics, InputMismatch | None, dict[str, Any]], tuple[A, dict[str, Any]]]
 
 
-def solve_block(
-    block: Block,
-    groups: Iterable[GroupInputs],
-    solve: Solve[A],
-    *,
-    blank: Callable[[TargetLinear], A],
-    tensors: Callable[[A], Sequence[torch.Tensor]],
-    place: Callable[[TargetLinear, A], object],
-) -> dict[str, A]:
-    """What is found for each site, by its name. ``block.details["tensors"]`` gets the rows, with seconds.
+class MatrixSolver(Protocol[S]):
+    """Finds a solution of type ``S`` for each matrix of a block."""
+
+    def solve(
+        self,
+        linear: TargetLinear,
+        statistics: InputStatistics,
+        mismatch: InputMismatch | None,
+        shared: dict[str, Any],
+    ) -> tuple[S, dict[str, Any]]:
+        """The solution for a matrix, and its row for the report. Changes nothing.
+
+        Args:
+            shared: empty for the first matrix of a group; keeps what matrices with the same inputs share.
+        """
+        ...
+
+    def blank(self, linear: TargetLinear) -> S:
+        """A solution of the right shapes and dtypes, for processes that receive another one's solution."""
+        ...
+
+    def tensors(self, solution: S) -> Sequence[torch.Tensor]:
+        """The tensors that a solution consists of, contiguous, always in the same order."""
+        ...
+
+    def place(self, linear: TargetLinear, solution: S) -> None:
+        """Write a solution's weights into the block."""
+        ...
+
+
+def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolver[S]) -> dict[str, S]:
+    """Solve for each linear, by name. ``block.details["tensors"]`` gets the rows, with seconds.
 
     Args:
-        groups: as they are measured; each is solved for before the next is asked for.
-        blank: what the processes that do not solve a site have of it, for ``tensors`` to be filled in.
-        tensors: those that what was found consists of. place: puts it into the block, as soon as that may be changed.
+        groups: as they are measured; each group is solved before the next one is asked for, and placed as soon as the block may
+            be changed.
     """
-    processes = block.runner.processes
-    found: dict[str, A] = {}
+    processes = block.view.processes
+    solutions: dict[str, S] = {}
     rows: dict[str, Any] = {}
     waiting: list[TargetLinear] = []
     for number, (group, statistics, mismatch, free) in enumerate(groups):
-        solver = number % processes.world
+        worker = number % processes.world
         shared: dict[str, Any] = {}
         for linear in group:
             start = time.perf_counter()
-            if solver == processes.rank:
-                made, row = solve(linear, statistics, mismatch, shared)
+            if worker == processes.rank:
+                solution, row = solver.solve(linear, statistics, mismatch, shared)
                 row["seconds"] = round(time.perf_counter() - start, 3)
             else:
-                made, row = blank(linear), {}
-            processes.broadcast(solver, *tensors(made))
-            rows[linear.name] = processes.broadcast_object(solver, row)
-            found[linear.name] = made
+                solution, row = solver.blank(linear), {}
+            processes.broadcast(worker, *solver.tensors(solution))
+            rows[linear.name] = processes.broadcast_object(worker, row)
+            solutions[linear.name] = solution
             waiting.append(linear)
         if free:
             for linear in waiting:
-                place(linear, found[linear.name])
+                solver.place(linear, solutions[linear.name])
             waiting.clear()
     block.details["tensors"] = rows
-    return found
+    return solutions

@@ -20,7 +20,8 @@ from compress.passes.base import Context
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.blockwise.runner import BlockRunner, Teacher
+    from compress.blockwise.runner import BlockRunner
+    from compress.blockwise.targets import Teacher
     from compress.checkpoint.open import Checkpoint
     from compress.sensitivity.matrices import WeightDeltas
     from compress.workspace import Workspace
@@ -39,7 +40,8 @@ def open_runner(
     teacher: Teacher | None = None,
 ) -> BlockRunner:
     """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
-    from compress.blockwise.runner import BlockRunner, Inputs
+    from compress.blockwise.executor import Inputs
+    from compress.blockwise.runner import BlockRunner
 
     batches = context.data("calibration")
     return BlockRunner(

@@ -1,13 +1,15 @@
-"""How much each block changes its input, measured on calibration data."""
+"""Block influence: how much each block changes its input, measured on calibration data."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from compress.architectures.model_map import model_map
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_checkpoint
-from compress.solvers.block_influence import influence
+from compress.sensitivity.samples import SampleLoop
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -17,43 +19,53 @@ if TYPE_CHECKING:
 _TOKENS_PER_BATCH = 4096
 
 
+def influence(before: torch.Tensor, after: torch.Tensor, weights: torch.Tensor | None = None) -> tuple[float, float]:
+    """Return the sum over tokens of 1 - cos(before, after), and the number of tokens.
+
+    Args:
+        before, after: hidden states at a block's input and output, [..., hidden], any float dtype; cosines are in float32.
+        weights: 1 for tokens that count, 0 for padding, [...]; None if all count.
+    """
+    cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1).double()
+    if weights is None:
+        return float((1 - cosine).sum()), float(cosine.numel())
+    return float(((1 - cosine) * weights).sum()), float(weights.sum())
+
+
 def block_influence(
     checkpoint: Checkpoint, samples: Batches, *, dtype: str, device: str, progress: Progress
 ) -> list[float]:
-    """Block influence (ShortGPT, arXiv 2403.03853) of every block: mean over tokens of 1 - cos(input, output).
+    """Block influence of every block: mean over tokens of 1 - cos(input, output).
 
     Args:
         samples: the calibration text; padding is masked and does not count.
-    """
-    import torch
 
+    Source: ShortGPT (arXiv 2403.03853), equation 1.
+    """
     record = model_map(checkpoint.spec).record
-    model = load_checkpoint(checkpoint, dtype=dtype, device=device)
+    model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device)
     blocks = find_blocks(model, record)
+    loop = SampleLoop(samples, model.device, tokens=_TOKENS_PER_BATCH)
     totals = [[0.0, 0.0] for _ in blocks]
-    mask: list[Any] = [None]  # of the batch under way
     handles = [
-        block.register_forward_hook(_recorder(total, mask), with_kwargs=True)
+        block.register_forward_hook(_recorder(total, loop), with_kwargs=True)
         for block, total in zip(blocks, totals, strict=True)
     ]
-    batches = samples.parts(_TOKENS_PER_BATCH)
     try:
-        with torch.inference_mode(), progress.task("block influence", len(batches), "batches") as task:
-            for part in batches:
-                mask[0] = None if part.mask is None else part.mask.to(model.device)
-                model.base_model(**part.inputs(model.device))
-                task.advance()
+        with torch.inference_mode():
+            for sample in loop.with_progress(progress, "block influence", "batches"):
+                model.base_model(**sample.inputs)
     finally:
         for handle in handles:
             handle.remove()
     return [total / count for total, count in totals]
 
 
-def _recorder(total: list[float], mask: list[Any]) -> Any:
+def _recorder(total: list[float], loop: SampleLoop) -> Any:
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        changed, count = influence(before, after, mask[0])
+        changed, count = influence(before, after, loop.current.mask)
         total[0] += changed
         total[1] += count
 

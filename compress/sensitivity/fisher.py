@@ -1,4 +1,4 @@
-"""The Fisher information of weights: how much each matters to what the model says."""
+"""The Fisher information of weights: how much the model's predictions depend on each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.output_curvature import draw
 from compress.checkpoint.open import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_checkpoint
 from compress.progress import Progress
 from compress.sensitivity.matrices import SAMPLES
+from compress.sensitivity.samples import SampleLoop, token_losses
 
 
 def fisher_information(
@@ -34,24 +34,18 @@ def fisher_information(
         raise PassError("`init: fisher` needs a model that predicts something", key="init", fix="use `least_squares`")
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    if lost := next((n for n in names if n not in parameters), None):
-        raise PassError(f"`init: fisher` does not reach {lost}: it is no parameter of its own", key="init")
+    if missing := next((n for n in names if n not in parameters), None):
+        raise PassError(f"`init: fisher` does not reach {missing}: it is no parameter of its own", key="init")
     sums = {n: torch.zeros_like(parameters[n]) for n in names}
     for name in names:
         parameters[name].requires_grad_(True)
     generator = torch.Generator(device).manual_seed(seed)
-    samples = batches.first(SAMPLES).parts(1)
-    with progress.task("measuring what weights matter", len(samples), "samples") as task:
-        for sample in samples:
-            logits = model(**sample.inputs(device))[0].float().flatten(0, -2)
-            losses = torch.nn.functional.cross_entropy(logits, draw(logits, generator), reduction="none")
-            if sample.mask is not None and len(losses) == sample.mask.numel():
-                losses = losses[sample.mask.flatten().to(losses.device)]
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            for name in names:
-                gradient = parameters[name].grad
-                assert gradient is not None
-                sums[name] += gradient.square()
-                parameters[name].grad = None
-            task.advance()
-    return lambda name: sums[name] / len(samples)
+    loop = SampleLoop(batches.first(SAMPLES), device)
+    for sample in loop.with_progress(progress, "measuring what weights matter"):
+        token_losses(model, sample, generator).sum().backward()  # type: ignore[no-untyped-call]
+        for name in names:
+            gradient = parameters[name].grad
+            assert gradient is not None
+            sums[name] += gradient.square()
+            parameters[name].grad = None
+    return lambda name: sums[name] / len(loop)

@@ -244,3 +244,8 @@ def dequantize(codes: Codes, keep_OI: torch.Tensor | None = None) -> torch.Tenso
     """Return the dequantised weights [O, I] as a loader computes them, in the dtype of the scales; +0 for removed weights."""
     values = dequantized(codes.codes, codes.scale, codes.zero, codes.overall)
     return values if keep_OI is None else values.masked_fill(~keep_OI, 0)
+
+
+def overflowing(values: torch.Tensor, target: torch.dtype) -> int:
+    """How many finite values would become infinite in ``target``, after rounding to nearest even."""
+    return int((torch.isinf(values.to(target)) & torch.isfinite(values)).sum())

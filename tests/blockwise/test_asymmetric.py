@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.blockwise.asymmetric import asymmetric_statistics
-from compress.blockwise.runner import Inputs
+from compress.blockwise.executor import Inputs
 from compress.checkpoint.open import Derived, open_checkpoint
 from compress.models.loading import load_checkpoint
 from tests import pico

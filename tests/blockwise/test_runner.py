@@ -10,8 +10,11 @@ import torch
 from compress import architectures
 from compress.architectures.model_map import model_map
 from compress.architectures.record import Architecture
-from compress.blockwise.linears import Experts, find_linears
-from compress.blockwise.runner import BlockRunner, Inputs, TensorExtras
+from compress.blockwise.executor import Inputs
+from compress.blockwise.experts import Experts
+from compress.blockwise.linears import find_linears
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.checkpoint.open import Derived, Value, open_checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError

@@ -95,7 +95,8 @@ def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
 
 def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
     """A block's share of outliers is that of the matrices that something is known of."""
-    from compress.blockwise.runner import BlockRunner, Inputs
+    from compress.blockwise.executor import Inputs
+    from compress.blockwise.runner import BlockRunner
     from compress.data.batches import Batches
     from compress.passes.prune_unstructured.block import owl_allocation
     from compress.progress import SilentProgress

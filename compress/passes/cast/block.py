@@ -1,4 +1,4 @@
-"""Casting one block of a sweep to codes: statistics ▶ grid ▶ GPTQ ▶ descent, then tuning of scales and floats beside them."""
+"""Casting one block to codes: statistics ▶ scales ▶ GPTQ ▶ QuantEase ▶ YAQA, then reconstruction of scales and floats."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from compress.blockwise.asymmetric import InputMismatch, statistics_of, symmetric_statistics
-from compress.blockwise.linears import InputStatistics, TargetLinear
-from compress.blockwise.output_curvature import Gradients
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
-from compress.blockwise.runner import Block, TensorExtras
+from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.checkpoint.open import Codes
+from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped
 from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
@@ -87,71 +89,81 @@ class Rounded:
         return codes
 
 
-def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
-    """Cast the sites of a block in place; codes by tensor name.
+class CastSolver:
+    """`MatrixSolver` of `cast_block`."""
 
-    With targets and ``options.asymmetric`` each matrix is matched to the original's outputs on the original's inputs (GPTAQ,
-    arXiv 2504.02692). Matrices that write to the residual stream also correct for the error that it has already.
-
-    ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was tuned, the block's error
-    before and after.
-    """
-
-    curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
+    def __init__(self, block: Block, options: CastOptions) -> None:
+        self._block, self._options = block, options
+        self._curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
 
     def solve(
-        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
+        self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
-        keep, quant_format = block.earlier_mask(linear), options.quant_formats[linear.name]
-        outputs = curvature.pop(linear.name, None)
-        codes, scales, row = _solve(
-            linear, statistics, mismatch, quant_format, keep, options.alternating, shared, outputs
-        )
+        """Codes and scales of a matrix, with its row for the report."""
+        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.name]
+        F, alternating = self._curvature.pop(linear.name, None), self._options.alternating
+        codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F)
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
-    def blank(linear: TargetLinear) -> Rounded:
-        keep, quant_format, weight = (
-            block.earlier_mask(linear),
-            options.quant_formats[linear.name],
-            linear.weight.float().contiguous(),
-        )
-        return Rounded(
-            linear, quant_format, torch.empty_like(weight), fit(weight, quant_format, None, keep, search=False), keep
-        )
+    def blank(self, linear: TargetLinear) -> Rounded:
+        """Codes and scales of the right shapes."""
+        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.name]
+        weight = linear.weight.float().contiguous()
+        scales = fit(weight, quant_format, None, keep, search=False)
+        return Rounded(linear, quant_format, torch.empty_like(weight), scales, keep)
 
-    rounded = solve_block(
-        block,
-        statistics_of(block) if options.asymmetric else symmetric_statistics(block),
-        solve,
-        blank=blank,
-        tensors=lambda made: [t for t in (made.codes, made.scale, made.zero, made.overall) if t is not None],
-        place=lambda linear, made: made.project(),
-    )
+    def tensors(self, solution: Rounded) -> list[torch.Tensor]:
+        """Codes and scales."""
+        parts = (solution.codes, solution.scale, solution.zero, solution.overall)
+        return [part for part in parts if part is not None]
+
+    def place(self, linear: TargetLinear, solution: Rounded) -> None:
+        """Write the rounded weights into the block."""
+        solution.project()
+
+
+def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
+    """Cast the linears of a block in place; codes by tensor name.
+
+    In a run with targets and with ``options.asymmetric`` each matrix is fitted to the original's outputs on the original's inputs
+    (GPTAQ, arXiv 2504.02692). Matrices that write to the residual stream also correct the error that the stream has already.
+
+    ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was reconstructed, the block's
+    error before and after.
+    """
+    solver = CastSolver(block, options)
+    groups = statistics_of(block) if options.asymmetric else symmetric_statistics(block)
+    rounded = solve_block(block, groups, solver)
     if options.reconstruction is not None and options.reconstruction.epochs:
-        parameters = dict(block.module.named_parameters())
-        coded = {id(parameters[s.parameter]) for s in block.linears}
-        free_scales = [
-            r
-            for r in rounded.values()
-            if r.quant_format.format not in FIXED_GROUPS and id(parameters[r.linear.parameter]) not in block.frozen
-        ]
-        trainable = [TrainableTensor(r.scale, float(r.scale.abs().mean())) for r in free_scales]
-        trainable += trainable_floats(block, coded)
-
-        def project() -> None:
-            for r in free_scales:
-                r.project()
-
-        def chain_gradients() -> None:
-            for r in free_scales:
-                r.chain_gradients(parameters)
-
-        block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable, project, chain_gradients)
+        _reconstruct(block, options.reconstruction, list(rounded.values()))
     result = {}
     for name, r in rounded.items():
         mask = None if r.keep is None else (r.keep.T if r.linear.transposed else r.keep).contiguous()
         result[name] = TensorExtras(mask, r.finish(options.dtypes[name]))
     return result
+
+
+def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rounded]) -> None:
+    """Train the scales of formats that have free ones, and the floats beside the codes."""
+    parameters = dict(block.module.named_parameters())
+    coded = {id(parameters[s.parameter]) for s in block.linears}
+    free = [
+        r
+        for r in rounded
+        if r.quant_format.format not in FIXED_GROUPS and id(parameters[r.linear.parameter]) not in block.frozen
+    ]
+    trainable = [TrainableTensor(r.scale, float(r.scale.abs().mean())) for r in free]
+    trainable += trainable_floats(block, coded)
+
+    def project() -> None:
+        for r in free:
+            r.project()
+
+    def chain_gradients() -> None:
+        for r in free:
+            r.chain_gradients(parameters)
+
+    block.details["tuning"] = reconstruct_block(block, reconstruction, trainable, project, chain_gradients)
 
 
 def _solve(

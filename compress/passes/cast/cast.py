@@ -201,10 +201,10 @@ class Cast(Pass[CastSettings]):
 
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
-        from compress.blockwise.output_curvature import Gradients
         from compress.blockwise.reconstruct import Reconstruction
         from compress.checkpoint.open import torch_dtype
         from compress.passes.cast.block import CastOptions, cast_block
+        from compress.sensitivity.output_curvature import Gradients
 
         record = model_map(spec).record
         quant_formats = {
@@ -230,7 +230,9 @@ class Cast(Pass[CastSettings]):
             workspace=context.workspace,
             with_targets=with_targets,
         )
-        gradients = Gradients(runner, context.workspace.folder("gradients").path) if "curvature" in correction else None
+        gradients = None
+        if "curvature" in correction:
+            gradients = Gradients(runner.executor, context.workspace.folder("gradients").path, context.progress)
         options = CastOptions(
             reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
         )
@@ -245,7 +247,7 @@ class Cast(Pass[CastSettings]):
 
 def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
     """Static scales of the cache of a cast checkpoint, by name; kept in the work folder, so that a resumed run has the same."""
-    from compress.blockwise.runner import Inputs
+    from compress.blockwise.executor import Inputs
     from compress.passes.cast.kv_cache import largest_cached, to_scales
 
     batches = context.data("calibration")
@@ -276,7 +278,7 @@ def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[
 def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:
     """One tensor in the format that the plan gave it."""
     from compress.checkpoint.open import Value, torch_dtype
-    from compress.solvers.casting import overflowing
+    from compress.solvers.quant_format import overflowing
 
     tensor = after.tensors[name]
     target = torch_dtype(tensor.dtype)

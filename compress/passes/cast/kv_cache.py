@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.blockwise.runner import BlockRunner, Inputs
+from compress.blockwise.block import BlockView
+from compress.blockwise.executor import BlockExecutor, Inputs
+from compress.blockwise.self_check import check_blockwise
+from compress.blockwise.unchanged import unchanged_blocks
 from compress.checkpoint.open import Checkpoint
 from compress.checkpoint.running import input_formats
 from compress.distributed import ProcessGroup
@@ -33,56 +36,45 @@ def largest_cached(
     """For each block the largest magnitudes of its keys and of its values, by head; tokens that are masked do not count.
 
     Raises:
-        PassError: the sweep cannot follow the model, or a block caches no keys and values.
+        PassError: the model cannot be run block by block, or a block caches no keys and values.
     """
-    runner = BlockRunner(
-        checkpoint,
-        inputs,
-        set(),
-        work=workspace.path,
-        dtype=dtype,
-        device=device,
-        progress=progress,
-        with_targets=False,
-        seed=seed,
-        processes=workspace.processes,
-    )
+    executor = BlockExecutor(checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes)
     mapped = model_map(checkpoint.spec)
     formats = {mapped.in_memory(module): f for module, f in input_formats(checkpoint.spec).items()}
-    round_inputs(runner.streamed.model, formats)
-    runner.check()
+    round_inputs(executor.streamed.model, formats)
+    check_blockwise(executor, progress)
     largest: list[tuple[list[float], list[float]]] = []
-    with progress.task("measuring keys and values", runner.depth, "blocks") as task:
-        for block in runner.unchanged(runner.depth - 1, {}):
-            found = _Largest(runner)
+    with progress.task("measuring keys and values", executor.depth, "blocks") as task:
+        for block in unchanged_blocks(executor, workspace.path, executor.depth - 1, {}):
+            observer = _LargestObserver(executor)
             attentions = cached_attentions(block.module)
             if len(attentions) != 1:
                 raise PassError(f"block {block.index} has {len(attentions)} attentions that cache keys and values")
-            found.tap(*attentions[0])
-            largest.append(found.of_all)  # filled while the sweep runs the block, which it does next
+            observer.tap(*attentions[0])
+            largest.append(observer.of_all)  # filled while the block runs, which it does next
             task.advance(note=f"block {block.index}")
     return [_together(pair, workspace.processes) for pair in largest]
 
 
-class _Largest:
-    """Notes magnitudes of a block's keys and values, a batch at a time in the order of the sweep's batches."""
+class _LargestObserver:
+    """Records the largest magnitudes of a block's keys and values, a batch at a time in the order of the view's batches."""
 
-    def __init__(self, runner: BlockRunner) -> None:
-        self._sweep = runner
-        self._batches: Iterator[list[int]] = runner.batches()
+    def __init__(self, view: BlockView) -> None:
+        self._view = view
+        self._batches: Iterator[list[int]] = view.batches()
         self.of_all: tuple[list[float], list[float]] = ([], [])
 
     def tap(self, argument: str, attention: torch.nn.Module) -> None:
         tap_cache(argument, attention, self._note)
 
     def _note(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = self._sweep.mask(next(self._batches))
-        for found, tensor in zip(self.of_all, (key, value), strict=True):
+        mask = self._view.token_mask(next(self._batches))
+        for largest, tensor in zip(self.of_all, (key, value), strict=True):
             sizes = tensor.abs()
             if mask is not None:
                 sizes = sizes * mask[:, None, :, None]
             now = sizes.float().amax((0, 2, 3)).tolist()
-            found[:] = map(max, found or now, now)
+            largest[:] = map(max, largest or now, now)
         return key, value
 
 

@@ -1,4 +1,4 @@
-"""Factors in place of the matrices of one block of a sweep: statistics ▶ the nearest product of low rank, then tuning."""
+"""Low-rank factors for the matrices of one block: statistics ▶ nearest product ▶ place, then reconstruction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from compress.blockwise.asymmetric import InputMismatch, statistics_of
-from compress.blockwise.linears import InputStatistics, TargetLinear
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import probe_matrices
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
-from compress.blockwise.runner import Block, BlockRunner, TensorExtras
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
 from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.low_rank import low_rank
@@ -54,38 +57,48 @@ class Pair:
         return up, down
 
 
-def factor_block(block: Block, options: FactorOptions) -> dict[str, TensorExtras]:
-    """Factorise the sites of a block in place.
+class FactorSolver:
+    """`MatrixSolver` of `factor_block`."""
 
-    In a sweep with targets each product is matched to what the original gives on its own inputs. ``block.details`` gets a row
-    for each matrix (rank, relative output error, seconds) and, where it was tuned, the block's error before and after.
-    """
+    def __init__(self, ranks: Mapping[str, int]) -> None:
+        self._ranks = ranks
 
     def solve(
-        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
+        self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Pair, dict[str, Any]]:
-        rank = options.ranks[linear.name]
+        """Factors of a matrix, with its row for the report."""
+        rank = self._ranks[linear.name]
         up, down, row = _solve(linear, statistics, mismatch, rank, shared)
         return Pair(linear, up, down), {"rank": rank, **row}
 
-    def blank(linear: TargetLinear) -> Pair:
-        (outputs, inputs), rank = linear.weight.shape, options.ranks[linear.name]
+    def blank(self, linear: TargetLinear) -> Pair:
+        """Factors of the right shapes."""
+        (outputs, inputs), rank = linear.weight.shape, self._ranks[linear.name]
         return Pair(linear, linear.weight.new_empty(outputs, rank), linear.weight.new_empty(rank, inputs))
 
-    pairs = solve_block(
-        block,
-        statistics_of(block),
-        solve,
-        blank=blank,
-        tensors=lambda made: [made.up, made.down],
-        place=lambda linear, made: made.project(),
-    )
+    def tensors(self, solution: Pair) -> list[torch.Tensor]:
+        """Both factors."""
+        return [solution.up, solution.down]
+
+    def place(self, linear: TargetLinear, solution: Pair) -> None:
+        """Write the product into the block."""
+        solution.project()
+
+
+def factor_block(block: Block, options: FactorOptions) -> dict[str, TensorExtras]:
+    """Factorise the linears of a block in place; factors by tensor name.
+
+    In a run with targets each product is fitted to the original's outputs on the original's inputs. ``block.details`` gets a
+    row for each matrix (rank, relative output error, seconds) and, where it was reconstructed, the block's error before and
+    after.
+    """
+    pairs = solve_block(block, statistics_of(block), FactorSolver(options.ranks))
     if options.reconstruction is not None and options.reconstruction.epochs:
-        _tune(block, options.reconstruction, list(pairs.values()))
+        _reconstruct(block, options.reconstruction, list(pairs.values()))
     return {name: TensorExtras(factors=pair.finish(options.dtypes[name])) for name, pair in pairs.items()}
 
 
-def _tune(block: Block, reconstruction: Reconstruction, pairs: list[Pair]) -> None:
+def _reconstruct(block: Block, reconstruction: Reconstruction, pairs: list[Pair]) -> None:
     parameters = dict(block.module.named_parameters())
     product = {id(parameters[pair.linear.parameter]) for pair in pairs}
     trainable = [TrainableTensor(t, float(t.square().mean().sqrt())) for pair in pairs for t in (pair.up, pair.down)]
@@ -136,11 +149,11 @@ def probe_factors(
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         energies = {}
         for group, statistics, _ in block.statistics():
-            for linear in group if not runner.processes.rank else ():
+            for linear in group if not block.view.processes.rank else ():
                 up, down, found, _ = low_rank(linear.weight.float(), statistics.hessian, ranks[linear.name])
                 energies[linear.name] = found.tolist()
                 yield linear.name, {"trial": up @ down - linear.weight}
-        block.details["energies"] = runner.processes.broadcast_object(0, energies)
+        block.details["energies"] = block.view.processes.broadcast_object(0, energies)
 
     read, rows = probe_matrices(runner, "factorising on trial", measure)
     return read, {name: found for row in rows for name, found in row.get("energies", {}).items()}

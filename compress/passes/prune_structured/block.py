@@ -12,10 +12,13 @@ from typing import Any, Literal
 import torch
 
 from compress.architectures.groups import KVHeadMerge, PrunableGroup
-from compress.blockwise.linears import InputStatistics, TargetLinear
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import probe_matrices
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
-from compress.blockwise.runner import Block, BlockRunner, TensorExtras
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.passes.prune_structured.kv_heads import merge_heads
 from compress.solvers.obs import keep_by_score, least_squares, obs_prune_groups
 
@@ -65,7 +68,7 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
         part = {f"{units.name}.weight": (units, remove) for units, remove in todo if units.kind == kind}
         todo = [(units, remove) for units, remove in todo if units.kind != kind]
         solved = []
-        for group, statistics, _ in block.statistics(groups=block.reading(part)):
+        for group, statistics, _ in block.statistics(groups=block.groups_with(part)):
             linear = next(linear for linear in group if linear.name in part)
             units, remove = part[linear.name]
             keep, weight, bias, row = _solve(block, linear, linears, statistics, units, remove, options)
@@ -125,7 +128,7 @@ def _solve(
     options: WidthOptions,
 ) -> tuple[list[int], torch.Tensor, torch.Tensor | None, dict[str, Any]]:
     """Units that stay, new weights [O, I] and bias [O] of the module that reads them, and what is worth saying."""
-    processes, cold = block.runner.processes, statistics.tokens == 0
+    processes, cold = block.view.processes, statistics.tokens == 0
     bias = None if linear.owner is not None or linear.module.bias is None else _bias(linear)
     hessian = statistics.hessian if bias is None else statistics.centred()
     if options.importance == "magnitude" or cold:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.linears import unfused
-from compress.blockwise.runner import Block, BlockRunner, TensorExtras
+from compress.blockwise.block import Block
+from compress.blockwise.experts import unfused
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.errors import PassError
 
 
@@ -26,7 +28,7 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[d
     def look(block: Block) -> dict[str, TensorExtras]:
         if not block.swaps:
             raise PassError(f"the experts of block {block.index} are of a kind that cannot be scored", key="experts")
-        experts = block.swaps[0][2]
+        experts = block.swaps[0].experts
         sums = torch.zeros(2, len(experts.gate), dtype=torch.float64)
 
         def watch(expert: int, outputs: torch.Tensor, weights: torch.Tensor) -> None:
@@ -35,12 +37,12 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[d
 
         experts.watch = watch
         with torch.no_grad(), unfused(block.swaps):
-            for rows in runner.batches():
-                mask = runner.mask(rows)
-                experts.valid = None if mask is None else mask.flatten()
-                block.forward(rows, block.inputs.read(rows).to(runner.device))
-        experts.watch = experts.valid = None
-        runner.processes.all_reduce(sums)
+            for rows in block.view.batches():
+                mask = block.view.token_mask(rows)
+                experts.token_mask = None if mask is None else mask.flatten()
+                block.forward(rows, block.read_inputs(rows))
+        experts.watch = experts.token_mask = None
+        block.view.processes.all_reduce(sums)
         for e, gate in enumerate(experts.gate):
             block.count([linear for linear in block.linears if linear.module is gate], int(sums[1, e]))
         block.details["saliency"] = (sums[0] / sums[1].clamp(min=1)).tolist()
@@ -62,7 +64,7 @@ def channel_importance(runner: BlockRunner, width: int) -> torch.Tensor:
     def look(block: Block) -> dict[str, TensorExtras]:
         found = torch.zeros(width, dtype=torch.float64)
         names = {linear.name for linear in block.linears if linear.weight.shape[1] == width}
-        for group, statistics, _ in block.statistics(groups=block.reading(names)):
+        for group, statistics, _ in block.statistics(groups=block.groups_with(names)):
             for linear in group:
                 lost = statistics.hessian.diagonal().double() * linear.weight.double().square().sum(0)
                 found += (lost / lost.sum().clamp(min=1e-300)).cpu()

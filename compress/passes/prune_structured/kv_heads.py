@@ -13,8 +13,9 @@ import torch
 
 from compress.architectures.groups import KVHeadMerge, Slice
 from compress.blockwise.asymmetric import ChangedTensor, measure
-from compress.blockwise.linears import InputStatistics, TargetLinear
-from compress.blockwise.runner import Block
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.hessian import damped
 from compress.solvers.kv_merge import align_keys, align_values, merge
@@ -47,21 +48,21 @@ def merge_heads(
             rows.copy_(merge(rows, options.left))
 
     if align:
-        (key,) = block.reading({f"{options.key.module}.weight"})
+        (key,) = block.groups_with({f"{options.key.module}.weight"})
         for _, inputs, _ in block.statistics(groups=[key]):
             _align(linears, options, inputs)
-    (reading,) = block.reading({output.name})
+    (reading,) = block.groups_with({output.name})
     ((_, before, _),) = block.statistics(groups=[reading])
     separate = [rows.clone() for rows in heads]
     project()
-    block.runner.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
+    block.view.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
     changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
     now, mismatch = measure(replace(block, originals=block.inputs), reading, [], changed)
     weight = output.weight.clone()
     if compensate:
         order, factor, _ = act_order_factor(now.hessian, _DAMP)
         output.weight.copy_(asymmetric_target(weight, mismatch.inputs, None, factor, order))
-        block.runner.processes.broadcast(0, output.weight)
+        block.view.processes.broadcast(0, output.weight)
     error = _error(weight, output.weight, before.hessian, now.hessian, mismatch.inputs)
     return {"kept": options.left, "of": options.heads, "error": error}, project
 

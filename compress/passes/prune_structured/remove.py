@@ -11,7 +11,7 @@ from compress.architectures import resize
 from compress.architectures.groups import PrunableGroup
 from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
-from compress.blockwise.runner import Teacher
+from compress.blockwise.targets import Teacher
 from compress.checkpoint.open import Checkpoint, Derived
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from compress.architectures.groups import PrunableGroup
 from compress.architectures.model_map import ModelMap, model_map
-from compress.blockwise.linears import Experts
-from compress.blockwise.output_curvature import draw
+from compress.blockwise.experts import Experts
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_checkpoint
+from compress.sensitivity.samples import SampleLoop, token_losses
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Checkpoint
@@ -51,31 +50,13 @@ def taylor_scores(
         )
     readers = [_Reader(model, mapped, one) for one in units]
     generator = torch.Generator(device).manual_seed(seed)
-    with progress.task("measuring gradients", len(samples.ids), "samples") as task:
-        for part in samples.parts(1):
-            loss = _loss(model, part, mapped.record.causal, generator)
-            loss.backward()  # type: ignore[no-untyped-call]
-            for reader in readers:
-                reader.add()
-            model.zero_grad(set_to_none=True)
-            task.advance()
+    for sample in SampleLoop(samples, model.device).with_progress(progress, "measuring gradients"):
+        losses = token_losses(model, sample, generator, next_token=mapped.record.causal)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        for reader in readers:
+            reader.add()
+        model.zero_grad(set_to_none=True)
     return {reader.units.name: reader.total.tolist() for reader in readers}
-
-
-def _loss(model: Any, sample: Batches, causal: bool, generator: torch.Generator) -> torch.Tensor:
-    """Summed over the tokens of one sample that count."""
-    inputs = sample.inputs(model.device)
-    logits: torch.Tensor = model(**inputs)[0][0].float()
-    counted = None if sample.mask is None else sample.mask[0].to(logits.device)
-    if causal and logits.ndim == 2:
-        logits, labels = logits[:-1], inputs["input_ids"][0, 1:]
-        counted = None if counted is None else counted[1:]
-    else:
-        rows = logits if logits.ndim == 2 else logits[None]
-        counted = None if logits.ndim == 1 else counted
-        logits, labels = rows, draw(rows, generator)
-    losses = cross_entropy(logits, labels, reduction="none")
-    return (losses if counted is None else losses[counted]).sum()
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Pruning one block of a sweep: statistics ▶ solver ▶ masks, then tuning of what is kept."""
+"""Pruning one block: statistics ▶ solver ▶ masks, then reconstruction of the kept weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any, Literal
 import torch
 
 from compress.blockwise.asymmetric import InputMismatch, symmetric_statistics
-from compress.blockwise.linears import InputStatistics, TargetLinear
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import probe_matrices
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
-from compress.blockwise.runner import Block, BlockRunner, TensorExtras
+from compress.blockwise.results import TensorExtras
+from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
@@ -72,7 +75,7 @@ def probe_pruning(
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for group, statistics, _ in block.statistics():
             shared: dict[str, Any] = {}
-            for linear in group if not runner.processes.rank else ():
+            for linear in group if not block.view.processes.rank else ():
                 earlier, changes = block.earlier_mask(linear), {}
                 for number, sparsity in enumerate(sparsities):
                     options = PruneOptions(method, {linear.name: sparsity}, None, None)
@@ -83,34 +86,51 @@ def probe_pruning(
     return probe_matrices(runner, "pruning on trial", measure)[0]
 
 
-def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
-    """Prune the sites of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
+@dataclass(frozen=True)
+class Pruned:
+    """New weights [O, I] of a matrix, zero where the mask [O, I] is False."""
 
-    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was tuned, the
-    block's error before and after.
-    """
+    weight: torch.Tensor
+    mask: torch.Tensor
+
+
+class PruneSolver:
+    """`MatrixSolver` of `prune_block`."""
+
+    def __init__(self, block: Block, options: PruneOptions) -> None:
+        self._block, self._options = block, options
 
     def solve(
-        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
-        weight, mask, notes = _solve(linear, statistics, options, block.earlier_mask(linear), shared)
+        self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
+    ) -> tuple[Pruned, dict[str, Any]]:
+        """New weights and mask of a matrix, with its row for the report."""
+        weight, mask, notes = _solve(linear, statistics, self._options, self._block.earlier_mask(linear), shared)
         weight, mask = weight.masked_fill(~mask, 0).contiguous(), mask.contiguous()
         row = {"error": statistics.relative_error(linear.weight, weight), **notes}
-        return (weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
+        return Pruned(weight, mask), row | {"sparsity": 1 - float(mask.double().mean())}
 
-    def blank(linear: TargetLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    def blank(self, linear: TargetLinear) -> Pruned:
+        """Weights and mask of the right shape."""
         weight = torch.empty_like(linear.weight, memory_format=torch.contiguous_format)
-        return weight, torch.empty_like(weight, dtype=torch.bool)
+        return Pruned(weight, torch.empty_like(weight, dtype=torch.bool))
 
-    found = solve_block(
-        block,
-        symmetric_statistics(block),
-        solve,
-        blank=blank,
-        tensors=lambda made: made,
-        place=lambda linear, made: linear.weight.copy_(made[0]),
-    )
-    masks = {name: mask for name, (_, mask) in found.items()}  # as the sites shape them
+    def tensors(self, solution: Pruned) -> list[torch.Tensor]:
+        """Weights and mask."""
+        return [solution.weight, solution.mask]
+
+    def place(self, linear: TargetLinear, solution: Pruned) -> None:
+        """Write the pruned weights into the block."""
+        linear.weight.copy_(solution.weight)
+
+
+def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
+    """Prune the linears of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
+
+    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was reconstructed,
+    the block's error before and after.
+    """
+    pruned = solve_block(block, symmetric_statistics(block), PruneSolver(block, options))
+    masks = {name: solution.mask for name, solution in pruned.items()}
     if options.reconstruction is not None and options.reconstruction.epochs:
         removed = [(linear.weight, ~masks[linear.name]) for linear in block.linears]
 

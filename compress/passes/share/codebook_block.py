@@ -1,4 +1,4 @@
-"""Clustering the weights of one block of a sweep: statistics ▶ codebook ▶ GPTQ."""
+"""Clustering the weights of one block: statistics ▶ codebook ▶ GPTQ ▶ place."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from compress.blockwise.asymmetric import InputMismatch, statistics_of
-from compress.blockwise.linears import InputStatistics, TargetLinear
-from compress.blockwise.runner import Block, TensorExtras
+from compress.blockwise.block import Block
+from compress.blockwise.hessians import InputStatistics
+from compress.blockwise.linears import TargetLinear
+from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
 from compress.checkpoint.open import Codes
 from compress.solvers.codebook import codebook, rounded, to_codes
@@ -20,44 +22,55 @@ from compress.solvers.quant_format import dequantize
 
 @dataclass(frozen=True)
 class CodebookOptions:
-    """How to cluster blocks: bits of the codes by tensor name, and the dtypes that codebooks are stored in."""
+    """Bits of the codes and dtypes of the stored codebooks, by tensor name."""
 
     bits: Mapping[str, int]
     dtypes: Mapping[str, torch.dtype]
 
 
-def codebook_block(block: Block, options: CodebookOptions) -> dict[str, TensorExtras]:
-    """Cluster the sites of a block in place; codes by tensor name, as the checkpoint shapes them.
+class CodebookSolver:
+    """`MatrixSolver` of `codebook_block`."""
 
-    In a sweep with targets each matrix is matched to what the original gives on its own inputs, as in `cast_block`.
-    ``block.details`` gets a row for each matrix: format, relative output error, seconds.
-    """
+    def __init__(self, block: Block, options: CodebookOptions) -> None:
+        self._block, self._options = block, options
 
     def solve(
-        linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
+        self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Codes, dict[str, Any]]:
-        bits, dtype = options.bits[linear.name], options.dtypes[linear.name]
-        found, row = _solve(linear, statistics, mismatch, bits, dtype, block.earlier_mask(linear), shared)
-        return Codes(found.codes, found.scale.float()), {"format": f"codebook{bits}", **row}
+        """Codes and codebook of a matrix, with its row for the report."""
+        bits, dtype = self._options.bits[linear.name], self._options.dtypes[linear.name]
+        keep = self._block.earlier_mask(linear)
+        codes, row = _solve(linear, statistics, mismatch, bits, dtype, keep, shared)
+        return Codes(codes.codes, codes.scale.float()), {"format": f"codebook{bits}", **row}
 
-    def blank(linear: TargetLinear) -> Codes:
+    def blank(self, linear: TargetLinear) -> Codes:
+        """Codes and codebook of the right shapes."""
         codes = torch.empty_like(linear.weight, dtype=torch.int8, memory_format=torch.contiguous_format)
-        return Codes(codes, torch.empty(1 << options.bits[linear.name], device=codes.device))
+        return Codes(codes, torch.empty(1 << self._options.bits[linear.name], device=codes.device))
 
-    found = solve_block(
-        block,
-        statistics_of(block),
-        solve,
-        blank=blank,
-        tensors=lambda made: [made.codes, made.scale],
-        place=lambda linear, made: linear.weight.copy_(dequantize(made, block.earlier_mask(linear))),
-    )
+    def tensors(self, solution: Codes) -> list[torch.Tensor]:
+        """Codes and codebook."""
+        return [solution.codes, solution.scale]
+
+    def place(self, linear: TargetLinear, solution: Codes) -> None:
+        """Write the clustered weights into the block."""
+        linear.weight.copy_(dequantize(solution, self._block.earlier_mask(linear)))
+
+
+def codebook_block(block: Block, options: CodebookOptions) -> dict[str, TensorExtras]:
+    """Cluster the linears of a block in place; codes by tensor name, as the checkpoint shapes them.
+
+    In a run with targets each matrix is fitted to the original's outputs on the original's inputs, as in `cast_block`.
+    ``block.details`` gets a row for each matrix: format, relative output error, seconds.
+    """
+    clustered = solve_block(block, statistics_of(block), CodebookSolver(block, options))
     result = {}
     for linear in block.linears:
-        codes, keep = found[linear.name].codes, block.earlier_mask(linear)
+        solution, keep = clustered[linear.name], block.earlier_mask(linear)
+        codes = solution.codes
         if linear.transposed:
             codes, keep = codes.T, None if keep is None else keep.T
-        result[linear.name] = TensorExtras(keep, Codes(codes, found[linear.name].scale.to(options.dtypes[linear.name])))
+        result[linear.name] = TensorExtras(keep, Codes(codes, solution.scale.to(options.dtypes[linear.name])))
     return result
 
 

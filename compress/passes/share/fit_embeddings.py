@@ -12,6 +12,7 @@ from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
 from compress.data.batches import Batches
 from compress.models.loading import load_checkpoint
 from compress.progress import Progress
+from compress.sensitivity.samples import SampleLoop
 from compress.solvers.embeddings import thin_input, thin_output, thin_tied
 from compress.spec.spec import Spec
 
@@ -35,30 +36,23 @@ def read_tables(checkpoint: Checkpoint, batches: Batches, *, device: str, dtype:
     """The tables of a model, and what the batches say of them. The whole model is in memory."""
     model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    loop = SampleLoop(batches, device, tokens=_TOKENS)
     counts = torch.zeros(len(table.weight), dtype=torch.float64, device=device)
-    mask: list[torch.Tensor | None] = [None]
     H: torch.Tensor | None = None
     if head is not None:
         width = head.weight.shape[1]
-        H = torch.zeros(width, width, dtype=torch.float64, device=device)
-        sums = H
+        H = sums = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-        def gather(module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, width).double()
-            x = x if mask[0] is None else x[mask[0]]
+        def add_inputs(module: Any, args: tuple[Any, ...]) -> None:
+            x = loop.current.counted(args[0].reshape(-1, width).double())
             sums.add_(x.T @ x)
 
-        head.register_forward_pre_hook(gather)
-    parts = batches.parts(_TOKENS)
-    with torch.inference_mode(), progress.task("reading what predictions are made of", len(parts), "batches") as task:
-        for part in parts:
-            inputs = part.inputs(device)
-            mask[0] = None if part.mask is None else part.mask.flatten().to(device)
-            ids = inputs["input_ids"].flatten()
-            counts += torch.bincount(ids if mask[0] is None else ids[mask[0]], minlength=len(counts))
+        head.register_forward_pre_hook(add_inputs)
+    with torch.inference_mode():
+        for sample in loop.with_progress(progress, "reading what predictions are made of", "batches"):
+            counts += torch.bincount(sample.counted(sample.inputs["input_ids"].flatten()), minlength=len(counts))
             if H is not None:
-                model(**inputs)
-            task.advance()
+                model(**sample.inputs)
     return Tables(table.weight.detach().double(), counts, None if head is None else head.weight.detach().double(), H)
 
 

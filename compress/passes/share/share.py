@@ -260,7 +260,14 @@ class Share(Pass[ShareSettings]):
         read = SavedHessians(context.workspace.folder("read").path, context.device)
         runner = open_runner(checkpoint, [], context, workspace=context.workspace.folder("sweep"), with_targets=False)
         wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
-        read.collect(runner, wanted, "reading what blocks multiply", check=True)
+        read.collect(
+            runner.executor,
+            wanted,
+            work=runner.work,
+            progress=context.progress,
+            title="reading what blocks multiply",
+            check=True,
+        )
         fisher = None
         if settings.init == "fisher" and not context.processes.rank:
             from compress.sensitivity.fisher import fisher_information

@@ -174,7 +174,7 @@ def test_other_families(family, tmp_path):
 
 def test_padding_does_not_count(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
-    from compress.blockwise.runner import Inputs
+    from compress.blockwise.executor import Inputs
     from compress.data.batches import Batches
     from compress.passes.cast.kv_cache import largest_cached
     from compress.progress import SilentProgress

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-import compress.blockwise.output_curvature as gradients_module
-from compress.blockwise.output_curvature import Gradients
 from compress.checkpoint.open import open_checkpoint
 from compress.models.loading import load_checkpoint
+from compress.progress import SilentProgress
+from compress.sensitivity import output_curvature
+from compress.sensitivity.output_curvature import Gradients
 from tests import pico
 from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, sweep_of
 
@@ -20,7 +21,7 @@ def measured(folder, work, mask=None):
     """Σ g gᵀ by name as a sweep finds them, and the sweep."""
     checkpoint = open_checkpoint(folder)
     runner = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
-    gradients, found = Gradients(runner, work / "gradients"), {}
+    gradients, found = Gradients(runner.executor, work / "gradients", SilentProgress()), {}
 
     def change(block):
         found.update(gradients.by_outputs(block))
@@ -54,7 +55,7 @@ def expected(runner, chunk):
         if isinstance(module, (torch.nn.Linear, Conv1D)) and "router" not in name:
             module.register_forward_hook(listen(name))
     for row in range(SAMPLES):
-        generator = torch.Generator().manual_seed(runner.seed * 1_000_003 + row)
+        generator = torch.Generator().manual_seed(runner.executor.seed * 1_000_003 + row)
         logits = model(**runner.inputs.rows([row]))[0][0]
         drawn = [torch.multinomial(part.detach().softmax(-1), 1, generator=generator) for part in logits.split(chunk)]
         losses = torch.nn.functional.cross_entropy(logits, torch.cat(drawn)[:, 0], reduction="none")
@@ -69,7 +70,7 @@ def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path,
         mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
         mask[1, 5:] = mask[4, 9:] = False
     if family == "llama":
-        monkeypatch.setattr(gradients_module, "LOGITS_PER_CHUNK", 5)
+        monkeypatch.setattr(output_curvature, "LOGITS_PER_CHUNK", 5)
     found, runner = measured(pico.save(tmp_path / "model", family, with_tokenizer=False), tmp_path / "work", mask)
     wanted = expected(runner, 5 if family == "llama" else LENGTH)
     names = {name: name.removesuffix(".weight") for name in runner.wanted if ".experts." not in name}

@@ -1,0 +1,168 @@
+"""One loaded block as a pass sees it: its target linears, their inputs, and the statistics of those inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from compress.blockwise.activations import Activations, HiddenStates
+from compress.blockwise.experts import ExpertSwap, unfused
+from compress.blockwise.hessians import (
+    InputStatistics,
+    StopForward,
+    collect_hessians,
+    hessian_bytes,
+    set_token_mask,
+)
+from compress.blockwise.linears import TargetLinear, group_linears
+from compress.blockwise.memory_budget import STATISTICS_BYTES
+from compress.distributed import ProcessGroup
+
+
+class BlockView(Protocol):
+    """What work on a block needs to know of the run around it.
+
+    Attributes:
+        device: where blocks are. seed: of random draws. processes: the processes that work on the same blocks.
+        samples: number of calibration samples. tokens: number of tokens in them that count.
+    """
+
+    device: str
+    seed: int
+    processes: ProcessGroup
+    samples: int
+    tokens: int
+
+    def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
+        ...
+
+    def batches(self, first: int | None = None) -> Iterator[list[int]]:
+        """Numbers of this process's samples, a batch at a time; with ``first``, of only so many of all samples."""
+        ...
+
+    def token_mask(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens of those samples count, bool [len(rows), length]; None for all."""
+        ...
+
+    def keep_mask(self, name: str) -> torch.Tensor | None:
+        """The keep-mask that a tensor has in the checkpoint, shaped as there; None where it has none."""
+        ...
+
+
+def _no_shared_inputs(group: Sequence[TargetLinear], statistics: InputStatistics) -> None:
+    """Nothing to add: no other block reads with these tensors."""
+
+
+@dataclass
+class Block:
+    """A loaded block at work.
+
+    Attributes:
+        view: the run around it. index: the block's number. module: with weights. linears: its target linears.
+        groups: the linears that read the same inputs. swaps: fused experts to run one by one.
+        inputs: hidden states that the changed blocks before it output.
+        originals: hidden states that the original blocks before it output; targets: what the original block makes of those.
+            Both None in a run without targets.
+        last: the group that reads last in a pass, if it is always the same.
+        details: rows for the report.
+        frozen: ids of parameters that other blocks share; they are solved for and then stay.
+        reached: number of tokens that each expert read, by the expert's name in the checkpoint, where it was counted.
+        add_shared_inputs: adds to a group's statistics the inputs of other blocks that share its tensors.
+    """
+
+    view: BlockView
+    index: int
+    module: Any
+    linears: list[TargetLinear]
+    swaps: list[ExpertSwap]
+    inputs: Activations
+    originals: Activations | None = None
+    targets: HiddenStates | None = None
+    groups: list[list[TargetLinear]] = field(default_factory=list)
+    last: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    frozen: set[int] = field(default_factory=set)
+    reached: dict[str, int] = field(default_factory=dict)
+    add_shared_inputs: Callable[[list[TargetLinear], InputStatistics], None] = _no_shared_inputs
+
+    def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
+        return self.view.forward(self.index, self.module, rows, hidden)
+
+    def read_inputs(self, rows: Sequence[int]) -> torch.Tensor:
+        """Hidden states in front of the block, of those samples, on the block's device."""
+        return self.inputs.read(rows).to(self.view.device)
+
+    def find_groups(self) -> None:
+        """Set ``groups`` and ``last`` by running one sample."""
+        rows = [0]
+        with torch.no_grad(), unfused(self.swaps):
+            self.groups, self.last = group_linears(self.linears, lambda: self.forward(rows, self.read_inputs(rows)))
+
+    def earlier_mask(self, linear: TargetLinear) -> torch.Tensor | None:
+        """The keep-mask that a linear's tensor has in the checkpoint, bool [O, I]; None where it has none."""
+        mask = self.view.keep_mask(linear.name)
+        return None if mask is None else (mask.T if linear.transposed else mask).to(linear.weight.device)
+
+    def groups_with(self, names: Collection[str]) -> list[list[TargetLinear]]:
+        """The groups that hold one of these tensors."""
+        return [group for group in self.groups if any(linear.name in names for linear in group)]
+
+    def statistics(
+        self, budget: int = STATISTICS_BYTES, groups: Sequence[list[TargetLinear]] | None = None
+    ) -> Iterator[tuple[list[TargetLinear], InputStatistics, bool]]:
+        """Yield each group, its H = Σ x xᵀ, and whether the block may be changed now: no further pass through it follows.
+
+        As many groups at a time as fit ``budget`` bytes, at least one; each such part takes one pass over the samples.
+
+        Args:
+            groups: those to measure; all by default.
+        """
+        pending = list(self.groups if groups is None else groups)
+        while pending:
+            part = [pending.pop(0)]
+            used = hessian_bytes(part[0])
+            while pending and used + hessian_bytes(pending[0]) <= budget:
+                part.append(pending.pop(0))
+                used += hessian_bytes(part[-1])
+            measured = self._measure(part)
+            for group in part:
+                statistics = measured.pop(0)
+                self.sum_over_processes(statistics)
+                self.count(group, statistics.tokens)
+                self.add_shared_inputs(group, statistics)
+                yield group, statistics, not pending
+
+    def _measure(self, groups: Sequence[list[TargetLinear]]) -> list[InputStatistics]:
+        """Statistics of groups from one pass over this process's samples."""
+        end = None if self.last is None else self.groups[self.last]
+        last = next((i for i, group in enumerate(groups) if group is end), None)
+        with torch.no_grad(), unfused(self.swaps), collect_hessians(groups, self.view.device, last) as measured:
+            for rows in self.view.batches():
+                set_token_mask(groups, self.swaps, self.view.token_mask(rows))
+                with suppress(StopForward):
+                    self.forward(rows, self.read_inputs(rows))
+            set_token_mask(groups, self.swaps, None)
+        return measured
+
+    def sum_over_processes(self, statistics: InputStatistics, *tensors: torch.Tensor) -> None:
+        """Replace statistics, and further sums, by their totals over all processes."""
+        self.view.processes.all_reduce(statistics.hessian, statistics.total, *tensors)
+        statistics.tokens = int(self.view.processes.reduce_sum(statistics.tokens)[0])
+
+    def count(self, linears: Sequence[TargetLinear], tokens: int) -> None:
+        """Record that so many tokens reached the experts that these linears belong to."""
+        names = {linear.name.rpartition(".")[0].rpartition(".")[0] for linear in linears if linear.owner is not None}
+        self.reached |= dict.fromkeys(names, tokens)
+
+    def experts(self) -> dict[str, Any] | None:
+        """For the report, tokens in all and by expert; None where no expert was counted."""
+        if not self.reached:
+            return None
+        order = sorted(self.reached, key=lambda name: (len(name), name))  # 2 before 10
+        return {"tokens": self.view.tokens, "reached": {name: self.reached[name] for name in order}}

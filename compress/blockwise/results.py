@@ -1,0 +1,138 @@
+"""The changed tensors of a run over the blocks, in a file per block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.architectures.model_map import model_map
+from compress.blockwise.streamed import StreamedModel
+from compress.checkpoint.codecs import canonical, pack_bits
+from compress.checkpoint.decode import unpack_bits
+from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
+from compress.spec.spec import widest
+
+#: Fields of `Codes`.
+_CODES = ("codes", "scale", "zero", "overall")
+
+
+@dataclass(frozen=True)
+class TensorExtras:
+    """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it; codes; factors [O, r] and [r, I]."""
+
+    mask: torch.Tensor | None = None
+    codes: Codes | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class RunnerResult:
+    """The changed tensors, in a file per block; ``details`` has a row for each block."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    blocks: list[int]
+    details: list[dict[str, Any]]
+
+    def reader(self) -> Callable[[str], Value]:
+        """A function from a tensor's name to its value: the changed one where there is one, else the checkpoint's."""
+        from safetensors import safe_open
+
+        where: dict[str, Path] = {}
+        for index in self.blocks:
+            path = block_file(self.folder, index)
+            if path.exists():
+                with safe_open(path, framework="pt") as file:
+                    where |= dict.fromkeys(file.keys(), path)
+
+        def read(name: str) -> Value:
+            if name not in where:
+                return self.checkpoint.tensor(name)
+            with safe_open(where[name], framework="pt") as file:
+                data = file.get_tensor(name)
+                keep = f"{name}:keep"
+                mask = unpack_bits(file.get_tensor(keep), tuple(data.shape)) if keep in where else None
+                parts = {k: file.get_tensor(f"{name}:{k}") for k in _CODES if f"{name}:{k}" in where}
+            return Value(data, mask, Codes(**parts) if parts else None)
+
+        return read
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A tensor's factors, [O, r] and [r, I]."""
+        from safetensors import safe_open
+
+        index = model_map(self.checkpoint.spec).block_of(name)
+        assert index is not None
+        with safe_open(block_file(self.folder, index), framework="pt") as file:
+            return file.get_tensor(f"{name}:up"), file.get_tensor(f"{name}:down")
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """The file of a block's changed tensors."""
+    return folder / f"{index:05}.safetensors"
+
+
+def write_block(
+    folder: Path,
+    checkpoint: Checkpoint,
+    streamed: StreamedModel,
+    index: int,
+    module: Any,
+    extras: Mapping[str, TensorExtras],
+    *,
+    save: bool,
+) -> None:
+    """Round a block's weights to the checkpoint's dtypes, in the module too, and write the tensors that changed.
+
+    Args:
+        extras: by tensor. save: whether this process writes the file; the first one does.
+    """
+    from safetensors.torch import save_file
+
+    result: dict[str, torch.Tensor] = {}
+    for key, parameter in module.named_parameters():
+        names = streamed.stored_names(index, {key: parameter.data})
+        stored = {name: value for name, value in names.items() if _is_stored(checkpoint, name)}
+        if not stored:
+            continue
+        for name, value in stored.items():
+            result |= _changed_parts(name, value, checkpoint.tensor(name), extras.get(name, TensorExtras()))
+        dtype = torch_dtype(widest([checkpoint.spec.tensors[name].dtype for name in stored]))
+        parameter.data.copy_(parameter.data.to(dtype))
+    if not save:
+        return
+    path = block_file(folder, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_suffix(".tmp")
+    save_file(result, temp)
+    temp.replace(path)
+
+
+def _changed_parts(name: str, value: torch.Tensor, before: Value, extras: TensorExtras) -> dict[str, torch.Tensor]:
+    """What a block's file holds of a tensor, by key; nothing where it is as it was."""
+    parts: dict[str, torch.Tensor] = {}
+    mask = before.mask if extras.mask is None else extras.mask
+    if extras.codes is not None:
+        fields = {k: getattr(extras.codes, k) for k in _CODES}
+        parts |= {f"{name}:{k}": v.cpu().contiguous() for k, v in fields.items() if v is not None}
+    if extras.factors is not None:
+        up, down = (factor.to("cpu", before.data.dtype).contiguous() for factor in extras.factors)
+        return parts | {f"{name}:up": up, f"{name}:down": down}
+    data = value.to("cpu", before.data.dtype)
+    if mask is not None:
+        mask = mask.to("cpu")
+        data = canonical(data, mask) if extras.codes is None else data
+        parts[f"{name}:keep"] = pack_bits(mask)
+    if mask is not None or not torch.equal(data, before.data):
+        parts[name] = data.contiguous().clone()
+    return parts
+
+
+def _is_stored(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the checkpoint stores a tensor of that name, and not as an alias."""
+    tensor = checkpoint.spec.tensors.get(name)
+    return tensor is not None and tensor.alias_of is None

@@ -1,0 +1,106 @@
+"""The original's hidden states, which blocks are reconstructed towards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.blockwise.activations import Activations, ActivationStream, HiddenStates
+from compress.blockwise.executor import BlockExecutor
+from compress.checkpoint.open import Checkpoint
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The original that blocks are reconstructed towards, where it is not the checkpoint being changed.
+
+    Attributes:
+        checkpoint: the original. spans: block i of the changed checkpoint stands for the original's blocks from
+            ``spans[i - 1]`` (0 for the first) up to ``spans[i]``.
+        channels: the original's hidden channels that the changed checkpoint has; None for all.
+    """
+
+    checkpoint: Checkpoint
+    spans: Sequence[int]
+    channels: torch.Tensor | None = None
+
+    def blocks(self, index: int) -> range:
+        """Numbers of the original's blocks that block ``index`` stands for."""
+        return range(self.spans[index - 1] if index else 0, self.spans[index])
+
+
+@dataclass(frozen=True)
+class SelectedChannels:
+    """Some channels of hidden states."""
+
+    states: HiddenStates
+    channels: torch.Tensor
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        """Those channels of the samples' hidden states, [len(rows), …, channels]."""
+        return self.states.read(rows)[..., self.channels]
+
+
+class TargetStream:
+    """Hidden states of the original in front of each of the runner's blocks, one block at a time.
+
+    Args:
+        executor: of the checkpoint being changed; its blocks are the original's until they change, where there is no teacher.
+    """
+
+    def __init__(self, executor: BlockExecutor, teacher: Teacher | None, work: Path) -> None:
+        self._teacher, self._work = teacher, work
+        self._original = executor
+        if teacher is not None:
+            self._original = BlockExecutor(
+                teacher.checkpoint,
+                executor.inputs,
+                dtype=str(executor.dtype).removeprefix("torch."),
+                device=executor.device,
+                seed=executor.seed,
+                processes=executor.processes,
+            )
+
+    def learn_calls(self) -> None:
+        """Learn how the teacher's blocks are called."""
+        if self._teacher is not None:
+            self._original.learn_calls()
+
+    def open(self) -> None:
+        """Open the files."""
+        self._stream: ActivationStream = self._original.open_stream(self._work, "targets")
+
+    def start(self) -> None:
+        """Write the hidden states in front of the first block."""
+        self._original.write_first(self._stream.before(0))
+        self._stream.before(0).sync()
+
+    def advance(self, index: int, module: Any) -> tuple[Activations, HiddenStates]:
+        """Run the original's part for a block.
+
+        Args:
+            module: the loaded block as it came, which is the original's where there is no teacher.
+
+        Returns:
+            The original's hidden states in front of the block, and behind it with the channels that the block has.
+        """
+        before, after = self._stream.before(index), self._stream.before(index + 1)
+        if self._teacher is None:
+            self._original.write_outputs(index, module, before, after)
+        else:
+            source = before  # never written: a resume starts from it
+            for number in self._teacher.blocks(index):
+                with torch.no_grad(), self._original.streamed.block(number) as original:
+                    self._original.write_outputs(number, original, source, after)
+                source = after
+        after.sync()
+        channels = None if self._teacher is None else self._teacher.channels
+        return before, after if channels is None else SelectedChannels(after, channels)
+
+    def close(self) -> None:
+        """Close the files; they stay on the disk."""
+        self._stream.close()

@@ -1,0 +1,146 @@
+"""Curvature of the loss by the outputs of a block's matrices, with one block in memory at a time.
+
+Before a run over the blocks, some samples go through the original forwards, block by block; a token is drawn from each
+prediction, and the gradient of its log-likelihood goes back the same way. The gradient at the output of every block is kept
+in a file. During the run, a block carries it on to the outputs of its matrices: Σ g gᵀ there is K-FAC's factor of the Fisher
+information by outputs (Martens and Grosse 2015, arXiv 1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from compress.blockwise.activations import Activations, ActivationStream
+from compress.blockwise.block import Block
+from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.experts import unfused
+from compress.blockwise.linears import record_outputs
+from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
+from compress.models.loading import arguments_of
+from compress.progress import Progress
+from compress.sensitivity.labels import draw
+
+
+class Gradients:
+    """Gradients at the outputs of every block of the original, for the first samples.
+
+    Attributes:
+        known: whether there are any, which needs a head that predicts tokens; set by `measure`.
+    """
+
+    def __init__(self, executor: BlockExecutor, work: Path, progress: Progress) -> None:
+        self.executor, self.work, self.progress, self.known = executor, work, progress, False
+        self._samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
+
+    def measure(self) -> None:
+        """Run the model forwards and backwards, unless an earlier run has."""
+        executor, done = self.executor, self.work / "done"
+        model: Any = executor.streamed.model
+        has_head = executor.streamed.record.has_head(executor.checkpoint.spec)
+        self.known = has_head and model.get_output_embeddings() is not None
+        if not self.known or executor.processes.broadcast_object(0, done.exists()):
+            return
+        depth = executor.depth
+        inputs = executor.open_stream(self.work, "inputs", first=self._samples, files=depth + 1)
+        with self.progress.task("measuring which outputs matter", 2 * depth, "blocks") as task:
+            executor.write_first(inputs.before(0), self._samples)
+            for index in range(depth):
+                with executor.streamed.block(index) as module:
+                    executor.write_outputs(
+                        index, module, inputs.before(index), inputs.before(index + 1), first=self._samples
+                    )
+                task.advance()
+            gradients = self._open(inputs.before(0).shape)
+            self._at_the_end(inputs.before(depth), gradients.before(depth - 1))
+            task.advance()
+            inputs.release(depth, delete=True)
+            for index in reversed(range(1, depth)):
+                self._one_block_back(index, inputs.before(index), gradients)
+                inputs.release(index, delete=True)
+                task.advance()
+        gradients.before(0).sync()
+        gradients.close()
+        inputs.release(0, delete=True)
+        executor.processes.barrier()
+        if not executor.processes.rank:
+            done.touch()
+        executor.processes.barrier()
+
+    def _open(self, shape: Sequence[int]) -> ActivationStream:
+        """Files of the gradients at each block's output, by the block's number."""
+        executor = self.executor
+        return ActivationStream(self.work, "", self._samples, shape, executor.dtype, files=executor.depth)
+
+    def _at_the_end(self, hidden: Activations, gradients: Activations) -> None:
+        """Write the gradients at the last block's output."""
+        with self.executor.streamed.head():
+            for rows in self.executor.batches(self._samples):
+                for row in rows:
+                    gradients.write([row], self._of_sample(row, hidden.read([row]).to(self.executor.device)))
+
+    def _one_block_back(self, index: int, inputs: Activations, gradients: ActivationStream) -> None:
+        """Write the gradients at a block's input, which are those at the output of the block before it."""
+        executor, later = self.executor, gradients.before(index)
+        with executor.streamed.block(index) as module:
+            for rows in executor.batches(self._samples):
+                hidden = inputs.read(rows).to(executor.device).requires_grad_()
+                with torch.enable_grad():
+                    output = executor.forward(index, module, rows, hidden)
+                (gradient,) = torch.autograd.grad(output, hidden, later.read(rows).to(output))
+                gradients.before(index - 1).write(rows, gradient)
+        later.sync()
+        gradients.release(index)
+
+    def _of_sample(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Gradient at the last block's output of one sample, of tokens drawn from the model's predictions."""
+        executor, mask = self.executor, self.executor.token_mask([row])
+        hidden.requires_grad_()
+        generator = torch.Generator(executor.device).manual_seed(executor.seed * 1_000_003 + row)
+        length = hidden.shape[1]
+        some = "logits_to_keep" in arguments_of(executor.streamed.model)
+        step = LOGITS_PER_CHUNK if some else length
+        for start in range(0, length, step):
+            positions = torch.arange(start, min(start + step, length), device=executor.device)
+            with torch.enable_grad():
+                logits = executor.logits([row], hidden, {"logits_to_keep": positions} if some else {})[0].float()
+                losses = cross_entropy(logits, draw(logits, generator), reduction="none")
+                (losses if mask is None else losses[mask[0, positions]]).sum().backward()  # type: ignore[no-untyped-call]
+        assert hidden.grad is not None
+        return hidden.grad
+
+    def by_outputs(self, block: Block) -> dict[str, torch.Tensor]:
+        """Σ g gᵀ over tokens, float32 [O, O], at the outputs of a block's linears, by name; the block must be unchanged.
+
+        Only of linears that every token passes once (no experts); from the narrowest on as many as `curvatures_that_fit`.
+        """
+        if not self.known or block.originals is None:
+            return {}
+        linears = sorted((s for s in block.linears if s.owner is None), key=lambda s: len(s.weight))
+        wanted = linears[: len(curvatures_that_fit([len(s.weight) for s in linears]))]
+        if not wanted:
+            return {}
+        sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
+        stream = self._open(block.originals.shape)
+        upstream = stream.before(block.index)
+        for rows in self.executor.batches(self._samples):
+            mask = self.executor.token_mask(rows)
+            hidden = block.originals.read(rows).to(self.executor.device).requires_grad_()
+            with torch.enable_grad(), unfused(block.swaps), record_outputs(wanted) as outputs:
+                output = block.forward(rows, hidden)
+            once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1}
+            gradients = torch.autograd.grad(
+                output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
+            )
+            for name, gradient in zip(once, gradients, strict=True):
+                if gradient is not None:
+                    g = gradient.reshape(-1, gradient.shape[-1]).float()
+                    g = g if mask is None else g[mask.flatten()]
+                    sums[name].addmm_(g.T, g)
+        stream.close()
+        self.executor.processes.all_reduce(*sums.values())
+        return {name: total for name, total in sums.items() if float(total.diagonal().sum()) > 0}
