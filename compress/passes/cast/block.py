@@ -125,8 +125,9 @@ class CastSolver:
 def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     """Cast the linears of a block in place; codes by tensor name.
 
-    In a run with targets and with ``options.asymmetric`` each matrix is fitted to the original's outputs on the original's inputs
-    (GPTAQ, arXiv 2504.02692). Matrices that write to the residual stream also correct the error that the stream has already.
+    In a run with targets and with ``options.asymmetric`` each matrix is fitted to the original's outputs on the original's
+    inputs (GPTAQ, arXiv 2504.02692). Matrices that write to the residual stream also correct the error that the stream has
+    already.
 
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was reconstructed, the block's
     error before and after.
