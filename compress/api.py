@@ -154,7 +154,7 @@ def apply(
     from compress.pipeline.run import check_dtype, check_result, resolve_device
     from compress.planning import plan_pass
     from compress.progress import SilentProgress
-    from compress.recipe.model import CalibrationSection, TrainingData
+    from compress.recipe.data import CalibrationSection, TrainingData
     from compress.workspace import Workspace
 
     instance = passes.get(name)

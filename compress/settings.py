@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError, to_jsonable_python
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?|)b?\s*$", re.IGNORECASE)
 _TOO_MANY = 2**63  # bytes of any file
-_LARGEST = 10**308  # of integers that are floats, too
+_LARGEST = 10**308  # an integer up to here has a float
 _PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 
 
@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
 
 def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The default of every setting that has one, as JSON values; those that follow from other settings, from ``given``."""
+    """The default of every setting that has one, as JSON values. Some depend on the settings ``given``."""
     known = dict(given or {})
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
@@ -40,7 +40,7 @@ def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> 
 
 
 class Pattern(NamedTuple):
-    """N:M sparsity: of every ``m`` consecutive weights along the input dimension, ``n`` are kept."""
+    """N:M sparsity: ``n`` weights are kept of every ``m`` consecutive ones along the input dimension."""
 
     n: int
     m: int
@@ -49,10 +49,16 @@ class Pattern(NamedTuple):
         return f"{self.n}:{self.m}"
 
 
-def _fail(expected: str, value: Any) -> PydanticCustomError:
-    return PydanticCustomError(
-        "amount", "expected {expected}, got {value}", {"expected": expected, "value": repr(value)}
-    )
+def expected(phrase: str, value: Any) -> PydanticCustomError:
+    """The error for a value that is not what a phrase says, such as ``a size such as 500MB``."""
+    return PydanticCustomError("amount", "expected {expected}, got {value}", {"expected": phrase, "value": repr(value)})
+
+
+def distinct(value: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, where none is given twice. Raises `ValueError`."""
+    if twice := [name for i, name in enumerate(value) if name in value[:i]]:
+        raise ValueError(f"`{twice[0]}` is named twice")
+    return value
 
 
 def parse_size(value: Any) -> int:
@@ -63,7 +69,7 @@ def parse_size(value: Any) -> int:
     elif isinstance(value, str) and (match := _SIZE.match(value)):
         size = float(match[1]) * _UNITS[match[2].lower()]
     if not 0 < size < _TOO_MANY:
-        raise _fail("a size such as 500MB or 4GiB", value)
+        raise expected("a size such as 500MB or 4GiB", value)
     return max(1, int(size))
 
 
@@ -75,7 +81,7 @@ def parse_share(value: Any) -> float:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         share = value if 0 < value < 1 else None  # an integer may be too large for a float
     if share is None or not 0 < share < 1:
-        raise _fail("a share between 0 and 1, such as 50% or 0.5", value)
+        raise expected("a share between 0 and 1, such as 50% or 0.5", value)
     return share
 
 
@@ -84,7 +90,7 @@ def parse_amount(value: Any) -> float | int:
     if isinstance(value, int) and not isinstance(value, bool):
         if value >= 1:
             return value
-        raise _fail("a share such as 25% or 0.25, or a count from 1 up", value)
+        raise expected("a share such as 25% or 0.25, or a count from 1 up", value)
     return parse_share(value)
 
 
@@ -94,10 +100,10 @@ def parse_pattern(value: Any) -> Pattern:
         return value
     match = re.match(r"^\s*([0-9]+)\s*:\s*([0-9]+)\s*$", value) if isinstance(value, str) else None
     if match is None:
-        raise _fail("an N:M pattern such as 2:4", value)
+        raise expected("an N:M pattern such as 2:4", value)
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
-        raise _fail("an N:M pattern that keeps N of M weights with 0 < N < M", value)
+        raise expected("an N:M pattern that keeps N of M weights with 0 < N < M", value)
     return Pattern(n, m)
 
 
@@ -109,7 +115,30 @@ def parse_increase(value: Any) -> dict[str, Any]:
         return {"value": float(match[1]) / 100, "relative": True}
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST:
         return {"value": float(value), "relative": False}
-    raise _fail("a relative change such as 5%, or an absolute one such as 0.02", value)
+    raise expected("a relative change such as 5%, or an absolute one such as 0.02", value)
+
+
+def parse_ratio(value: Any) -> float:
+    """``0.4`` or ``40%`` as a float above 0."""
+    number = _number(value)
+    if number is None or number <= 0:
+        raise expected("a ratio above 0, such as 0.4 or 40%", value)
+    return number
+
+
+def parse_level(value: Any) -> float:
+    """``0.95`` or ``95%`` as a float from 0 to 1."""
+    number = _number(value)
+    if number is None or not 0 <= number <= 1:
+        raise expected("a share from 0 to 1, such as 0.95 or 95%", value)
+    return number
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str) and (match := _PERCENT.match(value)) and float(match[1]) >= 0:
+        return float(match[1]) / 100 if math.isfinite(float(match[1])) else None
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return float(value) if known else None  # a larger integer has no float
 
 
 ByteSize = Annotated[
@@ -120,6 +149,12 @@ Fraction = Annotated[
 ]
 Amount = Annotated[
     float | int, BeforeValidator(parse_amount), WithJsonSchema({"type": ["number", "string"], "examples": ["25%", 2]})
+]
+Ratio = Annotated[
+    float, BeforeValidator(parse_ratio), WithJsonSchema({"type": ["number", "string"], "examples": [0.4, "40%"]})
+]
+Level = Annotated[
+    float, BeforeValidator(parse_level), WithJsonSchema({"type": ["number", "string"], "examples": [0.95, "95%"]})
 ]
 PatternNM = Annotated[Pattern, BeforeValidator(parse_pattern), WithJsonSchema({"type": "string", "examples": ["2:4"]})]
 

@@ -72,7 +72,10 @@ def test_recipe_on_a_pico_model(path, small, tmp_path, monkeypatch):
     for i, entry in enumerate(loaded.passes):
         if entry.name == "distill":
             sets += [f"passes.{i}.distill.{key}=null" for key in ("tokens", "epochs")]
-            sets += [f"passes.{i}.distill.{key}" for key in ("steps=4", "batch=4", "held_out=4", "allow_noop=true")]
+            sets += [
+                f"passes.{i}.distill.{key}"
+                for key in ("steps=4", "batch_size=4", "validation_samples=4", "allow_noop=true")
+            ]
     result = compress.run(path, sets=sets)
     assert result.verdict == "passed", result.report["gates"]
     assert [p["name"] for s in result.report["stages"] for p in s["passes"]] == [p.name for p in loaded.passes]

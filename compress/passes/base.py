@@ -38,11 +38,13 @@ class PassSettings(Settings):
 
     only: list[str] = Field(
         default_factory=list,
-        description="Limit the pass to modules that match: globs, or regular expressions after `re:`.",
+        description="Limit the pass to matching modules: globs, or regular expressions after `re:`.",
     )
-    skip: list[str] = Field(default_factory=list, description="Leave these modules alone: globs, or `re:` expressions.")
+    skip: list[str] = Field(
+        default_factory=list, description="Modules that the pass leaves unchanged: globs, or `re:` expressions."
+    )
     allow_noop: bool = Field(
-        default=False, description="Go on, instead of stopping, when the pass would change nothing."
+        default=False, description="Continue if the pass would change nothing. Otherwise that is an error."
     )
 
 

@@ -15,7 +15,7 @@ from compress.errors import DataError
 from compress.evaluation.scorer import labels_of, load_processor, read
 from compress.evaluation.tasks import MASKED, task_of
 from compress.pipeline.fingerprint import fingerprint
-from compress.recipe.model import CalibrationSection, TrainingData
+from compress.recipe.data import CalibrationSection, TrainingData
 
 if TYPE_CHECKING:
     from compress.data.batches import Batches

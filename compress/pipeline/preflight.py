@@ -32,7 +32,7 @@ from compress.pipeline.publish import check_output, check_place
 if TYPE_CHECKING:
     from compress.planning import Plan
     from compress.recipe import Recipe
-    from compress.recipe.model import TextFiles
+    from compress.recipe.data import TextFiles
     from compress.spec.spec import Spec
 
 #: Files of more bytes are not opened to see which columns they have.

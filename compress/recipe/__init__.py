@@ -2,7 +2,8 @@
 
     files ▶ nodes (located YAML) ▶ load (extends, --set) ▶ validate (types, files, order) ▶ Recipe
 
-`model` says what a recipe may hold, `schema` says it to editors, `resolve` writes a recipe out with every default.
+The models are `model`, `data`, `gates` and `entries` (passes). `messages`, `suggest` and `renamed` word the mistakes, `schema`
+makes the JSON schema for editors, `resolve` writes a recipe out with every default.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.recipe.entries import PassEntry as PassEntry
+    from compress.recipe.gates import Gates as Gates
     from compress.recipe.load import load_recipe as load_recipe
     from compress.recipe.load import read_gates as read_gates
     from compress.recipe.load import recipe_from_mapping as recipe_from_mapping
-    from compress.recipe.model import Gates as Gates
-    from compress.recipe.model import PassEntry as PassEntry
     from compress.recipe.model import Recipe as Recipe
     from compress.recipe.problems import Source as Source
     from compress.recipe.problems import locate as locate
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from compress.recipe.schema import recipe_schema as recipe_schema
 
 _HOME = {
-    "Gates": "model",
-    "PassEntry": "model",
+    "Gates": "gates",
+    "PassEntry": "entries",
     "Recipe": "model",
     "Source": "problems",
     "load_recipe": "load",

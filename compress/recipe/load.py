@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from compress.errors import CompressError, RecipeError
 from compress.files import expanded
-from compress.recipe.model import PassEntry, Recipe
+from compress.recipe.entries import PassEntry
+from compress.recipe.model import Recipe
 from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
 from compress.recipe.problems import (
     ListNode,

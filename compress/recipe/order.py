@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compress import passes
 from compress.passes.base import EDITED, EDITS, Storage, accepted_values
-from compress.recipe.model import PassEntry
+from compress.recipe.entries import PassEntry
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,35 @@ def is_null(node: Node) -> bool:
     return isinstance(node, Scalar) and node.value is None
 
 
+def child_of(node: Node | None, part: str | int) -> Node | None:
+    """The node at a key or index; None where there is none."""
+    if isinstance(node, MapNode) and str(part) in node.entries:
+        return node.entries[str(part)].node
+    if isinstance(node, ListNode) and isinstance(part, int) and part < len(node.items):
+        return node.items[part]
+    return None
+
+
+def pass_name(node: Node | None) -> str | None:
+    """The name of the pass that an entry of ``passes`` gives; None where it gives none, or several."""
+    if isinstance(node, MapNode):
+        return next(iter(node.entries)) if len(node.entries) == 1 else None
+    return text_of(node)
+
+
+def node_at(root: Node, path: tuple[str | int, ...]) -> Node | None:
+    """The node at a path of keys; None where there is none."""
+    node: Node | None = root
+    for part in path:
+        node = child_of(node, part)
+    return node
+
+
+def text_of(node: Node | None) -> str | None:
+    """The text that a node holds; None where it holds something else."""
+    return node.value if isinstance(node, Scalar) and isinstance(node.value, str) else None
+
+
 def plain(node: Node) -> Any:
     """The Python value of a node."""
     if isinstance(node, Scalar):

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from compress import passes
-from compress.recipe.model import Data
+from compress.recipe.data import Data
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "compress"

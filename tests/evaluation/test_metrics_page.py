@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from compress import gates, statistics
-from compress.recipe.model import METRICS, Gates, metric_of
+from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.report import document
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text(encoding="utf-8")

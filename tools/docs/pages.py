@@ -131,7 +131,9 @@ def reference_page() -> str:
     from typing import get_args
 
     from compress.passes.describe import describe_settings
-    from compress.recipe.model import Data, Gates, Recipe
+    from compress.recipe.data import Data
+    from compress.recipe.gates import Gates
+    from compress.recipe.model import Recipe
     from compress.recipe.renamed import rows
 
     lines = [

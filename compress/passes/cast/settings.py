@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from compress.passes.base import PassSettings
-from compress.settings import ByteSize
+from compress.settings import ByteSize, distinct
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
@@ -23,8 +23,7 @@ _LARGER = ("128", "channel")
 
 def _corrections(value: list[Correction]) -> list[Correction]:
     """In the order in which they work."""
-    if twice := next((name for name in value if value.count(name) > 1), None):
-        raise ValueError(f"`{twice}` is named twice")
+    distinct(tuple(value))
     return [name for name in CORRECTIONS if name in value]
 
 
@@ -33,79 +32,86 @@ class CastSettings(PassSettings):
 
     weights: Format | None = Field(
         default=None,
-        description="Format of the weights. Floats (bf16, fp16, fp32; rounded to nearest even) apply to every tensor. Codes "
-        "(int8 … int2; fp8, which is E4M3; mxfp4, nvfp4) apply to the matrices of blocks, and leave embeddings and head alone "
-        "unless `overrides` names them. Either this, or a budget: `bits` or `max_bytes`.",
+        description="Format of the weights; or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, fp32) apply to "
+        "every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4) apply to the "
+        "matrices of blocks. Embeddings and head keep their format unless `overrides` names them.",
     )
     bits: float | None = Field(
         default=None,
         gt=1,
         le=16,
-        description="Average bits per weight over what is cast, scales included: each matrix gets one of `formats`, so that "
-        "the model's output changes least (measured by gradients on 32 samples, with the whole model in memory).",
+        description="Budget: average bits per weight over all cast matrices, scales included. Each matrix gets one of "
+        "`formats`, so that the KL divergence of the model's predictions is least. The divergence is estimated from "
+        "gradients on 32 samples, to second order (Fisher information), with the whole model in memory.",
     )
     max_bytes: ByteSize | None = Field(
-        default=None, description="As `bits`, for the weight files of the whole checkpoint, embeddings and all: 500MB."
+        default=None,
+        description="Budget: bytes of the whole checkpoint's weight files, embeddings included, such as 500MB. Formats are "
+        "chosen as with `bits`.",
     )
     formats: list[CodeFormat] = Field(
         default=["int8", "int6", "int5", "int4", "int3", "int2"],
         min_length=2,
-        description="What `bits` and `max_bytes` choose from, integers of less than 8 bits in groups of 64, 128 or a whole "
-        "channel unless `group_size` is set. Matrices that read the same inputs get the same.",
+        description="Formats that `bits` and `max_bytes` choose from. Integers below 8 bits are tried with groups of 64, "
+        "128 and a whole channel unless `group_size` is set. Matrices with the same inputs get the same format.",
     )
     overrides: dict[str, Format] = Field(
         default_factory=dict,
-        description="Format by module pattern (glob, or `re:` expression); the first that matches wins over `weights`.",
+        description="Format by module pattern (glob, or `re:` expression). The first pattern that matches wins over "
+        "`weights`.",
     )
     group_size: int | Literal["channel"] | None = Field(
         default=None,
-        description="Inputs that share a scale, or `channel`: one scale for each output. By default 64 for integers of less "
-        "than 8 bits, and `channel` for int8 and fp8; mxfp4 and nvfp4 have groups of 32 and 16.",
+        description="Number of inputs that share a scale, or `channel` for one scale per output. By default 64 for integers "
+        "below 8 bits, `channel` for int8 and fp8. The groups of mxfp4 and nvfp4 are fixed: 32 and 16.",
     )
     symmetric: bool = Field(default=True, description="Integers without zero points.")
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",
-        description="How codes are chosen: `gptq` makes up for each rounding by the weights not yet rounded, and reads "
-        "calibration data. Without data: `rtn` rounds to nearest between the extremes of each group, as fast as files are "
-        "read; `mse` searches the ends of the range for the least squared error.",
+        description="How codes are chosen. `gptq`: round column by column; later columns compensate for the error (GPTQ, "
+        "arXiv 2210.17323). It reads calibration data and works in act-order. `rtn`: round to nearest between the extremes "
+        "of each group. `mse`: round to nearest within the range of least squared error. `rtn` and `mse` need no data.",
     )
     error_correction: Annotated[list[Correction], AfterValidator(_corrections)] = Field(
         default=list(CORRECTIONS),
-        description="With `method: gptq`, below 6 bits: methods that reduce the rounding error further. `asymmetric`: each "
-        "matrix matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, "
-        "arXiv 2504.02692). `alternating`: codes and scales are improved in turns, each exactly while the other stands "
-        "(QuantEase, arXiv 2309.01885). `curvature`: output errors are weighted by their effect on the loss, in models that "
-        "predict tokens; other models skip it (YAQA, arXiv 2505.22988). It measures gradients of up to 32768 tokens with one "
-        "block in memory; they take disk space in the work folder, one float per token, hidden channel and block. An empty "
-        "list with `reconstruction_epochs: 0` is GPTQ alone, which takes about a seventh of the time.",
+        description="With `method: gptq`, below 6 bits: methods that reduce the error further. `asymmetric`: each matrix "
+        "matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, arXiv "
+        "2504.02692). `alternating`: improve codes and scales in turns (QuantEase, arXiv 2309.01885). `curvature`: weigh "
+        "output errors by their effect on the loss (YAQA, arXiv 2505.22988). It needs a model that predicts tokens and is "
+        "skipped for others. It takes gradients of up to 32768 tokens, with one block in memory and one float per token, "
+        "hidden channel and block on disk. With an empty list and `reconstruction_epochs: 0`, GPTQ runs alone; that takes "
+        "about a seventh of the time.",
     )
     reconstruction_epochs: int = Field(
         default=1,
         ge=0,
-        description="With `gptq`: passes over the calibration data in which each block's scales, norms and biases are moved "
-        "by gradient towards the original's output; 0 for none. Left out where all codes have 6 bits or more.",
+        description="With `method: gptq`, below 6 bits: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Scales, "
+        "norms and biases of each block are trained towards the original block's output. 0 for none.",
     )
     reconstruction_lr: float = Field(
-        default=0.006, gt=0, lt=1, description="Step of the tuning, in units of each tensor's own size."
+        default=0.006,
+        gt=0,
+        lt=1,
+        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
     activations: Literal["int8", "fp8"] | None = Field(
         default=None,
-        description="Quantise the inputs of the cast layers while running, token by token (dynamic), in the format of the "
-        "weights: int8 or fp8. It stands in the config; stock transformers, vLLM and SGLang do it, and figures here "
-        "include it. Not in the compact store.",
+        description="Record dynamic per-token quantisation of the inputs of cast layers in the config. The format is that "
+        "of the weights: int8 or fp8. Stock transformers, vLLM and SGLang apply it; reported metrics include it. Not for "
+        "the compact store.",
     )
     kv_cache: Literal["fp8"] | None = Field(
         default=None,
-        description="Say in the config that keys and values are to be cached in fp8 (E4M3) while running. For causal language "
-        "models and codes that compressed-tensors holds. vLLM and SGLang do it, stock transformers 5.24 does not; figures here "
-        "include it (`data.evaluation.quantized_kv_cache: false` leaves it out).",
+        description="Record in the config that keys and values are cached in fp8 (E4M3). For causal language models with "
+        "codes that compressed-tensors can express. vLLM and SGLang apply it, stock transformers 5.24 does not. Reported "
+        "metrics include it unless `data.evaluation.quantized_kv_cache` is false.",
     )
     kv_cache_scales: Literal["tensor", "head", "none"] | None = Field(
         default=None,
-        description="Scales of that cache, found on calibration data: one for the keys of each layer and one for its values "
-        "(`tensor`), or one for each head of them (`head`); or `none` in the files: then vLLM takes 1, and SGLang does not "
-        "quantise. By default `tensor` where the recipe has `data.calibration`, else `none`. Families whose scales servers do "
-        "not read (GPT-NeoX, OPT, Bloom) get none.",
+        description="Scales of the fp8 cache. `tensor`: one for the keys and one for the values of each layer. `head`: one "
+        "for each head of them. Both are measured on calibration data. `none`: no scales in the files; vLLM then takes 1, "
+        "SGLang does not quantise. By default `tensor` with `data.calibration`, else `none`. Families whose scales no "
+        "server reads (GPT-NeoX, OPT, Bloom) get none.",
     )
 
     @model_validator(mode="after")

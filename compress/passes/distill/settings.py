@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, create_model, model
 from compress.passes.base import PassSettings
 from compress.settings import Settings
 
-#: Losses that compare predictions with a teacher's, and those that look inside one.
+#: Losses on a teacher's predictions, and losses on its hidden states.
 DIVERGENCES = ("kl", "reverse_kl", "skewed_kl", "js")
 INSIDE = ("hidden", "cosine", "relations")
-#: What a preset fills in where the recipe says nothing.
+#: Defaults by preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "recover": {
         "learning_rate": None,
@@ -36,32 +36,39 @@ def _of_preset(name: str) -> Any:
 
 
 class Losses(Settings):
-    """Weights of the losses; what is left out is not used."""
+    """Weights of the losses. A loss without a weight is not used."""
 
     kl: float | None = Field(default=None, ge=0, description="KL(teacher ‖ student) of predictions (arXiv 1503.02531).")
     reverse_kl: float | None = Field(
-        default=None, ge=0, description="KL(student ‖ teacher) (MiniLLM, arXiv 2306.08543)."
+        default=None, ge=0, description="KL(student ‖ teacher) of predictions (MiniLLM, arXiv 2306.08543)."
     )
     skewed_kl: float | None = Field(
-        default=None, ge=0, description="KL(teacher ‖ `skew` · teacher + rest · student) (DistiLLM, arXiv 2402.03898)."
+        default=None,
+        ge=0,
+        description="KL(teacher ‖ `skew` · teacher + (1 - `skew`) · student) (DistiLLM, arXiv 2402.03898).",
     )
-    js: float | None = Field(default=None, ge=0, description="Jensen-Shannon divergence.")
-    labels: float | None = Field(default=None, ge=0, description="Cross-entropy with the text itself, or with labels.")
+    js: float | None = Field(
+        default=None, ge=0, description="Jensen-Shannon divergence of predictions (f-DISTILL, arXiv 2307.15190)."
+    )
+    labels: float | None = Field(
+        default=None, ge=0, description="Cross-entropy with the next token, or with the labels of the data."
+    )
     hidden: float | None = Field(
         default=None,
         ge=0,
-        description="Squared distance of hidden states over the teacher's square, of the pairs in `layer_map`; projections are "
-        "learned where widths differ, and thrown away (TinyBERT, arXiv 1909.10351).",
+        description="Squared distance of hidden states relative to the teacher's square, for the pairs in `layer_map` "
+        "(TinyBERT, arXiv 1909.10351). Where widths differ, a projection is trained and then discarded.",
     )
     cosine: float | None = Field(
         default=None,
         ge=0,
-        description="1 - cosine of the last hidden states (DistilBERT, arXiv 1910.01108), or of sentence embeddings.",
+        description="1 - cosine similarity of the last hidden states (DistilBERT, arXiv 1910.01108), or of sentence "
+        "embeddings.",
     )
     relations: float | None = Field(
         default=None,
         ge=0,
-        description="KL of relations among queries, keys and values of one block (MiniLMv2, arXiv 2012.15828).",
+        description="KL of the relations among queries, keys and values in one block (MiniLMv2, arXiv 2012.15828).",
     )
 
     @model_validator(mode="after")
@@ -72,7 +79,7 @@ class Losses(Settings):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Those above 0, by name."""
+        """The weights above 0, by name."""
         found = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: float(weight) for name, weight in found.items() if weight}
 
@@ -82,7 +89,7 @@ class TeacherEntry(Settings):
 
     checkpoint: str = Field(min_length=1, description="`original`, a folder or a hub id.")
     weight: float = Field(
-        default=1.0, gt=0, description="Its share in the mean of probabilities, relative to the others'."
+        default=1.0, gt=0, description="Weight of this teacher's probabilities in the mean, relative to the others."
     )
 
 
@@ -109,24 +116,24 @@ TeacherList = Annotated[
 
 
 class _Student(Settings):
-    layers: int | None = Field(default=None, ge=1, description="How many blocks it has; all by default.")
-    mlp: int | None = Field(default=None, ge=1, description="How many neurons its MLPs have.")
+    layers: int | None = Field(default=None, ge=1, description="Number of blocks. By default all.")
+    mlp: int | None = Field(default=None, ge=1, description="Number of neurons of each MLP.")
     heads: int | None = Field(
-        default=None, ge=1, description="How many query heads its blocks have; groups go whole where need be."
+        default=None,
+        ge=1,
+        description="Number of query heads of each block. Whole groups are removed where the number requires it.",
     )
-    hidden: int | None = Field(
-        default=None, ge=1, description="How many hidden channels it has (families with RMSNorm)."
-    )
+    hidden: int | None = Field(default=None, ge=1, description="Number of hidden channels. For families with RMSNorm.")
     init: Literal["slice", "random"] = Field(
         default="slice",
-        description="`slice`: weights of the checkpoint, of the units with the largest ones. `random`: fresh ones.",
+        description="`slice`: weights of the checkpoint, from the units with the largest weights. `random`: new weights.",
     )
 
 
 if TYPE_CHECKING:
     StudentSettings = _Student
 else:
-    # `from` is a word of Python's, and so no name that a class body can give a field
+    # `from` is a keyword, so a class body cannot name a field so
     StudentSettings = create_model(
         "StudentSettings",
         __base__=_Student,
@@ -135,8 +142,8 @@ else:
                 Literal["spread", "every_second", "first", "last"],
                 Field(
                     default="spread",
-                    description="Which blocks of the checkpoint it begins with: `spread` evenly from the first to the last, "
-                    "`every_second` from the first on (DistilBERT), the `first` or the `last` ones.",
+                    description="Blocks that are copied from the checkpoint. `spread`: evenly from the first to the last. "
+                    "`every_second`: from the first on (DistilBERT, arXiv 1910.01108). `first`, `last`: only these.",
                 ),
             )
         },
@@ -144,11 +151,13 @@ else:
 
 
 class CacheSettings(Settings):
-    """What teachers say, kept on disk."""
+    """The teachers' predictions on disk."""
 
-    folder: str = Field(min_length=1, description="Where; runs with the same teachers and samples share it.")
+    folder: str = Field(
+        min_length=1, description="Folder of the cache. Runs with the same teachers and samples share it."
+    )
     top_k: int = Field(
-        default=64, ge=1, le=4096, description="Likeliest tokens kept per token; all others are one bucket."
+        default=64, ge=1, le=4096, description="Tokens stored per position, by probability. All others are one bucket."
     )
 
 
@@ -161,101 +170,115 @@ class DistillSettings(PassSettings):
 
     teacher: TeacherList = Field(
         default=(TeacherEntry(checkpoint="original"),),
-        description="Who is learned from: `original` (what the run began with), a checkpoint, or a list of several, each with "
-        "a weight, whose probabilities are averaged. Their tokenizer must be the student's.",
+        description="Teacher or teachers: `original` (the checkpoint that the run started from), a checkpoint, or a list of "
+        "several with weights, whose probabilities are averaged. The teacher has the student's tokenizer.",
     )
     student: StudentSettings | None = Field(
         default=None,
-        description="The student, cut from the checkpoint; by default the checkpoint as it is, with masks and ties kept.",
+        description="Shape of the student, which is cut from the checkpoint. By default the checkpoint itself, with its "
+        "masks and tied tensors.",
     )
     preset: Literal["recover", "from_scratch"] = Field(
         default="recover",
-        description="Defaults for rate, schedule, optimizer and decay: `recover` what a pass before took away, or train a "
-        "model `from_scratch`.",
+        description="Defaults for learning rate, schedule, optimizer, weight decay and dropout. `recover`: restore what an "
+        "earlier pass lost. `from_scratch`: a long training.",
     )
     losses: Losses | None = Field(
         default=None,
-        description="Losses and their weights, by default `kl: 1`, and of base models `cosine: 1`.",
+        description="Weight of each loss. By default `kl: 1`; for base models `cosine: 1`.",
     )
     temperature: float = Field(
-        default=1.0, gt=0, description="Divides logits before a divergence, which is times its square."
+        default=1.0,
+        gt=0,
+        description="Divides the logits before a divergence. The divergence is multiplied by its square (arXiv 1503.02531).",
     )
-    skew: float = Field(default=0.1, gt=0, lt=1, description="Share of the teacher that `skewed_kl` mixes in.")
+    skew: float = Field(default=0.1, gt=0, lt=1, description="Share of the teacher in the mixture of `skewed_kl`.")
     layer_map: tuple[tuple[int, int], ...] | None = Field(
         default=None,
-        description="For `hidden`, pairs of outputs [student's, teacher's]: 0 the embeddings, 1 the first block. By default "
-        "every block of the student with the one of the teacher at the same share of the depth.",
+        description="For the loss `hidden`: pairs of outputs [student, teacher]. 0 is the embeddings, 1 the first block. By "
+        "default each block of the student is paired with the teacher's block at the same relative depth.",
     )
     relation_layers: tuple[int, int] | None = Field(
         default=None,
-        description="For `relations`, the pair of blocks [student's, teacher's], from 0; else the last.",
+        description="For the loss `relations`: pair of block indices [student, teacher] from 0. By default the last blocks.",
     )
-    relation_heads: int = Field(default=8, ge=1, description="For `relations`, into how many heads vectors are split.")
-    steps: int | None = Field(default=None, ge=1, description="Optimizer steps.")
-    epochs: float | None = Field(
-        default=None, gt=0, description="In place of `steps`: times through the training data."
+    relation_heads: int = Field(
+        default=8, ge=1, description="For the loss `relations`: number of heads that vectors are split into."
     )
-    tokens: int | None = Field(default=None, ge=1, description="In place of `steps`: training tokens, repeats counted.")
-    batch_size: int = Field(default=16, ge=1, description="Samples of a step, over all processes.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps. Without `steps`, `epochs` and `tokens`: one epoch."
+    )
+    epochs: float | None = Field(default=None, gt=0, description="Instead of `steps`: epochs over the training data.")
+    tokens: int | None = Field(
+        default=None, ge=1, description="Instead of `steps`: training tokens; a repeated token counts each time."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Samples per step, over all processes.")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="Samples of a process at a time, for less memory and the same result; all by default.",
+        description="Samples per forward pass and process. Fewer need less memory and give the same result. By default all.",
     )
     learning_rate: float | None = Field(
         default_factory=_of_preset("learning_rate"),
         gt=0,
-        description="Peak learning rate. By default 3e-3 from scratch; to recover 5e-4, less for fewer than 500 steps and for "
-        "models wider than 256: times √(steps / 500) and times √(256 / width).",
+        description="Peak learning rate. By default 3e-3 from scratch. To recover 5e-4, times √(steps / 500) below 500 "
+        "steps, times √(256 / width) for models wider than 256.",
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
         default_factory=_of_preset("schedule"),
-        description="How the rate falls; `cosine` to recover, else `wsd` (falls over the last 40 %).",
+        description="Schedule of the learning rate. By default `cosine` to recover, `wsd` from scratch (warmup, stable, "
+        "decay over the last 40 %; MiniCPM, arXiv 2404.06395).",
     )
     warmup_ratio: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="Share of the steps over which the rate rises; by default a twentieth, and at least five steps where "
-        "they are no more than a quarter.",
+        description="Share of the steps over which the learning rate rises. By default a twentieth, or five steps if these "
+        "are more and at most a quarter of all.",
     )
     optimizer: Literal["adamw", "muon", "adafactor"] = Field(
         default_factory=_of_preset("optimizer"),
-        description="`adamw` to recover, else `muon` (for matrices, one process); `adafactor` needs the least memory.",
+        description="By default `adamw` to recover, `muon` from scratch (for matrices; in one process). `adafactor` (arXiv "
+        "1804.04235) needs the least memory.",
     )
     weight_decay: float = Field(
-        default_factory=_of_preset("weight_decay"), ge=0, description="Of matrices; 0 to recover, else 0.1."
+        default_factory=_of_preset("weight_decay"),
+        ge=0,
+        description="Weight decay of matrices. By default 0 to recover, 0.1 from scratch.",
     )
     dropout: bool = Field(
         default_factory=_of_preset("dropout"),
-        description="Whether the student's dropout is on while it is trained; off to recover.",
+        description="Use the student's dropout in training. By default off to recover, on from scratch.",
     )
-    max_grad_norm: float | None = Field(default=1.0, gt=0, description="Largest norm of the gradient.")
+    max_grad_norm: float | None = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
     autocast: Literal["bfloat16", "float16"] | None = Field(
-        default=None, description="Narrow floats for matrix products; weights stay float32 while they are trained."
+        default=None, description="Narrow float format for matrix products. Weights stay float32 in training."
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Compute activations of blocks twice, to hold those of one at a time."
+        default=False, description="Recompute activations in the backward pass, so that only one block's are in memory."
     )
-    compile: bool = Field(default=False, description="Compile the student with torch.compile; needs a C++ compiler.")
+    compile: bool = Field(default=False, description="Compile the student with torch.compile. Needs a C++ compiler.")
     ema_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Keep a running mean (EMA) of the weights in their place: its decay, such as 0.99.",
+        description="Keep an exponential moving average of the weights instead of the last ones: its decay, such as 0.99.",
     )
     validation_samples: int = Field(
-        default=32, ge=1, description="Samples that are not trained on; the weights best on them are kept."
+        default=32, ge=1, description="Samples that are not trained on. The weights of least loss on them are kept."
     )
     evaluate_every: int | None = Field(
         default=None,
         ge=1,
-        description="Steps between looks at the held-out loss, where state is saved; a 20th of all, or more.",
+        description="Steps between two validations; the state is saved there. By default a twentieth of all steps, or more.",
     )
-    patience: int | None = Field(default=None, ge=1, description="Looks without progress after which training stops.")
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after this many validations without a lower loss."
+    )
     teacher_cache: Annotated[CacheSettings, BeforeValidator(_cache)] | None = Field(
         default=None,
-        description="Folder that keeps the teachers' predictions, or {folder, top_k}. What is there is not computed again.",
+        description="Folder that stores the teachers' predictions, or {folder, top_k}. Stored predictions are not computed "
+        "again.",
     )
     tensorboard: str | None = Field(default=None, min_length=1, description="Folder for TensorBoard logs.")
 
@@ -271,7 +294,7 @@ class DistillSettings(PassSettings):
         if self.teacher_cache is not None and self.losses is not None:
             inside = [name for name in INSIDE if name in self.losses.weights]
             if inside:
-                raise ValueError(f"`teacher_cache` keeps predictions alone: leave out the loss `{inside[0]}`")
+                raise ValueError(f"`teacher_cache` stores predictions only: leave out the loss `{inside[0]}`")
         weights = {} if self.losses is None else self.losses.weights
         fields = type(self).model_fields
         for key, loss in (
@@ -286,7 +309,7 @@ class DistillSettings(PassSettings):
             if len(self.teacher) > 1:
                 raise ValueError("several teachers are for losses that compare predictions, such as `kl`")
             if self.teacher_cache is not None:
-                raise ValueError("`teacher_cache` keeps predictions, and no loss compares with a teacher's")
+                raise ValueError("`teacher_cache` stores predictions, and no loss compares with a teacher's")
         return self
 
     def needs_teacher(self) -> bool:

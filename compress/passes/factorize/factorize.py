@@ -31,22 +31,28 @@ class FactorizeSettings(PassSettings):
     """Settings of `factorize`."""
 
     keep_parameters: Fraction | None = Field(
-        default=None, description="Share of the parameters of the chosen matrices that their factors have together."
+        default=None, description="Share of the chosen matrices' parameters that their factors have in total."
     )
-    rank: int | None = Field(default=None, ge=1, description="The same rank for all chosen matrices, instead.")
+    rank: int | None = Field(
+        default=None, ge=1, description="Instead of `keep_parameters`: the same rank for every chosen matrix."
+    )
     allocation: Literal["kl", "uniform"] = Field(
         default="kl",
-        description="With `keep_parameters`: `loss` gives each matrix the rank that costs the model's output least, which is "
-        "measured with the whole model in memory, and leaves alone what is better left; `uniform` gives all the same share.",
+        description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "
+        "divergence of the model's predictions, estimated from gradients with the whole model in memory; some matrices may "
+        "stay whole. `uniform`: every matrix keeps the same share.",
     )
     reconstruction_epochs: int = Field(
         default=5,
         ge=0,
-        description="Passes over the calibration data in which each factorised block is moved by gradient towards the output "
-        "of the original's; 0 for none.",
+        description="Epochs of block reconstruction (BRECQ, arXiv 2102.05426): each factorised block is trained towards the "
+        "original block's output. 0 for none.",
     )
     reconstruction_lr: float = Field(
-        default=0.01, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
 
     @model_validator(mode="after")

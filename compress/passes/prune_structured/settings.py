@@ -40,77 +40,92 @@ class PruneStructuredSettings(PassSettings):
 
     layers: Layers | None = Field(
         default=None,
-        description="Blocks to remove: a count, a share, or a list of block numbers from 0. By count, `layer_importance` tells "
-        "which.",
+        description="Blocks to remove: a count, a share, or a list of block indices from 0. With a count or share, "
+        "`layer_importance` chooses them.",
     )
     mlp: Amount | None = Field(
-        default=None, description="Neurons to remove from every MLP (of every expert): a share or a count."
+        default=None,
+        description="Neurons to remove from every MLP (with experts, from every expert): a share or a count.",
     )
     allocation: Literal["uniform", "kl"] = Field(
         default="uniform",
-        description="`even`: every MLP loses as many neurons, and the result is a stock model. `uneven`: as many in all, but "
-        "each block as many as costs the model's output least, measured by gradients on 32 samples with the whole model in "
-        "memory; needs `store: compact`, and no stock model is its equal.",
+        description="How the removed neurons are distributed over the MLPs. `uniform`: every MLP loses the same number, and "
+        "the result is a stock model. `kl`: the total is the same, and each MLP loses what costs the least KL divergence of "
+        "the model's predictions. The divergence is estimated from gradients on 32 samples, with the whole model in memory. "
+        "The widths then differ, so `kl` needs `store: compact`.",
     )
     heads: Amount | None = Field(
         default=None,
-        description="Query heads to remove from every block: a share or a count. They go within their groups where every "
-        "group of shared keys and values can lose the same number, else whole groups go.",
+        description="Query heads to remove from every block: a share or a count. If every group of shared keys and values "
+        "can lose the same number, heads go within the groups; otherwise whole groups go.",
     )
     keep_kv_heads: int | None = Field(
         default=None,
         ge=1,
-        description="Number of KV heads to keep in every block; it divides theirs. Neighbouring heads are aligned on "
-        "calibration data, then averaged (arXiv 2412.20677). With `importance: magnitude` they are averaged as they are.",
+        description="Number of KV heads to keep in every block; it divides their number. Neighbouring heads are aligned on "
+        "calibration data, then averaged (arXiv 2412.20677). With `importance: magnitude` they are averaged without "
+        "alignment.",
     )
     hidden: Amount | None = Field(
-        default=None, description="Hidden channels to remove (families with RMSNorm): a share or a count."
+        default=None, description="Hidden channels to remove: a share or a count. For families with RMSNorm."
     )
     experts: Amount | None = Field(
-        default=None, description="Experts to remove from every block that has some: a share or a count."
+        default=None,
+        description="Experts to remove from every block with experts: a share or a count. Their saliency is that of REAP "
+        "(arXiv 2510.13999).",
     )
     keep_parameters: Fraction | None = Field(
         default=None,
-        description="Instead of amounts: the share of the model's parameters to keep, such as 60%. Shapes that do (fewer "
-        "blocks, heads, neurons) are tried on calibration data, and the one that costs least is taken.",
+        description="Target instead of amounts: share of the model's parameters to keep, such as 60%. Shapes that meet it "
+        "(fewer blocks, heads, neurons) are tried on calibration data; the one whose predictions are nearest to the "
+        "original's is taken.",
     )
     max_bytes: ByteSize | None = Field(
-        default=None, description="Likewise the most bytes of weights, stored densely, such as 500MB."
+        default=None,
+        description="Target instead of amounts: most bytes of dense weights, such as 500MB. Shapes are tried as with "
+        "`keep_parameters`.",
     )
     max_latency_ratio: Fraction | None = Field(
         default=None,
-        description="Likewise the most time that reading a prompt of 256 tokens may take, as a share of the original's, such "
-        "as 70%. Shapes are measured beside it on this machine, with random weights, which no plan and no rerun can foretell; "
-        "both targets hold where a size is given too.",
+        description="Target instead of amounts: largest ratio to the original's time for a prompt of 256 tokens, such as "
+        "70%. Shapes with random weights are timed beside it on this machine; a plan cannot predict the choice, nor does a "
+        "rerun repeat it. If a size target is given too, both hold.",
     )
     multiple_of: int = Field(
         default=1,
         ge=1,
-        description="What is kept of `mlp` and `hidden` is rounded to a multiple of this (with experts: and of 8).",
+        description="Round the number of kept neurons (`mlp`) and channels (`hidden`) to a multiple of this; with experts "
+        "also of 8.",
     )
     importance: Literal["obs", "activation", "taylor", "magnitude"] = Field(
         default="obs",
-        description="Which neurons and heads go. `loss`: one after another the one whose removal costs the outputs least when "
-        "all others make up for it (Optimal Brain Surgeon). `activation`: those that are least active (Minitron). "
-        "`taylor`: those that change the model's loss least to first order, by gradients (the whole model is in memory). "
-        "`magnitude`: those of the smallest weights; needs no data.",
+        description="Which neurons and heads are removed. `obs`: greedily the unit whose removal, after the others "
+        "compensate, raises the layer's output error least (Optimal Brain Surgeon in groups, as in ZipLM, arXiv "
+        "2302.04089). `activation`: the units with the smallest activations (Minitron, arXiv 2407.14679). `taylor`: the "
+        "units that change the model's loss least, to first order (arXiv 1906.10771); gradients need the whole model in "
+        "memory. `magnitude`: the units with the smallest weights; needs no data.",
     )
     layer_importance: Literal["kl", "block_influence"] = Field(
         default="kl",
-        description="Which blocks go. `loss`: one after another the one without which the calibration text costs least (the "
-        "whole model is in memory). `influence`: those that change their input least (ShortGPT), in one pass over it.",
+        description="Which blocks are removed. `kl`: greedily the block without which the KL divergence of the model's "
+        "predictions is least (like SLEB, arXiv 2402.09025); models without a head are judged by their last hidden states. "
+        "The whole model is in memory. `block_influence`: the blocks that change their input least (ShortGPT, arXiv "
+        "2403.03853), from one pass over the data.",
     )
     compensation: Literal["reconstruction", "least_squares", "none"] = Field(
         default="reconstruction",
-        description="What makes up for removed units. `least_squares`: the weights that read the survivors are solved for "
-        "anew. `tune`: that, and then each block is moved by gradient towards the output of the original's. Both read "
-        "calibration data.",
+        description="How the kept weights compensate for removed units. `least_squares`: solve for the weights that read "
+        "the kept units, towards the original outputs. `reconstruction`: do that, then train each block towards the "
+        "original block's output (BRECQ, arXiv 2102.05426). Both read calibration data. `none`: leave them unchanged.",
     )
     reconstruction_epochs: int = Field(
-        default=10, ge=1, description="With `compensation: reconstruction`, passes over the calibration data."
+        default=10, ge=1, description="With `compensation: reconstruction`: epochs over the calibration data."
     )
     reconstruction_lr: float = Field(
-        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+        default=0.04,
+        gt=0,
+        lt=1,
+        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
 
     @model_validator(mode="after")

@@ -28,32 +28,39 @@ class PruneUnstructuredSettings(PassSettings):
 
     method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
         default="alps",
-        description="How weights are chosen. `alps` keeps the model best and is the default; `sparsegpt` is a few times "
-        "faster, `wanda` faster still and worse; these read calibration data. `magnitude` (|w|) needs none, and is by far the "
-        "worst.",
+        description="How weights are chosen. `alps` (arXiv 2406.07831) keeps the most quality. `sparsegpt` (arXiv "
+        "2301.00774) is a few times faster. `wanda` (arXiv 2306.11695) is faster still and worse. These read calibration "
+        "data. `magnitude` removes the smallest weights, needs no data and is by far the worst.",
     )
     sparsity: Fraction | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
     pattern: PatternNM | None = Field(
-        default=None, description="N:M: keep N of every M weights along the input, as 2:4."
+        default=None,
+        description="N:M sparsity (arXiv 2104.08378): keep N of every M weights along the input dimension, such as 2:4.",
     )
     scope: Literal["layer", "global"] = Field(
         default="layer",
-        description="With `magnitude`, one threshold per weight matrix (`layer`), or one for all of them (`global`).",
+        description="With `method: magnitude`: one threshold for each weight matrix (`layer`), or one for all of them "
+        "(`global`).",
     )
     allocation: Literal["uniform", "owl", "kl"] = Field(
         default="uniform",
-        description="How the sparsity is shared: the same everywhere, or with calibration data. `owl`: blocks with more "
-        "outliers are pruned less. `loss`: each matrix by what pruning it costs the model's output, which is measured with "
-        "the whole model in memory; the total stays the same, and the loss rises by much less.",
+        description="How the sparsity is distributed over the matrices. `uniform`: the same everywhere. `owl`: blocks with "
+        "more outliers are pruned less (OWL, arXiv 2310.05175). `kl`: each matrix by the KL divergence of the model's "
+        "predictions that its pruning causes, estimated from gradients with the whole model in memory. The total stays the "
+        "same. `owl` and `kl` read calibration data.",
     )
     reconstruction_epochs: int = Field(
         default=5,
         ge=0,
-        description="With calibration data: passes over it in which each pruned block is moved by gradient towards the "
-        "output of the original's, its masks kept; 0 for none. Takes most of the time, and pays on text never seen.",
+        description="With calibration data: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Each pruned block is "
+        "trained towards the original block's output; masks stay fixed. 0 for none. It takes most of the time, and lowers "
+        "the loss on unseen text too.",
     )
     reconstruction_lr: float = Field(
-        default=0.04, gt=0, lt=1, description="Step of the tuning, relative to the size of each tensor's values."
+        default=0.04,
+        gt=0,
+        lt=1,
+        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
     )
 
     @model_validator(mode="after")

@@ -38,54 +38,54 @@ class ShareSettings(PassSettings):
 
     groups: int | BlockGroups | None = Field(
         default=None,
-        description="How many blocks are left to store, each used by as many; or lists of the numbers of blocks that share, "
-        "such as [[1, 2], [3, 4]], blocks in no list staying as they are.",
+        description="Number of blocks to store; each is used by the same number of blocks. Or lists of block indices that "
+        "share, such as [[1, 2], [3, 4]]; blocks in no list stay as they are.",
     )
     arrangement: Arrangement = Field(
         default="best",
-        description="Which blocks share, where `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
-        "(0 3, 1 4). `nearest`: those whose outputs lose least by it. `best`: of these the one whose output on held-out "
-        "calibration samples is nearest to the original's, with two models in memory; `sequence` where a BERT becomes an "
-        "ALBERT by it.",
+        description="Which blocks share, if `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
+        "block (0 3, 1 4) (both in arXiv 2104.06022). `nearest`: the blocks whose outputs change least. `best`: the "
+        "arrangement of these whose predictions on held-out calibration samples are nearest to the original's, with two "
+        "models in memory. Where a BERT becomes an ALBERT, `best` is `sequence`.",
     )
     parts: Literal["matrices", "attention", "mlp", "all"] = Field(
         default="matrices",
-        description="What they share: all weight matrices, those of attention or of the MLP, or all tensors, norms and biases "
-        "too. A BERT whose neighbours share `all` becomes a stock ALBERT.",
+        description="What the blocks share: all weight matrices, the matrices of attention or of the MLP, or all tensors "
+        "with norms and biases. A BERT whose neighbours share `all` becomes a stock ALBERT (arXiv 1909.11942).",
     )
     init: Literal["least_squares", "mean", "fisher", "first"] = Field(
         default="least_squares",
-        description="The shared matrix: the one whose outputs are nearest to those of all of them on calibration data; their "
-        "mean; their mean weighted by the Fisher information; or that of the group's first block.",
+        description="The shared matrix. `least_squares`: the matrix of least output error over all blocks of the group, on "
+        "calibration data. `mean`: their mean. `fisher`: their mean weighted by the Fisher information (arXiv 2111.09832). "
+        "`first`: the matrix of the group's first block.",
     )
     align: bool = Field(
         default=True,
-        description="Before, put neurons and heads of each block into the order in which they are most like those of its "
-        "group's first block, which changes nothing that the block computes.",
+        description="Before sharing, permute neurons and heads of each block to match the group's first block (Git "
+        "Re-Basin, arXiv 2209.04836). This changes no output.",
     )
     residual_rank: int | None = Field(
         default=None,
         ge=0,
-        description="Rank of what each block adds to each shared matrix, fitted to what sharing lost; 0 for nothing. By "
-        "default 8, or 0 with `parts: all`. `distill` trains it too.",
+        description="Rank of the low-rank residual that each block adds to a shared matrix (Relaxed Recursive Transformers, "
+        "arXiv 2410.20672). It is fitted to the error of sharing, and `distill` trains it too. 0 for none. By default 8, or "
+        "0 with `parts: all`.",
     )
     embeddings: Literal["tie", "factorize"] | None = Field(
         default=None,
-        description="`tie`: the vectors that tokens are looked up by and those that predict them become the same, nearest to "
-        "both where calibration data need them. `factorize`: tables get as thin as `embedding_rank`, with a projection to the "
-        "hidden states and one from them, nearest to what they were where calibration data read and predict; an OPT stays a "
-        "stock model.",
+        description="`tie`: input and output embeddings become one matrix, fitted to both on calibration data (arXiv "
+        "1608.05859). `factorize`: embeddings become two factors of rank `embedding_rank`, fitted on calibration data "
+        "(ALBERT, arXiv 1909.11942); an OPT stays a stock model.",
     )
-    embedding_rank: int | None = Field(
-        default=None, ge=1, description="With `embeddings: factorize`, numbers that are left of each token's vector."
-    )
+    embedding_rank: int | None = Field(default=None, ge=1, description="With `embeddings: factorize`: the rank.")
     codebook_bits: int | None = Field(
         default=None,
         ge=2,
         le=8,
-        description="Weights of each matrix share so few values: 2 to the power of this, in a codebook of its own. Found by "
-        "k-means weighted by what inputs matter, each rounding made up for by later ones; stored as numbers of that many bits. "
-        "Nothing trains after it.",
+        description="Each matrix gets a codebook of 2 to the power of this many values (Deep Compression, arXiv "
+        "1510.00149). Values come from k-means weighted by the Hessian's diagonal (SqueezeLLM, arXiv 2306.07629); later "
+        "columns compensate for rounding errors. Weights are stored as indices of this many bits and cannot be trained "
+        "afterwards.",
     )
 
     @property

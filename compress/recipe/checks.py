@@ -1,0 +1,134 @@
+"""What concerns several keys of a recipe, or files: the order of passes, missing data, missing files."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
+
+from compress import passes
+from compress.checkpoint.hub import is_hub_id
+from compress.data.text import refusal
+from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
+from compress.recipe.entries import PassEntry, parse_pass
+from compress.recipe.gates import metric_of
+from compress.recipe.order import misplaced
+from compress.recipe.problems import ListNode, MapNode, Problem, find_place, node_at, pass_name, text_of
+
+
+def misplaced_passes(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
+    """Passes in an order that they do not allow."""
+    for wrong in misplaced(list(_entries(values))):
+        yield Problem(wrong.message, *_at_pass(root, wrong.index), wrong.hint)
+
+
+#: What a metric that such data do not give is read off, and what to do.
+_LACKING: dict[Given, tuple[str, str]] = {
+    "images": ("is read off text, not images", "name `files` in data.evaluation"),
+    "labelled": ("is read off text without labels", "leave out `label`"),
+    "text": ("is read off text with labels", "add to data.evaluation: `text: COLUMN, label: COLUMN`"),
+}
+
+
+def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
+    """Passes, metrics and gates that need text which ``data`` does not give, or text of another kind."""
+    data = values.get("data", {})
+    if not isinstance(data, dict):
+        return
+    given = {name for name, value in data.items() if value is not None}
+    for index, entry in _entries(values):
+        for name in sorted(passes.get(entry.name).required_data(entry.settings) - given):
+            yield Problem(
+                f"{entry.name} needs {name} text, and there is no `data.{name}`",
+                *_at_pass(root, index),
+                _data_hint(name),
+            )
+    lacking, hint = "needs text to measure on, and there is no `data.evaluation`", _data_hint("evaluation")
+    possible: frozenset[str] = frozenset()
+    if "evaluation" in given:
+        keys = data["evaluation"] if isinstance(data["evaluation"], dict) else {}
+        kind: Given = "images" if keys.get("images") else "text" if keys.get("label") is None else "labelled"
+        possible = measurable(kind)
+        lacking, hint = _LACKING[kind]
+    wanted = values.get("evaluate")
+    for i, metric in enumerate(wanted if isinstance(wanted, list) else []):
+        if isinstance(metric, str) and metric in TEXT_METRICS - possible:
+            path: tuple[str | int, ...] = ("evaluate", i)
+            yield Problem(f"{metric} {lacking}", find_place(root, path), path, hint)
+    gates = values.get("gates")
+    for gate in gates if isinstance(gates, dict) else {}:
+        if metric_of(gate) in TEXT_METRICS - possible:
+            path = ("gates", gate)
+            place = find_place(root, path, key=True)
+            yield Problem(f"the gate {gate} {lacking}", place, path, hint)
+
+
+def _entries(values: dict[str, Any]) -> Iterator[tuple[int, PassEntry]]:
+    listed = values.get("passes")
+    for index, value in enumerate(listed if isinstance(listed, list) else []):
+        with contextlib.suppress(ValidationError, PydanticCustomError):  # reported by `translate`, with its place
+            yield index, parse_pass(value)
+
+
+def _at_pass(root: MapNode, index: int) -> tuple[Any, tuple[str | int, ...]]:
+    name = pass_name(node_at(root, ("passes", index)))
+    path = ("passes", index, name or "")
+    return find_place(root, path, key=True), path
+
+
+def _data_hint(name: str) -> str:
+    return f"add to data: `{name}: {{files: [FILE]}}`"
+
+
+def missing_files(root: MapNode) -> Iterator[Problem]:
+    """Data files that are missing or of an unknown kind, and a model that is neither a folder nor, by its form, a hub id."""
+    data = root.get("data")
+    for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
+        files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
+        images = text_of(entry.node.get("images")) if isinstance(entry.node, MapNode) else None
+        if images and not (path := _local(images)).is_dir():
+            what = "is no folder" if path.exists() else "there is no such folder"
+            key = ("data", name, "images")
+            yield Problem(f"{images}: {what}", find_place(root, key), key, _near(path))
+        for i, item in enumerate(files.items if isinstance(files, ListNode) else ()):
+            text = text_of(item)
+            if text and not (path := _local(text)).is_file():
+                what = "is a folder, not a text file" if path.is_dir() else "there is no such file"
+                yield Problem(f"{text}: {what}", item.place, ("data", name, "files", i), _near(path))
+            elif text and (wrong := refusal(text, ids=name != "evaluation")):
+                yield Problem(f"{text}: {wrong}", item.place, ("data", name, "files", i))
+    if text := text_of(root.get("model")):
+        path, place = _local(text), find_place(root, ("model",))
+        if path.exists():
+            if not path.is_dir():
+                yield Problem(f"{text}: is a file, not a checkpoint's folder", place, ("model",))
+        elif not is_hub_id(text):
+            hint = _near(path) or "a hub id is `name` or `organisation/name`"
+            yield Problem(f"{text}: there is no such folder", place, ("model",), hint)
+
+
+def _local(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of nobody
+        return Path(text)
+
+
+def _near(path: Path) -> str | None:
+    """A neighbour with a name much like it; else where the path ends to exist."""
+    if path.exists():
+        return None
+    try:
+        if path.parent.is_dir():
+            names = [entry.name for entry in path.parent.iterdir()]
+            close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+            return f"did you mean `{path.parent / close[0]}`?" if close else None
+        existing = next((parent for parent in path.parents if parent.is_dir()), None)
+    except OSError:
+        return None
+    return f"relative paths start at the current folder, {Path.cwd()}" if existing == Path() else None

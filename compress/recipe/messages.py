@@ -1,0 +1,254 @@
+"""pydantic's errors in the words of a recipe, each at its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from compress import passes
+from compress.recipe.model import Recipe
+from compress.recipe.problems import (
+    ListNode,
+    MapNode,
+    Node,
+    Problem,
+    Scalar,
+    child_of,
+    dotted,
+    find_place,
+    node_at,
+    pass_name,
+)
+from compress.recipe.renamed import Renamed, spelled
+from compress.recipe.renamed import find as find_renamed
+from compress.recipe.suggest import choices, percentage, scheme, value_hint
+
+#: pydantic's error type ▶ what it expected. A type that is not here keeps pydantic's sentence.
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "frozen_set_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "none_required": "null",
+    "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "{le} or less",
+    "multiple_of": "a multiple of {multiple_of}",
+    "literal_error": "{expected}",
+    "enum": "{expected}",
+    "amount": "{expected}",
+}
+
+
+def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
+    """One problem per place: the members of a union that refuse the same value become one sentence."""
+    groups: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        path = _path(root, error)
+        if error["type"] == "default_factory_not_called":  # what the default depends on is wrong already
+            continue
+        if (
+            error["type"] == "too_short"
+            and isinstance(node := node_at(root, path), ListNode)
+            and len(node.items) >= (error["ctx"]["min_length"])
+        ):  # pydantic counts the entries that are right
+            continue
+        if error["type"] == "extra_forbidden":
+            yield _unknown_key(root, path)
+        elif error["type"] == "missing":
+            yield _missing_key(root, path)
+        else:
+            groups.setdefault(path, []).append(error)
+    for path, group in groups.items():
+        yield _wrong_value(root, path, group)
+
+
+def _path(root: MapNode, error: ErrorDetails) -> tuple[str | int, ...]:
+    """pydantic's location as keys of the tree: without tags of unions, with the name of the pass."""
+    node: Node | None = root
+    path: list[str | int] = []
+    last = len(error["loc"]) - 1
+    for i, part in enumerate(error["loc"]):
+        if len(path) == 2 and path[0] == "passes" and (name := pass_name(node)) is not None:
+            path.append(name)
+            node = child_of(node, name)
+        child = child_of(node, part)
+        if child is not None:
+            path.append(part)
+            node = child
+        elif i == last and error["type"] == "missing":
+            path.append(part)
+    return tuple(path)
+
+
+def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
+    """Fields of the model at a path, those of its own before inherited ones; empty where it is no model."""
+    if len(path) >= 3 and path[0] == "passes":
+        found: list[type[BaseModel]] = [passes.get(str(path[2])).settings]
+        rest = path[3:]
+    else:
+        found, rest = [Recipe], path
+    for part in rest:
+        if isinstance(part, str):
+            annotations = [m.model_fields[part].annotation for m in found if part in m.model_fields]
+            found = [m for annotation in annotations for m in _models_in(annotation)]
+    fields: dict[str, Any] = {}
+    for each in found:
+        own = [name for name in each.model_fields if name in each.__annotations__]
+        fields |= {name: each.model_fields[name] for name in [*own, *(n for n in each.model_fields if n not in own)]}
+    return fields
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _owner(path: tuple[str | int, ...]) -> str:
+    """` in prune_unstructured`, ` in data.evaluation`; nothing at the top."""
+    if not path:
+        return ""
+    inside = path[2:] if path[0] == "passes" and len(path) > 2 else path
+    return f" in {dotted(inside)}"
+
+
+def _unknown_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
+    key, owner = str(path[-1]), path[:-1]
+    place, node = find_place(root, path, key=True), node_at(root, path)
+    value = node.value if isinstance(node, Scalar) else None
+    if (entry := _renamed(path)) is not None and entry.new != entry.old:
+        new = f"`{entry.new.rpartition('.')[2]}`"
+        write = f"write `{spelled(entry.new, entry.value(value))}`" if value is not None else f"rename the key to {new}"
+        return Problem(f"`{key}`{_owner(owner)} is called {new} now", place, path, write)
+    section = dotted(owner[2:] if owner and owner[0] == "passes" else owner)
+    answer = scheme(value) if section == "cast" and isinstance(value, str) else None
+    names = list(_fields(owner)) + (["extends"] if not owner else [])
+    return Problem(f"unknown key `{key}`{_owner(owner)}", place, path, answer or choices(key, names, section))
+
+
+def _renamed(path: tuple[str | int, ...]) -> Renamed | None:
+    """The table's entry for the key at a path, where it is an old one or has old values."""
+    in_pass = len(path) > 3 and path[0] == "passes"
+    return find_renamed(str(path[2]) if in_pass else "", dotted(path[3:] if in_pass else path))
+
+
+def _missing_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
+    key, owner = str(path[-1]), path[:-1]
+    field = _fields(owner).get(key)
+    hint = f"{key}: {field.description}" if field is not None and field.description else None
+    return Problem(f"`{key}` is missing{_owner(owner)}", find_place(root, owner, key=True), path, hint)
+
+
+def _wrong_value(root: MapNode, path: tuple[str | int, ...], errors: list[ErrorDetails]) -> Problem:
+    node = node_at(root, path)
+    expected = list(dict.fromkeys(filter(None, (_expected(error) for error in errors))))
+    whole = next((error for error in errors if _expected(error) is None), None)
+    if whole is not None or not expected:
+        return _whole_problem(root, path, node, whole or errors[0])
+    wanted = " or ".join(expected)
+    message = f"expected {wanted}" + (f", got {_got(node)}" if node is not None else "")
+    if node is not None and path and isinstance(path[-1], str):
+        message = f"{path[-1]}: {message}"
+    return Problem(message, find_place(root, path), path, _value_hint(node, path, wanted, errors))
+
+
+def _whole_problem(root: MapNode, path: tuple[str | int, ...], node: Node | None, error: ErrorDetails) -> Problem:
+    """A mistake that has a sentence of its own; it concerns a pass, or several keys of a mapping."""
+    place = find_place(root, path)
+    name = pass_name(node) if len(path) == 2 and path[0] == "passes" else None
+    if name and (error["type"] == "pass_entry" or isinstance(node, MapNode)):
+        place = find_place(root, (*path, name), key=True)
+    elif isinstance(node, MapNode) and path:
+        place = find_place(root, path, key=True)
+    return Problem(_sentence(error), place, path, error.get("ctx", {}).get("hint"))
+
+
+def _expected(error: ErrorDetails) -> str | None:
+    """What was wanted, as a phrase; None where only a whole sentence says it."""
+    context = error.get("ctx", {})
+    if error["type"] in ("too_short", "too_long"):
+        short = error["type"] == "too_short"
+        count = context["min_length" if short else "max_length"]
+        return f"at {'least' if short else 'most'} {count} {'entry' if count == 1 else 'entries'}"
+    template = _EXPECTED.get(error["type"])
+    if template is None:
+        return None
+    phrase = template.format(**context)
+    return re.sub(r"'([^']*)'", r"\1", phrase) if error["type"] in ("literal_error", "enum") else phrase
+
+
+def _sentence(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    if error["type"] in ("value_error", "assertion_error"):
+        return str(context["error"])
+    text = error["msg"]
+    return f"expected {text.removeprefix('Input should be ')}" if text.startswith("Input should be ") else text
+
+
+def _got(node: Node | None) -> str:
+    if isinstance(node, ListNode):
+        return "a list" if node.items else "an empty list"
+    if isinstance(node, MapNode):
+        return "a mapping"
+    assert node is not None
+    if node.value is None:
+        return "nothing"
+    text = repr(node.value) if isinstance(node.value, str) else node.text
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _value_hint(node: Node | None, path: tuple[str | int, ...], wanted: str, errors: list[ErrorDetails]) -> str | None:
+    if not isinstance(node, Scalar) or node.value is None:
+        return None
+    if (entry := _renamed(path)) is not None and entry.knows(node.value):
+        return f"`{node.value}` is called `{entry.value(node.value)}` now"
+    kinds = {error["type"] for error in errors}
+    key = _setting(path)
+    if kinds & {"literal_error", "enum"} or key == "device":
+        allowed = re.findall(r"'([^']*)'", " ".join(str(error.get("ctx", {}).get("expected")) for error in errors))
+        return value_hint(key, node.value, allowed)
+    if "amount" in kinds and " share " in f" {wanted} " and (hint := percentage(node.value)) is not None:
+        return hint
+    return _spelling_hint(node, wanted)
+
+
+def _spelling_hint(node: Scalar, wanted: str) -> str | None:
+    """How to write a value that is right but for its form: quotes, brackets, yes and no."""
+    if wanted == "a list":
+        return f"write [{node.text}]"
+    if wanted == "text" and not isinstance(node.value, str):
+        return f'write "{node.text}", in quotes'
+    if not isinstance(node.value, str):
+        return None
+    if wanted in ("an integer", "a number") and re.fullmatch(r"[0-9][0-9_,]*(\.[0-9]+)?", node.value):
+        return "write it without quotes, `_` or `,`"
+    if wanted == "true or false" and node.value.lower() in ("yes", "no", "on", "off"):
+        return f"write {'true' if node.value.lower() in ('yes', 'on') else 'false'}"
+    return None
+
+
+def _setting(path: tuple[str | int, ...]) -> str:
+    """The key at a path: the setting of a pass, also for an entry inside it; else the last key."""
+    if len(path) > 3 and path[0] == "passes":
+        return str(path[3])
+    return next((part for part in reversed(path) if isinstance(part, str)), "")

@@ -1,0 +1,124 @@
+"""Words of other tools, schemes and percentages get a did-you-mean with the right spelling, at their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compress import passes
+from compress.errors import RecipeError
+from compress.recipe import recipe_from_mapping
+from compress.recipe.messages import _fields
+from compress.recipe.suggest import SYNONYMS, VALUES, scheme
+from compress.settings import parse_level, parse_share
+
+
+def problems(**changes: Any) -> list[str]:
+    recipe = {"model": "m", "output": "o", "passes": [{"cast": {"weights": "bf16"}}], **changes}
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_mapping(recipe, check_files=False)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "hint"),
+    [
+        ({"passes": ["quantize"]}, "passes.0: unknown pass `quantize`", "; did you mean `cast`?"),
+        ({"passes": [{"prune": {"sparsity": 0.5}}]}, "passes.0: unknown pass `prune`", "; did you mean `prune_unstructured` or `prune_structured`?"),
+        ({"passes": [{"wanda": None}]}, "passes.0: unknown pass `wanda`", "; did you mean `prune_unstructured`?"),
+        ({"evaluate": ["bpb"]}, "evaluate.0: expected bits_per_byte", "did you mean `bits_per_byte`?"),
+        ({"gates": {"bpb": {"max": 1}}}, "gates.bpb: unknown key `bpb` in gates", "; did you mean `bits_per_byte`?"),
+        ({"gates": {"accuracy": {"min": 95}}}, "gates.accuracy.min: min: expected a share from 0 to 1", "did you mean `95%`?"),
+        ({"device": "gpu"}, "device: device: expected auto, cpu", "did you mean `cuda`?"),
+        ({"device": "gpu:1"}, "device: device: expected auto, cpu", "did you mean `cuda:1`?"),
+        ({"dtype": "bf16"}, "dtype: dtype: expected float32", "did you mean `bfloat16`?"),
+        ({"data": {"train": {"files": ["x.txt"]}}}, "data.train: unknown key `train` in data", "; did you mean `training`?"),
+        ({"passes": [{"prune_unstructured": {"sparsity": 50}}]}, "passes.0.prune_unstructured.sparsity: sparsity: expected a share", "did you mean `50%`?"),
+        ({"passes": [{"prune_unstructured": {"sparsity": "50"}}]}, "passes.0.prune_unstructured.sparsity: sparsity: expected a share", "did you mean `50%`?"),
+        ({"passes": [{"prune_structured": {"keep_parameters": 60}}]}, "passes.0.prune_structured.keep_parameters: keep_parameters: expected a share", "did you mean `60%`?"),
+        ({"passes": [{"distill": {"lr": 1e-3}}]}, "passes.0.distill.lr: unknown key `lr` in distill", "; did you mean `learning_rate`?"),
+        ({"passes": [{"cast": {"weights": "int4", "ignore": ["x"]}}]}, "passes.0.cast.ignore: unknown key `ignore` in cast", "; did you mean `skip`?"),
+        ({"passes": [{"cast": {"weights": "W4A16"}}]}, "passes.0.cast.weights: weights: expected bf16", "write `weights: int4, group_size: 128`"),
+        ({"passes": [{"cast": {"weights": "int4", "scheme": "W8A8"}}]}, "passes.0.cast.scheme: unknown key `scheme` in cast", "write `weights: int8, activations: int8`"),
+        ({"passes": [{"cast": {"weights": "int4", "format": "int4"}}]}, "passes.0.cast.format: unknown key `format` in cast", "; did you mean `weights`?"),
+        ({"passes": [{"cast": {"weights": 4}}]}, "passes.0.cast.weights: weights: expected bf16", "did you mean `int4`?"),
+        ({"passes": [{"cast": {"weights": "int4", "overrides": {"*": "W8A16"}}}]}, "passes.0.cast.overrides.*: *: expected bf16", "did you mean `int8`?"),
+        ({"passes": [{"cast": {"weights": "int4", "error_correction": ["gptaq"]}}]}, "passes.0.cast.error_correction.0: expected asymmetric", "did you mean `asymmetric`?"),
+    ],
+)  # fmt: skip
+def test_word_of_another_tool(changes: dict[str, Any], where: str, hint: str) -> None:
+    (problem,) = [p for p in problems(**changes) if "needs" not in p and "is read off" not in p]
+    head, *lines = problem.splitlines()
+    assert head.startswith(where)
+    assert len(lines) == 1
+    assert lines[0].endswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("W4A16", "write `weights: int4, group_size: 128`"),
+        ("w4a16_asym", "write `weights: int4, group_size: 128, symmetric: false`"),
+        ("W3A16", "write `weights: int3, group_size: 128`"),
+        ("W8A16", "write `weights: int8`"),
+        ("W8A8", "write `weights: int8, activations: int8`"),
+        ("W8A8-INT", "write `weights: int8, activations: int8`"),
+        ("W8A8-FP", "write `weights: fp8, activations: fp8`"),
+        ("W8AFP8", "write `weights: fp8, activations: fp8`"),
+        ("FP8", "write `weights: fp8, activations: fp8`"),
+        ("FP8_DYNAMIC", "write `weights: fp8, activations: fp8`"),
+        ("NVFP4", "write `weights: nvfp4`"),
+        ("MXFP4A16", "write `weights: mxfp4`"),
+        ("INT4", "write `weights: int4`"),
+        ("BF16", "write `weights: bf16`"),
+        ("W4A8", "W4A8 cannot be written: `activations` take the format of the weights; use `weights: int4` alone"),
+        ("W1A16", None),
+        ("W4A4", None),
+        ("int5", None),
+        ("Q4_K_M", None),
+    ],
+)
+def test_scheme_is_answered_with_the_setting(name: str, answer: str | None) -> None:
+    assert scheme(name) == answer
+
+
+def test_settings_of_schemes_are_valid() -> None:
+    from ruamel.yaml import YAML
+
+    for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "NVFP4", "MXFP4", "W8A8_FP8", "INT3"):
+        text = str(scheme(name)).removeprefix("write `").removesuffix("`")
+        recipe_from_mapping(
+            {
+                "model": "m",
+                "output": "o",
+                "data": {"calibration": {"files": ["text.txt"]}},
+                "passes": [{"cast": YAML(typ="safe").load(f"{{{text}}}")}],
+            },
+            check_files=False,
+        )
+
+
+def test_synonyms_name_keys_that_exist() -> None:
+    for section, words in SYNONYMS.items():
+        if section == "passes":
+            known = set(passes.names())
+        elif section == "evaluate":
+            known = {"latency", *_fields(("gates",))} - {"prefill", "decode", "size", "parameters"}
+        elif section in passes.names():
+            known = set(_fields(("passes", 0, section)))
+        else:
+            known = set(_fields(tuple(section.split(".")) if section else ()))
+        assert not known & words.keys(), section
+        assert {right for meant in words.values() for right in meant} <= known, section
+
+
+def test_synonyms_of_values_are_taken() -> None:
+    for key, words in VALUES.items():
+        for wrong, meant in words.items():
+            assert wrong not in meant, key
+
+
+@pytest.mark.parametrize("parse", [parse_share, parse_level])
+def test_a_percentage_is_what_is_suggested(parse: Any) -> None:
+    assert parse("50%") == 0.5
