@@ -215,7 +215,7 @@ gates:
         "\n".join(problems(text))
         == """\
 r.yaml: `output` is missing
-   output: Folder to write; the run keeps its stages beside it, in `<output>.run`.
+   output: Folder to write. The run keeps its stages beside it, in `<output>.run`.
 r.yaml:2:8: ./models/tiyn: there is no such folder
     2 | model: ./models/tiyn
       |        ^^^^^^^^^^^^^
@@ -338,11 +338,11 @@ r.yaml:22:3: a gate needs a bound: `max`
         ),
         (
             "data: {calibration: {files: [models/ids.npy, text/train.txt]}}",
-            "r.yaml:5:8: token ids come from one file, with no other beside it",
+            "r.yaml:5:8: token ids come from one file: name no other beside it",
         ),
         (
             "data: {calibration: {files: [models/ids.npy], mode: padded}}",
-            "r.yaml:5:8: token ids are used as they are: leave out `mode`",
+            "r.yaml:5:8: token ids are used unchanged: leave out `mode`",
         ),
         ("data: {calibration: {files: [models/ids.npy], length: 0}}", "r.yaml:5:55: length: expected 1 or more, got 0"),
         (
