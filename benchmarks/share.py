@@ -100,7 +100,8 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     from compress.architectures.model_map import model_map
     from compress.blockwise.executor import BlockExecutor, Inputs
     from compress.blockwise.saved_hessians import SavedHessians
-    from compress.checkpoint.open import Derived, Value, open_checkpoint
+    from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.values import Derived, Value
     from compress.checkpoint.write import write_checkpoint
     from compress.progress import SilentProgress
     from compress.solvers.low_rank import low_rank

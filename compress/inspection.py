@@ -11,7 +11,8 @@ from typing import Any
 from compress.architectures.model_map import model_map
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
-from compress.checkpoint.open import Checkpoint, open_checkpoint, open_headers
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.values import Checkpoint
 from compress.files import expanded
 from compress.planning import size_of, size_on_disk
 from compress.spec.spec import Spec, Tensor

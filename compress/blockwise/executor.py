@@ -12,7 +12,7 @@ import torch
 from compress.blockwise.activations import Activations, ActivationStream, HiddenStates
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
 from compress.blockwise.streamed import StreamedModel
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import CheckpointError, PassError
 

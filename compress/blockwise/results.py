@@ -11,9 +11,9 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.streamed import StreamedModel
-from compress.checkpoint.codecs import canonical, pack_bits
+from compress.checkpoint.codecs import pack_bits
 from compress.checkpoint.decode import unpack_bits
-from compress.checkpoint.open import Checkpoint, Codes, Value, torch_dtype
+from compress.checkpoint.values import Checkpoint, Codes, Value, canonical, torch_dtype
 from compress.spec.spec import widest
 
 #: Fields of `Codes`.

@@ -25,7 +25,7 @@ from compress.blockwise.resume import RunnerState, StateFile
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.shared import SharedTensors
 from compress.blockwise.targets import TargetStream, Teacher
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.memory import keep_freed

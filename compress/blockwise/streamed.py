@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
 from compress.models.loading import quiet_transformers, stock_class

@@ -11,7 +11,7 @@ import torch
 
 from compress.blockwise.activations import Activations, ActivationStream, HiddenStates
 from compress.blockwise.executor import BlockExecutor
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from compress.spec.spec import (
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint.open import Value
+    from compress.checkpoint.values import Value
 
 Store = Literal["stock", "compact"]
 #: Codes packed at a time; a multiple of 32, so no word of a long row spans two pieces.
@@ -221,7 +221,7 @@ def stock_value(value: Value, tensor: Tensor) -> Value:
     """The value without the parts that the tensor's storage drops: codes, or the keep-mask of codes."""
     if value.codes is None or (tensor.quant_format is not None and tensor.kept is not None):
         return value
-    from compress.checkpoint.open import Value
+    from compress.checkpoint.values import Value
 
     return Value(lambda: value.data, None, None if tensor.quant_format is None else value.codes)
 
@@ -293,14 +293,6 @@ def pack_codes(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
         octets = octets.view(rows, eights * bits)
     octets = torch.nn.functional.pad(octets[:, : 4 * words], (0, max(0, 4 * words - octets.shape[1])))
     return octets.flatten().view(torch.int32).view(rows, words)
-
-
-def canonical(data: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Canonical form, from which the mask can be read: removed weights are +0.0, kept zeros are -0.0."""
-    import torch
-
-    zero = torch.zeros((), dtype=data.dtype, device=data.device)
-    return torch.where(mask, torch.where(data == 0, -zero, data), zero)
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:

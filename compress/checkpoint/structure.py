@@ -14,7 +14,7 @@ from compress.errors import CheckpointError, PassError
 from compress.spec.spec import DENSE, Edit, Spec, Tensor
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
 
 #: Kind of edit ▶ kind of tensors, by which passes accept a checkpoint.
 STORAGE: Mapping[str, str] = {
@@ -245,7 +245,7 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, tuple[str, ...]]]:
 def dense(checkpoint: Checkpoint) -> Checkpoint:
     """Dense twin of a checkpoint, of the stock class: products for factors, copies for shared tensors."""
     from compress.checkpoint.edits import product, unprojected, with_residual
-    from compress.checkpoint.open import Derived, Value
+    from compress.checkpoint.values import Derived, Value
 
     twin, sources = dense_spec(checkpoint.spec)
     transposed = {e.module for e in checkpoint.spec.structure.edits if e.values.get("transposed")}

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from compress.checkpoint import bundle, codecs, quantization, structure
 from compress.checkpoint.codecs import Store
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
-from compress.checkpoint.open import COMPACT_TYPE, Checkpoint, Value, open_checkpoint, torch_dtype
+from compress.checkpoint.open import COMPACT_TYPE, open_checkpoint
 from compress.checkpoint.sidecars import copy_sidecars
+from compress.checkpoint.values import Checkpoint, Value, torch_dtype
 from compress.errors import CheckpointError, OutputError
 from compress.files import temporary
 from compress.progress import Progress, SilentProgress

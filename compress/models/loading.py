@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.claims import largest_number, outgrown
-from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint, torch_dtype
+from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.structure import to_json
+from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError, CompressError, is_lack
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import CACHE_SCALES, Spec, Structure, Tensor

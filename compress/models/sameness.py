@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint, Derived, Stored
+from compress.checkpoint.open import Stored
+from compress.checkpoint.values import Checkpoint, Derived
 from compress.errors import CheckpointError
 from compress.models.loading import arguments_of, load_checkpoint
 

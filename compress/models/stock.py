@@ -17,7 +17,8 @@ from compress.checkpoint import quantization
 from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.files import read_json
 from compress.checkpoint.foreign import SchemeGroups
-from compress.checkpoint.open import Checkpoint, Stored, torch_dtype
+from compress.checkpoint.open import Stored
+from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError
 from compress.models.loading import quiet_transformers, stock_class
 

@@ -20,7 +20,7 @@ from compress.settings import Settings
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.distributed import ProcessGroup
     from compress.progress import Progress
     from compress.workspace import Workspace

@@ -22,7 +22,7 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.blockwise.runner import BlockRunner
     from compress.blockwise.targets import Teacher
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.sensitivity.matrices import WeightDeltas
     from compress.workspace import Workspace
 

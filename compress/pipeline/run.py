@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress import passes
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint, open_headers
+from compress.checkpoint.open import Stored, open_checkpoint, open_headers
 from compress.checkpoint.running import loading_notes
+from compress.checkpoint.values import Checkpoint, Derived
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK, CompressError, PassError, ResourceError, is_lack, one_line

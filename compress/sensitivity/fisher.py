@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from compress.architectures.model_map import ModelMap, model_map
 from compress.blockwise.linears import TargetLinear, group_linears
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_checkpoint

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compress.checkpoint.open import Codes
+from compress.checkpoint.values import Codes
 
 Array: TypeAlias = npt.NDArray[Any]
 #: Low bits of a float32 that the histogram ignores. Each value of a 16-bit float has a bin of its own.

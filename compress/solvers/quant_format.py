@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from compress.checkpoint.decode import dequantized
-from compress.checkpoint.open import Codes
+from compress.checkpoint.values import Codes
 from compress.spec.formats import QuantFormat
 
 #: Ends of a group's range to try, as shares of its largest weight.

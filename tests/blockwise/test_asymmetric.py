@@ -7,7 +7,8 @@ import torch
 
 from compress.blockwise.asymmetric import asymmetric_statistics
 from compress.blockwise.executor import Inputs
-from compress.checkpoint.open import Derived, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived
 from compress.models.loading import load_checkpoint
 from tests import pico
 from tests.blockwise.test_runner import inputs_of, sweep_of

@@ -15,7 +15,8 @@ from compress.blockwise.experts import Experts
 from compress.blockwise.linears import find_linears
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.runner import BlockRunner
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.models.blocks import find_blocks

@@ -20,8 +20,9 @@ import torch
 
 import compress
 from compress.checkpoint import bundle
-from compress.checkpoint.open import Checkpoint, Codes, Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.structure import alias, factored, projected, shared, sized
+from compress.checkpoint.values import Checkpoint, Codes, Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.solvers.quant_format import Scales, dequantize, rounded, to_codes
 from compress.spec.formats import QuantFormat

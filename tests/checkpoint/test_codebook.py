@@ -16,7 +16,8 @@ import compress
 from compress.checkpoint import codecs
 from compress.checkpoint.decode import decode, part_names
 from compress.checkpoint.modeling import decoded_state_dict
-from compress.checkpoint.open import Codes, Derived, Value, open_checkpoint, torch_dtype
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Codes, Derived, Value, torch_dtype
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError
 from compress.inspection import diff, inspect

@@ -10,8 +10,9 @@ import torch
 
 from compress import architectures
 from compress.api import unpack
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.structure import alias, dense, factored
+from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
 from compress.models.loading import check_keys, load_checkpoint, load_model

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from compress import passes
 from compress.checkpoint.layout import lay_out
-from compress.checkpoint.open import Checkpoint, Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, OutputError
 from compress.models.loading import check_keys, load_model, load_tokenizer

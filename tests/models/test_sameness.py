@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.errors import CheckpointError
 from compress.models import sameness
 from compress.models.sameness import same_logits

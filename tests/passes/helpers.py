@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from compress import architectures, passes
-from compress.checkpoint.open import Checkpoint, Stored, open_checkpoint
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.checkpoint.write import write_checkpoint
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_model

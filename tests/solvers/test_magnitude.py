@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.checkpoint.open import Value
+from compress.checkpoint.values import Value
 from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
 
 SEEDS = st.integers(0, 10_000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.checkpoint.open import Codes
+from compress.checkpoint.values import Codes
 from compress.solvers.gptq import act_order, act_order_factor, gptq
 from compress.solvers.quant_format import Scales, code_range, dequantize, fit, nearest, to_codes
 from compress.spec.formats import QuantFormat

@@ -15,7 +15,7 @@ from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
-from compress.checkpoint.open import Codes
+from compress.checkpoint.values import Codes
 from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped

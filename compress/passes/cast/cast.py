@@ -23,7 +23,7 @@ from compress.spec.spec import Spec, Tensor
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
 
 #: Of a cache whose scales the files do not hold.
 NO_SCALES = (
@@ -148,7 +148,7 @@ class Cast(Pass[CastSettings]):
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
         """Lazily; codes by `gptq` are made here, and the result reads what the sweep left in the work folder."""
-        from compress.checkpoint.open import Derived, Value
+        from compress.checkpoint.values import Derived, Value
 
         if self.plan_notes(checkpoint.spec, settings):
             context.details["kv_cache"] = NO_SCALES
@@ -202,7 +202,7 @@ class Cast(Pass[CastSettings]):
     def _sweep(self, checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
         """A function that reads the tensors as the sweep left them; those outside blocks as they were."""
         from compress.blockwise.reconstruct import Reconstruction
-        from compress.checkpoint.open import torch_dtype
+        from compress.checkpoint.values import torch_dtype
         from compress.passes.cast.block import CastOptions, cast_block
         from compress.sensitivity.output_curvature import Gradients
 
@@ -277,7 +277,7 @@ def _cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[
 
 def _cast(name: str, value: Value, before: Spec, after: Spec, search: bool) -> Value:
     """One tensor in the format that the plan gave it."""
-    from compress.checkpoint.open import Value, torch_dtype
+    from compress.checkpoint.values import Value, torch_dtype
     from compress.solvers.quant_format import overflowing
 
     tensor = after.tensors[name]
@@ -307,7 +307,7 @@ def check_finite(name: str, data: torch.Tensor) -> None:
 
 def _rounded(value: Value, tensor: Tensor, quant_format: QuantFormat, dtype: torch.dtype, search: bool) -> Value:
     """Rounded to the nearest codes of a grid fitted to the weights alone."""
-    from compress.checkpoint.open import Value
+    from compress.checkpoint.values import Value
     from compress.solvers.quant_format import dequantize, rounded
 
     check_finite(tensor.name, value.data)

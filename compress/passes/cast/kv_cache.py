@@ -11,8 +11,8 @@ from compress.blockwise.block import BlockView
 from compress.blockwise.executor import BlockExecutor, Inputs
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.unchanged import unchanged_blocks
-from compress.checkpoint.open import Checkpoint
 from compress.checkpoint.running import input_formats
+from compress.checkpoint.values import Checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.models.emulation import cached_attentions, round_inputs, tap_cache

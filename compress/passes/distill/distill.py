@@ -25,7 +25,7 @@ from compress.passes.prune_structured.prune_structured import PruneStructured
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
 
 #: Bytes of optimizer state per parameter, in float32.
 _STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
@@ -102,7 +102,7 @@ class Distill(Pass[DistillSettings]):
 
     def prepare(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> None:
         """Training data that is too little, teachers that do not fit, losses that this student or its teachers do not have."""
-        from compress.checkpoint.open import Derived
+        from compress.checkpoint.values import Derived
         from compress.distributed import ProcessGroup
         from compress.passes.distill.train import prepare
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.sidecars import safe_file
+from compress.checkpoint.values import Checkpoint
 from compress.data.batches import check_positions, check_vocabulary
 from compress.distributed import ProcessGroup
 from compress.errors import PassError

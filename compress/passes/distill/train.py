@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
+from compress.checkpoint.values import Checkpoint, Derived, Value, torch_dtype
 from compress.distributed import ProcessGroup
 from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling

@@ -20,7 +20,7 @@ from compress.settings import Fraction
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
 
 _SETTING = ("`allocation: kl`", "use `allocation: uniform`")
 #: By loss: in how many steps the rank of a matrix is chosen.
@@ -113,7 +113,7 @@ class Factorize(Pass[FactorizeSettings]):
     def apply(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> Checkpoint:
         """The sweep runs here, and the result reads what it left in the work folder."""
         from compress.blockwise.reconstruct import Reconstruction
-        from compress.checkpoint.open import Derived, Value, torch_dtype
+        from compress.checkpoint.values import Derived, Value, torch_dtype
         from compress.passes.factorize.block import FactorOptions, factor_block
 
         spec = checkpoint.spec

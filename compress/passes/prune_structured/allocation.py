@@ -11,7 +11,7 @@ from compress.passes.base import Context
 from compress.passes.blockwise import measured_divergences, open_runner
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.passes.prune_structured.settings import PruneStructuredSettings
     from compress.passes.prune_structured.widths import Widths
 

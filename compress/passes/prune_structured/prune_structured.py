@@ -16,7 +16,7 @@ from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
 
 
 class PruneStructured(Pass[PruneStructuredSettings]):

@@ -12,7 +12,7 @@ from compress.architectures.groups import PrunableGroup
 from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.targets import Teacher
-from compress.checkpoint.open import Checkpoint, Derived
+from compress.checkpoint.values import Checkpoint, Derived
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.prune_structured import slicing, widths

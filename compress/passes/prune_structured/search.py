@@ -18,7 +18,7 @@ from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
 #: Most shapes that are tried; of more, those at equal steps of depth.

@@ -11,7 +11,7 @@ from compress.checkpoint.structure import sized
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
     from compress.passes.prune_structured.widths import Widths
 
 Entries = Mapping[str, Mapping[int, Sequence[int]]]
@@ -42,7 +42,7 @@ def narrowed(spec: Spec, kept: Iterable[resize.Kept], found: Widths) -> tuple[Sp
 
 def merge(checkpoint: Checkpoint, merges: Iterable[KVHeadMerge]) -> Checkpoint:
     """With key and value heads that are to be merged replaced by their mean; of the shape that it had."""
-    from compress.checkpoint.open import Derived, Value
+    from compress.checkpoint.values import Derived, Value
     from compress.solvers.kv_merge import merge
 
     members: dict[str, list[tuple[Slice, KVHeadMerge]]] = {}
@@ -65,7 +65,7 @@ def merge(checkpoint: Checkpoint, merges: Iterable[KVHeadMerge]) -> Checkpoint:
 
 def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint:
     """With those hidden channels alone; norms and embeddings scaled so that the others might as well be zero."""
-    from compress.checkpoint.open import Derived, Value
+    from compress.checkpoint.values import Derived, Value
 
     entries, config = resize.hidden_entries(checkpoint.spec, channels)
     scales = resize.hidden_scales(checkpoint.spec, len(channels))
@@ -85,7 +85,7 @@ def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint
 def _derived(checkpoint: Checkpoint, spec: Spec, source: Mapping[str, str], entries: Entries) -> Checkpoint:
     import torch
 
-    from compress.checkpoint.open import Derived, Value
+    from compress.checkpoint.values import Derived, Value
 
     def read(name: str) -> Value:
         old = source.get(name, name)

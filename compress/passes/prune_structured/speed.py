@@ -12,7 +12,7 @@ from compress.spec.spec import Spec, Tensor
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
 
 #: Numbers that random weights repeat; a prime, so that no two rows are alike and routers tell tokens apart.
 _NOISE = 4099
@@ -50,14 +50,14 @@ class Stopwatch:
         return prefill_ratio(self.original, candidate, self.prompt, seed=self.context.seed)
 
     def _random(self, spec: Spec) -> Checkpoint:
-        from compress.checkpoint.open import Derived, Value
+        from compress.checkpoint.values import Derived, Value
 
         return Derived(self.checkpoint, spec, lambda name: Value(self._values(spec.tensors[name])))
 
     def _values(self, tensor: Tensor) -> torch.Tensor:
         import torch
 
-        from compress.checkpoint.open import torch_dtype
+        from compress.checkpoint.values import torch_dtype
 
         dtype = torch_dtype(tensor.dtype)
         if not tensor.is_float:

@@ -16,7 +16,7 @@ from compress.models.loading import load_checkpoint
 from compress.sensitivity.samples import SampleLoop, token_losses
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.data.batches import Batches
     from compress.progress import Progress
 

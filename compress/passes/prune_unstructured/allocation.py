@@ -10,7 +10,7 @@ from compress.passes.base import Context
 from compress.passes.blockwise import measured_divergences, open_runner
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.passes.prune_unstructured.block import Method
 
 

@@ -20,7 +20,7 @@ from compress.spec.spec import Spec, Tensor
 if TYPE_CHECKING:
     import torch
 
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
 
 
 class PruneUnstructuredSettings(PassSettings):
@@ -201,7 +201,7 @@ def _by_magnitude(
     context: Context,
 ) -> Checkpoint:
     """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""
-    from compress.checkpoint.open import Derived, Value
+    from compress.checkpoint.values import Derived, Value
     from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
 
     linears = model_map(spec).linears
@@ -249,7 +249,7 @@ def _calibrated(
 ) -> Checkpoint:
     """Block by block; the changed tensors come from the work folder."""
     from compress.blockwise.reconstruct import Reconstruction
-    from compress.checkpoint.open import Derived
+    from compress.checkpoint.values import Derived
     from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 
     assert settings.method != "magnitude"

@@ -14,7 +14,7 @@ from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
-from compress.checkpoint.open import Codes
+from compress.checkpoint.values import Codes
 from compress.solvers.codebook import codebook, rounded, to_codes
 from compress.solvers.gptq import act_order_factor, asymmetric_target, codebook_gptq
 from compress.solvers.quant_format import dequantize

@@ -15,7 +15,7 @@ from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
 
 
 def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
@@ -46,7 +46,7 @@ def cluster(
         calibrated: the matrices of blocks are clustered in a sweep over the calibration data, here, by how much their inputs
             matter, and GPTQ makes up for each rounding. It works in a folder of its own. All else goes by its weights alone.
     """
-    from compress.checkpoint.open import Derived
+    from compress.checkpoint.values import Derived
 
     chosen = frozenset(names)
     layers = model_map(spec).layers if calibrated else ()
@@ -62,7 +62,7 @@ def cluster(
 
 def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
     """A function that reads the tensors as the sweep left them."""
-    from compress.checkpoint.open import torch_dtype
+    from compress.checkpoint.values import torch_dtype
     from compress.passes.share.codebook_block import CodebookOptions, codebook_block
 
     bits = {name: _bits(spec.tensors[name]) for name in names}
@@ -77,7 +77,7 @@ def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Contex
 
 
 def _by_weights(value: Value, tensor: Tensor) -> Value:
-    from compress.checkpoint.open import Value, torch_dtype
+    from compress.checkpoint.values import Value, torch_dtype
     from compress.solvers.codebook import rounded
     from compress.solvers.quant_format import dequantize
 

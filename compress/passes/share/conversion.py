@@ -9,14 +9,14 @@ from compress.architectures.conversions import SharedBlocks
 from compress.checkpoint.sidecars import safe_file
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
 
 
 def convert(checkpoint: Checkpoint, conversion: SharedBlocks, groups: int) -> Checkpoint:
     """The stock model of the other family, of a checkpoint whose blocks share their tensors in so many runs."""
     import torch
 
-    from compress.checkpoint.open import Derived, Value, torch_dtype
+    from compress.checkpoint.values import Derived, Value, torch_dtype
 
     spec, sources = conversion.converted(checkpoint.spec, groups)
 

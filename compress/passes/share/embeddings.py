@@ -11,7 +11,7 @@ from compress.errors import PassError
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint, Value
     from compress.passes.base import Context
 
 
@@ -79,7 +79,7 @@ def thinned(spec: Spec, rank: int) -> Spec:
 
 def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
     """The checkpoint with thin tables, fitted where calibration data read and predict."""
-    from compress.checkpoint.open import Derived, Value, torch_dtype
+    from compress.checkpoint.values import Derived, Value, torch_dtype
     from compress.passes.share import fit_embeddings
 
     spec = checkpoint.spec

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.open import Checkpoint, Derived, Value, torch_dtype
+from compress.checkpoint.values import Checkpoint, Derived, Value, torch_dtype
 from compress.data.batches import Batches
 from compress.models.loading import load_checkpoint
 from compress.progress import Progress

@@ -21,7 +21,7 @@ from compress.passes.share.embeddings import thin, thinned, tied
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint
+    from compress.checkpoint.values import Checkpoint
     from compress.passes.share.solve import Solver
     from compress.workspace import Workspace
 
@@ -464,7 +464,7 @@ def _solved(context: Context, groups: BlockGroups) -> Workspace:
 def _derived(
     checkpoint: Checkpoint, settings: ShareSettings, solver: Solver, groups: BlockGroups, context: Context
 ) -> Checkpoint:
-    from compress.checkpoint.open import Derived, Value, torch_dtype
+    from compress.checkpoint.values import Derived, Value, torch_dtype
 
     after = shared(checkpoint.spec, groups, solver.options.parts, settings.rank)
     read = solver.read_solved(groups, _solved(context, groups))

@@ -18,7 +18,7 @@ from compress.architectures.groups import PrunableGroup
 from compress.architectures.model_map import model_map
 from compress.architectures.resize import head_units, mlp_units
 from compress.blockwise.saved_hessians import SavedHessians
-from compress.checkpoint.open import Checkpoint
+from compress.checkpoint.values import Checkpoint
 from compress.solvers.low_rank import low_rank
 from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
 from compress.workspace import Workspace

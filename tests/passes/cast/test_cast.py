@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.errors import PassError
 from tests import pico
 from tests.passes.helpers import apply, plan, write

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import compress
 from compress import architectures
 from compress.api import unpack
-from compress.checkpoint.open import Checkpoint, Derived, Stored, Value, open_checkpoint
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError

@@ -10,7 +10,8 @@ import torch
 from compress import architectures
 from compress.architectures import resize
 from compress.checkpoint.layout import lay_out
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compress.checkpoint.layout import lay_out
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.evaluation import latency
 from compress.models.loading import load_model

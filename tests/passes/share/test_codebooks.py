@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint.open import Derived, Value, open_checkpoint
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError
