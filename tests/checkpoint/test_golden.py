@@ -12,6 +12,7 @@ from compress import architectures
 from compress.checkpoint import bundle
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.structure import STORAGE
+from compress.checkpoint.write import write_checkpoint
 from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS
 from compress.spec.spec import CHAINS
 from tests.checkpoint import golden
@@ -28,7 +29,18 @@ def test_fixture_opens_unpacks_and_computes_what_is_recorded(name):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", RECORDED)
+def test_writing_a_fixture_again_gives_the_same_bytes(name, tmp_path):
+    limit = golden.SHARDED.get(name, 1 << 30)
+    write_checkpoint(open_checkpoint(golden.FOLDER / name), tmp_path / "again", store="compact", max_shard=limit)
+    files = sorted(path.name for path in (golden.FOLDER / name).iterdir())
+    assert {"config.json"} < set(files)
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (golden.FOLDER / name / file).read_bytes(), file
+
+
 def test_there_is_a_fixture_for_each_codec_and_edit():
+    assert RECORDED.keys() == golden.MAKERS.keys()
     specs = [open_headers(golden.FOLDER / name)[0] for name in RECORDED]
     tensors = [tensor for spec in specs for tensor in spec.stored()]
     assert {tensor.storage for tensor in tensors} == set(CHAINS)
