@@ -21,16 +21,11 @@ from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
+from compress.checkpoint.values import Checkpoint, Codes, Value, torch_dtype
 from compress.errors import CheckpointError
 from compress.files import expanded
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
-
-if TYPE_CHECKING:
-    import torch
-from typing import TYPE_CHECKING
-
-from compress.checkpoint.values import Checkpoint, Codes, Value, torch_dtype
 
 if TYPE_CHECKING:
     import torch
