@@ -199,7 +199,8 @@ def side(
         # -P: this folder has files called as modules of the standard library and of ours
         command = [sys.executable, "-P", str(WORKER), str(tasks)]
         subprocess.run(command, cwd=tree, env={**os.environ, **quiet, "PYTHONPATH": str(tree)}, check=True)
-        return {n: json.loads((Path(folder) / f"{n.replace('/', '-')}.json").read_text()) for n in recipes}
+        texts = {name: (Path(folder) / f"{name.replace('/', '-')}.json").read_text() for name in recipes}
+        return {name: json.loads(text.replace(str(scratch), "")) for name, text in texts.items()}
 
 
 # Two sides
