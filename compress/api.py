@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from compress.errors import CompressError, DataError, from_os
+from compress.errors import CompressError, from_os
 from compress.files import expanded, place
 from compress.progress import Progress
 
 if TYPE_CHECKING:
     import torch
-    from pydantic import ValidationError
     from transformers import PreTrainedModel
 
     from compress.checkpoint.codecs import Store
-    from compress.data.batches import Batches
+    from compress.pipeline.apply import GivenIds
     from compress.pipeline.run import RunResult
     from compress.planning import Plan
     from compress.recipe import Recipe
+    from compress.recipe.data import Data
+    from compress.settings import Settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound="Settings")
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
@@ -124,12 +126,12 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration or training data for passes that need such: text files, one file of token ids, token ids as a
-            tensor of integers [samples, length], or for training a folder of images for each class. ``field``, ``template``,
-            ``text``, ``label``, ``mode``, ``samples`` and ``length`` are those of a recipe's ``data.calibration`` or
+        data: calibration or training data: text files, one file of token ids, token ids as a tensor of integers
+            [samples, length], or for training a folder of images for each class. ``field``, ``template``, ``text``,
+            ``label``, ``mode``, ``samples`` and ``length`` are the keys of a recipe's ``data.calibration`` or
             ``data.training``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
-        details: filled with what the pass would say in a report, JSON values. A training that did not help leaves the weights
-            as they are, with a warning unless ``allow_noop`` is set; ``details["training"]["helped"]`` tells.
+        details: is filled with the pass's part of a report, JSON values. A training that did not help leaves the weights
+            unchanged and warns unless ``allow_noop`` is set; ``details["training"]["helped"]`` tells.
 
     Returns:
         ``output`` as a path.
@@ -137,104 +139,71 @@ def apply(
     Raises:
         CompressError: the settings are wrong, the pass does not apply, or the output cannot be written.
     """
-    import tempfile
     import warnings
 
-    import torch
-    from pydantic import ValidationError
-
-    from compress import passes
-    from compress.architectures.model_map import model_map
-    from compress.checkpoint.open import open_checkpoint
-    from compress.checkpoint.write import write_checkpoint
-    from compress.evaluation.tasks import check_images
-    from compress.passes.base import Context
     from compress.passes.distill.plan import unhelped
-    from compress.pipeline.publish import check_absent
-    from compress.pipeline.run import check_dtype, check_result, resolve_device
-    from compress.planning import plan_pass
+    from compress.pipeline.apply import apply_pass
     from compress.progress import SilentProgress
-    from compress.recipe.data import CalibrationSection, TrainingData
-    from compress.workspace import Workspace
+
+    section = {"field": field, "text": text, "template": template, "mode": mode, "samples": samples, "length": length}
+    recipe, given = _recipe_of_one(name, settings, data, {**section, "label": label}, {
+        "model": str(model), "output": str(output), "store": store, "device": device, "dtype": dtype, "seed": seed,
+        "max_shard_size": _bytes(max_shard_size), "document_separator": document_separator,
+        "trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map,
+    })  # fmt: skip
+    facts = apply_pass(recipe, progress or SilentProgress(), given)
+    if details is not None:
+        details.update(facts)
+    note = unhelped(name, facts.get("training", {}))
+    if note is not None and not recipe.passes[0].settings.allow_noop:
+        warnings.warn(note, stacklevel=3)
+    return place(output)
+
+
+def _recipe_of_one(
+    name: str, settings: Mapping[str, Any], data: Any, section: Mapping[str, Any], keys: Mapping[str, Any]
+) -> tuple[Recipe, GivenIds | None]:
+    """A recipe of one pass, and token ids that were given as a tensor in place of files.
+
+    Args:
+        settings: of the pass. data, section: see `_data`. keys: the recipe's other keys.
+    """
+    from compress import passes
+    from compress.recipe import PassEntry, Recipe
 
     instance = passes.get(name)
-    try:
-        chosen = instance.settings(**settings)
-    except ValidationError as error:
-        raise _first(error, name) from None
+    chosen = _validated(name, instance.settings, settings)
     chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
-    progress = progress or SilentProgress()
-    check_dtype(dtype)
-    output = place(output)
-    local = expanded(model)
-    check_absent(output, local if local.exists() else None)
-    original = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
-    plan_pass(original.spec, instance, chosen, store)  # refuse before any work
+    sections, given = _data(data, instance.required_data(chosen), section)
+    # not validated as a file is: the pass and the pipeline check what they read
+    return Recipe.model_construct(None, passes=(PassEntry(name, chosen),), data=sections, **keys), given
 
-    section: TrainingData | CalibrationSection | None = None
-    if data is not None and not isinstance(data, torch.Tensor):
-        files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
-        asked: dict[str, Any] = {
-            "text": text,
-            "template": template,
-            "mode": mode,
-            "samples": samples,
-            "length": length,
-            "label": label,
-        }
-        kind = TrainingData if "training" in instance.required_data(chosen) else CalibrationSection
-        if kind is TrainingData and len(files) == 1 and Path(files[0]).is_dir():
-            asked["images"], files = files[0], []
-        try:
-            asked |= {"files": tuple(files)} if files else {}
-            section = kind(field=field, **{k: v for k, v in asked.items() if v is not None})
-        except ValidationError as error:
-            raise _first(error, "data") from None
-        check_images(original.spec.structure.class_name, section.folder is not None)
 
-    def batches(name: str) -> Batches:
-        from compress.data.batches import check_positions, check_vocabulary, first, given_ids
-        from compress.evaluation.scorer import load_processor
-        from compress.pipeline.datasets import draw, read_section
+def _data(data: Any, needed: Collection[str], asked: Mapping[str, Any]) -> tuple[Data, GivenIds | None]:
+    """The data section of a recipe of one pass, and token ids that were given as a tensor.
 
-        folder, vocabulary = original.folder, original.spec.structure.config.get("vocab_size")
-        positions = model_map(original.spec).positions
-        assert folder is not None
-        if isinstance(data, torch.Tensor):
-            drawn = first(given_ids(data), samples, length, "data")
-            check_vocabulary(drawn, vocabulary)
-            check_positions(drawn.ids.shape[1], positions, name=name)
-            return drawn
-        if section is not None:
-            return draw(
-                section,
-                lambda: load_processor(original.spec.structure, folder, trust_remote_code=trust_remote_code),
-                lambda: read_section(section, document_separator, original.spec.structure),
-                seed=seed,
-                vocabulary=vocabulary,
-                positions=positions,
-            )
-        raise DataError(f"{instance.name} needs {name} data", fix="give data=, text files or token ids")
+    Args:
+        needed: names of the data sets that the pass reads. asked: settings of each; None for those not given.
+    """
+    import torch
 
-    with tempfile.TemporaryDirectory(prefix="compress-") as work:
-        context = Context(
-            original,
-            resolve_device(device),
-            dtype,
-            seed,
-            None,
-            batches,
-            progress,
-            Workspace(Path(work)),
-            details={} if details is None else details,
-        )
-        result = instance.apply(original, chosen, context)
-        written = write_checkpoint(result, output, store=store, max_shard=_bytes(max_shard_size), progress=progress)
-        check_result(open_checkpoint(written.folder, trust_remote_code=trust_remote_code), result, None)
-    note = unhelped(name, context.details.get("training", {}))
-    if note is not None and not chosen.allow_noop:
-        warnings.warn(note, stacklevel=2)
-    return output
+    from compress.pipeline.apply import GivenIds
+    from compress.recipe.data import CalibrationSection, Data, TrainingData
+
+    if data is None:
+        return Data(), None
+    if isinstance(data, torch.Tensor):
+        return Data(), GivenIds(data, asked["samples"], asked["length"])
+    files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
+    kind = TrainingData if "training" in needed else CalibrationSection
+    values = {key: value for key, value in asked.items() if value is not None}
+    if kind is TrainingData and len(files) == 1 and Path(files[0]).is_dir():
+        values["images"], files = files[0], []
+    if files:
+        values["files"] = tuple(files)
+    section = _validated("data", kind, values)
+    sections: dict[str, Any] = dict.fromkeys(needed, section)
+    return Data.model_construct(None, **sections), None
 
 
 @_files
@@ -307,11 +276,16 @@ def unpack(
     return output
 
 
-def _first(error: ValidationError, name: str) -> CompressError:
-    """The first of a settings model's complaints; ``name`` is whose settings they are."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in (name, *first["loc"]))
-    return CompressError(first["msg"].removeprefix("Value error, "), where=where)
+def _validated(name: str, kind: type[M], settings: Mapping[str, Any]) -> M:
+    """An instance of a settings model. Raises `CompressError` with the first mistake, located in ``name``."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise CompressError(first["msg"].removeprefix("Value error, "), where=where) from None
 
 
 def _bytes(size: int | str) -> int:

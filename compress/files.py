@@ -62,12 +62,17 @@ def _short(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:_NAME])
 
 
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
     """A temporary name beside ``path`` that nothing has."""
     while True:
-        aside = path.with_name(f".{_short(path.name)}.tmp-{os.getpid()}-{next(_NUMBERS)}")
-        if not os.path.lexists(aside):
-            return aside
+        temp = path.with_name(f".{_short(path.name)}.tmp-{os.getpid()}-{next(_NUMBERS)}")
+        if not os.path.lexists(temp):
+            return temp
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path has a name that `aside` gives."""
+    return _TEMPORARY.match(path.name) is not None
 
 
 def remove(path: Path) -> None:
@@ -77,7 +82,7 @@ def remove(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if not _TEMPORARY.match(path.name):
-        path = path.rename(_aside(path))
+        path = path.rename(aside(path))
     if folder:
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -93,7 +98,7 @@ def temporary(folder: Path) -> Iterator[Path]:
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        temp = _aside(folder)
+        temp = aside(folder)
         temp.mkdir()
         held = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -157,7 +162,7 @@ def _is_alive(process: int) -> bool:
 
 def prepare(path: Path, data: bytes) -> Path:
     """A new file beside ``path`` that holds the data; renaming it to ``path`` replaces what is there, whole."""
-    temp = _aside(path)
+    temp = aside(path)
     try:
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with os.fdopen(descriptor, "wb") as file:
@@ -181,7 +186,7 @@ def put(temp: Path, path: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` for a new file, which replaces ``path`` when the block ends; an error removes it."""
-    temp = _aside(path)
+    temp = aside(path)
     try:
         yield temp
         with temp.open("rb") as file:

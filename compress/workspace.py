@@ -4,7 +4,7 @@ A workspace is a folder that outlives the process. A run that was killed and sta
 
 - `cached` computes a JSON value once; a resumed run reads it instead.
 - `write_json` and `read_json` keep how far a loop has come; `finish` and `done` mark work that has no result of its own.
-- `save_tensors` writes tensors; `folder` gives a part of the work a workspace of its own.
+- `save_tensors` writes tensors, `new_folder` a folder of files; `folder` gives a part of the work its own workspace.
 
 Every file appears whole under its name or not at all. JSON values lie in records with their digest, so a damaged file counts
 as absent. With several processes (torchrun) all of them call the same methods in the same order: the first process reads and
@@ -13,14 +13,15 @@ writes, the others get what it read.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.distributed import ProcessGroup
-from compress.files import read_record, remove, replacing, write_record
+from compress.files import aside, read_record, remove, remove_leftovers, replacing, write_record
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,35 @@ class Workspace:
         """Path of the file that `save_tensors` writes."""
         return self.path / f"{name}.safetensors"
 
-    # ---- removal ----
+    # ---- folders ----
+
+    @contextlib.contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """A folder to be made by all processes, under a temporary name; it becomes ``name`` when all have left the block."""
+        path, first = self.path / name, self.processes.rank == 0
+        if first:
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)
+        temp = Path(self.processes.broadcast_object(0, str(aside(path))))
+        try:
+            yield temp
+        except BaseException:
+            if first:
+                with contextlib.suppress(OSError):
+                    remove(temp)
+            raise
+        self.processes.barrier()
+        if first:
+            remove(path)
+            temp.rename(path)
+        self.processes.barrier()
+
+    def keep_folders(self, names: Collection[str]) -> None:
+        """Remove all folders here but those named. It does not wait for other processes."""
+        if self.processes.rank == 0:
+            for path in sorted(self.path.iterdir()):
+                if path.is_dir() and path.name not in names:
+                    remove(path)
 
     def remove(self) -> None:
         """Remove the folder; returns when it is gone."""

@@ -101,6 +101,25 @@ def test_failed_write_leaves_nothing(workspace):
     assert list(workspace.path.iterdir()) == []
 
 
+def test_new_folder_appears_whole(workspace):
+    for text in ("old", "new"):
+        with workspace.new_folder("state") as temp:
+            temp.mkdir()
+            (temp / "x").write_text(text)
+        assert (workspace.file("state") / "x").read_text() == text
+
+    def fill():
+        with workspace.new_folder("state") as temp:
+            temp.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert [p.name for p in workspace.path.iterdir()] == ["state"]
+    workspace.keep_folders([])
+    assert list(workspace.path.iterdir()) == []
+
+
 def test_remove(workspace):
     workspace.folder("part").write_json("x", 1)
     workspace.folder("part").remove()

@@ -18,7 +18,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.publish import publish, read_provenance
 
 if TYPE_CHECKING:
-    from compress.pipeline.run import Run
+    from compress.pipeline.state import Run
 
 
 def close(state: Run, report: dict[str, Any], identity: str) -> None:

@@ -17,7 +17,7 @@ from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation.scorer import Scorer, load_processor, read
 from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, Given, check_metrics, check_speed, task_of
 from compress.pipeline.fingerprint import versions
-from compress.pipeline.run import check_dtype, machine, resolve_device
+from compress.pipeline.machine import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
 from compress.report.document import Latency, Measured, Part, SizeRow, checked, judged

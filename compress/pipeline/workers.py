@@ -1,29 +1,34 @@
-"""A run in several processes (torchrun): the first one runs the pipeline, the others help with the passes that can share work.
+"""The processes of a run (torchrun), and the context that each gives a pass.
 
-The first process alone locks, hashes, writes, evaluates and prints. Before a pass that shares its work it tells the others what
-to do; they open the same checkpoint, which must lie where all can read it, and take part. An error in any process ends all
-(torchrun sees to it).
+The first process runs the pipeline: it locks, hashes, writes, evaluates and prints. Before a pass that shares its work it sends
+the others a `Job`. They open the same checkpoint, which must lie where all can read it, and apply the pass with the first one.
+torchrun ends all processes when one of them fails.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.open import open_checkpoint
+from compress.distributed import ProcessGroup
 from compress.errors import CompressError
+from compress.passes.base import Context
+from compress.progress import SilentProgress
+from compress.workspace import Workspace
 
 if TYPE_CHECKING:
-    from compress.distributed import ProcessGroup
-    from compress.passes.base import Context
+    from compress.checkpoint.open import Checkpoint, Stored
+    from compress.progress import Progress
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun says; (0, 1) without it. Raises `CompressError` for what is no number."""
+    """(rank, number of processes) as torchrun sets them; (0, 1) without it. Raises `CompressError` for what is no number."""
     return _number("RANK", 0), max(1, _number("WORLD_SIZE", 1))
 
 
@@ -38,27 +43,59 @@ def _number(variable: str, default: int) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """What the other processes need to take part in a pass."""
+    """A pass to apply, as every process needs to know it.
+
+    Attributes:
+        name, settings: of the pass. folder: its input, None before there is one. original: the checkpoint of the recipe.
+        device: as the recipe names it; each process takes its own. dtype, seed, max_ram, offline: of the recipe.
+        work: folder of the workspace. data: samples by data set, for processes that do not draw them.
+    """
 
     name: str
     settings: Any
-    folder: Path
+    folder: Path | None
     original: Path
     trust_remote_code: bool
     ignore_auto_map: bool
-    data: dict[str, Any]
-    dtype: str
     device: str
+    dtype: str
     seed: int
-    work: Path
+    max_ram: int | None
     offline: bool
+    work: Path
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> bool:
+        """Whether all processes apply the pass together; a pass that works tensor by tensor runs in the first one."""
+        from compress import passes
+
+        return bool(passes.get(self.name).mode_for(self.settings) != "stream")
+
+    def context(
+        self, original: Checkpoint, data: Callable[[str], Any], progress: Progress, processes: ProcessGroup
+    ) -> Context:
+        """The pass's context in this process. Every context of a run is made here."""
+        return Context(
+            original=original,
+            device=own_device(self.device),
+            dtype=self.dtype,
+            seed=self.seed,
+            max_ram=self.max_ram,
+            data=data,
+            progress=progress,
+            workspace=Workspace(self.work, processes if self.shared else ProcessGroup()),
+            offline=self.offline,
+        )
+
+    def open(self, folder: Path) -> Stored:
+        """A checkpoint of the job."""
+        return open_checkpoint(folder, trust_remote_code=self.trust_remote_code, ignore_auto_map=self.ignore_auto_map)
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[ProcessGroup]:
-    """This process among those that torchrun started. Waiting has no limit: the first one may evaluate for hours."""
-    from compress.distributed import ProcessGroup
-
+    """The group of the processes that torchrun started. Waiting has no limit: the first one may evaluate for hours."""
     rank, world = launched()
     if world == 1:
         yield ProcessGroup()
@@ -97,59 +134,36 @@ def _leave() -> None:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: with several GPUs one for each."""
+    """The device of this process: under torchrun each has a GPU of its own."""
     return f"cuda:{_number('LOCAL_RANK', 0)}" if device == "cuda" and launched()[1] > 1 else device
 
 
 def worker_loop(processes: ProcessGroup) -> None:
-    """What processes other than the first do: jobs, until there are no more."""
+    """Apply the passes that the first process hands out, until it sends None. For all processes but the first."""
     from compress import passes
-    from compress.checkpoint.open import open_checkpoint
-    from compress.passes.base import Context
-    from compress.progress import SilentProgress
-    from compress.workspace import Workspace
 
     while (job := processes.broadcast_object(0, None)) is not None:
-        checkpoint = open_checkpoint(
-            job.folder, trust_remote_code=job.trust_remote_code, ignore_auto_map=job.ignore_auto_map
-        )
-        context = Context(
-            original=open_checkpoint(
-                job.original, trust_remote_code=job.trust_remote_code, ignore_auto_map=job.ignore_auto_map
-            ),
-            device=own_device(job.device),
-            dtype=job.dtype,
-            seed=job.seed,
-            max_ram=None,
-            data=lambda name, job=job: job.data[name],  # type: ignore[misc]
-            progress=SilentProgress(),
-            workspace=Workspace(job.work, processes),
-            offline=job.offline,
-        )
-        passes.get(job.name).apply(checkpoint, job.settings, context)
+        context = job.context(job.open(job.original), job.data.__getitem__, SilentProgress(), processes)
+        passes.get(job.name).apply(job.open(job.folder), job.settings, context)
 
 
-def dispatch(processes: ProcessGroup, name: str, settings: Any, folder: Path | None, context: Context) -> None:
-    """Tell the other processes to take part in a pass of this context."""
-    if processes.world == 1:
+def dispatch(processes: ProcessGroup, job: Job, data: Callable[[str], Any]) -> None:
+    """Tell the other processes to take part in a pass, where it shares its work.
+
+    Args:
+        data: gives a data set by name; those that the pass reads are sent along.
+    """
+    if processes.world == 1 or not job.shared:
         return
     from compress import passes
 
-    assert folder is not None
-    assert context.original.folder is not None
-    data = {key: context.data(key) for key in passes.get(name).required_data(settings)}
-    job = Job(
-        name,
-        settings,
-        folder.resolve(),
-        context.original.folder.resolve(),
-        context.original.trust_remote_code,
-        context.original.ignore_auto_map,
-        data,
-        context.dtype,
-        context.device.partition(":")[0],  # each process takes its own
-        context.seed,
-        context.workspace.path.resolve(),
-        context.offline,
+    assert job.folder is not None
+    sent = replace(
+        job,
+        folder=job.folder.resolve(),
+        original=job.original.resolve(),
+        work=job.work.resolve(),
+        device=job.device.partition(":")[0],
+        data={name: data(name) for name in passes.get(job.name).required_data(job.settings)},
     )
-    processes.broadcast_object(0, job)
+    processes.broadcast_object(0, sent)

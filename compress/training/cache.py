@@ -6,7 +6,6 @@ where the k are renormalised (Sparse Logit Sampling, arXiv 2503.16870).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import DataError, one_line
+from compress.files import is_temporary, replacing, write_atomically
 from compress.training.objective import Batch, Signal
 
 #: Samples per shard.
@@ -56,12 +56,10 @@ class TeacherCache:
                     fix="name another folder in `teacher_cache`, or remove this one",
                 )
             return
-        if self.folder.exists() and any(file.suffix != ".tmp" for file in self.folder.iterdir()):
+        if self.folder.exists() and not all(is_temporary(file) for file in self.folder.iterdir()):
             raise DataError("is a folder with other files, not a teacher cache", where=str(self.folder))
         self.folder.mkdir(parents=True, exist_ok=True)
-        temp = path.with_suffix(f".{os.getpid()}.tmp")
-        temp.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        temp.replace(path)
+        write_atomically(path, json.dumps(wanted, indent=1).encode())
 
     def missing(self, rows: Iterable[int]) -> list[int]:
         """Shards that these samples need and that are not there, in order."""
@@ -77,10 +75,8 @@ class TeacherCache:
             "log_probabilities": torch.cat([values for _, values in said]).cpu().clamp_min(-6e4).half(),
             "ends": ends,
         }
-        path = self._path(shard)
-        temp = path.with_suffix(f".{os.getpid()}.tmp")  # runs may fill the same cache
-        save_file(tensors, temp)
-        temp.replace(path)
+        with replacing(self._path(shard)) as temp:  # runs may fill the same cache
+            save_file(tensors, temp)
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Ids int64 [n, k] and log-probabilities float32 [n, k + 1] of a sample. Raises `DataError`."""

@@ -87,7 +87,7 @@ class Trainer:
     ) -> None:
         self.objective, self.teacher_signal, self.samples, self.options = objective, teacher_signal, samples, options
         self.device, self.progress, self.state, self.log = device, progress, state, log
-        self.processes: ProcessGroup = state.processes
+        self.processes: ProcessGroup = state.workspace.processes
         student = objective.student
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
@@ -135,7 +135,7 @@ class Trainer:
                 if (step + 1) % options.every == 0 or step + 1 == options.steps:
                     self._validate(step + 1)
                 task.advance(1, note)
-        self.state.processes.barrier()
+        self.state.workspace.processes.barrier()
         self._take_best()
         self.objective.eval()
         return self.history

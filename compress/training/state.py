@@ -22,12 +22,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from compress.distributed import ProcessGroup
 from compress.errors import ResourceError, from_os
-from compress.files import disk_errors, read_record, remove, sha256, write_record
-
-#: What ``train.json`` is, and the version of its shape.
-_KIND = "compress.training/2"
+from compress.files import disk_errors, sha256
+from compress.workspace import Workspace
 
 
 class UnusableState(Exception):
@@ -40,16 +37,20 @@ class UnusableState(Exception):
 
 @dataclass
 class RunState:
-    """Where a run keeps its states. ``folder`` must be one that all processes see."""
+    """The states of a training, in a workspace that all processes see.
 
-    folder: Path
-    processes: ProcessGroup
+    Each state is a folder of its own; the value ``train`` names the one that counts and the best one, with their digests.
+    """
+
+    workspace: Workspace
     _digests: dict[str, str] = field(default_factory=dict)
 
     def find(self) -> dict[str, Any] | None:
-        """What ``train.json`` says; None where there is none, or where it or a state that it names is not as it was written."""
-        found = read_record(self.folder / "train.json", _KIND)
-        if found is None or any(_digest(self.folder / name) != digest for name, digest in found["states"].items()):
+        """The value ``train``; None where there is none, or where it or a state that it names is not as it was written."""
+        found: dict[str, Any] | None = self.workspace.read_json("train")
+        if found is None or any(
+            _digest(self.workspace.file(name)) != digest for name, digest in found["states"].items()
+        ):
             return None
         self._digests = dict(found["states"])
         return found
@@ -59,29 +60,21 @@ class RunState:
 
         Raises `CompressError` where the disk is full, or cannot be written.
         """
-        path = self.folder / name
-        temp = self.folder / f"{name}.tmp"
-        if self.processes.rank == 0:
-            remove(temp)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.processes.barrier()
-        with disk_errors(path), _quiet(), _cause():
+        path = self.workspace.file(name)
+        with disk_errors(path), self.workspace.new_folder(name) as temp, _quiet(), _cause():
             save_state(dict(tensors), checkpoint_id=str(temp))
-        if self.processes.rank == 0:
-            remove(path)
-            temp.rename(path)
+        if self.workspace.processes.rank == 0:
             digest = _digest(path)
             assert digest is not None
             self._digests[name] = digest
-            if said is not None:
-                names = {name, f"best-{said['history']['best_step']}"}
-                states = {n: d for n, d in self._digests.items() if n in names}
-                write_record(self.folder / "train.json", _KIND, {**said, "state": name, "states": states})
-        self.processes.barrier()
+        if said is not None:
+            names = {name, f"best-{said['history']['best_step']}"}
+            states = {n: d for n, d in self._digests.items() if n in names}
+            self.workspace.write_json("train", {**said, "state": name, "states": states})
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
         """Read a state into tensors that are there. Raises `UnusableState`."""
-        path = self.folder / name
+        path = self.workspace.file(name)
         try:
             with _quiet(), torch.no_grad(), _cause():
                 load_state(tensors, storage_reader=_Reader(path))
@@ -94,16 +87,11 @@ class RunState:
 
     def keep(self, names: Sequence[str]) -> None:
         """Remove all other states."""
-        if self.processes.rank == 0:
-            for path in sorted(self.folder.iterdir()):
-                if path.is_dir() and path.name not in names:
-                    remove(path)
+        self.workspace.keep_folders(names)
 
     def drop(self) -> None:
         """Remove all states."""
-        if self.processes.rank == 0:
-            remove(self.folder)
-        self.processes.barrier()
+        self.workspace.remove()
 
 
 class _Reader(FileSystemReader):

@@ -158,11 +158,11 @@ def _import_all() -> None:
         "cli.commands",
         "cli.tables",
         "pipeline.run",
-        "pipeline.assess",
+        "pipeline.evaluate",
         "inspection",
         "api",
         "report",
-        "loading",
+        "models.loading",
         "planning",
         "recipe",
     ):

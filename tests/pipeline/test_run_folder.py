@@ -219,7 +219,7 @@ def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
 
         assert fork(work) == 9
 
-    from compress.pipeline import run as module
+    from compress.pipeline import stages as module
 
     killed_at(RunFolder, "finish")  # the stage stands, its record does not
     (work,) = (tmp_path / "out.run/work").iterdir()

@@ -10,31 +10,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.distributed import ProcessGroup
 from compress.training.state import RunState
+from compress.workspace import Workspace
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Two states, the second one counts, and the best is the first."""
-    state = RunState(tmp_path / "training", ProcessGroup())
+    state = RunState(Workspace(tmp_path / "training"))
     state.save("best-2", {"w": torch.arange(4.0)})
     state.save("step-2", {"w": torch.arange(4.0), "m": torch.ones(2)}, {"step": 2, "history": {"best_step": 2}})
     state.save("step-4", {"w": torch.arange(4.0) + 1, "m": torch.ones(2)}, {"step": 4, "history": {"best_step": 2}})
     state.keep(["step-4", "best-2"])
-    return state.folder
+    return state.workspace.path
 
 
 def test_a_state_comes_back(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["best-2", "step-4", "train.json"]
-    state = RunState(folder, ProcessGroup())
+    state = RunState(Workspace(folder))
     found = state.find()
     assert (found["step"], found["state"], sorted(found["states"])) == (4, "step-4", ["best-2", "step-4"])
     tensors = {"w": torch.zeros(4), "m": torch.zeros(2)}
     state.load("step-4", tensors)
     assert torch.equal(tensors["w"], torch.arange(4.0) + 1)
     state.save("step-6", tensors, {"step": 6, "history": {"best_step": 2}})  # goes on: the best one is still known
-    assert sorted(RunState(folder, ProcessGroup()).find()["states"]) == ["best-2", "step-6"]
+    assert sorted(RunState(Workspace(folder)).find()["states"]) == ["best-2", "step-6"]
 
 
 def gone(folder: Path) -> None:
@@ -73,7 +73,7 @@ def note_says(text: str):
 
 def step_changed(folder: Path) -> None:
     note = json.loads((folder / "train.json").read_text())
-    note["data"]["step"] = 400
+    note["data"]["value"]["step"] = 400
     (folder / "train.json").write_text(json.dumps(note))
 
 
@@ -85,4 +85,4 @@ NOTES = [note_says(text) for text in ("", "[]", "{}", "[" * 20000, '{"step": 4, 
 )
 def test_what_was_damaged_is_no_state(damage, folder):
     damage(folder)
-    assert RunState(folder, ProcessGroup()).find() is None
+    assert RunState(Workspace(folder)).find() is None

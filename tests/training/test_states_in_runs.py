@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress.distributed import ProcessGroup
 from compress.errors import ResourceError
-from compress.files import read_record, write_record
 from compress.progress import SilentProgress
 from compress.training import state as states
 from compress.training.state import RunState, UnusableState
+from compress.workspace import Workspace
 
 SAID = {"history": {"best_step": 2}, "scaler": {}}
 
@@ -29,7 +28,7 @@ def tensors(value):
 @pytest.fixture
 def saved(tmp_path):
     """States of steps 2 and 4, the best weights of step 2."""
-    state = RunState(tmp_path / "training", ProcessGroup())
+    state = RunState(Workspace(tmp_path / "training"))
     state.save("best-2", tensors(2))
     for step in (2, 4):
         state.save(f"step-{step}", tensors(step), {**SAID, "step": step})
@@ -41,7 +40,7 @@ def data_file(folder: Path) -> Path:
 
 
 def test_a_state_that_does_not_load_says_so(saved):
-    file = data_file(saved.folder / "step-4")
+    file = data_file(saved.workspace.path / "step-4")
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(UnusableState, match="the training state step-4 does not load"):
         saved.load("step-4", tensors(0))
@@ -56,7 +55,7 @@ class Evil:
 
 def test_metadata_run_no_code(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (saved.folder / "step-4/.metadata").write_bytes(pickle.dumps(Evil()))
+    (saved.workspace.path / "step-4/.metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UnusableState):
         saved.load("step-4", tensors(0))
     assert not (tmp_path / "evil").exists()
@@ -170,9 +169,10 @@ RUINED = {
 
 
 def foreign(record):
-    said = read_record(record, states._KIND)
-    said["history"]["unknown"] = 1
-    write_record(record, states._KIND, said)
+    workspace = Workspace(record.parent)
+    value = workspace.read_json("train")
+    value["history"]["unknown"] = 1
+    workspace.write_json("train", value)
 
 
 def zero(folder):

@@ -89,7 +89,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
         made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, processes
     )
     options = _how(student, made, settings, context)
-    state = RunState(context.workspace.folder("training").path, processes)
+    state = RunState(context.workspace.folder("training"))
     for attempt in range(_ATTEMPTS):
         objective, masks = _objective(student, model, made, settings, context)
         training = Trainer(
@@ -110,7 +110,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             if attempt + 1 == _ATTEMPTS:
                 raise OutputError(
                     f"{error}, and it was written a moment ago",
-                    where=str(state.folder),
+                    where=str(state.workspace.path),
                     fix="see whether the disk is sound",
                 ) from error
             context.progress.message(f"{error}: training begins anew")
