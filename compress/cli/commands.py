@@ -283,12 +283,13 @@ def evaluate(
 ) -> None:
     """``compress eval``."""
     from compress.cli import tables
-    from compress.pipeline.evaluate import Assessment, assess
+    from compress.pipeline.baseline import EvaluationSettings
+    from compress.pipeline.evaluate import evaluate as evaluate_checkpoint
 
     images = data[0] if len(data) == 1 and Path(data[0]).is_dir() else None
-    document = assess(
+    document = evaluate_checkpoint(
         checkpoint,
-        Assessment(
+        EvaluationSettings(
             files=() if images else tuple(data),
             images=images,
             separator=separator,

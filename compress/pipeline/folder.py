@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -18,6 +18,7 @@ from typing import Any
 from compress.errors import OutputError
 from compress.files import disk_errors, place, read_json, read_record, remove, write_record
 from compress.pipeline.contents import compare, entries, restamped, tabulate
+from compress.workspace import Workspace
 
 _STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
     f"compress.{name}/2" for name in ("stage", "measurement", "published", "current")
@@ -226,18 +227,11 @@ class RunFolder:
         write_record(self.stages / f"{key}.json", _STAGE, data)
         return data
 
-    def cached(self, name: str) -> dict[str, Any] | None:
-        """A cached measurement."""
+    def cached(self, name: str, compute: Callable[[], dict[str, Any]], *, fresh: bool = False) -> dict[str, Any]:
+        """The measurement ``name``: as an earlier run left it, or else from ``compute``, and kept (`Workspace.cached`)."""
         self.read.add(name)
-        found = read_record(self.measurements / f"{name}.json", _MEASUREMENT)
-        value = found["value"] if found is not None and found.get("name") == name else None
-        return value if isinstance(value, dict) else None
-
-    def cache(self, name: str, data: dict[str, Any]) -> None:
-        """Keep a measurement."""
-        self.read.add(name)
-        self.measurements.mkdir(exist_ok=True)
-        write_record(self.measurements / f"{name}.json", _MEASUREMENT, {"name": name, "value": data})
+        value: dict[str, Any] = Workspace(self.measurements, kind=_MEASUREMENT).cached(name, compute, fresh=fresh)
+        return value
 
     def published(self) -> dict[str, Any]:
         """Of the last result that was published ``recipe``, ``report`` (SHA-256), ``files``; empty where not known."""

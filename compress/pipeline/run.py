@@ -14,9 +14,9 @@ from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK
 from compress.files import disk_errors, remove_leftovers
 from compress.passes.distill.plan import unhelped
 from compress.pipeline.closing import close, published_report
+from compress.pipeline.evaluations import Evaluations
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import machine, resolve_device
-from compress.pipeline.measure import Measurements
 from compress.pipeline.publish import recover
 from compress.pipeline.stages import run_stages
 from compress.pipeline.state import Run
@@ -88,9 +88,9 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
         if not run.fresh and (done := published_report(run, identity)) is not None:
             return RunResult(run.output, done, done["status"], done["exit_status"], True, nothing_to_do=True)
         rows = run_stages(run)
-        measurements = Measurements(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
-        measurements.add(run.original, rows)
-        verdict = _judge(run, measurements, rows)
+        evaluations = Evaluations(run.recipe, run.data, run.folder, run.device, run.progress, run.fresh)
+        evaluations.add(run.original, rows)
+        verdict = _judge(run, evaluations, rows)
         published = verdict.exit_status == EXIT_OK or publish_anyway
         report = {
             "schema": "compress.report/1",
@@ -104,7 +104,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
             "output": str(run.output),
             "published": published,
             "run_folder": str(run.folder.path),
-            "data": measurements.data_summary(),
+            "data": evaluations.data_summary(),
             "original": verdict.original,
             "stages": rows,
             "result": verdict.result,
@@ -112,7 +112,7 @@ def _run(run: Run, publish_anyway: bool, recipe_path: str | None) -> RunResult:
             "notes": [
                 *run.notes,
                 *verdict.notes,
-                *measurements.notes,
+                *evaluations.notes,
                 *loading_notes(open_headers(rows[-1]["folder"], trust_remote_code=True)[0]),
             ],
         }
@@ -133,7 +133,7 @@ class _Verdict:
     notes: list[str]
 
 
-def _judge(run: Run, measurements: Measurements, rows: list[dict[str, Any]]) -> _Verdict:
+def _judge(run: Run, evaluations: Evaluations, rows: list[dict[str, Any]]) -> _Verdict:
     """Judge the gates. Without any, a training that did not help makes the run inconclusive, unless it is allowed."""
     from compress.gates import judge, verdict
 
@@ -141,8 +141,8 @@ def _judge(run: Run, measurements: Measurements, rows: list[dict[str, Any]]) -> 
     original = {
         "checkpoint": recipe.model,
         "size": asdict(size_on_disk(run.original)),
-        "evaluation": measurements.original,
-        "latency": measurements.original_latency,
+        "evaluation": evaluations.original,
+        "latency": evaluations.original_latency,
     }
     result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency")}
     gates = recipe.gates.model_dump(exclude_none=True)

@@ -12,7 +12,8 @@ import pytest
 
 import compress
 from compress.cli import main
-from compress.pipeline.evaluate import Assessment, assess
+from compress.pipeline.baseline import EvaluationSettings
+from compress.pipeline.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def documents(tmp_path_factory, pico_llama, texts):
         "gates": {"size": {"max_ratio": 0.9}, "bits_per_byte": {"max_increase": "5%"}, "kl": {"max": 1}},
     }
     report = compress.run(recipe).report
-    how = Assessment(files=(str(texts[1]),), separator="<|doc|>", window=32, max_documents=4)
+    how = EvaluationSettings(files=(str(texts[1]),), separator="<|doc|>", window=32, max_documents=4)
     from compress.report import to_json
 
-    return json.loads(to_json(report)), json.loads(to_json(assess(str(pico_llama), how)))
+    return json.loads(to_json(report)), json.loads(to_json(evaluate(str(pico_llama), how)))
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_damaged_baselines_are_used_or_refused(documents, tmp_path, pico_llama):
     for seed in range(40):
         (tmp_path / "b.json").write_text(json.dumps(damaged(documents[1], seed)))
         with contextlib.suppress(CompressError):
-            assess(str(pico_llama), Assessment(metrics=()), baseline=str(tmp_path / "b.json"))
+            evaluate(str(pico_llama), EvaluationSettings(metrics=()), baseline=str(tmp_path / "b.json"))
 
 
 @pytest.mark.parametrize(
@@ -141,4 +142,4 @@ def test_a_baseline_whose_documents_do_not_fit(documents, tmp_path, pico_llama):
     made["evaluation"]["documents"].pop()
     (tmp_path / "b.json").write_text(json.dumps(made))
     with pytest.raises(ReportError, match="the two evaluations are of different documents"):
-        assess(str(pico_llama), Assessment(), baseline=str(tmp_path / "b.json"))
+        evaluate(str(pico_llama), EvaluationSettings(), baseline=str(tmp_path / "b.json"))

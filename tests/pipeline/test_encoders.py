@@ -18,7 +18,8 @@ from compress.data.text import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.embeddings import Pooling, embed_documents
 from compress.models.loading import load_model, load_tokenizer
-from compress.pipeline.evaluate import Assessment, assess
+from compress.pipeline.baseline import EvaluationSettings
+from compress.pipeline.evaluate import evaluate
 from tests import pico
 
 
@@ -148,22 +149,24 @@ def test_evaluation_apart_from_calibration_on_pairs(base, folders):
 def test_eval_of_embeddings(base, folders, tmp_path, capsys, monkeypatch):
     small = compress.run(base()).checkpoint
     file = str(folders / "pairs.tsv")
-    pairs = Assessment(files=(file,), text=("one", "two"), label="score")
-    alone = assess(str(folders / "base"), pairs)
+    pairs = EvaluationSettings(files=(file,), text=("one", "two"), label="score")
+    alone = evaluate(str(folders / "base"), pairs)
     assert alone["settings"]["metrics"] == ("spearman",)
     assert alone["evaluation"]["similarity"] is None
     (tmp_path / "base.json").write_text(reports.to_json(alone))
-    found = assess(str(small), Assessment(metrics=("similarity", "spearman")), baseline=str(tmp_path / "base.json"))
+    found = evaluate(
+        str(small), EvaluationSettings(metrics=("similarity", "spearman")), baseline=str(tmp_path / "base.json")
+    )
     drop = 100 * (alone["evaluation"]["spearman"] - found["evaluation"]["spearman"])
     assert found["paired"]["spearman"]["drop"] == pytest.approx(drop)
     assert found["paired"]["similarity"]["value"] == pytest.approx(found["evaluation"]["similarity"])
     with pytest.raises(CompressError, match="`similarity` compares with another checkpoint; give --baseline"):
-        assess(str(small), Assessment(files=(file,), field="one"))
+        evaluate(str(small), EvaluationSettings(files=(file,), field="one"))
     with pytest.raises(DataError, match=r"pairs.tsv: scores are of pairs of texts; name two columns with `text`"):
-        assess(str(small), Assessment(files=(file,), text=("one",), label="score"))
+        evaluate(str(small), EvaluationSettings(files=(file,), text=("one",), label="score"))
     (tmp_path / "bad.tsv").write_text("one\ttwo\tscore\na\tb\thigh\n")
     with pytest.raises(DataError, match=r'bad.tsv:2: `score` is "high", not a number'):
-        assess(str(small), Assessment(files=(str(tmp_path / "bad.tsv"),), text=("one", "two"), label="score"))
+        evaluate(str(small), EvaluationSettings(files=(str(tmp_path / "bad.tsv"),), text=("one", "two"), label="score"))
     monkeypatch.setattr(
         sys, "argv", ["compress", "eval", str(small), "--baseline", str(tmp_path / "base.json"), "--metric", "spearman", "-q"]
     )  # fmt: skip

@@ -20,7 +20,8 @@ from compress import report as reports
 from compress.data.images import read_images
 from compress.data.text import Labels
 from compress.errors import CheckpointError, CompressError, DataError, PassError, RecipeError
-from compress.pipeline.evaluate import Assessment, assess
+from compress.pipeline.baseline import EvaluationSettings
+from compress.pipeline.evaluate import evaluate
 from tests import pico
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
@@ -71,7 +72,7 @@ def recipe(pictures, tmp_path, **changes):
 
 def test_evaluation_is_what_a_stock_pipeline_says(pictures):
     folder, _, val = pictures
-    found = assess(str(folder), Assessment(images=str(val), device="cpu"))["evaluation"]
+    found = evaluate(str(folder), EvaluationSettings(images=str(val), device="cpu"))["evaluation"]
     assert (found["of"], found["cut"], len(found["documents"])) == ("images", 0, 40)
     model = transformers.ViTForImageClassification.from_pretrained(folder)
     right = 0
@@ -189,7 +190,7 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
         change(copy)
         try:
             with pytest.raises(DataError) as caught:
-                assess(str(folder), Assessment(images=str(copy), device="cpu"))
+                evaluate(str(folder), EvaluationSettings(images=str(copy), device="cpu"))
         finally:
             shutil.rmtree(copy)
         assert "\n" not in str(caught.value)
@@ -219,7 +220,7 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
     large = shutil.copytree(folder, tmp_path / "large")
     transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(large)
     for work in (
-        lambda: assess(str(large), Assessment(images=str(val))),
+        lambda: evaluate(str(large), EvaluationSettings(images=str(val))),
         lambda: distilled((large, val), tmp_path / "no"),
     ):
         with pytest.raises(DataError, match="refuses what its image processor makes: Input image size"):
@@ -234,14 +235,14 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
         odd = shutil.copytree(folder, tmp_path / name)
         (odd / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
         with pytest.raises((CheckpointError, DataError), match=said) as caught:
-            assess(str(odd), Assessment(images=str(val), device="cpu"))
+            evaluate(str(odd), EvaluationSettings(images=str(val), device="cpu"))
         assert "\n" not in str(caught.value)
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()
     with pytest.raises(
         CheckpointError, match=r"has no image processor, which images need; copy preprocessor_config.json"
     ):
-        assess(str(bare), Assessment(images=str(val), device="cpu"))
+        evaluate(str(bare), EvaluationSettings(images=str(val), device="cpu"))
 
 
 def test_pillow_is_asked_for_where_it_is_missing(pictures, monkeypatch):

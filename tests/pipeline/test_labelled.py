@@ -12,7 +12,8 @@ import pytest
 import compress
 from compress import report as reports
 from compress.errors import CompressError, DataError
-from compress.pipeline.evaluate import Assessment, assess
+from compress.pipeline.baseline import EvaluationSettings
+from compress.pipeline.evaluate import evaluate
 
 
 @pytest.fixture
@@ -111,7 +112,10 @@ def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_pat
     with pytest.raises(CompressError, match="`accuracy` does not measure causal language modelling"):
         compress.plan(classifying(model=str(pico_llama), evaluate=["accuracy"]))
     with pytest.raises(CompressError, match="`perplexity` does not measure text classification"):
-        assess(str(folder), Assessment(files=(str(file),), label="label", text=("sentence",), metrics=("perplexity",)))
+        evaluate(
+            str(folder),
+            EvaluationSettings(files=(str(file),), label="label", text=("sentence",), metrics=("perplexity",)),
+        )
     (tmp_path / "bad.tsv").write_text("sentence\tlabel\nword\tred\nword\tyellow\n")
     evaluation = {"files": [str(tmp_path / "bad.tsv")], "text": "sentence", "label": "label"}
     with pytest.raises(DataError, match=r'bad.tsv:3: `label` is "yellow", .*; there are red, green, blue, or 0 to 2'):

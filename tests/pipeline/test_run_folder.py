@@ -357,10 +357,10 @@ def test_a_size_comes_from_the_disk_not_from_a_record(small, tmp_path):
 
 def test_a_measurement_counts_for_what_it_measured_alone(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.cache("stage-a", {"evaluation": 1})
-    assert folder.cached("stage-a") == {"evaluation": 1}
+    assert folder.cached("stage-a", lambda: {"evaluation": 1}) == {"evaluation": 1}
+    assert folder.cached("stage-a", lambda: {"evaluation": 2}) == {"evaluation": 1}
     shutil.copy(tmp_path / "measurements/stage-a.json", tmp_path / "measurements/stage-b.json")
-    assert folder.cached("stage-b") is None
+    assert folder.cached("stage-b", lambda: {"evaluation": 2}) == {"evaluation": 2}
 
 
 # --- what is of somebody else

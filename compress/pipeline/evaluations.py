@@ -1,0 +1,167 @@
+"""Evaluates the original and every stage of a run, paired; each evaluation is kept in the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import passes
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.running import emulated
+from compress.data.text import holds_ids
+from compress.evaluation.scorer import Scorer
+from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS
+from compress.pipeline.datasets import DataSets
+from compress.pipeline.fingerprint import fingerprint, versions
+from compress.pipeline.folder import RunFolder
+from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+
+@dataclass
+class Evaluations:
+    """Evaluations of a run's checkpoints.
+
+    Attributes:
+        fresh: evaluate anew. original, original_latency: of the recipe's model; None where nothing was asked for.
+        notes: sentences for the report.
+    """
+
+    recipe: Recipe
+    data: DataSets
+    folder: RunFolder
+    device: str
+    progress: Progress
+    fresh: bool = False
+    original: dict[str, Any] | None = None
+    original_latency: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    _input: str = ""
+
+    def add(self, original: Stored, rows: list[dict[str, Any]]) -> None:
+        """Put ``evaluation`` and ``latency`` into each stage's row; latency of the last stage only."""
+        wanted = set(self.recipe.metrics)
+        self._input = rows[0]["fingerprint"]  # covers the original's contents
+        for row in rows:
+            row["evaluation"] = row["latency"] = None
+        if wanted & TEXT_METRICS and self.data.files("evaluation"):
+            self._evaluate(original, rows)
+        if wanted & SPEED_METRICS:
+            self._measure_speed(original, rows[-1])
+
+    def _key(self, *parts: Any) -> str:
+        return fingerprint([*parts, self.device, self.recipe.dtype, versions()])[:24]
+
+    def _evaluate(self, original: Stored, rows: list[dict[str, Any]]) -> None:
+        section = self.recipe.data.evaluation
+        assert section is not None
+        base = self._key("text", "emulated", section.quantized_kv_cache, self.data.fingerprint("evaluation"))
+        evaluate = self._evaluator(original, rows)
+        first = self.folder.cached(f"original-{self._key(base, self._input)}", lambda: evaluate(0), fresh=self.fresh)
+        self.original = first["evaluation"]
+        for number, row in enumerate(rows, 1):
+            name = f"stage-{self._key(base, row['fingerprint'], row['content'])}"
+            item = self.folder.cached(name, lambda number=number: evaluate(number), fresh=self.fresh)  # type: ignore[misc]
+            row["evaluation"] = item["evaluation"]
+            row["seconds"] = {**row["seconds"], "evaluate": item["seconds"]}
+
+    def _evaluator(self, original: Stored, rows: list[dict[str, Any]]) -> Callable[[int], dict[str, Any]]:
+        """A function that evaluates the checkpoint of a number: 0 is the original, then the stages from 1."""
+        from compress.models.loading import load_checkpoint
+
+        section = self.recipe.data.evaluation
+        assert section is not None
+        rounded = section.quantized_kv_cache
+        loading: dict[str, Any] = {
+            "dtype": self.recipe.dtype,
+            "device": self.device,
+            "quantized_kv_cache": rounded,
+        }
+
+        @cache
+        def reference() -> Any:
+            return load_checkpoint(original, **loading)
+
+        @cache
+        def scorer() -> Scorer:
+            documents = self.data.documents("evaluation")[: section.max_documents]
+            return Scorer(
+                original.spec.structure, self.data.folder, self.data.processor(), documents, section, self.progress
+            )
+
+        def evaluate(number: int) -> dict[str, Any]:
+            score, beside = scorer(), reference()
+            start = time.perf_counter()
+            if number == 0:
+                stored, evaluation = original, score(beside, None, "evaluate the original")
+            else:
+                stored = open_checkpoint(rows[number - 1]["folder"], trust_remote_code=self.recipe.trust_remote_code)
+                title = f"evaluate stage {number} of {len(rows)}"
+                evaluation = score(load_checkpoint(stored, **loading), beside, title)
+            evaluation["emulated"] = emulated(stored.spec, kv_cache=rounded)
+            return {"evaluation": evaluation, "seconds": round(time.perf_counter() - start, 3)}
+
+        return evaluate
+
+    def _measure_speed(self, original: Stored, row: dict[str, Any]) -> None:
+        from compress.evaluation.latency import measure_latency
+
+        def measure() -> dict[str, Any]:
+            assert original.folder is not None
+            return measure_latency(
+                [original.folder, Path(row["folder"])],
+                dtype=self.recipe.dtype,
+                device=self.device,
+                trust_remote_code=self.recipe.trust_remote_code,
+                ignore_auto_map=self.recipe.ignore_auto_map,
+                threads=self.recipe.threads,
+                seed=self.recipe.seed,
+                progress=self.progress,
+            )
+
+        name = f"speed-{self._key('speed', row['fingerprint'], row['content'])}"
+        data = self.folder.cached(name, measure, fresh=self.fresh)
+        stored = open_checkpoint(row["folder"], trust_remote_code=self.recipe.trust_remote_code)
+        self.original_latency = data["original"]
+        row["latency"] = {**data["candidate"], "left_out": emulated(stored.spec, kv_cache=True)}
+
+    def data_summary(self) -> dict[str, Any]:
+        """The data of the run, for the report."""
+        summary: dict[str, Any] = {"evaluation": None, "calibration": None}
+        if self.original is not None:
+            summary["evaluation"] = {
+                "files": list(self.data.files("evaluation")),
+                "sha256": self.data.fingerprint("evaluation"),
+                "documents": len(self.original["documents"]),
+                "unit": self.original["unit"],
+            }
+        if files := self.data.files("calibration"):
+            section = self.recipe.data.calibration
+            assert section is not None
+            summary["calibration"] = {
+                "files": list(files),
+                "sha256": self.data.fingerprint("calibration"),
+                "mode": "ids" if holds_ids(files[0]) else section.mode,
+                "seed": self.recipe.seed,
+                **(self._calibration() or dict.fromkeys(("samples", "length", "ids_sha256", "chosen"))),
+            }
+        return summary
+
+    def _calibration(self) -> dict[str, Any] | None:
+        """The calibration samples, kept beside the evaluations; None where no pass of the recipe reads them."""
+        if not any("calibration" in passes.get(p.name).required_data(p.settings) for p in self.recipe.passes):
+            return None
+
+        def describe() -> dict[str, Any]:
+            drawn = self.data.batches("calibration")
+            samples, length = drawn.ids.shape
+            return {"samples": samples, "length": length, "ids_sha256": drawn.sha256(), "chosen": list(drawn.chosen)}
+
+        name = f"calibration-{self._key(self.data.fingerprint('calibration'), self.recipe.seed, self._input)}"
+        return self.folder.cached(name, describe, fresh=self.fresh)
