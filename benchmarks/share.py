@@ -105,6 +105,7 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     from compress.checkpoint.write import write_checkpoint
     from compress.progress import SilentProgress
     from compress.solvers.low_rank import low_rank
+    from compress.workspace import Workspace
 
     texts = heldout(args.model, args.heldout)
     dense = loss(args.model, texts)
@@ -120,9 +121,14 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     for linear in targets:
         by_block.setdefault(linear.block or 0, []).append(linear.name)
     executor = BlockExecutor(checkpoint, Inputs({"input_ids": ids}), dtype="float32", device="cpu")
-    read = SavedHessians(scratch / "read", "cpu")
+    read = SavedHessians(Workspace(scratch / "read"), "cpu")
     read.collect(
-        executor, by_block, work=scratch / "sweep", progress=SilentProgress(), title="collecting Hessians", check=True
+        executor,
+        by_block,
+        activations=scratch / "sweep",
+        progress=SilentProgress(),
+        title="collecting Hessians",
+        check=True,
     )
 
     def svd(W: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:

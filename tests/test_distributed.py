@@ -77,6 +77,7 @@ from compress.architectures.model_map import model_map
 from compress.spec.formats import QuantFormat
 from compress.checkpoint.open import open_checkpoint
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 dist.init_process_group("gloo")
 processes = ProcessGroup(dist.get_rank(), dist.get_world_size())
 torch.set_num_threads(1)
@@ -87,13 +88,13 @@ for folder in sys.argv[2:]:
     for method in ("wanda", "sparsegpt", "alps"):
         options = PruneOptions(method, dict.fromkeys(wanted, 0.5), None, Reconstruction(2, 0.02, 4) if method == "alps" and "llama" in folder else None)
         runner = BlockRunner(
-            checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{processes.world}",
-            dtype="float32", device="cpu", progress=SilentProgress(), with_targets=options.reconstruction is not None, processes=processes)
+            checkpoint, Inputs({"input_ids": ids}), wanted, workspace=Workspace(Path(sys.argv[1]) / f"{Path(folder).name}-{method}-{processes.world}", processes),
+            dtype="float32", device="cpu", progress=SilentProgress(), with_targets=options.reconstruction is not None)
         runner.run(lambda block: prune_block(block, options), "pruning")
     options = CastOptions(None, {name: QuantFormat("int4", 8) for name in wanted}, dict.fromkeys(wanted, torch.float32))
     runner = BlockRunner(
-        checkpoint, Inputs({"input_ids": ids}), wanted, work=Path(sys.argv[1]) / f"{Path(folder).name}-cast-{processes.world}",
-        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True, processes=processes)
+        checkpoint, Inputs({"input_ids": ids}), wanted, workspace=Workspace(Path(sys.argv[1]) / f"{Path(folder).name}-cast-{processes.world}", processes),
+        dtype="float32", device="cpu", progress=SilentProgress(), with_targets=True)
     runner.run(lambda block: cast_block(block, options), "casting")
 dist.barrier()
 dist.destroy_process_group()

@@ -12,7 +12,6 @@ ALLOWED = {
     "checkpoint/sidecars.py", "checkpoint/files.py", "checkpoint/open.py",
     # folders that we write, or that we have just written
     "training/cache.py",
-    "blockwise/saved_hessians.py", "blockwise/results.py",
     # run folders hold no links (`RunFolder.locked`), outputs are compared file by file
     "pipeline/closing.py", "pipeline/contents.py", "pipeline/publish.py",
     # stands alone in compact checkpoints; this package never runs it there

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ def probe_matrices(
         A function from a tensor's name to ΔW [O, I] in bfloat16 by trial, for the first process; and the details of the blocks.
     """
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
-    def path(index: int) -> Path:
-        return runner.work / f"trial{index:05}.safetensors"
+    def file_of(index: int) -> str:
+        return f"trial{index:05}"
 
     def save(block: Block) -> dict[str, TensorExtras]:
         changes = {
@@ -36,8 +34,7 @@ def probe_matrices(
             for name, trials in measure(block)
             for trial, change in trials.items()
         }
-        if not block.view.processes.rank:
-            save_file(changes, path(block.index))
+        runner.workspace.save_tensors(file_of(block.index), changes)
         return {}
 
     details = runner.run(save, title).details
@@ -45,7 +42,7 @@ def probe_matrices(
     def read(name: str) -> dict[str, torch.Tensor]:
         index = runner.streamed.record.block_index(name)
         assert index is not None
-        with safe_open(path(index), framework="pt") as file:
+        with safe_open(runner.workspace.tensors(file_of(index)), framework="pt") as file:
             trials = [key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118
             # numbers in their order
             return {trial: file.get_tensor(f"{name}:{trial}") for trial in sorted(trials, key=lambda t: (len(t), t))}

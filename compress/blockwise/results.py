@@ -15,9 +15,12 @@ from compress.checkpoint.codecs import pack_bits
 from compress.checkpoint.decode import unpack_bits
 from compress.checkpoint.values import Checkpoint, Codes, Value, canonical, torch_dtype
 from compress.spec.spec import widest
+from compress.workspace import Workspace
 
 #: Fields of `Codes`.
 _CODES = ("codes", "scale", "zero", "overall")
+#: Name of a block's tensors in the workspace.
+_BLOCK = "{:05}"
 
 
 @dataclass(frozen=True)
@@ -73,26 +76,22 @@ class RunnerResult:
 
 def block_file(folder: Path, index: int) -> Path:
     """The file of a block's changed tensors."""
-    return folder / f"{index:05}.safetensors"
+    return Workspace(folder).tensors(_BLOCK.format(index))
 
 
 def write_block(
-    folder: Path,
+    workspace: Workspace,
     checkpoint: Checkpoint,
     streamed: StreamedModel,
     index: int,
     module: Any,
     extras: Mapping[str, TensorExtras],
-    *,
-    save: bool,
 ) -> None:
     """Round a block's weights to the checkpoint's dtypes, in the module too, and write the tensors that changed.
 
     Args:
-        extras: by tensor. save: whether this process writes the file; the first one does.
+        workspace: of the blocks' files. extras: by tensor.
     """
-    from safetensors.torch import save_file
-
     result: dict[str, torch.Tensor] = {}
     for key, parameter in module.named_parameters():
         names = streamed.stored_names(index, {key: parameter.data})
@@ -103,13 +102,7 @@ def write_block(
             result |= _changed_parts(name, value, checkpoint.tensor(name), extras.get(name, TensorExtras()))
         dtype = torch_dtype(widest([checkpoint.spec.tensors[name].dtype for name in stored]))
         parameter.data.copy_(parameter.data.to(dtype))
-    if not save:
-        return
-    path = block_file(folder, index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_suffix(".tmp")
-    save_file(result, temp)
-    temp.replace(path)
+    workspace.save_tensors(_BLOCK.format(index), result)
 
 
 def _changed_parts(name: str, value: torch.Tensor, before: Value, extras: TensorExtras) -> dict[str, torch.Tensor]:

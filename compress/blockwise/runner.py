@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from compress.blockwise.activations import ActivationStream
@@ -21,25 +21,32 @@ from compress.blockwise.executor import BlockExecutor, Inputs
 from compress.blockwise.linears import find_linears
 from compress.blockwise.memory_budget import ALLOCATOR_RETAIN
 from compress.blockwise.results import RunnerResult, TensorExtras, write_block
-from compress.blockwise.resume import RunnerState, StateFile
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.shared import SharedTensors
 from compress.blockwise.targets import TargetStream, Teacher
 from compress.checkpoint.values import Checkpoint
-from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.memory import keep_freed
 from compress.progress import Progress
+from compress.workspace import Workspace
 
 #: Changes the weights in a block's module, and returns what some tensors have beside them, by name.
 BlockFn = Callable[[Block], dict[str, TensorExtras]]
+
+
+@dataclass
+class RunnerState:
+    """The block to work on next, and the report's row of each finished one. Saved when all activations are written."""
+
+    next: int = 0
+    details: list[dict[str, Any]] = field(default_factory=list)
 
 
 class BlockRunner:
     """Changes the tensors ``wanted`` of a checkpoint, block by block. See `run`.
 
     Args:
-        inputs: calibration samples. work: folder for activations, results and the state to resume from.
+        inputs: calibration samples. workspace: for activations, results and the state to resume from.
         with_targets: also carry the original's hidden states along, for `reconstruct_block` and asymmetric calibration.
         teacher: the original, where it is not ``checkpoint``.
 
@@ -53,23 +60,21 @@ class BlockRunner:
         inputs: Inputs,
         wanted: set[str],
         *,
-        work: Path,
+        workspace: Workspace,
         dtype: str,
         device: str,
         progress: Progress,
         with_targets: bool,
         seed: int = 0,
-        processes: ProcessGroup | None = None,
         teacher: Teacher | None = None,
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
-        self.work, self.progress = work, progress
+        self.workspace, self.progress = workspace, progress
         self.executor = BlockExecutor(
-            checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=processes or ProcessGroup()
+            checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes
         )
         self.streamed, self.processes = self.executor.streamed, self.executor.processes
-        self._targets = TargetStream(self.executor, teacher, work) if with_targets else None
-        self._state_file = StateFile(work, self.processes)
+        self._targets = TargetStream(self.executor, teacher, workspace.path) if with_targets else None
         self._by_block: dict[int, set[str]] = {}
         for name in sorted(wanted):
             index = self.streamed.record.block_index(name)
@@ -80,7 +85,7 @@ class BlockRunner:
                     fix="use method: magnitude for it",
                 )
             self._by_block.setdefault(index, set()).add(name)
-        self._shared = SharedTensors(self.executor, wanted, work)
+        self._shared = SharedTensors(self.executor, wanted, workspace)
 
     def run(self, change: BlockFn, title: str, before: Callable[[], None] | None = None) -> RunnerResult:
         """Change every block in order, up to the last one with a wanted tensor.
@@ -93,7 +98,8 @@ class BlockRunner:
             PassError: the model cannot be run block by block. CheckpointError: a block outputs NaN or infinite values.
         """
         keep_freed(ALLOCATOR_RETAIN)
-        state = self._state_file.load()
+        saved = self.workspace.read_json("state")
+        state = None if saved is None else RunnerState(**saved)
         if state is None:
             check_blockwise(self.executor, self.progress)
         else:
@@ -103,7 +109,7 @@ class BlockRunner:
         if before is not None:
             before()
         self._shared.collect(self.progress)
-        stream = self.executor.open_stream(self.work, "inputs")
+        stream = self.executor.open_stream(self.workspace.path, "inputs")
         if self._targets is not None:
             self._targets.open()
         if state is None:
@@ -120,12 +126,12 @@ class BlockRunner:
                 details["seconds"] = round(time.perf_counter() - start, 3)
                 state.details.append({"block": index, **details})
                 state.next = index + 1
-                self._state_file.save(state)
+                self.workspace.write_json("state", asdict(state))
                 task.advance(note=f"block {index}")
         stream.close()
         if self._targets is not None:
             self._targets.close()
-        return RunnerResult(self.work / "blocks", self.checkpoint, list(range(last + 1)), state.details)
+        return RunnerResult(self.workspace.folder("blocks").path, self.checkpoint, list(range(last + 1)), state.details)
 
     def _start(self, stream: ActivationStream) -> RunnerState:
         """Write the hidden states in front of the first block, and the state that nothing is done yet."""
@@ -134,7 +140,7 @@ class BlockRunner:
         if self._targets is not None:
             self._targets.start()
         state = RunnerState()
-        self._state_file.save(state)
+        self.workspace.write_json("state", asdict(state))
         return state
 
     def _block(self, index: int, module: Any, stream: ActivationStream, change: BlockFn, last: int) -> dict[str, Any]:
@@ -163,5 +169,5 @@ class BlockRunner:
             block.details["experts"] = experts
 
     def _write(self, block: Block, extras: Mapping[str, TensorExtras]) -> None:
-        folder, first = self.work / "blocks", self.processes.rank == 0
-        write_block(folder, self.checkpoint, self.streamed, block.index, block.module, extras, save=first)
+        blocks = self.workspace.folder("blocks")
+        write_block(blocks, self.checkpoint, self.streamed, block.index, block.module, extras)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,18 @@ from compress.blockwise.linears import TargetLinear
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.unchanged import unchanged_blocks
 from compress.progress import Progress
+from compress.workspace import Workspace
 
 
 class SavedHessians:
-    """Statistics by tensor, from files of a folder: one for each group of matrices that read the same inputs.
+    """Statistics by tensor, from files of a workspace: one for each group of matrices that read the same inputs.
 
     Attributes:
         device: where tensors are returned. files: number of the file of each tensor.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, workspace: Workspace, device: str) -> None:
+        self._workspace, self.device = workspace, device
         self.files: dict[str, int] = {}
         self._energies: dict[str, float] = {}
 
@@ -34,7 +34,7 @@ class SavedHessians:
         executor: BlockExecutor,
         names: Mapping[int, Collection[str]],
         *,
-        work: Path,
+        activations: Path,
         progress: Progress,
         title: str,
         check: bool = False,
@@ -42,38 +42,36 @@ class SavedHessians:
         """Run the blocks as they are and save the statistics, unless that was done before.
 
         Args:
-            names: tensors by block. work: folder for activations. title: of the progress bar.
+            names: tensors by block. activations: folder for their files. title: of the progress bar.
             check: also check that the model can be run block by block; pass it where nobody else has.
         """
-        table = self.folder / "table.json"
-        if not executor.processes.broadcast_object(0, table.exists()):
+
+        def collect() -> dict[str, tuple[int, float]]:
             if check:
                 check_blockwise(executor, progress)
             rows: dict[str, tuple[int, float]] = {}
             number, last = 0, max(names)
             with progress.task(title, last + 1, "blocks") as task:
-                for block in unchanged_blocks(executor, work, last, names):
+                for block in unchanged_blocks(executor, activations, last, names):
                     for group, statistics, _ in block.statistics() if block.linears else ():
                         rows |= {linear.name: (number, _energy(linear, statistics)) for linear in group}
-                        if not executor.processes.rank:
-                            self.folder.mkdir(parents=True, exist_ok=True)
-                            kept = {k: getattr(statistics, k) for k in ("hessian", "total", "tokens")}
-                            torch.save(kept, self.folder / f"{number}.pt")
+                        sums = {"hessian": statistics.hessian.contiguous(), "total": statistics.total.contiguous()}
+                        tokens = torch.tensor(statistics.tokens)
+                        self._workspace.save_tensors(str(number), {**sums, "tokens": tokens})
                         number += 1
                     task.advance()
-            if not executor.processes.rank:
-                temp = table.with_suffix(".tmp")
-                temp.write_text(json.dumps(rows))
-                temp.replace(table)
-            executor.processes.barrier()
-        saved = json.loads(table.read_text())
+            return rows
+
+        saved = self._workspace.cached("table", collect)
         self.files = {name: number for name, (number, _) in saved.items()}
         self._energies = {name: energy for name, (_, energy) in saved.items()}
 
     def sums(self, number: int) -> dict[str, Any]:
         """``hessian`` Σ x xᵀ [I, I], ``total`` Σ x [I] and number of ``tokens`` in a file."""
-        sums: dict[str, Any] = torch.load(self.folder / f"{number}.pt", map_location=self.device)
-        return sums
+        from safetensors.torch import load_file
+
+        sums: dict[str, Any] = load_file(self._workspace.tensors(str(number)), device=self.device)
+        return {**sums, "tokens": int(sums["tokens"])}
 
     def hessian(self, name: str) -> torch.Tensor:
         """Mean of x xᵀ over tokens [I, I]."""

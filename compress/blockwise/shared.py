@@ -6,8 +6,6 @@ use the changed one.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from compress.blockwise.block import Block
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.hessians import InputStatistics
@@ -16,6 +14,7 @@ from compress.blockwise.results import RunnerResult
 from compress.blockwise.saved_hessians import SavedHessians
 from compress.errors import PassError
 from compress.progress import Progress
+from compress.workspace import Workspace
 
 
 class SharedTensors:
@@ -29,9 +28,9 @@ class SharedTensors:
         PassError: a wanted tensor is used by a block that comes before the one it is solved in, or outside the blocks.
     """
 
-    def __init__(self, executor: BlockExecutor, wanted: set[str], work: Path) -> None:
-        self._executor, self._wanted, self._work = executor, wanted, work
-        self._hessians = SavedHessians(work / "users", executor.device)
+    def __init__(self, executor: BlockExecutor, wanted: set[str], workspace: Workspace) -> None:
+        self._executor, self._wanted, self._workspace = executor, wanted, workspace
+        self._hessians = SavedHessians(workspace.folder("users"), executor.device)
         self.by_block: dict[int, dict[str, str]] = {}
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()
@@ -62,7 +61,7 @@ class SharedTensors:
         self._hessians.collect(
             self._executor,
             self.by_block,
-            work=self._work,
+            activations=self._workspace.path,
             progress=progress,
             title="reading what shared tensors multiply",
         )
@@ -93,7 +92,7 @@ class SharedTensors:
         if not (names := self.by_block.get(block.index)):
             return
         checkpoint, depth = self._executor.checkpoint, self._executor.depth
-        read = RunnerResult(self._work / "blocks", checkpoint, list(range(depth)), []).reader()
+        read = RunnerResult(self._workspace.folder("blocks").path, checkpoint, list(range(depth)), []).reader()
         for linear in find_linears(self._executor.streamed, block.index, block.module, names)[0]:
             value = read(names[linear.name]).data
             linear.weight.copy_((value.T if linear.transposed else value).to(linear.weight))

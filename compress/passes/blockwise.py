@@ -48,13 +48,12 @@ def open_runner(
         checkpoint,
         Inputs(batches.values, batches.mask),
         set(names),
-        work=workspace.path,
+        workspace=workspace,
         dtype=context.dtype,
         device=context.device,
         progress=context.progress,
         with_targets=with_targets,
         seed=context.seed,
-        processes=workspace.processes,
         teacher=teacher,
     )
 

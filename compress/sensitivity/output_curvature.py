@@ -9,7 +9,6 @@ information by outputs (Martens and Grosse 2015, arXiv 1503.05671).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, 
 from compress.models.loading import arguments_of
 from compress.progress import Progress
 from compress.sensitivity.labels import draw
+from compress.workspace import Workspace
 
 
 class Gradients:
@@ -33,20 +33,20 @@ class Gradients:
         known: whether there are any, which needs a head that predicts tokens; set by `measure`.
     """
 
-    def __init__(self, executor: BlockExecutor, work: Path, progress: Progress) -> None:
-        self.executor, self.work, self.progress, self.known = executor, work, progress, False
+    def __init__(self, executor: BlockExecutor, workspace: Workspace, progress: Progress) -> None:
+        self.executor, self.workspace, self.progress, self.known = executor, workspace, progress, False
         self._samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
 
     def measure(self) -> None:
         """Run the model forwards and backwards, unless an earlier run has."""
-        executor, done = self.executor, self.work / "done"
+        executor = self.executor
         model: Any = executor.streamed.model
         has_head = executor.streamed.record.has_head(executor.checkpoint.spec)
         self.known = has_head and model.get_output_embeddings() is not None
-        if not self.known or executor.processes.broadcast_object(0, done.exists()):
+        if not self.known or self.workspace.done("gradients"):
             return
         depth = executor.depth
-        inputs = executor.open_stream(self.work, "inputs", first=self._samples, files=depth + 1)
+        inputs = executor.open_stream(self.workspace.path, "inputs", first=self._samples, files=depth + 1)
         with self.progress.task("measuring which outputs matter", 2 * depth, "blocks") as task:
             executor.write_first(inputs.before(0), self._samples)
             for index in range(depth):
@@ -66,15 +66,12 @@ class Gradients:
         gradients.before(0).sync()
         gradients.close()
         inputs.release(0, delete=True)
-        executor.processes.barrier()
-        if not executor.processes.rank:
-            done.touch()
-        executor.processes.barrier()
+        self.workspace.finish("gradients")
 
     def _open(self, shape: Sequence[int]) -> ActivationStream:
         """Files of the gradients at each block's output, by the block's number."""
         executor = self.executor
-        return ActivationStream(self.work, "", self._samples, shape, executor.dtype, files=executor.depth)
+        return ActivationStream(self.workspace.path, "", self._samples, shape, executor.dtype, files=executor.depth)
 
     def _at_the_end(self, hidden: Activations, gradients: Activations) -> None:
         """Write the gradients at the last block's output."""

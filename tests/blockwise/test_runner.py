@@ -22,6 +22,7 @@ from compress.errors import CheckpointError, PassError
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_checkpoint
 from compress.progress import SilentProgress
+from compress.workspace import Workspace
 from tests import pico
 
 SAMPLES, LENGTH = 6, 12
@@ -50,7 +51,7 @@ def sweep_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
         checkpoint,
         inputs or inputs_of(checkpoint),
         wanted or matrices(checkpoint),
-        work=work,
+        workspace=Workspace(work),
         dtype="float32",
         device="cpu",
         progress=SilentProgress(),

@@ -9,6 +9,7 @@ import compress
 from compress import report as reports
 from compress.checkpoint.open import open_checkpoint
 from compress.report.experts import cold_experts, expert_rows
+from compress.workspace import Workspace
 from tests import pico
 
 COLD = {"qwen3_moe": "mlp.experts.{}.gate_proj.weight", "mixtral": "block_sparse_moe.experts.{}.w1.weight"}
@@ -113,7 +114,7 @@ def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
             checkpoint,
             Inputs(ids.values),
             names,
-            work=folders["qwen3_moe"] / folder,
+            workspace=Workspace(folders["qwen3_moe"] / folder),
             dtype="float32",
             device="cpu",
             progress=SilentProgress(),

@@ -14,6 +14,7 @@ from compress import files
 from compress.errors import CheckpointError, CompressError, OutputError
 from compress.pipeline import housekeeping
 from compress.pipeline.folder import RunFolder
+from compress.workspace import Workspace
 
 FAR = 2**22 + 1  # a process number that Linux never gives
 
@@ -233,9 +234,9 @@ def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == right
 
 
-@pytest.mark.parametrize("damage", ["cut", "other state"])
+@pytest.mark.parametrize("damage", ["cut", "other state", "earlier version"])
 def test_a_state_that_cannot_be_used_is_no_state(recipe, tmp_path, damage):
-    """Of a sweep that was killed: the stage begins anew, with the bytes of an unbroken run, and the state is kept aside."""
+    """The stage begins anew, with the bytes of an unbroken run. State that fails is set aside; no record is no state."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
     changes = {"passes": passes, "gates": None, "evaluate": []}
     compress.run(recipe(**changes, output=str(tmp_path / "unbroken")))
@@ -249,12 +250,14 @@ def test_a_state_that_cannot_be_used_is_no_state(recipe, tmp_path, damage):
     if damage == "cut":
         for path in left.rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:50])
+    elif damage == "other state":
+        Workspace(left).write_json("state", {"next": "x"})
     else:
-        (left / "state.json").write_text('{"next": "x"}')
+        (left / "state.json").write_text('{"next": 2, "details": []}')
     assert compress.run(recipe(**changes)).published
     weights = [tmp_path / name / "model.safetensors" for name in ("out", "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert housekeeping.clean(tmp_path / "out")[0] == [f"work/{left.name}.unusable"]
+    assert housekeeping.clean(tmp_path / "out")[0] == [f"work/{left.name}.unusable"] * (damage != "earlier version")
 
 
 def test_what_is_removed_is_renamed_first(tmp_path, monkeypatch):

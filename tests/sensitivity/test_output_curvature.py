@@ -11,6 +11,7 @@ from compress.models.loading import load_checkpoint
 from compress.progress import SilentProgress
 from compress.sensitivity import output_curvature
 from compress.sensitivity.output_curvature import Gradients
+from compress.workspace import Workspace
 from tests import pico
 from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, sweep_of
 
@@ -21,7 +22,7 @@ def measured(folder, work, mask=None):
     """Σ g gᵀ by name as a sweep finds them, and the sweep."""
     checkpoint = open_checkpoint(folder)
     runner = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
-    gradients, found = Gradients(runner.executor, work / "gradients", SilentProgress()), {}
+    gradients, found = Gradients(runner.executor, Workspace(work / "gradients"), SilentProgress()), {}
 
     def change(block):
         found.update(gradients.by_outputs(block))
@@ -84,7 +85,7 @@ def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path,
         "1.act",
         "2.act",
         "3.act",
-        "done",
+        "gradients.json",
     ]
 
 

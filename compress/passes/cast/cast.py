@@ -232,7 +232,7 @@ class Cast(Pass[CastSettings]):
         )
         gradients = None
         if "curvature" in correction:
-            gradients = Gradients(runner.executor, context.workspace.folder("gradients").path, context.progress)
+            gradients = Gradients(runner.executor, context.workspace.folder("gradients"), context.progress)
         options = CastOptions(
             reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
         )

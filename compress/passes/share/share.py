@@ -257,13 +257,13 @@ class Share(Pass[ShareSettings]):
         paths = model_map(spec).paths
         blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
         matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
-        read = SavedHessians(context.workspace.folder("read").path, context.device)
+        read = SavedHessians(context.workspace.folder("read"), context.device)
         runner = open_runner(checkpoint, [], context, workspace=context.workspace.folder("sweep"), with_targets=False)
         wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
         read.collect(
             runner.executor,
             wanted,
-            work=runner.work,
+            activations=runner.workspace.path,
             progress=context.progress,
             title="reading what blocks multiply",
             check=True,

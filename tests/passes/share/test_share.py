@@ -48,7 +48,7 @@ class Shuffled(Solver):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    solver = Shuffled(checkpoint, SavedHessians(tmp_path / "none", "cpu"), ShareOptions([], "mean", True, 0))
+    solver = Shuffled(checkpoint, SavedHessians(Workspace(tmp_path / "none"), "cpu"), ShareOptions([], "mean", True, 0))
     assert all(len(units) == (1 if family == "bloom" else 2) for units in solver.units.values())
     read = solver.read_solved([[0, 1], [2, 3]], Workspace(tmp_path))
     model = load_model(folders[family])
@@ -65,7 +65,7 @@ def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
 def twins(family, folder):
     """A model whose blocks 0 and 1, and 2 and 3, compute the same with their units in different orders."""
     checkpoint = open_checkpoint(folder)
-    solver = Shuffled(checkpoint, SavedHessians(folder / "none", "cpu"), ShareOptions([], "mean", True, 0))
+    solver = Shuffled(checkpoint, SavedHessians(Workspace(folder / "none"), "cpu"), ShareOptions([], "mean", True, 0))
     model = load_model(folder)
     with torch.no_grad():
         state = model.state_dict()
