@@ -19,7 +19,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
-from compress.recipe.model import metric_of
+from compress.recipe.gates import metric_of
 from compress.report.document import judged
 
 if TYPE_CHECKING:

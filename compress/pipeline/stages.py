@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import passes
-from compress.checkpoint.open import Checkpoint, Derived, Stored, open_checkpoint
+from compress.checkpoint.open import Stored, open_checkpoint
+from compress.checkpoint.values import Checkpoint, Derived
 from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import CompressError, PassError, ResourceError, is_lack, one_line
 from compress.files import remove

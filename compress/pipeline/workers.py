@@ -23,7 +23,8 @@ from compress.progress import SilentProgress
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
-    from compress.checkpoint.open import Checkpoint, Stored
+    from compress.checkpoint.open import Stored
+    from compress.checkpoint.values import Checkpoint
     from compress.progress import Progress
 
 
