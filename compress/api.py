@@ -1,4 +1,4 @@
-"""The Python API: what the command line does, as functions that return values and print nothing."""
+"""The Python API: the commands of the command line as functions that return values and print nothing."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()
 
 
 def _files(function: Callable[P, R]) -> Callable[P, R]:
-    """Errors of files that a function meets become a `CompressError`."""
+    """Turn errors of files in a function into `CompressError`."""
 
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except OSError as error:
-            if (found := from_os(error)) is None:
+            if (known := from_os(error)) is None:
                 raise
-            raise found from error
+            raise known from error
 
     return guarded
 
@@ -61,16 +61,16 @@ def run(
     publish_anyway: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Run a recipe: a path, or the same keys as a mapping.
+    """Run a recipe, given as a path or as a mapping with the same keys.
 
-    A failed gate raises nothing: look at ``result.verdict``.
+    A failed gate raises nothing; ``result.verdict`` holds it.
 
     Args:
         sets: overrides, as ``--set``: ``passes.0.cast.weights=fp16``.
         fresh: compute every stage anew. publish_anyway: publish even where a gate fails.
 
     Raises:
-        CompressError: whatever keeps the run from ending with a model.
+        CompressError: the run cannot end with a model.
     """
     from compress.pipeline.run import run as run_recipe
 
@@ -82,7 +82,7 @@ def run(
 
 @_files
 def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) -> Plan:
-    """What a run would give, from headers alone; reads no weights and imports no torch."""
+    """The plan of a run, from headers only; reads no weights and imports no torch."""
     from compress.checkpoint.open import open_headers
     from compress.planning import make_plan
 
@@ -126,12 +126,11 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration or training data: text files, one file of token ids, token ids as a tensor of integers
-            [samples, length], or for training a folder of images for each class. ``field``, ``template``, ``text``,
-            ``label``, ``mode``, ``samples`` and ``length`` are the keys of a recipe's ``data.calibration`` or
-            ``data.training``, with the same defaults; a tensor is cut to ``samples`` and ``length``.
-        details: is filled with the pass's part of a report, JSON values. A training that did not help leaves the weights
-            unchanged and warns unless ``allow_noop`` is set; ``details["training"]["helped"]`` tells.
+        data: calibration or training data: text files, one file of token ids, a tensor of token ids [samples, length], or
+            for training a folder of images for each class. ``field`` to ``length`` are keys of a recipe's
+            ``data.calibration`` or ``data.training``, with their defaults; a tensor is cut to ``samples`` and ``length``.
+        details: is filled with the pass's part of a report. A training that did not help leaves the weights unchanged and
+            warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
 
     Returns:
         ``output`` as a path.
@@ -217,15 +216,15 @@ def load(
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
 ) -> PreTrainedModel:
-    """Any checkpoint that this project writes, and any stock one, as a transformers model in evaluation mode.
+    """Load a checkpoint of this project, or any stock one, as a transformers model in evaluation mode.
 
-    Compact checkpoints are read by this package's code; the file bundled in the folder is never run.
+    This package reads compact checkpoints itself; it never runs the file bundled in the folder.
 
     Args:
-        trust_remote_code: allow code that the checkpoint brings. ignore_auto_map: take transformers' own class instead.
-        quantized_activations: round the inputs of linear layers where the config says so, as stock transformers does.
-        quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not;
-            evaluation does so.
+        trust_remote_code: allow code in the checkpoint. ignore_auto_map: use transformers' own class instead.
+        quantized_activations: round the inputs of linear layers if the config has it so, as stock transformers does.
+        quantized_kv_cache: round keys and values if the config has it so, as vLLM does and stock transformers does not;
+            evaluation rounds them.
     """
     from compress.models.loading import load_model
 

@@ -1,4 +1,4 @@
-"""Several processes at the same sweep (torchrun): who does what, and how results come together."""
+"""The processes of one run (torchrun): which of them does what, and how their results are combined."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among ``world``; with one process every call returns what it was given."""
+    """This process, number ``rank`` of ``world``. With one process every method returns its arguments unchanged."""
 
     rank: int = 0
     world: int = 1
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """Every ``world``-th item, from this rank's on."""
+        """This process's items: every ``world``-th one, starting at ``rank``."""
         return list(items[self.rank :: self.world])
 
     def all_reduce(self, *tensors: torch.Tensor) -> None:
@@ -42,7 +42,7 @@ class ProcessGroup:
         return [float(v) for v in tensor]
 
     def broadcast(self, source: int, *tensors: torch.Tensor) -> None:
-        """Overwrite each tensor by that of process ``source``. Bool tensors go as bytes."""
+        """Overwrite each tensor with that of process ``source``. Bool tensors are sent as bytes."""
         if self.world > 1:
             import torch
             import torch.distributed as dist
@@ -51,7 +51,7 @@ class ProcessGroup:
                 dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, source)
 
     def broadcast_object(self, source: int, value: Any) -> Any:
-        """The value that process ``source`` has."""
+        """The value of process ``source``."""
         if self.world == 1:
             return value
         import torch.distributed as dist
@@ -61,7 +61,7 @@ class ProcessGroup:
         return box[0]
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have arrived."""
         if self.world > 1:
             import torch.distributed as dist
 

@@ -1,7 +1,7 @@
-"""Files and folders that this project makes: written whole, removed at one stroke, read as if they could be damaged.
+"""Atomic files and folders: a path is written whole or not at all, removed in one step, and read as if it could be damaged.
 
-What is being written or removed bears the name ``.NAME.tmp-PROCESS-NUMBER`` beside its place. A process that is killed leaves
-such a thing and nothing half done under a name that counts; `remove_leftovers` removes it once its process is gone.
+While it is written or removed, a path has the name ``.NAME.tmp-PROCESS-NUMBER`` beside its place. A killed process leaves only
+such a path behind; `remove_leftovers` removes it once its process is gone.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _NAME = 200
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, what: str = "cannot be written") -> Iterator[None]:
-    """Errors of the file system become the user's: no room or files (status 4), or a place that cannot be used (2)."""
+    """Turn errors of the file system into `CompressError`: no space or too many files (status 4), or an unusable place (2)."""
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
         trouble = error if isinstance(error, OSError) else hidden_os_error(error)
-        if trouble is None or (found := from_os(trouble, str(folder), what)) is None:
+        if trouble is None or (known := from_os(trouble, str(folder), what)) is None:
             raise
-        raise found from error
+        raise known from error
 
 
 def expanded(path: str | Path) -> Path:
@@ -51,7 +51,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def place(path: str | Path) -> Path:
-    """Where something is to be written, with ``~`` as a home. Raises `OutputError` for ``.``, ``..`` and ``/``."""
+    """The path of an output, with ``~`` as a home. Raises `OutputError` for ``.``, ``..`` and ``/``."""
     path = expanded(path)
     if path.name in ("", ".."):
         raise OutputError("names no folder of its own", where=str(path), fix="give the folder's name")
@@ -63,7 +63,7 @@ def _short(name: str) -> str:
 
 
 def aside(path: Path) -> Path:
-    """A temporary name beside ``path`` that nothing has."""
+    """An unused temporary name beside ``path``."""
     while True:
         temp = path.with_name(f".{_short(path.name)}.tmp-{os.getpid()}-{next(_NUMBERS)}")
         if not os.path.lexists(temp):
@@ -76,7 +76,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, if there is one. It is renamed first, so none is ever half there under its name."""
+    """Remove a file, a folder or a link, if there is one. It is renamed first, so a killed process leaves no half folder."""
     try:
         folder = stat.S_ISDIR(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -93,7 +93,7 @@ def remove(path: Path) -> None:
 def temporary(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder``, held by this process; removed unless it was renamed away.
 
-    What dead processes left of the kind goes first. Raises `CompressError` of a full disk, or a place that cannot be written.
+    Leftovers of dead processes are removed first. Raises `CompressError` for a full disk or an unwritable place.
     """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -112,27 +112,27 @@ def temporary(folder: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """What dead processes left half-written or half-removed in a folder; of the place ``name`` alone where one is given."""
+    """Temporary paths of dead processes in a folder; only those of ``name`` where it is given."""
     try:
         with os.scandir(folder) as entries:
-            found = [Path(entry.path) for entry in entries if entry.name.startswith(".")]
+            hidden = [Path(entry.path) for entry in entries if entry.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    matches = ((path, _TEMPORARY.match(path.name)) for path in sorted(found))
+    matches = ((path, _TEMPORARY.match(path.name)) for path in sorted(hidden))
     return [
         p for p, m in matches if m and (name is None or m["name"] == _short(name)) and not _is_held(p, m["process"])
     ]
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what dead processes left of ``path``."""
+    """Remove the temporary paths that dead processes left of ``path``."""
     for leftover in leftovers(path.parent, path.name):
         with contextlib.suppress(OSError):
             remove(leftover)
 
 
 def _is_held(path: Path, process: str) -> bool:
-    """Whether what is temporary has a process that works on it: it holds a lock on folders, elsewhere its number tells."""
+    """Whether a process works on a temporary path: a folder is locked by its process, a file has its number in the name."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -161,7 +161,7 @@ def _is_alive(process: int) -> bool:
 
 
 def prepare(path: Path, data: bytes) -> Path:
-    """A new file beside ``path`` that holds the data; renaming it to ``path`` replaces what is there, whole."""
+    """Write data to a new temporary file beside ``path``; `put` renames it to ``path``."""
     temp = aside(path)
     try:
         descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -177,7 +177,7 @@ def prepare(path: Path, data: bytes) -> Path:
 
 
 def put(temp: Path, path: Path) -> None:
-    """Rename a file of `prepare` into place; a folder of that name goes."""
+    """Rename a file of `prepare` to ``path``; a folder of that name is removed."""
     if path.is_dir() and not path.is_symlink():
         remove(path)
     temp.replace(path)
@@ -199,14 +199,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a small file so that readers see the old or the new one, whole. A link is replaced, not followed."""
+    """Replace a small file; readers see the old one or the new one, whole. A link is replaced, not followed."""
     put(prepare(path, data), path)
 
 
 def read_json(path: Path) -> Any | None:
-    """What a JSON file holds; None for one that is absent, damaged, too deep, a link, or no file.
+    """The value of a JSON file; None for one that is absent, damaged, nested too deeply, a link, or no file.
 
-    Raises `CompressError` where this process has no files or memory left.
+    Raises `CompressError` where this process has no file descriptors or memory left.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -215,8 +215,8 @@ def read_json(path: Path) -> Any | None:
                 return None
             return json.loads(file.read())
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and (found := from_os(error, str(path))):
-            raise found from error
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM) and (known := from_os(error, str(path))):
+            raise known from error
         return None
     except (ValueError, RecursionError):
         return None
@@ -227,25 +227,25 @@ def _digest(data: Any) -> str:
 
 
 def write_record(path: Path, kind: str, data: Mapping[str, Any]) -> None:
-    """Write JSON values with their digest, for `read_record`. ``kind`` names what they are, and the version of their shape."""
+    """Write JSON values with their digest, for `read_record`. ``kind`` names the kind of record and the version of its shape."""
     plain = json.loads(json.dumps(data))  # keys are text, tuples lists: what a reader digests
     sealed = {"schema": kind, "sha256": _digest(plain), "data": plain}
     write_atomically(path, (json.dumps(sealed, indent=1) + "\n").encode())
 
 
 def read_record(path: Path, kind: str) -> dict[str, Any] | None:
-    """What `write_record` wrote as this kind, None where that is not what the file holds, whatever has happened to it."""
-    found = read_json(path)
-    if not isinstance(found, dict) or found.get("schema") != kind or not isinstance(data := found.get("data"), dict):
+    """The values that `write_record` wrote as this kind; None where the file holds anything else."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != kind or not isinstance(data := record.get("data"), dict):
         return None
     try:
-        return data if found.get("sha256") == _digest(data) else None
+        return data if record.get("sha256") == _digest(data) else None
     except (ValueError, RecursionError):
         return None
 
 
 def sha256(path: Path) -> str:
-    """Of a file's contents, hexadecimal."""
+    """SHA-256 of a file's contents, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -255,5 +255,5 @@ SIZE = 1
 
 
 def stamp(info: os.stat_result) -> list[int]:
-    """What tells a file that nobody touched: inode, bytes, and times of the last change of contents and of anything else."""
+    """Inode, bytes, and times of the last change of contents and of metadata: an unchanged stamp means an unchanged file."""
     return [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]

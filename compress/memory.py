@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Peak resident memory since the last `reset_peak`; since the start of the process where it cannot be reset."""
+    """Peak resident memory since the last `reset_peak`, or since the process started where the peak cannot be reset."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -22,7 +22,7 @@ def peak_memory() -> int:
 
 
 def reset_peak() -> bool:
-    """Start measuring the peak anew (Linux: proc(5), clear_refs). Says whether that was possible."""
+    """Reset the peak (Linux: proc(5), clear_refs). Returns whether that was possible."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -31,7 +31,7 @@ def reset_peak() -> bool:
 
 
 def available_memory() -> int:
-    """Memory that can be had without swapping, within the limits of a container (cgroup v2)."""
+    """Memory available without swapping, within the limits of the container (cgroup v2)."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -47,10 +47,10 @@ def available_memory() -> int:
 
 
 def keep_freed(size: int) -> None:
-    """Let the allocator keep up to so many freed bytes, where it can be told (glibc, mallopt(3)).
+    """Let the allocator keep up to ``size`` freed bytes, where it has such a setting (glibc, mallopt(3)).
 
-    By default it soon gives memory back to the system, and a loop over tensors of a few MiB then spends a sixth of its time
-    on having fresh pages zeroed.
+    By default it returns memory to the system early. A loop over tensors of a few MiB then spends a sixth of its time on
+    zeroing fresh pages.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""How long work tells that it is alive. The terminal's version is in `compress.cli`; nothing here prints."""
+"""Progress of long work. Nothing here prints; `compress.cli` shows it in the terminal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Protocol, Self
 
 
 class ProgressTask(Protocol):
-    """A running piece of work; a context manager."""
+    """A task in progress; a context manager."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """``steps`` more units are done; ``note`` names the current one (a tensor, a document)."""
+        """Count ``steps`` more units as done; ``note`` names the current one (a tensor, a document)."""
 
     def __enter__(self) -> Self: ...
 
@@ -20,17 +20,17 @@ class ProgressTask(Protocol):
 
 
 class Progress(Protocol):
-    """Where passes, evaluation and the writer report what they are doing."""
+    """Receives the progress of passes, evaluation and the writer."""
 
     def stage(self, index: int, total: int, title: str) -> None:
-        """Stage ``index`` (from 1) of ``total`` begins."""
+        """Begin stage ``index`` (from 1) of ``total``."""
 
     def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
-        """Begin a piece of work of ``total`` units (None: unknown)."""
+        """Begin a task of ``total`` units (None: unknown)."""
         ...
 
     def message(self, text: str) -> None:
-        """One line for the user."""
+        """Show one line to the user."""
 
 
 class _SilentTask:
@@ -47,13 +47,13 @@ class _SilentTask:
 
 
 class SilentProgress:
-    """Says nothing; the default of the Python API."""
+    """Shows nothing; the default of the Python API."""
 
     def stage(self, index: int, total: int, title: str) -> None:
         """Nothing."""
 
     def task(self, title: str, total: int | None = None, unit: str = "tensors") -> ProgressTask:
-        """A task that says nothing."""
+        """A task that shows nothing."""
         return _SilentTask()
 
     def message(self, text: str) -> None:

@@ -92,11 +92,11 @@ class Workspace:
         return self.path / f"{name}.json"
 
     def _record(self, name: str) -> dict[str, Any] | None:
-        found = read_record(self._json(name), self.kind) if self.processes.rank == 0 else None
-        if found is not None and (found.get("name") != name or "value" not in found):
-            found = None
-        record: dict[str, Any] | None = self.processes.broadcast_object(0, found)
-        return record
+        record = read_record(self._json(name), self.kind) if self.processes.rank == 0 else None
+        if record is not None and (record.get("name") != name or "value" not in record):
+            record = None
+        shared: dict[str, Any] | None = self.processes.broadcast_object(0, record)
+        return shared
 
     # ---- marks ----
 

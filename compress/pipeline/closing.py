@@ -1,4 +1,4 @@
-"""The end of a run: its report and its card are made, its result is published, then the report appears."""
+"""The end of a run: make the report and the model card, publish the result, put the report in place."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def close(state: Run, report: dict[str, Any], identity: str) -> None:
-    """Publish the result where the report says so, and put the report into the run folder.
+    """Publish the result if the report says so, and put the report into the run folder.
 
-    All files are written under temporary names first, so that a full disk is met before anything is replaced; after the result
-    is in place they are renamed. What cannot be rendered is left out and noted: no report costs a finished run its result.
+    All files are written under temporary names first, so a full disk is met before anything is replaced. They are renamed once
+    the result is in place. A file that cannot be rendered is left out and noted: a finished run never loses its result to it.
     """
     from compress import report as reports
 
@@ -56,7 +56,7 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
 
 
 def _try(state: Run, what: str, work: Callable[..., Any], *arguments: Any) -> None:
-    """Do what the result does not depend on; a disk that fails now is told, and costs no status."""
+    """Do work that the result does not depend on; an error of the disk becomes a message and leaves the exit status."""
     try:
         work(*arguments)
     except (OSError, CompressError) as error:
@@ -64,7 +64,7 @@ def _try(state: Run, what: str, work: Callable[..., Any], *arguments: Any) -> No
 
 
 def _made(notes: list[str], name: str, make: Callable[[], bytes]) -> bytes | None:
-    """A file's contents; None, and a note, where they cannot be made."""
+    """The contents of a file; None, and a note, where they cannot be made."""
     try:
         return make()
     except Exception as error:
@@ -73,7 +73,7 @@ def _made(notes: list[str], name: str, make: Callable[[], bytes]) -> bytes | Non
 
 
 def _rendered(report: Mapping[str, Any], notes: list[str]) -> dict[str, bytes]:
-    """What people and CI read of a report, by file name."""
+    """The renderings of a report for people and CI: contents by file name."""
     from compress import report as reports
 
     pictures: dict[str, bytes] = {}
@@ -83,15 +83,15 @@ def _rendered(report: Mapping[str, Any], notes: list[str]) -> dict[str, bytes]:
         return b""
 
     _made(notes, "the pictures", draw)
-    found = {
+    texts = {
         "junit.xml": _made(notes, "junit.xml", lambda: reports.render_junit(report).encode()),
         "report.md": _made(notes, "report.md", lambda: reports.render_markdown(report).encode()),
     }
-    return {**pictures, **{name: data for name, data in found.items() if data is not None}}
+    return {**pictures, **{name: data for name, data in texts.items() if data is not None}}
 
 
 def _publish(state: Run, report: Mapping[str, Any], identity: str, more: Mapping[str, bytes]) -> dict[str, Any]:
-    """Publish the last stage; the table of what is at the output then."""
+    """Publish the last stage. Returns the table of the output."""
     stage = Path(report["stages"][-1]["folder"])
     table, changed = publish(stage, state.files, state.output, _provenance(state, report, identity), more)
     if changed is not None:
@@ -107,7 +107,7 @@ def _digest(path: Path) -> str | None:
 
 
 def published_report(state: Run, identity: str) -> dict[str, Any] | None:
-    """The report of a run of this very recipe whose result is at the output, unchanged; None where there is none."""
+    """The report of an earlier run of this recipe whose result is at the output, unchanged; None where there is none."""
     from compress import report as reports
 
     known = state.folder.published()
@@ -135,7 +135,7 @@ def published_report(state: Run, identity: str) -> dict[str, Any] | None:
 
 
 def _provenance(state: Run, report: Mapping[str, Any], identity: str) -> dict[str, Any]:
-    """``compress.json``: where a checkpoint comes from. The same recipe gives the same text."""
+    """The contents of ``compress.json``: the origin of a checkpoint. The same recipe gives the same text."""
     rows = report["stages"]
     return {
         "base_model": _base_name(state.recipe.model),
@@ -147,20 +147,20 @@ def _provenance(state: Run, report: Mapping[str, Any], identity: str) -> dict[st
 
 
 def _base_name(model: str) -> str:
-    """A hub id as it is; of a local folder its last name alone."""
+    """A hub id as it is; the last name of a local folder."""
     path = expanded(model)
     return path.resolve().name if path.exists() else model
 
 
 def _last_names(paths: Any) -> Any:
-    """A path or paths, of absolute ones the last names alone."""
+    """A path or paths; absolute ones are cut to their last names."""
     if isinstance(paths, str):
         return Path(paths).name if Path(paths).is_absolute() else paths
     return [_last_names(path) for path in paths]
 
 
 def _card(state: Run, report: dict[str, Any]) -> bytes:
-    """README.md of the result; where the base model's own cannot be carried over, without it, and with a note."""
+    """README.md of the result; where the base model's own text cannot be carried over, without it and with a note."""
     from compress import report as reports
     from compress.recipe import to_yaml
 

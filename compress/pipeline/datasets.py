@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 def read_section(
     section: TrainingData | CalibrationSection, separator: str | None, structure: Structure | None = None
 ) -> list[Document]:
-    """Documents of a section's files, or where it names columns, a text or pair of texts of every row. Raises `DataError`.
+    """Documents of a section's files; where it names columns, a text or pair of texts from each row. Raises `DataError`.
 
     Args:
-        structure: of the model, which says what labels there are.
+        structure: of the model, which has the labels.
     """
     if section.folder is not None:
         assert structure is not None
@@ -50,15 +50,15 @@ def draw(
     vocabulary: int | None,
     positions: int | None,
 ) -> Batches:
-    """The samples that a calibration section asks for; all samples of training text, in an order drawn by seed.
+    """The samples of a calibration section; for training, all samples in an order drawn by seed.
 
     Args:
-        processor, documents: called where the section names text or images; `load_processor` says what the first gives.
-        vocabulary: how many token ids the model knows, None where its config does not say.
-        positions: how many tokens a sample may have, None for any number.
+        processor: loads the tokenizer or image processor. documents: reads the documents; not called for token ids.
+        vocabulary: number of the model's token ids, None where its config has none.
+        positions: most tokens of a sample, None for any number.
 
     Raises:
-        DataError: the files cannot be read, give too few samples or too long ones, or hold ids that the model does not know.
+        DataError: the files cannot be read, give too few samples or too long ones, or hold ids outside the vocabulary.
     """
     from compress.data import batches
 
@@ -89,9 +89,9 @@ class DataSets:
     """Text or images of a recipe's ``data`` section.
 
     Attributes:
-        folder: where the tokenizer or image processor is. structure: of the model, which tells its task and labels; None
-            where it is not at hand, for plain text alone.
-        positions: how many tokens a sample may have, None for any number.
+        folder: of the tokenizer or image processor. structure: of the model, which has its task and labels; None where only
+            plain text is read.
+        positions: most tokens of a sample, None for any number.
     """
 
     recipe: Recipe
@@ -120,7 +120,7 @@ class DataSets:
         return self._documents[name]
 
     def fingerprint(self, name: str) -> str:
-        """Of the files' contents and of every setting that picks samples from them."""
+        """Fingerprint of the files' contents and of every setting that picks samples from them."""
         if name not in self._hashes:
             section = getattr(self.recipe.data, name)
             settings = section.model_dump(mode="json", exclude={"files", "images"})
@@ -138,7 +138,7 @@ class DataSets:
         return self._batches["processor"]
 
     def batches(self, name: str) -> Batches:
-        """Samples of a set that is sampled."""
+        """Samples of a calibration or training set, drawn once."""
         assert self.structure is not None
         if name not in self._batches:
             self._batches[name] = draw(
@@ -153,7 +153,7 @@ class DataSets:
         return drawn
 
     def check_shown(self) -> None:
-        """The tokenizer can show models what they are measured on: chats in its template, masks. Raises `DataError`."""
+        """Check that the tokenizer can render the evaluation data: chats in its template, masks. Raises `DataError`."""
         if (section := self.recipe.data.evaluation) is None:
             return
         processor = self.processor()
@@ -166,15 +166,15 @@ class DataSets:
                 rendered(document, processor)
 
     def check_ids(self, name: str) -> None:
-        """Token ids of a set, if the recipe names such, can be used. Raises `DataError`."""
+        """Check the token ids of a set, if its files hold any. Raises `DataError`."""
         if (files := self.files(name)) and holds_ids(files[0]):
             self.batches(name)
 
     def check_disjoint(self, *, ids: bool = True) -> list[str]:
-        """Evaluation shares no text with training or calibration. Raises `DataError`.
+        """Check that evaluation shares no text with training or calibration. Raises `DataError`.
 
         Args:
-            ids: look at token ids too, by what the tokenizer says of them.
+            ids: compare token ids too, decoded by the tokenizer.
 
         Returns:
             Names of the sets that were compared.
@@ -192,7 +192,7 @@ class DataSets:
         return list(others.values())
 
     def _seen(self, name: str) -> list[Document]:
-        """Documents of a set; of token ids what they say."""
+        """Documents of a set; token ids are decoded."""
         if not holds_ids(self.files(name)[0]):
             return self.documents(name)
         drawn, tokenizer = self.batches(name), self.processor()

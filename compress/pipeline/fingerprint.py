@@ -1,4 +1,4 @@
-"""Fingerprints: what makes two stages, or two inputs, the same."""
+"""Fingerprints of stages and inputs: equal fingerprints mean equal results."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _INPUTS = "compress.inputs/2"
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions of the packages that a result depends on."""
     from compress import __version__
 
-    found = {"compress": __version__, "python": platform.python_version()}
+    known = {"compress": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "safetensors"):
-        found[package] = metadata.version(package)
-    return found
+        known[package] = metadata.version(package)
+    return known
 
 
 def fingerprint(data: Any) -> str:
@@ -38,7 +38,7 @@ def fingerprint(data: Any) -> str:
 def hash_input(checkpoint: Stored, cache_file: Path) -> str:
     """SHA-256 over the contents of config, weights and sidecars.
 
-    Hashes of files that have not changed since (inode, size, both times of change) are taken from ``cache_file``.
+    Hashes of unchanged files (inode, size, both times of change) are taken from ``cache_file``.
     """
     folder = checkpoint.folder
     assert folder is not None
@@ -66,5 +66,5 @@ def stage_fingerprint(
     data: Mapping[str, str],
     environment: Mapping[str, Any],
 ) -> str:
-    """Of a stage: its input, its passes with every setting, the data they read, and seed, store, versions."""
+    """Fingerprint of a stage: its input, its passes with every setting, the data they read, and seed, store, versions."""
     return fingerprint([before, [[name, dict(settings)] for name, settings in passes], dict(data), dict(environment)])

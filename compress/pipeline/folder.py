@@ -1,7 +1,7 @@
 """The run folder ``<output>.run``: its lock, its finished stages, its cached measurements.
 
-What is there may be damaged: each record is read by `files.read_record`, to which damage is absence. Nothing is followed out
-of the folder, and nothing is removed but under the lock, renamed first.
+Every file may be damaged: records are read by `files.read_record`, which treats a damaged record as absent. No link out of the
+folder is followed. Files are removed under the lock only, and renamed first.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _STAGE, _MEASUREMENT, _PUBLISHED, _CURRENT = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` what is known of it.
+    """Paths below a run folder. ``stages/<key>`` holds a checkpoint, ``stages/<key>.json`` the record of its stage.
 
-    ``read``: names of the measurements that this process asked for or made.
+    ``read``: names of the measurements that this process used.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, output: Path) -> RunFolder:
-        """That of an output. Raises `OutputError` for one that names no folder."""
+        """The run folder of an output. Raises `OutputError` where the output names no folder."""
         output = place(output)
         return cls(output.with_name(f"{output.name}.run"))
 
@@ -58,16 +58,16 @@ class RunFolder:
 
     @property
     def works(self) -> Path:
-        """Scratch space of stages that are not finished."""
+        """Workspaces of unfinished stages."""
         return self.path / "work"
 
     def work(self, key: str) -> Path:
-        """Durable scratch space of a stage."""
+        """Folder of a stage's workspace (`compress.workspace`)."""
         return self.works / key
 
     @contextlib.contextmanager
     def locked(self, *, remove_leftovers: bool = True) -> Iterator[None]:
-        """Hold the run folder, and remove what a killed run left half done (``remove_leftovers``).
+        """Hold the lock of the run folder, and remove the leftovers of killed runs (``remove_leftovers``).
 
         Raises:
             OutputError: another process holds it, or a link in it leads elsewhere.
@@ -89,7 +89,7 @@ class RunFolder:
             os.close(lock)
 
     def check_idle(self) -> None:
-        """No run is at work here; nothing is changed. Raises `OutputError` as `locked` does."""
+        """Check that no run is at work here, without changing anything. Raises `OutputError` as `locked` does."""
         with disk_errors(self.path):
             self._check()
             path = self.path / "lock"
@@ -98,7 +98,7 @@ class RunFolder:
             os.close(lock)
 
     def _check(self) -> None:
-        """The folder is one, and holds no link: those would have us read, write and remove elsewhere."""
+        """Check that the path is a folder without links, which would make a run read, write and remove elsewhere."""
         if self.path.is_symlink():
             raise OutputError("is a symbolic link", where=str(self.path), fix="remove the link, or name another output")
         if self.path.exists() and not self.path.is_dir():
@@ -118,7 +118,7 @@ class RunFolder:
             )
 
     def is_ours(self) -> bool:
-        """Whether a run was at work here: its lock tells, or any record, as somebody may have removed the lock."""
+        """Whether a run has worked here, by its lock, or by any record where somebody removed the lock."""
         lock = self.path / "lock"
         with contextlib.suppress(OSError):
             if (
@@ -133,12 +133,12 @@ class RunFolder:
         )
 
     def _lock(self) -> int:
-        """A descriptor of the lock, which this process holds."""
+        """Lock the run folder. Returns the descriptor that holds the lock."""
         path = self.path / "lock"
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-            except FileNotFoundError as error:  # a file system that takes no folders, such as /proc
+            except FileNotFoundError as error:  # a file system without new folders, such as /proc
                 raise OutputError(f"cannot be made: {error.strerror}", where=str(self.path)) from None
             for part in (self.stages, self.works, self.measurements):
                 if part.exists() and not part.is_dir():
@@ -174,24 +174,24 @@ class RunFolder:
             raise
 
     def leftovers(self) -> list[Path]:
-        """What killed runs left half-written, half-removed or no longer needed; right as long as no run is at work here."""
+        """Paths that killed runs left half-written, half-removed or no longer needed; valid while no run is at work here."""
         parts = (self.path, self.stages, self.measurements, self.works)
-        found = [path for part in parts for path in sorted(part.glob(".*.tmp*"))]
+        paths = [path for part in parts for path in sorted(part.glob(".*.tmp*"))]
         for path in sorted(self.stages.glob("[!.]*")):
             if path.is_dir() and path.suffix != ".json" and not path.with_name(f"{path.name}.json").exists():
-                found.append(path)
+                paths.append(path)
         for path in sorted(self.works.glob("[!.]*")):
             if self._record(path.name) is not None and (self.stages / path.name).is_dir():
-                found.append(path)
-        return found
+                paths.append(path)
+        return paths
 
     def _record(self, key: str) -> dict[str, Any] | None:
         return read_record(self.stages / f"{key}.json", _STAGE)
 
     def find(self, key: str, *, contents: bool = False) -> dict[str, Any] | None:
-        """What is known of a finished stage, None where there is none or its files have changed since.
+        """The record of a finished stage; None where there is none or its files have changed since.
 
-        ``contents``: every file is read and compared, since its bytes are about to be used.
+        ``contents``: read and compare every file, since its bytes are about to be used.
         """
         data = self._record(key)
         if data is None or not (self.stages / key).is_dir():
@@ -205,24 +205,24 @@ class RunFolder:
         return data
 
     def restamp(self, key: str) -> None:
-        """Take note that this process has just linked a stage's files, whose contents it knows."""
+        """Update the stamps of a stage whose files this process has just linked; their contents have not changed."""
         if (data := self._record(key)) is not None:
             data["files"] = restamped(self.stages / key, data["files"])
             write_record(self.stages / f"{key}.json", _STAGE, data)
 
     def drop(self, key: str) -> None:
-        """Forget a stage."""
+        """Remove a stage."""
         remove(self.stages / f"{key}.json")
         remove(self.stages / key)
 
     def set_aside(self, key: str) -> Path:
-        """Keep a stage's scratch space under a name that no run looks for; `clean` removes it."""
+        """Rename a stage's workspace to a name that no run reads; `clean` removes it. Returns the new path."""
         aside = self.works / f"{key}.unusable"
         remove(aside)
         return self.work(key).rename(aside)
 
     def finish(self, key: str, data: dict[str, Any]) -> dict[str, Any]:
-        """Record a stage whose folder is complete; from now on it is found."""
+        """Record a stage whose folder is complete; `find` returns it from now on."""
         data = {**data, "files": tabulate(self.stages / key)}
         write_record(self.stages / f"{key}.json", _STAGE, data)
         return data
@@ -234,19 +234,19 @@ class RunFolder:
         return value
 
     def published(self) -> dict[str, Any]:
-        """Of the last result that was published ``recipe``, ``report`` (SHA-256), ``files``; empty where not known."""
+        """``recipe``, ``report`` (SHA-256) and ``files`` of the last published result; empty where unknown."""
         return read_record(self.path / "published.json", _PUBLISHED) or {}
 
     def set_published(self, data: dict[str, Any]) -> None:
-        """Keep what was published."""
+        """Record the published result."""
         write_record(self.path / "published.json", _PUBLISHED, data)
 
     def current(self) -> dict[str, Any]:
-        """Of the last run that began ``stages`` and, once it is done, ``measurements``; empty where that is not known."""
+        """``stages`` of the last run that began and, once it is done, its ``measurements``; empty where unknown."""
         return read_record(self.path / "current.json", _CURRENT) or {}
 
     def set_current(self, stages: list[str], *, done: bool = False) -> None:
-        """Keep which stages a run is about, and when it is done which measurements it used."""
+        """Record the stages of a run, and when it is done the measurements that it used."""
         write_record(
             self.path / "current.json",
             _CURRENT,
@@ -257,7 +257,9 @@ class RunFolder:
         """Keys of all finished stages, oldest first."""
         if not self.stages.is_dir():
             return []
-        found = {n: info for n, info in entries(self.stages).items() if "/" not in n and n.endswith(".json")}
+        records = {n: info for n, info in entries(self.stages).items() if "/" not in n and n.endswith(".json")}
         return [
-            n.removesuffix(".json") for n in sorted(found, key=lambda n: found[n].st_mtime_ns) if not n.startswith(".")
+            n.removesuffix(".json")
+            for n in sorted(records, key=lambda n: records[n].st_mtime_ns)
+            if not n.startswith(".")
         ]

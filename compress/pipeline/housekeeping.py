@@ -1,4 +1,4 @@
-"""Run folders: what is there, and what can go."""
+"""Lists run folders, and removes their unused parts."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ _SKIPPED = frozenset({".git", ".venv", "node_modules", "__pycache__"})
 
 @dataclass(frozen=True)
 class Unused:
-    """Something that no run needs: a name for people, and what to remove."""
+    """Something that no run needs: its name for people, and the paths to remove."""
 
     name: str
     paths: tuple[Path, ...]
 
     @property
     def bytes(self) -> int:
-        """On disk; hard links count once."""
+        """Bytes on disk; hard links count once."""
         return sum(folder_bytes(path) if path.is_dir() else path.lstat().st_size for path in self.paths)
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
     """Run folders below ``folder``, each with its stages, bytes on disk, the verdict of its last report, and leftovers.
 
-    What dead processes left beside outputs that have no run folder has a row of its own, without stages.
+    Leftovers of dead processes beside outputs without a run folder have a row of their own, without stages.
     """
-    found, named = [], set[Path]()
+    rows, named = [], set[Path]()
     for root, folders, _ in os.walk(folder):
         for name in sorted(folders):
             path = Path(root) / name
             if name.endswith(".run") and RunFolder(path).is_ours():
-                found.append(_describe(path))
+                rows.append(_describe(path))
                 named |= set(leftovers(path.parent, path.name.removesuffix(".run")))
         for path in leftovers(Path(root)):
             if path not in named and path.is_dir():
                 size = folder_bytes(path)
                 row: dict[str, Any] = {"run": str(path), "output": None, "status": None, "bytes": size, "stages": []}
-                found.append({**row, "leftovers": [{"name": path.name, "bytes": size}]})
+                rows.append({**row, "leftovers": [{"name": path.name, "bytes": size}]})
         folders[:] = sorted(f for f in folders if not f.endswith(".run") and f not in _SKIPPED and ".tmp-" not in f)
-    return found
+    return rows
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _describe(path: Path) -> dict[str, Any]:
     try:
         run.check_idle()
         left = [u for u in _unused(run) if u.name not in run.finished()]
-    except OutputError:  # a run is at work: what is there is in use
+    except OutputError:  # a run is at work: everything is in use
         left = []
     return {
         "run": str(path),
@@ -85,32 +85,32 @@ def _report(run: RunFolder) -> dict[str, Any]:
 
 
 def _used(run: RunFolder) -> set[str]:
-    """Keys of the stages that the last report stands on, and of those that the last run was about."""
+    """Keys of the stages of the last report and of the last run."""
     reported = {Path(stage["folder"]).name for stage in _report(run).get("stages", ())}
     return reported | set(run.current().get("stages", ()))
 
 
 def _unused(run: RunFolder) -> list[Unused]:
-    """Stages, scratch space and measurements that the last run has no use for, and what dead processes left."""
+    """Stages, workspaces and measurements that the last run does not use, and leftovers of dead processes."""
     used, current = _used(run), run.current()
     left = run.leftovers()
-    found = [Unused(key, (run.stages / key, run.stages / f"{key}.json")) for key in run.finished() if key not in used]
+    unused = [Unused(key, (run.stages / key, run.stages / f"{key}.json")) for key in run.finished() if key not in used]
     if run.works.is_dir():
         works = (path for path in sorted(run.works.iterdir()) if path.name not in used and path not in left)
-        found += [Unused(f"work/{path.name}", (path,)) for path in works]
+        unused += [Unused(f"work/{path.name}", (path,)) for path in works]
     if current.get("measurements") is not None and run.measurements.is_dir():
         old = [p for p in sorted(run.measurements.glob("*.json")) if p.stem not in current["measurements"]]
         if old:
-            found.append(Unused(f"{len(old)} old measurement{'s' if len(old) > 1 else ''}", tuple(old)))
+            unused.append(Unused(f"{len(old)} old measurement{'s' if len(old) > 1 else ''}", tuple(old)))
     left += leftovers(run.path.parent, _output(run).name)
-    return found + [Unused(path.name, (path,)) for path in left]
+    return unused + [Unused(path.name, (path,)) for path in left]
 
 
 def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tuple[list[str], int]:
-    """Remove what is unused of a run folder, or all of it. Returns the names removed and the bytes that they held.
+    """Remove the unused parts of a run folder, or all of it. Returns the names removed and their bytes.
 
     Args:
-        path: the run folder, its output, or what a dead process left (``.NAME.tmp-…``).
+        path: the run folder, its output, or a leftover of a dead process (``.NAME.tmp-…``).
         everything: the whole folder. dry_run: change nothing.
 
     Raises:
@@ -119,7 +119,7 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
     path = expanded(path)
     if path.name in ("", ".."):
         raise CompressError("names no run folder", where=str(path), fix="`compress runs` lists them")
-    if ".." in path.parts:  # as a run understands it: of a link the parent of what it leads to
+    if ".." in path.parts:  # as a run resolves it: the parent of the folder that a link leads to
         path = path.parent.resolve() / path.name
     if path in (orphans := leftovers(path.parent)):
         return _gone([Unused(str(path), (path,))], dry_run)
@@ -146,5 +146,5 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
 def _gone(unused: list[Unused], dry_run: bool) -> tuple[list[str], int]:
     freed = sum(u.bytes for u in unused)
     for path in () if dry_run else (path for u in unused for path in reversed(u.paths)):
-        remove(path)  # of a stage its record first
+        remove(path)  # a stage's record first
     return [u.name for u in unused], freed

@@ -1,4 +1,4 @@
-"""What a run refuses before any work, told from the recipe, headers and the names of files; `check` asks the same. No torch."""
+"""Checks before any work, from the recipe, headers and names of files; `compress check` runs them too. Imports no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SETS = ("training", "calibration", "evaluation")
 
 
 def check_folders(recipe: Recipe) -> None:
-    """The output is none of the folders that the run reads, nor inside one or around it; and these are there.
+    """Check that the folders that the run reads exist, and that the output is not one of them, inside one or around one.
 
     Raises `OutputError` or `PassError`.
     """
@@ -63,7 +63,7 @@ def check_folders(recipe: Recipe) -> None:
 
 
 def check_plan(recipe: Recipe, plan: Plan) -> None:
-    """The plan fits the memory that the recipe allows. Raises `ResourceError`."""
+    """Check that the plan fits the memory that the recipe allows. Raises `ResourceError`."""
     if recipe.max_ram is not None and plan.peak_memory > recipe.max_ram:
         raise ResourceError(
             f"the run needs about {plan.peak_memory / 1e9:.2f} GB of memory, "
@@ -73,7 +73,7 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
 
 
 def check_window(recipe: Recipe, spec: Spec) -> None:
-    """A causal language model can read the windows that it is measured on. Raises `CompressError`."""
+    """Check that a causal language model can read windows of the evaluation's length. Raises `CompressError`."""
     evaluation, known = recipe.data.evaluation, spec.structure.config.get("max_position_embeddings")
     if (
         evaluation is None
@@ -91,11 +91,11 @@ def check_window(recipe: Recipe, spec: Spec) -> None:
 
 
 def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
-    """A sentence for each gate on size or parameters that no run passes, as the plan, where it is exact, says its values."""
+    """A sentence for each gate on size or parameters that cannot pass; none where the plan is not exact."""
     last = plan.stages[-1].passes[-1]
     if not last.spec.exact:
         return []
-    found = []
+    sentences = []
     for name, value, before in (
         ("size", last.size.bytes, plan.original.bytes),
         ("parameters", last.size.parameters, plan.original.parameters),
@@ -104,14 +104,14 @@ def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
         for bound, reached in (("max", value), ("max_ratio", value / max(before, 1))):
             allowed = None if gate is None else getattr(gate, bound)
             if allowed is not None and reached > allowed:
-                found.append(
+                sentences.append(
                     f"the gate {name}.{bound} will fail: the plan gives {reached:.6g}, it allows {allowed:.6g}"
                 )
-    return found
+    return sentences
 
 
 def check_sets(recipe: Recipe) -> None:
-    """Every column that is named is there, and no file is both evaluated on and seen by a pass. Raises `DataError`."""
+    """Check that every named column exists, and that no pass reads a file of the evaluation. Raises `DataError`."""
     for name in _SETS:
         if (section := getattr(recipe.data, name)) is not None:
             small = [file for file in section.files if kind(file) in FIELD_KINDS and _size(file) <= _LARGE]
@@ -132,7 +132,7 @@ def check_sets(recipe: Recipe) -> None:
 
 
 def check_ids(recipe: Recipe, positions: int | None) -> None:
-    """Token ids, by the headers of their files, are as many as asked and fit the ``positions``. Raises `DataError`."""
+    """Check by file headers that token ids are as many as asked for and fit the ``positions``. Raises `DataError`."""
     for name in _SETS[:2]:
         section = getattr(recipe.data, name)
         if section is None or not section.files or not holds_ids(file := section.files[0]):
@@ -144,7 +144,7 @@ def check_ids(recipe: Recipe, positions: int | None) -> None:
 
 
 def check_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """A tokenizer's files are there where the run reads text. Raises `CheckpointError`."""
+    """Check that a tokenizer exists where the run reads text. Raises `CheckpointError`."""
     needed = set().union(*(passes.get(entry.name).required_data(entry.settings) for entry in recipe.passes))
     if TEXT_METRICS & set(recipe.metrics):
         needed.add("evaluation")
@@ -154,7 +154,7 @@ def check_tokenizer(recipe: Recipe, folder: Path) -> None:
 
 
 def check_chats(folder: Path, documents: Sequence[Document]) -> None:
-    """Chats have a template in the checkpoint's folder; whether they fit it is for the tokenizer to say. Raises `DataError`."""
+    """Check that there is a chat template where the data are chats; whether they fit it is seen later. Raises `DataError`."""
     chat = next((document for document in documents if document.messages is not None), None)
     if chat is None or any(safe_file(folder, name).exists() for name in _TEMPLATES):
         return
@@ -165,7 +165,7 @@ def check_chats(folder: Path, documents: Sequence[Document]) -> None:
 
 
 def _columns(section: TextFiles) -> dict[str, str]:
-    """Columns that a section reads, each with the setting that names it."""
+    """The columns that a section reads, each with the setting that names it."""
     if section.template is not None:
         return dict.fromkeys(template_columns(section.template), "template")
     text: Any = getattr(section, "text", None)
@@ -176,12 +176,12 @@ def _columns(section: TextFiles) -> dict[str, str]:
 
 
 def _read(section: TextFiles) -> tuple[str | None, list[str]]:
-    """What makes the text of a row."""
+    """The template and columns that make the text of a row."""
     return section.template, [column for column, setting in _columns(section).items() if setting != "label"]
 
 
 def _twins(files: tuple[str, ...], others: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Pairs of files with the same bytes, told by their place, else by size and then SHA-256."""
+    """Pairs of files with the same bytes: the same file, or the same size and SHA-256."""
     for mine in files:
         for other in others:
             if _size(mine) == _size(other) and (

@@ -1,4 +1,4 @@
-"""The output folder: what may be there, and how a result gets there in one step."""
+"""Publication: checks the output folder, and puts a result there in one step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MOVE = "move the folder away, or remove it"
 
 
 def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """``compress.json`` of a checkpoint that a run of ours published, None for anything else.
+    """``compress.json`` of a checkpoint that a run published; None for anything else.
 
-    ``files`` has ``bytes`` and ``sha256`` of each file but this one; it is absent where this one was changed since, and in
-    those of versions before.
+    ``files`` has ``bytes`` and ``sha256`` of each file except this one. It is absent where this file was changed since, and
+    in files of earlier versions.
     """
     data = read_json(folder / PROVENANCE)
     if not isinstance(data, dict) or data.get("schema") not in ("compress.checkpoint/1", _SCHEMA):
@@ -42,10 +42,11 @@ def read_provenance(folder: Path) -> dict[str, Any] | None:
 
 
 def check_place(output: Path, model: Path | None, what: str = "model") -> None:
-    """The output has a place that can be written. Raises `OutputError`.
+    """Check that the output can be written. Raises `OutputError`.
 
     Args:
-        model: a folder that is read, and ``what`` it is: the output is neither it, nor inside it, nor around it.
+        model: a folder that the run reads: the output must be neither this folder, nor inside it, nor around it.
+        what: a word for that folder.
     """
     with disk_errors(output):
         _check_place(output, model, what)
@@ -86,20 +87,20 @@ def _check_place(output: Path, model: Path | None, what: str) -> None:
 
 
 def check_absent(output: Path, model: Path | None) -> None:
-    """There is nothing at the output, and a place for it. Raises `OutputError`."""
+    """Check that the output does not exist and can be written. Raises `OutputError`."""
     check_place(output, model)
     if output.exists():
         raise OutputError("exists already", where=str(output), fix="name another output, or remove it")
 
 
 def check_output(output: Path, model: Path | None, known: Mapping[str, Any] | None = None) -> Table:
-    """The output may be absent, empty, or a result of ours that nobody has changed. Raises `OutputError` for all else.
+    """Check that the output is absent, empty, or an unchanged result of a run. Raises `OutputError` for anything else.
 
     Args:
-        known: of files that were published there their ``stamp`` and ``sha256``; files with the same stamp are not read.
+        known: ``stamp`` and ``sha256`` of the files that were published there; files with the same stamp are not read.
 
     Returns:
-        Of such a result the table with the stamps of now.
+        The table of such a result, with present stamps.
     """
     check_place(output, model)
     with disk_errors(output):
@@ -129,10 +130,10 @@ def _unchanged(output: Path, known: Mapping[str, Any], *, contents: bool = False
 
 
 def recover(output: Path) -> None:
-    """Put an earlier result back that a kill left aside, between the two renames of an exchange."""
+    """Put back an earlier result that a killed run left aside, between the two renames of an exchange."""
     aside = _old(output)
     with disk_errors(output):
-        if aside.is_symlink() or not aside.is_dir() or read_provenance(aside) is None:  # it may be anybody's
+        if aside.is_symlink() or not aside.is_dir() or read_provenance(aside) is None:  # it may be somebody else's
             return
         if not os.path.lexists(output):
             aside.rename(output)
@@ -147,18 +148,19 @@ def publish(
     provenance: Mapping[str, Any],
     more: Mapping[str, bytes],
 ) -> tuple[Table, Path | None]:
-    """Put the stage's files, and ``more`` beside them, at ``output`` in one step; an earlier result is exchanged for it.
+    """Put the stage's files, and ``more`` beside them, at ``output`` in one step; an earlier result is replaced.
 
-    Weights are hard-linked where the file system can, copied elsewhere. Every byte is read before it is published or replaced.
+    Weights are hard-linked where the file system allows it, and copied elsewhere. Every byte is read before it is published
+    or replaced.
 
     Args:
         files: the stage's table, as it was written. more: contents of further files.
 
     Returns:
-        The output's table; and where the earlier result was changed at the last moment, the folder that keeps it.
+        The output's table; and the folder that keeps the earlier result, where somebody changed it at the last moment.
 
     Raises:
-        CheckpointError: the stage is not what was written. OutputError: something else is at the output.
+        CheckpointError: the stage's files have changed since they were written. OutputError: the output is somebody else's.
     """
     with temporary(output) as temp:
         _link_tree(stage, temp)
@@ -194,7 +196,7 @@ def _replace(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _free(output: Path) -> Path:
-    """A name beside the output that nothing has."""
+    """An unused name beside the output."""
     number = 1
     while os.path.lexists(path := output.with_name(f"{output.name}.changed-{number}")):
         number += 1
@@ -202,9 +204,9 @@ def _free(output: Path) -> Path:
 
 
 def _link_tree(source: Path, target: Path) -> None:
-    """Hard links to every file below ``source`` in the folder ``target``, or copies; links stay links.
+    """Hard-link every file below ``source`` into the folder ``target``, or copy it; links stay links.
 
-    shutil.copytree would gather errors of the file system as text, without their numbers.
+    shutil.copytree would collect errors of the file system as text, without their numbers.
     """
     for path in sorted(source.iterdir()):
         new = target / path.name
@@ -223,7 +225,7 @@ def _old(output: Path) -> Path:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders; with renameat2(2) in one step, elsewhere in two renames, the second of which `recover` can undo."""
+    """Swap two folders: with renameat2(2) in one step, elsewhere in renames that `recover` can complete after a kill."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
