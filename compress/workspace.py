@@ -1,14 +1,14 @@
-"""The workspace of a stage: the one place where results are cached, work is resumed and files are written atomically.
+"""Workspaces: the one way to cache results, to resume work and to write files atomically.
 
-A workspace is a folder that outlives the process. A run that was killed and starts again finds there what it had finished:
+A workspace is a folder that outlives the process. A killed run that starts again reads there what it had finished:
 
-- `cached` computes a JSON value once; a resumed run reads it instead.
-- `write_json` and `read_json` keep how far a loop has come; `finish` and `done` mark work that has no result of its own.
+- `cached` computes a JSON value once; a resumed run reads it.
+- `write_json` and `read_json` keep the position of a loop; `finish` and `done` mark work without a result of its own.
 - `save_tensors` writes tensors, `new_folder` a folder of files; `folder` gives a part of the work its own workspace.
 
-Every file appears whole under its name or not at all. JSON values lie in records with their digest, so a damaged file counts
-as absent. With several processes (torchrun) all of them call the same methods in the same order: the first process reads and
-writes, the others get what it read.
+A file appears whole under its name or not at all. JSON values lie in records with their digest; a damaged record counts as
+absent. With several processes (torchrun) all of them call the same methods in the same order: the first process reads and
+writes, and all get its values.
 """
 
 from __future__ import annotations
