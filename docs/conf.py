@@ -17,6 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 ACCENT = re.compile(r"\\(?:hat|bar|tilde)\s*(?:\\?[A-Za-z]+|\{[^{}]*\})")
+FUNCTION = re.compile(r"\\(?:ln|log|sin|cos)(?=\s+[\w\\])")
 logger = logging.getLogger(__name__)
 
 project = "compress"
@@ -120,6 +121,7 @@ def _mathml(node: nodes.Element, as_block: bool) -> str:
     """Return a formula as MathML, which browsers show without a script; warn where it cannot be read."""
     # docutils takes the index of an accented letter for a limit below it, and draws primes as apostrophes
     tex = ACCENT.sub(r"{\g<0>}", node.astext()).replace("'", r"^{\prime}")
+    tex = FUNCTION.sub(r"\g<0>\,", tex)  # TeX puts a thin space after the name of a function
     try:
         # browsers draw `^` and `~` into the letter if they are marked as accents
         return str(tex2mathml(tex, as_block=as_block)).replace(' accent="true"', "")
