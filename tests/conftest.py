@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -215,3 +216,20 @@ def stock_outputs(stock: Callable[[str], str]) -> Callable[..., dict[str, dict[s
         return found
 
     return run
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
+    """Exit status and all that is printed of a command line."""
+    from compress.cli import main
+
+    def call(*arguments: Any) -> tuple[Any, str]:
+        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out + captured.err
+
+    return call

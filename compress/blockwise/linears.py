@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.experts import Experts, ExpertSwap
 from compress.blockwise.streamed import StreamedModel
 from compress.errors import PassError
@@ -24,7 +25,7 @@ class TargetLinear:
     Attributes:
         name: the tensor's name in the checkpoint. parameter: the block's own parameter that holds it.
         weight: a view of it with outputs along rows, [O, I]; writing to it changes the block.
-        transposed: whether the checkpoint shapes it [I, O] (GPT-2's Conv1D). owner: the experts it belongs to.
+        transposed: whether the checkpoint shapes it [I, O]. owner: the experts it belongs to.
         module: the layer that is called with the matrix's inputs. group: linears of one group read the same inputs.
     """
 
@@ -48,18 +49,17 @@ def find_linears(
     Raises:
         PassError: a wanted tensor is no linear layer that the block runs.
     """
-    from transformers.pytorch_utils import Conv1D
-
+    matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
     names = _stored_names(streamed, index, block, fused)
     by_name: dict[str, TargetLinear] = {}
     swaps: list[ExpertSwap] = []
     for path, module in block.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)):
-            parameter = f"{path}.weight"
-            transposed = isinstance(module, Conv1D)
+        parameter = f"{path}.weight"
+        stored = names.get((parameter, 0), "")
+        transposed = stored in matrices and matrices[stored].transposed
+        if transposed or isinstance(module, torch.nn.Linear):
             data: torch.Tensor = module.weight.data
-            stored = names[parameter, 0]
             by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
         elif path in fused:
             parent, _, child = path.rpartition(".")

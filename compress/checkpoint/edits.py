@@ -141,7 +141,7 @@ def _mixed(more: type, stock: type) -> type:
 
 
 def _sizes(module: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer; GPT-2's ``Conv1D`` shapes its weight [in, out]."""
+    """(outputs, inputs) of a linear layer; transformers' ``Conv1D`` shapes its weight [in, out]."""
     first, second = module.weight.shape
     return (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,3 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
         return {k: v for k, v in {**base, **changes}.items() if v is not None}
 
     return make
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
-    """Exit status and all that is printed of a command line."""
-    from compress.cli import main
-
-    def call(*arguments: Any) -> tuple[Any, str]:
-        monkeypatch.setenv("COLUMNS", "100")
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out + captured.err
-
-    return call
