@@ -15,7 +15,7 @@ from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
 from compress.passes.cast.settings import CastSettings
 from compress.passes.prune_structured.settings import PruneStructuredSettings
-from compress.passes.prune_unstructured.prune_unstructured import PruneUnstructuredSettings
+from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.recipe import Recipe, load_recipe, locate, recipe_from_mapping, resolved
 from compress.settings import Increase, Pattern
 

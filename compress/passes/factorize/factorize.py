@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import factored
 from compress.errors import PassError
 from compress.passes.allocation import require_divergence
-from compress.passes.base import Context, Pass, PassSettings, Storage, select_linears
+from compress.passes.base import Context, Pass, Storage, select_linears
 from compress.passes.blockwise import (
     measured_divergences,
     open_runner,
     runner_memory,
 )
-from compress.settings import Fraction
+from compress.passes.factorize.settings import FactorizeSettings
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -25,46 +23,6 @@ if TYPE_CHECKING:
 _SETTING = ("`allocation: kl`", "use `allocation: uniform`")
 #: By loss: in how many steps the rank of a matrix is chosen.
 _STEPS = 64
-
-
-class FactorizeSettings(PassSettings):
-    """Settings of `factorize`."""
-
-    keep_parameters: Fraction | None = Field(
-        default=None, description="Share of the chosen matrices' parameters that their factors have in total."
-    )
-    rank: int | None = Field(
-        default=None, ge=1, description="Instead of `keep_parameters`: the same rank for every chosen matrix."
-    )
-    allocation: Literal["kl", "uniform"] = Field(
-        default="kl",
-        description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "
-        "divergence of the model's predictions, estimated from gradients with the whole model in memory; some matrices may "
-        "stay whole. `uniform`: every matrix keeps the same share.",
-    )
-    reconstruction_epochs: int = Field(
-        default=5,
-        ge=0,
-        description="Epochs of block reconstruction (BRECQ, arXiv 2102.05426): each factorised block is trained towards the "
-        "original block's output. 0 for none.",
-    )
-    reconstruction_lr: float = Field(
-        default=0.01,
-        gt=0,
-        lt=1,
-        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
-    )
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
-        if (self.keep_parameters is None) == (self.rank is None):
-            raise ValueError("give either `keep_parameters` or `rank`")
-        return self
-
-    @property
-    def by_loss(self) -> bool:
-        """Whether ranks are chosen by measured losses."""
-        return self.allocation == "kl" and self.rank is None
 
 
 class Factorize(Pass[FactorizeSettings]):

@@ -4,76 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory, require_divergence
-from compress.passes.base import EDITED, Context, Mode, Pass, PassSettings, Storage, select_linears
+from compress.passes.base import EDITED, Context, Mode, Pass, Storage, select_linears
 from compress.passes.blockwise import open_runner, runner_memory
 from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
-from compress.settings import Fraction, PatternNM
+from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
     import torch
 
     from compress.checkpoint.values import Checkpoint, Value
-
-
-class PruneUnstructuredSettings(PassSettings):
-    """Settings of `prune_unstructured`."""
-
-    method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
-        default="alps",
-        description="How weights are chosen. `alps` (arXiv 2406.07831) keeps the most quality. `sparsegpt` (arXiv "
-        "2301.00774) is a few times faster. `wanda` (arXiv 2306.11695) is faster still and worse. These read calibration "
-        "data. `magnitude` removes the smallest weights, needs no data and is by far the worst.",
-    )
-    sparsity: Fraction | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
-    pattern: PatternNM | None = Field(
-        default=None,
-        description="N:M sparsity (arXiv 2104.08378): keep N of every M weights along the input dimension, such as 2:4.",
-    )
-    scope: Literal["layer", "global"] = Field(
-        default="layer",
-        description="With `method: magnitude`: one threshold for each weight matrix (`layer`), or one for all of them "
-        "(`global`).",
-    )
-    allocation: Literal["uniform", "owl", "kl"] = Field(
-        default="uniform",
-        description="How the sparsity is distributed over the matrices. `uniform`: the same everywhere. `owl`: blocks with "
-        "more outliers are pruned less (OWL, arXiv 2310.05175). `kl`: each matrix by the KL divergence of the model's "
-        "predictions that its pruning causes, estimated from gradients with the whole model in memory. The total stays the "
-        "same. `owl` and `kl` read calibration data.",
-    )
-    reconstruction_epochs: int = Field(
-        default=5,
-        ge=0,
-        description="With calibration data: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Each pruned block is "
-        "trained towards the original block's output; masks stay fixed. 0 for none. It takes most of the time, and lowers "
-        "the loss on unseen text too.",
-    )
-    reconstruction_lr: float = Field(
-        default=0.04,
-        gt=0,
-        lt=1,
-        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
-    )
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
-        if (self.sparsity is None) == (self.pattern is None):
-            raise ValueError("give either `sparsity` or `pattern`")
-        if self.pattern is not None and self.scope == "global":
-            raise ValueError("`scope: global` goes with `sparsity`, not with `pattern`")
-        if self.allocation != "uniform" and (self.method == "magnitude" or self.sparsity is None):
-            raise ValueError("`allocation` goes with `sparsity` and with a method that reads calibration data")
-        if self.method != "magnitude" and self.scope == "global":
-            raise ValueError("`scope: global` goes with `method: magnitude`")
-        return self
 
 
 class PruneUnstructured(Pass[PruneUnstructuredSettings]):

@@ -1,0 +1,50 @@
+"""Settings of `factorize`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from compress.passes.base import PassSettings
+from compress.settings import Fraction
+
+
+class FactorizeSettings(PassSettings):
+    """Settings of `factorize`."""
+
+    keep_parameters: Fraction | None = Field(
+        default=None, description="Share of the chosen matrices' parameters that their factors have in total."
+    )
+    rank: int | None = Field(
+        default=None, ge=1, description="Instead of `keep_parameters`: the same rank for every chosen matrix."
+    )
+    allocation: Literal["kl", "uniform"] = Field(
+        default="kl",
+        description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "
+        "divergence of the model's predictions, estimated from gradients with the whole model in memory; some matrices may "
+        "stay whole. `uniform`: every matrix keeps the same share.",
+    )
+    reconstruction_epochs: int = Field(
+        default=5,
+        ge=0,
+        description="Epochs of block reconstruction (BRECQ, arXiv 2102.05426): each factorised block is trained towards the "
+        "original block's output. 0 for none.",
+    )
+    reconstruction_lr: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.keep_parameters is None) == (self.rank is None):
+            raise ValueError("give either `keep_parameters` or `rank`")
+        return self
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether ranks are chosen by measured losses."""
+        return self.allocation == "kl" and self.rank is None
