@@ -1,6 +1,6 @@
-"""Every error a user can meet, and the exit status it ends a command with.
+"""The errors that a user can meet, each with the exit status of the command.
 
-Exit statuses: 0 done, 1 a gate failed, 2 bad recipe, option or input, 3 a gate was inconclusive, 4 out of memory or
+Exit statuses: 0 done, 1 a gate failed, 2 bad recipe, option or input, 3 a gate is inconclusive, 4 out of memory or
 disk, 70 a bug, 130 interrupted. A message is one line: where, what is wrong, what to do.
 """
 
@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130
 
 
 class CompressError(Exception):
-    """Base of all errors that are the user's to mend.
+    """Base of all errors that the user can fix.
 
     Args:
         what: what is wrong, one line, no full stop.
@@ -46,10 +46,10 @@ class CompressError(Exception):
 class RecipeError(CompressError):
     """One or more mistakes in a recipe.
 
-    ``problems`` holds each as rendered text (several lines each); ``count`` says how many there are where those are the first.
+    ``problems`` holds the rendered text of the first ones (several lines each), ``count`` the number of all.
     """
 
-    #: Mistakes that are shown; whoever made more has made one many times.
+    #: Number of mistakes that are shown. More are usually one mistake, repeated.
     SHOWN = 50
 
     def __init__(self, problems: list[str], count: int | None = None) -> None:
@@ -68,13 +68,13 @@ class CheckpointError(CompressError):
 
 
 class DataError(CompressError):
-    """Text, images or labels that are missing, unreadable, too few, or shared between sets that must be apart."""
+    """Text, images or labels that are missing, unreadable, too few, or shared between sets that must be disjoint."""
 
 
 class PassError(CompressError):
-    """A pass that cannot do what its settings ask on this checkpoint.
+    """A pass that cannot apply its settings to this checkpoint.
 
-    ``key`` names the setting at fault, so that the recipe's line can be shown.
+    ``key`` names the setting at fault, so that the line of the recipe is shown.
     """
 
     def __init__(self, what: str, *, key: str | None = None, where: str | None = None, fix: str | None = None) -> None:
@@ -83,11 +83,11 @@ class PassError(CompressError):
 
 
 class OutputError(CompressError):
-    """The output folder cannot be used: it holds something else, is busy, or is not writable."""
+    """The output folder cannot be used: it holds other files, is busy, or is not writable."""
 
 
 class ReportError(CompressError):
-    """A report or a baseline that cannot be read, or lacks what a gate needs."""
+    """A report or a baseline that cannot be read, or lacks a value that a gate needs."""
 
 
 class ResourceError(CompressError):
@@ -103,11 +103,11 @@ class Interrupted(CompressError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another package says, in one line of at most 200 characters; its name where it says nothing."""
+    """The message of another package's error in one line of at most 200 characters; the name of its type if it is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-#: What a process or a machine can run out of, or a disk that fails: not mended by another path.
+#: Errors of resources, which another path does not fix: memory, disk, files, threads.
 _RESOURCES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open"),
@@ -123,9 +123,9 @@ _FIXES = {
 
 
 def from_os(error: OSError, where: str | None = None, what: str = "cannot be used") -> CompressError | None:
-    """The user's error that one of the operating system is: out of a resource, or a file or folder that cannot be used.
+    """The `CompressError` for an error of the operating system: a resource that ran out, or an unusable file or folder.
 
-    None for one that concerns no file, such as a lost connection. ``where`` stands in where the error names no file.
+    None for an error that concerns no file, such as a lost connection. ``where`` is used if the error names no file.
     """
     file = error.filename if isinstance(error.filename, (str, bytes)) else None
     name = file.decode(errors="replace") if isinstance(file, bytes) else file
@@ -139,7 +139,7 @@ def from_os(error: OSError, where: str | None = None, what: str = "cannot be use
 
 
 def is_lack(error: BaseException) -> bool:
-    """Whether an error says that the machine lacks something: memory, threads, files, or a disk that works."""
+    """Whether the machine ran out of memory, threads, files or disk, or its disk fails."""
     text = str(error)
     if isinstance(error, (MemoryError, ResourceError)) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -149,15 +149,15 @@ def is_lack(error: BaseException) -> bool:
     return trouble is not None and isinstance(from_os(trouble), ResourceError)
 
 
-#: How libraries written in Rust end the message of an error of the operating system.
+#: End of the message with which libraries in Rust report an error of the operating system.
 _RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def hidden_os_error(error: BaseException) -> OSError | None:
-    """The error of the operating system that a library reports as one of its own, None where there is none.
+    """The error of the operating system behind a library's own error; None if there is none.
 
-    safetensors and tokenizers name its number in their message. torch's writer of archives fails once more while it closes a
-    file that could not be written; the first error is that exception's context.
+    safetensors and tokenizers give its number in their message. torch's archive writer fails a second time when it closes a
+    file that could not be written; the first error is the context of that exception.
     """
     if (number := _RUST.search(str(error))) is not None:
         return OSError(int(number[1]), os.strerror(int(number[1])))

@@ -1,4 +1,4 @@
-"""Settings models and the amounts they are written in.
+"""Base of settings models, and the amounts that settings are written in.
 
 An amount is a *share* when it is a percentage or a fraction below 1, and a *count* when it is an integer from 1 up.
 Sizes take units (``500MB``); N:M sparsity is written ``2:4``.
@@ -22,7 +22,7 @@ _PERCENT = re.compile(r"^\s*(-?[0-9]+(?:\.[0-9]+)?)\s*%\s*$")
 
 
 class Settings(BaseModel):
-    """Base of every settings model: frozen, unknown keys refused, every field described."""
+    """Base of every settings model: frozen, with a description for every field; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=False)
 
@@ -30,13 +30,13 @@ class Settings(BaseModel):
 def defaults(model: type[BaseModel], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The default of every setting that has one, as JSON values. Some depend on the settings ``given``."""
     known = dict(given or {})
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if not field.is_required():
             value = field.get_default(call_default_factory=True, validated_data=known)
-            found[name] = to_jsonable_python(value)
+            values[name] = to_jsonable_python(value)
             known.setdefault(name, value)
-    return found
+    return values
 
 
 class Pattern(NamedTuple):
@@ -55,14 +55,14 @@ def expected(phrase: str, value: Any) -> PydanticCustomError:
 
 
 def distinct(value: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, where none is given twice. Raises `ValueError`."""
+    """The names unchanged. Raises `ValueError` for a name that is given twice."""
     if twice := [name for i, name in enumerate(value) if name in value[:i]]:
         raise ValueError(f"`{twice[0]}` is named twice")
     return value
 
 
 def parse_size(value: Any) -> int:
-    """``500MB`` (10^6), ``4GiB`` (2^30) or a plain number of bytes, as bytes."""
+    """Parse ``500MB`` (10^6), ``4GiB`` (2^30) or a plain number of bytes into bytes."""
     size: float = 0
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
@@ -74,7 +74,7 @@ def parse_size(value: Any) -> int:
 
 
 def parse_share(value: Any) -> float:
-    """``50%`` or ``0.5``, as a fraction strictly between 0 and 1."""
+    """Parse ``50%`` or ``0.5`` into a fraction strictly between 0 and 1."""
     share: float | None = None
     if isinstance(value, str) and (match := _PERCENT.match(value)):
         share = float(match[1]) / 100
@@ -86,7 +86,7 @@ def parse_share(value: Any) -> float:
 
 
 def parse_amount(value: Any) -> float | int:
-    """A share (``25%``, ``0.25``) as a float, or a count (``2``) as an int."""
+    """Parse a share (``25%``, ``0.25``) into a float, or a count (``2``) into an int."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value >= 1:
             return value
@@ -95,7 +95,7 @@ def parse_amount(value: Any) -> float | int:
 
 
 def parse_pattern(value: Any) -> Pattern:
-    """``2:4`` as ``Pattern(2, 4)``."""
+    """Parse ``2:4`` into ``Pattern(2, 4)``."""
     if isinstance(value, Pattern):
         return value
     match = re.match(r"^\s*([0-9]+)\s*:\s*([0-9]+)\s*$", value) if isinstance(value, str) else None
@@ -108,7 +108,7 @@ def parse_pattern(value: Any) -> Pattern:
 
 
 def parse_increase(value: Any) -> dict[str, Any]:
-    """An allowed change: ``5%`` is relative, a plain number absolute: ``{"value": 0.05, "relative": True}``."""
+    """Parse an allowed change: ``5%`` (relative) into ``{"value": 0.05, "relative": True}``; a plain number is absolute."""
     if isinstance(value, dict):
         return value
     if isinstance(value, str) and (match := _PERCENT.match(value)) and math.isfinite(float(match[1])):
@@ -119,7 +119,7 @@ def parse_increase(value: Any) -> dict[str, Any]:
 
 
 def parse_ratio(value: Any) -> float:
-    """``0.4`` or ``40%`` as a float above 0."""
+    """Parse ``0.4`` or ``40%`` into a float above 0."""
     number = _number(value)
     if number is None or number <= 0:
         raise expected("a ratio above 0, such as 0.4 or 40%", value)
@@ -127,7 +127,7 @@ def parse_ratio(value: Any) -> float:
 
 
 def parse_level(value: Any) -> float:
-    """``0.95`` or ``95%`` as a float from 0 to 1."""
+    """Parse ``0.95`` or ``95%`` into a float from 0 to 1."""
     number = _number(value)
     if number is None or not 0 <= number <= 1:
         raise expected("a share from 0 to 1, such as 0.95 or 95%", value)
@@ -163,7 +163,7 @@ class Increase(Settings):
     """An allowed increase of a metric, relative to the original's value or absolute."""
 
     value: float = Field(description="The bound.")
-    relative: bool = Field(description="True when the bound is a share of the original's value.")
+    relative: bool = Field(description="Whether the bound is a share of the original's value.")
 
 
 AllowedIncrease = Annotated[
@@ -172,7 +172,7 @@ AllowedIncrease = Annotated[
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: ``8.21 MB`` (10^6), three significant digits."""
+    """Bytes in readable units, such as ``8.21 MB`` (10^6), with three significant digits."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= size:
             return f"{count / size:.3g} {unit}" if abs(count) / size < 1000 else f"{count / size:.0f} {unit}"

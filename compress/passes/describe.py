@@ -45,12 +45,12 @@ def _docstring(pass_class: type) -> tuple[str, str]:
 
 def _with_sections(rows: list[dict[str, Any]], model: type[BaseModel]) -> list[dict[str, Any]]:
     """After each setting that is a section, its keys by dotted names."""
-    found = []
+    result = []
     for row in rows:
-        found.append(row)
+        result.append(row)
         for section in _models_in(model.model_fields[row["name"]].annotation) if row["type"] == "section" else ():
-            found += [{**inner, "name": f"{row['name']}.{inner['name']}"} for inner in describe_settings(section)]
-    return found
+            result += [{**inner, "name": f"{row['name']}.{inner['name']}"} for inner in describe_settings(section)]
+    return result
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

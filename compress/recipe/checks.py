@@ -1,4 +1,4 @@
-"""What concerns several keys of a recipe, or files: the order of passes, missing data, missing files."""
+"""Checks across keys and against the disk: the order of passes, missing data, missing files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from compress.recipe.problems import ListNode, MapNode, Problem, find_place, nod
 
 
 def misplaced_passes(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
-    """Passes in an order that they do not allow."""
+    """A problem for each pass that cannot follow the passes before it."""
     for wrong in misplaced(list(_entries(values))):
         yield Problem(wrong.message, *_at_pass(root, wrong.index), wrong.hint)
 
 
-#: What a metric that such data do not give is read off, and what to do.
+#: Kind of the given data ▶ what a metric that cannot be measured on it needs, and what to do.
 _LACKING: dict[Given, tuple[str, str]] = {
-    "images": ("is read off text, not images", "name `files` in data.evaluation"),
-    "labelled": ("is read off text without labels", "leave out `label`"),
-    "text": ("is read off text with labels", "add to data.evaluation: `text: COLUMN, label: COLUMN`"),
+    "images": ("is measured on text, not images", "name `files` in data.evaluation"),
+    "labelled": ("is measured on text without labels", "leave out `label`"),
+    "text": ("is measured on text with labels", "add to data.evaluation: `text: COLUMN, label: COLUMN`"),
 }
 
 
 def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
-    """Passes, metrics and gates that need text which ``data`` does not give, or text of another kind."""
+    """A problem for each pass, metric or gate whose data set is missing, or is of another kind."""
     data = values.get("data", {})
     if not isinstance(data, dict):
         return
@@ -48,7 +48,7 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
                 *_at_pass(root, index),
                 _data_hint(name),
             )
-    lacking, hint = "needs text to measure on, and there is no `data.evaluation`", _data_hint("evaluation")
+    lacking, hint = "needs evaluation text, and there is no `data.evaluation`", _data_hint("evaluation")
     possible: frozenset[str] = frozenset()
     if "evaluation" in given:
         keys = data["evaluation"] if isinstance(data["evaluation"], dict) else {}
@@ -86,7 +86,7 @@ def _data_hint(name: str) -> str:
 
 
 def missing_files(root: MapNode) -> Iterator[Problem]:
-    """Data files that are missing or of an unknown kind, and a model that is neither a folder nor, by its form, a hub id."""
+    """A problem for each data file that is missing or of an unknown kind, and for a model that is no folder and no hub id."""
     data = root.get("data")
     for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
         files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
@@ -120,7 +120,7 @@ def _local(text: str) -> Path:
 
 
 def _near(path: Path) -> str | None:
-    """A neighbour with a name much like it; else where the path ends to exist."""
+    """A hint: a file of a similar name beside it, or where relative paths start."""
     if path.exists():
         return None
     try:

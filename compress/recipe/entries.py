@@ -48,7 +48,7 @@ def parse_pass(value: Any) -> PassEntry:
             "{name}: expected a mapping of settings, got {value}",
             {"name": name, "value": repr(settings), "hint": f"as `{name}: {{setting: value}}`"},
         )
-    # by way of JSON: strict about types, yet a list serves for a tuple
+    # validated as JSON: strict about types, but a list serves as a tuple
     text = json.dumps({} if settings is None else settings)
     return PassEntry(name, model.model_validate_json(text, strict=True))
 

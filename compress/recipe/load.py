@@ -1,4 +1,4 @@
-"""A recipe from files (``extends``), ``--set`` options, or a Python mapping."""
+"""Load a recipe from a file (with ``extends``) or a Python mapping, and apply ``--set`` options."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from compress.settings import Pattern
 
 
 def load_recipe(path: Path, sets: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
-    """The recipe in a file.
+    """Load the recipe in a file.
 
     Args:
-        path: YAML, UTF-8, up to 1 MB. ``extends: other.yaml`` in it is relative to the file that says it.
-        sets: overrides, ``passes.0.cast.weights=fp16``; the value is YAML.
-        check_files: look whether the model and the text files are there.
+        path: YAML, UTF-8, up to 1 MB. ``extends: other.yaml`` is relative to the file that contains it.
+        sets: overrides such as ``passes.0.cast.weights=fp16``; the value is YAML.
+        check_files: check that the model and the text files exist.
 
     Raises:
-        RecipeError: with every mistake in the recipe, all it extends, and the overrides.
+        RecipeError: with every mistake in the recipe, in the files it extends, and in the overrides.
     """
     problems: list[Problem] = []
     files = _Files(problems)
@@ -51,7 +51,7 @@ def load_recipe(path: Path, sets: Sequence[str] = (), *, check_files: bool = Tru
 
 
 def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
-    """The recipe that a mapping says, with the keys of a file; mistakes are located by their keys.
+    """Build a recipe from a mapping with the keys of a file. Mistakes are located by their keys.
 
     Tuples serve as lists, paths as text. ``extends`` is relative to the current folder. Raises `RecipeError`.
     """
@@ -63,10 +63,10 @@ def recipe_from_mapping(mapping: Mapping[str, Any], sets: Sequence[str] = (), *,
 
 
 def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, Any]:
-    """Gates outside a recipe, in the plain form that `compress.gates.judge` reads.
+    """Read gates outside a recipe, into the plain form that `compress.gates.judge` reads.
 
     Args:
-        gates: as a recipe writes them. sets: more of them, or others in their place: ``bits_per_byte.max_increase=3%``.
+        gates: as in a recipe. sets: further gates, or replacements, such as ``bits_per_byte.max_increase=3%``.
 
     Raises:
         RecipeError: with every mistake.
@@ -115,14 +115,14 @@ _SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class _Files:
-    """Reads files and what they extend; ``complete`` is false once a base could not be read."""
+    """Reads files and the files that they extend. ``complete`` becomes false if one of these cannot be read."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
         self.complete = True
 
     def read(self, path: Path, parents: tuple[Path, ...], at: Place | None = None) -> MapNode | None:
-        """The tree of a file, or None. ``parents`` are the files that led here, ``at`` where the last of them says so."""
+        """The tree of a file, or None. ``parents`` are the files that extend it, ``at`` is the last ``extends``."""
         origin = Origin(str(path), rank=len(parents))
         try:
             with path.open("rb") as file:
@@ -156,7 +156,7 @@ class _Files:
         return self.extended(root, path, (*parents, path))
 
     def extended(self, root: MapNode, path: Path, parents: tuple[Path, ...]) -> MapNode:
-        """The tree laid over the one that its ``extends`` names; ``parents`` ends with this file."""
+        """The tree merged over the tree of its ``extends``; ``parents`` ends with this file."""
         entry = root.entries.pop("extends", None)
         if entry is None:
             return root
@@ -173,16 +173,16 @@ class _Files:
             self.problems.append(Problem(str(error), place, ("extends",)))
             return root
         if base_path.suffix.lower() not in _SUFFIXES:
-            # mistakes are shown with their line: a recipe from elsewhere could print any file of this machine
+            # a mistake is shown with its line, so a foreign recipe could print any file of this machine
             self.complete = False
-            said = f"`extends` expects a recipe, whose name ends in {', '.join(_SUFFIXES)}; {base_path} does not"
-            self.problems.append(Problem(said, place, ("extends",)))
+            message = f"`extends` expects a recipe, whose name ends in {', '.join(_SUFFIXES)}; {base_path} does not"
+            self.problems.append(Problem(message, place, ("extends",)))
             return root
         known = [os.path.realpath(parent) for parent in parents]
         if (real := os.path.realpath(base_path)) in known:
             self.complete = False
-            circle = " ▶ ".join(str(parent) for parent in [*parents[known.index(real) :], base_path])
-            self.problems.append(Problem(f"`extends` goes round in a circle: {circle}", place, ("extends",)))
+            loop = " ▶ ".join(str(parent) for parent in [*parents[known.index(real) :], base_path])
+            self.problems.append(Problem(f"`extends` leads back to itself: {loop}", place, ("extends",)))
             return root
         base = self.read(base_path, parents, place)
         self.complete = self.complete and base is not None
@@ -190,7 +190,7 @@ class _Files:
 
 
 def _over(base: MapNode, top: MapNode) -> MapNode:
-    """Mappings merge, key by key; all else of ``top`` replaces what ``base`` has."""
+    """Merge ``top`` over ``base``: mappings key by key; every other value of ``top`` replaces the base's."""
     entries = dict(base.entries)
     for key, entry in top.entries.items():
         below = entries.get(key)
@@ -214,7 +214,7 @@ _PART = re.compile(r'"(?P<double>[^"]*)"|\'(?P<single>[^\']*)\'|(?P<bare>[^.="\'
 
 
 class _Change:
-    """One ``--set``: a path, and the value to put there."""
+    """One ``--set`` option: a path and its new value."""
 
     def __init__(self, path: list[str], value: Node, place: Place) -> None:
         self.path = path
@@ -222,7 +222,7 @@ class _Change:
         self.place = place
 
     def apply(self, root: MapNode, problems: list[Problem]) -> None:
-        """Change the tree; what lies on the way and is not there is made, for validation to judge."""
+        """Change the tree. Missing mappings on the path are created; validation judges the result."""
         if self.path[0] == "extends":
             problems.append(Problem("`extends` cannot be set", self.place, hint="write it in a recipe"))
             return
@@ -290,7 +290,7 @@ class _Change:
 
 
 def _as_entry(node: Node) -> MapNode | None:
-    """A pass of a recipe as a mapping, also where it is a bare name."""
+    """An entry of ``passes`` as a mapping; a bare name becomes one without settings."""
     if isinstance(node, MapNode) and len(node.entries) == 1:
         return node
     if isinstance(node, Scalar) and isinstance(node.value, str):
@@ -299,7 +299,7 @@ def _as_entry(node: Node) -> MapNode | None:
 
 
 def _parse_set(text: str, rank: int, problems: list[Problem], option: str = "--set") -> _Change | None:
-    """``a.b.2.c=value`` read; parts with dots are quoted. Place and rank put its mistakes after those of files."""
+    """Parse ``a.b.2.c=value``; parts with dots are quoted. Its mistakes are listed after those of files."""
     origin = Origin(f"{option} {text}", rank=1_000 + rank)
     place = Place(origin)
     path: list[str] = []
@@ -322,7 +322,7 @@ def _parse_set(text: str, rank: int, problems: list[Problem], option: str = "--s
 
 
 def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem]) -> Node:
-    """The tree of plain Python values; settings models and amounts are taken as what they would be in YAML."""
+    """The tree of plain Python values. Settings models and amounts become what they are in YAML."""
     if len(path) > 64:
         problems.append(Problem("nested more than 64 deep", path=path))
         return Scalar(None, "")

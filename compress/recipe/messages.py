@@ -60,17 +60,17 @@ _EXPECTED = {
 
 
 def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
-    """One problem per place: the members of a union that refuse the same value become one sentence."""
+    """One problem per place. Errors of all members of a union at one value become one sentence."""
     groups: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for error in errors:
         path = _path(root, error)
-        if error["type"] == "default_factory_not_called":  # what the default depends on is wrong already
+        if error["type"] == "default_factory_not_called":  # the setting that the default depends on is reported
             continue
         if (
             error["type"] == "too_short"
             and isinstance(node := node_at(root, path), ListNode)
             and len(node.items) >= (error["ctx"]["min_length"])
-        ):  # pydantic counts the entries that are right
+        ):  # pydantic counts valid entries only
             continue
         if error["type"] == "extra_forbidden":
             yield _unknown_key(root, path)
@@ -83,7 +83,7 @@ def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
 
 
 def _path(root: MapNode, error: ErrorDetails) -> tuple[str | int, ...]:
-    """pydantic's location as keys of the tree: without tags of unions, with the name of the pass."""
+    """pydantic's location as a path of keys: without tags of unions, with the name of the pass."""
     node: Node | None = root
     path: list[str | int] = []
     last = len(error["loc"]) - 1
@@ -101,18 +101,18 @@ def _path(root: MapNode, error: ErrorDetails) -> tuple[str | int, ...]:
 
 
 def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
-    """Fields of the model at a path, those of its own before inherited ones; empty where it is no model."""
+    """Fields of the model at a path, own fields before inherited ones; empty where there is no model."""
     if len(path) >= 3 and path[0] == "passes":
-        found: list[type[BaseModel]] = [passes.get(str(path[2])).settings]
+        models: list[type[BaseModel]] = [passes.get(str(path[2])).settings]
         rest = path[3:]
     else:
-        found, rest = [Recipe], path
+        models, rest = [Recipe], path
     for part in rest:
         if isinstance(part, str):
-            annotations = [m.model_fields[part].annotation for m in found if part in m.model_fields]
-            found = [m for annotation in annotations for m in _models_in(annotation)]
+            annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+            models = [m for annotation in annotations for m in _models_in(annotation)]
     fields: dict[str, Any] = {}
-    for each in found:
+    for each in models:
         own = [name for name in each.model_fields if name in each.__annotations__]
         fields |= {name: each.model_fields[name] for name in [*own, *(n for n in each.model_fields if n not in own)]}
     return fields
@@ -147,7 +147,7 @@ def _unknown_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
 
 
 def _renamed(path: tuple[str | int, ...]) -> Renamed | None:
-    """The table's entry for the key at a path, where it is an old one or has old values."""
+    """The entry of the table of renamed keys for a path; None for a key that was not renamed."""
     in_pass = len(path) > 3 and path[0] == "passes"
     return find_renamed(str(path[2]) if in_pass else "", dotted(path[3:] if in_pass else path))
 
@@ -184,7 +184,7 @@ def _whole_problem(root: MapNode, path: tuple[str | int, ...], node: Node | None
 
 
 def _expected(error: ErrorDetails) -> str | None:
-    """What was wanted, as a phrase; None where only a whole sentence says it."""
+    """The expected value as a phrase; None for an error with a sentence of its own."""
     context = error.get("ctx", {})
     if error["type"] in ("too_short", "too_long"):
         short = error["type"] == "too_short"
@@ -233,7 +233,7 @@ def _value_hint(node: Node | None, path: tuple[str | int, ...], wanted: str, err
 
 
 def _spelling_hint(node: Scalar, wanted: str) -> str | None:
-    """How to write a value that is right but for its form: quotes, brackets, yes and no."""
+    """How to write a value of the wrong form: without quotes, in brackets, as true or false."""
     if wanted == "a list":
         return f"write [{node.text}]"
     if wanted == "text" and not isinstance(node.value, str):

@@ -1,8 +1,8 @@
-"""Located YAML 1.2: text ▶ a tree of nodes that know their places, and every duplicate key.
+"""Located YAML 1.2: text ▶ a tree of nodes that know their places. Duplicate keys are reported.
 
-Values are built here and not by the YAML library, so that `2:4` and `off` are text and `1e-4` a number (the core
-schema of YAML 1.2), nothing but plain values can be made, and no mistake hides the next one. Anchors, aliases and `<<`
-work; aliases are copied, so that a place in the tree can be changed alone.
+Values are built here and not by the YAML library. So `2:4` and `off` are text and `1e-4` is a number (the core schema of
+YAML 1.2), only plain values can be made, and no mistake hides the next one. Anchors, aliases and `<<` work; aliases are
+copied, so that one place in the tree can be changed alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compress.recipe.problems import ListNode, MapEntry, MapNode, Node, Origin, 
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
-#: Values that aliases and merge keys may expand to; a recipe that a person wrote has tens.
+#: Limit of values that aliases and merge keys expand to. A recipe that a person wrote has tens.
 MAX_ALIASED = 10_000
 
 _TAG = "tag:yaml.org,2002:"
@@ -48,7 +48,7 @@ class _CoreResolver(VersionedResolver):  # type: ignore[misc, unused-ignore]
 
 
 def decode(data: bytes, name: str, rank: int = 0) -> tuple[str, Origin] | Problem:
-    """UTF-8 bytes of a file as text without byte order mark, and its origin; or what is wrong with them."""
+    """Decode the UTF-8 bytes of a file, without byte order mark. Returns text and origin, or the problem."""
     if len(data) > MAX_BYTES:
         return Problem(f"is larger than {MAX_BYTES // 10**6} MB, so it is no recipe", Place(Origin(name, rank=rank)))
     try:
@@ -64,9 +64,9 @@ def decode(data: bytes, name: str, rank: int = 0) -> tuple[str, Origin] | Proble
 
 
 def parse(text: str, origin: Origin, problems: list[Problem]) -> Node | None:
-    """The tree of one YAML document; what is wrong with it goes to ``problems``.
+    """Parse one YAML document to a tree. Mistakes go to ``problems``.
 
-    None where the text has no document or is not YAML at all. Places of an origin without lines have no line either.
+    Returns None if the text has no document or is not YAML. Places of an origin without lines have no line either.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _CoreResolver
@@ -91,7 +91,7 @@ def parse(text: str, origin: Origin, problems: list[Problem]) -> Node | None:
 
 
 class _Reader:
-    """Builds our nodes from the library's, once per use of an alias."""
+    """Builds nodes from the YAML library's; an alias is built again at each use."""
 
     def __init__(self, text: str, origin: Origin, problems: list[Problem]) -> None:
         self.text = text
@@ -115,7 +115,7 @@ class _Reader:
         self.problems.append(Problem(message, place, hint=hint))
 
     def syntax(self, error: MarkedYAMLError) -> Problem:
-        """The library's message in words for people."""
+        """The problem for an error of the YAML library."""
         mark = error.problem_mark or error.context_mark
         index = mark.index if mark is not None else 0
         what = str(error.problem or error.context or "cannot be read")
@@ -215,8 +215,8 @@ class _Reader:
         return Scalar(value, text, place)
 
     def entries(self, raw: MappingNode) -> dict[str, MapEntry]:
-        """Entries of a mapping: its own, in order, then those that `<<` merges in."""
-        found: dict[str, MapEntry] = {}
+        """Entries of a mapping: its own in order, then the entries that `<<` merges in."""
+        result: dict[str, MapEntry] = {}
         merged: list[MapNode] = []
         merge_key: Place | None = None
         for raw_key, raw_value in raw.value:
@@ -236,8 +236,8 @@ class _Reader:
                 self.report(bad, place)
                 continue
             node = self.node(raw_value)
-            if key in found:
-                first = found[key].key
+            if key in result:
+                first = result[key].key
                 before = (
                     f"it stands in line {first.line} already"
                     if first is not None and first.line
@@ -245,11 +245,11 @@ class _Reader:
                 )
                 self.report(f"duplicate key `{key}`", place, f"{before}: keep one")
             else:
-                found[key] = MapEntry(node, place)
+                result[key] = MapEntry(node, place)
         for source in merged:
             for key, entry in source.entries.items():
-                found.setdefault(key, entry)
-        return found
+                result.setdefault(key, entry)
+        return result
 
     def _merged(self, raw: Any, place: Place) -> list[MapNode]:
         node = self.node(raw)
@@ -260,7 +260,7 @@ class _Reader:
 
 
 def unusable(text: str) -> str | None:
-    """What keeps text from being a path or a name; None where nothing does."""
+    """Why text cannot be a path or a name; None for text that can."""
     if "\0" in text:
         return "the character U+0000 cannot be used"
     if any("\ud800" <= char <= "\udfff" for char in text):

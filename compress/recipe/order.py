@@ -1,4 +1,4 @@
-"""Which pass may follow which: from what passes declare, and from nothing else."""
+"""The order of passes: a pass must accept the storage that earlier passes leave, as both declare."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.recipe.entries import PassEntry
 
 @dataclass(frozen=True)
 class Misplaced:
-    """A pass that cannot read what an earlier one leaves."""
+    """A pass that cannot read the storage of an earlier pass."""
 
     index: int
     message: str
@@ -20,13 +20,13 @@ class Misplaced:
 
 
 def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
-    """Passes in illegal places, given (index in the recipe, entry).
+    """Find the passes in illegal places, given (index in the recipe, entry).
 
-    A pass must accept all storage that the passes before it left. A pass leaves what it produces, and the integers
-    of earlier passes where it declares that it preserves them. What the checkpoint itself holds, its plan checks.
+    A pass must accept all storage that earlier passes left. A pass leaves the storage that it produces, and the integers of
+    earlier passes if it declares that it preserves them. The storage of the input checkpoint is checked by `plan`.
     """
     left: dict[Storage, tuple[int, str]] = {}  # storage ▶ the pass that left it
-    found = []
+    wrong = []
     for index, entry in entries:
         instance = passes.get(entry.name)
         for storage in [storage for storage in left if storage not in instance.accepts]:
@@ -36,11 +36,11 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
             message = f"{entry.name} {does} {values} weights, but {name} (passes.{earlier}) leaves {storage}s"
             if storage in EDITED:
                 message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
-            found.append(Misplaced(index, message, f"put {entry.name} before {name}"))
+            wrong.append(Misplaced(index, message, f"put {entry.name} before {name}"))
             del left[storage]  # one mistake, not one for each pass that follows
         if "integer" in left and "integers" not in instance.preserves:
             del left["integer"]
         left.pop("float", None)
         for storage in instance.output_storage(entry.settings):
             left[storage] = (index, entry.name)
-    return found
+    return wrong

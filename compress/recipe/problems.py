@@ -1,4 +1,4 @@
-"""Mistakes and where they are: places in files, the tree of what was written, and how a mistake is shown."""
+"""Mistakes and their places: the tree of a recipe, places in files, and how a mistake is shown."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 from compress.errors import CompressError
 
 KeyPath: TypeAlias = Sequence[str | int]
-#: Longest piece of a source line that is shown; of longer lines a window around the mistake.
+#: Longest piece of a source line that is shown; a longer line is cut to a window around the mistake.
 _SHOWN = 160
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where text came from: a file by the name the user gave, or a ``--set`` option (then without lines).
+    """The origin of text: a file by the name that the user gave, or a ``--set`` option (then without lines).
 
-    ``rank`` orders mistakes: the recipe, what it extends, then ``--set``.
+    ``rank`` orders mistakes: first the recipe, then the files it extends, then ``--set``.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A stretch of one line. ``line`` and ``column`` count from 1; ``whole`` is false where it goes on below."""
+    """A part of one line. ``line`` and ``column`` count from 1; ``whole`` is false if it continues on the next line."""
 
     origin: Origin
     line: int = 0
@@ -58,7 +58,7 @@ class ListNode:
 
 @dataclass(slots=True)
 class MapEntry:
-    """What a key holds, and where the key is."""
+    """The value of a key, and the place of the key."""
 
     node: Node
     key: Place | None = None
@@ -72,7 +72,7 @@ class MapNode:
     place: Place | None = None
 
     def get(self, key: str) -> Node | None:
-        """The value at a key; None where there is none, or where it is null."""
+        """The value at a key; None where it is missing or null."""
         entry = self.entries.get(key)
         return None if entry is None or is_null(entry.node) else entry.node
 
@@ -81,7 +81,7 @@ Node: TypeAlias = Scalar | ListNode | MapNode
 
 
 def is_null(node: Node) -> bool:
-    """Whether nothing was written, or null."""
+    """Whether the value is empty or null."""
     return isinstance(node, Scalar) and node.value is None
 
 
@@ -124,7 +124,7 @@ def plain(node: Node) -> Any:
 
 
 def find_place(root: Node, path: KeyPath, *, key: bool = False) -> Place | None:
-    """The place of a path: of its value, or of its key (``key``); of what encloses it, where it is not written.
+    """The place of the value at a path, or with ``key`` of its key; for a missing path, of the mapping or list around it.
 
     A value that takes several lines, or none, is shown by its key.
     """
@@ -148,7 +148,7 @@ def _shown(place: Place | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: what is wrong, where, and what to do.
+    """One mistake: the message, its place, and what to do.
 
     ``path`` of keys is shown where there is no place, as for a recipe made in Python.
     """
@@ -173,7 +173,7 @@ class Problem:
 
 
 def _window(line: str, column: int) -> tuple[str, int]:
-    """The line without tabs, cut to what is shown, and the column in it."""
+    """The line without tabs, cut to the window that is shown, and the column in it."""
     line = line.replace("\t", " ")
     if len(line) <= _SHOWN:
         return line, column
@@ -189,9 +189,9 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 def in_order(problems: Iterable[Problem]) -> list[Problem]:
-    """By file and position, each once."""
+    """Problems by file and position, without repetitions."""
     first: dict[tuple[Place | None, str, tuple[str | int, ...]], Problem] = {}
-    for problem in problems:  # what an alias repeats is one mistake, at the anchor
+    for problem in problems:  # a mistake that an alias repeats is shown once, at the anchor
         first.setdefault((problem.place, problem.message, () if problem.place else problem.path), problem)
     return sorted(first.values(), key=_position)
 
@@ -202,7 +202,7 @@ def _position(problem: Problem) -> tuple[int, int, int]:
 
 
 class Source:
-    """Where the parts of a recipe are written. All sources are equal: a recipe is what it says, not where."""
+    """Where the parts of a recipe are written. All sources compare equal, so recipes compare by their values."""
 
     def __init__(self, root: MapNode) -> None:
         self.root = root
@@ -215,12 +215,12 @@ class Source:
 
 
 def locate(source: Source | None, path: KeyPath, error: CompressError) -> str:
-    """An error met after loading, shown at its place in the recipe.
+    """Render an error that came after loading at its place in the recipe.
 
     Args:
         source: `Recipe.source`.
         error: what is wrong, and what to do.
-        path: as ``("passes", 0, "cast", "weights")``; where it is not written, what encloses it is shown.
+        path: such as ``("passes", 0, "cast", "weights")``; for a missing path the mapping around it is shown.
     """
     place = find_place(source.root, path) if source is not None else None
     return Problem(error.what, place, tuple(path), error.fix).render()

@@ -1,4 +1,4 @@
-"""A recipe written out with every default, as JSON values and as YAML; reading that gives an equal recipe."""
+"""Write a recipe out with every default, as JSON values and as YAML. Reading that gives an equal recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compress.settings import Increase, Pattern
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """JSON values of the recipe with every default; gates and data sets that it does not have are left out.
+    """The recipe with every default as JSON values, without the gates and data sets that it does not have.
 
     Sizes are bytes, shares fractions, relative increases percentages, patterns ``n:m``.
     """
@@ -36,7 +36,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def plain_settings(value: Any) -> Any:
-    """Settings as JSON values, amounts as a recipe spells them."""
+    """Settings as JSON values, with amounts as in a recipe."""
     if isinstance(value, Increase):
         return _increase(value)
     if isinstance(value, BaseModel):
@@ -59,7 +59,7 @@ def _increase(increase: Increase) -> Any:
         return increase.value
     percent = f"{Decimal(repr(increase.value)) * 100:f}"
     percent = percent.rstrip("0").rstrip(".") if "." in percent else percent
-    # a percentage is divided by 100 when read: where that rounds, say it in parts
+    # a percentage is divided by 100 when read; where that rounds, write value and kind apart
     return f"{percent}%" if float(percent) / 100 == increase.value else {"value": increase.value, "relative": True}
 
 
@@ -77,12 +77,12 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     stream = io.StringIO()
     yaml.dump(dict(values), stream)
     if printable(stream.getvalue()) != stream.getvalue():
-        yaml.allow_unicode = False  # by escapes of YAML, which say what was said
+        yaml.allow_unicode = False  # escapes keep the text exact
         stream = io.StringIO()
         yaml.dump(dict(values), stream)
     return stream.getvalue()
 
 
 def _quoted_where_needed(representer: Any, text: str) -> Any:
-    # the library writes line breaks of Unicode bare, and they come back as spaces
+    # the library writes Unicode line breaks unescaped, and they are read back as spaces
     return representer.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')

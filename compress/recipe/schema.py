@@ -1,4 +1,4 @@
-"""JSON schema of recipes, for editors: from the same models that validate them."""
+"""JSON schema of recipes for editors, from the models that validate them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe_schema() -> dict[str, Any]:
         },
         **recipe["properties"],
     }
-    for section in ("data", "gates"):  # nothing below the key means none
+    for section in ("data", "gates"):  # a key without a value is an empty section
         property_ = properties[section]
         properties[section] = {
             "anyOf": [{"$ref": property_["$ref"]}, {"type": "null"}],
@@ -54,18 +54,18 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _referenced(definitions: dict[str, Any], root: Any) -> dict[str, Any]:
-    """Definitions that the root leads to, in their order; pydantic also leaves others."""
-    found: set[str] = set()
+    """The definitions that the root refers to, directly or not, in their order; pydantic leaves unused ones."""
+    referenced: set[str] = set()
     queue = [root]
     while queue:
-        names = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(queue.pop()))) - found
-        found |= names
+        names = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(queue.pop()))) - referenced
+        referenced |= names
         queue += [definitions[name] for name in names]
-    return {name: definition for name, definition in definitions.items() if name in found}
+    return {name: definition for name, definition in definitions.items() if name in referenced}
 
 
 def _entry(name: str, model: type[BaseModel], reference: dict[str, Any]) -> dict[str, Any]:
-    """``{name: settings}``; where every setting has a default also the bare name, or nothing after the colon."""
+    """The schema of ``{name: settings}``. If every setting has a default, also of the bare name and of an empty value."""
     summary = passes.get(name).summary
     try:
         model()

@@ -1,4 +1,4 @@
-"""What a mistaken word probably means: words of other tools, schemes such as W4A16, percentages, spelling."""
+"""Suggestions for wrong keys and values: words of other tools, schemes such as W4A16, percentages, spelling."""
 
 from __future__ import annotations
 

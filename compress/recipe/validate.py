@@ -16,9 +16,9 @@ _SECTIONS = ("data", "gates")  # a section with nothing below its key is empty
 
 
 def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete: bool) -> Recipe | None:
-    """The recipe that a tree says; mistakes go to ``problems``, and None comes back where it says none.
+    """Build the recipe of a tree. Mistakes go to ``problems``; None comes back if the tree makes no recipe.
 
-    Without ``complete`` a base could not be read, so nothing is called missing.
+    Without ``complete`` a file that the recipe extends could not be read, so no key is reported as missing.
     """
     values = _values(root)
     recipe: Recipe | None = None

@@ -282,7 +282,7 @@ def test_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
     ):
         with pytest.raises(RecipeError, match=message):
             compress.plan(recipe(pictures, tmp_path, data={"training": train, "evaluation": evaluation}))
-    with pytest.raises(RecipeError, match="perplexity is read off text, not images"):
+    with pytest.raises(RecipeError, match="perplexity is measured on text, not images"):
         compress.plan(recipe(pictures, tmp_path, evaluate=["perplexity"]))
 
 

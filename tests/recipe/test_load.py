@@ -140,9 +140,9 @@ def test_labelled_texts(work: Path) -> None:
         (LABELLED.format("label: b, window: 64"), "r.yaml:5:8: `window` is not for labelled texts: each text is read whole"),
         (LABELLED.format("field: a, label: b"), "r.yaml:5:8: `field` is not for labelled texts: name the column with `text`"),
         ("data: {evaluation: {files: [text/valid.txt], label: b}}", "r.yaml:5:8: `label` names a column, and text/valid.txt has none"),
-        (LABELLED.format("label: b") + "evaluate: [kl, perplexity]", "r.yaml:6:16: perplexity is read off text without labels"),
-        (LABELLED.format("label: b") + "gates: {bits_per_byte: {max: 1}}", "r.yaml:6:9: the gate bits_per_byte is read off text without labels"),
-        (LABELLED.format("field: a") + "gates: {accuracy: {min: 90%}}", "r.yaml:6:9: the gate accuracy is read off text with labels"),
+        (LABELLED.format("label: b") + "evaluate: [kl, perplexity]", "r.yaml:6:16: perplexity is measured on text without labels"),
+        (LABELLED.format("label: b") + "gates: {bits_per_byte: {max: 1}}", "r.yaml:6:9: the gate bits_per_byte is measured on text without labels"),
+        (LABELLED.format("field: a") + "gates: {accuracy: {min: 90%}}", "r.yaml:6:9: the gate accuracy is measured on text with labels"),
         (LABELLED.format("label: b") + "gates: {accuracy: {max: 1}}", "r.yaml:6:20: unknown key `max` in gates.accuracy"),
         (LABELLED.format("label: b") + "gates: {f1: {max_drop: 101}}", "r.yaml:6:24: max_drop: expected 100.0 or less, got 101"),
     ],
@@ -297,10 +297,10 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("threads: 0", "r.yaml:5:10: threads: expected 1 or more, got 0"),
         ("evaluate: latency", "r.yaml:5:11: evaluate: expected a list, got 'latency'"),
         ("evaluate: [latency, latency]", "r.yaml:5:11: `latency` is named twice"),
-        ("evaluate: [kl]", "r.yaml:5:12: kl needs text to measure on, and there is no `data.evaluation`"),
+        ("evaluate: [kl]", "r.yaml:5:12: kl needs evaluation text, and there is no `data.evaluation`"),
         (
             "gates: {kl: {max: 1}}",
-            "r.yaml:5:9: the gate kl needs text to measure on, and there is no `data.evaluation`",
+            "r.yaml:5:9: the gate kl needs evaluation text, and there is no `data.evaluation`",
         ),
         ("gates: {size: {}}", "r.yaml:5:9: a gate needs a bound: `max` or `max_ratio`"),
         ("gates: {speed: {max: 1}}", "r.yaml:5:9: unknown key `speed` in gates"),
@@ -488,10 +488,10 @@ def test_extends_that_cannot_be_read(heads: Heads) -> None:
     ]
     assert heads("extends: [a, b]\n") == ["r.yaml:1:10: `extends` expects the path of one recipe"]
     assert heads("extends:\n") == ["r.yaml:1:1: `extends` expects the path of one recipe"]
-    assert heads("extends: r.yaml\n") == ["r.yaml:1:10: `extends` goes round in a circle: r.yaml ▶ r.yaml"]
+    assert heads("extends: r.yaml\n") == ["r.yaml:1:10: `extends` leads back to itself: r.yaml ▶ r.yaml"]
     Path("b.yaml").write_text("extends: c.yaml\n")
     Path("c.yaml").write_text("extends: ./b.yaml\n")
-    assert heads("extends: b.yaml\n") == ["c.yaml:1:10: `extends` goes round in a circle: b.yaml ▶ c.yaml ▶ b.yaml"]
+    assert heads("extends: b.yaml\n") == ["c.yaml:1:10: `extends` leads back to itself: b.yaml ▶ c.yaml ▶ b.yaml"]
     Path("b.yaml").write_text("a: [")
     assert heads("extends: b.yaml\n")[0].startswith("b.yaml:1:5: not valid YAML")
 
@@ -554,7 +554,7 @@ def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
             }
         )
     assert sorted(problem.splitlines()[0] for problem in caught.value.problems) == [
-        "gates.kl: the gate kl needs text to measure on, and there is no `data.evaluation`",
+        "gates.kl: the gate kl needs evaluation text, and there is no `data.evaluation`",
         "output: `output` is missing",
         "passes.0.cast.wieghts: unknown key `wieghts` in cast",
         "passes.1.cast.weights: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 16",

@@ -48,7 +48,7 @@ def problems(**changes: Any) -> list[str]:
     ],
 )  # fmt: skip
 def test_word_of_another_tool(changes: dict[str, Any], where: str, hint: str) -> None:
-    (problem,) = [p for p in problems(**changes) if "needs" not in p and "is read off" not in p]
+    (problem,) = [p for p in problems(**changes) if "needs" not in p and "is measured on" not in p]
     head, *lines = problem.splitlines()
     assert head.startswith(where)
     assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""Settings of `cast`, and the grid that they give a format."""
+"""Settings of `cast`, and the quantisation format that they select."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
 Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
-#: What `gptq` adds to itself, in the order in which it does.
+#: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
-#: Formats that are no codes ▶ their dtypes in files.
+#: Float formats ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-#: Groups that a budget may choose instead of the usual 64.
+#: Group sizes that a budget may choose instead of 64.
 _LARGER = ("128", "channel")
 
 
 def _corrections(value: list[Correction]) -> list[Correction]:
-    """In the order in which they work."""
+    """The corrections in the order in which they work. Raises `ValueError` for a repetition."""
     distinct(tuple(value))
     return [name for name in CORRECTIONS if name in value]
 
@@ -126,42 +126,41 @@ class CastSettings(PassSettings):
         if self.activations is not None and formats - set(DTYPES) != {self.activations}:
             raise ValueError(f"`activations: {self.activations}` goes with `weights: {self.activations}`")
         if self.kv_cache is not None and not self.coded:
-            raise ValueError("`kv_cache` stands in the config of codes, and none are asked for")
+            raise ValueError("`kv_cache` needs codes, such as `weights: int8`: it is recorded in their config")
         if self.kv_cache_scales is not None and self.kv_cache is None:
             raise ValueError("`kv_cache_scales` goes with `kv_cache`")
         return self
 
     @property
     def static_cache(self) -> Literal["tensor", "head"] | None:
-        """Whether scales of the cache are found on calibration data: by layer, or by head."""
+        """The kind of calibrated cache scales, per layer or per head; None without calibration."""
         return None if self.kv_cache_scales == "none" else self.kv_cache_scales
 
     @property
     def budgeted(self) -> bool:
-        """Whether formats are chosen within a budget."""
+        """Whether a budget chooses the formats."""
         return self.weights is None
 
     @property
     def asked(self) -> set[str]:
-        """Every format that may come out."""
+        """Every format that the result may have."""
         return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
 
     @property
     def coded(self) -> bool:
-        """Whether any weight may become codes."""
+        """Whether the result may have codes."""
         return bool(self.asked - set(DTYPES))
 
     @property
     def solved(self) -> bool:
-        """Whether codes are chosen block by block."""
+        """Whether codes are chosen block by block on calibration data."""
         return self.coded and self.method == "gptq"
 
     @property
     def options(self) -> dict[str, str]:
-        """What a budget chooses from, as `quant_format` takes it ▶ the format.
+        """Options of a budget, as `quant_format` takes them ▶ the format of each.
 
-        Where ``group_size`` is not set, integers of less than 8 bits come in larger groups too: what those save in scales may
-        buy more bits.
+        Without ``group_size``, integers below 8 bits also come in larger groups: the bytes saved on scales can buy more bits.
         """
         result: dict[str, str] = {format_: format_ for format_ in self.formats}
         if self.group_size is None:
@@ -170,7 +169,7 @@ class CastSettings(PassSettings):
         return result
 
     def quant_format(self, option: str) -> QuantFormat:
-        """The grid of a format with these settings; of an option, with its own size of groups."""
+        """The quantisation format with these settings; an option has its own group size."""
         format_, _, own = option.partition("/")
         group = FIXED_GROUPS.get(format_)
         if group is None:

@@ -74,14 +74,14 @@ class Losses(Settings):
     @model_validator(mode="after")
     def _some(self) -> Self:
         if not self.weights:
-            raise ValueError("the weights of the losses sum to 0, so there is nothing to train for")
+            raise ValueError("all losses have the weight 0: give one a weight")
         return self
 
     @property
     def weights(self) -> dict[str, float]:
         """The weights above 0, by name."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: float(weight) for name, weight in found.items() if weight}
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: float(weight) for name, weight in given.items() if weight}
 
 
 class TeacherEntry(Settings):
@@ -288,7 +288,7 @@ class DistillSettings(PassSettings):
         if len(lengths) > 1:
             raise ValueError(f"give one of `{lengths[0]}` and `{lengths[1]}`")
         if self.only or self.skip:
-            raise ValueError("`only` and `skip` have no meaning here: all weights are trained")
+            raise ValueError("`only` and `skip` do not apply: all weights are trained")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"`micro_batch_size` {self.micro_batch_size} is more than `batch_size` {self.batch_size}")
         if self.teacher_cache is not None and self.losses is not None:

@@ -133,13 +133,13 @@ class PruneStructuredSettings(PassSettings):
         amounts = [kind for kind in KINDS if getattr(self, kind) is not None]
         targets = [key for key in TARGETS if getattr(self, key) is not None]
         if amounts and targets:
-            raise ValueError(f"give amounts or a target, not `{amounts[0]}` and `{targets[0]}`")
+            raise ValueError(f"give amounts or a target, not both `{amounts[0]}` and `{targets[0]}`")
         if not amounts and not targets:
             raise ValueError(f"give what to remove: {', '.join(f'`{key}`' for key in (*KINDS, *TARGETS))}")
         if self.heads is not None and self.keep_kv_heads is not None:
             raise ValueError("`heads` removes heads and `keep_kv_heads` merges them: give one, or use two passes")
         if self.allocation == "kl" and self.mlp is None:
-            raise ValueError("`allocation: kl` goes with `mlp`, which says how many neurons go in all")
+            raise ValueError("`allocation: kl` goes with `mlp`, the number of neurons to remove in total")
         if self.allocation == "kl" and self.importance not in ("obs", "activation"):
             raise ValueError("`allocation: kl` tries widths on calibration data: set `importance: obs` or `activation`")
         if targets and self.importance == "magnitude":
@@ -148,7 +148,7 @@ class PruneStructuredSettings(PassSettings):
 
     @property
     def searched(self) -> bool:
-        """Whether the shape is searched for a target."""
+        """Whether a target is given, for which the shape is searched."""
         return any(getattr(self, key) is not None for key in TARGETS)
 
 

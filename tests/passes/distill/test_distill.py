@@ -365,7 +365,7 @@ def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_lla
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"losses": {"kl": 0.0}}, "the weights of the losses sum to 0"),
+        ({"losses": {"kl": 0.0}}, "all losses have the weight 0"),
         ({"steps": 1, "tokens": 5}, "give one of `steps` and `tokens`"),
         ({"student": {"layers": 9}}, "the student would have 9 blocks, the checkpoint has 4"),
         ({"student": {"mlp": 500}}, "the student would have 500 mlp, the checkpoint has 64"),
@@ -375,7 +375,7 @@ def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_lla
         ({"losses": {"relations": 1}, "relation_layers": [0, 7]}, r"\[0, 7\] is out of range: the student has 4 blocks"),
         ({"losses": {"relations": 1}, "relation_heads": 5}, "vectors of 16 entries do not split into 5 heads"),
         ({"batch_size": 64}, r"gives 48 samples, 8 are held out and a step takes 64"),
-        ({"only": ["*mlp*"]}, "`only` and `skip` have no meaning here"),
+        ({"only": ["*mlp*"]}, "`only` and `skip` do not apply"),
         ({"batch_size": 4, "micro_batch_size": 8}, "`micro_batch_size` 8 is more than `batch_size` 4"),
         ({"teacher_cache": "x", "losses": {"kl": 1, "hidden": 1}}, "leave out the loss `hidden`"),
         ({"teacher": ["original", "original"], "losses": {"labels": 1}}, "several teachers are for losses that compare predictions"),

@@ -159,7 +159,7 @@ def test_refusals(settings, message, pico_llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mlp": 0.5, "keep_parameters": 0.5}, "give amounts or a target, not `mlp` and `keep_parameters`"),
+        ({"mlp": 0.5, "keep_parameters": 0.5}, "give amounts or a target, not both `mlp` and `keep_parameters`"),
         ({"importance": "magnitude", "max_bytes": "1MB"}, "leave out `importance: magnitude`"),
         ({}, "give what to remove"),
     ],
