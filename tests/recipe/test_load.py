@@ -269,6 +269,7 @@ r.yaml:18:36: sparsity: expected a share between 0 and 1, such as 50% or 0.5, go
 r.yaml:19:12: expected bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency or memory, got 'bpb'
    19 | evaluate: [bpb, kl]
       |            ^^^
+   did you mean `bits_per_byte`?
 r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1
    21 |   size: {max_ratio: -1}
       |                     ^^
