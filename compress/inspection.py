@@ -1,4 +1,4 @@
-"""Contents of a checkpoint, and differences between two. Reads headers alone, unless values are asked for."""
+"""Contents of a checkpoint, and differences between two. Reads only headers, unless values are asked for."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def diff(
     ‖b - a‖ / ‖a‖ (Frobenius norm, float64).
 
     Args:
-        values: compare weights too; False compares headers alone.
+        values: compare weights too; False compares only headers.
     """
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     first, second = (open_checkpoint(x, **code) for x in (a, b))

@@ -34,7 +34,7 @@ class Size:
     Attributes:
         bytes: size of all weight files. parameters: number of float elements; shared ones count once.
         kept_parameters: parameters that no keep-mask removes.
-        active_parameters: parameters used for one token, which is sent to some of the experts alone.
+        active_parameters: parameters used for one token; of experts, only those it is sent to.
         bits_per_weight: stored bits of data per parameter.
         kv_bytes_per_token: bytes that decoding caches per token while no window is full, in the format that the config names;
             None without a record or without a cache.
@@ -304,7 +304,9 @@ def _experts(spec: Spec) -> str:
     """The limits of stock loaders for experts, as a part of an error; empty for a model without experts."""
     if not model_map(spec).has_experts:
         return ""
-    return ": they read experts in one format for all, without zero points, and not nvfp4 or beside cast activations"
+    return (
+        ": they read experts only if all have one format, without zero points, not nvfp4, and no quantised activations"
+    )
 
 
 def fuse(planned: Sequence[PlannedPass], evaluate_at: str) -> list[list[PlannedPass]]:

@@ -1,4 +1,4 @@
-"""Model families: one record each says where blocks, embeddings, heads and norms are.
+"""Model families: the record of each says where blocks, embeddings, heads and norms are.
 
 All knowledge of families lives in this package; no other one asks for a ``model_type``. `model_map` answers questions about a
 checkpoint. Entry points of the group ``compress.architectures`` add records of other packages.
@@ -43,6 +43,6 @@ def of(config: Mapping[str, Any]) -> Architecture:
     if (record := find(config)) is None:
         raise PassError(
             f"the model type `{config.get('model_type')}` has no architecture record",
-            fix=f"records: {', '.join(sorted(_by_type()))}; CONTRIBUTING.md says how to write one",
+            fix=f"records: {', '.join(sorted(_by_type()))}; docs/extend/family.md says how to write one",
         )
     return record

@@ -42,7 +42,7 @@ class Attention:
         query, key, value: modules; the same one where they are fused as ``layout`` says. output: the module that reads heads.
         free: whether heads x head width may differ from the hidden size (the config has ``head_dim_key``).
         even: whether the config still requires that the number of heads divides the hidden size.
-        rotary: whether queries and keys are multiplied after rotary positions alone (entry i turned with entry i + half).
+        rotary: whether only rotary positions (entry i turned with entry i + half) change queries and keys before their product.
         table: module of a list's first block whose weight [distances, heads] is added to the scores of every block of the list.
             All blocks then lose the same heads.
         ordered: whether the computation of a head depends on its number (ALiBi).

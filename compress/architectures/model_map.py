@@ -16,9 +16,9 @@ from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.spec import Spec, Tensor
 
-#: What a weight matrix does. In blocks: ``attention``, ``mlp``, ``router`` (chooses experts), ``distances`` (added to attention
-#: scores). Outside: ``embedding``, ``head``. Added by edits: ``factor`` (one of two in place of a matrix), ``residual`` (of low
-#: rank, beside a shared matrix), ``projection`` (between a thin embedding table and the hidden states). Else ``other``.
+#: The role of a weight matrix. In blocks: ``attention``, ``mlp``, ``router`` (chooses experts), ``distances`` (added to
+#: attention scores). Outside: ``embedding``, ``head``. Added by edits: ``factor`` (one of two in place of a matrix),
+#: ``residual`` (of low rank, beside a shared matrix), ``projection`` (between a thin embedding table and the hidden states).
 Role = Literal[
     "attention", "mlp", "router", "distances", "embedding", "head", "factor", "residual", "projection", "other"
 ]
@@ -37,7 +37,7 @@ class Linear:
     """One weight matrix, or another tensor of two axes or more.
 
     Attributes:
-        tensor: as the spec has it. role: what it does in the model.
+        tensor: its entry in the spec. role: its role in the model.
         block: number of its block; None outside the blocks. part: its module, without the block's path.
         transposed: whether it is stored [I, O].
         expert: number of its expert; None outside of experts.
@@ -166,7 +166,7 @@ class ModelMap:
 
     @cached_property
     def per_layer(self) -> Mapping[str, list[Any]]:
-        """Config field ▶ its values by block, of the fields that hold one entry per block or stand for such a list."""
+        """Config field ▶ its values by block, for the fields with one entry per block."""
         return self.record.per_layer_values(self.config)
 
     @property
@@ -208,7 +208,7 @@ class ModelMap:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters used for one token, which is sent to some of the experts alone; all of them without a record."""
+        """Parameters used for one token; of experts, only those it is sent to. Without a record, all parameters."""
         return self.record.active_parameters(self.spec) if self.known else self.spec.parameters
 
     def in_memory(self, module: str) -> str:
@@ -327,7 +327,7 @@ class ModelMap:
         beside = record.projections[:2] if record.projections else ()
         return "projection" if tensor.module.endswith(beside) and beside else "other"
 
-    # ---- what passes ask for ----
+    # ---- requirements of passes ----
 
     def require_blockwise(self, fix: str) -> None:
         """Raises `PassError`, with that fix, for families whose blocks cannot run one after another."""
@@ -355,7 +355,7 @@ class ModelMap:
         if (linear := next((linear for linear in inside if not linear.is_layer), None)) is not None:
             module = re.sub(r"\.\d+(?=\.)", ".*", linear.module)
             raise PassError(
-                f"{linear.name} is no linear layer, and calibrated methods reach linear layers alone",
+                f"{linear.name} is no linear layer, and calibrated methods reach only linear layers",
                 key="only",
                 fix=f"leave it out: skip: [{module}], or {instead}",
             )
@@ -369,7 +369,7 @@ class ModelMap:
 
 
 class _Identity:
-    """A spec as a key: equal to itself alone, since specs hold mappings and have no hash."""
+    """A spec as a key, compared by identity: specs hold mappings, so they have no hash."""
 
     __slots__ = ("spec",)
 

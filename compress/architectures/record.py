@@ -1,4 +1,4 @@
-"""The declarative record of a model family, and what can be read off it. Imports neither torch nor numpy."""
+"""The declarative record of a model family, and the facts that follow from it. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class Architecture:
         return lists
 
     def cut_depth(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-        """The config with the blocks ``keep`` alone: their number, every per-layer list, and the list of dense blocks.
+        """The config with only the blocks ``keep``: their number, every per-layer list, and the list of dense blocks.
 
         Raises:
             PassError: the computation of a block depends on its number, which would change.
@@ -351,7 +351,7 @@ class Architecture:
         return self.head is not None and (spec.structure.class_name or "").endswith(self.head_classes)
 
     def find_name(self, spec: Spec, name: str) -> str | None:
-        """The name as the file has it: with the prefix, with its last part alone, or without; None without such a tensor."""
+        """The name as the file has it: with the prefix, with its last part, or without; None if there is no such tensor."""
         prefixes = (f"{self.prefix}.", f"{self.prefix.rpartition('.')[2]}.", "")
         return next((p + name for p in prefixes if p + name in spec.tensors), None)
 

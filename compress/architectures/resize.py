@@ -1,4 +1,4 @@
-"""The prunable groups of a checkpoint, and the spec of the smaller checkpoint without some of them. Headers alone, no torch."""
+"""The prunable groups of a checkpoint, and the spec of the smaller checkpoint without some of them. No torch here."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _axis(record: Architecture, side: str) -> int:
 
 
 def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], config: Mapping[str, Any]) -> Spec:
-    """The spec with those entries of its tensors alone, and with that config.
+    """The spec with only those entries of its tensors, and with that config.
 
     Args:
         entries: tensor name ▶ axis ▶ entries to keep. The result is not exact if a tensor with a keep-mask loses entries.
@@ -192,7 +192,7 @@ def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[st
 
 
 def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) -> dict[str, Any]:
-    """The config with one field set, under its own name alone."""
+    """The config with one field set; other spellings of the field are removed."""
     others = {other for other, meant in record.spellings.items() if meant == key}
     return {**{k: v for k, v in config.items() if k not in others}, key: value}
 
@@ -272,7 +272,7 @@ def expert_blocks(spec: Spec) -> dict[int, int]:
 def without_experts(
     spec: Spec, keep: Mapping[int, Sequence[int]]
 ) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:
-    """The spec with the experts ``keep`` of each block alone.
+    """The spec with only the experts ``keep`` of each block.
 
     Returns:
         The spec; the name of each of its tensors ▶ the name in the checkpoint; and tensor name ▶ axis ▶ the rows of the routers
@@ -303,7 +303,7 @@ def without_experts(
 
 
 def _renamed(spec: Spec, source: Mapping[str, str], config: Mapping[str, Any]) -> Spec:
-    """The spec with the tensors of ``source`` (new name ▶ old name) alone, and with that config."""
+    """The spec with only the tensors of ``source`` (new name ▶ old name), and with that config."""
     target = {old: new for new, old in source.items()}
     tensors = {}
     for new, old in source.items():
