@@ -217,10 +217,11 @@ def _bert(vocabulary: int) -> Any:
 
 def _accuracy(folder: Path, test: str) -> float:
     from compress.checkpoint.open import open_checkpoint
-    from compress.data.text import read_examples
+    from compress.data.examples import read_examples
     from compress.evaluation.classification import classify_documents
     from compress.evaluation.scorer import labels_of
-    from compress.models.loading import load_model, load_tokenizer
+    from compress.models.loading import load_model
+    from compress.models.processors import load_tokenizer
 
     documents = read_examples([test], ["sentence"], labels_of(open_checkpoint(folder).spec.structure, "label"))
     found = classify_documents(load_model(folder), load_tokenizer(folder), documents, labels=["LABEL_0", "LABEL_1"])

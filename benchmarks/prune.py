@@ -46,7 +46,7 @@ def heldout(model: str, files: list[str]) -> list[Any]:
     """Token windows of each text, int64 [windows, 256]."""
     import torch
 
-    from compress.models.loading import load_tokenizer
+    from compress.models.processors import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     result = []

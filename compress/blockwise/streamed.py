@@ -18,7 +18,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
-from compress.models.loading import quiet_transformers, stock_class
+from compress.models.classes import quiet_transformers, stock_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

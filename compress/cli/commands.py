@@ -131,7 +131,7 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
 
     Raises `DataError` for a label that is none of the model, or for text that evaluation and passes share.
     """
-    from compress.data.text import holds_ids
+    from compress.data.kinds import holds_ids
     from compress.pipeline.datasets import DataSets
     from compress.pipeline.preflight import check_chats
 

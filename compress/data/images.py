@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.data.text import Document, Labels
+from compress.data.documents import Document
+from compress.data.examples import Labels
 from compress.errors import DataError, one_line
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CompressError
 from compress.evaluation.examples import Pictures, examples, outputs
 from compress.progress import Progress, SilentProgress

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.sidecars import safe_file
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.examples import examples, outputs
 from compress.progress import Progress, SilentProgress

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.data.documents import Document
 from compress.data.images import accepted, pixels
-from compress.data.text import Document, encoded
+from compress.data.rendering import encoded
 from compress.errors import DataError
-from compress.models.loading import arguments_of
+from compress.models.classes import arguments_of
 from compress.progress import Progress
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from compress.data.text import Document, beginning, rendered, tokenized
+from compress.data.documents import Document
+from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.progress import Progress, SilentProgress
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.data.text import Document, rendered, tokenized
+from compress.data.documents import Document
+from compress.data.rendering import rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
 from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared, token_metrics

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from compress.models.loading import arguments_of
+from compress.models.classes import arguments_of
 from compress.statistics import median_ratio
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.data.documents import Document, read_documents
+from compress.data.examples import Labels, read_examples
 from compress.data.images import read_images
-from compress.data.text import Document, Labels, read_documents, read_examples
 from compress.errors import DataError
 from compress.evaluation.tasks import (
     CLASSIFICATION,
@@ -75,7 +76,7 @@ def read(texts: Texts, separator: str | None, structure: Structure | None) -> li
 
 def load_processor(structure: Structure, folder: Path, *, trust_remote_code: bool) -> Any:
     """Tokenizer of a checkpoint, or the image processor of a model that reads images."""
-    from compress.models.loading import load_image_processor, load_tokenizer
+    from compress.models.processors import load_image_processor, load_tokenizer
 
     load = load_image_processor if "images" in task_of(structure.class_name).takes else load_tokenizer
     return load(folder, trust_remote_code=trust_remote_code)

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import json
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.claims import largest_number, outgrown
+from compress.checkpoint.claims import outgrown
 from compress.checkpoint.open import Stored, open_checkpoint
-from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
-from compress.checkpoint.structure import to_json
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError, CompressError, is_lack
+from compress.models.classes import first_line, quiet_transformers, refusing, stock_class
 from compress.spec.formats import FIXED_GROUPS
-from compress.spec.spec import CACHE_SCALES, Spec, Structure, Tensor
+from compress.spec.spec import CACHE_SCALES, Spec, Tensor
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: Pixels along a side of an image that a checkpoint may ask for; a picture of more takes gigabytes.
-_PIXELS = 16_384
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def refusing(make: Callable[P, R]) -> Callable[P, R]:
-    """What transformers raises while it makes a model is of the checkpoint: configs hold anything, and classes check little.
-
-    Wraps a function whose first argument is a `Checkpoint`. What is the machine's, such as a lack of memory, is let through.
-    """
-
-    @functools.wraps(make)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return make(*args, **kwargs)
-        except CompressError:
-            raise
-        except Exception as error:
-            if is_lack(error):
-                raise
-            checkpoint: Any = args[0]
-            said = f"config.json cannot be used: {type(error).__name__}: {_first_line(error)}"
-            raise CheckpointError(said, where=str(checkpoint.folder)) from error
-
-    return guarded
+    from transformers import PreTrainedModel
 
 
 def load_model(
@@ -236,9 +202,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
                 model.generation_config = _generation_config(folder)
         except RuntimeError as error:
             if "size mismatch" in str(error) or "mismatched" in str(error):
-                raise CheckpointError(
-                    f"config and weights disagree: {_first_line(error)}", where=str(folder)
-                ) from error
+                raise CheckpointError(f"config and weights disagree: {first_line(error)}", where=str(folder)) from error
             raise
     for what, key in (
         ("missing", "missing_keys"),
@@ -255,88 +219,6 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
     return result
 
 
-@refusing
-def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The transformers class of a checkpoint with its changes of structure, and its config object.
-
-    Raises:
-        CheckpointError: for unknown model types.
-    """
-
-    structure = checkpoint.spec.structure
-    where = str(checkpoint.folder)
-    found = config = None
-    if structure.config.get("auto_map") and checkpoint.trust_remote_code:
-        assert checkpoint.folder is not None
-        found, config = remote_class(structure, checkpoint.folder)
-    config = _config(structure, where) if config is None else config
-    found = _stock_class(structure, config, where) if found is None else found
-    pooled = "add_pooling_layer" in inspect.signature(found).parameters
-    if pooled and not any(".pooler." in f".{name}" for name in checkpoint.spec.tensors):
-        found = _without_pooler(found)
-    if structure.edits:
-        from compress.checkpoint.edits import edited_class
-
-        found = edited_class(found, to_json(structure.edits))
-    return found, config
-
-
-def _config(structure: Structure, where: str) -> Any:
-    """The config object of transformers' own class for the model type."""
-    import transformers
-
-    data = dict(structure.config)
-    try:
-        if data["model_type"] not in transformers.CONFIG_MAPPING:
-            raise CheckpointError(
-                f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}",
-                where=where,
-            )
-        return transformers.AutoConfig.for_model(**data)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
-    except Exception as error:  # strict dataclass validation of configs raises errors of huggingface_hub's own
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise CheckpointError(f"config.json cannot be used: {_first_line(error)}", where=where) from error
-        raise
-
-
-def _stock_class(structure: Structure, config: Any, where: str) -> Any:
-    """The model class of transformers that a config names; of one that names none, the base model of its type."""
-    import transformers
-
-    name = structure.own_class
-    found: Any = getattr(transformers, name, None) if name else None
-    if name and not is_model_class(found):
-        raise CheckpointError(f"transformers {transformers.__version__} has no model class {name}", where=where)
-    if found is None:
-        mapping: Any = transformers.AutoModel._model_mapping
-        found = mapping.get(type(config), None)
-        if isinstance(found, (tuple, list)):  # several, the usual one first
-            found = found[0]
-    if found is None:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} has no base model of the type `{structure.model_type}`",
-            where=where,
-            fix="name the class in `architectures` of config.json",
-        )
-    return found
-
-
-def arguments_of(model: Any) -> set[str]:
-    """What a model's forward takes by name; a forward that hands on all it is given takes what that of its base class takes."""
-    found: set[str] = set()
-    for cls in type(model).__mro__:
-        if (forward := vars(cls).get("forward")) is None:
-            continue
-        parameters = inspect.signature(forward).parameters.values()
-        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        foreign = not cls.__module__.startswith("transformers.")  # stock ones name all they take
-        if not any(p.kind is p.VAR_POSITIONAL or (foreign and p.kind is p.VAR_KEYWORD) for p in parameters):
-            break
-    return found - {"self"}
-
-
 def _generation_config(folder: Path) -> Any:
     """How the model generates, from the file beside its weights. Raises `CheckpointError` where that says nothing sound."""
     import transformers
@@ -347,109 +229,7 @@ def _generation_config(folder: Path) -> Any:
         if is_lack(error):
             raise
         raise CheckpointError(
-            f"cannot be used: {_first_line(error)}",
+            f"cannot be used: {first_line(error)}",
             where=f"{folder}/generation_config.json",
             fix="mend it, or remove it: it only says how to generate",
         ) from error
-
-
-def _without_pooler(stock: Any) -> Any:
-    """The base class of an encoder whose files hold no pooler, which sentence encoders leave out; nothing is left at random."""
-
-    class Unpooled(stock):  # type: ignore[misc]
-        def __init__(self, config: Any, **kwargs: Any) -> None:
-            super().__init__(config, **{**kwargs, "add_pooling_layer": False})
-
-    Unpooled.__name__, Unpooled.__qualname__, Unpooled.__module__ = stock.__name__, stock.__qualname__, stock.__module__
-    return Unpooled
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's files are there."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    return any(safe_file(folder, name).exists() for name in names)
-
-
-def check_has_tokenizer(folder: Path) -> None:
-    """Raises `CheckpointError` where a tokenizer's files are not there."""
-    if not has_tokenizer(folder):
-        raise CheckpointError(
-            "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
-        )
-
-
-def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
-    import transformers
-
-    folder = Path(folder)
-    check_has_tokenizer(folder)
-    tokenizer: PreTrainedTokenizerBase
-    try:
-        with quiet_transformers():
-            single = safe_file(folder, "tokenizer.json")
-            if single.exists() and not safe_file(folder, "tokenizer_config.json").exists():
-                tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-                    tokenizer_file=str(single)
-                )
-            else:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    folder, local_files_only=True, trust_remote_code=trust_remote_code
-                )
-            # settings of wrong types are found when they are used, not when they are read
-            list(tokenizer("a")["input_ids"])
-            _ = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-            if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
-                raise TypeError("chat_template is no text")
-            return tokenizer
-    except (MemoryError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers raise bare Exception for damaged files, and panic, which is none
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CheckpointError(f"the tokenizer cannot be read: {_first_line(error)}", where=str(folder)) from error
-
-
-def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The image processor beside the weights, which works with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
-    import transformers
-
-    if not (path := safe_file(Path(folder), "preprocessor_config.json")).exists():
-        raise CheckpointError(
-            "has no image processor, which images need", where=str(folder), fix="copy preprocessor_config.json into it"
-        )
-    try:
-        if (side := largest_number(json.loads(path.read_text(encoding="utf-8")), "size")) > _PIXELS:
-            raise ValueError(f"it makes images of {side} pixels a side")
-        with quiet_transformers():
-            return transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-                folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # as above
-        raise CheckpointError(f"the image processor cannot be read: {_first_line(error)}", where=str(folder)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of what is checked here anyway."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None:
-            logging.enable_progress_bar()

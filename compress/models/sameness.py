@@ -9,7 +9,8 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Stored
 from compress.checkpoint.values import Checkpoint, Derived
 from compress.errors import CheckpointError
-from compress.models.loading import arguments_of, load_checkpoint
+from compress.models.classes import arguments_of
+from compress.models.loading import load_checkpoint
 
 if TYPE_CHECKING:
     import torch

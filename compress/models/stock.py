@@ -20,7 +20,7 @@ from compress.checkpoint.foreign import SchemeGroups
 from compress.checkpoint.open import Stored
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError
-from compress.models.loading import quiet_transformers, stock_class
+from compress.models.classes import quiet_transformers, stock_class
 
 #: The package that stock transformers reads codes by.
 PACKAGE = "compressed_tensors"

@@ -32,10 +32,10 @@ class GivenIds:
 
     def batches(self, run: Run, name: str) -> Batches:
         """The samples, for the data set ``name``. Raises `DataError` where the model cannot read them."""
-        from compress.data import batches
+        from compress.data import batches, token_ids
 
         assert run.data.structure is not None
-        drawn = batches.first(batches.given_ids(self.ids), self.samples, self.length, "data")
+        drawn = batches.first(token_ids.given_ids(self.ids), self.samples, self.length, "data")
         batches.check_vocabulary(drawn, run.data.structure.config.get("vocab_size"))
         batches.check_positions(drawn.ids.shape[1], run.data.positions, name=name)
         return drawn

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compress.data import text
+from compress.data import kinds, row_templates
 from compress.errors import DataError, ReportError
 from compress.evaluation.tasks import Given
 from compress.report.document import Latency, Measured, Part, SizeRow, checked
@@ -32,7 +32,7 @@ class EvaluationSettings:
     files: tuple[str, ...] = ()
     images: str | None = None
     separator: str | None = None
-    field: str = text.FIELD
+    field: str = kinds.FIELD
     template: str | None = None
     text: tuple[str, ...] | None = None
     label: str | None = None
@@ -47,7 +47,7 @@ class EvaluationSettings:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of labelled texts."""
-        return self.text or (text.FIELD,)
+        return self.text or (kinds.FIELD,)
 
     @property
     def given(self) -> Given | None:
@@ -66,12 +66,12 @@ class EvaluationSettings:
         if self.template is None:
             return
         try:
-            text.template_columns(self.template)
+            row_templates.template_columns(self.template)
         except ValueError as error:
             raise DataError(str(error)) from None
-        if self.label is not None or self.field != text.FIELD:
+        if self.label is not None or self.field != kinds.FIELD:
             raise DataError("`template` names the columns of plain text", fix="leave out `field`, `text` and `label`")
-        if wrong := next((file for file in self.files if text.kind(file) not in text.FIELD_KINDS), None):
+        if wrong := next((file for file in self.files if kinds.kind(file) not in kinds.FIELD_KINDS), None):
             raise DataError("has no columns, which `template` names", where=wrong)
 
     def paired_with(self, baseline: dict[str, Any]) -> EvaluationSettings:
@@ -82,7 +82,7 @@ class EvaluationSettings:
             self,
             **data,
             separator=known["separator"],
-            field=known.get("field", text.FIELD),
+            field=known.get("field", kinds.FIELD),
             template=known.get("template"),
             text=known.get("text") and tuple(known["text"]),
             label=known.get("label"),
@@ -100,7 +100,7 @@ class _Settings(Part):
     files: list[str]
     images: str | None = None
     separator: str | None
-    field: str = text.FIELD
+    field: str = kinds.FIELD
     template: str | None = None
     text: list[str] | None = Field(default=None, min_length=1)
     label: str | None = None

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data.disjoint import check_disjoint
+from compress.data.documents import Document, read_documents
+from compress.data.documents import fingerprint as fingerprint_files
+from compress.data.examples import read_examples
 from compress.data.images import fingerprint as fingerprint_images
 from compress.data.images import read_images
-from compress.data.text import Document, check_disjoint, holds_ids, read_documents, read_examples, rendered
-from compress.data.text import fingerprint as fingerprint_files
+from compress.data.kinds import holds_ids
+from compress.data.rendering import rendered
 from compress.errors import DataError
 from compress.evaluation.scorer import labels_of, load_processor, read
 from compress.evaluation.tasks import MASKED, task_of
@@ -60,14 +64,14 @@ def draw(
     Raises:
         DataError: the files cannot be read, give too few samples or too long ones, or hold ids outside the vocabulary.
     """
-    from compress.data import batches
+    from compress.data import batches, sampling, token_ids
 
     name = "calibration" if isinstance(section, CalibrationSection) else "training"
     samples = section.samples if isinstance(section, CalibrationSection) else None
     if section.folder is not None:
         return batches.of_images(documents(), processor(), seed)
     if holds_ids(file := section.files[0]):
-        read = batches.read_ids(file, section.field)
+        read = token_ids.read_ids(file, section.field)
         drawn = batches.first(read, samples, section.length, file)
         batches.check_vocabulary(drawn, vocabulary, file)
         batches.check_positions(drawn.ids.shape[1], positions, file, name)
@@ -75,11 +79,11 @@ def draw(
     assert section.length is not None
     batches.check_positions(section.length, positions, name=name)
     if section.mode == "padded":
-        drawn = batches.sample_documents(processor(), documents(), samples, section.length, seed)
+        drawn = sampling.sample_documents(processor(), documents(), samples, section.length, seed)
     elif samples is None:
-        drawn = batches.every_window(processor(), documents(), section.length, seed)
+        drawn = sampling.every_window(processor(), documents(), section.length, seed)
     else:
-        drawn = batches.sample_windows(processor(), documents(), samples, section.length, seed)
+        drawn = sampling.sample_windows(processor(), documents(), samples, section.length, seed)
     batches.check_vocabulary(drawn, vocabulary)
     return drawn
 

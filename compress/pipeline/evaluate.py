@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
-from compress.data import images, text
+from compress.data import documents, images
 from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation.scorer import Scorer, load_processor, read
 from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, check_metrics, check_speed, task_of
@@ -226,7 +226,7 @@ def _sha256(settings: EvaluationSettings, candidate: Stored) -> str | None:
     """SHA-256 of the data; None without data."""
     if settings.given == "images":
         return images.fingerprint(read(settings, settings.separator, candidate.spec.structure))
-    return text.fingerprint(settings.files) if settings.files else None
+    return documents.fingerprint(settings.files) if settings.files else None
 
 
 def judge_checkpoint(

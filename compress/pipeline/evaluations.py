@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
-from compress.data.text import holds_ids
+from compress.data.kinds import holds_ids
 from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.datasets import DataSets

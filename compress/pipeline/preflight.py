@@ -11,21 +11,16 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.files import read_json
 from compress.checkpoint.hub import is_hub_id
 from compress.checkpoint.sidecars import safe_file
-from compress.data.batches import check_positions, check_shape, ids_in, taken
-from compress.data.text import (
-    FIELD_KINDS,
-    Document,
-    check_columns,
-    fingerprint,
-    holds_ids,
-    kind,
-    no_template,
-    template_columns,
-)
+from compress.data.batches import check_positions, taken
+from compress.data.documents import Document, check_columns, fingerprint
+from compress.data.kinds import FIELD_KINDS, holds_ids, kind
+from compress.data.rendering import no_template
+from compress.data.row_templates import template_columns
+from compress.data.token_ids import check_shape, ids_in
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
 from compress.files import expanded, place
-from compress.models.loading import check_has_tokenizer
+from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
 

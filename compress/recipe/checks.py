@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
-from compress.data.text import refusal
+from compress.data.kinds import refusal
 from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
 from compress.recipe.entries import PassEntry, parse_pass
 from compress.recipe.gates import metric_of

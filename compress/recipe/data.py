@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from compress.data.text import FIELD, FIELD_KINDS, holds_ids, kind, template_columns
+from compress.data.kinds import FIELD, FIELD_KINDS, holds_ids, kind
+from compress.data.row_templates import template_columns
 from compress.evaluation.tasks import Given
 from compress.settings import Settings, distinct
 

@@ -20,7 +20,7 @@ from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.experts import unfused
 from compress.blockwise.linears import record_outputs
 from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
-from compress.models.loading import arguments_of
+from compress.models.classes import arguments_of
 from compress.progress import Progress
 from compress.sensitivity.labels import draw
 from compress.workspace import Workspace

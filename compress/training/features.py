@@ -13,7 +13,7 @@ from compress.architectures.groups import split_fused
 from compress.data.images import accepted
 from compress.errors import PassError
 from compress.models.blocks import find_blocks, record_of
-from compress.models.loading import arguments_of
+from compress.models.classes import arguments_of
 
 HeadKind = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.

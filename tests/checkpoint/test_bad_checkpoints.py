@@ -16,7 +16,8 @@ from compress.checkpoint.headers import TensorEntry, render_header
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError
-from compress.models.loading import check_keys, load_model, load_tokenizer
+from compress.models.loading import check_keys, load_model
+from compress.models.processors import load_tokenizer
 from tests import pico
 
 WEIGHTS = "model.safetensors"

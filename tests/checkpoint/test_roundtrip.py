@@ -17,7 +17,8 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, OutputError
-from compress.models.loading import check_keys, load_model, load_tokenizer
+from compress.models.loading import check_keys, load_model
+from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
 from compress.progress import SilentProgress
 from compress.spec.classes import auto_class

@@ -163,7 +163,7 @@ def test_what_the_machine_lacks_is_no_fault_of_a_config(error):
     from types import SimpleNamespace
 
     from compress.errors import CheckpointError
-    from compress.models.loading import refusing
+    from compress.models.classes import refusing
 
     def make(checkpoint, error=error):
         raise error

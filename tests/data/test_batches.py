@@ -10,17 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from compress.checkpoint.open import open_checkpoint
-from compress.data.batches import (
-    Batches,
-    check_vocabulary,
-    every_window,
-    first,
-    given_ids,
-    read_ids,
-    sample_documents,
-    sample_windows,
-)
-from compress.data.text import Document
+from compress.data.batches import Batches, check_vocabulary, first
+from compress.data.documents import Document
+from compress.data.sampling import every_window, sample_documents, sample_windows
+from compress.data.token_ids import given_ids, read_ids
 from compress.errors import DataError
 from compress.models.loading import load_model
 from compress.passes.blockwise import open_runner

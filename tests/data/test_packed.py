@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from compress.data import packed
-from compress.data.text import read_documents
+from compress.data.documents import read_documents
 from compress.errors import DataError
 
 

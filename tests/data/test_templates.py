@@ -8,7 +8,8 @@ import time
 import pytest
 
 from compress.data import templates
-from compress.data.text import Document, rendered
+from compress.data.documents import Document
+from compress.data.rendering import rendered
 from compress.errors import DataError
 from tests import pico
 

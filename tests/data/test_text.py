@@ -14,18 +14,11 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from compress.data.text import (
-    Document,
-    Labels,
-    check_disjoint,
-    encoded,
-    fingerprint,
-    kind,
-    read_documents,
-    read_examples,
-    refusal,
-    rendered,
-)
+from compress.data.disjoint import check_disjoint
+from compress.data.documents import Document, fingerprint, read_documents
+from compress.data.examples import Labels, read_examples
+from compress.data.kinds import kind, refusal
+from compress.data.rendering import encoded, rendered
 from compress.errors import DataError
 
 
@@ -354,7 +347,7 @@ def test_kinds_by_name():
 def test_reading_text_imports_nothing_heavy(tmp_path):
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\na", mtime=0))
     code = (
-        "import sys, compress.data.text as t; t.read_documents(sys.argv[1:]);"
+        "import sys, compress.data.documents as t; t.read_documents(sys.argv[1:]);"
         "print([m for m in ('torch', 'numpy', 'pyarrow', 'zstandard', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-from compress.data.text import Document, Labels, read_examples
+from compress.data.documents import Document
+from compress.data.examples import Labels, read_examples
 from compress.errors import CompressError, DataError
 from compress.evaluation.classification import classify_documents, metrics
 from compress.evaluation.examples import Examples
-from compress.models.loading import load_model, load_tokenizer
+from compress.models.loading import load_model
+from compress.models.processors import load_tokenizer
 from tests import pico
 
 LABELS = ["red", "green", "blue"]

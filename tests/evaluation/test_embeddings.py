@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.embeddings import Pooling, embed_documents, read_pooling
 from tests import pico

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.language import metrics, score_documents
 from tests import pico

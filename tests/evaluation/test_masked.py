@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.masked import SHARE, score_masked
 from tests import pico

@@ -12,11 +12,11 @@ import torch
 import compress
 from compress import report as reports
 from compress.checkpoint.open import open_checkpoint
-from compress.data.text import read_documents
+from compress.data.documents import read_documents
 from compress.errors import PassError
 from compress.evaluation.language import score_documents
 from compress.models.emulation import rounded_by_scale, rounded_by_token
-from compress.models.loading import load_tokenizer
+from compress.models.processors import load_tokenizer
 from tests import pico
 
 FAMILIES = ("llama", "bert", "gpt_neox", "vit")

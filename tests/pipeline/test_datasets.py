@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 import compress
-from compress.data.batches import Batches, sample_documents, sample_windows
-from compress.data.text import Document, read_documents
+from compress.data.batches import Batches
+from compress.data.documents import Document, read_documents
+from compress.data.sampling import sample_documents, sample_windows
 from compress.errors import CompressError, DataError
 from compress.evaluation.language import score_documents
-from compress.models.loading import load_model, load_tokenizer
+from compress.models.loading import load_model
+from compress.models.processors import load_tokenizer
 from tests import pico
 
 PASSES = [{"prune_structured": {"layers": 1, "layer_importance": "block_influence", "compensation": "none"}}]

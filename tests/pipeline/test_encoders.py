@@ -14,10 +14,11 @@ from tokenizers import processors
 import compress
 from compress import report as reports
 from compress.cli import main
-from compress.data.text import Document
+from compress.data.documents import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.embeddings import Pooling, embed_documents
-from compress.models.loading import load_model, load_tokenizer
+from compress.models.loading import load_model
+from compress.models.processors import load_tokenizer
 from compress.pipeline.baseline import EvaluationSettings
 from compress.pipeline.evaluate import evaluate
 from tests import pico

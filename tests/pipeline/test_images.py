@@ -17,8 +17,8 @@ from PIL import Image
 
 import compress
 from compress import report as reports
+from compress.data.examples import Labels
 from compress.data.images import read_images
-from compress.data.text import Labels
 from compress.errors import CheckpointError, CompressError, DataError, PassError, RecipeError
 from compress.pipeline.baseline import EvaluationSettings
 from compress.pipeline.evaluate import evaluate

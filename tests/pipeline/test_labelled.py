@@ -127,7 +127,7 @@ def test_calibration_on_labelled_files_is_what_the_model_sees(classifying, label
     from tokenizers import processors
 
     from compress.checkpoint.open import open_checkpoint
-    from compress.models.loading import load_tokenizer
+    from compress.models.processors import load_tokenizer
     from compress.pipeline.datasets import DataSets
     from compress.recipe import recipe_from_mapping
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.data.batches import Batches, every_window
-from compress.data.text import Document
+from compress.data.batches import Batches
+from compress.data.documents import Document
+from compress.data.sampling import every_window
 from compress.training.data import Masking, Order, Samples
 from compress.training.optimize import Update
 from tests import pico

@@ -18,7 +18,8 @@ from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, task_of
 from compress.models.blocks import find_blocks, record_of
-from compress.models.loading import has_tokenizer, load_checkpoint, load_image_processor, load_tokenizer
+from compress.models.loading import load_checkpoint
+from compress.models.processors import has_tokenizer, load_image_processor, load_tokenizer
 from compress.passes.base import Context
 from compress.passes.distill.plan import bytes_per_token, check_teacher, task_name
 from compress.passes.distill.settings import DistillSettings

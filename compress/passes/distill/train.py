@@ -15,7 +15,9 @@ from compress.checkpoint.values import Checkpoint, Derived, Value, torch_dtype
 from compress.distributed import ProcessGroup
 from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
-from compress.models.loading import load_checkpoint, load_tokenizer, stock_class
+from compress.models.classes import stock_class
+from compress.models.loading import load_checkpoint
+from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
 from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
 from compress.passes.distill.settings import DistillSettings

@@ -1,0 +1,173 @@
+"""Documents ▶ samples of token ids, drawn by seed: windows of packed text, or documents by themselves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from compress.data.batches import Batches
+from compress.data.documents import Document
+from compress.data.rendering import beginning, encoded, rendered, tokenized
+from compress.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def sample_windows(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
+) -> Batches:
+    """``samples`` windows of ``length`` tokens.
+
+    Documents are shuffled by seed, tokenised one by one with an end-of-text token between them (where the tokenizer has
+    one) and packed into one stream, of which windows are drawn at random without overlap. Where the tokenizer puts a
+    beginning-of-text token before a text, every window begins with one: models that were trained with it read nothing else.
+
+    Raises:
+        DataError: the text gives fewer than ``samples`` windows, holds chats that the tokenizer has no template for, or a
+            window has no room beside the beginning-of-text token.
+    """
+    import torch
+
+    generator = random.Random(seed)
+    order = list(documents)
+    generator.shuffle(order)
+    begin, cut = _window(tokenizer, length)
+    # a stream four times as long as asked is random enough, whatever the text's size
+    stream, begins = _stream(tokenizer, order, 4 * samples * cut, begin)
+    slots = len(stream) // cut
+    if slots < samples:
+        raise DataError(
+            f"calibration asks for {samples} samples of {length} tokens, the text gives {slots}",
+            fix="name more text, or ask for fewer or shorter samples",
+        )
+    starts = [slot * cut for slot in sorted(generator.sample(range(slots), samples))]
+    return Batches(
+        torch.tensor([begin + stream[start : start + cut] for start in starts]),
+        chosen=tuple(_places(order, begins, starts)),
+    )
+
+
+def every_window(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], length: int, seed: int) -> Batches:
+    """All windows of ``length`` tokens of documents packed as in `sample_windows`, in an order drawn by seed.
+
+    Raises:
+        DataError: the text gives no window; otherwise as `sample_windows`.
+    """
+    import torch
+
+    generator = random.Random(seed)
+    order = list(documents)
+    generator.shuffle(order)
+    begin, cut = _window(tokenizer, length)
+    stream, begins = _stream(tokenizer, order, None, begin)
+    if len(stream) < cut:
+        raise DataError(
+            f"training asks for windows of {length} tokens, the text has {len(begin) + len(stream)}",
+            fix="name more text, or set a shorter `length`",
+        )
+    starts = [slot * cut for slot in range(len(stream) // cut)]
+    generator.shuffle(starts)
+    rows = torch.tensor(stream[: len(starts) * cut]).view(-1, cut)[torch.tensor(starts) // cut]
+    rows = torch.cat([torch.tensor(begin, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
+    return Batches(rows, chosen=tuple(_places(order, begins, starts)))
+
+
+def _window(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], int]:
+    """What a window of ``length`` tokens begins with, and how many tokens of the stream follow. Raises `DataError`."""
+    begin = beginning(tokenizer)
+    if begin is None:
+        return [], length
+    if length < 2:
+        raise DataError(
+            "a sample of 1 token has no room beside the beginning-of-text token", fix="set length to 2 or more"
+        )
+    return [begin], length - 1
+
+
+def _stream(
+    tokenizer: PreTrainedTokenizerBase, order: Sequence[Document], wanted: int | None, begin: list[int]
+) -> tuple[list[int], list[int]]:
+    """Tokens of documents one after another, up to the one that completes ``wanted`` tokens; where each document begins.
+
+    What windows ``begin`` with is left out of documents that spell it (chats).
+    """
+    stream: list[int] = []
+    begins: list[int] = []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for document in order:
+        begins.append(len(stream))
+        text = rendered(document, tokenizer)
+        ids = list(tokenized(tokenizer, text, where=document.id, add_special_tokens=False)["input_ids"])
+        stream += ids[len(begin) if begin and ids[:1] == begin else 0 :] + end
+        if wanted is not None and len(stream) >= wanted:
+            break
+    return stream, begins
+
+
+def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[int]) -> Iterator[str]:
+    from bisect import bisect_right
+
+    for start in starts:
+        number = bisect_right(begins, start) - 1
+        yield f"{order[number].id}+{start - begins[number]}"
+
+
+def sample_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int | None, length: int, seed: int
+) -> Batches:
+    """``samples`` documents drawn by seed (all of them with None), each by itself as the model reads it: with the tokenizer's
+    special tokens, of a pair with both texts; and their labels, where they have some.
+
+    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
+    on the right with the padding token (else the end-of-text token, else 0), and masked.
+
+    Raises:
+        DataError: there are fewer than ``samples`` documents, chats that the tokenizer has no template for, or no room
+            beside the special tokens.
+    """
+    import torch
+
+    pairs = any(document.pair for document in documents)
+    if length <= (special := tokenizer.num_special_tokens_to_add(pair=pairs)):
+        raise DataError(
+            f"the recipe asks for documents of {length} tokens, and {special} of them are special ones",
+            fix=f"set length to {special + 1} or more",
+        )
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    rows: list[list[int]] = []
+    kinds: list[list[int]] = []
+    chosen, labels = [], []
+    for document in order:
+        found = encoded(document, tokenizer, length)
+        if ids := found["input_ids"]:
+            rows.append(ids)
+            kinds.append(found.get("token_type_ids", []))
+            chosen.append(document.id)
+            labels.append(document.label)
+        if len(rows) == samples:
+            break
+    if len(rows) < (samples or 1):
+        raise DataError(
+            f"the recipe asks for {samples or 1} padded documents, the text has {len(rows)}",
+            fix="name more text, ask for fewer samples, or set `document_separator`",
+        )
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids_SL = torch.full((len(rows), length), int(padding))
+    mask_SL = torch.zeros(len(rows), length, dtype=torch.bool)
+    types_SL = torch.zeros_like(ids_SL)
+    for row, (ids, types) in enumerate(zip(rows, kinds, strict=True)):
+        ids_SL[row, : len(ids)] = torch.tensor(ids)
+        mask_SL[row, : len(ids)] = True
+        types_SL[row, : len(types)] = torch.tensor(types, dtype=torch.long)
+    # zero is what models take by default, and not all of them take types
+    classes = [int(label) for label in labels if label is not None]
+    return Batches(
+        ids_SL,
+        mask_SL,
+        tuple(chosen),
+        types_SL if types_SL.any() else None,
+        torch.tensor(classes) if len(classes) == len(rows) else None,
+    )
