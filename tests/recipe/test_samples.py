@@ -1,0 +1,32 @@
+"""The sample recipe in each pass's docstring parses and plans on the example model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+import compress
+from compress import passes
+from compress.passes.describe import describe
+
+ROOT = Path(__file__).resolve().parents[2]
+REST = {"model": "examples/tiny-lm", "output": "out/sample", "document_separator": "<|doc|>"}
+
+
+@pytest.mark.parametrize("name", passes.TABLE)
+def test_sample_recipe_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sample = YAML(typ="safe").load(describe(name)["sample"])
+    text = {"files": ["examples/text/train.txt"]}
+    data = {
+        key: {**section, **text}
+        for key, section in {"training": {}, "calibration": {}, **sample.get("data", {})}.items()
+    }
+
+    planned = compress.plan({**REST, **sample, "data": data})
+
+    steps = [step for stage in planned.stages for step in stage.passes]
+    assert name in [step.name for step in steps]
+    assert steps[-1].size.bytes < planned.original.bytes
