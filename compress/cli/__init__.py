@@ -11,7 +11,7 @@ def main() -> None:
     import os
     import signal
 
-    def stop(number: int, frame: object) -> None:  # nothing was begun that would have to be put in order
+    def stop(number: int, frame: object) -> None:  # nothing has started yet that needs a clean-up
         os.write(2, b"compress: interrupted\n")
         os._exit(130)
 
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _app() -> None:
-    """The commands; imported under the guard. Complaints about arguments repeat them, so they are escaped as all else is."""
+    """Run the command line. Messages about arguments repeat them, so they are escaped."""
     import io
     import sys
 
@@ -35,8 +35,8 @@ def _app() -> None:
     except Exception as error:
         if not hasattr(error, "show") or not hasattr(error, "exit_code"):
             raise
-        said = io.StringIO()
-        error.show(file=said)
-        sys.stderr.write(printable(said.getvalue()))
+        message = io.StringIO()
+        error.show(file=message)
+        sys.stderr.write(printable(message.getvalue()))
         sys.exit(error.exit_code)
     sys.exit(status if isinstance(status, int) else 0)

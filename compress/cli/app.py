@@ -7,6 +7,33 @@ from typing import Annotated, Optional
 
 import typer
 
+from compress.cli.commands.common import Code
+from compress.cli.options import (
+    AsJson,
+    Baseline,
+    CheckpointArgument,
+    Confidence,
+    DataOption,
+    DeviceOption,
+    Dtype,
+    Field,
+    FullKvCache,
+    IgnoreCode,
+    Label,
+    MaxDocuments,
+    Metrics,
+    Offline,
+    Quiet,
+    RecipeFile,
+    Separator,
+    Sets,
+    Stride,
+    Template,
+    TextColumns,
+    Trust,
+    Window,
+)
+
 app = typer.Typer(
     name="compress",
     help="Make Hugging Face checkpoints smaller, pass by pass, and gate the result.",
@@ -15,25 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
-Sets = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key, such as passes.0.cast.weights=fp16. May be repeated."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-CheckpointArgument = Annotated[
-    str, typer.Argument(help="Folder or hub id (optionally @revision).", metavar="CHECKPOINT")
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow a checkpoint's own Python code.")]
-IgnoreCode = Annotated[
-    bool,
-    typer.Option("--ignore-auto-map", help="Take transformers' own class where a checkpoint names code of its own."),
-]
-Offline = Annotated[bool, typer.Option("--offline", help="No network, also for hub ids.")]
 
 
 def _version(value: bool) -> None:
@@ -57,22 +65,22 @@ def _root(
 def run(
     recipe: RecipeFile,
     sets: Sets = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every stage anew.")] = False,
-    publish_anyway: Annotated[bool, typer.Option("--publish-anyway", help="Publish although a gate fails.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
+    publish_anyway: Annotated[
+        bool, typer.Option("--publish-anyway", help="Publish the result even if a gate fails.")
+    ] = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe: every pass, the measurements, the gates.
+    """Run a recipe: apply its passes, evaluate the result, judge the gates.
 
     Exit status: 0 done and gates passed, 1 a gate failed, 2 bad recipe or input, 3 a gate was inconclusive,
     4 out of memory or disk, 70 a bug, 130 interrupted.
     """
-    from compress.cli import commands
+    from compress.cli.commands import recipes
 
-    commands.run(
-        recipe, sets or [], fresh=fresh, publish_anyway=publish_anyway, offline=offline, json=json, quiet=quiet
-    )
+    recipes.run(recipe, sets or [], fresh=fresh, publish_anyway=publish_anyway, offline=offline, json=json, quiet=quiet)
 
 
 @app.command()
@@ -81,137 +89,114 @@ def check(
     sets: Sets = None,
     data: Annotated[
         bool,
-        typer.Option("--data", help="Read the text too, and look for documents that evaluation shares with passes."),
+        typer.Option(
+            "--data",
+            help="Read the text too, and report documents that evaluation shares with passes.",
+        ),
     ] = False,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Print the final recipe with every default.")] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print the resolved recipe, with every default.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
-    """Report every mistake of a recipe at once, with its place and a suggestion. Reads no weights."""
-    from compress.cli import commands
+    """Report every mistake in a recipe at once, each with its line and a suggestion. Reads no weights."""
+    from compress.cli.commands import recipes
 
-    commands.check(recipe, sets or [], data=data, resolved=resolved, json=json)
+    recipes.check(recipe, sets or [], data=data, resolved=resolved, json=json)
 
 
 @app.command()
 def plan(recipe: RecipeFile, sets: Sets = None, offline: Offline = False, json: AsJson = False) -> None:
-    """Show sizes, parameters, peak memory and disk of every stage, from headers alone."""
-    from compress.cli import commands
+    """Show the sizes, parameters, peak memory and disk space of every stage. Reads headers only."""
+    from compress.cli.commands import recipes
 
-    commands.plan(recipe, sets or [], offline=offline, json=json)
+    recipes.plan(recipe, sets or [], offline=offline, json=json)
 
 
 @app.command()
 def inspect(
     checkpoint: CheckpointArgument,
-    tensors: Annotated[bool, typer.Option("--tensors", help="A row for every tensor.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
 ) -> None:
-    """Show tensors, dtypes, storage, sparsity, ties and bytes by module."""
-    from compress.cli import commands
+    """Show the parameters, bytes, dtypes, storage, sparsity and ties of every module."""
+    from compress.cli.commands import checkpoints
 
-    code = commands.Code(trust_remote_code, ignore_auto_map)
-    commands.inspect(checkpoint, tensors=tensors, zeros=zeros, code=code, offline=offline, json=json)
+    code = Code(trust_remote_code, ignore_auto_map)
+    checkpoints.inspect(checkpoint, tensors=tensors, zeros=zeros, code=code, offline=offline, json=json)
 
 
 @app.command()
 def diff(
     a: Annotated[str, typer.Argument(help="Checkpoint before.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Checkpoint after.", metavar="B")],
-    headers: Annotated[bool, typer.Option("--headers", help="Compare headers alone, not values.")] = False,
+    headers: Annotated[bool, typer.Option("--headers", help="Compare headers only, not values.")] = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     json: AsJson = False,
 ) -> None:
-    """Show what changed between two checkpoints, by module. Exit status 0 also where they differ."""
-    from compress.cli import commands
+    """Show the tensors and config keys that differ between two checkpoints. The exit status is 0 even if they differ."""
+    from compress.cli.commands import checkpoints
 
-    commands.diff(a, b, values=not headers, code=commands.Code(trust_remote_code, ignore_auto_map), json=json)
+    checkpoints.diff(a, b, values=not headers, code=Code(trust_remote_code, ignore_auto_map), json=json)
 
 
 @app.command(name="eval")
 def evaluate(
     checkpoint: CheckpointArgument,
-    data: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--data",
-            help="Text: .txt, .jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst. May be repeated. Or a folder with a "
-            "folder of images for each class.",
-        ),
-    ] = None,
-    field: Annotated[str, typer.Option("--field", help="Field of the text, in files that have fields.")] = "text",
-    template: Annotated[
-        Optional[str],
-        typer.Option("--template", help='Text of a row from several columns, such as "{question} {answer}".'),
-    ] = None,
-    text: Annotated[
-        Optional[list[str]],
-        typer.Option("--text", help="Of labelled files the column of the text; given twice, of both texts of a pair."),
-    ] = None,
-    label: Annotated[
-        Optional[str],
-        typer.Option("--label", help="Column of the label; for classifiers of text and for scores of pairs."),
-    ] = None,
-    baseline: Annotated[
-        Optional[str],
-        typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote."),
-    ] = None,
-    metric: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--metric",
-            help="bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency, memory; by default "
-            "those of the model's task. May be repeated.",
-        ),
-    ] = None,
-    separator: Annotated[Optional[str], typer.Option("--separator", help="Text between documents.")] = None,
-    window: Annotated[int, typer.Option("--window", help="Tokens of context.", min=2)] = 256,
-    stride: Annotated[
-        Optional[int], typer.Option("--stride", help="Tokens between windows; the window by default.", min=1)
-    ] = None,
-    max_documents: Annotated[
-        Optional[int], typer.Option("--max-documents", min=1, help="Only the first of them.")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, of computation.")] = "float32",
-    full_kv_cache: Annotated[
-        bool,
-        typer.Option(
-            "--full-kv-cache", help="Do not round keys and values where the config says that they are cached in fp8."
-        ),
-    ] = False,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)] = 0.95,
+    data: DataOption = None,
+    field: Field = "text",
+    template: Template = None,
+    text: TextColumns = None,
+    label: Label = None,
+    baseline: Baseline = None,
+    metric: Metrics = None,
+    separator: Separator = None,
+    window: Window = 256,
+    stride: Stride = None,
+    max_documents: MaxDocuments = None,
+    device: DeviceOption = "auto",
+    dtype: Dtype = "float32",
+    full_kv_cache: FullKvCache = False,
+    confidence: Confidence = 0.95,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint as a recipe would; with --baseline paired with another one."""
-    from compress.cli import commands
+    """Measure a checkpoint as a recipe would; with --baseline, compare it with another one."""
+    from compress.cli.commands import quality
+    from compress.pipeline.baseline import EvaluationSettings
 
-    commands.evaluate(
-        checkpoint,
-        data or [],
-        baseline=baseline,
-        metrics=metric or [],
+    files = tuple(data or ())
+    images = files[0] if len(files) == 1 and Path(files[0]).is_dir() else None
+    settings = EvaluationSettings(
+        files=() if images else files,
+        images=images,
         separator=separator,
         field=field,
         template=template,
-        text=text or [],
+        text=tuple(text or ()) or None,
         label=label,
         window=window,
         stride=stride,
         max_documents=max_documents,
+        metrics=tuple(metric or ()) or None,
         device=device,
         dtype=dtype,
         quantized_kv_cache=not full_kv_cache,
+    )
+    quality.evaluate(
+        checkpoint,
+        settings,
+        baseline=baseline,
         confidence=confidence,
-        code=commands.Code(trust_remote_code, ignore_auto_map),
+        code=Code(trust_remote_code, ignore_auto_map),
         offline=offline,
         json=json,
         quiet=quiet,
@@ -220,12 +205,14 @@ def evaluate(
 
 @app.command()
 def gate(
-    subject: Annotated[str, typer.Argument(help="A run's report.json, or a checkpoint.", metavar="REPORT|CHECKPOINT")],
+    subject: Annotated[
+        str, typer.Argument(help="The report.json of a run, or a checkpoint.", metavar="REPORT|CHECKPOINT")
+    ],
     baseline: Annotated[
         Optional[str],
-        typer.Option("--baseline", help="For a checkpoint: what `eval --json` wrote, or another checkpoint."),
+        typer.Option("--baseline", help="For a checkpoint: another checkpoint, or a file that `eval --json` wrote."),
     ] = None,
-    recipe: Annotated[Optional[Path], typer.Option("--recipe", help="Take the gates of this recipe.")] = None,
+    recipe: Annotated[Optional[Path], typer.Option("--recipe", help="Use the gates of this recipe.")] = None,
     gates: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -233,26 +220,31 @@ def gate(
         ),
     ] = None,
     confidence: Annotated[
-        Optional[float], typer.Option("--confidence", help="Of the intervals.", min=0.5, max=0.9999)
+        Optional[float], typer.Option("--confidence", help="Confidence of the intervals.", min=0.5, max=0.9999)
     ] = None,
-    junit: Annotated[Optional[Path], typer.Option("--junit", help="Write JUnit XML there (for a report).")] = None,
+    junit: Annotated[
+        Optional[Path], typer.Option("--junit", help="Write the verdicts to this file as JUnit XML.")
+    ] = None,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Judge a report, or a checkpoint against a baseline; the exit status is the verdict (0, 1 or 3)."""
-    from compress.cli import commands
+    """Judge a report, or a checkpoint against a baseline.
 
-    commands.gate(
+    Exit status: 0 every gate passed, 1 a gate failed, 3 a gate was inconclusive.
+    """
+    from compress.cli.commands import quality
+
+    quality.gate(
         subject,
         baseline=baseline,
         recipe=recipe,
         gates=gates or [],
         confidence=confidence,
         junit=junit,
-        code=commands.Code(trust_remote_code, ignore_auto_map),
+        code=Code(trust_remote_code, ignore_auto_map),
         offline=offline,
         json=json,
         quiet=quiet,
@@ -261,57 +253,60 @@ def gate(
 
 @app.command(name="passes")
 def list_passes(
-    name: Annotated[Optional[str], typer.Argument(help="A pass; all of them by default.")] = None, json: AsJson = False
+    name: Annotated[Optional[str], typer.Argument(help="Name of a pass. By default all are listed.")] = None,
+    json: AsJson = False,
 ) -> None:
-    """Explain the passes and every setting."""
-    from compress.cli import commands
+    """List the passes, or explain every setting of one pass."""
+    from compress.cli.commands import listing
 
-    commands.passes_(name, json=json)
+    listing.passes_(name, json=json)
 
 
 @app.command()
 def schema(
-    report: Annotated[bool, typer.Option("--report", help="The schema of reports instead.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print the schema of reports instead.")] = False,
 ) -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from compress.cli import commands
+    """Print the JSON schema of recipes, which editors use for completion."""
+    from compress.cli.commands import listing
 
-    commands.schema(report=report)
+    listing.schema(report=report)
 
 
 @app.command()
 def unpack(
     checkpoint: CheckpointArgument,
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="OUTPUT")],
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Size of a weight file.")] = "5GB",
+    output: Annotated[Path, typer.Argument(help="Folder to write. It must not exist.", metavar="OUTPUT")],
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest size of one weight file.")] = "5GB",
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write the dense stock twin of a compact checkpoint."""
-    from compress.cli import commands
+    """Write a compact checkpoint as a dense stock checkpoint."""
+    from compress.cli.commands import checkpoints
 
-    code = commands.Code(trust_remote_code, ignore_auto_map)
-    commands.unpack(checkpoint, output, max_shard_size=max_shard_size, code=code, quiet=quiet)
+    code = Code(trust_remote_code, ignore_auto_map)
+    checkpoints.unpack(checkpoint, output, max_shard_size=max_shard_size, code=code, quiet=quiet)
 
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where to look.", metavar="FOLDER")] = Path(), json: AsJson = False
+    folder: Annotated[Path, typer.Argument(help="Folder to search.", metavar="FOLDER")] = Path(), json: AsJson = False
 ) -> None:
-    """List run folders below a folder, with their stages and bytes, and what killed processes left."""
-    from compress.cli import commands
+    """List the run folders below a folder: status, stages, bytes, and files that killed processes left."""
+    from compress.cli.commands import listing
 
-    commands.runs(folder, json=json)
+    listing.runs(folder, json=json)
 
 
 @app.command()
 def clean(
     run_folder: Annotated[Path, typer.Argument(help="A run folder (OUTPUT.run), or the output itself.", metavar="RUN")],
-    everything: Annotated[bool, typer.Option("--all", help="The whole run folder, its report too.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove the whole run folder, the report included.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed; remove nothing.")] = False,
 ) -> None:
-    """Remove stages, work and measurements that the last run did not use, and what killed runs left; the output stays."""
-    from compress.cli import commands
+    """Remove stages, caches and measurements that the last run did not use. The output stays."""
+    from compress.cli.commands import listing
 
-    commands.clean(run_folder, everything=everything, dry_run=dry_run)
+    listing.clean(run_folder, everything=everything, dry_run=dry_run)

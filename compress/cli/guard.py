@@ -1,6 +1,6 @@
-"""Whatever happens, a command ends with one clear line and the right exit status.
+"""A command ends with one clear line and the right exit status, whatever happens.
 
-Only a failed gate ends with status 1, by `Judged`; what escapes everything else is a bug, 70.
+Only a failed gate gives status 1, by `Judged`. An unexpected exception is a bug and gives 70.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from compress.escape import printable
 
 
 class Terminated(BaseException):
-    """SIGINT or SIGTERM: temporary folders are removed, finished stages kept. Typer would swallow a KeyboardInterrupt."""
+    """SIGINT or SIGTERM: temporary folders are removed, finished stages are kept. Typer swallows a KeyboardInterrupt."""
 
 
 class Judged(SystemExit):
-    """The end of a command whose exit status is a verdict."""
+    """Ends a command whose exit status is a verdict."""
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Run a command and end the process with the exit status that `compress.errors` gives each kind of error."""
+    """Run a command and end the process. `compress.errors` defines the exit status of each kind of error."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         status = _guarded(command)
-    except BaseException:  # of the handling itself: no memory for a message, say
+    except BaseException:  # the handling itself failed, for example without memory for a message
         status = EXIT_BUG
     status = _flushed(status)
     if _several():
-        # threads of torch.distributed that want the interpreter while it shuts down end it by SIGABRT, now and then
+        # threads of torch.distributed sometimes abort the interpreter (SIGABRT) while it shuts down
         os._exit(status)
     sys.exit(status)
 
 
 def _guarded(command: Callable[[], object]) -> int:
-    with contextlib.suppress(ValueError):  # not in the main thread, which alone gets signals
+    with contextlib.suppress(ValueError):  # only the main thread can handle signals
         stops = _Stops()
         signal.signal(signal.SIGTERM, stops)
         signal.signal(signal.SIGINT, stops)
@@ -65,26 +65,26 @@ def _guarded(command: Callable[[], object]) -> int:
     except CompressError as error:
         return fail(str(error), error.exit_status)
     except (Terminated, KeyboardInterrupt):
-        return fail("interrupted; finished stages are kept, run the same command to go on", EXIT_INTERRUPTED)
+        return fail("interrupted; finished stages are kept, run the same command to continue", EXIT_INTERRUPTED)
     except BrokenPipeError as error:
         return EXIT_BAD_INPUT if error.filename is None else _bug(error)
     except MemoryError:
         return fail("out of memory", EXIT_RESOURCES)
     except OSError as error:
-        if (found := from_os(error)) is not None:
-            return fail(str(found), found.exit_status)
+        if (known := from_os(error)) is not None:
+            return fail(str(known), known.exit_status)
         return _bug(error)
-    except BaseException as error:  # also the panics of Rust libraries, which are no Exception
+    except BaseException as error:  # also panics of Rust libraries, which are not an Exception
         if _out_of_resources(error):
             return fail(f"out of memory or threads: {_first_line(error)}", EXIT_RESOURCES)
-        if (hidden := hidden_os_error(error)) is not None and (found := from_os(hidden)) is not None:
-            return fail(str(found), found.exit_status)
+        if (hidden := hidden_os_error(error)) is not None and (known := from_os(hidden)) is not None:
+            return fail(str(known), known.exit_status)
         return _bug(error)
     return EXIT_OK
 
 
 def fail(text: str, status: int) -> int:
-    """One message on stderr. Returns the status; raises nothing where nobody can read the message."""
+    """Print one message on stderr. Returns the status; raises nothing if stderr is closed."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     text = printable(text)
@@ -98,7 +98,7 @@ def _bug(error: BaseException) -> int:
 
 
 def _ended(end: SystemExit) -> int:
-    """The status of a process that ends by itself. 1 is a verdict's; of others it says that something went wrong unseen."""
+    """Exit status of a command that raised SystemExit. Only a verdict may give 1; from anything else, 1 is a bug."""
     code = EXIT_OK if end.code is None else end.code
     if isinstance(end, Judged) or (isinstance(code, int) and code != EXIT_GATE_FAILED):
         return int(code)
@@ -109,7 +109,7 @@ def _ended(end: SystemExit) -> int:
 
 
 def _flushed(status: int) -> int:
-    """Write out what was printed. Where that cannot be, the interpreter would say so by a status of its own, later."""
+    """Flush stdout and stderr. If that fails later, the interpreter sets an exit status of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -117,21 +117,21 @@ def _flushed(status: int) -> int:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if status == EXIT_OK and isinstance(error, OSError):
-                found = from_os(error, "standard output", "cannot be written")
-                status = EXIT_BAD_INPUT if error.errno == errno.EPIPE or found is None else found.exit_status
-                if error.errno != errno.EPIPE and found is not None:
-                    fail(str(found), status)
+                known = from_os(error, "standard output", "cannot be written")
+                status = EXIT_BAD_INPUT if error.errno == errno.EPIPE or known is None else known.exit_status
+                if error.errno != errno.EPIPE and known is not None:
+                    fail(str(known), status)
     return status
 
 
 def _several() -> bool:
-    """Whether torchrun started this process beside others; what is no number is told by the command that needs it."""
+    """Whether torchrun started this process with others. The command that needs the number reports a malformed one."""
     count = os.environ.get("WORLD_SIZE", "")
     return count.isdecimal() and int(count) > 1
 
 
 class _Stops:
-    """Handler of the signals that stop a command: the first cleans up, the second is told so, the third ends at once."""
+    """Signal handler: the first signal starts the clean-up, the second prints a note, the third ends the process at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -149,12 +149,12 @@ class _Stops:
 def _first_line(error: BaseException) -> str:
     try:
         return (str(error).splitlines() or [""])[0][:200]
-    except Exception:  # an error whose text cannot be made
+    except Exception:  # its __str__ raises
         return ""
 
 
 def _out_of_resources(error: BaseException) -> bool:
-    """torch's CUDA error or its CPU allocator's; no room for a thread's stack, or too many of them."""
+    """Whether torch ran out of CUDA or CPU memory, or no more threads can start."""
     text = str(error)
     return (
         type(error).__name__ == "OutOfMemoryError"
@@ -164,7 +164,7 @@ def _out_of_resources(error: BaseException) -> bool:
 
 
 def _log(error: BaseException) -> str:
-    """Where the traceback is: in a file, or where none can be written the place that it ends at."""
+    """Write the traceback to a file and return a sentence that names it; if that fails, a sentence with the last line."""
     try:
         handle, name = tempfile.mkstemp(prefix="compress-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

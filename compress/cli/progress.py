@@ -11,12 +11,12 @@ from compress.escape import in_one_line
 from compress.progress import Progress, ProgressTask, SilentProgress
 from compress.settings import format_bytes
 
-#: Seconds between two lines where there is no terminal.
+#: Seconds between two lines, without a terminal.
 EVERY = 10.0
 
 
 def make_progress(quiet: bool, stream: IO[str]) -> Progress:
-    """What suits the stream: a terminal that can move its cursor gets bars."""
+    """Progress for a stream: bars in a terminal that can move its cursor, lines otherwise."""
     if quiet:
         return SilentProgress()
     if stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -25,7 +25,7 @@ def make_progress(quiet: bool, stream: IO[str]) -> Progress:
 
 
 def _resident() -> int:
-    """Resident bytes of this process, 0 where that is not known."""
+    """Resident bytes of this process; 0 if unknown."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -81,7 +81,7 @@ class _LineTask:
 
 
 class _TerminalProgress:
-    """rich draws; it is imported with the first bar, and obeys NO_COLOR."""
+    """Bars drawn by rich, which is imported with the first bar and obeys NO_COLOR."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream

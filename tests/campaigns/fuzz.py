@@ -155,7 +155,8 @@ def _import_all() -> None:
         getattr(transformers, name)
     for name in (
         "cli.app",
-        "cli.commands",
+        "cli.commands.recipes",
+        "cli.commands.quality",
         "cli.tables",
         "pipeline.run",
         "pipeline.evaluate",

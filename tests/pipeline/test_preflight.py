@@ -275,8 +275,8 @@ def test_checking_data_needs_no_torch(recipe, tmp_path):
     with (tmp_path / "r.yaml").open("w") as file:
         YAML().dump(recipe(), file)
     code = (
-        "import sys; from compress.cli import commands; import pathlib;"
-        f"commands.check(pathlib.Path({str(tmp_path / 'r.yaml')!r}), [], data=True, resolved=False, json=False);"
+        "import sys; from compress.cli.commands import recipes; import pathlib;"
+        f"recipes.check(pathlib.Path({str(tmp_path / 'r.yaml')!r}), [], data=True, resolved=False, json=False);"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

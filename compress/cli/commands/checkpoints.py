@@ -1,0 +1,39 @@
+"""The commands on checkpoints: inspect, diff, unpack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.cli.commands.common import Code, print_json, progress, say
+
+
+def inspect(checkpoint: str, *, tensors: bool, zeros: bool, code: Code, offline: bool, json: bool) -> None:
+    """``compress inspect``."""
+    from compress.cli import tables
+    from compress.inspection import inspect as inspect_checkpoint
+
+    data = inspect_checkpoint(checkpoint, zeros=zeros, **code.options(), offline=offline)
+    if json:
+        print_json(data)
+    else:
+        tables.print_inspection(data, tensors=tensors or zeros)
+
+
+def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
+    """``compress diff``."""
+    from compress.cli import tables
+    from compress.inspection import diff as diff_checkpoints
+
+    data = diff_checkpoints(a, b, values=values, **code.options())
+    if json:
+        print_json(data)
+    else:
+        tables.print_diff(data)
+
+
+def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, quiet: bool) -> None:
+    """``compress unpack``."""
+    from compress import api
+
+    written = api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=progress(quiet), **code.options())
+    say(f"wrote {written}")

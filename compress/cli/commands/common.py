@@ -1,0 +1,76 @@
+"""Shared by the bodies of the commands: output, progress, recipes, and the place of an error in a recipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.escape import in_one_line, printable_json
+
+if TYPE_CHECKING:
+    from compress.progress import Progress
+    from compress.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Code:
+    """Options for the Python code of a checkpoint: ``--trust-remote-code`` and ``--ignore-auto-map``."""
+
+    trust: bool
+    ignore: bool
+
+    def options(self) -> dict[str, bool]:
+        """The arguments of library functions."""
+        return {"trust_remote_code": self.trust, "ignore_auto_map": self.ignore}
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """Print one strict JSON document on stdout."""
+    from compress.report import to_json
+
+    sys.stdout.write(printable_json(to_json(data)) + "\n")
+
+
+def say(text: str) -> None:
+    """Print a line on stdout; control characters in names are escaped."""
+    print(in_one_line(text))
+
+
+def progress(quiet: bool) -> Progress:
+    """Progress on stderr; silent if ``quiet``."""
+    from compress.cli.progress import make_progress
+
+    return make_progress(quiet, sys.stderr)
+
+
+def load(path: Path, sets: Sequence[str]) -> Recipe:
+    """Load a recipe with the overrides of ``--set``."""
+    from compress.recipe import load_recipe
+
+    return load_recipe(path, sets)
+
+
+class Located:
+    """Context in which an error of a pass is reported at the line of the recipe that caused it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from compress.errors import PassError, RecipeError
+        from compress.recipe import locate
+
+        if not isinstance(error, PassError) or not (error.where or "").startswith("passes."):
+            return
+        _, index, name = (error.where or "").split(".", 2)
+        path = ("passes", int(index), name, error.key) if error.key else ("passes", int(index), name)
+        where, error.where = error.where, None
+        if text := locate(self.recipe.source, path, error):
+            raise RecipeError([text]) from error
+        error.where = where

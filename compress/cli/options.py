@@ -1,0 +1,80 @@
+"""Arguments and options of the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, such as passes.0.cast.weights=fp16. May be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Folder, or hub id, optionally with @revision.", metavar="CHECKPOINT")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow the Python code that a checkpoint brings.")]
+IgnoreCode = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-auto-map", help="Ignore the Python code that a checkpoint brings; use transformers' own class."
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Use no network. Hub ids come from the cache.")]
+
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text file: .txt, .jsonl, .json, .csv, .tsv or .parquet, also compressed (.gz, .zst). May be repeated. Or a "
+        "folder with one folder of images per class.",
+    ),
+]
+Field = Annotated[str, typer.Option("--field", help="Field that holds the text, in files that have fields.")]
+Template = Annotated[
+    str | None,
+    typer.Option("--template", help='Text built from several columns of a row, such as "{question} {answer}".'),
+]
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="Column of the text in labelled files. Give it twice for the two texts of a pair."),
+]
+Label = Annotated[
+    str | None,
+    typer.Option("--label", help="Column of the label: a class for text classifiers, a score for pairs of texts."),
+]
+Baseline = Annotated[
+    str | None, typer.Option("--baseline", help="Checkpoint to compare with, or a file that `eval --json` wrote.")
+]
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        help="bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency or memory. By default "
+        "those of the model's task. May be repeated.",
+    ),
+]
+Separator = Annotated[str | None, typer.Option("--separator", help="Line that separates documents in text files.")]
+Window = Annotated[int, typer.Option("--window", help="Tokens that the model reads at once.", min=2)]
+Stride = Annotated[
+    int | None,
+    typer.Option("--stride", help="Tokens between the starts of two windows. By default the window.", min=1),
+]
+MaxDocuments = Annotated[
+    int | None, typer.Option("--max-documents", min=1, help="Evaluate the first documents only, at most this many.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device to compute on: auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Number format of computation: float32, bfloat16 or float16.")]
+FullKvCache = Annotated[
+    bool,
+    typer.Option("--full-kv-cache", help="Do not quantise keys and values where the config asks for an fp8 cache."),
+]
+Confidence = Annotated[float, typer.Option("--confidence", help="Confidence of the intervals.", min=0.5, max=0.9999)]

@@ -1,0 +1,64 @@
+"""Plans as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.cli.tables.layout import Column, make_console, print_line, print_table
+from compress.settings import format_bytes
+
+
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """Print a row per pass (tensors, parameters, bytes in both stores, bits per weight, memory), then totals."""
+    console = make_console()
+    other = "compact" if plan["store"] == "stock" else "stock"
+    original = plan["original"]
+    passes = [row for stage in plan["stages"] for row in stage["passes"]]
+    rows: list[Sequence[Any]] = [_original_row(original)]
+    rows += [_pass_row(stage["index"], row, other) for stage in plan["stages"] for row in stage["passes"]]
+    head: list[Column] = [("", "right"), ("pass", "whole"), "settings", ("tensors", "right")]
+    head += [("parameters", "right"), (plan["store"], "right"), (f"as {other}", "right"), ("bits", "right")]
+    head.append(("memory", "right"))
+    if console.width < 110:
+        rows = [(r[0], f"{r[1]}\n  {r[2]}" if r[2] else r[1], *r[4:]) for r in rows]
+        head = [h for h in head if h not in ("settings", ("tensors", "right"))]
+        head[1] = "pass"
+    print_table(console, None, head, rows)
+    for note in plan["notes"]:
+        print_line(console, note)
+    last = passes[-1]["planned"]["bytes"]
+    ratio = last / original["bytes"] if original["bytes"] else 0.0
+    print_line(console, f"output {format_bytes(last)}, × {ratio:.3f} of the original, store: {plan['store']}")
+    for row in passes:
+        for note in row["notes"]:
+            print_line(console, f"{row['name']}: {note}")
+    print_line(console, f"peak memory about {format_bytes(plan['peak_memory'])}")
+    free = plan["disk_free"]
+    short = "" if plan["disk"] <= free else ": NOT ENOUGH"
+    print_line(console, f"disk {format_bytes(plan['disk'])} for the stages, {format_bytes(free)} free{short}")
+    if not all(row["exact"] for row in passes):
+        print_line(console, "≈ depends on the values of the weights; the other numbers are exact", "dim")
+
+
+def _original_row(size: Mapping[str, Any]) -> Sequence[Any]:
+    parameters, stored = f"{size['parameters']:,}", format_bytes(size["bytes"])
+    return ("", "original", "", size["tensors"], parameters, stored, "", f"{size['bits_per_weight']:.2f}", "")
+
+
+def _pass_row(stage: int, row: Mapping[str, Any], other: str) -> Sequence[Any]:
+    from compress.report.figures import changed_settings
+
+    size = row["planned"]
+    about = "" if row["exact"] else "≈ "
+    return (
+        stage,
+        row["name"],
+        changed_settings(row["name"], row["settings"]),
+        size["tensors"],
+        f"{size['parameters']:,}",
+        about + format_bytes(size["bytes"]),
+        about + format_bytes(row["bytes_by_store"][other]) if other in row["bytes_by_store"] else "–",
+        f"{size['bits_per_weight']:.2f}",
+        format_bytes(row["peak_memory"]),
+    )

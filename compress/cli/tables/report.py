@@ -1,0 +1,113 @@
+"""Reports, gates and evaluations as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.cli.tables.layout import STYLES, Column, make_console, print_line, print_table
+from compress.settings import format_bytes
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """Before ▶ after, the waterfall, the gates, and where things are."""
+    from compress.report import figures
+    from compress.report.experts import cold_experts
+
+    console = make_console()
+    print_line(console, f"{report['original']['checkpoint']} ▶ {report['output']}", "bold", whole=True)
+    print_table(
+        console,
+        None,
+        [("", "whole"), ("before", "right"), ("after", "right"), "change"],
+        [(r.name, r.before, r.after, r.change) for r in figures.before_after(report)],
+    )
+    rows: list[tuple[str, ...]] = []
+    shown = figures.headline(report)
+    for step in figures.waterfall(report):
+        rows.append(
+            (
+                step.name,
+                step.settings,
+                format_bytes(step.bytes),
+                figures.signed_bytes(step.saved),
+                figures.bar(step, 12),
+                *shown.values(step),
+            )
+        )
+    head: list[Column] = ["pass", "settings", ("size", "right"), ("saved", "right"), ("left", "whole")]
+    measured = any(row[5] for row in rows)
+    if measured:
+        head += [(shown.name, "right"), ("cost", "right")]
+    if console.width < 100:  # settings need a line of their own to be readable
+        rows = [(f"{r[0]}\n  {r[1]}" if r[1] else r[0], *r[2:]) for r in rows]
+        head.remove("settings")
+    print_table(console, None, head, [row if measured else row[:-2] for row in rows])
+    if report["gates"]:
+        print_gates(report["gates"], report["status"], console)
+    if (note := figures.quality_note(report)) is not None:
+        print_line(console, f"measured on {note}", "dim")
+    for note in filter(None, [figures.speed_note(report), *cold_experts(report), *report["notes"]]):
+        print_line(console, note, "yellow" if " did not help: " in note else "dim", whole=True)
+    print_line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
+    if report["published"]:
+        print_line(console, f"output: {report['output']}", whole=True)
+
+
+def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
+    """One line per gate, then the verdict."""
+    from rich.text import Text
+
+    console = console or make_console()
+    rows = [
+        (Text(g["verdict"].upper() if g["verdict"] != "pass" else "pass", STYLES[g["verdict"]]), g["gate"], g["text"])
+        for g in gates
+    ]
+    if rows:
+        print_table(console, None, [("gate", "whole"), ("", "whole"), ""], rows)
+    said = f"gates: {status}" if rows else f"no gates, and a training that did not help: {status}"
+    print_line(console, said, STYLES.get(status, ""))
+
+
+def print_assessment(document: Mapping[str, Any]) -> None:
+    """Print the result of ``eval``, beside the baseline if there is one."""
+    from compress.report import figures
+
+    console = make_console()
+    baseline = document.get("baseline")
+    if baseline is not None:
+        print_line(console, f"{baseline['checkpoint']} ▶ {document['checkpoint']}", "bold")
+        rows = figures.before_after({"original": baseline, "result": document})
+        print_table(
+            console,
+            None,
+            [("", "whole"), ("baseline", "right"), ("this", "right"), "change"],
+            [(r.name, r.before, r.after, r.change) for r in rows],
+        )
+        _print_paired(console, document.get("paired"))
+    else:
+        print_line(console, document["checkpoint"], "bold")
+        rows = figures.before_after({"original": document, "result": document})
+        print_table(console, None, [("", "whole"), ("", "right")], [(r.name, r.after) for r in rows])
+    settings, evaluation = document["settings"], document["evaluation"]
+    if evaluation is not None:
+        files = settings["files"] or [settings["images"]]
+        note = figures.quality_note({"result": document, "data": {"evaluation": {"files": files}}})
+        print_line(console, f"measured on {note}", "dim")
+    if (note := figures.speed_note({"result": document})) is not None:
+        print_line(console, note, "dim")
+
+
+def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
+    if not paired:
+        return
+    for name, shown in (("accuracy", "accuracy"), ("f1", "macro F1"), ("spearman", "Spearman")):
+        if name in paired:
+            p = paired[name]
+            text = f"{shown} drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}, each at "
+            print_line(console, f"{text}{paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s)")
+    for name, shown in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+        if name in paired:
+            p = paired[name]
+            text = f"{shown} {p['increase']:+.2%} (between {p['lower']:+.2%} and {p['upper']:+.2%}, each at "
+            print_line(console, f"{text}{paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s)")
