@@ -1,4 +1,4 @@
-"""The processes of one run (torchrun): which of them does what, and how their results are combined."""
+"""The processes of one run (torchrun): who does which part, and the sums and values that they exchange."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def read_baseline(path: Path) -> dict[str, Any]:
 
     def validate(data: Any) -> dict[str, Any]:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise ReportError("is no baseline", fix="write one with `compress eval CHECKPOINT --json`")
+            raise ReportError("is not a baseline", fix="write one with `compress eval CHECKPOINT --json`")
         return checked(_Baseline, data)
 
     return read_document(path, "baseline", validate)

@@ -48,9 +48,9 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
                 remove(temp)
     if report["published"]:
         kept = {"recipe": identity, "report": _digest(folder / "report.json"), "files": table}
-        _try(state, "what was published could not be noted", state.folder.set_published, kept)
-        _try(state, "the stage could not be noted", state.folder.restamp, state.keys[-1])
-    _try(state, "the run could not be noted", lambda: state.folder.set_current(state.keys, done=True))
+        _try(state, "the publication could not be recorded", state.folder.set_published, kept)
+        _try(state, "the stage could not be recorded", state.folder.restamp, state.keys[-1])
+    _try(state, "the run could not be recorded", lambda: state.folder.set_current(state.keys, done=True))
     with contextlib.suppress(Exception):  # a summary is no reason to lose a finished run
         reports.append_step_summary(report)
 
@@ -95,7 +95,7 @@ def _publish(state: Run, report: Mapping[str, Any], identity: str, more: Mapping
     stage = Path(report["stages"][-1]["folder"])
     table, changed = publish(stage, state.files, state.output, _provenance(state, report, identity), more)
     if changed is not None:
-        state.progress.message(f"what was at {state.output} was changed meanwhile; it is kept as {changed}")
+        state.progress.message(f"the earlier result at {state.output} was changed meanwhile and is kept as {changed}")
     return table
 
 
@@ -124,7 +124,7 @@ def published_report(state: Run, identity: str) -> dict[str, Any] | None:
     if files != known["files"]:
         _try(
             state,
-            "the times of the output's files could not be noted",
+            "the times of the output's files could not be recorded",
             state.folder.set_published,
             {**known, "files": files},
         )

@@ -98,7 +98,7 @@ def evaluate(
 
 
 def _completed(settings: EvaluationSettings, candidate: Stored) -> EvaluationSettings:
-    """The settings with metrics, device and stride said, checked against the model. Raises `CompressError`."""
+    """The settings with metrics, device and stride filled in, checked against the model. Raises `CompressError`."""
     structure, given = candidate.spec.structure, settings.given
     task = task_of(structure.class_name)
     metrics: tuple[str, ...] = settings.metrics or ()
@@ -121,7 +121,7 @@ def _reference(
     """The checkpoint to compare with, open; None where nothing of it is computed.
 
     Raises:
-        CompressError: a metric compares and there is no baseline, or a metric needs data and there are none.
+        CompressError: a metric compares and there is not a baseline, or a metric needs data and there are none.
     """
     wanted, reference = set(settings.metrics or ()), None
     if baseline is not None and earlier is None:
@@ -154,7 +154,7 @@ def _baseline_part(
     if earlier is not None:
         if settings.given and earlier["settings"]["text_sha256"] != kept["text_sha256"]:
             raise ReportError(
-                "the baseline was measured on other data", where=str(baseline), fix="name the same files with --data"
+                "the baseline was evaluated on other data", where=str(baseline), fix="name the same files with --data"
             )
         return {key: earlier[key] for key in ("checkpoint", "size", "evaluation", "latency")}
     if reference is None:

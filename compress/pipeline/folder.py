@@ -114,7 +114,7 @@ class RunFolder:
 
         if self.path.exists() and not self.is_ours() and any(self.path.iterdir()):
             raise OutputError(
-                "exists and is no run folder", where=str(self.path), fix="move it away, or name another output"
+                "exists and is not a run folder", where=str(self.path), fix="move it away, or name another output"
             )
 
     def is_ours(self) -> bool:

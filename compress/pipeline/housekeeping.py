@@ -114,7 +114,7 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
         everything: the whole folder. dry_run: change nothing.
 
     Raises:
-        CompressError: it is no run folder, or a run is at work there.
+        CompressError: it is not a run folder, or a run is at work there.
     """
     path = expanded(path)
     if path.name in ("", ".."):
@@ -127,7 +127,7 @@ def clean(path: Path, *, everything: bool = False, dry_run: bool = False) -> tup
     if not run.path.is_dir() or not (run.path.is_symlink() or run.is_ours()):
         beside = [p for p in leftovers(path.parent, path.name) if p in orphans]
         if not beside:
-            raise CompressError("is no run folder", where=str(run.path), fix="`compress runs` lists them")
+            raise CompressError("is not a run folder", where=str(run.path), fix="`compress runs` lists them")
         return _gone([Unused(p.name, (p,)) for p in beside], dry_run)
 
     def unused() -> list[Unused]:

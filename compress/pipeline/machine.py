@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def resolve_device(device: str) -> str:
     """The device as torch names it; ``auto`` is the first GPU where there is one. Raises `CompressError` for an absent one."""
     if re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device) is None:
-        raise CompressError(f"no computation runs on {device!r}", where="device", fix="give auto, cpu, cuda or cuda:N")
+        raise CompressError(f"there is no device {device!r}", where="device", fix="use auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return device
     import torch
@@ -35,7 +35,7 @@ def resolve_device(device: str) -> str:
 def check_dtype(dtype: str) -> None:
     """Check that models can be computed in a number format. Raises `CompressError`."""
     if dtype not in DTYPES:
-        raise CompressError(f"nothing is computed in {dtype!r}", where="dtype", fix=f"give {', '.join(DTYPES)}")
+        raise CompressError(f"unknown dtype {dtype!r}", where="dtype", fix=f"use {', '.join(DTYPES)}")
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -120,9 +120,9 @@ def check_sets(recipe: Recipe) -> None:
             for mine, other in _twins(evaluation.files, section.files):
                 is_it = "is" if mine == other else f"holds the same as {other}"
                 raise DataError(
-                    f"{is_it} in data.{name} too: passes would have seen what models are measured on",
+                    f"{is_it} in data.{name} too: the passes would see the evaluation data",
                     where=f"data.evaluation: {mine}",
-                    fix="evaluate on data that no pass has seen",
+                    fix="evaluate on data that no pass reads",
                 )
 
 
@@ -154,8 +154,8 @@ def check_chats(folder: Path, documents: Sequence[Document]) -> None:
     if chat is None or any(safe_file(folder, name).exists() for name in _TEMPLATES):
         return
     name = "tokenizer_config.json"
-    said = read_json(folder, name) if safe_file(folder, name).exists() else {}
-    if not (isinstance(said, dict) and said.get("chat_template")):
+    config = read_json(folder, name) if safe_file(folder, name).exists() else {}
+    if not (isinstance(config, dict) and config.get("chat_template")):
         raise no_template(chat)
 
 

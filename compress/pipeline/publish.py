@@ -117,7 +117,7 @@ def _unchanged(output: Path, known: Mapping[str, Any], *, contents: bool = False
         )
     if "files" not in provenance:
         raise OutputError(
-            f"{PROVENANCE} was changed since it was published, or is of a version that noted no digests",
+            f"{PROVENANCE} was changed since it was published, or comes from a version without digests",
             where=str(output),
             fix=_MOVE,
         )
@@ -174,8 +174,8 @@ def publish(
         for name, data in more.items():
             table[name] = _replace(temp / name, data)  # it may be a link to the stage's own file
         rows = {n: {"bytes": row["stamp"][SIZE], "sha256": row["sha256"]} for n, row in sorted(table.items())}
-        said = {**provenance, "schema": _SCHEMA, "files": rows}
-        text = json.dumps({**said, "sha256": fingerprint(said)}, indent=1, sort_keys=True) + "\n"
+        values = {**provenance, "schema": _SCHEMA, "files": rows}
+        text = json.dumps({**values, "sha256": fingerprint(values)}, indent=1, sort_keys=True) + "\n"
         table[PROVENANCE] = _replace(temp / PROVENANCE, text.encode())
         kept = None
         if not output.exists():

@@ -95,7 +95,7 @@ class Run:
         need = sum(stage.size.bytes for stage in missing)
         if need > (free := shutil.disk_usage(parent).free):
             raise ResourceError(
-                f"the run writes {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                f"the run needs {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free",
                 where=str(parent),
                 fix="free some space, or see `compress clean`",
             )

@@ -37,7 +37,7 @@ def _number(variable: str, default: int) -> int:
     text = os.environ.get(variable, "")
     if text and not text.isdecimal():
         raise CompressError(
-            f"the environment variable {variable} is {text!r}, which is no number", fix="unset it; torchrun sets it"
+            f"the environment variable {variable} is {text!r}, which is not a number", fix="unset it; torchrun sets it"
         )
     return int(text) if text else default
 

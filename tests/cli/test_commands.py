@@ -282,7 +282,7 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["eval", "model", "--metric", "bits_per_byte"], "text metrics need text; give --data"),
         (["eval", "model", "--metric", "bleu"], "unknown metric `bleu`"),
         (["eval", "model", "--metric", "latency"], "`latency` compares with another checkpoint; give --baseline"),
-        (["eval", "model", "--baseline", "recipe.yaml"], "recipe.yaml: is no baseline"),
+        (["eval", "model", "--baseline", "recipe.yaml"], "recipe.yaml: is not a baseline"),
         (["eval", "model", "--data", "recipe.yaml", "--dtype", "half"], "give float32, bfloat16, float16"),
         (["eval", "model", "--data", "recipe.yaml", "--device", "meta"], "give auto, cpu, cuda or cuda:N"),
         (
@@ -302,7 +302,7 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["unpack", "small", "new", "--max-shard-size", "many"], "expected a size such as 500MB"),
         (["unpack", "small", "new", "--max-shard-size", "9" * 400], "expected a size such as 500MB"),
         (["runs", "gone"], "gone: there is no such folder"),
-        (["clean", "model"], "is no run folder"),
+        (["clean", "model"], "is not a run folder"),
         (["run", "gone.yaml"], "there is no such file"),
         (["run"], "Missing argument"),
         (["run", "recipe.yaml", "--frsh"], "No such option"),

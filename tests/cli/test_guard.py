@@ -124,7 +124,7 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     assert ends(lambda: None)[0] == 0
     if size:
-        with pytest.raises(CompressError, match="WORLD_SIZE is 'abc', which is no number; unset it"):
+        with pytest.raises(CompressError, match="WORLD_SIZE is 'abc', which is not a number; unset it"):
             launched()
     else:
         assert launched() == (0, 1)
@@ -135,7 +135,7 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
     [
         ({"RANK": ""}, "WORLD_SIZE is 2, but RANK is not set; unset it, or start compress with torchrun"),
         ({"MASTER_ADDR": ""}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
-        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x', which is no number"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x', which is not a number"),
         ({"RANK": "2"}, "RANK is 2, of 2 processes"),
     ],
 )

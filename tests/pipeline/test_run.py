@@ -200,7 +200,7 @@ def test_memory_and_disk_are_checked_before_the_work(recipe, tmp_path, monkeypat
 
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
-    with pytest.raises(ResourceError, match=r"the run writes .* GB, 0.00 GB are free"):
+    with pytest.raises(ResourceError, match=r"the run needs .* GB of disk, 0.00 GB are free"):
         compress.run(recipe())
     assert not (tmp_path / "out").exists()
 
@@ -283,5 +283,5 @@ def test_clean_and_runs(recipe, tmp_path):
     clean(tmp_path / "out.run", everything=True)
     assert not (tmp_path / "out.run").exists()
     load_model(tmp_path / "out")
-    with pytest.raises(CompressError, match=r"is no run folder"):
+    with pytest.raises(CompressError, match=r"is not a run folder"):
         clean(tmp_path / "out.run")

@@ -377,10 +377,10 @@ def test_a_folder_that_only_has_the_name_of_a_run_folder_is_left_alone(small, tm
         (mine / name).write_text("mine")
     before = tree(mine)
     for everything in (False, True):
-        with pytest.raises(CompressError, match=r"out.run: is no run folder"):
+        with pytest.raises(CompressError, match=r"out.run: is not a run folder"):
             housekeeping.clean(mine, everything=everything)
     assert housekeeping.list_runs(tmp_path) == []
-    with pytest.raises(OutputError, match=r"out.run: exists and is no run folder; move it away"):
+    with pytest.raises(OutputError, match=r"out.run: exists and is not a run folder; move it away"):
         compress.run(small())
     assert tree(mine) == before
 
