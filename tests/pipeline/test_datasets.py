@@ -188,7 +188,7 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
         (torch.ones(2, 3), {}, "data: holds float32, not token ids"),
         (torch.ones(3, dtype=torch.long), {}, "data: has the shape [3], which is not [samples, length]"),
         (packed.ids, {"samples": 9}, "data: holds 4 samples of 32 tokens, 9 of 32 are asked for"),
-        ([tmp_path / "ids.npy", train], {}, "data: token ids come from one file, with no other beside it"),
+        ([tmp_path / "ids.npy", train], {}, "data: token ids come from one file: name no other beside it"),
         (train, {"mode": "pad"}, "data.mode: Input should be 'packed' or 'padded'"),
         ([], {}, "data.files: "),
         (tmp_path / "a.bin", {}, "a.bin: is no .txt"),
