@@ -27,7 +27,11 @@ def resolve_device(device: str) -> str:
         return "cuda" if count else "cpu"
     number = device.partition(":")[2] or "0"
     if not number.isdigit() or int(number) >= count:
-        here = f"there are cpu and cuda:0 to cuda:{count - 1}" if count else "this torch has the cpu only"
+        here = (
+            f"there are cpu and cuda:0 to cuda:{count - 1}"
+            if count
+            else "there is only the cpu: this torch has no CUDA"
+        )
         raise CompressError(f"the device {device} is not here", where="device", fix=here)
     return device
 

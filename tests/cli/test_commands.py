@@ -283,8 +283,8 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["eval", "model", "--metric", "bleu"], "unknown metric `bleu`"),
         (["eval", "model", "--metric", "latency"], "`latency` compares with another checkpoint; give --baseline"),
         (["eval", "model", "--baseline", "recipe.yaml"], "recipe.yaml: is not a baseline"),
-        (["eval", "model", "--data", "recipe.yaml", "--dtype", "half"], "give float32, bfloat16, float16"),
-        (["eval", "model", "--data", "recipe.yaml", "--device", "meta"], "give auto, cpu, cuda or cuda:N"),
+        (["eval", "model", "--data", "recipe.yaml", "--dtype", "half"], "use float32, bfloat16, float16"),
+        (["eval", "model", "--data", "recipe.yaml", "--device", "meta"], "use auto, cpu, cuda or cuda:N"),
         (
             ["eval", "model", "--data", "recipe.yaml", "--window", "16", "--stride", "32"],
             "a stride of 32 would skip text",

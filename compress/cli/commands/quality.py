@@ -44,7 +44,7 @@ def evaluate(
     if json:
         print_json(document)
     else:
-        tables.print_assessment(document)
+        tables.print_evaluation(document)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = 
     print_line(console, said, STYLES.get(status, ""))
 
 
-def print_assessment(document: Mapping[str, Any]) -> None:
+def print_evaluation(document: Mapping[str, Any]) -> None:
     """Print the result of ``eval``, beside the baseline if there is one."""
     from compress.report import figures
 
