@@ -55,9 +55,9 @@ class Cast(Pass[CastSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); GPTQ, arXiv 2210.17323, towards the original's outputs as in "
-        "GPTAQ, arXiv 2504.02692; descent on codes as in QuantEase, arXiv 2309.01885, at last towards YAQA's objective, arXiv "
-        "2505.22988; formats of compressed-tensors"
+        "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); gptq: GPTQ, arXiv 2210.17323; asymmetric: GPTAQ, arXiv "
+        "2504.02692; alternating: QuantEase, arXiv 2309.01885; curvature: YAQA, arXiv 2505.22988; block reconstruction: BRECQ, "
+        "arXiv 2102.05426; formats: compressed-tensors"
     )
 
     def completed(self, settings: CastSettings, given: Collection[str]) -> CastSettings:

@@ -238,8 +238,8 @@ class DistillSettings(PassSettings):
     )
     optimizer: Literal["adamw", "muon", "adafactor"] = Field(
         default_factory=_of_preset("optimizer"),
-        description="By default `adamw` to recover, `muon` from scratch (for matrices; in one process). `adafactor` (arXiv "
-        "1804.04235) needs the least memory.",
+        description="By default `adamw` to recover, `muon` (arXiv 2502.16982) from scratch (for matrices; in one process). "
+        "`adafactor` (arXiv 1804.04235) needs the least memory.",
     )
     weight_decay: float = Field(
         default_factory=_of_preset("weight_decay"),

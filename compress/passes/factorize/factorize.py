@@ -39,15 +39,15 @@ class Factorize(Pass[FactorizeSettings]):
     """
 
     name: ClassVar[str] = "factorize"
-    summary: ClassVar[str] = "Replace weight matrices by products of two thin ones."
+    summary: ClassVar[str] = "Replace weight matrices by products of two low-rank factors."
     settings = FactorizeSettings
     mode = "blockwise"
     needs = frozenset({"calibration"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "factored"})
     preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
-        "SVD-LLM, arXiv 2403.07378, towards the original's outputs; ranks by the Fisher information and the knapsack; tuning "
-        "as in BRECQ, arXiv 2102.05426"
+        "SVD-LLM, arXiv 2403.07378, towards the original's outputs; ranks by the Fisher information and the knapsack; block "
+        "reconstruction: BRECQ, arXiv 2102.05426"
     )
 
     def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
@@ -55,16 +55,16 @@ class Factorize(Pass[FactorizeSettings]):
         from dataclasses import replace
 
         ranks = self._ranks(spec, settings)
-        if settings.by_loss:
+        if settings.by_divergence:
             require_divergence(spec, ranks, _SETTING)
-        return replace(factored(spec, ranks), exact=spec.exact and not settings.by_loss)
+        return replace(factored(spec, ranks), exact=spec.exact and not settings.by_divergence)
 
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
         """Of a sweep; or of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
         names = self._targets(spec, settings)
         moments = 5 if settings.reconstruction_epochs else 0
         runner = runner_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
-        if not settings.by_loss:
+        if not settings.by_divergence:
             return runner
         return max(runner, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
 
@@ -76,7 +76,7 @@ class Factorize(Pass[FactorizeSettings]):
 
         spec = checkpoint.spec
         ranks = self._ranks(spec, settings)
-        if settings.by_loss:
+        if settings.by_divergence:
             ranks = self._allocate(checkpoint, settings, context)
         reconstruction = (
             Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)

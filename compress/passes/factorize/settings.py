@@ -14,7 +14,9 @@ class FactorizeSettings(PassSettings):
     """Settings of `factorize`."""
 
     keep_parameters: Fraction | None = Field(
-        default=None, description="Share of the chosen matrices' parameters that their factors have in total."
+        default=None,
+        description="Share of the chosen matrices' parameters that their factors have in total. The factors are those of least "
+        "output error on calibration data (SVD-LLM, arXiv 2403.07378).",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Instead of `keep_parameters`: the same rank for every chosen matrix."
@@ -45,6 +47,6 @@ class FactorizeSettings(PassSettings):
         return self
 
     @property
-    def by_loss(self) -> bool:
-        """Whether ranks are chosen by measured losses."""
+    def by_divergence(self) -> bool:
+        """Whether ranks are chosen by measured KL divergences."""
         return self.allocation == "kl" and self.rank is None

@@ -42,9 +42,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
-        "loss: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
-        "arXiv 1906.10771; blocks: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; merged heads: aligned as in "
-        "arXiv 2412.20677; tuning as in BRECQ, arXiv 2102.05426"
+        "obs: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
+        "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; KV heads: arXiv "
+        "2412.20677; block reconstruction: BRECQ, arXiv 2102.05426"
     )
 
     def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:

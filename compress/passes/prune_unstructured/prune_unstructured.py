@@ -43,7 +43,8 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "magnitude: Han et al. 2015, arXiv 1506.02626; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv "
-        "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; tuning as in BRECQ, arXiv 2102.05426"
+        "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; owl: OWL, arXiv 2310.05175; block reconstruction: BRECQ, arXiv "
+        "2102.05426"
     )
 
     def required_data(self, settings: PruneUnstructuredSettings) -> frozenset[str]:

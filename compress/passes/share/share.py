@@ -43,8 +43,8 @@ class Share(Pass[ShareSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared", "factored"})
     preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
-        "ALBERT, arXiv 1909.11942; Relaxed Recursive Transformers, arXiv 2410.20672; order of units as in Git Re-Basin, arXiv "
-        "2209.04836; Fisher mean: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149; SqueezeLLM, arXiv 2306.07629"
+        "ALBERT, arXiv 1909.11942; residuals: Relaxed Recursive Transformers, arXiv 2410.20672; align: Git Re-Basin, arXiv "
+        "2209.04836; fisher: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149, and SqueezeLLM, arXiv 2306.07629"
     )
 
     def output_storage(self, settings: ShareSettings) -> frozenset[Storage]:
