@@ -1,4 +1,4 @@
-"""What casting to few bits costs in held-out loss: `make bench-cast [MODEL= TRAIN= HELDOUT=]`, as `make bench-prune`.
+"""Held-out loss after casting to few bits: `make bench-cast [MODEL= TRAIN= HELDOUT=]`, as `make bench-prune`.
 
 Arguments and measure are those of benchmarks/prune.py. Bytes are those of the weight files as written.
 """
@@ -88,10 +88,9 @@ def main() -> None:
         f"`{page.command('bench-cast', parser, args)}`: {page.environment()} "
         f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
-        "Integers are symmetric, in groups of 64 (int8: per channel); `default` is the pass with no setting but the format: "
-        "GPTQ towards the original's outputs, codes and scales fitted by turns, at last in view of what changes the "
-        "prediction, then tuning of each block; `untuned` is without the tuning. Seconds are of the whole call, loading, "
-        "self-check and writing included.",
+        "Integers are symmetric, in groups of 64 (int8: per channel). `default` is the pass with its defaults: GPTQ with "
+        "every error correction, then block reconstruction; `untuned` omits the reconstruction. Seconds cover the whole "
+        "call: loading, self-check and writing.",
         "",
         *page.table(["job", "ΔNLL", "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
     ]

@@ -1,4 +1,4 @@
-"""What distillation wins back, and what it takes: `make bench-distill [MODEL= TRAIN= HELDOUT=]`, for docs/benchmarks.md.
+"""Loss that distillation wins back, and its time and memory: `make bench-distill [MODEL= TRAIN= HELDOUT=]`, for docs/benchmarks.md.
 
 Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN text: under the original, on hard labels alone,
 and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
@@ -95,11 +95,11 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
         print(*rows[-1], flush=True)
     cast = " and autocast" * bool(args.autocast)
     return [
-        f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} go; then {args.tokens:,} "
-        f"tokens of {', '.join(Path(f).name for f in args.train)}, the settings of the pass without any but the losses "
-        f"named{cast}. Held out: {', '.join(Path(f).name for f in args.heldout)}. "
+        f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} are removed. The student "
+        f"then trains on {args.tokens:,} tokens of {', '.join(Path(f).name for f in args.train)} with the defaults of the "
+        f"pass, except for the losses named{cast}. Held out: {', '.join(Path(f).name for f in args.heldout)}. "
         f"ΔNLL is in nats per token over the {dense:.4f} before. "
-        "Won back is the share of what removal alone costs. The seconds are of the whole call.",
+        "Won back: share of the loss that removal alone costs. Seconds cover the whole call.",
         "",
         *page.table(["", "ΔNLL", "won back", "last held-out loss in training", "seconds"], rows),
     ]
@@ -142,7 +142,7 @@ def classifier(args: argparse.Namespace, scratch: Path) -> list[str]:
         rows.append([name, f"{found:.2%}", f"{found / reference:.1%}"])
         print(*rows[-1], flush=True)
     return [
-        f"A BERT of width 128 from random weights, {len(texts):,} labelled texts of {Path(train).name}, {args.epochs:g} times; "
+        f"A BERT of width 128 from random weights, {len(texts):,} labelled texts of {Path(train).name}, {args.epochs:g} epochs; "
         f"accuracy on {Path(test).name}.",
         "",
         *page.table(["", "accuracy", "of the teacher's"], rows),

@@ -142,7 +142,7 @@ def pruning(scratch: Path, layers: list[int]) -> list[str]:
         "## Memory of a calibrated pass",
         "",
         f"`make bench-memory`: {page.environment()} SparseGPT, 50 %, 32 × 512 tokens, on random bf16 weights of a 7B Llama's "
-        "shape, with `max_ram: 4GiB`; peak resident memory of the whole process, verification of the output included.",
+        "shape, with `max_ram: 4GiB`; peak resident memory of the whole process, with verification of the output.",
         "",
         *large(scratch, layers, SPARSEGPT, 32),
     ]
@@ -153,8 +153,8 @@ def narrowing(scratch: Path, layers: list[int]) -> list[str]:
     return [
         "## Memory of structured pruning",
         "",
-        f'`make bench-memory ARGS="--section memory-structured"`: {page.environment()} A quarter of MLP and heads, by loss, '
-        "least squares and no tuning, 8 × 512 tokens, on random bf16 weights of a 7B Llama's shape, with `max_ram: 4GiB`; peak "
+        f'`make bench-memory ARGS="--section memory-structured"`: {page.environment()} A quarter of MLP and heads, by OBS, '
+        "least squares, no reconstruction, 8 × 512 tokens, on random bf16 weights of a 7B Llama's shape, with `max_ram: 4GiB`; peak "
         "resident memory of the whole process, verification of the output included.",
         "",
         *large(scratch, layers, NARROWER, 8),
@@ -170,7 +170,7 @@ def casting(scratch: Path) -> list[str]:
     return [
         "## Memory of a calibrated cast",
         "",
-        f'`make bench-memory ARGS="--section memory-cast"`: {page.environment()} Defaults but for the format, 4 × 512 '
+        f'`make bench-memory ARGS="--section memory-cast"`: {page.environment()} The defaults with that format, 4 × 512 '
         "tokens, on random bf16 weights of a Llama of two blocks (hidden 1024, MLP 2816); peak resident memory of the whole "
         "process.",
         "",

@@ -1,4 +1,4 @@
-"""What pruning costs in held-out loss: `make bench-prune [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
+"""Held-out loss after pruning: `make bench-prune [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
 
 For each method and sparsity: the rise of the mean negative log-likelihood per token over the dense model, in nats, on the first
 400 windows of 256 tokens of each held-out text (each read as one stream); the mean relative error of the layers; seconds.
@@ -157,10 +157,10 @@ def main() -> None:
         f"ΔNLL is in nats per token over the dense model's {dense:.4f}.",
     ]
     if any(method.startswith("default") for method in args.methods):
-        notes.append("`default` is the pass without any setting but the amount: ALPS, then tuning of each block.")
+        notes.append("`default` is the pass with its defaults: ALPS, then block reconstruction.")
     if tried := [method for method in args.methods if "allocation" in METHODS[method]]:
-        notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`, uniform without.")
-    notes.append("Seconds are of the whole call, loading, self-check and writing included.")
+        notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`; the others are uniform.")
+    notes.append("Seconds cover the whole call: loading, self-check and writing.")
     table = [
         f"## Pruning {model}" + ("" if args.methods in (usual, ["default"]) else f": {', '.join(args.methods)}"),
         "",

@@ -1,4 +1,4 @@
-"""What quantised inputs and caches cost: `make bench-rounded [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
+"""Held-out loss with quantised inputs and caches: `make bench-rounded [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
 
 For int8 and fp8 weights (per channel, rounded to nearest): the rise of the mean negative log-likelihood per token over the
 original, in nats, with its standard error over windows, and how often the likeliest token stays; without and with inputs
@@ -90,8 +90,8 @@ def main() -> None:
     lines = [f"## Quantised inputs and caches of {name}", ""]
     lines += [f"`{page.command('bench-rounded', parser, args)}`: {page.environment()}", ""]
     lines += [
-        f"Loss of the original {original.mean():.4f} nats per token, {count} windows of 256 tokens. Rise of the loss with its "
-        "standard error over windows, and tokens whose likeliest successor stays.",
+        f"Loss of the original {original.mean():.4f} nats per token, {count} windows of 256 tokens. Increase of the "
+        "loss with its standard error over windows, and share of tokens with the same top-1 prediction.",
         "",
         *page.table(["weights", "inputs", "keys and values", "rise of the loss", "top-1 agreement"], rows),
     ]

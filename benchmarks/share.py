@@ -1,4 +1,4 @@
-"""What sharing and low-rank factors cost: `make bench-share [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
+"""Held-out loss after sharing and low-rank factors: `make bench-share [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
 
 Half of the blocks' parameters go: blocks are dropped, or share in pairs, as the pass does it and by the plain mean, with and
 without residuals; each is then distilled under the original with the same tokens, samples and settings. And weight matrices
@@ -85,7 +85,7 @@ def sharing(args: argparse.Namespace, scratch: Path) -> list[str]:
     cast = " but autocast" * bool(args.autocast)
     return [
         f"{Path(args.model).name}, {depth} blocks; then {args.tokens:,} tokens of "
-        f"{', '.join(Path(f).name for f in args.train)}, the settings of `distill` without any{cast}. Held out: "
+        f"{', '.join(Path(f).name for f in args.train)}, with the defaults of `distill`{cast}. Held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before.",
         "",
         *page.table(["", "file", "parameters in memory", "ΔNLL", "ΔNLL distilled", "seconds of distilling"], rows),
@@ -193,8 +193,9 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     )
     print(*rows[-1], flush=True)
     return [
-        f"{Path(args.model).name}: every weight matrix of the blocks as two factors with {KEEP:.0%} of its parameters; of the "
-        "pass, of all matrices together. Error: mean over matrices of ‖(W - W')X‖² / ‖WX‖² on what the whole model gives them.",
+        f"{Path(args.model).name}: every weight matrix of the blocks becomes two factors with {KEEP:.0%} of its parameters; "
+        "in the pass, of all matrices together. Error: mean over matrices of ‖(W - W')X‖² / ‖WX‖², with X from the whole "
+        "model.",
         "",
         *page.table(["", "error", "ΔNLL", "bytes", "seconds"], rows),
     ]

@@ -1,4 +1,4 @@
-"""What removing whole units costs and gains: `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
+"""Held-out loss and speed after removing whole units: `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
 The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation
 (or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
@@ -77,8 +77,8 @@ def speed(model: str) -> list[str]:
         shutil.rmtree(scratch, ignore_errors=True)
     return [
         "",
-        "Random weights of a Llama of 124 M parameters, float32, beside the whole model in the same run; a prompt of 256 "
-        "tokens, of which the last one has logits:",
+        "A Llama of 124 M parameters with random weights, float32, beside the whole model in the same run. A prompt has "
+        "256 tokens; the last one gets logits.",
         "",
         *page.table(["without", "prefill faster", "decode faster", "memory"], rows),
     ]
@@ -145,9 +145,8 @@ def main() -> None:
         f"{args.samples} × {WINDOW} calibration tokens; held out: "
         f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
         "`uneven`: with `allocation: kl`. "
-        "`simple score, no repair`: neurons and heads that are least active, blocks that change their input least. `default` "
-        "is the pass without any setting but the amount; seconds are of its whole call, loading, self-check and writing "
-        "included.",
+        "`simple score, no repair` removes the least active neurons and heads, and the blocks that change their input "
+        "least. `default` is the pass with its defaults; seconds cover its whole call: loading, self-check and writing.",
         "",
         *page.table(["removed", *WAYS, "seconds", *(["others, no repair"] if reference else [])], rows),
     ]
