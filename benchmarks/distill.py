@@ -1,4 +1,6 @@
-"""Loss that distillation wins back, and its time and memory: `make bench-distill [MODEL= TRAIN= HELDOUT=]`, for docs/benchmarks.md.
+"""Loss that distillation wins back, and its time and memory.
+
+`make bench-distill [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
 
 Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN text: under the original, on hard labels alone,
 and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
@@ -142,8 +144,8 @@ def classifier(args: argparse.Namespace, scratch: Path) -> list[str]:
         rows.append([name, f"{found:.2%}", f"{found / reference:.1%}"])
         print(*rows[-1], flush=True)
     return [
-        f"A BERT of width 128 from random weights, {len(texts):,} labelled texts of {Path(train).name}, {args.epochs:g} epochs; "
-        f"accuracy on {Path(test).name}.",
+        f"A BERT of width 128 from random weights, {len(texts):,} labelled texts of {Path(train).name}, "
+        f"{args.epochs:g} epochs; accuracy on {Path(test).name}.",
         "",
         *page.table(["", "accuracy", "of the teacher's"], rows),
     ]

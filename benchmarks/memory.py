@@ -154,8 +154,8 @@ def narrowing(scratch: Path, layers: list[int]) -> list[str]:
         "## Memory of structured pruning",
         "",
         f'`make bench-memory ARGS="--section memory-structured"`: {page.environment()} A quarter of MLP and heads, by OBS, '
-        "least squares, no reconstruction, 8 × 512 tokens, on random bf16 weights of a 7B Llama's shape, with `max_ram: 4GiB`; peak "
-        "resident memory of the whole process, verification of the output included.",
+        "least squares, no reconstruction, 8 × 512 tokens, on random bf16 weights of a 7B Llama's shape, with `max_ram: 4GiB`; "
+        "peak resident memory of the whole process, with verification of the output.",
         "",
         *large(scratch, layers, NARROWER, 8),
     ]

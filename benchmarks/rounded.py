@@ -1,4 +1,6 @@
-"""Held-out loss with quantised inputs and caches: `make bench-rounded [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
+"""Held-out loss with quantised inputs and caches.
+
+`make bench-rounded [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
 For int8 and fp8 weights (per channel, rounded to nearest): the rise of the mean negative log-likelihood per token over the
 original, in nats, with its standard error over windows, and how often the likeliest token stays; without and with inputs

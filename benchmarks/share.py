@@ -1,4 +1,6 @@
-"""Held-out loss after sharing and low-rank factors: `make bench-share [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
+"""Held-out loss after sharing and low-rank factors.
+
+`make bench-share [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
 
 Half of the blocks' parameters go: blocks are dropped, or share in pairs, as the pass does it and by the plain mean, with and
 without residuals; each is then distilled under the original with the same tokens, samples and settings. And weight matrices

@@ -1,4 +1,6 @@
-"""Held-out loss and speed after removing whole units: `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
+"""Held-out loss and speed after removing whole units.
+
+`make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
 The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation
 (or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
