@@ -24,7 +24,7 @@ from compress.distributed import ProcessGroup
 
 
 class BlockView(Protocol):
-    """What work on a block needs to know of the run around it.
+    """The run around a block, as far as work on the block needs it.
 
     Attributes:
         device: where blocks are. seed: of random draws. processes: the processes that work on the same blocks.

@@ -25,7 +25,7 @@ _BLOCK = "{:05}"
 
 @dataclass(frozen=True)
 class TensorExtras:
-    """What a tensor has beside its values: a keep-mask, as the checkpoint shapes it; codes; factors [O, r] and [r, I]."""
+    """Parts of a tensor beside its values: a keep-mask, as the checkpoint shapes it; codes; factors [O, r] and [r, I]."""
 
     mask: torch.Tensor | None = None
     codes: Codes | None = None
@@ -106,7 +106,7 @@ def write_block(
 
 
 def _changed_parts(name: str, value: torch.Tensor, before: Value, extras: TensorExtras) -> dict[str, torch.Tensor]:
-    """What a block's file holds of a tensor, by key; nothing where it is as it was."""
+    """A changed tensor's parts in a block's file, by key; none where it is unchanged."""
     parts: dict[str, torch.Tensor] = {}
     mask = before.mask if extras.mask is None else extras.mask
     if extras.codes is not None:

@@ -1,8 +1,8 @@
 """A transformers model whose blocks are in memory one at a time.
 
-The skeleton (embeddings, norms outside blocks, rotary tables) is built from the config and stays; a block's weights are
-loaded into their modules, used, and given back. The functions of transformers' loader that do the renaming and fusing of
-weights are not part of its public interface: they are used here and nowhere else.
+The skeleton (embeddings, norms outside blocks, rotary tables) is built from the config and stays in memory. A block's
+weights are loaded into their modules, used, and released. Transformers' functions that rename and fuse weights are not part
+of its public interface; they are used here and nowhere else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-#: Number of a block, the hidden states it gets, and its other arguments ▶ what it gives back.
+#: Number of a block, its hidden states, and its other arguments ▶ its output.
 Stubbed = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -32,7 +32,7 @@ class StreamedModel:
     """The base model (no head) of a checkpoint, without the weights of its blocks.
 
     Attributes:
-        model: the whole transformers model; what was not loaded is on the meta device.
+        model: the whole transformers model; weights that are not loaded are on the meta device.
         blocks: its repeated layers, in order.
         dtype, device: of the weights in memory.
     """
@@ -57,7 +57,7 @@ class StreamedModel:
             self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
 
     def _skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, but for buffers that no file holds: those are computed."""
+        """The model on the meta device, with the buffers that no file holds computed."""
         stock, config = stock_class(self.checkpoint)
         config._attn_implementation = "sdpa" if getattr(stock, "_supports_sdpa", False) else "eager"
         contexts = stock.get_init_context(self.dtype, False, False, None)
@@ -69,7 +69,7 @@ class StreamedModel:
         for key, buffer in list(untyped.named_non_persistent_buffers()):
             module, _, name = key.rpartition(".")
             model.get_submodule(module).register_buffer(name, torch.empty_like(buffer, device="cpu"), persistent=False)
-        untyped.initialize_weights()  # computes those buffers; does nothing to what is on meta
+        untyped.initialize_weights()  # computes those buffers; does nothing to tensors on the meta device
         for key, buffer in list(untyped.named_non_persistent_buffers()):
             module, _, name = key.rpartition(".")
             model.get_submodule(module).register_buffer(name, buffer.to(self.device), persistent=False)
@@ -90,12 +90,12 @@ class StreamedModel:
         info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
         problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
         ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
-        if found := [p for p in problems if not any(re.search(i, str(p)) for i in ignored)]:
-            raise PassError(f"the sweep cannot place {found[0]} in {type(self.model).__name__}")
+        if misplaced := [p for p in problems if not any(re.search(i, str(p)) for i in ignored)]:
+            raise PassError(f"the sweep cannot place {misplaced[0]} in {type(self.model).__name__}")
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
-        """The module of a block with its weights loaded; they are given back on leaving."""
+        """Within, the module of a block has its weights; they are released at the end."""
         module, present = self.layers[index], self.blocks[index]
         self.blocks[index] = module  # the loader finds it by its name; `run` may have put a stub there
         try:
@@ -120,16 +120,16 @@ class StreamedModel:
                         part._buffers[name] = torch.empty_like(buffer, device="meta")
 
     def stored_names(self, index: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values under names of modules in block ``index`` ▶ values under the checkpoint's names (fused ones split)."""
+        """Values by the block's parameter names ▶ values by the checkpoint's names; fused ones are split."""
         from transformers.core_model_loading import revert_weight_conversion
 
         prefix = f"{self.block_name}.{index}."
         with quiet_transformers():
-            found = revert_weight_conversion(self.model, {prefix + k: v for k, v in parameters.items()})
-        return {self._spelt(name): value for name, value in found.items()}
+            stored = revert_weight_conversion(self.model, {prefix + k: v for k, v in parameters.items()})
+        return {self._spelt(name): value for name, value in stored.items()}
 
     def _spelt(self, name: str) -> str:
-        """The name as this checkpoint spells it: files of a base class have no prefix."""
+        """The name as this checkpoint spells it; files of a base class have no prefix."""
         tensors = self.checkpoint.spec.tensors
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), name)

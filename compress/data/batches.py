@@ -23,12 +23,12 @@ class Batches:
 
     Attributes:
         ids: int64 [samples, length].
-        mask: bool [samples, length], False for padding, which stands on the right; None where there is none.
-        types: int64 [samples, length], which text of a pair a token is of; None where there are no pairs, or the tokenizer
-            does not say.
+        mask: bool [samples, length], False for padding, which is on the right; None where there is none.
+        types: int64 [samples, length], which text of a pair a token belongs to; None where there are no pairs, or the
+            tokenizer does not tell.
         labels: int64 [samples], classes of labelled texts; None where there are none.
-        images: what makes the pixels of samples, by their numbers; ``ids`` are these numbers then, [samples, 1].
-        chosen: what each sample is: ``file#document+token`` for a window of packed text (where it begins),
+        images: a function from numbers of samples to their pixels; ``ids`` are then these numbers, [samples, 1].
+        chosen: the source of each sample: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids, ``class/file`` for an image.
     """
 
@@ -41,29 +41,29 @@ class Batches:
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
-        """What the model reads, by name, but for the mask."""
+        """The model's inputs by name, without the mask."""
         return {"input_ids": self.ids} | ({} if self.types is None else {"token_type_ids": self.types})
 
     def inputs(self, device: Any) -> dict[str, torch.Tensor]:
-        """Arguments of the model's forward."""
+        """Arguments of the model's forward, on a device."""
         masked = {} if self.mask is None else {"attention_mask": self.mask.long()}
         return {name: value.to(device) for name, value in {**self.values, **masked}.items()}
 
     def first(self, samples: int) -> Batches:
-        """The first so many samples."""
+        """The first ``samples`` samples."""
         return self._part(slice(samples))
 
     def last(self, samples: int) -> Batches:
-        """The last so many samples."""
+        """The last ``samples`` samples."""
         return self._part(slice(-samples, None))
 
     def parts(self, tokens: int) -> list[Batches]:
-        """So many samples at a time that they hold about ``tokens`` tokens, one sample at least."""
+        """Consecutive parts of about ``tokens`` tokens, at least one sample each."""
         size = max(1, tokens // self.ids.shape[1])
         return [self._part(slice(i, i + size)) for i in range(0, len(self.ids), size)]
 
     def at(self, rows: Sequence[int]) -> Batches:
-        """The samples of these numbers, in their order."""
+        """The samples with these numbers, in this order."""
         import torch
 
         return replace(self._part(torch.tensor(rows)), chosen=tuple(self.chosen[row] for row in rows if self.chosen))
@@ -79,7 +79,7 @@ class Batches:
         )
 
     def sha256(self) -> str:
-        """Of the ids as little-endian int64, row by row, then of the mask's bytes, types and labels, where there are any."""
+        """Digest of the ids as little-endian int64, row by row, then of mask, types and labels, where there are any."""
         whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
         if self.mask is not None:
             whole.update(self.mask.contiguous().numpy().tobytes())
@@ -90,7 +90,7 @@ class Batches:
 
 
 def of_images(documents: Sequence[Document], processor: Any, seed: int) -> Batches:
-    """All images, in an order drawn by seed; their pixels are read when they are asked for."""
+    """All images, in an order drawn by seed; pixels are read on demand."""
     import torch
 
     order = list(documents)
@@ -109,7 +109,7 @@ def _pixels(files: Sequence[str], processor: Any, rows: Sequence[int]) -> torch.
 
 
 def taken(shape: Sequence[int], samples: int | None, length: int | None, where: str) -> tuple[int, int]:
-    """How many samples, and tokens of each, are used of ids [samples, length]; None for all. Raises `DataError`."""
+    """Number of samples and of tokens per sample to use, of ids with this shape; None means all. Raises `DataError`."""
     rows, columns = shape
     samples, length = samples or rows, length or columns
     if samples > rows or length > columns:
@@ -122,7 +122,7 @@ def taken(shape: Sequence[int], samples: int | None, length: int | None, where: 
 
 
 def first(batches: Batches, samples: int | None, length: int | None, where: str) -> Batches:
-    """The first ``samples`` rows, and of each the first ``length`` tokens; all with None.
+    """The first ``samples`` samples, cut to their first ``length`` tokens; None means all.
 
     Raises:
         DataError: there are fewer.
@@ -135,7 +135,7 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
 def check_positions(
     length: int | None, positions: int | None, where: str | None = None, name: str = "calibration"
 ) -> None:
-    """Samples of ``length`` tokens fit the model's ``positions``, where both are known. Raises `DataError`."""
+    """Raise `DataError` where samples of ``length`` tokens exceed the model's ``positions``; None is unknown and passes."""
     if length is not None and positions is not None and length > positions:
         raise DataError(
             f"{name} samples of {length} tokens are beyond the model's {positions} positions",
@@ -145,7 +145,7 @@ def check_positions(
 
 
 def check_vocabulary(batches: Batches, size: int | None, where: str | None = None) -> None:
-    """Every id is from 0 up, and below ``size`` where that is known. Raises `DataError` with the first that is not."""
+    """Raise `DataError` naming the first id that is negative, or not below ``size`` where that is known."""
     wrong = batches.ids < 0
     if size is not None:
         wrong |= batches.ids >= size

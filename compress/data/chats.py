@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from compress.errors import DataError
 
 Message: TypeAlias = Mapping[str, Any]
-#: What ShareGPT's `from` says ▶ the role that templates know.
+#: ShareGPT's `from` ▶ the role that templates know.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -27,22 +27,22 @@ ROLES = {
 
 
 def read_messages(value: Sequence[Any], field: str, where: str) -> tuple[Message, ...]:
-    """Messages ``{"role", "content", …}`` of a list as data sets have it.
+    """Messages ``{"role", "content", …}`` from a list as data sets hold it.
 
-    Each says `role` and `content`, or `from` and `value` (ShareGPT). Content is text, or a list of parts of which all are
-    text, which are joined; or None beside `tool_calls`, which the template renders. Other keys stay, None left out.
+    Each has `role` and `content`, or `from` and `value` (ShareGPT). Content is text; or a list of text parts, which are
+    joined; or None beside `tool_calls`, which the template renders. Other keys stay, except those that are None.
 
     Args:
         field: that holds the list. where: file and row.
 
     Raises:
-        DataError: a message of another form, or with parts that are no text.
+        DataError: a message has another form, or parts that are not text.
     """
     return tuple(_message(one, f"`{field}`", number, where) for number, one in enumerate(value, 1))
 
 
-def said(messages: Sequence[Message]) -> str:
-    """What messages say, one after the other; of tool calls their JSON."""
+def chat_text(messages: Sequence[Message]) -> str:
+    """The text of all messages, a line break between them; tool calls as JSON."""
     parts = []
     for message in messages:
         parts += [message["content"]] if message["content"] is not None else []
@@ -76,7 +76,7 @@ def _message(one: Any, field: str, number: int, where: str) -> Message:
 
 
 def _content(value: Any, calls: bool, what: str, where: str) -> str | None:
-    """Its text; None where it has none and calls tools."""
+    """A message's text; None where it has none and calls tools."""
     if isinstance(value, str):
         return value
     if value is None:

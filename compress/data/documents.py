@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.data.chats import Message, read_messages, said
+from compress.data.chats import Message, chat_text, read_messages
 from compress.data.kinds import FIELD, kind, refusal
 from compress.data.packed import check_file, unpacked
 from compress.data.row_templates import fill_template, template_columns
@@ -23,10 +23,10 @@ class Document:
 
     Attributes:
         id: ``file#index``, the file's name without its folders.
-        text: of a chat what its messages say, one after the other; `rendered` gives what a model is shown.
-        messages: of a chat, each with ``role`` and ``content`` (see `chats.read_messages`); None for plain text.
-        pair: of two texts that are read together, both (``text`` says one after the other); None for one text.
-        label: of a labelled text the id of its label, or its score.
+        text: the text; for a chat the text of its messages one after the other. `rendering.rendered` is what a model reads.
+        messages: the messages of a chat, with ``role`` and ``content`` (see `chats.read_messages`); None for plain text.
+        pair: both texts where two are read together (``text`` is one after the other); None for one text.
+        label: id of the label, or score, of a labelled text.
         image: path of an image that is read in place of text (`compress.data.images`).
     """
 
@@ -41,7 +41,7 @@ class Document:
 def read_documents(
     files: Sequence[str], separator: str | None = None, field: str = FIELD, template: str | None = None
 ) -> list[Document]:
-    """Documents of text files, in order; empty ones are left out.
+    """Read the documents of text files, in order; empty ones are left out.
 
     A ``.txt`` file is one document, or several with lines ``separator`` between them. Files with named fields give one
     document a row: ``.jsonl`` and ``.json``, one object a line or an array of them; ``.csv`` and ``.tsv``, whose first row
@@ -51,8 +51,8 @@ def read_documents(
     Args:
         files: text in UTF-8, with or without byte order mark.
         separator: a line that stands alone between two documents of a ``.txt`` file.
-        field: the one to read, of files that have fields.
-        template: in place of ``field``, the text of a row with names of columns in braces (see `template_columns`).
+        field: the field to read, in files that have fields.
+        template: in place of ``field``, the text of a row, with names of columns in braces (see `template_columns`).
 
     Raises:
         DataError: a file is missing, empty, damaged, not UTF-8, of another kind, lacks the field, or mixes chats and texts.
@@ -82,7 +82,7 @@ def read_documents(
 
 
 def check_columns(files: Sequence[str], columns: ColumnNames) -> None:
-    """Each file has these columns, by its head: names, or its first row. Raises `DataError`."""
+    """Raise `DataError` where a file lacks one of these columns; reads the header or the first row."""
     for file in files:
         next(iter(read_rows(Path(file), columns)), None)
 
@@ -107,7 +107,7 @@ def _split(text: str, separator: str | None) -> list[str]:
 def _pieces(
     rows: Iterable[tuple[int, Any]], where: str, field: str
 ) -> Iterator[tuple[str, tuple[Message, ...] | None]]:
-    """(text, messages) of every row that has any text. ``where`` comes before a row's number."""
+    """(text, messages) of every row that has any text. ``where`` is followed by a row's number in errors."""
     chats: bool | None = None
     for number, value in rows:
         if value is None:
@@ -118,7 +118,7 @@ def _pieces(
                 where=f"{where}{number}",
             )
         messages = read_messages(value, field, f"{where}{number}") if isinstance(value, list) else None
-        text = value if isinstance(value, str) else said(messages or ())
+        text = value if isinstance(value, str) else chat_text(messages or ())
         if not text.strip():
             continue
         if chats is not None and chats != (messages is not None):

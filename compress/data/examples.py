@@ -15,11 +15,11 @@ from compress.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Where labels are and what they may be.
+    """Where labels are and which there are.
 
     Attributes:
-        field: that holds them. read: the id or score that a value of it says, None where it says none.
-        what: they are, and ``known``: which there are, for messages.
+        field: the column of labels. read: a value of it ▶ its id or score; None for a value that is no label.
+        what: a noun for them, and ``known``: a list of them, for messages.
     """
 
     field: str
@@ -29,10 +29,10 @@ class Labels:
 
 
 def read_examples(files: Sequence[str], text: Sequence[str], labels: Labels | None = None) -> list[Document]:
-    """One document for every row of files with named fields (`FIELD_KINDS`), in order.
+    """Read one document from every row of files with named fields (`FIELD_KINDS`), in order.
 
     Args:
-        text: the field of the text, or two fields of texts that are read together.
+        text: the field of the text, or the two fields of texts that are read together.
 
     Raises:
         DataError: a file is missing, damaged or of another kind; a row lacks a field, has an empty text or an unknown label.
@@ -53,8 +53,9 @@ def read_examples(files: Sequence[str], text: Sequence[str], labels: Labels | No
             texts = values[: len(text)]
             for name, value in zip(text, texts, strict=True):
                 if not isinstance(value, str) or not value.strip():
-                    said = "is empty" if value is None or isinstance(value, str) else f"is {excerpt(value)}, not text"
-                    raise DataError(f"`{name}` {said}", where=where)
+                    empty = value is None or isinstance(value, str)
+                    fault = "is empty" if empty else f"is {excerpt(value)}, not text"
+                    raise DataError(f"`{name}` {fault}", where=where)
                 if not is_spellable(value):
                     raise DataError(f"`{name}` holds half a surrogate pair, which is no text", where=where)
             if labels is not None and (label := labels.read(values[-1])) is None:

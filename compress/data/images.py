@@ -1,4 +1,4 @@
-"""A folder of images for each class ▶ documents ▶ pixels. Pillow, of the extra ``images``, is imported when one is read."""
+"""A folder of images for each class ▶ documents ▶ pixels. Pillow (extra ``images``) is imported when an image is read."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from compress.errors import DataError, one_line
 if TYPE_CHECKING:
     import torch
 
-#: Files that count as images; others in a class's folder are passed over.
+#: Files that count as images; others in a class's folder are ignored.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def read_images(folder: str, labels: Labels) -> list[Document]:
-    """One document for every image of ``folder/class/…``, the first of every class, then the second of each, and so on.
+    """One document for every image of ``folder/class/…``: the first of every class, then the second of each, and so on.
 
-    So any beginning of the list has the classes in shares as even as can be. Ids are paths below ``folder``; the text is the
-    SHA-256 of the file, which tells whether two are the same.
+    So any beginning of the list has the classes as evenly as possible. Ids are paths below ``folder``. The text is the
+    SHA-256 of the file, so equal images have equal texts.
 
     Args:
-        labels: what folders may be called.
+        labels: the classes, by the names of their folders.
 
     Raises:
-        DataError: there is no such folder; a folder is no class of the model, or holds no image; a file is none.
+        DataError: there is no such folder; a folder is no class of the model, or holds no image; a file is not an image.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -38,7 +38,7 @@ def read_images(folder: str, labels: Labels) -> list[Document]:
     entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
     if stray := next((entry for entry in entries if entry.is_file() and _is_image(entry)), None):
         raise DataError("lies in no folder of a class", where=str(stray), fix="images belong in FOLDER/CLASS/")
-    found: list[tuple[int, str, Document]] = []
+    images: list[tuple[int, str, Document]] = []
     for entry in (entry for entry in entries if entry.is_dir()):
         if (label := labels.read(entry.name)) is None:
             raise DataError(f"`{entry.name}` is not {labels.what}", where=str(entry), fix=labels.known)
@@ -47,32 +47,32 @@ def read_images(folder: str, labels: Labels) -> list[Document]:
             raise DataError(f"holds no image ({', '.join(SUFFIXES)})", where=str(entry))
         for index, file in enumerate(files):
             id_ = file.relative_to(root).as_posix()
-            found.append((index, entry.name, Document(id_, _sha256(file), label=label, image=str(file))))
-    if not found:
+            images.append((index, entry.name, Document(id_, _sha256(file), label=label, image=str(file))))
+    if not images:
         raise DataError("holds no folder of a class", where=folder, fix="images belong in FOLDER/CLASS/")
-    return [document for *_, document in sorted(found, key=lambda one: one[:2])]
+    return [document for *_, document in sorted(images, key=lambda image: image[:2])]
 
 
 def fingerprint(documents: Sequence[Document]) -> str:
-    """SHA-256 over the images' files and where below their folder they are."""
+    """SHA-256 over the images' files and their paths below the folder."""
     return hashlib.sha256("\n".join(f"{d.text} {d.id}" for d in documents).encode()).hexdigest()
 
 
 def pixels(files: Sequence[str], processor: Any) -> torch.Tensor:
-    """Images as the checkpoint's image processor makes them, [images, channels, height, width]. Raises `DataError`."""
+    """Pixels from the checkpoint's image processor, [images, channels, height, width]. Raises `DataError`."""
     read = [_opened(Path(file)) for file in files]
     try:
-        found: torch.Tensor = processor(images=read, return_tensors="pt")["pixel_values"]
+        values: torch.Tensor = processor(images=read, return_tensors="pt")["pixel_values"]
     except MemoryError:
         raise
     except Exception as error:  # its settings are a checkpoint's, of any type, and found wrong when they are used
         raise DataError(f"the image processor refuses it: {one_line(error)}", where=files[0]) from error
-    return found
+    return values
 
 
 @contextmanager
 def accepted(inputs: Mapping[str, Any]) -> Iterator[None]:
-    """Around a model's forward pass: that it refuses pixels, of another size than its own, is said in one line."""
+    """Within, a model's error about its pixels, such as a size that it refuses, becomes a `DataError` of one line."""
     try:
         yield
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
@@ -92,7 +92,7 @@ def _is_image(file: Path) -> bool:
 
 
 def _sha256(file: Path) -> str:
-    """Of a file that looks like an image: what a look at its structure does not tell, `pixels` refuses later."""
+    """Digest of an image file whose structure is sound; damage in its data is found later, by `pixels`."""
     try:
         data = file.read_bytes()
         with _pillow(file).open(io.BytesIO(data)) as image:
@@ -103,7 +103,7 @@ def _sha256(file: Path) -> str:
 
 
 def _opened(file: Path) -> Any:
-    """Turned as its EXIF data say, in RGB: as transformers' own pipelines read images."""
+    """The image in RGB, turned as its EXIF data say, as transformers' own pipelines read images."""
     from PIL import ImageOps
 
     try:

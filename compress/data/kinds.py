@@ -14,7 +14,7 @@ FIELD = "text"
 
 
 def kind(file: str | Path) -> str:
-    """The suffix that says what a file holds, in small letters: ``.jsonl`` of ``a.jsonl.gz``."""
+    """A file's suffix without that of its packing, in small letters: ``.jsonl`` for ``a.jsonl.gz``."""
     path = Path(file)
     return (path.with_suffix("") if path.suffix.lower() in PACKINGS else path).suffix.lower()
 
@@ -25,7 +25,7 @@ def holds_ids(file: str | Path) -> bool:
 
 
 def refusal(file: str | Path, *, ids: bool) -> str | None:
-    """Why a file cannot be read, by its name alone; None where it can. ``ids``: token ids will do."""
+    """The reason that a file cannot be read, by its name alone; None where it can. ``ids``: accept token ids."""
     if holds_ids(file):
         return None if ids else "holds token ids, which only calibration takes"
     if kind(file) in TEXT_KINDS:

@@ -1,4 +1,4 @@
-"""Files of text as they lie on disk, plain or packed; packed ones in pieces, and no more than their size lets expect."""
+"""The bytes of text files, plain or packed. Packed files are read in pieces, with a limit on what they unpack to."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from compress.errors import DataError, one_line
 from compress.settings import format_bytes
 
-#: A packed file may unpack to so many times its bytes, or to ``ROOM`` bytes if that is more. Text packs to a third or a tenth.
+#: A packed file may unpack to ``RATIO`` times its bytes, and to ``ROOM`` bytes in any case. Text packs to a third or a tenth.
 RATIO = 100
 ROOM = 1 << 28
-#: Bytes unpacked at a time, and packed ones given to zstandard at a time, which become at most 32,000 times as many.
+#: Bytes unpacked at a time; packed bytes given to zstandard at a time, which become at most 32,000 times as many.
 _PIECE = 1 << 20
 _ZST_PIECE = 1 << 12
 
@@ -41,7 +41,7 @@ def unpacked(path: Path) -> bytes:
 
 
 def check_file(path: Path) -> None:
-    """Raises `DataError` for a device or a pipe, which may never end."""
+    """Raise `DataError` for a device or a pipe, which may never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError("is no file of text", where=str(path), fix="name a file")
 
@@ -52,7 +52,7 @@ def room_for(size: int) -> int:
 
 
 def too_much(path: Path, size: int) -> DataError:
-    """The error of a file that unpacks to more."""
+    """The error for a file that unpacks to more than `room_for`."""
     return DataError(
         f"its {format_bytes(size)} unpack to more than {format_bytes(room_for(size))}, which no text does",
         where=str(path),
@@ -61,7 +61,7 @@ def too_much(path: Path, size: int) -> DataError:
 
 
 def lacking(path: Path, package: str) -> DataError:
-    """The error of a file that a package is missing for."""
+    """The error for a file whose reader is not installed."""
     return DataError(
         f"needs the package {package}, which is not installed",
         where=str(path),

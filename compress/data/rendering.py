@@ -10,7 +10,7 @@ from compress.errors import DataError, one_line
 
 
 def no_template(document: Document) -> DataError:
-    """What is wrong with a chat where a tokenizer has no template for it."""
+    """The error for a chat that the tokenizer has no template for."""
     return DataError(
         "is a chat, and the tokenizer has no chat template",
         where=document.id,
@@ -19,7 +19,7 @@ def no_template(document: Document) -> DataError:
 
 
 def rendered(document: Document, tokenizer: Any) -> str:
-    """The text that a model is shown: a chat in the tokenizer's template. Raises `DataError` where it has none."""
+    """The text that a model reads: a chat in the tokenizer's template. Raises `DataError` where it has none."""
     if document.messages is None:
         return document.text
     if not tokenizer.chat_template:
@@ -31,20 +31,20 @@ def rendered(document: Document, tokenizer: Any) -> str:
 
 
 def encoded(document: Document, tokenizer: Any, length: int | None = None) -> dict[str, list[int]]:
-    """A text or pair as a model reads it by itself: inputs by name, with the tokenizer's special tokens.
+    """The model's inputs, by name, for a text or pair by itself, with the tokenizer's special tokens.
 
-    A longer one is cut to ``length`` tokens, of which special ones keep their places; of a pair the longer text is cut first.
-    Templates of chats spell the special tokens themselves.
+    A longer one is cut to ``length`` tokens; special tokens keep their places, and the longer text of a pair is cut first.
+    Templates of chats contain the special tokens themselves.
     """
-    how: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
+    cut: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
     texts = document.pair or (rendered(document, tokenizer),)
-    return tokenized(tokenizer, *texts, where=document.id, add_special_tokens=document.messages is None, **how)
+    return tokenized(tokenizer, *texts, where=document.id, add_special_tokens=document.messages is None, **cut)
 
 
-def tokenized(tokenizer: Any, *texts: str, where: str | None = None, **how: Any) -> dict[str, Any]:
-    """What a tokenizer makes of a text or pair. Raises `DataError` where it breaks, as damaged ones do on some texts."""
+def tokenized(tokenizer: Any, *texts: str, where: str | None = None, **options: Any) -> dict[str, Any]:
+    """A tokenizer's output for a text or pair. Raises `DataError` where it fails, as damaged ones do on some texts."""
     try:
-        return dict(tokenizer(*texts, verbose=False, **how))
+        return dict(tokenizer(*texts, verbose=False, **options))
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -56,6 +56,6 @@ def tokenized(tokenizer: Any, *texts: str, where: str | None = None, **how: Any)
 
 
 def beginning(tokenizer: Any) -> int | None:
-    """Id of the beginning-of-text token that a tokenizer puts before a text of its own accord; None where it puts none."""
+    """Id of the beginning-of-text token that the tokenizer puts before a text by itself; None where it puts none."""
     begin: int | None = tokenizer.bos_token_id
     return begin if begin is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [begin] else None

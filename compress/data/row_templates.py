@@ -1,4 +1,4 @@
-"""Templates that make one text of several columns of a row."""
+"""Templates that make one text from several columns of a row. Needs neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template ``{one} and {other}`` names, each once; ``{{`` and ``}}`` are braces. Raises `ValueError`."""
+    """The columns named by a template ``{one} and {other}``, each once; ``{{`` and ``}}`` are braces. Raises `ValueError`."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -21,7 +21,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
-    """The text of a template whose columns have these values."""
+    """A template's text with these values of its columns."""
     return "".join(
         text + ("" if name is None else values[name]) for text, name, _, _ in string.Formatter().parse(template)
     )

@@ -17,7 +17,7 @@ from compress.errors import DataError, one_line
 _ROWS = 1024
 _BLANK = re.compile(r"[ \t\r\n]*")
 
-#: Names of fields, each with the setting that names it.
+#: Names of fields, each with the setting that names it, for messages.
 ColumnNames: TypeAlias = Mapping[str, str]
 
 
@@ -38,7 +38,11 @@ def row_place(path: Path) -> str:
 
 
 def read_rows(path: Path, columns: ColumnNames) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Rows of a file with named fields: their values of the columns, in order."""
+    """Read a file with named fields: (number, values of the columns in order) for each row, numbered as people count them.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8, or lacks a column.
+    """
     data = unpacked(path)
     if kind(path) == ".parquet":
         return _parquet(path, data, columns)
@@ -49,7 +53,7 @@ def read_rows(path: Path, columns: ColumnNames) -> Iterator[tuple[int, tuple[Any
 
 
 def _is_array(text: str) -> bool:
-    """Whether JSON text is one array of records, not a record a line."""
+    """Whether JSON text is one array of records, not one record per line."""
     return re.match(r"\s*\[\s*[{\]]", text) is not None
 
 
@@ -64,7 +68,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Records of an array, each with the line that it begins in."""
+    """Records of an array, each with the number of the line that it begins in."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
 
     def at(place: int) -> int:
@@ -93,8 +97,8 @@ def _json_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 
 def _no_json(path: Path, line: int, error: Exception | str, unlike_records: bool = False) -> DataError:
     fix = "write one object a line, or one array of them" if unlike_records else None
-    said = error if isinstance(error, str) else one_line(error)
-    return DataError(f"is not JSON: {said}", where=f"{path}:{line}", fix=fix)
+    reason = error if isinstance(error, str) else one_line(error)
+    return DataError(f"is not JSON: {reason}", where=f"{path}:{line}", fix=fix)
 
 
 def _records(
@@ -162,7 +166,7 @@ def _parquet(path: Path, data: bytes, columns: ColumnNames) -> Iterator[tuple[in
 
 
 def _column_bytes(group: Any) -> int:
-    """What a row group's largest column takes unpacked, as the file says."""
+    """Unpacked bytes of a row group's largest column, by the file's metadata."""
     return max((int(group.column(i).total_uncompressed_size) for i in range(group.num_columns)), default=0)
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def sample_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int, length: int, seed: int
 ) -> Batches:
-    """``samples`` windows of ``length`` tokens.
+    """Draw ``samples`` windows of ``length`` tokens.
 
-    Documents are shuffled by seed, tokenised one by one with an end-of-text token between them (where the tokenizer has
-    one) and packed into one stream, of which windows are drawn at random without overlap. Where the tokenizer puts a
-    beginning-of-text token before a text, every window begins with one: models that were trained with it read nothing else.
+    Documents are shuffled by seed, tokenised one by one and packed into one stream, with an end-of-text token between them
+    (where the tokenizer has one). Windows are drawn from the stream at random without overlap. Where the tokenizer puts a
+    beginning-of-text token before a text, every window begins with one: models that were trained with it expect it.
 
     Raises:
         DataError: the text gives fewer than ``samples`` windows, holds chats that the tokenizer has no template for, or a
@@ -50,7 +50,7 @@ def sample_windows(
 
 
 def every_window(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], length: int, seed: int) -> Batches:
-    """All windows of ``length`` tokens of documents packed as in `sample_windows`, in an order drawn by seed.
+    """Return all windows of ``length`` tokens of documents packed as in `sample_windows`, in an order drawn by seed.
 
     Raises:
         DataError: the text gives no window; otherwise as `sample_windows`.
@@ -75,7 +75,7 @@ def every_window(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Documen
 
 
 def _window(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int], int]:
-    """What a window of ``length`` tokens begins with, and how many tokens of the stream follow. Raises `DataError`."""
+    """The ids that a window of ``length`` tokens begins with, and the number of tokens after them. Raises `DataError`."""
     begin = beginning(tokenizer)
     if begin is None:
         return [], length
@@ -89,9 +89,9 @@ def _window(tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[int],
 def _stream(
     tokenizer: PreTrainedTokenizerBase, order: Sequence[Document], wanted: int | None, begin: list[int]
 ) -> tuple[list[int], list[int]]:
-    """Tokens of documents one after another, up to the one that completes ``wanted`` tokens; where each document begins.
+    """The stream of tokens of documents, up to the one that completes ``wanted`` tokens; and where each document begins.
 
-    What windows ``begin`` with is left out of documents that spell it (chats).
+    Documents that begin with ``begin`` themselves (chats) lose it: windows add it.
     """
     stream: list[int] = []
     begins: list[int] = []
@@ -117,11 +117,11 @@ def _places(order: Sequence[Document], begins: Sequence[int], starts: Sequence[i
 def sample_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], samples: int | None, length: int, seed: int
 ) -> Batches:
-    """``samples`` documents drawn by seed (all of them with None), each by itself as the model reads it: with the tokenizer's
-    special tokens, of a pair with both texts; and their labels, where they have some.
+    """Draw ``samples`` documents (all with None), each by itself as the model reads it, with labels where they have some.
 
-    Longer ones are cut to ``length`` tokens, the special ones among them ([CLS] … [SEP] stays whole); shorter ones are padded
-    on the right with the padding token (else the end-of-text token, else 0), and masked.
+    Each has the tokenizer's special tokens, and a pair both of its texts. Longer ones are cut to ``length`` tokens, the
+    special ones among them ([CLS] … [SEP] stays whole). Shorter ones are padded on the right with the padding token (else the
+    end-of-text token, else 0), and masked.
 
     Raises:
         DataError: there are fewer than ``samples`` documents, chats that the tokenizer has no template for, or no room
@@ -141,10 +141,10 @@ def sample_documents(
     kinds: list[list[int]] = []
     chosen, labels = [], []
     for document in order:
-        found = encoded(document, tokenizer, length)
-        if ids := found["input_ids"]:
+        inputs = encoded(document, tokenizer, length)
+        if ids := inputs["input_ids"]:
             rows.append(ids)
-            kinds.append(found.get("token_type_ids", []))
+            kinds.append(inputs.get("token_type_ids", []))
             chosen.append(document.id)
             labels.append(document.label)
         if len(rows) == samples:

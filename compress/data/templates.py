@@ -1,4 +1,4 @@
-"""Chat templates of checkpoints are programs: transformers runs them in a sandbox, which bounds neither time nor memory."""
+"""Chat templates of checkpoints, run with limits. They are programs; transformers' sandbox bounds neither time nor memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-#: Seconds that the template of one chat may run; a sound one takes thousandths.
+#: Seconds that the template of one chat may run; a sound one takes milliseconds.
 SECONDS = 10.0
-#: Whole numbers beyond this, in a template, make texts of that length; none that is in use has one.
+#: Integers beyond this, in a template, make texts of that length; no template in use has one.
 _LARGEST = 100_000
 _WIDTH = re.compile(r"[%:][^a-zA-Z%}]*[0-9]{6}")
 
@@ -21,15 +21,15 @@ class _TooLong(BaseException):
 
 
 def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], seconds: float = SECONDS) -> str:
-    """The text that the tokenizer's template makes of a chat.
+    """Render a chat with the tokenizer's template.
 
     Raises:
-        ValueError: the template asks for huge texts, or does not end. Whatever else templates raise.
+        ValueError: the template asks for huge texts, or does not end. Other errors of the template pass through.
     """
     chosen = tokenizer.chat_template
     for source in chosen.values() if isinstance(chosen, dict) else [chosen]:
-        if (found := _huge(str(source))) is not None:
-            raise ValueError(f"it computes with {found}, which would make huge texts")
+        if (huge := _huge(str(source))) is not None:
+            raise ValueError(f"it computes with {huge}, which would make huge texts")
     done: list[str] = []
     failed: list[BaseException] = []
 
@@ -54,7 +54,7 @@ def apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], seconds: float 
 
 @lru_cache(maxsize=16)
 def _huge(source: str) -> str | None:
-    """A power, a number or a width in a template that makes texts too long; None where there is none."""
+    """A power, number or width in a template that makes huge texts; None where there is none."""
     import jinja2
 
     try:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_ids(file: str | Path, field: str = FIELD) -> Batches:
-    """Token ids of a ``.npy`` or ``.safetensors`` file: integers [samples, length].
+    """Read token ids from a ``.npy`` or ``.safetensors`` file: integers [samples, length].
 
     Args:
-        field: the tensor to take of a ``.safetensors`` file; while it has the default's name, the only one will do.
+        field: the tensor to read from a ``.safetensors`` file; with the default, a file's only tensor may have any name.
 
     Raises:
         DataError: the file is missing, empty, damaged, lacks the tensor, or holds anything but integers [samples, length].
@@ -61,7 +61,7 @@ def _safetensors(path: Path, field: str) -> torch.Tensor:
 
 
 def _tensor_of(names: Sequence[str], field: str, path: Path) -> str:
-    """The tensor that ``field`` names; while it has the default's name, the only one will do. Raises `DataError`."""
+    """The name of the tensor to read; see `read_ids`. Raises `DataError`."""
     name = names[0] if field == FIELD and len(names) == 1 else field
     if name not in names:
         raise DataError(
@@ -76,7 +76,7 @@ _FIX = "save integers [samples, length]"
 
 
 def given_ids(ids: torch.Tensor, where: str = "data") -> Batches:
-    """Token ids that are used as they are.
+    """Samples of given token ids, unchanged.
 
     Args:
         ids: integers [samples, length]. where: names them in errors; its last part names the samples.
@@ -94,7 +94,7 @@ def given_ids(ids: torch.Tensor, where: str = "data") -> Batches:
 
 
 def check_shape(shape: Sequence[int], where: str) -> None:
-    """Token ids are [samples, length], and there is one. Raises `DataError`."""
+    """Raise `DataError` where a shape is not [samples, length], or holds no token."""
     if len(shape) != 2:
         raise DataError(f"has the shape {list(shape)}, which is not [samples, length]", where=where, fix=_FIX)
     if not shape[0] * shape[1]:
@@ -105,7 +105,7 @@ def ids_in(file: str, field: str) -> tuple[int, ...]:
     """Shape of the token ids of a ``.npy`` or ``.safetensors`` file, by its header alone.
 
     Raises:
-        DataError: as `read_ids`, but for what only the numbers tell. CheckpointError: a damaged ``.safetensors`` file.
+        DataError: as `read_ids`, as far as the header tells. CheckpointError: a damaged ``.safetensors`` file.
     """
     path = Path(file)
     if path.suffix.lower() == ".npy":
@@ -114,10 +114,10 @@ def ids_in(file: str, field: str) -> tuple[int, ...]:
             raise DataError(f"holds {kind}, not token ids", where=file, fix=_FIX)
         return shape
     entries = read_header(path).entries
-    found = entries[_tensor_of(sorted(entries), field, path)]
-    if not found.dtype.startswith(("I", "U")):
-        raise DataError(f"holds {found.dtype}, not token ids", where=file, fix=_FIX)
-    return found.shape
+    entry = entries[_tensor_of(sorted(entries), field, path)]
+    if not entry.dtype.startswith(("I", "U")):
+        raise DataError(f"holds {entry.dtype}, not token ids", where=file, fix=_FIX)
+    return entry.shape
 
 
 def _npy_header(path: Path) -> tuple[str, tuple[int, ...]]:

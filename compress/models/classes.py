@@ -21,9 +21,9 @@ R = TypeVar("R")
 
 
 def refusing(make: Callable[P, R]) -> Callable[P, R]:
-    """What transformers raises while it makes a model is of the checkpoint: configs hold anything, and classes check little.
+    """Turn errors of transformers while it makes a model into `CheckpointError`: configs hold anything, classes check little.
 
-    Wraps a function whose first argument is a `Checkpoint`. What is the machine's, such as a lack of memory, is let through.
+    Decorates a function whose first argument is a `Checkpoint`. Errors of the machine, such as a lack of memory, pass through.
     """
 
     @functools.wraps(make)
@@ -36,36 +36,35 @@ def refusing(make: Callable[P, R]) -> Callable[P, R]:
             if is_lack(error):
                 raise
             checkpoint: Any = args[0]
-            said = f"config.json cannot be used: {type(error).__name__}: {first_line(error)}"
-            raise CheckpointError(said, where=str(checkpoint.folder)) from error
+            message = f"config.json cannot be used: {type(error).__name__}: {first_line(error)}"
+            raise CheckpointError(message, where=str(checkpoint.folder)) from error
 
     return guarded
 
 
 @refusing
 def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The transformers class of a checkpoint with its changes of structure, and its config object.
+    """The transformers class of a checkpoint, with its edits of structure, and its config object.
 
     Raises:
-        CheckpointError: for unknown model types.
+        CheckpointError: the model type or the class is unknown.
     """
-
     structure = checkpoint.spec.structure
     where = str(checkpoint.folder)
-    found = config = None
+    cls = config = None
     if structure.config.get("auto_map") and checkpoint.trust_remote_code:
         assert checkpoint.folder is not None
-        found, config = remote_class(structure, checkpoint.folder)
+        cls, config = remote_class(structure, checkpoint.folder)
     config = _config(structure, where) if config is None else config
-    found = _stock_class(structure, config, where) if found is None else found
-    pooled = "add_pooling_layer" in inspect.signature(found).parameters
+    cls = _stock_class(structure, config, where) if cls is None else cls
+    pooled = "add_pooling_layer" in inspect.signature(cls).parameters
     if pooled and not any(".pooler." in f".{name}" for name in checkpoint.spec.tensors):
-        found = _without_pooler(found)
+        cls = _without_pooler(cls)
     if structure.edits:
         from compress.checkpoint.edits import edited_class
 
-        found = edited_class(found, to_json(structure.edits))
-    return found, config
+        cls = edited_class(cls, to_json(structure.edits))
+    return cls, config
 
 
 def _config(structure: Structure, where: str) -> Any:
@@ -89,43 +88,43 @@ def _config(structure: Structure, where: str) -> Any:
 
 
 def _stock_class(structure: Structure, config: Any, where: str) -> Any:
-    """The model class of transformers that a config names; of one that names none, the base model of its type."""
+    """The model class of transformers that a config names; the base model of its type where it names none."""
     import transformers
 
     name = structure.own_class
-    found: Any = getattr(transformers, name, None) if name else None
-    if name and not is_model_class(found):
+    cls: Any = getattr(transformers, name, None) if name else None
+    if name and not is_model_class(cls):
         raise CheckpointError(f"transformers {transformers.__version__} has no model class {name}", where=where)
-    if found is None:
+    if cls is None:
         mapping: Any = transformers.AutoModel._model_mapping
-        found = mapping.get(type(config), None)
-        if isinstance(found, (tuple, list)):  # several, the usual one first
-            found = found[0]
-    if found is None:
+        cls = mapping.get(type(config), None)
+        if isinstance(cls, (tuple, list)):  # several, the usual one first
+            cls = cls[0]
+    if cls is None:
         raise CheckpointError(
             f"transformers {transformers.__version__} has no base model of the type `{structure.model_type}`",
             where=where,
             fix="name the class in `architectures` of config.json",
         )
-    return found
+    return cls
 
 
 def arguments_of(model: Any) -> set[str]:
-    """What a model's forward takes by name; a forward that hands on all it is given takes what that of its base class takes."""
-    found: set[str] = set()
+    """Names of the arguments of a model's forward; one that passes all arguments on has those of its base class too."""
+    names: set[str] = set()
     for cls in type(model).__mro__:
         if (forward := vars(cls).get("forward")) is None:
             continue
         parameters = inspect.signature(forward).parameters.values()
-        found |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        foreign = not cls.__module__.startswith("transformers.")  # stock ones name all they take
+        names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        foreign = not cls.__module__.startswith("transformers.")  # stock classes name all arguments
         if not any(p.kind is p.VAR_POSITIONAL or (foreign and p.kind is p.VAR_KEYWORD) for p in parameters):
             break
-    return found - {"self"}
+    return names - {"self"}
 
 
 def _without_pooler(stock: Any) -> Any:
-    """The base class of an encoder whose files hold no pooler, which sentence encoders leave out; nothing is left at random."""
+    """The class without pooler, for files of sentence encoders that hold none: a pooler would have random weights."""
 
     class Unpooled(stock):  # type: ignore[misc]
         def __init__(self, config: Any, **kwargs: Any) -> None:
@@ -136,14 +135,14 @@ def _without_pooler(stock: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, for one line of ours."""
+    """The first two lines of an error's message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of what is checked here anyway."""
+    """Within, transformers shows no progress bars, and no warnings: what they warn of is checked here."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped

@@ -1,7 +1,7 @@
 """Quantised activations and key-value caches, computed in floats.
 
-Inputs of linear layers are rounded by the very steps of compressed-tensors 0.20 (``forward_quantize``), so that a model gives
-the logits that stock transformers gives. Keys and values are rounded as vLLM's cache holds them.
+Inputs of linear layers are rounded by the exact steps of compressed-tensors 0.20 (``forward_quantize``), so a model has the
+logits that it has in stock transformers. Keys and values are rounded as in vLLM's cache.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from compress.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Least and largest code of a format.
+#: Smallest and largest code of a format.
 _RANGES = {"int8": (-128.0, 127.0), "fp8": (-448.0, 448.0)}
-#: What attention modules call the cache they are given, by version and family.
+#: Names of the cache among the arguments of attention modules, by version and family.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
-    """Values [batch, tokens, …] as 8-bit codes times a scale for each token, found from its largest value.
+    """Round values [batch, tokens, …] to 8-bit codes times a scale for each token, from its largest value.
 
-    As compressed-tensors does, values of one or two axes get one scale for all.
+    Values of one or two axes have one scale for all, as in compressed-tensors.
     """
     if not values.numel():
         return values
@@ -40,32 +40,32 @@ def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
 
 
 def rounded_inputs(values: torch.Tensor, format_: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The inputs of a layer [batch, tokens, …] as codes of a format of `ACTIVATIONS` stand for them.
+    """Round the inputs of a layer [batch, tokens, …] to a format of `ACTIVATIONS`.
 
     Args:
-        given: what the checkpoint holds for that: ``input_scale``, ``input_zero_point``, ``input_global_scale``, of one value.
+        given: the checkpoint's static scales: ``input_scale``, ``input_zero_point``, ``input_global_scale``, of one value.
     """
     if not values.numel():
         return values
-    kind, _, how = format_.partition("-")
+    kind, _, variant = format_.partition("-")
     if kind == "nvfp4":
-        return _by_sixteen(values, given["input_global_scale"], how == "wide")
-    if not how:
+        return _by_sixteen(values, given["input_global_scale"], variant == "wide")
+    if not variant:
         return rounded_by_token(values, kind)
     if given:
         scale, zero = given["input_scale"].to(values.dtype), given.get("input_zero_point")
     else:
-        scale, zero = _found(values, kind, by_token=how == "zero", symmetric=how != "zero")
+        scale, zero = _dynamic_scale(values, kind, by_token=variant == "zero", symmetric=variant != "zero")
     if zero is None:
         return _nearest(values / scale, kind).to(values.dtype) * scale
     zero = zero.to(values.dtype)
     return (_nearest(values / scale + zero, kind) - zero) * scale
 
 
-def _found(
+def _dynamic_scale(
     values: torch.Tensor, kind: str, *, by_token: bool, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and, of asymmetric codes, zero point that cover all values, or those of each token."""
+    """Scale, and zero point of asymmetric codes, that cover all values, or the values of each token."""
     low, high = _RANGES[kind]
     axes = tuple(range(2, values.ndim)) if by_token else ()
     least, most = (values.amin(axes, True), values.amax(axes, True)) if axes else torch.aminmax(values)
@@ -80,7 +80,7 @@ def _found(
 
 
 def _by_sixteen(values: torch.Tensor, overall: torch.Tensor, wide: bool) -> torch.Tensor:
-    """E2M1 codes, ties to even, with a scale for each 16 values, itself divided by one for all; in E4M3 unless ``wide``."""
+    """Round to E2M1, ties to even, with a scale per 16 values, which is divided by one for all; in E4M3 unless ``wide``."""
     groups = values.reshape(*values.shape[:-1], -1, 16)
     scale = overall * (groups.abs().amax(-1) / torch.tensor(6.0, dtype=values.dtype, device=values.device))
     if not wide:
@@ -95,7 +95,7 @@ def _by_sixteen(values: torch.Tensor, overall: torch.Tensor, wide: bool) -> torc
 
 
 def rounded_by_scale(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Values as fp8 (E4M3) codes times a given scale, float32, that broadcasts to them; beyond the range the last code."""
+    """Round values to fp8 (E4M3) codes times a scale, float32, that broadcasts to them; values beyond the range are clamped."""
     return (_nearest(values.float() / scale, "fp8").float() * scale).to(values.dtype)
 
 
@@ -109,10 +109,10 @@ def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
 def round_inputs(
     model: PreTrainedModel, formats: Mapping[str, str], given: Mapping[str, Mapping[str, torch.Tensor]] | None = None
 ) -> None:
-    """From now on the inputs of those linear layers, by their names in memory, are rounded.
+    """Round the inputs of linear layers in every forward pass from now on.
 
     Args:
-        formats: of `ACTIVATIONS`. given: what the checkpoint holds for that, as `Codes.given`.
+        formats: a format of `ACTIVATIONS` by the layer's name in memory. given: static scales by that name, as `Codes.given`.
 
     Raises:
         CheckpointError: the model has no such linear layer.
@@ -137,10 +137,10 @@ def _rounding(format_: str, given: Mapping[str, torch.Tensor]) -> Callable[[Any,
 def round_cache(
     model: PreTrainedModel, scales: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
 ) -> None:
-    """From now on keys and values are rounded to fp8 before attention reads them, whether they are cached or not.
+    """Round keys and values to fp8 before attention reads them, from now on, whether they are cached or not.
 
     Args:
-        scales: number of a block ▶ the scales of its keys and of its values, float32 [1] or [heads, 1, 1]; 1 without.
+        scales: a block's number ▶ the scales of its keys and of its values, float32 [1] or [heads, 1, 1]; None for 1.
 
     Raises:
         CheckpointError: the model has no attention that takes a cache.
@@ -163,23 +163,24 @@ def _both(
 
 
 def cached_attentions(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Attention modules that put keys and values into a cache, each with the name of that argument."""
-    found = []
+    """Attention modules that put keys and values into a cache, each with the name of the cache's argument."""
+    attentions = []
     for part in module.modules():
         if "attention" not in type(part).__name__.lower() or not hasattr(part, "layer_idx"):
             continue
         taken = inspect.signature(part.forward).parameters
         if (argument := next((name for name in _CACHE_ARGUMENTS if name in taken), None)) is not None:
-            found.append((argument, part))
-    return found
+            attentions.append((argument, part))
+    return attentions
 
 
 def tap_cache(
     argument: str, module: Any, change: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ) -> Any:
-    """Put ``change`` between an attention's keys and values [samples, heads, tokens, width] and its cache, if it has one.
+    """Apply ``change`` to an attention's keys and values [samples, heads, tokens, width] before its cache, or without one.
 
-    Returns the handle of a hook.
+    Returns:
+        The handle of a hook.
     """
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -189,7 +190,7 @@ def tap_cache(
 
 
 class _Tapped:
-    """A cache as attention sees it; attention without one gets back what it gives."""
+    """Stands in for a cache, or for none: then attention gets its own keys and values back, changed."""
 
     def __init__(self, cache: Any, change: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._cache, self._change = cache, change

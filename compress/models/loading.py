@@ -1,4 +1,4 @@
-"""Checkpoint folder ▶ transformers model, strictly: nothing missing, unexpected or mismatched is let through."""
+"""Checkpoint folder ▶ transformers model. Missing, unexpected and mismatched weights are errors."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def load_model(
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
 ) -> PreTrainedModel:
-    """The model of a checkpoint folder or hub id, in evaluation mode.
+    """Load the model of a checkpoint folder or hub id, in evaluation mode.
 
-    Compact checkpoints are decoded by this package's code, never by the file in the folder. Stock ones are loaded by the
-    class that their config names.
+    Compact checkpoints are decoded by this package's code, never by the file in the folder. Stock checkpoints are loaded by
+    the class that their config names.
 
     Args:
         dtype: ``float32``, ``bfloat16``, ``float16``; None for the checkpoint's own.
-        trust_remote_code: allow a foreign ``auto_map``. ignore_auto_map: take transformers' own class instead.
+        trust_remote_code: allow a foreign ``auto_map``. ignore_auto_map: use transformers' own class instead.
         quantized_activations: round inputs of linear layers where the config says so, as stock transformers does.
         quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not.
 
@@ -69,9 +69,9 @@ def load_checkpoint(
     quantized_kv_cache: bool = False,
     as_stored: bool = False,
 ) -> PreTrainedModel:
-    """As `load_model`, of an opened checkpoint, or of one that a pass has changed and nobody has written yet.
+    """Load the model of an opened checkpoint, or of one that a pass has changed and that is not written yet; see `load_model`.
 
-    ``as_stored``: with the values that codes stand for in the dtype of their scales, whatever the model computes in.
+    ``as_stored``: dequantise codes in the dtype of their scales, whatever dtype the model computes in.
     """
     import torch
 
@@ -101,10 +101,10 @@ def load_checkpoint(
 
 
 def _decoded(spec: Spec, dtype: str | None, as_stored: bool) -> Callable[[Tensor], torch.dtype | None]:
-    """Tensor of codes ▶ the dtype that its codes and scales are multiplied in, as stock loaders do; None for the scales' own.
+    """A function from a tensor of codes to the dtype that stock loaders dequantise it in; None for that of its scales.
 
-    That of linear layers is the one the model computes in. Experts are fused while they are read: fp8 codes in float32, packed
-    ones in the dtype of their scales.
+    Codes of linear layers are dequantised in the model's dtype. Experts are fused while they are read: fp8 codes in float32,
+    packed codes in the dtype of their scales.
     """
     import torch
 
@@ -140,7 +140,7 @@ class _Unread:
 
 
 def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
-    """The values of a tensor; of codes with scales in the dtype ``wanted``, where one is."""
+    """The values of a tensor; codes are dequantised in the dtype ``wanted``, None for that of their scales."""
     from compress.checkpoint.decode import logical_values
 
     value, quant_format = checkpoint.tensor(tensor.name), tensor.quant_format
@@ -153,7 +153,7 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) 
 
 
 def _given(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:
-    """What a checkpoint holds to cast the inputs of the layer of a weight, as `Codes.given`."""
+    """Tensors for quantising the inputs of a weight's layer, as `Codes.given`."""
     if isinstance(checkpoint, Stored):
         return checkpoint.given(name)
     codes = checkpoint.tensor(name).codes
@@ -161,7 +161,7 @@ def _given(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:
 
 
 def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-    """Number of a block ▶ the scales of its keys and values; 1 where the files have none, as vLLM takes it."""
+    """A function from a block's number to the scales of its keys and values; 1 where the files have none, as in vLLM."""
     import torch
 
     stored = [tensor.name for tensor in checkpoint.spec.stored() if tensor.is_cache_scale]
@@ -176,9 +176,9 @@ def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch
 
 
 def check_keys(checkpoint: Stored) -> None:
-    """Every key of the written files is one that the stock class asks for, of the right shape, and none is missing.
+    """Raise `CheckpointError` where the stock class misses a tensor, does not know one, or expects another shape.
 
-    The stock loader itself is asked, with all parameters on the meta device. Raises `CheckpointError`.
+    The stock loader itself checks, with all parameters on the meta device.
     """
     import torch
 
@@ -188,8 +188,7 @@ def check_keys(checkpoint: Stored) -> None:
 
 @refusing
 def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint's class with that state: the tensors of its spec, and no file that a folder may also hold."""
-
+    """The model of a checkpoint's class with these tensors; reads no weight file that the folder may also hold."""
     folder = checkpoint.folder
     assert folder is not None
     with quiet_transformers():
@@ -220,7 +219,7 @@ def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, An
 
 
 def _generation_config(folder: Path) -> Any:
-    """How the model generates, from the file beside its weights. Raises `CheckpointError` where that says nothing sound."""
+    """The generation config beside the weights. Raises `CheckpointError` where it cannot be used."""
     import transformers
 
     try:

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-#: Pixels along a side of an image that a checkpoint may ask for; a picture of more takes gigabytes.
+#: Largest side of an image, in pixels, that a checkpoint may ask for; larger ones take gigabytes.
 _PIXELS = 16_384
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer's files are there."""
+    """Whether a folder holds a tokenizer's files."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return any(safe_file(folder, name).exists() for name in names)
 
 
 def check_has_tokenizer(folder: Path) -> None:
-    """Raises `CheckpointError` where a tokenizer's files are not there."""
+    """Raise `CheckpointError` where a folder holds no tokenizer's files."""
     if not has_tokenizer(folder):
         raise CheckpointError(
             "has no tokenizer, which text needs", where=str(folder), fix="copy the tokenizer's files into it"
@@ -34,7 +34,7 @@ def check_has_tokenizer(folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
+    """Load the tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
     import transformers
 
     folder = Path(folder)
@@ -66,7 +66,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
 
 
 def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The image processor beside the weights, which works with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
+    """Load the image processor beside the weights, with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
     import transformers
 
     if not (path := safe_file(Path(folder), "preprocessor_config.json")).exists():

@@ -1,4 +1,4 @@
-"""Whether a written checkpoint computes what the one handed to the writer does: at once, and token by token."""
+"""The check that a written checkpoint computes the same as the one handed to the writer, at once and token by token."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 
 #: Tokens of the sample: a prompt, and the single steps after it.
 PROMPT, STEPS = 16, 8
-#: Attention windows are cut to so many tokens where a sample would fit into the model's own: a config may name windows that
-#: its class does not use, and then only the cache forgets.
+#: Attention windows are cut to this many tokens where the sample would fit into the model's own: a config may name windows
+#: that its class does not use, and then only the cache forgets tokens.
 WINDOW = 8
-#: What a model's forward calls the cache that it takes and hands back.
+#: Names of the cache among a forward's arguments and outputs.
 _CACHES = frozenset({"cache", "past_key_values"})
-#: Largest difference, of the largest value or of 1. Tensors are equal bit by bit; kernels chosen by memory alignment, or for
-#: one token in place of many, may still round otherwise.
+#: Largest difference, relative to the larger of 1 and the largest value. Tensors are equal bit by bit, but kernels chosen by
+#: memory alignment, or for one token in place of many, may round otherwise.
 _TOLERANCE, _STEPPED = 1e-4, 1e-3
 
 
 def same_logits(handed: Checkpoint, stored: Stored) -> None:
-    """The written checkpoint computes what the one handed to the writer does, on a short sample of token ids.
+    """Compare the outputs of a written checkpoint with those of the one handed to the writer, on a short sample of token ids.
 
-    A causal language model also computes the same when it reads a prompt and then single tokens with its cache.
+    A causal language model must also compute the same when it reads a prompt and then single tokens with its cache. Models
+    that take no token ids are not compared.
 
     Raises:
-        CheckpointError: the outputs differ. Models that take no token ids are not compared.
+        CheckpointError: the outputs differ.
     """
     ids = _sample(stored)
-    # without rounded inputs: what kernels round otherwise would turn into other codes; and with the values that files hold
+    # without rounded inputs: a kernel's rounding would change codes; and with the values that files hold
     model = load_checkpoint(handed, dtype="float32", quantized_activations=False, as_stored=True)
     if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
         return
@@ -46,7 +47,7 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
     model = load_checkpoint(stored, dtype="float32", quantized_activations=False, as_stored=True)
     after = _at_once(model, ids)
     _compare(before, after, _TOLERANCE, "the written model computes other values", stored)
-    if causal is None:  # nobody says that it computes the same with its cache: it is to compute what it did
+    if causal is None:  # it may compute something else with its cache: compare with what it computed before
         stepped, text = _step_by_step(model, ids), "the written model computes other values through its cache"
         if stepped is not None and stepped_before is not None:
             _compare(stepped_before, stepped, _STEPPED, text, stored)
@@ -64,7 +65,7 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
 
 
 def _narrowed(stored: Stored) -> Checkpoint | None:
-    """The checkpoint with windows that the sample does not fit into; None where its own are as short, or it has none."""
+    """The checkpoint with attention windows shorter than the sample; None where its own are, or it has none."""
     structure = stored.spec.structure
     window = structure.config.get("sliding_window")
     if not isinstance(window, int) or window <= WINDOW:
@@ -74,7 +75,7 @@ def _narrowed(stored: Stored) -> Checkpoint | None:
 
 
 def _sample(stored: Stored) -> torch.Tensor:
-    """Token ids [1, T], no more than the model has positions for."""
+    """Token ids [1, T], within the model's positions."""
     import torch
 
     config = stored.spec.structure.config
@@ -84,7 +85,7 @@ def _sample(stored: Stored) -> torch.Tensor:
 
 
 def _is_causal(stored: Stored) -> bool | None:
-    """Whether its family decodes with a cache, as its record says; None where there is no record, or the code is not stock."""
+    """Whether the family decodes with a cache, by its record; None where there is no record, or the code is not stock."""
     mapped = model_map(stored.spec)
     if not mapped.known or (mapped.config.get("auto_map") and stored.trust_remote_code):
         return None
@@ -100,7 +101,7 @@ def _at_once(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _step_by_step(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
-    """Logits [1, T, V] of a prompt and of single tokens after it; None of models that hand back no cache."""
+    """Logits [1, T, V] of a prompt and of single tokens after it; None for models that return no cache."""
     import torch
 
     taken = arguments_of(model) & _CACHES

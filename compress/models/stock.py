@@ -1,8 +1,8 @@
-"""What stock transformers would make of a written checkpoint of codes, with the config beside them.
+"""The check that stock transformers loads a written checkpoint of codes correctly.
 
-The names in a ``quantization_config`` are matched against modules in memory. Where one does not fit, a stock loader fills in
-random weights and says so in a warning at most. So what is written is held against the model twice: by the names that this
-package's records say, and by the stock loader itself where compressed-tensors is installed.
+Stock loaders match the names in a ``quantization_config`` against modules in memory. Where one does not fit, they fill in
+random weights, with a warning at most. So a written checkpoint is checked twice: by the names in this package's records, and
+by the stock loader itself where compressed-tensors is installed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError
 from compress.models.classes import quiet_transformers, stock_class
 
-#: The package that stock transformers reads codes by.
+#: The package that stock transformers reads codes with.
 PACKAGE = "compressed_tensors"
 
 
 def check_codes(checkpoint: Stored) -> None:
-    """The config of a checkpoint of codes means those modules that are codes, and stock transformers finds every key.
+    """Check that the config names exactly the modules that are codes, and that stock transformers finds every key.
 
-    All is on the meta device; one process of several checks the names alone. Raises `CheckpointError`.
+    Everything is on the meta device. One of several processes checks only the names. Raises `CheckpointError`.
     """
     import torch.distributed as dist
 
@@ -37,16 +37,19 @@ def check_codes(checkpoint: Stored) -> None:
         return
     if not any(tensor.quant_format is not None for tensor in checkpoint.spec.stored()):
         return
-    said = read_json(checkpoint.folder, "config.json")[quantization.KEY]
-    check_names(checkpoint, said)
+    check_names(checkpoint, read_json(checkpoint.folder, "config.json")[quantization.KEY])
     # among several processes compressed-tensors would wait for all to load, and only the first one does
     alone = not (dist.is_available() and dist.is_initialized())
     if alone and importlib.util.find_spec(PACKAGE) is not None:
         check_load(checkpoint)
 
 
-def check_names(checkpoint: Checkpoint, said: Any) -> None:
-    """The linear layers that a quantization config means are those that are codes, by the names of modules in memory."""
+def check_names(checkpoint: Checkpoint, config_of_codes: Any) -> None:
+    """Check that a quantization config covers exactly the linear layers that are codes, by their names in memory.
+
+    Raises:
+        CheckpointError: naming a layer that differs.
+    """
     import torch
 
     spec, where = checkpoint.spec, str(checkpoint.folder)
@@ -54,7 +57,7 @@ def check_names(checkpoint: Checkpoint, said: Any) -> None:
     with quiet_transformers(), torch.device("meta"):
         model = stock(config) if hasattr(stock, "get_init_context") else stock.from_config(config)
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    groups = SchemeGroups(said, where)
+    groups = SchemeGroups(config_of_codes, where)
     meant = {name for name in linear if groups.scheme(name) is not None}
     mapped = model_map(spec)
     coded = {mapped.in_memory(t.module) for t in spec.stored() if t.quant_format and not mapped.is_expert(t.name)}
@@ -68,7 +71,11 @@ def check_names(checkpoint: Checkpoint, said: Any) -> None:
 
 
 def check_load(checkpoint: Stored) -> None:
-    """Stock transformers loads the folder's arrays, by name and shape, with its config, and no key is missing or unexpected."""
+    """Check that stock transformers finds every array of the folder, by name and shape, and misses none.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or of another shape.
+    """
     import torch
 
     stock, config = stock_class(checkpoint)
@@ -85,20 +92,20 @@ def check_load(checkpoint: Stored) -> None:
                 device_map={"": "meta"},
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever goes wrong in there, users of the result would meet it
+    except Exception as error:  # whatever fails here would fail for users of the checkpoint
         raise CheckpointError(
             f"stock transformers cannot load it: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}",
             where=str(checkpoint.folder),
             fix=_FIX,
         ) from error
-    # servers read the scales of a cache; transformers 5.24 does without and notes that
+    # servers read the scales of a cache; transformers 5.24 does not, and reports their keys as unexpected
     weights = {tensor.name for tensor in checkpoint.spec.weights()}
     scales = {tensor.name for tensor in checkpoint.spec.stored()} - weights
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        found = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info[kind]} - scales)
-        if found:
+        keys = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info[kind]} - scales)
+        if keys:
             raise CheckpointError(
-                f"stock transformers finds {len(found)} keys {kind.removesuffix('_keys')}, such as {found[0]}",
+                f"stock transformers finds {len(keys)} keys {kind.removesuffix('_keys')}, such as {keys[0]}",
                 where=str(checkpoint.folder),
                 fix=_FIX,
             )

@@ -21,8 +21,8 @@ def fisher_information(
 ) -> Callable[[str], torch.Tensor]:
     """A function from a tensor's name to its diagonal Fisher information, shaped as the tensor, float32.
 
-    The mean over calibration samples of the squared gradient of the log-likelihood of tokens drawn from the model, or of a
-    class. The whole model is in memory, with gradients and their squares of those tensors.
+    It is the mean over calibration samples of the squared gradient of the log-likelihood of tokens, or of a class, drawn from
+    the model's predictions. The whole model is in memory, with gradients and their squares for those tensors.
 
     Raises:
         PassError: the model predicts nothing, or a tensor is no parameter of its own.
