@@ -167,11 +167,17 @@ def _recipe_of_one(
     Args:
         settings: of the pass. data, section: see `_data`. keys: the recipe's other keys.
     """
+    from pydantic import ValidationError
+
     from compress import passes
     from compress.recipe import PassEntry, Recipe
+    from compress.recipe.load import settings_error
 
     instance = passes.get(name)
-    chosen = _validated(name, instance.settings, settings)
+    try:
+        chosen = instance.settings(**settings)
+    except ValidationError as error:
+        raise settings_error(name, settings, error) from None
     chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
     sections, given = _data(data, instance.required_data(chosen), section)
     # not validated as a file is: the pass and the pipeline check what they read

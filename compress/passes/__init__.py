@@ -21,6 +21,17 @@ def _folders() -> dict[str, str]:
 #: Name in recipes ▶ module:class. A folder in this package is a pass; nothing else registers it.
 TABLE = _folders()
 
+#: Words of other tools ▶ the passes that they mean.
+WORDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prune", "pruning"), ("prune_unstructured", "prune_structured")),
+    **dict.fromkeys(("quantize", "quantise", "quantization", "quantisation", "quant", "gptq", "awq", "rtn"), ("cast",)),
+    **dict.fromkeys(("sparsify", "sparsity", "sparsegpt", "wanda", "alps", "magnitude"), ("prune_unstructured",)),
+    **dict.fromkeys(("drop_layers", "shortgpt", "minitron"), ("prune_structured",)),
+    **dict.fromkeys(("factorise", "svd", "low_rank", "lora", "decompose"), ("factorize",)),
+    **dict.fromkeys(("tie", "cluster", "albert"), ("share",)),
+    **dict.fromkeys(("distil", "distillation", "train", "finetune"), ("distill",)),
+}
+
 
 @cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
@@ -37,14 +48,14 @@ def get(name: str) -> Pass[Any]:
     """The pass of that name. Raises `CompressError` with a suggestion where there is none."""
     if name in TABLE:
         module, _, attribute = TABLE[name].partition(":")
-        found = getattr(import_module(module), attribute)
+        cls = getattr(import_module(module), attribute)
     elif name in _entry_points():
-        found = _entry_points()[name].load()
+        cls = _entry_points()[name].load()
     else:
-        close = difflib.get_close_matches(name, names(), n=1)
+        meant = WORDS.get(name.lower()) or difflib.get_close_matches(name, names(), n=1)
+        question = f"did you mean {' or '.join(f'`{word}`' for word in meant)}?"
         raise CompressError(
-            f"no pass is called `{name}`",
-            fix=f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(names())}",
+            f"no pass is called `{name}`", fix=question if meant else f"there are: {', '.join(names())}"
         )
-    instance: Pass[Any] = found()
+    instance: Pass[Any] = cls()
     return instance

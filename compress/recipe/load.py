@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from compress.errors import CompressError, RecipeError
 from compress.files import expanded
 from compress.recipe.entries import PassEntry
+from compress.recipe.messages import translate
 from compress.recipe.model import Recipe
 from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
 from compress.recipe.problems import (
@@ -84,6 +85,22 @@ def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, 
     if recipe is None or problems:
         raise _mistakes(problems)
     return recipe.gates.model_dump(exclude_none=True)
+
+
+def settings_error(name: str, settings: Mapping[str, Any], error: ValidationError) -> CompressError:
+    """The first mistake in settings of a pass that were given in Python, in the words of a recipe.
+
+    Args:
+        name: of the pass. error: what its settings model raised.
+    """
+    root = _from_python({"passes": [{name: settings}]}, (), [])
+    assert isinstance(root, MapNode)
+    located = error.errors(include_url=False)
+    for one in located:
+        one["loc"] = ("passes", 0, *one["loc"])
+    first = in_order(translate(root, located))[0]
+    message = first.message.removeprefix(f"{first.path[-1]}: ")
+    return CompressError(message, where=dotted(first.path[2:]) or name, fix=first.hint)
 
 
 def _mistakes(problems: Sequence[Problem]) -> RecipeError:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress import passes
+
 _KEYS_SHOWN = 12
 
 
@@ -34,15 +36,7 @@ _OF_FILES = _table(
 
 #: Words of other tools by section ▶ the keys they mean here.
 SYNONYMS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "passes": _table(
-        cast="quantize quantise quantization quantisation quant gptq awq rtn",
-        prune_unstructured__or__prune_structured="prune pruning",
-        prune_unstructured="sparsify sparsity sparsegpt wanda alps magnitude",
-        prune_structured="drop_layers shortgpt minitron",
-        factorize="factorise svd low_rank lora decompose",
-        share="tie cluster albert",
-        distill="distil distillation train finetune",
-    ),
+    "passes": passes.WORDS,
     "": _table(
         evaluate="metrics",
         model="checkpoint model_name model_id model_path",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import compress
 from compress import passes
-from compress.errors import RecipeError
+from compress.errors import CompressError, RecipeError
 from compress.recipe import recipe_from_mapping
 from compress.recipe.messages import _fields
 from compress.recipe.suggest import SYNONYMS, VALUES, scheme
@@ -122,3 +124,21 @@ def test_synonyms_of_values_are_taken() -> None:
 @pytest.mark.parametrize("parse", [parse_share, parse_level])
 def test_a_percentage_is_what_is_suggested(parse: Any) -> None:
     assert parse("50%") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("quantize", {}, "no pass is called `quantize`; did you mean `cast`?"),
+        ("cast", {"weights": "int4", "refine": False}, "cast.refine: `refine` in cast is called `error_correction` now; write `error_correction: []`"),
+        ("cast", {"weights": "FP8"}, "cast.weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'FP8'; write `weights: fp8, activations: fp8`"),
+        ("prune_unstructured", {"sparsity": 50}, "prune_unstructured.sparsity: expected a share between 0 and 1, such as 50% or 0.5, got 50; did you mean `50%`?"),
+        ("cast", {}, "cast: give one of `weights`, `bits` and `max_bytes`"),
+    ],
+)  # fmt: skip
+def test_settings_given_in_python_get_the_same_answers(
+    name: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CompressError) as caught:
+        compress.apply(name, tmp_path / "model", tmp_path / "out", **settings)
+    assert str(caught.value) == message
