@@ -1,9 +1,9 @@
-"""What passes that work block by block have in common: their sweep, and the memory it will take."""
+"""Helpers of passes that work block by block: open a block runner, measure divergences, and plan the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
@@ -17,6 +17,7 @@ from compress.blockwise.memory_budget import (
 from compress.errors import PassError
 from compress.evaluation.tasks import EMBEDDING, task_of
 from compress.passes.base import Context
+from compress.solvers.memory import SolverMemory
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from compress.sensitivity.matrices import WeightDeltas
     from compress.workspace import Workspace
 
-#: Small things.
+#: Float32 copies of a block that reconstruction holds: if it trains all floats of the block (weights before and after,
+#: gradients and two moments), or only scales of codes, whose moments are small.
+RECONSTRUCTION_COPIES = {"floats": 5, "scales": 2}
+#: Everything that is not counted.
 _SLACK = 96 << 20
 
 
@@ -39,7 +43,12 @@ def open_runner(
     with_targets: bool,
     teacher: Teacher | None = None,
 ) -> BlockRunner:
-    """A sweep over the calibration data that may change the tensors ``names``, tuned towards the checkpoint or a teacher."""
+    """Return a block runner over the calibration data that may change the tensors ``names``.
+
+    Args:
+        with_targets: the runner also computes the outputs of the original blocks.
+        teacher: the model that gives these outputs; None for the checkpoint itself.
+    """
     from compress.blockwise.executor import Inputs
     from compress.blockwise.runner import BlockRunner
 
@@ -61,7 +70,7 @@ def open_runner(
 def measured_divergences(
     checkpoint: Checkpoint, names: Sequence[str], changes: WeightDeltas, setting: tuple[str, str], context: Context
 ) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
-    """See `sensitivity.matrices.divergences`, on the calibration data."""
+    """Return `sensitivity.matrices.divergences` on the calibration data."""
     from compress.sensitivity.matrices import divergences
 
     return divergences(
@@ -80,28 +89,27 @@ def runner_memory(
     spec: Spec,
     names: Collection[str],
     width: int,
+    solver: SolverMemory,
     *,
-    factors: float,
-    copies: int,
-    moments: int,
-    kept: float,
-    by_outputs: bool = False,
+    reconstruction: Literal["floats", "scales"] | None = None,
+    output_curvature: bool = False,
 ) -> int:
-    """Bytes resident at the peak of a sweep: embeddings, one block, and the larger of what solving and tuning it take.
+    """Return the bytes resident at the peak of a block runner: embeddings, one block, and solving or reconstruction.
 
     Args:
-        names: the tensors it changes. width: bytes of a float of the computation.
-        factors: matrices of the size of the largest statistics that the solver holds beside them.
-        copies: float32 matrices of the size of the largest weight that it holds.
-        moments: float32 copies of the block that tuning holds; 0 without. kept: bytes per weight of what is chosen so far.
-        by_outputs: whether curvatures by outputs are held, and gradients measured for them.
+        names: tensors that the runner changes.
+        width: bytes of a float of the computation.
+        solver: memory of the solver of these tensors.
+        reconstruction: what block reconstruction trains, see `RECONSTRUCTION_COPIES`; None without reconstruction.
+        output_curvature: curvatures [O, O] are held, and gradients are measured for them.
     """
     mapped = model_map(spec)
     outside = mapped.outside
     head = width * sum(t.count for t in outside if t.module == mapped.record.head)
-    resident = width * sum(t.count for t in outside) - head  # the head is not loaded, but to predict tokens
+    resident = width * sum(t.count for t in outside) - head  # only predictions of tokens load the head
     vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
-    peak = head + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if by_outputs else 0
+    peak = head + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if output_curvature else 0
+    trained = RECONSTRUCTION_COPIES[reconstruction] if reconstruction is not None else 0
     for one in mapped.blocks:
         block = sum(t.count for t in one.stored())
         changed = [x for x in one.linears if x.name in names and x.shared_with is None]
@@ -109,18 +117,18 @@ def runner_memory(
         grams = [size * size * (8 if size <= FLOAT64_MAX_WIDTH else 4) for size in wide]
         largest, matrix = max(grams, default=0), max((x.tensor.count for x in changed), default=0)
         statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
-        solving = largest + int(factors * largest) + 4 * copies * matrix
-        chosen = int(kept * sum(x.tensor.count for x in changed))
-        if by_outputs:
+        solving = largest + int(solver.hessians * largest) + 4 * solver.weights * matrix
+        chosen = int(solver.kept * sum(x.tensor.count for x in changed))
+        if output_curvature:
             held = curvatures_that_fit(x.O for x in changed if x.expert is None)
             chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
-        peak = max(peak, width * block + chosen + max(statistics, solving, 4 * moments * block))
+        peak = max(peak, width * block + chosen + max(statistics, solving, 4 * trained * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
     return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
 
 
 def require_head(spec: Spec, asks: str, key: str, instead: str) -> None:
-    """Raises `PassError` for a model without a head: its predictions, which ``asks`` wants gradients of, are none."""
+    """Raise `PassError` for a model without a head, since the setting ``asks`` needs gradients of predictions."""
     if task_of(spec.structure.class_name) is EMBEDDING:
         raise PassError(f"{asks} needs a model that predicts something", key=key, fix=instead)

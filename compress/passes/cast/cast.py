@@ -17,6 +17,7 @@ from compress.passes.blockwise import (
 from compress.passes.cast.budget import assumed
 from compress.passes.cast.plan import choices, planned, planned_cache, undecided, without_scales
 from compress.passes.cast.settings import CastSettings
+from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec, Tensor
 
@@ -123,27 +124,20 @@ class Cast(Pass[CastSettings]):
             else 0
         )
         if not settings.solved:
-            cached = (
-                runner_memory(spec, [], width, factors=0, copies=0, moments=0, kept=0) if settings.static_cache else 0
-            )
+            cached = runner_memory(spec, [], width, NO_SOLVER) if settings.static_cache else 0
             return max(measuring, cached) or None
         coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
-        moments = 2 if settings.reconstruction_epochs and coarse else 0
-        if not coarse or not (settings.error_correction or moments):
-            runner = runner_memory(
-                spec, [t.name for t in quant_formats], width, factors=2.0, copies=4, moments=0, kept=4
-            )
-        else:  # kept: codes as floats, and each matrix as it was and as it is
-            runner = runner_memory(
-                spec,
-                [t.name for t in quant_formats],
-                width,
-                factors=4.0,
-                copies=13,
-                moments=moments,
-                kept=12,
-                by_outputs="curvature" in settings.error_correction and model_map(spec).has_head,
-            )
+        names = [t.name for t in quant_formats]
+        if not coarse or not (settings.error_correction or settings.reconstruction_epochs):
+            return max(measuring, runner_memory(spec, names, width, GPTQ))
+        runner = runner_memory(
+            spec,
+            names,
+            width,
+            GPTQ_CORRECTED,
+            reconstruction="scales" if settings.reconstruction_epochs else None,
+            output_curvature="curvature" in settings.error_correction and model_map(spec).has_head,
+        )
         return max(measuring, runner)
 
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:

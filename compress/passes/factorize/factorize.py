@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import factored
@@ -15,6 +15,7 @@ from compress.passes.blockwise import (
     runner_memory,
 )
 from compress.passes.factorize.settings import FactorizeSettings
+from compress.solvers.memory import LOW_RANK
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Factorize(Pass[FactorizeSettings]):
     def memory(self, spec: Spec, settings: FactorizeSettings, width: int) -> int | None:
         """Of a sweep; or of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
         names = self._targets(spec, settings)
-        moments = 5 if settings.reconstruction_epochs else 0
-        runner = runner_memory(spec, names, width, factors=6.0, copies=8, moments=moments, kept=4)
+        reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
+        runner = runner_memory(spec, names, width, LOW_RANK, reconstruction=reconstruction)
         if not settings.by_divergence:
             return runner
         return max(runner, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))

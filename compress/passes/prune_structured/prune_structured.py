@@ -13,6 +13,7 @@ from compress.passes.base import Context, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.settings import PruneStructuredSettings
+from compress.solvers.memory import OBS, OBS_WITH_BIAS
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         mapped = model_map(spec)
         names = {linear.name for linear in mapped.layers if len(linear.tensor.shape) == 2}
         tuned = settings.compensation == "reconstruction"
-        # H⁻¹, then H between survivors, less the means where there are biases; weights before and after, and as they move
         biased = any(f"{spec.tensors[name].module}.bias" in spec.tensors for name in names)
-        runner = runner_memory(spec, names, width, factors=1.2 + biased, copies=4, moments=5 if tuned else 0, kept=0)
+        solver = OBS_WITH_BIAS if biased else OBS
+        runner = runner_memory(spec, names, width, solver, reconstruction="floats" if tuned else None)
         if tuned and _has_teacher(settings):
             largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
             runner += width * (sum(t.count for t in mapped.outside) + largest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
@@ -13,6 +13,7 @@ from compress.passes.base import EDITED, Context, Mode, Pass, Storage, select_li
 from compress.passes.blockwise import open_runner, runner_memory
 from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
+from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
@@ -77,11 +78,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take; or of measuring losses."""
         if settings.method == "magnitude":
             return None
-        # beside the largest statistics: its factor or eigenvectors, and copies of one matrix that the solver works on
-        factors, copies = {"wanda": (0.0, 4), "sparsegpt": (1.0, 4), "alps": (4.0, 10)}[settings.method]
+        solver = {"wanda": WANDA, "sparsegpt": SPARSEGPT, "alps": ALPS}[settings.method]
         chosen = self._targets(spec, settings)
-        moments = 5 if settings.reconstruction_epochs else 0
-        runner = runner_memory(spec, chosen, width, factors=factors, copies=copies, moments=moments, kept=1)
+        reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
+        runner = runner_memory(spec, chosen, width, solver, reconstruction=reconstruction)
         if settings.allocation != "kl":
             return runner
         assert settings.sparsity is not None

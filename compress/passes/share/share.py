@@ -13,6 +13,7 @@ from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
 from compress.passes.share.groups import candidate_groups, check_packages, is_open, shared_parts, shared_spec
 from compress.passes.share.settings import ShareSettings
+from compress.solvers.memory import CODEBOOK, SHARED_MATRIX
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Share(Pass[ShareSettings]):
             parts = shared_parts(spec, settings)
             names = [path + part for path in model_map(spec).paths.values() for part in parts]
             names = [name for name in names if len(spec.tensors[name].shape) == 2]
-            found = runner_memory(spec, names, width, factors=4.0, copies=12, moments=0, kept=0)
+            found = runner_memory(spec, names, width, SHARED_MATRIX)
             if is_open(settings, candidate_groups(spec, settings, parts)) or settings.init == "fisher":
                 found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
         if settings.embeddings is not None:
@@ -99,7 +100,7 @@ class Share(Pass[ShareSettings]):
         if settings.codebook_bits is not None:
             planned = self.plan(spec, settings)
             names = [t.name for t in planned.stored() if t.quant_format is not None]
-            found = max(found, runner_memory(planned, names, width, factors=4.0, copies=8, moments=0, kept=5))
+            found = max(found, runner_memory(planned, names, width, CODEBOOK))
         return found
 
     def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
