@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,13 @@ def _section(name: str, settings: Any, prefix: str = "") -> Any:
     return result
 
 
-def rows() -> Iterator[tuple[str, str, str]]:
-    """Section, old and new spelling, a row for each key and each value that has another one."""
+def rows() -> list[tuple[tuple[str, ...], str, str]]:
+    """Sections, old and new spelling: a row for each key, and for each value with another spelling."""
+    by_spelling: dict[tuple[str, str], list[str]] = {}
     for entry in TABLE:
+        spellings = [(spelled(entry.old, old), spelled(entry.new, new)) for old, new in entry.values.items()]
         if entry.old != entry.new:
-            yield entry.section, entry.old, entry.new
-        for old, new in entry.values.items():
-            yield entry.section, spelled(entry.old, old), spelled(entry.new, new)
+            spellings.insert(0, (entry.old, entry.new))
+        for spelling in spellings:
+            by_spelling.setdefault(spelling, []).append(entry.section)
+    return [(tuple(sections), old, new) for (old, new), sections in by_spelling.items()]

@@ -155,7 +155,8 @@ def reference_page() -> str:
             lines += [f"### `{title}.{name}`", "", field.description or "", ""]
             lines += [*settings_table(describe_settings(inner), "key"), ""]
     lines += ["## Renamed keys", "", "Old spellings are refused; the error shows the new one.", ""]
-    lines += table(["pass", "old", "new"], [[f"`{name}`" if name else "", f"`{o}`", f"`{n}`"] for name, o, n in rows()])
+    of_passes = [(", ".join(f"`{name}`" for name in sections if name) or "recipe", o, n) for sections, o, n in rows()]
+    lines += table(["where", "old", "new"], [[where, f"`{old}`", f"`{new}`"] for where, old, new in of_passes])
     return "\n".join([*lines, ""])
 
 
