@@ -94,9 +94,9 @@ def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[Target
     order = list(outputs)
     once = [g for g in block.groups if all(s.owner is None and len(outputs.get(s.name, ())) == 1 for s in g)]
     once.sort(key=lambda group: order.index(group[0].name))
-    alone = sorted(chain.from_iterable(once), key=lambda linear: order.index(linear.name))
-    written = {s.name: outputs[s.name][0].float() for s in alone}
-    fitting = [s for s in alone if written[s.name].numel() == wanted.numel()]
+    singles = sorted(chain.from_iterable(once), key=lambda linear: order.index(linear.name))
+    written = {s.name: outputs[s.name][0].float() for s in singles}
+    fitting = [s for s in singles if written[s.name].numel() == wanted.numel()]
     bound = _UNEXPLAINED * float(wanted.abs().max())
     for writers in (list(w) for count in (1, 2) for w in combinations(fitting, count)):
         left = wanted - sum(written[s.name].view(wanted.shape) for s in writers)

@@ -115,8 +115,8 @@ class BlockExecutor:
                 break
         else:
             raise PassError(
-                f"the sweep cannot follow {type(self.streamed.model).__name__}: block {max(blocked)} is not fed by the "
-                "block before it alone",
+                f"{type(self.streamed.model).__name__} cannot run block by block: block {max(blocked)} reads more than the "
+                "output of the block before it",
                 fix="use a method that needs no calibration",
             )
         other = self._record([self.samples - 1])[1]

@@ -69,7 +69,7 @@ def find_linears(
     wanted = set(wanted)
     if missing := sorted(wanted - by_name.keys()):
         raise PassError(
-            f"{missing[0]} is no linear layer that the sweep can see",
+            f"{missing[0]} is no linear layer that calibrated methods reach",
             key="skip",
             fix=f"skip it: skip: [{missing[0].rpartition('.')[0]}], or use method: magnitude",
         )

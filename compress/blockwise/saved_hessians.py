@@ -49,18 +49,18 @@ class SavedHessians:
         def collect() -> dict[str, tuple[int, float]]:
             if check:
                 check_blockwise(executor, progress)
-            rows: dict[str, tuple[int, float]] = {}
+            table: dict[str, tuple[int, float]] = {}
             number, last = 0, max(names)
             with progress.task(title, last + 1, "blocks") as task:
                 for block in unchanged_blocks(executor, activations, last, names):
                     for group, statistics, _ in block.statistics() if block.linears else ():
-                        rows |= {linear.name: (number, _energy(linear, statistics)) for linear in group}
+                        table |= {linear.name: (number, _energy(linear, statistics)) for linear in group}
                         sums = {"hessian": statistics.hessian.contiguous(), "total": statistics.total.contiguous()}
                         tokens = torch.tensor(statistics.tokens)
                         self._workspace.save_tensors(str(number), {**sums, "tokens": tokens})
                         number += 1
                     task.advance()
-            return rows
+            return table
 
         saved = self._workspace.cached("table", collect)
         self.files = {name: number for name, (number, _) in saved.items()}

@@ -31,7 +31,7 @@ def check_blockwise(executor: BlockExecutor, progress: Progress) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
         return output
 
-    with progress.task("checking the sweep", 2 * executor.depth, "blocks") as task:
+    with progress.task("checking blocks", 2 * executor.depth, "blocks") as task:
         executor.streamed.run(executor.inputs.rows(rows), whole)
         task.advance(executor.depth)
         with torch.no_grad():
@@ -42,7 +42,7 @@ def check_blockwise(executor: BlockExecutor, progress: Progress) -> None:
                 difference = float((hidden - outputs[index]).abs().max())
                 if not difference <= _TOLERANCE * max(scale, 1e-6):
                     raise PassError(
-                        f"the sweep does not follow this model: block {index} run by itself differs by {difference:.3g}",
+                        f"this model cannot run block by block: block {index} run by itself differs by {difference:.3g}",
                         fix="use a method that needs no calibration",
                     )
                 task.advance()
@@ -54,6 +54,6 @@ def _alone(executor: BlockExecutor, index: int, rows: list[int], hidden: torch.T
             return executor.forward(index, module, rows, hidden)
         except Exception as error:  # whatever a block lacks when it is run by itself
             raise PassError(
-                f"the sweep cannot follow this model: block {index} run by itself fails ({error!r})",
+                f"this model cannot run block by block: block {index} run by itself fails ({error!r})",
                 fix="use a method that needs no calibration",
             ) from error

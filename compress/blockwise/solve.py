@@ -57,7 +57,7 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
     """
     processes = block.view.processes
     solutions: dict[str, S] = {}
-    rows: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     waiting: list[TargetLinear] = []
     for number, (group, statistics, mismatch, free) in enumerate(groups):
         worker = number % processes.world
@@ -70,12 +70,12 @@ def solve_block(block: Block, groups: Iterable[GroupInputs], solver: MatrixSolve
             else:
                 solution, row = solver.blank(linear), {}
             processes.broadcast(worker, *solver.tensors(solution))
-            rows[linear.name] = processes.broadcast_object(worker, row)
+            report[linear.name] = processes.broadcast_object(worker, row)
             solutions[linear.name] = solution
             waiting.append(linear)
         if free:
             for linear in waiting:
                 solver.place(linear, solutions[linear.name])
             waiting.clear()
-    block.details["tensors"] = rows
+    block.details["tensors"] = report
     return solutions

@@ -91,7 +91,7 @@ class StreamedModel:
         problems = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors]
         ignored = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"position_ids$"]
         if misplaced := [p for p in problems if not any(re.search(i, str(p)) for i in ignored)]:
-            raise PassError(f"the sweep cannot place {misplaced[0]} in {type(self.model).__name__}")
+            raise PassError(f"{type(self.model).__name__} has no place for {misplaced[0]}")
 
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:

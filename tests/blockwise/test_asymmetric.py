@@ -1,4 +1,4 @@
-"""Drift of a matrix's inputs, and of the residual stream, is that between the changed model and the original."""
+"""Mismatch of inputs and of the residual stream, against both models run whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
 from compress.models.loading import load_checkpoint
 from tests import pico
-from tests.blockwise.test_runner import inputs_of, sweep_of
+from tests.blockwise.test_runner import inputs_of, runner_of
 
 #: Which matrices add to the residual stream: none where a norm, or experts, stand between.
 WRITERS = {
@@ -81,11 +81,11 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_drift_is_what_separates_two_models(family, tmp_path):
+def test_input_mismatch_matches_two_whole_models(family, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / family, family, with_tokenizer=False))
     found: dict = {}
     inputs = inputs_of(checkpoint)
-    result = sweep_of(checkpoint, tmp_path / "work", inputs, with_targets=True).run(shrink(found), "shrinking")
+    result = runner_of(checkpoint, tmp_path / "work", inputs, with_targets=True).run(shrink(found), "shrinking")
     changed = Derived(checkpoint, checkpoint.spec, result.reader())
     original, now = (load_checkpoint(c, dtype="float32", device="cpu") for c in (checkpoint, changed))
     writers = [name for _, mismatch, _ in found.values() for name in mismatch.residual]
@@ -105,7 +105,7 @@ def test_drift_is_what_separates_two_models(family, tmp_path):
         assert any(float(mismatch.inputs.abs().max()) > 0 for _, mismatch, _ in found.values())
 
 
-def test_padding_has_no_drift(tmp_path):
+def test_input_mismatch_leaves_padding_out(tmp_path):
     """Samples padded on the right have the drift of the same samples without padding."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "llama", "llama", with_tokenizer=False))
     short = inputs_of(checkpoint).values["input_ids"][:, :7]
@@ -115,7 +115,7 @@ def test_padding_has_no_drift(tmp_path):
     both = []
     for number, inputs in enumerate((Inputs({"input_ids": short}), Inputs({"input_ids": ids}, mask))):
         both.append({})
-        sweep_of(checkpoint, tmp_path / str(number), inputs, with_targets=True).run(shrink(both[-1]), "shrinking")
+        runner_of(checkpoint, tmp_path / str(number), inputs, with_targets=True).run(shrink(both[-1]), "shrinking")
     for name, (statistics, mismatch, _) in both[0].items():
         other, padded, _ = both[1][name]
         assert statistics.tokens == other.tokens

@@ -1,4 +1,4 @@
-"""The sweep computes what the model computes, block by block, for every family; and it resumes to the same bytes."""
+"""The runner computes block by block what the model computes, for every family, and resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def matrices(checkpoint):
     return {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
 
 
-def sweep_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
+def runner_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
     return BlockRunner(
         checkpoint,
         inputs or inputs_of(checkpoint),
@@ -70,7 +70,7 @@ def linear_inputs(model, checkpoint, inputs, tensor):
 
 
 @pytest.mark.parametrize("family", pico.families(pico.ONE_LIST))
-def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_path):
+def test_blocks_run_by_themselves_match_the_whole_model(family, folders, tmp_path):
     """Hidden states, statistics and names agree with a stock model that is loaded whole; what is not changed stays."""
     checkpoint = open_checkpoint(folders[family])
     model = load_checkpoint(checkpoint, dtype="float32")
@@ -78,7 +78,7 @@ def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_
     expected: dict[int, torch.Tensor] = {}
     for i, block in enumerate(blocks):
         block.register_forward_hook(lambda m, a, o, i=i: expected.__setitem__(i, o[0] if isinstance(o, tuple) else o))
-    runner = sweep_of(checkpoint, tmp_path, with_targets=True)
+    runner = runner_of(checkpoint, tmp_path, with_targets=True)
     grams, compared = {}, []
 
     def look(block):
@@ -115,13 +115,13 @@ def test_blocks_run_one_by_one_compute_what_the_model_does(family, folders, tmp_
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_statistics_of_experts_are_those_of_the_tokens_sent_to_them(family, folders, tmp_path):
+def test_hessians_of_experts_sum_the_tokens_routed_to_them(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     model = load_checkpoint(checkpoint, dtype="float32")
     name, fused = next((n, m) for n, m in model.named_modules() if Experts.fits(m))
     calls = []
     fused.register_forward_pre_hook(lambda m, a: calls.append(a))
-    runner = sweep_of(checkpoint, tmp_path)
+    runner = runner_of(checkpoint, tmp_path)
     with torch.no_grad():
         model.base_model(**runner.inputs.rows(range(SAMPLES)))
     hidden, index, _ = calls[0]
@@ -154,7 +154,7 @@ def test_statistics_of_experts_are_those_of_the_tokens_sent_to_them(family, fold
     assert seen == 3 * fused.down_proj.shape[0]
 
 
-def test_inputs_of_one_group_are_shared(folders, tmp_path):
+def test_group_linears_finds_matrices_with_the_same_inputs(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     shapes = []
 
@@ -162,12 +162,12 @@ def test_inputs_of_one_group_are_shared(folders, tmp_path):
         shapes.append([sorted(s.name.split(".")[-2] for s in group) for group in block.groups])
         return {}
 
-    sweep_of(checkpoint, tmp_path).run(look, "looking")
+    runner_of(checkpoint, tmp_path).run(look, "looking")
     assert shapes[0] == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "bert", "mixtral"])
-def test_padding_counts_nowhere(family, folders, tmp_path):
+def test_hessians_leave_padding_out(family, folders, tmp_path):
     """Samples padded on the right give the statistics of the same samples without padding."""
     checkpoint = open_checkpoint(folders[family])
     short = inputs_of(checkpoint).values["input_ids"][:, :7]
@@ -183,7 +183,7 @@ def test_padding_counts_nowhere(family, folders, tmp_path):
                 found[group[0].name] = statistics
             return {}
 
-        sweep_of(checkpoint, tmp_path / str(number), inputs).run(look, "looking")
+        runner_of(checkpoint, tmp_path / str(number), inputs).run(look, "looking")
         grams.append(found)
     for name, statistics in grams[0].items():
         other = grams[1][name]
@@ -205,9 +205,9 @@ def halve(block):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_changes_reach_the_next_block_and_the_file(family, folders, tmp_path):
+def test_run_passes_changes_to_the_next_block_and_the_file(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
-    result = sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
+    result = runner_of(checkpoint, tmp_path / "work").run(halve, "halving")
     read = result.reader()
     names = matrices(checkpoint)
     axis = architectures.of(checkpoint.spec.structure.config).input_axis
@@ -247,9 +247,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(at, folders, tmp_path):
+def test_resumed_run_ends_with_the_same_bytes(at, folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
-    whole = sweep_of(checkpoint, tmp_path / "whole", with_targets=True).run(halve, "halving")
+    whole = runner_of(checkpoint, tmp_path / "whole", with_targets=True).run(halve, "halving")
 
     def stopping(block):
         if block.index == at:
@@ -258,9 +258,9 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(at, folders, tmp_pat
         return halve(block)
 
     with pytest.raises(Stop):
-        sweep_of(checkpoint, tmp_path / "broken", with_targets=True).run(stopping, "halving")
+        runner_of(checkpoint, tmp_path / "broken", with_targets=True).run(stopping, "halving")
     computed = []
-    sweep_of(checkpoint, tmp_path / "broken", with_targets=True).run(
+    runner_of(checkpoint, tmp_path / "broken", with_targets=True).run(
         lambda b: computed.append(b.index) or halve(b), "halving"
     )
     assert computed == list(range(at, 4))
@@ -268,18 +268,18 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(at, folders, tmp_pat
         assert path.read_bytes() == (tmp_path / "broken/blocks" / path.name).read_bytes()
 
 
-def test_a_model_that_the_sweep_cannot_follow_is_refused(tmp_path, monkeypatch):
+def test_check_blockwise_names_a_block_that_differs(tmp_path, monkeypatch):
     """Something that changes hidden states between two blocks is noticed before any work, and the block is named."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
-    runner = sweep_of(checkpoint, tmp_path / "work")
-    runner.streamed.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * sweep_noise.pop(), *a[1:]))
-    sweep_noise = [1.0, 1.5]
-    with pytest.raises(PassError, match="the sweep does not follow this model: block 2 run by itself differs"):
+    runner = runner_of(checkpoint, tmp_path / "work")
+    runner.streamed.layers[2].register_forward_pre_hook(lambda m, a: (a[0] * noise.pop(), *a[1:]))
+    noise = [1.0, 1.5]
+    with pytest.raises(PassError, match="this model cannot run block by block: block 2 run by itself differs"):
         runner.run(halve, "halving")
     assert not (tmp_path / "work/state.json").exists()
 
 
-def test_a_family_whose_blocks_read_more_than_the_block_before_is_refused(tmp_path):
+def test_check_blockwise_refuses_blocks_that_read_more_than_the_block_before(tmp_path):
     """gemma3n hands every block a stack of streams and embeddings of its own."""
     import transformers
 
@@ -296,8 +296,8 @@ def test_a_family_whose_blocks_read_more_than_the_block_before_is_refused(tmp_pa
     architectures._by_type()["gemma3n_text"] = record
     try:
         checkpoint = open_checkpoint(tmp_path / "in")
-        with pytest.raises(PassError, match=r"the sweep (cannot|does not) follow"):
-            sweep_of(checkpoint, tmp_path / "work").run(halve, "halving")
+        with pytest.raises(PassError, match="cannot run block by block"):
+            runner_of(checkpoint, tmp_path / "work").run(halve, "halving")
     finally:
         del architectures._by_type()["gemma3n_text"]
 
@@ -310,7 +310,7 @@ def shared(checkpoint, name, source):
     return Derived(checkpoint, spec, checkpoint.tensor)
 
 
-def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders, tmp_path):
+def test_shared_tensor_is_solved_once_with_the_inputs_of_all_blocks(folders, tmp_path):
     matrix, source = (f"model.layers.{i}.mlp.up_proj.weight" for i in (3, 1))
     checkpoint = shared(open_checkpoint(folders["llama"]), matrix, source)
     inputs, seen, later = inputs_of(checkpoint), {}, []
@@ -322,7 +322,7 @@ def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders
         block.linears[0].weight.mul_(0.5)
         return {}
 
-    runner = sweep_of(checkpoint, tmp_path / "work", wanted={source}, with_targets=True)
+    runner = runner_of(checkpoint, tmp_path / "work", wanted={source}, with_targets=True)
     result = runner.run(change, "changing").reader()
     assert list(seen) == [1]
     model = load_checkpoint(open_checkpoint(folders["llama"]))
@@ -341,33 +341,33 @@ def test_a_shared_tensor_is_solved_once_with_the_inputs_of_all_its_users(folders
         return {}
 
     both = {source, "model.layers.3.mlp.down_proj.weight"}
-    again = sweep_of(checkpoint, tmp_path / "again", wanted=both)
+    again = runner_of(checkpoint, tmp_path / "again", wanted=both)
     again.run(lambda block: change(block) if block.index == 1 else look(block), "changing")
     assert torch.equal(later[0], checkpoint.tensor(source).data / 2)  # from then on its users have the changed one
 
 
-def test_a_tensor_that_runs_before_it_is_solved_is_not_changed(folders, tmp_path):
+def test_shared_tensor_used_before_it_is_solved_is_refused(folders, tmp_path):
     matrix, source = (f"model.layers.{i}.mlp.up_proj.weight" for i in (1, 3))
     checkpoint = shared(open_checkpoint(folders["llama"]), matrix, source)
     with pytest.raises(PassError, match=f"{matrix} is shared with {source}, which comes after it; leave it out"):
-        sweep_of(checkpoint, tmp_path, wanted={source})
-    sweep_of(checkpoint, tmp_path, wanted={"model.layers.3.mlp.down_proj.weight"}, with_targets=True)
+        runner_of(checkpoint, tmp_path, wanted={source})
+    runner_of(checkpoint, tmp_path, wanted={"model.layers.3.mlp.down_proj.weight"}, with_targets=True)
 
 
-def test_a_tensor_that_one_block_has_twice_may_change(folders, tmp_path):
+def test_tensor_shared_within_a_block_may_change(folders, tmp_path):
     up, gate = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "gate"))
-    sweep_of(shared(open_checkpoint(folders["llama"]), up, gate), tmp_path, wanted={gate}, with_targets=True)
+    runner_of(shared(open_checkpoint(folders["llama"]), up, gate), tmp_path, wanted={gate}, with_targets=True)
 
 
-def test_nan_in_the_original_is_not_taken_for_a_model_that_cannot_be_followed(folders, tmp_path):
+def test_nan_in_the_original_is_named_with_its_block(folders, tmp_path):
     base, name = open_checkpoint(folders["llama"]), "model.layers.1.mlp.down_proj.weight"
     broken = Value(torch.full_like(base.tensor(name).data, float("nan")))
     changed = Derived(base, base.spec, lambda n: broken if n == name else base.tensor(n))
     with pytest.raises(CheckpointError, match=r"block 1 gives NaN or infinite values"):
-        sweep_of(changed, tmp_path).run(halve, "halving")
+        runner_of(changed, tmp_path).run(halve, "halving")
 
 
-def test_nan_is_named(folders, tmp_path):
+def test_nan_after_a_change_is_named_with_its_block(folders, tmp_path):
     base = open_checkpoint(folders["llama"])
 
     def explode(block):
@@ -376,5 +376,5 @@ def test_nan_is_named(folders, tmp_path):
         return {}
 
     with pytest.raises(Exception, match=r"block 1 gives NaN or infinite values"):
-        sweep_of(base, tmp_path).run(explode, "exploding")
+        runner_of(base, tmp_path).run(explode, "exploding")
     assert isinstance(base.tensor("model.norm.weight"), Value)

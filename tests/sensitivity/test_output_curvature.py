@@ -1,4 +1,4 @@
-"""Curvature by outputs is what a plain backward pass through the whole model gives, for the same drawn tokens."""
+"""Output curvature, against a plain backward pass through the whole model with the same drawn tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from compress.sensitivity import output_curvature
 from compress.sensitivity.output_curvature import Gradients
 from compress.workspace import Workspace
 from tests import pico
-from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, sweep_of
+from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, runner_of
 
 FAMILIES = ["llama", "gemma2", "phi3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "bert", "distilbert", "electra"]
 
 
 def measured(folder, work, mask=None):
-    """Σ g gᵀ by name as a sweep finds them, and the sweep."""
+    """Σ g gᵀ by name from a run over the blocks, and the runner."""
     checkpoint = open_checkpoint(folder)
-    runner = sweep_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
+    runner = runner_of(checkpoint, work, inputs_of(checkpoint, mask=mask), with_targets=True)
     gradients, found = Gradients(runner.executor, Workspace(work / "gradients"), SilentProgress()), {}
 
     def change(block):
@@ -65,7 +65,7 @@ def expected(runner, chunk):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path, monkeypatch):
+def test_output_curvature_matches_a_backward_pass_through_the_whole_model(family, tmp_path, monkeypatch):
     mask = None
     if family in ("llama", "bert"):
         mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
@@ -89,7 +89,7 @@ def test_it_is_that_of_a_backward_pass_through_the_whole_model(family, tmp_path,
     ]
 
 
-def test_a_sweep_that_goes_on_measures_nothing_anew(tmp_path, monkeypatch):
+def test_resumed_run_measures_no_gradients_again(tmp_path, monkeypatch):
     folder = pico.save(tmp_path / "model", "llama", with_tokenizer=False)
     first, _ = measured(folder, tmp_path / "work")
     (tmp_path / "work/state.json").unlink()
@@ -99,7 +99,7 @@ def test_a_sweep_that_goes_on_measures_nothing_anew(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
-def test_models_that_predict_no_tokens_have_none(family, tmp_path):
+def test_models_without_token_predictions_have_no_curvature(family, tmp_path):
     folder = pico.save(
         tmp_path / "model",
         family,
