@@ -155,7 +155,8 @@ def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
     word = str(given)
     if key == "device" and (match := re.fullmatch(r"gpu(:\d+)", word, re.IGNORECASE)):
         return _question((f"cuda{match[1]}",))
-    meant = _meant(word, VALUES.get(key, {}), allowed)
+    known = {w: m for w, m in VALUES.get(key, {}).items() if not allowed or {*m} <= {*allowed}}
+    meant = _meant(word, known, allowed)
     return _question(meant) if meant else None
 
 
