@@ -1,8 +1,9 @@
-"""The examples of docs/extend run: their files become a package with its entry points, then their tests are called."""
+"""The examples of docs/extend run: their files become a package, or files of this one, then their tests are called."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -40,11 +41,18 @@ def files(page: Path) -> dict[str, str]:
 
 
 def write_package(page: Path, folder: Path) -> None:
-    """Write the page's files below ``folder``, and the metadata by which Python finds its entry points."""
+    """Write the page's files below ``folder``, and the metadata by which Python finds its entry points.
+
+    If one of them belongs into this package, it is added to a copy of it, which is imported in its place.
+    """
+    if any(name.startswith("compress/") for name in files(page)):
+        shutil.copytree(ROOT / "compress", folder / "compress")
     for name, text in files(page).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    if not (folder / "pyproject.toml").exists():  # a file for this package, not a package of its own
+        return
     groups = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["entry-points"]
     lines = [
         line for group, names in groups.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in names.items()))
