@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from compress.checkpoint.codecs import Store
+    from compress.checkpoint.store import Store
     from compress.pipeline.apply import GivenIds
     from compress.pipeline.run import RunResult
     from compress.planning import Plan

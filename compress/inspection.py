@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.storage import parts
+from compress.checkpoint.store import needs_code
 from compress.checkpoint.values import Checkpoint
 from compress.files import expanded
 from compress.planning import size_of, size_on_disk

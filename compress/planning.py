@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from compress import passes
 from compress.architectures.model_map import model_map
-from compress.checkpoint.codecs import Store, needs_code, stock_holds, with_storage
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
+from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
+from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of

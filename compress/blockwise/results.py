@@ -11,8 +11,7 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.streamed import StreamedModel
-from compress.checkpoint.codecs import pack_bits
-from compress.checkpoint.decode import unpack_bits
+from compress.checkpoint.storage.bits import pack_bits, unpack_bits
 from compress.checkpoint.values import Checkpoint, Codes, Value, canonical, torch_dtype
 from compress.spec.spec import widest
 from compress.workspace import Workspace

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
+from compress.checkpoint import storage
 from compress.spec.classes import auto_class
 
 FILE_NAME = "modeling_compress.py"
 CLASS_NAME = "CompressModel"
 _HERE = Path(__file__).parent
-#: Modules whose text replaces their import in the bundled copy of `modeling`.
-_IMPORTS = {
-    "decode": ("storage chains", "from compress.checkpoint.decode import decode, part_names\n"),
-    "edits": ("changes of structure", "from compress.checkpoint.edits import edited_class\n"),
-}
+#: Line above the half of a module that the modelling file holds.
+MARK = "# ---- {}: copied into the modelling file of compact checkpoints ----\n"
+#: Imports of `modeling` that the text of modules replaces: title, line, folder, modules.
+_IMPORTS = (
+    (
+        "reading",
+        "from compress.checkpoint.storage.reading import decode, part_names\n",
+        _HERE / "storage",
+        storage.MODULES,
+    ),
+    ("editing", "from compress.checkpoint.edits import edited_class\n", _HERE, ("edits",)),
+)
 
 
 @cache
 def source() -> bytes:
-    """Text of the bundled file: `modeling` and the modules that it imports from this package."""
+    """Text of the bundled file: `modeling`, and the marked halves of the modules that it needs from this package."""
     text, parts = (_HERE / "modeling.py").read_text(encoding="utf-8"), list[str]()
-    for module, (title, line) in _IMPORTS.items():
-        assert line in text, f"modeling.py must import {module} in one line"
+    for title, line, folder, modules in _IMPORTS:
+        assert line in text, f"modeling.py must import {title} in one line"
         text = text.replace(line, "" if parts else "@@")
-        body = (_HERE / f"{module}.py").read_text(encoding="utf-8").partition("import torch\n")[2].strip("\n")
-        parts.append(f"# ---- {title} ----\n\n{body}\n\n\n")
+        for module in modules:
+            _, mark, body = (folder / f"{module}.py").read_text(encoding="utf-8").partition(MARK.format(title))
+            assert mark, f"{module}.py must have the line {MARK.format(title)}"
+            body = re.sub(r"^ +import torch\n\n", "", body, flags=re.MULTILINE)  # at the top of the bundled file
+            parts.append(f"# ---- {title}: {module} ----\n\n{body.strip()}\n\n\n")
     head, _, tail = text.partition("@@")
     return f"{head.rstrip()}\n\n\n{''.join(parts)}# ---- loading ----\n\n{tail.lstrip()}".encode()
 

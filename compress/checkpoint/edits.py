@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+# ---- editing: copied into the modelling file of compact checkpoints ----
+
 
 class Factored(torch.nn.Module):
     """Two thin linear layers in place of one."""

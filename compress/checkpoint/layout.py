@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from compress.checkpoint.codecs import StoredPart, parts
 from compress.checkpoint.headers import TensorEntry, render_header
+from compress.checkpoint.storage import StoredPart, parts
 from compress.spec.spec import DENSE, DTYPE_BITS, Spec, Tensor
 
 #: The type `bytes`, whose name is a property here.

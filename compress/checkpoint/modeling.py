@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from compress.checkpoint.decode import decode, part_names
 from compress.checkpoint.edits import edited_class
+from compress.checkpoint.storage.reading import decode, part_names
 
 #: Name suffixes of static scales and zero points of a layer's inputs.
 INPUT_ARRAYS = ("input_scale", "input_zero_point", "input_global_scale")

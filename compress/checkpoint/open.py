@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures.agreement import check_agreement
-from compress.checkpoint import codecs, foreign, hub, quantization, tidy
+from compress.checkpoint import hub, tidy
 from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
 from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
@@ -21,11 +21,15 @@ from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.remote import without_code
 from compress.checkpoint.sidecars import find_sidecars
+from compress.checkpoint.storage import CODECS, parts
+from compress.checkpoint.storage.compressed_tensors import parse
+from compress.checkpoint.storage.compressed_tensors.write import KEY, strip
+from compress.checkpoint.storage.reading import READERS
 from compress.checkpoint.values import Checkpoint, Codes, Value, torch_dtype
 from compress.errors import CheckpointError
 from compress.files import expanded
 from compress.spec.formats import QuantFormat
-from compress.spec.spec import CHAINS, DENSE, FLOAT_DTYPES, Spec, Structure, Tensor
+from compress.spec.spec import FLOAT_DTYPES, Spec, Structure, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +61,7 @@ class Stored(Checkpoint):
 
     def tensor(self, name: str) -> Value:
         """Value of a tensor, read by pread into fresh memory, so that no mapped pages stay resident."""
-        from compress.checkpoint.decode import decode, decode_codes, logical_values, part_names
+        from compress.checkpoint.storage.reading import decode, decode_codes, logical_values, part_names
 
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
@@ -219,17 +223,15 @@ def _spec(
     left: set[str] = set()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
     known = any(tensor.quant_format is not None for table in tables.values() for tensor in table.values())
-    if structure.config.get(quantization.KEY) and not known:
+    if structure.config.get(KEY) and not known:
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
-        others, left, more = foreign.parse(structure, every, where)
+        others, left, more = parse.parse(structure, every, where)
         notes = (*notes, *more)
         for file, header in headers.items():
-            tables[file] |= {
-                n: t for n, t in others.items() if any(part.key in header.entries for part in codecs.parts(t))
-            }
+            tables[file] |= {n: t for n, t in others.items() if any(part.key in header.entries for part in parts(t))}
     for file, header in headers.items():
         table = tables[file]
-        owners = {part.key: name for name, t in table.items() for part in codecs.parts(t)}
+        owners = {part.key: name for name, t in table.items() for part in parts(t)}
         for key, entry in header.entries.items():
             name = owners.get(key, key)
             if key in left:
@@ -249,7 +251,7 @@ def _spec(
     def alike(a: str, b: str) -> bool:
         return same(places[a][:2], places[b][:2], places[a][2])
 
-    whole = quantization.strip(Spec(structure, tensors, notes=(*notes, *chosen)))
+    whole = strip(Spec(structure, tensors, notes=(*notes, *chosen)))
     spec = tidy.without_copies(tidy.without_leftovers(whole), alike, where)
     left_out = sum(places[name][2] for name in whole.tensors.keys() - spec.tensors.keys() if name in places)
     return with_aliases(replace(spec, left_out=left_out), where), headers
@@ -264,22 +266,23 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
         result = {}
         for name, row in rows.items():
             storage = tuple(row["storage"])
-            if storage not in CHAINS:
+            if storage not in CODECS:
                 raise CheckpointError(
                     f"tensor {name} is stored by {' ∘ '.join(storage)}, which this version cannot read", where=where
                 )
-            key = name if storage == DENSE else f"{name}.values"
             quant_format = QuantFormat.from_json(row["grid"]) if "grid" in row else None
-            dtype = header.entries[key].dtype if quant_format is None else row["dtype"]
+            assert CODECS[storage].stores(quant_format), quant_format
+            if quant_format is None:
+                dtype = header.entries[name + READERS[storage].names(None)["values"]].dtype
+            else:
+                dtype = row["dtype"]
             shape, kept = tuple(row["shape"]), row["kept"]
             assert all(type(n) is int and n >= 0 for n in shape)
             assert kept is None or (type(kept) is int and 0 <= kept <= prod(shape))
             assert dtype in FLOAT_DTYPES or (quant_format is None and kept is None), dtype
-            assert quant_format is None or (
-                quant_format.fits(shape) and storage[-1:] == codecs.stock_chain(quant_format)
-            ), quant_format
+            assert quant_format is None or quant_format.fits(shape), quant_format
             tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, quant_format=quant_format)
-            for part in codecs.parts(tensor):
+            for part in parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
                     raise CheckpointError(f"array {part.key} does not match the metadata", where=where)
             result[name] = tensor

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.checkpoint import bundle, codecs, quantization, structure
-from compress.checkpoint.codecs import Store
+from compress.checkpoint import bundle, structure
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, open_checkpoint
 from compress.checkpoint.sidecars import copy_sidecars
+from compress.checkpoint.storage import encode, parts
+from compress.checkpoint.storage.bits import pack_bits
+from compress.checkpoint.storage.compressed_tensors import write as compressed_tensors
+from compress.checkpoint.store import Store, needs_code, stock_value, with_storage
 from compress.checkpoint.values import Checkpoint, Value, torch_dtype
 from compress.errors import CheckpointError, OutputError
 from compress.files import temporary
@@ -51,7 +54,7 @@ def stored_form(
     spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None = None
 ) -> tuple[Spec, Layout]:
     """Spec with its storage, and the layout of the files, exactly as `write_checkpoint` writes them."""
-    spec = codecs.with_storage(spec, store)
+    spec = with_storage(spec, store)
     return spec, lay_out(spec, max_shard, metadata)
 
 
@@ -111,15 +114,15 @@ def _write_shard(path: Path, shard: Shard, checkpoint: Checkpoint, hashes: dict[
         _pwrite(file.fileno(), shard.header, 0)
 
         def read(tensor: Tensor) -> tuple[Tensor, Value, str]:
-            value = codecs.stock_value(checkpoint.tensor(tensor.name), tensor)
+            value = stock_value(checkpoint.tensor(tensor.name), tensor)
             _check_value(tensor, value)
             return tensor, value, _digest(value)
 
         with closing(ahead(read, shard.tensors, 1)) as values:
             for tensor, value, digest in values:
                 hashes[tensor.name] = digest
-                for role, data in codecs.encode(value, tensor).items():
-                    part = next(part for part in codecs.parts(tensor) if part.role == role)
+                for role, data in encode(value, tensor).items():
+                    part = next(part for part in parts(tensor) if part.role == role)
                     assert tuple(data.shape) == part.shape, (part, data.shape)
                     _pwrite(file.fileno(), _raw(data), len(shard.header) + shard.entries[part.key].start)
                 del value
@@ -194,7 +197,7 @@ def _digest(value: Value) -> str:
         if part is not None:
             digest.update(_raw(part.cpu()))
     if value.mask is not None:
-        digest.update(_raw(codecs.pack_bits(value.mask)))
+        digest.update(_raw(pack_bits(value.mask)))
     return digest.hexdigest()
 
 
@@ -211,7 +214,7 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
 def render_config(spec: Spec) -> bytes:
     """``config.json``: the stock config, or the compact one that wraps it."""
     config = dict(spec.structure.config)
-    if codecs.needs_code(spec):
+    if needs_code(spec):
         config = {
             "model_type": COMPACT_TYPE,
             "format": 1,
@@ -221,8 +224,8 @@ def render_config(spec: Spec) -> bytes:
             "edits": structure.to_json(spec.structure.edits),
             "base": {k: v for k, v in config.items() if k != "auto_map"},
         }
-    elif (quantised := quantization.render(spec)) is not None:
-        config[quantization.KEY] = quantised
+    elif (quantised := compressed_tensors.render(spec)) is not None:
+        config[compressed_tensors.KEY] = quantised
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -234,7 +237,7 @@ def _write_small(
     files = {**checkpoint.rewritten, "config.json": render_config(spec), **extra_files}
     if (index := layout.index()) is not None:
         files[INDEX_NAME] = index
-    if codecs.needs_code(spec):
+    if needs_code(spec):
         files[bundle.FILE_NAME] = bundle.source()
     for name, data in files.items():
         (temp / name).write_bytes(data)

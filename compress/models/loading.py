@@ -141,7 +141,7 @@ class _Unread:
 
 def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) -> torch.Tensor:
     """The values of a tensor; codes are dequantised in the dtype ``wanted``, None for that of their scales."""
-    from compress.checkpoint.decode import logical_values
+    from compress.checkpoint.storage.reading import logical_values
 
     value, quant_format = checkpoint.tensor(tensor.name), tensor.quant_format
     if wanted is None or value.codes is None or quant_format is None or quant_format.format in FIXED_GROUPS:

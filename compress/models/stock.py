@@ -13,11 +13,12 @@ import io
 from typing import Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint import quantization
-from compress.checkpoint.codecs import needs_code, parts
 from compress.checkpoint.files import read_json
-from compress.checkpoint.foreign import SchemeGroups
 from compress.checkpoint.open import Stored
+from compress.checkpoint.storage import parts
+from compress.checkpoint.storage.compressed_tensors import write as compressed_tensors
+from compress.checkpoint.storage.compressed_tensors.parse import SchemeGroups
+from compress.checkpoint.store import needs_code
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError
 from compress.models.classes import quiet_transformers, stock_class
@@ -37,7 +38,7 @@ def check_codes(checkpoint: Stored) -> None:
         return
     if not any(tensor.quant_format is not None for tensor in checkpoint.spec.stored()):
         return
-    check_names(checkpoint, read_json(checkpoint.folder, "config.json")[quantization.KEY])
+    check_names(checkpoint, read_json(checkpoint.folder, "config.json")[compressed_tensors.KEY])
     # among several processes compressed-tensors would wait for all to load, and only the first one does
     alone = not (dist.is_available() and dist.is_initialized())
     if alone and importlib.util.find_spec(PACKAGE) is not None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.checkpoint.codecs import needs_code
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.running import loading_notes
 from compress.checkpoint.sidecars import safe_file
+from compress.checkpoint.store import needs_code
 from compress.errors import CompressError, ReportError, one_line
 from compress.files import expanded, prepare, put, remove, sha256
 from compress.pipeline.contents import compare

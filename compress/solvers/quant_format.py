@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from compress.checkpoint.decode import dequantized
+from compress.checkpoint.storage.reading import dequantized
 from compress.checkpoint.values import Codes
 from compress.spec.formats import QuantFormat
 

@@ -39,20 +39,8 @@ def widest(dtypes: list[str]) -> str:
     return max(dtypes, key=list(FLOAT_DTYPES).index)
 
 
+#: Storage chain of the values as they are; `compress.checkpoint.storage` has the others.
 DENSE: tuple[str, ...] = ("dense",)
-MASKED: tuple[str, ...] = ("mask", "dense")
-#: Storage formats of compressed-tensors. A keep-mask may precede those of integers.
-PACKED: tuple[str, ...] = ("pack-quantized",)
-INT8: tuple[str, ...] = ("int-quantized",)
-FP8: tuple[str, ...] = ("float-quantized",)
-MXFP4: tuple[str, ...] = ("mxfp4-pack-quantized",)
-NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
-#: Indices into a codebook, which compressed-tensors does not have.
-CODEBOOK: tuple[str, ...] = ("codebook",)
-CODED: tuple[tuple[str, ...], ...] = (PACKED, INT8, FP8, MXFP4, NVFP4, CODEBOOK)
-CHAINS: tuple[tuple[str, ...], ...] = (DENSE, MASKED, *CODED, *(("mask", *chain) for chain in (PACKED, INT8, CODEBOOK)))
-
-
 #: Name suffixes of static KV-cache scales, which are stored beside the projections of an attention.
 CACHE_SCALES: tuple[str, ...] = (".k_scale", ".v_scale")
 

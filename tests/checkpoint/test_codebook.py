@@ -13,10 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import compress
-from compress.checkpoint import codecs
-from compress.checkpoint.decode import decode, part_names
 from compress.checkpoint.modeling import decoded_state_dict
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import bits as packing
+from compress.checkpoint.storage import codebook, encode, parts
+from compress.checkpoint.storage.codebook import CODEBOOK
+from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
+from compress.checkpoint.storage.reading import decode, part_names
+from compress.checkpoint.store import needs_code, with_storage
 from compress.checkpoint.values import Codes, Derived, Value, torch_dtype
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError
@@ -24,7 +28,7 @@ from compress.inspection import diff, inspect
 from compress.planning import size_of
 from compress.solvers.quant_format import dequantize
 from compress.spec.formats import CODEBOOKS, QuantFormat
-from compress.spec.spec import CODEBOOK, FLOAT_DTYPES, Tensor
+from compress.spec.spec import FLOAT_DTYPES, Tensor
 from tests import pico
 
 
@@ -47,9 +51,9 @@ def test_decode_undoes_encode(format_, shape, dtype, share, seed):
     codes = random_codes(shape, quant_format.bits, torch_dtype(dtype), seed, mask)
     chain = CODEBOOK if mask is None else ("mask", *CODEBOOK)
     tensor = Tensor("a.w", shape, dtype, None if mask is None else int(mask.sum()), None, chain, quant_format)
-    encoded = codecs.encode(Value(dequantize(codes, mask), mask, codes), tensor)
-    assert {part.role for part in codecs.parts(tensor)} == encoded.keys()
-    for part in codecs.parts(tensor):
+    encoded = encode(Value(dequantize(codes, mask), mask, codes), tensor)
+    assert {part.role for part in parts(tensor)} == encoded.keys()
+    for part in parts(tensor):
         assert tuple(encoded[part.role].shape) == part.shape
         assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
         assert part_names("a.w", chain, quant_format.to_json())[part.role] == part.key
@@ -62,14 +66,12 @@ def test_decode_undoes_encode(format_, shape, dtype, share, seed):
 
 
 def test_long_tensors_are_decoded_in_parts(monkeypatch):
-    from compress.checkpoint import decode as decoding
-
     codes = random_codes((9, 41), 3, torch.float32, 0)
     tensor = Tensor("w", (9, 41), "F32", storage=CODEBOOK, quant_format=QuantFormat("codebook3"))
-    encoded = codecs.encode(Value(dequantize(codes), None, codes), tensor)
-    monkeypatch.setattr(codecs, "_AT_ONCE", 64)
-    monkeypatch.setattr(decoding, "_AT_ONCE", 64)
-    again = codecs.encode(Value(dequantize(codes), None, codes), tensor)
+    encoded = encode(Value(dequantize(codes), None, codes), tensor)
+    monkeypatch.setattr(packing, "_AT_ONCE", 64)
+    monkeypatch.setattr(codebook, "_LOOKUPS", 64)
+    again = encode(Value(dequantize(codes), None, codes), tensor)
     assert torch.equal(encoded["codes"], again["codes"])
     data, _ = decode(again, CODEBOOK, (9, 41), False, tensor.quant_format.to_json())
     assert torch.equal(data, codes.scale[codes.codes.long() + 4])
@@ -164,10 +166,10 @@ def test_inspect_and_diff(written, tmp_path):
 
 def test_in_the_stock_store_values_are_written(tmp_path):
     changed, values = coded(pico.save(tmp_path / "in", "llama", with_tokenizer=False), share=0.9)
-    assert codecs.needs_code(codecs.with_storage(changed.spec, "compact"))
-    stock = codecs.with_storage(changed.spec, "stock")
-    assert not codecs.needs_code(stock)
-    assert not any(codecs.stock_holds(changed.spec)(changed.spec.tensors[name]) for name in values)
+    assert needs_code(with_storage(changed.spec, "compact"))
+    stock = with_storage(changed.spec, "stock")
+    assert not needs_code(stock)
+    assert not any(stock_holds(changed.spec)(changed.spec.tensors[name]) for name in values)
     done = write_checkpoint(changed, tmp_path / "out", store="stock")
     opened = open_checkpoint(done.folder)
     assert all(torch.equal(opened.tensor(name).data, value.data) for name, value in values.items())

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dis
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.checkpoint import bundle, codecs
-from compress.checkpoint.decode import decode, part_names, unpack_bits, unpack_codes
+from compress.checkpoint import bundle
+from compress.checkpoint.storage import CHAINS, encode, format_chain, parts
+from compress.checkpoint.storage import bits as packing
+from compress.checkpoint.storage.bits import pack_bits, pack_codes, unpack_bits, unpack_codes
+from compress.checkpoint.storage.mask import MASKED
+from compress.checkpoint.storage.reading import decode, part_names
+from compress.checkpoint.store import needs_code, with_storage
 from compress.checkpoint.values import Value, canonical
 from compress.solvers.quant_format import dequantize, fit, to_codes
 from compress.spec.classes import KINDS
 from compress.spec.formats import QuantFormat
-from compress.spec.spec import DENSE, MASKED, Tensor
+from compress.spec.spec import DENSE, Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -26,8 +35,8 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
     values = torch.randn(shape, generator=generator).mul(2).round().to(DTYPES[dtype])  # many exact zeros
     mask = torch.rand(shape, generator=generator) < share
     tensor = Tensor("w", tuple(shape), dtype, kept=int(mask.sum()), storage=storage)
-    encoded = codecs.encode(Value(canonical(values, mask), mask), tensor)
-    for part in codecs.parts(tensor):
+    encoded = encode(Value(canonical(values, mask), mask), tensor)
+    for part in parts(tensor):
         assert tuple(encoded[part.role].shape) == part.shape
         assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
         assert part_names("w", storage)[part.role] == part.key
@@ -40,7 +49,7 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
 @given(st.integers(0, 100), st.integers(0, 10_000))
 def test_bits(count, seed):
     mask = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = codecs.pack_bits(mask)
+    packed = pack_bits(mask)
     expected = [sum(bool(b) << i for i, b in enumerate(mask.tolist()[s : s + 8])) for s in range(0, count, 8)]
     assert packed.tolist() == expected
     assert torch.equal(unpack_bits(packed, (count,)), mask)
@@ -53,22 +62,19 @@ def test_packing_is_that_of_compressed_tensors(bits, rows, count, seed):
     half = 1 << (bits - 1)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-half, half, (rows, count), generator=generator, dtype=torch.int8)
-    packed = codecs.pack_codes(codes, bits)
+    packed = pack_codes(codes, bits)
     assert torch.equal(packed, pack_to_int32(codes, bits))
     assert torch.equal(unpack_codes(packed, bits, count), codes)
     assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
 
 
 def test_long_rows_are_packed_in_parts(monkeypatch):
-    from compress.checkpoint import decode as decoding
-
     codes = torch.randint(-4, 4, (1, 200), dtype=torch.int8)
     tall = torch.randint(-4, 4, (9, 41), dtype=torch.int8)
-    whole = codecs.pack_codes(codes, 3), codecs.pack_codes(tall, 3)
-    monkeypatch.setattr(codecs, "_AT_ONCE", 64)
-    monkeypatch.setattr(decoding, "_AT_ONCE", 64)
+    whole = pack_codes(codes, 3), pack_codes(tall, 3)
+    monkeypatch.setattr(packing, "_AT_ONCE", 64)
     for given_, packed in zip((codes, tall), whole, strict=True):
-        assert torch.equal(codecs.pack_codes(given_, 3), packed)
+        assert torch.equal(pack_codes(given_, 3), packed)
         assert torch.equal(unpack_codes(packed, 3, given_.shape[1]), given_)
 
 
@@ -100,15 +106,15 @@ def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs
         "BF16" if fixed else "F32",
         kept=int(keep.sum()),
         quant_format=quant_format,
-        storage=codecs.stock_chain(quant_format),
+        storage=format_chain(quant_format),
     )
     chains = [whole.storage] + ([("mask", *whole.storage)] if quant_format.is_integer else [])
     value = Value(values.T if transposed else values, keep.T if transposed else keep, codes)
     for chain in chains:
         tensor = Tensor(whole.name, shape, whole.dtype, whole.kept, None, chain, quant_format)
-        encoded = codecs.encode(value, tensor)
-        assert {part.role for part in codecs.parts(tensor)} == encoded.keys()
-        for part in codecs.parts(tensor):
+        encoded = encode(value, tensor)
+        assert {part.role for part in parts(tensor)} == encoded.keys()
+        for part in parts(tensor):
             assert tuple(encoded[part.role].shape) == part.shape, part
             assert encoded[part.role].numel() * encoded[part.role].element_size() == part.bytes
             assert part_names(whole.name, chain, quant_format.to_json())[part.role] == part.key
@@ -121,11 +127,11 @@ def test_the_mask_chain_is_taken_where_it_is_smaller():
     from compress.spec.spec import Spec, Structure
 
     tensors = {f"t{kept}": Tensor(f"t{kept}", (10, 16), "BF16", kept=kept) for kept in (160, 150, 149, 10)}
-    spec = codecs.with_storage(Spec(Structure({"model_type": "x"}), tensors), "compact")
+    spec = with_storage(Spec(Structure({"model_type": "x"}), tensors), "compact")
     chosen = {name: t.storage for name, t in spec.tensors.items()}
     # bf16: 16 kept / 16 + 1 bit per weight: pays below 15/16 of 160 = 150 weights
     assert chosen == {"t160": DENSE, "t150": DENSE, "t149": MASKED, "t10": MASKED}
-    assert not codecs.needs_code(codecs.with_storage(spec, "stock"))
+    assert not needs_code(with_storage(spec, "stock"))
 
 
 def test_the_bundled_file_needs_torch_and_transformers_alone():
@@ -152,3 +158,56 @@ def test_the_bundled_file_needs_torch_and_transformers_alone():
     assert {"decode", "unpack_bits", "part_names", "CompressConfig", "CompressForCausalLM"} <= defined
     for auto in {kind.auto for kind in KINDS}:
         assert auto.replace("AutoModel", "Compress") in defined
+
+
+def test_the_bundled_file_defines_each_name_once_and_all_that_it_uses():
+    """Halves of modules are joined: no name of another half, and none of the package around it, may be missing."""
+    import ast
+    import builtins
+    import types
+
+    tree = ast.parse(bundle.source())
+    defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert len(defined) == len(set(defined))
+    code = compile(bundle.source(), bundle.FILE_NAME, "exec")
+    known, used, codes = {*dir(builtins), "__name__"}, set(), [code]
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("STORE_NAME", "STORE_GLOBAL"):
+            known.add(instruction.argval)
+    while codes:
+        code = codes.pop()
+        used |= {
+            instruction.argval for instruction in dis.get_instructions(code) if instruction.opname == "LOAD_GLOBAL"
+        }
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    assert used > {"unpack_codes", "torch", "place_kept", "READERS"}
+    assert used - known == set()
+
+
+@pytest.mark.parametrize("chain", [chain for chain in CHAINS if "int-quantized" in chain])
+@pytest.mark.parametrize("activations", ["int8", "int8-tensor", "int8-tensor-zero"])
+def test_static_scales_of_inputs_lie_beside_the_codes_of_every_chain(chain, activations, tmp_path):
+    from compress.checkpoint.open import open_checkpoint
+    from compress.checkpoint.values import Derived
+    from compress.checkpoint.write import write_checkpoint
+    from tests import pico
+
+    base = open_checkpoint(pico.save(tmp_path / "in", dtype=torch.float32, with_tokenizer=False))
+    name = "model.layers.0.mlp.up_proj.weight"
+    quant_format = QuantFormat("int8", activations=activations)
+    weight = base.tensor(name).data
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < (0.3 if chain[0] == "mask" else 1.1)
+    codes = to_codes(weight, quant_format, fit(weight, quant_format, None, keep), torch.float32, keep)
+    beside = {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([3], dtype=torch.int8)}
+    codes = replace(codes, given={end: beside[end] for end in quant_format.given})
+    mask = keep if chain[0] == "mask" else None
+    kept = None if mask is None else int(keep.sum())
+    tensors = {**base.spec.tensors, name: replace(base.spec.tensors[name], quant_format=quant_format, kept=kept)}
+    value = Value(dequantize(codes, keep), mask, codes)
+    changed = Derived(base, replace(base.spec, tensors=tensors), lambda n: value if n == name else base.tensor(n))
+    written = write_checkpoint(changed, tmp_path / "out", store="compact")
+    assert written.spec.tensors[name].storage == chain
+    opened = open_checkpoint(tmp_path / "out")
+    assert opened.spec.tensors.keys() == base.spec.tensors.keys()
+    assert opened.given(name) == codes.given
+    assert torch.equal(opened.tensor(name).data, value.data)

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint import bundle, codecs, quantization, structure
+from compress.checkpoint import bundle, structure
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import METADATA_KEY
 from compress.checkpoint.modeling import INPUT_ARRAYS
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import CHAINS, parts
+from compress.checkpoint.storage.compressed_tensors import write as compressed_tensors
+from compress.checkpoint.store import with_storage
 from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, QuantFormat
-from compress.spec.spec import CHAINS
 from tests.checkpoint import golden
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/format.md").read_text(encoding="utf-8")
@@ -103,7 +105,7 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
             written |= metadata.keys() | {key for row in rows for key in keys_of(row)}
         spec = open_checkpoint(golden.FOLDER / name).spec
         for tensor in spec.stored():
-            suffixes |= {part.key.removeprefix(tensor.name) for part in codecs.parts(tensor)}
+            suffixes |= {part.key.removeprefix(tensor.name) for part in parts(tensor)}
     index = json.loads((golden.FOLDER / "widths/model.safetensors.index.json").read_text())
     written |= {*index, *index["metadata"]}
     base = golden.base(tmp_path)
@@ -123,15 +125,15 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
             )
             for name, tensor in base.spec.tensors.items()
         }
-        config = quantization.render(codecs.with_storage(replace(base.spec, tensors=tensors), "stock"))
+        config = compressed_tensors.render(with_storage(replace(base.spec, tensors=tensors), "stock"))
         groups = config["config_groups"].values()
-        written |= {*config, quantization.KEY, config["quant_method"], config["format"]}
+        written |= {*config, compressed_tensors.KEY, config["quant_method"], config["format"]}
         written |= {key for group in groups for key in keys_of(group)} | {group["format"] for group in groups}
         written |= {group["weights"][key] for group in groups for key in ("type", "strategy")}
     assert sorted(written - named) == []
-    parts = {suffix for suffix in suffixes if suffix and not suffix.startswith("model.")}
-    assert sorted(part for part in parts if f"name{part}" not in PAGE) == []
-    assert parts > {"_packed", ".keep", ".codebook"}
+    stored = {suffix for suffix in suffixes if suffix and not suffix.startswith("model.")}
+    assert sorted(part for part in stored if f"name{part}" not in PAGE) == []
+    assert stored > {"_packed", ".keep", ".codebook"}
 
 
 def test_every_chain_and_edit_has_its_row():

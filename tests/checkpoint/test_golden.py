@@ -11,10 +11,10 @@ import torch
 from compress import architectures
 from compress.checkpoint import bundle
 from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.checkpoint.storage import CHAINS
 from compress.checkpoint.structure import STORAGE
 from compress.checkpoint.write import write_checkpoint
 from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS
-from compress.spec.spec import CHAINS
 from tests.checkpoint import golden
 
 RECORDED = json.loads((golden.FOLDER / golden.EXPECTED).read_text())

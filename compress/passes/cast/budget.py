@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compress.checkpoint.codecs import parts, stock_chain, with_storage
 from compress.checkpoint.layout import lay_out
+from compress.checkpoint.storage import format_chain, parts
+from compress.checkpoint.store import with_storage
 from compress.errors import PassError
 from compress.solvers.knapsack import choose
 from compress.spec.formats import QuantFormat
@@ -93,7 +94,7 @@ class Choices:
         """Stored bytes of a tensor with an option."""
         quant_format = self.quant_format(name, option)
         tensor = replace(
-            self.spec.tensors[name], kept=None, quant_format=quant_format, storage=stock_chain(quant_format)
+            self.spec.tensors[name], kept=None, quant_format=quant_format, storage=format_chain(quant_format)
         )
         return sum(part.bytes for part in parts(tensor))
 

@@ -10,8 +10,8 @@ import torch
 
 import compress
 from compress.architectures.model_map import model_map
-from compress.checkpoint import codecs
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import parts
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.data.batches import Batches
 from compress.errors import CheckpointError, CompressError, PassError
@@ -263,7 +263,7 @@ def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
     )
     found = open_checkpoint(out)
     coded = [t for t in found.spec.stored() if t.quant_format is not None]
-    stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
+    stored = sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded)
     assert 4.3 < stored <= 4.5
     assert {r["tensor"]: r["format"] for r in details["formats"]} == {t.name: t.quant_format.format for t in coded}
     for block in range(4):  # what reads the same inputs has the same format
@@ -296,7 +296,7 @@ def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
     )
     found = open_checkpoint(out)
     coded = [t for t in found.spec.stored() if t.quant_format is not None]
-    stored = sum(p.bytes for t in coded for p in codecs.parts(t)) * 8 / sum(t.count for t in coded)
+    stored = sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded)
     assert 4.3 < stored <= 4.5
     assert {t.quant_format.group for t in coded} & {0, 128}
     assert all(t.quant_format.groups(t.shape) * (t.quant_format.group or t.shape[1]) == t.shape[1] for t in coded)

@@ -7,20 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint import codecs
 from compress.checkpoint.headers import TensorEntry
 from compress.checkpoint.patterns import Matcher
-from compress.checkpoint.quantization import KEY, METHOD, cache_of
+from compress.checkpoint.storage import parts
+from compress.checkpoint.storage.compressed_tensors.write import KEY, METHOD, cache_of
+from compress.checkpoint.storage.packed import INT8, PACKED
+from compress.checkpoint.storage.small_float import FP8, MXFP4, NVFP4
 from compress.errors import CheckpointError
 from compress.spec.formats import ACTIVATIONS, FIXED_GROUPS, FLOATS, INTEGERS, QuantFormat
 from compress.spec.spec import (
     CACHE_SCALES,
     FLOAT_DTYPES,
-    FP8,
-    INT8,
-    MXFP4,
-    NVFP4,
-    PACKED,
     Spec,
     Structure,
     Tensor,
@@ -69,12 +66,12 @@ def parse(
         if scale is not None and "input_scale" in quant_format.given and scale.dtype in set(FLOAT_DTYPES) - {dtype}:
             quant_format = replace(quant_format, given_dtype=scale.dtype)
         tensor = Tensor(name, (packed.shape[0], inputs), dtype, storage=chain, quant_format=quant_format)
-        for part in codecs.parts(tensor):
+        for part in parts(tensor):
             other = entries.get(part.key)
             if other is None or other.shape != part.shape or other.dtype != part.dtype:
                 raise CheckpointError(f"array {part.key} does not match the {KEY}", where=where)
         found[name] = tensor
-    owned = {part.key for tensor in found.values() for part in codecs.parts(tensor)}
+    owned = {part.key for tensor in found.values() for part in parts(tensor)}
     cached = CACHE_SCALES if cache_of(structure.config[KEY]) is not None else ()
     left = {
         key

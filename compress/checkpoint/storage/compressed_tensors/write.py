@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint import codecs
+from compress.checkpoint.storage import format_chain
 from compress.spec.formats import ACTIVATIONS, QuantFormat
 from compress.spec.spec import Spec
 
@@ -47,7 +47,7 @@ def render(spec: Spec) -> dict[str, Any] | None:
             "weights": _weights(quant_format),
             "input_activations": _activations(quant_format),
             "output_activations": None,
-            "format": codecs.stock_chain(quant_format)[0],
+            "format": format_chain(quant_format)[0],
         }
     formats = {group["format"] for group in groups.values()}
     return {

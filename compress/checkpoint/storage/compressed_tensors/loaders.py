@@ -1,0 +1,61 @@
+"""Codes that stock loaders read. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compress.architectures.model_map import model_map
+from compress.checkpoint.storage import format_chain
+from compress.checkpoint.storage.packed import INT8, PACKED
+from compress.checkpoint.storage.small_float import FP8
+from compress.spec.formats import QuantFormat
+from compress.spec.spec import Spec, Tensor
+
+
+def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
+    """Predicate: whether stock loaders read a tensor of the spec as stored. They read plain values and codes of linear layers.
+
+    Tried with transformers 5.24 and compressed-tensors 0.20. They refuse packed zero points, although the format defines them.
+    Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
+    any format but fp8.
+    """
+    mapped = model_map(spec)
+    coded = [t for t in spec.stored() if t.quant_format is not None]
+    if not mapped.known or not coded:
+        return lambda tensor: tensor.quant_format is None
+    record = mapped.record
+    outside = [*record.embeddings, *filter(None, [record.head])]
+    experts = {t.quant_format for t in spec.stored() if len(t.shape) == 2 and mapped.is_expert(t.name)}
+    fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1
+    beside = (
+        not experts
+        or fused
+        or (experts == {None} and all(t.quant_format and format_chain(t.quant_format) == FP8 for t in coded))
+    )
+
+    def holds(tensor: Tensor) -> bool:
+        quant_format = tensor.quant_format
+        if quant_format is None:
+            return True
+        if (
+            not beside
+            or quant_format.transposed
+            or quant_format.is_codebook
+            or (format_chain(quant_format) == PACKED and not quant_format.symmetric)
+        ):
+            return False
+        if not record.packable and format_chain(quant_format) not in (INT8, FP8):
+            return False
+        return not any(f".{module}." in f".{tensor.name}" for module in outside)
+
+    return holds
+
+
+def fusible(quant_format: QuantFormat) -> bool:
+    """Whether transformers, which fuses experts in memory, reads experts of this format; it ignores their input scales."""
+    return (
+        quant_format.activations is None
+        and quant_format.symmetric
+        and not quant_format.is_codebook
+        and quant_format.format != "nvfp4"
+    )
