@@ -82,6 +82,7 @@ decisions/index
 ../CONTRIBUTING
 extend/pass
 extend/family
+extend/codec
 ../CHANGELOG
 ```
 """
