@@ -1,24 +1,24 @@
-"""Claims about measured values, judged: pass, fail or inconclusive. Works on plain report values; needs no torch.
+"""Judge gates on measured values: pass, fail or inconclusive. Works on plain report values; needs no torch.
 
-Size, parameters and memory are exact. What is measured on text is a sample of it, and so is every timing: the bound is
-compared with an interval (`compress.statistics`), and where the interval holds the bound the verdict is inconclusive.
+Size, parameters and memory are exact. Metrics of text and timings are samples: the bound is compared with an interval
+(`compress.statistics`), and if the interval contains the bound the verdict is inconclusive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from compress import statistics
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
+from compress.evaluation import metrics
+from compress.evaluation.metrics.base import Metric, Resampling
 from compress.settings import format_bytes
 from compress.statistics import FEWEST_UNITS, Interval
 
 Verdict = Literal["pass", "fail", "inconclusive"]
-#: Metrics between -1 and 1, which are shown as they are rather than in percent.
-_CORRELATIONS = ("similarity", "spearman")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,10 @@ class GateResult:
     """One judged bound.
 
     Attributes:
-        gate: ``size.max_ratio``. value, bound: as compared. lower, upper: one-sided bounds of the value, None if exact.
+        gate: for example ``size.max_ratio``. value, bound: as compared. lower, upper: one-sided bounds of the value; None
+            if it is exact.
         unit: of the value: bytes, ratio, parameters, relative, absolute, points, share, nats.
-        documents_needed: for an inconclusive one, about how many would decide; None where no number would.
+        documents_needed: if inconclusive, about how many documents would decide; None if no number would.
         text: one line for people.
     """
 
@@ -63,9 +64,9 @@ def judge(
         original, candidate: ``size``, ``evaluation`` and ``latency`` as reports hold them.
 
     Raises:
-        ReportError: a gate asks for what was not measured, or the two were measured on different text.
+        ReportError: a gate needs a value that was not measured, or the two were measured on different text.
     """
-    how: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed}
+    resampling = Resampling(confidence, bootstrap, seed)
     results = []
     for name, bounds in gates.items():
         for key, bound in bounds.items():
@@ -75,9 +76,9 @@ def judge(
             elif name == "memory":
                 results.append(_memory(gate, bound, original, candidate))
             elif name in ("prefill", "decode"):
-                results.append(_speed(gate, name, bound, original, candidate, how))
-            elif name in (*statistics.PARTS, *statistics.SCORES):
-                results.append(_text(gate, name, key, bound, original, candidate, how))
+                results.append(_speed(gate, name, bound, original, candidate, resampling))
+            elif (metric := metrics.table().get(name)) is not None:
+                results.append(_quality(gate, metric, key, bound, original, candidate, resampling))
             else:
                 raise ReportError(f"there is no gate `{name}`")
     if (evaluation := candidate.get("evaluation")) and not _finite(evaluation) and verdict(results)[0] == "passed":
@@ -88,10 +89,10 @@ def judge(
 
 def verdict(results: Sequence[GateResult]) -> tuple[str, int]:
     """The verdict of all gates together, and the exit status for it."""
-    found = {result.verdict for result in results}
-    if "fail" in found:
+    verdicts = {result.verdict for result in results}
+    if "fail" in verdicts:
         return "failed", EXIT_GATE_FAILED
-    if "inconclusive" in found:
+    if "inconclusive" in verdicts:
         return "inconclusive", EXIT_INCONCLUSIVE
     return "passed", EXIT_OK
 
@@ -139,54 +140,44 @@ def _speed(
     bound: float,
     original: Mapping[str, Any],
     candidate: Mapping[str, Any],
-    how: Mapping[str, Any],
+    resampling: Resampling,
 ) -> GateResult:
     samples = [_get(side, gate, "latency", name, "samples") for side in (original, candidate)]
-    interval = statistics.median_ratio(*samples, **how)
+    interval = statistics.median_ratio(*samples, **asdict(resampling))
     return _judged(gate, interval, bound, "ratio", lambda x: f"{x:.3f}", "rounds")
 
 
-def _text(
+def _quality(
     gate: str,
-    name: str,
+    metric: Metric,
     key: str,
     bound: Any,
     original: Mapping[str, Any],
     candidate: Mapping[str, Any],
-    how: Mapping[str, Any],
+    resampling: Resampling,
 ) -> GateResult:
     after = _get(candidate, gate, "evaluation")
-    _get(after, gate, name)
+    _get(after, gate, metric.name)
+    show: Callable[[float], str]
     unit_name = f"{after['unit']}s"
     if key == "max_increase":
         if not isinstance(bound, Mapping):
             raise ReportError(f"the gate `{gate}` has no value")
         relative, limit = bool(bound["relative"]), float(bound["value"])
         before = _get(original, gate, "evaluation")
-        interval = statistics.increase(before, after, name, relative=relative, **how)
+        interval = metric.increase(before, after, resampling, relative=relative)
         show = (lambda x: f"{x:+.2%}") if relative else (lambda x: f"{x:+.4f}")
         unit = "relative" if relative else "absolute"
-    elif key == "max":
-        limit, unit = float(bound), {"kl": "nats"}.get(name, "absolute")
-        interval, show = statistics.level(after, name, **how), lambda x: f"{x:.4g}"
-    elif key == "min":
-        interval, limit = statistics.level(after, name, **how), float(bound)
-        unit, show = "share", (lambda x: f"{x:.4f}") if name in _CORRELATIONS else (lambda x: f"{x:.2%}")
-    else:  # `max_drop`, in points
+    elif key == "max_drop":
         limit, unit, show = float(bound), "points", (lambda x: f"{x:.2f} points")
-        if name in statistics.SCORES:
-            interval = statistics.drop(_get(original, gate, "evaluation"), after, name, **how)
-        else:  # the original agrees with itself wholly
-            interval = _below_all(statistics.level(after, name, **how))
+        before = original["evaluation"] if metric.compares else _get(original, gate, "evaluation")
+        interval = metric.drop(before, after, resampling)
+    else:  # `max` or `min`
+        interval, limit, unit, show = metric.level(after, resampling), float(bound), metric.unit, metric.text
     compared = key in ("max_increase", "max_drop") and original["evaluation"] is not None
     if not _finite(after) or (compared and not _finite(original["evaluation"])):
         interval = Interval(math.nan, math.nan, math.nan, interval.units)
     return _judged(gate, interval, limit, unit, show, unit_name, at_least=key == "min")
-
-
-def _below_all(share: Interval) -> Interval:
-    """How many points a share lies below 100 %."""
-    return Interval(100 * (1 - share.value), 100 * (1 - share.upper), 100 * (1 - share.lower), share.units)
 
 
 def _finite(evaluation: Mapping[str, Any]) -> bool:
@@ -204,7 +195,7 @@ def _judged(
     *,
     at_least: bool = False,
 ) -> GateResult:
-    """Pass if the whole interval is within the bound, fail if all of it is beyond, else inconclusive. NaN fails."""
+    """Pass if the whole interval is within the bound, fail if all of it is beyond it, else inconclusive. NaN fails."""
     sign = "≥" if at_least else "≤"
     within = interval.lower >= bound if at_least else interval.upper <= bound
     beyond = interval.upper < bound if at_least else interval.lower > bound
@@ -212,16 +203,16 @@ def _judged(
         return GateResult(gate, "fail", interval.value, bound, None, None, unit, None, "NaN or infinite: fails")
     shown = f"{show(interval.value)} (between {show(interval.lower)} and {show(interval.upper)})"
     needed = None
-    found: Verdict
+    result: Verdict
     if interval.units < FEWEST_UNITS:
-        found, needed = "inconclusive", FEWEST_UNITS
+        result, needed = "inconclusive", FEWEST_UNITS
         text = f"{shown} {sign} {show(bound)}? {interval.units} {units} are too few to tell; give {needed} or more"
     elif within:
-        found, text = "pass", f"{shown} {sign} {show(bound)}"
+        result, text = "pass", f"{shown} {sign} {show(bound)}"
     elif beyond:
-        found, text = "fail", f"{shown} not {sign} {show(bound)}"
+        result, text = "fail", f"{shown} not {sign} {show(bound)}"
     else:
-        found, needed = "inconclusive", statistics.documents_needed(interval, bound)
+        result, needed = "inconclusive", statistics.documents_needed(interval, bound)
         how_many = f"about {needed:,} {units} would decide" if needed else "no number of documents would decide"
         text = f"{shown} {sign} {show(bound)}? The {interval.units} {units} do not tell; {how_many}"
-    return GateResult(gate, found, interval.value, bound, interval.lower, interval.upper, unit, needed, text)
+    return GateResult(gate, result, interval.value, bound, interval.lower, interval.upper, unit, needed, text)

@@ -1,15 +1,15 @@
 """Intervals: by bootstrap over documents (Efron 1979; Koehn 2004 for paired comparison of language systems), and exact ones
-for counts of labelled texts (`share`, `accuracy_drop`).
+for counts of labelled examples (`share`, `accuracy_drop`).
 
-Documents are drawn with replacement, the same ones for both models, and a metric is computed of the sums of each draw.
-``lower`` and ``upper`` are one-sided percentile bounds, each at the given confidence: a claim "the increase is at most δ"
-holds with that confidence when ``upper`` ≤ δ, and is refuted with it when ``lower`` > δ.
+The bootstrap draws documents with replacement, the same ones for both models, and computes the metric of each draw.
+``lower`` and ``upper`` are one-sided percentile bounds, each at the given confidence. The claim "the increase is at most δ"
+holds with that confidence if ``upper`` ≤ δ, and is refuted with it if ``lower`` > δ.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Sums = Mapping[str, "NDArray[np.float64]"]
-
-#: With fewer units a bootstrap says nothing.
+#: A bootstrap of fewer units is not informative.
 FEWEST_UNITS = 10
-#: What a metric sums up: numerator and denominator.
-PARTS = {"bits_per_byte": ("nll", "bytes"), "perplexity": ("nll", "tokens"), "kl": ("kl", "tokens")}
-PARTS["agreement"] = ("agree", "tokens")
-PARTS["similarity"] = ("similarity", "tokens")
-#: Metrics of which two models each have one of their own, and more is better: a drop is from one to the other.
-SCORES = ("accuracy", "f1", "spearman")
-#: Of `accuracy_drop`: the part of what may be missed that goes to the rate of discordant texts, and how many rates are tried.
+#: In `accuracy_drop`: share of the error probability spent on the rate of discordant texts, and number of rates tried.
 _FOR_THE_RATE, _RATES = 0.02, 15
 
 
@@ -44,115 +36,29 @@ class Interval:
 
     @property
     def finite(self) -> bool:
-        """Neither NaN nor infinite anywhere."""
+        """Whether value and bounds are neither NaN nor infinite."""
         return all(math.isfinite(x) for x in (self.value, self.lower, self.upper))
 
 
-def _metric(name: str, numerator: Any, denominator: Any) -> Any:
-    import numpy as np
-
-    value = numerator / denominator
-    if name == "bits_per_byte":
-        return value / math.log(2)
-    with np.errstate(over="ignore"):
-        return np.exp(value) if name == "perplexity" else value
-
-
-def level(evaluation: Mapping[str, Any], name: str, *, confidence: float, bootstrap: int, seed: int) -> Interval:
-    """The metric ``name`` of one evaluation."""
-    rows = evaluation["documents"]
-    if evaluation["unit"] == "example":
-        if name == "f1":
-            return _resample(_f1_of, _label_counts(rows, len(evaluation["labels"])), confidence, bootstrap, seed)
-        if name == "spearman":
-            return _bootstrap(_correlation(*_columns(evaluation, _PAIRS)), len(rows), confidence, bootstrap, seed)
-        if name == "accuracy":
-            return share(sum(row["prediction"] == row["label"] for row in rows), len(rows), confidence)
-        (column,) = _columns(evaluation, PARTS[name][:1])
-        if name == "agreement":
-            return share(int(column.sum()), len(rows), confidence)
-        return _resample(lambda s: s[0] / len(rows), [column], confidence, bootstrap, seed)
-    columns = _columns(evaluation, PARTS[name])
-    return _resample(lambda s: _metric(name, s[0], s[1]), columns, confidence, bootstrap, seed)
-
-
-def increase(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    name: str,
-    *,
-    relative: bool,
-    confidence: float,
-    bootstrap: int,
-    seed: int,
-) -> Interval:
-    """How much the metric rises from ``before`` to ``after``, paired: absolute, or as a share of ``before``.
-
-    Raises:
-        ReportError: they were not measured on the same documents in the same way.
-    """
-    check_paired(before, after, tokens=PARTS[name][1] == "tokens")
-    columns = _columns(before, PARTS[name]) + _columns(after, PARTS[name])
-
-    def change(sums: Any) -> Any:
-        first, second = _metric(name, sums[0], sums[1]), _metric(name, sums[2], sums[3])
-        return second / first - 1 if relative else second - first
-
-    return _resample(change, columns, confidence, bootstrap, seed)
-
-
-def drop(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    name: str,
-    *,
-    confidence: float,
-    bootstrap: int,
-    seed: int,
-) -> Interval:
-    """How many points accuracy, F1 or rank correlation (of 100) falls from ``before`` to ``after``, paired.
-
-    Raises:
-        ReportError: they were not measured on the same texts.
-    """
-    check_paired(before, after, tokens=False)
-    rows = [evaluation["documents"] for evaluation in (before, after)]
-    if name == "accuracy":
-        right = [[row["prediction"] == row["label"] for row in side] for side in rows]
-        lost = sum(a and not b for a, b in zip(*right, strict=True))
-        won = sum(b and not a for a, b in zip(*right, strict=True))
-        return accuracy_drop(lost, won, len(rows[0]), confidence)
-    if name == "spearman":
-        first, second = (_correlation(*_columns(evaluation, _PAIRS)) for evaluation in (before, after))
-
-        def change(counts: Any) -> Any:
-            return 100 * (first(counts) - second(counts))
-
-        return _bootstrap(change, len(rows[0]), confidence, bootstrap, seed)
-    columns = [column for side in rows for column in _label_counts(side, len(before["labels"]))]
-    half = len(columns) // 2
-    return _resample(lambda s: 100 * (_f1_of(s[:half]) - _f1_of(s[half:])), columns, confidence, bootstrap, seed)
-
-
 def accuracy_drop(lost: int, won: int, texts: int, confidence: float) -> Interval:
-    """The drop of accuracy in points, with exact bounds: each misses the true drop at most in 1 - confidence of all samples.
+    """Drop of accuracy in points, with exact bounds: each misses the true drop in at most 1 - confidence of all samples.
 
-    A share r of all texts is discordant, and of these a share p turned from right to wrong: the drop is r (2p - 1). The number
-    n of discordant texts is binomial (texts, r) and ``lost`` of them binomial (n, p), as in McNemar's exact test (Psychometrika
-    12, 1947). A drop is beyond the bound if data so far on this side of it are too rare whatever r is: data are ordered by the
-    score statistic of Tango (Statistics in Medicine 17, 1998), and r runs over its own exact bounds, which take a fiftieth of
-    what may be missed (Berger and Boos, JASA 89, 1994). Bounds of p alone, with n taken as known, would miss too often: of a
-    model that only loses texts they say that the drop is what was found.
+    A share r of all texts is discordant, and a share p of these turned from right to wrong, so the drop is r (2p - 1). The
+    number n of discordant texts is binomial (texts, r), and ``lost`` is binomial (n, p), as in McNemar's exact test
+    (Psychometrika 12, 1947). A drop is beyond the bound if data at least this extreme are too rare for every r. The score
+    statistic of Tango (Statistics in Medicine 17, 1998) orders the data. r runs over its own exact bounds, which use a fiftieth
+    of the error probability (Berger and Boos, JASA 89, 1994). Bounds of p alone, given n, would miss too often: for a model
+    that only loses texts both would equal the observed drop.
 
     Args:
-        lost: texts that the original had right and the candidate has wrong. won: the reverse.
+        lost: number of texts that the original classifies correctly and the candidate does not. won: the reverse.
     """
     upper, lower = (_drop_bound(b, c, texts, 1 - confidence) for b, c in ((lost, won), (won, lost)))
     return Interval(100 * (lost - won) / texts, -100 * lower, 100 * upper, texts)
 
 
 def _drop_bound(lost: int, won: int, texts: int, missed: float) -> float:
-    """The largest drop, as a share, that the data do not refute, to a millionth."""
+    """Largest drop, as a share, that the data do not refute at error probability ``missed``; accurate to 1e-6."""
     import numpy as np
 
     beside = missed * _FOR_THE_RATE
@@ -187,7 +93,7 @@ def _drop_bound(lost: int, won: int, texts: int, missed: float) -> float:
 
 
 def _likely(of: tuple[int, int], share: tuple[float, float]) -> NDArray[np.int64]:
-    """Counts of hits, but for the rarest (1e-9), in so many trials, from the least to the most, with shares from … to …."""
+    """Range of binomial counts that holds all but 1e-9 of the probability. ``of``, ``share``: least and most of each."""
     import numpy as np
 
     low, high = (x * n for x, n in zip(share, of, strict=True))
@@ -196,7 +102,7 @@ def _likely(of: tuple[int, int], share: tuple[float, float]) -> NDArray[np.int64
 
 
 def _score(lost: Any, won: Any, texts: int, drop: float) -> Any:
-    """Tango's statistic: how many standard deviations the data lie above a drop, at the likeliest rate that it allows."""
+    """Tango's statistic: standard deviations of the data above a drop, at the likeliest discordant rate for that drop."""
     import numpy as np
 
     a, c = 2 * texts, -won * drop * (1 - drop)
@@ -207,9 +113,10 @@ def _score(lost: Any, won: Any, texts: int, drop: float) -> Any:
 
 
 def share(count: int, of: int, confidence: float) -> Interval:
-    """A binomial share with the exact bounds of Clopper and Pearson (Biometrika 26, 1934), one-sided each.
+    """Share ``count / of`` with the exact one-sided bounds of Clopper and Pearson (Biometrika 26, 1934).
 
-    The lower bound is the p at which ``count`` or more has the probability 1 - confidence, 0 for none; the upper one likewise.
+    The lower bound is the p at which ``count`` or more hits have probability 1 - confidence; it is 0 without hits. The upper
+    bound is defined likewise.
     """
     lower = 0.0 if count == 0 else _solve(lambda p: _upper_tail(count, of, p), 1 - confidence)
     upper = 1.0 if count == of else 1 - _solve(lambda q: _upper_tail(of - count, of, q), 1 - confidence)
@@ -234,36 +141,14 @@ def _solve(rising: Callable[[float], float], value: float) -> float:
     return low
 
 
-def macro_f1(rows: Sequence[Mapping[str, Any]], labels: int) -> float:
-    """The mean of F1 = 2 TP / (2 TP + FP + FN) over the labels that some text has or is given."""
-    return float(_f1_of([column.sum() for column in _label_counts(rows, labels)]))
-
-
-def _label_counts(rows: Sequence[Mapping[str, Any]], labels: int) -> list[NDArray[np.float64]]:
-    """For each label, which texts are its true positives; then for each, 2 TP + FP + FN of each text."""
-    import numpy as np
-
-    truth, said = (np.array([row[key] for row in rows]) for key in ("label", "prediction"))
-    has = [(truth == label).astype(np.float64) for label in range(labels)]
-    given = [(said == label).astype(np.float64) for label in range(labels)]
-    return [a * b for a, b in zip(has, given, strict=True)] + [a + b for a, b in zip(has, given, strict=True)]
-
-
-def _f1_of(sums: Any) -> Any:
-    """Macro F1 of sums of `_label_counts`, [2 labels] or [2 labels, draws]."""
-    import numpy as np
-
-    sums = np.asarray(sums)
-    half = len(sums) // 2
-    hits, total = sums[:half], sums[half:]
-    each = 2 * hits / np.maximum(total, 1)
-    return each.sum(0) / np.maximum((total > 0).sum(0), 1)
-
-
 def median_ratio(
     before: Sequence[float], after: Sequence[float], *, confidence: float, bootstrap: int, seed: int
 ) -> Interval:
-    """Median of ``after`` over median of ``before``; rounds are resampled together, as they were measured together."""
+    """Median of ``after`` over median of ``before``. Both are resampled by the same rounds, in which they were measured.
+
+    Raises:
+        ReportError: the numbers of rounds differ, or there are none.
+    """
     import numpy as np
 
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
@@ -275,48 +160,26 @@ def median_ratio(
     return Interval(float(np.median(second) / np.median(first)), float(lower), float(upper), len(first))
 
 
-def check_paired(before: Mapping[str, Any], after: Mapping[str, Any], *, tokens: bool) -> None:
-    """Both evaluations are of the same documents, windows and, for metrics per token, tokens. Raises `ReportError`."""
-    for key in ("unit", "window", "stride", "labels", "pooling"):
-        if before.get(key) != after.get(key):
-            raise ReportError(f"the two evaluations differ in {key}: {before.get(key)} and {after.get(key)}")
-    same = ("id", "bytes", "label", "score")
-    names = [[[d.get(key) for key in same] for d in e["documents"]] for e in (before, after)]
-    if names[0] != names[1]:
-        raise ReportError("the two evaluations are of different documents")
-    if tokens and [d["tokens"] for d in before["documents"]] != [d["tokens"] for d in after["documents"]]:
-        raise ReportError("the two models split the text into different tokens", fix="compare bits_per_byte")
-
-
-def _columns(evaluation: Mapping[str, Any], parts: Sequence[str]) -> list[NDArray[np.float64]]:
-    import numpy as np
-
-    rows = evaluation["documents"]
-    if any(row[part] is None for part in parts for row in rows):
-        raise ReportError("the evaluation was made without a model to compare with")
-    return [np.array([row[part] for row in rows], dtype=np.float64) for part in parts]
-
-
-def _resample(
+def resample(
     statistic: Callable[[Any], Any],
     columns: Sequence[NDArray[np.float64]],
     confidence: float,
     bootstrap: int,
     seed: int,
 ) -> Interval:
-    """Of a statistic of the columns' sums, [columns] or [columns, draws]."""
+    """Bootstrap interval of a statistic of the columns' sums, [columns] or [columns, draws]; NaN if a value is not finite."""
     import numpy as np
 
     table = np.stack(columns)  # [parts, units]
     if not np.isfinite(table).all():
         return Interval(math.nan, math.nan, math.nan, table.shape[1])
-    return _bootstrap(lambda counts: statistic(table @ counts), table.shape[1], confidence, bootstrap, seed)
+    return bootstrap_statistic(lambda counts: statistic(table @ counts), table.shape[1], confidence, bootstrap, seed)
 
 
-def _bootstrap(
+def bootstrap_statistic(
     statistic: Callable[[NDArray[np.float64]], Any], units: int, confidence: float, bootstrap: int, seed: int
 ) -> Interval:
-    """Of a statistic of how often each unit is drawn, [units, draws] ▶ [draws]."""
+    """Bootstrap interval of a statistic of the draws: it maps counts of each unit, [units, draws], to values [draws]."""
     import numpy as np
 
     value = float(statistic(np.ones((units, 1)))[0])
@@ -329,18 +192,14 @@ def _bootstrap(
     return Interval(value, float(lower), float(upper), units)
 
 
-#: What rank correlation is of.
-_PAIRS = ("cosine", "score")
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties by mean ranks; 0 where either is constant, NaN where anything is not finite."""
+    """Spearman's rank correlation; ties get mean ranks. 0 if a side is constant, NaN if a value is not finite."""
     import numpy as np
 
-    return float(_correlation(np.array(first), np.array(second))(np.ones((len(first), 1)))[0])
+    return float(correlation(np.array(first), np.array(second))(np.ones((len(first), 1)))[0])
 
 
-def _correlation(
+def correlation(
     first: NDArray[np.float64], second: NDArray[np.float64]
 ) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
     """Spearman's correlation as a function of how often each pair is drawn, [pairs, draws] ▶ [draws]."""
@@ -354,14 +213,14 @@ def _correlation(
         middle = (counts.sum(0) + 1) / 2
         x, y = (rank(counts) - middle for rank in ranks)
         spread = (counts * x * x).sum(0) * (counts * y * y).sum(0)
-        found: NDArray[np.float64] = (counts * x * y).sum(0) / np.sqrt(np.where(spread > 0, spread, 1))
-        return found
+        result: NDArray[np.float64] = (counts * x * y).sum(0) / np.sqrt(np.where(spread > 0, spread, 1))
+        return result
 
     return correlation
 
 
 def _mean_ranks(values: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-    """Ranks of values, from 1, as a function of how often each is drawn; equal ones share the mean of their ranks."""
+    """Ranks of values from 1, as a function of how often each is drawn. Equal values get the mean of their ranks."""
     import numpy as np
 
     order = np.argsort(values, kind="stable")
@@ -377,9 +236,9 @@ def _mean_ranks(values: NDArray[np.float64]) -> Callable[[NDArray[np.float64]], 
 
 
 def documents_needed(interval: Interval, bound: float) -> int | None:
-    """About how many documents would decide: the interval shrinks with the root of their number.
+    """Approximate number of documents that would decide, as the interval shrinks with the root of their number.
 
-    None where the value is on the bound, or so near that no test set would do (over ten million).
+    None if the value is on the bound, or so close that over ten million would be needed.
     """
     distance = abs(bound - interval.value)
     half = interval.upper - interval.value if interval.value <= bound else interval.value - interval.lower
@@ -387,31 +246,3 @@ def documents_needed(interval: Interval, bound: float) -> int | None:
         return None
     needed = interval.units * (half / distance) ** 2
     return max(FEWEST_UNITS, math.ceil(round(needed, 6))) if needed < 1e7 else None
-
-
-def compare(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    *,
-    confidence: float,
-    bootstrap: int = 10_000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What gates judge by, with bounds: relative increases, drops in points, and levels of what compares with the original."""
-    how: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed}
-    result: dict[str, Any] = dict(how) | {"unit": after["unit"], "units": len(after["documents"])}
-
-    def measured(*names: str) -> list[str]:
-        return [name for name in names if after.get(name) is not None]
-
-    same = [d.get("tokens") for d in before["documents"]] == [d.get("tokens") for d in after["documents"]]
-    for name in measured("bits_per_byte", *(("perplexity",) if same else ())):
-        found = increase(before, after, name, relative=True, **how)
-        result[name] = {"increase": found.value, "lower": found.lower, "upper": found.upper}
-    for name in measured(*SCORES):
-        found = drop(before, after, name, **how)
-        result[name] = {"drop": found.value, "lower": found.lower, "upper": found.upper}
-    for name in measured("kl", "agreement", "similarity"):
-        found = level(after, name, **how)
-        result[name] = {"value": found.value, "lower": found.lower, "upper": found.upper}
-    return result

@@ -9,20 +9,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import ReportError
+from compress.evaluation.metrics import compare, table
+from compress.evaluation.metrics.base import Resampling
+from compress.evaluation.metrics.f1 import macro_f1
 from compress.statistics import (
     Interval,
-    _correlation,
     accuracy_drop,
-    compare,
+    correlation,
     documents_needed,
-    drop,
-    increase,
-    level,
-    macro_f1,
     median_ratio,
     rank_correlation,
     share,
 )
+
+
+def level(evaluation, name, **resampling):
+    return table()[name].level(evaluation, Resampling(**resampling))
+
+
+def increase(before, after, name, *, relative, **resampling):
+    return table()[name].increase(before, after, Resampling(**resampling), relative=relative)
+
+
+def drop(before, after, name, **resampling):
+    return table()[name].drop(before, after, Resampling(**resampling))
 
 
 def evaluation(nll, size=None, tokens=None, kl=None, agree=None, unit="document"):
@@ -335,7 +345,7 @@ def test_rank_correlation_is_scipys(rows):
     counts = [row[2] for row in rows]
     repeated = [[v for v, n in zip(values, counts, strict=True) for _ in range(n)] for values in (first, second)]
     if sum(counts):
-        found = _correlation(np.array(first), np.array(second))(np.array(counts, dtype=float)[:, None])
+        found = correlation(np.array(first), np.array(second))(np.array(counts, dtype=float)[:, None])
         assert float(found[0]) == pytest.approx(rank_correlation(*repeated), abs=1e-9)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from compress.evaluation import metrics
+
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Sets = Annotated[
     list[str] | None,
@@ -58,8 +60,8 @@ Metrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
-        help="bits_per_byte, perplexity, accuracy, f1, similarity, spearman, kl, agreement, latency or memory. By default "
-        "those of the model's task. May be repeated.",
+        help=f"{', '.join((*metrics.table(), 'latency', 'memory'))}. By default those of the model's task. May be "
+        "repeated.",
     ),
 ]
 Separator = Annotated[str | None, typer.Option("--separator", help="Line that separates documents in text files.")]

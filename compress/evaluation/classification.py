@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.data.documents import Document
 from compress.errors import CompressError
 from compress.evaluation.examples import Pictures, examples, outputs
+from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
-from compress.statistics import macro_f1
 
 if TYPE_CHECKING:
     import torch
@@ -63,21 +63,10 @@ class Predictions:
             "of": self.of,
             "labels": list(self.labels),
             "cut": self.cut,
-            **metrics(rows, len(self.labels)),
+            "cross_entropy": math.fsum(row["nll"] for row in rows) / len(rows),
+            **values("classification", {"unit": "example", "labels": self.labels, "documents": rows}),
             "documents": rows,
         }
-
-
-def metrics(rows: Sequence[dict[str, Any]], labels: int) -> dict[str, Any]:
-    """Metrics of `Prediction` rows: accuracy, macro F1, mean cross-entropy, mean KL, agreement."""
-    paired = all(row["kl"] is not None for row in rows)
-    return {
-        "accuracy": sum(row["prediction"] == row["label"] for row in rows) / len(rows),
-        "f1": macro_f1(rows, labels),
-        "cross_entropy": math.fsum(row["nll"] for row in rows) / len(rows),
-        "kl": math.fsum(row["kl"] for row in rows) / len(rows) if paired else None,
-        "agreement": sum(row["agree"] for row in rows) / len(rows) if paired else None,
-    }
 
 
 def classify_documents(

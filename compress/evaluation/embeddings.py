@@ -13,8 +13,8 @@ from compress.checkpoint.sidecars import safe_file
 from compress.data.documents import Document
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation.examples import examples, outputs
+from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
-from compress.statistics import rank_correlation
 
 if TYPE_CHECKING:
     import torch
@@ -91,17 +91,14 @@ def embed_documents(
             for row, i in enumerate(batch):
                 cosines[i] = None if near is None else near[row]
                 vectors[i] = mine[row] if documents[0].pair else None
-    rows = _rows(documents, cosines, vectors)
-    near_all = [row.similarity for row in rows if row.similarity is not None]
-    scored = [(row.cosine, row.score) for row in rows if row.cosine is not None and row.score is not None]
+    rows = [asdict(row) for row in _rows(documents, cosines, vectors)]
     return {
         "schema": SCHEMA,
         "unit": "example",
         "pooling": list(pooling.modes),
         "cut": texts.cut,
-        "similarity": math.fsum(near_all) / len(rows) if near_all else None,
-        "spearman": rank_correlation(*zip(*scored, strict=True)) if scored else None,
-        "documents": [asdict(row) for row in rows],
+        **values("embeddings", {"unit": "example", "documents": rows}),
+        "documents": rows,
     }
 
 

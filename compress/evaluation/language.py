@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.data.documents import Document
 from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
+from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -64,27 +64,15 @@ class Scores:
             "window": self.window,
             "stride": self.stride,
             "begins_with_bos": self.begins,
-            **metrics([asdict(d) for d in self.documents]),
-            "documents": [asdict(d) for d in self.documents],
+            **metrics(self.unit, rows := [asdict(d) for d in self.documents]),
+            "documents": rows,
         }
 
 
-def metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of `TextScore` rows: bits per byte, perplexity per token, mean KL per token, agreement."""
-    size, nll = sum(r["bytes"] for r in rows), math.fsum(r["nll"] for r in rows)
-    return {"bytes": size, "bits_per_byte": nll / math.log(2) / size, **token_metrics(rows)}
-
-
-def token_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics per token: perplexity, KL and agreement."""
-    tokens, nll = sum(r["tokens"] for r in rows), math.fsum(r["nll"] for r in rows)
-    paired = all(r["kl"] is not None for r in rows)
-    return {
-        "tokens": tokens,
-        "perplexity": math.exp(nll / tokens) if nll / tokens < 700 else math.inf if nll == nll else math.nan,
-        "kl": math.fsum(r["kl"] for r in rows) / tokens if paired else None,
-        "agreement": sum(r["agree"] for r in rows) / tokens if paired else None,
-    }
+def metrics(unit: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Bytes, tokens and all metrics of `TextScore` rows."""
+    sums = {key: sum(row[key] for row in rows) for key in ("bytes", "tokens")}
+    return {**sums, **values("evaluation", {"unit": unit, "documents": rows})}
 
 
 @dataclass(frozen=True)

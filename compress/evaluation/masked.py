@@ -11,7 +11,8 @@ from compress.data.documents import Document
 from compress.data.rendering import rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
-from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared, token_metrics
+from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared
+from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -78,12 +79,14 @@ def score_masked(
             found = compared(logits, theirs, truth.to(logits.device))
             sums.index_add_(0, torch.tensor(batch)[places[:, 0]], found.double().cpu())
     scores = _by_unit(documents, windows, sums, paired=reference is not None)
+    unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
     return {
         "schema": SCHEMA,
-        "unit": "chunk" if len(documents) < FEW_DOCUMENTS else "document",
+        "unit": unit,
         "window": window,
         "share": SHARE,
-        **token_metrics(scores),
+        "tokens": sum(row["tokens"] for row in scores),
+        **values("masked", {"unit": unit, "documents": scores}),
         "documents": scores,
     }
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 from compress import architectures
 from compress.errors import CompressError, DataError
+from compress.evaluation import metrics
+from compress.evaluation.metrics.base import Kind
 from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
 
 #: Kinds of evaluation data: documents, labelled rows, or a folder of images for each class.
@@ -23,18 +25,26 @@ class Task:
     Attributes:
         name: the task in words.
         suffixes: suffixes of the class names.
-        metrics: its metrics on data.
-        default: those measured by default.
+        kind: kind of its evaluations, which determines its metrics.
         takes: kinds of evaluation data.
         labels: kind of the labels; empty without labels.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    metrics: tuple[str, ...]
-    default: tuple[str, ...]
+    kind: Kind
     takes: tuple[Given, ...] = ("text",)
     labels: Literal["", "classes", "scores"] = ""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Its metrics on data."""
+        return tuple(metric.name for metric in metrics.of_kind(self.kind))
+
+    @property
+    def default(self) -> tuple[str, ...]:
+        """The metrics that are measured by default."""
+        return tuple(metric.name for metric in metrics.of_kind(self.kind) if self.kind in metric.default)
 
     def measurable(self, given: Given) -> tuple[str, ...]:
         """Its metrics on data of a kind; empty if it does not take such data."""
@@ -44,44 +54,40 @@ class Task:
 
 
 #: Metrics that need labels, and metrics that compare with the original model.
-LABELLED = frozenset({"accuracy", "f1", "spearman"})
-PAIRED = frozenset({"kl", "agreement", "similarity"})
+LABELLED = frozenset(metric.name for metric in metrics.table().values() if metric.labelled)
+PAIRED = frozenset(metric.name for metric in metrics.table().values() if metric.compares)
 
 CLASSIFICATION = Task(
     "text classification",
     SEQUENCE_CLASSIFICATION.suffixes,
-    ("accuracy", "f1", "agreement", "kl"),
-    ("accuracy", "agreement"),
+    "classification",
     takes=("labelled",),
     labels="classes",
 )
 IMAGES = Task(
     "image classification",
     IMAGE_CLASSIFICATION.suffixes,
-    CLASSIFICATION.metrics,
-    CLASSIFICATION.default,
+    "classification",
     takes=("images",),
     labels="classes",
 )
-MASKED = Task("masked language modelling", MASKED_LM.suffixes, ("perplexity", "kl", "agreement"), ("perplexity", "kl"))
+MASKED = Task("masked language modelling", MASKED_LM.suffixes, "masked")
 LANGUAGE = Task(
     "causal language modelling",
     CAUSAL_LM.suffixes,
-    ("bits_per_byte", "perplexity", "kl", "agreement"),
-    ("bits_per_byte", "kl"),
+    "evaluation",
 )
 EMBEDDING = Task(
     "sentence embedding",
     ("Model",),  # a base model without a head
-    ("similarity", "spearman"),
-    ("similarity", "spearman"),
+    "embeddings",
     takes=("text", "labelled"),
     labels="scores",
 )
 #: In order of precedence: the first task with a matching suffix is taken.
 TASKS = (CLASSIFICATION, IMAGES, MASKED, LANGUAGE, EMBEDDING)
 #: Metrics on text or images, of any task.
-TEXT_METRICS = frozenset(metric for task in TASKS for metric in task.metrics)
+TEXT_METRICS = frozenset(metrics.table())
 #: Metrics that are measured in separate processes.
 SPEED_METRICS = frozenset({"latency", "memory"})
 
@@ -96,8 +102,8 @@ def measurable(given: Given) -> frozenset[str]:
     return frozenset(metric for task in TASKS for metric in task.measurable(given))
 
 
-def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Given | None) -> Task:
-    """Task of a class, after checking that it has all ``metrics`` on such data.
+def check_metrics(class_name: str | None, wanted: Collection[str], *, given: Given | None) -> Task:
+    """Task of a class, after checking that it has all ``wanted`` metrics on such data.
 
     Args:
         given: kind of the evaluation data; None without any.
@@ -106,12 +112,12 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Gi
         CompressError: a metric or the data belong to another task.
     """
     task, model = task_of(class_name), class_name or "this model"
-    if wrong := [metric for metric in metrics if metric in TEXT_METRICS - set(task.metrics)]:
+    if wrong := [metric for metric in wanted if metric in TEXT_METRICS - set(task.metrics)]:
         raise CompressError(
             f"`{wrong[0]}` does not measure {task.name}, which {model} is for",
             fix=f"its metrics are {', '.join(task.metrics)}",
         )
-    if given is None or not set(metrics) & TEXT_METRICS:
+    if given is None or not set(wanted) & TEXT_METRICS:
         return task
     if given not in task.takes:
         if "images" in (given, *task.takes):
@@ -120,14 +126,14 @@ def check_metrics(class_name: str | None, metrics: Collection[str], *, given: Gi
             f"{task.name}, which {model} is for, takes {'labelled files' if task.labels else 'text without labels'}",
             fix="name the columns of texts and labels: `text`, `label`" if task.labels else "leave out `label`",
         )
-    if wrong := [metric for metric in metrics if metric in TEXT_METRICS.difference(task.measurable(given))]:
+    if wrong := [metric for metric in wanted if metric in TEXT_METRICS.difference(task.measurable(given))]:
         raise CompressError(f"`{wrong[0]}` needs labelled pairs of texts", fix="name the columns: `text`, `label`")
     return task
 
 
-def check_speed(class_name: str | None, config: Mapping[str, Any], metrics: Collection[str]) -> None:
+def check_speed(class_name: str | None, config: Mapping[str, Any], wanted: Collection[str]) -> None:
     """Raise `CompressError` if latency or memory is asked of a model that does not read one text of token ids."""
-    if not set(metrics) & SPEED_METRICS:
+    if not set(wanted) & SPEED_METRICS:
         return
     model, fix = class_name or "this model", "leave out `latency`, `memory` and the gates `prefill`, `decode`, `memory`"
     record = architectures.find(config)

@@ -90,7 +90,7 @@ def evaluate(
     if other is not None:
         document["baseline"] = other
         if document["evaluation"] is not None and other["evaluation"] is not None:
-            from compress.statistics import compare
+            from compress.evaluation.metrics import compare
 
             with judged(str(baseline)) if earlier is not None else contextlib.nullcontext():
                 document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)

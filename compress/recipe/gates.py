@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
-from compress.evaluation.tasks import TEXT_METRICS
+from compress.evaluation import metrics
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings
 
-Metric = Literal[
-    "bits_per_byte", "perplexity", "accuracy", "f1", "similarity", "spearman", "kl", "agreement", "latency", "memory"
-]
-METRICS: tuple[str, ...] = get_args(Metric)
-assert set(METRICS) >= TEXT_METRICS
+METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
+if TYPE_CHECKING:
+    MetricName: TypeAlias = str
+else:
+    MetricName = Literal[METRICS]
 #: Gates whose metric has another name, and gates that need no metric.
 _METRIC_OF_GATE = {"size": None, "parameters": None, "prefill": "latency", "decode": "latency"}
 
@@ -89,37 +89,40 @@ class RatioGate(Gate):
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.9 or 90%.")
 
 
-class Gates(Settings):
-    """Bounds on the measured values of the result. Every given gate must pass."""
+#: Class of a metric's gate, by `Metric.gate`.
+_BOUNDS: dict[str, type[Gate]] = {
+    "increase": IncreaseGate,
+    "divergence": DivergenceGate,
+    "agreement": AgreementGate,
+    "score": ScoreGate,
+}
 
+
+class _GatesOfFiles(Settings):
     size: SizeGate | None = Field(default=None, description="Bytes of all weight files.")
     parameters: ParametersGate | None = Field(default=None, description="Number of parameters.")
-    bits_per_byte: IncreaseGate | None = Field(default=None, description="Bits per byte of the evaluation text.")
-    perplexity: IncreaseGate | None = Field(default=None, description="Perplexity per token of the evaluation text.")
-    accuracy: ScoreGate | None = Field(
-        default=None, description="Share of labelled texts or images that are classified correctly."
-    )
-    f1: ScoreGate | None = Field(
-        default=None, description="Macro F1: the mean of the labels' F1, on labelled texts or images."
-    )
-    similarity: ScoreGate | None = Field(
-        default=None,
-        description="Mean cosine similarity of sentence embeddings to the original's. A drop is counted from 1.",
-    )
-    spearman: ScoreGate | None = Field(
-        default=None,
-        description="Spearman's rank correlation between the cosine similarities of sentence pairs and their scores.",
-    )
-    kl: DivergenceGate | None = Field(
-        default=None, description="KL divergence of the original's predictions from the result's."
-    )
-    agreement: AgreementGate | None = Field(
-        default=None, description="Share of tokens, or of texts, with the same top prediction as the original."
-    )
-    prefill: RatioGate | None = Field(default=None, description="Time to read a prompt.")
-    decode: RatioGate | None = Field(default=None, description="Time per generated token.")
-    memory: RatioGate | None = Field(default=None, description="Peak memory of inference.")
 
     def given(self) -> list[str]:
         """Names of the gates that have a bound, in order."""
         return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+
+if TYPE_CHECKING:
+    _GatesOfMetrics = _GatesOfFiles
+else:
+    _GatesOfMetrics = create_model(
+        "_GatesOfMetrics",
+        __base__=_GatesOfFiles,
+        **{
+            metric.name: (_BOUNDS[metric.gate] | None, Field(default=None, description=metric.help))
+            for metric in metrics.table().values()
+        },
+    )
+
+
+class Gates(_GatesOfMetrics):
+    """Bounds on the measured values of the result. Every given gate must pass."""
+
+    prefill: RatioGate | None = Field(default=None, description="Time to read a prompt.")
+    decode: RatioGate | None = Field(default=None, description="Time per generated token.")
+    memory: RatioGate | None = Field(default=None, description="Peak memory of inference.")

@@ -11,7 +11,7 @@ from compress import passes
 from compress.evaluation.tasks import Task
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
-from compress.recipe.gates import METRICS, Gates, Metric, metric_of
+from compress.recipe.gates import METRICS, Gates, MetricName, metric_of
 from compress.settings import ByteSize, Settings, distinct, expected
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Recipe(Settings):
     passes: Annotated[tuple[RecipeEntry, ...], AfterValidator(_completed)] = Field(
         min_length=1, description="The passes, in order, each as `name: {settings}`."
     )
-    evaluate: Annotated[tuple[Metric, ...], AfterValidator(distinct)] | None = Field(
+    evaluate: Annotated[tuple[MetricName, ...], AfterValidator(distinct)] | None = Field(
         default=None,
         description="Metrics to measure besides those that gates need. By default they depend on the model: bits_per_byte "
         "and kl for causal language models, perplexity and kl for masked ones, accuracy and agreement for classifiers, "

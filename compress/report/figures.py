@@ -10,6 +10,8 @@ from typing import Any
 
 from compress import passes
 from compress.errors import CompressError
+from compress.evaluation import metrics
+from compress.evaluation.metrics.base import Metric
 from compress.settings import defaults, format_bytes
 
 
@@ -29,10 +31,10 @@ class Step:
     """One pass, or the original (``saved`` is 0).
 
     Attributes:
-        bytes: after the pass. saved: bytes less than before it. share: bytes over the original's.
-        quality: the `Headline` metric of the stage that the pass ends, None inside a fused stage.
-        cost: how much worse it is than at the last measure. kl: nats per token, or labelled text, from the original.
-        seconds: of the stage, None inside a fused one.
+        bytes: after the pass. saved: bytes that the pass removed. share: bytes over the original's.
+        quality: value of the `headline` metric after the stage that the pass ends; None inside a fused stage.
+        cost: how much worse it is than at the last measurement. kl: KL from the original, nats.
+        seconds: of the stage; None inside a fused stage.
     """
 
     name: str
@@ -47,41 +49,15 @@ class Step:
     reused: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Headline:
-    """The metric that a summary shows of one kind of evaluation: its key and name, and how values and costs are written.
-
-    ``cost_per_unit``: what one unit more of it costs, negative where more is better.
-    """
-
-    key: str
-    name: str
-    value: str
-    cost: str
-    cost_per_unit: float
-
-    def values(self, step: Step) -> tuple[str, str]:
-        """The value and the cost of a step as text; empty where it was not measured."""
-        value = "" if step.quality is None else self.value.format(step.quality)
-        return value, "" if step.cost is None else self.cost.format(step.cost)
+def headline(report: Mapping[str, Any]) -> Metric:
+    """The metric that the waterfall shows."""
+    return metrics.headline(report["original"]["evaluation"])
 
 
-#: By the schema of evaluations.
-_HEADLINES = {
-    "compress.evaluation/1": Headline("bits_per_byte", "bits per byte", "{:.4g}", "{:+.4f}", 1),
-    "compress.classification/1": Headline("accuracy", "accuracy", "{:.2%}", "{:+.2f} points", -100),
-    "compress.masked/1": Headline("perplexity", "perplexity", "{:.4g}", "{:+.4f}", 1),
-    "compress.embeddings/1": Headline("spearman", "Spearman", "{:.4f}", "{:+.2f} points", -100),
-}
-_SIMILARITY = Headline("similarity", "similarity", "{:.4f}", "{:+.2f} points", -100)
-_LANGUAGE = "compress.evaluation/1"
-
-
-def headline(report: Mapping[str, Any]) -> Headline:
-    """What the report's waterfall shows."""
-    evaluation = report["original"]["evaluation"]
-    found = _HEADLINES[evaluation["schema"] if evaluation else _LANGUAGE]
-    return _SIMILARITY if evaluation and evaluation[found.key] is None else found
+def headline_cells(metric: Metric, step: Step) -> tuple[str, str]:
+    """Value and cost of a step as text; empty if not measured."""
+    value = "" if step.quality is None else metric.text(step.quality)
+    return value, "" if step.cost is None else metric.cost_text(step.cost)
 
 
 def before_after(report: Mapping[str, Any]) -> list[Row]:
@@ -111,26 +87,8 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
 def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
     if before is None or after is None:
         return []
-    rows = []
-    for name, key in (("bits per byte", "bits_per_byte"), ("perplexity per token", "perplexity")):
-        if (x := before.get(key)) is not None and (y := after.get(key)) is not None:
-            rows.append(Row(name, f"{x:.4g}", f"{y:.4g}", f"{y / x - 1:+.1%}" if x else ""))
-    for name, key, form in (
-        ("accuracy", "accuracy", ".2%"),
-        ("macro F1", "f1", ".2%"),
-        ("Spearman", "spearman", ".4f"),
-    ):
-        if (x := before.get(key)) is not None and (y := after.get(key)) is not None:
-            rows.append(Row(name, f"{x:{form}}", f"{y:{form}}", f"{100 * (y - x):+.2f} points"))
-    if (near := after.get("similarity")) is not None:
-        rows.append(Row("similarity to the original", "1", f"{near:.4f}", "mean cosine"))
-    if after.get("kl") is not None:
-        example = after["unit"] == "example"
-        unit = after.get("of", "texts")[:-1] if example else "token"
-        share = "agreement with the original" if example else "top-1 agreement"
-        rows.append(Row("KL from the original", "0", f"{after['kl']:.4f}", f"nats per {unit}"))
-        rows.append(Row(share, "100%", f"{after['agreement']:.{2 if example else 1}%}", ""))
-    return rows
+    cells = (metric.cells(before, after) for metric in metrics.of_evaluation(after))
+    return [Row(*cell) for cell in cells if cell is not None]
 
 
 def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
@@ -152,13 +110,13 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     """The original, then every pass in order."""
     start = report["original"]["size"]["bytes"]
     evaluation, shown = report["original"]["evaluation"], headline(report)
-    last = evaluation[shown.key] if evaluation else None
+    last = evaluation[shown.name] if evaluation else None
     steps = [Step("original", "", start, 0, 1.0, last, None, None, None, False)]
     for stage in report["stages"]:
         for row in stage["passes"]:
             ends = row is stage["passes"][-1]
             measured = stage["evaluation"] if ends else None
-            now = measured[shown.key] if measured else None
+            now = measured[shown.name] if measured else None
             size = row["actual"]["bytes"]
             steps.append(
                 Step(
@@ -168,7 +126,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
                     saved=steps[-1].bytes - size,
                     share=size / start if start else 0.0,
                     quality=now,
-                    cost=shown.cost_per_unit * (now - last) + 0.0 if now is not None and last is not None else None,
+                    cost=shown.cost(last, now) if now is not None and last is not None else None,
                     kl=measured.get("kl") if measured else None,
                     seconds=sum(stage["seconds"].values()) if ends else None,
                     reused=stage["reused"],
@@ -321,13 +279,13 @@ def quality_note(report: Mapping[str, Any]) -> str | None:
 
 
 _UNITS = {
-    _LANGUAGE: "{unit}s",
+    "compress.evaluation/1": "{unit}s",
     "compress.classification/1": "labelled {of}",
     "compress.masked/1": "{unit}s",
     "compress.embeddings/1": "texts or pairs",
 }
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    _LANGUAGE: lambda e: f", windows of {e['window']} tokens, stride {e['stride']}{_few(e)}",
+    "compress.evaluation/1": lambda e: f", windows of {e['window']} tokens, stride {e['stride']}{_few(e)}",
     "compress.classification/1": lambda e: f", {len(e['labels'])} labels; F1 is the mean over labels (macro){_cut(e)}",
     "compress.masked/1": lambda e: f", windows of {e['window']} tokens, {e['share']:.0%} of them masked{_few(e)}",
     "compress.embeddings/1": lambda e: f", pooling: {', '.join(e['pooling'])}{_cut(e)}",

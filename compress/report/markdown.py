@@ -131,7 +131,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
             format_bytes(step.bytes),
             figures.signed_bytes(step.saved),
             f"`{figures.bar(step, 20)}`",
-            *shown.values(step),
+            *figures.headline_cells(shown, step),
             "" if step.kl is None else f"{step.kl:.4f}",
         ]
         if seconds:
@@ -142,7 +142,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
         "size",
         "saved",
         "of the original",
-        shown.name,
+        shown.title,
         "cost",
         "KL",
         *(["seconds"] if seconds else []),

@@ -186,4 +186,4 @@ def test_what_cannot_be_scored(tokenizer, model):
 
 def test_metrics_of_large_losses_are_infinite():
     rows = [{"bytes": 1, "tokens": 1, "nll": 1e4, "kl": None, "agree": None}]
-    assert metrics(rows)["perplexity"] == math.inf
+    assert metrics("document", rows)["perplexity"] == math.inf

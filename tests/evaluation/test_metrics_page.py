@@ -9,6 +9,7 @@ from typing import get_args
 import pytest
 
 from compress import gates, statistics
+from compress.evaluation import metrics
 from compress.recipe.gates import METRICS, Gates, metric_of
 from compress.report import document
 
@@ -71,7 +72,7 @@ def test_page_names_every_key_of_reports(part):
 
 
 def test_page_names_intervals_units_and_verdicts():
-    assert {*statistics.PARTS, *statistics.SCORES} <= NAMED
+    assert set(metrics.table()) <= NAMED
     units = re.search(r"unit: of the value: ([^.]+)\.", gates.GateResult.__doc__)[1]
     assert set(re.findall(r"\w+", units)) <= NAMED
     assert f"fewer than {statistics.FEWEST_UNITS} units" in PAGE

@@ -53,7 +53,7 @@ def test_every_task_has_its_metrics_and_a_scorer():
 @pytest.mark.parametrize(
     ("name", "metrics", "given", "message"),
     [
-        (BERT, ["bits_per_byte"], "labelled", "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, agreement, kl"),
+        (BERT, ["bits_per_byte"], "labelled", "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, kl, agreement"),
         ("LlamaForCausalLM", ["kl", "f1"], "text", "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, kl, agreement"),
         (BERT, ["kl"], "text", "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
         ("BertForMaskedLM", ["bits_per_byte"], "text", "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, kl, agreement"),

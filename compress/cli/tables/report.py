@@ -32,13 +32,13 @@ def print_report(report: Mapping[str, Any]) -> None:
                 format_bytes(step.bytes),
                 figures.signed_bytes(step.saved),
                 figures.bar(step, 12),
-                *shown.values(step),
+                *figures.headline_cells(shown, step),
             )
         )
     head: list[Column] = ["pass", "settings", ("size", "right"), ("saved", "right"), ("left", "whole")]
     measured = any(row[5] for row in rows)
     if measured:
-        head += [(shown.name, "right"), ("cost", "right")]
+        head += [(shown.title, "right"), ("cost", "right")]
     if console.width < 100:  # settings need a line of their own to be readable
         rows = [(f"{r[0]}\n  {r[1]}" if r[1] else r[0], *r[2:]) for r in rows]
         head.remove("settings")
@@ -99,15 +99,17 @@ def print_evaluation(document: Mapping[str, Any]) -> None:
 
 
 def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
+    from compress.evaluation import metrics
+
     if not paired:
         return
-    for name, shown in (("accuracy", "accuracy"), ("f1", "macro F1"), ("spearman", "Spearman")):
-        if name in paired:
-            p = paired[name]
-            text = f"{shown} drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}, each at "
-            print_line(console, f"{text}{paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s)")
-    for name, shown in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
-        if name in paired:
-            p = paired[name]
-            text = f"{shown} {p['increase']:+.2%} (between {p['lower']:+.2%} and {p['upper']:+.2%}, each at "
-            print_line(console, f"{text}{paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s)")
+    for name, metric in metrics.table().items():
+        p = paired.get(name, {})
+        if "drop" in p:
+            text = f"drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}"
+        elif "increase" in p:
+            text = f"{p['increase']:+.2%} (between {p['lower']:+.2%} and {p['upper']:+.2%}"
+        else:  # it compares with the original itself
+            continue
+        settings = f"each at {paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s"
+        print_line(console, f"{metric.title} {text}, {settings})")

@@ -1,0 +1,164 @@
+"""A metric of evaluations: its value, its intervals, its gate, and how reports show it. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from compress import statistics
+from compress.errors import ReportError
+from compress.statistics import Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Kinds of evaluations; each has a schema ``compress.KIND/1``, but for causal language models: ``compress.evaluation/1``.
+Kind: TypeAlias = Literal["evaluation", "classification", "masked", "embeddings"]
+#: An evaluation as reports hold it: ``unit``, ``documents`` (a row of sums per document or example), and more by kind.
+Evaluation: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """Settings of intervals: one-sided confidence, number of bootstrap draws, and their seed."""
+
+    confidence: float = 0.95
+    bootstrap: int = 10_000
+    seed: int = 0
+
+    def sums(self, statistic: Callable[[Any], Any], columns: Sequence[NDArray[np.float64]]) -> Interval:
+        """Bootstrap interval of a statistic of the columns' sums, [columns] or [columns, draws]."""
+        return statistics.resample(statistic, columns, self.confidence, self.bootstrap, self.seed)
+
+    def draws(self, statistic: Callable[[Any], Any], units: int) -> Interval:
+        """Bootstrap interval of a statistic of the draws: counts of each unit, [units, draws], to values [draws]."""
+        return statistics.bootstrap_statistic(statistic, units, self.confidence, self.bootstrap, self.seed)
+
+
+class Metric(ABC):
+    """A metric of evaluations. A subclass in a file of this folder, or an entry point ``compress.metrics``, registers it.
+
+    Attributes:
+        name: key in evaluations, recipes and gates.
+        title: name in summaries. row: name in the table before ▶ after; by default the title.
+        place: position among the metrics.
+        evaluations: kinds of evaluations that have it, and its description in the schema of reports.
+        default: kinds of evaluations that measure it by default.
+        lower: lower is better.
+        compares: it compares with the original model, whose own value is perfect.
+        labelled: it needs labelled data.
+        nullable: an evaluation may lack its value.
+        gate: bounds of its gate: ``increase`` (max, max_increase), ``divergence`` (max), ``agreement`` or ``score`` (both
+            min, max_drop). help: description of the gate.
+        unit: unit of levels. form: format of levels.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    row: ClassVar[str] = ""
+    place: ClassVar[int] = 1000
+    evaluations: ClassVar[Mapping[Kind, str]]
+    default: ClassVar[frozenset[Kind]] = frozenset()
+    lower: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
+    nullable: ClassVar[bool] = False
+    gate: ClassVar[Literal["increase", "divergence", "agreement", "score"]]
+    help: ClassVar[str]
+    unit: ClassVar[str] = "share"
+    form: ClassVar[str] = ".4g"
+
+    @abstractmethod
+    def value(self, evaluation: Evaluation) -> float | None:
+        """Value over all documents; None if the rows lack what it needs."""
+
+    @abstractmethod
+    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+        """Value with its interval. Raises `ReportError` if the rows lack what it needs."""
+
+    def increase(self, before: Evaluation, after: Evaluation, resampling: Resampling, *, relative: bool) -> Interval:
+        """Paired increase from ``before`` to ``after``, absolute or as a share of ``before``. For `lower` metrics.
+
+        Raises:
+            ReportError: the evaluations differ in documents or windows.
+        """
+        raise ReportError(f"an increase of {self.name} is not defined")
+
+    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+        """Paired drop from ``before`` to ``after`` in points (1/100). For metrics of which higher is better.
+
+        Raises:
+            ReportError: the evaluations differ in documents.
+        """
+        raise ReportError(f"a drop of {self.name} is not defined")
+
+    def paired(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> dict[str, float] | None:
+        """Entry of ``paired`` in the output of ``compress eval``: its relative increase, its drop, or its level."""
+        if self.compares:
+            key, interval = "value", self.level(after, resampling)
+        elif self.lower:
+            key, interval = "increase", self.increase(before, after, resampling, relative=True)
+        else:
+            key, interval = "drop", self.drop(before, after, resampling)
+        return {key: interval.value, "lower": interval.lower, "upper": interval.upper}
+
+    def text(self, value: float) -> str:
+        """A level as text."""
+        return f"{value:{self.form}}"
+
+    def cost(self, before: float, after: float) -> float:
+        """How much worse ``after`` is: the increase, or the drop in points."""
+        return (after - before if self.lower else -100 * (after - before)) + 0.0
+
+    def cost_text(self, cost: float) -> str:
+        """A cost as text."""
+        return f"{cost:+.4f}" if self.lower else f"{cost:+.2f} points"
+
+    def cells(self, before: Evaluation, after: Evaluation) -> tuple[str, str, str, str] | None:
+        """Row of the table before ▶ after: name, both values, change; None if a value is missing."""
+        x, y = before.get(self.name), after.get(self.name)
+        if x is None or y is None:
+            return None
+        change = f"{100 * (y - x):+.2f} points" if not self.lower else f"{y / x - 1:+.1%}" if x else ""
+        return self.row or self.title, self.text(x), self.text(y), change
+
+
+def check_paired(before: Evaluation, after: Evaluation, *, tokens: bool) -> None:
+    """Check that two evaluations have the same documents and windows and, for metrics per ``tokens``, the same tokens.
+
+    Raises:
+        ReportError: they differ.
+    """
+    for key in ("unit", "window", "stride", "labels", "pooling"):
+        if before.get(key) != after.get(key):
+            raise ReportError(f"the two evaluations differ in {key}: {before.get(key)} and {after.get(key)}")
+    same = ("id", "bytes", "label", "score")
+    names = [[[d.get(key) for key in same] for d in e["documents"]] for e in (before, after)]
+    if names[0] != names[1]:
+        raise ReportError("the two evaluations are of different documents")
+    if tokens and not same_tokens(before, after):
+        raise ReportError("the two models split the text into different tokens", fix="compare bits_per_byte")
+
+
+def same_tokens(before: Evaluation, after: Evaluation) -> bool:
+    """Whether the scored tokens of every document are as many in both evaluations."""
+    first, second = ([d.get("tokens") for d in e["documents"]] for e in (before, after))
+    return first == second
+
+
+def column(evaluation: Evaluation, key: str) -> NDArray[np.float64]:
+    """One value of every row, float64 [documents]. Raises `ReportError` if a row has none."""
+    import numpy as np
+
+    rows = evaluation["documents"]
+    if any(row[key] is None for row in rows):
+        raise ReportError("the evaluation was made without a model to compare with")
+    return np.array([row[key] for row in rows], dtype=np.float64)
+
+
+def is_examples(evaluation: Evaluation) -> bool:
+    """Whether rows are labelled examples or embedded texts, not sums over tokens."""
+    return bool(evaluation["unit"] == "example")
