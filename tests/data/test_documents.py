@@ -1,13 +1,13 @@
+"""Text files ▶ documents: every kind, packing and fault."""
+
 from __future__ import annotations
 
 import codecs
 import csv
 import gzip
 import json
-import random
 import subprocess
 import sys
-from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -16,9 +16,6 @@ import zstandard
 
 from compress.data.disjoint import check_disjoint
 from compress.data.documents import Document, fingerprint, read_documents
-from compress.data.examples import Labels, read_examples
-from compress.data.kinds import kind, refusal
-from compress.data.rendering import encoded, rendered
 from compress.errors import DataError
 
 
@@ -27,7 +24,7 @@ def write(path, data):
     return str(path)
 
 
-def test_documents_of_text_and_json_lines(tmp_path):
+def test_read_documents_reads_text_and_json_lines(tmp_path):
     a = write(
         tmp_path / "a.txt",
         codecs.BOM_UTF8 + "one\r\n<|doc|>\r\ntwo é\n <|doc|> \n\n<|doc|>\nthree <|doc|> goes on".encode(),
@@ -44,7 +41,7 @@ def test_documents_of_text_and_json_lines(tmp_path):
     assert [d.text for d in read_documents([a])] == ["one\n<|doc|>\ntwo é\n <|doc|> \n\n<|doc|>\nthree <|doc|> goes on"]
 
 
-def test_files_of_one_name_have_documents_of_their_own(tmp_path):
+def test_documents_of_files_with_one_name_have_distinct_ids(tmp_path):
     (tmp_path / "x").mkdir()
     files = [write(tmp_path / "a.txt", "1"), write(tmp_path / "x/a.txt", "2")]
     assert [d.id for d in read_documents(files)] == ["a.txt#0", "a.txt#1"]
@@ -141,7 +138,7 @@ def test_files_of_one_name_have_documents_of_their_own(tmp_path):
         ("a.jsonl", b"[1]", "a.jsonl:1: expected"),
     ],
 )
-def test_bad_files(tmp_path, name, data, message):
+def test_read_documents_names_what_is_wrong_with_a_file(tmp_path, name, data, message):
     path = write(tmp_path / name, data)
     with pytest.raises(DataError) as caught:
         read_documents([path])
@@ -170,7 +167,7 @@ def parquet(rows):
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
-def test_every_kind_gives_the_same_documents(tmp_path, name, packing):
+def test_read_documents_reads_the_same_from_every_kind(tmp_path, name, packing):
     data = {
         "a.jsonl": "\n".join(json.dumps(row) for row in ROWS).encode(),
         "a.csv": table(ROWS, ","),
@@ -189,7 +186,7 @@ def test_every_kind_gives_the_same_documents(tmp_path, name, packing):
         read_documents([path])
 
 
-def test_packed_text_may_come_in_several_frames(tmp_path):
+def test_read_documents_reads_several_zstandard_frames(tmp_path):
     one, two = b"one\n<|doc|>\n", b"two"
     paths = [
         write(tmp_path / "a.txt.zst", zstandard.compress(one) + zstandard.compress(two)),
@@ -199,7 +196,7 @@ def test_packed_text_may_come_in_several_frames(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_chats(tmp_path, name):
+def test_read_documents_reads_chats(tmp_path, name):
     chats = [
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "name": "bot"}],
         [{"role": "user", "content": "bye"}],
@@ -215,7 +212,7 @@ def test_chats(tmp_path, name):
         check_disjoint([documents[1]], [Document("t#0", "Bye")], "training")
 
 
-def test_chats_of_other_forms(tmp_path):
+def test_read_documents_reads_chats_of_other_forms(tmp_path):
     """ShareGPT, parts, and calls of tools without content: all become what templates read."""
     calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     rows = [
@@ -237,21 +234,7 @@ def test_chats_of_other_forms(tmp_path):
         assert documents[2].text == f"{json.dumps(calls)}\nsun"
 
 
-def test_a_call_of_a_tool_is_rendered_by_the_template():
-    """As stock does it, with content null."""
-    from tests import pico
-
-    tokenizer, calls = pico.tokenizer(), [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    chat = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
-    said = rendered(Document("a", "x", tuple(chat)), tokenizer)
-    assert said == "<user>rain?<assistant>weather" == tokenizer.apply_chat_template(chat, tokenize=False)
-
-
-def test_an_array_of_records_is_what_its_lines_are(tmp_path):
+def test_read_documents_reads_arrays_as_lines(tmp_path):
     """In one line, in many, packed, and named either way."""
     rows = [{"text": "one [x], {y}"}, {"text": "two\n"}, {"text": None}]
     expected = ["one [x], {y}", "two\n"]
@@ -266,7 +249,7 @@ def test_an_array_of_records_is_what_its_lines_are(tmp_path):
             assert [d.text for d in read_documents([write(tmp_path / name, pack(text.encode()))])] == expected
 
 
-def test_columns_joined_by_a_template(tmp_path):
+def test_template_joins_columns(tmp_path):
     rows = [
         {"instruction": "Add {1}.", "input": "2, 3", "output": 5},
         {"instruction": "Say hi.", "input": None, "output": "hi"},
@@ -299,22 +282,7 @@ def test_columns_joined_by_a_template(tmp_path):
         read_documents([write(tmp_path / "b.jsonl", '{"a": [1]}')], template="{a}")
 
 
-def test_chat_templates():
-    from tests import pico
-
-    tokenizer = pico.tokenizer()
-    chat = Document("a.jsonl#4", "hi", ({"role": "user", "content": "hi"},))
-    assert rendered(Document("a", "plain"), tokenizer) == "plain"
-    with pytest.raises(DataError, match=r"^a.jsonl#4: is a chat, and the tokenizer has no chat template; take"):
-        rendered(chat, tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    assert rendered(chat, tokenizer) == "<user>hi\n"
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"^a.jsonl#4: does not fit the chat template: roles must alternate$"):
-        rendered(chat, tokenizer)
-
-
-def test_values_that_parquet_can_hold_and_text_cannot(tmp_path):
+def test_read_documents_refuses_values_that_are_not_text(tmp_path):
     path = write(tmp_path / "a.parquet", parquet([{"text": b"bytes"}]))
     with pytest.raises(DataError, match=r"a.parquet: row 1: `text` is \"b'bytes'\", not text or a list of messages"):
         read_documents([path])
@@ -328,7 +296,7 @@ def test_values_that_parquet_can_hold_and_text_cannot(tmp_path):
 
 
 @pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("zstandard", "a.txt.zst")])
-def test_packages_that_are_not_installed(tmp_path, monkeypatch, package, name):
+def test_read_documents_names_a_missing_package(tmp_path, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DataError) as caught:
         read_documents([write(tmp_path / name, b"x")])
@@ -337,14 +305,7 @@ def test_packages_that_are_not_installed(tmp_path, monkeypatch, package, name):
     )
 
 
-def test_kinds_by_name():
-    assert [kind(n) for n in ("a.txt", "b.x.JSONL.gz", "c.gz", "d", "e.npy")] == [".txt", ".jsonl", "", "", ".npy"]
-    assert refusal("a.npy", ids=True) is None
-    assert refusal("a.csv.zst", ids=True) is None
-    assert refusal("README", ids=True).endswith("file (`README`)")
-
-
-def test_reading_text_imports_nothing_heavy(tmp_path):
+def test_documents_imports_no_torch(tmp_path):
     path = write(tmp_path / "a.csv.gz", gzip.compress(b"text\na", mtime=0))
     code = (
         "import sys, compress.data.documents as t; t.read_documents(sys.argv[1:]);"
@@ -354,7 +315,7 @@ def test_reading_text_imports_nothing_heavy(tmp_path):
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_missing_file_and_folder(tmp_path):
+def test_read_documents_refuses_missing_files_and_folders(tmp_path):
     with pytest.raises(DataError, match=r"gone.txt: there is no such file"):
         read_documents([str(tmp_path / "gone.txt")])
     (tmp_path / "folder.txt").mkdir()
@@ -364,126 +325,8 @@ def test_missing_file_and_folder(tmp_path):
         fingerprint([str(tmp_path / "gone.txt")])
 
 
-def test_fingerprint_is_of_contents_and_their_order(tmp_path):
+def test_fingerprint_depends_on_contents_and_order(tmp_path):
     a, b, c = (write(tmp_path / n, t) for n, t in (("a.txt", "x"), ("b.txt", "y"), ("c.txt", "x")))
     assert fingerprint([a, b]) == fingerprint([c, b])
     assert fingerprint([a, b]) != fingerprint([b, a])
     assert fingerprint([a, b]) != fingerprint([a])
-
-
-def words(count, seed):
-    generator = random.Random(seed)
-    return [f"w{generator.randrange(5000)}" for _ in range(count)]
-
-
-def test_shared_text_is_found_whole_and_in_part():
-    seen = [Document("t#0", " ".join(words(3000, 1))), Document("t#1", "a short one")]
-    fresh = Document("v#0", " ".join(words(2000, 2)))
-    check_disjoint([fresh], seen, "training")
-    for shared in (
-        "A  short\nONE",
-        seen[0].text,
-        " ".join(seen[0].text.split()[100:400]),  # a piece
-        " ".join([*words(5000, 3), *seen[0].text.split()[:1500]]),  # within something long and new
-    ):
-        with pytest.raises(
-            DataError, match=r"data.evaluation shares 1 of its 2 documents with data.training: v#1; evaluate on"
-        ):
-            check_disjoint([fresh, Document("v#1", shared)], seen, "training")
-
-
-def test_a_quotation_is_not_sharing():
-    seen = [Document("t#0", " ".join(words(3000, 1)))]
-    quoting = words(600, 2)
-    quoting[100:140] = seen[0].text.split()[50:90]
-    check_disjoint([Document("v#0", " ".join(quoting))], seen, "calibration")
-
-
-def test_the_example_text_shares_nothing():
-    from tests.conftest import ROOT
-
-    sets = {n: read_documents([str(ROOT / f"examples/text/{n}.txt")], "<|doc|>") for n in ("train", "valid", "test")}
-    check_disjoint(sets["valid"], sets["train"], "training")
-    check_disjoint(sets["test"], sets["train"], "training")
-    check_disjoint(sets["test"], sets["valid"], "calibration")
-
-
-# --- labelled
-
-
-def labelled(tmp_path, name, text, columns=("sentence",), label="label"):
-    (tmp_path / name).write_text(text)
-    ids = {"0": 0, 0: 0, "no": 0, "1": 1, 1: 1, "yes": 1}  # as `evaluation.tasks.label_id` would
-    return read_examples(
-        [str(tmp_path / name)], columns, Labels(label, ids.get, "a label of the model", "there are no, yes")
-    )
-
-
-def test_labelled_rows_of_every_kind(tmp_path):
-    expected = [Document("a#0", "a word", label=1), Document("a#1", "another", label=0)]
-    texts = {
-        "tsv": "label\tsentence\nyes\ta word\n\n0\tanother\n",
-        "csv": "sentence,label\na word,1\nanother,no\n",
-        "jsonl": '{"sentence": "a word", "label": 1}\n\n{"sentence": "another", "label": "no"}\n',
-    }
-    for suffix, text in texts.items():
-        assert labelled(tmp_path, f"a.{suffix}", text) == [replace(d, id=f"a.{suffix}{d.id[1:]}") for d in expected]
-    rows = pyarrow.table({"label": [1, 0], "sentence": ["a word", "another"]})
-    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
-    read = read_examples([str(tmp_path / "a.parquet")], ["sentence"], Labels("label", {0: 0, 1: 1}.get, "a label"))
-    assert [(d.text, d.label) for d in read] == [(d.text, d.label) for d in expected]
-    pairs = labelled(tmp_path, "b.tsv", "one\ttwo\tlabel\nx\ty\tyes\n", columns=("two", "one"))
-    assert pairs == [Document("b.tsv#0", "y\nx", pair=("y", "x"), label=1)]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.tsv", "sentence\tlabel\nx\tyes\ny\tmaybe\n", 'a.tsv:3: `label` is "maybe", not a label of the model; there are no, yes'),
-        ("a.jsonl", '{"sentence": "x", "label": -1}', "a.jsonl:1: `label` is -1, not a label of the model; there are no, yes"),
-        ("a.tsv", "sentence\tclass\nx\tyes\n", "a.tsv:1: has no field `label`; set `label` to one of: sentence, class"),
-        ("a.tsv", "text\tlabel\nx\tyes\n", "a.tsv:1: has no field `sentence`; set `text` to one of: text, label"),
-        ("a.jsonl", '{"sentence": "x", "label": 1}\n{"sentence": "x"}', "a.jsonl:2: has no field `label`; set `label` to one of: sentence"),
-        ("a.csv", "sentence,label\nx,1\n ,1\n", "a.csv:3: `sentence` is empty"),
-        ("a.jsonl", '{"sentence": null, "label": 1}', "a.jsonl:1: `sentence` is empty"),
-        ("a.jsonl", '{"sentence": 3, "label": 1}', "a.jsonl:1: `sentence` is 3, not text"),
-        ("a.jsonl", '{"sentence": "\\ud800", "label": 1}', "a.jsonl:1: `sentence` holds half a surrogate pair, which is no text"),
-        ("a.tsv", "sentence\tlabel\n", "a.tsv: holds no row"),
-        ("a.txt", "x", "a.txt: has no columns: it is no .jsonl, .json, .csv, .tsv or .parquet file"),
-    ],
-)  # fmt: skip
-def test_labelled_rows_that_will_not_do(tmp_path, name, text, message):
-    with pytest.raises(DataError) as caught:
-        labelled(tmp_path, name, text)
-    assert str(caught.value) == f"{tmp_path}/{message}"
-
-
-def test_examples_without_labels(tmp_path):
-    (tmp_path / "a.tsv").write_text("one\ttwo\nx\ty\nz\t \n")
-    assert read_examples([str(tmp_path / "a.tsv")], ["one"]) == [Document("a.tsv#0", "x"), Document("a.tsv#1", "z")]
-    with pytest.raises(DataError, match=r"a.tsv:3: `two` is empty"):
-        read_examples([str(tmp_path / "a.tsv")], ["one", "two"])
-
-
-def test_a_text_or_pair_as_a_model_reads_it():
-    """The arguments that the tokenizer gets: nothing is cut without a length, and templates bring special tokens."""
-    calls = []
-
-    def tokenizer(*texts, **how):
-        calls.append((texts, how))
-        return {"input_ids": [1]}
-
-    tokenizer.chat_template = "x"
-    tokenizer.apply_chat_template = lambda messages, tokenize: messages[0]["content"].upper()
-    for document, length in (
-        (Document("a", "one"), None),
-        (Document("a", "one\ntwo", pair=("one", "two")), 8),
-        (Document("a", "hi", ({"role": "user", "content": "hi"},)), 8),
-    ):
-        assert encoded(document, tokenizer, length) == {"input_ids": [1]}
-    cut = {"truncation": True, "max_length": 8, "verbose": False}
-    assert calls == [
-        (("one",), {"add_special_tokens": True, "verbose": False}),
-        (("one", "two"), {"add_special_tokens": True, **cut}),
-        (("HI",), {"add_special_tokens": False, **cut}),
-    ]
