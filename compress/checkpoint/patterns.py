@@ -28,10 +28,14 @@ class Matcher:
     """Matches names as compressed-tensors does, within one cost limit.
 
     ``re:…`` is a regular expression that the beginning of a name must match; any other pattern is a whole name.
+
+    Args:
+        where: the place that errors name.
+        whole: a regular expression must match the whole name.
     """
 
-    def __init__(self, where: str) -> None:
-        self._where, self._left = where, _STEPS
+    def __init__(self, where: str, *, whole: bool = False) -> None:
+        self._where, self._left, self._whole = where, _STEPS, whole
 
     def matches(self, pattern: str, name: str) -> bool:
         """Whether a pattern matches a name.
@@ -42,9 +46,9 @@ class Matcher:
         self._count()
         if not pattern.startswith("re:"):
             return pattern == name
-        if "\n" not in name and (test := _simple(pattern)) is not None:
+        if not self._whole and "\n" not in name and (test := _simple(pattern)) is not None:
             return test(name)
-        program = _compiled(pattern)
+        program = _compiled(pattern, self._whole)
         if isinstance(program, str):
             raise CheckpointError(f"has a pattern that cannot be used, {pattern[:80]!r}: {program}", where=self._where)
         return self._run(program, 0, name, 0)
@@ -85,14 +89,22 @@ class Matcher:
         return False
 
 
+def unsupported(pattern: str) -> str | None:
+    """Text of the reason why `Matcher` cannot read a pattern; None if it can."""
+    program = _compiled(pattern, False)
+    return program if isinstance(program, str) else None
+
+
 @lru_cache(4096)
-def _compiled(pattern: str) -> _Program | str:
-    """Program of a pattern, or an error text."""
+def _compiled(pattern: str, whole: bool) -> _Program | str:
+    """Program of a pattern that matches the beginning of a name, or a ``whole`` one; or an error text."""
     text = pattern.removeprefix("re:")
     if len(text) > _LONGEST:
         return "it is too long"
     try:
-        return tuple(_Parser(text).program())
+        program = _Parser(text).program()
+        end = [("assert", lambda name, at: at == len(name), None)] if whole else []
+        return (*program[:-1], *end, program[-1])
     except ValueError as error:
         return str(error)
 

@@ -6,16 +6,12 @@ A pass is a class with the attributes of `Pass`; the table in `compress.passes` 
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from compress.architectures.model_map import Linear, model_map
-from compress.errors import PassError
 from compress.settings import Settings
 from compress.spec.spec import Spec
 
@@ -99,8 +95,8 @@ class Pass(Generic[S]):
         settings: the settings model; its field descriptions are the help text.
         mode: how it works: ``stream`` (tensor by tensor), ``runner`` (block by block) or ``train``.
         needs: names of the data sets it reads, given settings (see `required_data`).
-        accepts: the storage it can read. yields: storage it may leave behind.
-        preserves: what later passes may rely on: ``masks``, ``aliases``, ``integers``.
+        accepts: kinds of storage that it can read.
+        yields: kinds of storage that its output may have; a kind that it leaves unchanged is one of them.
         source: paper or repository, for help and docs.
     """
 
@@ -111,7 +107,6 @@ class Pass(Generic[S]):
     needs: ClassVar[frozenset[str]] = frozenset()
     accepts: ClassVar[frozenset[Storage]] = frozenset({"float"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float"})
-    preserves: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
 
     def completed(self, settings: S, given: Collection[str]) -> S:
@@ -171,56 +166,3 @@ EDITS = {"shared": "shares tensors with other blocks", "factored": "is two facto
 def accepted_values(instance: Pass[Any]) -> str:
     """The kinds of values that a pass accepts, for errors."""
     return " and ".join(sorted(instance.accepts - EDITED))
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a glob, or a regular expression written ``re:…``, matches the whole module name."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern)
-
-
-def select(modules: Iterable[str], settings: PassSettings, universe: Iterable[str]) -> set[str]:
-    """Modules that the pass works on.
-
-    Args:
-        modules: what the pass would take by default; with ``only`` every module of the universe may be named.
-        universe: all modules of the checkpoint; a pattern that matches none of them is an error.
-    """
-    everything = list(dict.fromkeys(universe))
-    for key, patterns in (("only", settings.only), ("skip", settings.skip)):
-        for pattern in patterns:
-            try:
-                found = any(matches(pattern, module) for module in everything)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise PassError(f"`{pattern}` is not a regular expression: {error}", key=key) from None
-            if not found:
-                near = _nearest(pattern, everything)
-                raise PassError(
-                    f"`{pattern}` matches no module", key=key, fix=f"a module here is `{near}`" if near else None
-                )
-    chosen = {m for m in everything if any(matches(p, m) for p in settings.only)} if settings.only else set(modules)
-    return {m for m in chosen if not any(matches(p, m) for p in settings.skip)}
-
-
-def select_linears(
-    spec: Spec, settings: PassSettings, default: Callable[[Linear], bool] = lambda linear: True
-) -> set[str]:
-    """Modules that the pass works on: linear layers of blocks, or any module that ``only`` names.
-
-    Args:
-        default: whether the pass takes a linear layer where ``only`` is not given.
-
-    Raises:
-        PassError: a pattern matches no module; or the family has no record, and ``only`` is not given.
-    """
-    mapped = model_map(spec)
-    taken = () if settings.only else [linear.module for linear in mapped.targets if default(linear)]
-    return select(taken, settings, mapped.modules)
-
-
-def _nearest(pattern: str, modules: list[str]) -> str | None:
-    import difflib
-
-    close = difflib.get_close_matches(pattern.removeprefix("re:"), modules, n=1, cutoff=0.0)
-    return close[0] if close else None

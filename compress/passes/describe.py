@@ -31,7 +31,6 @@ def describe(name: str) -> dict[str, Any]:
         "needs": sorted(instance.needs),
         "accepts": sorted(instance.accepts),
         "yields": sorted(instance.yields),
-        "preserves": sorted(instance.preserves),
         "source": instance.source,
         "settings": _with_sections(describe_settings(instance.settings), instance.settings),
     }

@@ -22,8 +22,8 @@ class Misplaced:
 def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
     """Find the passes in illegal places, given (index in the recipe, entry).
 
-    A pass must accept all storage that earlier passes left. A pass leaves the storage that it produces, and the integers of
-    earlier passes if it declares that it preserves them. The storage of the input checkpoint is checked by `plan`.
+    A pass must accept all storage that earlier passes left. Floats and integers of earlier passes stay only if it yields
+    them too; edits of structure stay. The storage of the input checkpoint is checked by `plan`.
     """
     left: dict[Storage, tuple[int, str]] = {}  # storage ▶ the pass that left it
     wrong = []
@@ -38,9 +38,8 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
                 message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
             wrong.append(Misplaced(index, message, f"put {entry.name} before {name}"))
             del left[storage]  # one mistake, not one for each pass that follows
-        if "integer" in left and "integers" not in instance.preserves:
-            del left["integer"]
-        left.pop("float", None)
-        for storage in instance.output_storage(entry.settings):
-            left[storage] = (index, entry.name)
+        yields = instance.output_storage(entry.settings)
+        left = {storage: pass_ for storage, pass_ in left.items() if storage in EDITED | yields}
+        for storage in yields:
+            left.setdefault(storage, (index, entry.name))
     return wrong

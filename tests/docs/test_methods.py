@@ -103,7 +103,7 @@ def test_settings_in_the_text_exist() -> None:
 
 
 def test_every_solver_is_described() -> None:
-    modules = {path.stem for path in (PACKAGE / "solvers").rglob("*.py")} - {"__init__"}
+    modules = {path.stem for path in (PACKAGE / "solvers").rglob("*.py")} - {"__init__", "memory"}
     described = {part for name in dotted_names() for part in name.split(".")}
     assert modules <= described, f"docs/methods.md does not describe {sorted(modules - described)}"
 

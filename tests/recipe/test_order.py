@@ -57,7 +57,7 @@ class Both(Plain):
 
     name: ClassVar[str] = "rename"
     accepts: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
-    preserves = frozenset({"integers"})
+    yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
 
 
 class Unpack(Plain):

@@ -32,7 +32,7 @@ def print_pass(data: Mapping[str, Any]) -> None:
     needs = ", ".join(f"data.{n}" for n in data["needs"]) or "no data"
     print_line(
         console,
-        f"mode: {data['mode']}, reads {needs}, preserves {', '.join(data['preserves']) or 'nothing'}",
+        f"mode: {data['mode']}, reads {needs}",
         "dim",
     )
     if data["source"]:

@@ -54,7 +54,6 @@ class Cast(Pass[CastSettings]):
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer"})
-    preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "IEEE 754-2019, 4.3.1 (round to nearest, ties to even); gptq: GPTQ, arXiv 2210.17323; asymmetric: GPTAQ, arXiv "
         "2504.02692; alternating: QuantEase, arXiv 2309.01885; curvature: YAQA, arXiv 2505.22988; block reconstruction: BRECQ, "

@@ -11,9 +11,9 @@ from typing import NoReturn
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.evaluation.tasks import LANGUAGE, task_of
-from compress.passes.base import PassSettings, matches, select
 from compress.passes.cast.budget import Choices
 from compress.passes.cast.settings import DTYPES, CastSettings, Format
+from compress.passes.selection import matching, select
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
 
@@ -113,15 +113,16 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     if settings.weights not in DTYPES and not settings.only:
         default = [linear.module for linear in model_map(spec).targets if len(linear.tensor.shape) == 2]
     chosen = select(default, settings, modules)
-    # a pattern that matches nothing is an error
-    named = select(modules, PassSettings(only=list(settings.overrides)), modules) if settings.overrides else set()
+    overrides: dict[str, Format] = {}
+    for pattern, override in reversed(settings.overrides.items()):  # the first pattern that matches wins
+        overrides |= dict.fromkeys(matching(pattern, dict.fromkeys(modules), "overrides"), override)
     if settings.weights not in DTYPES:
-        chosen |= named
+        chosen |= overrides.keys()
     result: dict[str, Format | None] = {}
     for tensor in spec.stored():
         if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.quant_format is not None:
             continue
-        format_ = next((f for p, f in settings.overrides.items() if matches(p, tensor.module)), settings.weights)
+        format_ = overrides.get(tensor.module, settings.weights)
         if format_ in DTYPES or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
             result[tensor.name] = format_
     if settings.weights not in DTYPES and settings.weights not in result.values():

@@ -52,7 +52,6 @@ class Distill(Pass[DistillSettings]):
     mode = "train"
     needs = frozenset({"training"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
-    preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = "Hinton et al., arXiv 1503.02531; DistilBERT, arXiv 1910.01108; each loss names its paper"
 
     def memory(self, spec: Spec, settings: DistillSettings, width: int) -> int:

@@ -8,13 +8,14 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import factored
 from compress.errors import PassError
 from compress.passes.allocation import require_divergence
-from compress.passes.base import Context, Pass, Storage, select_linears
+from compress.passes.base import Context, Pass, Storage
 from compress.passes.blockwise import (
     measured_divergences,
     open_runner,
     runner_memory,
 )
 from compress.passes.factorize.settings import FactorizeSettings
+from compress.passes.selection import select_linears
 from compress.solvers.memory import LOW_RANK
 from compress.spec.spec import Spec
 
@@ -45,7 +46,6 @@ class Factorize(Pass[FactorizeSettings]):
     mode = "blockwise"
     needs = frozenset({"calibration"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "factored"})
-    preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
         "SVD-LLM, arXiv 2403.07378, towards the original's outputs; ranks by the Fisher information and the knapsack; block "
         "reconstruction: BRECQ, arXiv 2102.05426"

@@ -41,7 +41,6 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     mode = "blockwise"
     needs = frozenset({"calibration"})
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
-    preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "obs: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
         "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; KV heads: arXiv "

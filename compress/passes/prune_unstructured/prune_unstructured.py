@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory, require_divergence
-from compress.passes.base import EDITED, Context, Mode, Pass, Storage, select_linears
+from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.blockwise import open_runner, runner_memory
 from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
+from compress.passes.selection import select_linears
 from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
 from compress.spec.spec import Spec, Tensor
 
@@ -41,7 +42,6 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     mode = "blockwise"
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
-    preserves = frozenset({"masks", "aliases"})
     source: ClassVar[str] = (
         "magnitude: Han et al. 2015, arXiv 1506.02626; Wanda, arXiv 2306.11695; SparseGPT, arXiv 2301.00774; ALPS, arXiv "
         "2406.07831; N:M: Mishra et al. 2021, arXiv 2104.08378; owl: OWL, arXiv 2310.05175; block reconstruction: BRECQ, arXiv "

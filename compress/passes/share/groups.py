@@ -9,7 +9,8 @@ from compress.architectures.conversions import SharedBlocks, shared_blocks
 from compress.architectures.model_map import model_map
 from compress.checkpoint.structure import STORAGE, shared
 from compress.errors import PassError
-from compress.passes.base import EDITS, select
+from compress.passes.base import EDITS
+from compress.passes.selection import select
 from compress.passes.share.settings import BlockGroups, ShareSettings
 from compress.spec.spec import Spec
 

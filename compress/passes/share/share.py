@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.passes.base import EDITED, Context, Pass, Storage, select_linears
+from compress.passes.base import EDITED, Context, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
+from compress.passes.selection import select_linears
 from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
 from compress.passes.share.groups import candidate_groups, check_packages, is_open, shared_parts, shared_spec
@@ -42,7 +43,6 @@ class Share(Pass[ShareSettings]):
     needs = frozenset({"calibration"})
     accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "integer", "shared", "factored"})
-    preserves = frozenset({"aliases"})
     source: ClassVar[str] = (
         "ALBERT, arXiv 1909.11942; residuals: Relaxed Recursive Transformers, arXiv 2410.20672; align: Git Re-Basin, arXiv "
         "2209.04836; fisher: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149, and SqueezeLLM, arXiv 2306.07629"
