@@ -26,7 +26,7 @@ def spec_of(family, **config):
         ("bert", {"architectures": ["BertForPreTraining"]}),
     ],
 )
-def test_models_without_a_counterpart_have_no_conversion(family, config):
+def test_shared_blocks_is_none_without_a_counterpart(family, config):
     assert shared_blocks(spec_of(family, **config)) is None
 
 
@@ -40,14 +40,14 @@ def test_models_without_a_counterpart_have_no_conversion(family, config):
         ([[0, 1]], False),
     ],
 )
-def test_blocks_share_in_equal_runs_that_cover_the_model(groups, fits):
+def test_shared_blocks_needs_equal_runs_that_cover_the_model(groups, fits):
     spec = spec_of("bert")
     conversion = shared_blocks(spec)
     assert conversion is not None
     assert conversion.expresses(spec, groups) is fits
 
 
-def test_every_tensor_but_identities_comes_from_the_first_block_of_a_run():
+def test_shared_blocks_takes_tensors_from_first_block_of_a_run():
     spec = spec_of("bert")
     conversion = shared_blocks(spec)
     after, sources = conversion.converted(spec, 2)

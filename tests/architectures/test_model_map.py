@@ -19,7 +19,7 @@ def spec_of(family):
 
 
 @pytest.mark.parametrize("family", pico.families())
-def test_inputs_and_outputs_are_those_of_the_modules_in_memory(family):
+def test_model_map_inputs_and_outputs_match_modules(family):
     folder = pico.folder(family)
     modules = dict(load_model(folder).named_modules())
     mapped = model_map(open_checkpoint(folder).spec)
@@ -33,7 +33,7 @@ def test_inputs_and_outputs_are_those_of_the_modules_in_memory(family):
 
 
 @pytest.mark.parametrize("family", pico.families())
-def test_every_block_has_attention_and_mlp_and_all_tensors_have_one_place(family):
+def test_model_map_places_every_tensor_once(family):
     spec = spec_of(family)
     mapped = model_map(spec)
     assert {block.index for block in mapped.blocks} == set(range(mapped.depth))
@@ -44,7 +44,7 @@ def test_every_block_has_attention_and_mlp_and_all_tensors_have_one_place(family
     assert sorted([*inside, *(t.name for t in mapped.outside)]) == sorted(t.name for t in spec.stored())
 
 
-def test_experts_have_numbers_and_routers_are_no_layers():
+def test_model_map_numbers_experts_and_leaves_routers_out():
     mapped = model_map(spec_of("qwen3_moe"))
     experts = {linear.expert for linear in mapped.layers}
     assert experts == {None, *range(mapped.record.value(mapped.config, mapped.record.experts_key))}
@@ -53,14 +53,14 @@ def test_experts_have_numbers_and_routers_are_no_layers():
     assert not any(linear.is_layer for linear in routers)
 
 
-def test_tables_outside_blocks_are_embedding_and_head():
+def test_model_map_names_embedding_and_head():
     mapped = model_map(spec_of("gpt_neox"))
     roles = {linear.module: linear.role for linear in mapped.linears.values() if linear.block is None}
     assert roles == {"gpt_neox.embed_in": "embedding", "embed_out": "head"}
     assert mapped.embedding == "gpt_neox.embed_in.weight"
 
 
-def test_matrices_of_edits_have_their_roles_and_are_never_transposed():
+def test_model_map_gives_edited_matrices_their_roles():
     spec = spec_of("gpt2")
     mapped = model_map(spec)
     name = mapped.targets[0].name
@@ -76,13 +76,13 @@ def test_matrices_of_edits_have_their_roles_and_are_never_transposed():
     assert [x.role for x in thin.linears.values()].count("projection") == 1
 
 
-def test_a_spec_has_one_map_and_an_equal_spec_another():
+def test_model_map_is_cached_per_spec():
     spec = spec_of("llama")
     assert model_map(spec) is model_map(spec)
     assert model_map(replace(spec)) is not model_map(spec)
 
 
-def test_a_family_without_a_record_has_matrices_but_no_blocks():
+def test_model_map_has_no_blocks_without_a_record():
     spec = spec_of("llama")
     other = replace(spec, structure=replace(spec.structure, config={**spec.structure.config, "model_type": "unheard"}))
     mapped = model_map(other)

@@ -37,13 +37,13 @@ def change_config(folder, *remove, **values):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_every_record_has_a_pico_model():
+def test_records_all_have_a_pico_model():
     assert {record.model_type for record in architectures.RECORDS} == set(pico.FAMILIES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_cache_bytes_are_those_of_the_real_cache(family, dtype, tmp_path):
+def test_cache_bytes_match_real_cache(family, dtype, tmp_path):
     """Up to the length of a sliding window."""
     folder = pico.save(tmp_path / "in", family, dtype=dtype)
     model = load_model(folder)
@@ -54,12 +54,12 @@ def test_cache_bytes_are_those_of_the_real_cache(family, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in pico.FAMILIES if family not in CAUSAL])
-def test_encoders_have_no_cache(family, tmp_path):
+def test_cache_bytes_are_zero_for_encoders(family, tmp_path):
     assert size(open_checkpoint(pico.save(tmp_path / "in", family))).kv_bytes_per_token is None
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)
-def test_pruning_takes_the_linear_layers_of_blocks_and_experts_alone(family, tmp_path):
+def test_prunable_are_linear_layers_of_blocks_and_experts(family, tmp_path):
     """Not routers, embeddings, convolutions, heads or what is tied to them."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
     pruned = plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5)
@@ -73,7 +73,7 @@ def test_pruning_takes_the_linear_layers_of_blocks_and_experts_alone(family, tmp
     assert not [t.name for t in pruned.stored() if t.kept is not None and "gate.weight" in t.name]
 
 
-def test_routers_can_be_named(tmp_path):
+def test_routers_are_matched_by_name(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "qwen3_moe"))
     pruned = plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.gate"])
     assert [t.name for t in pruned.stored() if t.kept is not None] == [
@@ -89,14 +89,14 @@ def test_routers_can_be_named(tmp_path):
         ("llama", 0),
     ],
 )
-def test_active_parameters_leave_out_the_experts_a_token_is_not_sent_to(family, idle, tmp_path):
+def test_active_parameters_leave_out_unused_experts(family, idle, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
     found = size(checkpoint)
     assert found.parameters == sum(p.numel() for p in load_model(checkpoint.folder).parameters())
     assert found.active_parameters == found.parameters - idle
 
 
-def test_experts_are_counted_under_the_older_name_too(tmp_path):
+def test_active_parameters_read_older_name_of_experts(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen3_moe")
     now = size(open_checkpoint(folder)).active_parameters
     change_config(folder, "num_local_experts", num_experts=4)
@@ -104,7 +104,7 @@ def test_experts_are_counted_under_the_older_name_too(tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in pico.FAMILIES if family != "vit"])
-def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
+def test_positions_match_stock_model(family, tmp_path):
     """With one token more it fails; where the record says no limit, it goes on beyond what the config was trained for."""
     spec = open_checkpoint(pico.save(tmp_path / "in", family)).spec
     model, positions = load_model(tmp_path / "in"), model_map(spec).positions
@@ -121,7 +121,7 @@ def test_positions_are_those_that_the_stock_model_has(family, tmp_path):
             assert model(ids, **second)[0].isfinite().all()
 
 
-def test_the_positions_of_roberta_begin_after_the_padding_token(tmp_path):
+def test_positions_of_roberta_begin_after_padding_token(tmp_path):
     folder = pico.save(tmp_path / "in", "roberta", pad_token_id=5)
     assert model_map(open_checkpoint(folder).spec).positions == 58
     model = load_model(folder)
@@ -149,7 +149,7 @@ TIED = [
 
 @pytest.mark.parametrize("said", [True, False])
 @pytest.mark.parametrize(("family", "target", "source"), TIED)
-def test_families_that_tie_by_default(family, target, source, said, tmp_path):
+def test_ties_match_stock_class_by_default(family, target, source, said, tmp_path):
     """The aliases are the parameters that the stock class shares and the file leaves out; naming the head means both."""
     folder = pico.save(tmp_path / "in", family)
     if not said:
@@ -168,7 +168,7 @@ def test_families_that_tie_by_default(family, target, source, said, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "target", "source"), [*TIED, ("t5", "lm_head.weight", "shared.weight")])
-def test_the_file_may_hold_the_head_and_leave_out_the_embedding(family, target, source, tmp_path):
+def test_ties_read_head_when_embedding_is_left_out(family, target, source, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     state = load_file(folder / "model.safetensors")
     state[target] = state.pop(source)
@@ -180,7 +180,7 @@ def test_the_file_may_hold_the_head_and_leave_out_the_embedding(family, target, 
 
 
 @pytest.mark.parametrize("family", sorted(set(pico.FAMILIES) - {"t5", *(row[0] for row in TIED)}))
-def test_families_that_do_not(family, tmp_path):
+def test_ties_are_absent_in_families_without_them(family, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     change_config(folder, "tie_word_embeddings")
     checkpoint = open_checkpoint(folder)
@@ -196,7 +196,7 @@ def test_untied_heads_are_tensors_of_their_own(family, tmp_path):
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_t5_ties_its_head_where_the_file_has_none(said, tmp_path):
+def test_ties_of_t5_depend_on_head_in_file(said, tmp_path):
     """Its stock config ties always, and keeps a head that the file holds (as version 1.1 has it) all the same."""
     folder = pico.save(tmp_path / "in", "t5")
     if not said:
@@ -217,7 +217,7 @@ def test_t5_ties_its_head_where_the_file_has_none(said, tmp_path):
     assert torch.equal(after.lm_head.weight, checkpoint.tensor("lm_head.weight").data)
 
 
-def test_a_discriminator_has_no_vocabulary_head(tmp_path):
+def test_discriminator_has_no_vocabulary_head(tmp_path):
     transformers.ElectraForPreTraining(pico.config("electra")).save_pretrained(tmp_path / "in")
     checkpoint = open_checkpoint(tmp_path / "in")
     assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
@@ -225,7 +225,7 @@ def test_a_discriminator_has_no_vocabulary_head(tmp_path):
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)
-def test_files_of_the_base_class(family, tmp_path):
+def test_base_class_files_load(family, tmp_path):
     model = transformers.AutoModel.from_config(pico.config(family)).eval()
     model.save_pretrained(tmp_path / "in")
     checkpoint = open_checkpoint(tmp_path / "in")
@@ -239,7 +239,7 @@ def test_files_of_the_base_class(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)
-def test_files_of_a_class_with_a_head_may_lack_the_prefix(family, tmp_path):
+def test_prefix_may_be_absent_in_files_with_a_head(family, tmp_path):
     """As the first GPT-2 and BLOOM checkpoints do."""
     folder = pico.save(tmp_path / "in", family)
     aliases = [t.name for t in open_checkpoint(folder).spec.tensors.values() if t.alias_of]
@@ -273,7 +273,7 @@ def same_as_bypassed(folder, drop):
         ("qwen3", {"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 1}),
     ],
 )
-def test_configs_that_leave_layer_types_out(family, older, tmp_path):
+def test_layer_types_are_derived_when_config_leaves_them_out(family, older, tmp_path):
     """Stock transformers derives them from each block's number, which changes when blocks go."""
     folder = pico.save(tmp_path / "in", family)
     change_config(folder, "layer_types", "_sliding_window_pattern", **older)
@@ -293,14 +293,14 @@ def test_configs_that_leave_layer_types_out(family, older, tmp_path):
         (3, [], [2], [0, 1, 2]),
     ],
 )
-def test_which_blocks_have_experts_is_renumbered(step, listed, drop, left, tmp_path):
+def test_expert_blocks_are_renumbered_when_blocks_go(step, listed, drop, left, tmp_path):
     folder = pico.save(tmp_path / "in", "qwen3_moe", decoder_sparse_step=step, mlp_only_layers=listed)
     config = same_as_bypassed(folder, drop)
     assert config["mlp_only_layers"] == left
     assert config["decoder_sparse_step"] == 1
 
 
-def test_other_spellings_of_config_fields(tmp_path):
+def test_config_fields_of_other_spellings_are_read(tmp_path):
     """As in bigscience/bloom; the spelling that counts is gone once its value would be stale."""
     folder = pico.save(tmp_path / "in", "bloom")
     change_config(folder, "n_layer", "hidden_size", "n_head", num_hidden_layers=4, n_embed=32, num_attention_heads=4)
@@ -310,7 +310,7 @@ def test_other_spellings_of_config_fields(tmp_path):
     assert "num_hidden_layers" not in config
 
 
-def test_blocks_that_compute_by_their_number_stay(tmp_path):
+def test_blocks_that_compute_by_number_cannot_go(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "gpt2", scale_attn_by_inverse_layer_idx=True))
     with pytest.raises(
         PassError, match="`scale_attn_by_inverse_layer_idx` makes the computation of a block depend on its number"
@@ -319,7 +319,7 @@ def test_blocks_that_compute_by_their_number_stay(tmp_path):
     assert e.value.key == "layers"
 
 
-def test_records_of_other_packages(monkeypatch):
+def test_find_reads_records_of_entry_points(monkeypatch):
     """Entry points add records; one that is none is refused by name."""
     from importlib import metadata
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from compress.blockwise.runner import BlockRunner
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import write_checkpoint
+from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError
 from compress.models.blocks import find_blocks
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_checkpoint, load_model
+from compress.passes.blockwise import open_runner
 from compress.progress import SilentProgress
 from compress.workspace import Workspace
 from tests import pico
@@ -378,3 +381,31 @@ def test_nan_after_a_change_is_named_with_its_block(folders, tmp_path):
     with pytest.raises(Exception, match=r"block 1 gives NaN or infinite values"):
         runner_of(base, tmp_path).run(explode, "exploding")
     assert isinstance(base.tensor("model.norm.weight"), Value)
+
+
+def test_open_runner_reads_token_types(tmp_path):
+    """Pruned block by block with types, BERT's blocks see what the model whole sees; without them something else."""
+    folder = pico.save(tmp_path / "in", "bert")
+    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
+    types = ((torch.arange(12) > 3) & mask).long()
+    model = load_model(folder)
+    outputs = []
+    for batches in (Batches(ids, mask, ("a",) * 4, types), Batches(ids, mask, ("a",) * 4)):
+        runner = open_runner(
+            open_checkpoint(folder),
+            ["bert.encoder.layer.3.output.dense.weight"],
+            SimpleNamespace(
+                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0
+            ),
+            workspace=Workspace(tmp_path / str(len(outputs))),
+            with_targets=False,
+        )  # fmt: skip
+        found = []
+        runner.run(lambda block, found=found: found.append(block.inputs.read([0, 1, 2, 3]).clone()) or {}, "look")
+        outputs.append(found[-1])
+    with torch.no_grad():
+        args = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types, "output_hidden_states": True}
+        expected = model(**args).hidden_states[3]
+    assert torch.allclose(outputs[0][mask], expected[mask], atol=1e-5)
+    assert not torch.allclose(outputs[1][mask], expected[mask], atol=1e-2)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches, check_vocabulary, first
 from compress.data.token_ids import given_ids
 from compress.errors import DataError
-from compress.models.loading import load_model
-from compress.passes.blockwise import open_runner
-from compress.progress import SilentProgress
-from compress.sensitivity.block_influence import block_influence
-from compress.workspace import Workspace
-from tests import pico
 
 
 def test_parts_cover_every_sample():
@@ -64,48 +56,3 @@ def test_check_vocabulary_names_the_first_bad_id():
     )
     with pytest.raises(DataError, match=r"^data#0 has token -100 at 1; use"):
         check_vocabulary(given_ids(torch.tensor([[1, -100]])), None)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "bert"])
-def test_block_influence_leaves_padding_out(family, tmp_path):
-    """Samples of several lengths, padded, score as they do one by one."""
-    checkpoint = open_checkpoint(pico.save(tmp_path / "in", family))
-    how = {"dtype": "float32", "device": "cpu", "progress": SilentProgress()}
-    lengths = (40, 24, 5)
-    rows = [torch.randint(2, 250, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
-    ids, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, True
-    padded = block_influence(checkpoint, Batches(ids, mask), **how)
-    single = [block_influence(checkpoint, Batches(row[None]), **how) for row in rows]
-    expected = [sum(n * s[b] for n, s in zip(lengths, single, strict=True)) / sum(lengths) for b in range(4)]
-    assert padded == pytest.approx(expected, rel=1e-4)
-    assert block_influence(checkpoint, Batches(ids), **how) != pytest.approx(expected, rel=1e-4)
-
-
-def test_runner_reads_types_of_pairs(tmp_path):
-    """Pruned block by block with types, BERT's blocks see what the model whole sees; without them something else."""
-    folder = pico.save(tmp_path / "in", "bert")
-    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
-    types = ((torch.arange(12) > 3) & mask).long()
-    model = load_model(folder)
-    outputs = []
-    for batches in (Batches(ids, mask, ("a",) * 4, types), Batches(ids, mask, ("a",) * 4)):
-        runner = open_runner(
-            open_checkpoint(folder),
-            ["bert.encoder.layer.3.output.dense.weight"],
-            SimpleNamespace(
-                data=lambda name, batches=batches: batches, dtype="float32", device="cpu", progress=SilentProgress(), seed=0
-            ),
-            workspace=Workspace(tmp_path / str(len(outputs))),
-            with_targets=False,
-        )  # fmt: skip
-        found = []
-        runner.run(lambda block, found=found: found.append(block.inputs.read([0, 1, 2, 3]).clone()) or {}, "look")
-        outputs.append(found[-1])
-    with torch.no_grad():
-        args = {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types, "output_hidden_states": True}
-        expected = model(**args).hidden_states[3]
-    assert torch.allclose(outputs[0][mask], expected[mask], atol=1e-5)
-    assert not torch.allclose(outputs[1][mask], expected[mask], atol=1e-2)

@@ -25,7 +25,7 @@ def bomb(packing: str, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_what_unpacks_to_far_more_than_text_does(packing, tmp_path, monkeypatch):
+def test_read_documents_refuses_decompression_bombs(packing, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "ROOM", 1 << 20)
     (tmp_path / f"x.txt{packing}").write_bytes(bomb(packing, 100 << 20))
     tracemalloc.start()
@@ -43,7 +43,7 @@ def test_what_unpacks_to_far_more_than_text_does(packing, tmp_path, monkeypatch)
         read_documents([str(tmp_path / f"z.txt{packing}")])
 
 
-def test_a_text_that_a_parquet_file_holds_once_and_names_often(tmp_path, monkeypatch):
+def test_read_documents_refuses_repeated_parquet_dictionary_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "ROOM", 1 << 20)
     table = pyarrow.table({"text": pyarrow.array(["x" * 5000] * 5000).dictionary_encode()})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet", compression="zstd")
@@ -53,7 +53,7 @@ def test_a_text_that_a_parquet_file_holds_once_and_names_often(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
-def test_text_is_read_from_files_alone(name, tmp_path):
+def test_packed_refuses_other_than_files(name, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is no file of text"):
         packed.unpacked(tmp_path / name)

@@ -21,7 +21,7 @@ def tokenizer():
     return pico.tokenizer()
 
 
-def test_a_sound_template_gives_what_transformers_gives(tokenizer):
+def test_rendered_matches_transformers(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ '%5d' % 3 }}{{ m.role * 2 }}: {{ m.content }}\n{% endfor %}"
     expected = tokenizer.apply_chat_template([dict(m) for m in MESSAGES], tokenize=False)
     assert templates.apply(tokenizer, MESSAGES) == expected
@@ -32,7 +32,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_nested_loops_end(main, tokenizer):
+def test_rendered_stops_nested_loops(main, tokenizer):
     tokenizer.chat_template = LOOPS
     caught: list[BaseException] = []
 
@@ -65,7 +65,7 @@ def test_nested_loops_end(main, tokenizer):
         ("{{ 'x'|center(0xfffffff) }}", "0xfffffff"), ("{{ 'x' * 1_000_000_000 }}", "1_000_000_000"),
     ],
 )  # fmt: skip
-def test_huge_texts(template, message, tokenizer):
+def test_rendered_stops_huge_texts(template, message, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(DataError) as caught:
         rendered(Document("x#0", "", MESSAGES), tokenizer)
@@ -84,7 +84,7 @@ def test_huge_texts(template, message, tokenizer):
         "{{ messages[9].content.x }}",
     ],
 )
-def test_what_templates_raise_is_one_line(template, tokenizer):
+def test_rendered_tells_template_errors_in_one_line(template, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match="does not fit the chat template: ") as caught:
         rendered(Document("x#0", "", MESSAGES), tokenizer)

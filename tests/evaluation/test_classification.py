@@ -37,7 +37,7 @@ def slowly(model, tokenizer, document):
 @pytest.mark.parametrize(
     ("family", "changes"), [("bert", {}), ("distilbert", {}), ("roberta", {}), ("llama", {"pad_token_id": 299}), ("llama", {})]
 )  # fmt: skip
-def test_batches_say_what_each_text_gives_by_itself(family, changes, tokenizer):
+def test_classify_documents_matches_one_text_at_a_time(family, changes, tokenizer):
     model, other = classifier(family, **changes), classifier(family, seed=1, **changes)
     found = classify_documents(model, tokenizer, documents(), labels=LABELS, reference=other)
     for row, document in zip(found.documents, documents(), strict=True):
@@ -48,7 +48,7 @@ def test_batches_say_what_each_text_gives_by_itself(family, changes, tokenizer):
         assert row.agree == int(p.argmax() == q.argmax())
 
 
-def test_pairs_are_read_together_with_their_types():
+def test_classify_documents_reads_pairs_with_token_types():
     from tokenizers import processors
 
     tokenizer = pico.tokenizer()
@@ -65,7 +65,7 @@ def test_pairs_are_read_together_with_their_types():
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_long_texts_are_cut_to_what_the_model_reads(family, tokenizer):
+def test_classify_documents_truncates_to_model_length(family, tokenizer):
     model = classifier(family)
     longest = 64 if family == "bert" else 63  # RoBERTa's positions begin after the padding token's
     long = [Document("d#0", "word " * 40, label=1), *documents()]
@@ -77,7 +77,7 @@ def test_long_texts_are_cut_to_what_the_model_reads(family, tokenizer):
     assert found.documents[0].nll == pytest.approx(expected, rel=1e-4)
 
 
-def test_metrics_by_their_definitions():
+def test_metrics_match_definitions():
     rows = [(0, 0), (0, 1), (0, 0), (1, 1), (1, 0), (2, 0)]
     rows = [Prediction(str(i), label, given, 1.0, 0.5, int(label == 0)) for i, (label, given) in enumerate(rows)]
     found = Predictions(tuple(rows), ("a", "b", "c", "d"), 0).to_dict()  # no row has or is given the fourth label

@@ -58,7 +58,7 @@ def cosine(a, b):
         ("llama", ("lasttoken",)),
     ],
 )
-def test_texts_are_embedded_as_they_are_by_themselves(family, modes, tokenizer):
+def test_embed_documents_matches_one_text_at_a_time(family, modes, tokenizer):
     options = {"pad_token_id": 299} if family == "llama" else {}
     model, other = encoder(family, **options), encoder(family, seed=1, **options)
     found = embed_documents(model, tokenizer, DOCUMENTS, pooling=Pooling(modes), reference=other)
@@ -70,7 +70,7 @@ def test_texts_are_embedded_as_they_are_by_themselves(family, modes, tokenizer):
     assert same["similarity"] == pytest.approx(1, abs=1e-6)
 
 
-def test_pairs_and_their_scores(tokenizer):
+def test_embed_documents_scores_pairs_by_cosine(tokenizer):
     model, other = encoder(), encoder(seed=1)
     found = embed_documents(model, tokenizer, PAIRS, pooling=Pooling(), reference=other)
     cosines, near = [], []
@@ -88,7 +88,7 @@ def test_pairs_and_their_scores(tokenizer):
     assert (alone["similarity"], alone["spearman"]) == (None, pytest.approx(found["spearman"]))
 
 
-def test_texts_are_cut_to_what_the_pooling_says(tokenizer):
+def test_embed_documents_truncates_to_pooling_length(tokenizer):
     long = [Document("d#0", "word " * 9), Document("d#1", "wo")]
     found = embed_documents(encoder(), tokenizer, long, pooling=Pooling(length=5), reference=encoder(seed=1))
     cut = embed_documents(
@@ -98,7 +98,7 @@ def test_texts_are_cut_to_what_the_pooling_says(tokenizer):
     assert found["documents"][0]["similarity"] == pytest.approx(cut["documents"][0]["similarity"], abs=1e-6)
 
 
-def test_what_gives_no_embeddings(tokenizer):
+def test_embed_documents_refuses_unfit_models(tokenizer):
     with pytest.raises(CompressError, match="sentence embeddings need a base model, this is BertForMaskedLM"):
         embed_documents(pico.model("bert"), tokenizer, DOCUMENTS, pooling=Pooling())
     with pytest.raises(CompressError, match="the embeddings have width 16, the original's 32; leave out"):
@@ -116,7 +116,7 @@ def write(folder, pooling=None, modules=None, length=None):
     return folder
 
 
-def test_pooling_of_a_checkpoint(tmp_path):
+def test_read_pooling_of_a_checkpoint(tmp_path):
     assert read_pooling(tmp_path) == Pooling(("mean_tokens",), None)
     said = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
     said |= {"pooling_mode_max_tokens": False}
@@ -137,7 +137,7 @@ def test_pooling_of_a_checkpoint(tmp_path):
         ({"modules": [{"type": "sentence_transformers.models.Dense"}]}, "modules.json: has a module Dense, which is not supported"),
     ],
 )  # fmt: skip
-def test_poolings_that_are_not_offered(tmp_path, files, message):
+def test_read_pooling_refuses_unknown_modes(tmp_path, files, message):
     with pytest.raises(CheckpointError) as caught:
         read_pooling(write(tmp_path, **files))
     assert message in str(caught.value)

@@ -46,7 +46,7 @@ def slow(model, tokenizer, text, window, stride):
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (32, 16), (16, 5), (64, 64)])
-def test_every_token_is_scored_once_as_the_slow_way_says(model, tokenizer, window, stride):
+def test_score_documents_scores_every_token_once(model, tokenizer, window, stride):
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
     scores = score_documents(model, tokenizer, documents, window=window, stride=stride).to_dict()
     assert scores["unit"] == "document"
@@ -62,7 +62,7 @@ def test_every_token_is_scored_once_as_the_slow_way_says(model, tokenizer, windo
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 32), (16, 5), (2, 2)])
-def test_every_window_begins_as_the_tokenizer_begins_texts(model, window, stride):
+def test_score_documents_begins_every_window_with_bos(model, window, stride):
     """Every token is scored once and every byte counted once, by a model that never reads a window without the beginning."""
     begins = pico.tokenizer(begins=True)
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
@@ -91,7 +91,7 @@ def test_every_window_begins_as_the_tokenizer_begins_texts(model, window, stride
         assert row["nll"] == pytest.approx(nll, rel=1e-5)
 
 
-def test_chunks_of_windows_that_begin_so_add_up(model):
+def test_score_documents_chunks_add_up_when_windows_begin_with_bos(model):
     begins, text = pico.tokenizer(begins=True), TEXTS[0] * 20
     few = score_documents(model, begins, [Document("d#0", text)], window=16, stride=16)
     assert few.unit == "chunk"
@@ -99,7 +99,7 @@ def test_chunks_of_windows_that_begin_so_add_up(model):
     assert sum(s.tokens for s in few.documents) == len(begins(text)["input_ids"]) - 1
 
 
-def test_divergence_and_agreement_by_their_definitions(model, other, tokenizer):
+def test_score_documents_kl_and_agreement_match_definitions(model, other, tokenizer):
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 10)]
     scores = score_documents(other, tokenizer, documents, window=32, stride=32, reference=model)
     for row, text in zip(scores.documents, TEXTS, strict=False):
@@ -120,7 +120,7 @@ def test_divergence_and_agreement_by_their_definitions(model, other, tokenizer):
     assert same["agreement"] == 1
 
 
-def test_a_padded_vocabulary_is_compared_over_the_shared_ids(model, tokenizer):
+def test_score_documents_compares_shared_ids_when_vocabulary_is_padded(model, tokenizer):
     wide = pico.model("llama", vocab_size=pico.VOCABULARY + 20)
     state = model.state_dict()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_padded_vocabulary_is_compared_over_the_shared_ids(model, tokenizer):
     assert scores["agreement"] == 1
 
 
-def test_few_documents_are_cut_into_chunks_that_add_up(model, tokenizer):
+def test_score_documents_chunks_add_up_when_documents_are_few(model, tokenizer):
     text = TEXTS[0] * 40  # some characters take several tokens
     whole = score_documents(model, tokenizer, [Document(f"d#{i}", text) for i in range(30)], window=16, stride=16)
     few = score_documents(model, tokenizer, [Document("d#0", text)], window=16, stride=16)
@@ -146,7 +146,7 @@ def test_few_documents_are_cut_into_chunks_that_add_up(model, tokenizer):
     assert all(s.bytes >= 0 for s in few.documents)
 
 
-def test_nan_stays_nan(tokenizer):
+def test_score_documents_keeps_nan(tokenizer):
     broken = pico.model("llama")
     with torch.no_grad():
         broken.lm_head.weight[5, 5] = torch.nan
@@ -160,7 +160,7 @@ def test_nan_stays_nan(tokenizer):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "qwen3"])
-def test_batching_changes_nothing(family, tokenizer):
+def test_score_documents_does_not_depend_on_batching(family, tokenizer):
     model = pico.model(family)
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS)]
     together = score_documents(model, tokenizer, documents, window=32, stride=32)
@@ -170,7 +170,7 @@ def test_batching_changes_nothing(family, tokenizer):
         assert sum(mine) == pytest.approx(sum(s.nll for s in one.documents), rel=1e-5)
 
 
-def test_what_cannot_be_scored(tokenizer, model):
+def test_score_documents_refuses_unfit_data(tokenizer, model):
     with pytest.raises(CompressError, match="bits per byte needs a causal language model, this is BertForMaskedLM"):
         score_documents(pico.model("bert"), tokenizer, [Document("d#0", "abc")], window=8, stride=8)
     with pytest.raises(
@@ -184,6 +184,6 @@ def test_what_cannot_be_scored(tokenizer, model):
         score_documents(model, tokenizer, [Document("d#0", "")], window=8, stride=8)
 
 
-def test_metrics_of_large_losses_are_infinite():
+def test_metrics_are_infinite_when_losses_overflow():
     rows = [{"bytes": 1, "tokens": 1, "nll": 1e4, "kl": None, "agree": None}]
     assert metrics("document", rows)["perplexity"] == math.inf

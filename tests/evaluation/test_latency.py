@@ -19,7 +19,7 @@ def workers() -> list[str]:
     return [line for line in listed if "latency_worker" in line and line.split()[1] == str(os.getpid())]
 
 
-def test_two_models_side_by_side(tmp_path, pico_llama, monkeypatch):
+def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
     large = pico.save(tmp_path / "large", num_hidden_layers=24)
     found = latency.measure_latency([large, pico_llama], dtype="float32", device="cpu", threads=1)
@@ -36,7 +36,7 @@ def test_two_models_side_by_side(tmp_path, pico_llama, monkeypatch):
     assert workers() == []
 
 
-def test_a_model_that_does_not_generate(tmp_path, monkeypatch):
+def test_latency_refuses_model_that_cannot_generate(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
     bert = pico.save(tmp_path / "bert", "bert")
     found = latency.measure_latency([bert, bert], dtype="float32", device="cpu", threads=1)
@@ -44,14 +44,14 @@ def test_a_model_that_does_not_generate(tmp_path, monkeypatch):
     assert found["candidate"]["prefill"]["ratio"] > 0
 
 
-def test_a_model_that_reads_no_text(tmp_path):
+def test_latency_refuses_model_without_text_input(tmp_path):
     vit = pico.save(tmp_path / "vit", "vit")
     with pytest.raises(CompressError, match="on token ids, and ViTForImageClassification reads `pixel_values`"):
         latency.measure_latency([vit, vit], dtype="float32", device="cpu", threads=1)
     assert workers() == []
 
 
-def test_workers_end_when_a_model_cannot_be_loaded(tmp_path, pico_llama):
+def test_latency_workers_end_when_model_does_not_load(tmp_path, pico_llama):
     broken = tmp_path / "broken"
     shutil.copytree(pico_llama, broken)
     (broken / "model.safetensors").write_bytes(b"")
@@ -60,7 +60,7 @@ def test_workers_end_when_a_model_cannot_be_loaded(tmp_path, pico_llama):
     assert workers() == []
 
 
-def test_a_worker_that_dies(pico_llama):
+def test_latency_reports_worker_that_dies(pico_llama):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
     with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
         worker.answer()
@@ -70,7 +70,7 @@ def test_a_worker_that_dies(pico_llama):
             latency._ask(worker, "round", {"seed": 0, "prompt": 4, "generated": 2, "vocabulary": 10, "decode": True})
 
 
-def test_a_worker_ends_with_its_parent(pico_llama):
+def test_latency_worker_ends_with_its_parent(pico_llama):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
     with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
         worker.answer()

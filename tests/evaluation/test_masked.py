@@ -48,7 +48,7 @@ def slowly(model, tokenizer, document, window, other=None):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
-def test_masked_tokens_are_scored_as_the_slow_way_says(family, tokenizer):
+def test_score_masked_matches_one_token_at_a_time(family, tokenizer):
     model, other = pico.model(family), pico.model(family, seed=1)
     documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS * 8)]
     found = score_masked(model, tokenizer, documents, window=20, reference=other)
@@ -66,7 +66,7 @@ def test_masked_tokens_are_scored_as_the_slow_way_says(family, tokenizer):
     assert score_masked(model, tokenizer, documents, window=20)["kl"] is None
 
 
-def test_few_documents_are_windows_that_add_up(tokenizer):
+def test_score_masked_windows_add_up_when_documents_are_few(tokenizer):
     model = pico.model("bert")
     found = score_masked(model, tokenizer, [Document("d#0", TEXTS[3])], window=20)
     (nll, _, _), count = slowly(model, tokenizer, Document("d#0", TEXTS[3]), 20)
@@ -76,7 +76,7 @@ def test_few_documents_are_windows_that_add_up(tokenizer):
     assert sum(row["tokens"] for row in found["documents"]) == count
 
 
-def test_what_cannot_be_masked(tokenizer):
+def test_score_masked_refuses_unfit_tokenizers(tokenizer):
     with pytest.raises(CompressError, match=r"a window of 65 tokens is beyond the 64 that .* take; set window to 64"):
         score_masked(pico.model("bert"), tokenizer, [Document("d#0", "abc")], window=65)
     with pytest.raises(DataError, match="the tokenizer has no mask token"):

@@ -28,7 +28,7 @@ from tests import pico
 BERT = "BertForSequenceClassification"
 
 
-def test_the_class_tells_the_task():
+def test_task_of_reads_the_class():
     assert task_of(BERT) is CLASSIFICATION
     assert task_of("LlamaForCausalLM") is task_of("GPT2LMHeadModel") is task_of(None) is LANGUAGE
     assert task_of("BertForMaskedLM") is MASKED
@@ -38,7 +38,7 @@ def test_the_class_tells_the_task():
         assert task_of(name) is expected
 
 
-def test_every_task_has_its_metrics_and_a_scorer():
+def test_measurable_gives_every_task_metrics_and_a_scorer():
     assert set(_SCORERS) == set(TASKS)
     for task in TASKS:
         assert set(task.default) <= set(task.metrics)
@@ -64,19 +64,19 @@ def test_every_task_has_its_metrics_and_a_scorer():
         ("LlamaForCausalLM", ["kl"], "labelled", "causal language modelling, which LlamaForCausalLM is for, takes text without labels; leave out `label`"),
     ],
 )  # fmt: skip
-def test_metrics_and_data_of_another_task(name, metrics, given, message):
+def test_check_metrics_refuses_those_of_another_task(name, metrics, given, message):
     with pytest.raises(CompressError) as caught:
         check_metrics(name, metrics, given=given)
     assert str(caught.value) == message
 
 
-def test_metrics_of_the_task():
+def test_check_metrics_takes_those_of_the_task():
     assert check_metrics(BERT, ["accuracy", "f1", "kl", "agreement", "latency"], given="labelled") is CLASSIFICATION
     assert check_metrics("LlamaForCausalLM", ["perplexity", "memory"], given="text") is LANGUAGE
     assert check_metrics(BERT, ["latency"], given=None) is CLASSIFICATION
 
 
-def test_labels_of_a_config():
+def test_label_ids_read_the_config():
     config = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1, "YES": 1}}
     names, ids = label_ids(config)
     assert names == ["no", "yes"]
@@ -99,16 +99,16 @@ def test_labels_of_a_config():
         ({"label2id": {"a": "x"}}, "is not a mapping of labels"),
     ],
 )
-def test_labels_that_will_not_do(config, message):
+def test_label_ids_refuse_bad_configs(config, message):
     with pytest.raises(CompressError, match=message):
         label_ids(config)
 
 
-def test_scores():
+def test_score_reads_numbers():
     said = ["4.5", " 3 ", 2, -1.5, "1e-1", "nan", "inf", "high", "", None, True, [1], 10**400]
     assert [score(value) for value in said] == [4.5, 3.0, 2.0, -1.5, 0.1] + [None] * 8
 
 
-def test_tasks_need_no_torch():
+def test_tasks_import_no_torch():
     code = "import sys, compress.evaluation.tasks; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -35,7 +35,7 @@ def rounded(tmp_path_factory):
     return made
 
 
-def test_rounded_inputs_give_the_logits_of_stock_transformers(rounded, stock_outputs, tmp_path):
+def test_emulated_inputs_match_stock_logits(rounded, stock_outputs, tmp_path):
     """In a process without the package; those without rounding are far from them."""
     cases, effects = {}, {}
     for (family, format_), folder in rounded.items():
@@ -60,7 +60,7 @@ def test_rounded_inputs_give_the_logits_of_stock_transformers(rounded, stock_out
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_codes_with_scales_of_bfloat16(dtype, stock_outputs, tmp_path):
+def test_codes_with_bfloat16_scales_match_stock_logits(dtype, stock_outputs, tmp_path):
     """Stock transformers multiplies codes by scales in the dtype that it is asked for, and so do we."""
     base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)
     cases = {}
@@ -72,7 +72,7 @@ def test_codes_with_scales_of_bfloat16(dtype, stock_outputs, tmp_path):
     assert {name: row.get("difference") for name, row in found.items()} == {"int4": 0, "fp8": 0}
 
 
-def test_compact_codes_with_scales_of_bfloat16(stock_outputs, tmp_path):
+def test_compact_codes_with_bfloat16_scales_match_stock_logits(stock_outputs, tmp_path):
     """The bundled file makes bfloat16 of them whatever is asked for; the check of what was written compares like with like."""
     base = pico.save(tmp_path / "base", "llama", dtype=torch.bfloat16, with_tokenizer=False)
     pruned = compress.apply(
@@ -87,7 +87,7 @@ def test_compact_codes_with_scales_of_bfloat16(stock_outputs, tmp_path):
 
 
 @pytest.mark.parametrize("format_", ["int8", "fp8"])
-def test_rounding_is_that_of_compressed_tensors(format_):
+def test_rounded_by_token_matches_compressed_tensors(format_):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import forward_quantize
     from compressed_tensors.quantization.quant_config import QuantizationStatus
@@ -105,14 +105,14 @@ def test_rounding_is_that_of_compressed_tensors(format_):
             assert torch.equal(rounded_by_token(values, format_), expected), (shape, dtype)
 
 
-def test_scales_that_are_given():
+def test_rounded_by_scale_uses_given_scale():
     values = torch.tensor([0.0, 1.0, -3.3, 500.0, 1e-9])
     expected = (values / 0.5).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.5
     assert torch.equal(rounded_by_scale(values, torch.tensor([0.5])), expected)
     assert expected[3] == 224
 
 
-def test_figures_are_of_the_model_that_runs(rounded, texts, tmp_path, cli):
+def test_emulated_model_is_the_one_measured(rounded, texts, tmp_path, cli):
     """A gate judges the rounded model; report, card, terminal and `eval` say in a line what is rounded."""
     _, valid = texts
     base = rounded["llama", "fp8"].parent / "llama"
@@ -151,7 +151,7 @@ def test_figures_are_of_the_model_that_runs(rounded, texts, tmp_path, cli):
     assert line in " ".join(out.split())
 
 
-def test_compact_files_round_no_inputs(rounded, tmp_path):
+def test_compact_store_refuses_rounded_inputs(rounded, tmp_path):
     """Nothing would read it there: refused, as `kv_cache` is."""
     base = pico.save(tmp_path / "gpt2", "gpt2", with_tokenizer=False)
     settings = {"weights": "int8", "activations": "int8", "method": "rtn", "store": "compact"}
@@ -162,7 +162,7 @@ def test_compact_files_round_no_inputs(rounded, tmp_path):
     assert not open_checkpoint(again).spec.structure.edits  # a stock file after all: nothing needs code
 
 
-def test_times_are_those_without_rounding(rounded):
+def test_latency_leaves_emulation_out(rounded):
     """Emulation is slower than any runtime: the timed model does without, and a line says so."""
     from compress.checkpoint.running import emulated
     from compress.evaluation.latency_worker import _load

@@ -24,7 +24,7 @@ def edit_config(folder, **changes):
 
 
 @pytest.mark.parametrize("window", [6, 4096])
-def test_windows_that_the_class_does_not_use_are_found(window, tmp_path):
+def test_same_logits_finds_unused_sliding_window(window, tmp_path):
     """Right at once, wrong through the cache, which forgets."""
     folder = pico.save(tmp_path / "in")
     types = ["full_attention", "sliding_attention"] * 2
@@ -39,18 +39,18 @@ def test_windows_that_the_class_does_not_use_are_found(window, tmp_path):
 
 
 @pytest.mark.parametrize("family", [*CAUSAL, "bert", "t5", "vit", "electra"])
-def test_models_that_are_written_as_they_were(family, tmp_path):
+def test_same_logits_passes_unchanged_models(family, tmp_path):
     changes = {"sliding_window": 4096} if family in ("mistral", "qwen2", "gemma2", "gemma3_text") else {}
     stored = open_checkpoint(pico.save(tmp_path / "in", family, **changes))
     same_logits(stored, stored)
 
 
-def test_a_masked_class_of_a_decoder_is_not_asked_for_a_cache(tmp_path):
+def test_same_logits_asks_no_cache_of_masked_decoder(tmp_path):
     stored = open_checkpoint(pico.save(tmp_path / "in", "bert", class_name="BertLMHeadModel"))
     same_logits(stored, stored)
 
 
-def test_other_values_are_found(tmp_path):
+def test_same_logits_finds_other_values(tmp_path):
     stored = open_checkpoint(pico.save(tmp_path / "in"))
 
     def read(name):
@@ -61,7 +61,7 @@ def test_other_values_are_found(tmp_path):
         same_logits(Derived(stored, stored.spec, read), stored)
 
 
-def test_families_without_a_record_are_compared_with_what_they_were(tmp_path, monkeypatch):
+def test_same_logits_compares_families_without_a_record(tmp_path, monkeypatch):
     """Through the cache too; nothing says that a family unknown here computes the same with and without one."""
     import transformers
 

@@ -65,7 +65,7 @@ def check_same(pairs, root, stock_outputs):
     return refused
 
 
-def test_four_families(tmp_path, stock_outputs):
+def test_stock_loader_matches_ours_in_four_families(tmp_path, stock_outputs):
     """One in every format, three more in those that differ in names, arrays or inputs; the rest is slow."""
     some = [
         (f, name) for f in ("gpt_neox", "gemma3_text", "bert") for name in ("int4", "mxfp4", "w8a8", "mixed", "cache")
@@ -75,7 +75,7 @@ def test_four_families(tmp_path, stock_outputs):
 
 
 @pytest.mark.slow
-def test_every_family_in_every_format(tmp_path, stock_outputs):
+def test_stock_loader_matches_ours_in_every_family_and_format(tmp_path, stock_outputs):
     pairs = [(family, name) for family in pico.FAMILIES for name in FORMATS]
     cacheless = {(f, "cache") for f in ("bert", "albert", "roberta", "electra", "distilbert", "t5", "vit")}
     conv1d = {("gpt2", name) for name in FORMATS}
@@ -85,7 +85,7 @@ def test_every_family_in_every_format(tmp_path, stock_outputs):
     assert check_same(pairs, tmp_path, stock_outputs) == cacheless | conv1d | experts | unpackable | one_group
 
 
-def test_loaded_in_another_dtype_than_the_files(tmp_path, stock):
+def test_stock_loader_matches_ours_in_another_dtype(tmp_path, stock):
     """Stock loaders decode linear layers in the dtype of the model, and experts in float32 (fp8) or in that of their scales.
 
     They leave experts in the latter, whatever is asked for: the values are compared, computed in one dtype.
@@ -114,7 +114,7 @@ def test_loaded_in_another_dtype_than_the_files(tmp_path, stock):
 
 
 @pytest.mark.parametrize("family", pico.FAMILIES)
-def test_records_know_the_names_in_memory(family):
+def test_records_match_names_in_memory(family):
     """Of every matrix in a file, against what transformers' own loader makes of its name."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -143,7 +143,7 @@ def said(folder):
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def test_what_is_dense_is_listed_by_its_name_in_memory(neox, tmp_path):
+def test_ignored_modules_are_listed_by_name_in_memory(neox, tmp_path):
     assert {"lm_head", "embed_out", "gpt_neox.embed_in"} <= set(said(neox)["ignore"])
     mixed = {"weights": "int4", "group_size": 16, "overrides": {"*.0.*": "int8", "*.1.*.dense": "fp32"}}
     for family, dense in (("gpt_neox", "gpt_neox.layers.1.attention.dense"), ("vit", "vit.layers.1.attention.o_proj")):
@@ -153,7 +153,7 @@ def test_what_is_dense_is_listed_by_its_name_in_memory(neox, tmp_path):
         assert dense in said(out)["ignore"]
 
 
-def test_a_config_with_names_of_files_is_refused(neox, tmp_path):
+def test_stock_loader_refuses_config_with_file_names(neox, tmp_path):
     """By the records' names alone, and by the stock loader alone."""
     folder = shutil.copytree(neox, tmp_path / "old")
     config = json.loads((folder / "config.json").read_text())
@@ -186,7 +186,7 @@ def _no_pooler(state):
         ("bert", "BertModel", _no_pooler, "encoder.layer"),
     ],
 )
-def test_files_of_a_base_class(family, class_name, change, blocks, tmp_path):
+def test_stock_loader_takes_base_class_files(family, class_name, change, blocks, tmp_path):
     """Names in files that leave the prefix out, and a pooler that they leave out."""
     from safetensors.torch import load_file, save_file
 
@@ -202,7 +202,7 @@ def test_files_of_a_base_class(family, class_name, change, blocks, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "vit", "mixtral"])
-def test_names_in_memory_are_read_back(family, tmp_path):
+def test_names_in_memory_are_read_back_as_file_names(family, tmp_path):
     """As a file of another tool: without the metadata that only we write."""
     from safetensors.torch import load_file, save_file
 

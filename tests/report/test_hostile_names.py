@@ -27,7 +27,7 @@ FRONTS = [
 
 
 @pytest.mark.parametrize("front", FRONTS, ids=lambda f: f[:20])
-def test_no_front_matter_costs_a_card(front, finished):  # noqa: F811
+def test_card_survives_any_front_matter(front, finished):  # noqa: F811
     text = card(finished.report, f"---\n{front}\nlicense: mit\n---\n# Theirs\n")
     found, body = _split(text)
     assert found["base_model"] == "tiny"
@@ -37,7 +37,7 @@ def test_no_front_matter_costs_a_card(front, finished):  # noqa: F811
     text.encode()
 
 
-def test_names_in_a_card(finished):  # noqa: F811
+def test_card_escapes_hostile_names(finished):  # noqa: F811
     output = 'x/o"); import os; ("\n<script>'
     text = card(
         {**finished.report, "output": output},
@@ -53,7 +53,7 @@ def test_names_in_a_card(finished):  # noqa: F811
     assert "````yaml\na: |\n  ```\n  # not a heading\n````" in text
 
 
-def test_names_in_a_report(finished):  # noqa: F811
+def test_report_escapes_hostile_names(finished):  # noqa: F811
     report = {
         **finished.report,
         "output": "out<img src=x onerror=y>\n# heading",
@@ -68,7 +68,7 @@ def test_names_in_a_report(finished):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["\ufffe", "\uffff", "\ud800", "\x00", "a\x1bb", '<&">'])
-def test_junit_is_well_formed_whatever_names_hold(name, finished):  # noqa: F811
+def test_junit_is_well_formed_with_hostile_names(name, finished):  # noqa: F811
     gates = [
         {"gate": f"size {name}", "verdict": verdict, "text": f"why {name}"}
         for verdict in ("pass", "fail", "inconclusive")
@@ -78,7 +78,7 @@ def test_junit_is_well_formed_whatever_names_hold(name, finished):  # noqa: F811
     assert len(root.findall(".//testcase")) == 3
 
 
-def test_escapes():
+def test_escapes_make_names_printable():
     assert (
         printable("a\x1b]0;x\x07\u202eb\x9b\ud800\ufffe\n\té ▶ 漢\u3000")
         == "a\\x1b]0;x\\x07\\u202eb\\x9b\\ud800\\ufffe\n\té ▶ 漢\u3000"

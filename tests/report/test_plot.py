@@ -14,7 +14,7 @@ TRAINING = {
 }  # fmt: skip
 
 
-def test_the_picture_has_a_line_for_each_loss_inside_its_frame():
+def test_render_losses_draws_each_loss_inside_frame():
     root = ET.fromstring(render_losses(TRAINING, "distill <1>"))
     space = "{http://www.w3.org/2000/svg}"
     lines = [[tuple(map(float, p.split(","))) for p in e.get("points").split()] for e in root.iter(f"{space}polyline")]
@@ -24,13 +24,13 @@ def test_the_picture_has_a_line_for_each_loss_inside_its_frame():
     assert "distill <1>" in [e.text for e in root.iter(f"{space}text")]
 
 
-def test_ticks_are_round_and_hold_the_range():
+def test_ticks_are_round_and_cover_the_range():
     assert _ticks(0.19, 0.34) == [0.15, 0.2, 0.25, 0.3, 0.35]
     assert _ticks(0, 40) == [0, 10, 20, 30, 40]
     assert len(_ticks(3.0, 3.0)) >= 1
 
 
-def test_the_report_tells_where_the_held_out_loss_was_best():
+def test_best_held_out_loss_is_named():
     lines = _training({**TRAINING, "stopped": "no progress"}, "distill", "losses-2.svg")
     assert lines[0].startswith(
         "`distill`, training: 10,240 tokens in 40 steps, 6.4 times through the data, 812 tokens per second."

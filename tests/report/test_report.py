@@ -12,7 +12,6 @@ import compress
 from compress import report as reports
 from compress.errors import ReportError
 from compress.report import figures
-from compress.report.card import _demoted, _split
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def finished(tmp_path_factory, pico_llama, texts):
     )
 
 
-def test_a_real_report_fits_its_schema_and_reads_back(finished, tmp_path):
+def test_report_fits_its_schema_and_reads_back(finished, tmp_path):
     data = json.loads(reports.to_json(finished.report))
     jsonschema.validate(data, reports.report_schema(), cls=jsonschema.Draft202012Validator)
     reports.save(finished.report, tmp_path / "report.json")
@@ -52,7 +51,7 @@ def test_a_real_report_fits_its_schema_and_reads_back(finished, tmp_path):
     assert (folder / "report.md").read_text() == reports.render_markdown(finished.report)
 
 
-def test_what_is_not_finite_is_strict_json_and_comes_back(finished, tmp_path):
+def test_to_json_round_trips_non_finite_numbers(finished, tmp_path):
     broken = json.loads(reports.to_json(finished.report))
     broken["result"]["evaluation"]["bits_per_byte"] = math.nan
     broken["result"]["evaluation"]["documents"][0]["nll"] = math.inf
@@ -77,7 +76,7 @@ def test_what_is_not_finite_is_strict_json_and_comes_back(finished, tmp_path):
         ('{"schema": "compress.report/1"}', "versions: is damaged: Field required"),
     ],
 )
-def test_what_is_no_report(tmp_path, text, message):
+def test_load_refuses_other_documents(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ReportError) as caught:
         reports.load(tmp_path / "r.json")
@@ -101,7 +100,7 @@ def test_waterfall_adds_up(finished):
     assert [len(figures.bar(s, 20)) for s in steps[:2]] == [20, 20]
 
 
-def test_junit_is_what_ci_systems_read(finished):
+def test_junit_follows_the_schema_of_ci_systems(finished):
     root = ElementTree.fromstring(reports.render_junit(finished.report))
     (suite,) = root
     assert suite.attrib["tests"] == "2"
@@ -115,7 +114,7 @@ def test_junit_is_what_ci_systems_read(finished):
     assert ElementTree.fromstring(reports.render_junit(odd))[0].find("testcase/failure").attrib["message"] == "x &  y"
 
 
-def test_the_step_summary_of_github(finished, tmp_path, monkeypatch):
+def test_step_summary_is_written_for_github(finished, tmp_path, monkeypatch):
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     assert not reports.append_step_summary(finished.report)
     (tmp_path / "summary.md").write_text("before\n")
@@ -128,71 +127,13 @@ def test_the_step_summary_of_github(finished, tmp_path, monkeypatch):
     assert not reports.append_step_summary(finished.report)
 
 
-def test_markdown_tables_are_whole(finished):
+def test_markdown_tables_have_equal_columns(finished):
     for line, following in zip(lines := reports.render_markdown(finished.report).splitlines(), lines[1:], strict=False):
         if line.startswith("|") and following.startswith("|"):
             assert line.replace("\\|", "").count("|") == following.replace("\\|", "").count("|")
 
 
-CARD = """---
-license: mit
-language: [en, de]
-tags: [text]
-base_model: someone/earlier
----
-# Tiny
-
-```
-# no heading
-```
-## Use
-"""
-
-
-def test_card_keeps_the_licence_and_names_base_recipe_and_results(finished):
-    card = reports.model_card(
-        finished.report,
-        CARD,
-        compact=True,
-        base_model="org/tiny",
-        recipe_yaml="model: org/tiny\n",
-        class_name="LlamaForCausalLM",
-    )
-    front, body = _split(card)
-    assert front == {
-        "license": "mit", "language": ["en", "de"], "tags": ["text", "compressed"], "base_model": "org/tiny", "library_name": "transformers",
-    }  # fmt: skip
-    assert 'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)' in body
-    assert "```yaml\nmodel: org/tiny\n```" in body
-    assert "| bits per byte |" in body
-    assert "prefill" not in body
-    assert body.rstrip().endswith("### Tiny\n\n```\n# no heading\n```\n#### Use")
-    assert finished.report["run_folder"] not in card
-
-
-def test_card_of_a_model_without_one(finished):
-    card = reports.model_card(
-        finished.report, None, compact=False, base_model="tiny", recipe_yaml="", class_name="BertForMaskedLM"
-    )
-    assert "The base model's card" not in card
-    assert "trust_remote_code" not in card
-    assert "AutoModelForMaskedLM" in card
-
-
-@pytest.mark.parametrize("text", ["---\n: [\n---\nbody", "---\n- a\n---\nbody", "no front\n---\n", "---\nnever closed"])
-def test_damaged_front_matter_is_text(text):
-    assert _split(text) == ({}, text)
-
-
-def test_empty_front_matter():
-    assert _split("---\n---\nbody") == ({}, "body")
-
-
-def test_headings_go_down_two_levels():
-    assert _demoted("# a\n###### b\n#c\n~~~\n# d\n~~~") == "### a\n###### b\n#c\n~~~\n# d\n~~~"
-
-
-def test_the_published_card_is_the_same_for_the_same_recipe(finished):
+def test_published_card_is_reproducible(finished):
     readme = (finished.checkpoint / "README.md") if finished.published else None
     if readme is not None:
         text = readme.read_text()
@@ -200,7 +141,7 @@ def test_the_published_card_is_the_same_for_the_same_recipe(finished):
         assert "/tmp" not in text
 
 
-def test_shapes_tried_for_a_target_are_a_table(tmp_path, pico_llama, texts):
+def test_report_lists_shapes_tried_for_a_target(tmp_path, pico_llama, texts):
     train, _ = texts
     done = compress.run(
         {

@@ -74,7 +74,7 @@ def error(W, other, H):
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(2, 12), TARGETS, st.booleans())
-def test_admm(seed, rows, columns, target, with_mask):
+def test_admm_matches_slow_twin(seed, rows, columns, target, with_mask):
     W, H, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
     H = damped(H)[0]
     scale = torch.linalg.inv(H).diagonal().rsqrt()
@@ -90,7 +90,7 @@ def test_admm(seed, rows, columns, target, with_mask):
 
 
 @given(SEEDS, st.integers(1, 8), st.integers(2, 30), TARGETS, st.booleans(), st.integers(0, 3))
-def test_projection_follows_slow_changes(seed, rows, columns, target, with_mask, pace):
+def test_admm_projection_matches_exact_mask_when_weights_change_slowly(seed, rows, columns, target, with_mask, pace):
     Z, _, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
     project = _Projection(kept, pattern, earlier)
     for step in range(6):
@@ -101,7 +101,7 @@ def test_projection_follows_slow_changes(seed, rows, columns, target, with_mask,
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 12), TARGETS, st.booleans())
-def test_alps_keeps_what_was_asked_and_solves_for_it(seed, rows, columns, target, with_mask):
+def test_alps_keeps_asked_count_and_solves_least_squares(seed, rows, columns, target, with_mask):
     W, H, kept, pattern, earlier = layer(seed, rows, columns, target, with_mask)
     before = W.clone(), H.clone(), None if earlier is None else earlier.clone()
     found, mask = alps(W, H, kept=kept, pattern=pattern, earlier=earlier, pcg_iterations=50)
@@ -124,7 +124,7 @@ def test_alps_keeps_what_was_asked_and_solves_for_it(seed, rows, columns, target
     assert error(W, found, H) <= best * 1.01 + 1e-4 * error(W, 0 * W, H)
 
 
-def test_better_than_sparsegpt_and_close_to_the_best_support():
+def test_alps_beats_sparsegpt_and_nears_best_support():
     ratios, excess = [], []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -147,7 +147,7 @@ def test_better_than_sparsegpt_and_close_to_the_best_support():
     assert sum(excess) / len(excess) < 1.1
 
 
-def test_nothing_or_everything_to_remove():
+def test_alps_at_no_and_full_sparsity():
     W, H, *_ = layer(0, 4, 8, 0.5, False)
     earlier = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) < 0.5
     for kept in (int(earlier.sum()), 32):
@@ -162,7 +162,7 @@ def test_nothing_or_everything_to_remove():
     assert not bool(found.any())
 
 
-def test_shared_problem_and_other_dtypes():
+def test_problem_is_shared_by_matrices_of_other_dtypes():
     W, H, *_ = layer(1, 6, 16, 0.5, False)
     shared = problem(H.float())
     assert shared.damping == 0.01
@@ -173,7 +173,7 @@ def test_shared_problem_and_other_dtypes():
     assert found.dtype == torch.bfloat16
 
 
-def test_bad_hessians():
+def test_problem_refuses_bad_hessians():
     W = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     raised = problem(torch.diag(torch.tensor([-30.0, *[1.0] * 7])))
     assert math.isinf(raised.damping)
@@ -193,7 +193,7 @@ def test_bad_hessians():
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 16), st.booleans(), st.sampled_from([0.0, 0.01]))
-def test_solve_support(seed, rows, columns, double, damp):
+def test_solve_support_matches_slow_solve(seed, rows, columns, double, damp):
     W, H, *_ = layer(seed, rows, columns, 0.5, False)
     mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.6
     expected = slow_solve(W, damped(H, damp)[0], mask)

@@ -52,7 +52,7 @@ def best_of_all(x, h, K):
 
 
 @given(st.integers(5, 11), st.booleans(), st.integers(0, 10_000))
-def test_no_division_of_few_values_is_better(count, weighted, seed):
+def test_codebook_matches_best_division_of_few_values(count, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(count, generator=generator)
     h = torch.rand(count, generator=generator) + 0.1 if weighted else None
@@ -64,7 +64,7 @@ def test_no_division_of_few_values_is_better(count, weighted, seed):
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(2, 6), st.sampled_from(["normal", "heavy", "outlier"]), st.booleans(), st.integers(0, 10_000))
-def test_better_than_full_lloyd_from_its_own_start_and_from_equal_distances(bits, kind, weighted, seed):
+def test_codebook_beats_lloyd_from_same_and_uniform_start(bits, kind, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(30, 40, generator=generator)
     if kind == "heavy":
@@ -83,7 +83,7 @@ def test_better_than_full_lloyd_from_its_own_start_and_from_equal_distances(bits
     assert lloyd(W, book.clone(), h, 20)[1][-1] >= mine * (1 - 1e-3)
 
 
-def test_rounds_never_raise_the_error(monkeypatch):
+def test_rounds_never_raise_codebook_error(monkeypatch):
     W = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     x, h = solver._histogram(W, None, None)
     book, before = np.linspace(x[0], x[-1], 16), math.inf
@@ -94,7 +94,7 @@ def test_rounds_never_raise_the_error(monkeypatch):
         before, book = now, solver._lloyd(x, h, book)
 
 
-def test_merging_first_costs_next_to_nothing(monkeypatch):
+def test_merging_first_keeps_codebook_error(monkeypatch):
     W = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     for bits in (2, 4, 8):
         whole = error(W, codebook(W, bits))
@@ -104,7 +104,7 @@ def test_merging_first_costs_next_to_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_few_values_are_kept_as_they_are(dtype):
+def test_rounded_keeps_values_when_they_fit_the_codebook(dtype):
     generator = torch.Generator().manual_seed(0)
     values = (1 + torch.randn(13, generator=generator, dtype=torch.float64) * 1e-6).to(
         dtype
@@ -119,7 +119,7 @@ def test_few_values_are_kept_as_they_are(dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (3, 5, 7), (6,)])
-def test_any_shape(shape):
+def test_rounded_takes_any_shape(shape):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     codes = rounded(W, 8, torch.float32)
     assert codes.codes.shape == W.shape
@@ -127,7 +127,7 @@ def test_any_shape(shape):
     assert not dequantize(rounded(W, 2, torch.float32, None, torch.zeros(shape, dtype=torch.bool))).any()
 
 
-def test_codes_are_the_nearest_values():
+def test_to_codes_picks_nearest_values():
     W = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     book = codebook(W, 4).bfloat16()
     found = dequantize(to_codes(W, book))
@@ -136,7 +136,7 @@ def test_codes_are_the_nearest_values():
     assert torch.equal((W.double() - found.double()).abs(), distance.min(-1).values)
 
 
-def test_nothing_depends_on_the_parts(monkeypatch):
+def test_rounded_does_not_depend_on_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     W, h = torch.randn(64, 33, generator=generator), torch.rand(33, generator=generator)
     keep = torch.rand(W.shape, generator=generator) < 0.7
@@ -160,7 +160,7 @@ def output_error(W, found, H):
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_importance_and_gptq_pay(share):
+def test_importance_and_codebook_gptq_lower_output_error(share):
     W, H = layer()
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < share
     W = W * keep
@@ -176,7 +176,7 @@ def test_importance_and_gptq_pay(share):
         assert not solved[~keep].any()
 
 
-def test_gptq_is_that_of_a_grid_whose_codes_the_codebook_lists():
+def test_codebook_gptq_matches_gptq_of_the_same_grid():
     from compress.solvers.quant_format import Scales
     from compress.spec.formats import QuantFormat
 

@@ -32,7 +32,7 @@ def slow_damped(H: torch.Tensor, damp: float) -> torch.Tensor:
 
 
 @given(SEEDS, st.integers(1, 9), st.sets(st.integers(0, 8)), st.sampled_from([0.0, 0.01, 1.0]))
-def test_damped(seed, inputs, dead, damp):
+def test_damped_matches_slow_twin(seed, inputs, dead, damp):
     H = gram(seed, 2 * inputs, inputs)
     for j in dead & set(range(inputs)):
         H[j] = H[:, j] = 0
@@ -44,7 +44,7 @@ def test_damped(seed, inputs, dead, damp):
 
 
 @given(SEEDS, st.integers(1, 12), st.booleans(), st.sampled_from([torch.float32, torch.float64]))
-def test_inverse_factor(seed, inputs, deficient, dtype):
+def test_inverse_factor_matches_slow_twin(seed, inputs, deficient, dtype):
     H = gram(seed, inputs // 2 + 1 if deficient else 3 * inputs, inputs, dtype)
     before = H.clone()
     U, used = inverse_factor(H, 0.01)
@@ -57,7 +57,7 @@ def test_inverse_factor(seed, inputs, deficient, dtype):
     torch.testing.assert_close(unit, torch.eye(inputs, dtype=torch.float64), atol=1e-2 if deficient else 1e-3, rtol=0)
 
 
-def test_dead_inputs_have_the_least_weight_whatever_the_scale():
+def test_inverse_factor_gives_dead_inputs_least_weight_at_any_scale():
     for scale in (1e-6, 1.0, 1e6):
         H = gram(0, 20, 6) * scale
         H[2] = H[:, 2] = 0
@@ -69,7 +69,7 @@ def test_dead_inputs_have_the_least_weight_whatever_the_scale():
 
 
 @pytest.mark.parametrize(("least", "expected"), [(-0.001, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-20.0, math.inf)])
-def test_damping_grows_as_far_as_needed(least, expected):
+def test_inverse_factor_raises_damping_until_it_factors(least, expected):
     Q = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     values = torch.tensor([least, *[1.0] * 7], dtype=torch.float64)
     H = (Q * values) @ Q.T
@@ -87,7 +87,7 @@ def test_damping_grows_as_far_as_needed(least, expected):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_not_finite(bad):
+def test_inverse_factor_refuses_non_finite_hessian(bad):
     H = torch.eye(4)
     H[1, 2] = bad
     with pytest.raises(ValueError, match=r"H \[4, 4\] holds NaN or infinite values; check the calibration inputs"):

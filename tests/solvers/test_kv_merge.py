@@ -24,7 +24,7 @@ def spread(weights: torch.Tensor) -> float:
     return float((outputs - outputs.mean(0)).square().sum())
 
 
-def test_turned_values_are_nearer_than_by_any_random_turn():
+def test_align_values_beats_random_rotations():
     weights = heads()
     turns = align_values(weights, HESSIAN)
     best = spread(turns @ weights)
@@ -35,7 +35,7 @@ def test_turned_values_are_nearer_than_by_any_random_turn():
         assert spread(other @ weights) >= best * (1 - 1e-9)
 
 
-def test_keys_turn_by_the_angles_that_trying_finds():
+def test_align_keys_finds_best_angle():
     """Two heads of one pair each: of all angles between them the one that is found is best."""
     weights = heads(2, 2)
     found = spread(align_keys(weights, HESSIAN, 2) @ weights)
@@ -48,7 +48,7 @@ def test_keys_turn_by_the_angles_that_trying_finds():
 
 
 @pytest.mark.parametrize("rotary", [2, 4, 6])
-def test_keys_turn_in_pairs_alone(rotary):
+def test_align_keys_rotates_rotary_pairs_only(rotary):
     """A rotation by position commutes with the turn, and what lies beyond the pairs stays."""
     turns = align_keys(heads(3, 6), HESSIAN, rotary)
     half = rotary // 2
@@ -62,12 +62,12 @@ def test_keys_turn_in_pairs_alone(rotary):
 
 
 @pytest.mark.parametrize("align", [align_values, lambda w, h: align_keys(w, h, 4)])
-def test_equal_heads_stay(align):
+def test_align_values_and_keys_leave_equal_heads(align):
     weights = heads(1).expand(3, -1, -1)
     torch.testing.assert_close(align(weights, HESSIAN) @ weights, weights)
 
 
-def test_runs_become_their_mean():
+def test_merge_averages_runs():
     weights = heads(4)
     expected = torch.stack([weights[:2].mean(0), weights[2:].mean(0)])
     torch.testing.assert_close(merge(weights, 2), expected.repeat_interleave(2, 0))

@@ -25,7 +25,7 @@ def slow_keep(values: list[float], kept: int, earlier: list[bool] | None) -> lis
 
 
 @given(SEEDS, st.integers(1, 7), st.integers(1, 9), st.booleans(), st.booleans(), st.data())
-def test_keep_largest(seed, rows, columns, ties, with_mask, data):
+def test_keep_largest_matches_slow_twin(seed, rows, columns, ties, with_mask, data):
     values = matrix(seed, rows, columns, ties=ties)
     earlier = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed + 1)) < 0.7 if with_mask else None
     kept = data.draw(st.integers(0, rows * columns))
@@ -36,7 +36,7 @@ def test_keep_largest(seed, rows, columns, ties, with_mask, data):
 @given(
     SEEDS, st.integers(1, 5), st.integers(1, 4), st.sampled_from([(1, 2), (2, 4), (3, 8)]), st.booleans(), st.booleans()
 )
-def test_keep_n_of_m(seed, rows, groups, pattern, ties, with_mask):
+def test_keep_n_of_m_matches_slow_twin(seed, rows, groups, pattern, ties, with_mask):
     n, m = pattern
     values = matrix(seed, rows, groups * m, ties=ties)
     earlier = torch.rand(values.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.7 if with_mask else None
@@ -51,7 +51,7 @@ def test_keep_n_of_m(seed, rows, groups, pattern, ties, with_mask):
 
 
 @given(SEEDS, st.integers(1, 4), st.booleans(), st.booleans(), st.data())
-def test_global_counts(seed, tensors, ties, with_mask, data):
+def test_global_counts_match_one_threshold(seed, tensors, ties, with_mask, data):
     store = {}
     for i in range(tensors):
         values = matrix(seed + i, 3, 4 + i, ties=ties)
@@ -70,6 +70,6 @@ def test_global_counts(seed, tensors, ties, with_mask, data):
     assert global_counts(store.__getitem__, list(store), kept) == expected
 
 
-def test_bfloat16_and_extremes():
+def test_keep_largest_of_bfloat16_and_extreme_values():
     values = torch.tensor([0.0, -0.0, 1e-38, -3e38, float("inf"), 2.0], dtype=torch.bfloat16)
     assert keep_largest(values, 3).tolist() == [False, False, False, True, True, True]

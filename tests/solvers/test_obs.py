@@ -18,7 +18,7 @@ def problem(outputs: int, inputs: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 
 @given(st.integers(2, 12), st.integers(3, 12), st.data())
-def test_least_squares_is_lstsq(outputs, inputs, data):
+def test_least_squares_matches_lstsq(outputs, inputs, data):
     weight, hessian, x = problem(outputs, inputs, data.draw(st.integers(0, 99)))
     stay = torch.tensor(sorted(data.draw(st.sets(st.integers(0, inputs - 1), min_size=1))))
     found = least_squares(weight, hessian, stay)
@@ -42,7 +42,7 @@ def cost(weight: torch.Tensor, hessian: torch.Tensor, kept: list[int]) -> float:
 
 
 @pytest.mark.parametrize(("width", "runs"), [(1, 1), (1, 2), (2, 1), (3, 2)])
-def test_each_step_removes_what_costs_least(width, runs):
+def test_obs_prune_groups_removes_least_cost_at_each_step(width, runs):
     """Against trying every unit, solving anew each time."""
     weight, hessian, _ = problem(5, 12, seed=width + runs)
     units = 12 // width
@@ -60,7 +60,7 @@ def test_each_step_removes_what_costs_least(width, runs):
     assert obs_prune_groups(weight, hessian, 2, width=width, runs=runs) == alive
 
 
-def test_many_at_once_is_nearly_as_good():
+def test_obs_prune_groups_nears_one_by_one_when_many_units():
     """Above 256 units several go in each step; the cost is close to that of one by one."""
     weight, hessian, _ = problem(8, 400, seed=0)
     several = cost(weight, hessian, obs_prune_groups(weight, hessian, 300))
@@ -81,20 +81,20 @@ def _one_by_one(weight: torch.Tensor, hessian: torch.Tensor, remove: int) -> lis
     return alive
 
 
-def test_three_of_six_is_near_the_best_choice():
+def test_obs_prune_groups_nears_best_three_of_six():
     weight, hessian, _ = problem(4, 6, seed=3)
     best = min(cost(weight, hessian, list(kept)) for kept in itertools.combinations(range(6), 3))
     assert cost(weight, hessian, obs_prune_groups(weight, hessian, 3)) < 1.5 * best
 
 
-def test_scores_within_runs():
+def test_keep_by_score_keeps_best_within_runs():
     score = torch.tensor([1.0, 2.0, 3.0, 30.0, 20.0, 10.0])
     assert keep_by_score(score, 2) == [2, 3, 4, 5]
     assert keep_by_score(score, 2, runs=2) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_sums_that_overflowed_are_refused(wrong):
+def test_least_squares_refuses_overflowed_sums(wrong):
     weight, hessian, _ = problem(3, 4, seed=0)
     hessian[1, 1] = wrong
     with pytest.raises(ValueError, match="holds NaN or infinite values"):

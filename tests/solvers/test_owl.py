@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from compress.solvers.owl import outliers, owl_sparsities
 
 
-def test_outliers_by_their_definition():
+def test_outliers_match_definition():
     generator = torch.Generator().manual_seed(0)
     weight, diagonal = torch.randn(7, 11, generator=generator) ** 3, torch.rand(11, generator=generator)
     scores = [[abs(float(weight[i, j])) * float(diagonal[j]) ** 0.5 for j in range(11)] for i in range(7)]
@@ -17,7 +17,7 @@ def test_outliers_by_their_definition():
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 1000)), min_size=1, max_size=8), st.floats(0.2, 0.8))
-def test_sparsities_average_to_what_is_asked_and_outliers_keep_more(rows, sparsity):
+def test_owl_sparsities_average_to_target_and_spare_outliers(rows, sparsity):
     ratios, sizes = [r for r, _ in rows], [n for _, n in rows]
     found = owl_sparsities(ratios, sizes, sparsity)
     assert sum(s * n for s, n in zip(found, sizes, strict=True)) / sum(sizes) == pytest.approx(sparsity, abs=1e-9)
@@ -26,7 +26,7 @@ def test_sparsities_average_to_what_is_asked_and_outliers_keep_more(rows, sparsi
         assert b[1] <= a[1] + 1e-9
 
 
-def test_the_papers_numbers():
+def test_owl_sparsities_match_paper_code():
     """Its code: (r - min) / (max - min) * 2 λ, less the mean, plus the kept share."""
     ratios = torch.tensor([0.02, 0.05, 0.03])
     kept = (ratios - ratios.min()) * (1 / (ratios.max() - ratios.min()) * 0.08 * 2)

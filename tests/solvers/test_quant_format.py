@@ -7,7 +7,7 @@ import torch
 
 from compress.checkpoint.values import Codes
 from compress.solvers.gptq import act_order, act_order_factor, gptq
-from compress.solvers.quant_format import Scales, code_range, dequantize, fit, nearest, to_codes
+from compress.solvers.quant_format import Scales, code_range, dequantize, fit, nearest, overflowing, to_codes
 from compress.spec.formats import QuantFormat
 
 
@@ -19,7 +19,7 @@ def layer(outputs=6, inputs=48, tokens=200, seed=0):
 
 
 @pytest.mark.parametrize("format_", ["int4", "int3", "fp8", "mxfp4", "nvfp4"])
-def test_nearest_is_nearest(format_):
+def test_nearest_picks_nearest_code(format_):
     quant_format = QuantFormat(format_, {"mxfp4": 32, "nvfp4": 16}.get(format_, 0))
     low, high = code_range(quant_format)
     if quant_format.is_integer:
@@ -37,7 +37,7 @@ def test_nearest_is_nearest(format_):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_codes_stand_for_what_compressed_tensors_reads(bits, symmetric):
+def test_dequantize_matches_compressed_tensors(bits, symmetric):
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize as theirs
 
@@ -48,7 +48,7 @@ def test_codes_stand_for_what_compressed_tensors_reads(bits, symmetric):
     assert torch.equal(dequantize(codes), theirs(codes.codes, codes.scale, codes.zero, args))
 
 
-def test_four_bit_floats_are_what_compressed_tensors_reads():
+def test_dequantize_of_fp4_matches_compressed_tensors():
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
@@ -69,7 +69,7 @@ def test_four_bit_floats_are_what_compressed_tensors_reads():
         assert torch.equal(read["weight"], dequantize(codes))
 
 
-def test_the_search_beats_the_extremes_and_weights_count():
+def test_fit_beats_range_of_extremes_and_uses_importance():
     W, H = layer(12, 64)
     h = H.diagonal()
     for quant_format in (QuantFormat("int3", 16), QuantFormat("int3", 16, False), QuantFormat("int2", 0)):
@@ -102,7 +102,7 @@ def twin(W, H, quant_format, scales, order, damp=0.01):
     "quant_format",
     [QuantFormat("int4", 16), QuantFormat("int3", 0), QuantFormat("int4", 12, False), QuantFormat("fp8", 0)],
 )
-def test_gptq_is_the_slow_one(quant_format):
+def test_gptq_matches_slow_twin(quant_format):
     W, H = layer()
     scales = fit(W, quant_format, H.diagonal())
     order, factor, damping = act_order_factor(H)
@@ -115,7 +115,7 @@ def test_gptq_is_the_slow_one(quant_format):
     assert torch.allclose(found.double(), twin(W, H, quant_format, scales, order), atol=1e-5)
 
 
-def test_gptq_lowers_the_output_error_and_keeps_removed_weights():
+def test_gptq_lowers_output_error_and_keeps_mask():
     W, H = layer(16, 64, tokens=40)
     quant_format = QuantFormat("int3", 16)
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -133,3 +133,8 @@ def test_gptq_lowers_the_output_error_and_keeps_removed_weights():
     )
     assert error(solved) < 0.7 * error(plain)
     assert not dequantize(solved)[~keep].any()
+
+
+def test_overflowing_counts_only_what_rounds_to_infinity():
+    values = torch.tensor([65504.0, 65519.9, 65520.0, -70000.0, float("inf"), float("nan"), 1.0])
+    assert overflowing(values, torch.float16) == 2

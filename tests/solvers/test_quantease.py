@@ -57,7 +57,7 @@ def twin(W, codes, H, quant_format, scales, keep, rounds):
     "quant_format", [QuantFormat("int3", 8), QuantFormat("int2", 0), QuantFormat("int3", 12, False)], ids=str
 )
 @pytest.mark.parametrize("pruned", [False, True])
-def test_refine_is_the_slow_one(quant_format, pruned):
+def test_quantease_matches_slow_twin(quant_format, pruned):
     W, X = layer()
     H = damped((X.T @ X).double())[0].float()
     keep = torch.rand(W.shape, generator=torch.Generator().manual_seed(3)) < 0.7 if pruned else None
@@ -74,7 +74,7 @@ def test_refine_is_the_slow_one(quant_format, pruned):
 
 
 @pytest.mark.parametrize("format_", ["int4", "fp8", "mxfp4", "nvfp4"])
-def test_refine_never_does_harm(format_):
+def test_quantease_never_raises_error(format_):
     W, X = layer(8, 64, 300)
     quant_format = QuantFormat(format_, {"int4": 16, "fp8": 0, "mxfp4": 32, "nvfp4": 16}[format_])
     H = (X.T @ X).double()
@@ -99,7 +99,7 @@ def test_refine_never_does_harm(format_):
         assert torch.equal(better.scale, scales.scale)
 
 
-def test_scales_of_empty_groups_stay():
+def test_quantease_keeps_scales_of_empty_groups():
     W, X = layer(4, 16)
     W[:, :8] = 0
     scales = Scales(torch.ones(4, 2))
@@ -113,7 +113,7 @@ def test_scales_of_empty_groups_stay():
 
 
 @pytest.mark.parametrize("with_residual", [True, False])
-def test_corrected_weights_are_those_of_least_squares(with_residual):
+def test_asymmetric_target_matches_least_squares(with_residual):
     W, now = layer(5, 12, 60)
     generator = torch.Generator().manual_seed(7)
     then = now + 0.3 * torch.randn(now.shape, generator=generator)

@@ -17,7 +17,7 @@ def inputs(width, tokens, seed):
     return mix @ torch.randn(width, tokens, generator=generator, dtype=torch.float64)
 
 
-def test_the_shared_matrix_is_that_of_least_squares():
+def test_shared_matrix_matches_least_squares():
     torch.manual_seed(0)
     X = [inputs(8, 60, seed) for seed in range(3)]
     W = [torch.randn(5, 8, dtype=torch.float64) for _ in X]
@@ -31,7 +31,7 @@ def test_the_shared_matrix_is_that_of_least_squares():
 
 
 @pytest.mark.parametrize(("outputs", "width"), [(6, 10), (10, 6), (7, 7)])
-def test_factors_are_those_of_the_whitened_singular_values(outputs, width):
+def test_low_rank_matches_whitened_svd(outputs, width):
     torch.manual_seed(1)
     W, X = torch.randn(outputs, width, dtype=torch.float64), inputs(width, 40, 2)
     H = X @ X.T
@@ -48,7 +48,7 @@ def test_factors_are_those_of_the_whitened_singular_values(outputs, width):
         assert torch.allclose(up.norm(dim=0), down.norm(dim=1))
 
 
-def test_matching_and_partition_are_the_best_of_all():
+def test_matching_and_partition_match_exhaustive_search():
     torch.manual_seed(2)
     likeness = torch.randn(5, 5, dtype=torch.float64)
     best = max(itertools.permutations(range(5)), key=lambda order: sum(likeness[i, j] for i, j in enumerate(order)))
@@ -63,7 +63,7 @@ def test_matching_and_partition_are_the_best_of_all():
     assert total(partition(cost, [[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 1, 2]])) == pytest.approx(min(map(total, every)))
 
 
-def test_the_cost_of_a_pair_is_what_diagonal_statistics_say():
+def test_pair_cost_matches_diagonal_statistics():
     torch.manual_seed(3)
     W, V, h, k = torch.randn(4, 3), torch.randn(4, 3), torch.rand(3) + 0.1, torch.rand(3) + 0.1
     shared = shared_matrix([W.double(), V.double()], [torch.diag(h).double(), torch.diag(k).double()], damp=1e-9)[0]

@@ -56,7 +56,7 @@ def slow_sparsegpt(W, H, sparsity, pattern, blocksize, earlier):
     st.sampled_from([1, 3, 8, 128]),
     st.booleans(),
 )
-def test_sparsegpt(seed, rows, columns, target, blocksize, with_mask):
+def test_sparsegpt_matches_slow_twin(seed, rows, columns, target, blocksize, with_mask):
     generator = torch.Generator().manual_seed(seed)
     sparsity, pattern = (target, None) if isinstance(target, float) else (None, target)
     if pattern is not None:
@@ -80,7 +80,7 @@ def test_sparsegpt(seed, rows, columns, target, blocksize, with_mask):
 
 @settings(max_examples=20, deadline=None)
 @given(SEEDS, st.booleans())
-def test_inner_blocks_of_wide_matrices(seed, structured):
+def test_sparsegpt_matches_slow_twin_when_matrix_is_wide(seed, structured):
     """Over 32 columns, where updates are gathered, and with ties among zeros."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(3, 80, generator=generator, dtype=torch.float64)
@@ -93,7 +93,7 @@ def test_inner_blocks_of_wide_matrices(seed, structured):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_dtype_and_one_target():
+def test_sparsegpt_keeps_dtype_and_takes_one_target():
     U, _ = inverse_factor(gram(0, 40, 8, torch.float32))
     found, mask = sparsegpt(torch.randn(4, 8).bfloat16(), U, sparsity=0.5)
     assert found.dtype == torch.bfloat16

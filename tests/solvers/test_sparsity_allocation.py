@@ -25,7 +25,7 @@ def slow_interpolated(sparsity, losses):
 
 
 @given(st.data())
-def test_against_every_choice(data):
+def test_allocate_sparsity_matches_exhaustive_search(data):
     count = data.draw(st.integers(1, 3))
     sizes = [data.draw(st.integers(50, 400)) for _ in range(count)]
     most = [data.draw(st.integers(size // 4, size)) for size in sizes]
@@ -52,7 +52,7 @@ def test_against_every_choice(data):
     assert any(all(costs[i][k] <= found[i] for i, k in enumerate(c)) for c in good)
 
 
-def test_the_loss_between_measured_points():
+def test_interpolate_loss_between_measured_points():
     assert interpolate_loss([0.4, 0.6], [1.0, 4.0], 0.5) == pytest.approx(2)
     assert interpolate_loss([0.4, 0.6, 0.8], [1.0, 4.0, 8.0], 0.7) == pytest.approx(math.sqrt(32))
     assert interpolate_loss([0.4, 0.6], [0.0, 0.0], 0.4) <= 1e-29

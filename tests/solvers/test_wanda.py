@@ -26,7 +26,7 @@ def slow_keep(scores: list[float], kept: int, earlier: list[bool]) -> list[bool]
     st.booleans(),
     st.booleans(),
 )
-def test_keep_wanda(seed, rows, columns, target, ties, with_mask):
+def test_keep_wanda_matches_slow_twin(seed, rows, columns, target, ties, with_mask):
     generator = torch.Generator().manual_seed(seed)
     if isinstance(target, tuple):
         columns *= target[1]
@@ -53,14 +53,14 @@ def test_keep_wanda(seed, rows, columns, target, ties, with_mask):
         assert mask[row].tolist() == expected
 
 
-def test_scores_follow_inputs_and_any_dtype():
+def test_keep_wanda_follows_inputs_in_any_dtype():
     W = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.bfloat16)
     diagonal = torch.tensor([100.0, 1.0, 4.0, 0.0], dtype=torch.float64)
     assert keep_wanda(W, diagonal, 0.5).tolist() == [[True, False, True, False]]
     assert math.isclose(float(keep_wanda(W, diagonal, 1.0).sum()), 0)
 
 
-def test_one_target():
+def test_keep_wanda_takes_one_target():
     for both in ({}, {"sparsity": 0.5, "pattern": (2, 4)}):
         with pytest.raises(ValueError, match="either sparsity or pattern"):
             keep_wanda(torch.ones(2, 4), torch.ones(4), **both)

@@ -50,7 +50,7 @@ GRIDS = [
 
 @pytest.mark.parametrize("quant_format", GRIDS, ids=str)
 @pytest.mark.parametrize("pruned", [False, True])
-def test_it_lowers_what_it_is_to_lower_until_no_single_code_helps(quant_format, pruned):
+def test_yaqa_lowers_error_until_no_single_code_helps(quant_format, pruned):
     W, H, keep, codes, scales = start(quant_format, pruned)
     F = curvature(len(W))
     costs = [cost(W, codes, scales, H, F)]
@@ -103,7 +103,7 @@ def rounded_one_by_one(W, H, F, order_I, quant_format, scales, keep):
 )
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 24), (40, 24), (33, 48), (5, 72)])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_rounding_by_diagonals_is_gptq_on_the_kronecker_product(quant_format, outputs, inputs, pruned):
+def test_gptq_kronecker_matches_gptq_on_full_product(quant_format, outputs, inputs, pruned):
     W, X = layer(outputs, inputs)
     H = damped((X.T @ X).double())[0]
     F = curvature(outputs)
@@ -123,7 +123,7 @@ def test_rounding_by_diagonals_is_gptq_on_the_kronecker_product(quant_format, ou
     assert error < kronecker_error(W, plain, scales, H.float(), F)
 
 
-def test_outputs_that_do_not_hang_together_are_left_as_descent_leaves_them():
+def test_yaqa_keeps_quantease_codes_when_outputs_are_uncorrelated():
     quant_format = QuantFormat("int3", 8)
     W, X = layer(6)
     H = damped((X.T @ X).double())[0].float()
@@ -133,7 +133,7 @@ def test_outputs_that_do_not_hang_together_are_left_as_descent_leaves_them():
     torch.testing.assert_close(moved.scale, scales.scale, rtol=1e-3, atol=1e-6)
 
 
-def test_steps_kept_together_are_each_worth_it():
+def test_shrunk_keeps_only_steps_that_help():
     """What is kept lowers the sum, and leaving out any one of it does not lower it more."""
     generator = torch.Generator().manual_seed(0)
     dropped = 0
@@ -157,5 +157,5 @@ def test_steps_kept_together_are_each_worth_it():
     assert dropped
 
 
-def test_a_curvature_of_nothing_is_no_division_by_zero():
+def test_shrunk_takes_zero_curvature():
     assert torch.equal(shrunk(torch.zeros(3, 3)), 0.05 * torch.eye(3))
