@@ -101,7 +101,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_find_what_one_does(tmp_path):
+def test_world_of_two_finds_what_one_process_does(tmp_path):
     """Sums in another order differ in their last digits, so a mask may differ where two weights are all but equal."""
     folders = [pico.save(tmp_path / f, f, with_tokenizer=False) for f in ("llama", "qwen3_moe")]
     for count in (1, 2):
@@ -158,7 +158,7 @@ def recipe_file(tmp_path, pico_llama, texts):
     return tmp_path / "r.yaml"
 
 
-def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
+def test_world_of_two_runs_a_recipe(recipe_file, tmp_path):
     done = torchrun("-m", "compress", "run", recipe_file, "--json", "--quiet")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
@@ -174,7 +174,7 @@ def test_a_whole_run_in_two_processes(recipe_file, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["mse", "gptq"])
-def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, tmp_path, method):
+def test_world_of_two_shares_chosen_formats(recipe_file, tmp_path, method):
     recipe = json.loads(recipe_file.read_text())
     recipe["passes"] = [{"cast": {"bits": 6, "group_size": 16, "method": method, "reconstruction_epochs": 0}}]
     recipe_file.write_text(json.dumps(recipe))
@@ -182,7 +182,7 @@ def test_formats_chosen_in_the_first_process_are_told_to_the_other(recipe_file, 
     assert len({t.quant_format for t in open_checkpoint(tmp_path / "out").spec.stored()}) > 2
 
 
-def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
+def test_world_of_two_shares_sparsities_allocated_by_loss(recipe_file, tmp_path):
     """Which removes as many weights in all as one process would."""
     text = json.loads(recipe_file.read_text())
     prune = {"method": "sparsegpt", "sparsity": "50%", "reconstruction_epochs": 0, "allocation": "kl"}
@@ -196,7 +196,7 @@ def test_sparsities_allocated_by_loss_are_told_to_the_other_process(recipe_file,
     assert 2 * sum(t.kept for t in tensors.values()) == sum(t.count for t in tensors.values())
 
 
-def test_widths_chosen_by_loss_are_told_to_the_other_process(recipe_file, tmp_path):
+def test_world_of_two_shares_widths_chosen_by_loss(recipe_file, tmp_path):
     recipe = json.loads(recipe_file.read_text())
     prune = {"prune_structured": {"mlp": "40%", "allocation": "kl", "reconstruction_epochs": 1}}
     thin = {"share": {"embeddings": "factorize", "embedding_rank": 12}}
@@ -211,7 +211,7 @@ def test_widths_chosen_by_loss_are_told_to_the_other_process(recipe_file, tmp_pa
     assert tensors["model.embed_tokens.weight"].shape[1] == 12
 
 
-def test_an_error_in_the_first_process_ends_all(recipe_file):
+def test_world_ends_when_the_first_process_fails(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
     assert "there is no block 9" in done.stderr
@@ -247,7 +247,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_remove_the_same_units(tmp_path):
+def test_world_of_two_removes_the_same_units(tmp_path):
     """Blocks, experts, hidden channels, heads and neurons; what is kept is the same, its weights up to the order of sums."""
     folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)
     for count in (1, 2):
@@ -259,7 +259,7 @@ def test_two_processes_remove_the_same_units(tmp_path):
         assert difference < 0.01, (name, difference)
 
 
-def test_two_processes_train_the_same_student(recipe_file, tmp_path):
+def test_world_of_two_trains_the_same_student(recipe_file, tmp_path):
     """Prune, distill, cast as one run; sums in another order differ in their last digits, so weights nearly agree."""
     recipe = json.loads(recipe_file.read_text())
     recipe["data"]["training"] = {**recipe["data"]["calibration"], "samples": None, "length": 32}

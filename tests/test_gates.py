@@ -65,7 +65,7 @@ def increase(value, relative=True):
         ({"memory": {"max_ratio": 0.4}}, "fail"),
     ],
 )
-def test_verdicts(gates, expected):
+def test_judge_gives_verdicts(gates, expected):
     noise = np.random.default_rng(1).normal(1, 0.05, (2, 20))
     timing = [
         {"prefill": {"samples": (s * n).tolist()}, "decode": {"samples": (s * n).tolist()}, "memory": {"peak": m}}
@@ -107,7 +107,7 @@ RIGHT = TRUTH[:180] + [1, 0] * 10  # 90 %
         ({"agreement": {"max_drop": 1}}, "fail"),
     ],
 )
-def test_verdicts_on_labelled_texts(gates, expected):
+def test_judge_gives_verdicts_on_labelled_texts(gates, expected):
     first, last = side(), side()
     worse = [1 - said for said in RIGHT[:8]] + RIGHT[8:199] + [TRUTH[199]]  # eight lost, one won: 3.5 points
     first["evaluation"] = {**classification(TRUTH, RIGHT), "accuracy": 0.9, "f1": 0.9}
@@ -124,14 +124,14 @@ def test_verdicts_on_labelled_texts(gates, expected):
     assert verdict(judge(gates, first, last)) == ("failed", 1)
 
 
-def test_an_inconclusive_gate_says_how_many_documents_would_decide():
+def test_judge_says_documents_needed_when_inconclusive():
     (result,) = judge(increase(0.032), side(BEFORE), side(AFTER))
     assert result.verdict == "inconclusive"
     assert f"about {result.documents_needed:,} documents would decide" in result.text
     assert result.documents_needed > 40
 
 
-def test_a_failure_outweighs_what_is_inconclusive():
+def test_verdict_is_failure_when_others_are_inconclusive():
     results = judge({"size": {"max": 1}, **increase(0.032)}, side(BEFORE), side(AFTER))
     assert verdict(results) == ("failed", 1)
 
@@ -140,25 +140,25 @@ def test_a_failure_outweighs_what_is_inconclusive():
 @pytest.mark.parametrize(
     "gates", [increase(10.0), {"bits_per_byte": {"max": 1e9}}, {"agreement": {"min": 0.0}}, {"size": {"max": 10**9}}]
 )
-def test_nan_anywhere_fails(gates, bad):
+def test_judge_fails_on_nan(gates, bad):
     after = [*AFTER[:-1], bad]
     results = judge(gates, side(BEFORE), side(after, kl=[0.0] * 40, agree=[250] * 40))
     assert verdict(results) == ("failed", 1)
     assert results[-1].verdict == "fail"
 
 
-def test_nan_of_the_original_fails_too():
+def test_judge_fails_on_nan_of_the_original():
     assert verdict(judge(increase(10.0), side([math.nan, *BEFORE[1:]]), side(AFTER)))[0] == "failed"
 
 
-def test_very_few_documents_decide_nothing():
+def test_judge_is_inconclusive_when_documents_are_very_few():
     (result,) = judge(increase(0.05), side(BEFORE[:9]), side(BEFORE[:9]))
     assert result.verdict == "inconclusive"
     assert "9 documents are too few to tell; give 10 or more" in result.text
 
 
 @pytest.mark.parametrize("gate", ["bits_per_byte", "kl", "prefill", "memory"])
-def test_what_was_not_measured(gate):
+def test_judge_refuses_what_was_not_measured(gate):
     bound = (
         {"max_increase": {"value": 0.1, "relative": True}}
         if gate == "bits_per_byte"
@@ -170,6 +170,6 @@ def test_what_was_not_measured(gate):
         judge({gate: bound}, side(), side())
 
 
-def test_gates_need_no_torch():
+def test_gates_import_no_torch():
     code = "import sys, compress.gates, compress.statistics; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

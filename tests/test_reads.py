@@ -38,7 +38,7 @@ def joins(tree: ast.AST) -> list[int]:
     return found
 
 
-def test_checkpoints_are_read_through_safe_file():
+def test_source_joins_paths_through_safe_file():
     found, used = [], set()
     for path in sorted((ROOT / "compress").rglob("*.py")):
         name = str(path.relative_to(ROOT / "compress"))
@@ -51,6 +51,6 @@ def test_checkpoints_are_read_through_safe_file():
     assert used == ALLOWED, f"needs no exception any more: {sorted(ALLOWED - used)}"
 
 
-def test_the_rule_sees_what_it_forbids():
+def test_joins_finds_forbidden_paths():
     text = "a = folder / 'README.md'\nb = x.folder / name\nc = Path(folder) / 'x'\nd = folder.joinpath('x')\ne = work / 'x'\n"
     assert joins(ast.parse(text)) == [1, 2, 3, 4]

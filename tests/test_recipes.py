@@ -58,7 +58,7 @@ def exact(report):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_recipe_on_a_pico_model(path, small, tmp_path, monkeypatch):
+def test_recipe_runs_on_a_pico_model(path, small, tmp_path, monkeypatch):
     """Every pass as the recipe says it; on the example model in `make test-all`."""
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
@@ -84,7 +84,7 @@ def test_recipe_on_a_pico_model(path, small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [real(path) for path in RECIPES])
-def test_recipe(path, tmp_path, monkeypatch):
+def test_recipe_runs_on_the_example_model(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
     data = loaded.data
@@ -107,7 +107,7 @@ def test_recipe(path, tmp_path, monkeypatch):
     open_checkpoint(result.checkpoint)
 
 
-def test_the_classifier_fails_its_gate_at_a_harsher_setting(tmp_path, monkeypatch):
+def test_classifier_recipe_fails_its_gate_at_a_harsher_setting(tmp_path, monkeypatch):
     """The one that the recipe names; at its own the gate passes, see above."""
     monkeypatch.chdir(ROOT)
     harsher = (ROOT / "recipes/classifier.yaml").read_text().partition("fails: ")[2].splitlines()[0]
@@ -118,6 +118,6 @@ def test_the_classifier_fails_its_gate_at_a_harsher_setting(tmp_path, monkeypatc
     assert [g["gate"] for g in result.report["gates"] if g["verdict"] == "fail"] == ["accuracy.max_drop"]
 
 
-def test_every_pass_has_a_recipe():
+def test_recipes_cover_every_pass():
     used = {entry.name for path in RECIPES for entry in load_recipe(path, check_files=False).passes}
     assert used == set(passes.names())

@@ -72,7 +72,7 @@ def pair():
     return evaluation(before, size), evaluation(before * generator.normal(1.03, 0.01, 60), size)
 
 
-def test_the_bounds_are_those_of_scipys_paired_bootstrap(pair):
+def test_increase_bounds_match_scipy_paired_bootstrap(pair):
     before, after = pair
 
     def relative(a, b, axis=-1):
@@ -95,14 +95,14 @@ def test_the_bounds_are_those_of_scipys_paired_bootstrap(pair):
     assert mine.upper == pytest.approx(theirs.high, abs=0.05 * width)
 
 
-def test_pairing_takes_out_what_documents_differ_by(pair):
+def test_increase_is_narrower_than_level_by_pairing(pair):
     before, after = pair
     paired = increase(before, after, "bits_per_byte", relative=False, **HOW)
     alone = level(after, "bits_per_byte", **HOW)
     assert paired.upper - paired.lower < 0.3 * (alone.upper - alone.lower)
 
 
-def test_coverage_of_the_one_sided_bound():
+def test_increase_bound_has_its_coverage():
     """In about 95 of 100 draws the true increase is below the upper bound (a small sample does a little worse)."""
     generator, covered = np.random.default_rng(7), 0
     for trial in range(300):
@@ -123,7 +123,7 @@ def test_coverage_of_the_one_sided_bound():
     assert 0.90 <= covered / 300 <= 0.985
 
 
-def test_values_of_every_metric():
+def test_increase_and_level_of_every_metric():
     one = evaluation([100.0, 300.0], size=[100, 300], tokens=[50, 150], kl=[5.0, 5.0], agree=[50, 120])
     assert level(one, "bits_per_byte", **HOW).value == pytest.approx(1 / math.log(2))
     assert level(one, "perplexity", **HOW).value == pytest.approx(math.exp(2))
@@ -135,13 +135,13 @@ def test_values_of_every_metric():
     assert not level(evaluation([1.0, math.inf]), "bits_per_byte", **HOW).finite
 
 
-def test_the_same_seed_gives_the_same_bounds(pair):
+def test_increase_repeats_for_the_same_seed(pair):
     assert increase(*pair, "bits_per_byte", relative=True, **HOW) == increase(
         *pair, "bits_per_byte", relative=True, **HOW
     )
 
 
-def test_what_cannot_be_paired():
+def test_increase_refuses_unpaired_evaluations():
     one = evaluation([1.0, 2.0])
     with pytest.raises(ReportError, match="different documents"):
         increase(one, evaluation([1.0, 2.0], size=[10, 20]), "bits_per_byte", relative=True, **HOW)
@@ -156,7 +156,7 @@ def test_what_cannot_be_paired():
         median_ratio([1.0, 2.0], [1.0], **HOW)
 
 
-def test_median_ratio():
+def test_median_ratio_matches_definition():
     generator = np.random.default_rng(0)
     noise = generator.normal(1, 0.02, 40)
     found = median_ratio((0.1 * noise).tolist(), (0.08 * noise).tolist(), **HOW)
@@ -186,14 +186,14 @@ def test_documents_needed_would_have_decided():
     assert few.lower < bound < few.upper
 
 
-def test_documents_needed_by_its_formula():
+def test_documents_needed_matches_formula():
     assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.03) is None
     assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.03 + 1e-9) is None
     assert documents_needed(Interval(0.02, 0.01, 0.03, 40), 0.025) == 160
     assert documents_needed(Interval(0.03, 0.02, 0.04, 40), 0.025) == 160
 
 
-def test_compare(pair):
+def test_compare_lists_shared_metrics(pair):
     found = compare(*pair, confidence=0.9, bootstrap=500)
     assert found["units"] == 60
     assert found["bits_per_byte"]["lower"] < found["bits_per_byte"]["increase"] < found["bits_per_byte"]["upper"]
@@ -214,7 +214,7 @@ def classification(truth, said, labels=2, kl=None, agree=None):
 
 
 @pytest.mark.parametrize("of", [1, 2, 7, 40, 1000])
-def test_bounds_of_a_share_are_scipys(of):
+def test_share_bounds_match_scipy(of):
     for count in sorted({0, 1, of // 3, of - 1, of}):
         found = share(count, of, 0.95)
         theirs = scipy.stats.binomtest(count, of).proportion_ci(0.90, method="exact")
@@ -225,7 +225,7 @@ def test_bounds_of_a_share_are_scipys(of):
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 @pytest.mark.parametrize("texts", [1, 4, 13])
-def test_bounds_of_the_drop_cover_by_enumeration(texts, confidence):
+def test_accuracy_drop_bounds_cover_by_enumeration(texts, confidence):
     """Every outcome with its probability, over a grid of all true rates: each bound holds at least as often as it says."""
     outcomes = [(lost, won) for lost in range(texts + 1) for won in range(texts + 1 - lost)]
     found = [accuracy_drop(lost, won, texts, confidence) for lost, won in outcomes]
@@ -246,7 +246,7 @@ def test_bounds_of_the_drop_cover_by_enumeration(texts, confidence):
         assert least < confidence + 0.01  # and hardly more often
 
 
-def test_bounds_of_the_drop_are_no_wider_than_they_must_be():
+def test_accuracy_drop_bounds_near_normal_approximation():
     """On many texts they are near those of the normal approximation."""
     for lost, won, texts in ((25, 15, 872), (300, 200, 5000), (60, 5, 1000)):
         found = accuracy_drop(lost, won, texts, 0.95)
@@ -260,7 +260,7 @@ def test_bounds_of_the_drop_are_no_wider_than_they_must_be():
     assert accuracy_drop(0, 0, 872, 0.95).upper == pytest.approx(100 * 3 / 872, rel=0.02)  # the rule of three
 
 
-def test_the_drop_counts_discordant_texts():
+def test_accuracy_drop_counts_discordant_texts():
     truth = [0] * 50 + [1] * 50
     before = [0] * 40 + [1] * 10 + [1] * 50  # right but for ten
     after = [1] * 8 + [0] * 32 + [0] * 3 + [1] * 7 + [1] * 50  # eight lost, three won
@@ -280,7 +280,7 @@ def slow_f1(truth, said):
     return sum(scores) / len(scores)
 
 
-def test_f1_and_its_drop():
+def test_macro_f1_and_drop_match_slow_twin():
     generator = np.random.default_rng(0)
     truth = generator.integers(0, 3, 200).tolist()
     one, two = (
@@ -299,7 +299,7 @@ def test_f1_and_its_drop():
     assert [found.lower, found.upper] == pytest.approx(np.quantile(draws, [0.05, 0.95]).tolist(), abs=0.7)
 
 
-def test_levels_of_labelled_texts():
+def test_level_of_labelled_texts():
     one = classification([0, 1] * 20, [0, 1] * 15 + [1, 0] * 5, kl=0.25, agree=1)
     assert level(one, "accuracy", **HOW) == share(30, 40, 0.95)
     assert level(one, "agreement", **HOW) == share(40, 40, 0.95)
@@ -310,7 +310,7 @@ def test_levels_of_labelled_texts():
         level(classification([0], [0]), "agreement", **HOW)
 
 
-def test_labelled_texts_that_cannot_be_paired():
+def test_drop_refuses_unpaired_labelled_texts():
     one = classification([0, 1], [0, 1])
     with pytest.raises(ReportError, match="different documents"):
         drop(one, classification([0, 0], [0, 1]), "accuracy", **HOW)
@@ -333,7 +333,7 @@ def embeddings(cosines, scores, near=None):
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 3)), min_size=3, max_size=30))
-def test_rank_correlation_is_scipys(rows):
+def test_rank_correlation_matches_scipy(rows):
     """Of pairs with ties; pairs that are drawn several times count as if they stood there so often."""
     first, second = ([float(row[i]) for row in rows] for i in (0, 1))
     if len({*first}) > 1 < len({*second}):
@@ -349,7 +349,7 @@ def test_rank_correlation_is_scipys(rows):
         assert float(found[0]) == pytest.approx(rank_correlation(*repeated), abs=1e-9)
 
 
-def test_bounds_of_the_rank_correlation_are_those_of_scipys_paired_bootstrap():
+def test_rank_correlation_drop_bounds_match_scipy_paired_bootstrap():
     generator = np.random.default_rng(5)
     scores = generator.integers(0, 6, 80)
     one, two = (scores / 5 + generator.normal(0, noise, 80) for noise in (0.3, 0.6))
@@ -370,7 +370,7 @@ def test_bounds_of_the_rank_correlation_are_those_of_scipys_paired_bootstrap():
     assert alone.lower < alone.value == rank_correlation(two, scores) < alone.upper
 
 
-def test_similarity_is_a_mean():
+def test_level_of_similarity_is_a_mean():
     near = np.random.default_rng(0).normal(0.97, 0.01, 50).tolist()
     found = level(embeddings(near, near, near), "similarity", **HOW)
     assert found.value == pytest.approx(np.mean(near))

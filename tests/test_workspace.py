@@ -120,7 +120,7 @@ def test_new_folder_appears_whole(workspace):
     assert list(workspace.path.iterdir()) == []
 
 
-def test_remove(workspace):
+def test_remove_deletes_only_its_entry(workspace):
     workspace.folder("part").write_json("x", 1)
     workspace.folder("part").remove()
     assert list(workspace.path.iterdir()) == []
@@ -159,7 +159,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_share_the_first_ones_values(tmp_path):
+def test_shared_values_are_those_of_the_first_process(tmp_path):
     assert world(TOGETHER, tmp_path / "work").split() == ["same"]
     names = ["all.json", "t.safetensors", "value.json"]
     assert sorted(p.name for p in (tmp_path / "work").iterdir()) == names

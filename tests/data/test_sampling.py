@@ -177,3 +177,13 @@ def test_chat_windows_have_one_beginning_of_text():
     one = [*tokens(begins, "<user>" + "hi" * 9), begins.eos_token_id]
     drawn = every_window(begins, chats, len(one) + 1, 0)
     assert drawn.ids.tolist() == [[257, *one]] * 4
+
+
+def test_every_window_holds_all_text_in_seeded_order():
+    tokenizer = pico.tokenizer()
+    documents = [Document(f"d{i}", chr(97 + i) * 30) for i in range(4)]
+    one, other = (every_window(tokenizer, documents, 10, seed) for seed in (0, 1))
+    assert one.ids.shape == (12, 10)  # 4 × 31 tokens with the ends of documents
+    assert one.ids.flatten().sort().values.tolist() != other.ids.flatten().tolist()
+    assert not torch.equal(one.ids, other.ids)
+    assert len(set(one.chosen)) == 12

@@ -29,12 +29,12 @@ def recipe(data, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(len(RECIPES)))
-def test_recipe_plans(number, monkeypatch):
+def test_recipe_on_the_choose_page_plans(number, monkeypatch):
     data = recipe(YAML(typ="safe").load(RECIPES[number]), monkeypatch)
     compress.plan(data)
 
 
-def test_passes_in_line_are_known_settings(monkeypatch):
+def test_settings_on_the_choose_page_exist(monkeypatch):
     """`name: {setting: value}` in the text and tables is what a recipe takes."""
     found = set(re.findall(r"`((?:cast|prune_\w+|share|factorize|distill): \{[^`]*\})`", PAGE))
     assert len(found) > 10
@@ -53,7 +53,7 @@ def test_passes_in_line_are_known_settings(monkeypatch):
             raise AssertionError(f"{line}: {error}") from error
 
 
-def test_figures_are_those_of_the_benchmarks():
+def test_figures_on_the_choose_page_match_benchmarks():
     measured = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES if path.name != "choose.md")
     known = {number.lstrip("0") for number in re.findall(r"\d[\d,]*\.?\d*|\.\d+", measured)}
     figures = re.findall(r"[+−-](0\.\d+)|(0?\.\d{2,}) ×|(?<![\d.])(\d\.\d{2}) ×|(\d\d\.\d+)%|(\d[\d,]{6,})", PAGE)

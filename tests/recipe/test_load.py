@@ -23,7 +23,7 @@ TOO_LARGE = 10**400
 
 
 @pytest.mark.parametrize("value", [TOO_LARGE, -TOO_LARGE, "9" * 400 + "%", "9" * 400])
-def test_bounds_that_no_float_holds(value):
+def test_parse_refuses_bounds_beyond_floats(value):
     from pydantic_core import PydanticCustomError
 
     from compress.settings import parse_increase, parse_ratio, parse_size
@@ -72,7 +72,7 @@ bootstrap: 500
 """
 
 
-def test_a_full_recipe(work: Path) -> None:
+def test_load_recipe_reads_a_full_recipe(work: Path) -> None:
     Path("r.yaml").write_text(FULL)
     recipe = load_recipe(Path("r.yaml"))
     assert (recipe.store, recipe.seed, recipe.device, recipe.dtype) == ("compact", 3, "cuda:1", "bfloat16")
@@ -99,7 +99,7 @@ def test_a_full_recipe(work: Path) -> None:
     assert recipe.metrics == ("bits_per_byte", "perplexity", "kl", "agreement", "latency", "memory")
 
 
-def test_a_short_recipe_has_every_default(work: Path) -> None:
+def test_load_recipe_fills_in_every_default(work: Path) -> None:
     Path("r.yaml").write_text(GOOD)
     recipe = load_recipe(Path("r.yaml"))
     assert (recipe.store, recipe.device, recipe.dtype, recipe.evaluate_at) == ("stock", "auto", "float32", "stage")
@@ -117,7 +117,7 @@ def test_a_short_recipe_has_every_default(work: Path) -> None:
 LABELLED = "data: {{evaluation: {{files: [dev.tsv], {}}}}}\n"
 
 
-def test_labelled_texts(work: Path) -> None:
+def test_load_recipe_reads_labelled_texts(work: Path) -> None:
     Path("dev.tsv").write_text("a\tb\tlabel\nx\ty\t0\n")
     for given, columns in (("text: a, ", ("a",)), ("text: [a, b], ", ("a", "b")), ("", ("text",))):
         Path("r.yaml").write_text(GOOD + LABELLED.format(f"{given}label: label") + "gates: {f1: {max_drop: 1}}\n")
@@ -147,12 +147,12 @@ def test_labelled_texts(work: Path) -> None:
         (LABELLED.format("label: b") + "gates: {f1: {max_drop: 101}}", "r.yaml:6:24: max_drop: expected 100.0 or less, got 101"),
     ],
 )  # fmt: skip
-def test_labelled_texts_that_will_not_do(heads: Heads, text: str, head: str) -> None:
+def test_load_recipe_refuses_bad_labelled_texts(heads: Heads, text: str, head: str) -> None:
     Path("dev.tsv").write_text("a\tb\nx\t0\n")
     assert heads(GOOD + text) == [head]
 
 
-def test_data_sets_and_their_defaults(work: Path) -> None:
+def test_load_recipe_fills_in_defaults_of_data_sets(work: Path) -> None:
     for name in ("chats.jsonl.zst", "ids.npy", "ids.safetensors"):
         (work / name).touch()
     text = f"{GOOD}data: {{training: {{files: [chats.jsonl.zst], field: messages}}, calibration: {{files: [%s]}}}}\n"
@@ -173,19 +173,19 @@ def test_data_sets_and_their_defaults(work: Path) -> None:
     assert (section.field, section.samples, section.length) == ("ids", 3, None)
 
 
-def test_a_gate_on_speed_measures_latency(work: Path) -> None:
+def test_load_recipe_measures_latency_when_a_gate_needs_it(work: Path) -> None:
     Path("r.yaml").write_text(GOOD + "gates: {decode: {max_ratio: 0.9}, size: {max_ratio: 0.5}}\n")
     assert load_recipe(Path("r.yaml")).metrics == ("latency",)
 
 
-def test_empty_sections_are_none(work: Path) -> None:
+def test_load_recipe_takes_empty_sections_as_absent(work: Path) -> None:
     Path("r.yaml").write_text(GOOD + "data:\ngates:\n")
     recipe = load_recipe(Path("r.yaml"))
     assert recipe.gates.given() == []
     assert recipe.data.training is None
 
 
-def test_every_mistake_at_once(problems: Heads) -> None:
+def test_load_recipe_tells_every_mistake_at_once(problems: Heads) -> None:
     """The exact text of a recipe with many mistakes."""
     text = """\
 # a recipe with many mistakes
@@ -358,7 +358,7 @@ r.yaml:22:3: a gate needs a bound: `max`
         ("seed: 1\nseed: 2", "r.yaml:6:1: duplicate key `seed`"),
     ],
 )
-def test_single_mistakes(heads: Heads, work: Path, line: str, head: str) -> None:
+def test_load_recipe_tells_single_mistakes(heads: Heads, work: Path, line: str, head: str) -> None:
     for name in ("x.bin", "ids.npy"):
         (work / "models" / name).touch()
     assert heads(f"{GOOD}{line}\n") == [head]
@@ -387,11 +387,11 @@ def test_single_mistakes(heads: Heads, work: Path, line: str, head: str) -> None
         ("prune_unstructured: {pattern: 4:2}", "r.yaml:4:35: pattern: expected an N:M pattern that keeps N of M weights with 0 < N < M, got '4:2'"),
     ],
 )  # fmt: skip
-def test_mistakes_in_passes(heads: Heads, entry: str, head: str) -> None:
+def test_load_recipe_tells_mistakes_in_passes(heads: Heads, entry: str, head: str) -> None:
     assert heads(f"model: m\noutput: o\npasses:\n  - {entry}\n") == [head]
 
 
-def test_passes_are_a_list_with_an_entry(heads: Heads) -> None:
+def test_load_recipe_needs_a_list_of_passes(heads: Heads) -> None:
     top = "model: m\noutput: o\n"
     assert heads(f"{top}passes: []\n") == ["r.yaml:3:9: passes: expected at least 1 entry, got an empty list"]
     assert heads(f"{top}passes: {{cast: {{weights: fp16}}}}\n") == [
@@ -400,7 +400,7 @@ def test_passes_are_a_list_with_an_entry(heads: Heads) -> None:
     assert heads(top) == ["r.yaml: `passes` is missing"]
 
 
-def test_blocks_named_need_no_data(work: Path) -> None:
+def test_load_recipe_needs_no_data_when_blocks_are_named(work: Path) -> None:
     Path("r.yaml").write_text("model: m\noutput: o\npasses:\n  - prune_structured: {layers: [2], compensation: none}\n")
     assert load_recipe(Path("r.yaml")).passes[0].name == "prune_structured"
 
@@ -422,7 +422,9 @@ def test_blocks_named_need_no_data(work: Path) -> None:
         ("text/train.txt", "text/train.txt: is a file, not a checkpoint's folder"),
     ],
 )
-def test_models_are_folders_or_hub_ids(heads: Heads, work: Path, model: str, wrong: str | None) -> None:
+def test_load_recipe_takes_folders_and_hub_ids_as_models(
+    heads: Heads, work: Path, model: str, wrong: str | None
+) -> None:
     text = GOOD.replace("tiny-lm", model)
     if wrong is None:
         Path("r.yaml").write_text(text)
@@ -431,12 +433,12 @@ def test_models_are_folders_or_hub_ids(heads: Heads, work: Path, model: str, wro
         assert heads(text) == [f"r.yaml:1:8: {wrong}"]
 
 
-def test_files_need_not_be_there_where_that_is_asked(work: Path) -> None:
+def test_load_recipe_skips_files_when_check_files_is_off(work: Path) -> None:
     Path("r.yaml").write_text(GOOD.replace("tiny-lm", "./gone") + "data: {training: {files: [gone.txt]}}\n")
     assert load_recipe(Path("r.yaml"), check_files=False).model == "./gone"
 
 
-def test_a_mistake_behind_an_anchor_is_told_once(heads: Heads) -> None:
+def test_load_recipe_tells_a_mistake_behind_an_anchor_once(heads: Heads) -> None:
     text = f"{GOOD}data:\n  training: &t\n    files: [gone.txt]\n  evaluation: *t\n"
     assert heads(text) == ["r.yaml:7:13: gone.txt: there is no such file"]
 
@@ -456,13 +458,13 @@ def test_extends_merges_mappings_and_replaces_lists(work: Path) -> None:
     assert [entry.settings for entry in recipe.passes] == [CastSettings(weights="fp16")]
 
 
-def test_nothing_takes_a_section_of_the_base_away(work: Path) -> None:
+def test_extends_null_removes_a_section_of_the_base(work: Path) -> None:
     Path("base.yaml").write_text(f"{GOOD}gates: {{size: {{max: 1MB}}}}\n")
     Path("r.yaml").write_text("extends: base.yaml\ngates:\n")
     assert load_recipe(Path("r.yaml")).gates.given() == []
 
 
-def test_mistakes_keep_the_file_they_came_from(problems: Heads) -> None:
+def test_extends_mistakes_name_their_file(problems: Heads) -> None:
     Path("base.yaml").write_text(f"{GOOD}sede: 1\ngates: {{size: {{max: tiny}}}}\n")
     assert problems("extends: base.yaml\nstroe: stock\n") == [
         "r.yaml:2:1: unknown key `stroe`\n    2 | stroe: stock\n      | ^^^^^\n   expected one of: model, output, store, "
@@ -476,13 +478,13 @@ def test_mistakes_keep_the_file_they_came_from(problems: Heads) -> None:
     ]
 
 
-def test_extends_shows_no_line_of_a_file_that_is_no_recipe(heads: Heads) -> None:
+def test_extends_shows_no_line_of_other_files(heads: Heads) -> None:
     Path("id_rsa").write_text("SECRET\n")
     found = heads("extends: ./id_rsa\n")
     assert found == ["r.yaml:1:10: `extends` expects a recipe, whose name ends in .yaml, .yml, .json; id_rsa does not"]
 
 
-def test_extends_that_cannot_be_read(heads: Heads) -> None:
+def test_extends_refuses_unreadable_files(heads: Heads) -> None:
     assert heads("extends: gone.yaml\nsede: 1\n") == [
         "r.yaml:1:10: gone.yaml: there is no such file",
         "r.yaml:2:1: unknown key `sede`",
@@ -500,7 +502,7 @@ def test_extends_that_cannot_be_read(heads: Heads) -> None:
 # --- locate, mappings, imports
 
 
-def test_errors_of_a_plan_are_located(work: Path) -> None:
+def test_locate_places_errors_of_a_plan(work: Path) -> None:
     Path("r.yaml").write_text(GOOD)
     error = PassError("every weight is bf16 already", key="weights", fix="leave the pass out")
     source = load_recipe(Path("r.yaml")).source
@@ -518,7 +520,7 @@ def test_errors_of_a_plan_are_located(work: Path) -> None:
     )
 
 
-def test_mappings_are_recipes(work: Path) -> None:
+def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
     recipe = recipe_from_mapping(
         {
             "model": Path("models/tiny"),
@@ -543,7 +545,7 @@ def test_mappings_are_recipes(work: Path) -> None:
     ]
 
 
-def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
+def test_recipe_from_mapping_locates_mistakes_by_keys(work: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_from_mapping(
             {
@@ -567,7 +569,7 @@ def test_mistakes_in_mappings_are_located_by_keys(work: Path) -> None:
     ]
 
 
-def test_loading_imports_nothing_heavy(work: Path) -> None:
+def test_load_recipe_imports_nothing_heavy(work: Path) -> None:
     Path("r.yaml").write_text(FULL)
     code = (
         "import sys; from pathlib import Path; import compress.recipe as r;"
@@ -582,7 +584,7 @@ def test_loading_imports_nothing_heavy(work: Path) -> None:
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_only_passes_that_are_named_are_imported(work: Path) -> None:
+def test_load_recipe_imports_only_named_passes(work: Path) -> None:
     Path("r.yaml").write_text(GOOD)
     code = (
         "import sys; from pathlib import Path; from compress.recipe import load_recipe; load_recipe(Path('r.yaml'));"
@@ -598,7 +600,7 @@ def test_only_passes_that_are_named_are_imported(work: Path) -> None:
     )
 
 
-def test_many_mistakes_are_counted_not_shown(tmp_path):
+def test_load_recipe_counts_mistakes_beyond_the_first(tmp_path):
     (tmp_path / "r.yaml").write_text("".join(f"key_{i}: 1\n" for i in range(80)))
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "r.yaml")

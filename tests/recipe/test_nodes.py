@@ -54,18 +54,18 @@ def read(text: str) -> tuple[Any, list[str]]:
         ("|\n  two\n  lines\n", "two\nlines\n"),
     ],
 )
-def test_values_of_yaml_1_2(text: str, value: object) -> None:
+def test_parse_reads_yaml_1_2_values(text: str, value: object) -> None:
     got, wrong = read(f"k: {text}")
     assert wrong == []
     assert got == {"k": value}
     assert type(got["k"]) is type(value)
 
 
-def test_keys_are_text() -> None:
+def test_parse_refuses_keys_that_are_no_text() -> None:
     assert read("on: 1\n1: 2\nnull: 3\n") == ({"on": 1, "1": 2, "null": 3}, [])
 
 
-def test_anchors_aliases_and_merge_keys() -> None:
+def test_parse_follows_anchors_aliases_and_merge_keys() -> None:
     text = "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc: {<<: *a, y: 9}\nd: {<<: [*b, *a]}\ne: *a\n"
     got, wrong = read(text)
     assert wrong == []
@@ -74,11 +74,11 @@ def test_anchors_aliases_and_merge_keys() -> None:
     assert got["e"] == {"x": 1, "y": 2}
 
 
-def test_an_anchor_may_be_used_again() -> None:
+def test_parse_allows_reused_anchors() -> None:
     assert read("a: &x 1\nb: *x\nc: &x 2\nd: *x\n") == ({"a": 1, "b": 1, "c": 2, "d": 2}, [])
 
 
-def test_a_directive_does_not_bring_yaml_1_1_back() -> None:
+def test_parse_ignores_yaml_1_1_directive() -> None:
     assert read("%YAML 1.1\n---\na: off\nb: 2:40\n") == ({"a": "off", "b": "2:40"}, [])
 
 
@@ -117,12 +117,12 @@ def test_a_directive_does_not_bring_yaml_1_1_back() -> None:
         ("a: " + "[" * 70, "x:1:67: nested more than 64 deep"),
     ],
 )
-def test_mistakes_have_places(text: str, head: str) -> None:
+def test_parse_errors_have_places(text: str, head: str) -> None:
     _, wrong = read(text)
     assert wrong[0] == head
 
 
-def test_every_duplicate_key_is_found_at_every_level() -> None:
+def test_parse_finds_every_duplicate_key() -> None:
     _, wrong = read("a: 1\na: 2\nb:\n  - {c: 1, c: 2, c: 3}\n  - d: {e: 1, e: 1}\na: 4\n")
     assert sorted(wrong) == [
         "x:2:1: duplicate key `a`",
@@ -133,7 +133,7 @@ def test_every_duplicate_key_is_found_at_every_level() -> None:
     ]
 
 
-def test_alias_bombs_are_refused_at_once() -> None:
+def test_parse_refuses_alias_bombs() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     start = time.process_time()
@@ -142,7 +142,7 @@ def test_alias_bombs_are_refused_at_once() -> None:
     assert time.process_time() - start < 5
 
 
-def test_places_of_paths() -> None:
+def test_find_place_of_paths() -> None:
     text = "a:\n  - b: {c: 12}\n  - x\nd:\ne: |\n  text\n"
     found: list[Problem] = []
     root = parse(text, Origin("x", tuple(text.split("\n"))), found)
@@ -155,7 +155,7 @@ def test_places_of_paths() -> None:
     assert str(find_place(root, ("e",))) == "x:5:1", "several lines: its key"
 
 
-def test_long_lines_are_cut_around_the_mistake(heads: Heads, problems: Heads) -> None:
+def test_excerpt_cuts_long_lines_around_the_mistake(heads: Heads, problems: Heads) -> None:
     junk = ", ".join(f"k{i}: {i}" for i in range(49))
     shown = problems(f"{{model: m, output: o, passes: [cast: {{weights: bf16}}], {junk}}}")[30].splitlines()
     assert shown[0].endswith("unknown key `k30`")
@@ -164,12 +164,12 @@ def test_long_lines_are_cut_around_the_mistake(heads: Heads, problems: Heads) ->
     assert len(shown[1]) < 180
 
 
-def test_windows_line_ends_and_byte_order_mark(work: Path) -> None:
+def test_load_recipe_takes_crlf_and_byte_order_mark(work: Path) -> None:
     Path("r.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
     assert load_recipe(Path("r.yaml")).model == "tiny-lm"
 
 
-def test_places_do_not_count_the_byte_order_mark(problems: Heads) -> None:
+def test_places_do_not_count_byte_order_mark(problems: Heads) -> None:
     assert problems(b"\xef\xbb\xbfmodle: a\r\n" + GOOD.encode())[0].splitlines()[:3] == [
         "r.yaml:1:1: unknown key `modle`",
         "    1 | modle: a",
@@ -190,11 +190,11 @@ def test_places_do_not_count_the_byte_order_mark(problems: Heads) -> None:
         (b"#" * 1_000_001, "r.yaml: is larger than 1 MB, so it is no recipe"),
     ],
 )
-def test_files_that_are_no_recipe(heads: Heads, data: bytes, head: str) -> None:
+def test_parse_refuses_files_that_are_no_recipe(heads: Heads, data: bytes, head: str) -> None:
     assert heads(data) == [head]
 
 
-def test_files_that_cannot_be_read(work: Path) -> None:
+def test_load_recipe_refuses_unreadable_files(work: Path) -> None:
     from compress.errors import RecipeError
 
     Path("quickstart.yaml").write_text(GOOD)
@@ -220,12 +220,12 @@ values = st.recursive(
 
 
 @given(st.dictionaries(texts, values, max_size=5))
-def test_what_is_written_reads_back(data: dict[str, Any]) -> None:
+def test_to_yaml_reads_back(data: dict[str, Any]) -> None:
     got, wrong = read(to_yaml({"k": data}))
     assert wrong == []
     assert got == {"k": data}
 
 
 @given(st.text(st.sampled_from("ab:-[]{}#&*!|>'\"%@` \n\t,?<~1.")))
-def test_no_text_breaks_the_reader(text: str) -> None:
+def test_parse_never_crashes(text: str) -> None:
     read(text)

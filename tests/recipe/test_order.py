@@ -104,7 +104,7 @@ def recipe(*names: str) -> str:
         ["quantise", "recode", "unpack", "shrink"],
     ],
 )
-def test_legal_orders(work: Path, names: list[str]) -> None:
+def test_order_allows_legal_lists(work: Path, names: list[str]) -> None:
     Path("r.yaml").write_text(recipe(*names))
     assert len(load_recipe(Path("r.yaml")).passes) == len(names)
 
@@ -134,15 +134,15 @@ def test_legal_orders(work: Path, names: list[str]) -> None:
         ),
     ],
 )
-def test_illegal_orders(heads: Heads, names: list[str], wrong: list[str]) -> None:
+def test_order_refuses_illegal_lists(heads: Heads, names: list[str], wrong: list[str]) -> None:
     assert heads(recipe(*names)) == wrong
 
 
-def test_the_way_out_is_told(problems: Heads) -> None:
+def test_order_tells_the_way_out(problems: Heads) -> None:
     assert problems(recipe("quantise", "distil"))[0].splitlines()[-1] == "   put distil before quantise"
 
 
-def test_a_pass_without_its_data(problems: Heads) -> None:
+def test_order_names_missing_data_of_a_pass(problems: Heads) -> None:
     assert problems("model: m\noutput: o\npasses: [distil]\n") == [
         "r.yaml:3:10: distil needs training text, and there is no `data.training`\n    3 | passes: [distil]\n"
         "      |          ^^^^^^\n   add to data: `training: {files: [FILE]}`"
@@ -156,5 +156,5 @@ def test_order_is_checked_beside_other_mistakes(heads: Heads) -> None:
     ]
 
 
-def test_a_plug_in_that_does_not_import(heads: Heads) -> None:
+def test_order_names_a_plug_in_that_does_not_import(heads: Heads) -> None:
     assert heads(recipe("broken")) == ["r.yaml:5:5: the pass `broken` cannot be loaded: No module named 'no'"]

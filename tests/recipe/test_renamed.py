@@ -43,7 +43,7 @@ def old_recipe(entry: Renamed, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("entry", "value"), cases())
-def test_old_spelling_is_refused_with_the_new_one(entry: Renamed, value: Any, tmp_path: Path) -> None:
+def test_renamed_key_is_refused_with_the_new_one(entry: Renamed, value: Any, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_from_mapping(old_recipe(entry, value), check_files=False)
     (problem,) = caught.value.problems
@@ -69,7 +69,7 @@ def test_translated_recipe_is_valid_and_stays(entry: Renamed, value: Any) -> Non
     assert owner == entry.value(value)
 
 
-def test_old_defaults_are_the_new_ones() -> None:
+def test_renamed_defaults_are_unchanged() -> None:
     for section, old, value in [
         ("cast", "refine", True),
         ("factorize", "allocation", "loss"),
@@ -83,7 +83,7 @@ def test_old_defaults_are_the_new_ones() -> None:
         assert defaults(passes.get(section).settings)[entry.new] == entry.value(value)
 
 
-def test_an_old_key_is_shown_in_its_line_and_by_set(tmp_path: Path) -> None:
+def test_renamed_key_is_located_in_line_and_in_set(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: m\noutput: o\npasses:\n  - cast: {weights: bf16, refine: false}\n")
     with pytest.raises(RecipeError) as caught:
@@ -101,7 +101,7 @@ def test_an_old_key_is_shown_in_its_line_and_by_set(tmp_path: Path) -> None:
     )
 
 
-def test_no_old_key_is_a_key_again() -> None:
+def test_renamed_keys_are_not_reused() -> None:
     for entry in TABLE:
         if entry.section and entry.old != entry.new:
             assert (

@@ -15,7 +15,7 @@ from compress.recipe import load_recipe, recipe_from_mapping, resolved, to_yaml
 from compress.settings import Increase, Pattern
 
 
-def test_a_full_recipe_round_trips(work: Path) -> None:
+def test_resolved_full_recipe_round_trips(work: Path) -> None:
     Path("r.yaml").write_text(FULL)
     recipe = load_recipe(Path("r.yaml"))
     values = resolved(recipe)
@@ -27,7 +27,7 @@ def test_a_full_recipe_round_trips(work: Path) -> None:
     assert recipe_from_mapping(values) == recipe
 
 
-def test_amounts_are_canonical(work: Path) -> None:
+def test_resolved_amounts_are_canonical(work: Path) -> None:
     Path("r.yaml").write_text(FULL)
     values = resolved(load_recipe(Path("r.yaml")))
     assert values["max_ram"] == 8 * 2**30
@@ -43,7 +43,7 @@ def test_amounts_are_canonical(work: Path) -> None:
     }
 
 
-def test_defaults_are_written_out(work: Path) -> None:
+def test_resolved_writes_out_defaults(work: Path) -> None:
     values = resolved(recipe_from_mapping({"model": "m", "output": "o", "passes": [{"cast": {"weights": "fp16"}}]}))
     assert values == {
         "model": "m",
@@ -133,7 +133,7 @@ recipes = st.fixed_dictionaries(
 
 @given(recipes)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
-def test_any_recipe_round_trips(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_resolved_any_recipe_round_trips(tmp_path: Path, values: dict[str, Any]) -> None:
     recipe = recipe_from_mapping(values, check_files=False)
     file = tmp_path / "r.yaml"
     file.write_text(to_yaml(resolved(recipe)), encoding="utf-8")
@@ -141,7 +141,7 @@ def test_any_recipe_round_trips(tmp_path: Path, values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("value", [0.05, 0.07, 0.29, 1 / 3, 1e-9, 0.1 + 0.2, -0.05])
-def test_relative_increases_are_exact(work: Path, value: float) -> None:
+def test_resolved_relative_increases_are_exact(work: Path, value: float) -> None:
     values: dict[str, Any] = {
         "model": "m",
         "output": "o",

@@ -29,7 +29,7 @@ def loaded(*sets: str) -> Recipe:
     return load_recipe(Path("r.yaml"), sets)
 
 
-def test_values_are_yaml(work: Path) -> None:
+def test_set_values_are_yaml(work: Path) -> None:
     recipe = loaded(
         "seed=7", "offline=true", "evaluate=[kl]", "confidence=9e-1", "document_separator='3'", "output=a=b"
     )
@@ -37,37 +37,37 @@ def test_values_are_yaml(work: Path) -> None:
     assert (recipe.document_separator, recipe.output) == ("3", "a=b")
 
 
-def test_new_keys_on_the_way_are_made(work: Path) -> None:
+def test_set_makes_new_keys_on_the_way(work: Path) -> None:
     gate = loaded("gates.size.max_ratio=40%", "gates.size.max=1MB").gates.size
     assert gate is not None
     assert (gate.max_ratio, gate.max) == (0.4, 1_000_000)
 
 
-def test_settings_of_a_pass(work: Path) -> None:
+def test_set_changes_settings_of_a_pass(work: Path) -> None:
     settings = loaded("passes.0.prune_unstructured={pattern: 2:4}").passes[0].settings
     assert getattr(settings, "pattern", None) == Pattern(2, 4)
 
 
-def test_a_whole_entry(work: Path) -> None:
+def test_set_replaces_a_whole_entry(work: Path) -> None:
     assert loaded("passes.0={cast: {weights: bf16}}").passes[0].settings == CastSettings(weights="bf16")
 
 
-def test_a_bare_name_and_an_empty_entry_get_settings(work: Path) -> None:
+def test_set_gives_settings_to_bare_and_empty_entries(work: Path) -> None:
     assert loaded("passes.1=cast", "passes.1.cast.weights=bf16").passes[1].settings == CastSettings(weights="bf16")
     assert loaded("passes.1={cast: }", "passes.1.cast.weights=bf16").passes[1].settings == CastSettings(weights="bf16")
 
 
-def test_what_an_alias_repeats_changes_alone(work: Path) -> None:
+def test_set_changes_one_use_of_an_alias(work: Path) -> None:
     first, second = loaded("passes.1.cast.weights=bf16").passes[1:]
     assert (first.settings, second.settings) == (CastSettings(weights="bf16"), CastSettings(weights="fp16"))
 
 
-def test_keys_with_dots_are_quoted(work: Path) -> None:
+def test_set_takes_quoted_keys_with_dots(work: Path) -> None:
     settings = loaded('passes.1.cast.overrides."model.layers.0.*"=fp32').passes[1].settings
     assert settings == CastSettings(weights="fp16", overrides={"model.layers.0.*": "fp32"})
 
 
-def test_the_last_of_a_key_wins(work: Path) -> None:
+def test_set_of_the_same_key_last_wins(work: Path) -> None:
     assert loaded("seed=1", "seed=2").seed == 2
 
 
@@ -100,11 +100,11 @@ def test_the_last_of_a_key_wins(work: Path) -> None:
         ("model=./gone", "./gone: there is no such folder"),
     ],
 )
-def test_mistakes(heads: Heads, option: str, message: str) -> None:
+def test_set_tells_mistakes(heads: Heads, option: str, message: str) -> None:
     assert heads(TEXT, option)[0] == f"--set {option}: {message}"
 
 
-def test_suggestions(problems: Heads) -> None:
+def test_set_suggests_known_keys(problems: Heads) -> None:
     assert problems(TEXT, "passes.0.prune_unstructred.sparsity=0.6") == [
         "--set passes.0.prune_unstructred.sparsity=0.6: `passes.0` is prune_unstructured, not `prune_unstructred`\n"
         "   did you mean `passes.0.prune_unstructured.sparsity`?"
@@ -113,7 +113,7 @@ def test_suggestions(problems: Heads) -> None:
     assert problems(TEXT, "gaets.size.max=1")[0].endswith("did you mean `gates`?")
 
 
-def test_mistakes_stand_after_those_of_files_and_in_order(heads: Heads) -> None:
+def test_set_mistakes_follow_those_of_files_in_order(heads: Heads) -> None:
     assert heads(TEXT + "sede: 1\n", "threads=x", "bootstrap=x") == [
         "r.yaml:8:1: unknown key `sede`",
         "--set threads=x: threads: expected an integer, got 'x'",

@@ -49,7 +49,7 @@ def problems(**changes: Any) -> list[str]:
         ({"passes": [{"cast": {"weights": "int4", "error_correction": ["gptaq"]}}]}, "passes.0.cast.error_correction.0: expected asymmetric", "did you mean `asymmetric`?"),
     ],
 )  # fmt: skip
-def test_word_of_another_tool(changes: dict[str, Any], where: str, hint: str) -> None:
+def test_suggest_answers_a_word_of_another_tool(changes: dict[str, Any], where: str, hint: str) -> None:
     (problem,) = [p for p in problems(**changes) if "needs" not in p and "is measured on" not in p]
     head, *lines = problem.splitlines()
     assert head.startswith(where)
@@ -85,7 +85,7 @@ def test_scheme_is_answered_with_the_setting(name: str, answer: str | None) -> N
     assert scheme(name) == answer
 
 
-def test_settings_of_schemes_are_valid() -> None:
+def test_scheme_settings_are_valid() -> None:
     from ruamel.yaml import YAML
 
     for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8", "NVFP4", "MXFP4", "W8A8_FP8", "INT3"):
@@ -101,7 +101,7 @@ def test_settings_of_schemes_are_valid() -> None:
         )
 
 
-def test_synonyms_name_keys_that_exist() -> None:
+def test_synonyms_name_existing_keys() -> None:
     for section, words in SYNONYMS.items():
         if section == "passes":
             known = set(passes.names())
@@ -115,14 +115,14 @@ def test_synonyms_name_keys_that_exist() -> None:
         assert {right for meant in words.values() for right in meant} <= known, section
 
 
-def test_synonyms_of_values_are_taken() -> None:
+def test_synonyms_name_accepted_values() -> None:
     for key, words in VALUES.items():
         for wrong, meant in words.items():
             assert wrong not in meant, key
 
 
 @pytest.mark.parametrize("parse", [parse_share, parse_level])
-def test_a_percentage_is_what_is_suggested(parse: Any) -> None:
+def test_suggest_answers_a_fraction_with_a_percentage(parse: Any) -> None:
     assert parse("50%") == 0.5
 
 
@@ -136,7 +136,7 @@ def test_a_percentage_is_what_is_suggested(parse: Any) -> None:
         ("cast", {}, "cast: give one of `weights`, `bits` and `max_bytes`"),
     ],
 )  # fmt: skip
-def test_settings_given_in_python_get_the_same_answers(
+def test_suggest_answers_settings_given_in_python(
     name: str, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CompressError) as caught:

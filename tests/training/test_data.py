@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from compress.data.batches import Batches
-from compress.data.documents import Document
-from compress.data.sampling import every_window
 from compress.training.data import Masking, Order, Samples
-from compress.training.optimize import Update
-from tests import pico
 
 
-def test_an_epoch_takes_every_sample_once_and_the_first_one_in_order():
+def test_order_takes_every_sample_once_an_epoch():
     order = Order(10, 4, seed=3)
     taken = [pair for step in range(5) for pair in order.step(step)]
     assert [row for row, epoch in taken if epoch == 0] == list(range(10))
@@ -24,7 +19,7 @@ def test_an_epoch_takes_every_sample_once_and_the_first_one_in_order():
     assert Order(10, 10, seed=1).step(1) != Order(10, 10, seed=2).step(1)
 
 
-def test_samples_of_similar_length_go_together():
+def test_order_groups_samples_of_similar_length():
     lengths = [(i * 37) % 100 + 1 for i in range(64)]
     order = Order(64, 8, seed=0, lengths=lengths)
     batches = [[row for row, _ in order.step(step)] for step in range(8)]
@@ -39,7 +34,7 @@ def padded():
     return Batches(ids, mask)
 
 
-def test_language_models_predict_the_next_token_where_there_is_one():
+def test_samples_targets_are_next_tokens():
     samples = Samples(padded(), "causal", 1)
     taken = [(0, 0), (1, 0), (2, 0)]
     counts = samples.counts(taken)
@@ -53,7 +48,7 @@ def test_language_models_predict_the_next_token_where_there_is_one():
     assert samples.batch([(2, 0)], (2, 1), "cpu").inputs["input_ids"].tolist() == [[14, 15]]
 
 
-def test_masked_models_predict_a_sixth_of_what_is_no_special_token():
+def test_masking_hides_a_sixth_of_plain_tokens():
     ids = torch.randint(5, 200, (40, 60), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 1
     masking = Masking(mask=3, special=frozenset({0, 1, 2, 3}), vocabulary=200, seed=0)
@@ -73,27 +68,3 @@ def test_masked_models_predict_a_sixth_of_what_is_no_special_token():
     assert not torch.equal(later.predict, batch.predict)
     fixed = Samples(Batches(ids), "masked", 0, Masking(3, masking.special, 200, 0, fixed=True))
     assert torch.equal(fixed.batch([(5, 0)], counts, "cpu").predict, fixed.batch([(5, 7)], counts, "cpu").predict)
-
-
-def test_windows_hold_all_of_the_text_in_an_order_drawn_by_seed():
-    tokenizer = pico.tokenizer()
-    documents = [Document(f"d{i}", chr(97 + i) * 30) for i in range(4)]
-    one, other = (every_window(tokenizer, documents, 10, seed) for seed in (0, 1))
-    assert one.ids.shape == (12, 10)  # 4 × 31 tokens with the ends of documents
-    assert one.ids.flatten().sort().values.tolist() != other.ids.flatten().tolist()
-    assert not torch.equal(one.ids, other.ids)
-    assert len(set(one.chosen)) == 12
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1]),
-        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.5, 0.0625]),
-        ("cosine", [0.25, 0.5, 0.75, 1, 1, 0.5, 0.0096]),
-        ("wsd", [0.25, 0.5, 0.75, 1, 1, 1, 0.125]),
-    ],
-)
-def test_rates_rise_and_fall(schedule, expected):
-    update = Update(schedule=schedule, warmup=0.2)
-    assert [update.factor(step, 20) for step in (0, 1, 2, 3, 4, 12, 19)] == pytest.approx(expected, abs=1e-4)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress.training.state import RunState
+from compress.errors import ResourceError
+from compress.training import state as states
+from compress.training.state import RunState, UnusableState
 from compress.workspace import Workspace
 
 
@@ -25,7 +28,7 @@ def folder(tmp_path):
     return state.workspace.path
 
 
-def test_a_state_comes_back(folder):
+def test_state_round_trips(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["best-2", "step-4", "train.json"]
     state = RunState(Workspace(folder))
     found = state.find()
@@ -83,6 +86,68 @@ NOTES = [note_says(text) for text in ("", "[]", "{}", "[" * 20000, '{"step": 4, 
 @pytest.mark.parametrize(
     "damage", [gone, half_removed, flipped, metadata, a_folder, step_changed, *NOTES], ids=lambda d: d.__name__
 )
-def test_what_was_damaged_is_no_state(damage, folder):
+def test_state_is_absent_when_damaged(damage, folder):
     damage(folder)
     assert RunState(Workspace(folder)).find() is None
+
+
+SAID = {"history": {"best_step": 2}, "scaler": {}}
+
+
+def tensors(value):
+    return {"a": torch.full((8, 8), float(value)), "b": torch.full((3,), value, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """States of steps 2 and 4, the best weights of step 2."""
+    state = RunState(Workspace(tmp_path / "training"))
+    state.save("best-2", tensors(2))
+    for step in (2, 4):
+        state.save(f"step-{step}", tensors(step), {**SAID, "step": step})
+    return state
+
+
+def data_file(folder: Path) -> Path:
+    return next(folder.glob("*.distcp"))
+
+
+def test_state_that_does_not_load_raises_unusable(saved):
+    file = data_file(saved.workspace.path / "step-4")
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(UnusableState, match="the training state step-4 does not load"):
+        saved.load("step-4", tensors(0))
+    with pytest.raises(UnusableState):
+        saved.load("step-2", {**tensors(0), "c": torch.zeros(1)})
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_state_metadata_runs_no_code(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (saved.workspace.path / "step-4/.metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UnusableState):
+        saved.load("step-4", tensors(0))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_state_hides_no_signal_or_full_disk(saved, monkeypatch):
+    """torch wraps whatever happens into an exception of its own."""
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(states._Reader, "read_data", stop)
+        with pytest.raises(KeyboardInterrupt):
+            saved.load("step-4", tensors(0))
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full)
+    with pytest.raises(ResourceError):
+        saved.save("step-6", tensors(6), {**SAID, "step": 6})
+    assert saved.find()["step"] == 4

@@ -30,7 +30,7 @@ def values(text: str) -> Any:
     return plain(node)
 
 
-def test_real_recipes_are_valid(validator: Any, work: Path) -> None:
+def test_recipe_schema_accepts_real_recipes(validator: Any, work: Path) -> None:
     for text in (FULL, GOOD, "extends: base.yaml\nseed: 2\n", GOOD + "data:\ngates:\n"):
         validator.validate(values(text))
     Path("r.yaml").write_text(FULL)
@@ -52,11 +52,11 @@ def test_real_recipes_are_valid(validator: Any, work: Path) -> None:
         GOOD.replace("  - cast: {weights: bf16}", "  []"),
     ],
 )
-def test_wrong_recipes_are_not(validator: Any, text: str) -> None:
+def test_recipe_schema_rejects_wrong_recipes(validator: Any, text: str) -> None:
     assert not validator.is_valid(values(text))
 
 
-def test_every_key_is_described() -> None:
+def test_recipe_schema_describes_every_key() -> None:
     schema = recipe_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["$id"]
@@ -69,7 +69,7 @@ def test_every_key_is_described() -> None:
     assert bare == []
 
 
-def test_every_pass_is_there() -> None:
+def test_recipe_schema_has_every_pass() -> None:
     listed = recipe_schema()["properties"]["passes"]["items"]["oneOf"]
     # what has a default for every setting may also be named alone
     entries = [entry.get("anyOf", [entry])[0] for entry in listed]
