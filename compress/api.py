@@ -256,9 +256,9 @@ def unpack(
     progress: Progress | None = None,
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
+    from compress.checkpoint.edits.twin import dense
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.sidecars import safe_file
-    from compress.checkpoint.structure import dense
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_absent
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from compress import passes
 from compress.architectures.model_map import model_map
+from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
+from compress.checkpoint.edits.twin import dense_spec
 from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
-from compress.checkpoint.structure import STORAGE, dense_spec, uneven
 from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
@@ -85,7 +86,7 @@ def planned_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str
 def _other_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str, str] | None) -> Size | None:
     """The size in the other store; None where stock files cannot hold the spec."""
     other = _other(store)
-    return None if other == "stock" and uneven(spec) else planned_size(spec, other, max_shard, metadata)
+    return None if other == "stock" and first_without_twin(spec) else planned_size(spec, other, max_shard, metadata)
 
 
 def size_on_disk(checkpoint: Stored) -> Size:
@@ -254,11 +255,11 @@ def _check_readable(spec: Spec, instance: Pass[Any]) -> None:
             f"{instance.name} accepts {accepted_values(instance)} weights, and {name} is quantised",
             fix="start from the unquantised checkpoint, or make it dense with `compress unpack`",
         )
-    if edit := next((e for e in spec.structure.edits if STORAGE[e.kind] not in instance.accepts), None):
+    if edit := next((e for e in spec.structure.edits if EDIT_KINDS[e.kind].storage not in instance.accepts), None):
         raise PassError(
-            f"{instance.name} cannot change this checkpoint: {edit.module} {EDITS[STORAGE[edit.kind]]}",
+            f"{instance.name} cannot change this checkpoint: {edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]}",
             fix="start from the checkpoint before that"
-            + ("" if uneven(spec) else ", or make it dense with `compress unpack`"),
+            + ("" if first_without_twin(spec) else ", or make it dense with `compress unpack`"),
         )
     if small := next((t for t in spec.stored() if t.quant_format is None and t.dtype.startswith("F8")), None):
         raise PassError(
@@ -271,9 +272,13 @@ def _check_storable(following: Spec, store: Store) -> None:
     """Check that the store can hold the planned checkpoint. Raises `PassError`."""
     if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(
-            f"stock classes cannot express that {edit.module} {EDITS[STORAGE[edit.kind]]}",
+            f"stock classes cannot express that {edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]}",
             fix="use `store: compact`"
-            + ("" if uneven(following) else "; `compress unpack` makes a dense stock checkpoint of the result"),
+            + (
+                ""
+                if first_without_twin(following)
+                else "; `compress unpack` makes a dense stock checkpoint of the result"
+            ),
         )
     holds = stock_holds(following)
     if store == "stock" and (tensor := next((t for t in following.stored() if not holds(t)), None)):

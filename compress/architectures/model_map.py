@@ -9,11 +9,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from compress import architectures
 from compress.architectures.record import Architecture
 from compress.errors import PassError
+from compress.spec.edits import EDIT_KINDS
 from compress.spec.spec import Spec, Tensor
 
 #: The role of a weight matrix. In blocks: ``attention``, ``mlp``, ``router`` (chooses experts), ``distances`` (added to
@@ -22,12 +23,6 @@ from compress.spec.spec import Spec, Tensor
 Role = Literal[
     "attention", "mlp", "router", "distances", "embedding", "head", "factor", "residual", "projection", "other"
 ]
-#: Kind of edit ▶ the role of the matrices it adds, and how their modules are called below the edited one.
-_ADDED: Mapping[str, tuple[Role, tuple[str, ...]]] = {
-    "factors": ("factor", ("down", "up")),
-    "residual": ("residual", ("residual_down", "residual_up")),
-    "projected": ("projection", ("projection",)),
-}
 #: Specs whose maps are kept.
 _KEPT = 16
 
@@ -116,10 +111,9 @@ class ModelMap:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self._added = {
-            f"{edit.module}.{part}": role
+            f"{edit.module}.{part}": cast(Role, EDIT_KINDS[edit.kind].role)
             for edit in spec.structure.edits
-            for role, parts in (_ADDED.get(edit.kind, ("other", ())),)
-            for part in parts
+            for part in EDIT_KINDS[edit.kind].adds
         }
 
     # ---- the family ----

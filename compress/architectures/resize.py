@@ -20,6 +20,7 @@ from compress.architectures.groups import (
 from compress.architectures.model_map import ModelBlock, model_map
 from compress.architectures.record import Architecture
 from compress.errors import PassError
+from compress.spec.edits import EDIT_KINDS
 from compress.spec.spec import Spec
 
 #: Units of one block, and the numbers of those to keep.
@@ -238,7 +239,7 @@ def without_blocks(spec: Spec, drop: Sequence[int]) -> tuple[Spec, dict[str, str
     edits = []
     for edit in spec.structure.edits:
         index = record.block_index(f"{edit.module}.weight")
-        if edit.kind == "shared":
+        if EDIT_KINDS[edit.kind].spans_blocks:
             raise PassError(
                 f"{edit.module} shares tensors with other blocks, so no block can be removed",
                 key="layers",

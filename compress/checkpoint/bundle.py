@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from compress.checkpoint import storage
+from compress.checkpoint import edits, storage
 from compress.spec.classes import auto_class
 
 FILE_NAME = "modeling_compress.py"
@@ -22,7 +22,7 @@ _IMPORTS = (
         _HERE / "storage",
         storage.MODULES,
     ),
-    ("editing", "from compress.checkpoint.edits import edited_class\n", _HERE, ("edits",)),
+    ("editing", "from compress.checkpoint.edits.editing import edited_class\n", _HERE / "edits", edits.MODULES),
 )
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from compress.checkpoint.edits import edited_class
+from compress.checkpoint.edits.editing import edited_class
 from compress.checkpoint.storage.reading import decode, part_names
 
 #: Name suffixes of static scales and zero points of a layer's inputs.

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures.agreement import check_agreement
+from compress.checkpoint import edits as structure_edits
 from compress.checkpoint import hub, tidy
-from compress.checkpoint import structure as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
+from compress.checkpoint.edits.base import alias
 from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
@@ -295,9 +296,9 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
 
 def with_aliases(spec: Spec, where: str) -> Spec:
     """Spec with aliases for the tensors that edits share or the config ties."""
-    spec = structure_edits.with_shared(spec, where)
+    spec = structure_edits.with_aliases(spec, where)
     if (record := architectures.find(spec.structure.config)) is None:
         return spec
     check_agreement(record, spec, where)
-    aliases = {target: structure_edits.alias(spec.tensors[source], target) for target, source in record.ties(spec)}
+    aliases = {target: alias(spec.tensors[source], target) for target, source in record.ties(spec)}
     return replace(spec, tensors={**spec.tensors, **aliases})

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.checkpoint import bundle, structure
+from compress.checkpoint import bundle, edits
 from compress.checkpoint.layout import INDEX_NAME, Layout, Shard, lay_out
 from compress.checkpoint.open import COMPACT_TYPE, open_checkpoint
 from compress.checkpoint.sidecars import copy_sidecars
@@ -207,7 +207,7 @@ def _content(spec: Spec, hashes: Mapping[str, str]) -> str:
     ]
     config = json.dumps(spec.structure.config, sort_keys=True) + (spec.structure.kv_cache or "")
     if spec.structure.edits:
-        config += json.dumps(structure.to_json(spec.structure.edits), sort_keys=True)
+        config += json.dumps(edits.to_json(spec.structure.edits), sort_keys=True)
     return hashlib.sha256((config + json.dumps(rows)).encode()).hexdigest()
 
 
@@ -221,7 +221,7 @@ def render_config(spec: Spec) -> bytes:
             "architectures": [bundle.CLASS_NAME],
             "auto_map": bundle.auto_map(spec.structure.class_name),
             "dtype": config.get("dtype", config.get("torch_dtype")),
-            "edits": structure.to_json(spec.structure.edits),
+            "edits": edits.to_json(spec.structure.edits),
             "base": {k: v for k, v in config.items() if k != "auto_map"},
         }
     elif (quantised := compressed_tensors.render(spec)) is not None:

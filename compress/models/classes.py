@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
+from compress.checkpoint.edits import to_json
 from compress.checkpoint.remote import is_model_class, remote_class
-from compress.checkpoint.structure import to_json
 from compress.checkpoint.values import Checkpoint
 from compress.errors import CheckpointError, CompressError, is_lack
 from compress.spec.spec import Structure
@@ -61,7 +61,7 @@ def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if pooled and not any(".pooler." in f".{name}" for name in checkpoint.spec.tensors):
         cls = _without_pooler(cls)
     if structure.edits:
-        from compress.checkpoint.edits import edited_class
+        from compress.checkpoint.edits.editing import edited_class
 
         cls = edited_class(cls, to_json(structure.edits))
     return cls, config

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint.edits import shared_parameters
-from compress.checkpoint.structure import to_json
+from compress.checkpoint.edits import to_json
+from compress.checkpoint.edits.editing import shared_parameters
 from compress.errors import PassError
 from compress.spec.spec import Spec
 

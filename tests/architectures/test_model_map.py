@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from compress.architectures.model_map import model_map
+from compress.checkpoint.edits.factors import factored
+from compress.checkpoint.edits.projected import projected
+from compress.checkpoint.edits.shared import shared
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.structure import factored, projected, shared
 from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico

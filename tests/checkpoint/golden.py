@@ -20,8 +20,12 @@ import torch
 
 import compress
 from compress.checkpoint import bundle
+from compress.checkpoint.edits.base import alias
+from compress.checkpoint.edits.factors import factored
+from compress.checkpoint.edits.projected import projected
+from compress.checkpoint.edits.shared import shared
+from compress.checkpoint.edits.sized import sized
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.structure import alias, factored, projected, shared, sized
 from compress.checkpoint.values import Checkpoint, Codes, Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.solvers.quant_format import Scales, dequantize, rounded, to_codes

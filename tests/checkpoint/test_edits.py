@@ -10,8 +10,10 @@ import torch
 
 from compress import architectures
 from compress.api import unpack
+from compress.checkpoint.edits.base import alias
+from compress.checkpoint.edits.factors import factored
+from compress.checkpoint.edits.twin import dense
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.structure import alias, dense, factored
 from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import compress
-from compress.checkpoint import bundle, structure
+from compress.checkpoint import bundle
+from compress.checkpoint.edits import EDIT_KINDS, to_json
+from compress.checkpoint.edits.twin import dense
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.layout import METADATA_KEY
 from compress.checkpoint.modeling import INPUT_ARRAYS
@@ -46,7 +48,7 @@ def as_float(data):
 def test_page_reads_what_the_package_reads(reader, name):
     tensors, config = reader["read"](golden.FOLDER / name)
     opened = open_checkpoint(golden.FOLDER / name)
-    assert config["edits"] == structure.to_json(opened.spec.structure.edits)
+    assert config["edits"] == to_json(opened.spec.structure.edits)
     assert tensors.keys() == {tensor.name for tensor in opened.spec.stored()}
     for key, (values, mask) in tensors.items():
         value = opened.tensor(key)
@@ -57,13 +59,13 @@ def test_page_reads_what_the_package_reads(reader, name):
             assert mask.sum() == opened.spec.tensors[key].kept
     if any(edit["kind"] == "sized" for edit in config["edits"]):
         with pytest.raises(compress.errors.PassError, match="no stock class"):
-            structure.dense(opened)
+            dense(opened)
         return
-    dense = structure.dense(opened)
+    unpacked = dense(opened)
     twin = reader["twin"](tensors, config["edits"])
-    assert twin.keys() == {tensor.name for tensor in dense.spec.stored()}
+    assert twin.keys() == {tensor.name for tensor in unpacked.spec.stored()}
     for key, values in twin.items():
-        expected = dense.tensor(key).data
+        expected = unpacked.tensor(key).data
         found = torch.from_numpy(np.ascontiguousarray(values)).to(expected.dtype)
         assert torch.equal(found, expected), key
 
@@ -91,7 +93,7 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
     named = {*re.findall(r"[\w.\-]+", quoted), *re.findall(r"[\w\-]+", quoted)}
     named |= {f"int{bits}" for bits in range(2, 7)} | set(CODEBOOKS)  # the page gives first and last
     written, suffixes = (
-        {METADATA_KEY, "mask", *INPUT_ARRAYS, *INTEGERS, *FLOATS, *ACTIVATIONS, *structure.STORAGE},
+        {METADATA_KEY, "mask", *INPUT_ARRAYS, *INTEGERS, *FLOATS, *ACTIVATIONS, *EDIT_KINDS},
         set(),
     )
     written |= {codec for chain in CHAINS for codec in chain} | {bundle.FILE_NAME, bundle.CLASS_NAME}
@@ -139,7 +141,7 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
 def test_every_chain_and_edit_has_its_row():
     for chain in CHAINS:
         assert f"`{json.dumps(list(chain))}`" in PAGE, chain
-    for kind in structure.STORAGE:
+    for kind in EDIT_KINDS:
         assert re.search(rf"^\| `{kind}` \|", PAGE, re.MULTILINE), kind
         assert f"\n**`{kind}`**" in PAGE, kind
     for activations in ACTIVATIONS:

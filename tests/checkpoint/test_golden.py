@@ -10,9 +10,9 @@ import torch
 
 from compress import architectures
 from compress.checkpoint import bundle
+from compress.checkpoint.edits import EDIT_KINDS
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.storage import CHAINS
-from compress.checkpoint.structure import STORAGE
 from compress.checkpoint.write import write_checkpoint
 from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS
 from tests.checkpoint import golden
@@ -47,7 +47,7 @@ def test_there_is_a_fixture_for_each_codec_and_edit():
     quant_formats = {tensor.quant_format for tensor in tensors if tensor.quant_format is not None}
     assert {quant_format.format for quant_format in quant_formats} == INTEGERS.keys() | FLOATS.keys() | CODEBOOKS.keys()
     assert {quant_format.activations for quant_format in quant_formats} == {None, *ACTIVATIONS}
-    assert {edit.kind for spec in specs for edit in spec.structure.edits} == STORAGE.keys()
+    assert {edit.kind for spec in specs for edit in spec.structure.edits} == EDIT_KINDS.keys()
     turned = {architectures.of(spec.structure.config).input_axis == 0 for spec in specs if spec.structure.edits}
     assert turned == {True, False}
     assert all(spec.structure.compact for spec in specs)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.checkpoint.edits import EDIT_KINDS
 from compress.cli.tables.layout import Column, make_console, print_line, print_table
 from compress.settings import format_bytes
 
@@ -33,11 +34,7 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
     for note in data["notes"]:
         print_line(console, note)
     if data["edits"]:
-        words = {
-            "shared": "blocks share tensors of others", "residual": "residuals", "factors": "matrices as factors",
-            "sized": "matrices of a width of their own", "projected": "tables with a projection",
-        }  # fmt: skip
-        print_line(console, ", ".join(f"{count} {words[kind]}" for kind, count in data["edits"].items()))
+        print_line(console, ", ".join(f"{count} {EDIT_KINDS[kind].label}" for kind, count in data["edits"].items()))
     if not tensors:
         rows = [
             (

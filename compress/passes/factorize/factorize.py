@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.structure import factored
+from compress.checkpoint.edits.factors import factored
 from compress.errors import PassError
 from compress.passes.allocation import require_divergence
 from compress.passes.base import Context, Pass, Storage

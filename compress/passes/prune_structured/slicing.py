@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compress.architectures import resize
 from compress.architectures.groups import KVHeadMerge, Slice
-from compress.checkpoint.structure import sized
+from compress.checkpoint.edits.sized import sized
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.structure import shared
+from compress.checkpoint.edits.shared import shared
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.share.conversion import convert

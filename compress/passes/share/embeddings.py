@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.architectures.model_map import model_map
-from compress.checkpoint.structure import alias, projected
+from compress.checkpoint.edits.base import alias
+from compress.checkpoint.edits.projected import projected
 from compress.errors import PassError
 from compress.spec.spec import Spec
 

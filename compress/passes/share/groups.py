@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 from compress.architectures.conversions import SharedBlocks, shared_blocks
 from compress.architectures.model_map import model_map
-from compress.checkpoint.structure import STORAGE, shared
+from compress.checkpoint.edits import EDIT_KINDS
+from compress.checkpoint.edits.shared import shared
 from compress.errors import PassError
 from compress.passes.base import EDITS
 from compress.passes.selection import select
@@ -41,7 +42,9 @@ def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
     mapped.require_blockwise("distill it to fewer blocks")
     if edit := next(iter(spec.structure.edits), None):
         raise PassError(
-            f"{edit.module} {EDITS[STORAGE[edit.kind]]} already", key="groups", fix="share groups first, and once"
+            f"{edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]} already",
+            key="groups",
+            fix="share groups first, and once",
         )
     if mapped.has_experts and settings.parts != "attention":
         raise PassError(
