@@ -131,7 +131,7 @@ def test_what_is_no_document(cli, tmp_path, pico_llama, text):
     for command in (["gate", tmp_path / "r.json"], ["eval", pico_llama, "--baseline", tmp_path / "r.json"]):
         status, said = cli(*command)
         assert status == 2
-        assert said.startswith(f"compress: {tmp_path}/r.json: is no ")
+        assert said.startswith(f"compress: {tmp_path}/r.json: is no")
         assert said.count("\n") == 1
 
 

@@ -166,7 +166,7 @@ def test_hidden_states_count_by_token_as_the_paper_has_it(pictures, tmp_path):
         ({"steps": None, "tokens": 100}, "images are not counted in tokens"),
         ({"teacher_cache": "x"}, "`teacher_cache` keeps predictions of tokens"),
         ({"data": "README.md"}, "image classification, which ViTForImageClassification is for, takes a folder of images"),
-        ({"length": 7}, "`length` says how text is read"),
+        ({"length": 7}, "`length` is a setting of text"),
     ],
 )  # fmt: skip
 def test_what_distill_refuses(pictures, tmp_path, settings, message):
@@ -277,7 +277,7 @@ def test_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
         ({"images": "nowhere"}, "nowhere: there is no such folder"),
         ({"images": "README.md"}, "README.md: is no folder"),
         ({"images": str(pictures[1]), "files": ["a.txt"]}, "give either `files` or `images`, not both"),
-        ({"images": str(pictures[1]), "label": "x"}, "`label` says how text is read: it does not go with `images`"),
+        ({"images": str(pictures[1]), "label": "x"}, "`label` is a setting of text: it does not go with `images`"),
         ({}, "give either `files` or `images`"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -474,7 +474,7 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(FileNotFoundError):  # the work folder goes when the stage is done
                 notes = list((tmp_path / "killed.run").rglob("train.json"))
-                if notes and json.loads(notes[0].read_text())["data"]["step"] >= after:
+                if notes and json.loads(notes[0].read_text())["data"]["value"]["step"] >= after:
                     break
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
