@@ -79,7 +79,7 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_damaged_weight_files(case, folder):
+def test_open_headers_refuses_damaged_weight_files(case, folder):
     data, message = FILES[case]
     (folder / WEIGHTS).write_bytes(data)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -88,21 +88,21 @@ def test_damaged_weight_files(case, folder):
     assert str(folder) in str(caught.value)
 
 
-def test_the_reference_implementation_reads_what_we_render(tmp_path):
+def test_render_header_is_read_by_safetensors(tmp_path):
     values = torch.arange(6.0).reshape(2, 3)
     header = render_header({"ünïcode": TensorEntry("F32", (2, 3), 0, 24)}, {"format": "pt"})
     (tmp_path / "x.safetensors").write_bytes(header + values.numpy().tobytes())
     assert torch.equal(load_file(tmp_path / "x.safetensors")["ünïcode"], values)
 
 
-def test_truncated_shard(sharded):
+def test_open_headers_refuses_truncated_shard(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size - 10)
     with pytest.raises(CheckpointError, match=rf"{shard.name}: is truncated: tensor .* ends 10 bytes after"):
         open_headers(sharded)
 
 
-def test_missing_shard(sharded):
+def test_open_headers_refuses_missing_shard(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"names the file {shard.name}, which is missing"):
@@ -115,33 +115,33 @@ def index_with(sharded: Path, change: Callable[[dict], None]) -> None:
     (sharded / INDEX).write_text(json.dumps(data))
 
 
-def test_index_names_a_missing_tensor(sharded):
+def test_open_headers_refuses_index_that_names_a_missing_tensor(sharded):
     index_with(sharded, lambda names: names.update(ghost=next(iter(names.values()))))
     with pytest.raises(CheckpointError, match=r"puts tensor ghost in model-.*, which does not hold it"):
         open_headers(sharded)
 
 
-def test_index_leaves_out_a_tensor(sharded):
+def test_open_headers_refuses_index_that_leaves_out_a_tensor(sharded):
     index_with(sharded, lambda names: names.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"lacks tensor model.norm.weight"):
         open_headers(sharded)
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "a\\b"])
-def test_index_leads_out_of_the_folder(name, sharded):
+def test_open_headers_refuses_index_that_leads_out_of_the_folder(name, sharded):
     index_with(sharded, lambda names: names.update({"model.norm.weight": name}))
     with pytest.raises(CheckpointError, match=r"is outside the folder"):
         open_headers(sharded)
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 1}}', b"{"])
-def test_damaged_index(data, sharded):
+def test_open_headers_refuses_damaged_index(data, sharded):
     (sharded / INDEX).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is not JSON|has no `weight_map`"):
         open_headers(sharded)
 
 
-def test_links_that_leave_the_folder(folder, tmp_path):
+def test_open_headers_refuses_links_that_leave_the_folder(folder, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("key")
     (folder / "notes.txt").symlink_to(secret)
@@ -155,7 +155,7 @@ def test_links_that_leave_the_folder(folder, tmp_path):
         open_headers(folder)
 
 
-def test_broken_links(folder):
+def test_open_headers_refuses_broken_links(folder):
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to("nowhere")
     with pytest.raises(CheckpointError, match=r"is a broken symbolic link"):
@@ -166,7 +166,7 @@ def test_broken_links(folder):
         open_headers(folder)
 
 
-def test_a_hub_cache_is_links_and_opens(folder, tmp_path):
+def test_open_checkpoint_follows_links_of_a_hub_cache(folder, tmp_path):
     snapshot = tmp_path / "models--a--b/snapshots/abc"
     blobs = tmp_path / "models--a--b/blobs"
     snapshot.mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_a_hub_cache_is_links_and_opens(folder, tmp_path):
     assert open_checkpoint(snapshot).spec == open_checkpoint(folder).spec
 
 
-def test_pickles_are_refused_with_the_command_that_converts_them(folder, tmp_path, stock):
+def test_open_headers_refuses_pickles_and_names_the_conversion(folder, tmp_path, stock):
     model = load_model(folder)
     (folder / WEIGHTS).unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -192,7 +192,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, tmp_pat
     assert torch.equal(pico.logits(converted), pico.logits(model))
 
 
-def test_configs(folder):
+def test_open_headers_refuses_bad_configs(folder):
     edit_config(folder, model_type=...)
     with pytest.raises(CheckpointError, match=r"has no `model_type`"):
         open_headers(folder)
@@ -219,7 +219,7 @@ def test_configs(folder):
         open_headers(folder)
 
 
-def test_unknown_model_type(folder):
+def test_load_model_refuses_unknown_model_type(folder):
     edit_config(folder, model_type="unheard_of")
     with pytest.raises(CheckpointError, match=r"the model type `unheard_of` is unknown to transformers"):
         load_model(folder)
@@ -238,7 +238,7 @@ def test_unknown_model_type(folder):
         ({"num_attention_heads": 0}, "config.json has no usable `num_attention_heads`"),
     ],
 )
-def test_config_and_weights_disagree_by_the_headers(changes, message, folder):
+def test_open_headers_refuses_weights_that_disagree_with_config(changes, message, folder):
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         open_headers(folder)
@@ -256,14 +256,14 @@ def test_config_and_weights_disagree_by_the_headers(changes, message, folder):
         ({"rms_norm_eps": "small"}, "config.json cannot be used"),
     ],
 )
-def test_config_and_weights_disagree_by_the_stock_class(changes, message, folder):
+def test_check_keys_refuses_weights_that_disagree_with_stock_class(changes, message, folder):
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
         check_keys(open_checkpoint(folder))
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_tensor_and_an_unknown_one(folder):
+def test_check_keys_names_missing_and_unknown_tensors(folder):
     tensors = load_file(folder / WEIGHTS)
     removed = {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"}
     save_file(removed, folder / WEIGHTS, {"format": "pt"})
@@ -274,7 +274,7 @@ def test_a_missing_tensor_and_an_unknown_one(folder):
         check_keys(open_checkpoint(folder))
 
 
-def test_nan_weights_are_refused(folder, tmp_path):
+def test_write_checkpoint_refuses_nan_weights(folder, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
@@ -283,14 +283,14 @@ def test_nan_weights_are_refused(folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_infinities_are_no_nan(folder, tmp_path):
+def test_write_checkpoint_takes_infinities(folder, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("-inf")])
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     write_checkpoint(open_checkpoint(folder), tmp_path / "out")
 
 
-def test_a_folder_without_weights(tmp_path, folder):
+def test_open_headers_refuses_folder_without_weights(tmp_path, folder):
     with pytest.raises(CheckpointError, match=r"there is no such folder"):
         open_headers(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"is a file, not a checkpoint folder"):
@@ -303,7 +303,7 @@ def test_a_folder_without_weights(tmp_path, folder):
         open_headers(folder)
 
 
-def test_tokenizers(folder):
+def test_load_tokenizer_refuses_damaged_files(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"the tokenizer cannot be read"):
         load_tokenizer(folder)
@@ -312,7 +312,7 @@ def test_tokenizers(folder):
         load_tokenizer(folder)
 
 
-def test_a_mask_that_was_tampered_with(folder, tmp_path):
+def test_open_checkpoint_refuses_tampered_mask(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
     out = write(
@@ -329,7 +329,7 @@ def test_a_mask_that_was_tampered_with(folder, tmp_path):
         open_checkpoint(out.folder).tensor("model.layers.0.mlp.up_proj.weight")
 
 
-def test_compact_of_a_newer_format(folder, tmp_path):
+def test_open_headers_refuses_newer_format(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
     out = write(
@@ -344,7 +344,7 @@ def test_compact_of_a_newer_format(folder, tmp_path):
         open_headers(out.folder)
 
 
-def test_our_loader_never_runs_the_folders_file(folder, tmp_path):
+def test_load_model_never_runs_the_bundled_file(folder, tmp_path):
     from tests.passes.helpers import apply, write
 
     out = write(

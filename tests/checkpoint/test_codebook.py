@@ -45,7 +45,7 @@ def random_codes(shape, bits, dtype, seed, mask=None):
     st.sampled_from(list(CODEBOOKS)), st.lists(st.integers(0, 9), min_size=1, max_size=4),
     st.sampled_from(list(FLOAT_DTYPES)), st.none() | st.floats(0, 1), st.integers(0, 10_000),
 )  # fmt: skip
-def test_decode_undoes_encode(format_, shape, dtype, share, seed):
+def test_decode_undoes_encode_of_codebooks(format_, shape, dtype, share, seed):
     quant_format, shape = QuantFormat(format_), tuple(shape)
     mask = None if share is None else torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
     codes = random_codes(shape, quant_format.bits, torch_dtype(dtype), seed, mask)
@@ -65,7 +65,7 @@ def test_decode_undoes_encode(format_, shape, dtype, share, seed):
     assert torch.equal(found, mask) if mask is not None else found is None
 
 
-def test_long_tensors_are_decoded_in_parts(monkeypatch):
+def test_decode_of_long_codebook_tensors_by_parts(monkeypatch):
     codes = random_codes((9, 41), 3, torch.float32, 0)
     tensor = Tensor("w", (9, 41), "F32", storage=CODEBOOK, quant_format=QuantFormat("codebook3"))
     encoded = encode(Value(dequantize(codes), None, codes), tensor)
@@ -113,7 +113,7 @@ def written(tmp_path_factory):
     return found
 
 
-def test_values_codes_and_masks_come_back(written):
+def test_codebook_values_codes_and_masks_round_trip(written):
     for done, values in written.values():
         opened = open_checkpoint(done.folder)
         for name, value in values.items():
@@ -129,7 +129,7 @@ def test_values_codes_and_masks_come_back(written):
                 assert not torch.signbit(found.data[~found.mask]).any()
 
 
-def test_all_loaders_compute_what_the_dense_twin_does(written, stock_outputs, tmp_path):
+def test_codebook_loaders_match_dense_twin(written, stock_outputs, tmp_path):
     cases = {}
     for family, (done, values) in written.items():
         dense = compress.unpack(done.folder, tmp_path / family)
@@ -149,7 +149,7 @@ def test_all_loaders_compute_what_the_dense_twin_does(written, stock_outputs, tm
         assert row.get("difference", 1.0) <= (1e-6 if family == "vit" else 0.0), (family, row)
 
 
-def test_inspect_and_diff(written, tmp_path):
+def test_codebook_inspect_and_diff(written, tmp_path):
     done, values = written["llama"]
     found = inspect(done.folder)
     assert found["compact"]
@@ -164,7 +164,7 @@ def test_inspect_and_diff(written, tmp_path):
     assert all(row["max_difference"] == 0 for row in twin["tensors"])
 
 
-def test_in_the_stock_store_values_are_written(tmp_path):
+def test_codebook_values_are_written_in_stock_store(tmp_path):
     changed, values = coded(pico.save(tmp_path / "in", "llama", with_tokenizer=False), share=0.9)
     assert needs_code(with_storage(changed.spec, "compact"))
     stock = with_storage(changed.spec, "stock")
@@ -191,7 +191,7 @@ def damaged(folder, tmp_path, change):
     return other
 
 
-def test_damage_is_refused_in_one_line(tmp_path):
+def test_codebook_damage_is_refused_in_one_line(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     folders = {}
     for kind, share in (("plain", None), ("masked", 0.5)):

@@ -47,7 +47,7 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
 
 
 @given(st.integers(0, 100), st.integers(0, 10_000))
-def test_bits(count, seed):
+def test_unpack_bits_by_hand(count, seed):
     mask = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
     packed = pack_bits(mask)
     expected = [sum(bool(b) << i for i, b in enumerate(mask.tolist()[s : s + 8])) for s in range(0, count, 8)]
@@ -56,7 +56,7 @@ def test_bits(count, seed):
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 75), st.integers(0, 10_000))
-def test_packing_is_that_of_compressed_tensors(bits, rows, count, seed):
+def test_pack_to_int32_matches_compressed_tensors(bits, rows, count, seed):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
     half = 1 << (bits - 1)
@@ -68,7 +68,7 @@ def test_packing_is_that_of_compressed_tensors(bits, rows, count, seed):
     assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
 
 
-def test_long_rows_are_packed_in_parts(monkeypatch):
+def test_unpack_codes_of_long_rows_by_parts(monkeypatch):
     codes = torch.randint(-4, 4, (1, 200), dtype=torch.int8)
     tall = torch.randint(-4, 4, (9, 41), dtype=torch.int8)
     whole = pack_codes(codes, 3), pack_codes(tall, 3)
@@ -123,7 +123,7 @@ def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs
         assert found is None or torch.equal(found, value.mask)
 
 
-def test_the_mask_chain_is_taken_where_it_is_smaller():
+def test_mask_chain_is_taken_when_smaller():
     from compress.spec.spec import Spec, Structure
 
     tensors = {f"t{kept}": Tensor(f"t{kept}", (10, 16), "BF16", kept=kept) for kept in (160, 150, 149, 10)}
@@ -134,7 +134,7 @@ def test_the_mask_chain_is_taken_where_it_is_smaller():
     assert not needs_code(with_storage(spec, "stock"))
 
 
-def test_the_bundled_file_needs_torch_and_transformers_alone():
+def test_bundle_needs_only_torch_and_transformers():
     import ast
 
     tree = ast.parse(bundle.source())

@@ -89,7 +89,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_computes_what_its_dense_twin_does(family, written, tmp_path):
+def test_edits_match_dense_twin(family, written, tmp_path):
     checkpoint, folder = written[family]
     stored = open_checkpoint(folder)
     check_keys(stored)
@@ -107,7 +107,7 @@ def test_it_computes_what_its_dense_twin_does(family, written, tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
 
 
-def test_stock_transformers_loads_and_generates_without_this_package(written, stock, tmp_path):
+def test_edits_load_and_generate_in_stock_transformers(written, stock, tmp_path):
     for family in ("llama", "gpt2", "gemma3_text"):
         unpack(written[family][1], tmp_path / family)
     pairs = {family: [str(written[family][1]), str(tmp_path / family)] for family in ("llama", "gpt2", "gemma3_text")}
@@ -128,7 +128,7 @@ def test_stock_transformers_loads_and_generates_without_this_package(written, st
         assert float(line.split()[-1]) < 1e-4
 
 
-def test_without_trust_remote_code_it_is_refused(written, stock):
+def test_edits_need_trust_remote_code(written, stock):
     out = stock(
         "import transformers\n"
         "try:\n"
@@ -153,7 +153,7 @@ def test_without_trust_remote_code_it_is_refused(written, stock):
         (lambda edits: edits[-1]["values"].update(source="model.layers.9"), "with model.layers.9"),
     ],
 )
-def test_damaged(change, message, written, tmp_path):
+def test_edits_refuse_damage(change, message, written, tmp_path):
     import shutil
 
     shutil.copytree(written["llama"][1], tmp_path / "bad")

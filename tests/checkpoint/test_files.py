@@ -45,7 +45,7 @@ def stock_logits(folder: Path) -> torch.Tensor:
     return pico.logits(transformers.AutoModelForCausalLM.from_pretrained(folder))
 
 
-def test_copies_load_as_stock_loads_them_with_a_note(both, tmp_path):
+def test_open_headers_reads_copied_weights_with_a_note(both, tmp_path):
     notes = (f"{SINGLE} is read, as stock loaders do, not the shards of {INDEX} beside it",)
     assert open_checkpoint(both).files == (SINGLE,)
     assert open_headers(both)[0].notes == notes
@@ -65,7 +65,7 @@ def test_copies_load_as_stock_loads_them_with_a_note(both, tmp_path):
         ("model.norm.weight", lambda value: value[:-1].clone()),
     ],
 )
-def test_two_models_in_one_folder_are_refused_by_both_names(both, name, values):
+def test_open_headers_refuses_two_models_in_one_folder(both, name, values):
     change(both, name, values)
     for use in (open_headers, open_checkpoint, compress.load, inspect):
         with pytest.raises(CheckpointError) as caught:
@@ -77,7 +77,7 @@ def test_two_models_in_one_folder_are_refused_by_both_names(both, name, values):
 
 
 @pytest.mark.parametrize("left", ["nothing", "one shard", "a broken shard", "no JSON", "an index of the single file"])
-def test_a_stale_index_does_no_harm(both, left, tmp_path):
+def test_open_headers_ignores_a_stale_index(both, left, tmp_path):
     paths = sorted(both.glob("model-*"))
     if left == "nothing":
         for path in paths:
@@ -101,7 +101,7 @@ def test_a_stale_index_does_no_harm(both, left, tmp_path):
     assert float((stock_logits(tmp_path / "out").float() - before).abs().max()) < 0.1 * float(before.abs().max())
 
 
-def test_a_config_that_names_another_weight_file_is_refused(both):
+def test_open_headers_refuses_config_that_names_another_file(both):
     config = json.loads((both / "config.json").read_text())
     (both / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     with pytest.raises(

@@ -98,7 +98,7 @@ def folders(tmp_path_factory):
     return made
 
 
-def test_stock_transformers_computes_the_same(folders, stock_outputs, tmp_path):
+def test_foreign_codes_match_stock_transformers(folders, stock_outputs, tmp_path):
     cases = {}
     for name, folder in folders.items():
         ours = compress.load(folder)
@@ -112,7 +112,7 @@ def test_stock_transformers_computes_the_same(folders, stock_outputs, tmp_path):
     assert {name: row["difference"] for name, row in found.items() if not row["difference"] <= 1e-5} == {}
 
 
-def test_written_again_they_say_and_hold_the_same(folders, tmp_path):
+def test_foreign_codes_are_written_again_unchanged(folders, tmp_path):
     for name, folder in folders.items():
         again = write(open_checkpoint(folder), tmp_path / name).folder
         before, after = (load_file(f / "model.safetensors") for f in (folder, again))
@@ -128,7 +128,7 @@ def test_written_again_they_say_and_hold_the_same(folders, tmp_path):
         assert torch.equal(pico.logits(compress.load(folder)), pico.logits(compress.load(again)))
 
 
-def test_unpack_leaves_weights_alone(folders, tmp_path):
+def test_unpack_of_foreign_codes_leaves_weights_only(folders, tmp_path):
     """FAULTS F5: 8 to 28 stray tensors, which nobody takes back."""
     for name, folder in folders.items():
         dense = compress.unpack(folder, tmp_path / name)
@@ -141,7 +141,7 @@ def test_unpack_leaves_weights_alone(folders, tmp_path):
         assert torch.equal(pico.logits(compress.load(dense)), values)
 
 
-def test_arrays_that_stock_transformers_does_not_read(tmp_path):
+def test_foreign_arrays_that_stock_ignores_are_left_out(tmp_path):
     """Scales of queries, zero points of symmetric schemes, caches of formats that are not known: left out with a note."""
 
     def change(group, quantization, state, modules):
@@ -164,7 +164,7 @@ def test_arrays_that_stock_transformers_does_not_read(tmp_path):
     assert not any(name.endswith(("_scale", "_point")) for name in load_file(dense / "model.safetensors"))
 
 
-def test_scales_of_a_cache_that_is_known(tmp_path):
+def test_foreign_kv_cache_scales_are_kept(tmp_path):
     def change(group, quantization, state, modules):
         quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
         for block in range(4):
@@ -198,14 +198,14 @@ def refused(group, said, **weights):
         (lambda g, q, *_: g.update(weights=None), r"stores model.layers.0.mlp.down_proj as float-quantized, 8-bit int by"),
     ],
 )  # fmt: skip
-def test_schemes_that_are_refused_by_name(change, message, tmp_path):
+def test_foreign_schemes_are_refused_by_name(change, message, tmp_path):
     folder = make(tmp_path, "in", FP8, change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["cast", "prune_unstructured"])
-def test_fp8_without_scales(name, tmp_path):
+def test_foreign_fp8_without_scales_is_refused(name, tmp_path):
     """FAULTS F6: "every weight is bf16 already; leave the pass out"."""
     folder = pico.save(tmp_path / "in", dtype=torch.bfloat16, with_tokenizer=False)
     state = load_file(folder / "model.safetensors")

@@ -45,7 +45,7 @@ def as_float(data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_page_reads_what_the_package_reads(reader, name):
+def test_format_page_reads_what_the_package_reads(reader, name):
     tensors, config = reader["read"](golden.FOLDER / name)
     opened = open_checkpoint(golden.FOLDER / name)
     assert config["edits"] == to_json(opened.spec.structure.edits)
@@ -70,7 +70,7 @@ def test_page_reads_what_the_package_reads(reader, name):
         assert torch.equal(found, expected), key
 
 
-def test_page_rounds_as_torch_does(reader):
+def test_format_page_rounds_as_torch_does(reader):
     bytes_ = np.arange(256, dtype=np.uint8)
     finite = bytes_[(bytes_ & 127) != 127]
     floats = torch.from_numpy(finite.copy()).view(torch.float8_e4m3fn).float().numpy()
@@ -88,7 +88,7 @@ def keys_of(data):
     return {key for value in data for key in keys_of(value)} if isinstance(data, list) else set()
 
 
-def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
+def test_format_page_has_every_name_that_is_written(tmp_path):
     quoted = " ".join(re.findall(r"`([^`\n]+)`", PAGE))
     named = {*re.findall(r"[\w.\-]+", quoted), *re.findall(r"[\w\-]+", quoted)}
     named |= {f"int{bits}" for bits in range(2, 7)} | set(CODEBOOKS)  # the page gives first and last
@@ -138,7 +138,7 @@ def test_every_name_that_the_code_writes_is_on_the_page(tmp_path):
     assert stored > {"_packed", ".keep", ".codebook"}
 
 
-def test_every_chain_and_edit_has_its_row():
+def test_format_page_has_every_chain_and_edit():
     for chain in CHAINS:
         assert f"`{json.dumps(list(chain))}`" in PAGE, chain
     for kind in EDIT_KINDS:

@@ -21,7 +21,7 @@ RECORDED = json.loads((golden.FOLDER / golden.EXPECTED).read_text())
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_fixture_opens_unpacks_and_computes_what_is_recorded(name):
+def test_golden_opens_unpacks_and_computes_as_recorded(name):
     found = golden.expected(golden.FOLDER / name)
     logits = torch.tensor(found.pop("logits")), torch.tensor(RECORDED[name]["logits"])
     assert found == {key: value for key, value in RECORDED[name].items() if key != "logits"}
@@ -30,7 +30,7 @@ def test_fixture_opens_unpacks_and_computes_what_is_recorded(name):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_writing_a_fixture_again_gives_the_same_bytes(name, tmp_path):
+def test_golden_written_again_has_the_same_bytes(name, tmp_path):
     limit = golden.SHARDED.get(name, 1 << 30)
     write_checkpoint(open_checkpoint(golden.FOLDER / name), tmp_path / "again", store="compact", max_shard=limit)
     files = sorted(path.name for path in (golden.FOLDER / name).iterdir())
@@ -39,7 +39,7 @@ def test_writing_a_fixture_again_gives_the_same_bytes(name, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (golden.FOLDER / name / file).read_bytes(), file
 
 
-def test_there_is_a_fixture_for_each_codec_and_edit():
+def test_golden_covers_each_codec_and_edit():
     assert RECORDED.keys() == golden.MAKERS.keys()
     specs = [open_headers(golden.FOLDER / name)[0] for name in RECORDED]
     tensors = [tensor for spec in specs for tensor in spec.stored()]
@@ -53,7 +53,7 @@ def test_there_is_a_fixture_for_each_codec_and_edit():
     assert all(spec.structure.compact for spec in specs)
 
 
-def test_the_bundled_file_reads_all_fixtures(stock, tmp_path):
+def test_golden_is_read_by_the_bundled_file(stock, tmp_path):
     for name in RECORDED:
         shutil.copytree(golden.FOLDER / name, tmp_path / name)
         (tmp_path / name / bundle.FILE_NAME).write_bytes(bundle.source())
@@ -73,7 +73,7 @@ def test_the_bundled_file_reads_all_fixtures(stock, tmp_path):
         torch.testing.assert_close(torch.tensor(logits), recorded, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
-def test_changed_byte_of_a_fixture_is_noticed(tmp_path):
+def test_golden_changed_byte_is_noticed(tmp_path):
     shutil.copytree(golden.FOLDER / "packed", tmp_path / "packed")
     path = tmp_path / "packed/model.safetensors"
     data = bytearray(path.read_bytes())

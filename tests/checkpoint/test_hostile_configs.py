@@ -80,7 +80,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_fields_of_wrong_types(case, folder):
+def test_open_headers_refuses_fields_of_wrong_types(case, folder):
     changes, message = FIELDS[case]
     edit_config(folder, **changes)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -106,7 +106,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("case", CLAIMS)
-def test_sizes_of_a_config_are_looked_for_in_the_headers(case, tmp_path):
+def test_open_headers_checks_sizes_of_config_against_headers(case, tmp_path):
     """Before: 9 GB for the layers, no end for the labels."""
     family, changes, message = CLAIMS[case]
     shutil.copytree(pico.folder(family), tmp_path / "model")
@@ -133,7 +133,7 @@ def olmo(tmp_path_factory):
     return folder
 
 
-def test_so_are_those_of_families_without_a_record(olmo, tmp_path):
+def test_load_model_checks_sizes_of_families_without_a_record(olmo, tmp_path):
     assert load_model(olmo).num_parameters() == open_checkpoint(olmo).spec.parameters
     shutil.copytree(olmo, tmp_path / "model")
     edit_config(tmp_path / "model", num_hidden_layers=10**7)
@@ -142,7 +142,7 @@ def test_so_are_those_of_families_without_a_record(olmo, tmp_path):
 
 
 @pytest.mark.parametrize("size", [10**10, 10**18])
-def test_shapes_are_compared_before_memory_is_taken(olmo, size, tmp_path):
+def test_load_model_compares_shapes_before_it_allocates(olmo, size, tmp_path):
     shutil.copytree(olmo, tmp_path / "model")
     edit_config(tmp_path / "model", intermediate_size=size)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,7 +160,7 @@ def test_shapes_are_compared_before_memory_is_taken(olmo, size, tmp_path):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_a_model_class_makes_of_a_config_is_never_a_bug(changes, folder):
+def test_check_keys_reports_class_errors_as_bad_config(changes, folder):
     edit_config(folder, **changes)
     error = refused(lambda: check_keys(open_checkpoint(folder))) or refused(lambda: load_model(folder))
     assert "\n" not in (error or "")
@@ -169,7 +169,7 @@ def test_what_a_model_class_makes_of_a_config_is_never_a_bug(changes, folder):
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"temperature": "x", "do_sample": true}', "[" * 20000 + "]" * 20000, '{"max_length": [1]}']
 )
-def test_a_damaged_generation_config(text, folder):
+def test_check_keys_refuses_damaged_generation_config(text, folder):
     edit_config(folder)
     (folder / "generation_config.json").write_text(text)
     error = refused(lambda: check_keys(open_checkpoint(folder)))
@@ -199,7 +199,7 @@ def coded(tmp_path_factory, pico_llama):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_damaged_table_of_stored_tensors(kind, change, request, tmp_path):
+def test_open_headers_refuses_damaged_tensor_table(kind, change, request, tmp_path):
     source = request.getfixturevalue(kind)
     shutil.copytree(source, tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"
@@ -213,7 +213,7 @@ def test_a_damaged_table_of_stored_tensors(kind, change, request, tmp_path):
         open_headers(tmp_path / "model")
 
 
-def test_a_compact_config_says_how_codes_lie_in_its_base_alone(pico_llama, tmp_path):
+def test_open_checkpoint_reads_quantization_from_base_config_only(pico_llama, tmp_path):
     """What else stands beside the base is nobody's."""
     api.apply("prune_unstructured", pico_llama, tmp_path / "out", method="magnitude", sparsity=0.6, store="compact")
     sound = open_checkpoint(tmp_path / "out").spec
@@ -221,7 +221,7 @@ def test_a_compact_config_says_how_codes_lie_in_its_base_alone(pico_llama, tmp_p
     assert open_checkpoint(tmp_path / "out").spec == sound
 
 
-def test_what_transformers_warns_of_is_not_printed(tmp_path, recwarn):
+def test_load_model_prints_no_warnings_of_transformers(tmp_path, recwarn):
     """A BERT has no `rope_scaling`, and it says so by a warning of Python."""
     shutil.copytree(pico.folder("bert"), tmp_path / "model")
     edit_config(tmp_path / "model", rope_scaling={"rope_type": "linear", "factor": 2.0})
@@ -229,7 +229,7 @@ def test_what_transformers_warns_of_is_not_printed(tmp_path, recwarn):
     assert not [str(w.message) for w in recwarn.list if "transformers" in str(w.filename)]
 
 
-def test_names_that_are_no_text(folder):
+def test_open_headers_refuses_names_that_are_no_text(folder):
     (folder / "model.safetensors").write_bytes(
         raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"1234")
     )
@@ -237,7 +237,7 @@ def test_names_that_are_no_text(folder):
         open_headers(folder)
 
 
-def test_names_with_numbers_that_python_cannot_read(folder):
+def test_open_headers_takes_names_with_huge_numbers(folder):
     names = ["model.layers." + "9" * 5000 + ".x", "model.layers.00.x", "²", "٣"]
     table = {name: entry(4 * i, 4 * i + 4, [1]) for i, name in enumerate(names)}
     (folder / "model.safetensors").write_bytes(raw(table, b"1234" * len(names)))
@@ -247,7 +247,7 @@ def test_names_with_numbers_that_python_cannot_read(folder):
     assert sorted(["b10", "b9", "b09", "b1.2", "b1.10"], key=natural) == ["b1.2", "b1.10", "b09", "b9", "b10"]
 
 
-def test_a_model_that_fits_is_not_refused(olmo):
+def test_load_model_takes_a_model_that_fits(olmo):
     """The bounds are of counts of modules alone: large vocabularies, positions and rotary bases are none."""
     config = {
         "vocab_size": 50,

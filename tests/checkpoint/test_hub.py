@@ -119,7 +119,7 @@ def call(hub, tmp_path):
     return run
 
 
-def test_headers_come_by_range_requests(hub, call):
+def test_hub_headers_come_by_range_requests(hub, call):
     weights = sum(p.stat().st_size for p in hub.folder.glob("*.safetensors"))
     done = call("inspect", "org/tiny", "--json")
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ def test_headers_come_by_range_requests(hub, call):
     assert hub.sent < weights / 2
 
 
-def test_a_run_downloads_once_and_then_needs_no_network(hub, call, tmp_path):
+def test_hub_run_downloads_once_then_works_offline(hub, call, tmp_path):
     (tmp_path / "r.yaml").write_text("model: org/tiny@main\noutput: out\npasses:\n  - cast: {weights: bf16}\n")
     done = call("run", "r.yaml", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -154,14 +154,14 @@ def test_a_run_downloads_once_and_then_needs_no_network(hub, call, tmp_path):
         ("org/tiny", ("--offline",), "org/tiny: is not in the local cache"),
     ],
 )
-def test_what_the_hub_does_not_have(call, model, options, message):
+def test_hub_reports_what_is_missing(call, model, options, message):
     done = call("inspect", model, *options)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_single_file_beside_shards(hub, call, tmp_path):
+def test_hub_reads_a_single_file_beside_shards(hub, call, tmp_path):
     """Headers by range requests and a run agree on what is read and on what is refused."""
     shards = sorted(hub.folder.glob("model-*"))
     state = {k: v for path in shards for k, v in load_file(path).items()}
@@ -185,7 +185,7 @@ def test_a_single_file_beside_shards(hub, call, tmp_path):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_copies_of_tied_tensors_are_compared_by_samples(equal, hub, call, tmp_path):
+def test_hub_compares_copies_of_tied_tensors_by_samples(equal, hub, call, tmp_path):
     """A plan from headers alone says the bytes that a run then writes."""
     path = hub.folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))

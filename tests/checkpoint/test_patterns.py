@@ -23,7 +23,7 @@ ATOMS = [
 REPEATS = ["", "", "*", "+", "?", "{2}", "{0,2}", "{1,}", "*?"]
 
 
-def test_the_same_names_as_by_re():
+def test_patterns_match_the_same_names_as_re():
     draw, compared = random.Random(0), 0
     for _ in range(3000):
         atoms = [draw.choice(ATOMS) for _ in range(draw.randint(1, 5))]
@@ -48,7 +48,7 @@ def test_the_same_names_as_by_re():
         (r"re:.*mlp\.experts\.\d+\.(gate|up)_proj$", ["l.0.mlp.experts.17.up_proj"], ["l.0.mlp.experts.x.up_proj"]),
     ],
 )
-def test_patterns_of_tools(pattern, names, others):
+def test_patterns_of_other_tools_are_read(pattern, names, others):
     assert all(Matcher("x").matches(pattern, name) for name in names)
     assert not any(Matcher("x").matches(pattern, name) for name in others)
 
@@ -68,7 +68,7 @@ def test_patterns_of_tools(pattern, names, others):
         ("re:" + "(" * 100 + ")" * 100, "its brackets are nested too deeply"),
     ],
 )
-def test_a_checkpoint_cannot_hang_the_reader(place, pattern, said, tmp_path):
+def test_patterns_cannot_hang_the_reader(place, pattern, said, tmp_path):
     """FAULTS B13: `(a+)+$` took more than a day."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -91,7 +91,7 @@ def test_a_checkpoint_cannot_hang_the_reader(place, pattern, said, tmp_path):
     assert time.perf_counter() - start < 5
 
 
-def test_all_patterns_of_a_checkpoint_share_a_limit(monkeypatch):
+def test_patterns_of_a_checkpoint_share_a_limit(monkeypatch):
     monkeypatch.setattr(patterns, "_STEPS", patterns._STEPS // 20)
     start, matcher = time.perf_counter(), Matcher("here")
     many = (f"re:(x|{number})*(.*a.*b.*)*$" for number in range(10**9))

@@ -88,7 +88,7 @@ def recipe(model: Path, output: Path, texts, passes, **more):
     return {"model": str(model), "output": str(output), "passes": passes, **common, **more}
 
 
-def test_every_kind_of_pass_uses_the_code(foreign, record, texts, tmp_path, stock):
+def test_remote_code_is_used_by_every_kind_of_pass(foreign, record, texts, tmp_path, stock):
     wide = {"prune_structured": {"mlp": "25%", "compensation": "none", "importance": "magnitude"}}
     steps = {"distill": {"steps": 2, "batch_size": 2, "validation_samples": 2, "learning_rate": 1e-3}}
     chains = {
@@ -111,7 +111,7 @@ def test_every_kind_of_pass_uses_the_code(foreign, record, texts, tmp_path, stoc
     assert max(differences) <= 1e-4
 
 
-def test_the_code_is_refused_unless_it_is_trusted(foreign):
+def test_remote_code_is_refused_unless_trusted(foreign):
     for use in (open_headers, open_checkpoint, compress.load):
         with pytest.raises(
             CheckpointError, match=r"needs Python code that the checkpoint brings .* set trust_remote_code: true"
@@ -122,7 +122,7 @@ def test_the_code_is_refused_unless_it_is_trusted(foreign):
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", None])
-def test_ignoring_the_code_takes_the_class_of_transformers(architecture, tmp_path, texts, stock_outputs):
+def test_remote_code_when_ignored_gives_way_to_transformers(architecture, tmp_path, texts, stock_outputs):
     folder = bring_code(tmp_path / "in", "llama")
     if architecture is not None:
         edit_config(folder, architectures=[architecture])
@@ -137,13 +137,13 @@ def test_ignoring_the_code_takes_the_class_of_transformers(architecture, tmp_pat
     assert stock_outputs(case, dtype="float32")["fp16"]["difference"] <= 1e-4
 
 
-def test_trusting_and_ignoring_exclude_each_other(tmp_path, texts, pico_llama):
+def test_remote_code_trust_and_ignore_exclude_each_other(tmp_path, texts, pico_llama):
     asked = recipe(pico_llama, tmp_path / "out", texts, [{"cast": {"weights": "bf16"}}])
     with pytest.raises(CompressError, match="set one"):
         compress.plan({**asked, "trust_remote_code": True, "ignore_auto_map": True})
 
 
-def test_a_compact_checkpoint_cannot_stand_for_code(tmp_path, texts):
+def test_remote_code_is_refused_in_compact_store(tmp_path, texts):
     folder = bring_code(tmp_path / "in", "llama")
     passes = [{"prune_unstructured": {"method": "magnitude", "sparsity": "60%"}}]
     with pytest.raises(PassError, match="compact checkpoints stand for a class of transformers"):
@@ -166,7 +166,7 @@ def test_a_compact_checkpoint_cannot_stand_for_code(tmp_path, texts):
         ({**MAP, "AutoModelForCausalLM": ["modeling_my.MyModel"]}, "has an `auto_map` that does not map"),
     ],
 )
-def test_code_that_is_not_there(auto_map, message, tmp_path):
+def test_remote_code_that_is_missing_is_refused(auto_map, message, tmp_path):
     folder = bring_code(tmp_path / "in", "llama")
     edit_config(folder, auto_map=auto_map)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -174,7 +174,7 @@ def test_code_that_is_not_there(auto_map, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_code_that_fails_is_one_line(tmp_path):
+def test_remote_code_that_fails_is_one_line(tmp_path):
     folder = bring_code(tmp_path / "in", "llama")
     (folder / "modeling_my.py").write_text("raise SystemError('two\\nlines')\n")
     with pytest.raises(CheckpointError, match="two lines") as caught:
@@ -185,14 +185,14 @@ def test_code_that_fails_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "name", ["AutoModelForCausalLM", "TrainingArguments", "T5Tokenizer", "set_seed", "__version__"]
 )
-def test_what_is_no_class_of_models_is_not_built(name, tmp_path):
+def test_remote_class_that_is_no_model_is_not_built(name, tmp_path):
     folder = pico.save(tmp_path / "in", "llama")
     edit_config(folder, architectures=[name])
     with pytest.raises(CheckpointError, match=f"has no model class {name}"):
         compress.load(folder)
 
 
-def test_a_compact_checkpoint_runs_no_code_of_others(tmp_path):
+def test_remote_code_is_not_run_by_compact_checkpoints(tmp_path):
     """Its base config may name code: it is neither asked for, nor run, nor carried on."""
     out = compress.apply("prune_unstructured", pico.save(tmp_path / "in"), tmp_path / "out", method="magnitude", sparsity=0.6, store="compact")  # fmt: skip
     expected = pico.logits(compress.load(out))
@@ -219,7 +219,7 @@ CHOICES = {
 }
 
 
-def test_kernels_that_a_config_chooses_are_left_out(tmp_path, stock_outputs):
+def test_remote_kernels_of_a_config_are_left_out(tmp_path, stock_outputs):
     folder = pico.save(tmp_path / "in", "mixtral")
     expected = pico.logits(compress.load(folder))
     edit_config(folder, **CHOICES, extra={"attn_implementation": "flash_attention_2", "kept": 1})
@@ -239,7 +239,7 @@ def test_kernels_that_a_config_chooses_are_left_out(tmp_path, stock_outputs):
     assert stock_outputs(case, dtype="float32")["out"]["difference"] <= 1e-4
 
 
-def test_classes_that_transformers_has_are_read_from_its_source():
+def test_known_classes_are_read_from_transformers_source():
     """As its auto classes give them."""
     import transformers
     from transformers.models.auto import modeling_auto
@@ -256,7 +256,7 @@ def test_classes_that_transformers_has_are_read_from_its_source():
         assert _stock_names()[auto] == {k: v[0] if isinstance(v, tuple) else v for k, v in names.items()}
 
 
-def test_quantised_checkpoints_that_name_code_are_unpacked(tmp_path):
+def test_remote_code_of_quantized_checkpoints_is_unpacked(tmp_path):
     """As fine-tunes of Phi-3 come quantised: the code is carried on, or left out."""
     coded = compress.apply("cast", pico.save(tmp_path / "in"), tmp_path / "coded", weights="int8", method="rtn")
     expected = pico.logits(compress.load(coded, dtype="float32"))

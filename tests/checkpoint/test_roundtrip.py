@@ -56,7 +56,7 @@ def rewritten(tmp_path_factory, stock_outputs):
 
 @pytest.mark.parametrize("store", ["stock", "compact"])
 @pytest.mark.parametrize("family", pico.FAMILIES)
-def test_every_family_loads_elsewhere_with_our_logits(family, store, rewritten):
+def test_write_checkpoint_loads_in_stock_with_our_logits(family, store, rewritten):
     root, outputs = rewritten
     found = outputs[store][family]
     assert found.get("difference", 1) <= 1e-6, found  # alignment of memory picks the kernel
@@ -68,7 +68,7 @@ def test_every_family_loads_elsewhere_with_our_logits(family, store, rewritten):
         assert torch.allclose(pico.logits(load_model(out.folder)), pico.logits(pico.model(family)), atol=1e-6)
 
 
-def test_sharded_input_and_output(tmp_path):
+def test_write_checkpoint_reads_and_writes_shards(tmp_path):
     folder = pico.save(tmp_path / "in", max_shard_size="60KB")
     assert (folder / "model.safetensors.index.json").exists()
     source = open_checkpoint(folder)
@@ -84,7 +84,7 @@ def test_sharded_input_and_output(tmp_path):
     assert torch.equal(pico.logits(load_model(folder)), pico.logits(load_model(tmp_path / "out")))
 
 
-def test_bytes_do_not_depend_on_the_input_shards(tmp_path):
+def test_write_checkpoint_bytes_do_not_depend_on_input_shards(tmp_path):
     whole = pico.save(tmp_path / "whole")
     shards = pico.save(tmp_path / "shards", max_shard_size="60KB")
     for name, folder in (("a", whole), ("b", shards)):
@@ -92,7 +92,7 @@ def test_bytes_do_not_depend_on_the_input_shards(tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_layout_is_what_is_written(tmp_path, pico_llama):
+def test_stored_form_matches_what_is_written(tmp_path, pico_llama):
     pruned = prune(open_checkpoint(pico_llama), sparsity=0.5)
     for store in ("stock", "compact"):
         written = write_checkpoint(pruned, tmp_path / store, store=store, max_shard=40_000)
@@ -103,7 +103,7 @@ def test_layout_is_what_is_written(tmp_path, pico_llama):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_compact_loads_elsewhere_with_our_logits(dtype, tmp_path, stock):
+def test_compact_store_loads_in_stock_with_our_logits(dtype, tmp_path, stock):
     folder = pico.save(tmp_path / "in", dtype=dtype)
     write_checkpoint(prune(open_checkpoint(folder), sparsity=0.6), tmp_path / "out", store="compact")
     assert (tmp_path / "out/model.safetensors").stat().st_size < 0.85 * (folder / "model.safetensors").stat().st_size
@@ -122,7 +122,7 @@ def test_compact_loads_elsewhere_with_our_logits(dtype, tmp_path, stock):
     assert out.splitlines() == ["transformers.models.llama.modeling_llama 5", "refused"]
 
 
-def test_compact_wraps_base_classes_and_a_classifier(tmp_path, stock):
+def test_compact_store_wraps_base_classes_and_classifiers(tmp_path, stock):
     import transformers
 
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_compact_wraps_base_classes_and_a_classifier(tmp_path, stock):
         )
 
 
-def test_bundled_loader_refuses_missing_weights(tmp_path, pico_llama, stock):
+def test_bundle_refuses_missing_weights(tmp_path, pico_llama, stock):
     write_checkpoint(prune(open_checkpoint(pico_llama), sparsity=0.6), tmp_path / "out", store="compact")
     config = json.loads((tmp_path / "out/config.json").read_text())
     config["base"]["num_hidden_layers"] = 5
@@ -163,7 +163,7 @@ def test_bundled_loader_refuses_missing_weights(tmp_path, pico_llama, stock):
     assert "9 weights are missing, such as model.layers.4." in out
 
 
-def test_keep_masks_survive_a_dense_file(tmp_path, pico_llama):
+def test_write_checkpoint_keeps_masks_in_dense_files(tmp_path, pico_llama):
     """Kept weights that are exactly zero stay kept: the mask is not `value != 0`."""
     base = open_checkpoint(pico_llama)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -190,7 +190,7 @@ def test_keep_masks_survive_a_dense_file(tmp_path, pico_llama):
     assert stock_file[name].shape == (64, 32)
 
 
-def test_rewriting_changes_nothing(tmp_path, pico_llama):
+def test_write_checkpoint_again_changes_nothing(tmp_path, pico_llama):
     pruned = prune(open_checkpoint(pico_llama), sparsity=0.5)
     for store in ("stock", "compact"):
         first = write_checkpoint(pruned, tmp_path / f"{store}1", store=store)
@@ -200,7 +200,7 @@ def test_rewriting_changes_nothing(tmp_path, pico_llama):
         assert first.content == second.content
 
 
-def test_sidecars_travel(tmp_path):
+def test_write_checkpoint_copies_sidecars(tmp_path):
     folder = pico.save(tmp_path / "in")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "LICENSE").write_text("licence")
@@ -222,7 +222,7 @@ def test_sidecars_travel(tmp_path):
     assert load_tokenizer(tmp_path / "out").decode([66, 67]) == load_tokenizer(folder).decode([66, 67])
 
 
-def test_metadata_and_dtype_strings_are_kept(tmp_path, pico_llama):
+def test_write_checkpoint_keeps_metadata_and_dtype_strings(tmp_path, pico_llama):
     from safetensors.torch import save_file
 
     folder = tmp_path / "in"
@@ -238,13 +238,13 @@ def test_metadata_and_dtype_strings_are_kept(tmp_path, pico_llama):
         assert opened.metadata() == {"format": "pt", "note": "mine"}
 
 
-def test_output_must_not_exist(tmp_path, pico_llama):
+def test_write_checkpoint_refuses_existing_output(tmp_path, pico_llama):
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         write_checkpoint(open_checkpoint(pico_llama), tmp_path / "out")
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, pico_llama):
+def test_write_checkpoint_leaves_nothing_when_it_fails(tmp_path, pico_llama):
     base = open_checkpoint(pico_llama)
 
     def broken(name: str) -> Value:
@@ -257,7 +257,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, pico_llama):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verification_notices_a_wrong_byte(tmp_path, pico_llama, monkeypatch):
+def test_write_checkpoint_verification_notices_a_wrong_byte(tmp_path, pico_llama, monkeypatch):
     from compress.checkpoint import write
 
     real = write._pwrite
@@ -271,7 +271,7 @@ def test_verification_notices_a_wrong_byte(tmp_path, pico_llama, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ties_are_aliases(tmp_path):
+def test_open_checkpoint_reads_ties_as_aliases(tmp_path):
     folder = pico.save(tmp_path / "in", tie_word_embeddings=True)
     spec = open_checkpoint(folder).spec
     assert spec.tensors["lm_head.weight"].alias_of == "model.embed_tokens.weight"

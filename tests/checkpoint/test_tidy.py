@@ -139,7 +139,7 @@ def expected(folders):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_files_as_the_hub_has_them_open_as_stock_opens_them(case, folders, expected):
+def test_open_headers_reads_untidy_files_as_stock_does(case, folders, expected):
     folder = folders[case]
     checkpoint = open_checkpoint(folder)
     check_keys(checkpoint)
@@ -149,7 +149,7 @@ def test_files_as_the_hub_has_them_open_as_stock_opens_them(case, folders, expec
     assert checkpoint.spec.notes == open_headers(folder)[0].notes != ()
 
 
-def test_what_is_left_out_is_said(folders):
+def test_open_headers_says_what_it_leaves_out(folders):
     notes = {case: open_headers(folder)[0].notes for case, folder in folders.items()}
     (note,) = notes["bert"]
     assert note.startswith("5 tensors are left out, which BertForMaskedLM does not read: bert.")
@@ -163,7 +163,7 @@ def test_what_is_left_out_is_said(folders):
     assert len(notes["t5"]) == 4
 
 
-def test_runs_write_what_was_planned_and_stock_reads_it(folders, tmp_path, stock_outputs):
+def test_run_of_untidy_files_matches_plan_and_loads_in_stock(folders, tmp_path, stock_outputs):
     outputs = {}
     for case, folder in folders.items():
         out = tmp_path / case
@@ -183,7 +183,7 @@ def test_runs_write_what_was_planned_and_stock_reads_it(folders, tmp_path, stock
 
 
 @pytest.mark.parametrize("record", architectures.RECORDS, ids=lambda record: record.model_type)
-def test_no_class_reads_what_its_record_calls_left_over(record):
+def test_leftovers_of_records_are_read_by_no_class(record):
     """Every class of transformers of that model type, built on the meta device."""
     config = pico.config(record.model_type, tie_word_embeddings=False)
     start = type(config).__name__.removesuffix("Config").removesuffix("Text")
@@ -197,7 +197,7 @@ def test_no_class_reads_what_its_record_calls_left_over(record):
         assert not [n for n in read if record.is_leftover(n, cls.__name__)], cls
 
 
-def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path, stock_outputs):
+def test_open_headers_keeps_an_untied_head_when_config_ties(tmp_path, stock_outputs):
     """Stock transformers keeps both; so does what is written, whatever its loader makes of the config."""
     heads = {"llama": "lm_head.weight", "gpt2": "lm_head.weight", "electra": "generator_lm_head.weight"}
     cases = {}
@@ -224,14 +224,14 @@ def test_a_head_of_its_own_beside_a_config_that_ties(tmp_path, stock_outputs):
         ("t5", "encoder.embed_tokens.weight", "shared.weight"),
     ],
 )
-def test_copies_that_differ_are_refused_where_no_config_keeps_both(family, name, source, tmp_path):
+def test_open_headers_refuses_copies_that_differ(family, name, source, tmp_path):
     folder = pico.save(tmp_path / "in", family)
     rewrite(folder, lambda s: {**s, name: s[source] + 0.5})
     with pytest.raises(CheckpointError, match=f"ties {re.escape(name)} to {re.escape(source)} in its config, but has"):
         open_headers(folder)
 
 
-def test_what_nobody_knows_is_still_refused(tmp_path):
+def test_check_keys_refuses_unknown_tensors(tmp_path):
     folder = rewrite(pico.save(tmp_path / "in", "bert"), lambda s: s | {"bert.stray.weight": torch.ones(2)})
     with pytest.raises(CheckpointError, match=r"1 weights are unknown to the model .* such as bert\.stray\.weight"):
         check_keys(open_checkpoint(folder))

@@ -126,7 +126,7 @@ def test_run_that_does_not_pass_its_gates_is_not_published(cli, place, tmp_path,
     load_model(tmp_path / "out")
 
 
-def test_check(cli, place):
+def test_check_passes_a_good_recipe(cli, place):
     done = cli("check", place / "recipe.yaml")
     assert (done.status, done.err) == (0, "")
     assert done.out == f"{place / 'recipe.yaml'}: no mistakes found\n"
@@ -153,7 +153,7 @@ def test_check_reports_every_mistake_at_its_place(cli, tmp_path):
     assert "Traceback" not in done.err
 
 
-def test_a_pass_that_cannot_apply_is_shown_at_its_line(cli, place):
+def test_check_locates_a_pass_that_cannot_apply(cli, place):
     path = place / "nine.yaml"
     path.write_text(
         f"model: {place / 'model'}\noutput: {place / 'nine'}\npasses:\n  - prune_structured:\n      layers: [9]\n      compensation: none\n"
@@ -166,7 +166,7 @@ def test_a_pass_that_cannot_apply_is_shown_at_its_line(cli, place):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_tables_fit_the_terminal(cli, place, width, monkeypatch):
+def test_plan_tables_fit_the_terminal(cli, place, width, monkeypatch):
     monkeypatch.chdir(place)
     for command in (
         ["run", "recipe.yaml", "--quiet", "--set", "model=model", "--set", "output=relative"],
@@ -197,7 +197,7 @@ def test_plan_says_what_the_run_wrote(cli, place):
     assert "free" in table
 
 
-def test_inspect(cli, place):
+def test_inspect_describes_a_checkpoint(cli, place):
     data = cli("inspect", place / "small", "--json").json
     assert data["size"]["bytes"] == sum(p.stat().st_size for p in (place / "small").glob("*.safetensors"))
     assert data["compact"]
@@ -207,7 +207,7 @@ def test_inspect(cli, place):
     assert row["zeros"] == pytest.approx(row["sparsity"])
 
 
-def test_diff(cli, place):
+def test_diff_compares_two_checkpoints(cli, place):
     assert cli("diff", place / "model", place / "model").out.endswith("no difference\n")
     data = cli("diff", place / "model", place / "small", "--json").json
     assert not data["same"]
@@ -253,7 +253,7 @@ def test_eval_and_gate_against_a_stored_baseline(cli, place, texts, tmp_path):
     assert other["evaluation"]["kl"] == pytest.approx(report["result"]["evaluation"]["kl"], rel=1e-6)
 
 
-def test_gate_on_a_report(cli, place, tmp_path):
+def test_gate_judges_a_report(cli, place, tmp_path):
     path = place / "small.run/report.json"
     done = cli("gate", path, "--junit", tmp_path / "junit.xml")
     assert done.status == 0
@@ -309,7 +309,7 @@ def test_gate_on_a_report(cli, place, tmp_path):
         (["rnu"], "No such command"),
     ],
 )
-def test_what_is_wrong_in_one_line(cli, place, monkeypatch, arguments, message):
+def test_commands_tell_errors_in_one_line(cli, place, monkeypatch, arguments, message):
     monkeypatch.chdir(place)
     done = cli(*arguments)
     assert done.status == 2, done.out + done.err
@@ -318,7 +318,7 @@ def test_what_is_wrong_in_one_line(cli, place, monkeypatch, arguments, message):
     assert done.out == ""
 
 
-def test_passes_and_schema(cli):
+def test_passes_and_schema_are_printed(cli):
     listed = cli("passes", "--json").json["passes"]
     assert [p["name"] for p in listed] == [
         "cast",
@@ -337,7 +337,7 @@ def test_passes_and_schema(cli):
     assert cli("schema", "--report").json == json.loads((ROOT / "docs/report.schema.json").read_text())
 
 
-def test_unpack(cli, place, tmp_path):
+def test_unpack_writes_a_dense_checkpoint(cli, place, tmp_path):
     done = cli("unpack", place / "small", tmp_path / "dense", "--quiet")
     assert done.out == f"wrote {tmp_path / 'dense'}\n"
     config = json.loads((tmp_path / "dense/config.json").read_text())
@@ -345,7 +345,7 @@ def test_unpack(cli, place, tmp_path):
     assert "auto_map" not in config
 
 
-def test_runs_and_clean(cli, place, tmp_path):
+def test_runs_and_clean_list_and_remove(cli, place, tmp_path):
     shutil.copytree(place / "small.run", tmp_path / "x.run")
     assert cli("runs", tmp_path, "--json").json["runs"][0]["status"] == "passed"
     assert cli("clean", tmp_path / "x.run", "--dry-run").out.startswith("would remove nothing")
@@ -354,7 +354,7 @@ def test_runs_and_clean(cli, place, tmp_path):
     assert cli("runs", tmp_path).out == "no run folders here\n"
 
 
-def test_version(cli):
+def test_version_is_printed(cli):
     import compress
 
     assert cli("--version").out == f"compress {compress.__version__}\n"
@@ -370,7 +370,7 @@ def process(*command, **environment):
 
 
 @pytest.mark.parametrize("command", [["-m", "compress"], ["cli.py"]])
-def test_launchers(command):
+def test_launchers_run_the_command(command):
     done = process(sys.executable, *command, "passes")
     assert done.returncode == 0
     assert "prune_unstructured" in done.stdout
@@ -391,7 +391,7 @@ def test_launchers(command):
         (["gate", "REPORT"], 0),
     ],
 )
-def test_commands_that_need_no_torch(place, arguments, status):
+def test_commands_without_torch_import_none(place, arguments, status):
     (place / "bad.yaml").write_text("model: 3\n")
     names = {"RECIPE": "recipe.yaml", "BAD": "bad.yaml", "MODEL": "model", "REPORT": "small.run/report.json"}
     arguments = [str(place / names[a]) if a in names else a for a in arguments]
@@ -409,7 +409,7 @@ def test_commands_that_need_no_torch(place, arguments, status):
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion(shell):
+def test_shell_completion_is_installed(shell):
     script = process(
         "compress",
         "--show-completion",
@@ -431,7 +431,7 @@ def test_shell_completion(shell):
     assert "unpack" in done.stdout
 
 
-def test_a_closed_pipe_is_no_bug(place):
+def test_closed_pipe_is_no_bug(place):
     done = subprocess.run(
         f"{sys.executable} -m compress schema | head -c 10",
         shell=True,

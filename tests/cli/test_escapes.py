@@ -40,7 +40,7 @@ def hostile(tmp_path):
 
 
 @pytest.mark.parametrize("options", [(), ("--tensors",), ("--zeros",), ("--json",)])
-def test_inspect(options, hostile, cli):
+def test_inspect_escapes_hostile_names(options, hostile, cli):
     status, out, _ = cli("inspect", hostile, *options)
     assert status == 0
     if "--json" in options:
@@ -49,7 +49,7 @@ def test_inspect(options, hostile, cli):
         assert "\\x1b]0;owned\\x07" in out.replace("\n", "")
 
 
-def test_errors_recipes_and_diffs(hostile, cli, tmp_path, pico_llama):
+def test_errors_recipes_and_diffs_escape_hostile_names(hostile, cli, tmp_path, pico_llama):
     status, _, err = cli("inspect", tmp_path / f"none{OWNED}")
     assert (status, err.count("\n")) == (2, 1)
     (tmp_path / f"r{OWNED}.yaml").write_text(

@@ -70,14 +70,14 @@ class PanicException(BaseException):
     ],
     ids=repr,
 )
-def test_how_a_command_ends(ends, error, status, text):
+def test_guard_ends_with_one_line_and_status(ends, error, status, text):
     code, err = ends(raising(error))
     assert code == status
     assert err.startswith(text)
     assert err.count("\n") == (1 if text else 0)
 
 
-def test_a_question_that_nobody_answers_is_no_failed_gate(ends, monkeypatch):
+def test_guard_ends_with_2_when_a_question_is_unanswered(ends, monkeypatch):
     """typer ends with 1 at the end of the input."""
     import typer
 
@@ -89,7 +89,7 @@ def test_a_question_that_nobody_answers_is_no_failed_gate(ends, monkeypatch):
     assert "compress: bug: EOFError: Ran out of input; the traceback is in " in err
 
 
-def test_a_bug_without_a_place_for_its_log(ends, monkeypatch, tmp_path):
+def test_guard_tells_a_bug_without_a_place_for_its_log(ends, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     code, err = ends(raising(ZeroDivisionError("division by zero")))
     assert code == 70
@@ -98,7 +98,7 @@ def test_a_bug_without_a_place_for_its_log(ends, monkeypatch, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_a_bug_where_no_file_may_grow(ends, monkeypatch, tmp_path):
+def test_guard_tells_a_bug_when_no_file_may_grow(ends, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -117,7 +117,7 @@ def test_a_bug_where_no_file_may_grow(ends, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["abc", ""])
-def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
+def test_launched_refuses_a_world_size_that_is_no_number(ends, monkeypatch, size):
     from compress.errors import CompressError
     from compress.pipeline.workers import launched
 
@@ -139,7 +139,7 @@ def test_a_world_size_that_is_no_number(ends, monkeypatch, size):
         ({"RANK": "2"}, "RANK is 2, of 2 processes"),
     ],
 )
-def test_variables_of_torchrun_that_something_else_has_set(monkeypatch, changes, said):
+def test_process_group_refuses_variables_of_others(monkeypatch, changes, said):
     from compress.errors import CompressError
     from compress.pipeline.workers import process_group
 
@@ -159,7 +159,7 @@ def test_variables_of_torchrun_that_something_else_has_set(monkeypatch, changes,
         ValueError("No space left on device (os error 28)"),
     ],
 )
-def test_what_the_machine_lacks_is_no_fault_of_a_config(error):
+def test_refusing_lets_missing_memory_through(error):
     from types import SimpleNamespace
 
     from compress.errors import CheckpointError
@@ -175,7 +175,7 @@ def test_what_the_machine_lacks_is_no_fault_of_a_config(error):
         refusing(make)(SimpleNamespace(folder="m"), PermissionError(errno.EACCES, "Permission denied", "a"))
 
 
-def test_a_full_disk_behind_standard_output(ends, monkeypatch):
+def test_guard_tells_a_full_disk_behind_stdout(ends, monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         code, err = ends(lambda: print("x"))
@@ -185,7 +185,7 @@ def test_a_full_disk_behind_standard_output(ends, monkeypatch):
     )
 
 
-def test_closed_streams(ends, monkeypatch):
+def test_guard_works_with_closed_streams(ends, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     with pytest.raises(SystemExit) as caught:
@@ -193,7 +193,7 @@ def test_closed_streams(ends, monkeypatch):
     assert caught.value.code == 70
 
 
-def test_the_second_signal_does_not_break_into_the_first_ones_cleaning(ends):
+def test_guard_second_signal_waits_for_cleaning(ends):
     cleaned = []
 
     def command():
@@ -211,7 +211,7 @@ def test_the_second_signal_does_not_break_into_the_first_ones_cleaning(ends):
     assert cleaned == [True]
 
 
-def test_a_signal_while_the_command_line_is_imported():
+def test_guard_handles_a_signal_during_import():
     """Handlers stand before anything else is imported: no traceback, whenever it comes."""
     code = (
         "import os, signal, sys\n"
@@ -232,7 +232,7 @@ def test_a_signal_while_the_command_line_is_imported():
         assert done.stderr.count("\n") == 1
 
 
-def test_a_path_of_an_unknown_user(tmp_path):
+def test_expanded_refuses_a_path_of_an_unknown_user(tmp_path):
     from compress.errors import CompressError
     from compress.files import expanded
 
@@ -241,7 +241,7 @@ def test_a_path_of_an_unknown_user(tmp_path):
     assert expanded("~/x") == Path.home() / "x"
 
 
-def test_paths_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch):
+def test_commands_refuse_impossible_paths_and_numbers(tmp_path, capsys, monkeypatch):
     """Of real commands: one line, status 2."""
     from compress.cli import main
 
@@ -268,7 +268,7 @@ def test_paths_and_numbers_that_cannot_be(tmp_path, capsys, monkeypatch):
         assert "Traceback" not in err
 
 
-def test_a_bound_too_large_for_a_number():
+def test_gate_refuses_a_bound_too_large_for_a_number():
     from pydantic import TypeAdapter, ValidationError
 
     from compress.settings import AllowedIncrease, Fraction
@@ -286,7 +286,7 @@ def test_a_bound_too_large_for_a_number():
         ("RuntimeError('something else')", 70, "bug: RuntimeError: something else"),
     ],
 )  # fmt: skip
-def test_errors_of_the_disk_that_libraries_report_as_their_own(error, status, text, capsys):
+def test_guard_finds_disk_errors_that_libraries_wrap(error, status, text, capsys):
     import safetensors
 
     def command():

@@ -79,7 +79,7 @@ def damaged(document, seed):
     return made
 
 
-def test_damaged_reports_are_judged_or_refused(cli, documents, tmp_path):
+def test_gate_judges_or_refuses_damaged_reports(cli, documents, tmp_path):
     found = set()
     for seed in range(60):
         (tmp_path / "r.json").write_text(json.dumps(damaged(documents[0], seed)))
@@ -92,7 +92,7 @@ def test_damaged_reports_are_judged_or_refused(cli, documents, tmp_path):
     assert {1, 2} & found
 
 
-def test_damaged_baselines_are_used_or_refused(documents, tmp_path, pico_llama):
+def test_evaluate_uses_or_refuses_damaged_baselines(documents, tmp_path, pico_llama):
     from compress.errors import CompressError
 
     for seed in range(40):
@@ -114,7 +114,7 @@ def test_damaged_baselines_are_used_or_refused(documents, tmp_path, pico_llama):
         (lambda r: r.update(schema=[]), "r.json: is no report of this tool"),
     ],
 )
-def test_what_is_wrong_with_a_report_is_named(cli, documents, tmp_path, change, text):
+def test_gate_names_what_is_wrong_with_a_report(cli, documents, tmp_path, change, text):
     report = copy.deepcopy(documents[0])
     change(report)
     (tmp_path / "r.json").write_text(json.dumps(report))
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_report_is_named(cli, documents, tmp_path, change, 
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, "", "\ud800".encode("utf-8", "surrogatepass"), "[1]", "3", '{"schema": 3}']
 )
-def test_what_is_no_document(cli, tmp_path, pico_llama, text):
+def test_gate_refuses_other_documents(cli, tmp_path, pico_llama, text):
     (tmp_path / "r.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     for command in (["gate", tmp_path / "r.json"], ["eval", pico_llama, "--baseline", tmp_path / "r.json"]):
         status, said = cli(*command)
@@ -135,7 +135,7 @@ def test_what_is_no_document(cli, tmp_path, pico_llama, text):
         assert said.count("\n") == 1
 
 
-def test_a_baseline_whose_documents_do_not_fit(documents, tmp_path, pico_llama):
+def test_evaluate_refuses_a_baseline_of_other_documents(documents, tmp_path, pico_llama):
     from compress.errors import ReportError
 
     made = copy.deepcopy(documents[1])

@@ -32,7 +32,7 @@ def measured(tmp_path, pico_llama, monkeypatch, capfd):
     return run
 
 
-def test_a_pattern_that_panics_in_rust(measured):
+def test_eval_refuses_a_tokenizer_that_panics(measured):
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     status, said = measured("tokenizer.json", pre_tokenizer=split)
     assert (status, "the tokenizer breaks on it: " in said) == (2, True), said
@@ -46,6 +46,6 @@ def test_a_pattern_that_panics_in_rust(measured):
     ],
     ids=str,
 )  # fmt: skip
-def test_settings_of_wrong_types(file, changes, measured):
+def test_eval_refuses_tokenizer_settings_of_wrong_types(file, changes, measured):
     status, said = measured(file, **changes)
     assert (status, said.startswith("compress: ")) == (2, True) or status == 0, said

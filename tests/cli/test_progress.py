@@ -11,7 +11,7 @@ from compress.cli.progress import make_progress
 from tests.conftest import ROOT
 
 
-def test_lines_every_ten_seconds_where_there_is_no_terminal(monkeypatch):
+def test_progress_prints_lines_when_there_is_no_terminal(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -35,7 +35,7 @@ def test_lines_every_ten_seconds_where_there_is_no_terminal(monkeypatch):
     assert lines[1].endswith("t9")
 
 
-def test_quiet_says_nothing():
+def test_progress_quiet_prints_nothing():
     stream = io.StringIO()
     shown = make_progress(True, stream)
     shown.stage(1, 1, "x")
@@ -79,7 +79,7 @@ def in_terminal(**environment: str) -> str:
     return received.decode()
 
 
-def test_bars_in_a_terminal():
+def test_progress_draws_bars_in_a_terminal():
     text = in_terminal()
     assert "[1/2] prune [x]" in text
     assert "3/3" in text
@@ -87,7 +87,7 @@ def test_bars_in_a_terminal():
     assert "reused [y]" in text
 
 
-def test_no_color():
+def test_progress_honors_no_color():
     import re
 
     plain = in_terminal(NO_COLOR="1")
@@ -95,5 +95,5 @@ def test_no_color():
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", in_terminal(NO_COLOR=""))
 
 
-def test_a_dumb_terminal_gets_lines():
+def test_progress_prints_lines_in_a_dumb_terminal():
     assert "\x1b" not in in_terminal(TERM="dumb")

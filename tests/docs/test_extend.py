@@ -64,7 +64,7 @@ def write_package(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_example_runs(page: Path, tmp_path: Path) -> None:
+def test_extend_example_runs(page: Path, tmp_path: Path) -> None:
     write_package(page, tmp_path)
 
     done = processes.run(RUN, tmp_path)

@@ -70,18 +70,18 @@ def exists(name: str) -> bool:
     return False
 
 
-def test_the_index_has_rows() -> None:
+def test_methods_index_has_rows() -> None:
     assert len(rows()) > 30
     assert len(dotted_names()) > 60
 
 
 @pytest.mark.parametrize("name", dotted_names())
-def test_named_function_exists(name: str) -> None:
+def test_methods_name_existing_functions(name: str) -> None:
     assert exists(name), f"docs/methods.md names `{name}`, which compress does not define"
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
-def test_index_row_names_a_function_and_a_setting(row: list[str]) -> None:
+def test_methods_index_row_names_function_and_setting(row: list[str]) -> None:
     _, papers, function, setting = row
     assert papers == "–" or re.search(r"\b\d{4}\.\d{5}\b", papers), papers
     assert exists(function)
@@ -95,25 +95,25 @@ def test_index_row_names_a_function_and_a_setting(row: list[str]) -> None:
         TypeAdapter(Any if field.annotation is None else field.rebuild_annotation()).validate_python(value)
 
 
-def test_settings_in_the_text_exist() -> None:
+def test_methods_name_existing_settings() -> None:
     fields = {key for name in passes.TABLE for key in passes.get(name).settings.model_fields}
     keys = {match[1] for text in CODE if (match := re.fullmatch(r"(\w+): \w+", text))}
     assert keys
     assert keys <= fields
 
 
-def test_every_solver_is_described() -> None:
+def test_methods_describe_every_solver() -> None:
     modules = {path.stem for path in (PACKAGE / "solvers").rglob("*.py")} - {"__init__", "memory"}
     described = {part for name in dotted_names() for part in name.split(".")}
     assert modules <= described, f"docs/methods.md does not describe {sorted(modules - described)}"
 
 
 @pytest.mark.parametrize("name", ["solvers.gptq.gptc", "solvers.gptq", "blockwise.runner.Nothing"])
-def test_names_that_do_not_exist_are_found(name: str) -> None:
+def test_methods_check_finds_missing_names(name: str) -> None:
     assert not exists(name)
 
 
-def test_links_lead_to_files() -> None:
+def test_methods_links_lead_to_files() -> None:
     pages = [PAGE, *sorted((ROOT / "docs" / "decisions").glob("0*.md"))]
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):

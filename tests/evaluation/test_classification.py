@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from compress.data.documents import Document
+from compress.data.examples import Labels, read_examples
+from compress.errors import CompressError, DataError
 from compress.evaluation.classification import Prediction, Predictions, classify_documents
+from compress.evaluation.examples import Examples
+from compress.models.loading import load_model
+from compress.models.processors import load_tokenizer
 from tests import pico
 
 LABELS = ["red", "green", "blue"]
@@ -86,3 +93,51 @@ def test_metrics_match_definitions():
     assert (found["cross_entropy"], found["kl"], found["agreement"]) == (1.0, 0.5, 0.5)
     alone = tuple(replace(row, kl=None, agree=None) for row in rows)
     assert Predictions(alone, ("a", "b", "c", "d"), 0).to_dict()["agreement"] is None
+
+
+def batched(lengths, padding=0):
+    return Examples(tuple({"input_ids": [1] * n} for n in lengths), 0, padding).batches()
+
+
+def test_batches_groups_texts_of_similar_length():
+    lengths = [int(n) for n in torch.randint(1, 500, (300,), generator=torch.Generator().manual_seed(0))]
+    batches = batched(lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(300))
+    assert all(len(b) * max(lengths[i] for i in b) <= 1 << 13 and len(b) <= 64 for b in batches)
+    assert sum(len(b) * max(lengths[i] for i in b) for b in batches) < 1.15 * sum(lengths)
+    assert [len(b) for b in batched(lengths, padding=None)] == [1] * 300
+    assert batched([1 << 14, 1]) == [[0], [1]]
+
+
+def test_classify_documents_keeps_nan(tokenizer):
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.weight[1, 1] = torch.nan
+    found = classify_documents(model, tokenizer, documents(), labels=LABELS).to_dict()
+    assert math.isnan(found["cross_entropy"])
+
+
+def test_classify_documents_refuses_unfit_models(tokenizer):
+    with pytest.raises(CompressError, match="BertForSequenceClassification has 3 labels, 2 are expected"):
+        classify_documents(classifier(), tokenizer, documents(), labels=["no", "yes"])
+    with pytest.raises(DataError, match=r"the tokenizer gives token \d+, the model knows 40"):
+        classify_documents(classifier(vocab_size=40), tokenizer, documents(), labels=LABELS)
+
+
+def test_classify_documents_matches_plain_transformers(labelled, stock):
+    folder, file = labelled
+    read = read_examples([str(file)], ["sentence"], Labels("label", int, "a label"))
+    found = classify_documents(load_model(folder), load_tokenizer(folder), read, labels=LABELS).to_dict()
+    theirs = json.loads(
+        stock(
+            "import json, csv, torch\n"
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+            f"m = AutoModelForSequenceClassification.from_pretrained({str(folder)!r}).eval()\n"
+            f"t = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+            f"rows = list(csv.DictReader(open({str(file)!r}), delimiter='\\t'))\n"
+            "said = [int(m(**t(r['sentence'], return_tensors='pt')).logits.argmax(-1)) for r in rows]\n"
+            "print(json.dumps([said, [int(r['label']) for r in rows]]))\n"
+        ).splitlines()[-1]
+    )
+    assert [[r[key] for r in found["documents"]] for key in ("prediction", "label")] == theirs
+    assert found["accuracy"] == sum(a == b for a, b in zip(*theirs, strict=True)) / 40 == 0.8

@@ -56,7 +56,7 @@ def run(model, texts, output, settings):
         ("qwen3_moe", "prune_structured", {"experts": 2, "compensation": "none"}, 16),
     ],
 )
-def test_the_run_ends_and_its_report_names_them(family, name, settings, cold, folders, texts, tmp_path):
+def test_cold_experts_are_named_in_the_report(family, name, settings, cold, folders, texts, tmp_path):
     result = run(folders[family], texts, tmp_path / "out", {name: settings})
     assert (result.verdict, result.exit_status, result.published) == ("passed", 0, True)
     details = result.report["stages"][0]["passes"][0]["details"]
@@ -81,7 +81,7 @@ def test_the_run_ends_and_its_report_names_them(family, name, settings, cold, fo
     assert open_checkpoint(result.checkpoint).spec.tensors
 
 
-def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
+def test_cold_experts_are_told_on_the_terminal(folders, texts, tmp_path, capsys):
     from compress.cli.tables import print_report
 
     settings = {
@@ -94,7 +94,7 @@ def test_what_is_told_on_the_terminal(folders, texts, tmp_path, capsys):
     )
 
 
-def test_experts_without_tokens_do_not_count_as_without_outliers(folders):
+def test_owl_allocation_ignores_experts_without_tokens(folders):
     """A block's share of outliers is that of the matrices that something is known of."""
     from compress.blockwise.executor import Inputs
     from compress.blockwise.runner import BlockRunner

@@ -48,7 +48,7 @@ def hidden(folder):
         ("compact", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "reconstruction_epochs": 0}),
     ],
 )
-def test_it_is_compressed_and_loaded_as_it_is(store, name, settings, encoder, tmp_path):
+def test_encoder_without_pooler_is_compressed_and_loaded(store, name, settings, encoder, tmp_path):
     assert load_model(encoder).pooler is None
     out = compress.apply(name, encoder, tmp_path / "out", store=store, data=IDS, **settings)
     assert not any("pooler" in tensor for tensor in open_checkpoint(out).spec.tensors)
@@ -59,7 +59,7 @@ def test_it_is_compressed_and_loaded_as_it_is(store, name, settings, encoder, tm
         torch.testing.assert_close(hidden(tmp_path / "twin"), hidden(out), rtol=1e-4, atol=1e-4)
 
 
-def test_half_a_pooler_is_damage(tmp_path):
+def test_load_model_refuses_half_a_pooler(tmp_path):
     model = transformers.BertModel(pico.config("bert"))
     state = {k: v for k, v in model.state_dict().items() if k != "pooler.dense.bias"}
     model.save_pretrained(tmp_path / "in", state_dict=state)
@@ -67,7 +67,7 @@ def test_half_a_pooler_is_damage(tmp_path):
         load_model(tmp_path / "in")
 
 
-def test_a_type_with_several_base_classes_is_loaded_by_the_usual_one(tmp_path):
+def test_load_model_takes_the_usual_base_class(tmp_path):
     config = transformers.FunnelConfig(vocab_size=99, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32)
     transformers.FunnelModel(config).save_pretrained(tmp_path / "in")
     said = json.loads((tmp_path / "in/config.json").read_text())

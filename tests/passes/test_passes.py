@@ -22,7 +22,7 @@ STATIC = [
 ]
 
 
-def test_every_folder_is_the_pass_of_its_name():
+def test_passes_are_named_after_their_folders():
     assert {"cast", "distill", "factorize", "prune_structured", "prune_unstructured", "share"} <= set(passes.names())
     assert all(passes.get(name).name == name for name in passes.TABLE)
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("family", pico.families())
 @pytest.mark.parametrize(("name", "settings"), STATIC)
 @pytest.mark.parametrize("store", ["stock", "compact"])
-def test_planned_is_written(family, name, settings, store, folders, tmp_path):
+def test_plan_matches_what_every_pass_writes(family, name, settings, store, folders, tmp_path):
     if "layers" in settings and family not in pico.ONE_LIST:
         pytest.skip("no block can go by its number")
     checkpoint = open_checkpoint(folders[family])
@@ -59,7 +59,7 @@ def test_planned_is_written(family, name, settings, store, folders, tmp_path):
 
 @pytest.mark.parametrize("store", ["stock", "compact"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_one_write_or_three_give_the_same_bytes(store, scope, folders, tmp_path):
+def test_fused_writes_match_separate_ones(store, scope, folders, tmp_path):
     steps = [
         ("prune_structured", {"layers": [2], "compensation": "none"}),
         ("prune_unstructured", {"method": "magnitude", "sparsity": 0.5, "scope": scope}),
@@ -89,7 +89,7 @@ def dropped(folders, tmp_path_factory, stock_outputs):
 
 
 @pytest.mark.parametrize("family", pico.ONE_LIST)
-def test_dropping_blocks_equals_bypassing_them(family, dropped):
+def test_remove_layers_matches_bypassed_blocks(family, dropped):
     """The written model is the original with those blocks replaced by the identity, after a stock reload elsewhere."""
     root, outputs = dropped
     assert outputs[family].get("difference", 1) <= 1e-5, outputs[family]

@@ -39,7 +39,7 @@ def used(result):
     return result.report["data"]["calibration"]
 
 
-def test_the_sample_is_recorded(with_data, texts, pico_llama):
+def test_datasets_record_the_sample(with_data, texts, pico_llama):
     section = {"files": [str(texts[0])], "samples": 4, "length": 32}
     first = compress.run(with_data(section))
     documents = read_documents(section["files"], "<|doc|>")
@@ -68,12 +68,12 @@ def test_the_sample_is_recorded(with_data, texts, pico_llama):
     assert used(seeded)["chosen"] != used(first)["chosen"]
 
 
-def test_nothing_is_drawn_where_no_pass_looks(with_data, texts):
+def test_datasets_draw_nothing_when_no_pass_reads(with_data, texts):
     result = compress.run(with_data({"files": [str(texts[0])]}, passes=[{"cast": {"weights": "bf16"}}]))
     assert (used(result)["ids_sha256"], used(result)["chosen"], used(result)["samples"]) == (None, None, None)
 
 
-def test_token_ids(with_data, texts, tmp_path, pico_llama):
+def test_datasets_take_token_ids(with_data, texts, tmp_path, pico_llama):
     tokenizer = load_tokenizer(pico_llama)
     drawn = sample_windows(tokenizer, read_documents([str(texts[0])], "<|doc|>"), 4, 32, 0)
     numpy.save(tmp_path / "ids.npy", drawn.ids.numpy().astype("i4"))
@@ -94,7 +94,7 @@ def test_token_ids(with_data, texts, tmp_path, pico_llama):
         compress.run(with_data({"files": [str(tmp_path / "ids.safetensors")]}))
 
 
-def test_token_ids_that_will_not_do(with_data, texts, tmp_path, pico_llama):
+def test_datasets_refuse_bad_token_ids(with_data, texts, tmp_path, pico_llama):
     numpy.save(tmp_path / "ids.npy", numpy.array([[1, 2], [pico.VOCABULARY, 3]]))
     with pytest.raises(DataError, match=r"ids.npy: ids.npy#1 has token 300 at 0, the model knows 0 to 299; use"):
         compress.run(with_data({"files": [str(tmp_path / "ids.npy")]}))
@@ -117,7 +117,7 @@ def test_token_ids_that_will_not_do(with_data, texts, tmp_path, pico_llama):
         ("cast", {"bits": 4.5, "group_size": 32}),
     ],
 )
-def test_samples_beyond_a_table_of_positions(name, settings, recipe, texts, tmp_path):
+def test_datasets_refuse_samples_beyond_positions(name, settings, recipe, texts, tmp_path):
     """Refused before any work, as text, as token ids and by `compress.apply`; of the longest that fit, the work is done."""
     model = pico.save(tmp_path / "gpt2", "gpt2")
     numpy.save(tmp_path / "ids.npy", numpy.ones((2, 65), dtype="i4"))
@@ -144,7 +144,7 @@ def test_samples_beyond_a_table_of_positions(name, settings, recipe, texts, tmp_
     compress.run(recipe(**base, data=fits, output=str(tmp_path / "fits")))
 
 
-def test_data_of_apply(tmp_path, texts, pico_llama):
+def test_apply_takes_data_in_every_form(tmp_path, texts, pico_llama):
     train = str(texts[0])
     tokenizer, documents = load_tokenizer(pico_llama), read_documents([train], "<|doc|>")
 
@@ -198,7 +198,7 @@ def test_data_of_apply(tmp_path, texts, pico_llama):
         assert message in str(caught.value)
 
 
-def test_rows_of_several_columns(recipe, texts, tmp_path, pico_llama, cli):
+def test_datasets_join_columns_by_a_template(recipe, texts, tmp_path, pico_llama, cli):
     """Joined by a template they are the documents that calibration, evaluation and `eval` read."""
     files, template = {}, "Q: {question}\n{note}A: {answer}"
     for name, file in zip(("train", "valid"), texts, strict=True):
@@ -230,7 +230,7 @@ def test_rows_of_several_columns(recipe, texts, tmp_path, pico_llama, cli):
     assert (status, "has no columns, which `template` names" in text) == (2, True)
 
 
-def test_chats_are_calibrated_with_and_measured_in_the_template(recipe, texts, tmp_path):
+def test_datasets_render_chats_in_the_template(recipe, texts, tmp_path):
     model = pico.save(tmp_path / "model")
     chats = {}
     for name, file in zip(("train", "valid"), texts, strict=True):

@@ -71,7 +71,7 @@ def checked(result):
     return result.report, reports.render_markdown(result.report)
 
 
-def test_sentence_embeddings(base, folders):
+def test_run_measures_sentence_embeddings(base, folders):
     gates = {"similarity": {"min": 0.3, "max_drop": 90}, "spearman": {"max_drop": 90}}
     result = compress.run(base(gates=gates))
     assert result.verdict == "passed", result.report["gates"]
@@ -99,7 +99,7 @@ def test_sentence_embeddings(base, folders):
     assert "AutoModel.from_pretrained" in card
 
 
-def test_similarity_needs_no_labels(base, folders):
+def test_run_measures_similarity_without_labels(base, folders):
     plain = {"evaluation": {"files": [str(folders / "pairs.tsv")], "field": "one"}}
     result = compress.run(base(data=plain, gates={"similarity": {"min": 0.999}}))
     report, text = checked(result)
@@ -109,7 +109,7 @@ def test_similarity_needs_no_labels(base, folders):
     assert "similarity" in text.partition("What each pass")[2]
 
 
-def test_masked_language_models(base, folders, texts):
+def test_run_measures_masked_language_models(base, folders, texts):
     data = {"evaluation": {"files": [str(texts[1])], "window": 32, "max_documents": 30}}
     gates = {"perplexity": {"max_increase": "400%"}, "kl": {"max": 9}, "agreement": {"min": 0.01}}
     how = {"model": str(folders / "masked"), "data": data, "document_separator": "<|doc|>", "gates": gates}
@@ -125,7 +125,7 @@ def test_masked_language_models(base, folders, texts):
         compress.run(base(**{**how, "gates": {"bits_per_byte": {"max": 9}}}))
 
 
-def test_calibration_on_pairs(base, folders):
+def test_run_calibrates_on_pairs(base, folders):
     """Pruned block by block on pairs as the model reads them; the default with `text` is one row at a time."""
     calibration = {"files": [str(folders / "pairs.tsv")], "text": ["one", "two"], "samples": 20, "length": 24}
     passes = [{"prune_unstructured": {"method": "wanda", "sparsity": "50%", "reconstruction_epochs": 0}}]
@@ -140,14 +140,14 @@ def test_calibration_on_pairs(base, folders):
     assert field.report["stages"][0]["content"] == alone.report["stages"][0]["content"]
 
 
-def test_evaluation_apart_from_calibration_on_pairs(base, folders):
+def test_run_refuses_shared_pairs(base, folders):
     section = {"files": [str(folders / "pairs.tsv")], "text": ["one", "two"], "samples": 4, "length": 24}
     data = {**base()["data"], "calibration": section}
     with pytest.raises(DataError, match=r"pairs.tsv: is in data.calibration too"):
         compress.run(base(data=data, passes=[{"prune_structured": {"layers": 1}}]))
 
 
-def test_eval_of_embeddings(base, folders, tmp_path, capsys, monkeypatch):
+def test_evaluate_measures_embeddings(base, folders, tmp_path, capsys, monkeypatch):
     small = compress.run(base()).checkpoint
     file = str(folders / "pairs.tsv")
     pairs = EvaluationSettings(files=(file,), text=("one", "two"), label="score")

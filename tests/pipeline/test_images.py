@@ -70,7 +70,7 @@ def recipe(pictures, tmp_path, **changes):
     return {**base, **changes}
 
 
-def test_evaluation_is_what_a_stock_pipeline_says(pictures):
+def test_evaluate_of_images_matches_stock(pictures):
     folder, _, val = pictures
     found = evaluate(str(folder), EvaluationSettings(images=str(val), device="cpu"))["evaluation"]
     assert (found["of"], found["cut"], len(found["documents"])) == ("images", 0, 40)
@@ -87,7 +87,7 @@ def test_evaluation_is_what_a_stock_pipeline_says(pictures):
     assert first == ["blue", "green", "red"] * 2  # any beginning has all classes
 
 
-def test_a_recipe_distils_measures_and_gates(pictures, tmp_path):
+def test_run_of_images_distills_measures_and_gates(pictures, tmp_path):
     gates = {"accuracy": {"max_drop": 60}, "f1": {"min": 0.01}, "agreement": {"min": 0.01}, "kl": {"max": 50}}
     result = compress.run(recipe(pictures, tmp_path, gates=gates))
     assert result.verdict == "passed", result.report["gates"]
@@ -125,7 +125,7 @@ def distilled(pictures, out, **settings):
     return details["training"]
 
 
-def test_losses_and_micro_batches(pictures, tmp_path):
+def test_distill_of_images_by_losses_and_micro_batches(pictures, tmp_path):
     losses = {"kl": 1, "reverse_kl": 0.5, "skewed_kl": 0.5, "js": 0.5, "labels": 0.5, "hidden": 0.5}
     whole = distilled(pictures, tmp_path / "whole", losses=losses)
     assert {*whole["losses"][0]} == {"step", "loss", *losses}
@@ -139,7 +139,7 @@ def test_losses_and_micro_batches(pictures, tmp_path):
     assert files[0] == files[1]
 
 
-def test_hidden_states_count_by_token_as_the_paper_has_it(pictures, tmp_path):
+def test_distill_of_images_counts_hidden_states_by_token(pictures, tmp_path):
     """The loss before any step: squared distance over the teacher's square, mean over tokens and pairs of layers."""
     said = distilled(
         pictures, tmp_path / "out", losses={"hidden": 1}, steps=1, student={"layers": 3, "from": "first"}, learning_rate=1e-9,
@@ -169,20 +169,20 @@ def test_hidden_states_count_by_token_as_the_paper_has_it(pictures, tmp_path):
         ({"length": 7}, "`length` is a setting of text"),
     ],
 )  # fmt: skip
-def test_what_distill_refuses(pictures, tmp_path, settings, message):
+def test_distill_of_images_refuses_bad_settings(pictures, tmp_path, settings, message):
     with pytest.raises(CompressError, match=message) as caught:
         distilled(pictures, tmp_path / "out", **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_a_teacher_that_sees_images_otherwise_is_refused(pictures, tmp_path):
+def test_distill_of_images_refuses_teacher_with_other_processor(pictures, tmp_path):
     other = shutil.copytree(pictures[0], tmp_path / "other")
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}, image_mean=[0.1] * 3).save_pretrained(other)
     with pytest.raises(PassError, match=r"other has another image processor: `image_mean` is \(0.1, 0.1, 0.1\)"):
         distilled(pictures, tmp_path / "out", teacher=str(other))
 
 
-def test_folders_that_cannot_be_read(pictures, tmp_path):
+def test_read_images_refuses_bad_folders(pictures, tmp_path):
     folder, _, val = pictures
 
     def measured(change):
@@ -245,7 +245,7 @@ def test_folders_that_cannot_be_read(pictures, tmp_path):
         evaluate(str(bare), EvaluationSettings(images=str(val), device="cpu"))
 
 
-def test_pillow_is_asked_for_where_it_is_missing(pictures, monkeypatch):
+def test_read_images_asks_for_pillow_when_missing(pictures, monkeypatch):
     whole = builtins.__import__
 
     def without(name, *rest):
@@ -258,7 +258,7 @@ def test_pillow_is_asked_for_where_it_is_missing(pictures, monkeypatch):
         read_images(str(pictures[2]), Labels("images", lambda _: 0, "a label"))
 
 
-def test_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
+def test_plan_of_images_refuses_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
     with pytest.raises(DataError, match=r"causal language modelling, .* takes text, not images; name `files`"):
         compress.plan(recipe(pictures, tmp_path, model=str(pico_llama)))
     text = {"training": {"files": [str(labelled[1])]}}
@@ -286,7 +286,7 @@ def test_data_of_another_kind(pictures, tmp_path, pico_llama, labelled):
         compress.plan(recipe(pictures, tmp_path, evaluate=["perplexity"]))
 
 
-def test_the_command_line(pictures, tmp_path, cli):
+def test_check_and_eval_of_images_by_command(pictures, tmp_path, cli):
     folder, _, val = pictures
     status, text = cli("eval", folder, "--data", val, "-q", "--json")
     assert (status, json.loads(text)["settings"]["images"]) == (0, str(val))

@@ -74,7 +74,7 @@ write._pwrite = slow
         pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
-def test_stopped_while_a_stage_is_written(number, status, stage, recipe_file, tmp_path):
+def test_run_resumes_when_stopped_while_writing(number, status, stage, recipe_file, tmp_path):
     path = recipe_file()
     process = start(path, before=PAUSE.format(stage=stage))
     assert process.stdout.readline() == "paused\n"
@@ -97,7 +97,7 @@ def test_stopped_while_a_stage_is_written(number, status, stage, recipe_file, tm
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_killed_run_ends_with_the_bytes_of_an_unbroken_one(recipe, recipe_file, tmp_path):
+def test_run_killed_ends_with_unbroken_bytes(recipe, recipe_file, tmp_path):
     import compress
 
     compress.run(recipe(output=str(tmp_path / "unbroken")))
@@ -125,7 +125,7 @@ runner.BlockRunner._block = told
 """
 
 
-def test_a_killed_blockwise_run_goes_on_from_its_last_block_to_the_same_bytes(recipe_file, tmp_path):
+def test_run_killed_resumes_at_its_last_block(recipe_file, tmp_path):
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "reconstruction_epochs": 2}}]
     path = recipe_file(passes=passes, gates=None, output=str(tmp_path / "unbroken"))
     assert start(path).wait(timeout=120) == 0
@@ -143,7 +143,7 @@ def test_a_killed_blockwise_run_goes_on_from_its_last_block_to_the_same_bytes(re
     assert not any((tmp_path / "out.run/work").iterdir())
 
 
-def test_a_second_run_at_the_same_output_is_told_so(recipe_file):
+def test_run_refuses_a_second_run_at_the_same_output(recipe_file):
     path = recipe_file()
     first = start(path, before=PAUSE.format(stage=1))
     assert first.stdout.readline() == "paused\n"
@@ -155,7 +155,7 @@ def test_a_second_run_at_the_same_output_is_told_so(recipe_file):
     first.communicate()
 
 
-def test_the_disk_fills_up_half_way(recipe_file, tmp_path):
+def test_run_resumes_after_a_full_disk(recipe_file, tmp_path):
     """A limit on file size stands in for a full disk: the kernel refuses the write (EFBIG), as it does with ENOSPC."""
     path = recipe_file()
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
@@ -167,7 +167,7 @@ def test_the_disk_fills_up_half_way(recipe_file, tmp_path):
     assert start(path).wait(timeout=120) == 0
 
 
-def test_a_folder_that_cannot_be_written(recipe_file, tmp_path):
+def test_run_refuses_a_read_only_folder(recipe_file, tmp_path):
     """Root may write everywhere but in the kernel's own file systems."""
     place = tmp_path / "locked"
     place.mkdir(mode=0o500)
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written(recipe_file, tmp_path):
     assert len(errors.strip().splitlines()) == 1
 
 
-def test_a_bug_is_one_line_and_a_log(recipe_file):
+def test_run_tells_a_bug_in_one_line_and_a_log(recipe_file):
     process = start(recipe_file(), before="import compress.checkpoint.write as w\nw._digest = lambda v: 1 / 0")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 70
@@ -191,7 +191,7 @@ def test_a_bug_is_one_line_and_a_log(recipe_file):
     assert "Traceback" not in errors
 
 
-def test_out_of_memory(recipe_file):
+def test_run_tells_out_of_memory(recipe_file):
     process = start(
         recipe_file(), before="import compress.checkpoint.write as w\ndef no(v): raise MemoryError\nw._digest = no"
     )
@@ -200,7 +200,7 @@ def test_out_of_memory(recipe_file):
     assert "out of memory" in errors
 
 
-def test_a_bad_recipe_costs_no_torch(tmp_path):
+def test_run_refuses_a_bad_recipe_without_torch(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: [")
     process = start_cold(
         tmp_path / "bad.yaml", before="import atexit\natexit.register(lambda: print('torch' in sys.modules))"
@@ -211,7 +211,7 @@ def test_a_bad_recipe_costs_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_eight_times_at_random_it_ends_with_the_bytes_of_an_unbroken_run(recipe, recipe_file, texts, tmp_path):
+def test_run_killed_eight_times_ends_with_unbroken_bytes(recipe, recipe_file, texts, tmp_path):
     """Moments are drawn one from each eighth of the time an unbroken run takes, early ones first; every kill hits a run at work."""
     changes = {
         "passes": [

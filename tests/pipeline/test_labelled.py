@@ -34,7 +34,7 @@ def classifying(labelled, tmp_path):
     return make
 
 
-def test_a_classifier_is_pruned_measured_and_gated(classifying, labelled):
+def test_run_prunes_measures_and_gates_a_classifier(classifying, labelled):
     gates = {"accuracy": {"max_drop": 30}, "f1": {"min": 0.1}, "agreement": {"min": 0.3}}
     result = compress.run(classifying(gates=gates))
     assert result.verdict == "passed", result.report["gates"]
@@ -60,7 +60,7 @@ def test_a_classifier_is_pruned_measured_and_gated(classifying, labelled):
     assert again.nothing_to_do
 
 
-def test_a_gate_that_fails_keeps_the_result_back(classifying):
+def test_run_of_a_classifier_is_not_published_when_a_gate_fails(classifying):
     harsh = [{"prune_unstructured": {"method": "magnitude", "sparsity": 0.95}}]
     result = compress.run(classifying(passes=harsh, gates={"accuracy": {"max_drop": 1}}))
     assert (result.verdict, result.published) == ("failed", False)
@@ -98,7 +98,7 @@ def test_eval_and_gate_of_a_classifier(classifying, labelled, cli, tmp_path):
         assert len(text.splitlines()) == 1
 
 
-def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_path):
+def test_plan_refuses_text_metrics_of_a_classifier(classifying, labelled, pico_llama, tmp_path):
     folder, file = labelled
     plain = {"evaluation": {"files": [str(file)], "field": "sentence"}}
     with pytest.raises(CompressError, match=r"text classification, which .* is for, takes labelled files"):
@@ -123,7 +123,7 @@ def test_what_is_not_for_a_classifier(classifying, labelled, pico_llama, tmp_pat
     assert not Path(tmp_path / "out").exists()
 
 
-def test_calibration_on_labelled_files_is_what_the_model_sees(classifying, labelled, tmp_path):
+def test_calibration_on_labelled_files_matches_model_inputs(classifying, labelled, tmp_path):
     from tokenizers import processors
 
     from compress.checkpoint.open import open_checkpoint

@@ -19,7 +19,7 @@ from tests import pico
         ({"weights": "fp16"}, "stock", None),
     ],
 )
-def test_packages_that_loading_needs(settings, store, narrow, tmp_path, cli):
+def test_loading_notes_name_needed_packages(settings, store, narrow, tmp_path, cli):
     recipe = {
         "model": str(pico.folder("llama", dtype=torch.bfloat16)),
         "output": str(tmp_path / "out"),

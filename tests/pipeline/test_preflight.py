@@ -35,12 +35,12 @@ def check(recipe, tmp_path, cli):
     return call
 
 
-def test_a_good_recipe(check):
+def test_check_passes_a_good_recipe(check):
     assert check() == (0, check()[1])
     assert "no mistakes found" in check()[1]
 
 
-def test_folders_that_a_run_reads(check, pico_llama, tmp_path):
+def test_check_refuses_outputs_that_a_run_reads(check, pico_llama, tmp_path):
     model = pico.save(tmp_path / "m" / "model")
     for output, message in (
         (model, "output and model are the same folder"),
@@ -64,7 +64,7 @@ def test_folders_that_a_run_reads(check, pico_llama, tmp_path):
     assert (status, "the output lies inside the teacher's folder" in text) == (2, True), text
 
 
-def test_the_same_file_or_its_copy(check, texts, tmp_path):
+def test_check_refuses_the_same_file_or_its_copy(check, texts, tmp_path):
     train, valid = map(str, texts)
     calibration = {"files": [train], "samples": 4, "length": 32}
     evaluation = {"files": [valid, train], "window": 32}
@@ -84,7 +84,7 @@ def test_the_same_file_or_its_copy(check, texts, tmp_path):
     assert check(data=sets)[0] == 0  # two columns of one file have nothing in common
 
 
-def test_columns_that_are_missing(check, texts, tmp_path):
+def test_check_names_missing_columns(check, texts, tmp_path):
     (tmp_path / "a.csv").write_text("question,answer\nwhy?,so\n")
     (tmp_path / "b.jsonl").write_text('[{"question": "why?"}]')
     for file, keys, message in (
@@ -113,7 +113,7 @@ def test_columns_that_are_missing(check, texts, tmp_path):
         assert (status, message in " ".join(text.split())) == (2, True), text
 
 
-def test_gates(check):
+def test_check_refuses_gates_that_cannot_hold(check):
     status, text = check(gates={"size": {"max_ratio": 0}}, run=False)
     assert (status, "expected a ratio above 0, such as 0.4 or 40%, got 0" in text) == (2, True)
     status, text = check(gates={"kl": {}}, run=False)
@@ -126,13 +126,13 @@ def test_gates(check):
     assert "the gate parameters.max will fail: the plan gives " in text
 
 
-def test_memory(check):
+def test_check_refuses_too_little_memory(check):
     status, text = check(max_ram="1MB")
     assert status == 4, text
     assert "max_ram allows 0.00 GB" in text
 
 
-def test_budgets_on_fused_experts(check, cli, tmp_path):
+def test_check_refuses_budgets_on_fused_experts(check, cli, tmp_path):
     model = pico.save(tmp_path / "moe", "qwen3_moe")
     changes = {"model": str(model), "gates": None, "passes": [{"cast": {"bits": 4.5, "group_size": 32}}]}
     status, text = check(**changes)
@@ -150,7 +150,7 @@ def test_budgets_on_fused_experts(check, cli, tmp_path):
         {"prune_unstructured": {"method": "wanda", "sparsity": 0.5, "only": ["*layers.1.*"]}},
     ],
 )
-def test_routers_that_no_sweep_sees(settings, check, tmp_path):
+def test_check_refuses_routers_that_are_not_run(settings, check, tmp_path):
     model = pico.save(tmp_path / "moe", "mixtral")
     status, text = check(model=str(model), gates=None, passes=[settings])
     said = " ".join(text.split())
@@ -174,14 +174,14 @@ def test_routers_that_no_sweep_sees(settings, check, tmp_path):
         ({"share": {"groups": 2, "init": "fisher"}}, "`init: fisher` needs a model that predicts something"),
     ],
 )
-def test_gradients_of_models_without_a_head(settings, message, check, texts, tmp_path):
+def test_check_refuses_gradients_without_a_head(settings, message, check, texts, tmp_path):
     model = pico.save(tmp_path / "base", "bert", class_name="BertModel")
     data = {"calibration": {"files": [str(texts[0])], "samples": 4, "length": 32}}
     status, text = check(model=str(model), gates=None, passes=[settings], data=data, evaluate=[])
     assert (status, message in text) == (2, True), text
 
 
-def test_a_package_is_asked_for_before_any_pass_works(recipe, tmp_path, monkeypatch):
+def test_run_asks_for_a_package_before_any_pass_works(recipe, tmp_path, monkeypatch):
     from compress.passes.share import share
 
     monkeypatch.setattr(share, "find_spec", lambda name: None)
@@ -191,7 +191,7 @@ def test_a_package_is_asked_for_before_any_pass_works(recipe, tmp_path, monkeypa
     assert not list((tmp_path / "out.run" / "stages").glob("*"))
 
 
-def test_widths_that_groups_do_not_divide(check, tmp_path):
+def test_check_refuses_widths_that_groups_do_not_divide(check, tmp_path):
     model = pico.save(tmp_path / "m", hidden_size=40, intermediate_size=72, with_tokenizer=True)
     changes = {"model": str(model), "gates": None, "store": "compact"}
     status, text = check(**changes, passes=[{"cast": {"weights": "int4", "group_size": 16}}])
@@ -205,7 +205,7 @@ def test_widths_that_groups_do_not_divide(check, tmp_path):
     assert check(**changes, passes=[{"cast": {"bits": 5}}])[0] == 0  # a whole channel fits any width
 
 
-def test_documents_within_files(check, texts, tmp_path):
+def test_check_finds_documents_shared_within_files(check, texts, tmp_path):
     train, valid = texts
     shared = train.read_text().split("\n<|doc|>\n")[7]
     (tmp_path / "valid.txt").write_text(f"{valid.read_text()}\n<|doc|>\n{shared.upper()}")
@@ -221,7 +221,7 @@ def test_documents_within_files(check, texts, tmp_path):
     assert (status, "60 of calibration, none shared" in text) == (0, True), text
 
 
-def test_windows_beyond_the_positions(check, texts):
+def test_check_refuses_windows_beyond_positions(check, texts):
     status, text = check(
         data={"evaluation": {"files": [str(texts[1])], "window": 65}}, passes=[{"cast": {"weights": "bf16"}}]
     )
@@ -229,7 +229,7 @@ def test_windows_beyond_the_positions(check, texts):
     assert (status, message in text) == (2, True), text
 
 
-def test_samples_and_chats_are_tried_before_any_pass_works(recipe, texts, tmp_path):
+def test_run_draws_samples_before_any_pass_works(recipe, texts, tmp_path):
     """Though a pass that reads none comes first, and measuring last."""
     train, _ = texts
     passes = [{"cast": {"weights": "bf16"}}, {"prune_unstructured": {"method": "wanda", "sparsity": 0.5}}]
@@ -244,7 +244,7 @@ def test_samples_and_chats_are_tried_before_any_pass_works(recipe, texts, tmp_pa
     assert not (tmp_path / "out.run" / "stages").exists() or not list((tmp_path / "out.run" / "stages").iterdir())
 
 
-def test_what_a_tokenizer_lacks(check, recipe, texts, tmp_path):
+def test_check_names_what_a_tokenizer_lacks(check, recipe, texts, tmp_path):
     """No files at all, no template for chats (only their text says that they are some), no token to mask by."""
     model = pico.save(tmp_path / "bare", with_tokenizer=False)
     status, text = check(model=str(model))
@@ -271,7 +271,7 @@ def test_what_a_tokenizer_lacks(check, recipe, texts, tmp_path):
     assert not list((tmp_path / "out.run").glob("stages/*"))
 
 
-def test_checking_data_needs_no_torch(recipe, tmp_path):
+def test_check_of_data_imports_no_torch(recipe, tmp_path):
     with (tmp_path / "r.yaml").open("w") as file:
         YAML().dump(recipe(), file)
     code = (
@@ -284,13 +284,13 @@ def test_checking_data_needs_no_torch(recipe, tmp_path):
     assert (done.stdout.splitlines()[-1:], done.stderr) == (["[]"], "")
 
 
-def test_a_device_that_is_not_here(recipe, tmp_path):
+def test_run_refuses_a_missing_device(recipe, tmp_path):
     with pytest.raises(CompressError, match=r"^device: the device cuda:99 is not here; there "):
         compress.run(recipe(device="cuda:99"))
     assert not (tmp_path / "out.run").exists()
 
 
-def test_token_ids_by_their_headers(check, tmp_path):
+def test_check_reads_token_ids_by_their_headers(check, tmp_path):
     import numpy
     import torch
     from safetensors.torch import save_file
@@ -329,7 +329,7 @@ def test_token_ids_by_their_headers(check, tmp_path):
         ("t5", "latency is measured on one text, and T5ForConditionalGeneration reads two"),
     ],
 )
-def test_speed_of_what_reads_no_single_text(family, message, check, cli):
+def test_check_refuses_speed_without_a_single_text(family, message, check, cli):
     model, passes = pico.folder(family), [{"cast": {"weights": "bf16"}}]
     base = {"model": str(model), "passes": passes, "data": None, "document_separator": None}
     for asked in ({"evaluate": ["memory"], "gates": None}, {"evaluate": [], "gates": {"prefill": {"max_ratio": 1}}}):

@@ -24,7 +24,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_end_to_end(recipe, tmp_path, pico_llama, stock):
+def test_run_end_to_end(recipe, tmp_path, pico_llama, stock):
     result = compress.run(recipe())
     report = result.report
     assert (result.verdict, result.exit_status, result.published) == ("passed", 0, True)
@@ -61,7 +61,7 @@ def test_a_run_end_to_end(recipe, tmp_path, pico_llama, stock):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_to_do_the_second_time(recipe, tmp_path):
+def test_run_has_nothing_to_do_the_second_time(recipe, tmp_path):
     first = compress.run(recipe())
     stamp = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
     again = compress.run(recipe())
@@ -70,7 +70,7 @@ def test_nothing_to_do_the_second_time(recipe, tmp_path):
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_same_recipe_same_bytes(recipe, tmp_path):
+def test_run_of_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     compress.run(recipe())
     compress.run(recipe(output=str(tmp_path / "other")))
     assert weights(tmp_path / "out") == weights(tmp_path / "other")
@@ -78,7 +78,7 @@ def test_same_recipe_same_bytes(recipe, tmp_path):
     assert weights(tmp_path / "out") == weights(tmp_path / "other")
 
 
-def test_fused_and_separate_stages_give_the_same_bytes(recipe, tmp_path):
+def test_run_of_fused_stages_matches_separate_ones(recipe, tmp_path):
     compress.run(recipe())
     fused = compress.run(recipe(output=str(tmp_path / "fused"), evaluate_at="end"))
     assert weights(tmp_path / "out") == weights(tmp_path / "fused")
@@ -89,7 +89,7 @@ def test_fused_and_separate_stages_give_the_same_bytes(recipe, tmp_path):
     assert all(p["planned"] == p["actual"] for p in stage["passes"])
 
 
-def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path):
+def test_run_recomputes_from_the_first_difference(recipe, tmp_path):
     compress.run(recipe())
     passes = [
         {"prune_structured": {"layers": 1, "compensation": "none"}},
@@ -105,14 +105,14 @@ def test_a_changed_recipe_recomputes_from_the_first_difference(recipe, tmp_path)
     assert [s["reused"] for s in back.report["stages"]] == [True, True, True]
 
 
-def test_only_gates_changed_recomputes_nothing(recipe):
+def test_run_recomputes_nothing_when_only_gates_change(recipe):
     compress.run(recipe())
     again = compress.run(recipe(gates={"size": {"max_ratio": 0.01}}))
     assert all(s["reused"] for s in again.report["stages"])
     assert (again.verdict, again.exit_status, again.published) == ("failed", 1, False)
 
 
-def test_a_failed_gate_publishes_nothing(recipe, tmp_path):
+def test_run_publishes_nothing_when_a_gate_fails(recipe, tmp_path):
     result = compress.run(recipe(gates={"size": {"max_ratio": 0.1}}))
     assert (result.verdict, result.exit_status) == ("failed", 1)
     assert not (tmp_path / "out").exists()
@@ -122,7 +122,7 @@ def test_a_failed_gate_publishes_nothing(recipe, tmp_path):
     load_model(tmp_path / "out")
 
 
-def test_an_earlier_result_stays_when_the_new_one_fails(recipe, tmp_path):
+def test_run_keeps_an_earlier_result_when_the_new_one_fails(recipe, tmp_path):
     compress.run(recipe())
     before = weights(tmp_path / "out")
     failed = compress.run(recipe(passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}}))
@@ -130,7 +130,7 @@ def test_an_earlier_result_stays_when_the_new_one_fails(recipe, tmp_path):
     assert weights(tmp_path / "out") == before
 
 
-def test_a_changed_stage_is_not_reused(recipe, tmp_path):
+def test_run_does_not_reuse_a_changed_stage(recipe, tmp_path):
     compress.run(recipe())
     stage = next(p for p in (tmp_path / "out.run/stages").iterdir() if p.name.endswith("prune_structured"))
     file = stage / "model.safetensors"
@@ -141,7 +141,7 @@ def test_a_changed_stage_is_not_reused(recipe, tmp_path):
     assert not again.report["stages"][0]["reused"]
 
 
-def test_a_changed_input_is_noticed(recipe, tmp_path, pico_llama):
+def test_run_notices_a_changed_input(recipe, tmp_path, pico_llama):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     compress.run(recipe(model=str(model)))
     shutil.copy(pico.save(tmp_path / "b", seed=5) / "model.safetensors", model / "model.safetensors")
@@ -149,7 +149,7 @@ def test_a_changed_input_is_noticed(recipe, tmp_path, pico_llama):
     assert not any(s["reused"] for s in again.report["stages"])
 
 
-def test_outputs_that_are_refused(recipe, tmp_path, pico_llama):
+def test_run_refuses_bad_outputs(recipe, tmp_path, pico_llama):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     out = tmp_path / "out"
     with pytest.raises(OutputError, match=r"output and model are the same folder"):
@@ -175,14 +175,14 @@ def test_outputs_that_are_refused(recipe, tmp_path, pico_llama):
         compress.run(recipe())
 
 
-def test_shared_text_is_refused(recipe, texts):
+def test_run_refuses_shared_text(recipe, texts):
     train, _ = texts
     data = {"calibration": {"files": [str(train)], "samples": 4, "length": 32}, "evaluation": {"files": [str(train)]}}
     with pytest.raises(DataError):
         compress.run(recipe(data=data))
 
 
-def test_too_little_text(recipe, tmp_path, texts):
+def test_run_refuses_too_little_text(recipe, tmp_path, texts):
     (tmp_path / "short.txt").write_text("too short")
     data = {
         "calibration": {"files": [str(tmp_path / "short.txt")], "samples": 4, "length": 32},
@@ -192,7 +192,7 @@ def test_too_little_text(recipe, tmp_path, texts):
         compress.run(recipe(data=data))
 
 
-def test_memory_and_disk_are_checked_before_the_work(recipe, tmp_path, monkeypatch):
+def test_run_checks_memory_and_disk_first(recipe, tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match=r"the run needs about .* GB of memory, max_ram allows 0.01 GB") as caught:
         compress.run(recipe(max_ram="10MB"))
     assert caught.value.exit_status == 4
@@ -205,7 +205,7 @@ def test_memory_and_disk_are_checked_before_the_work(recipe, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_a_pass_name_its_place(recipe):
+def test_run_locates_errors_of_a_pass(recipe):
     with pytest.raises(PassError) as caught:
         compress.run(
             recipe(
@@ -216,7 +216,7 @@ def test_errors_of_a_pass_name_its_place(recipe):
     assert caught.value.key == "layers"
 
 
-def test_plan_api(recipe, pico_llama):
+def test_plan_gives_what_a_run_writes(recipe, pico_llama):
     planned = compress.plan(recipe())
     result = compress.run(recipe())
     assert [s.size.bytes for s in planned.stages] == [s["size"]["bytes"] for s in result.report["stages"]]
@@ -225,7 +225,7 @@ def test_plan_api(recipe, pico_llama):
     assert last.other_store.bytes == stock_run.report["result"]["size"]["bytes"]
 
 
-def test_apply_api(tmp_path, pico_llama, texts):
+def test_apply_unpack_and_load(tmp_path, pico_llama, texts):
     train, _ = texts
     out = compress.apply(
         "prune_structured",
@@ -267,7 +267,7 @@ def test_apply_api(tmp_path, pico_llama, texts):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "d", "f"]
 
 
-def test_clean_and_runs(recipe, tmp_path):
+def test_clean_and_list_runs(recipe, tmp_path):
     from compress.pipeline.housekeeping import clean, list_runs
 
     compress.run(recipe())

@@ -66,7 +66,7 @@ def fork(work) -> int:
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_a_result_that_was_changed_without_changing_its_size_is_kept(small, tmp_path, hidden):
+def test_run_keeps_a_result_changed_at_equal_size(small, tmp_path, hidden):
     compress.run(small())
     file = tmp_path / "out/model.safetensors"
     info = file.stat()
@@ -84,7 +84,7 @@ def test_a_result_that_was_changed_without_changing_its_size_is_kept(small, tmp_
     assert file.read_bytes() == data
 
 
-def test_a_result_that_was_copied_or_touched_is_recognised(small, tmp_path):
+def test_run_recognizes_a_copied_or_touched_result(small, tmp_path):
     first = compress.run(small())
     os.utime(tmp_path / "out/model.safetensors")
     assert compress.run(small()).nothing_to_do
@@ -101,7 +101,7 @@ def test_a_result_that_was_copied_or_touched_is_recognised(small, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_is_read_where_nothing_was_touched(small, tmp_path, monkeypatch):
+def test_contents_reads_nothing_when_untouched(small, tmp_path, monkeypatch):
     """Of many GB a rerun would take minutes."""
     from compress.pipeline import contents, fingerprint
 
@@ -113,7 +113,7 @@ def test_nothing_is_read_where_nothing_was_touched(small, tmp_path, monkeypatch)
     assert read == []
 
 
-def test_a_changed_provenance_or_report_is_not_this_recipes_result(small, tmp_path):
+def test_run_rejects_a_changed_provenance_or_report(small, tmp_path):
     compress.run(small(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
     report = tmp_path / "out.run/report.json"
     said = json.loads(report.read_text())
@@ -129,7 +129,7 @@ def test_a_changed_provenance_or_report_is_not_this_recipes_result(small, tmp_pa
         compress.run(small())
 
 
-def test_what_is_changed_between_the_last_look_and_the_exchange_is_kept(small, tmp_path, monkeypatch):
+def test_publish_keeps_a_result_changed_at_the_last_moment(small, tmp_path, monkeypatch):
     from compress.pipeline import publish
 
     compress.run(small())
@@ -144,7 +144,7 @@ def test_what_is_changed_between_the_last_look_and_the_exchange_is_kept(small, t
     assert (tmp_path / "out.changed-1/model.safetensors").read_bytes() == changed[0]
 
 
-def test_an_exchange_without_renameat2_and_a_kill_between_its_renames(small, tmp_path, monkeypatch):
+def test_publish_survives_a_kill_without_renameat2(small, tmp_path, monkeypatch):
     from compress.pipeline import publish
 
     compress.run(small())
@@ -174,7 +174,7 @@ def test_an_exchange_without_renameat2_and_a_kill_between_its_renames(small, tmp
 # --- stages
 
 
-def test_a_stage_whose_bytes_changed_is_not_published(small, tmp_path):
+def test_run_does_not_publish_a_changed_stage(small, tmp_path):
     gates = {"gates": {"size": {"max_ratio": 0.1}}}
     compress.run(small(**gates))
     (stage,) = (p for p in (tmp_path / "out.run/stages").iterdir() if p.is_dir())
@@ -189,7 +189,7 @@ def test_a_stage_whose_bytes_changed_is_not_published(small, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == right
 
 
-def test_a_stage_that_rots_while_the_run_goes_on_is_not_published(small, tmp_path, monkeypatch):
+def test_run_does_not_publish_a_stage_changed_meanwhile(small, tmp_path, monkeypatch):
     from compress.pipeline import run as module
 
     real = module.close
@@ -206,7 +206,7 @@ def test_a_stage_that_rots_while_the_run_goes_on_is_not_published(small, tmp_pat
     assert compress.run(small()).published
 
 
-def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
+def test_stage_record_is_written_before_work_is_removed(recipe, tmp_path):
     """A kill leaves a finished stage its record, or an unfinished one its work."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
     changes = {"passes": passes, "gates": None, "evaluate": []}
@@ -235,7 +235,7 @@ def test_the_record_comes_first_and_the_work_goes_after(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other state", "earlier version"])
-def test_a_state_that_cannot_be_used_is_no_state(recipe, tmp_path, damage):
+def test_stage_begins_anew_when_state_is_unusable(recipe, tmp_path, damage):
     """The stage begins anew, with the bytes of an unbroken run. State that fails is set aside; no record is no state."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
     changes = {"passes": passes, "gates": None, "evaluate": []}
@@ -260,7 +260,7 @@ def test_a_state_that_cannot_be_used_is_no_state(recipe, tmp_path, damage):
     assert housekeeping.clean(tmp_path / "out")[0] == [f"work/{left.name}.unusable"] * (damage != "earlier version")
 
 
-def test_what_is_removed_is_renamed_first(tmp_path, monkeypatch):
+def test_remove_renames_first(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/c").write_text("x")
 
@@ -291,7 +291,7 @@ def damages(path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", list(damages(Path(__file__))))
-def test_a_damaged_run_folder_is_made_anew(recipe, tmp_path, kind):
+def test_run_folder_is_made_anew_when_damaged(recipe, tmp_path, kind):
     data = recipe()["data"]
     data["evaluation"]["max_documents"] = 2
     changes = {"passes": [{"cast": {"weights": "bf16"}}], "data": data}
@@ -313,7 +313,7 @@ def test_a_damaged_run_folder_is_made_anew(recipe, tmp_path, kind):
     [b"", b"\xff\xfe\x00", b"null", b"3", b"{}", b'{"schema": "k", "sha256": [], "data": []}', b'{"schema": "k", "data": {}}',
      b"[" * 100_000, b'{"schema": "k", "sha256": "0", "data": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}", b"1" * 5000],
 )  # fmt: skip
-def test_a_damaged_record_is_none(tmp_path, text):
+def test_record_is_none_when_damaged(tmp_path, text):
     path = tmp_path / "r.json"
     files.write_record(path, "k", {"a": (1, float("inf")), 2: None})
     assert files.read_record(path, "k") == {"a": [1, float("inf")], "2": None}
@@ -330,7 +330,7 @@ def test_a_damaged_record_is_none(tmp_path, text):
     assert files.read_record(path / "x", "k") is None
 
 
-def test_files_in_place_of_folders(small, tmp_path):
+def test_run_replaces_files_in_place_of_folders(small, tmp_path):
     run = tmp_path / "out.run"
     run.mkdir()
     for name in ("stages", "work", "measurements"):
@@ -345,7 +345,7 @@ def test_files_in_place_of_folders(small, tmp_path):
     assert run.read_text() == "mine"
 
 
-def test_a_size_comes_from_the_disk_not_from_a_record(small, tmp_path):
+def test_run_reads_sizes_from_disk(small, tmp_path):
     gates = {"gates": {"size": {"max_ratio": 0.3}}}
     assert compress.run(small(**gates)).exit_status == 1
     (record,) = (tmp_path / "out.run/stages").glob("*.json")
@@ -358,7 +358,7 @@ def test_a_size_comes_from_the_disk_not_from_a_record(small, tmp_path):
     assert again.report["stages"][0]["passes"][-1]["actual"] == again.report["result"]["size"]
 
 
-def test_a_measurement_counts_for_what_it_measured_alone(tmp_path):
+def test_measurement_counts_only_for_what_it_measured(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.cached("stage-a", lambda: {"evaluation": 1}) == {"evaluation": 1}
     assert folder.cached("stage-a", lambda: {"evaluation": 2}) == {"evaluation": 1}
@@ -370,7 +370,7 @@ def test_a_measurement_counts_for_what_it_measured_alone(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["report.json", "photo"], ["stages/album/photo"], ["work/album/photo", "lock"]])
-def test_a_folder_that_only_has_the_name_of_a_run_folder_is_left_alone(small, tmp_path, names):
+def test_clean_leaves_a_folder_with_only_the_name(small, tmp_path, names):
     mine = tmp_path / "out.run"
     for name in names:
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
@@ -385,7 +385,7 @@ def test_a_folder_that_only_has_the_name_of_a_run_folder_is_left_alone(small, tm
     assert tree(mine) == before
 
 
-def test_a_run_folder_without_its_lock_is_one(small, tmp_path):
+def test_clean_takes_a_run_folder_without_its_lock(small, tmp_path):
     compress.run(small())
     (tmp_path / "out.run/lock").unlink()
     assert compress.run(small()).nothing_to_do
@@ -394,7 +394,7 @@ def test_a_run_folder_without_its_lock_is_one(small, tmp_path):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_folder_with_the_name_of_an_earlier_result_is_left_alone(small, tmp_path, link):
+def test_run_leaves_a_folder_named_like_an_earlier_result(small, tmp_path, link):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo").write_text("photo")
     old = tmp_path / ".out.old"
@@ -416,7 +416,7 @@ def test_clean_follows_dots_as_the_file_system_does(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", [".", "..", "/", "below/.."])
-def test_a_path_that_names_no_folder_is_no_output(small, tmp_path, pico_llama, monkeypatch, name):
+def test_run_refuses_a_path_that_names_no_folder(small, tmp_path, pico_llama, monkeypatch, name):
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path)
     for work in (
@@ -430,7 +430,7 @@ def test_a_path_that_names_no_folder_is_no_output(small, tmp_path, pico_llama, m
         housekeeping.clean(Path(name))
 
 
-def test_a_tilde_in_an_output_is_a_home(small, tmp_path, pico_llama, monkeypatch):
+def test_run_expands_a_tilde_in_an_output(small, tmp_path, pico_llama, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     assert compress.run(small(output="~/out")).checkpoint == tmp_path / "home/out"
@@ -444,7 +444,7 @@ def test_a_tilde_in_an_output_is_a_home(small, tmp_path, pico_llama, monkeypatch
     assert not list(tmp_path.glob("~*"))
 
 
-def test_a_mount_point_is_no_output(small, tmp_path, monkeypatch):
+def test_run_refuses_a_mount_point(small, tmp_path, monkeypatch):
     """As a volume of a container is; found before any work, not when the result is to be put there."""
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "out")
@@ -457,7 +457,7 @@ def test_a_mount_point_is_no_output(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "stages", "lock", "measurements", "work", "work/x", "report.json", "stages/x/y"])
-def test_links_in_a_run_folder_are_refused(small, tmp_path, name):
+def test_run_refuses_links_in_a_run_folder(small, tmp_path, name):
     mine, run = tmp_path / "mine", tmp_path / "out.run"
     (mine / "album").mkdir(parents=True)
     (mine / "album/photo").write_text("photo")
@@ -479,7 +479,7 @@ def test_links_in_a_run_folder_are_refused(small, tmp_path, name):
     assert tree(mine) == before
 
 
-def test_a_lock_that_is_another_file_too_is_not_written(small, tmp_path):
+def test_run_does_not_write_a_hard_linked_lock(small, tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "mine").write_text("mine")
     os.link(tmp_path / "mine", tmp_path / "out.run/lock")
@@ -489,7 +489,7 @@ def test_a_lock_that_is_another_file_too_is_not_written(small, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "compress.json", "modeling_compress.py", "generation_config.json"])
-def test_links_out_of_a_checkpoint_are_refused(small, tmp_path, pico_llama, name):
+def test_run_refuses_links_out_of_a_checkpoint(small, tmp_path, pico_llama, name):
     (tmp_path / "secret").write_text("a key")
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     (model / name).unlink(missing_ok=True)
@@ -514,7 +514,7 @@ def orphan(folder: Path, name: str) -> Path:
     return path
 
 
-def test_a_dry_run_of_clean_changes_nothing(small, tmp_path):
+def test_clean_dry_run_changes_nothing(small, tmp_path):
     compress.run(small())
     run = tmp_path / "out.run"
     half = [
@@ -540,7 +540,7 @@ def test_a_dry_run_of_clean_changes_nothing(small, tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
-def test_orphans_are_listed_cleaned_and_swept(small, tmp_path):
+def test_clean_takes_orphans(small, tmp_path):
     compress.run(small())
     left = orphan(tmp_path, "out")
     (row,) = housekeeping.list_runs(tmp_path)
@@ -558,7 +558,7 @@ def test_orphans_are_listed_cleaned_and_swept(small, tmp_path):
     assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["dense"]
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path):
+def test_clean_leaves_what_a_living_process_writes(tmp_path):
     with files.temporary(tmp_path / "out") as temp:
         assert files.leftovers(tmp_path) == []
         stranger = temp.rename(tmp_path / f".out.tmp-{FAR}")  # the number is of another machine: the lock counts
@@ -568,7 +568,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     assert files.leftovers(tmp_path) == [stranger]
 
 
-def test_work_and_measurements_of_another_recipe_are_listed_and_cleaned(recipe, tmp_path):
+def test_clean_takes_work_of_another_recipe(recipe, tmp_path):
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
 
     def work():
@@ -589,7 +589,7 @@ def test_work_and_measurements_of_another_recipe_are_listed_and_cleaned(recipe, 
     assert not left.exists()
 
 
-def test_the_lock_survives_the_removal_of_its_folder(tmp_path):
+def test_lock_survives_the_removal_of_its_folder(tmp_path):
     folder = RunFolder(tmp_path / "out.run")
     with folder.locked():
         files.remove(folder.path)
@@ -605,14 +605,14 @@ def test_the_lock_survives_the_removal_of_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("front", ["tags: [{a: b}]", "tags: " + "[" * 1500])
-def test_front_matter_that_cannot_be_carried_over_costs_nothing(small, tmp_path, pico_llama, front):
+def test_run_drops_front_matter_that_cannot_be_carried_over(small, tmp_path, pico_llama, front):
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     (model / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
     assert compress.run(small(model=str(model))).published
     assert "## What each pass saved and cost" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_report_that_cannot_be_rendered_costs_neither_result_nor_status(small, tmp_path, monkeypatch):
+def test_run_ends_well_when_the_report_cannot_be_rendered(small, tmp_path, monkeypatch):
     from compress import report as reports
 
     def broken(report):
@@ -634,7 +634,7 @@ def test_a_report_that_cannot_be_rendered_costs_neither_result_nor_status(small,
     assert (tmp_path / "out.run/report.md").read_text().startswith("#")
 
 
-def test_a_full_disk_is_met_before_anything_is_replaced(small, tmp_path, monkeypatch):
+def test_publish_meets_a_full_disk_before_it_replaces(small, tmp_path, monkeypatch):
     import errno
 
     from compress.errors import ResourceError
@@ -661,7 +661,7 @@ def test_a_full_disk_is_met_before_anything_is_replaced(small, tmp_path, monkeyp
     assert compress.run(small(passes=[{"cast": {"weights": "fp16"}}])).report["stages"][0]["reused"]
 
 
-def test_errors_of_the_file_system_are_the_users(small, tmp_path):
+def test_run_reports_file_system_errors_in_one_line(small, tmp_path):
     long = str(tmp_path / ("x" * 300))
     for work in (
         lambda: compress.run(small(output=long)),
@@ -702,7 +702,7 @@ def kill_at(number: int, work) -> int:
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
-def test_killed_anywhere_while_a_result_is_exchanged(small, tmp_path, step):
+def test_publish_survives_a_kill_anywhere(small, tmp_path, step):
     """The output is always one whole result, and the next run ends with the right one and no remains."""
     one, two = small(), small(passes=[{"cast": {"weights": "fp16"}}])
     whole = {}

@@ -55,7 +55,7 @@ def line(out):
     return found[0]
 
 
-def test_without_gates_it_ends_with_3_and_the_stages_stay_in_the_run_folder(run):
+def test_unhelped_run_without_gates_ends_with_3(run):
     status, out, report, output = run()
     assert (status, report["status"], report["exit_status"], report["published"]) == (3, "inconclusive", 3, False)
     training = report["stages"][1]["passes"][0]["details"]["training"]
@@ -76,7 +76,7 @@ def test_without_gates_it_ends_with_3_and_the_stages_stay_in_the_run_folder(run)
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def test_gate_tells_what_a_report_without_gates_left_open(run, monkeypatch, capsys):
+def test_unhelped_report_is_told_by_gate(run, monkeypatch, capsys):
     *_, output = run()
     monkeypatch.setattr(sys, "argv", ["compress", "gate", str(output.parent / "out.run/report.json")])
     with pytest.raises(SystemExit) as end:
@@ -85,14 +85,14 @@ def test_gate_tells_what_a_report_without_gates_left_open(run, monkeypatch, caps
     assert "no gates, and a training that did not help: inconclusive" in capsys.readouterr().out
 
 
-def test_publish_anyway_publishes_it(run):
+def test_unhelped_run_is_published_anyway_when_asked(run):
     status, out, report, output = run("--publish-anyway")
     assert (status, report["published"]) == (3, True)
     assert line(out)
     assert (output / "model.safetensors").is_file()
 
 
-def test_allow_noop_ends_with_0(run):
+def test_unhelped_run_ends_with_0_when_noop_is_allowed(run):
     status, out, report, output = run(distill={"allow_noop": True})
     assert (status, report["status"], report["published"]) == (0, "no gates", True)
     assert line(out)
@@ -100,7 +100,7 @@ def test_allow_noop_ends_with_0(run):
 
 
 @pytest.mark.parametrize(("ratio", "status"), [(0.9, 0), (0.1, 1)])
-def test_with_gates_their_verdict_decides(run, ratio, status):
+def test_unhelped_run_with_gates_follows_their_verdict(run, ratio, status):
     found, out, report, output = run(gates={"size": {"max_ratio": ratio}})
     assert found == status
     assert line(out)

@@ -10,7 +10,7 @@ from tests import pico
 from tests.passes.helpers import apply, plan, write
 
 
-def test_rounds_to_nearest_even(pico_llama):
+def test_cast_rounds_to_nearest_even(pico_llama):
     """1 + 2^-8 lies between two bfloat16 values, 1 and 1 + 2^-7: the even one is 1. 1 + 3 * 2^-8 rounds up to even."""
     base = open_checkpoint(pico_llama)
     tensor = base.spec.tensors["model.norm.weight"]
@@ -23,7 +23,7 @@ def test_rounds_to_nearest_even(pico_llama):
     assert cast[1].item() == 1 + 2**-6
 
 
-def test_overrides_and_the_widest_dtype(pico_llama, tmp_path):
+def test_cast_overrides_and_widest_dtype(pico_llama, tmp_path):
     out = write(
         apply(open_checkpoint(pico_llama), "cast", weights="bf16", overrides={"re:.*norm": "fp32"}), tmp_path / "out"
     )
@@ -35,7 +35,7 @@ def test_overrides_and_the_widest_dtype(pico_llama, tmp_path):
     assert mixed.spec.structure.config["dtype"] == "float32"  # neither half format holds the other
 
 
-def test_only_and_skip(pico_llama):
+def test_cast_only_and_skip(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     spec = plan(checkpoint, "cast", weights="fp16", only=["model.layers.*"], skip=["re:.*[01].mlp.*"])
     narrow = {t.module for t in spec.stored() if t.dtype == "F16"}
@@ -53,7 +53,7 @@ def test_only_and_skip(pico_llama):
             plan(checkpoint, "cast", weights="fp16", skip=[f"re:{pattern}"])
 
 
-def test_fp16_refuses_what_does_not_fit(pico_llama, tmp_path):
+def test_cast_to_fp16_refuses_values_that_do_not_fit(pico_llama, tmp_path):
     base = open_checkpoint(pico_llama)
     name = "model.layers.1.mlp.up_proj.weight"
 
@@ -68,14 +68,14 @@ def test_fp16_refuses_what_does_not_fit(pico_llama, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_to_cast_is_an_error(pico_llama):
+def test_cast_refuses_when_nothing_changes(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     with pytest.raises(PassError, match=r"every weight is fp32 already"):
         plan(checkpoint, "cast", weights="fp32")
     assert plan(checkpoint, "cast", weights="fp32", allow_noop=True).tensors == checkpoint.spec.tensors
 
 
-def test_kept_weights_that_underflow_stay_kept(pico_llama, tmp_path):
+def test_cast_keeps_mask_of_weights_that_underflow(pico_llama, tmp_path):
     base = open_checkpoint(pico_llama)
     name = "model.layers.1.mlp.up_proj.weight"
     tiny = Derived(base, base.spec, lambda n: Value(base.tensor(n).data * 1e-12) if n == name else base.tensor(n))
@@ -88,7 +88,7 @@ def test_kept_weights_that_underflow_stay_kept(pico_llama, tmp_path):
     assert int(value.mask.sum()) == value.mask.numel() // 2
 
 
-def test_ties_follow(tmp_path):
+def test_cast_keeps_ties(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", tie_word_embeddings=True))
     spec = plan(checkpoint, "cast", weights="bf16")
     assert spec.tensors["lm_head.weight"].dtype == "BF16"

@@ -76,7 +76,7 @@ STOCK_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", STOCK_SETTINGS, ids=str)
-def test_stock_transformers_computes_the_same(settings, folders, tmp_path):
+def test_cast_codes_match_stock_transformers(settings, folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     settings = {"method": "rtn", **settings}
     _, layout = stored_form(plan(checkpoint, "cast", **settings), "stock", 10**9, checkpoint.metadata)
@@ -87,7 +87,7 @@ def test_stock_transformers_computes_the_same(settings, folders, tmp_path):
     assert torch.equal(logits, our_logits(out.folder))
 
 
-def test_a_format_for_cached_keys_and_values(folders, tmp_path):
+def test_cast_kv_cache_format_is_written_to_config(folders, tmp_path):
     """In the config alone: stock transformers loads it, compressed-tensors parses it, and writing again keeps it."""
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -117,7 +117,7 @@ def test_a_format_for_cached_keys_and_values(folders, tmp_path):
 
 
 @pytest.mark.parametrize("format_", ["mxfp4", "nvfp4", "int4"])
-def test_bfloat16_checkpoints(format_, folders, tmp_path):
+def test_cast_codes_of_bfloat16_checkpoints_match_stock(format_, folders, tmp_path):
     group = {"group_size": 16} if format_ == "int4" else {}
     out = write(
         apply(open_checkpoint(folders["bf16"]), "cast", weights=format_, method="mse", **group), tmp_path / "out"
@@ -127,7 +127,7 @@ def test_bfloat16_checkpoints(format_, folders, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "opt", "phi3", "bert"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric, folders, data, tmp_path):
+def test_cast_block_by_block_writes_what_is_planned(family, symmetric, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     settings = {"weights": "int4", "group_size": 8, "symmetric": symmetric, "reconstruction_epochs": 1}
     planned = plan(checkpoint, "cast", **settings)
@@ -149,7 +149,7 @@ def test_a_sweep_writes_what_is_planned_and_the_block_computed(family, symmetric
     assert len(details["blocks"]) == 4
 
 
-def test_gptq_and_tuning_pay(tmp_path):
+def test_cast_gptq_and_tuning_lower_the_error(tmp_path):
     original = pico.folder("llama", num_hidden_layers=2)
     checkpoint = open_checkpoint(original)
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
@@ -167,7 +167,7 @@ def test_gptq_and_tuning_pay(tmp_path):
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
-def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_block_gives(folders, tmp_path):
+def test_cast_gptq_matches_dense_inputs(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
     settings = {"weights": "int4", "group_size": 16, "error_correction": [], "reconstruction_epochs": 0}
@@ -186,7 +186,7 @@ def test_gptq_alone_solves_each_matrix_of_a_block_for_the_inputs_that_the_dense_
         assert torch.equal(cast.tensor(name).codes.codes, expected.codes)
 
 
-def test_pruned_weights_stay_zero_and_the_compact_store_is_smaller(folders, data, tmp_path):
+def test_cast_keeps_pruned_weights_zero(folders, data, tmp_path):
     base = open_checkpoint(folders["llama"])
     pruned = write(
         apply(base, "prune_unstructured", method="magnitude", sparsity=0.6), tmp_path / "pruned", store="compact"
@@ -208,7 +208,7 @@ def test_pruned_weights_stay_zero_and_the_compact_store_is_smaller(folders, data
     assert torch.equal(logits, stock_logits(tmp_path / "stock", tmp_path))
 
 
-def test_unpack_gives_the_dense_twin(folders, tmp_path):
+def test_unpack_of_cast_codes_gives_dense_twin(folders, tmp_path):
     out = write(
         apply(open_checkpoint(folders["llama"]), "cast", weights="int4", group_size=16, method="rtn"), tmp_path / "out"
     )
@@ -217,7 +217,7 @@ def test_unpack_gives_the_dense_twin(folders, tmp_path):
     assert torch.equal(stock_logits(tmp_path / "dense", tmp_path), our_logits(out.folder))
 
 
-def test_files_of_another_tool_are_read(folders, tmp_path):
+def test_cast_codes_without_metadata_are_read(folders, tmp_path):
     """The metadata that only we write taken away, a file is what compressed-tensors writes."""
     from safetensors.torch import load_file, save_file
 
@@ -232,7 +232,7 @@ def test_files_of_another_tool_are_read(folders, tmp_path):
         assert torch.equal(our_logits(bare), our_logits(out.folder))
 
 
-def test_embeddings_when_asked(folders, tmp_path):
+def test_cast_embeddings_when_asked(folders, tmp_path):
     settings = {"weights": "int4", "group_size": 16, "method": "rtn", "overrides": {"model.embed_tokens": "int8"}}
     with pytest.raises(CompressError, match=r"stock loaders do not read int8 codes of model.embed_tokens.weight"):
         compress.apply("cast", folders["llama"], tmp_path / "no", **settings)
@@ -241,7 +241,7 @@ def test_embeddings_when_asked(folders, tmp_path):
     assert torch.equal(stock_logits(out, tmp_path, trust=True), our_logits(out))
 
 
-def test_embeddings_alone(folders, data, tmp_path):
+def test_cast_embeddings_only(folders, data, tmp_path):
     """Nothing is left for the sweep; the blocks stay as they are."""
     original = open_checkpoint(folders["llama"])
     settings = {"weights": "fp32", "overrides": {"model.embed_tokens": "int8"}}
@@ -255,7 +255,7 @@ def test_embeddings_alone(folders, data, tmp_path):
     assert 0 < float((table - rounded).abs().max()) < float(table.abs().max()) / 100
 
 
-def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
+def test_cast_budget_is_kept_and_spent(folders, data, tmp_path):
     settings = {"group_size": 16, "reconstruction_epochs": 0}
     details: dict = {}
     out = compress.apply(
@@ -285,7 +285,7 @@ def test_a_budget_is_kept_and_spent(folders, data, tmp_path):
         )
 
 
-def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
+def test_cast_budget_chooses_group_sizes(data, tmp_path):
     """With float32 scales groups of 64 take half a bit per weight: larger ones and more bits change the output less."""
     folder = pico.save(
         tmp_path / "m", "llama", hidden_size=128, head_dim=32, intermediate_size=192, with_tokenizer=False
@@ -304,7 +304,7 @@ def test_a_budget_chooses_sizes_of_groups(data, tmp_path):
     assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
 
 
-def test_the_measured_divergence_is_that_of_the_model(folders, data):
+def test_divergences_match_the_model(folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
     from compress.progress import SilentProgress
     from compress.sensitivity.matrices import RoundingDelta, divergences
@@ -336,7 +336,7 @@ def test_the_measured_divergence_is_that_of_the_model(folders, data):
     assert 0.2 < found[name]["int6"] / kl < 5
 
 
-def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folders, data):
+def test_divergences_of_other_groups_follow_weight_error(folders, data):
     from compress.progress import SilentProgress
     from compress.sensitivity.matrices import RoundingDelta, divergences
     from compress.spec.formats import QuantFormat
@@ -366,7 +366,7 @@ def test_divergences_of_other_groups_follow_from_the_error_of_the_weights(folder
         assert 0.6 < scaled[name]["int4/channel"] / itself[name]["int4/channel"] < 1.6
 
 
-def test_divergences_read_the_types_of_pairs(tmp_path):
+def test_divergences_read_token_types(tmp_path):
     """A BERT on tokens of the second text is one without types whose first kind of token has the embedding of the second."""
     from safetensors.torch import load_file, save_file
 
@@ -400,7 +400,7 @@ def test_divergences_read_the_types_of_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_knapsack_is_solved(seed):
+def test_choose_matches_exhaustive_search(seed):
     from itertools import product
 
     from compress.solvers.knapsack import choose
@@ -421,7 +421,7 @@ def test_the_knapsack_is_solved(seed):
             assert sum(losses[i][c] for i, c in enumerate(chosen)) == pytest.approx(min(every)[0])
 
 
-def test_bad_input(folders, data, tmp_path):
+def test_cast_refuses_bad_input(folders, data, tmp_path):
     llama = open_checkpoint(folders["llama"])
     with pytest.raises(PassError, match=r"proj.weight has 32 inputs, which groups of 64 do not divide") as caught:
         plan(llama, "cast", weights="int4")
@@ -452,7 +452,7 @@ def test_bad_input(folders, data, tmp_path):
         open_checkpoint(bare)
 
 
-def test_infinite_weights_are_refused(tmp_path):
+def test_cast_refuses_infinite_weights(tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
@@ -465,7 +465,7 @@ def test_infinite_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"weights": "int4", "group_size": 16}, {"bits": 5, "group_size": 16}])
-def test_a_model_that_predicts_nan_is_named(settings, data, tmp_path):
+def test_cast_names_a_model_that_predicts_nan(settings, data, tmp_path):
     """What stands outside the blocks is not cast, but measured with."""
     from safetensors.torch import load_file, save_file
 

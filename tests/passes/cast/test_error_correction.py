@@ -26,7 +26,7 @@ def codes(folder: Path, work: Path, correction: tuple[str, ...]) -> dict[str, to
     return {t.name: cast.tensor(t.name).codes.codes for t in cast.spec.stored() if t.quant_format is not None}
 
 
-def test_every_combination_gives_codes_of_its_own(tmp_path: Path) -> None:
+def test_error_correction_combinations_give_different_codes(tmp_path: Path) -> None:
     folder = pico.folder("llama", num_hidden_layers=2)
     by_subset = {subset: codes(folder, tmp_path / "-".join(subset or ["none"]), subset) for subset in SUBSETS}
     for first, second in combinations(SUBSETS, 2):
@@ -41,7 +41,7 @@ def test_every_combination_gives_codes_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(by_subset[()][first], by_subset["asymmetric",][first])
 
 
-def test_default_is_all_in_any_order() -> None:
+def test_error_correction_defaults_to_all_in_any_order() -> None:
     assert CastSettings(weights="int4").error_correction == [*CORRECTIONS]
     assert CastSettings(weights="int4", error_correction=[*reversed(CORRECTIONS)]) == CastSettings(weights="int4")
 
@@ -55,14 +55,14 @@ def test_default_is_all_in_any_order() -> None:
         (True, "passes.0.cast.error_correction: error_correction: expected a list, got True"),
     ],
 )  # fmt: skip
-def test_wrong_lists_are_refused_at_their_place(value: object, message: str) -> None:
+def test_error_correction_refuses_wrong_lists_in_place(value: object, message: str) -> None:
     passes = [{"cast": {"weights": "int4", "error_correction": value}}]
     with pytest.raises(RecipeError) as caught:
         recipe_from_mapping({"model": "m", "output": "o", "passes": passes}, check_files=False)
     assert message in str(caught.value)
 
 
-def test_an_empty_list_stays_in_a_resolved_recipe() -> None:
+def test_error_correction_empty_list_stays_when_resolved() -> None:
     passes = [{"cast": {"weights": "int4", "error_correction": []}}]
     data = {"calibration": {"files": ["text.txt"]}}
     recipe = recipe_from_mapping({"model": "m", "output": "o", "data": data, "passes": passes}, check_files=False)
@@ -70,7 +70,7 @@ def test_an_empty_list_stays_in_a_resolved_recipe() -> None:
     assert recipe_from_mapping(resolved(recipe), check_files=False) == recipe
 
 
-def test_memory_counts_curvatures_only_where_they_are_measured() -> None:
+def test_error_correction_memory_counts_measured_curvatures_only() -> None:
     from compress import passes
 
     instance, spec = passes.get("cast"), open_checkpoint(pico.folder("llama", num_hidden_layers=2)).spec

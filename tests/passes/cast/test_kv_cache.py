@@ -54,7 +54,7 @@ def scheme(folder):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "head"])
-def test_scales_are_those_of_the_largest_keys_and_values(made, kind):
+def test_kv_cache_scales_match_largest_keys_and_values(made, kind):
     from compressed_tensors.quantization import QuantizationConfig
 
     found, expected = scales(made[kind]), {}
@@ -71,7 +71,7 @@ def test_scales_are_those_of_the_largest_keys_and_values(made, kind):
     assert (said.strategy, said.dynamic) == ("attn_head" if kind == "head" else "tensor", False)
 
 
-def test_codes_by_gptq_have_scales_of_their_own_keys(base, tmp_path):
+def test_kv_cache_scales_follow_gptq_codes(base, tmp_path):
     settings = {
         "weights": "int3",
         "group_size": 8,
@@ -87,12 +87,12 @@ def test_codes_by_gptq_have_scales_of_their_own_keys(base, tmp_path):
     assert not torch.allclose(key, original, rtol=1e-3)
 
 
-def test_without_scales_the_scheme_stays_dynamic(made):
+def test_kv_cache_scheme_is_dynamic_without_scales(made):
     assert scheme(made["none"])["dynamic"] is True
     assert scales(made["none"]) == {}
 
 
-def test_stock_transformers_loads_the_scales_with_a_note(made, stock, tmp_path):
+def test_kv_cache_scales_load_in_stock_with_a_note(made, stock, tmp_path):
     """They are unexpected to it, nothing is missing, and it computes what `compress.load` gives."""
     folders = {kind: str(made[kind]) for kind in ("tensor", "head")}
     for kind, folder in folders.items():
@@ -130,7 +130,7 @@ class RoundingDelta(DynamicCache):
 
 
 @pytest.mark.parametrize("kind", ["tensor", "head", "none"])
-def test_evaluation_rounds_keys_and_values_by_them(made, kind):
+def test_kv_cache_scales_round_keys_and_values_in_evaluation(made, kind):
     """At once and step by step, as a cache of its own does; without being asked to, nothing is rounded."""
     found = scales(made[kind])
 
@@ -153,7 +153,7 @@ def test_evaluation_rounds_keys_and_values_by_them(made, kind):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "bloom", "gpt_neox"])
-def test_other_families(family, tmp_path):
+def test_kv_cache_scales_of_other_families(family, tmp_path):
     """Sliding windows, norms of keys, attention of other shapes: with scales where servers read them."""
     base = pico.save(tmp_path / "base", family, with_tokenizer=False)
     out = compress.apply("cast", base, tmp_path / "out", data=IDS, **SETTINGS)
@@ -172,7 +172,7 @@ def test_other_families(family, tmp_path):
         assert (plain(input_ids=IDS).logits - logits).abs().max() > 1e-3
 
 
-def test_padding_does_not_count(base, tmp_path):
+def test_largest_cached_ignores_padding(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
     from compress.blockwise.executor import Inputs
     from compress.data.batches import Batches
@@ -199,7 +199,7 @@ def test_padding_does_not_count(base, tmp_path):
     assert not torch.allclose(torch.tensor(padded), torch.tensor(largest(IDS, None, "all")), rtol=1e-4)
 
 
-def test_written_again_and_unpacked(made, tmp_path):
+def test_kv_cache_scales_survive_rewriting_and_unpack(made, tmp_path):
     again = write(open_checkpoint(made["head"]), tmp_path / "again")
     assert scheme(again.folder) == scheme(made["head"])
     assert all(torch.equal(scales(again.folder)[name], value) for name, value in scales(made["head"]).items())
@@ -235,7 +235,7 @@ def planned(values):
     return loaded, planning.make_plan(loaded, stored.spec, stored.metadata).stages[0].passes[0]
 
 
-def test_scales_are_the_default_where_there_are_calibration_data(recipe):
+def test_kv_cache_scales_are_default_with_calibration_data(recipe):
     for changes, kind in (({}, "tensor"), ({"calibrated": False}, "none"), ({"kv_cache_scales": "head"}, "head")):
         loaded, plan = planned(recipe(**changes))
         entry = loaded.passes[0]
@@ -246,7 +246,7 @@ def test_scales_are_the_default_where_there_are_calibration_data(recipe):
     assert "vLLM takes 1, SGLang does not quantise" in planned(recipe(calibrated=False))[1].notes[0]
 
 
-def test_families_whose_scales_nobody_reads(recipe, tmp_path):
+def test_kv_cache_scales_are_off_in_families_without_readers(recipe, tmp_path):
     family = pico.save(tmp_path / "neox", "gpt_neox")
     _, plan = planned(recipe(family=family))
     assert plan.spec.structure.kv_cache == "fp8"
@@ -255,7 +255,7 @@ def test_families_whose_scales_nobody_reads(recipe, tmp_path):
         planned(recipe(family=family, kv_cache_scales="head"))
 
 
-def test_a_run_plans_to_the_byte_and_says_what_its_figures_include(recipe):
+def test_kv_cache_run_matches_plan_and_notes_rounding(recipe):
     values = recipe()
     result = compress.run(values)
     row = result.report["stages"][0]["passes"][0]

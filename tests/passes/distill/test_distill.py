@@ -60,7 +60,7 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_pruned_student_comes_nearer_to_its_teacher_and_keeps_its_masks(tmp_path, pruned, pico_llama):
+def test_distill_brings_pruned_student_nearer_and_keeps_masks(tmp_path, pruned, pico_llama):
     out, said = distilled(
         tmp_path, pruned, steps=30, evaluate_every=10, teacher=str(pico_llama), store="compact", learning_rate=5e-3
     )
@@ -75,7 +75,7 @@ def test_a_pruned_student_comes_nearer_to_its_teacher_and_keeps_its_masks(tmp_pa
         assert not after.tensor(name).data[~after.tensor(name).mask].any()
 
 
-def test_micro_batches_and_checkpointing_change_memory_and_not_the_result(tmp_path, pruned, pico_llama):
+def test_distill_does_not_depend_on_micro_batches_and_checkpointing(tmp_path, pruned, pico_llama):
     whole, _ = distilled(tmp_path, pruned, "a", teacher=str(pico_llama))
     parts, _ = distilled(
         tmp_path, pruned, "b", teacher=str(pico_llama), micro_batch_size=3, gradient_checkpointing=True
@@ -86,7 +86,7 @@ def test_micro_batches_and_checkpointing_change_memory_and_not_the_result(tmp_pa
     assert not same(whole, pruned)
 
 
-def test_padded_samples_of_any_length_count_token_by_token(tmp_path, pico_llama, texts):
+def test_distill_weighs_padded_samples_by_token(tmp_path, pico_llama, texts):
     """A micro-batch with few tokens weighs as its tokens, not as a batch."""
     train, _ = texts
     short = tmp_path / "short.txt"
@@ -100,14 +100,14 @@ def test_padded_samples_of_any_length_count_token_by_token(tmp_path, pico_llama,
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path, pruned, pico_llama):
+def test_distill_is_reproducible(tmp_path, pruned, pico_llama):
     how = {"teacher": str(pico_llama), "ema_decay": 0.9, "optimizer": "muon"}
     assert same(distilled(tmp_path, pruned, "a", **how)[0], distilled(tmp_path, pruned, "b", **how)[0])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
-def test_every_optimizer_and_schedule_learns(tmp_path, pico_llama, optimizer, schedule):
+def test_distill_learns_with_every_optimizer_and_schedule(tmp_path, pico_llama, optimizer, schedule):
     _, said = distilled(
         tmp_path,
         pico_llama,
@@ -121,7 +121,7 @@ def test_every_optimizer_and_schedule_learns(tmp_path, pico_llama, optimizer, sc
     assert said["tokens"] == 12 * 8 * 16
 
 
-def test_every_loss_falls(tmp_path, pruned, pico_llama):
+def test_distill_lowers_every_loss(tmp_path, pruned, pico_llama):
     losses = {
         "reverse_kl": 0.5,
         "skewed_kl": 0.5,
@@ -146,21 +146,21 @@ def test_every_loss_falls(tmp_path, pruned, pico_llama):
     assert all(last[name] < first[name] for name in losses if name != "labels"), (first, last)
 
 
-def test_the_default_rate_and_warmup_follow_from_steps_and_width():
+def test_default_rate_and_warmup_follow_steps_and_width():
     assert default_rate(500, 256) == default_rate(4000, 32) == 5e-4
     assert default_rate(20, 256) == pytest.approx(1e-4)
     assert default_rate(500, 1024) == pytest.approx(2.5e-4)
     assert [default_warmup(n) * n for n in (4, 20, 50, 500)] == pytest.approx([1, 5, 5, 25])
 
 
-def test_settings_of_rate_and_dropout_are_taken_and_reported(tmp_path, pico_llama):
+def test_distill_reports_rate_and_dropout(tmp_path, pico_llama):
     how = {"student": {"layers": 2}, "allow_noop": True, "steps": 2, "evaluate_every": 2}
     assert distilled(tmp_path, pico_llama, "a", **how)[1]["rate"] == pytest.approx(5e-4 * (2 / 500) ** 0.5)
     assert distilled(tmp_path, pico_llama, "b", learning_rate=1e-3, **how)[1]["rate"] == 1e-3
     assert distilled(tmp_path, pico_llama, "c", preset="from_scratch", **how)[1]["rate"] == 3e-3
 
 
-def test_a_student_recovers_without_dropout(tmp_path):
+def test_distill_turns_dropout_off_by_default(tmp_path):
     """As one whose config has none; `dropout: true` turns it on."""
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     for name, given in (("with", {}), ("without", rates)):
@@ -176,7 +176,7 @@ def test_a_student_recovers_without_dropout(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_recovers_in_20_steps_with_the_defaults(tmp_path):
+def test_distill_recovers_the_example_model_in_20_steps(tmp_path):
     """After least squares it is near an optimum: large first steps of Adam would throw it off."""
     text = {"document_separator": "<|doc|>", "data": ROOT / "examples/text/train.txt", "device": "cpu", "length": 64}
     model = ROOT / "examples/tiny-lm"
@@ -190,7 +190,7 @@ def test_the_shipped_model_recovers_in_20_steps_with_the_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("begin", ["spread", "every_second", "first", "last"])
-def test_a_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin):
+def test_distill_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin):
     out, _ = distilled(
         tmp_path, pico_llama, steps=1, learning_rate=1e-9, allow_noop=True, student={"layers": 2, "from": begin}
     )
@@ -201,7 +201,7 @@ def test_a_student_is_cut_from_the_checkpoint(tmp_path, pico_llama, begin):
         torch.testing.assert_close(after[name.format(new)], before[name.format(old)], atol=1e-6, rtol=1e-6)
 
 
-def test_a_student_is_narrower_and_a_fresh_one_begins_anew(tmp_path, pico_llama):
+def test_distill_student_is_narrower_or_fresh(tmp_path, pico_llama):
     out, _ = distilled(
         tmp_path,
         pico_llama,
@@ -227,7 +227,7 @@ def test_a_student_is_narrower_and_a_fresh_one_begins_anew(tmp_path, pico_llama)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "opt", "bert", "distilbert"])
-def test_families_learn_and_are_written_as_their_files_name_things(tmp_path, family):
+def test_distill_writes_every_family_by_its_file_names(tmp_path, family):
     teacher = pico.save(tmp_path / "in", family)
     if family in ("bert", "distilbert"):
         tokenizer = pico.tokenizer()
@@ -242,7 +242,7 @@ def test_families_learn_and_are_written_as_their_files_name_things(tmp_path, fam
     assert after.items() <= before.items()
 
 
-def test_several_teachers_say_the_mean_of_what_each_says(tmp_path, pico_llama):
+def test_distill_averages_several_teachers_by_weight(tmp_path, pico_llama):
     """Twice the same teacher is that teacher; another one beside it has its say, by weight."""
     student = {"layers": 2}
     one, _ = distilled(tmp_path, pico_llama, "a", student=student)
@@ -270,7 +270,7 @@ def test_several_teachers_say_the_mean_of_what_each_says(tmp_path, pico_llama):
     assert abs(first[1] - alone) > 0.01 * alone
 
 
-def test_a_cache_says_what_the_teacher_said_and_serves_again(tmp_path, pico_llama):
+def test_distill_cache_matches_teacher_and_is_reused(tmp_path, pico_llama):
     """With nearly all of the vocabulary kept the loss is that at work; the second run asks nobody."""
     how = {"student": {"layers": 2}}
     _, at_work = distilled(tmp_path, pico_llama, "a", **how)
@@ -287,7 +287,7 @@ def test_a_cache_says_what_the_teacher_said_and_serves_again(tmp_path, pico_llam
     assert same(offline, again)
 
 
-def test_a_cache_of_another_teacher_or_other_samples_is_refused(tmp_path, pico_llama):
+def test_distill_cache_of_another_teacher_or_samples_is_refused(tmp_path, pico_llama):
     cache = {"folder": str(tmp_path / "cache"), "top_k": 8}
     distilled(tmp_path, pico_llama, "a", student={"layers": 2}, teacher_cache=cache)
     other = pico.save(tmp_path / "other", seed=5)
@@ -307,7 +307,7 @@ def test_a_cache_of_another_teacher_or_other_samples_is_refused(tmp_path, pico_l
         distilled(tmp_path, pico_llama, "f", student={"layers": 2}, teacher_cache=str(pico_llama))
 
 
-def test_a_classifier_learns_from_its_teacher(tmp_path, labelled):
+def test_distill_trains_a_classifier(tmp_path, labelled):
     teacher, texts = labelled
     how = {"data": texts, "text": "sentence", "length": 32, "student": {"layers": 2}, "learning_rate": 3e-3}
     how |= {"batch_size": 4, "steps": 20, "evaluate_every": 10}
@@ -323,7 +323,7 @@ def test_a_classifier_learns_from_its_teacher(tmp_path, labelled):
         distilled(tmp_path, teacher, "d", losses={"labels": 1.0}, label="label", **{**how, "data": wrong})
 
 
-def test_a_sentence_embedding_learns_by_cosine(tmp_path):
+def test_distill_trains_sentence_embeddings_by_cosine(tmp_path):
     for name, sizes in (("in", {}), ("wide", {"hidden_size": 48})):
         pico.model("bert", class_name="BertModel", **sizes).save_pretrained(tmp_path / name)
         pico.tokenizer().save_pretrained(tmp_path / name)
@@ -335,7 +335,7 @@ def test_a_sentence_embedding_learns_by_cosine(tmp_path):
     assert 0 < said["held_out"][-1]["loss"] < said["held_out"][0]["loss"]
 
 
-def test_narrow_floats_compiled_code_and_lengths_by_tokens(tmp_path, pico_llama):
+def test_distill_in_bfloat16_compiled_and_batched_by_tokens(tmp_path, pico_llama):
     how = {"losses": {"labels": 1.0}, "learning_rate": 3e-3, "evaluate_every": 8, "steps": None}
     _, said = distilled(tmp_path, pico_llama, "a", autocast="bfloat16", tokens=16 * 8 * 12, **how)
     assert said["steps"] == 12
@@ -346,7 +346,7 @@ def test_narrow_floats_compiled_code_and_lengths_by_tokens(tmp_path, pico_llama)
 
 
 @pytest.mark.slow
-def test_compiled_students_learn_the_same(tmp_path, pico_llama):
+def test_distill_compiled_matches_eager(tmp_path, pico_llama):
     how = {"student": {"layers": 2}, "steps": 4}
     plain, _ = distilled(tmp_path, pico_llama, "a", **how)
     compiled, _ = distilled(tmp_path, pico_llama, "b", compile=True, **how)
@@ -355,7 +355,7 @@ def test_compiled_students_learn_the_same(tmp_path, pico_llama):
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
 
 
-def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_llama):
+def test_distill_names_the_package_for_tensorboard(tmp_path, pico_llama):
     if importlib.util.find_spec("tensorboard") is not None:
         pytest.skip("it is installed")
     with pytest.raises(PassError, match="logs for TensorBoard need the package tensorboard"):
@@ -383,14 +383,14 @@ def test_logs_for_tensorboard_name_the_package_that_they_need(tmp_path, pico_lla
         ({"teacher_cache": {"folder": "x", "top_k": 300}}, "top_k of 300 is not below the vocabulary of 300"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said_in_one_line(tmp_path, pico_llama, settings, message):
+def test_distill_refuses_bad_settings_in_one_line(tmp_path, pico_llama, settings, message):
     with pytest.raises(CompressError, match=message) as caught:
         distilled(tmp_path, pico_llama, **settings)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_teachers_that_do_not_fit_are_refused(tmp_path, pico_llama):
+def test_distill_refuses_unfit_teachers(tmp_path, pico_llama):
     small = compress.apply("prune_structured", pico_llama, tmp_path / "small", layers=[1, 2], compensation="none")
     with pytest.raises(PassError, match=r"more than the teacher .*small"):
         distilled(tmp_path, pico_llama, teacher=str(small))
@@ -408,7 +408,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, pico_llama):
         distilled(tmp_path, pico_llama, teacher=str(other))
 
 
-def test_divergence_ends_the_run_with_one_line(tmp_path, pico_llama):
+def test_distill_ends_in_one_line_when_training_diverges(tmp_path, pico_llama):
     with pytest.raises(PassError, match=r"training diverged: the loss is (nan|inf) at step \d+.*lower `learning_rate`"):
         distilled(
             tmp_path,
@@ -422,7 +422,7 @@ def test_divergence_ends_the_run_with_one_line(tmp_path, pico_llama):
         )
 
 
-def test_training_stops_where_it_does_not_help_and_keeps_the_best(tmp_path, pico_llama):
+def test_distill_stops_early_and_keeps_the_best(tmp_path, pico_llama):
     how = {"learning_rate": 1.0, "steps": 40, "evaluate_every": 2, "patience": 3, "warmup_ratio": 0}
     with pytest.warns(
         UserWarning, match=r"distill did not help: the held-out loss was .* the weights stay as they were"
@@ -463,7 +463,7 @@ def start(*parts):
     return Process("from compress.cli import main; main()", *parts)
 
 
-def test_a_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
+def test_distill_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
     whole = start("run", recipe("whole"), "--quiet")
     _, errors = whole.communicate()
     assert whole.returncode == 0, errors

@@ -41,7 +41,7 @@ def head_and_inputs(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
-def test_a_copied_head_is_trained_with_the_table_that_it_is_tied_to(tmp_path):
+def test_distill_trains_a_copied_head_with_its_embedding(tmp_path):
     tied = pico.save(tmp_path / "tied", "llama", tie_word_embeddings=True)
     table = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
     copied = with_tensors(tied, tmp_path / "copied", {"lm_head.weight": table.clone()})
@@ -59,7 +59,7 @@ def test_a_copied_head_is_trained_with_the_table_that_it_is_tied_to(tmp_path):
             assert torch.equal(file.get_tensor(name), inputs)
 
 
-def test_buffers_that_older_versions_wrote_do_not_stop_training(tmp_path, pico_llama):
+def test_distill_ignores_buffers_of_older_versions(tmp_path, pico_llama):
     rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.arange(4.0) + i for i in range(4)}
     old = with_tensors(pico_llama, tmp_path / "old", rotary)
     expected, _ = distilled(tmp_path, pico_llama, "expected", losses={"labels": 1})
@@ -70,7 +70,7 @@ def test_buffers_that_older_versions_wrote_do_not_stop_training(tmp_path, pico_l
     assert all(torch.equal(b[name], rotary[name]) for name in b.keys() - a.keys())
 
 
-def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
+def test_distill_takes_sentence_encoder_with_position_ids(tmp_path):
     """As all-MiniLM-L6-v2 has them: int64, in a file without a pooler."""
     teacher = tmp_path / "teacher"
     pico.model("bert", class_name="BertModel").save_pretrained(teacher)
@@ -97,7 +97,7 @@ def test_a_sentence_encoder_with_position_ids_is_distilled(tmp_path):
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("bloom", "transformer."), ("opt", "model.")])
-def test_files_of_a_base_class_are_trained_as_those_of_a_whole_one(family, prefix, tmp_path):
+def test_distill_of_base_class_files_matches_whole_class(family, prefix, tmp_path):
     """As gpt2 on the hub: names without that of the base model, and a class with a head."""
     whole = pico.save(tmp_path / "whole", family)
     short = Path(shutil.copytree(whole, tmp_path / "short"))
@@ -112,7 +112,7 @@ def test_files_of_a_base_class_are_trained_as_those_of_a_whole_one(family, prefi
     assert any(not torch.equal(value, tensors[name]) for name, value in b.items())
 
 
-def test_a_model_that_reads_two_texts_is_refused(tmp_path):
+def test_distill_refuses_encoder_decoder(tmp_path):
     from compress import passes
 
     distill = passes.get("distill")
@@ -121,7 +121,7 @@ def test_a_model_that_reads_two_texts_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in ("t5", "vit")])
-def test_every_weight_of_a_family_has_its_place_in_the_file(tmp_path, family):
+def test_find_places_places_every_weight(tmp_path, family):
     checkpoint = open_checkpoint(pico.save(tmp_path / "model", family))
     model = load_checkpoint(checkpoint, dtype="float32")
     places = find_places(checkpoint.spec, model)
@@ -135,7 +135,7 @@ def test_every_weight_of_a_family_has_its_place_in_the_file(tmp_path, family):
         assert torch.equal(found[tensor.name], checkpoint.tensor(tensor.name).data + moved), tensor.name
 
 
-def test_a_model_without_a_place_for_its_weights_is_refused_before_it_is_trained(pico_llama):
+def test_find_places_refuses_weights_without_a_place(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     model = load_checkpoint(checkpoint, dtype="float32")
     model.extra = torch.nn.Linear(2, 2)
@@ -194,7 +194,7 @@ def worked(monkeypatch):
         ({"losses": {"hidden": 1}, "layer_map": [[3, 9]]}, {}, r"\[3, 9\] is out of range"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_trained_is_refused_before_any_pass_works(
+def test_distill_refuses_unfit_models_before_any_pass_works(
     tmp_path, pico_llama, texts, worked, settings, data, message, teachers
 ):
     settings = {**settings, **({"teacher": str(teachers[settings["teacher"]])} if "teacher" in settings else {})}
@@ -206,7 +206,7 @@ def test_what_cannot_be_trained_is_refused_before_any_pass_works(
     assert not worked
 
 
-def test_training_text_without_a_window_is_refused_before_any_pass_works(tmp_path, pico_llama, worked):
+def test_distill_refuses_short_text_before_any_pass_works(tmp_path, pico_llama, worked):
     (tmp_path / "short.txt").write_text("a b c")
     recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
     recipe["data"] = {"training": {"files": [str(tmp_path / "short.txt")], "length": 64}}
@@ -228,12 +228,12 @@ def teachers(tmp_path_factory, pico_llama):
     return {"other": other, "small": small, "masked": pico.save(folder / "masked", "bert")}
 
 
-def test_ids_of_one_sample_are_too_few(tmp_path, pico_llama):
+def test_distill_refuses_a_single_sample(tmp_path, pico_llama):
     with pytest.raises(DataError, match="gives 1 samples, 8 are held out and a step takes 8"):
         distilled(tmp_path, pico_llama, data=ids(rows=1))
 
 
-def test_what_is_no_weight_of_the_model_is_kept_and_the_report_names_it(tmp_path, pico_llama, texts):
+def test_distill_keeps_and_reports_unused_tensors(tmp_path, pico_llama, texts):
     checkpoint = open_checkpoint(pico_llama)
     more = {"model.old_buffer": Tensor("model.old_buffer", (4,), "F32")}
     spec = replace(checkpoint.spec, tensors={**checkpoint.spec.tensors, **more})
@@ -258,7 +258,9 @@ def test_what_is_no_weight_of_the_model_is_kept_and_the_report_names_it(tmp_path
         ({"teacher": "masked"}, "is for masked language modelling"),
     ],
 )
-def test_check_says_what_headers_tell(tmp_path, pico_llama, texts, teachers, settings, message, capsys, monkeypatch):
+def test_check_refuses_distill_by_headers(
+    tmp_path, pico_llama, texts, teachers, settings, message, capsys, monkeypatch
+):
     import sys
 
     from compress.cli import main

@@ -27,7 +27,7 @@ def factorize(folder, out, **settings):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3", "bert"])
-def test_what_is_written_loads_and_is_what_its_twin_computes(family, folders, tmp_path):
+def test_factorize_loads_and_matches_dense_twin(family, folders, tmp_path):
     allocation = "uniform" if family == "bert" else "kl"
     details = {}
     factorize(
@@ -54,7 +54,7 @@ def test_what_is_written_loads_and_is_what_its_twin_computes(family, folders, tm
         assert down[0] == up[1] == edit.values["rank"]
 
 
-def test_ranks_keep_within_the_budget_and_pay(folders, tmp_path):
+def test_factorize_ranks_keep_the_budget_and_lower_the_error(folders, tmp_path):
     found = {}
     for name, settings in {
         "uniform": {"allocation": "uniform", "reconstruction_epochs": 0},
@@ -69,13 +69,13 @@ def test_ranks_keep_within_the_budget_and_pay(folders, tmp_path):
     assert found["tuned"] < found["loss"] < found["uniform"]
 
 
-def test_the_same_bytes_again(folders, tmp_path):
+def test_factorize_is_reproducible(folders, tmp_path):
     for name in ("a", "b"):
         factorize(folders["llama"], tmp_path / name, keep_parameters=0.6, reconstruction_epochs=1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_passes_after_it(folders, tmp_path):
+def test_factorize_is_followed_by_other_passes(folders, tmp_path):
     factorize(folders["gpt2"], tmp_path / "factors", rank=8, reconstruction_epochs=0)
     compress.apply(
         "prune_unstructured", tmp_path / "factors", tmp_path / "sparse", sparsity=0.5, data=IDS, store="compact"
@@ -105,13 +105,13 @@ def test_passes_after_it(folders, tmp_path):
         ("t5", {"rank": 4}, "cannot be changed block by block"),
     ],
 )
-def test_what_cannot_be_factorised(family, settings, message, folders, tmp_path):
+def test_factorize_refuses_unfit_models(family, settings, message, folders, tmp_path):
     with pytest.raises(CompressError, match=message) as problem:
         factorize(folders[family], tmp_path / "out", **settings)
     assert "\n" not in str(problem.value)
 
 
-def test_masks_and_stock_files(folders, tmp_path):
+def test_factorize_refuses_masks_and_stock_store(folders, tmp_path):
     compress.apply("prune_unstructured", folders["llama"], tmp_path / "masks", method="magnitude", sparsity=0.5)
     with pytest.raises(PassError, match="factors would fill them in"):
         factorize(tmp_path / "masks", tmp_path / "out", rank=4)

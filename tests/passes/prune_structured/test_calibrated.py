@@ -55,7 +55,7 @@ def amounts(family: str) -> dict:
 
 
 @pytest.mark.parametrize("family", pico.families(TEXT))
-def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
+def test_compensation_methods_lower_the_error_in_turn(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors, layers = {}, {}
     for compensation in ("none", "least_squares", "reconstruction"):
@@ -87,7 +87,7 @@ def test_each_repair_is_nearer_to_the_original(family, folders, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
-def test_loss_chooses_better_than_activation_and_magnitude(family, folders, tmp_path):
+def test_importance_by_loss_beats_activation_and_magnitude(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     errors = {}
     for score in ("obs", "activation", "magnitude"):
@@ -97,7 +97,7 @@ def test_loss_chooses_better_than_activation_and_magnitude(family, folders, tmp_
     assert errors["obs"] < errors["magnitude"]
 
 
-def test_everything_at_once(tmp_path):
+def test_prune_structured_removes_every_kind_at_once(tmp_path):
     """Blocks, experts, hidden channels, heads and neurons in one pass: planned, loaded, nearer to the original when repaired."""
     folder = pico.save(tmp_path / "in", "qwen3_moe", with_tokenizer=False)
     original = open_checkpoint(folder)
@@ -116,7 +116,7 @@ def test_everything_at_once(tmp_path):
     assert errors["reconstruction"] < errors["none"]
 
 
-def test_a_removed_block_is_made_up_for(tmp_path):
+def test_compensation_covers_a_removed_block(tmp_path):
     """The block before the gap moves towards what the original has after it."""
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
     original = open_checkpoint(folder)
@@ -130,7 +130,7 @@ def test_a_removed_block_is_made_up_for(tmp_path):
     assert tuned == [1, 2]  # block 0 has nothing to make up for
 
 
-def test_greedy_removal_is_what_trying_gives(tmp_path):
+def test_greedy_layer_removal_matches_trying_each(tmp_path):
     """The first block to go is the one whose bypass changes the predictions least, by a plain forward."""
     from tests.passes.helpers import bypass
 
@@ -159,7 +159,7 @@ def test_greedy_removal_is_what_trying_gives(tmp_path):
     assert len(details["loss_without_block"][1]) == 3
 
 
-def test_padding_does_not_count(tmp_path):
+def test_prune_structured_ignores_padding(tmp_path):
     """Padded samples give the same model as the same tokens without padding."""
     folder = pico.save(tmp_path / "in", "bert", with_tokenizer=False)
     original = open_checkpoint(folder)
@@ -172,7 +172,7 @@ def test_padding_does_not_count(tmp_path):
         torch.testing.assert_close(plain.tensor(name).data, other.tensor(name).data, rtol=1e-3, atol=1e-4)
 
 
-def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
+def test_prune_structured_resumes_between_blocks(tmp_path, monkeypatch):
     from compress.passes.prune_structured import block
 
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
@@ -212,7 +212,7 @@ def test_killed_between_blocks_it_ends_the_same(tmp_path, monkeypatch):
         ("gemma2", {"hidden": 7}, "heads", "wants a number of heads that divides the hidden size 25, and 4 does not"),
     ],
 )  # fmt: skip
-def test_refusals(family, settings, key, message, folders):
+def test_prune_structured_refuses_bad_settings_by_place(family, settings, key, message, folders):
     with pytest.raises(PassError, match=message) as caught:
         plan(open_checkpoint(folders[family]), "prune_structured", **settings)
     assert caught.value.key == key

@@ -95,7 +95,7 @@ def check(original: Stored, ends: tuple[str, ...], tmp_path: Path, **settings) -
 
 
 @pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in NO_MLP_FIELD))
-def test_neurons(family, folders, tmp_path):
+def test_remove_neurons_matches_zeroed_twin(family, folders, tmp_path):
     original = open_checkpoint(folders[family])
     pruned = check(original, MLP_OUT, tmp_path, mlp="25%")
     assert plan(original, "prune_structured", mlp="25%", **DATA_FREE).tensors == pruned.spec.tensors
@@ -122,7 +122,7 @@ def data():
 
 
 @pytest.mark.parametrize("family", pico.families(UNEVEN))
-def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
+def test_remove_neurons_of_uneven_widths_matches_zeroed_twin(family, folders, data, tmp_path):
     """Blocks lose different numbers, in all as many as asked; loaded by transformers alone, and here, it is the twin."""
     original, details = open_checkpoint(folders[family]), {}
     settings = {"importance": "activation", "compensation": "none", **UNEVEN_SETTINGS}
@@ -144,7 +144,7 @@ def test_neurons_of_uneven_widths(family, folders, data, tmp_path):
     torch.testing.assert_close(torch.load(pruned.folder / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
+def test_uneven_widths_are_refused_when_others_need_even_ones(folders, data, tmp_path):
     """Later passes take them; `unpack`, stock files, `share` and a second round do not, and say why."""
     original = open_checkpoint(folders["llama"])
     settings = {**UNEVEN_SETTINGS, "multiple_of": 4}
@@ -192,7 +192,7 @@ def test_uneven_widths_are_said_where_they_matter(folders, data, tmp_path):
         ("llama", {"mlp": None, "heads": 2}, "`allocation: kl` goes with `mlp`"),
     ],
 )
-def test_where_widths_cannot_be_uneven(family, settings, message, folders):
+def test_uneven_widths_are_refused_in_stock_store(family, settings, message, folders):
     given = {k: v for k, v in {**UNEVEN_SETTINGS, **settings}.items() if v is not None}
     with pytest.raises((PassError, ValueError), match=message):
         plan(open_checkpoint(folders[family]), "prune_structured", **given)
@@ -200,7 +200,7 @@ def test_where_widths_cannot_be_uneven(family, settings, message, folders):
 
 @pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in FIXED_HEADS))
 @pytest.mark.parametrize("count", [1, 2])
-def test_heads(family, count, folders, tmp_path):
+def test_remove_heads_matches_zeroed_twin(family, count, folders, tmp_path):
     """Two of four heads: one from each group of two, or both of one where each has its own keys; one goes where it is a group."""
     original = open_checkpoint(folders[family])
     groups = original.spec.structure.config.get("num_key_value_heads", 4)
@@ -221,7 +221,7 @@ def test_heads(family, count, folders, tmp_path):
 
 
 @pytest.mark.parametrize("family", [f for f in RMS if f not in ("gemma3_text",)])
-def test_whole_groups(family, tmp_path):
+def test_remove_whole_groups_of_heads_matches_zeroed_twin(family, tmp_path):
     """Half of four heads in four groups of one: groups go, with their keys and values."""
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, num_key_value_heads=4))
     pruned = check(original, HEADS_OUT, tmp_path, heads=2)
@@ -230,14 +230,14 @@ def test_whole_groups(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FIXED_HEADS)
-def test_heads_that_no_stock_config_allows(family, folders):
+def test_remove_heads_refuses_counts_without_a_stock_config(family, folders):
     with pytest.raises(
         PassError, match="cannot have fewer heads: its config takes the hidden size for heads x head width"
     ):
         plan(open_checkpoint(folders[family]), "prune_structured", heads=1, **DATA_FREE)
 
 
-def test_a_llama_of_three_heads_becomes_a_mistral(tmp_path):
+def test_remove_heads_turns_llama_of_three_heads_into_mistral(tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", num_key_value_heads=4))
     pruned = check(original, HEADS_OUT, tmp_path, heads=1)
     config = pruned.spec.structure.config
@@ -257,7 +257,7 @@ def test_a_llama_of_three_heads_becomes_a_mistral(tmp_path):
 
 @pytest.mark.parametrize("family", RMS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_hidden_channels(family, tied, tmp_path):
+def test_remove_hidden_channels_matches_reference(family, tied, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, tie_word_embeddings=tied))
     pruned = write(apply(original, "prune_structured", hidden=8, **DATA_FREE), tmp_path / "out")
     name = "model.embed_tokens.weight"
@@ -280,13 +280,13 @@ def test_hidden_channels(family, tied, tmp_path):
 
 
 @pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in RMS])
-def test_other_families_keep_their_width(family, folders):
+def test_remove_hidden_channels_refuses_other_families(family, folders):
     with pytest.raises(PassError, match="cannot lose hidden width exactly"):
         plan(open_checkpoint(folders[family]), "prune_structured", hidden=8, **DATA_FREE)
 
 
 @pytest.mark.parametrize("family", MOE)
-def test_experts(family, folders, tmp_path, monkeypatch):
+def test_remove_experts_matches_masked_router(family, folders, tmp_path, monkeypatch):
     """Equal to the original with the logits of those experts at minus infinity."""
     from compress.data.batches import Batches
 
@@ -325,7 +325,7 @@ def test_experts(family, folders, tmp_path, monkeypatch):
     assert plan(original, "prune_structured", experts=1, compensation="none").tensors == pruned.spec.tensors
 
 
-def test_saliency_is_that_of_the_paper(folders, tmp_path):
+def test_expert_saliency_matches_paper(folders, tmp_path):
     """Mean over the tokens sent to an expert of its router weight times the norm of its output, by hooks on the stock model."""
     from compress.data.batches import Batches
 
@@ -363,7 +363,7 @@ for folder, architecture in json.loads(sys.argv[1]):
 """
 
 
-def test_stock_loads_them_without_this_package(folders, tmp_path):
+def test_removed_units_load_in_stock(folders, tmp_path):
     """All families in one process that cannot import this package."""
     made = []
     for family, folder in folders.items():
@@ -382,7 +382,7 @@ def test_stock_loads_them_without_this_package(folders, tmp_path):
     assert len(run.stdout.split()) == len(pico.FAMILIES)
 
 
-def test_keep_masks_are_cut_too(folders, tmp_path):
+def test_remove_cuts_masks(folders, tmp_path):
     original = open_checkpoint(folders["llama"])
     sparse = write(apply(original, "prune_unstructured", method="magnitude", sparsity=0.5), tmp_path / "sparse")
     planned = plan(sparse, "prune_structured", mlp="25%", **DATA_FREE)
@@ -396,7 +396,7 @@ def test_keep_masks_are_cut_too(folders, tmp_path):
     assert pruned.spec.tensors[name].kept == int(value.mask.sum())
 
 
-def test_values_are_slices(folders, tmp_path):
+def test_remove_only_slices_values(folders, tmp_path):
     """Nothing but selection happens to the weights of what stays."""
     original = load_file(folders["phi3"] / "model.safetensors")
     out = write(apply(open_checkpoint(folders["phi3"]), "prune_structured", mlp=16, **DATA_FREE), tmp_path / "out")

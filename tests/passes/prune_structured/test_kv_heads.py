@@ -71,7 +71,7 @@ def alike(folder, family: str, turned: bool):
 
 @pytest.mark.parametrize("family", pico.families(RMS))
 @pytest.mark.parametrize("way", WAYS)
-def test_equal_heads(family, way, tmp_path):
+def test_kv_heads_merge_of_equal_heads_is_exact(family, way, tmp_path):
     original = alike(tmp_path, family, turned=False)
     out = merged(original, tmp_path / "out", keep_kv_heads=2, **WAYS[way])
     assert out.spec.structure.config["num_key_value_heads"] == 2
@@ -85,7 +85,7 @@ def test_equal_heads(family, way, tmp_path):
 
 
 @pytest.mark.parametrize("family", pico.families(RMS))
-def test_heads_that_are_equal_but_for_a_turn(family, tmp_path):
+def test_kv_heads_merge_of_rotated_heads_is_exact(family, tmp_path):
     """The mean alone destroys them; turned by what the data show, nothing is lost."""
     original = alike(tmp_path, family, turned=True)
     expected = pico.logits(load_model(original.folder))
@@ -100,7 +100,7 @@ def test_heads_that_are_equal_but_for_a_turn(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "qwen3_moe"])
-def test_each_repair_is_nearer_to_the_original(family, tmp_path):
+def test_kv_heads_repairs_lower_the_error_in_turn(family, tmp_path):
     folder = pico.save(tmp_path / "in", family, with_tokenizer=False, num_key_value_heads=4)
     original = open_checkpoint(folder)
     errors, layers = {}, {}
@@ -126,7 +126,7 @@ def test_each_repair_is_nearer_to_the_original(family, tmp_path):
     assert errors["tune"] < 0.95 * min(errors["mean"], errors["aligned"])
 
 
-def test_with_other_removals(tmp_path):
+def test_kv_heads_merge_beside_other_removals(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen2", with_tokenizer=False, num_key_value_heads=4)
     settings = {"keep_kv_heads": 2, "mlp": "50%", "layers": [1], "hidden": 8, "reconstruction_epochs": 1}
     original = open_checkpoint(folder)
@@ -137,7 +137,7 @@ def test_with_other_removals(tmp_path):
     pico.logits(load_model(taylor.folder))
 
 
-def test_stock_loads_them_without_this_package(tmp_path):
+def test_kv_heads_merged_load_in_stock(tmp_path):
     made = []
     for family in RMS:
         original = open_checkpoint(
@@ -152,7 +152,7 @@ def test_stock_loads_them_without_this_package(tmp_path):
 
 
 @pytest.mark.parametrize("family", [*FIXED_HEADS, "t5", "vit"])
-def test_families_that_share_none(family, tmp_path):
+def test_kv_heads_refuse_families_without_sharing(family, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     message = f"{family} cannot share keys and values among heads: its config has no field for it; remove `mlp`"
     with pytest.raises(PassError, match=message) as caught:
@@ -168,14 +168,14 @@ def test_families_that_share_none(family, tmp_path):
         (8, "4 key and value heads cannot be merged into 8; keep 1 or 2"),
     ],
 )
-def test_refusals(count, message, tmp_path):
+def test_kv_heads_refuse_bad_counts(count, message, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False, num_key_value_heads=4))
     with pytest.raises(PassError, match=message) as caught:
         plan(original, "prune_structured", keep_kv_heads=count)
     assert caught.value.key == "keep_kv_heads"
 
 
-def test_pruned_weights_are_refused(tmp_path):
+def test_kv_heads_refuse_pruned_weights(tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False))
     sparse = write(apply(original, "prune_unstructured", method="magnitude", sparsity=0.5), tmp_path / "sparse")
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_pruned_weights_are_refused(tmp_path):
         plan(sparse, "prune_structured", keep_kv_heads=1)
 
 
-def test_heads_and_merging_contradict():
+def test_kv_heads_refuse_heads_at_the_same_time():
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
     with pytest.raises(ValueError, match="`heads` removes heads and `keep_kv_heads` merges them: give one, or use two"):

@@ -13,7 +13,7 @@ from tests import pico
 from tests.passes.helpers import apply, plan, write
 
 
-def test_config_and_per_layer_lists_are_cut(tmp_path):
+def test_remove_layers_cuts_config_and_per_layer_lists(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "qwen2"))
     kinds = checkpoint.spec.structure.config["layer_types"]
     assert kinds == ["full_attention"] * 2 + ["sliding_attention"] * 2
@@ -35,7 +35,7 @@ ENCODERS = ("bert", "roberta", "distilbert")
     "family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt", *ENCODERS]
 )
 @pytest.mark.parametrize("importance", ["kl", "block_influence"])
-def test_by_count_the_block_that_changes_least_goes(family, importance, tmp_path):
+def test_remove_layers_by_count_takes_least_influential_block(family, importance, tmp_path):
     """Block 2 is made to do almost nothing, so it must be the one to go; its influence is checked against a plain forward."""
     base = open_checkpoint(pico.save(tmp_path / "in", family))
     record = architectures.of(base.spec.structure.config)
@@ -76,7 +76,7 @@ def test_by_count_the_block_that_changes_least_goes(family, importance, tmp_path
     assert details["block_influence"][1] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
 
 
-def test_models_that_read_no_text_have_no_scores(tmp_path):
+def test_remove_layers_by_count_refuses_models_without_text(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "vit"))
     with pytest.raises(PassError, match="calibration data is text, and this model reads `pixel_values`"):
         plan(checkpoint, "prune_structured", layers=1, compensation="none")
@@ -85,7 +85,7 @@ def test_models_that_read_no_text_have_no_scores(tmp_path):
     )
 
 
-def test_shares_and_counts(pico_llama):
+def test_remove_layers_takes_shares_and_counts(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     for amount, left in ((0.5, 2), ("25%", 3), (3, 1), ([0, 1, 2], 1)):
         assert (
@@ -105,12 +105,12 @@ def test_shares_and_counts(pico_llama):
         ([0, 1, 2, 3], "cannot remove all 4 blocks"),
     ],
 )
-def test_refusals(layers, message, pico_llama):
+def test_prune_structured_refuses_bad_settings(layers, message, pico_llama):
     with pytest.raises(PassError, match=message) as caught:
         plan(open_checkpoint(pico_llama), "prune_structured", layers=layers, compensation="none")
     assert caught.value.key == "layers"
 
 
-def test_patterns_do_not_apply(pico_llama):
+def test_prune_structured_refuses_patterns(pico_llama):
     with pytest.raises(PassError, match="do not apply to units that go from every block"):
         plan(open_checkpoint(pico_llama), "prune_structured", layers=1, compensation="none", only=["*"])

@@ -31,7 +31,7 @@ def searched(original, tmp_path, **target):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("key", ["keep_parameters", "max_bytes"])
-def test_the_least_costly_shape_that_meets_the_target(family, key, tmp_path):
+def test_search_finds_least_costly_shape_for_target(family, key, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     size = sum((original.folder / f).stat().st_size for f in original.files)
     target = 0.7 if key == "keep_parameters" else int(0.7 * size)
@@ -50,7 +50,7 @@ def test_the_least_costly_shape_that_meets_the_target(family, key, tmp_path):
     pico.logits(load_model(out.folder))
 
 
-def test_no_shape_takes_more_than_it_must(tmp_path):
+def test_shapes_remove_no_more_than_needed(tmp_path):
     """One neuron fewer in each MLP, and the shape would be too large."""
     spec = open_checkpoint(pico.save(tmp_path / "in", "llama", with_tokenizer=False)).spec
     settings = PruneStructuredSettings(keep_parameters=0.65)
@@ -80,7 +80,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "bert"])
-def test_as_fast_as_asked(family, tmp_path, monkeypatch):
+def test_search_reaches_speed_at_least_divergence(family, tmp_path, monkeypatch):
     """Of the shapes that reach the ratio the one of least divergence; each is the largest of its depth and heads that does."""
     measured = clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
@@ -100,7 +100,7 @@ def test_as_fast_as_asked(family, tmp_path, monkeypatch):
     pico.logits(load_model(out.folder))
 
 
-def test_a_size_and_a_speed(tmp_path, monkeypatch):
+def test_search_reaches_size_and_speed(tmp_path, monkeypatch):
     clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
     details: dict = {}
@@ -110,7 +110,7 @@ def test_a_size_and_a_speed(tmp_path, monkeypatch):
     assert plan(original, "prune_structured", **settings).parameters <= 0.6 * original.spec.parameters
 
 
-def test_a_speed_that_no_shape_has(tmp_path, monkeypatch):
+def test_search_refuses_unreachable_speed(tmp_path, monkeypatch):
     """The smallest shape is measured first, and nothing after it."""
     measured = clock(monkeypatch)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False))
@@ -123,7 +123,7 @@ def test_a_speed_that_no_shape_has(tmp_path, monkeypatch):
     assert len(measured) == 1
 
 
-def test_time_is_measured(tmp_path, monkeypatch):
+def test_prefill_measures_time(tmp_path, monkeypatch):
     """A model of a third of the blocks is faster than the whole; the same one is about as fast."""
     monkeypatch.setattr(prefill, "SECONDS", 0.5)
     original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False, num_hidden_layers=24))
@@ -134,7 +134,7 @@ def test_time_is_measured(tmp_path, monkeypatch):
     assert 0.5 < watch.ratio(original.spec) < 2
 
 
-def test_prefill_asks_for_the_last_logits(pico_llama):
+def test_prefill_asks_for_last_logits(pico_llama):
     model = load_model(pico_llama)
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_prefill_asks_for_the_last_logits(pico_llama):
         ({"max_bytes": "1kB", "max_latency_ratio": 0.9}, "no shape is that small; the smallest that is tried keeps"),
     ],
 )
-def test_refusals(settings, message, pico_llama):
+def test_search_refuses_unfit_models(settings, message, pico_llama):
     with pytest.raises(PassError, match=message) as caught:
         plan(open_checkpoint(pico_llama), "prune_structured", **settings)
     assert caught.value.key in settings
@@ -164,6 +164,6 @@ def test_refusals(settings, message, pico_llama):
         ({}, "give what to remove"),
     ],
 )
-def test_settings_that_contradict(settings, message):
+def test_search_refuses_contradicting_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         PruneStructuredSettings(**settings)

@@ -20,7 +20,7 @@ from tests.passes.prune_structured.test_exact import DATA_FREE, HEADS_OUT, MLP_O
 @pytest.mark.parametrize("class_name", [None, "T5Model", "T5EncoderModel", "T5ForSequenceClassification"])
 @pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
 @pytest.mark.parametrize(("settings", "ends"), [({"mlp": "25%"}, MLP_OUT), ({"heads": 1}, HEADS_OUT)])
-def test_every_class(class_name, kind, settings, ends, tmp_path, monkeypatch):
+def test_stacks_of_every_class_match_zeroed_twin(class_name, kind, settings, ends, tmp_path, monkeypatch):
     """Gated and ungated, with and without a decoder, of another depth than the encoder: equal to the original with zeros."""
     if class_name == "T5ForSequenceClassification":  # one text, with an end that marks where it is read off
         ids = torch.tensor([[5, 9, 200, 31, 4, 0]])
@@ -36,7 +36,7 @@ def test_every_class(class_name, kind, settings, ends, tmp_path, monkeypatch):
     assert lay_out(planned, 1 << 62, original.metadata).bytes == (pruned.folder / "model.safetensors").stat().st_size
 
 
-def test_the_same_heads_go_from_a_list_of_blocks(tmp_path):
+def test_stacks_lose_the_same_heads_in_every_block(tmp_path):
     """What distances add to scores lies in the first block; columns of its table go as the heads do."""
     original = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
     pruned = write(apply(original, "prune_structured", heads=2, **DATA_FREE), tmp_path / "out")
@@ -51,7 +51,7 @@ def test_the_same_heads_go_from_a_list_of_blocks(tmp_path):
             assert torch.equal(pruned.tensor(name).data, heads.reshape(16, 32))
 
 
-def test_heads_of_least_magnitude_go(tmp_path):
+def test_stacks_lose_heads_of_least_magnitude(tmp_path):
     """One head is made small in all blocks of the encoder: that one goes."""
     base = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
 
@@ -102,14 +102,14 @@ def test_heads_of_least_magnitude_go(tmp_path):
         ),
     ],
 )
-def test_refusals(name, settings, message, tmp_path):
+def test_stacks_refuse_unfit_settings(name, settings, message, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", "t5", with_tokenizer=False))
     with pytest.raises(PassError, match=message):
         plan(original, name, **settings)
 
 
 @pytest.mark.slow  # what the worker says; `check` says it first, in tests/pipeline/test_preflight.py
-def test_latency_is_of_one_text(tmp_path):
+def test_stacks_latency_refuses_two_texts(tmp_path):
     folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
     with pytest.raises(
         CompressError, match="latency is measured on one text, and T5ForConditionalGeneration reads two"
@@ -124,13 +124,13 @@ def test_latency_is_of_one_text(tmp_path):
         ({"num_layers": 3}, "block 3: the config says 3"),
     ],
 )
-def test_depth_of_both_lists_is_checked(change, message, tmp_path):
+def test_stacks_depth_of_both_lists_is_checked(change, message, tmp_path):
     folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
     change_config(folder, **change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
 
 
-def test_loaded_again_it_is_the_same(tmp_path):
+def test_stacks_load_again_the_same(tmp_path):
     folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
     torch.testing.assert_close(pico.logits(load_model(folder)), pico.logits(pico.model("t5")))

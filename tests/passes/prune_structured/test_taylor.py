@@ -47,7 +47,7 @@ def derivative(model, parameter: str, count: int, batches: Batches, along: int, 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt"])
 @pytest.mark.parametrize("whole_groups", [False, True])
-def test_it_is_the_derivative_by_a_factor_on_the_unit(family, whole_groups, tmp_path):
+def test_taylor_scores_match_derivative_by_unit_factor(family, whole_groups, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     model = load_model(checkpoint.folder).requires_grad_(False)
     batches = Batches(IDS, MASK)
@@ -57,7 +57,7 @@ def test_it_is_the_derivative_by_a_factor_on_the_unit(family, whole_groups, tmp_
         torch.testing.assert_close(torch.tensor(found[one.name]), expected, rtol=1e-3, atol=1e-7, check_dtype=False)
 
 
-def test_experts(tmp_path):
+def test_taylor_scores_of_experts_match_derivative(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", "mixtral", with_tokenizer=False))
     model = load_model(checkpoint.folder).requires_grad_(False)
     batches = Batches(IDS, MASK)
@@ -71,7 +71,7 @@ def test_experts(tmp_path):
 @pytest.mark.parametrize(
     ("family", "class_name"), [("bert", None), ("bert", "BertForSequenceClassification"), ("qwen3_moe", None)]
 )
-def test_other_models_have_scores(family, class_name, tmp_path):
+def test_taylor_scores_of_other_models_repeat_by_seed(family, class_name, tmp_path):
     """The same ones for the same seed; labels are drawn where the model predicts no next token."""
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, class_name=class_name))
     first, again = (taylor_scores(checkpoint, units(checkpoint), Batches(IDS, MASK), **HOW) for _ in range(2))
@@ -80,7 +80,7 @@ def test_other_models_have_scores(family, class_name, tmp_path):
     assert sum(max(scores) > 0 for scores in first.values()) > len(first) / 2
 
 
-def test_a_model_that_predicts_nothing(tmp_path):
+def test_taylor_scores_refuse_model_without_head(tmp_path):
     folder = pico.save(tmp_path / "in", "bert", with_tokenizer=False, class_name="BertModel")
     with pytest.raises(
         PassError, match="importance: taylor needs a model that predicts something; set `importance: obs`"
@@ -90,7 +90,7 @@ def test_a_model_that_predicts_nothing(tmp_path):
 
 @pytest.mark.parametrize("compensation", ["none", "reconstruction"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_units_of_least_score_go(family, compensation, tmp_path):
+def test_taylor_removes_units_of_least_score(family, compensation, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False))
     settings = {
         "mlp": "50%",

@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("settings", [{"sparsity": 0.37}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe"])
-def test_planned_is_written(family, settings, method, folders, data, tmp_path):
+def test_prune_unstructured_writes_what_is_planned(family, settings, method, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     settings = {**settings, "method": method, "reconstruction_epochs": 1 if method == "alps" else 0}
     planned = plan(checkpoint, "prune_unstructured", **settings)
@@ -65,7 +65,7 @@ def error(folder, other, data):
     return float((first - second).square().mean())
 
 
-def test_each_method_is_better_than_the_one_before_it_and_tuning_better_still(folders, data, tmp_path):
+def test_methods_and_tuning_lower_the_error_in_turn(folders, data, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     errors, layers = [], []
     for i, settings in enumerate(
@@ -101,7 +101,7 @@ def test_each_method_is_better_than_the_one_before_it_and_tuning_better_still(fo
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_earlier_mask_is_kept(method, folders, data, tmp_path):
+def test_calibrated_methods_keep_an_earlier_mask(method, folders, data, tmp_path):
     half = write(
         apply(open_checkpoint(folders["llama"]), "prune_unstructured", method="magnitude", sparsity=0.5),
         tmp_path / "half",
@@ -123,7 +123,7 @@ def test_an_earlier_mask_is_kept(method, folders, data, tmp_path):
                 assert int(new.sum()) == tensor.kept
 
 
-def test_wanda_is_its_formula(folders, data, tmp_path):
+def test_wanda_masks_match_formula(folders, data, tmp_path):
     """The first block's masks, from |w| · ‖x‖ compared within each output, computed here with the stock model."""
     pruned = apply(
         open_checkpoint(folders["llama"]),
@@ -147,7 +147,7 @@ def test_wanda_is_its_formula(folders, data, tmp_path):
         assert torch.equal(pruned.tensor(f"{path}.weight").mask, expected)
 
 
-def test_tuning_that_does_not_pay_is_put_back(folders, data, tmp_path):
+def test_tuning_is_undone_when_it_raises_the_error(folders, data, tmp_path):
     """A step far too large makes the held-out error worse: the weights stay what the solver gave."""
     results = []
     for i, reconstruction in enumerate(
@@ -166,7 +166,7 @@ def test_tuning_that_does_not_pay_is_put_back(folders, data, tmp_path):
         assert all(torch.equal(results[0][n].data, results[1][n].data) for n in results[0])
 
 
-def test_norms_move_too_and_the_checkpoint_stays_bf16(data, tmp_path):
+def test_tuning_moves_norms_and_keeps_bf16(data, tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", dtype=torch.bfloat16, with_tokenizer=False))
     pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "w", method="sparsegpt", sparsity=0.5)
     name = "model.layers.0.input_layernorm.weight"
@@ -176,7 +176,7 @@ def test_norms_move_too_and_the_checkpoint_stays_bf16(data, tmp_path):
         assert torch.equal(pruned.tensor(outside).data, checkpoint.tensor(outside).data)
 
 
-def test_what_it_cannot_do(folders, tmp_path):
+def test_calibrated_methods_refuse_unfit_settings(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     with pytest.raises(PassError, match=r"lm_head.weight is outside the blocks.*use `method: magnitude`"):
         plan(checkpoint, "prune_unstructured", sparsity=0.5, only=["lm_head"])
@@ -197,7 +197,7 @@ def idle_block(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_allocation_by_loss_prunes_most_where_it_matters_least(method, idle_block, data, tmp_path):
+def test_allocation_by_loss_prunes_idle_blocks_most(method, idle_block, data, tmp_path):
     checkpoint, details = open_checkpoint(idle_block), {}
     settings = {"method": method, "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "kl"}
     pruned = apply(checkpoint, "prune_unstructured", data=data, work=tmp_path / "w", details=details, **settings)
@@ -217,7 +217,7 @@ def test_allocation_by_loss_prunes_most_where_it_matters_least(method, idle_bloc
         assert not (more.tensor(name).mask & ~half.tensor(name).mask).any()
 
 
-def test_counts_of_wanda_by_owl_are_those_of_the_masks(folders, data, tmp_path):
+def test_owl_counts_match_masks(folders, data, tmp_path):
     settings = {"method": "wanda", "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "owl"}
     checkpoint = open_checkpoint(folders["llama"])
     assert not plan(checkpoint, "prune_unstructured", **settings).exact
@@ -227,7 +227,7 @@ def test_counts_of_wanda_by_owl_are_those_of_the_masks(folders, data, tmp_path):
     assert len({kept[name] for name in kept if "up_proj" in name}) > 1
 
 
-def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block, data, tmp_path, monkeypatch):
+def test_allocation_by_loss_beats_uniform_and_resumes(idle_block, data, tmp_path, monkeypatch):
     from compress.sensitivity import matrices
 
     checkpoint, results = open_checkpoint(idle_block), []
@@ -244,7 +244,7 @@ def test_allocation_by_loss_is_better_than_uniform_and_resumes_alike(idle_block,
     assert (results[1] / "model.safetensors").read_bytes() == (results[2] / "model.safetensors").read_bytes()
 
 
-def test_allocation_by_loss_for_gpt2_and_where_it_cannot_be(folders, data, tmp_path):
+def test_allocation_by_loss_of_gpt2_and_refusals(folders, data, tmp_path):
     settings = {"method": "sparsegpt", "sparsity": 0.6, "reconstruction_epochs": 0, "allocation": "kl"}
     pruned = apply(open_checkpoint(folders["gpt2"]), "prune_unstructured", data=data, work=tmp_path, **settings)
     kept = [(t.kept, t.count) for t in pruned.spec.stored() if t.kept is not None]
@@ -260,7 +260,7 @@ def test_allocation_by_loss_for_gpt2_and_where_it_cannot_be(folders, data, tmp_p
         plan(open_checkpoint(folders["gpt2"]), "prune_unstructured", pattern="2:4", allocation="kl")
 
 
-def test_memory_of_allocation_by_loss_is_the_models(folders):
+def test_allocation_by_loss_memory_is_that_of_the_model(folders):
     instance = passes.get("prune_unstructured")
     spec = open_checkpoint(folders["llama"]).spec
     rename = architectures.of(spec.structure.config).renumber

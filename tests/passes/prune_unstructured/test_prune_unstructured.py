@@ -10,7 +10,7 @@ from tests import pico
 from tests.passes.helpers import apply, plan, write
 
 
-def test_takes_the_matrices_of_blocks_and_nothing_else(pico_llama):
+def test_prune_unstructured_takes_only_matrices_of_blocks(pico_llama):
     spec = plan(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.5)
     masked = {t.module for t in spec.stored() if t.kept is not None}
     parts = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -18,7 +18,7 @@ def test_takes_the_matrices_of_blocks_and_nothing_else(pico_llama):
     assert len(masked) == 4 * len(parts)
 
 
-def test_equals_zeroing_the_smallest_weights(pico_llama, tmp_path):
+def test_magnitude_matches_zeroing_the_smallest(pico_llama, tmp_path):
     """The pruned checkpoint computes what the original computes with those weights set to zero by plain torch."""
     out = write(
         apply(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.3),
@@ -34,7 +34,7 @@ def test_equals_zeroing_the_smallest_weights(pico_llama, tmp_path):
     assert torch.equal(pico.logits(model), pico.logits(load_model(out.folder)))
 
 
-def test_one_threshold_for_all(pico_llama):
+def test_magnitude_uses_one_global_threshold(pico_llama):
     checkpoint = open_checkpoint(pico_llama)
     pruned = apply(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, scope="global")
     assert pruned.spec.exact
@@ -46,7 +46,7 @@ def test_one_threshold_for_all(pico_llama):
     assert not plan(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, scope="global").exact
 
 
-def test_an_earlier_mask_is_kept(pico_llama):
+def test_magnitude_keeps_an_earlier_mask(pico_llama):
     half = apply(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.5)
     for settings in ({"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.7, "scope": "global"}):
         more = apply(half, "prune_unstructured", method="magnitude", **settings)
@@ -59,7 +59,7 @@ def test_an_earlier_mask_is_kept(pico_llama):
         plan(half, "prune_unstructured", method="magnitude", sparsity=0.4)
 
 
-def test_n_of_m_runs_along_the_inputs(tmp_path):
+def test_magnitude_n_of_m_runs_along_inputs(tmp_path):
     for family in ("llama", "gpt2"):
         checkpoint = open_checkpoint(pico.save(tmp_path / family, family))
         pruned = apply(checkpoint, "prune_unstructured", method="magnitude", pattern="2:4")
@@ -71,7 +71,7 @@ def test_n_of_m_runs_along_the_inputs(tmp_path):
                 assert ((by_output.reshape(len(by_output), -1, 4) != 0).sum(-1) == 2).all()
 
 
-def test_head_and_tied_embeddings_by_name(tmp_path):
+def test_prune_unstructured_takes_head_and_embeddings_by_name(tmp_path):
     checkpoint = open_checkpoint(pico.save(tmp_path / "in", tie_word_embeddings=True))
     pruned = apply(checkpoint, "prune_unstructured", method="magnitude", sparsity=0.5, only=["lm_head"])
     masked = [t.name for t in pruned.spec.stored() if t.kept is not None]
@@ -81,7 +81,7 @@ def test_head_and_tied_embeddings_by_name(tmp_path):
     assert (model.lm_head.weight == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_refusals(pico_llama, tmp_path):
+def test_prune_unstructured_refuses_bad_settings(pico_llama, tmp_path):
     checkpoint = open_checkpoint(pico_llama)
     with pytest.raises(
         PassError, match=r"has 64 inputs, which 24 does not divide|has 32 inputs, which 24 does not divide"

@@ -56,7 +56,7 @@ def shared(checkpoint, work, bits, data=None, names=None, details=None):
 
 
 @pytest.mark.parametrize(("family", "calibrated"), [("llama", False), *((family, True) for family in FAMILIES)])
-def test_what_is_planned_is_written_and_loads(family, calibrated, folders, data, tmp_path):
+def test_cluster_writes_what_is_planned_and_loads(family, calibrated, folders, data, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     names = matrices(checkpoint)
     planned = clustered(checkpoint.spec, names, 4)
@@ -85,7 +85,7 @@ def test_what_is_planned_is_written_and_loads(family, calibrated, folders, data,
 @pytest.mark.parametrize(
     ("family", "store", "calibrated"), [("llama", "compact", True), ("gpt2", "stock", True), ("gpt2", "compact", False)]
 )
-def test_masks_stay(family, store, calibrated, folders, data, tmp_path):
+def test_cluster_keeps_masks(family, store, calibrated, folders, data, tmp_path):
     """Kept weights that are zero stay kept, removed ones are +0, however the input is stored."""
     base = open_checkpoint(folders[family])
     pruned = apply(base, "prune_unstructured", method="magnitude", sparsity=0.6)
@@ -116,7 +116,7 @@ def test_masks_stay(family, store, calibrated, folders, data, tmp_path):
         assert not torch.signbit(gone).any()
 
 
-def test_calibration_pays_and_bits_do(folders, tmp_path):
+def test_cluster_error_falls_with_calibration_and_bits(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     data = Batches(torch.randint(2, 250, (32, 24), generator=torch.Generator().manual_seed(1)))
     names = [name for name in matrices(checkpoint) if ".layers." in name]
@@ -132,7 +132,7 @@ def test_calibration_pays_and_bits_do(folders, tmp_path):
     assert by_weights > 1.2 * solved > 10 * finer
 
 
-def test_experts_that_no_token_reaches_are_clustered_by_their_weights(folders, tmp_path):
+def test_cluster_takes_experts_without_tokens_by_weights(folders, tmp_path):
     checkpoint, details = open_checkpoint(folders["qwen3_moe"]), {}
     changed = shared(checkpoint, tmp_path / "w", 4, Batches(torch.full((2, 6), 7)), details=details)
     rows = [(name, row) for block in details["blocks"] for name, row in block["tensors"].items()]
@@ -142,7 +142,7 @@ def test_experts_that_no_token_reaches_are_clustered_by_their_weights(folders, t
     assert all(torch.equal(changed.tensor(name).data, alone.tensor(name).data) for name in cold)
 
 
-def test_clustering_again_changes_nothing(folders, tmp_path):
+def test_cluster_again_changes_nothing(folders, tmp_path):
     """Tensors of few values keep them."""
     once = write(shared(open_checkpoint(folders["gpt2"]), tmp_path / "w", 4), tmp_path / "once", store="compact")
     dense = open_checkpoint(compress.unpack(once.folder, tmp_path / "dense"))
@@ -151,7 +151,7 @@ def test_clustering_again_changes_nothing(folders, tmp_path):
         assert torch.equal(once.tensor(name).data, twice.tensor(name).data)
 
 
-def test_bfloat16(tmp_path, data):
+def test_cluster_of_bfloat16(tmp_path, data):
     folder = pico.save(tmp_path / "in", "llama", dtype=torch.bfloat16, with_tokenizer=False)
     changed = shared(open_checkpoint(folder), tmp_path / "w", 4, data)
     out = write(changed, tmp_path / "out", store="compact")
@@ -162,7 +162,7 @@ def test_bfloat16(tmp_path, data):
     )
 
 
-def test_bad_input(folders, tmp_path):
+def test_cluster_refuses_bad_input(folders, tmp_path):
     checkpoint = open_checkpoint(folders["gpt2"])
     with pytest.raises(PassError, match=r"^lm_head.weight is shared with transformer.wte.weight, and gets no codebook"):
         clustered(checkpoint.spec, ["lm_head.weight"], 4)

@@ -55,7 +55,7 @@ def cost(E, f, H, A, P, Q):
 
 
 @pytest.mark.parametrize("rank", [1, 7, 20])
-def test_each_side_alone_is_the_truncated_decomposition(rank):
+def test_thin_input_and_output_match_truncated_svd(rank):
     """Eckart and Young: what is lost are the squares of the singular values left out, of the weighted table."""
     E, f, H = tables()
     A, P = thin_input(E, f, rank)
@@ -70,7 +70,7 @@ def test_each_side_alone_is_the_truncated_decomposition(rank):
 
 
 @pytest.mark.parametrize("rank", [4, 12])
-def test_a_table_for_both_sides_is_better_than_one_made_for_either(rank):
+def test_thin_tied_beats_a_table_made_for_one_side(rank):
     E, f, H = tables()
     A, P, Q = thin_tied(E, f, H, rank)
     found = cost(E, f, H, A, P, Q)
@@ -91,7 +91,7 @@ def test_a_table_for_both_sides_is_better_than_one_made_for_either(rank):
 
 
 @pytest.mark.parametrize(("family", "tied"), MODELS, ids=lambda v: str(v))
-def test_thin_tables_load_anywhere(family, tied, tmp_path):
+def test_thin_tables_load_in_stock(family, tied, tmp_path):
     """In a process without this package, what is written computes what its dense twin of the stock class does."""
     original = pico.save(tmp_path / "in", family, tie_word_embeddings=tied)
     out = tmp_path / f"{family}_out"
@@ -120,7 +120,7 @@ def test_thin_tables_load_anywhere(family, tied, tmp_path):
     torch.testing.assert_close(torch.load(out / "logits.pt"), ours, rtol=1e-4, atol=1e-4)
 
 
-def test_more_rank_is_nearer_and_later_passes_go_on(tmp_path):
+def test_thin_tables_error_falls_with_rank_and_passes_follow(tmp_path):
     text = {"data": ROOT / "examples/text/train.txt", "samples": 16, "length": 128, "document_separator": "<|doc|>"}
     trained, found = ROOT / "examples/tiny-lm", []
     ids = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -148,7 +148,7 @@ def test_more_rank_is_nearer_and_later_passes_go_on(tmp_path):
         assert not torch.equal(trained.tensor(name).data, open_checkpoint(tmp_path / "r12").tensor(name).data), name
 
 
-def test_bad_input(tmp_path):
+def test_thin_tables_refuse_bad_input(tmp_path):
     llama = pico.save(tmp_path / "llama", "llama", tie_word_embeddings=True)
     with pytest.raises(PassError, match=r"tables of rank 28 .* as large as what they replace, or larger; at most 2\d"):
         compress.apply(

@@ -46,7 +46,7 @@ class Shuffled(Solver):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_units_in_another_order_compute_the_same(family, folders, tmp_path):
+def test_permuted_units_compute_the_same(family, folders, tmp_path):
     checkpoint = open_checkpoint(folders[family])
     solver = Shuffled(checkpoint, SavedHessians(Workspace(tmp_path / "none"), "cpu"), ShareOptions([], "mean", True, 0))
     assert all(len(units) == (1 if family == "bloom" else 2) for units in solver.units.values())
@@ -80,7 +80,7 @@ def twins(family, folder):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert"])
 @pytest.mark.parametrize("parts", ["matrices", "all"])
-def test_blocks_that_compute_the_same_share_at_no_cost(family, parts, folders, tmp_path):
+def test_share_of_equal_blocks_is_exact(family, parts, folders, tmp_path):
     model = twins(family, folders[family])
     model.save_pretrained(tmp_path / "in")
     pico.tokenizer().save_pretrained(tmp_path / "in")
@@ -97,7 +97,7 @@ def error(folder, original):
     return divergence(original, folder, IDS)
 
 
-def test_least_squares_beat_the_mean_and_residuals_beat_none(folders, tmp_path):
+def test_share_least_squares_beats_mean_and_residuals_help(folders, tmp_path):
     found = {}
     for name, settings in {
         "first": {"init": "first"},
@@ -113,7 +113,7 @@ def test_least_squares_beat_the_mean_and_residuals_beat_none(folders, tmp_path):
 
 
 @pytest.mark.parametrize("arrangement", ["sequence", "cycle", "nearest", "best"])
-def test_arrangements(arrangement, folders, tmp_path):
+def test_share_arrangements_place_blocks(arrangement, folders, tmp_path):
     details = {}
     share(folders["llama"], tmp_path / "out", groups=2, arrangement=arrangement, details=details)
     groups = details["sharing"]["groups"]
@@ -146,7 +146,7 @@ def test_arrangements(arrangement, folders, tmp_path):
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_passes_after_it_keep_what_is_shared(family, steps, fraction, folders, texts, tmp_path):
+def test_share_survives_later_passes(family, steps, fraction, folders, texts, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     more = {"distill": {"batch_size": 4, "validation_samples": 4, "allow_noop": True}}
     passes = [{name: {**settings, **more.get(name, {})}} for name, settings in steps]
@@ -183,7 +183,7 @@ def test_passes_after_it_keep_what_is_shared(family, steps, fraction, folders, t
 
 
 @pytest.mark.parametrize("class_name", ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"])
-def test_a_bert_becomes_an_albert(class_name, tmp_path, stock_outputs):
+def test_share_turns_bert_into_albert(class_name, tmp_path, stock_outputs):
     pico.save(tmp_path / "in", "bert", class_name=class_name)
     config = json.loads((tmp_path / "in/tokenizer_config.json").read_text())
     compress.apply("share", tmp_path / "in", tmp_path / "out", data=IDS, groups=2, parts="all")
@@ -204,7 +204,7 @@ def test_a_bert_becomes_an_albert(class_name, tmp_path, stock_outputs):
     }
 
 
-def test_the_albert_computes_what_the_shared_bert_does(tmp_path):
+def test_share_albert_matches_shared_bert(tmp_path):
     """The BERT with the group's tensors in each of its blocks, by stock code."""
     folder = pico.save(tmp_path / "in", "bert")
     compress.apply("share", folder, tmp_path / "out", data=IDS, groups=2, parts="all")
@@ -245,20 +245,20 @@ def test_the_albert_computes_what_the_shared_bert_does(tmp_path):
         ("llama", {"groups": 2, "skip": ["*layers*"]}, "nothing is left to share"),
     ],
 )
-def test_what_cannot_be_shared(family, settings, message, folders, tmp_path):
+def test_share_refuses_unfit_models(family, settings, message, folders, tmp_path):
     with pytest.raises(CompressError, match=message) as problem:
         share(folders[family], tmp_path / "out", **settings)
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_unlike_neighbours_leave_the_arrangement_in_which_they_are_alike(folders, tmp_path):
+def test_share_picks_arrangement_of_like_blocks(folders, tmp_path):
     details = {}
     share(folders["gemma2"], tmp_path / "out", groups=2, details=details)
     assert details["sharing"]["groups"] == [[0, 2], [1, 3]]
 
 
-def test_the_nearest_blocks_are_like_blocks(tmp_path):
+def test_share_nearest_blocks_are_like_blocks(tmp_path):
     """Blocks 0 and 2 are the same and so are 1 and 3, but their attention differs."""
     model = pico.model("gemma2", num_hidden_layers=8, layer_types=4 * ["sliding_attention"] + 4 * ["full_attention"])
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_the_nearest_blocks_are_like_blocks(tmp_path):
     assert all(len({types[i] for i in group}) == 1 for group in details["sharing"]["groups"])
 
 
-def test_what_comes_before_it(folders, tmp_path):
+def test_share_follows_other_passes(folders, tmp_path):
     compress.apply("cast", folders["llama"], tmp_path / "int8", weights="int8", method="rtn")
     compress.apply("prune_unstructured", folders["llama"], tmp_path / "masks", method="magnitude", sparsity=0.5)
     share(folders["llama"], tmp_path / "shared", groups=2)
@@ -290,7 +290,7 @@ def test_what_comes_before_it(folders, tmp_path):
         compress.apply("share", folders["llama"], tmp_path / "out", groups=2, residual_rank=0, data=IDS)
 
 
-def test_experts_and_decoders_of_two_streams_are_refused(tmp_path):
+def test_share_refuses_experts_and_encoder_decoders(tmp_path):
     pico.save(tmp_path / "moe", "mixtral")
     with pytest.raises(PassError, match="set `parts: attention`"):
         share(tmp_path / "moe", tmp_path / "out", groups=2)
@@ -301,7 +301,7 @@ def test_experts_and_decoders_of_two_streams_are_refused(tmp_path):
         share(tmp_path / "t5", tmp_path / "no", groups=2)
 
 
-def test_embeddings_are_tied_towards_both(folders, tmp_path, stock):
+def test_share_ties_embeddings_towards_both(folders, tmp_path, stock):
     folder = pico.save(tmp_path / "in", "llama", tie_word_embeddings=False)
     compress.apply("share", folder, tmp_path / "out", embeddings="tie", data=IDS)
     before, after = (open_checkpoint(f).spec for f in (folder, tmp_path / "out"))
@@ -322,7 +322,7 @@ def test_embeddings_are_tied_towards_both(folders, tmp_path, stock):
         compress.apply("share", tmp_path / "out", tmp_path / "again", embeddings="tie", data=IDS)
 
 
-def test_codebooks_after_sharing(folders, tmp_path):
+def test_share_is_followed_by_codebooks(folders, tmp_path):
     share(folders["llama"], tmp_path / "out", groups=2, codebook_bits=4)
     spec = open_checkpoint(tmp_path / "out").spec
     coded = [t for t in spec.stored() if t.quant_format is not None]
