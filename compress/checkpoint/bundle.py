@@ -30,11 +30,11 @@ _IMPORTS = (
 def source() -> bytes:
     """Text of the bundled file: `modeling`, and the marked halves of the modules that it needs from this package."""
     text, parts = (_HERE / "modeling.py").read_text(encoding="utf-8"), list[str]()
-    for title, line, folder, modules in _IMPORTS:
+    for title, line, room, modules in _IMPORTS:
         assert line in text, f"modeling.py must import {title} in one line"
         text = text.replace(line, "" if parts else "@@")
         for module in modules:
-            _, mark, body = (folder / f"{module}.py").read_text(encoding="utf-8").partition(MARK.format(title))
+            _, mark, body = (room / f"{module}.py").read_text(encoding="utf-8").partition(MARK.format(title))
             assert mark, f"{module}.py must have the line {MARK.format(title)}"
             body = re.sub(r"^ +import torch\n\n", "", body, flags=re.MULTILINE)  # at the top of the bundled file
             parts.append(f"# ---- {title}: {module} ----\n\n{body.strip()}\n\n\n")
