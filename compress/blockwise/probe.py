@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 
 from compress.blockwise.block import Block
+from compress.blockwise.details import BlockDetails
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.runner import BlockRunner
 
@@ -17,7 +17,7 @@ ProbeFn = Callable[[Block], Iterator[tuple[str, Mapping[str, torch.Tensor]]]]
 
 def probe_matrices(
     runner: BlockRunner, title: str, measure: ProbeFn
-) -> tuple[Callable[[str], dict[str, torch.Tensor]], list[dict[str, Any]]]:
+) -> tuple[Callable[[str], dict[str, torch.Tensor]], list[BlockDetails]]:
     """Run over the blocks without changing them, in a folder of the runner's own, and save the changes of each block.
 
     Returns:

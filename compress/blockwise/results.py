@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import model_map
+from compress.blockwise.details import BlockDetails
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.storage.bits import pack_bits, unpack_bits
 from compress.checkpoint.values import Checkpoint, Codes, Value, canonical, torch_dtype
@@ -33,12 +34,12 @@ class TensorExtras:
 
 @dataclass(frozen=True)
 class RunnerResult:
-    """The changed tensors, in a file per block; ``details`` has a row for each block."""
+    """The changed tensors, in a file per block; ``details`` has a row per block."""
 
     folder: Path
     checkpoint: Checkpoint
     blocks: list[int]
-    details: list[dict[str, Any]]
+    details: list[BlockDetails]
 
     def reader(self) -> Callable[[str], Value]:
         """A function from a tensor's name to its value: the changed one where there is one, else the checkpoint's."""

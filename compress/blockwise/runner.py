@@ -13,10 +13,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from compress.blockwise.activations import ActivationStream
 from compress.blockwise.block import Block
+from compress.blockwise.details import BlockDetails
 from compress.blockwise.executor import BlockExecutor, Inputs
 from compress.blockwise.linears import find_linears
 from compress.blockwise.memory_budget import ALLOCATOR_RETAIN
@@ -39,7 +40,7 @@ class RunnerState:
     """The block to work on next, and the report's row of each finished one. Saved when all activations are written."""
 
     next: int = 0
-    details: list[dict[str, Any]] = field(default_factory=list)
+    details: list[BlockDetails] = field(default_factory=list)
 
 
 class BlockRunner:
@@ -124,7 +125,7 @@ class BlockRunner:
                 with self.streamed.block(index) as module:
                     details = self._block(index, module, stream, change, last)
                 details["seconds"] = round(time.perf_counter() - start, 3)
-                state.details.append({"block": index, **details})
+                state.details.append(cast("BlockDetails", {"block": index, **details}))
                 state.next = index + 1
                 self.workspace.write_json("state", asdict(state))
                 task.advance(note=f"block {index}")

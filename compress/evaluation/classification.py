@@ -102,7 +102,7 @@ def classify_documents(
             )
     files = tuple(d.image for d in documents if d.image is not None)
     texts = Pictures(files, processor) if files else examples(model, processor, documents)
-    found: list[Prediction | None] = [None] * len(documents)
+    predictions: list[Prediction | None] = [None] * len(documents)
     with texts.each(progress or SilentProgress(), title) as batches:
         for batch, inputs in batches:
             logp = _log_probabilities(model, inputs)
@@ -114,7 +114,7 @@ def classify_documents(
                 kl = torch.where(theirs == -torch.inf, 0, theirs.exp() * (theirs - logp)).sum(1)
                 agree = logp.argmax(1) == theirs.argmax(1)
             for row, i in enumerate(batch):
-                found[i] = Prediction(
+                predictions[i] = Prediction(
                     id=documents[i].id,
                     label=int(truth[row]),
                     prediction=int(logp[row].argmax()),
@@ -123,7 +123,7 @@ def classify_documents(
                     agree=None if agree is None else int(agree[row]),
                 )
     return Predictions(
-        tuple(p for p in found if p is not None), tuple(labels), texts.cut, "images" if files else "texts"
+        tuple(p for p in predictions if p is not None), tuple(labels), texts.cut, "images" if files else "texts"
     )
 
 

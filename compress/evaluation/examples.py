@@ -89,8 +89,8 @@ class Pictures:
         """Every batch with its inputs, under inference mode."""
         count = len(self.files)
         batches = [list(range(i, min(i + BATCH_IMAGES, count))) for i in range(0, count, BATCH_IMAGES)]
-        with _each(batches, self.inputs, progress, title, "images") as found:
-            yield found
+        with _each(batches, self.inputs, progress, title, "images") as batches_read:
+            yield batches_read
 
 
 @contextmanager

@@ -245,8 +245,8 @@ def _score(
         counts[row, w.first : len(w.ids) - 1] = True
     ids, counts = ids.to(model.device), counts.to(model.device)
     theirs = None if reference is None else _logits(reference, ids)
-    found = compared(_logits(model, ids), theirs, ids[:, 1:])
-    return torch.where(counts[..., None], found, 0).double().sum(1).cpu()
+    scores = compared(_logits(model, ids), theirs, ids[:, 1:])
+    return torch.where(counts[..., None], scores, 0).double().sum(1).cpu()
 
 
 def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:

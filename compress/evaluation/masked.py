@@ -76,8 +76,8 @@ def score_masked(
             places = torch.tensor([(row, at) for row, i in enumerate(batch) for at in windows[i].masked])
             truth = torch.tensor([windows[i].ids[at] for i in batch for at in windows[i].masked])
             logits, theirs = _at(model, inputs, places), None if reference is None else _at(reference, inputs, places)
-            found = compared(logits, theirs, truth.to(logits.device))
-            sums.index_add_(0, torch.tensor(batch)[places[:, 0]], found.double().cpu())
+            measured = compared(logits, theirs, truth.to(logits.device))
+            sums.index_add_(0, torch.tensor(batch)[places[:, 0]], measured.double().cpu())
     scores = _by_unit(documents, windows, sums, paired=reference is not None)
     unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
     return {
@@ -136,7 +136,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], 
     check_tokenizer(tokenizer)
     windows = []
     for number, document in enumerate(documents):
-        found = tokenized(
+        parts = tokenized(
             tokenizer,
             rendered(document, tokenizer),
             where=document.id,
@@ -145,7 +145,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], 
             return_overflowing_tokens=True,
             return_special_tokens_mask=True,
         )
-        for part, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"], strict=True)):
+        for part, (ids, special) in enumerate(zip(parts["input_ids"], parts["special_tokens_mask"], strict=True)):
             candidates = [at for at, one in enumerate(special) if not one]
             if candidates:
                 count = max(1, round(SHARE * len(candidates)))

@@ -128,30 +128,30 @@ class Scorer:
         return score(self, model, reference=reference, title=title, progress=self.progress)
 
 
-def _classified(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+def _classified(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     from compress.evaluation.classification import classify_documents
 
     labels, _ = label_ids(self.structure.config)
-    return classify_documents(model, self.processor, self.documents, labels=labels, **how).to_dict()
+    return classify_documents(model, self.processor, self.documents, labels=labels, **options).to_dict()
 
 
-def _language(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+def _language(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     from compress.evaluation.language import score_documents
 
-    how |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
-    return score_documents(model, self.processor, self.documents, **how).to_dict()
+    options |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
+    return score_documents(model, self.processor, self.documents, **options).to_dict()
 
 
-def _masked(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+def _masked(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     from compress.evaluation.masked import score_masked
 
-    return score_masked(model, self.processor, self.documents, window=self.texts.window, **how)
+    return score_masked(model, self.processor, self.documents, window=self.texts.window, **options)
 
 
-def _embedded(self: Scorer, model: PreTrainedModel, **how: Any) -> dict[str, Any]:
+def _embedded(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     from compress.evaluation.embeddings import embed_documents, read_pooling
 
-    return embed_documents(model, self.processor, self.documents, pooling=read_pooling(self.folder), **how)
+    return embed_documents(model, self.processor, self.documents, pooling=read_pooling(self.folder), **options)
 
 
 _SCORERS: Mapping[Task, Callable[..., dict[str, Any]]] = {

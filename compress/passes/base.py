@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
 
+from compress.passes.details import PassDetails
 from compress.settings import Settings
 from compress.spec.spec import Spec
 
@@ -67,7 +68,7 @@ class Context:
     progress: Progress
     workspace: Workspace
     offline: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
+    details: PassDetails = field(default_factory=PassDetails)
 
     @property
     def processes(self) -> ProcessGroup:

@@ -75,4 +75,4 @@ def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | None) -> di
             error.where = None
         raise
     ((_, _, details),) = applied.passes
-    return details
+    return dict(details)

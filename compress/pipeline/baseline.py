@@ -11,8 +11,9 @@ from pydantic import Field
 from compress.data import kinds, row_templates
 from compress.errors import DataError, ReportError
 from compress.evaluation.tasks import Given
-from compress.report.document import Latency, Measured, Part, SizeRow, checked
+from compress.report.document import checked
 from compress.report.document import read as read_document
+from compress.report.schema import Latency, Measured, Part, SizeRow
 
 SCHEMA = "compress.eval/1"
 

@@ -21,6 +21,7 @@ from compress.checkpoint.write import Written, write_checkpoint
 from compress.errors import CompressError, PassError, ResourceError, is_lack, one_line
 from compress.files import remove
 from compress.memory import available_memory, peak_memory, reset_peak
+from compress.passes.details import PassDetails
 from compress.pipeline.state import Run
 from compress.pipeline.workers import Job, dispatch
 from compress.planning import PlannedPass, PlannedStage, Size, planned_size, size_on_disk
@@ -119,7 +120,7 @@ class Applied:
 
     written: Written
     stored: Stored
-    passes: list[tuple[PlannedPass, Spec, dict[str, Any]]]
+    passes: list[tuple[PlannedPass, Spec, PassDetails]]
     check_seconds: float
 
 
@@ -199,7 +200,7 @@ def _compute(run: Run, stage: PlannedStage, before: Stored, print_: str, key: st
     return row
 
 
-def _pass_row(planned: PlannedPass, actual: Size, details: dict[str, Any]) -> dict[str, Any]:
+def _pass_row(planned: PlannedPass, actual: Size, details: PassDetails) -> dict[str, Any]:
     return {
         "name": planned.name,
         "settings": plain_settings(planned.settings),

@@ -1,6 +1,6 @@
-"""Reports: measured facts of a run as JSON, and what people and CI read of them. Needs no torch.
+"""Reports of runs: as JSON, and rendered for people and CI. Needs no torch.
 
-`document` writes, reads and validates the JSON; `figures` picks out what is shown; the others render.
+`schema` defines the JSON, `document` writes, reads and validates it. `figures` selects numbers; the other modules render.
 """
 
 from __future__ import annotations

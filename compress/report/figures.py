@@ -1,4 +1,4 @@
-"""What a report shows: before ▶ after, and a waterfall of what each pass saved and cost. Used by every renderer."""
+"""Numbers of a report as rows of text: before ▶ after, the waterfall of passes, details. Every renderer uses them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress import passes
+from compress.blockwise.details import MatrixDetails, ReconstructionDetails
 from compress.errors import CompressError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric
+from compress.passes.details import PassDetails
 from compress.settings import defaults, format_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measured quantity, as text. ``timed`` marks what another run would measure differently."""
+    """One measured quantity, as text. ``timed``: another run would measure another value."""
 
     name: str
     before: str
@@ -61,7 +63,7 @@ def headline_cells(metric: Metric, step: Step) -> tuple[str, str]:
 
 
 def before_after(report: Mapping[str, Any]) -> list[Row]:
-    """Everything measured of the original and the result."""
+    """A row for each measured quantity of the original and the result."""
     first, last = report["original"], report["result"]
     a, b = first["size"], last["size"]
     rows = [Row("size", format_bytes(a["bytes"]), format_bytes(b["bytes"]), _ratio(a["bytes"], b["bytes"]))]
@@ -136,14 +138,14 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     return steps
 
 
-def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each block of a sweep: layers, what they became, errors, tuning, seconds; nothing for other passes."""
+def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per block of a block-wise run: layers, their result, errors, reconstruction, seconds."""
     rows: list[tuple[str, ...]] = []
     for block in details.get("blocks", ()):
         layers, tuning = block.get("tensors", {}), block.get("tuning")
         if not layers and tuning is None:
             continue
-        errors = {name: row["error"] for name, row in layers.items() if row.get("error") is not None}
+        errors = {name: error for name, row in layers.items() if (error := row.get("error")) is not None}
         worst = max(errors, key=lambda name: errors[name], default=None)
         name = "" if worst is None else worst.removesuffix(".weight").rpartition(f".{block['block']}.")[2]
         rows.append(
@@ -160,8 +162,8 @@ def block_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _became(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The mean sparsity of layers, the units that they still read, their new formats, or the ranks of their factors."""
+def _became(layers: Sequence[MatrixDetails]) -> str:
+    """Result of the layers: mean sparsity, units that they still read, formats, or ranks of factors."""
     if not layers:
         return ""
     if "kept" in layers[0]:
@@ -173,16 +175,16 @@ def _became(layers: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(row['sparsity'] for row in layers) / len(layers):.1%}"
 
 
-def format_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each format that a budget chose: matrices, and the divergence expected of rounding them."""
+def format_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per format that a budget chose: number of matrices, and the divergence expected from rounding them."""
     chosen: dict[str, list[float]] = {}
     for row in details.get("formats", ()):
         chosen.setdefault(row["format"], []).append(row["divergence"])
-    return [(name, str(len(found)), f"{sum(found):.5f}") for name, found in sorted(chosen.items(), reverse=True)]
+    return [(name, str(len(losses)), f"{sum(losses):.5f}") for name, losses in sorted(chosen.items(), reverse=True)]
 
 
-def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each shape that was tried for a target: what goes, what stays, how fast it is, and what it costs."""
+def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per shape tried for a target: removed blocks, heads, neurons, parameters, size, speed, divergence."""
     return [
         (
             ", ".join(map(str, row["layers"])) or "–",
@@ -198,25 +200,27 @@ def shape_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def sharing_rows(details: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each arrangement of shared blocks that was tried, and what it costs; none where there was no choice."""
-    found = details.get("sharing", {})
-    tried = found.get("tried", ())
+def sharing_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per arrangement of shared blocks that was tried, with its divergence; empty without a choice."""
+    if (sharing := details.get("sharing")) is None:
+        return []
+    tried = sharing.get("tried", [])
     return [
         (
             row["arrangement"],
             " · ".join(" ".join(map(str, group)) for group in row["groups"]),
             f"{row['divergence']:.4f}",
-            "chosen" if row["arrangement"] == found["arrangement"] else "",
+            "chosen" if row["arrangement"] == sharing["arrangement"] else "",
         )
         for row in tried
         if len(tried) > 1
     ]
 
 
-def sharing_error(details: Mapping[str, Any]) -> float | None:
-    """Mean over the matrices of blocks that share of the relative error of their outputs; None for other passes."""
-    rows = details.get("sharing", {}).get("tensors", ())
+def sharing_error(details: PassDetails) -> float | None:
+    """Mean relative output error of the shared matrices; None for other passes."""
+    sharing = details.get("sharing")
+    rows = [] if sharing is None else sharing.get("tensors", [])
     errors = [row["error"] for row in rows if row.get("error") is not None]
     return sum(errors) / len(errors) if errors else None
 
@@ -229,30 +233,30 @@ def losses_file(report: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return f"losses-{number}.svg"
 
 
-def _tuned(tuning: Mapping[str, Any]) -> str:
+def _tuned(tuning: ReconstructionDetails) -> str:
     text = f"{tuning['before']:.4f} ▶ {tuning['after']:.4f}"
     return text if tuning["kept"] else f"{text}, put back"
 
 
 def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
-    """Settings that differ from the pass's defaults, as ``layers: 1, …``."""
+    """Settings that differ from the defaults of the pass, as ``layers: 1, …``."""
     try:
         usual = defaults(passes.get(name).settings, settings)
     except (CompressError, ImportError):  # a plug-in that is not installed here
         usual = {}
     shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and v != usual.get(k)}
-    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_said(v))}" for k, v in shown.items())
+    return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_without_none(v))}" for k, v in shown.items())
 
 
-def _said(value: Any) -> Any:
-    """Without keys that nobody gave a value."""
+def _without_none(value: Any) -> Any:
+    """The value without keys that are None."""
     if isinstance(value, Mapping):
-        return {k: _said(v) for k, v in value.items() if v is not None}
-    return [_said(v) for v in value] if isinstance(value, list) else value
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def bar(step: Step, width: int) -> str:
-    """What is left of the original as ``█``, what this pass saved as ``░``."""
+    """A bar: remaining bytes as ``█``, bytes that this pass saved as ``░``."""
     if not step.share:
         return ""
     start = step.bytes / step.share
@@ -267,7 +271,7 @@ def signed_bytes(saved: int) -> str:
 
 
 def quality_note(report: Mapping[str, Any]) -> str | None:
-    """How the texts were scored."""
+    """A sentence on the evaluation: documents, files, windows; None without evaluation."""
     evaluation = report["result"]["evaluation"]
     data = report["data"].get("evaluation") or {}
     if evaluation is None:
@@ -298,16 +302,18 @@ def _few(evaluation: Mapping[str, Any]) -> str:
 
 
 def speed_note(report: Mapping[str, Any]) -> str | None:
-    """What the timed model does without, if anything."""
+    """A sentence on emulated rounding that the timed model leaves out; None without any."""
     latency = report["result"]["latency"]
     left_out = _rounded(latency.get("left_out")) if latency else ""
     return (
-        f"times and memory are those without {left_out}: emulating that is slower than a runtime" if left_out else None
+        f"times and memory were measured without {left_out}, as emulation is slower than a runtime"
+        if left_out
+        else None
     )
 
 
 def _emulated(evaluation: Mapping[str, Any]) -> str:
-    """Which rounded inputs and caches the figures include."""
+    """Rounded inputs and caches that the metrics include, as text."""
     rounded = _rounded(evaluation.get("emulated"))
     return f"; with {rounded}, as a runtime computes" if rounded else ""
 

@@ -11,25 +11,25 @@ import pytest
 from compress import gates, statistics
 from compress.evaluation import metrics
 from compress.recipe.gates import METRICS, Gates, metric_of
-from compress.report import document
+from compress.report import schema
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", PAGE))))
 PARTS = [
-    document.SizeRow,
-    document.Emulated,
-    document.Evaluation,
-    document.DocumentScore,
-    document.Classification,
-    document.PredictionRow,
-    document.Masked,
-    document.MaskedScore,
-    document.Embeddings,
-    document.EmbeddedRow,
-    document.Timing,
-    document.Memory,
-    document.Latency,
-    document.GateRow,
+    schema.SizeRow,
+    schema.Emulated,
+    schema.Evaluation,
+    schema.DocumentScore,
+    schema.Classification,
+    schema.PredictionRow,
+    schema.Masked,
+    schema.MaskedScore,
+    schema.Embeddings,
+    schema.EmbeddedRow,
+    schema.Timing,
+    schema.Memory,
+    schema.Latency,
+    schema.GateRow,
 ]
 
 

@@ -175,6 +175,6 @@ def test_latency_leaves_emulation_out(rounded):
     assert not any(module._forward_pre_hooks for module in model.modules())
     left_out = emulated(open_checkpoint(folder).spec, kv_cache=True)
     said = speed_note({"result": {"latency": {"left_out": left_out}}})
-    assert said.startswith("times and memory are those without inputs of 28 linear layers in int8")
+    assert said.startswith("times and memory were measured without inputs of 28 linear layers in int8")
     assert speed_note({"result": {"latency": {"left_out": None}}}) is None
     assert speed_note({"result": {"latency": None}}) is None

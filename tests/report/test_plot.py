@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from compress.report.markdown import _training
+from compress.report.details import _training
 from compress.report.plot import _ticks, render_losses
 
 TRAINING = {

@@ -156,6 +156,6 @@ def test_report_lists_shapes_tried_for_a_target(tmp_path, pico_llama, texts):
     assert len(rows) > 1
     assert [row[-1] for row in rows].count("chosen") == 1
     text = reports.render_markdown(done.report)
-    assert "| blocks that go | heads | neurons | parameters | size | prefill | divergence |  |" in text
+    assert "| removed blocks | heads | neurons | parameters | size | prefill | divergence |  |" in text
     assert all(f"| {' | '.join(row)} |" in text for row in rows)
     assert "shapes: " not in text

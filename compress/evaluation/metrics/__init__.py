@@ -11,7 +11,7 @@ from importlib import import_module, metadata
 from inspect import isabstract
 from typing import Any
 
-from compress.evaluation.metrics.base import Evaluation, Kind, Metric, Resampling
+from compress.evaluation.metrics.base import Kind, Metric, Resampling, Scored
 
 
 @cache
@@ -34,18 +34,18 @@ def of_kind(kind: str) -> list[Metric]:
     return [metric for metric in table().values() if kind in metric.evaluations]
 
 
-def of_evaluation(evaluation: Evaluation) -> list[Metric]:
+def of_evaluation(evaluation: Scored) -> list[Metric]:
     """Metrics of an evaluation, those that compare with the original last."""
     kind = str(evaluation["schema"]).removeprefix("compress.").partition("/")[0]
     return sorted(of_kind(kind), key=lambda metric: metric.compares)
 
 
-def values(kind: Kind, evaluation: Evaluation) -> dict[str, float | None]:
+def values(kind: Kind, evaluation: Scored) -> dict[str, float | None]:
     """The value of every metric of the kind, by name. ``evaluation``: its ``unit``, ``documents``, and ``labels``."""
     return {metric.name: metric.value(evaluation) for metric in of_kind(kind)}
 
 
-def headline(evaluation: Evaluation | None) -> Metric:
+def headline(evaluation: Scored | None) -> Metric:
     """The metric that summaries show: the first that has a value of the original, else the first that compares with it."""
     if evaluation is None:
         return of_kind("evaluation")[0]
@@ -54,7 +54,7 @@ def headline(evaluation: Evaluation | None) -> Metric:
 
 
 def compare(
-    before: Evaluation, after: Evaluation, *, confidence: float, bootstrap: int = 10_000, seed: int = 0
+    before: Scored, after: Scored, *, confidence: float, bootstrap: int = 10_000, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two evaluations by the numbers that gates judge, each with its interval.
 

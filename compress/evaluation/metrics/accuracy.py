@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.evaluation.metrics.base import Evaluation, Metric, Resampling, check_paired
+from compress.evaluation.metrics.base import Metric, Resampling, Scored, check_paired
 from compress.statistics import Interval, accuracy_drop, share
 
 
@@ -19,15 +19,15 @@ class Accuracy(Metric):
     help = "Share of labelled texts or images that are classified correctly."
     form = ".2%"
 
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         right = _right(evaluation)
         return sum(right) / len(right)
 
-    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
         right = _right(evaluation)
         return share(sum(right), len(right), resampling.confidence)
 
-    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+    def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:
         check_paired(before, after, tokens=False)
         right = [_right(evaluation) for evaluation in (before, after)]
         lost = sum(a and not b for a, b in zip(*right, strict=True))
@@ -35,5 +35,5 @@ class Accuracy(Metric):
         return accuracy_drop(lost, won, len(right[0]), resampling.confidence)
 
 
-def _right(evaluation: Evaluation) -> list[bool]:
+def _right(evaluation: Scored) -> list[bool]:
     return [row["prediction"] == row["label"] for row in evaluation["documents"]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from compress.evaluation.metrics.base import Evaluation, Resampling, column, is_examples
-from compress.evaluation.metrics.ratio import Ratio, drop_from_one
+from compress.evaluation.metrics.base import Resampling, Scored, column, is_examples
+from compress.evaluation.metrics.ratio import RatioMetric, drop_from_one
 from compress.statistics import Interval, share
 
 
-class Agreement(Ratio):
+class Agreement(RatioMetric):
     """The share of equal top predictions. On examples its bounds are exact, not resampled."""
 
     name = "agreement"
@@ -26,16 +26,16 @@ class Agreement(Ratio):
     form = ".2%"
     numerator = "agree"
 
-    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
         if is_examples(evaluation):
             agree = column(evaluation, self.numerator)
             return share(int(agree.sum()), len(agree), resampling.confidence)
         return super().level(evaluation, resampling)
 
-    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+    def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:
         return drop_from_one(self.level(after, resampling))
 
-    def cells(self, before: Evaluation, after: Evaluation) -> tuple[str, str, str, str] | None:
+    def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         if (value := after.get(self.name)) is None:
             return None
         examples = is_examples(after)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Kinds of evaluations; each has a schema ``compress.KIND/1``, but for causal language models: ``compress.evaluation/1``.
 Kind: TypeAlias = Literal["evaluation", "classification", "masked", "embeddings"]
 #: An evaluation as reports hold it: ``unit``, ``documents`` (a row of sums per document or example), and more by kind.
-Evaluation: TypeAlias = Mapping[str, Any]
+Scored: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ class Metric(ABC):
     form: ClassVar[str] = ".4g"
 
     @abstractmethod
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         """Value over all documents; None if the rows lack what it needs."""
 
     @abstractmethod
-    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
         """Value with its interval. Raises `ReportError` if the rows lack what it needs."""
 
-    def increase(self, before: Evaluation, after: Evaluation, resampling: Resampling, *, relative: bool) -> Interval:
+    def increase(self, before: Scored, after: Scored, resampling: Resampling, *, relative: bool) -> Interval:
         """Paired increase from ``before`` to ``after``, absolute or as a share of ``before``. For `lower` metrics.
 
         Raises:
@@ -87,7 +87,7 @@ class Metric(ABC):
         """
         raise ReportError(f"an increase of {self.name} is not defined")
 
-    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+    def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:
         """Paired drop from ``before`` to ``after`` in points (1/100). For metrics of which higher is better.
 
         Raises:
@@ -95,7 +95,7 @@ class Metric(ABC):
         """
         raise ReportError(f"a drop of {self.name} is not defined")
 
-    def paired(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> dict[str, float] | None:
+    def paired(self, before: Scored, after: Scored, resampling: Resampling) -> dict[str, float] | None:
         """Entry of ``paired`` in the output of ``compress eval``: its relative increase, its drop, or its level."""
         if self.compares:
             key, interval = "value", self.level(after, resampling)
@@ -117,7 +117,7 @@ class Metric(ABC):
         """A cost as text."""
         return f"{cost:+.4f}" if self.lower else f"{cost:+.2f} points"
 
-    def cells(self, before: Evaluation, after: Evaluation) -> tuple[str, str, str, str] | None:
+    def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         """Row of the table before ▶ after: name, both values, change; None if a value is missing."""
         x, y = before.get(self.name), after.get(self.name)
         if x is None or y is None:
@@ -126,7 +126,7 @@ class Metric(ABC):
         return self.row or self.title, self.text(x), self.text(y), change
 
 
-def check_paired(before: Evaluation, after: Evaluation, *, tokens: bool) -> None:
+def check_paired(before: Scored, after: Scored, *, tokens: bool) -> None:
     """Check that two evaluations have the same documents and windows and, for metrics per ``tokens``, the same tokens.
 
     Raises:
@@ -143,13 +143,13 @@ def check_paired(before: Evaluation, after: Evaluation, *, tokens: bool) -> None
         raise ReportError("the two models split the text into different tokens", fix="compare bits_per_byte")
 
 
-def same_tokens(before: Evaluation, after: Evaluation) -> bool:
+def same_tokens(before: Scored, after: Scored) -> bool:
     """Whether the scored tokens of every document are as many in both evaluations."""
     first, second = ([d.get("tokens") for d in e["documents"]] for e in (before, after))
     return first == second
 
 
-def column(evaluation: Evaluation, key: str) -> NDArray[np.float64]:
+def column(evaluation: Scored, key: str) -> NDArray[np.float64]:
     """One value of every row, float64 [documents]. Raises `ReportError` if a row has none."""
     import numpy as np
 
@@ -159,6 +159,6 @@ def column(evaluation: Evaluation, key: str) -> NDArray[np.float64]:
     return np.array([row[key] for row in rows], dtype=np.float64)
 
 
-def is_examples(evaluation: Evaluation) -> bool:
+def is_examples(evaluation: Scored) -> bool:
     """Whether rows are labelled examples or embedded texts, not sums over tokens."""
     return bool(evaluation["unit"] == "example")

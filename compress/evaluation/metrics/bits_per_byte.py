@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from compress.evaluation.metrics.base import Evaluation
-from compress.evaluation.metrics.ratio import Ratio
+from compress.evaluation.metrics.base import Scored
+from compress.evaluation.metrics.ratio import RatioMetric
 
 
-class BitsPerByte(Ratio):
+class BitsPerByte(RatioMetric):
     """The sum of nats over ln 2, per byte."""
 
     name = "bits_per_byte"
@@ -24,7 +24,7 @@ class BitsPerByte(Ratio):
     numerator = "nll"
     denominator = "bytes"
 
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         rows = evaluation["documents"]
         size: int = sum(row["bytes"] for row in rows)
         return math.fsum(row["nll"] for row in rows) / math.log(2) / size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.evaluation.metrics.base import Evaluation, Metric, Resampling, check_paired
+from compress.evaluation.metrics.base import Metric, Resampling, Scored, check_paired
 from compress.statistics import Interval
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ class F1(Metric):
     help = "Macro F1: the mean of the labels' F1, on labelled texts or images."
     form = ".2%"
 
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         return macro_f1(evaluation["documents"], len(evaluation["labels"]))
 
-    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
         return resampling.sums(_f1_of, _label_counts(evaluation["documents"], len(evaluation["labels"])))
 
-    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+    def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:
         check_paired(before, after, tokens=False)
         labels = len(before["labels"])
         columns = [column for side in (before, after) for column in _label_counts(side["documents"], labels)]

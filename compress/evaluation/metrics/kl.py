@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from compress.evaluation.metrics.base import Evaluation, is_examples
-from compress.evaluation.metrics.ratio import Ratio
+from compress.evaluation.metrics.base import Scored, is_examples
+from compress.evaluation.metrics.ratio import RatioMetric
 
 
-class KL(Ratio):
+class KL(RatioMetric):
     """The mean KL(original ‖ model)."""
 
     name = "kl"
@@ -26,7 +26,7 @@ class KL(Ratio):
     unit = "nats"
     numerator = "kl"
 
-    def cells(self, before: Evaluation, after: Evaluation) -> tuple[str, str, str, str] | None:
+    def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         if (value := after.get(self.name)) is None:
             return None
         unit = after.get("of", "texts")[:-1] if is_examples(after) else "token"

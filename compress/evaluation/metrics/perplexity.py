@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from compress.evaluation.metrics.base import Evaluation
-from compress.evaluation.metrics.ratio import Ratio
+from compress.evaluation.metrics.base import Scored
+from compress.evaluation.metrics.ratio import RatioMetric
 
 #: Nats per token whose exponential float64 still holds.
 _MOST = 700
 
 
-class Perplexity(Ratio):
+class Perplexity(RatioMetric):
     """The exponential of nats per token; infinite beyond what float64 holds."""
 
     name = "perplexity"
@@ -27,7 +27,7 @@ class Perplexity(Ratio):
     unit = "absolute"
     numerator = "nll"
 
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         rows = evaluation["documents"]
         nats = math.fsum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows)
         return math.exp(nats) if nats < _MOST else math.inf if nats == nats else math.nan

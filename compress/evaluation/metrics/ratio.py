@@ -6,9 +6,9 @@ import math
 from typing import Any, ClassVar
 
 from compress.evaluation.metrics.base import (
-    Evaluation,
     Metric,
     Resampling,
+    Scored,
     check_paired,
     column,
     is_examples,
@@ -17,7 +17,7 @@ from compress.evaluation.metrics.base import (
 from compress.statistics import Interval
 
 
-class Ratio(Metric):
+class RatioMetric(Metric):
     """A function (`of`) of the sum of ``numerator`` over the sum of ``denominator``, or per example.
 
     Attributes:
@@ -31,20 +31,20 @@ class Ratio(Metric):
         """The metric of a ratio, or of an array of ratios."""
         return ratio
 
-    def value(self, evaluation: Evaluation) -> float | None:
+    def value(self, evaluation: Scored) -> float | None:
         rows = evaluation["documents"]
         if any(row.get(self.numerator) is None for row in rows):
             return None
         count = len(rows) if is_examples(evaluation) else sum(row[self.denominator] for row in rows)
         return float(self.of(math.fsum(row[self.numerator] for row in rows) / count))
 
-    def level(self, evaluation: Evaluation, resampling: Resampling) -> Interval:
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
         top = column(evaluation, self.numerator)
         if is_examples(evaluation):
             return resampling.sums(lambda sums: self.of(sums[0] / len(top)), [top])
         return resampling.sums(lambda sums: self.of(sums[0] / sums[1]), [top, column(evaluation, self.denominator)])
 
-    def increase(self, before: Evaluation, after: Evaluation, resampling: Resampling, *, relative: bool) -> Interval:
+    def increase(self, before: Scored, after: Scored, resampling: Resampling, *, relative: bool) -> Interval:
         check_paired(before, after, tokens=self.denominator == "tokens")
         parts = (self.numerator, self.denominator)
         columns = [column(evaluation, part) for evaluation in (before, after) for part in parts]
@@ -55,7 +55,7 @@ class Ratio(Metric):
 
         return resampling.sums(change, columns)
 
-    def paired(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> dict[str, float] | None:
+    def paired(self, before: Scored, after: Scored, resampling: Resampling) -> dict[str, float] | None:
         if not self.compares and self.denominator == "tokens" and not same_tokens(before, after):
             return None
         return super().paired(before, after, resampling)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from compress.evaluation.metrics.base import Evaluation, Resampling
-from compress.evaluation.metrics.ratio import Ratio, drop_from_one
+from compress.evaluation.metrics.base import Resampling, Scored
+from compress.evaluation.metrics.ratio import RatioMetric, drop_from_one
 from compress.statistics import Interval
 
 
-class Similarity(Ratio):
+class Similarity(RatioMetric):
     """The mean cosine to the original's embedding of the same text."""
 
     name = "similarity"
@@ -23,9 +23,9 @@ class Similarity(Ratio):
     form = ".4f"
     numerator = "similarity"
 
-    def drop(self, before: Evaluation, after: Evaluation, resampling: Resampling) -> Interval:
+    def drop(self, before: Scored, after: Scored, resampling: Resampling) -> Interval:
         return drop_from_one(self.level(after, resampling))
 
-    def cells(self, before: Evaluation, after: Evaluation) -> tuple[str, str, str, str] | None:
+    def cells(self, before: Scored, after: Scored) -> tuple[str, str, str, str] | None:
         value = after.get(self.name)
         return None if value is None else (self.row, "1", self.text(value), "mean cosine")

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from compress.models.classes import stock_class
 from compress.models.loading import load_checkpoint
 from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
+from compress.passes.details import TrainingDetails
 from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
 from compress.passes.distill.settings import DistillSettings
 from compress.passes.distill.teachers import (
@@ -121,7 +122,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             model, places = _student_model(student, settings, context)
     close()
     said = _said(history, made.samples, options)
-    context.details["training"] = {**said, **filled, "kept": sorted(places.kept)}
+    context.details["training"] = cast("TrainingDetails", {**said, **filled, "kept": sorted(places.kept)})
     if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
         return student  # bit by bit what it was, and not by way of float32
     return _trained(student, model, places, context)

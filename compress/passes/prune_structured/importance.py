@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from compress.blockwise.block import Block
+from compress.blockwise.details import BlockDetails
 from compress.blockwise.experts import unfused
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.runner import BlockRunner
 from compress.errors import PassError
 
 
-def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[dict[str, Any]]]:
+def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[BlockDetails]]:
     """Saliency of every expert by block: mean over the tokens sent to it of its router weight times the norm of its output.
 
     Experts that no token is sent to have 0. Beside it a row for each block that says how many tokens reached each, see
@@ -50,7 +49,7 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[d
 
     rows = runner.run(look, "scoring experts").details
     scored = [row for row in rows if "saliency" in row]
-    reached = [{"block": row["block"], "experts": row["experts"]} for row in scored]
+    reached: list[BlockDetails] = [{"block": row["block"], "experts": row["experts"]} for row in scored]
     return {row["block"]: row["saliency"] for row in scored}, reached
 
 

@@ -1,0 +1,60 @@
+"""Rows of reports on blocks that were changed."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class MatrixDetails(TypedDict, total=False):
+    """One matrix of a block that was changed.
+
+    Attributes:
+        error: relative error of its outputs; None if it cannot be measured. seconds: of solving.
+        sparsity, format, rank: of the result, by pass. kept, of: units that it still reads, and read before.
+    """
+
+    error: float | None
+    seconds: float
+    sparsity: float
+    format: str
+    rank: int
+    kept: int
+    of: int
+
+
+class ReconstructionDetails(TypedDict):
+    """Reconstruction of a block: relative output error on held-out samples before and after. ``kept``: it helped."""
+
+    before: float
+    after: float
+    rate: float
+    steps: int
+    kept: bool
+    seconds: float
+
+
+class ExpertCounts(TypedDict):
+    """Calibration tokens of a block, and how many of them reached each expert, by the expert's name."""
+
+    tokens: int
+    reached: dict[str, int]
+
+
+class BlockDetails(TypedDict):
+    """One block that was changed.
+
+    Attributes:
+        tensors: its matrices by name. tuning: its reconstruction. experts: tokens by expert.
+        kept, saliency, importance, outliers, energies: results that a pass reads from the rows and removes.
+    """
+
+    block: int
+    seconds: NotRequired[float]
+    tensors: NotRequired[dict[str, MatrixDetails]]
+    tuning: NotRequired[ReconstructionDetails]
+    experts: NotRequired[ExpertCounts]
+    kept: NotRequired[Any]
+    saliency: NotRequired[Any]
+    importance: NotRequired[Any]
+    outliers: NotRequired[Any]
+    energies: NotRequired[Any]

@@ -1,0 +1,143 @@
+"""Details of a pass as Markdown: a section for each kind of row that passes report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.escape import in_one_line, markdown
+from compress.passes.details import SECTIONS, PassDetails, TrainingDetails
+from compress.report import figures
+from compress.report.experts import TIMES, expert_rows
+from compress.report.layout import table
+
+
+def render_details(row: Mapping[str, Any], picture: str) -> list[str]:
+    """Lines on the details of a pass.
+
+    Args:
+        row: the pass in the report. picture: file name of the picture of its losses, if it trains.
+    """
+    name, details = row["name"], row["details"]
+    lines = []
+    if others := {key: value for key, value in details.items() if key not in SECTIONS}:
+        lines += [in_one_line(f"- `{name}`: {_details(others)}"), ""]
+    if "training" in details:
+        lines += [*_training(details["training"], name, picture), ""]
+    return lines + _formats(name, details) + _shapes(name, details) + _sharing(name, details) + _rest(name, details)
+
+
+def _formats(name: str, details: PassDetails) -> list[str]:
+    if not (rows := figures.format_rows(details)):
+        return []
+    text = "Divergence: nats per token expected from rounding only those matrices, to second order."
+    curve = [(f"{bits:g}", f"{loss:.5f}") for bits, loss in details["curve"]]
+    return [
+        f"`{name}`, formats within the budget. {text}",
+        "",
+        *table(("format", "matrices", "divergence"), rows, right=(1, 2)),
+        "",
+        "Divergence at other budgets:",
+        "",
+        *table(("bits", "divergence"), curve, right=(0, 1)),
+        "",
+    ]
+
+
+def _shapes(name: str, details: PassDetails) -> list[str]:
+    if not (rows := figures.shape_rows(details)):
+        return []
+    columns = ("removed blocks", "heads", "neurons", "parameters", "size", "prefill", "divergence", "")
+    text = (
+        "Prefill: time for a prompt over the original's, if that is the target. Divergence from the original on held-out "
+        "calibration samples, after least squares and without reconstruction."
+    )
+    return [
+        f"`{name}`, shapes that meet the target. {text}",
+        "",
+        *table(columns, rows, right=(1, 2, 3, 4, 5, 6)),
+        "",
+    ]
+
+
+def _sharing(name: str, details: PassDetails) -> list[str]:
+    lines = []
+    if (lost := figures.sharing_error(details)) is not None:
+        lines += [f"- `{name}`: shared matrices lose {lost:.1%} of the energy of their outputs on average", ""]
+    if rows := figures.sharing_rows(details):
+        text = "Divergence from the original on held-out calibration samples."
+        lines += [f"`{name}`, arrangements of shared blocks. {text}", ""]
+        lines += [*table(("arrangement", "blocks", "divergence", ""), rows, right=(2,)), ""]
+    return lines
+
+
+def _rest(name: str, details: PassDetails) -> list[str]:
+    """Experts without tokens, then the blocks."""
+    lines = []
+    if rows := expert_rows(details):
+        head = ("block", "experts", "which", "fewest tokens of another", "tokens read", "would reach them")
+        text = (
+            "Experts that no calibration token reached, so that only their weights could be used. If no token in N reaches "
+            f"an expert, {TIMES} N tokens likely do."
+        )
+        lines += [f"`{name}`. {text}", "", *table(head, rows, right=(0, 3, 4, 5)), ""]
+    if rows := figures.block_rows(details):
+        columns = (
+            "block",
+            "layers",
+            "sparsity, units, format or rank",
+            "mean error",
+            "worst layer",
+            "reconstruction",
+            "seconds",
+        )
+        text = "Relative error of each layer's output; reconstruction: error of the block's output before ▶ after."
+        lines += [f"`{name}`, by block. {text}", "", *table(columns, rows, right=(0, 1, 2, 3, 6)), ""]
+    return lines
+
+
+def _training(training: TrainingDetails, name: str, picture: str) -> list[str]:
+    """Sentences on a training, its picture, and a table of held-out losses."""
+    held, of = training["held_out"], training.get("of", "tokens")
+    text = (
+        f"`{name}`, training: {training['tokens']:,} {of} in {training['steps']:,} steps, {training['epochs']:g} times "
+        f"through the data, {training['tokens_per_second']:,.0f} {of} per second. Held-out loss {held[0]['loss']:.4f} ▶ "
+        f"{min(row['loss'] for row in held):.4f}, best at step {training['best_step']}."
+    )
+    if "rate" in training:
+        text += f" Peak learning rate {training['rate']:.3g}."
+    if training["stopped"]:
+        text += f" Stopped early: {training['stopped']}."
+    if training.get("kept"):
+        kept = markdown(", ".join(f"`{name}`" for name in training["kept"]))
+        text += f" Copied unchanged from the input, as the model does not use them: {kept}."
+    if "teacher_cache" in training:
+        cache = training["teacher_cache"]
+        text += (
+            f" Teachers were read from a cache of {cache['k']} tokens, {cache['bytes_per_token']} bytes per token; "
+            f"{cache['samples_added']:,} samples were added to it."
+        )
+    names = [key for key in training["losses"][-1] if key not in ("step", "loss")] if training["losses"] else []
+    by_step = {row["step"]: row for row in training["losses"]}
+    rows = []
+    for row in held:
+        mean = by_step.get(row["step"], {})
+        shown = [f"{mean[key]:.4f}" if key in mean else "" for key in names]
+        rows.append([f"{row['step']:,}", f"{row['loss']:.4f}", *shown])
+    head = ("step", "held out", *(f"{key}, trained on" for key in names))
+    return [text, "", f"![losses by step]({picture})", "", *table(head, rows, right=range(len(head)))]
+
+
+def _details(details: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key}: {_short(value)}" for key, value in details.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        shown = [f"{k} {_short(v)}" for k, v in list(value.items())[:12]]
+        return ", ".join(shown) + (" …" if len(value) > 12 else "")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_short(v) for v in value[:32]) + (" …" if len(value) > 32 else "")
+    return str(value)

@@ -1,0 +1,332 @@
+"""Shape of reports: a model for each part. The descriptions are the JSON schema."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
+
+from compress.evaluation import metrics
+from compress.evaluation.metrics.base import Kind
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _number(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+#: A JSON number, or one of three words, as JSON has no number for NaN and infinities.
+Number = Annotated[
+    float,
+    BeforeValidator(_number),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": sorted(_NOT_FINITE)}]}),
+]
+
+
+#: A count; bounded, as a report may be written by hand.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Part(BaseModel):
+    """A part of a document. Unknown keys are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class SizeRow(Part):
+    """Size of a checkpoint."""
+
+    bytes: Count = Field(description="Bytes of all weight files.")
+    parameters: Count = Field(description="Float elements; shared ones once.")
+    kept_parameters: Count = Field(description="Parameters that no keep-mask removes.")
+    active_parameters: Count = Field(description="Used for one token.")
+    bits_per_weight: Number = Field(description="Stored bits of data per parameter.")
+    kv_bytes_per_token: Count | None = Field(
+        description="Cached by decoding, per token, in the format that the config asks for."
+    )
+    load_bytes: Count = Field(description="Memory of the weights after a stock load.")
+    tensors: Count = Field(description="Logical tensors with bytes of their own.")
+
+
+class Emulated(Part):
+    """Activations and caches that are rounded in the measured model as runtimes round them."""
+
+    activations: dict[str, int] = Field(description="Format of inputs ▶ number of linear layers that read them so.")
+    kv_cache: str | None = Field(description="Format of keys and values.")
+
+
+class _Measurement(Part):
+    emulated: Emulated | None = Field(default=None, description="Rounded inputs and caches that the figures include.")
+
+
+def _with_metrics(kind: Kind) -> Callable[[type[_Measurement]], Any]:
+    """Class decorator that adds a field for each metric of a kind of evaluation."""
+    fields: dict[str, Any] = {
+        metric.name: (
+            Number | None if metric.nullable else Number,
+            Field(description=metric.evaluations[kind] or None),
+        )
+        for metric in metrics.of_kind(kind)
+    }
+    return lambda model: create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+
+
+class DocumentScore(Part):
+    """Sums over the scored tokens of a document or chunk."""
+
+    id: str
+    bytes: Count = Field(description="UTF-8 bytes of its text.")
+    tokens: Count = Field(description="Scored tokens.")
+    nll: Number = Field(description="Negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
+    agree: Count | None = Field(description="Tokens at which both models' likeliest next token is the same.")
+
+
+@_with_metrics("evaluation")
+class Evaluation(_Measurement):
+    """Scores on the evaluation text."""
+
+    schema_: Literal["compress.evaluation/1"] = Field(alias="schema")
+    unit: Literal["document", "chunk"] = Field(description="The unit that intervals resample.")
+    window: int = Field(description="Tokens that the model reads at once.")
+    stride: int = Field(description="Tokens between the starts of two windows.")
+    documents: list[DocumentScore] = Field(min_length=1)
+
+
+class PredictionRow(Part):
+    """Prediction for one labelled text or image."""
+
+    id: str
+    label: Count = Field(description="The true label.")
+    prediction: Count = Field(description="The likeliest label.")
+    nll: Number = Field(description="Negative log-likelihood of the true label, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model over labels, nats.")
+    agree: Count | None = Field(description="1 where both models' likeliest label is the same, else 0.")
+
+
+@_with_metrics("classification")
+class Classification(_Measurement):
+    """Predictions of the labelled texts or images."""
+
+    schema_: Literal["compress.classification/1"] = Field(alias="schema")
+    unit: Literal["example"] = Field(description="The unit that intervals count or resample.")
+    of: Literal["texts", "images"] = Field(default="texts", description="Kind of the examples.")
+    labels: list[str] = Field(min_length=1, description="Names, by id.")
+    cut: int = Field(description="Texts that are longer than the model reads.")
+    cross_entropy: Number = Field(description="Mean negative log-likelihood, nats.")
+    documents: list[PredictionRow] = Field(min_length=1)
+
+
+class MaskedScore(Part):
+    """Sums over the masked tokens of a document or window."""
+
+    id: str
+    tokens: Count = Field(description="Masked tokens.")
+    nll: Number = Field(description="Negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
+    agree: Count | None = Field(description="Tokens at which both models' likeliest token is the same.")
+
+
+@_with_metrics("masked")
+class Masked(_Measurement):
+    """Scores of a masked language model at the tokens that were masked."""
+
+    schema_: Literal["compress.masked/1"] = Field(alias="schema")
+    unit: Literal["document", "chunk"] = Field(description="The unit that intervals resample.")
+    window: int = Field(description="Tokens that the model reads at once.")
+    share: Number = Field(description="Fraction of tokens masked at random.")
+    documents: list[MaskedScore] = Field(min_length=1)
+
+
+class EmbeddedRow(Part):
+    """The embedding of one text, or of both texts of a pair."""
+
+    id: str
+    similarity: Number | None = Field(description="Cosine to the original's; for a pair the mean of both.")
+    cosine: Number | None = Field(description="Cosine of the two texts of a pair.")
+    score: Number | None = Field(description="Label of the pair.")
+
+
+@_with_metrics("embeddings")
+class Embeddings(_Measurement):
+    """Sentence embeddings of a base model."""
+
+    schema_: Literal["compress.embeddings/1"] = Field(alias="schema")
+    unit: Literal["example"] = Field(description="The unit that intervals resample.")
+    pooling: list[str] = Field(description="Poolings of token vectors; the results of several are concatenated.")
+    cut: int = Field(description="Texts that are longer than the model reads.")
+    documents: list[EmbeddedRow] = Field(min_length=1)
+
+
+#: An evaluation, by the model's task.
+if TYPE_CHECKING:
+    Measured: TypeAlias = Part
+else:
+    Measured = Annotated[Evaluation | Classification | Masked | Embeddings, Field(discriminator="schema_")]
+
+
+class Timing(Part):
+    """Seconds, by round."""
+
+    median: Number
+    p90: Number
+    samples: list[Number] = Field(min_length=1)
+    ratio: Number | None = Field(default=None, description="Median over the original's median.")
+    lower: Number | None = Field(default=None, description="Bound of the ratio, one-sided at 95 %.")
+    upper: Number | None = Field(default=None, description="Bound of the ratio, one-sided at 95 %.")
+
+
+class Memory(Part):
+    """Peak memory of loading and inference, beyond what the process held before."""
+
+    peak: Count = Field(description="Bytes.")
+    ratio: Number | None = None
+
+
+class Latency(Part):
+    """Measured beside the original, interleaved."""
+
+    rounds: int
+    prompt: int = Field(description="Tokens.")
+    generated: int = Field(description="Tokens.")
+    prefill: Timing | None = Field(description="Seconds for the prompt.")
+    decode: Timing | None = Field(description="Seconds per generated token.")
+    memory: Memory
+    left_out: Emulated | None = Field(
+        default=None,
+        description="Rounded inputs and caches that the checkpoint asks for and the timed model does without.",
+    )
+
+
+class PassRow(Part):
+    """One pass of a stage."""
+
+    name: str
+    settings: dict[str, Any]
+    planned: SizeRow = Field(description="Size that the plan computed from headers.")
+    actual: SizeRow
+    exact: bool = Field(description="Whether planned and actual must be equal.")
+    details: dict[str, Any] = Field(description="What the pass says of its work.")
+
+
+class Seconds(Part):
+    """Wall time of a stage, when it was computed."""
+
+    apply_and_write: Number
+    verify: Number
+    evaluate: Number
+
+
+class Stage(Part):
+    """Passes that ran in one read and one write."""
+
+    index: int
+    fingerprint: str
+    content: str = Field(description="SHA-256 over all decoded tensors.")
+    passes: list[PassRow]
+    size: SizeRow
+    seconds: Seconds
+    peak_memory: int = Field(description="Resident bytes.")
+    reused: bool
+    folder: str
+    evaluation: Measured | None
+    latency: Latency | None
+
+
+class Original(Part):
+    """The checkpoint that the run began with."""
+
+    checkpoint: str
+    size: SizeRow
+    evaluation: Measured | None
+    latency: Latency | None
+
+
+class Result(Part):
+    """The last stage."""
+
+    size: SizeRow
+    evaluation: Measured | None
+    latency: Latency | None
+
+
+class GateRow(Part):
+    """One judged bound."""
+
+    gate: str
+    verdict: Literal["pass", "fail", "inconclusive"]
+    value: Number | None
+    bound: Number
+    lower: Number | None
+    upper: Number | None
+    unit: str
+    documents_needed: int | None
+    text: str
+
+
+class RecipeRow(Part):
+    """The recipe that ran."""
+
+    path: str | None
+    fingerprint: str
+    resolved: dict[str, Any] = Field(description="With every default.")
+
+
+class EvaluationData(Part):
+    """The evaluation data."""
+
+    files: list[str]
+    sha256: str = Field(description="Of the files' contents and the settings that pick text from them.")
+    documents: int = Field(description="Documents, chunks or labelled texts that were scored.")
+    unit: Literal["document", "chunk", "example"] = Field(description="The unit that intervals resample.")
+
+
+class CalibrationData(Part):
+    """The calibration samples; null if no pass of the recipe reads any."""
+
+    files: list[str]
+    sha256: str = Field(description="Of the files' contents and the settings that pick samples from them.")
+    mode: Literal["packed", "padded", "ids"] = Field(
+        description="Windows of packed text, documents padded and masked, or token ids as they were given."
+    )
+    seed: int
+    samples: int | None
+    length: int | None = Field(description="Tokens of a sample.")
+    ids_sha256: str | None = Field(
+        description="Of the ids as little-endian int64, sample by sample, then of the mask's bytes where there is one."
+    )
+    chosen: list[str] | None = Field(
+        description="Origin of each sample: `file#document+token` (where a window begins), `file#document` or `file#row`."
+    )
+
+
+class DataUsed(Part):
+    """The data of a run; null if it used none."""
+
+    evaluation: EvaluationData | None
+    calibration: CalibrationData | None
+
+
+class Report(Part):
+    """A run: its recipe, stages, measurements and gates."""
+
+    schema_: Literal["compress.report/1"] = Field(alias="schema")
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    recipe: RecipeRow
+    started: str = Field(description="ISO 8601, UTC.")
+    seconds: Number
+    status: Literal["passed", "failed", "inconclusive", "no gates"]
+    exit_status: int
+    output: str
+    published: bool
+    run_folder: str
+    data: DataUsed
+    original: Original
+    stages: list[Stage] = Field(min_length=1)
+    result: Result
+    gates: list[GateRow]
+    notes: list[str]
