@@ -182,9 +182,9 @@ def test_check_refuses_gradients_without_a_head(settings, message, check, texts,
 
 
 def test_run_asks_for_a_package_before_any_pass_works(recipe, tmp_path, monkeypatch):
-    from compress.passes.share import share
+    from compress.passes.share import groups
 
-    monkeypatch.setattr(share, "find_spec", lambda name: None)
+    monkeypatch.setattr(groups, "find_spec", lambda name: None)
     passes = [{"cast": {"weights": "bf16"}}, {"share": {"groups": 2, "residual_rank": 2}}]
     with pytest.raises(CompressError, match="putting units into one order needs the package scipy; pip install scipy"):
         compress.run(recipe(passes=passes, gates=None, evaluate=[]))
