@@ -39,7 +39,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 
 def names() -> list[str]:
-    """Names of all passes, ours first."""
+    """Names of all passes, those of this package first."""
     return [*TABLE, *sorted(_entry_points().keys() - TABLE.keys())]
 
 

@@ -24,10 +24,11 @@ def probe_sparsities(sparsity: float) -> list[float]:
 def require_divergence(
     spec: Spec, names: Collection[str], setting: tuple[str, str] = SPARSITY, key: str = "allocation"
 ) -> None:
-    """Raises `PassError` where losses cannot be measured: without a head that predicts tokens, and for experts.
+    """Raise `PassError` if divergences cannot be measured: the model predicts no tokens, or has fused experts.
 
     Args:
-        setting: what asks for it, and what to do without it. key: of that setting.
+        setting: the setting that needs them, and what to use instead.
+        key: the key of that setting.
     """
     mapped, (asks, fix) = model_map(spec), setting
     if not mapped.has_head:
@@ -37,5 +38,5 @@ def require_divergence(
 
 
 def divergence_memory(spec: Spec, names: Collection[str]) -> int:
-    """Bytes of measuring losses: the model in float32, and what each trial changes of it in bfloat16."""
+    """Bytes for measuring divergences: the model in float32, and the change of every probe in bfloat16."""
     return 4 * spec.parameters + 2 * (2 * STEPS + 1) * sum(spec.tensors[name].count for name in names)

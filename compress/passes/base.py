@@ -1,7 +1,7 @@
-"""What a pass is: settings, a plan on headers, and an `apply` on weights.
+"""The interface of a pass: settings, a plan on headers, and `apply` on weights.
 
-A pass is a class with the attributes of `Pass`; the table in `compress.passes` names them, entry points of the group
-``compress.passes`` add more. The rules of order follow from ``accepts`` and ``yields`` alone.
+A pass is a class with the attributes of `Pass`. `compress.passes` lists the folders of this package and the entry points of
+the group ``compress.passes``. The order of passes follows from ``accepts`` and ``yields`` alone.
 """
 
 from __future__ import annotations
@@ -47,16 +47,19 @@ class PassSettings(Settings):
 
 @dataclass(frozen=True)
 class Context:
-    """All that a pass may know besides checkpoint and settings; there is no ambient state.
+    """Everything that a pass may know besides checkpoint and settings. There is no ambient state.
 
     Attributes:
         original: the checkpoint that the run started from.
-        device: torch device string. dtype: dtype string of computation (``float32``).
-        seed: seeds every choice. max_ram: bytes the pass may use, None for no limit.
-        data: set name (``calibration`` …) to its token batches, made when first asked for.
-        progress: where to report steps. workspace: durable state, keyed by the stage's fingerprint: cache and resume there.
-        offline: whether hub ids come from the cache alone.
-        details: facts for the report that the pass writes, JSON values.
+        device: torch device string.
+        dtype: dtype string of the computation, such as ``float32``.
+        seed: seed of every random choice.
+        max_ram: bytes the pass may use; None for no limit.
+        data: function from the name of a data set (``calibration``, ``training``) to its batches, which are read on first use.
+        progress: receives steps and messages.
+        workspace: durable state, keyed by the stage's fingerprint: cached results, and what a killed run continues from.
+        offline: use only hub files that are cached.
+        details: facts for the report, JSON values.
     """
 
     original: Checkpoint
@@ -76,10 +79,10 @@ class Context:
         return self.workspace.processes
 
     def part(self, name: str, *, data: Callable[[str], Any] | None = None) -> Context:
-        """The context of a pass that this one applies, alone in this process, in the folder ``name`` of the workspace.
+        """Context for a pass that this one applies alone in this process, in the folder ``name`` of the workspace.
 
         Args:
-            data: gives it other data sets.
+            data: replaces the data sets.
         """
         return replace(
             self, workspace=self.workspace.folder(name).alone(), data=self.data if data is None else data, details={}
@@ -90,12 +93,12 @@ S = TypeVar("S", bound=PassSettings)
 
 
 class Pass(Generic[S]):
-    """One kind of compression. Subclasses set the class attributes and write the two methods.
+    """One kind of compression. Subclasses set the class attributes and define `plan` and `apply`.
 
     Attributes:
         settings: the settings model; its field descriptions are the help text.
-        mode: how it works: ``stream`` (tensor by tensor), ``runner`` (block by block) or ``train``.
-        needs: names of the data sets it reads, given settings (see `required_data`).
+        mode: ``stream`` (tensor by tensor), ``blockwise`` (block by block) or ``train`` (the whole model).
+        needs: names of the data sets it reads; `required_data` may narrow them by settings.
         accepts: kinds of storage that it can read.
         yields: kinds of storage that its output may have; a kind that it leaves unchanged is one of them.
         source: paper or repository, for help and docs.
@@ -111,48 +114,48 @@ class Pass(Generic[S]):
     source: ClassVar[str] = ""
 
     def completed(self, settings: S, given: Collection[str]) -> S:
-        """The settings with those defaults said that depend on which data sets a recipe has."""
+        """Settings with the defaults that depend on which data sets a recipe has."""
         return settings
 
     def required_data(self, settings: S) -> frozenset[str]:
-        """Data sets that these settings need; all of ``needs`` unless a pass says otherwise."""
+        """Names of the data sets that these settings need; by default all of ``needs``."""
         return self.needs
 
     def mode_for(self, settings: S) -> Mode:
-        """How it works with these settings; ``mode`` unless a pass says otherwise."""
+        """Mode with these settings; by default ``mode``."""
         return self.mode
 
     def output_storage(self, settings: S) -> frozenset[Storage]:
-        """Storage that these settings leave behind; all of ``yields`` unless a pass says otherwise."""
+        """Kinds of storage of the output with these settings; by default all of ``yields``."""
         return self.yields
 
     def plan(self, spec: Spec, settings: S) -> Spec:
-        """The checkpoint this pass will write, from headers alone. Raises `PassError` where it cannot apply."""
+        """Spec of the checkpoint that `apply` will write, from headers alone. Raises `PassError` if it cannot apply."""
         raise NotImplementedError
 
     def memory(self, spec: Spec, settings: S, width: int) -> int | None:
-        """Bytes resident at the peak beside the interpreter, computing in floats of ``width`` bytes.
+        """Bytes resident at the peak, beside the interpreter, with floats of ``width`` bytes.
 
-        None where that follows from how the pass works: a few tensors, or for one that reads data the whole model.
+        None if the mode says it: a few tensors (``stream``), or the whole model for a pass that reads data.
         """
         return None
 
     def checkpoints(self, settings: S) -> list[str]:
-        """Folders and hub ids of checkpoints that it reads besides its input and the original."""
+        """Folders and hub ids of the checkpoints that it reads besides its input and the original."""
         return []
 
     def plan_notes(self, spec: Spec, settings: S) -> list[str]:
-        """What a plan says besides sizes and memory, one sentence each."""
+        """Remarks for the plan besides sizes and memory, one sentence each."""
         return []
 
     def prepare(self, checkpoint: Checkpoint, settings: S, context: Context) -> None:
-        """Refuse what data and other checkpoints rule out. A run asks every pass that it will apply, before the first works.
+        """Check data and other checkpoints. A run calls this for all of its passes before the first one is applied.
 
         Args:
-            checkpoint: what the pass will get, as planned: it has a spec and sidecars, and no weights.
+            checkpoint: the planned input of the pass: it has a spec and sidecars, and no weights.
 
         Raises:
-            CompressError: `apply` would fail, whatever the weights are.
+            CompressError: `apply` would fail for any weights.
         """
 
     def apply(self, checkpoint: Checkpoint, settings: S, context: Context) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Passes and settings as data: the one source of ``compress passes`` and of the docs."""
+"""Passes and settings as data, for ``compress passes`` and the docs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from compress import passes
 
 
 def describe_all() -> dict[str, Any]:
-    """Every pass, schema ``compress.passes/1``."""
+    """All passes, in the schema ``compress.passes/1``."""
     return {"schema": "compress.passes/1", "passes": [describe(name) for name in passes.names()]}
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One pass: what it does, a sample recipe, sources, and each setting with type, default and description."""
+    """One pass: description, sample recipe, sources, and each setting with type, default and description."""
     instance = passes.get(name)
     details, sample = _docstring(type(instance))
     return {
@@ -43,7 +43,7 @@ def _docstring(pass_class: type) -> tuple[str, str]:
 
 
 def _with_sections(rows: list[dict[str, Any]], model: type[BaseModel]) -> list[dict[str, Any]]:
-    """After each setting that is a section, its keys by dotted names."""
+    """Rows of settings; after each section its keys by dotted names."""
     result = []
     for row in rows:
         result.append(row)

@@ -44,11 +44,11 @@ class TeacherCache:
         wanted = {"format": FORMAT, "k": self.k, **key}
         if path.exists():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                stored = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise DataError(f"is no teacher cache: {error}", where=str(path)) from None
             if other := [
-                name for name, value in wanted.items() if not isinstance(found, dict) or found.get(name) != value
+                name for name, value in wanted.items() if not isinstance(stored, dict) or stored.get(name) != value
             ]:
                 raise DataError(
                     f"holds what another teacher said, or of other samples: its {other[0]} differs",
@@ -65,14 +65,14 @@ class TeacherCache:
         """Shards that these samples need and that are not there, in order."""
         return sorted(s for s in {row // SHARD for row in rows} if not self._path(s).exists())
 
-    def write(self, shard: int, said: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def write(self, shard: int, predictions: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Of every sample of a shard, in order, ids [n, k] and log-probabilities [n, k + 1]."""
         narrow = torch.uint16 if self.vocabulary <= 1 << 16 else torch.int32
-        ends = torch.tensor([0, *(len(ids) for ids, _ in said)]).cumsum(0)
+        ends = torch.tensor([0, *(len(ids) for ids, _ in predictions)]).cumsum(0)
         tensors = {
-            "ids": torch.cat([ids for ids, _ in said]).cpu().to(narrow),
+            "ids": torch.cat([ids for ids, _ in predictions]).cpu().to(narrow),
             # half precision holds nothing below; exp of it is 0
-            "log_probabilities": torch.cat([values for _, values in said]).cpu().clamp_min(-6e4).half(),
+            "log_probabilities": torch.cat([values for _, values in predictions]).cpu().clamp_min(-6e4).half(),
             "ends": ends,
         }
         with replacing(self._path(shard)) as temp:  # runs may fill the same cache
@@ -98,10 +98,10 @@ class TeacherCache:
 
     def __call__(self, batch: Batch) -> Signal:
         """What the teachers said of the samples of a batch."""
-        found = [self.read(row) for row in batch.rows.tolist() if row >= 0]
+        stored = [self.read(row) for row in batch.rows.tolist() if row >= 0]
         device = batch.predict.device
-        ids = torch.cat([ids for ids, _ in found]).to(device) if found else torch.zeros(0, self.k, dtype=torch.long)
-        values = torch.cat([values for _, values in found]).to(device) if found else torch.zeros(0, self.k + 1)
+        ids = torch.cat([ids for ids, _ in stored]).to(device) if stored else torch.zeros(0, self.k, dtype=torch.long)
+        values = torch.cat([values for _, values in stored]).to(device) if stored else torch.zeros(0, self.k + 1)
         assert len(ids) == int(batch.predict.sum())
 
         def distribution(part: slice) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
         # in place, as another copy of the head's gradient would be as large as the head
         of_hidden, *rest = (gradient.mul_(outer[0] / ctx.scale) for gradient in ctx.saved_tensors)
-        found = iter(rest)
-        return (None, None, None, None, None, of_hidden, *(next(found) if used else None for used in ctx.used))
+        gradients = iter(rest)
+        return (None, None, None, None, None, of_hidden, *(next(gradients) if used else None for used in ctx.used))
 
 
 def _through_any(
@@ -107,12 +107,12 @@ def _through_any(
     with torch.enable_grad():
         hidden = hidden.requires_grad_()
         sums = loss(head(hidden))
-        found = torch.autograd.grad(sums[0] * scale, [hidden, *parameters], allow_unused=True)
-    for i, gradient in enumerate(found[1:]):
+        derivatives = torch.autograd.grad(sums[0] * scale, [hidden, *parameters], allow_unused=True)
+    for i, gradient in enumerate(derivatives[1:]):
         if gradient is not None:
             before = gradients[i]
             gradients[i] = gradient if before is None else before.add_(gradient)
-    return sums.detach().float(), found[0] if found[0] is not None else torch.zeros_like(hidden)
+    return sums.detach().float(), derivatives[0] if derivatives[0] is not None else torch.zeros_like(hidden)
 
 
 def _through_linear(
@@ -127,16 +127,16 @@ def _through_linear(
     logits = head(hidden).detach().requires_grad_()
     with torch.enable_grad():
         sums = loss(logits)
-        (found,) = torch.autograd.grad(sums[0] * scale, [logits])
+        (of_logits,) = torch.autograd.grad(sums[0] * scale, [logits])
     for i, parameter in enumerate(parameters):
         if gradients[i] is None:
             gradients[i] = torch.zeros_like(parameter)
         into = gradients[i]
         assert into is not None
         if parameter is not head.weight:
-            into += found.sum(0)
-        elif found.dtype == into.dtype:
-            into.addmm_(found.T, hidden.to(into.dtype))
+            into += of_logits.sum(0)
+        elif of_logits.dtype == into.dtype:
+            into.addmm_(of_logits.T, hidden.to(into.dtype))
         else:
-            into += found.T @ hidden.to(found.dtype)
-    return sums.detach().float(), (found @ head.weight.to(found.dtype)).to(hidden.dtype)
+            into += of_logits.T @ hidden.to(of_logits.dtype)
+    return sums.detach().float(), (of_logits @ head.weight.to(of_logits.dtype)).to(hidden.dtype)

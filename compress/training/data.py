@@ -50,11 +50,11 @@ class Order:
 
     def step(self, step: int) -> list[tuple[int, int]]:
         """(sample, epoch) of the samples of a step, from 0."""
-        found = []
+        samples = []
         for place in range(step * self.batch, (step + 1) * self.batch):
             epoch, at = divmod(place, self.samples)
-            found.append((self._epoch(epoch)[at], epoch))
-        return found
+            samples.append((self._epoch(epoch)[at], epoch))
+        return samples
 
     def _made(self, epoch: int) -> list[int]:
         order = list(range(self.samples))
@@ -167,8 +167,8 @@ class Samples:
         assert masking is not None
         places = [self._places(row, epoch) for row, epoch in taken]
         predict = torch.zeros_like(ids, dtype=torch.bool)
-        for i, found in enumerate(places):
-            predict[i, found] = True
+        for i, positions in enumerate(places):
+            predict[i, positions] = True
         targets = ids[predict]
         for i, (row, epoch) in enumerate(taken):
             lot = self._lot("hide.", row, epoch)

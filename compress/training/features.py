@@ -68,10 +68,10 @@ class FeatureModel:
         """Those that turn what `predicted` gives into logits; shared ones with the base among them."""
         if not self.by_parts:
             return []
-        found = {
+        parameters = {
             id(p): p for n, child in self.model.named_children() if child is not self.base for p in child.parameters()
         }
-        return list(found.values())
+        return list(parameters.values())
 
     def run(self, inputs: dict[str, torch.Tensor]) -> ForwardOutput:
         """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
@@ -92,19 +92,19 @@ class FeatureModel:
     @contextmanager
     def _watching(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
         seen: dict[int, tuple[torch.Tensor, ...]] = {}
-        found: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.vectors}
+        outputs: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.vectors}
         handles = []
         for i in self.vectors:
             for name in dict.fromkeys(self._names()):
                 module = self.blocks[i].get_submodule(name)
-                handles.append(module.register_forward_hook(_keep(found[i], name)))
+                handles.append(module.register_forward_hook(_keep(outputs[i], name)))
         try:
             yield seen
         finally:
             for handle in handles:
                 handle.remove()
         for i in self.vectors:
-            seen[i] = self._split([found[i][name] for name in self._names()])
+            seen[i] = self._split([outputs[i][name] for name in self._names()])
 
     def _names(self) -> tuple[str, str, str]:
         attention = self.record.attention

@@ -110,8 +110,8 @@ class Trainer:
             UnusableState: a state on disk is damaged; the student holds anything then, and begins anew without that state.
         """
         options, start = self.options, 0
-        if (found := self.state.find()) is not None:
-            start = self._resume(found)
+        if (saved := self.state.find()) is not None:
+            start = self._resume(saved)
             self.progress.message(f"training goes on from step {start}")
         else:
             self._validate(0)
@@ -245,8 +245,8 @@ class Trainer:
         patience = self.options.patience
         if patience is not None and step - self.history.best_step >= patience * self.options.every:
             self.history.stopped = f"no progress on held-out samples since step {self.history.best_step}"
-        said = {"step": step, "history": vars(self.history), "scaler": self.scaler.state_dict()}
-        self.state.save(f"step-{step}", self._tensors(), said)
+        progress = {"step": step, "history": vars(self.history), "scaler": self.scaler.state_dict()}
+        self.state.save(f"step-{step}", self._tensors(), progress)
         self.state.keep([f"step-{step}", f"best-{self.history.best_step}"])
 
     @torch.no_grad()
@@ -285,14 +285,14 @@ class Trainer:
         tensors |= {f"average.{name}": value for name, value in self.averages.items()}
         return tensors | optimizer_tensors(self.optimizers)
 
-    def _resume(self, found: Mapping[str, Any]) -> int:
-        self.state.load(str(found["state"]), self._tensors())
+    def _resume(self, saved: Mapping[str, Any]) -> int:
+        self.state.load(str(saved["state"]), self._tensors())
         try:
-            self.history = History(**found["history"])
-            self.scaler.load_state_dict(dict(found["scaler"]))
-            return int(found["step"])
+            self.history = History(**saved["history"])
+            self.scaler.load_state_dict(dict(saved["scaler"]))
+            return int(saved["step"])
         except (TypeError, KeyError, ValueError, RuntimeError) as error:  # of another version
-            raise UnusableState(str(found["state"])) from error
+            raise UnusableState(str(saved["state"])) from error
 
     def _take_best(self) -> None:
         """The best weights into the student."""

@@ -198,12 +198,12 @@ class Objective(torch.nn.Module):
 
     def _hidden(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """Squared distance of hidden states over the teacher's square, mean over tokens and pairs (arXiv 1909.10351)."""
-        found = []
+        errors = []
         for i, (s, t) in enumerate(self.terms.states):
             target = theirs.states[t][batch.counted].float()
             error = self._project(f"state{i}", mine.states[s][batch.counted]).float() - target
-            found.append((error.square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).sum())
-        return torch.stack(found).mean() / max(1, batch.tokens)
+            errors.append((error.square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).sum())
+        return torch.stack(errors).mean() / max(1, batch.tokens)
 
     def _cosine(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """1 - cosine of the last hidden states, mean over tokens (arXiv 1910.01108), or of sentence embeddings."""
@@ -221,12 +221,12 @@ class Objective(torch.nn.Module):
         assert self.terms.vectors is not None
         student, teacher = self.terms.vectors
         causal = self.task == "causal"
-        found = []
+        divergences = []
         for a, b in zip(mine.vectors[student], theirs.vectors[teacher], strict=True):
             p, q = (_relation(v, self.terms.relation_heads, batch.counted, causal) for v in (b, a))
             divergence = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1).mean(1)  # [B, L]
-            found.append(divergence[batch.counted].sum())
-        return torch.stack(found).mean() / max(1, batch.tokens)
+            divergences.append(divergence[batch.counted].sum())
+        return torch.stack(divergences).mean() / max(1, batch.tokens)
 
 
 def _by_token(batch: Batch, output: ForwardOutput) -> Batch:

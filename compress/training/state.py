@@ -47,15 +47,15 @@ class RunState:
 
     def find(self) -> dict[str, Any] | None:
         """The value ``train``; None where there is none, or where it or a state that it names is not as it was written."""
-        found: dict[str, Any] | None = self.workspace.read_json("train")
-        if found is None or any(
-            _digest(self.workspace.file(name)) != digest for name, digest in found["states"].items()
+        saved: dict[str, Any] | None = self.workspace.read_json("train")
+        if saved is None or any(
+            _digest(self.workspace.file(name)) != digest for name, digest in saved["states"].items()
         ):
             return None
-        self._digests = dict(found["states"])
-        return found
+        self._digests = dict(saved["states"])
+        return saved
 
-    def save(self, name: str, tensors: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> None:
+    def save(self, name: str, tensors: Mapping[str, Any], progress: Mapping[str, Any] | None = None) -> None:
         """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on, beside the best one.
 
         Raises `CompressError` where the disk is full, or cannot be written.
@@ -67,10 +67,10 @@ class RunState:
             digest = _digest(path)
             assert digest is not None
             self._digests[name] = digest
-        if said is not None:
-            names = {name, f"best-{said['history']['best_step']}"}
+        if progress is not None:
+            names = {name, f"best-{progress['history']['best_step']}"}
             states = {n: d for n, d in self._digests.items() if n in names}
-            self.workspace.write_json("train", {**said, "state": name, "states": states})
+            self.workspace.write_json("train", {**progress, "state": name, "states": states})
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
         """Read a state into tensors that are there. Raises `UnusableState`."""
@@ -81,8 +81,8 @@ class RunState:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if isinstance(error, OSError) and isinstance(found := from_os(error, str(path)), ResourceError):
-                raise found from error
+            if isinstance(error, OSError) and isinstance(cause := from_os(error, str(path)), ResourceError):
+                raise cause from error
             raise UnusableState(name) from error
 
     def keep(self, names: Sequence[str]) -> None:
@@ -99,10 +99,10 @@ class _Reader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
-            found: Metadata = _Metadata(file).load()
-        found.storage_meta = getattr(found, "storage_meta", None) or StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
+            metadata: Metadata = _Metadata(file).load()
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 _DESCRIBE = frozenset(
@@ -119,8 +119,8 @@ class _Metadata(pickle.Unpickler):
         """Classes that describe tensors and files, and no others."""
         described = module == "torch.distributed.checkpoint.metadata" or module.partition(".")[0] == "pathlib"
         if "." in name or (not described and (module, name) not in _DESCRIBE):
-            found = getattr(torch, name, None) if module == "torch" else None
-            if not isinstance(found, torch.dtype):
+            dtype = getattr(torch, name, None) if module == "torch" else None
+            if not isinstance(dtype, torch.dtype):
                 raise pickle.UnpicklingError(f"{module}.{name} has no place in the state of a training")
         return super().find_class(module, name)
 
@@ -162,7 +162,7 @@ def _quiet() -> Iterator[None]:
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """State tensors by a name that tells optimizer, place of the parameter, and what it is. They are made if need be."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if any(p not in optimizer.state for p in parameters):
@@ -170,8 +170,8 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
         for place, parameter in enumerate(parameters):
             for key, value in sorted(optimizer.state[parameter].items()):
                 if isinstance(value, torch.Tensor):
-                    found[f"optimizer{number}.{place}.{key}"] = value
-    return found
+                    tensors[f"optimizer{number}.{place}.{key}"] = value
+    return tensors
 
 
 def _initialise(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:

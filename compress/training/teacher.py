@@ -69,10 +69,10 @@ class Teachers:
         rows = chunk_rows(self.vocabulary, batch.predict.device)
         ids, values = [], []
         for start in range(0, count, rows):
-            said, _ = signal.distribution(slice(start, start + rows))
-            top = said.topk(k, dim=1).indices.sort(1).values
+            log_probabilities, _ = signal.distribution(slice(start, start + rows))
+            top = log_probabilities.topk(k, dim=1).indices.sort(1).values
             ids.append(top)
-            values.append(bucketed(said, top))
+            values.append(bucketed(log_probabilities, top))
         if not ids:
             return torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k + 1)
         return torch.cat(ids), torch.cat(values)

@@ -70,7 +70,7 @@ def _as_in_files(model: Any, state: Mapping[str, Tensor], spelt: Collection[str]
     from transformers.core_model_loading import revert_weight_conversion
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    found: dict[str, Tensor] = revert_weight_conversion(
+    reverted: dict[str, Tensor] = revert_weight_conversion(
         model, {name: value for name, value in state.items() if name not in ignored}
     )
     prefix = f"{model.base_model_prefix}."
@@ -78,7 +78,7 @@ def _as_in_files(model: Any, state: Mapping[str, Tensor], spelt: Collection[str]
     def own(name: str) -> str:
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in spelt), name)
 
-    return {own(name): value for name, value in found.items()}
+    return {own(name): value for name, value in reverted.items()}
 
 
 def _no_place(what: str) -> PassError:

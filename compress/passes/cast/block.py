@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.asymmetric import InputMismatch, statistics_of, symmetric_statistics
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
@@ -15,7 +16,11 @@ from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.solve import solve_block
-from compress.checkpoint.values import Codes
+from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
+from compress.passes.base import Context
+from compress.passes.blockwise import open_runner
+from compress.passes.cast.plan import FINE
+from compress.passes.cast.settings import CastSettings
 from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped
@@ -23,6 +28,7 @@ from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes
 from compress.solvers.quantease import quantease
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.spec import Spec
 
 #: Of descent on codes and scales.
 _ROUNDS = 3
@@ -33,11 +39,12 @@ class CastOptions:
     """How to cast blocks.
 
     Attributes:
-        tuning: of each block afterwards; None for none. grids: of every tensor to cast.
-        dtypes: of stored scales, by tensor.
-        asymmetric: match the original's outputs on the original's inputs, where the runner has targets (GPTAQ).
+        reconstruction: reconstruction of each block after rounding; None for none.
+        quant_formats: format of every tensor to cast.
+        dtypes: dtypes of stored scales, by tensor.
+        asymmetric: match the original's outputs on the original's inputs, if the runner has targets (GPTAQ).
         alternating: after GPTQ, improve codes and scales in turns (QuantEase).
-        gradients: measured ones weigh output errors by their effect on the prediction, as a last step (YAQA).
+        gradients: measured gradients weigh output errors by their effect on the prediction, as a last step (YAQA).
     """
 
     reconstruction: Reconstruction | None
@@ -49,7 +56,7 @@ class CastOptions:
 
 
 class Rounded:
-    """A site's weights as codes and scales; tuning moves the scales."""
+    """A matrix as codes and scales. Reconstruction trains the scales."""
 
     def __init__(
         self,
@@ -69,11 +76,11 @@ class Rounded:
         return (self.codes * self.scale[..., None]).view(len(self.codes), -1)
 
     def project(self) -> None:
-        """Put the rounded weights into the block."""
+        """Write the rounded weights into the block."""
         self.linear.weight.copy_(self.values())
 
     def chain_gradients(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Gradients of scales from those of the weights."""
+        """Set the gradients of the scales from those of the weights."""
         whole, weight = parameters[self.linear.parameter], self.linear.weight
         assert whole.grad is not None
         assert whole.is_contiguous()
@@ -82,7 +89,7 @@ class Rounded:
         self.scale.grad = (gradient.reshape(self.codes.shape) * self.codes).sum(2)
 
     def finish(self, dtype: torch.dtype) -> Codes:
-        """Codes, with scales in the dtype they are stored in; the block gets the weights that a loader will see."""
+        """Return the codes with stored scales, and write the weights that a loader will see into the block."""
         scales = Scales(self.scale, self.zero, self.overall)
         codes = to_codes(self.values(), self.quant_format, scales, dtype, self.keep)
         self.linear.weight.copy_(dequantize(codes, self.keep).to(self.linear.weight.dtype))
@@ -122,15 +129,56 @@ class CastSolver:
         solution.project()
 
 
+def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
+    """Cast all blocks; return a function that reads a tensor of the result."""
+    record = model_map(spec).record
+    quant_formats = {
+        t.name: t.quant_format
+        for t in spec.stored()
+        if t.quant_format is not None and record.block_index(t.name) is not None
+    }
+    if not quant_formats:  # tables alone, which are rounded as they are read
+        return checkpoint.tensor
+    coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
+    reconstruction = (
+        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr, batch=2)
+        if settings.reconstruction_epochs and coarse
+        else None
+    )
+    dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in quant_formats}
+    correction = settings.error_correction if coarse else []
+    with_targets = "asymmetric" in correction or "curvature" in correction or reconstruction is not None
+    runner = open_runner(
+        checkpoint,
+        quant_formats,
+        context,
+        workspace=context.workspace,
+        with_targets=with_targets,
+    )
+    gradients = None
+    if "curvature" in correction:
+        gradients = Gradients(runner.executor, context.workspace.folder("gradients"), context.progress)
+    options = CastOptions(
+        reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
+    )
+    result = runner.run(
+        lambda block: cast_block(block, options),
+        f"casting by {settings.method}",
+        gradients.measure if gradients is not None else None,
+    )
+    context.details["blocks"] = result.details
+    return result.reader()
+
+
 def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
-    """Cast the linears of a block in place; codes by tensor name.
+    """Cast the linears of a block in place; return the codes by tensor name.
 
     In a run with targets and with ``options.asymmetric`` each matrix is fitted to the original's outputs on the original's
     inputs (GPTAQ, arXiv 2504.02692). Matrices that write to the residual stream also correct the error that the stream has
     already.
 
-    ``block.details`` gets a row for each matrix (relative output error, seconds) and, where it was reconstructed, the block's
-    error before and after.
+    ``block.details`` gets a row for each matrix (relative output error, seconds) and, with reconstruction, the block's error
+    before and after.
     """
     solver = CastSolver(block, options)
     groups = statistics_of(block) if options.asymmetric else symmetric_statistics(block)
@@ -145,7 +193,7 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
 
 
 def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rounded]) -> None:
-    """Train the scales of formats that have free ones, and the floats beside the codes."""
+    """Train the scales of formats that have free ones, and the floats of the block."""
     parameters = dict(block.module.named_parameters())
     coded = {id(parameters[s.parameter]) for s in block.linears}
     free = [
@@ -177,10 +225,11 @@ def _solve(
     shared: dict[str, Any],
     F: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales, dict[str, Any]]:
-    """Values of codes less zero points [O, I], scales, and what is worth saying.
+    """Codes less zero points [O, I], scales, and the row for the report.
 
     Args:
-        shared: of sites with the same inputs. F: curvature by outputs [O, O]; None where there is none.
+        shared: results for linears with the same inputs, which are computed once.
+        F: output curvature [O, O]; None without one.
     """
     weight = linear.weight.float().contiguous()
     if statistics.tokens == 0:
@@ -217,7 +266,7 @@ def _coupled(
     scales: Scales,
     keep: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales]:
-    """Codes and scales refined in view of both curvatures: from those given, or anew from their scales, whichever is nearer."""
+    """Codes and scales refined under both curvatures, from the better of the given codes and those of Kronecker GPTQ."""
     H = shared["damped"]
     anew = gptq_kronecker(weight, shared["factor"], shared["order"], F, quant_format, scales, keep)
     if kronecker_error(weight, anew, scales, H, F) < kronecker_error(weight, codes, scales, H, F):

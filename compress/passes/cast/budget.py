@@ -1,4 +1,4 @@
-"""Which format each matrix gets within a budget: exact costs from headers, losses measured or assumed."""
+"""Formats within a budget: exact costs from headers, and losses that are measured or assumed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from compress.spec.spec import Spec
 
 
 def assumed(quant_format: QuantFormat) -> float:
-    """Loss per weight for plans, before anything is measured: rounding errors fall by four with each bit.
+    """Loss per weight that plans assume before anything is measured: each bit divides the rounding error by four.
 
-    With each doubling of a group they grow by 8 (int2) to 16 % (int4), measured on a small trained Llama.
+    Each doubling of the group size adds 8 % (int2) to 16 % (int4), measured on a small trained Llama.
     """
     error: float = 4.0**-quant_format.bits * ((quant_format.group or 1024) / 64) ** 0.16
     return error
@@ -25,11 +25,12 @@ def assumed(quant_format: QuantFormat) -> float:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a budget chooses from.
+    """The options of a budget.
 
     Attributes:
-        groups: tensors, together where they must get the same option. options: formats, some with a size of groups.
-        grid: of a tensor (first argument) with an option.
+        groups: tensors; those of one group get the same option.
+        options: formats, some with a group size.
+        quant_format: format of a tensor (first argument) with an option.
     """
 
     spec: Spec
@@ -40,14 +41,15 @@ class Choices:
     def allocate(
         self, losses: Mapping[str, Mapping[str, float]], bits: float | None, max_bytes: int | None = None
     ) -> dict[str, str]:
-        """The option of every tensor, of least total loss within one of two budgets.
+        """The option of every tensor that minimises the total loss within one of two budgets.
 
         Args:
-            losses: by tensor and option. bits: average per weight over what is cast, scales included.
-            max_bytes: of the whole checkpoint.
+            losses: by tensor and option.
+            bits: average bits per cast weight, scales included.
+            max_bytes: bytes of the whole checkpoint.
 
         Raises:
-            PassError: even the smallest formats exceed the budget; it says how small they get.
+            PassError: even the smallest formats exceed the budget; it names the least possible budget.
         """
         names = [name for group in self.groups for name in group]
         costs = [[sum(self._bytes(n, f) for n in group) for f in self.options] for group in self.groups]
@@ -76,11 +78,11 @@ class Choices:
             room -= over  # headers are a few bytes longer with some formats than with others
 
     def quant_formats(self, chosen: Mapping[str, str]) -> dict[str, QuantFormat]:
-        """The grids of options, by tensor."""
+        """Formats of the chosen options, by tensor."""
         return {name: self.quant_format(name, option) for name, option in chosen.items()}
 
     def curve(self, losses: Mapping[str, Mapping[str, float]]) -> list[tuple[float, float]]:
-        """Bits per weight, in halves, and the least total loss with them."""
+        """Pairs of bits per weight, in steps of a half, and the least total loss."""
         points = []
         for half in range(4, 17):
             try:
@@ -99,7 +101,7 @@ class Choices:
         return sum(part.bytes for part in parts(tensor))
 
     def _whole(self, quant_formats: Mapping[str, QuantFormat]) -> int:
-        """Bytes of all weight files of the checkpoint with these grids."""
+        """Bytes of all weight files of the checkpoint with these formats."""
         coded = self.spec.map(
             lambda t: replace(t, quant_format=quant_formats[t.name]) if t.name in quant_formats else t
         )

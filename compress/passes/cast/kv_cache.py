@@ -16,11 +16,43 @@ from compress.checkpoint.values import Checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.models.emulation import cached_attentions, round_inputs, tap_cache
+from compress.passes.base import Context
 from compress.progress import Progress
+from compress.spec.spec import Spec
 from compress.workspace import Workspace
 
 #: Largest E4M3 code.
 _LARGEST = 448.0
+
+
+def cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
+    """Static scales of the cache of a cast checkpoint, by tensor name; magnitudes are kept in the workspace."""
+    from compress.blockwise.executor import Inputs
+    from compress.passes.cast.kv_cache import largest_cached, to_scales
+
+    batches = context.data("calibration")
+    magnitudes = context.workspace.cached(
+        "cache",
+        lambda: largest_cached(
+            checkpoint,
+            Inputs(batches.values, batches.mask),
+            workspace=context.workspace.folder("cache"),
+            dtype=context.dtype,
+            device=context.device,
+            progress=context.progress,
+            seed=context.seed,
+        ),
+    )
+    by_head = spec.structure.kv_cache == "fp8-head"
+    scales: dict[str, torch.Tensor] = {}
+    for names, pair in zip(model_map(spec).cache_scales.values(), magnitudes, strict=True):
+        scales |= {name: to_scales(largest, by_head=by_head) for name, largest in zip(names, pair, strict=True)}
+    largest = [[max(x) for x in side] for side in zip(*magnitudes, strict=True)]
+    context.details["cached keys and values"] = (
+        f"{'a scale per head' if by_head else 'a scale per layer'}; largest magnitudes over the calibration data, by layer: "
+        f"keys {min(largest[0]):.3g} to {max(largest[0]):.3g}, values {min(largest[1]):.3g} to {max(largest[1]):.3g}"
+    )
+    return scales
 
 
 def largest_cached(
@@ -33,7 +65,7 @@ def largest_cached(
     progress: Progress,
     seed: int,
 ) -> list[tuple[list[float], list[float]]]:
-    """For each block the largest magnitudes of its keys and of its values, by head; tokens that are masked do not count.
+    """Largest magnitudes of keys and of values for each block, by head. Masked tokens do not count.
 
     Raises:
         PassError: the model cannot be run block by block, or a block caches no keys and values.
@@ -81,20 +113,20 @@ class _LargestObserver:
 def _together(
     pair: tuple[Sequence[float], Sequence[float]], processes: ProcessGroup
 ) -> tuple[list[float], list[float]]:
-    """The largest over all processes."""
+    """Maximum over all processes."""
     heads = processes.broadcast_object(0, len(pair[0]))
     result = []
-    for found in pair:
+    for side in pair:
         rows = torch.zeros(processes.world, heads)
-        if found:
-            rows[processes.rank] = torch.tensor(found)
+        if side:
+            rows[processes.rank] = torch.tensor(side)
         processes.all_reduce(rows)
         result.append(rows.amax(0).tolist())
     return result[0], result[1]
 
 
 def to_scales(largest: Sequence[float], *, by_head: bool) -> torch.Tensor:
-    """The scale [1], or of each head [heads, 1, 1], with which the largest magnitude gets the largest code; float32."""
+    """Scale [1], or scales per head [heads, 1, 1], that map the largest magnitude to the largest code; float32."""
     scale = torch.tensor(largest if by_head else [max(largest)]) / _LARGEST
     scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
     return scale[:, None, None] if by_head else scale

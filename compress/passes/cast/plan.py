@@ -1,4 +1,4 @@
-"""What `cast` makes of a checkpoint's headers: the format and grid of every tensor."""
+"""Plan of `cast`: the format of every tensor. No torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from compress.passes.selection import matching, select
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
 
+#: Of a cache whose scales the files do not hold.
+NO_SCALES = (
+    "the fp8 cache has no calibrated scales: vLLM takes 1, SGLang does not quantise; `data.calibration` gives it scales"
+)
+#: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
+FINE = 6
+
 
 def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat]) -> Spec:
-    """The spec with these grids, and the formats that settings give the rest."""
+    """Spec with the formats ``chosen`` for some tensors, and those of the settings for the rest."""
     formats = _formats(spec, settings)
     _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
 
@@ -52,7 +59,7 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
 
 
 def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor]]:
-    """Format of cached keys and values, and their static scales. Raises `PassError` for a model that caches none."""
+    """Format of cached keys and values, and their static scales. Raises `PassError` without a cache."""
     if settings.kv_cache is not None and task_of(spec.structure.class_name) is not LANGUAGE:
         raise PassError(
             f"{spec.structure.class_name or 'this model'} caches no keys and values", key="kv_cache", fix="leave it out"
@@ -72,12 +79,12 @@ def _cached(spec: Spec, settings: CastSettings) -> tuple[str | None, list[Tensor
 
 
 def planned_cache(spec: Spec, settings: CastSettings) -> str | None:
-    """The format of the cache that the pass will leave behind."""
+    """Format of the cache after the pass."""
     return _cached(spec, settings)[0]
 
 
 def without_scales(spec: Spec) -> Spec:
-    """The spec without static scales of its cache."""
+    """Spec without static scales of the cache."""
     return replace(spec, tensors={n: t for n, t in spec.tensors.items() if not t.is_cache_scale})
 
 
@@ -88,7 +95,7 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
 
 
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
-    """What a budget chooses from; ``groups`` hold the tensors that get the same format. Raises `PassError`."""
+    """Options of the budget; the tensors of a group get the same format. Raises `PassError`."""
     if settings.group_size is not None:
         names = undecided(spec, settings)
         for option in settings.options:
@@ -136,7 +143,7 @@ def _leftover(linear: Linear, quant_format: QuantFormat) -> int:
 
 
 def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
-    """Groups divide the inputs of every tensor. Raises `PassError` that names all for which they do not."""
+    """Raise `PassError` that names all tensors whose inputs the group size does not divide."""
     linears = model_map(spec).linears
     by_grid: dict[QuantFormat, list[Linear]] = {}
     for name, option in formats.items():
@@ -151,7 +158,7 @@ def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]
 
 
 def _refuse_groups(linears: Sequence[Linear], quant_format: QuantFormat) -> NoReturn:
-    """Raises `PassError`: names the tensors that groups do not divide, and what would."""
+    """Raise `PassError` that names these tensors, and a group size that divides their inputs."""
     widths = [linear.I for linear in linears]
     modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", linear.module) for linear in linears)
     patterns = ", ".join([linears[0].module] if len(linears) == 1 else modules)

@@ -1,4 +1,4 @@
-"""Distillation: a student learns from teachers, and what passes before took away is made up for."""
+"""Distillation: train a student towards teachers, and restore what earlier passes lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Distill(Pass[DistillSettings]):
     source: ClassVar[str] = "Hinton et al., arXiv 1503.02531; DistilBERT, arXiv 1910.01108; each loss names its paper"
 
     def memory(self, spec: Spec, settings: DistillSettings, width: int) -> int:
-        """Weights, gradients, optimizer state, averages and a copy to look at the held-out loss; teachers; activations."""
+        """Bytes of weights, gradients, optimizer state, averages, a copy for validation, teachers and activations."""
         student = self.plan(spec, settings).parameters
         each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.ema_decay is not None else 0)
         teachers = 0
@@ -65,7 +65,7 @@ class Distill(Pass[DistillSettings]):
         return student * each + teachers + _activations(spec, settings)
 
     def plan(self, spec: Spec, settings: DistillSettings) -> Spec:
-        """The student's shapes; values change alone, masks and dtypes stay."""
+        """Shapes of the student. Only values change: masks and dtypes stay."""
         record = model_map(spec).record
         if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
             raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
@@ -87,7 +87,7 @@ class Distill(Pass[DistillSettings]):
         return student
 
     def checkpoints(self, settings: DistillSettings) -> list[str]:
-        """The teachers."""
+        """Teachers other than the original."""
         return (
             [t.checkpoint for t in settings.teacher if t.checkpoint != "original"] if settings.needs_teacher() else []
         )
@@ -100,7 +100,7 @@ class Distill(Pass[DistillSettings]):
         return [f"teacher cache: {bytes_per_token(k, vocabulary)} bytes per token (k = {k})"]
 
     def prepare(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> None:
-        """Training data that is too little, teachers that do not fit, losses that this student or its teachers do not have."""
+        """Refuse too little training data, unfit teachers, and losses that student or teachers cannot give."""
         from compress.checkpoint.values import Derived
         from compress.distributed import ProcessGroup
         from compress.passes.distill.train import prepare
@@ -109,7 +109,7 @@ class Distill(Pass[DistillSettings]):
         prepare(student, settings, context, ProcessGroup())
 
     def apply(self, checkpoint: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
-        """The student, trained."""
+        """The trained student."""
         from compress.passes.distill.train import distill
 
         self.plan(checkpoint.spec, settings)
@@ -122,7 +122,7 @@ class Distill(Pass[DistillSettings]):
 
 
 def _activations(spec: Spec, settings: DistillSettings) -> int:
-    """Bytes of activations that a backward pass needs: an estimate by widths, for samples of 256 tokens."""
+    """Bytes of the activations that the backward pass needs: an estimate from widths, for samples of 256 tokens."""
     depth, hidden = model_map(spec).depth, model_map(spec).hidden
     tokens = 256 * (settings.micro_batch_size or settings.batch_size)
     inside = 8 * hidden + 3 * (mlp_neurons(spec) or 4 * hidden)

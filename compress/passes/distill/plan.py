@@ -1,4 +1,4 @@
-"""Plan of `distill`: losses, layers to compare, the student's shape, default rates; and the checks of teachers. No torch."""
+"""Plan of `distill`: losses, compared layers, the student's shape, default rates, checks of teachers. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RATE, RATE_STEPS, RATE_WIDTH = 5e-4, 500, 256
 
 
 def check_losses(spec: Spec, settings: DistillSettings) -> None:
-    """The losses are such as the model's task has. Raises `PassError`."""
+    """Raise `PassError` if the model's task lacks one of the losses."""
     task = task_of(spec.structure.class_name)
     if task.labels and settings.teacher_cache is not None:
         raise PassError(
@@ -38,7 +38,7 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
 
 
 def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
-    """A teacher is of the student's task and no smaller. Raises `PassError`."""
+    """Raise `PassError` unless a teacher has the student's task and labels, and at least its size."""
     mine, theirs = (task_of(spec.structure.class_name) for spec in (student, teacher))
     if theirs is not mine:
         raise PassError(f"the teacher {name} is for {theirs.name}, the student for {mine.name}", key="teacher")
@@ -55,7 +55,7 @@ def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
 
 
 def check_cache(settings: DistillSettings, vocabulary: int) -> None:
-    """A teacher cache leaves something of the vocabulary out. Raises `PassError`."""
+    """Raise `PassError` if a teacher cache would hold the whole vocabulary."""
     if settings.teacher_cache is not None and settings.teacher_cache.top_k >= vocabulary:
         raise PassError(
             f"top_k of {settings.teacher_cache.top_k} is not below the vocabulary of {vocabulary}", key="teacher_cache"
@@ -65,13 +65,13 @@ def check_cache(settings: DistillSettings, vocabulary: int) -> None:
 def pairs_inside(
     student: Spec, teacher: Spec | None, settings: DistillSettings
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, int] | None]:
-    """Pairs (student's, teacher's) of outputs that ``hidden`` compares, and of blocks that ``relations`` compares.
+    """Pairs (student, teacher) of outputs that ``hidden`` compares, and the pair of blocks that ``relations`` compares.
 
     Args:
-        teacher: the first one; None where it is not known yet, and taken to be as deep as the settings want it.
+        teacher: the first teacher; None if it is not known yet, and then assumed to be as deep as the settings need.
 
     Raises:
-        PassError: a block or head is asked for that there is not.
+        PassError: a block or head is out of range.
     """
     weights, mine = losses(student, settings), model_map(student).depth
     theirs = mine if teacher is None else model_map(teacher).depth
@@ -109,17 +109,17 @@ def _check_heads(spec: Spec, heads: int) -> None:
 
 
 def default_rate(steps: int, width: int) -> float:
-    """Peak rate of AdamW at which the held-out loss of a repaired student falls from the first steps on; measured, see docs."""
+    """Peak rate of AdamW; measured: the held-out loss of a repaired student falls from the first steps on."""
     return RATE * min(1.0, math.sqrt(steps / RATE_STEPS)) * min(1.0, math.sqrt(RATE_WIDTH / width))
 
 
 def default_warmup(steps: int) -> float:
-    """Share of the steps over which the rate rises: Adam's first steps are as large as its rate, whatever gradients are."""
+    """Share of the steps with a rising rate, since Adam's first steps are as large as its rate."""
     return max(0.05, min(0.25, 5 / steps))
 
 
 def unhelped(name: str, training: Mapping[str, Any]) -> str | None:
-    """What a report says of a training that made nothing better; None where it did."""
+    """Sentence for the report if training did not lower the held-out loss; None if it did."""
     if training.get("helped", True):
         return None
     first, *others = training["held_out"]
@@ -131,12 +131,12 @@ def unhelped(name: str, training: Mapping[str, Any]) -> str | None:
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:
-    """Bytes that a teacher cache holds of a token: k ids, and k + 1 log-probabilities in half precision."""
+    """Bytes per token of a teacher cache: k ids, and k + 1 log-probabilities in half precision."""
     return k * (2 if vocabulary <= 1 << 16 else 4) + 2 * (k + 1)
 
 
 def losses(spec: Spec, settings: DistillSettings) -> dict[str, float]:
-    """Losses and their weights; those of the model's task where the recipe names none."""
+    """Losses with their weights; by default those of the model's task."""
     if settings.losses is not None:
         return settings.losses.weights
     return {"cosine": 1.0} if task_of(spec.structure.class_name) is EMBEDDING else {"kl": 1.0}
@@ -149,7 +149,7 @@ def task_name(spec: Spec) -> Any:
 
 
 def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSettings | None:
-    """What to remove from the checkpoint so that the student is left; None for nothing. Raises `PassError`."""
+    """Settings of `prune_structured` that leave the student; None if nothing is removed. Raises `PassError`."""
     asked = settings.student
     assert asked is not None
     mapped = model_map(spec)
@@ -182,13 +182,13 @@ def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSetting
 
 
 def mlp_neurons(spec: Spec) -> int | None:
-    """Neurons of the widest MLP; None where the model has none."""
+    """Neurons of the widest MLP; None without an MLP."""
     units = resize.mlp_units(spec)
-    return max((one.count for found in units.values() for one in found), default=None)
+    return max((one.count for mlps in units.values() for one in mlps), default=None)
 
 
 def kept_blocks(depth: int, layers: int, begin: str) -> list[int]:
-    """Numbers of the blocks that a student of so many begins with. Raises `PassError`."""
+    """Indices of the blocks that a student of ``layers`` blocks keeps. Raises `PassError`."""
     if layers > depth:
         raise PassError(f"the student would have {layers} blocks, the checkpoint has {depth}", key="student")
     if begin == "first":

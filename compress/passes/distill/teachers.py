@@ -1,4 +1,4 @@
-"""The teachers of a distillation: opened and checked, at work beside the student or read from a cache. Imports torch."""
+"""Teachers of a distillation: open and check them, run them beside the student, or read their cache. Imports torch."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _ASKED = 16
 def open_teachers(
     student: Checkpoint, samples: Samples, settings: DistillSettings, context: Context, processes: ProcessGroup
 ) -> list[Checkpoint]:
-    """Checkpoints of the teachers, which are of the student's task, vocabulary and no smaller. Raises `PassError`."""
+    """Checkpoints of the teachers. Raises `PassError` unless task, vocabulary and size suit the student."""
     if not settings.needs_teacher():
         return []
-    found: list[Checkpoint] = []
+    teachers: list[Checkpoint] = []
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
@@ -61,8 +61,8 @@ def open_teachers(
             check_vocabulary(samples.batches, teacher.spec.structure.config.get("vocab_size"), entry.checkpoint)
             positions = model_map(teacher.spec).positions
             check_positions(samples.batches.ids.shape[1], positions, entry.checkpoint, name="training")
-        found.append(teacher)
-    return found
+        teachers.append(teacher)
+    return teachers
 
 
 def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> None:
@@ -96,12 +96,12 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
 
 
 def shared_vocabulary(student: Checkpoint, teachers: list[Checkpoint]) -> int:
-    """Ids that all know; rows beyond are padding of the larger tables."""
+    """Number of ids that all models have; further rows are padding of the larger embeddings."""
     sizes = [c.spec.structure.config.get("vocab_size") for c in (student, *teachers)]
     return min((int(size) for size in sizes if size is not None), default=1 << 31)
 
 
-def teachers_say(
+def teacher_signal(
     teachers: list[Checkpoint],
     terms: Terms,
     vocabulary: int,
@@ -111,11 +111,11 @@ def teachers_say(
     context: Context,
     processes: ProcessGroup,
 ) -> tuple[TeacherSignal, dict[str, Any]]:
-    """Who tells what teachers say, and what the report says of it."""
+    """The source of the teachers' predictions, and its row for the report."""
     if not teachers:
         return (lambda batch: Signal()), {}
     if settings.teacher_cache is None:
-        return _at_work(teachers, terms, vocabulary, samples, settings, context), {}
+        return _load_teachers(teachers, terms, vocabulary, samples, settings, context), {}
     k = settings.teacher_cache.top_k
     cache = TeacherCache(Path(settings.teacher_cache.folder), k, vocabulary)
     if context.processes.rank == 0:
@@ -129,7 +129,7 @@ def teachers_say(
     processes.barrier()
     filled = 0
     if missing:
-        models = _at_work(teachers, terms, vocabulary, samples, settings, context)
+        models = _load_teachers(teachers, terms, vocabulary, samples, settings, context)
         filled = _fill(cache, missing, models, samples, context, processes)
     return cache, {
         "teacher_cache": {
@@ -149,19 +149,19 @@ def _fill(
     context: Context,
     processes: ProcessGroup,
 ) -> int:
-    """Ask the teachers about the samples of missing shards. Every process asks; the first writes."""
+    """Write the missing shards; return the number of samples. All processes run the teachers, the first one writes."""
     count, total = 0, len(samples.batches.ids)
     with context.progress.task("asking teachers", len(missing), "shards") as task:
         for shard_ in missing:
             rows = list(range(shard_ * SHARD, min((shard_ + 1) * SHARD, total)))
-            said: list[tuple[torch.Tensor, torch.Tensor]] = []
+            predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
             for begin in range(0, len(rows), _ASKED):
                 batch = samples.batch([(row, 0) for row in rows[begin : begin + _ASKED]], (1, 1), context.device)
                 ids, values = teachers.top_k(batch, cache.k)
                 sizes = batch.predict.sum(1).tolist()
-                said += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
+                predictions += list(zip(torch.split(ids.cpu(), sizes), torch.split(values.cpu(), sizes), strict=True))
             if context.processes.rank == 0:
-                cache.write(shard_, said)
+                cache.write(shard_, predictions)
             processes.barrier()
             count += len(rows)
             task.advance()
@@ -171,7 +171,7 @@ def _fill(
 def _key(
     teachers: list[Checkpoint], samples: Samples, settings: DistillSettings, vocabulary: int, dtype: str
 ) -> dict[str, Any]:
-    """What the contents of a cache depend on."""
+    """Everything that the contents of a cache depend on."""
     hashes = []
     for teacher in teachers:
         whole_ = hashlib.sha256(json.dumps(teacher.spec.structure.config, sort_keys=True, default=str).encode())
@@ -193,7 +193,7 @@ def _key(
     }
 
 
-def _at_work(
+def _load_teachers(
     teachers: list[Checkpoint],
     terms: Terms,
     vocabulary: int,
@@ -201,14 +201,14 @@ def _at_work(
     settings: DistillSettings,
     context: Context,
 ) -> Teachers:
-    """The teachers' models, each loaded once."""
+    """Models of the teachers, each loaded once."""
     task = task_name(teachers[0].spec)
     readers = []
     for number, teacher in enumerate(teachers):
-        model = load_checkpoint(teacher, dtype=context.dtype, device=begins_on(context))
+        model = load_checkpoint(teacher, dtype=context.dtype, device=load_device(context))
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
         reader = reader_of(model, task, own)
-        check_reader(reader, samples, context)
+        check_logits(reader, samples, context)
         if context.processes.world > 1:
             shard(reader.base, blocks_of(model), context.device)
             for child in model.children():
@@ -219,16 +219,16 @@ def _at_work(
     return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
 
 
-def check_reader(reader: FeatureModel, samples: Samples, context: Context) -> None:
-    """See how logits can be made, on a short sample, and say where that takes more memory."""
-    inputs = samples.batch([(0, 0)], (1, 1), begins_on(context)).inputs
+def check_logits(reader: FeatureModel, samples: Samples, context: Context) -> None:
+    """Find out on a short sample how logits can be computed, and report if that takes more memory."""
+    inputs = samples.batch([(0, 0)], (1, 1), load_device(context)).inputs
     if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
         what = type(reader.model).__name__
         context.progress.message(f"logits of {what} cannot be made a few tokens at a time: they take more memory")
 
 
-def begins_on(context: Context) -> str:
-    """Where models are loaded: sharding moves them to the device part by part."""
+def load_device(context: Context) -> str:
+    """Device on which models are loaded: sharding moves them to their own device part by part."""
     return context.device if context.processes.world == 1 else "cpu"
 
 

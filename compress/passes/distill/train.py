@@ -1,4 +1,4 @@
-"""The work of `distill`: models, data and the loop come together here. Imports torch."""
+"""Training of a student: models, data and the loop come together here. Imports torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from compress.passes.details import TrainingDetails
 from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
 from compress.passes.distill.settings import DistillSettings
 from compress.passes.distill.teachers import (
-    begins_on,
     blocks_of,
-    check_reader,
+    check_logits,
+    load_device,
     open_teachers,
     shared_vocabulary,
-    teachers_say,
+    teacher_signal,
 )
 from compress.training.data import Masking, Samples
 from compress.training.features import without_dropout
@@ -50,7 +50,7 @@ _LOOKED = 4
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a training is made of besides the student's weights; all that is refused without them has been."""
+    """Everything that a training needs besides the student's weights, checked."""
 
     samples: Samples
     steps: int
@@ -60,13 +60,13 @@ class Prepared:
 
 
 def prepare(student: Checkpoint, settings: DistillSettings, context: Context, processes: ProcessGroup) -> Prepared:
-    """Samples, teachers and losses. Reads no weights, so the student may be one that is only planned.
+    """Samples, teachers and losses. Reads no weights, so the student may be only planned.
 
     Args:
         processes: the processes that call this together.
 
     Raises:
-        CompressError: the data, the teachers and the settings do not go together.
+        CompressError: data, teachers and settings do not fit together.
     """
     if context.processes.world > 1 and settings.optimizer != "adamw":
         raise PassError(
@@ -81,23 +81,23 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, pr
 
 
 def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
-    """The student checkpoint, trained as the settings say; as it was where no weights were better on held-out samples."""
+    """The trained student; the unchanged student if no weights had a lower held-out loss."""
     processes = context.processes
     log, close = _log(settings, context)
     made = prepare(student, settings, context, processes)
     model, places = _student_model(student, settings, context)
     if places.kept:
         context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
-    teacher_signal, filled = teachers_say(
+    signal, cache_row = teacher_signal(
         made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, processes
     )
-    options = _how(student, made, settings, context)
+    options = _training_options(student, made, settings, context)
     state = RunState(context.workspace.folder("training"))
     for attempt in range(_ATTEMPTS):
         objective, masks = _objective(student, model, made, settings, context)
         training = Trainer(
             objective,
-            teacher_signal,
+            signal,
             made.samples,
             options,
             device=context.device,
@@ -121,8 +121,8 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             del training, objective, masks, model
             model, places = _student_model(student, settings, context)
     close()
-    said = _said(history, made.samples, options)
-    context.details["training"] = cast("TrainingDetails", {**said, **filled, "kept": sorted(places.kept)})
+    summary = _summary(history, made.samples, options)
+    context.details["training"] = cast("TrainingDetails", {**summary, **cache_row, "kept": sorted(places.kept)})
     if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
         return student  # bit by bit what it was, and not by way of float32
     return _trained(student, model, places, context)
@@ -135,7 +135,7 @@ def _some(names: Sequence[str]) -> str:
 def _objective(
     student: Checkpoint, model: Any, made: Prepared, settings: DistillSettings, context: Context
 ) -> tuple[Objective, dict[str, torch.Tensor]]:
-    """What is minimised, with the student in it, ready to train; and the student's masks by parameter."""
+    """The objective that holds the student, ready to train, and the student's masks by parameter name."""
     masks = _masks(student, model)
     widths = {_width(t) for t in made.teachers[:1]}
     torch.manual_seed(context.seed)
@@ -147,8 +147,8 @@ def _objective(
         teacher_width=widths.pop() if made.terms.of_inside else None,
         pooling=_pooling(student),
         teacher_pooling=_pooling(made.teachers[0]) if made.teachers else None,
-    ).to(begins_on(context))
-    check_reader(objective.reader, made.samples, context)
+    ).to(load_device(context))
+    check_logits(objective.reader, made.samples, context)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
@@ -162,8 +162,10 @@ def _objective(
     return objective, masks
 
 
-def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context) -> TrainingOptions:
-    """How to train; says where the data repeats."""
+def _training_options(
+    student: Checkpoint, made: Prepared, settings: DistillSettings, context: Context
+) -> TrainingOptions:
+    """Options of the training; reports if the data repeats."""
     steps = made.steps
     if (epochs := steps * settings.batch_size / made.samples.train) > 1:
         context.progress.message(f"the training data is gone through {epochs:.2g} times")
@@ -188,8 +190,8 @@ def _how(student: Checkpoint, made: Prepared, settings: DistillSettings, context
     )
 
 
-def _said(history: History, samples: Samples, options: TrainingOptions) -> dict[str, Any]:
-    """What the report says of a training."""
+def _summary(history: History, samples: Samples, options: TrainingOptions) -> dict[str, Any]:
+    """Row of the training for the report."""
     return {
         "steps": history.steps,
         "samples": samples.train,
@@ -212,7 +214,7 @@ def _pooling(checkpoint: Checkpoint) -> Pooling | None:
 
 
 def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -> Samples:
-    """Training samples, of which the last are held out. Raises `DataError`."""
+    """Training samples, the last of which are held out. Raises `DataError`."""
     batches: Batches = context.data("training")
     task = task_name(student.spec)
     if len(batches.ids) < settings.validation_samples + settings.batch_size:
@@ -273,7 +275,7 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
 
 
 def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, Places]:
-    """The student in float32, and where its weights stand in its file. Raises `PassError` where they have no place there."""
+    """The student in float32, and the names of its weights in the file. Raises `PassError` if the file lacks them."""
     model = _fresh_model(student, settings, context)
     if not settings.dropout:
         without_dropout(model)
@@ -282,14 +284,14 @@ def _student_model(student: Checkpoint, settings: DistillSettings, context: Cont
 
 def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
     if settings.student is not None and settings.student.init == "random":
-        found, config = stock_class(student)
+        model_class, config = stock_class(student)
         torch.manual_seed(context.seed)
-        return found(config).float().to(begins_on(context))
-    return load_checkpoint(student, dtype="float32", device=begins_on(context))
+        return model_class(config).float().to(load_device(context))
+    return load_checkpoint(student, dtype="float32", device=load_device(context))
 
 
 def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
-    """Parameter name ▶ what of it is kept, where a keep-mask removes something; fused by the loader as weights are."""
+    """Keep-masks by parameter name, of those that remove something; the loader fuses them like weights."""
     if not any(t.kept is not None and t.kept < t.count for t in student.spec.stored()):
         return {}
 
@@ -307,14 +309,14 @@ def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:
 def _sharded(
     objective: Objective, model: Any, masks: Mapping[str, torch.Tensor], device: str
 ) -> dict[str, torch.Tensor]:
-    """Shard the student, and its masks alike."""
+    """Shard the student, and return its masks sharded alike."""
     shard(objective, blocks_of(model), device)
     named = dict(model.named_parameters())
     return {name: like(mask, named[name]) for name, mask in masks.items()}
 
 
 def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
-    """What writes TensorBoard logs, and what closes them."""
+    """Functions that write TensorBoard logs, and close them."""
     if settings.tensorboard is None or context.processes.rank:
         return None, lambda: None
     try:
@@ -341,12 +343,12 @@ def _trained(student: Checkpoint, model: Any, places: Places, context: Context) 
             state[name] = full
     if context.processes.rank:
         return student
-    spec, found = student.spec, places.tensors(model, state)
+    spec, weights = student.spec, places.tensors(model, state)
 
     def read(name: str) -> Value:
         if name in places.kept:
             return student.tensor(name)
-        data = found[name].to(torch_dtype(spec.tensors[name].dtype))
+        data = weights[name].to(torch_dtype(spec.tensors[name].dtype))
         return Value(data, student.tensor(name).mask if spec.tensors[name].kept is not None else None)
 
     return Derived(student, spec, read)

@@ -26,7 +26,9 @@ class FactorOptions:
     """How to factorise blocks.
 
     Attributes:
-        ranks: by tensor. dtypes: that factors are stored in, by tensor. tuning: of each block afterwards; None for none.
+        ranks: by tensor.
+        dtypes: dtypes of the stored factors, by tensor.
+        reconstruction: reconstruction of each block afterwards; None for none.
     """
 
     ranks: Mapping[str, int]
@@ -36,22 +38,22 @@ class FactorOptions:
 
 @dataclass
 class Pair:
-    """A site's factors; tuning moves them."""
+    """The factors of a matrix. Reconstruction trains them."""
 
     linear: TargetLinear
     up: torch.Tensor
     down: torch.Tensor
 
     def project(self) -> None:
-        """Put the product into the block."""
+        """Write the product into the block."""
         self.linear.weight.copy_(self.up @ self.down)
 
     def chain_gradients(self, gradient: torch.Tensor) -> None:
-        """Gradients of the factors from that of the product [O, I]."""
+        """Set the gradients of the factors from that of the product [O, I]."""
         self.up.grad, self.down.grad = gradient @ self.down.T, self.up.T @ gradient
 
     def finish(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors as they are stored; the block gets what a loader will see."""
+        """Return the factors in their stored dtype, and write the product that a loader will see into the block."""
         up, down = self.up.to(dtype), self.down.to(dtype)
         self.linear.weight.copy_(up.float() @ down.float())
         return up, down
@@ -86,11 +88,10 @@ class FactorSolver:
 
 
 def factor_block(block: Block, options: FactorOptions) -> dict[str, TensorExtras]:
-    """Factorise the linears of a block in place; factors by tensor name.
+    """Factorise the linears of a block in place; return the factors by tensor name.
 
     In a run with targets each product is fitted to the original's outputs on the original's inputs. ``block.details`` gets a
-    row for each matrix (rank, relative output error, seconds) and, where it was reconstructed, the block's error before and
-    after.
+    row for each matrix (rank, relative output error, seconds) and, with reconstruction, the block's error before and after.
     """
     pairs = solve_block(block, statistics_of(block), FactorSolver(options.ranks))
     if options.reconstruction is not None and options.reconstruction.epochs:
@@ -121,7 +122,7 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, pairs: list[Pair]
 def _solve(
     linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, rank: int, shared: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Factors, and what is worth saying. ``shared``: of sites with the same inputs."""
+    """Factors, and the row for the report. ``shared`` holds results for linears with the same inputs."""
     weight = before = linear.weight.float().contiguous()
     hessian = statistics.hessian
     if mismatch is not None:
@@ -140,20 +141,20 @@ def _solve(
 def probe_factors(
     runner: BlockRunner, ranks: Mapping[str, int]
 ) -> tuple[Callable[[str], dict[str, torch.Tensor]], dict[str, list[float]]]:
-    """What factorising each wanted matrix alone at those ranks would change, see `trials.probe_matrices`.
+    """Change of each wanted matrix if it alone were factorised at these ranks, see `probe.probe_matrices`.
 
     Returns:
-        A function from a tensor's name to its ΔW, under ``trial``; and of each tensor the energies, see `low_rank`.
+        A function from a tensor's name to its ΔW, under ``trial``; and the energies of each tensor, see `low_rank`.
     """
 
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         energies = {}
         for group, statistics, _ in block.statistics():
             for linear in group if not block.view.processes.rank else ():
-                up, down, found, _ = low_rank(linear.weight.float(), statistics.hessian, ranks[linear.name])
-                energies[linear.name] = found.tolist()
+                up, down, spectrum, _ = low_rank(linear.weight.float(), statistics.hessian, ranks[linear.name])
+                energies[linear.name] = spectrum.tolist()
                 yield linear.name, {"trial": up @ down - linear.weight}
         block.details["energies"] = block.view.processes.broadcast_object(0, energies)
 
     read, rows = probe_matrices(runner, "factorising on trial", measure)
-    return read, {name: found for row in rows for name, found in row.get("energies", {}).items()}
+    return read, {name: spectrum for row in rows for name, spectrum in row.get("energies", {}).items()}

@@ -1,4 +1,4 @@
-"""How many neurons each MLP loses: as many in all as a plan says, by measured divergence of the model's output."""
+"""Neurons that each MLP loses, by the measured divergence of the model's predictions. The total is that of the plan."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def uneven_widths(
-    checkpoint: Checkpoint, found: Widths, settings: PruneStructuredSettings, context: Context
+    checkpoint: Checkpoint, planned: Widths, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, int]:
-    """With `allocation: kl`, by the module that reads them how many neurons go: in all as many as ``found`` says.
+    """With `allocation: kl`: number of neurons to remove, by the name of the module that reads them.
 
-    For the least divergence of the model's output, that of each MLP measured by itself, on the inputs of the whole model.
+    The total is that of ``planned``. The divergence of each MLP is measured alone, on the inputs of the whole model.
     """
-    if not found.uneven:
+    if not planned.uneven:
         return {}
-    mlps = found.mlps()
+    mlps = planned.mlps()
     steps = [lcm(settings.multiple_of, units.multiple) for units, _ in mlps]
     sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
     kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))

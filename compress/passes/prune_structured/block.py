@@ -1,6 +1,6 @@
-"""Narrowing one block of a sweep: which units stay, least squares on the survivors, then tuning of what is kept.
+"""Prune the width of one block: choose units, solve the remaining weights by least squares, then reconstruct the block.
 
-The block keeps its shape: removed units are zero, which is what a narrower block computes. Cutting them out comes later.
+The block keeps its shape: removed units are zero, which computes the same as a narrower block. Slicing comes later.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ UnitScore = Literal["obs", "activation", "taylor", "magnitude"]
 
 @dataclass(frozen=True)
 class WidthOptions:
-    """How to narrow blocks.
+    """How to prune the width of blocks.
 
     Attributes:
-        units: block ▶ units and how many of them go, those that come first in the block first.
-        merges: block ▶ key and value heads to merge, before anything else.
-        importance: how units are scored. compensate: whether remaining weights are solved for by least squares.
-        reconstruction: of each block afterwards.
-        scores: of `taylor`, importance of each unit by the name of the module that reads it.
+        units: by block, groups of units and how many of each to remove, in the order of the block's computation.
+        merges: by block, KV heads to merge before anything else.
+        importance: score of the units.
+        compensate: solve the remaining weights by least squares.
+        reconstruction: reconstruction of each block afterwards; None for none.
+        scores: for `taylor`, importance of each unit by the name of the module that reads it.
     """
 
     units: Mapping[int, Sequence[tuple[PrunableGroup, int]]]
@@ -48,8 +49,8 @@ class WidthOptions:
 def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorExtras]:
     """Zero units of a block in place, and repair it.
 
-    ``block.details`` gets ``kept`` (reading module ▶ numbers of the units that stay), a row per matrix that reads units (how
-    many stay, relative output error) and, where it was tuned, the block's error before and after.
+    ``block.details`` gets ``kept`` (reading module ▶ indices of the kept units), a row for each matrix that reads units (number
+    kept, relative output error) and, with reconstruction, the block's error before and after.
     """
     linears = {linear.name: linear for linear in block.linears}
     zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, first axis first, and its rows that are zero
@@ -101,8 +102,8 @@ def probe_widths(
     """Change ΔW of each matrix that reads removed units, by number of the probe; see `probe.probe_matrices`.
 
     Args:
-        counts: by tensor name the units that it reads, and how many of them to remove, one number after another.
-        how: the score, and whether survivors make up for them.
+        counts: by tensor name, the units that it reads and the numbers of them to remove.
+        options: score and compensation.
     """
 
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -127,7 +128,7 @@ def _solve(
     remove: int,
     options: WidthOptions,
 ) -> tuple[list[int], torch.Tensor, torch.Tensor | None, dict[str, Any]]:
-    """Units that stay, new weights [O, I] and bias [O] of the module that reads them, and what is worth saying."""
+    """Kept units, new weights [O, I] and bias [O] of the module that reads them, and the row for the report."""
     processes, cold = block.view.processes, statistics.tokens == 0
     bias = None if linear.owner is not None or linear.module.bias is None else _bias(linear)
     hessian = statistics.hessian if bias is None else statistics.centred()

@@ -1,4 +1,4 @@
-"""How much experts and hidden channels matter, measured by a sweep that changes nothing."""
+"""Importance of experts and hidden channels, measured by a block runner that changes nothing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from compress.errors import PassError
 
 
 def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[BlockDetails]]:
-    """Saliency of every expert by block: mean over the tokens sent to it of its router weight times the norm of its output.
+    """Saliency of every expert by block: mean over its tokens of the router weight times the norm of the expert's output.
 
-    Experts that no token is sent to have 0. Beside it a row for each block that says how many tokens reached each, see
+    Experts that get no token have 0. Also returns a row for each block with the number of tokens of each expert, see
     `Block.experts`.
 
     Raises:
-        PassError: the model's experts are of a kind that the sweep cannot look into.
+        PassError: the model's experts are of an unknown kind.
 
     Source: REAP (arXiv 2510.13999), equation 9.
     """
@@ -54,20 +54,20 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[B
 
 
 def channel_importance(runner: BlockRunner, width: int) -> torch.Tensor:
-    """Importance of each hidden channel, [width], float64: what matrices that read the hidden width would lose without it.
+    """Importance of each hidden channel [width], float64: the error of all matrices that read the hidden width without it.
 
     Σ x² Σ w² per channel, as a share of that of all channels, summed over the matrices of all blocks.
     """
     total = torch.zeros(width, dtype=torch.float64)
 
     def look(block: Block) -> dict[str, TensorExtras]:
-        found = torch.zeros(width, dtype=torch.float64)
+        shares = torch.zeros(width, dtype=torch.float64)
         names = {linear.name for linear in block.linears if linear.weight.shape[1] == width}
         for group, statistics, _ in block.statistics(groups=block.groups_with(names)):
             for linear in group:
                 lost = statistics.hessian.diagonal().double() * linear.weight.double().square().sum(0)
-                found += (lost / lost.sum().clamp(min=1e-300)).cpu()
-        block.details["importance"] = found.tolist()
+                shares += (lost / lost.sum().clamp(min=1e-300)).cpu()
+        block.details["importance"] = shares.tolist()
         return {}
 
     for row in runner.run(look, "scoring hidden channels").details:

@@ -1,6 +1,6 @@
-"""Merging key and value heads in one block of a sweep: turned to be alike, their mean, then least squares on what reads them.
+"""Merge KV heads of one block: align them, average them, then solve the weights that read them by least squares.
 
-The block keeps its shape: heads that are merged have equal weights, which is what fewer heads compute. Cutting comes later.
+The block keeps its shape: merged heads have equal weights, which computes the same as fewer heads. Slicing comes later.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def merge_heads(
     """Merge the heads of a block in place.
 
     Args:
-        align: turn heads first, by what calibration data show. compensate: solve for the weights that read them.
+        align: align the heads on calibration data first.
+        compensate: solve the weights that read them.
 
     Returns:
-        What is worth saying; and what makes merged heads equal again after a step of tuning.
+        The row for the report, and a function that makes merged heads equal again after a step of reconstruction.
     """
     linears = {linear.name: linear for linear in block.linears}
     output = linears[f"{options.output.module}.weight"]
@@ -78,7 +79,7 @@ def _error(
 
 
 def _rows(linear: TargetLinear, member: Slice, options: KVHeadMerge) -> Iterator[torch.Tensor]:
-    """Views by head of a member's weights [heads, width, I] and, where it has some, biases [heads, width]."""
+    """Views by head of a member's weights [heads, width, I] and, if it has any, biases [heads, width]."""
     span = member.span(options.heads)
     bias: Any = linear.module.bias
     for tensor in (linear.weight, None if bias is None else bias.data):
@@ -87,7 +88,7 @@ def _rows(linear: TargetLinear, member: Slice, options: KVHeadMerge) -> Iterator
 
 
 def _align(linears: Mapping[str, TargetLinear], options: KVHeadMerge, inputs: InputStatistics) -> None:
-    """Turn keys with the queries that they meet, and values with what reads them; nothing else changes."""
+    """Rotate keys with their queries, and values with the weights that read them; the block computes the same."""
     H_II = damped(inputs.hessian)[0]
     query, key, value = (
         list(_rows(linears[f"{m.module}.weight"], m, options)) for m in (options.query, options.key, options.value)
@@ -107,6 +108,6 @@ def _align(linears: Mapping[str, TargetLinear], options: KVHeadMerge, inputs: In
 
 
 def _turn(rows: torch.Tensor, R_GDD: torch.Tensor) -> None:
-    """Rows [G, heads x D, …] of one or several heads for each of the G that are merged, in place."""
+    """Rotate rows [G, heads x D, …] in place: one or several heads for each of the G heads that are merged."""
     heads = rows.reshape(len(rows), -1, R_GDD.shape[1], *rows.shape[2:])
     rows.copy_(torch.einsum("gde,ghe...->ghd...", R_GDD.to(rows.dtype), heads).flatten(1, 2))

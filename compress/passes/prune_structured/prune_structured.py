@@ -1,4 +1,4 @@
-"""Structured pruning: whole units go, what stays is repaired, and the result is a smaller stock model."""
+"""Structured pruning: remove whole units and repair the rest; the result is a smaller stock model."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     )
 
     def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:
-        """Calibration data, but where all is named or told by weights alone and nothing is repaired."""
+        """Calibration data, unless all blocks are named, or scored by weights alone, and nothing is repaired."""
         reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
         return self.needs if reads else frozenset()
 
     def output_storage(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
-        """Widths of their own where they are asked for."""
+        """Floats; with `allocation: kl` also uneven widths."""
         return self.yields if settings.allocation == "kl" else frozenset({"float"})
 
     def mode_for(self, settings: PruneStructuredSettings) -> Mode:
-        """Block by block where activations of blocks are looked at, else tensor by tensor."""
+        """``blockwise`` if activations of blocks are read, else ``stream``."""
         return "blockwise" if _sweeps(settings) else "stream"
 
     def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
-        """Of the sweep, and of a second model to tune towards; or of the whole model, to try blocks or for gradients."""
+        """Bytes of the block runner and its teacher; or of the whole model, to try blocks or for gradients."""
         gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
         if not _sweeps(settings):
             return gradients or None
@@ -81,7 +81,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         return max(runner, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
-        """Exact where blocks are named or all alike; a choice by score only changes which units go."""
+        """Exact if blocks are named or all alike. Otherwise scores on data decide which blocks are removed."""
         if settings.only or settings.skip:
             raise PassError(
                 "`only` and `skip` do not apply to units that go from every block",
@@ -119,12 +119,12 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             left = widths.hidden_to_keep(spec, settings.hidden, settings.multiple_of)
             entries, config = resize.hidden_entries(spec, range(left))
             spec = resize.resized(spec, entries, config)
-        found = widths.widths(spec, settings)
-        spec, _ = slicing.narrowed(spec, found.first(), found)
-        return replace(spec, exact=exact and spec.exact and not found.uneven)
+        narrower = widths.widths(spec, settings)
+        spec, _ = slicing.narrowed(spec, narrower.first(), narrower)
+        return replace(spec, exact=exact and spec.exact and not narrower.uneven)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
-        """Kind after kind; each reads the checkpoint that the one before it left."""
+        """Remove one kind of unit after the other; each step reads the result of the one before."""
         from compress.passes.prune_structured import remove
 
         self.plan(checkpoint.spec, settings)
@@ -150,7 +150,7 @@ def _by_gradient(settings: PruneStructuredSettings) -> bool:
 
 
 def _gradient_memory(spec: Spec, width: int) -> int:
-    """The model, gradients of its matrices, and what a sample of 1,024 tokens leaves in them for the way back."""
+    """Bytes of the model, gradients of its matrices, and activations of 1,024 tokens for the backward pass."""
     mapped = model_map(spec)
     matrices = [linear.tensor for linear in mapped.layers if len(linear.tensor.shape) == 2]
     vocabulary = max(t.shape[0] for t in mapped.outside)
@@ -161,7 +161,7 @@ def _gradient_memory(spec: Spec, width: int) -> int:
 
 
 def _has_teacher(settings: PruneStructuredSettings) -> bool:
-    """Whether what is tuned has not the original's blocks or widths, so that both are at work."""
+    """Whether student and original differ in blocks or hidden width, so both must be loaded."""
     others = (settings.layers, settings.experts, settings.hidden)
     return settings.searched or any(amount is not None for amount in others)
 

@@ -1,4 +1,4 @@
-"""The work of `prune_structured`: which units go, and the sweep that narrows and repairs what stays. Imports torch."""
+"""Removal of units: choose them, then prune and repair with a block runner. Imports torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def drop_layers(
     checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> tuple[Checkpoint, list[int]]:
-    """Without the blocks that go, and for each that stays up to which block of the original it stands for."""
+    """Remove blocks. Also returns, for each remaining block, the index of the original block that its output matches, plus 1."""
     depth = model_map(checkpoint.spec).depth
     if settings.layers is None:
         return checkpoint, list(range(1, depth + 1))
@@ -39,9 +39,9 @@ def drop_layers(
         drop: Sequence[int] = settings.layers
     else:
         count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
-        found = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
-        context.details.update(found["details"])
-        drop = sorted(found["blocks"])
+        choice = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
+        context.details.update(choice["details"])
+        drop = sorted(choice["blocks"])
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
     return slicing.drop_blocks(checkpoint, drop), [*keep[1:], depth]
@@ -50,22 +50,22 @@ def drop_layers(
 def _worst_blocks(
     checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, Any] | None:
-    """The blocks that go, and what the report says of the choice; in the first process."""
+    """Indices of the blocks to remove, and their rows for the report; None in other processes than the first."""
     if context.processes.rank:
         return None
     data = context.data("calibration")
     options: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
     if settings.layer_importance == "kl":
         gone, steps = greedy_depth(checkpoint, data, count, **options)
-        said = [{str(i): loss for i, loss in step.items()} for step in steps]
-        return {"blocks": gone, "details": {"loss_without_block": said}}
+        rows = [{str(i): loss for i, loss in step.items()} for step in steps]
+        return {"blocks": gone, "details": {"loss_without_block": rows}}
     scores = block_influence(checkpoint, data, **options)
     gone = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
     return {"blocks": gone, "details": {"block_influence": scores}}
 
 
 def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
-    """Without the experts of least saliency in each block."""
+    """Remove the experts of least saliency in each block."""
     if settings.experts is None:
         return checkpoint
     keep = widths.experts_to_keep(checkpoint.spec, settings.experts)
@@ -83,7 +83,7 @@ def drop_experts(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
 def drop_hidden(
     checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> tuple[Checkpoint, torch.Tensor | None]:
-    """Without the hidden channels that matter least, and which ones stay (None for all)."""
+    """Remove the least important hidden channels. Also returns the kept channels; None for all."""
     if settings.hidden is None:
         return checkpoint, None
     width = model_map(checkpoint.spec).hidden
@@ -115,21 +115,21 @@ def narrow(
     settings: PruneStructuredSettings,
     context: Context,
 ) -> Checkpoint:
-    """Without the neurons and heads that go, and repaired."""
+    """Remove neurons and heads, and repair the rest."""
     own = uneven_widths(current, widths.widths(current.spec, settings), settings, context)
-    found = widths.widths(current.spec, settings, own)
-    narrower = any(found.remove.values()) or bool(found.merges)
+    planned = widths.widths(current.spec, settings, own)
+    narrower = any(planned.remove.values()) or bool(planned.merges)
     changed_before = channels is not None or settings.experts is not None
     tuned = settings.compensation == "reconstruction"
     if not narrower and not tuned:
         return current
-    scores = _gradients(current, found, settings, context) if narrower else {}
-    by_weights = settings.importance == "magnitude" or (bool(scores) and not found.merges)
+    scores = _gradients(current, planned, settings, context) if narrower else {}
+    by_weights = settings.importance == "magnitude" or (bool(scores) and not planned.merges)
     if settings.compensation == "none" and by_weights:
-        return _by_weights(current, found, scores)
+        return _by_weights(current, planned, scores)
     first = 0 if narrower or changed_before else next((j for j, end in enumerate(spans) if end != j + 1), len(spans))
-    members = {f"{m.module}.weight" for units in found.remove.values() for one, _ in units for m in one.members}
-    members |= {f"{m.module}.weight" for merge in found.merges.values() for m in merge.members}
+    members = {f"{m.module}.weight" for units in planned.remove.values() for one, _ in units for m in one.members}
+    members |= {f"{m.module}.weight" for merge in planned.merges.values() for m in merge.members}
     names = {x.name for x in _layers(current) if (x.block or 0) >= first} if tuned else members
     if not names:
         return current
@@ -139,7 +139,7 @@ def narrow(
     runner = open_runner(current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher)
     reconstruction = Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr) if tuned else None
     options = WidthOptions(
-        found.remove, found.merges, settings.importance, settings.compensation != "none", reconstruction, scores
+        planned.remove, planned.merges, settings.importance, settings.compensation != "none", reconstruction, scores
     )
     result = runner.run(lambda block: prune_block_width(block, options), "removing units" if narrower else "repairing")
     kept = {row["block"]: row.pop("kept", {}) for row in result.details}
@@ -147,15 +147,15 @@ def narrow(
     repaired = Derived(current, current.spec, result.reader())
     if not narrower:
         return repaired
-    chosen = [(one, kept[index][one.name]) for index, units in found.remove.items() for one, _ in units]
-    return slicing.narrow(repaired, [*chosen, *found.merged()], found)
+    chosen = [(one, kept[index][one.name]) for index, units in planned.remove.items() for one, _ in units]
+    return slicing.narrow(repaired, [*chosen, *planned.merged()], planned)
 
 
 def _gradients(
-    checkpoint: Checkpoint, found: widths.Widths, settings: PruneStructuredSettings, context: Context
+    checkpoint: Checkpoint, planned: widths.Widths, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, list[float]]:
-    """With `importance: taylor`, importance of each unit by the name of the module that reads it."""
-    units = [one for block in found.remove.values() for one, _ in block]
+    """With `importance: taylor`: importance of each unit by the name of the module that reads it."""
+    units = [one for block in planned.remove.values() for one, _ in block]
     if settings.importance != "taylor" or not units:
         return {}
 
@@ -176,11 +176,11 @@ def _gradients(
     return scores
 
 
-def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[str, Sequence[float]]) -> Checkpoint:
-    """Cut tensor by tensor: by the scores, or where there are none by magnitude."""
+def _by_weights(checkpoint: Checkpoint, planned: widths.Widths, scores: Mapping[str, Sequence[float]]) -> Checkpoint:
+    """Slice tensor by tensor: by the scores, or without any by magnitude."""
     linears = model_map(checkpoint.spec).linears
     chosen: list[tuple[PrunableGroup, list[int]]] = []
-    for units in found.remove.values():
+    for units in planned.remove.values():
         for one, remove in units:
             if scores:
                 score = torch.tensor(scores[one.name])
@@ -188,8 +188,8 @@ def _by_weights(checkpoint: Checkpoint, found: widths.Widths, scores: Mapping[st
                 values = {f"{m.module}.weight": checkpoint.tensor(f"{m.module}.weight").data for m in one.members}
                 score = magnitude(one, {n: value.T if linears[n].transposed else value for n, value in values.items()})
             chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
-    merged = slicing.merge(checkpoint, found.merges.values())
-    return slicing.narrow(merged, [*chosen, *found.merged()], found)
+    merged = slicing.merge(checkpoint, planned.merges.values())
+    return slicing.narrow(merged, [*chosen, *planned.merged()], planned)
 
 
 def _layers(checkpoint: Checkpoint) -> list[Linear]:

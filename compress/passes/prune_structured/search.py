@@ -1,4 +1,4 @@
-"""The shape for a target: which blocks, heads and neurons go so that a target is met at the least loss."""
+"""Search for a shape: the blocks, heads and neurons to remove so that a target is met at the least divergence."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _ONE_FILE = 1 << 62
 
 
 class Planner(Protocol):
-    """The part of the pass that the search uses: the shape that settings plan, and a checkpoint cut to it."""
+    """The part of the pass that the search uses: plan a shape, and apply it."""
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
-        """Headers of the smaller checkpoint."""
+        """Spec of the smaller checkpoint."""
         ...
 
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
@@ -46,9 +46,9 @@ class Planner(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """Blocks, heads and neurons (of the narrowest MLP) that go; the settings that say so; what they plan.
+    """Numbers of blocks, heads and neurons (of the narrowest MLP) to remove, with the settings that remove them and their plan.
 
-    ``prefill`` is the measured time for a prompt over the original's, where the target is one of speed.
+    ``prefill`` is the measured ratio to the original's time for a prompt, for a target of speed.
     """
 
     layers: int
@@ -60,23 +60,23 @@ class Shape:
 
     @property
     def amounts(self) -> tuple[int, int, int]:
-        """What goes."""
+        """Numbers of blocks, heads and neurons to remove."""
         return self.layers, self.heads, self.neurons
 
     def less(self, other: Shape) -> bool:
-        """Whether it takes no more of anything, and less of something."""
+        """Whether it removes no more of any kind, and less of one."""
         pairs = zip(self.amounts, other.amounts, strict=True)
         return self.amounts != other.amounts and all(a <= b for a, b in pairs)
 
 
 def meets(spec: Spec, before: Spec, settings: PruneStructuredSettings) -> bool:
-    """Whether a planned checkpoint is as small as asked; how fast it is, headers do not say."""
+    """Whether a planned checkpoint meets the size targets. Headers do not show its speed."""
     small = settings.keep_parameters is None or spec.parameters <= settings.keep_parameters * before.parameters
     return small and (settings.max_bytes is None or lay_out(spec, _ONE_FILE).bytes <= settings.max_bytes)
 
 
 def estimate(planner: Planner, spec: Spec, settings: PruneStructuredSettings) -> Spec:
-    """A spec to plan with: of a shape that meets the target, taking a prompt's time to go with the weights of blocks.
+    """Spec of a shape that meets the target, assuming that time for a prompt is proportional to the weights of blocks.
 
     Raises:
         PassError: no shape is as small as asked.
@@ -84,7 +84,7 @@ def estimate(planner: Planner, spec: Spec, settings: PruneStructuredSettings) ->
     if settings.max_latency_ratio is None:
         return shapes(planner, spec, settings)[0].spec
     bound = settings.max_latency_ratio * work(spec)
-    found, smallest = _least(
+    fitting, smallest = _least(
         planner,
         spec,
         settings,
@@ -92,38 +92,38 @@ def estimate(planner: Planner, spec: Spec, settings: PruneStructuredSettings) ->
         _options(spec, settings),
         lambda shape: meets(shape.spec, spec, settings) and work(shape.spec) <= bound,
     )
-    if not found and (smallest is None or not meets(smallest, spec, settings)):
+    if not fitting and (smallest is None or not meets(smallest, spec, settings)):
         raise _too_large(smallest, spec, settings)
     # the estimate is no reason to refuse: what is measured decides
-    return max((shape.spec for shape in found), key=lambda s: s.parameters, default=smallest or spec)
+    return max((shape.spec for shape in fitting), key=lambda s: s.parameters, default=smallest or spec)
 
 
 def shapes(planner: Planner, spec: Spec, settings: PruneStructuredSettings) -> list[Shape]:
-    """Shapes that are as small as asked; none that only takes more than another. Reads headers alone.
+    """Shapes that meet the size target, from headers alone, without those that only remove more than another one.
 
-    For each number of blocks and heads the fewest neurons that meet it.
+    Each has the fewest removed neurons for its numbers of blocks and heads.
 
     Raises:
-        PassError: no shape does.
+        PassError: no shape meets the target.
     """
     if meets(spec, spec, settings):
         raise PassError(
             "the model is that small already", key=_key(settings), fix="ask for less, or leave the pass out"
         )
     pairs, options = list(_depths_and_heads(spec)), _options(spec, settings)
-    found, smallest = _least(planner, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
-    if not found:
+    fitting, smallest = _least(planner, spec, settings, pairs, options, lambda shape: meets(shape.spec, spec, settings))
+    if not fitting:
         raise _too_large(smallest, spec, settings)
-    return found[:: max(1, -(-len(found) // MOST))]
+    return fitting[:: max(1, -(-len(fitting) // MOST))]
 
 
 def fast_shapes(
     planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> list[Shape]:
-    """Shapes that read a prompt as fast as asked, measured here; of those the ones with the most parameters.
+    """Shapes that are measured to be as fast as asked: those with the most parameters.
 
     Raises:
-        PassError: none that is tried does.
+        PassError: none of the measured shapes is.
     """
     spec, target = checkpoint.spec, settings.max_latency_ratio
     assert target is not None
@@ -140,17 +140,17 @@ def fast_shapes(
 
         # the smallest shape comes first: where that is too slow, nothing else needs measuring
         fit, smallest = _least(planner, spec, settings, pairs[-1:], options[-1:], fits)
-        found = _least(planner, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
+        fitting = _least(planner, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
     if not ratios:
         raise _too_large(smallest, spec, settings)
-    if not found:
+    if not fitting:
         raise PassError(
             f"no shape that is tried reads a prompt that fast; the least measured is {min(ratios.values()):.2f} of the "
             "original's time",
             key="max_latency_ratio",
             fix="ask for less, or name the amounts yourself",
         )
-    largest = sorted(found, key=lambda shape: -shape.spec.parameters)[:MOST]
+    largest = sorted(fitting, key=lambda shape: -shape.spec.parameters)[:MOST]
     return [replace(shape, prefill=ratios[shape.amounts]) for shape in largest]
 
 
@@ -175,16 +175,16 @@ def _least(
     options: Sequence[int],
     fits: Callable[[Shape], bool],
 ) -> tuple[list[Shape], Spec | None]:
-    """For each pair (blocks, heads) that go the fewest neurons, of ``options`` in rising order, with which it fits.
+    """Fewest neurons to remove, from the ascending ``options``, so that a shape fits, for each pair (blocks, heads).
 
     Returns:
-        Those shapes, without the ones that only take more than another; and the smallest spec that was looked at.
+        These shapes, without those that only remove more than another one; and the smallest spec that was planned.
     """
-    found: list[Shape] = []
+    least: list[Shape] = []
     smallest: Spec | None = None
     width = _width(spec)
     for layers, heads in pairs:
-        if any(s.layers <= layers and s.heads <= heads and not s.neurons for s in found):
+        if any(s.layers <= layers and s.heads <= heads and not s.neurons for s in least):
             continue  # whatever fits here takes more than that one
         fixed = {"layers": layers or None, "heads": heads or None}
         low, high = 0, len(options)  # binary search: more gone is smaller, and faster
@@ -201,8 +201,8 @@ def _least(
             else:
                 low = middle + 1
         if best is not None:
-            found.append(best)
-    return [shape for shape in found if not any(other.less(shape) for other in found)], smallest
+            least.append(best)
+    return [shape for shape in least if not any(other.less(shape) for other in least)], smallest
 
 
 def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
@@ -216,14 +216,14 @@ def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
 
 
 def _measured_pairs(spec: Spec) -> list[tuple[int, int]]:
-    """Some of those pairs: each is measured several times."""
+    """A part of these pairs, since each is measured several times."""
     pairs = list(_depths_and_heads(spec))
     depths, heads = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
     return [(d, h) for d in _spread(depths, _MEASURED[0]) for h in _spread(heads, _MEASURED[1])]
 
 
 def _spread(values: Sequence[int], most: int) -> list[int]:
-    """At most so many of the values, at equal steps, the first and the last among them."""
+    """At most ``most`` of the values at equal steps, with the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
@@ -236,7 +236,7 @@ def _width(spec: Spec) -> int:
 
 
 def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
-    """Numbers of neurons of the narrowest MLP that may go."""
+    """Numbers of neurons of the narrowest MLP that may be removed."""
     units = chain.from_iterable(resize.mlp_units(spec).values())
     return range(0, int(_MOST_NEURONS * _width(spec)) + 1, lcm(settings.multiple_of, *(one.multiple for one in units)))
 
@@ -263,13 +263,14 @@ def _planned(
 def search(
     planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> PruneStructuredSettings:
-    """The shape of least divergence from the original, each tried with least squares and without tuning.
+    """Settings of the shape with the least divergence from the original.
 
-    Tried on some of the calibration samples and judged on others. ``context.details["shapes"]`` gets a row for each.
+    Each shape is tried with least squares, without reconstruction, on some of the calibration samples and compared on others.
+    ``context.details["shapes"]`` gets a row for each.
     """
-    found = context.workspace.cached("shape", lambda: _tried(planner, checkpoint, settings, context))
-    context.details["shapes"] = found["shapes"]
-    best = found["best"]
+    result = context.workspace.cached("shape", lambda: _tried(planner, checkpoint, settings, context))
+    context.details["shapes"] = result["shapes"]
+    best = result["best"]
     layers = None if best["layers"] is None else tuple(best["layers"])
     return settings.model_copy(update={**best, "layers": layers, **dict.fromkeys(TARGETS)})
 
@@ -277,26 +278,26 @@ def search(
 def _tried(
     planner: Planner, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> dict[str, Any] | None:
-    """Amounts of the best shape, and a row for each; in the first process."""
+    """Amounts of the best shape, and a row for each; None in other processes than the first."""
     if context.processes.rank:
         return None
     from compress.sensitivity.depth import divergence, greedy_depth
 
     if settings.max_latency_ratio is None:
-        found = shapes(planner, checkpoint.spec, settings)
+        candidates = shapes(planner, checkpoint.spec, settings)
     else:
-        found = fast_shapes(planner, checkpoint, settings, context)
+        candidates = fast_shapes(planner, checkpoint, settings, context)
     data = context.data("calibration")
     held = min(_HELD_OUT, max(1, len(data.ids) // 4))
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
     order: list[int] = []
-    if deepest := max(shape.layers for shape in found):
+    if deepest := max(shape.layers for shape in candidates):
         common: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
         order, _ = greedy_depth(checkpoint, trying, deepest, **common)
     rows = []
     options = []
-    with context.progress.task("trying shapes", len(found)) as task:
-        for number, shape in enumerate(found):
+    with context.progress.task("trying shapes", len(candidates)) as task:
+        for number, shape in enumerate(candidates):
             named = tuple(sorted(order[: shape.layers])) or None
             option = shape.settings.model_copy(update={"layers": named})
             quick = option.model_copy(update={"compensation": "least_squares"})

@@ -1,4 +1,4 @@
-"""Checkpoints with whole units cut out, lazily: specs come from `architectures.resize`, values are slices."""
+"""Slice whole units out of a checkpoint, lazily. `architectures.resize` makes the specs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ Entries = Mapping[str, Mapping[int, Sequence[int]]]
 
 
 def drop_blocks(checkpoint: Checkpoint, drop: Sequence[int]) -> Checkpoint:
-    """Without those blocks."""
+    """The checkpoint without these blocks."""
     spec, source = resize.without_blocks(checkpoint.spec, drop)
     return _derived(checkpoint, spec, source, {})
 
 
 def drop_experts(checkpoint: Checkpoint, keep: Mapping[int, Sequence[int]]) -> Checkpoint:
-    """With those experts of each block alone; the router's rows go with them."""
+    """The checkpoint with only these experts of each block; the router's rows are sliced too."""
     return _derived(checkpoint, *resize.without_experts(checkpoint.spec, keep))
 
 
-def narrow(checkpoint: Checkpoint, kept: Iterable[resize.Kept], found: Widths) -> Checkpoint:
-    """With those units alone, of the kinds and numbers that ``found`` says."""
-    spec, entries = narrowed(checkpoint.spec, kept, found)
+def narrow(checkpoint: Checkpoint, kept: Iterable[resize.Kept], planned: Widths) -> Checkpoint:
+    """The checkpoint with only these units, of the kinds and numbers of ``planned``."""
+    spec, entries = narrowed(checkpoint.spec, kept, planned)
     return _derived(checkpoint, spec, {}, entries)
 
 
-def narrowed(spec: Spec, kept: Iterable[resize.Kept], found: Widths) -> tuple[Spec, Entries]:
-    """The spec with those units alone, and what stays of the tensors that lose some."""
+def narrowed(spec: Spec, kept: Iterable[resize.Kept], planned: Widths) -> tuple[Spec, Entries]:
+    """Spec with only these units, and the kept entries of the tensors that lose some."""
     entries = resize.kept_entries(spec, kept)
-    return sized(resize.resized(spec, entries, found.config), found.sized()), entries
+    return sized(resize.resized(spec, entries, planned.config), planned.sized()), entries
 
 
 def merge(checkpoint: Checkpoint, merges: Iterable[KVHeadMerge]) -> Checkpoint:
-    """With key and value heads that are to be merged replaced by their mean; of the shape that it had."""
+    """The checkpoint with the KV heads of a group replaced by their mean; shapes stay."""
     from compress.checkpoint.values import Derived, Value
     from compress.solvers.kv_merge import merge
 
@@ -64,7 +64,7 @@ def merge(checkpoint: Checkpoint, merges: Iterable[KVHeadMerge]) -> Checkpoint:
 
 
 def narrow_hidden(checkpoint: Checkpoint, channels: Sequence[int]) -> Checkpoint:
-    """With those hidden channels alone; norms and embeddings scaled so that the others might as well be zero."""
+    """The checkpoint with only these hidden channels; norms and embeddings are scaled as if the others were zero."""
     from compress.checkpoint.values import Derived, Value
 
     entries, config = resize.hidden_entries(checkpoint.spec, channels)

@@ -1,4 +1,4 @@
-"""How fast a planned shape reads a prompt, beside the original: of random weights, as speed depends on shapes alone."""
+"""Speed of a planned shape beside the original, with random weights, since speed depends on shapes alone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NOISE = 4099
 
 
 def work(spec: Spec) -> int:
-    """Weights of blocks that a token meets: roughly what reading a prompt takes time for. An estimate from headers."""
+    """Number of block weights that a token uses: an estimate from headers of the time for a prompt."""
     mapped = model_map(spec)
     return mapped.record.active_parameters(spec) - sum(t.count for t in mapped.outside if t.is_float)
 
 
 class Stopwatch:
-    """Measures shapes of a checkpoint in this process, where the original's stays in memory beside each."""
+    """Times shapes of a checkpoint in this process. The original stays in memory beside each."""
 
     def __init__(self, checkpoint: Checkpoint, context: Context) -> None:
         import torch
@@ -42,7 +42,7 @@ class Stopwatch:
         self.prompt = prompt.to(context.device)
 
     def ratio(self, spec: Spec) -> float:
-        """Seconds for a prompt of 256 tokens (fewer, where the model has fewer positions) over those of the original."""
+        """Ratio to the original's time for a prompt of 256 tokens, or fewer if the model has fewer positions."""
         from compress.evaluation.prefill import prefill_ratio
         from compress.models.loading import load_checkpoint
 

@@ -1,4 +1,4 @@
-"""How much units matter, told by the gradients of the model's loss on calibration data. The whole model is in memory."""
+"""Importance of units by the gradients of the model's loss on calibration data. The whole model is in memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def taylor_scores(
 ) -> dict[str, list[float]]:
     """Importance of every unit, by the name of the module that reads it: Σ over samples of (Σ gradient x weight)².
 
-    The inner sum runs over the weights that read the unit; it is the derivative of the sample's loss by a factor on the unit's
-    output, so its square is what the loss would change by, to first order, without the unit. The loss is that of the next
-    token; of a model that does not predict it (masked, classifiers) that of labels drawn from its own prediction.
+    The inner sum runs over the weights that read the unit. It is the derivative of the sample's loss by a factor on the unit's
+    output, so its square is, to first order, the change of the loss without the unit. The loss is that of the next token;
+    masked models and classifiers use labels drawn from their own prediction.
 
     Raises:
-        PassError: the model predicts nothing, or a unit's weights are not found in it.
+        PassError: the model predicts nothing, or lacks a unit's weights.
 
     Source: Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in groups.
     """
@@ -60,7 +60,7 @@ def taylor_scores(
 
 
 class _Reader:
-    """The weights that read some units, and the sum so far, [units], float64."""
+    """Weights that read some units, and the sum so far [units], float64."""
 
     def __init__(self, model: Any, mapped: ModelMap, units: PrunableGroup) -> None:
         self.units, self.expert = units, None

@@ -1,4 +1,4 @@
-"""How many units of each kind go: settings of `prune_structured` and a spec ▶ counts, the same for all blocks."""
+"""Plan of `prune_structured`: number of units of each kind to remove, the same for all blocks. No torch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WidthAmount = float | int
 
 @dataclass(frozen=True)
 class Widths:
-    """Units that lose some, with how many, by block; key and value heads to merge; and the config that says so.
+    """Groups of units with the number to remove, by block; KV heads to merge; and the config of the result.
 
-    With ``uneven`` it says nothing of neurons: modules have widths of their own.
+    With ``uneven`` the config has no MLP width: modules have widths of their own.
     """
 
     remove: Mapping[int, list[tuple[PrunableGroup, int]]]
@@ -35,19 +35,19 @@ class Widths:
     uneven: bool = False
 
     def merged(self) -> list[resize.Kept]:
-        """Key and value heads that stay."""
+        """KV heads that are kept."""
         return [merge.kept() for merge in self.merges.values()]
 
     def sized(self) -> list[str]:
-        """Modules that come to have widths of their own."""
+        """Modules that get a width of their own."""
         return [m.module for units, count in self.mlps() if count for m in units.members] if self.uneven else []
 
     def mlps(self) -> list[tuple[PrunableGroup, int]]:
-        """Those of neurons."""
+        """Groups of neurons with the number to remove."""
         return [pair for pair in chain.from_iterable(self.remove.values()) if pair[0].kind == "mlp"]
 
     def first(self) -> list[resize.Kept]:
-        """A choice of that shape, for planning."""
+        """A choice of units with these numbers, for planning."""
         removed = [(units, _first(units, count)) for block in self.remove.values() for units, count in block if count]
         return [*removed, *self.merged()]
 
@@ -58,14 +58,14 @@ def _first(units: PrunableGroup, remove: int) -> list[int]:
 
 
 def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) -> int:
-    """How many of ``depth`` blocks go."""
+    """Number of blocks to remove."""
     if isinstance(layers, tuple):
         return len(layers)
     return _count(layers, depth, "layers", "blocks", allow_none)
 
 
 def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
-    """How many experts stay in each block that has some."""
+    """Number of experts to keep in each block that has some."""
     mapped = model_map(spec)
     present = resize.expert_blocks(spec)
     if not present:
@@ -83,7 +83,7 @@ def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
 
 
 def hidden_to_keep(spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
-    """How many hidden channels stay."""
+    """Number of hidden channels to keep."""
     resize.require_hidden(model_map(spec).record)
     width = model_map(spec).hidden
     neurons = chain.from_iterable(resize.mlp_units(spec).values())
@@ -92,10 +92,10 @@ def hidden_to_keep(spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
 
 
 def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] | None = None) -> Widths:
-    """Neurons and heads that go.
+    """Neurons and heads to remove.
 
     Args:
-        own: with `allocation: kl`, by the module that reads them how many neurons go; for plans as many everywhere.
+        own: with `allocation: kl`, number of neurons to remove by the module that reads them; plans take the same everywhere.
 
     Raises:
         PassError: the family, or the numbers, do not allow it.
@@ -105,15 +105,15 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
     remove: dict[int, list[tuple[PrunableGroup, int]]] = {i: [] for i in range(mapped.depth)}
     if amounts.heads is not None:
         chosen, config = _heads(spec, amounts.heads)
-        for index, found in chosen.items():
-            remove.setdefault(index, []).extend(found)
+        for index, groups in chosen.items():
+            remove.setdefault(index, []).extend(groups)
     merges: dict[int, KVHeadMerge] = {}
     if amounts.keep_kv_heads is not None:
         merges, config = _merges(spec, amounts.keep_kv_heads)
     if amounts.mlp is not None:
         neurons, config = _neurons(spec, amounts, config)
-        for index, found in neurons.items():
-            remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in found)
+        for index, groups in neurons.items():
+            remove.setdefault(index, []).extend((one, (own or {}).get(one.name, less)) for one, less in groups)
     return Widths(remove, merges, config, amounts.allocation == "kl")
 
 
@@ -150,12 +150,12 @@ def _neurons(
         key: _rounded(one.count, amounts.mlp, lcm(amounts.multiple_of, one.multiple), "mlp", "neurons")
         for key, one in largest.items()
     }
-    chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in found] for i, found in units.items()}
+    chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in groups] for i, groups in units.items()}
     return chosen, dict(config) if uneven else resize.with_size(record, config, kept)
 
 
 def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
-    """Heads go within their groups where each group can lose the same number, else whole groups go."""
+    """Remove heads within their groups if each group can lose the same number, else whole groups."""
     mapped = model_map(spec)
     record, config, queries, groups = mapped.record, mapped.config, mapped.heads, mapped.kv_heads
     if record.attention is None:
@@ -163,8 +163,8 @@ def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[Prunab
     per_group = queries // groups
     count = _count(amount, queries, "heads", "heads")
     if per_group > 1 and count % groups == 0:
-        found = resize.head_units(spec, whole_groups=False)
-        less = {i: [(one, count) for one in units] for i, units in found.items()}
+        by_block = resize.head_units(spec, whole_groups=False)
+        less = {i: [(one, count) for one in units] for i, units in by_block.items()}
         return less, resize.with_heads(record, config, queries - count, groups)
     if count % per_group:
         raise PassError(
@@ -173,14 +173,14 @@ def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[Prunab
             fix=f"remove a multiple of {groups if groups < per_group else per_group}",
         )
     gone = count // per_group
-    found = resize.head_units(spec, whole_groups=True)
-    less = {i: [(one, gone) for one in units] for i, units in found.items()}
+    by_block = resize.head_units(spec, whole_groups=True)
+    less = {i: [(one, gone) for one in units] for i, units in by_block.items()}
     return less, resize.with_heads(record, config, queries - count, groups - gone)
 
 
 def _merges(spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, Any]]:
     mapped = model_map(spec)
-    found, heads = resize.merges(spec, left), mapped.kv_heads
+    merges, heads = resize.merges(spec, left), mapped.kv_heads
     if left >= heads or heads % left:
         possible = [str(n) for n in range(1, heads) if heads % n == 0]
         raise PassError(
@@ -188,21 +188,21 @@ def _merges(spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, An
             key="keep_kv_heads",
             fix=f"keep {' or '.join(possible)}" if possible else "leave `keep_kv_heads` out",
         )
-    for name in (f"{m.module}.weight" for one in found.values() for m in one.members):
+    for name in (f"{m.module}.weight" for one in merges.values() for m in one.members):
         if spec.tensors[name].kept is not None:
             raise PassError(
                 f"{name} has weights removed, and merged heads would fill them in",
                 key="keep_kv_heads",
                 fix="merge heads before pruning weights",
             )
-    return found, resize.with_kv_heads(mapped.record, mapped.config, left)
+    return merges, resize.with_kv_heads(mapped.record, mapped.config, left)
 
 
 _HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
 
 
 def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: bool = False) -> int:
-    """How many go. Raises `PassError` for none, or all."""
+    """Number to remove. Raises `PassError` for none or all."""
     count = amount if isinstance(amount, int) else round(amount * total)
     if count == 0 and not allow_none:
         raise PassError(f"{amount:.0%} of {total} {what} is none", key=key, fix="ask for more, or give a count")
@@ -212,7 +212,7 @@ def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: boo
 
 
 def _rounded(total: int, amount: WidthAmount, multiple_of: int, key: str, what: str) -> int:
-    """How many stay, rounded to a multiple."""
+    """Number to keep, rounded to a multiple."""
     keep = total - _count(amount, total, key, what)
     rounded = max(multiple_of, multiple_of * round(keep / multiple_of))
     if rounded >= total:

@@ -1,4 +1,4 @@
-"""Sparsity of every matrix by outliers (OWL) or by measured divergence of the model's output."""
+"""Sparsity of every matrix by outliers (OWL) or by the measured divergence of the model's predictions."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def by_owl(checkpoint: Checkpoint, names: Collection[str], sparsity: float, cont
 def by_divergence(
     checkpoint: Checkpoint, names: Collection[str], sparsity: float, method: Method, context: Context
 ) -> dict[str, float]:
-    """Sparsity of every tensor, for the least divergence of the model's output, each matrix's measured by itself.
+    """Sparsity of every tensor, for the least divergence of the model's predictions. Each matrix is measured alone.
 
-    Trials are pruned by Wanda where that is the method, else by SparseGPT, each matrix on the inputs of the unpruned model.
+    Probes are pruned by Wanda if that is the method, else by SparseGPT, each matrix on the inputs of the unpruned model.
     """
     levels = probe_sparsities(sparsity)
     workspace = context.workspace.folder("loss")
@@ -40,10 +40,10 @@ def by_divergence(
         read = probe_pruning(runner, "wanda" if method == "wanda" else "sparsegpt", levels)
         return None if context.processes.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
 
-    found = context.workspace.cached("allocation", measured)
+    allocation = context.workspace.cached("allocation", measured)
     workspace.remove()
-    context.details["allocation"] = found
-    shares: dict[str, float] = found["sparsity"]
+    context.details["allocation"] = allocation
+    shares: dict[str, float] = allocation["sparsity"]
     return shares
 
 

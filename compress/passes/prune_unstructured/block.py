@@ -17,12 +17,19 @@ from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, tr
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
+from compress.checkpoint.values import Checkpoint, Derived, Value
+from compress.passes.base import Context
+from compress.passes.blockwise import open_runner
+from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
+from compress.passes.prune_unstructured.plan import with_counts
+from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
 from compress.solvers.owl import outliers, owl_sparsities
 from compress.solvers.sparsegpt import sparsegpt
 from compress.solvers.wanda import keep_wanda
+from compress.spec.spec import Spec
 
 Method = Literal["wanda", "sparsegpt", "alps"]
 
@@ -32,8 +39,9 @@ class PruneOptions:
     """How to prune blocks.
 
     Attributes:
-        sparsity: share to remove by tensor name; None with a pattern. pattern: (n, m) along the inputs.
-        tuning: of each block afterwards; None for none.
+        sparsity: share to remove by tensor name; None with a pattern.
+        pattern: (n, m) along the inputs.
+        reconstruction: reconstruction of each block afterwards; None for none.
     """
 
     method: Method
@@ -43,9 +51,9 @@ class PruneOptions:
 
 
 def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, float], dict[str, Any]]:
-    """Sparsity of every wanted tensor by OWL, and what the report says: each block's share of outliers and its sparsity.
+    """Sparsity of every wanted tensor by OWL, and for the report each block's share of outliers and its sparsity.
 
-    Takes a sweep over the blocks as they are; ``runner`` works in a folder of its own.
+    Runs over the blocks as they are; ``runner`` has a workspace of its own.
     """
 
     def look(block: Block) -> dict[str, TensorExtras]:
@@ -60,17 +68,17 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
         block.details["outliers"] = [names, many / max(seen, 1), count]
         return {}
 
-    found = [row["outliers"] for row in runner.run(look, "counting outliers").details if "outliers" in row]
-    ratios = [ratio for _, ratio, _ in found]
-    chosen = owl_sparsities(ratios, [count for _, _, count in found], sparsity)
-    by_name = {name: share for (names, _, _), share in zip(found, chosen, strict=True) for name in names}
+    rows = [row["outliers"] for row in runner.run(look, "counting outliers").details if "outliers" in row]
+    ratios = [ratio for _, ratio, _ in rows]
+    chosen = owl_sparsities(ratios, [count for _, _, count in rows], sparsity)
+    by_name = {name: share for (names, _, _), share in zip(rows, chosen, strict=True) for name in names}
     return by_name, {"outlier_share": ratios, "sparsity": chosen}
 
 
 def probe_pruning(
     runner: BlockRunner, method: Method, sparsities: Sequence[float]
 ) -> Callable[[str], dict[str, torch.Tensor]]:
-    """What pruning each wanted matrix alone would change of it: ΔW by number of the sparsity, see `trials.probe_matrices`."""
+    """Change ΔW of each matrix if it alone were pruned, by number of the sparsity; see `probe.probe_matrices`."""
 
     def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         for group, statistics, _ in block.statistics():
@@ -123,11 +131,51 @@ class PruneSolver:
         linear.weight.copy_(solution.weight)
 
 
-def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
-    """Prune the linears of a block in place; keep-masks by tensor name, as the checkpoint shapes them.
+def prune_blocks(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Prune block by block; the result reads its tensors from the workspace."""
+    assert settings.method != "magnitude"
+    reconstruction = (
+        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
+        if settings.reconstruction_epochs
+        else None
+    )
+    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
+    if settings.allocation != "uniform":
+        assert settings.sparsity is not None
+        if settings.allocation == "owl":
+            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
+        else:
+            sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
+    options = PruneOptions(
+        method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
+    )
+    runner = open_runner(
+        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
+    )
+    result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
+    context.details["blocks"] = result.details
+    read = result.reader()
+    if not spec.exact:
+        spec = with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
+    return Derived(checkpoint, spec, read)
 
-    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, where it was reconstructed,
-    the block's error before and after.
+
+def _mask(value: Value) -> torch.Tensor:
+    assert value.mask is not None
+    return value.mask
+
+
+def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
+    """Prune the linears of a block in place; return keep-masks by tensor name, shaped as in the checkpoint.
+
+    ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, with reconstruction, the
+    block's error before and after.
     """
     pruned = solve_block(block, symmetric_statistics(block), PruneSolver(block, options))
     masks = {name: solution.mask for name, solution in pruned.items()}
@@ -151,7 +199,7 @@ def _solve(
     earlier: torch.Tensor | None,
     shared: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """New weights [O, I], mask, and what is worth saying. ``shared`` keeps what sites with the same inputs share."""
+    """New weights [O, I], mask, and notes for the report. ``shared`` holds results for linears with the same inputs."""
     weight, pattern = linear.weight.contiguous(), options.pattern
     share = None if options.sparsity is None else options.sparsity[linear.name]
     if share == 0:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.architectures.model_map import Linear, model_map
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.passes.allocation import divergence_memory, require_divergence
+from compress.passes.allocation import divergence_memory
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
-from compress.passes.blockwise import open_runner, runner_memory
-from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
+from compress.passes.blockwise import runner_memory
+from compress.passes.prune_unstructured.plan import is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
-from compress.passes.selection import select_linears
 from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
 from compress.spec.spec import Spec, Tensor
 
 if TYPE_CHECKING:
-    import torch
-
-    from compress.checkpoint.values import Checkpoint, Value
+    from compress.checkpoint.values import Checkpoint
 
 
 class PruneUnstructured(Pass[PruneUnstructuredSettings]):
@@ -53,21 +49,21 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         return frozenset() if settings.method == "magnitude" else self.needs
 
     def mode_for(self, settings: PruneUnstructuredSettings) -> Mode:
-        """Tensor by tensor by magnitude, else block by block."""
+        """``stream`` by magnitude, else ``blockwise``."""
         return "stream" if settings.method == "magnitude" else "blockwise"
 
     def plan(self, spec: Spec, settings: PruneUnstructuredSettings) -> Spec:
-        """Exact, but for ``scope: global`` and where N:M or Wanda meet an earlier mask: there counts are estimates."""
-        chosen, linears = self._targets(spec, settings), model_map(spec).linears
+        """Exact, except for ``scope: global`` and for N:M or Wanda over an earlier mask: there counts are estimates."""
+        chosen, linears = targets(spec, settings), model_map(spec).linears
 
         def change(tensor: Tensor) -> Tensor:
             if tensor.name not in chosen:
                 return tensor
-            kept = _kept(linears[tensor.name], settings)
+            kept = kept_weights(linears[tensor.name], settings)
             return replace(tensor, kept=kept if tensor.kept is None else min(kept, tensor.kept))
 
         pruned = spec.map(change)
-        exact = self._exact(spec, chosen, settings)
+        exact = is_exact(spec, chosen, settings)
         if exact and pruned.tensors == spec.tensors and not settings.allow_noop:
             raise PassError(
                 "every chosen weight matrix is that sparse already", fix="ask for more, or leave the pass out"
@@ -75,11 +71,11 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         return replace(pruned, exact=spec.exact and exact)
 
     def memory(self, spec: Spec, settings: PruneUnstructuredSettings, width: int) -> int | None:
-        """Of a sweep: embeddings, one block, and the larger of what solving and tuning it take; or of measuring losses."""
+        """Bytes of the block runner, or of measuring divergences; None by magnitude."""
         if settings.method == "magnitude":
             return None
         solver = {"wanda": WANDA, "sparsegpt": SPARSEGPT, "alps": ALPS}[settings.method]
-        chosen = self._targets(spec, settings)
+        chosen = targets(spec, settings)
         reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
         runner = runner_memory(spec, chosen, width, solver, reconstruction=reconstruction)
         if settings.allocation != "kl":
@@ -88,149 +84,12 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         return max(runner, divergence_memory(spec, chosen))
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
-        """By magnitude lazily; else the sweep runs here, and the result reads what it left in the work folder."""
-        spec, chosen = self.plan(checkpoint.spec, settings), self._targets(checkpoint.spec, settings)
+        """Mask lazily by magnitude; else run the block runner, and the result reads its tensors from the workspace."""
+        spec, chosen = self.plan(checkpoint.spec, settings), targets(checkpoint.spec, settings)
         if settings.method == "magnitude":
-            return _by_magnitude(checkpoint, spec, chosen, settings, context)
-        return _calibrated(checkpoint, spec, chosen, settings, context)
+            from compress.passes.prune_unstructured.magnitude import prune_by_magnitude
 
-    def _targets(self, spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
-        """Names of the weights to prune: matrices inside blocks by default, any that `only` names."""
-        mapped = model_map(spec)
-        matrices = {x.module: x.name for x in mapped.linears.values() if x.tensor.is_float and x.shared_with is None}
-        aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
-        modules = {aliases.get(module, module) for module in select_linears(spec, settings)}
-        names = frozenset(name for module, name in matrices.items() if module in modules)
-        if not names:
-            raise PassError(
-                "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
-            )
-        if settings.pattern is not None:
-            for name in sorted(names):
-                linear = mapped.linears[name]
-                if linear.I % settings.pattern.m:
-                    raise PassError(
-                        f"{name} has {linear.I} inputs, which {settings.pattern.m} does not divide",
-                        key="pattern",
-                        fix=f"skip it: skip: [{linear.module}]",
-                    )
-        if settings.method != "magnitude":
-            mapped.require_inside_blocks(names)
-        if settings.allocation == "kl":
-            require_divergence(spec, names)
-        return names
+            return prune_by_magnitude(checkpoint, spec, chosen, settings, context)
+        from compress.passes.prune_unstructured.block import prune_blocks
 
-    @staticmethod
-    def _exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
-        if settings.allocation != "uniform" or settings.scope == "global":
-            return False
-        # an earlier mask may leave a group, or a row, with fewer weights than are kept
-        by_part = settings.pattern is not None or settings.method == "wanda"
-        return not by_part or all(spec.tensors[name].kept is None for name in chosen)
-
-
-def _kept(linear: Linear, settings: PruneUnstructuredSettings) -> int:
-    count = linear.tensor.count
-    if settings.pattern is not None:
-        return count // settings.pattern.m * settings.pattern.n
-    assert settings.sparsity is not None
-    if settings.method == "wanda":  # compares within each output
-        return linear.O * (linear.I - round(settings.sparsity * linear.I))
-    return count - round(settings.sparsity * count)
-
-
-def _by_magnitude(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    chosen: frozenset[str],
-    settings: PruneUnstructuredSettings,
-    context: Context,
-) -> Checkpoint:
-    """Lazily mask; ``scope: global`` and N:M over an earlier mask read the chosen weights once beforehand."""
-    from compress.checkpoint.values import Derived, Value
-    from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
-
-    linears = model_map(spec).linears
-
-    def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
-        if settings.pattern is None:
-            return keep_largest(value.data, kept, value.mask)
-        along = linears[name].input_axis
-        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
-
-    if not spec.exact:
-        counts: dict[str, int] = {}
-        with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
-            if settings.pattern is not None:
-                for name in sorted(chosen):
-                    counts[name] = int(mask_of(name, checkpoint.tensor(name), 0).sum())
-                    task.advance(note=name)
-            elif settings.sparsity is not None:
-                total = sum(checkpoint.spec.tensors[name].count for name in chosen)
-                counts = global_counts(
-                    checkpoint.tensor,
-                    sorted(chosen),
-                    total - round(settings.sparsity * total),
-                    advance=lambda name: task.advance(note=name),
-                )
-        spec = _with_counts(spec, checkpoint.spec, counts)
-
-    def prune(name: str) -> Value:
-        value = checkpoint.tensor(name)
-        if name not in chosen:
-            return value
-        kept = spec.tensors[name].kept
-        assert kept is not None
-        return Value(value.data, mask_of(name, value, kept))
-
-    return Derived(checkpoint, spec, prune)
-
-
-def _calibrated(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    chosen: frozenset[str],
-    settings: PruneUnstructuredSettings,
-    context: Context,
-) -> Checkpoint:
-    """Block by block; the changed tensors come from the work folder."""
-    from compress.blockwise.reconstruct import Reconstruction
-    from compress.checkpoint.values import Derived
-    from compress.passes.prune_unstructured.block import PruneOptions, prune_block
-
-    assert settings.method != "magnitude"
-    reconstruction = (
-        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
-        if settings.reconstruction_epochs
-        else None
-    )
-    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
-    if settings.allocation != "uniform":
-        assert settings.sparsity is not None
-        if settings.allocation == "owl":
-            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
-        else:
-            sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
-    options = PruneOptions(
-        method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
-    )
-    runner = open_runner(
-        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
-    )
-    result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
-    context.details["blocks"] = result.details
-    read = result.reader()
-    if not spec.exact:
-        spec = _with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
-    return Derived(checkpoint, spec, read)
-
-
-def _mask(value: Value) -> torch.Tensor:
-    assert value.mask is not None
-    return value.mask
-
-
-def _with_counts(spec: Spec, before: Spec, counts: Mapping[str, int]) -> Spec:
-    """The spec with the numbers of weights that were really kept."""
-    spec = spec.map(lambda t: replace(t, kept=counts[t.name]) if t.name in counts else t)
-    return replace(spec, exact=before.exact)
+        return prune_blocks(checkpoint, spec, chosen, settings, context)

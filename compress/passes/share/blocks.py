@@ -1,4 +1,4 @@
-"""The blocks of a group come to share: Hessians, the arrangement, the solved tensors, and the checkpoint that reads them."""
+"""Let the blocks of a group share tensors: collect Hessians, choose the groups, solve, and read the solved tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELD_OUT = 16
 
 
 def share_blocks(checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
-    """Statistics are gathered, the arrangement is chosen and shared tensors are solved for."""
+    """Collect Hessians, choose the groups and solve the shared tensors."""
     from compress.blockwise.saved_hessians import SavedHessians
     from compress.passes.share.solve import ShareOptions, Solver
 
@@ -58,9 +58,9 @@ def share_blocks(checkpoint: Checkpoint, settings: ShareSettings, context: Conte
         )
     options = ShareOptions(parts, settings.init, settings.align, settings.rank, fisher)
     solver = Solver(checkpoint, read, options)
-    found = context.workspace.cached("groups", lambda: _chosen(checkpoint, settings, solver, candidates, context))
-    groups = found["groups"]
-    context.details["sharing"] = found
+    choice = context.workspace.cached("groups", lambda: _chosen(checkpoint, settings, solver, candidates, context))
+    groups = choice["groups"]
+    context.details["sharing"] = choice
     if not context.processes.rank:
         context.details["sharing"] |= {"tensors": solver.solve(groups, _solved(context, groups))}
     runner.processes.barrier()
@@ -77,7 +77,7 @@ def _chosen(
     candidates: dict[str, BlockGroups],
     context: Context,
 ) -> dict[str, Any] | None:
-    """The groups, and what each arrangement that was tried gives; in the first process."""
+    """The groups, and a row for each arrangement that was tried; None in other processes than the first."""
     from compress.sensitivity.depth import divergence
 
     if context.processes.rank:
@@ -103,7 +103,7 @@ def _chosen(
 
 
 def _solved(context: Context, groups: BlockGroups) -> Workspace:
-    """The workspace of the tensors that groups of blocks share; the first process alone solves for them."""
+    """Workspace of the tensors that groups of blocks share. Only the first process solves for them."""
     return context.workspace.alone().folder("solved-" + "-".join("_".join(map(str, group)) for group in groups))
 
 

@@ -58,7 +58,7 @@ class CodebookSolver:
 
 
 def codebook_block(block: Block, options: CodebookOptions) -> dict[str, TensorExtras]:
-    """Cluster the linears of a block in place; codes by tensor name, as the checkpoint shapes them.
+    """Cluster the linears of a block in place; return codes by tensor name, shaped as in the checkpoint.
 
     In a run with targets each matrix is fitted to the original's outputs on the original's inputs, as in `cast_block`.
     ``block.details`` gets a row for each matrix: format, relative output error, seconds.
@@ -83,7 +83,7 @@ def _solve(
     keep: torch.Tensor | None,
     shared: dict[str, Any],
 ) -> tuple[Codes, dict[str, Any]]:
-    """Codes [O, I] and their codebook, and what is worth saying. ``shared``: of sites with the same inputs."""
+    """Codes [O, I], codebook and row for the report. ``shared`` holds results for linears with the same inputs."""
     weight = linear.weight.float().contiguous()
     if statistics.tokens == 0:
         note = "no token reached it: clustered by its weights alone"

@@ -1,4 +1,4 @@
-"""Storing matrices as numbers of the values of a codebook, each matrix with one of its own: what `share` does with them."""
+"""Codebooks: store a matrix as indices into a small table of values, one table for each matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
-from compress.passes.cast.cast import FINE, check_finite
+from compress.passes.cast.plan import FINE
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
-    """The spec with codebooks of 2**bits values for these tensors; exact. Keep-masks stay.
+    """Spec with codebooks of 2**bits values for these tensors; exact. Keep-masks stay.
 
     Args:
-        names: of stored float tensors with two axes or more. bits: 2 to 8.
+        names: stored float tensors with two axes or more.
+        bits: 2 to 8.
 
     Raises:
-        PassError: naming a tensor that is none, or that is made of codes already.
+        PassError: a tensor is not such a matrix, or has codes already.
     """
     chosen = frozenset(names)
     for name in sorted(chosen):
@@ -40,11 +41,11 @@ def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
 def cluster(
     checkpoint: Checkpoint, spec: Spec, names: Collection[str], context: Context, calibrated: bool
 ) -> Checkpoint:
-    """The checkpoint with these tensors clustered, lazily; ``spec`` is what `clustered` gives for them.
+    """The checkpoint with these tensors clustered, lazily; ``spec`` is the result of `clustered`.
 
     Args:
-        calibrated: the matrices of blocks are clustered in a sweep over the calibration data, here, by how much their inputs
-            matter, and GPTQ makes up for each rounding. It works in a folder of its own. All else goes by its weights alone.
+        calibrated: cluster the matrices of blocks with a block runner, here, weighted by their inputs; GPTQ compensates for
+            each rounding. All other tensors are clustered by their weights alone.
     """
     from compress.checkpoint.values import Derived
 
@@ -61,7 +62,7 @@ def cluster(
 
 
 def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
-    """A function that reads the tensors as the sweep left them."""
+    """Cluster the matrices of blocks; return a function that reads a tensor of the result."""
     from compress.checkpoint.values import torch_dtype
     from compress.passes.share.codebook_block import CodebookOptions, codebook_block
 
@@ -78,6 +79,7 @@ def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Contex
 
 def _by_weights(value: Value, tensor: Tensor) -> Value:
     from compress.checkpoint.values import Value, torch_dtype
+    from compress.passes.cast.convert import check_finite
     from compress.solvers.codebook import rounded
     from compress.solvers.quant_format import dequantize
 

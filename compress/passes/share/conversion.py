@@ -1,4 +1,4 @@
-"""Checkpoints whose blocks share all tensors, as a stock model of the family that computes so (`architectures.conversions`)."""
+"""Convert a checkpoint whose blocks share all tensors to a stock family (`architectures.conversions`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def convert(checkpoint: Checkpoint, conversion: SharedBlocks, groups: int) -> Checkpoint:
-    """The stock model of the other family, of a checkpoint whose blocks share their tensors in so many runs."""
+    """The checkpoint as a stock model of the other family, with ``groups`` groups of blocks."""
     import torch
 
     from compress.checkpoint.values import Derived, Value, torch_dtype
@@ -37,7 +37,7 @@ def convert(checkpoint: Checkpoint, conversion: SharedBlocks, groups: int) -> Ch
 
 
 def _tokenizer(checkpoint: Checkpoint, tokenizer_class: str) -> dict[str, bytes]:
-    """The tokenizer's config with its class, which the model type no longer tells."""
+    """Tokenizer config with its class, since the new model type does not imply it."""
     folder = checkpoint.folder
     if folder is None or not any(safe_file(folder, name).exists() for name in ("tokenizer.json", "vocab.txt")):
         return {}

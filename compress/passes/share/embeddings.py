@@ -1,4 +1,4 @@
-"""Tables of vectors that tokens are looked up and predicted by, as specs show them: one for both, or thin ones."""
+"""Plans of embeddings: one table for input and output, or thin tables with projections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def tied(spec: Spec) -> Spec:
-    """The spec with one table for looking tokens up and for predicting them. Raises `PassError`."""
+    """Spec with input and output embeddings tied. Raises `PassError`."""
     mapped = model_map(spec)
     embedding, head = mapped.embedding, mapped.head_weight
     if embedding is None or head is None:
@@ -36,7 +36,7 @@ def tied(spec: Spec) -> Spec:
 
 
 def thinned(spec: Spec, rank: int) -> Spec:
-    """The spec with thin tables of that rank, and projections. Raises `PassError`."""
+    """Spec with thin tables of that rank, and projections. Raises `PassError`."""
     mapped = model_map(spec)
     record, embedding = mapped.record, mapped.embedding
     if embedding is None:
@@ -79,13 +79,13 @@ def thinned(spec: Spec, rank: int) -> Spec:
 
 
 def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
-    """The checkpoint with thin tables, fitted where calibration data read and predict."""
+    """The checkpoint with thin tables, fitted to calibration data."""
     from compress.checkpoint.values import Derived, Value, torch_dtype
     from compress.passes.share import fit_embeddings
 
     spec = checkpoint.spec
     after, record = thinned(spec, rank), model_map(spec).record
-    found = fit_embeddings.thin(
+    factors = fit_embeddings.thin(
         checkpoint,
         after,
         context.data("calibration"),
@@ -96,14 +96,14 @@ def thin(checkpoint: Checkpoint, rank: int, context: Context) -> Checkpoint:
     )
     embedding = str(model_map(spec).embedding)
     sides = {embedding: "in", record.head_tie: "out"}
-    new = {embedding: found["table"]} | ({record.head_tie: found["head"]} if "head" in found else {})
+    new = {embedding: factors["table"]} | ({record.head_tie: factors["head"]} if "head" in factors else {})
     if len(after.structure.edits) > len(spec.structure.edits):
         beside = {f"{name.removesuffix('.weight')}.projection.weight": side for name, side in sides.items()}
     else:
         assert record.projections is not None
         modules = record.projections[:2]
         beside = {f"{record.prefix}.{m}.weight": side for m, side in zip(modules, ("in", "out"), strict=True)}
-    new |= {n: found[side].T if side == "in" else found[side] for n, side in beside.items() if side in found}
+    new |= {n: factors[side].T if side == "in" else factors[side] for n, side in beside.items() if side in factors}
 
     def value(name: str) -> Value:
         if name not in new:

@@ -1,4 +1,4 @@
-"""Tables of vectors that tokens are looked up and predicted by: one for both, or thin ones with projections."""
+"""Fit embeddings to calibration data: one table for input and output, or thin tables with projections."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ _TOKENS = 2048
 
 @dataclass(frozen=True)
 class Tables:
-    """What calibration data say of a model's tables: E [V, h] that tokens are looked up by, how often each is [V]; W [V, h]
-    that they are predicted by, and H = Σ x xᵀ of what those predictions are made of, both None without a head. Float64.
+    """Embeddings of a model, with statistics of calibration data; float64.
+
+    Input embeddings E [V, h] and the frequency [V] of each token; the head's W [V, h] and the Hessian H = Σ x xᵀ [h, h] of its
+    inputs, both None without a head.
     """
 
     E: torch.Tensor
@@ -33,7 +35,7 @@ class Tables:
 
 
 def read_tables(checkpoint: Checkpoint, batches: Batches, *, device: str, dtype: str, progress: Progress) -> Tables:
-    """The tables of a model, and what the batches say of them. The whole model is in memory."""
+    """Embeddings of a model and their statistics on the batches. The whole model is in memory."""
     model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     loop = SampleLoop(batches, device, tokens=_TOKENS)
@@ -59,11 +61,10 @@ def read_tables(checkpoint: Checkpoint, batches: Batches, *, device: str, dtype:
 def tie(
     checkpoint: Checkpoint, after: Spec, batches: Batches, *, device: str, dtype: str, progress: Progress
 ) -> Checkpoint:
-    """The checkpoint with input and output embeddings tied, as ``after`` says.
+    """The checkpoint with input and output embeddings tied, as in ``after``.
 
-    Each token's vector t is the one of least ‖(t - w) X‖² / Σ ‖w X‖² + f ‖t - e‖² / Σ f ‖e‖², with e and w the vectors it was
-    looked up and predicted by, X the hidden states that predictions are made of, and f how often the token is read.
-    The whole model is in memory.
+    Each token's vector t minimises ‖(t - w) X‖² / Σ ‖w X‖² + f ‖t - e‖² / Σ f ‖e‖², with e and w its input and output
+    embeddings, X the inputs of the head, and f the token's frequency. The whole model is in memory.
     """
     read = read_tables(checkpoint, batches, device=device, dtype=dtype, progress=progress)
     E, W, H, counts = read.E, read.W, read.H, read.counts
@@ -75,12 +76,12 @@ def tie(
     values, vectors = torch.linalg.eigh(H)
     values = values.clamp_min(values.max() * 1e-6)
     turned = ((W @ vectors) * values + (E @ vectors) * pull[:, None]) / (values + pull[:, None])
-    found = (turned @ vectors.T).cpu()
+    table = (turned @ vectors.T).cpu()
     name = after.tensors[model_map(after).record.head_tie].alias_of
 
     def value(tensor: str) -> Value:
         if tensor == name:
-            return Value(found.to(torch_dtype(after.tensors[tensor].dtype)))
+            return Value(table.to(torch_dtype(after.tensors[tensor].dtype)))
         return checkpoint.tensor(tensor)
 
     return Derived(checkpoint, after, value)
@@ -89,21 +90,21 @@ def tie(
 def thin(
     checkpoint: Checkpoint, after: Spec, batches: Batches, rank: int, *, device: str, dtype: str, progress: Progress
 ) -> dict[str, torch.Tensor]:
-    """The table of embeddings, and that of the head, as thin tables [V, r] with projections; see `solvers.embeddings`.
+    """Thin tables [V, r] of embeddings and head, with projections; see `solvers.embeddings`.
 
     Args:
-        after: the spec with them, where the head's table is tied or not.
+        after: the planned spec; the head's table may be tied.
 
     Returns:
-        On CPU, float64: ``table``, ``in`` [r, h]; where there is a head ``out`` [r, h], and ``head`` [V, r] if it is not tied.
+        On CPU, float64: ``table``, ``in`` [r, h]; with a head ``out`` [r, h], and ``head`` [V, r] if it is not tied.
     """
     read = read_tables(checkpoint, batches, device=device, dtype=dtype, progress=progress)
     frequency = (read.counts + 1) / (read.counts + 1).sum()
-    found = {}
+    factors = {}
     if read.W is not None and read.H is not None and model_map(after).tied:
-        found["table"], found["in"], found["out"] = thin_tied(read.E, frequency, read.H, rank)
+        factors["table"], factors["in"], factors["out"] = thin_tied(read.E, frequency, read.H, rank)
     else:
-        found["table"], found["in"] = thin_input(read.E, frequency, rank)
+        factors["table"], factors["in"] = thin_input(read.E, frequency, rank)
         if read.W is not None and read.H is not None:
-            found["head"], found["out"] = thin_output(read.W, read.H, rank)
-    return {name: tensor.cpu() for name, tensor in found.items()}
+            factors["head"], factors["out"] = thin_output(read.W, read.H, rank)
+    return {name: tensor.cpu() for name, tensor in factors.items()}

@@ -1,4 +1,4 @@
-"""Which blocks share which tensors, from headers alone: the candidates, their checks, and the planned spec."""
+"""Plan of sharing: candidate groups of blocks, their checks, and the planned spec. No torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from compress.spec.spec import Spec
 
 
 def is_open(settings: ShareSettings, candidates: Mapping[str, BlockGroups]) -> bool:
-    """Whether calibration data say which blocks share."""
+    """Whether calibration data decide which blocks share."""
     return len(candidates) > 1 or (isinstance(settings.groups, int) and settings.arrangement == "nearest")
 
 
 def conversion_of(spec: Spec, settings: ShareSettings, groups: BlockGroups) -> SharedBlocks | None:
-    """The stock family that shares its blocks so, such as ALBERT; None where there is none."""
+    """Conversion to the stock family that shares its blocks in this way, such as ALBERT; None without one."""
     conversion = shared_blocks(spec) if settings.parts == "all" and not settings.rank else None
     return conversion if conversion is not None and conversion.expresses(spec, groups) else None
 
 
 def shared_spec(spec: Spec, settings: ShareSettings, parts: Sequence[str], groups: BlockGroups) -> Spec:
-    """Spec in which the blocks of each group share ``parts``, converted to a stock family where one expresses that."""
+    """Spec in which the blocks of each group share ``parts``, converted to a stock family if one expresses that."""
     result = shared(spec, groups, parts, settings.rank)
     if (conversion := conversion_of(spec, settings, groups)) is not None:
         return conversion.converted(result, len(groups))[0]
@@ -36,7 +36,7 @@ def shared_spec(spec: Spec, settings: ShareSettings, parts: Sequence[str], group
 
 
 def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
-    """Tensors of a block that come to be shared, without the block's path. Raises `PassError`."""
+    """Tensors of a block to share, without the block's path. Raises `PassError`."""
     mapped = model_map(spec)
     mapped.require_nameable()
     mapped.require_blockwise("distill it to fewer blocks")
@@ -61,7 +61,7 @@ def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
         settings,
         mapped.modules,
     )
-    found = []
+    parts = []
     for part in inside:
         module = part.rpartition(".")[0]
         picked = [block.path + module in chosen for block in mapped.blocks]
@@ -72,16 +72,16 @@ def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
                 fix="name the modules of all blocks (`*.mlp.*`); `groups: [[1, 2], …]` leaves blocks alone",
             )
         if all(picked):
-            found.append(part)
-    if not found:
+            parts.append(part)
+    if not parts:
         raise PassError(
             "nothing is left to share", key="only" if settings.only else "skip" if settings.skip else "parts"
         )
-    return sorted(found)
+    return sorted(parts)
 
 
 def candidate_groups(spec: Spec, settings: ShareSettings, parts: Sequence[str]) -> dict[str, BlockGroups]:
-    """Groups by arrangement, `nearest` apart; those that `best` must leave out are left out. Raises `PassError`."""
+    """Groups by arrangement, without `nearest` and what `best` must leave out. Raises `PassError`."""
     depth = model_map(spec).depth
     if isinstance(settings.groups, list):
         groups = [list(group) for group in settings.groups]
@@ -99,16 +99,16 @@ def candidate_groups(spec: Spec, settings: ShareSettings, parts: Sequence[str]) 
             fix=f"set groups to {possible}" if possible else None,
         )
     size = depth // count
-    found: dict[str, BlockGroups] = {
+    candidates: dict[str, BlockGroups] = {
         "sequence": [list(range(i * size, (i + 1) * size)) for i in range(count)],
         "cycle": [list(range(i, depth, count)) for i in range(count)],
     }
-    if settings.arrangement in found:
-        found = {settings.arrangement: found[settings.arrangement]}
-    elif conversion_of(spec, settings, found["sequence"]):  # loads everywhere, as others would not
-        found = {"sequence": found["sequence"]}
+    if settings.arrangement in candidates:
+        candidates = {settings.arrangement: candidates[settings.arrangement]}
+    elif conversion_of(spec, settings, candidates["sequence"]):  # loads everywhere, as others would not
+        candidates = {"sequence": candidates["sequence"]}
     good, problem = {}, None
-    for name, groups in found.items():
+    for name, groups in candidates.items():
         try:
             check_groups(spec, settings, groups, parts)
             good[name] = groups
@@ -120,7 +120,7 @@ def candidate_groups(spec: Spec, settings: ShareSettings, parts: Sequence[str]) 
 
 
 def check_groups(spec: Spec, settings: ShareSettings, groups: BlockGroups, parts: Sequence[str]) -> None:
-    """The blocks of each group are alike, dense, and share more than residuals add. Raises `PassError`."""
+    """Raise `PassError` unless the blocks of each group are alike, dense, and share more than residuals add."""
     paths = model_map(spec).paths
     for first, *others in groups:
         for block in others:
@@ -149,7 +149,7 @@ def check_groups(spec: Spec, settings: ShareSettings, groups: BlockGroups, parts
 
 
 def unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | None:
-    """How two blocks differ that could not share; None where they can."""
+    """Difference between two blocks that prevents sharing; None if they can share."""
     mapped = model_map(spec)
     for key, values in mapped.per_layer.items():
         if values[first] != values[other]:
@@ -162,7 +162,7 @@ def unlike(spec: Spec, first: int, other: int, parts: Sequence[str]) -> str | No
 
 
 def check_packages(settings: ShareSettings) -> None:
-    """Raises `PassError` where `align` needs a package that is not installed."""
+    """Raise `PassError` if `align` needs a package that is not installed."""
     if settings.groups is not None and settings.align and find_spec("scipy") is None:
         raise PassError(
             "putting units into one order needs the package scipy",

@@ -1,4 +1,4 @@
-"""Parameter sharing: blocks that use the same tensors, each with a residual of low rank where asked."""
+"""Parameter sharing: several blocks use the same tensors, each with an optional low-rank residual."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ class Share(Pass[ShareSettings]):
     )
 
     def output_storage(self, settings: ShareSettings) -> frozenset[Storage]:
-        """Integers (numbers of values) with codebooks; shared tensors with groups; factors of embeddings."""
-        found: set[Storage] = {"float"}
+        """Floats; integers with codebooks, shared tensors with groups, factors with thin embeddings."""
+        storage: set[Storage] = {"float"}
         if settings.codebook_bits is not None:
-            found.add("integer")
+            storage.add("integer")
         if settings.groups is not None:
-            found.add("shared")
+            storage.add("shared")
         if settings.embeddings == "factorize":
-            found.add("factored")
-        return frozenset(found)
+            storage.add("factored")
+        return frozenset(storage)
 
     def plan(self, spec: Spec, settings: ShareSettings) -> Spec:
-        """Exact but for names, where it is still open which blocks share."""
+        """Exact, except for names if calibration data decide which blocks share."""
         result = spec
         if settings.groups is not None:
             parts = shared_parts(spec, settings)
@@ -78,37 +78,37 @@ class Share(Pass[ShareSettings]):
         return result
 
     def _clustered(self, spec: Spec, settings: ShareSettings) -> list[str]:
-        """Matrices that get codebooks: those of blocks, or the ones chosen."""
+        """Matrices that get codebooks: by default those of blocks."""
         names = [f"{m}.weight" for m in select_linears(spec, settings) if f"{m}.weight" in spec.tensors]
-        found = sorted(n for n in names if spec.tensors[n].alias_of is None and len(spec.tensors[n].shape) >= 2)
-        if not found:
+        matrices = sorted(n for n in names if spec.tensors[n].alias_of is None and len(spec.tensors[n].shape) >= 2)
+        if not matrices:
             raise PassError("no weight matrix is left to cluster", key="only" if settings.only else "skip")
-        return found
+        return matrices
 
     def memory(self, spec: Spec, settings: ShareSettings, width: int) -> int | None:
-        """Of a sweep, and of the solver: a group's matrices and statistics; two whole models to choose the arrangement."""
-        found = 0
+        """Bytes of the block runner and the solver; of two whole models, to choose the arrangement."""
+        peak = 0
         if settings.groups is not None:
             parts = shared_parts(spec, settings)
             names = [path + part for path in model_map(spec).paths.values() for part in parts]
             names = [name for name in names if len(spec.tensors[name].shape) == 2]
-            found = runner_memory(spec, names, width, SHARED_MATRIX)
+            peak = runner_memory(spec, names, width, SHARED_MATRIX)
             if is_open(settings, candidate_groups(spec, settings, parts)) or settings.init == "fisher":
-                found = max(found, 2 * width * spec.parameters + 4 * spec.parameters)
+                peak = max(peak, 2 * width * spec.parameters + 4 * spec.parameters)
         if settings.embeddings is not None:
-            found = max(found, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
+            peak = max(peak, width * spec.parameters + 16 * max(t.count for t in spec.stored()))
         if settings.codebook_bits is not None:
             planned = self.plan(spec, settings)
             names = [t.name for t in planned.stored() if t.quant_format is not None]
-            found = max(found, runner_memory(planned, names, width, CODEBOOK))
-        return found
+            peak = max(peak, runner_memory(planned, names, width, CODEBOOK))
+        return peak
 
     def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
-        """A package that is not installed."""
+        """Refuse settings whose package is not installed."""
         check_packages(settings)
 
     def apply(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> Checkpoint:
-        """What calibration data tell is found here, into the work folder, and the result reads it."""
+        """Solve on calibration data here; the result reads the solved tensors from the workspace."""
         result = checkpoint
         if settings.groups is not None:
             from compress.passes.share.blocks import share_blocks

@@ -1,7 +1,6 @@
-"""Blocks that come to share tensors: what each reads ▶ units in one order ▶ one matrix for all ▶ what that lost, of low rank.
+"""Solve the tensors of blocks that share: Hessians ▶ aligned units ▶ one matrix for all ▶ low-rank residuals.
 
-Nothing of this changes a block's computation before its matrices become those of others, so all statistics are taken in one
-sweep over the model as it is.
+Sharing changes no activation until it is applied, so one calibration run collects all Hessians.
 """
 
 from __future__ import annotations
@@ -32,10 +31,11 @@ class ShareOptions:
     """How blocks share.
 
     Attributes:
-        parts: tensors of a block that come to be shared, without the block's path; other float tensors stay each block's own.
-        init: where shared matrices start from. align: put units into the order of the group's first block before.
-        rank: of each block's residual; 0 for none.
-        fisher: reads the Fisher information of a tensor, for ``init: fisher``.
+        parts: tensors of a block to share, without the block's path; other float tensors stay each block's own.
+        init: start of the shared matrices.
+        align: first put units into the order of the group's first block.
+        rank: rank of each block's residual; 0 for none.
+        fisher: function from a tensor's name to its Fisher information, for ``init: fisher``.
     """
 
     parts: Sequence[str]
@@ -46,7 +46,7 @@ class ShareOptions:
 
 
 class Solver:
-    """Finds the tensors of groups of blocks."""
+    """Solves the tensors of groups of blocks."""
 
     def __init__(self, checkpoint: Checkpoint, read: SavedHessians, options: ShareOptions) -> None:
         self.checkpoint, self.read, self.options = checkpoint, read, options
@@ -64,7 +64,7 @@ class Solver:
     # ---- units in one order ----
 
     def orders(self, first: int, other: int) -> list[list[int]]:
-        """For each kind of unit the order that makes those of ``other`` most like those of ``first``."""
+        """Order of each kind of unit that makes the units of ``other`` most similar to those of ``first``."""
         if first == other or not self.options.align:
             return [list(range(units.count)) for units in self.units[other]]
         if (first, other) not in self._orders:
@@ -73,7 +73,7 @@ class Solver:
         return self._orders[first, other]
 
     def _likeness(self, first: PrunableGroup, other: PrunableGroup) -> torch.Tensor:
-        """Σ over tensors of the products of the entries of units [U, U], each tensor scaled to have norm 1."""
+        """Similarity of units [U, U]: Σ over tensors of the products of their entries, each tensor scaled to norm 1."""
         total = torch.zeros(first.count, first.count, dtype=torch.float64, device=self.read.device)
         for a, b in zip(first.members, other.members, strict=True):
             rows = []
@@ -87,31 +87,31 @@ class Solver:
         return total
 
     def _order_of(self, name: str, side: str, block: int, orders: Sequence[Sequence[int]]) -> torch.Tensor | None:
-        """Entries of a tensor's outputs or inputs in the new order; None where nothing moves."""
+        """Indices of a tensor's outputs or inputs in the new order; None if they stay."""
         module = name.rpartition(".")[0]
-        found: torch.Tensor | None = None
+        entries: torch.Tensor | None = None
         for units, order in zip(self.units[block], orders, strict=True):
             for member in units.members:
                 if member.module == module and member.side == side and list(order) != list(range(units.count)):
-                    if found is None:
+                    if entries is None:
                         shape = self.checkpoint.spec.tensors[name].shape
                         axis = 0 if len(shape) == 1 else (1 if side == "in" else 0) ^ self.transposed
-                        found = torch.arange(shape[axis])
+                        entries = torch.arange(shape[axis])
                     span = member.span(units.count)
-                    found[span.start : span.stop] = torch.tensor(member.entries(units.count, order))
-        return found
+                    entries[span.start : span.stop] = torch.tensor(member.entries(units.count, order))
+        return entries
 
     def _matrix(self, name: str) -> torch.Tensor:
-        """A weight as [O, I], float32."""
+        """A weight [O, I], float32."""
         data = self.checkpoint.tensor(name).data.to(self.read.device, torch.float32)
         return data.T if self.transposed else data
 
     def aligned(self, name: str, block: int, first: int) -> torch.Tensor:
-        """A tensor of ``block`` with its units in the order of those of ``first``: a weight [O, I], a vector [O]; float32."""
+        """A tensor of ``block`` with its units in the order of ``first``: a weight [O, I], or a vector [O]; float32."""
         return self._ordered(name, self.checkpoint.tensor(name).data, block, first)
 
     def _ordered(self, name: str, data: torch.Tensor, block: int, first: int) -> torch.Tensor:
-        """Values shaped as the checkpoint shapes that tensor, with units in the order of those of ``first``."""
+        """Values, shaped as in the checkpoint, with units in the order of ``first``."""
         orders = self.orders(first, block)
         data = data.to(self.read.device, torch.float32)
         if data.ndim == 2 and self.transposed:
@@ -123,15 +123,15 @@ class Solver:
         return data
 
     def _hessian(self, name: str, block: int, first: int) -> torch.Tensor:
-        found = self.read.hessian(name)
+        hessian = self.read.hessian(name)
         if (columns := self._order_of(name, "in", block, self.orders(first, block))) is not None:
-            found = found[columns.to(found.device)][:, columns.to(found.device)]
-        return found
+            hessian = hessian[columns.to(hessian.device)][:, columns.to(hessian.device)]
+        return hessian
 
     # ---- which blocks ----
 
     def costs(self, unlike: Callable[[int, int], Any]) -> list[list[float]]:
-        """What the outputs of any two blocks lose if they share, relative to what they are; infinite for unlike ones."""
+        """Relative output error of any two blocks if they share; infinite for blocks that cannot."""
         count = len(self.paths)
         result = [[0.0] * count for _ in range(count)]
         matrices = [p for p in self.options.parts if f"{self.paths[0]}{p}" in self.read.files]
@@ -148,10 +148,11 @@ class Solver:
         return result
 
     def nearest(self, starts: Sequence[Sequence[Sequence[int]]], unlike: Callable[[int, int], Any]) -> list[list[int]]:
-        """Groups of blocks of equal size that lose least, by `costs`.
+        """Groups of equal size with the least total of `costs`.
 
         Args:
-            starts: groupings to begin from. unlike: gives None for two blocks that can share.
+            starts: groupings to begin from.
+            unlike: returns None for two blocks that can share.
         """
         numbers = []
         for groups in starts:
@@ -161,26 +162,26 @@ class Solver:
                     of[block] = number
             numbers.append(of)
         chosen = partition(self.costs(unlike), numbers)
-        found: dict[int, list[int]] = {}
+        by_number: dict[int, list[int]] = {}
         for block, number in enumerate(chosen):
-            found.setdefault(number, []).append(block)
-        return sorted(found.values())
+            by_number.setdefault(number, []).append(block)
+        return sorted(by_number.values())
 
     # ---- what they share ----
 
     def solve(self, groups: Sequence[Sequence[int]], workspace: Workspace) -> list[dict[str, Any]]:
-        """Solve for all tensors that change, into a file of the workspace each; finished ones stay. A row for each matrix.
+        """Solve all tensors that change, and save each in the workspace; saved ones stay. Returns a row for each matrix.
 
-        Values are as the checkpoint shapes them; those that blocks share are under the names of their group's first block.
-        Residuals end in ``.residual_up.weight`` [O, r] and ``.residual_down.weight`` [r, I].
+        Values are shaped as in the checkpoint. Shared ones have the name of their group's first block. Residuals end in
+        ``.residual_up.weight`` [O, r] and ``.residual_down.weight`` [r, I].
         """
         rows: list[dict[str, Any]] = []
 
         def solve_part(part: str, blocks: Sequence[int]) -> list[dict[str, Any]]:
-            values, found = self._share(part, list(blocks))
+            values, part_rows = self._share(part, list(blocks))
             for name, value in values.items():
                 workspace.save_tensors(name, {"values": value})
-            return found
+            return part_rows
 
         for blocks in groups:
             for part in self.options.parts:
@@ -189,7 +190,7 @@ class Solver:
         return rows
 
     def read_solved(self, groups: Sequence[Sequence[int]], workspace: Workspace) -> Callable[[str], torch.Tensor]:
-        """A function from a tensor's name to its new values, after `solve`; of the others of a block in their new order."""
+        """Function from a tensor's name to its values after `solve`; other tensors of a block are aligned."""
         firsts = {block: blocks[0] for blocks in groups for block in blocks}
 
         def read(name: str) -> torch.Tensor:
@@ -245,8 +246,8 @@ class Solver:
             return torch.stack(weights).mean(0)
         if self.options.init == "fisher":
             assert self.options.fisher is not None
-            found = [self.options.fisher(name) for name in names]
-            importance = [self._ordered(n, F, b, blocks[0]) for n, F, b in zip(names, found, blocks, strict=True)]
+            information = [self.options.fisher(name) for name in names]
+            importance = [self._ordered(n, F, b, blocks[0]) for n, F, b in zip(names, information, blocks, strict=True)]
             total = sum(importance, torch.zeros(())).clamp_min(1e-30)
             return sum((F * W for F, W in zip(importance, weights, strict=True)), torch.zeros(())) / total
         return shared_matrix(weights, hessians)[0]

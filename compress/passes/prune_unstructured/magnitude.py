@@ -1,0 +1,57 @@
+"""Pruning by the magnitude of weights, tensor by tensor. Imports torch."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.architectures.model_map import model_map
+from compress.checkpoint.values import Checkpoint, Derived, Value
+from compress.passes.base import Context
+from compress.passes.prune_unstructured.plan import with_counts
+from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
+from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
+from compress.spec.spec import Spec
+
+
+def prune_by_magnitude(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Mask lazily. ``scope: global``, and N:M over an earlier mask, read the chosen weights once before."""
+    linears = model_map(spec).linears
+
+    def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
+        if settings.pattern is None:
+            return keep_largest(value.data, kept, value.mask)
+        along = linears[name].input_axis
+        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
+
+    if not spec.exact:
+        counts: dict[str, int] = {}
+        with context.progress.task("scoring", (1 if settings.pattern else 2) * len(chosen)) as task:
+            if settings.pattern is not None:
+                for name in sorted(chosen):
+                    counts[name] = int(mask_of(name, checkpoint.tensor(name), 0).sum())
+                    task.advance(note=name)
+            elif settings.sparsity is not None:
+                total = sum(checkpoint.spec.tensors[name].count for name in chosen)
+                counts = global_counts(
+                    checkpoint.tensor,
+                    sorted(chosen),
+                    total - round(settings.sparsity * total),
+                    advance=lambda name: task.advance(note=name),
+                )
+        spec = with_counts(spec, checkpoint.spec, counts)
+
+    def prune(name: str) -> Value:
+        value = checkpoint.tensor(name)
+        if name not in chosen:
+            return value
+        kept = spec.tensors[name].kept
+        assert kept is not None
+        return Value(value.data, mask_of(name, value, kept))
+
+    return Derived(checkpoint, spec, prune)
