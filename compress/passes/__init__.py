@@ -28,7 +28,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("sparsify", "sparsity", "sparsegpt", "wanda", "alps", "magnitude"), ("prune_unstructured",)),
     **dict.fromkeys(("drop_layers", "shortgpt", "minitron"), ("prune_structured",)),
     **dict.fromkeys(("factorise", "svd", "low_rank", "lora", "decompose"), ("factorize",)),
-    **dict.fromkeys(("tie", "cluster", "albert"), ("share",)),
+    **dict.fromkeys(("tie", "cluster"), ("share",)),
     **dict.fromkeys(("distil", "distillation", "train", "finetune"), ("distill",)),
 }
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def drop_layers(
     checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
 ) -> tuple[Checkpoint, list[int]]:
-    """Remove blocks. Also returns, for each remaining block, the index of the original block that its output matches, plus 1."""
+    """Remove blocks. Also returns for each remaining block the number of original blocks that its output stands for."""
     depth = model_map(checkpoint.spec).depth
     if settings.layers is None:
         return checkpoint, list(range(1, depth + 1))

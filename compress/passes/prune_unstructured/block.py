@@ -17,19 +17,12 @@ from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, tr
 from compress.blockwise.results import TensorExtras
 from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
-from compress.checkpoint.values import Checkpoint, Derived, Value
-from compress.passes.base import Context
-from compress.passes.blockwise import open_runner
-from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
-from compress.passes.prune_unstructured.plan import with_counts
-from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.solvers.alps import alps, problem
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.magnitude import keep_largest, keep_n_of_m
 from compress.solvers.owl import outliers, owl_sparsities
 from compress.solvers.sparsegpt import sparsegpt
 from compress.solvers.wanda import keep_wanda
-from compress.spec.spec import Spec
 
 Method = Literal["wanda", "sparsegpt", "alps"]
 
@@ -129,46 +122,6 @@ class PruneSolver:
     def place(self, linear: TargetLinear, solution: Pruned) -> None:
         """Write the pruned weights into the block."""
         linear.weight.copy_(solution.weight)
-
-
-def prune_blocks(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    chosen: frozenset[str],
-    settings: PruneUnstructuredSettings,
-    context: Context,
-) -> Checkpoint:
-    """Prune block by block; the result reads its tensors from the workspace."""
-    assert settings.method != "magnitude"
-    reconstruction = (
-        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
-        if settings.reconstruction_epochs
-        else None
-    )
-    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
-    if settings.allocation != "uniform":
-        assert settings.sparsity is not None
-        if settings.allocation == "owl":
-            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
-        else:
-            sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
-    options = PruneOptions(
-        method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
-    )
-    runner = open_runner(
-        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
-    )
-    result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
-    context.details["blocks"] = result.details
-    read = result.reader()
-    if not spec.exact:
-        spec = with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
-    return Derived(checkpoint, spec, read)
-
-
-def _mask(value: Value) -> torch.Tensor:
-    assert value.mask is not None
-    return value.mask
 
 
 def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:

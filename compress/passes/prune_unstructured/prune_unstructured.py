@@ -90,6 +90,6 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             from compress.passes.prune_unstructured.magnitude import prune_by_magnitude
 
             return prune_by_magnitude(checkpoint, spec, chosen, settings, context)
-        from compress.passes.prune_unstructured.block import prune_blocks
+        from compress.passes.prune_unstructured.calibrated import prune_blocks
 
         return prune_blocks(checkpoint, spec, chosen, settings, context)

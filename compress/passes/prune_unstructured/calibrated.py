@@ -1,0 +1,55 @@
+"""Pruning block by block with calibration data. Imports torch."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.blockwise.reconstruct import Reconstruction
+from compress.checkpoint.values import Checkpoint, Derived, Value
+from compress.passes.base import Context
+from compress.passes.blockwise import open_runner
+from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
+from compress.passes.prune_unstructured.block import PruneOptions, prune_block
+from compress.passes.prune_unstructured.plan import with_counts
+from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
+from compress.spec.spec import Spec
+
+
+def prune_blocks(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    chosen: frozenset[str],
+    settings: PruneUnstructuredSettings,
+    context: Context,
+) -> Checkpoint:
+    """Prune block by block; the result reads its tensors from the workspace."""
+    assert settings.method != "magnitude"
+    reconstruction = (
+        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr)
+        if settings.reconstruction_epochs
+        else None
+    )
+    sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
+    if settings.allocation != "uniform":
+        assert settings.sparsity is not None
+        if settings.allocation == "owl":
+            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
+        else:
+            sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
+    options = PruneOptions(
+        method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
+    )
+    runner = open_runner(
+        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
+    )
+    result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
+    context.details["blocks"] = result.details
+    read = result.reader()
+    if not spec.exact:
+        spec = with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
+    return Derived(checkpoint, spec, read)
+
+
+def _mask(value: Value) -> torch.Tensor:
+    assert value.mask is not None
+    return value.mask
