@@ -91,16 +91,21 @@ def check_fields(config: Mapping[str, Any], where: str) -> None:
         if isinstance(value, int) and abs(value) >= _LARGEST:
             raise CheckpointError(f"`{_dotted(path)}` is a number with {len(str(abs(value)))} digits", where=where)
     _check(config, _FIELDS, "", where)
-    if (found := config.get("quantization_config")) is None:
+    if (quantization := config.get("quantization_config")) is None:
         return
-    _check(found, _QUANTIZATION, "quantization_config.", where)
-    for name, group in (found.get("config_groups") or {}).items():
-        _check(found["config_groups"], {name: ("an object", _is_object)}, "quantization_config.config_groups.", where)
+    _check(quantization, _QUANTIZATION, "quantization_config.", where)
+    for name, group in (quantization.get("config_groups") or {}).items():
+        _check(
+            quantization["config_groups"],
+            {name: ("an object", _is_object)},
+            "quantization_config.config_groups.",
+            where,
+        )
         if group is None:
             raise CheckpointError(f"`quantization_config.config_groups.{name}` is empty", where=where)
         for part, fields in ((group, _GROUP), *((group.get(key) or {}, _SCHEME) for key in _SCHEMES)):
             _check(part, fields, f"quantization_config.config_groups.{name}.", where)
-    _check(found.get("kv_cache_scheme") or {}, _SCHEME, "quantization_config.kv_cache_scheme.", where)
+    _check(quantization.get("kv_cache_scheme") or {}, _SCHEME, "quantization_config.kv_cache_scheme.", where)
 
 
 def _check(data: Mapping[str, Any], fields: _Fields, before: str, where: str) -> None:
@@ -145,8 +150,8 @@ def outgrown(spec: Spec) -> bool:
 
 def largest_number(data: Any, word: str) -> int:
     """Largest integer under a key that contains ``word``; 0 without any."""
-    found = [v for path, v in _leaves(data, (), "") if _whole(v) and any(word in part for part in path)]
-    return max(found, default=0)
+    numbers = [v for path, v in _leaves(data, (), "") if _whole(v) and any(word in part for part in path)]
+    return max(numbers, default=0)
 
 
 def _leaves(value: Any, path: tuple[str, ...], where: str) -> Iterator[tuple[tuple[str, ...], Any]]:

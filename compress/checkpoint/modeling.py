@@ -92,13 +92,13 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
     stock = edited_class(stock, config.edits)
     model, info = stock.from_pretrained(None, config=base, state_dict=state, output_loading_info=True, **kwargs)
     unexpected = [] if auto is transformers.AutoModel else info["unexpected_keys"]
-    for what, found in (
+    for problem, keys in (
         ("missing", info["missing_keys"]),
         ("of another shape", info["mismatched_keys"]),
         ("unknown", unexpected),
     ):
-        if found:
-            raise ValueError(f"{folder}: {len(found)} weights are {what}, such as {sorted(map(str, found))[0]}")
+        if keys:
+            raise ValueError(f"{folder}: {len(keys)} weights are {problem}, such as {sorted(map(str, keys))[0]}")
     if model.can_generate() and (pathlib.Path(folder) / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return (model, info) if output_loading_info else model

@@ -126,12 +126,12 @@ def _simple(pattern: str) -> Callable[[str], bool] | None:
             rest = rest[1:]
         else:
             return None
-    found = "".join(literal)
+    wanted = "".join(literal)
 
     def test(name: str) -> bool:
         if anywhere:
-            return name.endswith(found) if end else found in name
-        return name == found if end else name.startswith(found)
+            return name.endswith(wanted) if end else wanted in name
+        return name == wanted if end else name.startswith(wanted)
 
     return test
 
@@ -150,10 +150,10 @@ class _Parser:
 
     def program(self) -> list[tuple[str, Any, Any]]:
         """Instructions with absolute jumps."""
-        found = self._alternatives()
+        instructions = self._alternatives()
         if self.at < len(self.text):
             raise ValueError("a bracket is closed that was not opened")
-        return [*_placed(found, 0), ("match", None, None)]
+        return [*_placed(instructions, 0), ("match", None, None)]
 
     def _alternatives(self) -> list[tuple[str, Any, Any]]:
         self.depth += 1
@@ -163,21 +163,21 @@ class _Parser:
         while self._take("|"):
             branches.append(self._sequence())
         self.depth -= 1
-        found: list[tuple[str, Any, Any]] = []
+        instructions: list[tuple[str, Any, Any]] = []
         for branch in branches[:-1]:
-            found.append(("split", len(found) + 1, len(found) + len(branch) + 2))
-            found += [*_placed(branch, len(found)), ("out", None, None)]
-        found += _placed(branches[-1], len(found))
-        return [("jump", len(found), None) if kind == "out" else (kind, a, b) for kind, a, b in found]
+            instructions.append(("split", len(instructions) + 1, len(instructions) + len(branch) + 2))
+            instructions += [*_placed(branch, len(instructions)), ("out", None, None)]
+        instructions += _placed(branches[-1], len(instructions))
+        return [("jump", len(instructions), None) if kind == "out" else (kind, a, b) for kind, a, b in instructions]
 
     def _sequence(self) -> list[tuple[str, Any, Any]]:
-        found: list[tuple[str, Any, Any]] = []
+        instructions: list[tuple[str, Any, Any]] = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             part = self._repeated(self._atom())
-            found += _placed(part, len(found))
-            if len(found) > _LONGEST:
+            instructions += _placed(part, len(instructions))
+            if len(instructions) > _LONGEST:
                 raise ValueError("it is too long")
-        return found
+        return instructions
 
     def _repeated(self, part: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
         sign = self.text[self.at] if self.at < len(self.text) else ""
@@ -189,17 +189,17 @@ class _Parser:
             raise ValueError("a repeat is repeated")
         if len(part) * max(least, most or 0) > _LONGEST:
             raise ValueError("it is too long")
-        found: list[tuple[str, Any, Any]] = []
+        instructions: list[tuple[str, Any, Any]] = []
         for _ in range(least):
-            found += _placed(part, len(found))
+            instructions += _placed(part, len(instructions))
         if most is None:
-            start, end = len(found), len(found) + len(part) + 2
-            return [*found, ("split", start + 1, end), *_placed(part, start + 1), ("jump", start, None)]
-        end = len(found) + (most - least) * (len(part) + 1)
+            start, end = len(instructions), len(instructions) + len(part) + 2
+            return [*instructions, ("split", start + 1, end), *_placed(part, start + 1), ("jump", start, None)]
+        end = len(instructions) + (most - least) * (len(part) + 1)
         for _ in range(most - least):
-            found.append(("split", len(found) + 1, end))
-            found += _placed(part, len(found))
-        return found
+            instructions.append(("split", len(instructions) + 1, end))
+            instructions += _placed(part, len(instructions))
+        return instructions
 
     def _counts(self) -> tuple[int, int | None]:
         """Least and most repeats; None for no limit."""
@@ -249,12 +249,12 @@ class _Parser:
             if kind == "P<":
                 self.at = self.text.find(">", self.at) + 1 or len(self.text)
             ahead = {"=": True, "!": False}.get(kind)
-        found = self._alternatives()
+        instructions = self._alternatives()
         if not self._take(")"):
             raise ValueError("a bracket is not closed")
         if ahead is None:
-            return found
-        return [("ahead", len(found) + 2, ahead), *_placed(found, 1), ("match", None, None)]
+            return instructions
+        return [("ahead", len(instructions) + 2, ahead), *_placed(instructions, 1), ("match", None, None)]
 
     def _set(self) -> Callable[[str], bool]:
         tests: list[Callable[[str], bool]] = []
@@ -307,9 +307,9 @@ class _Parser:
         return lambda name, at: ((at > 0 and word(name[at - 1])) != (at < len(name) and word(name[at]))) == wanted
 
     def _take(self, sign: str) -> bool:
-        found = self.text.startswith(sign, self.at)
-        self.at += len(sign) * found
-        return found
+        taken = self.text.startswith(sign, self.at)
+        self.at += len(sign) * taken
+        return taken
 
 
 def _between(low: str, high: str, sign: str) -> bool:

@@ -29,11 +29,11 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def _stock_names() -> dict[str, dict[str, str]]:
     """Auto class ▶ model type ▶ class of transformers. Parsed from its source, because importing it would import torch."""
-    found = importlib.util.find_spec("transformers")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
         return {}
     try:
-        tree = ast.parse((Path(found.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8"))
+        tree = ast.parse((Path(package.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return {}
     tables: dict[str, dict[str, str]] = {}
@@ -66,7 +66,7 @@ def remote_class(structure: Structure, folder: Path) -> tuple[Any, Any]:
     where = f"{folder}/config.json"
     if not isinstance(auto_map, dict) or not all(isinstance(v, str) for v in auto_map.values()):
         raise CheckpointError("has an `auto_map` that does not map auto classes to names", where=where)
-    config = found = None
+    config = model_class = None
     if "AutoConfig" in auto_map:
         config_class = _fetch(auto_map["AutoConfig"], folder)
         try:
@@ -77,11 +77,11 @@ def remote_class(structure: Structure, folder: Path) -> tuple[Any, Any]:
         from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
         name = structure.auto_model[1]
-        found = _fetch(name, folder)
-        if not is_model_class(found):
+        model_class = _fetch(name, folder)
+        if not is_model_class(model_class):
             raise CheckpointError(f"names {name} (`auto_map`), which is not a model class", where=where)
-        found = add_generation_mixin_to_remote_model(found)  # type: ignore[no-untyped-call]
-    return found, config
+        model_class = add_generation_mixin_to_remote_model(model_class)  # type: ignore[no-untyped-call]
+    return model_class, config
 
 
 def _fetch(reference: str, folder: Path) -> Any:
@@ -106,8 +106,8 @@ def _fetch(reference: str, folder: Path) -> Any:
         ) from error
 
 
-def is_model_class(found: Any) -> bool:
+def is_model_class(candidate: Any) -> bool:
     """Whether an object is a model class, not an auto class, a tokenizer or a function."""
     import transformers
 
-    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return isinstance(candidate, type) and issubclass(candidate, transformers.PreTrainedModel)

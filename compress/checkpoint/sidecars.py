@@ -20,7 +20,7 @@ _FOLDERS_LEFT = frozenset({".git", ".cache", "__pycache__", "onnx", "openvino", 
 
 def find_sidecars(folder: Path) -> tuple[str, ...]:
     """Sorted relative paths of all files to copy. Raises `CheckpointError` for links that lead out of the folder."""
-    found = []
+    paths = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in _FOLDERS_LEFT)
         for file in files:
@@ -29,8 +29,8 @@ def find_sidecars(folder: Path) -> tuple[str, ...]:
                 continue
             safe_file(folder, str(relative))  # also for files that are not copied: some are read
             if str(relative) not in WRITTEN:
-                found.append(str(relative))
-    return tuple(sorted(found))
+                paths.append(str(relative))
+    return tuple(sorted(paths))
 
 
 def safe_file(folder: Path, name: str) -> Path:

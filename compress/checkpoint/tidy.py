@@ -62,8 +62,8 @@ def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> 
     names = {name for header in headers.values() for name in header.entries}
 
     def new(name: str) -> str:
-        found = record.new_name(name)
-        return name if found in names else found
+        today = record.new_name(name)
+        return name if today in names else today
 
     return {
         file: header

@@ -188,9 +188,9 @@ def _pwrite(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 def _digest(value: Value) -> str:
     """SHA-256 of the values in canonical form, or of their codes, and of the keep-mask if there is one."""
-    found = value.codes
+    codes = value.codes
     parts = (
-        [value.data] if found is None else [found.codes, found.scale, found.zero, found.overall, *found.given.values()]
+        [value.data] if codes is None else [codes.codes, codes.scale, codes.zero, codes.overall, *codes.given.values()]
     )
     digest = hashlib.sha256()
     for part in parts:

@@ -146,8 +146,8 @@ class Structure:
             return self.own_class
         auto, name = self.auto_model
         kind = suffix_of(auto)
-        found = self.own_class or str(name).rpartition(".")[2]
-        return found if not kind or found.endswith((*CAUSAL_LM.suffixes[1:], kind)) else f"{found}{kind}"
+        stock = self.own_class or str(name).rpartition(".")[2]
+        return stock if not kind or stock.endswith((*CAUSAL_LM.suffixes[1:], kind)) else f"{stock}{kind}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def parse(
     """
     groups = SchemeGroups(structure.config[KEY], where)
     mapped = model_map(Spec(structure))
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, entry in entries.items():
         if not key.endswith(".weight_scale"):
             continue
@@ -50,7 +50,7 @@ def parse(
         scheme = groups.scheme(mapped.in_memory(module))
         if scheme is None:
             raise CheckpointError(f"has scales for {module}, which no group of its {KEY} targets", where=where)
-        quant_format, chain = _grid(scheme, module, where)
+        quant_format, chain = _format(scheme, module, where)
         packed = entries.get(f"{name}_packed") or entries.get(name)
         if packed is None or len(packed.shape) != 2 or (len(entry.shape) != 2 and not quant_format.whole):
             raise CheckpointError(f"lacks the codes of {module}, or has them in an unexpected shape", where=where)
@@ -70,20 +70,20 @@ def parse(
             other = entries.get(part.key)
             if other is None or other.shape != part.shape or other.dtype != part.dtype:
                 raise CheckpointError(f"array {part.key} does not match the {KEY}", where=where)
-        found[name] = tensor
-    owned = {part.key for tensor in found.values() for part in parts(tensor)}
+        tensors[name] = tensor
+    owned = {part.key for tensor in tensors.values() for part in parts(tensor)}
     cached = CACHE_SCALES if cache_of(structure.config[KEY]) is not None else ()
     left = {
         key
         for key in entries.keys() - owned
-        if (key.endswith(_ZEROS) and f"{key.rpartition('.')[0]}.weight" in found)
+        if (key.endswith(_ZEROS) and f"{key.rpartition('.')[0]}.weight" in tensors)
         or (key.endswith(_CACHED) and not key.endswith(cached))
     }
     if stray := next((key for key in entries if key.endswith(_RUNNING) and key not in owned | left), None):
         raise CheckpointError(f"has {stray}, which no group of its {KEY} uses", where=where)
     ends = sorted({key.rpartition(".")[2] for key in left})
     note = f"{len(left)} arrays that stock transformers does not read are left out: {', '.join(ends)}"
-    return found, left, (note,) if left else ()
+    return tensors, left, (note,) if left else ()
 
 
 class SchemeGroups:
@@ -134,49 +134,50 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _said(scheme: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(scheme: Mapping[str, Any]) -> dict[str, Any]:
     """Scheme of weights or inputs with defaults filled in."""
-    found = {**_DEFAULTS, **{k: v for k, v in scheme.items() if k in _DEFAULTS and v is not None}}
+    filled = {**_DEFAULTS, **{k: v for k, v in scheme.items() if k in _DEFAULTS and v is not None}}
     for key in ("type", "strategy", "dynamic"):
-        found[key] = found[key].lower() if isinstance(found[key], str) else found[key]
-    group = found["group_size"]
-    if found["strategy"] is None:
-        found["strategy"] = "tensor" if group is None else "channel" if group == -1 else "group"
-    return found
+        filled[key] = filled[key].lower() if isinstance(filled[key], str) else filled[key]
+    group = filled["group_size"]
+    if filled["strategy"] is None:
+        filled["strategy"] = "tensor" if group is None else "channel" if group == -1 else "group"
+    return filled
 
 
-def _text(said: Mapping[str, Any]) -> str:
+def _text(scheme: Mapping[str, Any]) -> str:
     """Scheme in words, for an error."""
-    how = "locally dynamic " if said["dynamic"] == "local" else "dynamic " if said["dynamic"] else ""
-    return f"{how}{said['num_bits']}-bit {said['type']} by {said['strategy']}"
+    dynamics = "locally dynamic " if scheme["dynamic"] == "local" else "dynamic " if scheme["dynamic"] else ""
+    return f"{dynamics}{scheme['num_bits']}-bit {scheme['type']} by {scheme['strategy']}"
 
 
-def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantFormat, tuple[str, ...]]:
+def _format(config_group: Mapping[str, Any], module: str, where: str) -> tuple[QuantFormat, tuple[str, ...]]:
     """Number format and storage chain of a group. Raises `CheckpointError` for what they cannot express."""
-    weights = scheme.get("weights") or {}
-    said = _said(weights)
-    chain: tuple[str, ...] = (str(scheme.get("format")),)
+    weights = config_group.get("weights") or {}
+    scheme = _filled(weights)
+    chain: tuple[str, ...] = (str(config_group.get("format")),)
     if chain == ("naive-quantized",):  # it has the same arrays
-        chain = FP8 if said["type"] == "float" else INT8
-    kind, bits, strategy, group = (said[key] for key in ("type", "num_bits", "strategy", "group_size"))
+        chain = FP8 if scheme["type"] == "float" else INT8
+    kind, bits, strategy, group = (scheme[key] for key in ("type", "num_bits", "strategy", "group_size"))
     name = {
         PACKED: f"int{bits}", INT8: "int8", FP8: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4",
     }.get(chain, "")  # fmt: skip
     grouped = strategy in ("group", "tensor_group") and isinstance(group, int) and group > 0
     fits = grouped or strategy == "channel" or (strategy == "tensor" and chain in (INT8, FP8))
     expected = ("int" if name in INTEGERS else "float", INTEGERS.get(name) or FLOATS.get(name))
-    fits = fits and (kind, bits) == expected and not said["dynamic"] and not weights.get("block_structure")
-    if name in FIXED_GROUPS and (group != FIXED_GROUPS[name] or not said["symmetric"]):
+    fits = fits and (kind, bits) == expected and not scheme["dynamic"] and not weights.get("block_structure")
+    if name in FIXED_GROUPS and (group != FIXED_GROUPS[name] or not scheme["symmetric"]):
         fits = False
     if not fits or str(weights.get("actorder")).lower() in ("group", "dynamic", "true"):
         raise CheckpointError(
-            f"stores {module} as {scheme.get('format')}, {_text(said)}, which this version cannot read", where=where
+            f"stores {module} as {config_group.get('format')}, {_text(scheme)}, which this version cannot read",
+            where=where,
         )
-    if scheme.get("output_activations"):
+    if config_group.get("output_activations"):
         raise CheckpointError(f"quantises the outputs of {module}, which is not supported", where=where)
     activations = None
-    if scheme.get("input_activations"):
-        inputs = _said(scheme["input_activations"])
+    if config_group.get("input_activations"):
+        inputs = _filled(config_group["input_activations"])
         known = (n for n, a in ACTIVATIONS.items() if {**_DEFAULTS, **a} == inputs)
         activations = next(known, None)
         if activations is None:
@@ -185,5 +186,5 @@ def _grid(scheme: Mapping[str, Any], module: str, where: str) -> tuple[QuantForm
             )
     whole = strategy == "tensor"
     return QuantFormat(
-        name, group if grouped else 0, bool(said["symmetric"]), activations=activations, whole=whole
+        name, group if grouped else 0, bool(scheme["symmetric"]), activations=activations, whole=whole
     ), chain
