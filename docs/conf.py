@@ -83,6 +83,7 @@ decisions/index
 extend/pass
 extend/family
 extend/codec
+extend/edit
 extend/metric
 ../CHANGELOG
 ```
