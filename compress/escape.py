@@ -51,7 +51,7 @@ def quoted(text: str) -> str:
 
 
 def fence(text: str) -> str:
-    """What code is put between in Markdown: more backticks than stand together in it, three at least."""
+    """Backticks that fence code in Markdown: one more than the longest run in it, at least three."""
     return "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
