@@ -288,10 +288,11 @@ def _models(vocabulary: int, checkpointing: bool) -> tuple[Any, Any, Any, Any]:
     import transformers
 
     from compress.data.batches import Batches
+    from compress.evaluation.tasks import LANGUAGE
     from compress.training.data import Samples
     from compress.training.objective import Objective, Terms
     from compress.training.optimize import Update, optimizers
-    from compress.training.teacher import Teachers, reader_of
+    from compress.training.teachers import Teachers, frozen_teacher
 
     def make(depth: int) -> Any:
         return transformers.LlamaForCausalLM(
@@ -307,11 +308,11 @@ def _models(vocabulary: int, checkpointing: bool) -> tuple[Any, Any, Any, Any]:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         student.train()
     terms = Terms({"kl": 1.0})
-    objective = Objective(student, "causal", terms, vocabulary=vocabulary)
-    reader = reader_of(teacher, "causal", terms)
-    samples = Samples(Batches(torch.randint(0, vocabulary, (8, 256))), "causal", 0)
+    objective = Objective(student, LANGUAGE, terms, vocabulary=vocabulary)
+    reader = frozen_teacher(teacher, LANGUAGE, terms)
+    samples = Samples(Batches(torch.randint(0, vocabulary, (8, 256))), LANGUAGE, 0)
     probe = samples.batch([(0, 0)], (1, 1), "cpu").inputs
-    objective.reader.check({k: v[:, :8] for k, v in probe.items()})
+    objective.features.check({k: v[:, :8] for k, v in probe.items()})
     reader.check({k: v[:, :8] for k, v in probe.items()})
     taken = [(i, 0) for i in range(8)]
 
@@ -335,7 +336,7 @@ def _plain(objective: Any, says: Any, batch_of: Any, samples: int, micro: int) -
     batch = batch_of(slice(0, samples), samples)
     inputs = {"input_ids": batch.inputs["input_ids"], "use_cache": False}
     with torch.no_grad():
-        theirs = says.readers[0].model(**inputs).logits[:, :-1].float().log_softmax(-1)
+        theirs = says.models[0].model(**inputs).logits[:, :-1].float().log_softmax(-1)
     mine = objective.student(**inputs).logits[:, :-1].float().log_softmax(-1)
     kl = torch.nn.functional.kl_div(mine.flatten(0, 1), theirs.flatten(0, 1), log_target=True, reduction="batchmean")
     kl.backward()

@@ -66,7 +66,7 @@ def decode(data: bytes, name: str, rank: int = 0) -> tuple[str, Origin] | Proble
 def parse(text: str, origin: Origin, problems: list[Problem]) -> Node | None:
     """Parse one YAML document to a tree. Mistakes go to ``problems``.
 
-    Returns None if the text has no document or is not YAML. Places of an origin without lines have no line either.
+    Returns None if the text has no document or is not YAML. FileNames of an origin without lines have no line either.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver = _CoreResolver

@@ -1,4 +1,4 @@
-"""Training samples ▶ batches: which samples each step takes, what is masked, what counts. All of it follows from the seed."""
+"""Batches of training samples: the samples of each step, their masking and what counts. All of it follows from the seed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from functools import lru_cache
 import torch
 
 from compress.data.batches import Batches
-from compress.training.features import HeadKind
+from compress.evaluation.tasks import LANGUAGE, MASKED, Task
 from compress.training.objective import Batch
 
-#: Share of tokens that masked language modelling predicts; of these so much is masked, and so much replaced by another token
+#: Share of tokens that masked language modelling predicts; of these the shares that are masked, and replaced by random tokens
 #: (BERT, arXiv 1810.04805).
-SHARE, MASKED, REPLACED = 0.15, 0.8, 0.1
-#: Batches whose samples are sorted by length together, where lengths differ.
+_SHARE, _MASKED, _REPLACED = 0.15, 0.8, 0.1
+#: Number of batches whose samples are sorted by length together, if lengths differ.
 POOL = 16
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are hidden. ``special`` ids are never. ``fixed``: the same tokens in every epoch."""
+    """How tokens are masked.
+
+    Attributes:
+        mask: id of the mask token.
+        special: ids that are never masked.
+        fixed: mask the same tokens in every epoch.
+    """
 
     mask: int
     special: frozenset[int]
@@ -33,11 +39,12 @@ class Masking:
 
 @dataclass
 class Order:
-    """The samples of every step. The first epoch takes them in order (they were drawn at random), later ones are shuffled.
+    """The samples of every step. The first epoch keeps their order (they were drawn at random); later ones are shuffled.
 
     Attributes:
-        samples: how many there are. batch: how many a step takes. lengths: of each, where they differ; then samples of
-            similar length go together.
+        samples: number of samples.
+        batch: samples per step.
+        lengths: length of each sample if they differ; then samples of similar length share a step.
     """
 
     samples: int
@@ -49,7 +56,7 @@ class Order:
         self._epoch = lru_cache(2)(self._made)
 
     def step(self, step: int) -> list[tuple[int, int]]:
-        """(sample, epoch) of the samples of a step, from 0."""
+        """Pairs (sample, epoch) of a step, from 0."""
         samples = []
         for place in range(step * self.batch, (step + 1) * self.batch):
             epoch, at = divmod(place, self.samples)
@@ -58,9 +65,9 @@ class Order:
 
     def _made(self, epoch: int) -> list[int]:
         order = list(range(self.samples))
-        lot = random.Random(f"{self.seed}.{epoch}")
+        generator = random.Random(f"{self.seed}.{epoch}")
         if epoch:
-            lot.shuffle(order)
+            generator.shuffle(order)
         if self.lengths is None:
             return order
         pooled = []
@@ -68,7 +75,7 @@ class Order:
             pool = sorted(order[start : start + POOL * self.batch], key=lambda i: self.lengths[i])  # type: ignore[index]
             batches = [pool[i : i + self.batch] for i in range(0, len(pool), self.batch)]
             last = [batches.pop()] if len(batches[-1]) < self.batch else []
-            lot.shuffle(batches)
+            generator.shuffle(batches)
             pooled += [i for one in batches + last for i in one]
         return pooled
 
@@ -78,46 +85,47 @@ class Samples:
     """All samples of a run, the held-out ones last.
 
     Attributes:
-        batches: ids, masks, token types, labels; of images one "token" each. held_out: how many at the end are not trained on.
+        batches: ids, masks, token types and labels; an image counts as one token.
+        held_out: number of samples at the end that are not trained on.
     """
 
     batches: Batches
-    task: HeadKind
+    task: Task
     held_out: int
     masking: Masking | None = None
 
     @property
     def train(self) -> int:
-        """How many are trained on."""
+        """Number of samples that are trained on."""
         return len(self.batches.ids) - self.held_out
 
     @property
     def held(self) -> list[tuple[int, int]]:
-        """The held-out ones, as `Order.step` gives samples."""
+        """The held-out samples, as pairs like those of `Order.step`."""
         return [(row, 0) for row in range(self.train, len(self.batches.ids))]
 
     def order(self, batch: int, seed: int) -> Order:
-        """In which steps of so many samples are trained on."""
+        """Order of the training samples, with ``batch`` samples per step."""
         lengths = None if self.batches.mask is None else self.batches.mask.sum(1).tolist()
         return Order(self.train, batch, seed, lengths if lengths and len(set(lengths)) > 1 else None)
 
     def counts(self, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """How many tokens count in all of these samples, and how many are predicted."""
+        """Number of tokens of these samples, and number of predicted ones."""
         rows = torch.tensor([row for row, _ in taken])
         mask = self._mask(rows)
-        if self.task == "causal":
+        if self.task is LANGUAGE:
             return int(mask.sum()), int((mask[:, :-1] & mask[:, 1:]).sum())
-        if self.task == "masked":
+        if self.task is MASKED:
             return int(mask.sum()), sum(len(self._places(row, epoch)) for row, epoch in taken)
         return int(mask.sum()), len(taken)
 
     def batch(
         self, taken: Sequence[tuple[int, int]], counts: tuple[int, int], device: str, size: int | None = None
     ) -> Batch:
-        """These samples as a batch, filled up to ``size``; ``counts`` are of the whole step."""
+        """These samples as a batch, padded to ``size`` samples; ``counts`` are those of the whole step."""
         filling = (size or len(taken)) - len(taken)
         rows = torch.tensor([row for row, _ in taken] + [-1] * filling, dtype=torch.long)
-        # filling is some sample that does not count
+        # padding repeats a sample that does not count
         source = torch.where(rows < 0, torch.zeros_like(rows), rows)
         mask = self._mask(source)
         longest = int(mask.sum(1).max())
@@ -129,11 +137,11 @@ class Samples:
             inputs["attention_mask"] = mask.long()
         if self.batches.types is not None:
             inputs["token_type_ids"] = self.batches.types[source, :longest]
-        if self.task == "causal":
+        if self.task is LANGUAGE:
             predict = torch.zeros_like(counted)
             predict[:, :-1] = counted[:, :-1] & counted[:, 1:]
             targets = ids.roll(-1, 1)[predict]
-        elif self.task == "masked":
+        elif self.task is MASKED:
             predict, targets = self._hide(ids, taken)
         else:
             predict = rows >= 0
@@ -147,22 +155,22 @@ class Samples:
             return torch.ones(len(rows), self.batches.ids.shape[1], dtype=torch.bool)
         return self.batches.mask[rows]
 
-    def _lot(self, what: str, row: int, epoch: int) -> random.Random:
+    def _generator(self, purpose: str, row: int, epoch: int) -> random.Random:
         assert self.masking is not None
-        return random.Random(f"{what}{self.masking.seed}.{row}.{0 if self.masking.fixed else epoch}")
+        return random.Random(f"{purpose}{self.masking.seed}.{row}.{0 if self.masking.fixed else epoch}")
 
     def _places(self, row: int, epoch: int) -> list[int]:
-        """Which tokens of a sample are predicted."""
+        """Positions of a sample's predicted tokens."""
         assert self.masking is not None
         ids = self.batches.ids[row].tolist()
         length = len(ids) if self.batches.mask is None else int(self.batches.mask[row].sum())
         candidates = [at for at in range(length) if ids[at] not in self.masking.special]
         if not candidates:
             return []
-        return sorted(self._lot("", row, epoch).sample(candidates, max(1, round(SHARE * len(candidates)))))
+        return sorted(self._generator("", row, epoch).sample(candidates, max(1, round(_SHARE * len(candidates)))))
 
     def _hide(self, ids: torch.Tensor, taken: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hide tokens of the samples in ``ids`` [B, L]; where they are (bool [B, L]), and what they were [N]."""
+        """Mask tokens of the samples in ``ids`` [B, L]. Returns their positions (bool [B, L]) and original ids [N]."""
         masking = self.masking
         assert masking is not None
         places = [self._places(row, epoch) for row, epoch in taken]
@@ -171,11 +179,11 @@ class Samples:
             predict[i, positions] = True
         targets = ids[predict]
         for i, (row, epoch) in enumerate(taken):
-            lot = self._lot("hide.", row, epoch)
+            generator = self._generator("hide.", row, epoch)
             for at in places[i]:
-                kind = lot.random()
-                if kind < MASKED:
+                kind = generator.random()
+                if kind < _MASKED:
                     ids[i, at] = masking.mask
-                elif kind < MASKED + REPLACED:
-                    ids[i, at] = lot.randrange(masking.vocabulary)
+                elif kind < _MASKED + _REPLACED:
+                    ids[i, at] = generator.randrange(masking.vocabulary)
         return predict, targets

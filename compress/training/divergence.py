@@ -61,14 +61,14 @@ def ensemble(members: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
 
 
 def bucketed(log_probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, V] as those of the tokens ``ids`` [N, k], and last that of all others together: [N, k + 1]."""
+    """Log-probabilities [N, k + 1] of the tokens ``ids`` [N, k] and of all others together, from log-probabilities [N, V]."""
     kept = log_probabilities.gather(1, ids)
     others = log_probabilities.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([kept, others], 1)
 
 
 def _expected(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Σ exp(weights) · values over buckets, where a bucket of no weight counts nothing."""
+    """Σ exp(weights) · values over buckets; a bucket of weight 0 counts nothing."""
     # buckets of probability 0 on both sides would be inf - inf, and their gradient too
     finite = weights > -torch.inf
     return (weights.exp() * torch.where(finite, values, 0.0)).sum(-1)

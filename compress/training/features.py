@@ -1,32 +1,33 @@
-"""What losses read off a model: hidden states, queries, keys and values of blocks, and logits, these a few tokens at a time."""
+"""Features of a model that losses compare: hidden states, queries, keys and values, and logits a few tokens at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from compress.architectures.groups import split_fused
 from compress.data.images import accepted
 from compress.errors import PassError
+from compress.evaluation.tasks import LANGUAGE, MASKED, Task
 from compress.models.blocks import find_blocks, record_of
 from compress.models.classes import arguments_of
 
-HeadKind = Literal["causal", "masked", "classes", "embedding"]
 #: Largest difference, over the spread of logits, at which the head by itself counts as the model's own: in float32, else.
 TOLERANCE = (1e-3, 3e-2)
 
 
 @dataclass
 class ForwardOutput:
-    """What one forward pass gave. ``last``: hidden states after the last block and its norm, [B, L, D]; of a classifier its
-    logits [B, classes].
+    """Result of one forward pass.
 
-    ``states``: hidden states before the first block and after each, by number. ``vectors``: by block number queries, keys and
-    values, each [B, L, width].
+    Attributes:
+        last: hidden states after the last block and its norm [B, L, D]; logits [B, classes] of a classifier.
+        states: hidden states by number: 0 before the first block, i after block i.
+        vectors: queries, keys and values by block index, each [B, L, width].
     """
 
     last: torch.Tensor
@@ -35,13 +36,17 @@ class ForwardOutput:
 
 
 class FeatureModel:
-    """Runs a model for a task. ``states`` and ``vectors``: of which block outputs (0: the embeddings) and blocks to keep them.
+    """Runs a model for a task.
+
+    Args:
+        states: numbers of the hidden states to keep; 0 is the embeddings.
+        vectors: indices of the blocks whose queries, keys and values are kept.
 
     Raises:
         PassError: queries, keys and values of this family are not known.
     """
 
-    def __init__(self, model: Any, task: HeadKind, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
+    def __init__(self, model: Any, task: Task, states: Sequence[int] = (), vectors: Sequence[int] = ()) -> None:
         self.model = model
         self.task = task
         self.base = model.base_model
@@ -59,13 +64,13 @@ class FeatureModel:
                     key="losses",
                     fix="leave out `relations`",
                 )
-        #: whether logits are made of hidden states, a few tokens at a time; `check` tells whether they can be
-        self.by_parts = task in ("causal", "masked")
-        #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself where `check` finds that it is no more than that
+        #: whether logits are computed from hidden states, a few tokens at a time; `check` sets it
+        self.by_parts = task in (LANGUAGE, MASKED)
+        #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself if `check` finds that it is all
         self.head: Any = self.logits
 
     def parameters_of_head(self) -> list[torch.nn.Parameter]:
-        """Those that turn what `predicted` gives into logits; shared ones with the base among them."""
+        """Parameters that `head` uses; some may be shared with the base."""
         if not self.by_parts:
             return []
         parameters = {
@@ -75,22 +80,22 @@ class FeatureModel:
 
     def run(self, inputs: dict[str, torch.Tensor]) -> ForwardOutput:
         """One forward pass over [B, L] tokens, or [B, C, H, W] pixels."""
-        target = self.model if self.task == "classes" else self.base
+        target = self.model if self.task.labels == "classes" else self.base
         given = {name: value for name, value in inputs.items() if name in self.takes}
         if (pixels := given.get("pixel_values")) is not None:
             given["pixel_values"] = pixels.to(self.model.dtype)
         if "use_cache" in self.takes:
             given["use_cache"] = False  # type: ignore[assignment]
-        with self._watching() as seen, accepted(given):
+        with self._recording() as seen, accepted(given):
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
-        if self.task == "classes":
+        if self.task.labels == "classes":
             return ForwardOutput(out.logits, states, seen)
         self._kind = type(out)
         return ForwardOutput(out.last_hidden_state, states, seen)
 
     @contextmanager
-    def _watching(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
+    def _recording(self) -> Iterator[dict[int, tuple[torch.Tensor, ...]]]:
         seen: dict[int, tuple[torch.Tensor, ...]] = {}
         outputs: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.vectors}
         handles = []
@@ -112,7 +117,7 @@ class FeatureModel:
         return attention.query, attention.key, attention.value
 
     def _split(self, outputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of modules' outputs, which are three or three times the same."""
+        """Queries, keys and values from the outputs of three modules, or of one fused module."""
         attention, config = self.record.attention, self.model.config.to_dict()
         assert attention is not None
         if attention.layout == "separate":
@@ -122,9 +127,9 @@ class FeatureModel:
         return split_fused(outputs[0], attention.layout, *sizes)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of last hidden states [N, D], by the model's own code around its base."""
+        """Logits [N, V] of last hidden states [N, D], computed by the model's own code around its base."""
         if not self.by_parts:
-            return hidden  # `predicted` gave logits already
+            return hidden  # `predicted` returned logits already
         stub = _Stub(self._kind, hidden[None])
         modules = self.model._modules
         name = next(n for n, child in modules.items() if child is self.base)
@@ -138,15 +143,15 @@ class FeatureModel:
         return result
 
     def predicted(self, output: ForwardOutput, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-        """What `head` takes of tokens ``where`` (bool [B, L], of a classifier [B]): last hidden states [N, D], or logits."""
-        if self.by_parts or self.task == "classes":
+        """Inputs of `head` for the tokens ``where`` (bool [B, L]; [B] for a classifier): last hidden states [N, D], or logits."""
+        if self.by_parts or self.task.labels == "classes":
             return output.last[where]
         given = {name: value for name, value in inputs.items() if name in self.takes}
         logits: torch.Tensor = self.model(**given, return_dict=True).logits
         return logits[where]
 
     def check(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Whether logits made a few tokens at a time are the model's own; from then on they are made in that way, or whole."""
+        """Whether logits of a few tokens at a time equal the model's own. If not, they are computed whole from now on."""
         if not self.by_parts:
             return True
         training = self.model.training
@@ -166,7 +171,7 @@ class FeatureModel:
         except torch.OutOfMemoryError:
             raise
         except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
-            fits = False  # its head asks the base for more than hidden states
+            fits = False  # its head reads more of the base than hidden states
         self.model.train(training)
         self.by_parts = fits
         return fits
@@ -180,7 +185,7 @@ def _near(parts: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 class _Stub(torch.nn.Module):
-    """Stands for a base model, and gives hidden states that it made before."""
+    """Replaces a base model and returns given hidden states."""
 
     def __init__(self, kind: Any, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -203,7 +208,7 @@ def _keep(into: dict[str, torch.Tensor], name: str) -> Any:
 
 
 def without_dropout(model: Any) -> None:
-    """Turn all dropout off. Modules hold its rates as floats, by names with ``drop`` in them, or read them off the config."""
+    """Turn off all dropout. Modules hold rates as floats with ``drop`` in their names, or read them from the config."""
     for holder in (*model.modules(), model.config):
         for name, value in list(vars(holder).items()):
             if "drop" in name and isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The training loop: micro-batches, clipping, masks, averages, held-out loss, resume. One process or many."""
+"""The training loop: micro-batches, clipping, masks, weight averages, validation, resume. One process or many."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ from compress.training.objective import Batch, Objective
 from compress.training.optimize import Update, optimizers, set_rate
 from compress.training.sharding import is_sharded, norm_of, release
 from compress.training.state import RunState, UnusableState, optimizer_tensors
-from compress.training.teacher import TeacherSignal
+from compress.training.teachers import TeacherSignal
 
-#: Steps between looks at whether the loss is a number still.
-_LOOK = 10
+#: Steps between checks that the loss is finite.
+_CHECK = 10
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long and in what way to train.
+    """Options of a training.
 
     Attributes:
-        steps: optimizer steps. batch: samples of one. micro: samples at a time, per process; None for all of the step.
-        clip: largest norm of the gradient; None for no limit. autocast: ``bfloat16`` or ``float16`` for matrix products.
-        average: decay of the running mean of weights that is kept instead of them; None for none.
-        every: steps between looks at the held-out loss, where state is saved. patience: looks without progress before
-            training stops; None to go on.
+        steps: optimizer steps.
+        batch: samples per step.
+        micro: samples per forward pass and process; None for all of the step.
+        clip: largest norm of the gradient; None for no limit.
+        autocast: ``bfloat16`` or ``float16`` for matrix products.
+        average: decay of a moving average of the weights, which is kept instead of them; None for none.
+        every: steps between validations; the state is saved there.
+        patience: validations without progress before training stops; None to go on.
     """
 
     steps: int
@@ -52,7 +55,7 @@ class TrainingOptions:
 
 @dataclass
 class History:
-    """What was seen. ``held_out``: rows of step and loss; ``train``: rows of step, loss and each loss by itself."""
+    """Measurements of a training. ``held_out``: rows of step and loss; ``train``: rows of step, total loss and each loss."""
 
     held_out: list[dict[str, float]] = field(default_factory=list)
     train: list[dict[str, float]] = field(default_factory=list)
@@ -64,12 +67,12 @@ class History:
 
 
 class Trainer:
-    """One run of the loop.
+    """One training.
 
     Args:
-        objective: holds the student; sharded already, where it is to be.
-        masks: parameter name of the student ▶ bool, what must stay 0 elsewhere.
-        log: called with step and values, for logs of other kinds.
+        objective: holds the student, already sharded if there are several processes.
+        masks: by parameter name of the student, bool; False entries stay 0.
+        log: called with step and values, for other logs.
     """
 
     def __init__(
@@ -106,13 +109,13 @@ class Trainer:
         """Train, and leave the best weights in the student.
 
         Raises:
-            PassError: the loss is no number any more.
-            UnusableState: a state on disk is damaged; the student holds anything then, and begins anew without that state.
+            PassError: the loss is not finite.
+            UnusableState: a state on disk is damaged. The student's weights are undefined then; training can begin anew without it.
         """
         options, start = self.options, 0
         if (saved := self.state.find()) is not None:
             start = self._resume(saved)
-            self.progress.message(f"training goes on from step {start}")
+            self.progress.message(f"training continues from step {start}")
         else:
             self._validate(0)
         self.objective.train()
@@ -125,7 +128,7 @@ class Trainer:
                     break
                 sums += self._step(step)
                 since += 1
-                if (step + 1) % _LOOK == 0 or (step + 1) % options.every == 0 or step + 1 == options.steps:
+                if (step + 1) % _CHECK == 0 or (step + 1) % options.every == 0 or step + 1 == options.steps:
                     self.history.seconds = seconds + time.perf_counter() - begun
                     note = self._note(step + 1, sums / since)
                     sums.zero_()
@@ -141,7 +144,7 @@ class Trainer:
         return self.history
 
     def _step(self, step: int) -> Tensor:
-        """One optimizer step; the losses of its samples, as `Objective` gives them, over all processes."""
+        """One optimizer step. Returns the losses of its samples over all processes, as `Objective` does."""
         options, world, rank = self.options, self.processes.world, self.processes.rank
         taken = self.order.step(step)
         set_rate(self.optimizers, options.update.rate * options.update.factor(step, options.steps))
@@ -151,7 +154,7 @@ class Trainer:
         for batch in self._batches(taken):
             with self._autocast():
                 values = self.objective(batch, self.teacher_signal(batch), scale)
-            # sharded gradients are means over processes, of which each has its share of the step
+            # sharded gradients are means over processes, and each process has its share of the step
             self.scaler.scale(values[0] * (world if is_sharded(self.objective) else 1)).backward()
             total = values.detach() if total is None else total + values.detach()
         assert total is not None
@@ -165,7 +168,7 @@ class Trainer:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        # a gradient that overflowed is nobody's: the scaler alone would skip the optimizer that holds it
+        # after an overflow no optimizer may step; the scaler alone would skip only the one that holds the gradient
         if not self.scaler.is_enabled() or bool(norm.isfinite()):
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
@@ -182,7 +185,7 @@ class Trainer:
         return total
 
     def _batches(self, taken: Sequence[tuple[int, int]]) -> Iterator[Batch]:
-        """This process's part of the samples, so many at a time; as many batches in every process."""
+        """Batches of this process's part of the samples. Every process gets the same number of batches."""
         counts = self.samples.counts(taken)
         world = self.processes.world
         mine, share = taken[self.processes.rank :: world], -(-len(taken) // world)
@@ -208,7 +211,7 @@ class Trainer:
             parameter.mul_(mask)
 
     def _note(self, step: int, means: Tensor) -> str:
-        """Record the mean losses of the last steps, and say them. Raises `PassError` where they are no numbers."""
+        """Record the mean losses of the last steps; return a note for the progress. Raises `PassError` if they are not finite."""
         values = means.tolist()
         if not all(map(math.isfinite, values)):
             raise self._diverged(values[0], step)
@@ -230,7 +233,7 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> None:
-        """Measure the held-out loss, keep the weights if they are the best, and save the state."""
+        """Measure the held-out loss, save the weights if they are the best, and save the state."""
         loss = self.held_out_loss()
         held = self.history.held_out
         if not math.isfinite(loss):
@@ -251,7 +254,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """What is minimised, on the held-out samples, of the weights that would be kept."""
+        """Validation loss of the weights that would be saved."""
         training = self.objective.training
         self.objective.eval()
         swapped = self._swap()
@@ -266,7 +269,7 @@ class Trainer:
         return float(total)
 
     def _swap(self, kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Put averages in the place of weights, and give back what was there; or put that back."""
+        """Replace weights by their averages and return the weights; or restore ``kept`` weights."""
         source = self.averages if kept is None else kept
         before = {name: self.parameters[name].detach().clone() for name in source} if kept is None else {}
         with torch.no_grad():
@@ -277,7 +280,7 @@ class Trainer:
         return before
 
     def _weights(self) -> dict[str, Tensor]:
-        """The weights that would be kept, of student and projections."""
+        """The weights that would be saved, of student and projections."""
         return dict(self.averages) if self.averages else {n: p.detach() for n, p in self.parameters.items()}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -295,7 +298,7 @@ class Trainer:
             raise UnusableState(str(saved["state"])) from error
 
     def _take_best(self) -> None:
-        """The best weights into the student."""
+        """Load the best weights into the student."""
         weights = {n: p.detach() for n, p in self.parameters.items()}
         self.state.load(f"best-{self.history.best_step}", weights)
         self._mask_weights()

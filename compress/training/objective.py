@@ -1,6 +1,6 @@
-"""What a student is trained for: the weighted sum of losses against a teacher, and against labels.
+"""Objective of a student: the weighted sum of losses against a teacher and against labels.
 
-B samples, L tokens, D width, V vocabulary, N tokens that count.
+B samples, L tokens, D width, V vocabulary, N predicted tokens.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.evaluation.embeddings import Pooling, pooled
-from compress.training.chunks import chunk_rows, summed
+from compress.evaluation.tasks import EMBEDDING, LANGUAGE, Task
+from compress.training.chunked_logits import chunk_rows, summed
 from compress.training.divergence import DIVERGENCES, bucketed, skewed_kl
-from compress.training.features import FeatureModel, ForwardOutput, HeadKind
+from compress.training.features import FeatureModel, ForwardOutput
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Losses and what they are told.
+    """Losses and their parameters.
 
     Attributes:
-        weights: by name, those of `DIVERGENCES`, ``labels``, ``hidden``, ``cosine``, ``relations``.
-        temperature: of divergences. skew: share of the teacher that ``skewed_kl`` mixes in.
-        states: pairs of outputs (student's, teacher's) that ``hidden`` compares; 0 is the embeddings, 1 the first block.
-        vectors: the pair of blocks whose attention ``relations`` compares, from 0. relation_heads: into how many heads.
+        weights: weight by name of the loss: those of `DIVERGENCES`, ``labels``, ``hidden``, ``cosine``, ``relations``.
+        temperature: of divergences.
+        skew: share of the teacher in the mixture of ``skewed_kl``.
+        states: pairs (student, teacher) of outputs that ``hidden`` compares; 0 is the embeddings, 1 the first block.
+        vectors: pair of blocks, from 0, whose attention ``relations`` compares.
+        relation_heads: number of heads that the vectors are split into.
     """
 
     weights: Mapping[str, float]
@@ -45,30 +48,32 @@ class Terms:
 
     @property
     def of_logits(self) -> bool:
-        """Whether any reads logits."""
+        """Whether any loss reads logits."""
         return any(name in DIVERGENCES or name == "labels" for name in self.weights)
 
     @property
     def of_distribution(self) -> bool:
-        """Whether any compares with a teacher's probabilities."""
+        """Whether any loss reads a teacher's probabilities."""
         return any(name in DIVERGENCES for name in self.weights)
 
     @property
     def of_inside(self) -> bool:
-        """Whether any looks inside the teacher, beyond its probabilities."""
+        """Whether any loss reads hidden states or attention of the teacher."""
         return any(name in self.weights for name in ("hidden", "cosine", "relations"))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A few samples of one step.
+    """Some samples of one step.
 
     Attributes:
-        inputs: what the model reads, [B, L], or images [B, C, H, W], which count as one token each. counted: bool [B, L], the
-            tokens of samples that are no filling.
-        predict: bool [B, L], tokens whose logits count; of a classifier bool [B]. targets: int64 [N], what they should say.
-        rows: int64 [B], numbers of the samples, -1 for filling.
-        tokens, predicted: how many tokens count in the whole step, over all of its batches.
+        inputs: arguments of the model, [B, L], or images [B, C, H, W], which count as one token each.
+        counted: bool [B, L], tokens of real samples; False for padding.
+        predict: bool [B, L], tokens whose logits count; [B] for a classifier.
+        targets: int64 [N], labels of these tokens.
+        rows: int64 [B], indices of the samples; -1 for padding.
+        tokens: number of counted tokens in the whole step, over all of its batches.
+        predicted: number of predicted tokens in the whole step.
     """
 
     inputs: dict[str, Tensor]
@@ -82,11 +87,11 @@ class Batch:
 
 @dataclass
 class Signal:
-    """What the teacher says of a batch.
+    """The teacher's output for a batch.
 
     Attributes:
-        distribution: rows of the N predicted tokens ▶ log-probabilities [n, V], or [n, k + 1] with the ids [n, k] of buckets.
-        ran: hidden states, vectors, and the last ones.
+        distribution: function from rows of the N predicted tokens to log-probabilities [n, V], or to [n, k + 1] and ids [n, k].
+        output: hidden states and vectors.
     """
 
     distribution: Callable[[slice], tuple[Tensor, Tensor | None]] | None = None
@@ -94,18 +99,19 @@ class Signal:
 
 
 class Objective(torch.nn.Module):
-    """A student, what is trained beside it and thrown away, and the loss.
+    """The student, its projections, which are discarded after training, and the loss.
 
     Args:
-        vocabulary: how many ids student and teachers share; logits beyond are left out.
-        widths: of the teacher's hidden states; a projection is learned where the student's differ.
-        pooling, teacher_pooling: of sentence embeddings.
+        vocabulary: number of ids that student and teachers share; further logits are ignored.
+        teacher_width: width of the teacher's hidden states; a projection is trained if the student's differs.
+        pooling: the student's pooling of sentence embeddings.
+        teacher_pooling: the teacher's.
     """
 
     def __init__(
         self,
         student: Any,
-        task: HeadKind,
+        task: Task,
         terms: Terms,
         *,
         vocabulary: int,
@@ -120,14 +126,14 @@ class Objective(torch.nn.Module):
         self.vocabulary = vocabulary
         self.pooling, self.teacher_pooling = pooling or Pooling(), teacher_pooling or Pooling()
         vectors = () if terms.vectors is None else (terms.vectors[0],)
-        self.reader = FeatureModel(student, task, [s for s, _ in terms.states], vectors)
+        self.features = FeatureModel(student, task, [s for s, _ in terms.states], vectors)
         self.projections = torch.nn.ModuleDict()
         width = int(student.config.hidden_size)
         if teacher_width is None:
             return
         pairs = {f"state{i}": (width, teacher_width) for i in range(len(terms.states))}
         if "cosine" in terms.weights:
-            mine, theirs = (len(p.modes) if task == "embedding" else 1 for p in (self.pooling, self.teacher_pooling))
+            mine, theirs = (len(p.modes) if task is EMBEDDING else 1 for p in (self.pooling, self.teacher_pooling))
             pairs["last"] = (mine * width, theirs * teacher_width)
         for name, (wide, other) in pairs.items():
             if wide != other:
@@ -136,12 +142,12 @@ class Objective(torch.nn.Module):
                 self.projections[name] = linear
 
     def forward(self, batch: Batch, signal: Signal, scale: float = 1.0) -> Tensor:
-        """[1 + losses]: what is minimised, then each loss by itself, unweighted and without gradient.
+        """The total loss and each unweighted loss, [1 + losses]. Only the total has a gradient.
 
-        Every value is this batch's share of the mean over the step: the shares of a step's batches add up to it. ``scale``
-        multiplies gradients on their way (see `chunks.summed`).
+        Every value is this batch's share of the mean over the step: the shares of all batches add up to it. ``scale`` multiplies
+        gradients while they are narrow floats (see `chunked_logits.summed`).
         """
-        output = self.reader.run(batch.inputs)
+        output = self.features.run(batch.inputs)
         batch = _by_token(batch, output)
         parts: dict[str, Tensor] = {}
         if self.terms.of_logits:
@@ -149,7 +155,7 @@ class Objective(torch.nn.Module):
             total = of_logits[0]
             parts |= dict(zip(self._logit_terms(), of_logits[1:], strict=True))
         else:
-            # sharded blocks are gathered for a backward pass that begins at their outputs
+            # sharded blocks are gathered only for a backward pass that begins at their outputs
             total = output.last.float().sum() * 0
         for name, loss in (("hidden", self._hidden), ("cosine", self._cosine), ("relations", self._relations)):
             if name in self.terms.weights:
@@ -162,9 +168,9 @@ class Objective(torch.nn.Module):
         return [name for name in self.terms.names if name in DIVERGENCES or name == "labels"]
 
     def _predicted(self, batch: Batch, signal: Signal, output: ForwardOutput, scale: float) -> Tensor:
-        """The weighted losses on logits over the predicted tokens, and each; their shares of the step's means."""
-        hidden = self.reader.predicted(output, batch.inputs, batch.predict)
-        head, parameters = self.reader.head, self.reader.parameters_of_head()
+        """Weighted sum of the losses on logits, then each loss; shares of the step's means."""
+        hidden = self.features.predicted(output, batch.inputs, batch.predict)
+        head, parameters = self.features.head, self.features.parameters_of_head()
         names, terms = self._logit_terms(), self.terms
 
         def loss(logits: Tensor, part: slice) -> Tensor:
@@ -185,7 +191,7 @@ class Objective(torch.nn.Module):
                     values.append(DIVERGENCES[name](theirs, mine).sum() * terms.temperature**2)
             return torch.stack([sum(terms.weights[n] * v for n, v in zip(names, values, strict=True)), *values])  # type: ignore[list-item]
 
-        if not len(hidden):  # filling alone: nothing to predict, and yet every process takes part
+        if not len(hidden):  # only padding: nothing to predict, but every process must take part
             nothing = hidden.sum() * 0 + sum(p.sum() * 0 for p in parameters)
             return torch.stack([nothing, *(hidden.new_zeros(()) for _ in names)])
         factor = 1 / max(1, batch.predicted)
@@ -207,7 +213,7 @@ class Objective(torch.nn.Module):
 
     def _cosine(self, batch: Batch, mine: ForwardOutput, theirs: ForwardOutput) -> Tensor:
         """1 - cosine of the last hidden states, mean over tokens (arXiv 1910.01108), or of sentence embeddings."""
-        if self.task == "embedding":
+        if self.task is EMBEDDING:
             present = batch.rows >= 0
             counted = batch.counted[present]
             a = self._project("last", pooled(mine.last[present].float(), counted, self.pooling))
@@ -220,7 +226,7 @@ class Objective(torch.nn.Module):
         """KL of relations among queries, keys and values, mean over tokens, heads and the three (MiniLMv2, 2012.15828)."""
         assert self.terms.vectors is not None
         student, teacher = self.terms.vectors
-        causal = self.task == "causal"
+        causal = self.task is LANGUAGE
         divergences = []
         for a, b in zip(mine.vectors[student], theirs.vectors[teacher], strict=True):
             p, q = (_relation(v, self.terms.relation_heads, batch.counted, causal) for v in (b, a))
@@ -230,7 +236,7 @@ class Objective(torch.nn.Module):
 
 
 def _by_token(batch: Batch, output: ForwardOutput) -> Batch:
-    """Of images, of which each counted as one: every token that the model makes of them counts."""
+    """For images: count every token that the model makes of one."""
     inside = [*output.states.values(), *(one for each in output.vectors.values() for one in each)]
     if "pixel_values" not in batch.inputs or not inside:
         return batch
@@ -246,7 +252,7 @@ def _relation(vectors: Tensor, heads: int, counted: Tensor, causal: bool) -> Ten
     allowed = counted[:, None, None, :]
     if causal:
         allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-    # a token sees itself, so that rows of padding are finite as well
+    # a token sees itself, so that rows of padding are finite
     allowed = allowed | torch.eye(length, dtype=torch.bool, device=scores.device)
     result: Tensor = scores.masked_fill(~allowed, -math.inf).log_softmax(-1)
     return result

@@ -17,10 +17,12 @@ DECAY = 0.4
 
 @dataclass(frozen=True)
 class Update:
-    """How parameters move.
+    """Optimizer, schedule and rates.
 
     Attributes:
-        rate: peak learning rate. warmup: share of the steps over which it rises. decay: weight decay of matrices.
+        rate: peak learning rate.
+        warmup: share of the steps over which it rises.
+        decay: weight decay of matrices.
     """
 
     optimizer: OptimizerName = "adamw"
@@ -30,7 +32,7 @@ class Update:
     decay: float = 0.0
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied by at a step, from 0."""
+        """Factor of the learning rate at a step, from 0."""
         rise = max(1, round(self.warmup * steps))
         if step < rise and self.warmup > 0:
             return (step + 1) / rise
@@ -46,8 +48,12 @@ class Update:
 def optimizers(
     module: torch.nn.Module, embeddings: Sequence[torch.Tensor], options: Update
 ) -> list[torch.optim.Optimizer]:
-    """One, or with ``muon`` two: Muon (Jordan 2024; its steps as large as AdamW's, arXiv 2502.16982) for the matrices, AdamW
-    for all else and for ``embeddings``, which are looked up and not multiplied with.
+    """One optimizer, or two with ``muon``: Muon for the matrices, AdamW for embeddings and all else.
+
+    Muon (Jordan 2024) takes steps as large as AdamW's (arXiv 2502.16982).
+
+    Args:
+        embeddings: matrices whose rows are looked up.
     """
     tables = {id(p) for p in embeddings}
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -69,12 +75,12 @@ def optimizers(
 
 
 def _adamw(groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
-    # fused: by tensor lists it would hold copies of all weights
+    # fused: the foreach implementation would hold copies of all weights
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def set_rate(all_: Sequence[torch.optim.Optimizer], rate: float) -> None:
-    """Of every group."""
+    """Set the learning rate of every parameter group."""
     for optimizer in all_:
         for group in optimizer.param_groups:
             group["lr"] = rate

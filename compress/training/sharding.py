@@ -1,4 +1,4 @@
-"""Student and teachers over many processes (FSDP2): each holds a part of every tensor, and all of it while it is used."""
+"""Student and teachers sharded over processes (FSDP2). Each process holds a part of every tensor, and all of it during use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def shard(module: torch.nn.Module, blocks: Any, device: str) -> None:
-    """Shard a module in place over all processes: its blocks each by itself, and what is left together.
+    """Shard a module in place over all processes: each block alone, and the rest together.
 
-    Blocks that share parameters are left to the whole, which holds each of them once.
+    Blocks that share parameters are sharded with the rest, which holds each parameter once.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -33,7 +33,7 @@ def is_sharded(module: torch.nn.Module) -> bool:
 
 
 def release(module: torch.nn.Module) -> None:
-    """Let go of whole tensors that a forward pass without a backward one leaves, so that the next one sees changed weights."""
+    """Free whole tensors that a forward pass without a backward pass leaves, so that the next pass reads changed weights."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):
@@ -41,20 +41,20 @@ def release(module: torch.nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; of a sharded one every process must ask."""
+    """A whole tensor on the CPU. All processes must call this for a sharded tensor."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu()
 
 
 def norm_of(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, over all processes."""
+    """Norm of all gradients together, over all processes."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor as the part that ``parameter`` holds of it."""
+    """The part of a whole tensor that belongs to the process's part of ``parameter``."""
     if not hasattr(parameter, "device_mesh"):
         return tensor.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor

@@ -1,6 +1,6 @@
-"""The state of a training run on disk, by torch's distributed checkpoints: what a killed run goes on from.
+"""State of a training on disk, as torch's distributed checkpoints (DCP), from which a killed run continues.
 
-A state is a folder that appears under its name complete or not at all; ``train.json`` beside it names the one that counts.
+A state is a folder that appears complete or not at all. ``train.json`` beside it names the current one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from compress.workspace import Workspace
 
 
 class UnusableState(Exception):
-    """A state that does not load; tensors that it was read into hold anything now."""
+    """A state that cannot be loaded. The tensors that it was read into are undefined."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"the training state {name} does not load")
@@ -39,14 +39,14 @@ class UnusableState(Exception):
 class RunState:
     """The states of a training, in a workspace that all processes see.
 
-    Each state is a folder of its own; the value ``train`` names the one that counts and the best one, with their digests.
+    Each state is a folder. The value ``train`` names the current and the best one, with their digests.
     """
 
     workspace: Workspace
     _digests: dict[str, str] = field(default_factory=dict)
 
     def find(self) -> dict[str, Any] | None:
-        """The value ``train``; None where there is none, or where it or a state that it names is not as it was written."""
+        """The value ``train``; None if there is none, or if one of its states differs from what was written."""
         saved: dict[str, Any] | None = self.workspace.read_json("train")
         if saved is None or any(
             _digest(self.workspace.file(name)) != digest for name, digest in saved["states"].items()
@@ -56,9 +56,9 @@ class RunState:
         return saved
 
     def save(self, name: str, tensors: Mapping[str, Any], progress: Mapping[str, Any] | None = None) -> None:
-        """Write tensors as the state ``name``; with ``said`` it is the one that counts from then on, beside the best one.
+        """Write tensors as the state ``name``; with ``progress`` it becomes the current one.
 
-        Raises `CompressError` where the disk is full, or cannot be written.
+        Raises `CompressError` if the disk is full, or cannot be written.
         """
         path = self.workspace.file(name)
         with disk_errors(path), self.workspace.new_folder(name) as temp, _quiet(), _cause():
@@ -73,7 +73,7 @@ class RunState:
             self.workspace.write_json("train", {**progress, "state": name, "states": states})
 
     def load(self, name: str, tensors: dict[str, Any]) -> None:
-        """Read a state into tensors that are there. Raises `UnusableState`."""
+        """Read a state into existing tensors. Raises `UnusableState`."""
         path = self.workspace.file(name)
         try:
             with _quiet(), torch.no_grad(), _cause():
@@ -95,7 +95,7 @@ class RunState:
 
 
 class _Reader(FileSystemReader):
-    """As torch's, which would run whatever a pickle of metadata names."""
+    """Reads metadata with an unpickler that loads only the classes it needs; torch's own would run any code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -116,18 +116,18 @@ _DESCRIBE = frozenset(
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Classes that describe tensors and files, and no others."""
+        """Load classes that describe tensors and files, and no others."""
         described = module == "torch.distributed.checkpoint.metadata" or module.partition(".")[0] == "pathlib"
         if "." in name or (not described and (module, name) not in _DESCRIBE):
             dtype = getattr(torch, name, None) if module == "torch" else None
             if not isinstance(dtype, torch.dtype):
-                raise pickle.UnpicklingError(f"{module}.{name} has no place in the state of a training")
+                raise pickle.UnpicklingError(f"{module}.{name} does not belong in a training state")
         return super().find_class(module, name)
 
 
 @contextmanager
 def _cause() -> Iterator[None]:
-    """DCP wraps what goes wrong, signals too, into an exception of its own."""
+    """DCP wraps every failure, signals too, in an exception of its own; raise the cause instead."""
     try:
         yield
     except CheckpointException as error:
@@ -136,7 +136,7 @@ def _cause() -> Iterator[None]:
 
 
 def _digest(state: Path) -> str | None:
-    """SHA-256 over the names and contents of a state's files; None where there is no such folder, or it cannot be read."""
+    """SHA-256 over names and contents of a state's files; None if the folder is missing or unreadable."""
     whole = hashlib.sha256()
     try:
         for path in sorted(state.iterdir()):
@@ -148,7 +148,7 @@ def _digest(state: Path) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DCP says by warnings that one process is one process."""
+    """Silence DCP's warnings about a single process."""
     log = logging.getLogger("torch.distributed.checkpoint")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -161,7 +161,7 @@ def _quiet() -> Iterator[None]:
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """State tensors by a name that tells optimizer, place of the parameter, and what it is. They are made if need be."""
+    """State tensors by optimizer, parameter and key. States that do not exist yet are initialised."""
     tensors: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -175,7 +175,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
 
 
 def _initialise(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
-    """A step of no length, after which every parameter has its state."""
+    """Take a step with rate 0, after which every parameter has its state, and zero that state."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -185,7 +185,7 @@ def _initialise(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Ten
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    # of a run that begins, not of one that took a step
+    # the state of a training before its first step
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):

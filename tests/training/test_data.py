@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.data.batches import Batches
+from compress.evaluation.tasks import LANGUAGE, MASKED
 from compress.training.data import Masking, Order, Samples
 
 
@@ -35,7 +36,7 @@ def padded():
 
 
 def test_samples_targets_are_next_tokens():
-    samples = Samples(padded(), "causal", 1)
+    samples = Samples(padded(), LANGUAGE, 1)
     taken = [(0, 0), (1, 0), (2, 0)]
     counts = samples.counts(taken)
     batch = samples.batch(taken, counts, "cpu", size=5)
@@ -52,7 +53,7 @@ def test_masking_hides_a_sixth_of_plain_tokens():
     ids = torch.randint(5, 200, (40, 60), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 1
     masking = Masking(mask=3, special=frozenset({0, 1, 2, 3}), vocabulary=200, seed=0)
-    samples = Samples(Batches(ids), "masked", 0, masking)
+    samples = Samples(Batches(ids), MASKED, 0, masking)
     taken = [(row, 0) for row in range(40)]
     counts = samples.counts(taken)
     batch = samples.batch(taken, counts, "cpu")
@@ -66,5 +67,5 @@ def test_masking_hides_a_sixth_of_plain_tokens():
     again, later = samples.batch(taken, counts, "cpu"), samples.batch([(row, 1) for row in range(40)], counts, "cpu")
     assert torch.equal(again.predict, batch.predict)
     assert not torch.equal(later.predict, batch.predict)
-    fixed = Samples(Batches(ids), "masked", 0, Masking(3, masking.special, 200, 0, fixed=True))
+    fixed = Samples(Batches(ids), MASKED, 0, Masking(3, masking.special, 200, 0, fixed=True))
     assert torch.equal(fixed.batch([(5, 0)], counts, "cpu").predict, fixed.batch([(5, 7)], counts, "cpu").predict)

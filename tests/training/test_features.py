@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from compress.evaluation.tasks import LANGUAGE, MASKED
 from compress.training.features import FeatureModel, without_dropout
 from tests import pico
 
@@ -16,7 +17,7 @@ def test_feature_model_logits_match_the_model(family):
     """By the model's own code: softcaps of Gemma 2, the transform of BERT's head, OPT's decoder inside its base."""
     model = pico.model(family)
     reader = FeatureModel(
-        model, "masked" if family in ("albert", "bert", "roberta", "electra", "distilbert") else "causal"
+        model, MASKED if family in ("albert", "bert", "roberta", "electra", "distilbert") else LANGUAGE
     )
     inputs = pico.inputs(model)
     assert reader.check(inputs)
@@ -34,7 +35,7 @@ def test_feature_model_logits_match_the_model(family):
 def test_feature_model_queries_keys_values_match_attention(family):
     """Scores of the first position's value: attention over one token returns its value, whatever query and key."""
     model = pico.model(family)
-    reader = FeatureModel(model, "masked" if family == "bert" else "causal", vectors=[1])
+    reader = FeatureModel(model, MASKED if family == "bert" else LANGUAGE, vectors=[1])
     seen = {}
     attention = reader.blocks[1].get_submodule(reader.record.attention.output)
     handle = attention.register_forward_pre_hook(lambda module, args: seen.update(mixed=args[0]))
@@ -65,7 +66,7 @@ def test_feature_model_runs_the_whole_head_when_it_cannot_split():
             return SimpleNamespace(logits=self.head(found.last_hidden_state) * scale)
 
     model = Odd(pico.model("llama"))
-    reader = FeatureModel(model, "causal")
+    reader = FeatureModel(model, LANGUAGE)
     inputs = {"input_ids": torch.arange(2, 14)[None]}
     assert not reader.check(inputs)
     with torch.no_grad():

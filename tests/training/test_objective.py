@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from compress.evaluation.tasks import LANGUAGE, MASKED
 from compress.training.objective import Batch, Objective, Signal, Terms, _relation
-from compress.training.teacher import Teachers, reader_of
+from compress.training.teachers import Teachers, frozen_teacher
 from tests import pico
 
 
@@ -41,8 +42,8 @@ def test_objective_matches_stock_transformers():
         * 4
     )
     terms = Terms({"labels": 0.5, "kl": 2.0}, temperature=2.0)
-    objective = Objective(student, "causal", terms, vocabulary=300)
-    says = Teachers([reader_of(teacher, "causal", terms)], [1.0], terms, 300)
+    objective = Objective(student, LANGUAGE, terms, vocabulary=300)
+    says = Teachers([frozen_teacher(teacher, LANGUAGE, terms)], [1.0], terms, 300)
     batch = batch_of(ids)
     total, labels, divergence = objective(batch, says(batch)).tolist()
     assert labels == pytest.approx(nll, rel=1e-4)
@@ -61,8 +62,8 @@ def test_objective_is_zero_when_student_is_teacher():
         "relations": 1.0,
     }
     terms = Terms(weights, states=((0, 0), (2, 2), (4, 4)), vectors=(3, 3), relation_heads=4)
-    objective = Objective(pico.model("llama"), "causal", terms, vocabulary=300, teacher_width=32)
-    says = Teachers([reader_of(pico.model("llama"), "causal", terms)], [1.0], terms, 300)
+    objective = Objective(pico.model("llama"), LANGUAGE, terms, vocabulary=300, teacher_width=32)
+    says = Teachers([frozen_teacher(pico.model("llama"), LANGUAGE, terms)], [1.0], terms, 300)
     counted = torch.ones(2, 10, dtype=torch.bool)
     counted[1, 6:] = False
     batch = batch_of(torch.randint(1, 250, (2, 10), generator=torch.Generator().manual_seed(0)), counted)
@@ -80,8 +81,8 @@ def test_objective_ignores_logits_beyond_shared_vocabulary():
             a.copy_(b)
         teacher.model.norm.weight.copy_(student.model.norm.weight)
     terms = Terms({"kl": 1.0})
-    objective = Objective(student, "causal", terms, vocabulary=300)
-    says = Teachers([reader_of(teacher, "causal", terms)], [1.0], terms, 300)
+    objective = Objective(student, LANGUAGE, terms, vocabulary=300)
+    says = Teachers([frozen_teacher(teacher, LANGUAGE, terms)], [1.0], terms, 300)
     batch = batch_of(torch.randint(1, 250, (2, 10), generator=torch.Generator().manual_seed(0)))
     assert float(objective(batch, says(batch))[0]) == pytest.approx(0, abs=1e-6)
 
@@ -90,8 +91,8 @@ def test_objective_ignores_padding():
     terms = Terms(
         {"kl": 1.0, "hidden": 1.0, "cosine": 1.0, "relations": 1.0}, states=((2, 3),), vectors=(0, 1), relation_heads=2
     )
-    objective = Objective(pico.model("bert", seed=1), "masked", terms, vocabulary=300, teacher_width=32)
-    says = Teachers([reader_of(pico.model("bert", seed=2), "masked", terms)], [1.0], terms, 300)
+    objective = Objective(pico.model("bert", seed=1), MASKED, terms, vocabulary=300, teacher_width=32)
+    says = Teachers([frozen_teacher(pico.model("bert", seed=2), MASKED, terms)], [1.0], terms, 300)
     ids = torch.randint(1, 250, (1, 8), generator=torch.Generator().manual_seed(0))
     alone = batch_of(ids)
     counted = torch.zeros(1, 12, dtype=torch.bool)
@@ -113,9 +114,9 @@ def test_relation_matches_scaled_dot_product_attention():
 def test_objective_trains_a_projection_between_widths():
     student = pico.model("llama", hidden_size=16, intermediate_size=32)
     terms = Terms({"hidden": 1.0, "cosine": 1.0}, states=((1, 1), (4, 4)))
-    objective = Objective(student, "causal", terms, vocabulary=300, teacher_width=32)
+    objective = Objective(student, LANGUAGE, terms, vocabulary=300, teacher_width=32)
     assert set(objective.projections) == {"state0", "state1", "last"}
-    says = Teachers([reader_of(pico.model("llama"), "causal", terms)], [1.0], terms, 300)
+    says = Teachers([frozen_teacher(pico.model("llama"), LANGUAGE, terms)], [1.0], terms, 300)
     batch = batch_of(torch.randint(1, 250, (2, 10), generator=torch.Generator().manual_seed(0)))
     objective(batch, says(batch))[0].backward()
     assert all(p.weight.grad.abs().sum() > 0 for p in objective.projections.values())
@@ -123,7 +124,7 @@ def test_objective_trains_a_projection_between_widths():
 
 def test_objective_of_padding_only_gives_zero_loss_and_gradients():
     terms = Terms({"labels": 1.0})
-    objective = Objective(pico.model("llama"), "causal", terms, vocabulary=300)
+    objective = Objective(pico.model("llama"), LANGUAGE, terms, vocabulary=300)
     ids = torch.ones(1, 5, dtype=torch.long)
     nothing = torch.zeros(1, 5, dtype=torch.bool)
     batch = Batch({"input_ids": ids}, nothing, nothing, ids[nothing], torch.tensor([-1]), 10, 8)

@@ -41,7 +41,7 @@ class StopsAt(SilentProgress):
             return inner
         progress = self
 
-        class HeadKind:
+        class PausedTask:
             def __enter__(self):
                 self.inner = inner.__enter__()
                 return self
@@ -55,7 +55,7 @@ class StopsAt(SilentProgress):
                 if not progress.looks:
                     raise Stop
 
-        return HeadKind()
+        return PausedTask()
 
 
 @pytest.fixture(scope="module")

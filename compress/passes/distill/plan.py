@@ -9,7 +9,7 @@ from typing import Any
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, IMAGES, MASKED, label_ids, task_of
+from compress.evaluation.tasks import EMBEDDING, label_ids, task_of
 from compress.passes.distill.settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
@@ -140,12 +140,6 @@ def losses(spec: Spec, settings: DistillSettings) -> dict[str, float]:
     if settings.losses is not None:
         return settings.losses.weights
     return {"cosine": 1.0} if task_of(spec.structure.class_name) is EMBEDDING else {"kl": 1.0}
-
-
-def task_name(spec: Spec) -> Any:
-    """The task as `training.features` names it."""
-    task = task_of(spec.structure.class_name)
-    return {CLASSIFICATION: "classes", IMAGES: "classes", EMBEDDING: "embedding", MASKED: "masked"}.get(task, "causal")
 
 
 def student_cut(spec: Spec, settings: DistillSettings) -> PruneStructuredSettings | None:

@@ -21,14 +21,14 @@ from compress.models.blocks import find_blocks, record_of
 from compress.models.loading import load_checkpoint
 from compress.models.processors import has_tokenizer, load_image_processor, load_tokenizer
 from compress.passes.base import Context
-from compress.passes.distill.plan import bytes_per_token, check_teacher, task_name
+from compress.passes.distill.plan import bytes_per_token, check_teacher
 from compress.passes.distill.settings import DistillSettings
-from compress.training.cache import SHARD, TeacherCache
 from compress.training.data import Samples
 from compress.training.features import FeatureModel
 from compress.training.objective import Signal, Terms
 from compress.training.sharding import shard
-from compress.training.teacher import Teachers, TeacherSignal, reader_of
+from compress.training.teacher_cache import SHARD, TeacherCache
+from compress.training.teachers import Teachers, TeacherSignal, frozen_teacher
 
 #: Tokens of the sample on which the ways to make logits are compared.
 _PROBE = 16
@@ -202,21 +202,21 @@ def _load_teachers(
     context: Context,
 ) -> Teachers:
     """Models of the teachers, each loaded once."""
-    task = task_name(teachers[0].spec)
-    readers = []
+    task = task_of(teachers[0].spec.structure.class_name)
+    models = []
     for number, teacher in enumerate(teachers):
         model = load_checkpoint(teacher, dtype=context.dtype, device=load_device(context))
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
-        reader = reader_of(model, task, own)
+        reader = frozen_teacher(model, task, own)
         check_logits(reader, samples, context)
         if context.processes.world > 1:
             shard(reader.base, blocks_of(model), context.device)
             for child in model.children():
                 if child is not reader.base:
                     child.to(context.device)
-        readers.append(reader)
+        models.append(reader)
     total = sum(entry.weight for entry in settings.teacher)
-    return Teachers(readers, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
+    return Teachers(models, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
 
 
 def check_logits(reader: FeatureModel, samples: Samples, context: Context) -> None:

@@ -15,12 +15,13 @@ from compress.checkpoint.values import Checkpoint, Derived, Value, torch_dtype
 from compress.distributed import ProcessGroup
 from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
+from compress.evaluation.tasks import MASKED, task_of
 from compress.models.classes import stock_class
 from compress.models.loading import load_checkpoint
 from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
 from compress.passes.details import TrainingDetails
-from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside, task_name
+from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside
 from compress.passes.distill.settings import DistillSettings
 from compress.passes.distill.teachers import (
     blocks_of,
@@ -32,12 +33,12 @@ from compress.passes.distill.teachers import (
 )
 from compress.training.data import Masking, Samples
 from compress.training.features import without_dropout
+from compress.training.file_names import FileNames, file_names
 from compress.training.loop import History, Trainer, TrainingOptions
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
 from compress.training.sharding import like, shard, whole
 from compress.training.state import RunState, UnusableState
-from compress.training.written import Places, find_places
 
 if TYPE_CHECKING:
     from compress.data.batches import Batches
@@ -141,14 +142,14 @@ def _objective(
     torch.manual_seed(context.seed)
     objective = Objective(
         model,
-        task_name(student.spec),
+        task_of(student.spec.structure.class_name),
         made.terms,
         vocabulary=made.vocabulary,
         teacher_width=widths.pop() if made.terms.of_inside else None,
         pooling=_pooling(student),
         teacher_pooling=_pooling(made.teachers[0]) if made.teachers else None,
     ).to(load_device(context))
-    check_logits(objective.reader, made.samples, context)
+    check_logits(objective.features, made.samples, context)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
@@ -216,7 +217,7 @@ def _pooling(checkpoint: Checkpoint) -> Pooling | None:
 def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -> Samples:
     """Training samples, the last of which are held out. Raises `DataError`."""
     batches: Batches = context.data("training")
-    task = task_name(student.spec)
+    task = task_of(student.spec.structure.class_name)
     if len(batches.ids) < settings.validation_samples + settings.batch_size:
         raise DataError(
             f"the training data gives {len(batches.ids)} samples, {settings.validation_samples} are held out and a step takes "
@@ -230,12 +231,12 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
             key="batch_size",
         )
     weights = losses(student.spec, settings)
-    if task == "classes" and "labels" in weights and batches.labels is None:
+    if task.labels == "classes" and "labels" in weights and batches.labels is None:
         raise DataError(
             "the loss `labels` needs labelled text", where="data.training", fix="name the columns: `text`, `label`"
         )
     masking = None
-    if task == "masked":
+    if task is MASKED:
         assert student.folder is not None
         tokenizer = load_tokenizer(student.folder, trust_remote_code=student.trust_remote_code)
         if tokenizer.mask_token_id is None:
@@ -274,12 +275,12 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
     return Terms(weights, settings.temperature, settings.skew, states, vectors, settings.relation_heads)
 
 
-def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, Places]:
+def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, FileNames]:
     """The student in float32, and the names of its weights in the file. Raises `PassError` if the file lacks them."""
     model = _fresh_model(student, settings, context)
     if not settings.dropout:
         without_dropout(model)
-    return model, find_places(student.spec, model)
+    return model, file_names(student.spec, model)
 
 
 def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
@@ -334,7 +335,7 @@ def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
     return log, writer.close
 
 
-def _trained(student: Checkpoint, model: Any, places: Places, context: Context) -> Checkpoint:
+def _trained(student: Checkpoint, model: Any, places: FileNames, context: Context) -> Checkpoint:
     """The student's checkpoint with the model's weights, named and shaped as in its file."""
     state = {}
     for name, value in model.state_dict().items():

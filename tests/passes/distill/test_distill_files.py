@@ -19,7 +19,7 @@ from compress.models.loading import load_checkpoint
 from compress.passes.base import Pass
 from compress.report import render_markdown
 from compress.spec.spec import Tensor
-from compress.training.written import find_places
+from compress.training.file_names import file_names
 from tests import pico
 from tests.passes.distill.test_distill import distilled, ids
 
@@ -124,7 +124,7 @@ def test_distill_refuses_encoder_decoder(tmp_path):
 def test_find_places_places_every_weight(tmp_path, family):
     checkpoint = open_checkpoint(pico.save(tmp_path / "model", family))
     model = load_checkpoint(checkpoint, dtype="float32")
-    places = find_places(checkpoint.spec, model)
+    places = file_names(checkpoint.spec, model)
     assert not places.kept
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,13 +142,13 @@ def test_find_places_refuses_weights_without_a_place(pico_llama):
     with pytest.raises(
         PassError, match=r"transformers writes extra\.weight, which the file does not have.*from_pretrained"
     ):
-        find_places(checkpoint.spec, model)
+        file_names(checkpoint.spec, model)
     del model.extra
     model.lm_head = torch.nn.Linear(32, 7, bias=False)
     with pytest.raises(
         PassError, match=r"transformers writes lm_head\.weight as \[7, 32\], and the file has \[300, 32\]"
     ):
-        find_places(checkpoint.spec, model)
+        file_names(checkpoint.spec, model)
 
 
 RUN = {
@@ -237,7 +237,7 @@ def test_distill_keeps_and_reports_unused_tensors(tmp_path, pico_llama, texts):
     checkpoint = open_checkpoint(pico_llama)
     more = {"model.old_buffer": Tensor("model.old_buffer", (4,), "F32")}
     spec = replace(checkpoint.spec, tensors={**checkpoint.spec.tensors, **more})
-    assert find_places(spec, load_checkpoint(checkpoint, dtype="float32")).kept == more.keys()
+    assert file_names(spec, load_checkpoint(checkpoint, dtype="float32")).kept == more.keys()
     recipe = {**RUN, "model": str(pico_llama), "output": str(tmp_path / "out")}
     recipe["data"] = {"training": {"files": [str(texts[0])], "length": 16}}
     report = compress.run(recipe).report

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compress.training.chunks import summed
+from compress.training.chunked_logits import summed
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])

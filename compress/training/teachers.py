@@ -1,4 +1,4 @@
-"""The teachers of a student: one model or several, at work beside it, or what they said, read from a cache."""
+"""Teachers of a student: one model or several that run beside it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.training.chunks import chunk_rows
+from compress.evaluation.tasks import Task
+from compress.training.chunked_logits import chunk_rows
 from compress.training.divergence import bucketed, ensemble
-from compress.training.features import FeatureModel, HeadKind
+from compress.training.features import FeatureModel
 from compress.training.objective import Batch, Signal, Terms
 
 
 class TeacherSignal(Protocol):
-    """Whatever tells what teachers say of a batch."""
+    """Source of the teachers' predictions: models that run beside the student, or a cache."""
 
     def __call__(self, batch: Batch) -> Signal:
-        """What they say."""
+        """The teachers' output for a batch."""
         ...
 
 
 @dataclass
 class Teachers:
-    """Models whose probabilities are averaged by weight. The first one alone shows hidden states and attention.
+    """An ensemble: probabilities are averaged by weight. Hidden states and attention are those of the first teacher.
 
-    ``vocabulary``: ids shared with the student.
+    ``vocabulary``: number of ids shared with the student.
     """
 
-    readers: Sequence[FeatureModel]
+    models: Sequence[FeatureModel]
     weights: Sequence[float]
     terms: Terms
     vocabulary: int
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signal:
-        """One forward pass of each."""
+        """Run each teacher once."""
         if not self.terms.of_distribution:
-            return Signal(None, self.readers[0].run(batch.inputs))
-        runs = [reader.run(batch.inputs) for reader in self.readers]
+            return Signal(None, self.models[0].run(batch.inputs))
+        runs = [model.run(batch.inputs) for model in self.models]
         hidden = [
-            reader.predicted(output, batch.inputs, batch.predict)
-            for reader, output in zip(self.readers, runs, strict=True)
+            model.predicted(output, batch.inputs, batch.predict)
+            for model, output in zip(self.models, runs, strict=True)
         ]
 
         @torch.no_grad()
@@ -53,10 +54,10 @@ class Teachers:
         return Signal(distribution, runs[0] if self.terms.of_inside else None)
 
     def log_probabilities(self, hidden: Sequence[Tensor]) -> Tensor:
-        """Of the ensemble, [n, V] float32, from what each teacher's `FeatureModel.predicted` gave."""
+        """Log-probabilities of the ensemble [n, V], float32, from each teacher's `FeatureModel.predicted`."""
         members = []
-        for reader, rows in zip(self.readers, hidden, strict=True):
-            shared, temperature = reader.head(rows)[:, : self.vocabulary].float(), self.terms.temperature
+        for model, rows in zip(self.models, hidden, strict=True):
+            shared, temperature = model.head(rows)[:, : self.vocabulary].float(), self.terms.temperature
             members.append((shared if temperature == 1 else shared / temperature).log_softmax(-1))
         return ensemble(members, list(self.weights))
 
@@ -78,8 +79,8 @@ class Teachers:
         return torch.cat(ids), torch.cat(values)
 
 
-def reader_of(model: Any, task: HeadKind, terms: Terms) -> FeatureModel:
-    """A teacher's reader, frozen, which keeps what the terms compare with."""
+def frozen_teacher(model: Any, task: Task, terms: Terms) -> FeatureModel:
+    """A frozen teacher that keeps the features that ``terms`` compare."""
     model.requires_grad_(False)
     model.eval()
     vectors = () if terms.vectors is None else (terms.vectors[1],)

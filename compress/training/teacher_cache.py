@@ -1,6 +1,7 @@
-"""What teachers said of training samples, kept on disk: per token the k likeliest ids, their log-probabilities and the mass of
-all others, in shards of safetensors. The others count as one bucket, so that the loss is a divergence and not biased, as it is
-where the k are renormalised (Sparse Logit Sampling, arXiv 2503.16870).
+"""Predictions of teachers for training samples, on disk.
+
+Per token a shard holds the k likeliest ids, their log-probabilities and the mass of all others. The others count as one
+bucket, so the loss is a divergence; renormalising the k would bias it (Sparse Logit Sampling, arXiv 2503.16870).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ _KEY = "teacher-cache.json"
 
 @dataclass
 class TeacherCache:
-    """A folder of shards. Samples are numbered in the order that the training data give them.
+    """A folder of shards. Samples are numbered in the order of the training data.
 
-    ``k``: ids per token. ``vocabulary``: ids that student and teachers share.
+    Attributes:
+        k: ids per token.
+        vocabulary: number of ids that student and teachers share.
     """
 
     folder: Path
@@ -39,7 +42,11 @@ class TeacherCache:
     _open: dict[int, tuple[Any, list[int]]] = field(default_factory=dict)
 
     def prepare(self, key: Mapping[str, Any]) -> None:
-        """Make the folder, or see that it is one of this key: what the contents depend on, JSON values. Raises `DataError`."""
+        """Make the folder, or check that it has this key. Raises `DataError`.
+
+        Args:
+            key: everything that the contents depend on, JSON values.
+        """
         path = self.folder / _KEY
         wanted = {"format": FORMAT, "k": self.k, **key}
         if path.exists():
@@ -51,7 +58,7 @@ class TeacherCache:
                 name for name, value in wanted.items() if not isinstance(stored, dict) or stored.get(name) != value
             ]:
                 raise DataError(
-                    f"holds what another teacher said, or of other samples: its {other[0]} differs",
+                    f"holds predictions of another teacher, or for other samples: its {other[0]} differs",
                     where=str(self.folder),
                     fix="name another folder in `teacher_cache`, or remove this one",
                 )
@@ -62,11 +69,11 @@ class TeacherCache:
         write_atomically(path, json.dumps(wanted, indent=1).encode())
 
     def missing(self, rows: Iterable[int]) -> list[int]:
-        """Shards that these samples need and that are not there, in order."""
+        """Missing shards that these samples need, in order."""
         return sorted(s for s in {row // SHARD for row in rows} if not self._path(s).exists())
 
     def write(self, shard: int, predictions: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Of every sample of a shard, in order, ids [n, k] and log-probabilities [n, k + 1]."""
+        """Write a shard: for each of its samples, in order, ids [n, k] and log-probabilities [n, k + 1]."""
         narrow = torch.uint16 if self.vocabulary <= 1 << 16 else torch.int32
         ends = torch.tensor([0, *(len(ids) for ids, _ in predictions)]).cumsum(0)
         tensors = {
@@ -97,7 +104,7 @@ class TeacherCache:
         return ids.long(), values.float()
 
     def __call__(self, batch: Batch) -> Signal:
-        """What the teachers said of the samples of a batch."""
+        """The teachers' predictions for the samples of a batch."""
         stored = [self.read(row) for row in batch.rows.tolist() if row >= 0]
         device = batch.predict.device
         ids = torch.cat([ids for ids, _ in stored]).to(device) if stored else torch.zeros(0, self.k, dtype=torch.long)

@@ -1,7 +1,7 @@
-"""Losses over a vocabulary, a few tokens at a time: logits of all tokens never stand in memory together.
+"""Losses over a vocabulary, a few tokens at a time, so that the logits of all tokens are never in memory together.
 
-As in Liger Kernel (arXiv 2410.10989): the gradient of a chunk is made as soon as its loss is known, so nothing is computed
-twice, and beyond the weights and their gradient memory does not grow with the vocabulary.
+As in Liger Kernel (arXiv 2410.10989), the gradient of a chunk is computed right after its loss. Nothing is computed twice,
+and beyond the weights and their gradient memory does not grow with the vocabulary.
 
 N tokens, D width, V vocabulary.
 """
@@ -43,8 +43,9 @@ def summed(
     """Sums of ``loss`` over all rows of ``hidden`` [N, D], times ``factor``, [terms]. Only the first term has a gradient.
 
     Args:
-        head: a `torch.nn.Linear` takes less memory than another function. parameters: all that it uses.
-        scale: what gradients are multiplied by while they are narrow floats (of a gradient scaler).
+        head: a `torch.nn.Linear` takes less memory than another function.
+        parameters: all parameters that ``head`` uses.
+        scale: factor of the gradients while they are narrow floats, as of a gradient scaler.
     """
     wanted = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or wanted):
@@ -103,7 +104,7 @@ def _through_any(
     gradients: list[Tensor | None],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(sums, gradient of ``hidden``); those of the parameters are added to ``gradients``."""
+    """Sums, and the gradient of ``hidden``. Gradients of the parameters are added to ``gradients``."""
     with torch.enable_grad():
         hidden = hidden.requires_grad_()
         sums = loss(head(hidden))
@@ -123,7 +124,7 @@ def _through_linear(
     gradients: list[Tensor | None],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `_through_any`, and in float32 without a matrix [V, D] for every chunk: its product is added where the sum is."""
+    """As `_through_any`, but in float32 no chunk needs a matrix [V, D]: its product is added to the sum directly."""
     logits = head(hidden).detach().requires_grad_()
     with torch.enable_grad():
         sums = loss(logits)

@@ -1,7 +1,7 @@
-"""Where the weights of a trained model stand in the file that it was loaded from.
+"""Names and shapes in the checkpoint's file of the weights of a trained model.
 
-transformers renames, fuses and ties weights when it loads a file, and undoes that when it saves a model. What it would save is
-known on the meta device, so a student that has no place for its weights is refused before it is trained.
+transformers renames, fuses and ties weights when it loads a file, and reverts that when it saves a model. Its result is
+known on the meta device, so a student whose weights have no place in the file is refused before training.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from compress.spec.spec import Spec
 
 
 @dataclass(frozen=True)
-class Places:
-    """Which tensor of the file each weight of a model is.
+class FileNames:
+    """The tensor in the file of each weight of a model.
 
     Attributes:
-        left_out: names in the model of parameters that are others', by the structure's edits.
-        kept: stored tensors that are none of the model's, such as buffers that older versions wrote; they stay as they are.
-        spelt: all names of the file, which may leave out that of the base model.
+        left_out: names in the model of parameters that belong to another block, by the structure's edits.
+        kept: stored tensors that are not the model's, such as buffers of older versions; they stay as they are.
+        names: all names of the file, which may lack the base model's prefix.
     """
 
     left_out: frozenset[str]
     kept: frozenset[str]
-    spelt: frozenset[str]
+    names: frozenset[str]
 
     def tensors(self, model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name in the file ▶ value, of the model's whole state dictionary. A tied parameter has all of its names."""
-        return _as_in_files(model, {n: value for n, value in state.items() if n not in self.left_out}, self.spelt)
+        """Values by name in the file, from the model's whole state dictionary. A tied parameter has all of its names."""
+        return _as_in_files(model, {n: value for n, value in state.items() if n not in self.left_out}, self.names)
 
 
-def find_places(spec: Spec, model: Any) -> Places:
-    """The places of a model's weights in the file that ``spec`` describes, from names and shapes alone.
+def file_names(spec: Spec, model: Any) -> FileNames:
+    """Names in the file that ``spec`` describes of a model's weights, from names and shapes alone.
 
     Raises:
         PassError: transformers writes a weight under a name, or in a shape, that the file does not have.
@@ -62,11 +62,11 @@ def find_places(spec: Spec, model: Any) -> Places:
             raise _no_place(
                 f"transformers writes {name} as {list(written[name].shape)}, and the file has {list(shape)}"
             )
-    return Places(left_out, frozenset(stored.keys() - written.keys()), frozenset(spec.tensors))
+    return FileNames(left_out, frozenset(stored.keys() - written.keys()), frozenset(spec.tensors))
 
 
-def _as_in_files(model: Any, state: Mapping[str, Tensor], spelt: Collection[str]) -> dict[str, Tensor]:
-    """A state dictionary with names and shapes as in the file that the model was loaded from, whose names are ``spelt``."""
+def _as_in_files(model: Any, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """A state dictionary with the names and shapes of the file that the model was loaded from; ``names`` are the file's."""
     from transformers.core_model_loading import revert_weight_conversion
 
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -76,7 +76,7 @@ def _as_in_files(model: Any, state: Mapping[str, Tensor], spelt: Collection[str]
     prefix = f"{model.base_model_prefix}."
 
     def own(name: str) -> str:
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in spelt), name)
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
 
     return {own(name): value for name, value in reverted.items()}
 
