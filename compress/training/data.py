@@ -1,4 +1,4 @@
-"""Batches of training samples: the samples of each step, their masking and what counts. All of it follows from the seed."""
+"""Batches of training samples: which samples each step takes, and what is masked. All of it follows from the seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of a model that losses compare: hidden states, queries, keys and values, and logits a few tokens at a time."""
+"""Features of a model that losses compare: hidden states, queries, keys, values, and logits by parts."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class FeatureModel:
         return result
 
     def predicted(self, output: ForwardOutput, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-        """Inputs of `head` for the tokens ``where`` (bool [B, L]; [B] for a classifier): last hidden states [N, D], or logits."""
+        """Inputs of `head` for the tokens ``where`` (bool [B, L], classifier [B]): hidden states [N, D], or logits."""
         if self.by_parts or self.task.labels == "classes":
             return output.last[where]
         given = {name: value for name, value in inputs.items() if name in self.takes}
@@ -151,7 +151,7 @@ class FeatureModel:
         return logits[where]
 
     def check(self, inputs: dict[str, torch.Tensor]) -> bool:
-        """Whether logits of a few tokens at a time equal the model's own. If not, they are computed whole from now on."""
+        """Whether logits computed by parts equal the model's own. If not, they are computed whole from then on."""
         if not self.by_parts:
             return True
         training = self.model.training

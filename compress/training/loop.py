@@ -55,7 +55,7 @@ class TrainingOptions:
 
 @dataclass
 class History:
-    """Measurements of a training. ``held_out``: rows of step and loss; ``train``: rows of step, total loss and each loss."""
+    """Measurements of a training. ``held_out``: rows of step and loss; ``train``: also each loss alone."""
 
     held_out: list[dict[str, float]] = field(default_factory=list)
     train: list[dict[str, float]] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Trainer:
 
         Raises:
             PassError: the loss is not finite.
-            UnusableState: a state on disk is damaged. The student's weights are undefined then; training can begin anew without it.
+            UnusableState: a state on disk is damaged. The weights are undefined then; training can begin anew.
         """
         options, start = self.options, 0
         if (saved := self.state.find()) is not None:
@@ -211,7 +211,7 @@ class Trainer:
             parameter.mul_(mask)
 
     def _note(self, step: int, means: Tensor) -> str:
-        """Record the mean losses of the last steps; return a note for the progress. Raises `PassError` if they are not finite."""
+        """Record the mean losses of the last steps; return them as text. Raises `PassError` if one is not finite."""
         values = means.tolist()
         if not all(map(math.isfinite, values)):
             raise self._diverged(values[0], step)

@@ -90,7 +90,7 @@ class Signal:
     """The teacher's output for a batch.
 
     Attributes:
-        distribution: function from rows of the N predicted tokens to log-probabilities [n, V], or to [n, k + 1] and ids [n, k].
+        distribution: function from rows of the N predicted tokens to log-probabilities [n, V], or [n, k + 1] with ids [n, k].
         output: hidden states and vectors.
     """
 
@@ -144,8 +144,8 @@ class Objective(torch.nn.Module):
     def forward(self, batch: Batch, signal: Signal, scale: float = 1.0) -> Tensor:
         """The total loss and each unweighted loss, [1 + losses]. Only the total has a gradient.
 
-        Every value is this batch's share of the mean over the step: the shares of all batches add up to it. ``scale`` multiplies
-        gradients while they are narrow floats (see `chunked_logits.summed`).
+        Every value is this batch's share of the mean over the step: the shares of all batches add up to it. ``scale``
+        multiplies gradients while they are narrow floats (see `chunked_logits.summed`).
         """
         output = self.features.run(batch.inputs)
         batch = _by_token(batch, output)

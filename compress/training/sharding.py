@@ -1,4 +1,4 @@
-"""Student and teachers sharded over processes (FSDP2). Each process holds a part of every tensor, and all of it during use."""
+"""Student and teachers sharded over processes (FSDP2). Each holds a part of every tensor, and all of it in use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_sharded(module: torch.nn.Module) -> bool:
 
 
 def release(module: torch.nn.Module) -> None:
-    """Free whole tensors that a forward pass without a backward pass leaves, so that the next pass reads changed weights."""
+    """Free whole tensors that a lone forward pass leaves, so that the next pass reads changed weights."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):

@@ -97,7 +97,7 @@ def stopped(tmp_path_factory, recipe):
 
 
 RUINED = {
-    "nothing": (lambda training: None, "training goes on from step 4"),
+    "nothing": (lambda training: None, "training continues from step 4"),
     "best weights gone": (lambda training: shutil.rmtree(training / "best-4"), None),
     "half-removed state": (lambda training: data_file(training / "step-4").unlink(), None),
     "zeros in the state": (lambda training: zero(training / "step-4"), None),

@@ -292,7 +292,7 @@ def test_distill_cache_of_another_teacher_or_samples_is_refused(tmp_path, pico_l
     distilled(tmp_path, pico_llama, "a", student={"layers": 2}, teacher_cache=cache)
     other = pico.save(tmp_path / "other", seed=5)
     with pytest.raises(
-        DataError, match=r"cache: holds what another teacher said, or of other samples: its teachers differs"
+        DataError, match=r"cache: holds predictions of another teacher, or for other samples: its teachers differs"
     ):
         distilled(tmp_path, pico_llama, "b", student={"layers": 2}, teacher_cache=cache, teacher=str(other))
     with pytest.raises(DataError, match="its samples differs"):
@@ -482,7 +482,7 @@ def test_distill_killed_run_ends_with_the_same_bytes(tmp_path, recipe):
     done = start("run", path)
     output, errors = done.communicate()
     assert done.returncode == 0, errors
-    assert "training goes on from step" in errors + output
+    assert "training continues from step" in errors + output
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "killed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
