@@ -8,7 +8,7 @@ from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
-#: By loss: how far from the target a matrix may be, and in how many steps to each side losses are measured.
+#: Largest distance of a matrix from the target sparsity, and number of probes on each side of it.
 REACH, STEPS = 0.2, 2
 #: A setting that allocates by divergence, as errors name it, and the setting to use instead.
 SPARSITY = ("`allocation: kl`", "use `allocation: uniform` or `owl`")

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from compress.workspace import Workspace
 
 Mode = Literal["stream", "blockwise", "train"]
-#: What tensors can be: floats, codes of any kind, the same in several blocks, two factors in place of one, of a width that no
-#: other block has.
+#: Kinds of storage: floats, codes of any kind, tensors that several blocks share, low-rank factors, and widths that differ
+#: between blocks.
 Storage = Literal["float", "integer", "shared", "factored", "uneven"]
-#: Structure that a pass meets no difficulty with if it works matrix by matrix, or on the whole model.
+#: Edits of structure. A pass that works matrix by matrix, or on the whole model, accepts them.
 EDITED: frozenset[Storage] = frozenset({"shared", "factored", "uneven"})
 
 
@@ -163,7 +163,7 @@ class Pass(Generic[S]):
         raise NotImplementedError
 
 
-#: What is said of a module that is so.
+#: Words for a module with an edit, for errors.
 EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors", "uneven": "has a width of its own"}
 
 

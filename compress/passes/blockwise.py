@@ -121,7 +121,7 @@ def runner_memory(
         chosen = int(solver.kept * sum(x.tensor.count for x in changed))
         if output_curvature:
             held = curvatures_that_fit(x.O for x in changed if x.expert is None)
-            chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # and factors of the largest
+            chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # factors of the largest too
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * trained * block))
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch

@@ -30,7 +30,7 @@ from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import Spec
 
-#: Of descent on codes and scales.
+#: Rounds of QuantEase on codes and scales.
 _ROUNDS = 3
 
 
@@ -68,7 +68,7 @@ class Rounded:
     ) -> None:
         self.linear, self.quant_format, self.keep = linear, quant_format, keep
         self.scale, self.zero, self.overall = scales.scale, scales.zero, scales.overall
-        #: Less zero points, [O, G, S].
+        #: Codes less zero points [O, G, S].
         self.codes = codes.view(len(codes), self.scale.shape[1], -1)
 
     def values(self) -> torch.Tensor:
@@ -137,7 +137,7 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         for t in spec.stored()
         if t.quant_format is not None and record.block_index(t.name) is not None
     }
-    if not quant_formats:  # tables alone, which are rounded as they are read
+    if not quant_formats:  # only embeddings, which are rounded when read
         return checkpoint.tensor
     coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
     reconstruction = (

@@ -75,7 +75,7 @@ class Choices:
             result = {n: self.options[i] for group, i in zip(self.groups, chosen, strict=True) for n in group}
             if max_bytes is None or (over := self._whole(self.quant_formats(result)) - max_bytes) <= 0:
                 return result
-            room -= over  # headers are a few bytes longer with some formats than with others
+            room -= over  # some formats have longer headers
 
     def quant_formats(self, chosen: Mapping[str, str]) -> dict[str, QuantFormat]:
         """Formats of the chosen options, by tensor."""
@@ -87,7 +87,7 @@ class Choices:
         for half in range(4, 17):
             try:
                 chosen = self.allocate(losses, half / 2)
-            except PassError:  # fewer than the smallest formats take
+            except PassError:  # below the smallest formats
                 continue
             points.append((half / 2, sum(losses[n][o] for n, o in chosen.items())))
         return points

@@ -35,7 +35,7 @@ def convert(name: str, value: Value, before: Spec, after: Spec, *, search: bool)
 
 def check_finite(name: str, data: torch.Tensor) -> None:
     """Raise `CheckpointError` if a tensor has NaN or infinite values, which have no code."""
-    # the extremes are NaN where any value is: faster than to look at every weight
+    # the extremes are NaN if any value is; faster than a test of every weight
     if data.numel() and not torch.isfinite(torch.stack(torch.aminmax(data))).all():
         raise CheckpointError(f"tensor {name} holds NaN or infinite values, which have no code")
 

@@ -83,7 +83,7 @@ def largest_cached(
             if len(attentions) != 1:
                 raise PassError(f"block {block.index} has {len(attentions)} attentions that cache keys and values")
             observer.tap(*attentions[0])
-            largest.append(observer.of_all)  # filled while the block runs, which it does next
+            largest.append(observer.of_all)  # filled when the block runs, next
             task.advance(note=f"block {block.index}")
     return [_together(pair, workspace.processes) for pair in largest]
 

@@ -17,11 +17,11 @@ from compress.passes.selection import matching, select
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
 
-#: Of a cache whose scales the files do not hold.
+#: Remark about a cache without stored scales.
 NO_SCALES = (
     "the fp8 cache has no calibrated scales: vLLM takes 1, SGLang does not quantise; `data.calibration` gives it scales"
 )
-#: Bits of a code from which rounding is so fine that nothing after GPTQ pays.
+#: Bits per code from which no step after GPTQ pays.
 FINE = 6
 
 
@@ -105,7 +105,7 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
 
     def quant_format(name: str, option: str) -> QuantFormat:
         linear, format_ = linears[name], option.partition("/")[0]
-        if settings.group_size is None and format_ not in FIXED_GROUPS:  # what its width takes, at last a whole channel
+        if settings.group_size is None and format_ not in FIXED_GROUPS:  # the first group size that divides the width
             among = (option, format_, f"{format_}/channel")
             option = next(o for o in among if not _leftover(linear, settings.quant_format(o)))
         return _grid(spec, linear, settings, option)
@@ -184,7 +184,7 @@ def _grid(spec: Spec, linear: Linear, settings: CastSettings, option: str) -> Qu
     if linear.transposed:
         quant_format = replace(quant_format, transposed=True)
     if _leftover(linear, quant_format) and format_ not in FIXED_GROUPS and linear.role == "factor":
-        quant_format = replace(quant_format, group=0)  # ranks are any number
+        quant_format = replace(quant_format, group=0)  # ranks need not be multiples of a group
     if _leftover(linear, quant_format):
         _refuse_groups([linear], quant_format)
     if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):

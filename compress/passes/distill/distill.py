@@ -60,7 +60,7 @@ class Distill(Pass[DistillSettings]):
         each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.ema_decay is not None else 0)
         teachers = 0
         if settings.needs_teacher():
-            # of others than the original the sizes are not known here, so they count as what the student is cut from
+            # sizes of other teachers are unknown here; assume that of the input
             teachers = len(settings.teacher) * width * spec.parameters
         return student * each + teachers + _activations(spec, settings)
 
@@ -77,7 +77,7 @@ class Distill(Pass[DistillSettings]):
             student = PruneStructured().plan(spec, cut)
         first = None
         for number, folder in enumerate(self.checkpoints(settings)):
-            if expanded(folder).is_dir():  # those of the hub are looked at when they are opened
+            if expanded(folder).is_dir():  # teachers on the hub are checked when they are opened
                 teacher = open_headers(folder, trust_remote_code=True)[0]
                 check_teacher(student, teacher, folder)
                 first = teacher if number == 0 and settings.teacher[0].checkpoint == folder else first

@@ -14,7 +14,7 @@ from compress.passes.distill.settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
 
-#: The peak rate of trainings of so many steps and more, of models so wide and less.
+#: Peak rate for at least this number of steps, and at most this width.
 RATE, RATE_STEPS, RATE_WIDTH = 5e-4, 500, 256
 
 

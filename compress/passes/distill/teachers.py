@@ -30,9 +30,9 @@ from compress.training.sharding import shard
 from compress.training.teacher_cache import SHARD, TeacherCache
 from compress.training.teachers import Teachers, TeacherSignal, frozen_teacher
 
-#: Tokens of the sample on which the ways to make logits are compared.
+#: Tokens of the sample on which logits by parts are compared with whole ones.
 _PROBE = 16
-#: Samples that teachers are asked about at a time when a cache is filled.
+#: Samples per forward pass when a cache is filled.
 _ASKED = 16
 
 
@@ -52,7 +52,7 @@ def open_teachers(
                 "offline": context.offline,
             }
             if processes.rank == 0:
-                open_checkpoint(entry.checkpoint, **options)  # downloads what is not there
+                open_checkpoint(entry.checkpoint, **options)  # downloads missing files
             processes.barrier()
             teacher = open_checkpoint(entry.checkpoint, **options)
         check_teacher(student.spec, teacher.spec, entry.checkpoint)
@@ -75,14 +75,14 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
                 f"the teacher {name} has another image processor: `{wrong[0]}` is {others.get(wrong[0])}, for the student "
                 f"{ours.get(wrong[0])}",
                 key="teacher",
-                fix="learn from a teacher that sees images as the student does",
+                fix="use a teacher with the student's image processor",
             )
         return
     files = [safe_file(folder, "tokenizer.json") for folder in (student.folder, teacher.folder)]
     if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
         return
     if not all(has_tokenizer(folder) for folder in (student.folder, teacher.folder)):
-        return  # token ids are given, and nobody says what they mean
+        return  # training data are token ids, and no tokenizer defines them
     mine, theirs = (load_tokenizer(c.folder, trust_remote_code=c.trust_remote_code) for c in (student, teacher))  # type: ignore[arg-type]
     ours, others = mine.get_vocab(), theirs.get_vocab()
     if ours != others:
@@ -91,7 +91,7 @@ def _check_processors(student: Checkpoint, teacher: Checkpoint, name: str) -> No
             f"the teacher {name} has another tokenizer: `{word}` is token {ours.get(word, 'none')} for the student and "
             f"{others.get(word, 'none')} for the teacher",
             key="teacher",
-            fix="learn from a teacher with the student's tokenizer",
+            fix="use a teacher with the student's tokenizer",
         )
 
 
@@ -151,7 +151,7 @@ def _fill(
 ) -> int:
     """Write the missing shards; return the number of samples. All processes run the teachers, the first one writes."""
     count, total = 0, len(samples.batches.ids)
-    with context.progress.task("asking teachers", len(missing), "shards") as task:
+    with context.progress.task("running teachers", len(missing), "shards") as task:
         for shard_ in missing:
             rows = list(range(shard_ * SHARD, min((shard_ + 1) * SHARD, total)))
             predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -180,7 +180,7 @@ def _key(
             whole_.update(tensor.name.encode())
             whole_.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
         hashes.append(whole_.hexdigest())
-    # the ids stand for tokenizer, text and packing
+    # the ids depend on tokenizer, text and packing
     masking = samples.masking
     return {
         "teachers": hashes,
@@ -207,23 +207,23 @@ def _load_teachers(
     for number, teacher in enumerate(teachers):
         model = load_checkpoint(teacher, dtype=context.dtype, device=load_device(context))
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
-        reader = frozen_teacher(model, task, own)
-        check_logits(reader, samples, context)
+        features = frozen_teacher(model, task, own)
+        check_logits(features, samples, context)
         if context.processes.world > 1:
-            shard(reader.base, blocks_of(model), context.device)
+            shard(features.base, blocks_of(model), context.device)
             for child in model.children():
-                if child is not reader.base:
+                if child is not features.base:
                     child.to(context.device)
-        models.append(reader)
+        models.append(features)
     total = sum(entry.weight for entry in settings.teacher)
     return Teachers(models, [entry.weight / total for entry in settings.teacher], terms, vocabulary)
 
 
-def check_logits(reader: FeatureModel, samples: Samples, context: Context) -> None:
+def check_logits(features: FeatureModel, samples: Samples, context: Context) -> None:
     """Find out on a short sample how logits can be computed, and report if that takes more memory."""
     inputs = samples.batch([(0, 0)], (1, 1), load_device(context)).inputs
-    if not reader.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
-        what = type(reader.model).__name__
+    if not features.check({name: value[:, :_PROBE] for name, value in inputs.items()}):
+        what = type(features.model).__name__
         context.progress.message(f"logits of {what} cannot be made a few tokens at a time: they take more memory")
 
 

@@ -43,9 +43,9 @@ from compress.training.state import RunState, UnusableState
 if TYPE_CHECKING:
     from compress.data.batches import Batches
 
-#: How often a training begins anew because a state on disk does not load.
+#: Most attempts of a training whose states on disk do not load.
 _ATTEMPTS = 3
-#: Samples trained on for each held-out one, at least, so that looking at these takes little of the time.
+#: Fewest training samples per held-out sample, so that validation takes little of the time.
 _LOOKED = 4
 
 
@@ -86,9 +86,9 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     processes = context.processes
     log, close = _log(settings, context)
     made = prepare(student, settings, context, processes)
-    model, places = _student_model(student, settings, context)
-    if places.kept:
-        context.progress.message(f"no part of the model, kept as in the input: {_some(sorted(places.kept))}")
+    model, names = _student_model(student, settings, context)
+    if names.kept:
+        context.progress.message(f"not part of the model, kept unchanged: {_some(sorted(names.kept))}")
     signal, cache_row = teacher_signal(
         made.teachers, made.terms, made.vocabulary, made.samples, made.steps, settings, context, processes
     )
@@ -115,18 +115,18 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
                 raise OutputError(
                     f"{error}, and it was written a moment ago",
                     where=str(state.workspace.path),
-                    fix="see whether the disk is sound",
+                    fix="check the disk",
                 ) from error
             context.progress.message(f"{error}: training begins anew")
             state.drop()
             del training, objective, masks, model
-            model, places = _student_model(student, settings, context)
+            model, names = _student_model(student, settings, context)
     close()
     summary = _summary(history, made.samples, options)
-    context.details["training"] = cast("TrainingDetails", {**summary, **cache_row, "kept": sorted(places.kept)})
+    context.details["training"] = cast("TrainingDetails", {**summary, **cache_row, "kept": sorted(names.kept)})
     if history.best_step == 0 and (settings.student is None or settings.student.init == "slice"):
-        return student  # bit by bit what it was, and not by way of float32
-    return _trained(student, model, places, context)
+        return student  # bit for bit the input, without a detour through float32
+    return _trained(student, model, names, context)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -154,7 +154,7 @@ def _objective(
         if not model.supports_gradient_checkpointing:
             raise PassError(f"{type(model).__name__} has no gradient checkpointing", key="gradient_checkpointing")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which older transformers do not have
+            warnings.simplefilter("ignore", FutureWarning)  # about a new name, which older transformers lack
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if context.processes.world > 1:
         masks = _sharded(objective, model, masks, context.device)
@@ -169,7 +169,7 @@ def _training_options(
     """Options of the training; reports if the data repeats."""
     steps = made.steps
     if (epochs := steps * settings.batch_size / made.samples.train) > 1:
-        context.progress.message(f"the training data is gone through {epochs:.2g} times")
+        context.progress.message(f"the training data repeats: {epochs:.2g} epochs")
     return TrainingOptions(
         steps=steps,
         batch=settings.batch_size,
@@ -249,7 +249,7 @@ def _samples(student: Checkpoint, settings: DistillSettings, context: Context) -
             fixed=settings.teacher_cache is not None,
         )
     order = list(range(len(batches.ids)))
-    random.Random(context.seed).shuffle(order)  # token ids that are given may lie in any order
+    random.Random(context.seed).shuffle(order)  # given token ids may have any order
     return Samples(batches.at(order), task, settings.validation_samples, masking)
 
 
@@ -335,7 +335,7 @@ def _log(settings: DistillSettings, context: Context) -> tuple[Any, Any]:
     return log, writer.close
 
 
-def _trained(student: Checkpoint, model: Any, places: FileNames, context: Context) -> Checkpoint:
+def _trained(student: Checkpoint, model: Any, names: FileNames, context: Context) -> Checkpoint:
     """The student's checkpoint with the model's weights, named and shaped as in its file."""
     state = {}
     for name, value in model.state_dict().items():
@@ -344,10 +344,10 @@ def _trained(student: Checkpoint, model: Any, places: FileNames, context: Contex
             state[name] = full
     if context.processes.rank:
         return student
-    spec, weights = student.spec, places.tensors(model, state)
+    spec, weights = student.spec, names.tensors(model, state)
 
     def read(name: str) -> Value:
-        if name in places.kept:
+        if name in names.kept:
             return student.tensor(name)
         data = weights[name].to(torch_dtype(spec.tensors[name].dtype))
         return Value(data, student.tensor(name).mask if spec.tensors[name].kept is not None else None)

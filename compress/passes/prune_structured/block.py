@@ -53,7 +53,7 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
     kept, relative output error) and, with reconstruction, the block's error before and after.
     """
     linears = {linear.name: linear for linear in block.linears}
-    zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, first axis first, and its rows that are zero
+    zeros: list[tuple[torch.Tensor, torch.Tensor]] = []  # a view, and the indices of its zero rows
     kept: dict[str, list[int]] = {}
     rows: dict[str, Any] = {}
     projections: list[Callable[[], None]] = []
@@ -65,7 +65,7 @@ def prune_block_width(block: Block, options: WidthOptions) -> dict[str, TensorEx
         projections.append(again)
     todo = list(options.units.get(block.index, ()))
     while todo:
-        kind = todo[0][0].kind  # all experts of a block at once; the MLP sees what narrower attention gives
+        kind = todo[0][0].kind  # all experts of a block at once; the MLP reads the output of the narrower attention
         part = {f"{units.name}.weight": (units, remove) for units, remove in todo if units.kind == kind}
         todo = [(units, remove) for units, remove in todo if units.kind != kind]
         solved = []

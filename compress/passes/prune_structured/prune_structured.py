@@ -104,7 +104,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if settings.searched:
             from compress.passes.prune_structured.search import estimate
 
-            return replace(estimate(self, spec, settings), exact=False)  # which one is told by trying
+            return replace(estimate(self, spec, settings), exact=False)  # trying decides which shape
         exact = spec.exact
         if settings.layers is not None:
             depth = mapped.depth

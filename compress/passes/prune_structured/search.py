@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
-#: Most shapes that are tried; of more, those at equal steps of depth.
+#: Most shapes that are tried; of more candidates, those at equal steps of depth.
 MOST = 12
-#: No shape loses more of the neurons, or of the heads, than this, or more than half of the blocks.
+#: Largest share of neurons, and of heads, that a shape removes. It removes at most half of the blocks.
 _MOST_NEURONS, _MOST_HEADS = 0.75, 0.5
-#: Calibration samples for trying a shape, at most; and for telling what it costs.
+#: Most calibration samples on which a shape is solved, and on which its divergence is measured.
 _TRY, _HELD_OUT = 32, 16
-#: Of shapes that are measured, at most so many numbers of blocks, of heads, and of neurons.
+#: Most numbers of blocks, of heads and of neurons among the shapes that are timed.
 _MEASURED = (8, 3, 17)
 _ONE_FILE = 1 << 62
 
@@ -94,7 +94,7 @@ def estimate(planner: Planner, spec: Spec, settings: PruneStructuredSettings) ->
     )
     if not fitting and (smallest is None or not meets(smallest, spec, settings)):
         raise _too_large(smallest, spec, settings)
-    # the estimate is no reason to refuse: what is measured decides
+    # an estimate refuses nothing: the measurement decides
     return max((shape.spec for shape in fitting), key=lambda s: s.parameters, default=smallest or spec)
 
 
@@ -138,7 +138,7 @@ def fast_shapes(
             task.advance(note=f"{ratios[shape.amounts]:.2f}")
             return ratios[shape.amounts] <= target
 
-        # the smallest shape comes first: where that is too slow, nothing else needs measuring
+        # the smallest shape first: if it is too slow, all others are
         fit, smallest = _least(planner, spec, settings, pairs[-1:], options[-1:], fits)
         fitting = _least(planner, spec, settings, pairs, options, fits)[0] if fit or smallest is None else []
     if not ratios:
@@ -185,14 +185,14 @@ def _least(
     width = _width(spec)
     for layers, heads in pairs:
         if any(s.layers <= layers and s.heads <= heads and not s.neurons for s in least):
-            continue  # whatever fits here takes more than that one
+            continue  # every shape here removes more than that one
         fixed = {"layers": layers or None, "heads": heads or None}
-        low, high = 0, len(options)  # binary search: more gone is smaller, and faster
+        low, high = 0, len(options)  # binary search: fewer neurons are smaller and faster
         best: Shape | None = None
         while low < high:
             middle = (low + high) // 2
             planned = _planned(planner, spec, settings, fixed, options[middle], width)
-            if planned is None:  # this number of heads, or of neurons, no config can say
+            if planned is None:  # no config has this number of heads or neurons
                 break
             smallest = planned[1] if smallest is None or planned[1].parameters < smallest.parameters else smallest
             shape = Shape(layers, heads, options[middle], *planned)
@@ -208,7 +208,7 @@ def _least(
 def _depths_and_heads(spec: Spec) -> Iterator[tuple[int, int]]:
     mapped = model_map(spec)
     attention = mapped.record.attention
-    step = mapped.heads // mapped.kv_heads  # whole groups: they make the cache smaller too
+    step = mapped.heads // mapped.kv_heads  # whole groups, which make the cache smaller too
     movable = attention is not None and attention.free
     for layers in range(mapped.depth // 2 + 1):
         for heads in range(0, int(_MOST_HEADS * mapped.heads) + 1, step) if movable else (0,):

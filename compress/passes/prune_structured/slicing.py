@@ -97,7 +97,7 @@ def _derived(checkpoint: Checkpoint, spec: Spec, source: Mapping[str, str], entr
             mask = None if mask is None else mask.index_select(axis, index)
         return Value(data, mask, value.codes)
 
-    if not spec.exact and checkpoint.spec.exact:  # how many weights a mask keeps is known from its values alone
+    if not spec.exact and checkpoint.spec.exact:  # only a mask's values give its count
         from dataclasses import replace
 
         counts = {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from compress.checkpoint.values import Checkpoint
 
-#: Numbers that random weights repeat; a prime, so that no two rows are alike and routers tell tokens apart.
+#: Length of the repeated noise; a prime, so that rows differ and routers distribute the tokens.
 _NOISE = 4099
 
 

@@ -55,7 +55,7 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
             for linear in group:
                 names.append(linear.name)
                 count += linear.weight.numel()
-                if statistics.tokens:  # of an expert that no token reached there is nothing to count
+                if statistics.tokens:  # an expert without tokens has no statistics
                     over, size = outliers(linear.weight, statistics.hessian.diagonal())
                     many, seen = many + over, seen + size
         block.details["outliers"] = [names, many / max(seen, 1), count]
@@ -157,7 +157,7 @@ def _solve(
     share = None if options.sparsity is None else options.sparsity[linear.name]
     if share == 0:
         return weight, torch.ones_like(weight, dtype=torch.bool) if earlier is None else earlier, {}
-    if statistics.tokens == 0:  # an expert that no token was sent to: nothing is known but its weights
+    if statistics.tokens == 0:  # an expert without tokens: only its weights are known
         if pattern is not None:
             mask = keep_n_of_m(weight, *pattern, earlier=earlier)
         else:

@@ -44,7 +44,7 @@ def is_exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSett
     """Whether the number of weights that each matrix keeps is known before any weight is read."""
     if settings.allocation != "uniform" or settings.scope == "global":
         return False
-    # an earlier mask may leave a group, or a row, with fewer weights than are kept
+    # an earlier mask may leave fewer weights in a group, or a row, than would be kept
     by_part = settings.pattern is not None or settings.method == "wanda"
     return not by_part or all(spec.tensors[name].kept is None for name in chosen)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compress.passes.share.solve import Solver
     from compress.workspace import Workspace
 
-#: Calibration samples that arrangements are judged by, the last ones.
+#: Number of calibration samples, the last ones, on which arrangements are compared.
 _HELD_OUT = 16
 
 
@@ -40,7 +40,7 @@ def share_blocks(checkpoint: Checkpoint, settings: ShareSettings, context: Conte
         wanted,
         activations=runner.workspace.path,
         progress=context.progress,
-        title="reading what blocks multiply",
+        title="collecting Hessians",
         check=True,
     )
     fisher = None

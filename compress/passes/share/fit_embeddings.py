@@ -16,7 +16,7 @@ from compress.sensitivity.samples import SampleLoop
 from compress.solvers.embeddings import thin_input, thin_output, thin_tied
 from compress.spec.spec import Spec
 
-#: Tokens that run at a time.
+#: Tokens per forward pass.
 _TOKENS = 2048
 
 

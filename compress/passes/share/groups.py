@@ -105,7 +105,7 @@ def candidate_groups(spec: Spec, settings: ShareSettings, parts: Sequence[str]) 
     }
     if settings.arrangement in candidates:
         candidates = {settings.arrangement: candidates[settings.arrangement]}
-    elif conversion_of(spec, settings, candidates["sequence"]):  # loads everywhere, as others would not
+    elif conversion_of(spec, settings, candidates["sequence"]):  # this one loads in stock tools
         candidates = {"sequence": candidates["sequence"]}
     good, problem = {}, None
     for name, groups in candidates.items():

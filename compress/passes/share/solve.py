@@ -22,7 +22,7 @@ from compress.solvers.low_rank import low_rank
 from compress.solvers.shared_matrix import matching, pair_cost, partition, shared_matrix
 from compress.workspace import Workspace
 
-#: Times that the shared matrix and the residuals are solved for in turn.
+#: Rounds of solving the shared matrix and the residuals in turn.
 ROUNDS = 3
 
 
@@ -61,7 +61,7 @@ class Solver:
         self.units = {i: [*mlps.get(i, ()), *heads.get(i, ())] for i in self.paths}
         self._orders: dict[tuple[int, int], list[list[int]]] = {}
 
-    # ---- units in one order ----
+    # ---- alignment ----
 
     def orders(self, first: int, other: int) -> list[list[int]]:
         """Order of each kind of unit that makes the units of ``other`` most similar to those of ``first``."""
@@ -128,7 +128,7 @@ class Solver:
             hessian = hessian[columns.to(hessian.device)][:, columns.to(hessian.device)]
         return hessian
 
-    # ---- which blocks ----
+    # ---- groups ----
 
     def costs(self, unlike: Callable[[int, int], Any]) -> list[list[float]]:
         """Relative output error of any two blocks if they share; infinite for blocks that cannot."""
@@ -167,7 +167,7 @@ class Solver:
             by_number.setdefault(number, []).append(block)
         return sorted(by_number.values())
 
-    # ---- what they share ----
+    # ---- shared tensors ----
 
     def solve(self, groups: Sequence[Sequence[int]], workspace: Workspace) -> list[dict[str, Any]]:
         """Solve all tensors that change, and save each in the workspace; saved ones stay. Returns a row for each matrix.
