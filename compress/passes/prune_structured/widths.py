@@ -123,7 +123,7 @@ def _neurons(
     assert amounts.mlp is not None
     record, units = model_map(spec).record, resize.mlp_units(spec)
     if not units:
-        raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_HOW_TO_ADD)
+        raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_FIX_RECORD)
     largest: dict[str, PrunableGroup] = {}  # by config field
     uneven = amounts.allocation == "kl"
     if uneven:
@@ -159,7 +159,7 @@ def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[Prunab
     mapped = model_map(spec)
     record, config, queries, groups = mapped.record, mapped.config, mapped.heads, mapped.kv_heads
     if record.attention is None:
-        raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_HOW_TO_ADD)
+        raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_FIX_RECORD)
     per_group = queries // groups
     count = _count(amount, queries, "heads", "heads")
     if per_group > 1 and count % groups == 0:
@@ -198,7 +198,7 @@ def _merges(spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, An
     return merges, resize.with_kv_heads(mapped.record, mapped.config, left)
 
 
-_HOW_TO_ADD = "CONTRIBUTING.md says how to complete a record"
+_FIX_RECORD = "complete its record: docs/extend/family.md"
 
 
 def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: bool = False) -> int:
