@@ -244,7 +244,7 @@ def test_distill_keeps_and_reports_unused_tensors(tmp_path, pico_llama, texts):
     training = report["stages"][1]["passes"][0]["details"]["training"]
     assert training["kept"] == []
     training["kept"] = ["model.old_buffer"]
-    assert "being none of the model's weights: `model.old_buffer`." in render_markdown(report)
+    assert "as the model does not use them: `model.old_buffer`." in render_markdown(report)
 
 
 @pytest.mark.parametrize(
