@@ -1,4 +1,4 @@
-"""The gates of a recipe: bounds on measured values. `compress.gates` judges them."""
+"""Gates of a recipe: bounds on measured values. `compress.gates` judges them, `compress.evaluation.metrics` defines most."""
 
 from __future__ import annotations
 

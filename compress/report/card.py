@@ -1,6 +1,6 @@
 """The README of a compressed checkpoint: base model, results, recipe, how to load it, and the original card.
 
-It holds neither times nor absolute paths, so that the same recipe gives the same text.
+It has no times and no absolute paths, so that the same recipe gives the same text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from compress.report import figures
 from compress.report.markdown import before_after_table, waterfall_table
 from compress.spec.classes import auto_class
 
-#: Characters of front matter that are read as such; the hub's own has a thousand or two.
+#: Most characters of front matter; typical front matter has one or two thousand.
 _LONGEST = 100_000
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -33,10 +33,10 @@ def model_card(
     """Markdown with Hugging Face front matter.
 
     Args:
-        original: the base model's README, whose front matter (licence, language, data) is kept and whose text follows.
+        original: README of the base model. Its front matter (licence, language, data) is kept; its text is appended.
         compact: whether loading needs ``trust_remote_code=True``.
-        base_model: a hub id (with @revision or not), or a folder's name. class_name: of the stock class, which tells how
-            to load it. loading: what that asks for beside torch and transformers, a sentence each.
+        base_model: hub id, optionally with @revision, or name of a folder. class_name: stock class, which determines how
+            to load it. loading: sentences on what loading needs besides torch and transformers.
     """
     base_model, _, revision = base_model.partition("@")
     front, body = _split(original or "")
@@ -58,7 +58,7 @@ def model_card(
     ]
     if note := figures.quality_note(report):
         lines += [markdown(in_one_line(f"Measured on {note}.")), ""]
-    lines += ["## What each pass saved and cost", "", *waterfall_table(report, seconds=False), ""]
+    lines += ["## Bytes saved and quality lost by each pass", "", *waterfall_table(report, seconds=False), ""]
     lines = ["---", _front(front, base_model).rstrip("\n"), "---", "", *lines]
     around = fence(recipe_yaml)
     lines += ["## Recipe", "", f"{around}yaml", recipe_yaml.rstrip("\n"), around, ""]
@@ -68,13 +68,13 @@ def model_card(
 
 
 def _front(original: Mapping[str, Any], base_model: str) -> str:
-    """The front matter as YAML: what the original's says, as far as YAML can say it again, and what this package knows."""
+    """Front matter as YAML: the original's, updated. If the original's cannot be dumped, only the updates."""
     tags = original.get("tags")
     tags = [*(tag for tag in (tags if isinstance(tags, list) else []) if isinstance(tag, str)), "compressed"]
     ours = {"base_model": base_model, "library_name": "transformers", "tags": list(dict.fromkeys(tags))}
     try:
         return _yaml({**original, **ours})
-    except Exception:  # as in `_split`: of a value that loads and does not dump
+    except Exception:  # some values load but do not dump
         return _yaml(ours)
 
 
@@ -95,7 +95,7 @@ def _loading(title: str, compact: bool, class_name: str | None, notes: Sequence[
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and the rest; front matter that cannot be read counts as text."""
+    """Front matter and the remaining text; invalid front matter counts as text."""
     from ruamel.yaml import YAML
 
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -103,7 +103,7 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     if match and len(match[1]) <= _LONGEST:
         try:
             data = YAML(typ="safe", pure=True).load(match[1])
-        except Exception:  # hostile YAML breaks the library in many ways; a card is no reason to lose a result
+        except Exception:  # hostile YAML breaks the library in many ways, and a result must not be lost for its card
             data = None
         if isinstance(data, dict):
             return data, text[match.end() :]
@@ -125,7 +125,7 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 
 def _demoted(text: str) -> str:
-    """Headings two levels lower; code blocks as they are."""
+    """The text with headings two levels lower; code blocks stay."""
     lines, fenced = [], False
     for line in text.split("\n"):
         if line.lstrip().startswith(("```", "~~~")):

@@ -297,7 +297,7 @@ _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def _few(evaluation: Mapping[str, Any]) -> str:
-    few = "; too few documents, so fixed chunks of them are resampled, which makes intervals rather too narrow"
+    few = "; as documents are few, chunks of them are resampled, which makes intervals slightly too narrow"
     return few if evaluation["unit"] == "chunk" else ""
 
 
@@ -326,7 +326,7 @@ def _rounded(emulated: Mapping[str, Any] | None) -> str:
 
 
 def _cut(evaluation: Mapping[str, Any]) -> str:
-    return f"; {evaluation['cut']} were cut to what the model reads" if evaluation["cut"] else ""
+    return f"; {evaluation['cut']} were truncated to the model's length" if evaluation["cut"] else ""
 
 
 def _count(number: float) -> str:

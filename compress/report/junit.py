@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-#: Characters that XML 1.0 cannot hold: control characters, halves of surrogate pairs, and two that are none.
+#: Characters that XML 1.0 cannot hold: control characters, surrogates, and two noncharacters.
 _FORBIDDEN = dict.fromkeys([*(i for i in range(32) if i not in (9, 10, 13)), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
 
 
 def render_junit(report: Mapping[str, Any]) -> str:
-    """A failed gate is a ``failure``, an inconclusive one an ``error``. Reads ``gates``, ``status``, ``output``."""
+    """JUnit XML of ``gates``, ``status`` and ``output``: a failed gate is a ``failure``, an inconclusive one an ``error``."""
     gates = report["gates"]
     counts = [sum(g["verdict"] == v for g in gates) for v in ("fail", "inconclusive")]
     suite = ElementTree.Element(

@@ -33,7 +33,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     ]
     if report["gates"]:
         lines += ["## Gates", "", *gates_table(report["gates"]), ""]
-    lines += ["## What each pass saved and cost", "", *waterfall_table(report, seconds=True), ""]
+    lines += ["## Bytes saved and quality lost by each pass", "", *waterfall_table(report, seconds=True), ""]
     detailed = [row for stage in report["stages"] for row in stage["passes"] if row["details"]]
     if detailed:
         lines += ["## Details of the passes", ""]

@@ -1,4 +1,4 @@
-"""The losses of a training as an SVG picture, beside the report."""
+"""Losses of a training as an SVG picture, which is written beside the report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compress.report.figures import losses_file
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 44
 _INK, _GRID = "#57606a", "#d0d7de"
-#: Of the losses trained on and of those held out: apart in brightness too.
+#: Colours of training loss and held-out loss; they differ in brightness too.
 _COLOURS = ("#54aeff", "#bc4c00")
 
 
 def render_pictures(report: Mapping[str, Any]) -> dict[str, str]:
-    """File name ▶ SVG, of every training of a run."""
+    """SVG picture of every training of a run, by file name."""
     passes = [row for stage in report["stages"] for row in stage["passes"]]
     return {
         losses_file(report, row): render_losses(row["details"]["training"], f"{row['name']}: loss by step")
@@ -27,7 +27,7 @@ def render_pictures(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def render_losses(training: Mapping[str, Any], title: str) -> str:
-    """A line for the mean training loss between two looks, and one for the held-out loss, by step."""
+    """SVG with two lines by step: mean training loss since the last evaluation, and held-out loss."""
     series = {
         "training": [(row["step"], row["loss"]) for row in training["losses"]],
         "held out": [(row["step"], row["loss"]) for row in training["held_out"]],

@@ -609,7 +609,7 @@ def test_run_drops_front_matter_that_cannot_be_carried_over(small, tmp_path, pic
     model = Path(shutil.copytree(pico_llama, tmp_path / "model"))
     (model / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
     assert compress.run(small(model=str(model))).published
-    assert "## What each pass saved and cost" in (tmp_path / "out/README.md").read_text()
+    assert "## Bytes saved and quality lost by each pass" in (tmp_path / "out/README.md").read_text()
 
 
 def test_run_ends_well_when_the_report_cannot_be_rendered(small, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from compress.settings import format_bytes
 
 
 def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
-    """Totals, modules, and on demand every tensor."""
+    """Print totals, then a row per module, or per tensor with ``tensors``."""
     console = make_console()
     size = data["size"]
     kind = (
@@ -78,7 +78,7 @@ def _percent(share: float | None) -> str:
 
 
 def print_diff(data: Mapping[str, Any]) -> None:
-    """Config keys and tensors that differ; equal ones are counted."""
+    """Print the config keys and tensors that differ, and the number of equal tensors."""
     console = make_console()
     a, b = data["size"]
     print_line(console, f"{data['a']} ▶ {data['b']}", "bold", whole=True)

@@ -11,7 +11,7 @@ from compress.settings import format_bytes
 
 
 def print_passes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Name and summary of every pass."""
+    """Print name and summary of every pass."""
     console = make_console()
     print_table(
         console,
@@ -23,7 +23,7 @@ def print_passes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_pass(data: Mapping[str, Any]) -> None:
-    """One pass with every setting."""
+    """Print one pass with every setting."""
     console = make_console()
     print_line(console, data["name"], "bold")
     print_line(console, f"{data['summary']} {data['details']}".strip())
@@ -45,7 +45,7 @@ def print_pass(data: Mapping[str, Any]) -> None:
 
 
 def print_runs(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Run folders with their stages."""
+    """Print run folders with status, stages and bytes."""
     console = make_console()
     if not runs:
         print_line(console, "no run folders here")

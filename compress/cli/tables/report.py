@@ -10,7 +10,7 @@ from compress.settings import format_bytes
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Before ▶ after, the waterfall, the gates, and where things are."""
+    """Print before ▶ after, the waterfall of passes, the gates, and the paths of report and output."""
     from compress.report import figures
     from compress.report.experts import cold_experts
 
@@ -55,7 +55,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
-    """One line per gate, then the verdict."""
+    """Print a row per gate, then the verdict."""
     from rich.text import Text
 
     console = console or make_console()
@@ -65,8 +65,8 @@ def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = 
     ]
     if rows:
         print_table(console, None, [("gate", "whole"), ("", "whole"), ""], rows)
-    said = f"gates: {status}" if rows else f"no gates, and a training that did not help: {status}"
-    print_line(console, said, STYLES.get(status, ""))
+    line = f"gates: {status}" if rows else f"no gates, and a training that did not help: {status}"
+    print_line(console, line, STYLES.get(status, ""))
 
 
 def print_evaluation(document: Mapping[str, Any]) -> None:

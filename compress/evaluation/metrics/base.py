@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: Kinds of evaluations; each has a schema ``compress.KIND/1``, but for causal language models: ``compress.evaluation/1``.
+#: Kinds of evaluations; each has a schema ``compress.KIND/1``. ``evaluation`` is that of causal language models.
 Kind: TypeAlias = Literal["evaluation", "classification", "masked", "embeddings"]
 #: An evaluation as reports hold it: ``unit``, ``documents`` (a row of sums per document or example), and more by kind.
 Scored: TypeAlias = Mapping[str, Any]
