@@ -283,6 +283,7 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
             assert dtype in FLOAT_DTYPES or (quant_format is None and kept is None), dtype
             assert quant_format is None or quant_format.fits(shape), quant_format
             tensor = Tensor(name, shape, dtype, kept=kept, storage=storage, quant_format=quant_format)
+            assert CODECS[storage].takes(tensor), tensor
             for part in parts(tensor):
                 if header.entries[part.key].shape != part.shape or header.entries[part.key].dtype != part.dtype:
                     raise CheckpointError(f"array {part.key} does not match the metadata", where=where)

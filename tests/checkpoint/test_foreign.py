@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.spec.formats import ACTIVATIONS
 from tests import pico
@@ -175,6 +176,32 @@ def test_foreign_kv_cache_scales_are_kept(tmp_path):
     assert opened.spec.structure.kv_cache == "fp8-tensor"
     assert sum(tensor.is_cache_scale for tensor in opened.spec.stored()) == 8
     assert opened.spec.notes == ("4 arrays that stock transformers does not read are left out: q_scale",)
+
+
+def test_int8_weights_alone_are_read_as_plain_bytes(tmp_path):
+    """Other tools store them by ``int-quantized``; written again they are packed."""
+    folder = make(tmp_path, "alone", INT8, lambda group, *_: group.update(input_activations=None))
+    opened, state = open_checkpoint(folder), load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert opened.spec.tensors[name].storage == ("int-quantized",)
+    expected = state[name].to(state[f"{name}_scale"].dtype) * state[f"{name}_scale"]
+    assert torch.equal(opened.tensor(name).data, expected)
+    again = open_checkpoint(write_checkpoint(opened, tmp_path / "again").folder)
+    assert again.spec.tensors[name].storage == ("pack-quantized",)
+    assert torch.equal(again.tensor(name).data, expected)
+
+
+def test_zero_points_of_fp8_are_read(tmp_path):
+    def change(group, quantization, state, modules):
+        group["weights"] |= {"symmetric": False}
+        for module in modules:
+            state[f"{module}.weight_zero_point"] = torch.full_like(state[f"{module}.weight_scale"], 2).to(torch.int8)
+
+    folder = make(tmp_path, "zero", FP8, change)
+    opened, state = open_checkpoint(folder), load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = state[f"{name}_scale"]
+    assert torch.equal(opened.tensor(name).data, (state[name].to(scale.dtype) - 2) * scale)
 
 
 def refused(group, said, **weights):

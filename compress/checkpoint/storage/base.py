@@ -56,7 +56,7 @@ class Codec(ABC):
 
     @abstractmethod
     def stores(self, quant_format: QuantFormat | None) -> bool:
-        """Whether it stores tensors of this number format; None for plain values."""
+        """Whether tensors of this number format are stored by it; None for plain values."""
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether it can store the tensor, by number format and keep-mask."""

@@ -42,6 +42,20 @@ def encoded_zero(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
     return {} if zero is None else {"zero": pack_codes(zero.T, format_of(tensor).bits).T.contiguous()}
 
 
+def byte_zero_array(tensor: Tensor) -> Arrays:
+    """Zero points, a byte each; none if symmetric."""
+    quant_format = format_of(tensor)
+    return {} if quant_format.symmetric else {"zero": (quant_format.scales(tensor.shape), "I8")}
+
+
+def encoded_byte_zero(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
+    """Zero points, a byte each; one axis for one of a whole matrix; none if symmetric."""
+    zero = codes_of(value).zero
+    if zero is None:
+        return {}
+    return {"zero": zero.flatten() if format_of(tensor).whole else zero.contiguous()}
+
+
 class PackedIntegers(Codec):
     """Codes, each row packed without gaps; its scales, shape and packed zero points."""
 
@@ -85,17 +99,13 @@ class ByteIntegers(Codec):
 
     def arrays(self, tensor: Tensor) -> Arrays:
         """Codes, scales and zero points."""
-        quant_format = format_of(tensor)
-        zero: Arrays = {} if quant_format.symmetric else {"zero": (quant_format.scales(tensor.shape), "I8")}
-        return {"codes": (quant_format.rows(tensor.shape), "I8"), **scale_array(tensor), **zero}
+        codes = format_of(tensor).rows(tensor.shape)
+        return {"codes": (codes, "I8"), **scale_array(tensor), **byte_zero_array(tensor)}
 
     def encode(self, value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
         """Codes, scales and zero points."""
-        codes = codes_of(value)
-        arrays = {"codes": codes.codes.contiguous(), **encoded_scale(value, tensor)}
-        if codes.zero is not None:
-            arrays["zero"] = codes.zero.flatten() if format_of(tensor).whole else codes.zero.contiguous()
-        return arrays
+        codes = codes_of(value).codes.contiguous()
+        return {"codes": codes, **encoded_scale(value, tensor), **encoded_byte_zero(value, tensor)}
 
 
 # ---- reading: copied into the modelling file of compact checkpoints ----

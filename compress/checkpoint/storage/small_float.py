@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.storage.base import Arrays, Codec, codes_of, encoded_scale, format_of, scale_array
+from compress.checkpoint.storage.packed import byte_zero_array, encoded_byte_zero
 from compress.checkpoint.storage.reading import CodeReader
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Tensor
@@ -23,7 +24,7 @@ NVFP4: tuple[str, ...] = ("nvfp4-pack-quantized",)
 
 
 class Fp8(Codec):
-    """Codes of 8 bits, with scales."""
+    """Codes of 8 bits, with scales. Other tools may write zero points."""
 
     chain = FP8
 
@@ -36,12 +37,14 @@ class Fp8(Codec):
         return format_of(tensor).given
 
     def arrays(self, tensor: Tensor) -> Arrays:
-        """Codes and scales."""
-        return {"codes": (format_of(tensor).rows(tensor.shape), "F8_E4M3"), **scale_array(tensor)}
+        """Codes, scales and zero points."""
+        codes = format_of(tensor).rows(tensor.shape)
+        return {"codes": (codes, "F8_E4M3"), **scale_array(tensor), **byte_zero_array(tensor)}
 
     def encode(self, value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
-        """Codes and scales."""
-        return {"codes": codes_of(value).codes.contiguous(), **encoded_scale(value, tensor)}
+        """Codes, scales and zero points."""
+        codes = codes_of(value).codes.contiguous()
+        return {"codes": codes, **encoded_scale(value, tensor), **encoded_byte_zero(value, tensor)}
 
 
 class Mxfp4(Codec):
@@ -105,8 +108,9 @@ class Fp8Reader(CodeReader):
     chain = ("float-quantized",)
 
     def names(self, grid: dict[str, Any] | None) -> dict[str, str]:
-        """Codes and scales."""
-        return {"codes": "", "scale": "_scale"}
+        """Codes, scales and zero points."""
+        zero = {} if grid is None or grid["symmetric"] else {"zero": "_zero_point"}
+        return {"codes": "", "scale": "_scale", **zero}
 
     def codes(
         self,
