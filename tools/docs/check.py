@@ -30,7 +30,7 @@ GENERATED = (
 )
 
 #: Files of the examples that the guides make up.
-_MADE_UP = re.compile(r"\b(?:test_)?(?:clip|positions|scaled|bits_per_token)\b")
+_MADE_UP = re.compile(r"\b(?:test_)?(?:clip|positions|scaled|gain|bits_per_token)\b")
 
 _FENCE = re.compile(r"^\s*(```+|~~~+)")
 _LINK = re.compile(r"!?\[[^\]]*\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
