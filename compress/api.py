@@ -29,11 +29,11 @@ M = TypeVar("M", bound="Settings")
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
-    """A recipe from a file or from a mapping. Raises `RecipeError` with every mistake."""
+    """A recipe from a file or from a mapping. ``sets`` override keys, as `--set`. Raises `RecipeError` with every mistake."""
     from compress.recipe import load_recipe, recipe_from_mapping
 
     if isinstance(recipe, Mapping):
-        return recipe_from_mapping(dict(recipe))
+        return recipe_from_mapping(dict(recipe), sets)
     return load_recipe(Path(recipe), sets)
 
 

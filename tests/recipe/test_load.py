@@ -11,6 +11,7 @@ import pytest
 from conftest import GOOD
 
 import compress
+from compress.api import read_recipe
 from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
 from compress.passes.cast.settings import CastSettings
@@ -543,6 +544,15 @@ def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
         PruneUnstructuredSettings(pattern=Pattern(2, 4)),
         CastSettings(weights="fp16"),
     ]
+
+
+def test_api_reads_sets_over_a_mapping(work: Path) -> None:
+    mapping = {"model": "models/tiny", "output": "out", "passes": [{"cast": {"weights": "fp16"}}]}
+    recipe = read_recipe(mapping, ["passes.0.cast.weights=bf16"])
+    assert [entry.settings for entry in recipe.passes] == [CastSettings(weights="bf16")]
+    assert mapping["passes"] == [{"cast": {"weights": "fp16"}}]
+    with pytest.raises(RecipeError, match=r"^--set sede=1: unknown key `sede`\n.*did you mean `seed`"):
+        read_recipe(mapping, ["sede=1"])
 
 
 def test_recipe_from_mapping_locates_mistakes_by_keys(work: Path) -> None:
