@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,38 @@ def pico_llama() -> Path:
     from tests import pico
 
     return pico.folder("llama")
+
+
+@pytest.fixture(scope="session")
+def folders() -> Mapping[str, Path]:
+    """Family ▶ a pico checkpoint without tokenizer; ``bf16``: a Llama in bfloat16; read only."""
+    from tests import toolbox
+
+    return toolbox.Folders()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, pico_llama: Path) -> Path:
+    """A pico Llama to change."""
+    return Path(shutil.copytree(pico_llama, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The tokenizer of pico models."""
+    from tests import pico
+
+    return pico.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data() -> Any:
+    """Samples for calibration, [12, 24]."""
+    import torch
+
+    from compress.data.batches import Batches
+
+    return Batches(torch.randint(2, 250, (12, 24), generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -18,7 +16,7 @@ from compress.models.blocks import find_blocks
 from compress.models.loading import check_keys, load_checkpoint, load_model
 from compress.planning import size_of
 from tests import pico
-from tests.passes.helpers import apply, bypass, plan, write
+from tests.toolbox import apply, bypass, edit_config, plan, write
 
 CAUSAL = [family for family in pico.FAMILIES if architectures.of({"model_type": family}).causal]
 
@@ -29,12 +27,6 @@ def record_of(checkpoint):
 
 def size(checkpoint):
     return size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 40))
-
-
-def change_config(folder, *remove, **values):
-    config = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in remove} | values
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_records_all_have_a_pico_model():
@@ -99,7 +91,7 @@ def test_active_parameters_leave_out_unused_experts(family, idle, tmp_path):
 def test_active_parameters_read_older_name_of_experts(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen3_moe")
     now = size(open_checkpoint(folder)).active_parameters
-    change_config(folder, "num_local_experts", num_experts=4)
+    edit_config(folder, num_local_experts=..., num_experts=4)
     assert size(open_checkpoint(folder)).active_parameters == now
 
 
@@ -129,7 +121,7 @@ def test_positions_of_roberta_begin_after_padding_token(tmp_path):
         model(torch.full((1, 58), 7))
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, 59), 7))
-    change_config(folder, "pad_token_id")  # transformers takes 1
+    edit_config(folder, pad_token_id=...)  # transformers takes 1
     assert model_map(open_checkpoint(folder).spec).positions == 62
 
 
@@ -153,7 +145,7 @@ def test_ties_match_stock_class_by_default(family, target, source, said, tmp_pat
     """The aliases are the parameters that the stock class shares and the file leaves out; naming the head means both."""
     folder = pico.save(tmp_path / "in", family)
     if not said:
-        change_config(folder, "tie_word_embeddings")
+        edit_config(folder, tie_word_embeddings=...)
     checkpoint = open_checkpoint(folder)
     model = load_model(folder)
     shared = {id(p): name for name, p in model.named_parameters()}
@@ -182,7 +174,7 @@ def test_ties_read_head_when_embedding_is_left_out(family, target, source, tmp_p
 @pytest.mark.parametrize("family", sorted(set(pico.FAMILIES) - {"t5", *(row[0] for row in TIED)}))
 def test_ties_are_absent_in_families_without_them(family, tmp_path):
     folder = pico.save(tmp_path / "in", family)
-    change_config(folder, "tie_word_embeddings")
+    edit_config(folder, tie_word_embeddings=...)
     checkpoint = open_checkpoint(folder)
     assert [t.name for t in checkpoint.spec.tensors.values() if t.alias_of] == []
     check_keys(checkpoint)
@@ -203,7 +195,7 @@ def test_ties_of_t5_depend_on_head_in_file(said, tmp_path):
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = torch.randn(state["shared.weight"].shape)
         save_file(state, folder / "model.safetensors", {"format": "pt"})
-        change_config(folder, "scale_decoder_outputs", tie_word_embeddings=False)
+        edit_config(folder, scale_decoder_outputs=..., tie_word_embeddings=False)
     checkpoint = open_checkpoint(folder)
     check_keys(checkpoint)
     aliases = {t.name: t.alias_of for t in checkpoint.spec.tensors.values() if t.alias_of}
@@ -276,7 +268,7 @@ def same_as_bypassed(folder, drop):
 def test_layer_types_are_derived_when_config_leaves_them_out(family, older, tmp_path):
     """Stock transformers derives them from each block's number, which changes when blocks go."""
     folder = pico.save(tmp_path / "in", family)
-    change_config(folder, "layer_types", "_sliding_window_pattern", **older)
+    edit_config(folder, layer_types=..., _sliding_window_pattern=..., **older)
     derived = load_model(folder).config.layer_types
     config = same_as_bypassed(folder, [0, 3])
     assert config["layer_types"] == [derived[1], derived[2]]
@@ -303,7 +295,9 @@ def test_expert_blocks_are_renumbered_when_blocks_go(step, listed, drop, left, t
 def test_config_fields_of_other_spellings_are_read(tmp_path):
     """As in bigscience/bloom; the spelling that counts is gone once its value would be stale."""
     folder = pico.save(tmp_path / "in", "bloom")
-    change_config(folder, "n_layer", "hidden_size", "n_head", num_hidden_layers=4, n_embed=32, num_attention_heads=4)
+    edit_config(
+        folder, n_layer=..., hidden_size=..., n_head=..., num_hidden_layers=4, n_embed=32, num_attention_heads=4
+    )
     assert size(open_checkpoint(folder)).kv_bytes_per_token == 2 * 4 * 32 * 4
     config = same_as_bypassed(folder, [1])
     assert config["n_layer"] == 3

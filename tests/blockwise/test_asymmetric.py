@@ -11,7 +11,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
 from compress.models.loading import load_checkpoint
 from tests import pico
-from tests.blockwise.test_runner import inputs_of, runner_of
+from tests.toolbox import inputs_of, runner_of
 
 #: Which matrices add to the residual stream: none where a norm, or experts, stand between.
 WRITERS = {

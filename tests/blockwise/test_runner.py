@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from compress import architectures
-from compress.architectures.model_map import model_map
 from compress.architectures.record import Architecture
 from compress.blockwise.executor import Inputs
 from compress.blockwise.experts import Experts
 from compress.blockwise.linears import find_linears
 from compress.blockwise.results import TensorExtras
-from compress.blockwise.runner import BlockRunner
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import write_checkpoint
@@ -27,39 +25,7 @@ from compress.passes.blockwise import open_runner
 from compress.progress import SilentProgress
 from compress.workspace import Workspace
 from tests import pico
-
-SAMPLES, LENGTH = 6, 12
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
-
-
-def inputs_of(checkpoint, samples=SAMPLES, mask=None):
-    generator = torch.Generator().manual_seed(0)
-    if checkpoint.spec.structure.model_type == "vit":
-        size = checkpoint.spec.structure.config["image_size"]
-        return Inputs({"pixel_values": torch.randn(samples, 3, size, size, generator=generator)})
-    return Inputs({"input_ids": torch.randint(2, 250, (samples, LENGTH), generator=generator)}, mask)
-
-
-def matrices(checkpoint):
-    return {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
-
-
-def runner_of(checkpoint, work, inputs=None, wanted=None, with_targets=False):
-    return BlockRunner(
-        checkpoint,
-        inputs or inputs_of(checkpoint),
-        wanted or matrices(checkpoint),
-        workspace=Workspace(work),
-        dtype="float32",
-        device="cpu",
-        progress=SilentProgress(),
-        with_targets=with_targets,
-    )
+from tests.toolbox import SAMPLES, inputs_of, matrices, runner_of
 
 
 def linear_inputs(model, checkpoint, inputs, tensor):

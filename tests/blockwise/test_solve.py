@@ -9,7 +9,7 @@ from compress.blockwise.asymmetric import statistics_of, symmetric_statistics
 from compress.blockwise.solve import solve_block
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
-from tests.blockwise.test_runner import matrices, runner_of
+from tests.toolbox import matrices, runner_of
 
 
 class Halve:

@@ -16,7 +16,7 @@ from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, PassError
 from compress.spec.formats import ACTIVATIONS
 from tests import pico
-from tests.passes.helpers import apply, write
+from tests.toolbox import apply, write
 
 FP8 = {"weights": "fp8", "activations": "fp8"}
 INT8 = {"weights": "int8", "activations": "int8"}

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import api
 from compress.checkpoint.layout import METADATA_KEY, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError
-from compress.models.loading import check_keys, load_model
 from tests import pico
-from tests.checkpoint.test_bad_checkpoints import edit_config, entry, raw
-
-
-@pytest.fixture
-def folder(tmp_path, pico_llama):
-    return Path(shutil.copytree(pico_llama, tmp_path / "model"))
+from tests.toolbox import edit_config, entry, raw
 
 
 def nested(depth: int) -> object:
@@ -33,15 +22,6 @@ def nested(depth: int) -> object:
     for _ in range(depth):
         value = [value]
     return value
-
-
-def refused(work: Callable[[], object]) -> str | None:
-    """The message where a checkpoint is refused; whatever else is raised fails the test."""
-    try:
-        work()
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 FIELDS = {
@@ -118,65 +98,6 @@ def test_open_headers_checks_sizes_of_config_against_headers(case, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def olmo(tmp_path_factory):
-    """A family without a record here."""
-    folder = tmp_path_factory.mktemp("olmo")
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    config = transformers.Olmo2Config(vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, **sizes)
-    transformers.Olmo2ForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-def test_load_model_checks_sizes_of_families_without_a_record(olmo, tmp_path):
-    assert load_model(olmo).num_parameters() == open_checkpoint(olmo).spec.parameters
-    shutil.copytree(olmo, tmp_path / "model")
-    edit_config(tmp_path / "model", num_hidden_layers=10**7)
-    with pytest.raises(CheckpointError, match="`num_hidden_layers` is 10000000, but the files have 25 tensors"):
-        load_model(tmp_path / "model")
-
-
-@pytest.mark.parametrize("size", [10**10, 10**18])
-def test_load_model_compares_shapes_before_it_allocates(olmo, size, tmp_path):
-    shutil.copytree(olmo, tmp_path / "model")
-    edit_config(tmp_path / "model", intermediate_size=size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match="config"):
-        load_model(tmp_path / "model")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_act": "nonsense"}, {"hidden_act": [1]}, {"layer_types": ["x"]}, {"rope_parameters": {"rope_type": "nonsense"}}, {"hidden_size": 33},
-        {"num_key_value_heads": 3}, {"attention_bias": "x"}, {"rms_norm_eps": "x"}, {"initializer_range": []}, {"pad_token_id": 10**6}, {"dtype": "nonsense"},
-        {"_attn_implementation": "nonsense"}, {"architectures": ["set_seed"]}, {"architectures": ["__version__"]},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_check_keys_reports_class_errors_as_bad_config(changes, folder):
-    edit_config(folder, **changes)
-    error = refused(lambda: check_keys(open_checkpoint(folder))) or refused(lambda: load_model(folder))
-    assert "\n" not in (error or "")
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"temperature": "x", "do_sample": true}', "[" * 20000 + "]" * 20000, '{"max_length": [1]}']
-)
-def test_check_keys_refuses_damaged_generation_config(text, folder):
-    edit_config(folder)
-    (folder / "generation_config.json").write_text(text)
-    error = refused(lambda: check_keys(open_checkpoint(folder)))
-    assert text.startswith('{"') if error is None else "generation_config.json: cannot be used: " in error
-
-
-@pytest.fixture(scope="module")
 def masked(tmp_path_factory, pico_llama):
     out = tmp_path_factory.mktemp("masked") / "out"
     return api.apply("prune_unstructured", pico_llama, out, method="magnitude", sparsity=0.6, store="compact")
@@ -221,14 +142,6 @@ def test_open_checkpoint_reads_quantization_from_base_config_only(pico_llama, tm
     assert open_checkpoint(tmp_path / "out").spec == sound
 
 
-def test_load_model_prints_no_warnings_of_transformers(tmp_path, recwarn):
-    """A BERT has no `rope_scaling`, and it says so by a warning of Python."""
-    shutil.copytree(pico.folder("bert"), tmp_path / "model")
-    edit_config(tmp_path / "model", rope_scaling={"rope_type": "linear", "factor": 2.0})
-    load_model(tmp_path / "model")
-    assert not [str(w.message) for w in recwarn.list if "transformers" in str(w.filename)]
-
-
 def test_open_headers_refuses_names_that_are_no_text(folder):
     (folder / "model.safetensors").write_bytes(
         raw(b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', b"1234")
@@ -245,18 +158,3 @@ def test_open_headers_takes_names_with_huge_numbers(folder):
         open_headers(folder)
     assert sorted(names, key=natural) != names
     assert sorted(["b10", "b9", "b09", "b1.2", "b1.10"], key=natural) == ["b1.2", "b1.10", "b09", "b9", "b10"]
-
-
-def test_load_model_takes_a_model_that_fits(olmo):
-    """The bounds are of counts of modules alone: large vocabularies, positions and rotary bases are none."""
-    config = {
-        "vocab_size": 50,
-        "max_position_embeddings": 10**6,
-        "rope_theta": 10**7,
-        "sliding_window": 10**5,
-        "max_window_layers": 500,
-    }
-    edited = olmo.with_name("edited")
-    shutil.copytree(olmo, edited)
-    edit_config(edited, **config)
-    assert torch.equal(load_model(edited).lm_head.weight, load_model(olmo).lm_head.weight)

@@ -16,6 +16,7 @@ from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.models.loading import check_keys, load_model
 from tests import pico
+from tests.toolbox import edit_config
 
 CONFIG = """from transformers import LlamaConfig
 
@@ -48,11 +49,6 @@ for folder, expected in {cases!r}:
     with torch.no_grad():
         print(float((m(**inputs)[0] - y).abs().max() / y.abs().max()))
 """
-
-
-def edit_config(folder: Path, **changes) -> None:
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, **changes}))
 
 
 def bring_code(folder: Path, model_type: str) -> Path:

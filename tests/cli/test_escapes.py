@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from compress.cli import main
-from tests.checkpoint.test_bad_checkpoints import edit_config, entry, raw
+from tests.toolbox import edit_config, entry, raw
 
 OWNED = "\x1b]0;owned\x07\x9b31m\u202e"
 

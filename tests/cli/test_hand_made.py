@@ -6,12 +6,10 @@ import contextlib
 import copy
 import json
 import random
-import sys
 
 import pytest
 
 import compress
-from compress.cli import main
 from compress.pipeline.baseline import EvaluationSettings
 from compress.pipeline.evaluate import evaluate
 
@@ -36,21 +34,6 @@ def documents(tmp_path_factory, pico_llama, texts):
     from compress.report import to_json
 
     return json.loads(to_json(report)), json.loads(to_json(evaluate(str(pico_llama), how)))
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Exit status and all that is printed of a command line."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out + captured.err
-
-    return call
 
 
 def places(value, path=()):

@@ -25,11 +25,6 @@ def documents(count=20, words=60):
     ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pico.tokenizer()
-
-
 def tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

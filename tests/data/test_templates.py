@@ -11,14 +11,8 @@ from compress.data import templates
 from compress.data.documents import Document
 from compress.data.rendering import rendered
 from compress.errors import DataError
-from tests import pico
 
 MESSAGES = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"})
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pico.tokenizer()
 
 
 def test_rendered_matches_transformers(tokenizer):

@@ -29,11 +29,6 @@ def documents(pairs=False):
     return [Document(f"d#{i}", t, pair=(t, f"and {i}") if pairs else None, label=i % 3) for i, t in enumerate(texts)]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pico.tokenizer()
-
-
 def slowly(model, tokenizer, document):
     """Log-probabilities of one text by itself, without padding, float64."""
     inputs = tokenizer(*(document.pair or [document.text]), return_tensors="pt")

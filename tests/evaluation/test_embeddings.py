@@ -22,11 +22,6 @@ def encoder(family="bert", seed=0, **changes):
     return pico.model(family, class_name=name, seed=seed, **changes)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pico.tokenizer()
-
-
 def slowly(model, tokenizer, text, modes=("mean_tokens",)):
     """One text by itself, without padding; each mode by its definition, in float64."""
     with torch.no_grad():

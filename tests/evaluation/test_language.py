@@ -27,11 +27,6 @@ def other():
     return pico.model("llama", seed=1)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return pico.tokenizer()
-
-
 def slow(model, tokenizer, text, window, stride):
     """Negative log-likelihood of each target, one window and one target at a time, as often described (Hugging Face's docs)."""
     ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]

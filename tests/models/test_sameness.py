@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -14,13 +12,9 @@ from compress.errors import CheckpointError
 from compress.models import sameness
 from compress.models.sameness import same_logits
 from tests import pico
+from tests.toolbox import edit_config
 
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "gpt2", "bloom", "gpt_neox", "opt"]  # fmt: skip
-
-
-def edit_config(folder, **changes):
-    data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**data, **changes}))
 
 
 @pytest.mark.parametrize("window", [6, 4096])

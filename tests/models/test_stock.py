@@ -18,7 +18,7 @@ from compress.models import stock as stock_loader
 from compress.passes.cast.settings import CastSettings
 from compress.planning import plan_pass
 from tests import pico
-from tests.passes.helpers import apply, write
+from tests.toolbox import apply, write
 
 FORMATS = {
     "int8": {"weights": "int8"},

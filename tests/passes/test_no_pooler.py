@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
 
 import compress
 from compress.checkpoint.open import open_checkpoint
-from compress.errors import CheckpointError
 from compress.models.loading import load_model
 from tests import pico, processes
 
@@ -57,20 +54,3 @@ def test_encoder_without_pooler_is_compressed_and_loaded(store, name, settings, 
     if store == "compact" and name != "prune_unstructured":
         load_model(out).save_pretrained(tmp_path / "twin")
         torch.testing.assert_close(hidden(tmp_path / "twin"), hidden(out), rtol=1e-4, atol=1e-4)
-
-
-def test_load_model_refuses_half_a_pooler(tmp_path):
-    model = transformers.BertModel(pico.config("bert"))
-    state = {k: v for k, v in model.state_dict().items() if k != "pooler.dense.bias"}
-    model.save_pretrained(tmp_path / "in", state_dict=state)
-    with pytest.raises(CheckpointError, match=r"weights are missing for BertModel, such as pooler.dense.bias"):
-        load_model(tmp_path / "in")
-
-
-def test_load_model_takes_the_usual_base_class(tmp_path):
-    config = transformers.FunnelConfig(vocab_size=99, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=32)
-    transformers.FunnelModel(config).save_pretrained(tmp_path / "in")
-    said = json.loads((tmp_path / "in/config.json").read_text())
-    del said["architectures"]
-    (tmp_path / "in/config.json").write_text(json.dumps(said))
-    assert type(load_model(tmp_path / "in")) is transformers.FunnelModel

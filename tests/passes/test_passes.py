@@ -10,7 +10,7 @@ from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_model
 from tests import pico
-from tests.passes.helpers import apply, bypass, plan, write
+from tests.toolbox import apply, bypass, plan, write
 
 STATIC = [
     ("cast", {"weights": "bf16"}),
@@ -25,12 +25,6 @@ STATIC = [
 def test_passes_are_named_after_their_folders():
     assert {"cast", "distill", "factorize", "prune_structured", "prune_unstructured", "share"} <= set(passes.names())
     assert all(passes.get(name).name == name for name in passes.TABLE)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
 
 
 @pytest.mark.parametrize("family", pico.families())

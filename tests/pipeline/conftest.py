@@ -33,3 +33,14 @@ def recipe(tmp_path: Path, pico_llama: Path, texts: tuple[Path, Path]) -> Callab
         return {k: v for k, v in {**base, **changes}.items() if v is not None}
 
     return make
+
+
+@pytest.fixture
+def small(recipe: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A recipe of one pass without measurements."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        plain = {"passes": [{"cast": {"weights": "bf16"}}], "evaluate": [], "gates": None, "data": None, "store": None}
+        return recipe(**{**plain, **changes})
+
+    return make

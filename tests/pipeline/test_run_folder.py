@@ -15,52 +15,7 @@ from compress.errors import CheckpointError, CompressError, OutputError
 from compress.pipeline import housekeeping
 from compress.pipeline.folder import RunFolder
 from compress.workspace import Workspace
-
-FAR = 2**22 + 1  # a process number that Linux never gives
-
-
-@pytest.fixture
-def small(recipe):
-    """A recipe of one pass without measurements."""
-
-    def make(**changes):
-        plain = {"passes": [{"cast": {"weights": "bf16"}}], "evaluate": [], "gates": None, "data": None, "store": None}
-        return recipe(**{**plain, **changes})
-
-    return make
-
-
-def tree(folder: Path) -> dict[str, tuple]:
-    """Everything below a folder: kind, contents, time of change."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        info = path.lstat()
-        body = path.read_bytes() if path.is_file() and not path.is_symlink() else None
-        found[str(path.relative_to(folder))] = (info.st_ino, info.st_mtime_ns, info.st_mode, body)
-    return found
-
-
-def flip(path: Path) -> bytes:
-    """Change the last byte in place: the same inode and size. Returns what is there now."""
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    with path.open("r+b") as file:
-        file.write(data)
-    return bytes(data)
-
-
-def fork(work) -> int:
-    """Run ``work`` in a copy of this process; its exit status."""
-    process = os.fork()
-    if process == 0:
-        status = 70
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
+from tests.toolbox import flip, fork, tree
 
 # --- published results
 
@@ -101,18 +56,6 @@ def test_run_recognizes_a_copied_or_touched_result(small, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_contents_reads_nothing_when_untouched(small, tmp_path, monkeypatch):
-    """Of many GB a rerun would take minutes."""
-    from compress.pipeline import contents, fingerprint
-
-    compress.run(small())
-    read = []
-    for module in (contents, fingerprint):
-        monkeypatch.setattr(module, "sha256", lambda path: read.append(path) or files.sha256(path))
-    assert compress.run(small()).nothing_to_do
-    assert read == []
-
-
 def test_run_rejects_a_changed_provenance_or_report(small, tmp_path):
     compress.run(small(gates={"size": {"max_ratio": 0.1}}), publish_anyway=True)
     report = tmp_path / "out.run/report.json"
@@ -127,48 +70,6 @@ def test_run_rejects_a_changed_provenance_or_report(small, tmp_path):
     provenance.write_text(provenance.read_text().replace("bf16", "fp16"))
     with pytest.raises(OutputError, match=r"compress.json was changed since it was published"):
         compress.run(small())
-
-
-def test_publish_keeps_a_result_changed_at_the_last_moment(small, tmp_path, monkeypatch):
-    from compress.pipeline import publish
-
-    compress.run(small())
-    real, changed = publish._exchange, []
-
-    def late(new, old):
-        changed.append(flip(old / "model.safetensors"))
-        real(new, old)
-
-    monkeypatch.setattr(publish, "_exchange", late)
-    compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
-    assert (tmp_path / "out.changed-1/model.safetensors").read_bytes() == changed[0]
-
-
-def test_publish_survives_a_kill_without_renameat2(small, tmp_path, monkeypatch):
-    from compress.pipeline import publish
-
-    compress.run(small())
-    first = (tmp_path / "out/model.safetensors").read_bytes()
-    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *a, **k: object())  # no such function there
-    real = Path.rename
-
-    def killed(self, target):
-        if self.name.startswith(".out.tmp-") and Path(target).name == "out":
-            os._exit(9)
-        return real(self, target)
-
-    def work():
-        Path.rename = killed
-        compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
-
-    assert fork(work) == 9
-    assert not (tmp_path / "out").exists()
-    failed = compress.run(small(passes=[{"cast": {"weights": "fp16"}}], gates={"size": {"max_ratio": 0.1}}))
-    assert not failed.published
-    assert (tmp_path / "out/model.safetensors").read_bytes() == first
-    assert compress.run(small(passes=[{"cast": {"weights": "fp16"}}])).published
-    assert (tmp_path / "out/model.safetensors").read_bytes() != first
-    assert not list(tmp_path.glob(".*"))
 
 
 # --- stages
@@ -366,33 +267,6 @@ def test_measurement_counts_only_for_what_it_measured(tmp_path):
     assert folder.cached("stage-b", lambda: {"evaluation": 2}) == {"evaluation": 2}
 
 
-# --- what is of somebody else
-
-
-@pytest.mark.parametrize("names", [["report.json", "photo"], ["stages/album/photo"], ["work/album/photo", "lock"]])
-def test_clean_leaves_a_folder_with_only_the_name(small, tmp_path, names):
-    mine = tmp_path / "out.run"
-    for name in names:
-        (mine / name).parent.mkdir(parents=True, exist_ok=True)
-        (mine / name).write_text("mine")
-    before = tree(mine)
-    for everything in (False, True):
-        with pytest.raises(CompressError, match=r"out.run: is not a run folder"):
-            housekeeping.clean(mine, everything=everything)
-    assert housekeeping.list_runs(tmp_path) == []
-    with pytest.raises(OutputError, match=r"out.run: exists and is not a run folder; move it away"):
-        compress.run(small())
-    assert tree(mine) == before
-
-
-def test_clean_takes_a_run_folder_without_its_lock(small, tmp_path):
-    compress.run(small())
-    (tmp_path / "out.run/lock").unlink()
-    assert compress.run(small()).nothing_to_do
-    (tmp_path / "out.run/lock").unlink()
-    assert housekeeping.clean(tmp_path / "out", everything=True)[0] == [str(tmp_path / "out.run")]
-
-
 @pytest.mark.parametrize("link", [False, True])
 def test_run_leaves_a_folder_named_like_an_earlier_result(small, tmp_path, link):
     (tmp_path / "mine").mkdir()
@@ -403,16 +277,6 @@ def test_run_leaves_a_folder_named_like_an_earlier_result(small, tmp_path, link)
         assert compress.run(small(**change)).published
         assert (old / "photo").read_text() == "photo"
         assert old.is_symlink() == link
-
-
-def test_clean_follows_dots_as_the_file_system_does(small, tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name / "below").mkdir(parents=True)
-        compress.run(small(output=str(tmp_path / name / "out")))
-    (tmp_path / "a/link").symlink_to(tmp_path / "b/below")
-    housekeeping.clean(tmp_path / "a/link/../out", everything=True)
-    assert (tmp_path / "a/out.run").is_dir()
-    assert not (tmp_path / "b/out.run").exists()
 
 
 @pytest.mark.parametrize("name", [".", "..", "/", "below/.."])
@@ -504,91 +368,6 @@ def test_run_refuses_links_out_of_a_checkpoint(small, tmp_path, pico_llama, name
     assert not any((tmp_path / place).exists() for place in ("out", "dense", "cast"))
 
 
-# --- what dead processes leave
-
-
-def orphan(folder: Path, name: str) -> Path:
-    path = folder / f".{name}.tmp-{FAR}"
-    path.mkdir(parents=True)
-    (path / "model.safetensors").write_bytes(b"x" * 1000)
-    return path
-
-
-def test_clean_dry_run_changes_nothing(small, tmp_path):
-    compress.run(small())
-    run = tmp_path / "out.run"
-    half = [
-        orphan(run / "stages", "x"),
-        orphan(tmp_path, "out"),
-        run / "stages/half",
-        run / f".report.json.tmp-{FAR}-0",
-    ]
-    half[2].mkdir()
-    half[3].write_text("{")
-    for removed in ("lock", None):
-        if removed is not None:
-            (run / removed).unlink()
-        before = tree(tmp_path)
-        names, freed = housekeeping.clean(run, dry_run=True)
-        assert set(names) == {path.name for path in half}
-        assert freed > 2000
-        housekeeping.clean(run, everything=True, dry_run=True)
-        housekeeping.list_runs(tmp_path)
-        assert tree(tmp_path) == before
-    assert housekeeping.clean(run) == (names, freed)
-    assert not any(path.exists() for path in half)
-    assert (tmp_path / "out").is_dir()
-
-
-def test_clean_takes_orphans(small, tmp_path):
-    compress.run(small())
-    left = orphan(tmp_path, "out")
-    (row,) = housekeeping.list_runs(tmp_path)
-    assert row["leftovers"] == [{"name": left.name, "bytes": 1000}]
-    assert compress.run(small()).nothing_to_do
-    assert not left.exists()
-    alone = orphan(tmp_path / "elsewhere", "dense")
-    rows = housekeeping.list_runs(tmp_path)
-    assert [r["leftovers"] for r in rows if r["run"] == str(alone)] == [[{"name": alone.name, "bytes": 1000}]]
-    assert housekeeping.clean(alone, dry_run=True) == ([str(alone)], 1000)
-    assert housekeeping.clean(tmp_path / "elsewhere/dense") == ([alone.name], 1000)
-    assert not alone.exists()
-    alone = orphan(tmp_path / "elsewhere", "dense")
-    compress.unpack(tmp_path / "out", tmp_path / "elsewhere/dense")
-    assert sorted(p.name for p in (tmp_path / "elsewhere").iterdir()) == ["dense"]
-
-
-def test_clean_leaves_what_a_living_process_writes(tmp_path):
-    with files.temporary(tmp_path / "out") as temp:
-        assert files.leftovers(tmp_path) == []
-        stranger = temp.rename(tmp_path / f".out.tmp-{FAR}")  # the number is of another machine: the lock counts
-        assert files.leftovers(tmp_path) == []
-        files.remove_leftovers(tmp_path / "out")
-        assert stranger.is_dir()
-    assert files.leftovers(tmp_path) == [stranger]
-
-
-def test_clean_takes_work_of_another_recipe(recipe, tmp_path):
-    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
-
-    def work():
-        RunFolder.finish = lambda *a, **k: os._exit(9)
-        compress.run(recipe(passes=passes, gates=None))
-
-    assert fork(work) == 9
-    (left,) = (tmp_path / "out.run/work").iterdir()
-    (row,) = housekeeping.list_runs(tmp_path)
-    assert row["status"] is None
-    assert housekeeping.clean(tmp_path / "out", dry_run=True)[0] == [left.name]  # the half stage; its work goes on
-    compress.run(recipe(passes=[{"cast": {"weights": "bf16"}}], gates=None))
-    (row,) = housekeeping.list_runs(tmp_path)
-    assert [u["name"] for u in row["leftovers"]] == [f"work/{left.name}"]
-    names, freed = housekeeping.clean(tmp_path / "out")
-    assert names == [f"work/{left.name}"]
-    assert freed > 10_000
-    assert not left.exists()
-
-
 def test_lock_survives_the_removal_of_its_folder(tmp_path):
     folder = RunFolder(tmp_path / "out.run")
     with folder.locked():
@@ -634,33 +413,6 @@ def test_run_ends_well_when_the_report_cannot_be_rendered(small, tmp_path, monke
     assert (tmp_path / "out.run/report.md").read_text().startswith("#")
 
 
-def test_publish_meets_a_full_disk_before_it_replaces(small, tmp_path, monkeypatch):
-    import errno
-
-    from compress.errors import ResourceError
-    from compress.pipeline import closing
-
-    compress.run(small())
-    before = (tmp_path / "out/model.safetensors").read_bytes()
-    real = closing.prepare
-
-    def full(path, data):
-        if path.name == "report.md":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(closing, "prepare", full)
-        with pytest.raises(
-            ResourceError, match=r"report.md: the disk is full; free some space and run again"
-        ) as caught:
-            compress.run(small(passes=[{"cast": {"weights": "fp16"}}]))
-    assert caught.value.exit_status == 4
-    assert (tmp_path / "out/model.safetensors").read_bytes() == before
-    assert not list((tmp_path / "out.run").glob(".*"))
-    assert compress.run(small(passes=[{"cast": {"weights": "fp16"}}])).report["stages"][0]["reused"]
-
-
 def test_run_reports_file_system_errors_in_one_line(small, tmp_path):
     long = str(tmp_path / ("x" * 300))
     for work in (
@@ -672,54 +424,3 @@ def test_run_reports_file_system_errors_in_one_line(small, tmp_path):
         with pytest.raises(CompressError, match="File name too long") as caught:
             work()
         assert caught.value.exit_status == 2
-
-
-# --- kills
-
-
-#: Events of Python's audit hooks that change the file system.
-CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.symlink"})
-
-
-def kill_at(number: int, work) -> int:
-    """Run ``work`` in a copy of this process that dies at the n-th change of the file system; 9 if it came to that."""
-    import sys
-
-    def watched():
-        left = [number]
-
-        def hook(event, arguments):
-            writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_CREAT | os.O_WRONLY)
-            if event in CHANGES or writes:
-                left[0] -= 1
-                if left[0] == 0:
-                    os._exit(9)
-
-        sys.addaudithook(hook)
-        work()
-
-    return fork(watched)
-
-
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 7])
-def test_publish_survives_a_kill_anywhere(small, tmp_path, step):
-    """The output is always one whole result, and the next run ends with the right one and no remains."""
-    one, two = small(), small(passes=[{"cast": {"weights": "fp16"}}])
-    whole = {}
-    for name, each in (("one", one), ("two", two)):
-        compress.run(each)
-        whole[name] = (tmp_path / "out/model.safetensors").read_bytes()
-    number = step
-    while True:
-        status = kill_at(number, lambda: compress.run(one))
-        assert (tmp_path / "out/model.safetensors").read_bytes() in whole.values()
-        if status == 0:
-            break
-        assert status == 9
-        assert compress.run(one).published
-        assert (tmp_path / "out/model.safetensors").read_bytes() == whole["one"]
-        assert not list(tmp_path.glob(".*"))
-        assert not list((tmp_path / "out.run").glob("**/.*"))
-        compress.run(two)
-        number += step
-    assert number > 20  # it was killed at many places

@@ -11,7 +11,6 @@ import pytest
 from compress import report as reports
 from compress.escape import fence, in_one_line, markdown, printable, printable_json, quoted
 from compress.report.card import _split
-from tests.report.test_report import finished  # noqa: F401
 
 
 def card(report, original=None, **changes):
@@ -27,7 +26,7 @@ FRONTS = [
 
 
 @pytest.mark.parametrize("front", FRONTS, ids=lambda f: f[:20])
-def test_card_survives_any_front_matter(front, finished):  # noqa: F811
+def test_card_survives_any_front_matter(front, finished):
     text = card(finished.report, f"---\n{front}\nlicense: mit\n---\n# Theirs\n")
     found, body = _split(text)
     assert found["base_model"] == "tiny"
@@ -37,7 +36,7 @@ def test_card_survives_any_front_matter(front, finished):  # noqa: F811
     text.encode()
 
 
-def test_card_escapes_hostile_names(finished):  # noqa: F811
+def test_card_escapes_hostile_names(finished):
     output = 'x/o"); import os; ("\n<script>'
     text = card(
         {**finished.report, "output": output},
@@ -53,7 +52,7 @@ def test_card_escapes_hostile_names(finished):  # noqa: F811
     assert "````yaml\na: |\n  ```\n  # not a heading\n````" in text
 
 
-def test_report_escapes_hostile_names(finished):  # noqa: F811
+def test_report_escapes_hostile_names(finished):
     report = {
         **finished.report,
         "output": "out<img src=x onerror=y>\n# heading",
@@ -68,7 +67,7 @@ def test_report_escapes_hostile_names(finished):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["\ufffe", "\uffff", "\ud800", "\x00", "a\x1bb", '<&">'])
-def test_junit_is_well_formed_with_hostile_names(name, finished):  # noqa: F811
+def test_junit_is_well_formed_with_hostile_names(name, finished):
     gates = [
         {"gate": f"size {name}", "verdict": verdict, "text": f"why {name}"}
         for verdict in ("pass", "fail", "inconclusive")

@@ -13,7 +13,7 @@ from compress.sensitivity import output_curvature
 from compress.sensitivity.output_curvature import Gradients
 from compress.workspace import Workspace
 from tests import pico
-from tests.blockwise.test_runner import LENGTH, SAMPLES, inputs_of, runner_of
+from tests.toolbox import LENGTH, SAMPLES, inputs_of, runner_of
 
 FAMILIES = ["llama", "gemma2", "phi3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "bert", "distilbert", "electra"]
 

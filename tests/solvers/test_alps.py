@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from compress.solvers.alps import _CHECK, _RHO, LayerProblem, _admm, _Projection, alps, problem, solve_support
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.sparsegpt import sparsegpt
-from tests.solvers.test_hessian import gram
+from tests.toolbox import gram
 
 SEEDS = st.integers(0, 10_000)
 TARGETS = st.one_of(st.floats(0.1, 0.9), st.sampled_from([(1, 2), (2, 4), (5, 8)]))

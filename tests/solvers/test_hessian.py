@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.solvers.hessian import damped, inverse_factor
+from tests.toolbox import gram
 
 SEEDS = st.integers(0, 10_000)
-
-
-def gram(seed: int, tokens: int, inputs: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """X^T X of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
-    X = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixing
-    return (X.T @ X).to(dtype)
 
 
 def slow_damped(H: torch.Tensor, damp: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compress.solvers.hessian import damped, inverse_factor
 from compress.solvers.sparsegpt import sparsegpt
-from tests.solvers.test_hessian import gram
+from tests.toolbox import gram
 
 SEEDS = st.integers(0, 10_000)
 

@@ -15,6 +15,7 @@ from compress.errors import ResourceError
 from compress.training import state as states
 from compress.training.state import RunState, UnusableState
 from compress.workspace import Workspace
+from tests.toolbox import data_file
 
 
 @pytest.fixture
@@ -106,10 +107,6 @@ def saved(tmp_path):
     for step in (2, 4):
         state.save(f"step-{step}", tensors(step), {**SAID, "step": step})
     return state
-
-
-def data_file(folder: Path) -> Path:
-    return next(folder.glob("*.distcp"))
 
 
 def test_state_that_does_not_load_raises_unusable(saved):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +11,7 @@ from safetensors.torch import load_file
 import compress
 from compress.progress import SilentProgress
 from compress.workspace import Workspace
-
-
-def tensors(value):
-    return {"a": torch.full((8, 8), float(value)), "b": torch.full((3,), value, dtype=torch.bfloat16)}
-
-
-def data_file(folder: Path) -> Path:
-    return next(folder.glob("*.distcp"))
+from tests.toolbox import data_file
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived, Value
 from compress.errors import PassError
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 
 def test_cast_rounds_to_nearest_even(pico_llama):

@@ -15,7 +15,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
 from compress.recipe import recipe_from_mapping, resolved
 from tests import pico
-from tests.passes.helpers import write
+from tests.toolbox import write
 
 IDS = torch.randint(2, 250, (6, 16), generator=torch.Generator().manual_seed(1))
 SETTINGS = {"weights": "int8", "method": "rtn", "kv_cache": "fp8"}

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, DataError, PassError
-from compress.passes.distill.plan import default_rate, default_warmup
 from tests import pico
 from tests.conftest import ROOT
 from tests.processes import Process
@@ -144,13 +143,6 @@ def test_distill_lowers_every_loss(tmp_path, pruned, pico_llama):
     first, last = said["losses"][0], said["losses"][-1]
     assert set(first) == {"step", "loss", *losses}
     assert all(last[name] < first[name] for name in losses if name != "labels"), (first, last)
-
-
-def test_default_rate_and_warmup_follow_steps_and_width():
-    assert default_rate(500, 256) == default_rate(4000, 32) == 5e-4
-    assert default_rate(20, 256) == pytest.approx(1e-4)
-    assert default_rate(500, 1024) == pytest.approx(2.5e-4)
-    assert [default_warmup(n) * n for n in (4, 20, 50, 500)] == pytest.approx([1, 5, 5, 25])
 
 
 def test_distill_reports_rate_and_dropout(tmp_path, pico_llama):

@@ -120,37 +120,6 @@ def test_distill_refuses_encoder_decoder(tmp_path):
         distill.plan(open_checkpoint(pico.save(tmp_path / "t5", "t5")).spec, distill.settings(steps=2))
 
 
-@pytest.mark.parametrize("family", [f for f in pico.FAMILIES if f not in ("t5", "vit")])
-def test_find_places_places_every_weight(tmp_path, family):
-    checkpoint = open_checkpoint(pico.save(tmp_path / "model", family))
-    model = load_checkpoint(checkpoint, dtype="float32")
-    places = file_names(checkpoint.spec, model)
-    assert not places.kept
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    found = places.tensors(model, model.state_dict())
-    for tensor in checkpoint.spec.stored():
-        moved = 0 if not torch.is_floating_point(checkpoint.tensor(tensor.name).data) else 1
-        assert torch.equal(found[tensor.name], checkpoint.tensor(tensor.name).data + moved), tensor.name
-
-
-def test_find_places_refuses_weights_without_a_place(pico_llama):
-    checkpoint = open_checkpoint(pico_llama)
-    model = load_checkpoint(checkpoint, dtype="float32")
-    model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        PassError, match=r"transformers writes extra\.weight, which the file does not have.*from_pretrained"
-    ):
-        file_names(checkpoint.spec, model)
-    del model.extra
-    model.lm_head = torch.nn.Linear(32, 7, bias=False)
-    with pytest.raises(
-        PassError, match=r"transformers writes lm_head\.weight as \[7, 32\], and the file has \[300, 32\]"
-    ):
-        file_names(checkpoint.spec, model)
-
-
 RUN = {
     "document_separator": "<|doc|>",
     "device": "cpu",

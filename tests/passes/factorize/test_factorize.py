@@ -11,7 +11,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
 from tests import pico
-from tests.passes.helpers import divergence
+from tests.toolbox import divergence
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 

@@ -16,9 +16,9 @@ from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico, processes
-from tests.passes.helpers import apply, plan, write
-from tests.passes.prune_structured.test_calibrated import IDS, error
-from tests.passes.prune_structured.test_exact import FIXED_HEADS, RMS, SCRIPT
+from tests.passes.prune_structured.test_block import IDS, error
+from tests.passes.prune_structured.test_remove import FIXED_HEADS, RMS, SCRIPT
+from tests.toolbox import apply, plan, write
 
 NORMED = ("qwen3", "gemma3_text", "qwen3_moe")
 WAYS = {

@@ -10,7 +10,7 @@ from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 
 def test_remove_layers_cuts_config_and_per_layer_lists(tmp_path):

@@ -8,16 +8,12 @@ import torch
 from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.evaluation import prefill
 from compress.models.loading import load_model
-from compress.passes.base import Context
 from compress.passes.prune_structured.search import shapes
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.passes.prune_structured.speed import Stopwatch, work
-from compress.progress import SilentProgress
-from compress.workspace import Workspace
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 IDS = torch.randint(0, 250, (48, 16), generator=torch.Generator().manual_seed(0))
 
@@ -121,24 +117,6 @@ def test_search_refuses_unreachable_speed(tmp_path, monkeypatch):
         apply(original, "prune_structured", data=Batches(IDS), work=tmp_path, max_latency_ratio=0.21)
     assert caught.value.key == "max_latency_ratio"
     assert len(measured) == 1
-
-
-def test_prefill_measures_time(tmp_path, monkeypatch):
-    """A model of a third of the blocks is faster than the whole; the same one is about as fast."""
-    monkeypatch.setattr(prefill, "SECONDS", 0.5)
-    original = open_checkpoint(pico.save(tmp_path / "in", with_tokenizer=False, num_hidden_layers=24))
-    context = Context(original, "cpu", "float32", 0, None, lambda key: None, SilentProgress(), Workspace(tmp_path))
-    watch = Stopwatch(original, context)
-    assert watch.prompt.shape == (1, 256)
-    assert watch.ratio(plan(original, "prune_structured", layers=list(range(16)), compensation="none")) < 0.8
-    assert 0.5 < watch.ratio(original.spec) < 2
-
-
-def test_prefill_asks_for_last_logits(pico_llama):
-    model = load_model(pico_llama)
-    ids = torch.arange(12)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(prefill.prefill(model, ids).logits, model(input_ids=ids).logits[:, -1:])
 
 
 @pytest.mark.parametrize(

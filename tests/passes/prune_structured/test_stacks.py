@@ -12,9 +12,8 @@ from compress.errors import CheckpointError, CompressError, PassError
 from compress.evaluation import latency
 from compress.models.loading import load_model
 from tests import pico
-from tests.architectures.test_records import change_config
-from tests.passes.helpers import apply, plan, write
-from tests.passes.prune_structured.test_exact import DATA_FREE, HEADS_OUT, MLP_OUT, check
+from tests.passes.prune_structured.test_remove import DATA_FREE, HEADS_OUT, MLP_OUT, check
+from tests.toolbox import apply, edit_config, plan, write
 
 
 @pytest.mark.parametrize("class_name", [None, "T5Model", "T5EncoderModel", "T5ForSequenceClassification"])
@@ -126,7 +125,7 @@ def test_stacks_latency_refuses_two_texts(tmp_path):
 )
 def test_stacks_depth_of_both_lists_is_checked(change, message, tmp_path):
     folder = pico.save(tmp_path / "in", "t5", with_tokenizer=False)
-    change_config(folder, **change)
+    edit_config(folder, **change)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
 

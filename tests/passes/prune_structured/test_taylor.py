@@ -14,7 +14,7 @@ from compress.models.loading import load_model
 from compress.passes.prune_structured.taylor import taylor_scores
 from compress.progress import SilentProgress
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 IDS = torch.randint(0, 250, (5, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(5, 12, dtype=torch.bool)

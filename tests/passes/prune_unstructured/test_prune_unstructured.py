@@ -7,7 +7,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 
 def test_prune_unstructured_takes_only_matrices_of_blocks(pico_llama):

@@ -21,20 +21,9 @@ from compress.progress import SilentProgress
 from compress.spec.spec import FLOAT_DTYPES
 from compress.workspace import Workspace
 from tests import pico
-from tests.passes.helpers import apply, write
+from tests.toolbox import apply, write
 
 FAMILIES = ["llama", "gpt2", "qwen3_moe"]
-
-
-@pytest.fixture(scope="module")
-def data():
-    return Batches(torch.randint(2, 250, (12, 24), generator=torch.Generator().manual_seed(1)))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {f: pico.save(root / f, f, with_tokenizer=False) for f in FAMILIES}
 
 
 def matrices(checkpoint):

@@ -16,7 +16,7 @@ from compress.models.loading import load_model
 from compress.solvers.embeddings import thin_input, thin_output, thin_tied
 from tests import pico, processes
 from tests.conftest import ROOT
-from tests.passes.helpers import divergence, plan
+from tests.toolbox import divergence, plan
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 SETTINGS = {"embeddings": "factorize", "embedding_rank": 12}

@@ -17,7 +17,7 @@ from compress.models.loading import load_model
 from compress.passes.share.solve import ShareOptions, Solver
 from compress.workspace import Workspace
 from tests import pico
-from tests.passes.helpers import divergence
+from tests.toolbox import divergence
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))
 #: Every kind of layout: separate, stacked and interleaved projections, Conv1D, biases, grouped keys, heads that are ordered.

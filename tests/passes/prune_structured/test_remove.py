@@ -23,7 +23,7 @@ from compress.data.batches import Batches
 from compress.errors import CheckpointError, PassError
 from compress.models.loading import load_model
 from tests import pico, processes
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 DATA_FREE = {"importance": "magnitude", "compensation": "none"}
 MLP_OUT = (
@@ -43,12 +43,6 @@ NO_MLP_FIELD = ("bloom",)
 FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "albert", "bert", "roberta", "electra", "distilbert")
 RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
 MOE = ("mixtral", "qwen3_moe")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {family: pico.save(root / family, family, with_tokenizer=False) for family in pico.FAMILIES}
 
 
 def reads(name: str, ends: tuple[str, ...]) -> bool:
@@ -323,31 +317,6 @@ def test_remove_experts_matches_masked_router(family, folders, tmp_path, monkeyp
         expected = pico.logits(model)
     torch.testing.assert_close(pico.logits(load_model(pruned.folder)), expected, rtol=1e-4, atol=1e-4)
     assert plan(original, "prune_structured", experts=1, compensation="none").tensors == pruned.spec.tensors
-
-
-def test_expert_saliency_matches_paper(folders, tmp_path):
-    """Mean over the tokens sent to an expert of its router weight times the norm of its output, by hooks on the stock model."""
-    from compress.data.batches import Batches
-
-    ids = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
-    details: dict = {}
-    original = open_checkpoint(folders["mixtral"])
-    apply(
-        original, "prune_structured", data=Batches(ids), work=tmp_path, details=details, experts=1, compensation="none"
-    )
-    model = load_model(original.folder)
-    experts = model.model.layers[0].mlp.experts
-    seen = {}
-    experts.register_forward_pre_hook(lambda module, args: seen.update(args=args))
-    with torch.no_grad():
-        model(input_ids=ids)
-        hidden, index, weights = seen["args"]
-        for e in range(4):
-            token, place = torch.where(index == e)
-            gate, up = torch.nn.functional.linear(hidden[token], experts.gate_up_proj[e]).chunk(2, -1)
-            out = torch.nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[e])
-            expected = (weights[token, place] * out.norm(dim=-1)).mean().item()
-            assert details["expert_saliency"]["0"][e] == pytest.approx(expected, rel=1e-4)
 
 
 SCRIPT = """

@@ -12,17 +12,11 @@ from compress.data.batches import Batches
 from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico
-from tests.passes.helpers import apply, plan, write
+from tests.toolbox import apply, plan, write
 
 TEXT = [f for f in pico.ONE_LIST if f != "vit"]
 IDS = torch.randint(0, 250, (96, 16), generator=torch.Generator().manual_seed(0))
 TEST = torch.randint(0, 250, (8, 16), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {family: pico.save(root / family, family, with_tokenizer=False) for family in TEXT}
 
 
 def states(folder) -> torch.Tensor:
@@ -132,7 +126,7 @@ def test_compensation_covers_a_removed_block(tmp_path):
 
 def test_greedy_layer_removal_matches_trying_each(tmp_path):
     """The first block to go is the one whose bypass changes the predictions least, by a plain forward."""
-    from tests.passes.helpers import bypass
+    from tests.toolbox import bypass
 
     folder = pico.save(tmp_path / "in", "llama", with_tokenizer=False)
     details: dict = {}

@@ -14,7 +14,7 @@ from compress.errors import RecipeError
 from compress.passes.cast.settings import CORRECTIONS, CastSettings
 from compress.recipe import recipe_from_mapping, resolved
 from tests import pico
-from tests.passes.helpers import apply, plan
+from tests.toolbox import apply, plan
 
 SUBSETS = list(chain.from_iterable(combinations(CORRECTIONS, n) for n in range(len(CORRECTIONS) + 1)))
 

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from compress import passes
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.values import Checkpoint, Derived, Value
+from compress.checkpoint.values import Derived, Value
 from compress.checkpoint.write import stored_form, write_checkpoint
 from compress.errors import CheckpointError, OutputError
 from compress.models.loading import check_keys, load_model
 from compress.models.processors import load_tokenizer
-from compress.passes.base import Context
-from compress.progress import SilentProgress
 from compress.spec.classes import auto_class
-from compress.workspace import Workspace
 from tests import pico
-
-
-def prune(checkpoint: Checkpoint, **settings: object) -> Checkpoint:
-    context = Context(
-        checkpoint, "cpu", "float32", 0, None, lambda name: None, SilentProgress(), Workspace(Path("/nowhere"))
-    )
-    instance = passes.get("prune_unstructured")
-    return instance.apply(checkpoint, instance.settings(method="magnitude", **settings), context)
+from tests.toolbox import prune
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +136,6 @@ def test_compact_store_wraps_base_classes_and_classifiers(tmp_path, stock):
         )
 
 
-def test_bundle_refuses_missing_weights(tmp_path, pico_llama, stock):
-    write_checkpoint(prune(open_checkpoint(pico_llama), sparsity=0.6), tmp_path / "out", store="compact")
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    config["base"]["num_hidden_layers"] = 5
-    (tmp_path / "out/config.json").write_text(json.dumps(config))
-    out = stock(
-        "import transformers\n"
-        "try:\n"
-        f"    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True)\n"
-        "except ValueError as error:\n"
-        "    print(error)\n"
-    )
-    assert "9 weights are missing, such as model.layers.4." in out
-
-
 def test_write_checkpoint_keeps_masks_in_dense_files(tmp_path, pico_llama):
     """Kept weights that are exactly zero stay kept: the mask is not `value != 0`."""
     base = open_checkpoint(pico_llama)
@@ -277,3 +250,22 @@ def test_open_checkpoint_reads_ties_as_aliases(tmp_path):
     assert spec.tensors["lm_head.weight"].alias_of == "model.embed_tokens.weight"
     assert spec.parameters == sum(p.numel() for p in load_model(folder).parameters())
     assert "lm_head.weight" not in {key for shard in lay_out(spec, 1 << 40).shards for key in shard.entries}
+
+
+WEIGHTS = "model.safetensors"
+
+
+def test_write_checkpoint_refuses_nan_weights(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.2.mlp.up_proj.weight has 1 NaN values"):
+        write_checkpoint(open_checkpoint(folder), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_write_checkpoint_takes_infinities(folder, tmp_path):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("-inf")])
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_checkpoint(open_checkpoint(folder), tmp_path / "out")

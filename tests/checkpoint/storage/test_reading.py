@@ -1,8 +1,7 @@
-"""Storage chains: planned parts are the written ones, and decoding undoes encoding, bit by bit."""
+"""Tensors are decoded from the parts that storages write, bit by bit."""
 
 from __future__ import annotations
 
-import dis
 from dataclasses import replace
 
 import pytest
@@ -10,16 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.checkpoint import bundle
 from compress.checkpoint.storage import CHAINS, encode, format_chain, parts
-from compress.checkpoint.storage import bits as packing
-from compress.checkpoint.storage.bits import pack_bits, pack_codes, unpack_bits, unpack_codes
 from compress.checkpoint.storage.mask import MASKED
 from compress.checkpoint.storage.reading import decode, part_names
 from compress.checkpoint.store import needs_code, with_storage
 from compress.checkpoint.values import Value, canonical
 from compress.solvers.quant_format import dequantize, fit, to_codes
-from compress.spec.classes import KINDS
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import DENSE, Tensor
 
@@ -44,38 +39,6 @@ def test_decode_undoes_encode(seed, shape, dtype, share, storage):
     assert torch.equal(found, mask)
     assert torch.equal(data, torch.where(mask, values, 0))
     assert torch.equal(torch.signbit(data), torch.signbit(canonical(values, mask)))  # zeros too
-
-
-@given(st.integers(0, 100), st.integers(0, 10_000))
-def test_unpack_bits_by_hand(count, seed):
-    mask = torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packed = pack_bits(mask)
-    expected = [sum(bool(b) << i for i, b in enumerate(mask.tolist()[s : s + 8])) for s in range(0, count, 8)]
-    assert packed.tolist() == expected
-    assert torch.equal(unpack_bits(packed, (count,)), mask)
-
-
-@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 75), st.integers(0, 10_000))
-def test_pack_to_int32_matches_compressed_tensors(bits, rows, count, seed):
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-
-    half = 1 << (bits - 1)
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-half, half, (rows, count), generator=generator, dtype=torch.int8)
-    packed = pack_codes(codes, bits)
-    assert torch.equal(packed, pack_to_int32(codes, bits))
-    assert torch.equal(unpack_codes(packed, bits, count), codes)
-    assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
-
-
-def test_unpack_codes_of_long_rows_by_parts(monkeypatch):
-    codes = torch.randint(-4, 4, (1, 200), dtype=torch.int8)
-    tall = torch.randint(-4, 4, (9, 41), dtype=torch.int8)
-    whole = pack_codes(codes, 3), pack_codes(tall, 3)
-    monkeypatch.setattr(packing, "_AT_ONCE", 64)
-    for given_, packed in zip((codes, tall), whole, strict=True):
-        assert torch.equal(pack_codes(given_, 3), packed)
-        assert torch.equal(unpack_codes(packed, 3, given_.shape[1]), given_)
 
 
 GRIDS = [f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)] + ["fp8", "mxfp4", "nvfp4"]
@@ -132,56 +95,6 @@ def test_mask_chain_is_taken_when_smaller():
     # bf16: 16 kept / 16 + 1 bit per weight: pays below 15/16 of 160 = 150 weights
     assert chosen == {"t160": DENSE, "t150": DENSE, "t149": MASKED, "t10": MASKED}
     assert not needs_code(with_storage(spec, "stock"))
-
-
-def test_bundle_needs_only_torch_and_transformers():
-    import ast
-
-    tree = ast.parse(bundle.source())
-    roots = {
-        (node.module if isinstance(node, ast.ImportFrom) else name.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in node.names
-    }
-    assert roots <= {
-        "__future__",
-        "inspect",
-        "json",
-        "pathlib",
-        "torch",
-        "transformers",
-        "safetensors",
-        "huggingface_hub",
-    }
-    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    assert {"decode", "unpack_bits", "part_names", "CompressConfig", "CompressForCausalLM"} <= defined
-    for auto in {kind.auto for kind in KINDS}:
-        assert auto.replace("AutoModel", "Compress") in defined
-
-
-def test_the_bundled_file_defines_each_name_once_and_all_that_it_uses():
-    """Halves of modules are joined: no name of another half, and none of the package around it, may be missing."""
-    import ast
-    import builtins
-    import types
-
-    tree = ast.parse(bundle.source())
-    defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert len(defined) == len(set(defined))
-    code = compile(bundle.source(), bundle.FILE_NAME, "exec")
-    known, used, codes = {*dir(builtins), "__name__"}, set(), [code]
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("STORE_NAME", "STORE_GLOBAL"):
-            known.add(instruction.argval)
-    while codes:
-        code = codes.pop()
-        used |= {
-            instruction.argval for instruction in dis.get_instructions(code) if instruction.opname == "LOAD_GLOBAL"
-        }
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    assert used > {"unpack_codes", "torch", "place_kept", "READERS"}
-    assert used - known == set()
 
 
 @pytest.mark.parametrize("chain", [chain for chain in CHAINS if "int-quantized" in chain])

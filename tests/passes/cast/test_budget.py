@@ -1,0 +1,62 @@
+"""A budget of bytes chooses formats and sizes of groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import compress
+from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import parts
+from compress.errors import PassError
+from tests import pico
+from tests.toolbox import our_logits, stock_logits
+
+
+def test_cast_budget_is_kept_and_spent(folders, data, tmp_path):
+    settings = {"group_size": 16, "reconstruction_epochs": 0}
+    details: dict = {}
+    out = compress.apply(
+        "cast", folders["llama"], tmp_path / "bits", data=data.ids, bits=4.5, details=details, **settings
+    )
+    found = open_checkpoint(out)
+    coded = [t for t in found.spec.stored() if t.quant_format is not None]
+    stored = sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded)
+    assert 4.3 < stored <= 4.5
+    assert {r["tensor"]: r["format"] for r in details["formats"]} == {t.name: t.quant_format.format for t in coded}
+    for block in range(4):  # what reads the same inputs has the same format
+        formats = {
+            found.spec.tensors[f"model.layers.{block}.self_attn.{n}_proj.weight"].quant_format.format for n in "qkv"
+        }
+        assert len(formats) == 1
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+    size = 130_000
+    whole = compress.apply("cast", folders["llama"], tmp_path / "size", data=data.ids, max_bytes=size, **settings)
+    assert 0.95 * size < sum(f.stat().st_size for f in whole.glob("*.safetensors")) <= size
+    with pytest.raises(
+        PassError, match=r"even the smallest formats need more: max_bytes: \d+_\d+ is the least possible"
+    ):
+        compress.apply("cast", folders["llama"], tmp_path / "no", data=data.ids, max_bytes=100_000, **settings)
+    with pytest.raises(PassError, match=r"a budget does not reach model.layers.0.mlp.experts"):
+        compress.apply(
+            "cast", folders["qwen3_moe"], tmp_path / "no", data=data.ids, bits=8, store="compact", group_size=8
+        )
+
+
+def test_cast_budget_chooses_group_sizes(data, tmp_path):
+    """With float32 scales groups of 64 take half a bit per weight: larger ones and more bits change the output less."""
+    folder = pico.save(
+        tmp_path / "m", "llama", hidden_size=128, head_dim=32, intermediate_size=192, with_tokenizer=False
+    )
+    details: dict = {}
+    out = compress.apply(
+        "cast", folder, tmp_path / "out", data=data.ids, bits=4.5, reconstruction_epochs=0, details=details
+    )
+    found = open_checkpoint(out)
+    coded = [t for t in found.spec.stored() if t.quant_format is not None]
+    stored = sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded)
+    assert 4.3 < stored <= 4.5
+    assert {t.quant_format.group for t in coded} & {0, 128}
+    assert all(t.quant_format.groups(t.shape) * (t.quant_format.group or t.shape[1]) == t.shape[1] for t in coded)
+    assert {r["format"].partition("/")[0] for r in details["formats"]} == {t.quant_format.format for t in coded}
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))

@@ -1,0 +1,108 @@
+"""Divergences estimated by matrix, against the model."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
+from compress.models.loading import load_model
+from compress.solvers.quant_format import fit, to_codes
+from compress.spec.formats import QuantFormat
+from tests import pico
+
+
+def test_divergences_match_the_model(folders, data):
+    """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
+    from compress.progress import SilentProgress
+    from compress.sensitivity.matrices import RoundingDelta, divergences
+    from compress.solvers.quant_format import dequantize
+    from compress.spec.formats import QuantFormat
+
+    checkpoint = open_checkpoint(folders["llama"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    ids = data.ids.repeat(3, 1)[:32]
+    quant_format = QuantFormat("int6", 16)
+    found, _ = divergences(
+        checkpoint,
+        [name],
+        RoundingDelta(lambda n, f: quant_format, {"int6": "int6"}),
+        Batches(ids),
+        setting=("", ""),
+        device="cpu",
+        seed=0,
+        progress=SilentProgress(),
+    )
+    model = load_model(folders["llama"], dtype="float32")
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.log_softmax(-1)
+        W = model.model.layers[1].mlp.up_proj.weight
+        W.copy_(dequantize(to_codes(W, quant_format, fit(W, quant_format), torch.float32)))
+        after = model(input_ids=ids).logits.log_softmax(-1)
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    # blocks mix tokens, and each token's gradient is taken alone: the same order of size, not the same number
+    assert 0.2 < found[name]["int6"] / kl < 5
+
+
+def test_divergences_of_other_groups_follow_weight_error(folders, data):
+    from compress.progress import SilentProgress
+    from compress.sensitivity.matrices import RoundingDelta, divergences
+
+    checkpoint = open_checkpoint(folders["llama"])
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(4)]
+    quant_formats = {"int4": QuantFormat("int4", 8), "int4/channel": QuantFormat("int4")}
+
+    def measure(options):
+        rounding = RoundingDelta(lambda n, o: quant_formats[o], options)
+        found, _ = divergences(
+            checkpoint,
+            names,
+            rounding,
+            Batches(data.ids),
+            setting=("", ""),
+            device="cpu",
+            seed=0,
+            progress=SilentProgress(),
+        )
+        return rounding.scaled(found)
+
+    scaled = measure({"int4": "int4", "int4/channel": "int4"})
+    itself = measure({"int4": "int4", "int4/channel": "int4/channel"})
+    for name in names:
+        assert scaled[name]["int4"] == itself[name]["int4"] < scaled[name]["int4/channel"]
+        assert 0.6 < scaled[name]["int4/channel"] / itself[name]["int4/channel"] < 1.6
+
+
+def test_divergences_read_token_types(tmp_path):
+    """A BERT on tokens of the second text is one without types whose first kind of token has the embedding of the second."""
+    from safetensors.torch import load_file, save_file
+
+    from compress.progress import SilentProgress
+    from compress.sensitivity.matrices import divergences
+
+    folder = pico.save(tmp_path / "second", "bert", with_tokenizer=False)
+    other = shutil.copytree(folder, tmp_path / "first")
+    state, key = load_file(folder / "model.safetensors"), "bert.embeddings.token_type_embeddings.weight"
+    save_file(state | {key: state[key][[1, 1]]}, other / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(2, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([12, 9, 12, 5])[:, None]
+    names = [f"bert.encoder.layer.{i}.{part}.dense.weight" for i in (0, 3) for part in ("intermediate", "output")]
+
+    def measure(checkpoint, types):
+        found, _ = divergences(
+            open_checkpoint(checkpoint),
+            names,
+            lambda name, weight: {"less": 0.01 * weight},
+            Batches(ids, mask, types=types),
+            setting=("", ""),
+            device="cpu",
+            seed=0,
+            progress=SilentProgress(),
+        )
+        return torch.tensor([found[name]["less"] for name in names])
+
+    typed = measure(folder, torch.ones_like(ids))
+    assert torch.equal(typed, measure(other, None))
+    assert not torch.allclose(typed, measure(folder, None), rtol=1e-3)
