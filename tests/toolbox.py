@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,18 @@ def bypass(model: Any, numbers: Iterable[int]) -> None:
         blocks[number].forward = forward
 
 
-class Folders(dict[str, Path]):
-    """Family ▶ a pico checkpoint without tokenizer, made when it is asked for; ``bf16``: a Llama in bfloat16; read only."""
+class Folders(Mapping[str, Path]):
+    """Family ▶ a pico checkpoint without tokenizer, read only; besides the families, ``bf16`` is a Llama in bfloat16."""
 
-    def __missing__(self, name: str) -> Path:
+    def __getitem__(self, name: str) -> Path:
         family, dtype = ("llama", torch.bfloat16) if name == "bf16" else (name, torch.float32)
-        self[name] = pico.folder(family, with_tokenizer=False, dtype=dtype)
-        return self[name]
+        return pico.folder(family, with_tokenizer=False, dtype=dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(pico.FAMILIES)
+
+    def __len__(self) -> int:
+        return len(pico.FAMILIES)
 
 
 def prune(checkpoint: Checkpoint, **settings: Any) -> Checkpoint:

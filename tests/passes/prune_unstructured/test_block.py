@@ -172,17 +172,14 @@ def test_owl_counts_match_masks(folders, data, tmp_path):
     assert len({kept[name] for name in kept if "up_proj" in name}) > 1
 
 
-COLD = {"qwen3_moe": "mlp.experts.{}.gate_proj.weight", "mixtral": "block_sparse_moe.experts.{}.w1.weight"}
-
-
-def test_owl_allocation_ignores_experts_without_tokens(folders):
+def test_owl_allocation_ignores_experts_without_tokens(tmp_path):
     """A block's share of outliers is that of the matrices that something is known of."""
     from compress.blockwise.executor import Inputs
     from compress.blockwise.runner import BlockRunner
     from compress.passes.prune_unstructured.block import owl_allocation
     from compress.progress import SilentProgress
 
-    checkpoint = open_checkpoint(folders["qwen3_moe"])
+    checkpoint = open_checkpoint(pico.save_cold(tmp_path / "in"))
     ids = Batches(torch.randint(2, 250, (4, 32), generator=torch.Generator().manual_seed(0)))
     seen, every = (
         {n for n in checkpoint.spec.tensors if "layers.0." in n and "experts." in n and int(n.split(".")[5]) < most}
@@ -194,7 +191,7 @@ def test_owl_allocation_ignores_experts_without_tokens(folders):
             checkpoint,
             Inputs(ids.values),
             names,
-            workspace=Workspace(folders["qwen3_moe"] / folder),
+            workspace=Workspace(tmp_path / folder),
             dtype="float32",
             device="cpu",
             progress=SilentProgress(),
