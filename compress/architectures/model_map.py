@@ -378,10 +378,10 @@ class _Identity:
 
 
 @lru_cache(maxsize=_KEPT)
-def _made(key: _Identity) -> ModelMap:
+def _cached_map(key: _Identity) -> ModelMap:
     return ModelMap(key.spec)
 
 
 def model_map(spec: Spec) -> ModelMap:
     """The map of a spec, the same one for the same spec."""
-    return _made(_Identity(spec))
+    return _cached_map(_Identity(spec))

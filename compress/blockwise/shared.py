@@ -30,7 +30,7 @@ class SharedTensors:
 
     def __init__(self, executor: BlockExecutor, wanted: set[str], workspace: Workspace) -> None:
         self._executor, self._wanted, self._workspace = executor, wanted, workspace
-        self._hessians = SavedHessians(workspace.folder("users"), executor.device)
+        self._hessians = SavedHessians(workspace.folder("hessians"), executor.device)
         self.by_block: dict[int, dict[str, str]] = {}
         self._files: dict[str, list[int]] = {}
         self.names: set[str] = set()

@@ -41,7 +41,7 @@ class SelectedChannels:
     channels: torch.Tensor
 
     def read(self, rows: Sequence[int]) -> torch.Tensor:
-        """Those channels of the samples' hidden states, [len(rows), …, channels]."""
+        """The channels of the samples' hidden states, [len(rows), …, channels]."""
         return self.states.read(rows)[..., self.channels]
 
 

@@ -22,7 +22,7 @@ _NO_COUNT = re.compile(
 )
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -41,17 +41,17 @@ _FIELDS: _Fields = {
     "dtype": ("the name of a number format", lambda v: isinstance(v, (str, dict))),
     "torch_dtype": ("the name of a number format", lambda v: isinstance(v, (str, dict))),
     "tie_word_embeddings": ("true or false", lambda v: isinstance(v, bool)),
-    "vocab_size": ("a number of tokens", lambda v: _whole(v) and v > 0),
-    "num_labels": ("a number of labels", lambda v: _whole(v) and v >= 0),
+    "vocab_size": ("a number of tokens", lambda v: _is_integer(v) and v > 0),
+    "num_labels": ("a number of labels", lambda v: _is_integer(v) and v >= 0),
     "id2label": ("names of labels by number", _is_object),
     "label2id": ("numbers of labels by name", _is_object),
     "problem_type": ("a word", lambda v: isinstance(v, str)),
-    "pad_token_id": ("a token id", _whole),
-    "sliding_window": ("a number of tokens", _whole),
-    "sliding_window_pattern": ("a number of blocks", lambda v: _whole(v) and v > 0),
-    "max_window_layers": ("a number of blocks", _whole),
-    "decoder_sparse_step": ("a number of blocks", lambda v: _whole(v) and v > 0),
-    "mlp_only_layers": ("a list of blocks' numbers", lambda v: isinstance(v, list) and all(map(_whole, v))),
+    "pad_token_id": ("a token id", _is_integer),
+    "sliding_window": ("a number of tokens", _is_integer),
+    "sliding_window_pattern": ("a number of blocks", lambda v: _is_integer(v) and v > 0),
+    "max_window_layers": ("a number of blocks", _is_integer),
+    "decoder_sparse_step": ("a number of blocks", lambda v: _is_integer(v) and v > 0),
+    "mlp_only_layers": ("a list of blocks' numbers", lambda v: isinstance(v, list) and all(map(_is_integer, v))),
     "rope_scaling": ("an object", _is_object),
     "rope_parameters": ("an object", _is_object),
     "partial_rotary_factor": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
@@ -71,8 +71,8 @@ _GROUP: _Fields = {
     **dict.fromkeys(_SCHEMES, ("an object", _is_object)),
 }
 _SCHEME: _Fields = {
-    "num_bits": ("a number of bits", lambda v: _whole(v) and 0 < v <= 64),
-    "group_size": ("a number of inputs", lambda v: _whole(v)),
+    "num_bits": ("a number of bits", lambda v: _is_integer(v) and 0 < v <= 64),
+    "group_size": ("a number of inputs", lambda v: _is_integer(v)),
     "strategy": ("a word", lambda v: isinstance(v, str)),
     "type": ("a word", lambda v: isinstance(v, str)),
 }
@@ -125,7 +125,7 @@ def check_sizes(spec: Spec, where: str) -> None:
     tensors = len(spec.tensors)
     longest = max((size for tensor in spec.tensors.values() for size in tensor.shape), default=0)
     for path, value in _leaves(spec.structure.config, (), where):
-        if not _whole(value) or value <= _BLOCKS:
+        if not _is_integer(value) or value <= _BLOCKS:
             continue
         key = path[-1]
         if key == "num_labels" and value > max(longest, _LABELS):
@@ -145,12 +145,12 @@ def outgrown(spec: Spec) -> bool:
     """Whether the config has a size beyond those of all tensors, so that shapes must be compared before memory is allocated."""
     longest = max((size for tensor in spec.tensors.values() for size in tensor.shape), default=0)
     sizes = (value for path, value in _leaves(spec.structure.config, (), "") if "theta" not in "".join(path[-1:]))
-    return any(_whole(value) and value > max(4 * longest, 1 << 16) for value in sizes)
+    return any(_is_integer(value) and value > max(4 * longest, 1 << 16) for value in sizes)
 
 
 def largest_number(data: Any, word: str) -> int:
     """Largest integer under a key that contains ``word``; 0 without any."""
-    numbers = [v for path, v in _leaves(data, (), "") if _whole(v) and any(word in part for part in path)]
+    numbers = [v for path, v in _leaves(data, (), "") if _is_integer(v) and any(word in part for part in path)]
     return max(numbers, default=0)
 
 

@@ -76,7 +76,9 @@ class Stored(Checkpoint):
             else:
                 codes, mask = decode_codes(parts, tensor.storage, tensor.shape, quant_format)
                 value = Value(
-                    partial(logical_values, codes, mask, quant_format), mask, Codes(*codes, given=self.given(name))
+                    partial(logical_values, codes, mask, quant_format),
+                    mask,
+                    Codes(*codes, static_inputs=self.static_inputs(name)),
                 )
         except ValueError as error:
             raise CheckpointError(f"tensor {name}: {error}", where=str(self.folder)) from None
@@ -88,13 +90,13 @@ class Stored(Checkpoint):
             )
         return value
 
-    def given(self, name: str) -> dict[str, torch.Tensor]:
+    def static_inputs(self, name: str) -> dict[str, torch.Tensor]:
         """Static input scales and zero points of the layer of a quantised tensor, by name suffix."""
         tensor = self.spec.tensors[name]
         return (
             {}
             if tensor.quant_format is None
-            else {end: self._read(f"{tensor.module}.{end}") for end in tensor.quant_format.given}
+            else {end: self._read(f"{tensor.module}.{end}") for end in tensor.quant_format.static_inputs}
         )
 
     def _read(self, key: str) -> torch.Tensor:

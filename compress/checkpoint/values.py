@@ -24,7 +24,7 @@ class Codes:
         scale: [O, G].
         zero: int8 [O, G]; None if symmetric.
         overall: float32 [1], the global scale of nvfp4 that scales are divided by.
-        given: static input scales and zero points, of one element each, by name suffix (`QuantFormat.given`).
+        static_inputs: static input scales and zero points, of one element each, by name suffix.
 
     With a codebook, ``codes`` are int8 indices less half the number of values, shaped like the tensor (0 for removed weights),
     and ``scale`` is the codebook [2**bits], ascending, in the tensor's dtype.
@@ -34,7 +34,7 @@ class Codes:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     overall: torch.Tensor | None = None
-    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    static_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Value:

@@ -190,7 +190,9 @@ def _digest(value: Value) -> str:
     """SHA-256 of the values in canonical form, or of their codes, and of the keep-mask if there is one."""
     codes = value.codes
     parts = (
-        [value.data] if codes is None else [codes.codes, codes.scale, codes.zero, codes.overall, *codes.given.values()]
+        [value.data]
+        if codes is None
+        else [codes.codes, codes.scale, codes.zero, codes.overall, *codes.static_inputs.values()]
     )
     digest = hashlib.sha256()
     for part in parts:

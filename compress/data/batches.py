@@ -108,7 +108,7 @@ def _pixels(files: Sequence[str], processor: Any, rows: Sequence[int]) -> torch.
     return pixels([files[row] for row in rows], processor)
 
 
-def taken(shape: Sequence[int], samples: int | None, length: int | None, where: str) -> tuple[int, int]:
+def used_shape(shape: Sequence[int], samples: int | None, length: int | None, where: str) -> tuple[int, int]:
     """Number of samples and of tokens per sample to use, of ids with this shape; None means all. Raises `DataError`."""
     rows, columns = shape
     samples, length = samples or rows, length or columns
@@ -127,7 +127,7 @@ def first(batches: Batches, samples: int | None, length: int | None, where: str)
     Raises:
         DataError: there are fewer.
     """
-    samples, length = taken(batches.ids.shape, samples, length, where)
+    samples, length = used_shape(batches.ids.shape, samples, length, where)
     mask = None if batches.mask is None else batches.mask[:samples, :length]
     return Batches(batches.ids[:samples, :length].contiguous(), mask, batches.chosen[:samples])
 

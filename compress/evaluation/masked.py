@@ -149,8 +149,8 @@ def _windows(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], 
             candidates = [at for at, one in enumerate(special) if not one]
             if candidates:
                 count = max(1, round(SHARE * len(candidates)))
-                lot = random.Random(f"{document.id}.{part}")
-                windows.append(_Window(number, ids, sorted(lot.sample(candidates, count))))
+                generator = random.Random(f"{document.id}.{part}")
+                windows.append(_Window(number, ids, sorted(generator.sample(candidates, count))))
     if not windows:
         raise DataError("the evaluation text has no token to score")
     return windows

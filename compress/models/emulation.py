@@ -39,21 +39,22 @@ def rounded_by_token(values: torch.Tensor, format_: str) -> torch.Tensor:
     return _nearest(values / scale, format_).to(values.dtype) * scale
 
 
-def rounded_inputs(values: torch.Tensor, format_: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def rounded_inputs(values: torch.Tensor, format_: str, static_inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Round the inputs of a layer [batch, tokens, …] to a format of `ACTIVATIONS`.
 
     Args:
-        given: the checkpoint's static scales: ``input_scale``, ``input_zero_point``, ``input_global_scale``, of one value.
+        static_inputs: the checkpoint's static scales, of one value each: ``input_scale``, ``input_zero_point``,
+            ``input_global_scale``.
     """
     if not values.numel():
         return values
     kind, _, variant = format_.partition("-")
     if kind == "nvfp4":
-        return _by_sixteen(values, given["input_global_scale"], variant == "wide")
+        return _by_sixteen(values, static_inputs["input_global_scale"], variant == "wide")
     if not variant:
         return rounded_by_token(values, kind)
-    if given:
-        scale, zero = given["input_scale"].to(values.dtype), given.get("input_zero_point")
+    if static_inputs:
+        scale, zero = static_inputs["input_scale"].to(values.dtype), static_inputs.get("input_zero_point")
     else:
         scale, zero = _dynamic_scale(values, kind, by_token=variant == "zero", symmetric=variant != "zero")
     if zero is None:
@@ -107,12 +108,15 @@ def _nearest(values: torch.Tensor, format_: str) -> torch.Tensor:
 
 
 def round_inputs(
-    model: PreTrainedModel, formats: Mapping[str, str], given: Mapping[str, Mapping[str, torch.Tensor]] | None = None
+    model: PreTrainedModel,
+    formats: Mapping[str, str],
+    static_inputs: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
     """Round the inputs of linear layers in every forward pass from now on.
 
     Args:
-        formats: a format of `ACTIVATIONS` by the layer's name in memory. given: static scales by that name, as `Codes.given`.
+        formats: a format of `ACTIVATIONS` by the layer's name in memory.
+        static_inputs: static scales by that name, as `Codes.static_inputs`.
 
     Raises:
         CheckpointError: the model has no such linear layer.
@@ -122,14 +126,16 @@ def round_inputs(
         if name not in linears:
             raise CheckpointError(f"has quantised inputs of {name}, which is no linear layer of {type(model).__name__}")
         module = linears[name]
-        beside = {end: value.to(module.weight.device) for end, value in (given or {}).get(name, {}).items()}
+        beside = {end: value.to(module.weight.device) for end, value in (static_inputs or {}).get(name, {}).items()}
         module.register_forward_pre_hook(_rounding(format_, beside))
 
 
-def _rounding(format_: str, given: Mapping[str, torch.Tensor]) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+def _rounding(
+    format_: str, static_inputs: Mapping[str, torch.Tensor]
+) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         with torch.no_grad():
-            return (rounded_inputs(args[0], format_, given), *args[1:])
+            return (rounded_inputs(args[0], format_, static_inputs), *args[1:])
 
     return hook
 

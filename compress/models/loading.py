@@ -91,8 +91,8 @@ def load_checkpoint(
         from compress.models.emulation import round_inputs
 
         names = {module: model_map(checkpoint.spec).in_memory(module) for module in formats}
-        given = {names[module]: _given(checkpoint, f"{module}.weight") for module in formats}
-        round_inputs(model, {names[module]: format_ for module, format_ in formats.items()}, given)
+        static_inputs = {names[module]: _static_inputs(checkpoint, f"{module}.weight") for module in formats}
+        round_inputs(model, {names[module]: format_ for module, format_ in formats.items()}, static_inputs)
     if quantized_kv_cache and cache_format(checkpoint.spec):
         from compress.models.emulation import round_cache
 
@@ -152,12 +152,12 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) 
     )
 
 
-def _given(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:
-    """Tensors for quantising the inputs of a weight's layer, as `Codes.given`."""
+def _static_inputs(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:
+    """Tensors for quantising the inputs of a weight's layer, as `Codes.static_inputs`."""
     if isinstance(checkpoint, Stored):
-        return checkpoint.given(name)
+        return checkpoint.static_inputs(name)
     codes = checkpoint.tensor(name).codes
-    return {} if codes is None else codes.given
+    return {} if codes is None else codes.static_inputs
 
 
 def _scales(checkpoint: Checkpoint) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:

@@ -30,7 +30,7 @@ def close(state: Run, report: dict[str, Any], identity: str) -> None:
     from compress import report as reports
 
     notes = report["notes"]
-    card = _made(notes, "README.md", lambda: _card(state, report)) if report["published"] else None
+    card = _made_or_noted(notes, "README.md", lambda: _card(state, report)) if report["published"] else None
     files = _rendered(report, notes)
     files["report.json"] = (reports.to_json(report) + "\n").encode()
     folder, pending = state.folder.path, dict[Path, Path]()
@@ -63,7 +63,7 @@ def _try(state: Run, what: str, work: Callable[..., Any], *arguments: Any) -> No
         state.progress.message(f"{what}: {one_line(error)}")
 
 
-def _made(notes: list[str], name: str, make: Callable[[], bytes]) -> bytes | None:
+def _made_or_noted(notes: list[str], name: str, make: Callable[[], bytes]) -> bytes | None:
     """The contents of a file; None, and a note, where they cannot be made."""
     try:
         return make()
@@ -82,10 +82,10 @@ def _rendered(report: Mapping[str, Any], notes: list[str]) -> dict[str, bytes]:
         pictures.update({name: text.encode() for name, text in reports.render_pictures(report).items()})
         return b""
 
-    _made(notes, "the pictures", draw)
+    _made_or_noted(notes, "the pictures", draw)
     texts = {
-        "junit.xml": _made(notes, "junit.xml", lambda: reports.render_junit(report).encode()),
-        "report.md": _made(notes, "report.md", lambda: reports.render_markdown(report).encode()),
+        "junit.xml": _made_or_noted(notes, "junit.xml", lambda: reports.render_junit(report).encode()),
+        "report.md": _made_or_noted(notes, "report.md", lambda: reports.render_markdown(report).encode()),
     }
     return {**pictures, **{name: data for name, data in texts.items() if data is not None}}
 
@@ -187,7 +187,7 @@ def _card(state: Run, report: dict[str, Any]) -> bytes:
             recipe_yaml=to_yaml({"model": name, "output": state.output.name, **recipe}),
         ).encode()
 
-    made = _made(report["notes"], "the base model's README.md", lambda: card(_readme(state.original.folder)))
+    made = _made_or_noted(report["notes"], "the base model's README.md", lambda: card(_readme(state.original.folder)))
     return made if made is not None else card(None)
 
 

@@ -11,7 +11,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.files import read_json
 from compress.checkpoint.hub import is_hub_id
 from compress.checkpoint.sidecars import safe_file
-from compress.data.batches import check_positions, taken
+from compress.data.batches import check_positions, used_shape
 from compress.data.documents import Document, check_columns, fingerprint
 from compress.data.kinds import FIELD_KINDS, holds_ids, kind
 from compress.data.rendering import no_template
@@ -134,7 +134,7 @@ def check_ids(recipe: Recipe, positions: int | None) -> None:
             continue
         shape = ids_in(file, section.field)
         check_shape(shape, file)
-        _, length = taken(shape, getattr(section, "samples", None), section.length, file)
+        _, length = used_shape(shape, getattr(section, "samples", None), section.length, file)
         check_positions(length, positions, file, name)
 
 

@@ -94,14 +94,14 @@ class QuantFormat:
         return (1,) if self.whole else (self.rows(shape)[0], self.groups(shape))
 
     @property
-    def given(self) -> tuple[str, ...]:
+    def static_inputs(self) -> tuple[str, ...]:
         """Name suffixes of the static input scales and zero points that files store beside the codes."""
-        said = ACTIVATIONS.get(self.activations or "", {})
-        if said.get("dynamic") == "local":
+        arguments = ACTIVATIONS.get(self.activations or "", {})
+        if arguments.get("dynamic") == "local":
             return ("input_global_scale",)
-        if said.get("dynamic", True):
+        if arguments.get("dynamic", True):
             return ()
-        return ("input_scale",) if said["symmetric"] else ("input_scale", "input_zero_point")
+        return ("input_scale",) if arguments["symmetric"] else ("input_scale", "input_zero_point")
 
     def groups(self, shape: tuple[int, ...]) -> int:
         """Scales per row."""

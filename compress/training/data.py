@@ -53,7 +53,7 @@ class Order:
     lengths: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._epoch = lru_cache(2)(self._made)
+        self._epoch = lru_cache(2)(self._shuffled)
 
     def step(self, step: int) -> list[tuple[int, int]]:
         """Pairs (sample, epoch) of a step, from 0."""
@@ -63,7 +63,7 @@ class Order:
             samples.append((self._epoch(epoch)[at], epoch))
         return samples
 
-    def _made(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(self.samples))
         generator = random.Random(f"{self.seed}.{epoch}")
         if epoch:

@@ -40,7 +40,7 @@ def release(module: torch.nn.Module) -> None:
         module.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A whole tensor on the CPU. All processes must call this for a sharded tensor."""
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu()

@@ -110,12 +110,12 @@ def integers(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor |
         codes = rounded(rows.contiguous(), quant_format, torch.bfloat16, keep, search=False)
     given = {
         "input_scale": torch.tensor(
-            [0.0625], dtype=torch.float32 if quant_format.given_dtype == "F32" else torch.bfloat16
+            [0.0625], dtype=torch.float32 if quant_format.static_inputs_dtype == "F32" else torch.bfloat16
         ),
         "input_zero_point": torch.tensor([-3], dtype=torch.int8),
         "input_global_scale": torch.tensor([448.0]),
     }
-    return replace(codes, given={end: given[end] for end in quant_format.given})
+    return replace(codes, static_inputs={end: given[end] for end in quant_format.static_inputs})
 
 
 def mask(root: Path) -> Checkpoint:

@@ -58,7 +58,7 @@ def residual(linear: Linear, rank: int) -> tuple[Edit, dict[str, Tensor]]:
 # ---- editing: copied into the modelling file of compact checkpoints ----
 
 
-class Relaxed:
+class WithResidual:
     """Mixin for a linear layer with a low-rank residual."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class ResidualModel(ModelEdit):
         module, rank = model.get_submodule(path), int(values["rank"])
         outputs, inputs = linear_sizes(module)
         like = {"dtype": module.weight.dtype, "device": module.weight.device}
-        module.__class__ = mixed(Relaxed, type(module))
+        module.__class__ = mixed(WithResidual, type(module))
         module.residual_down = torch.nn.Linear(inputs, rank, bias=False, **like)
         module.residual_up = torch.nn.Linear(rank, outputs, bias=False, **like)
 

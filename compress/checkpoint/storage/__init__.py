@@ -55,7 +55,7 @@ def encode(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
     codec = CODECS[tensor.storage]
     arrays = codec.encode(value, tensor)
     if value.codes is not None:
-        arrays |= {name: value.codes.given[name] for name in codec.static_inputs(tensor)}
+        arrays |= {name: value.codes.static_inputs[name] for name in codec.static_inputs(tensor)}
     return arrays
 
 

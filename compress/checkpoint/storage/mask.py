@@ -102,8 +102,8 @@ class MaskedBytes(MaskedIntegers):
         return quant_format.symmetric or not quant_format.whole
 
     def static_inputs(self, tensor: Tensor) -> tuple[str, ...]:
-        """Those of the format."""
-        return format_of(tensor).given
+        """Name suffixes of the static input scales that the number format has."""
+        return format_of(tensor).static_inputs
 
 
 # ---- reading: copied into the modelling file of compact checkpoints ----

@@ -94,8 +94,8 @@ class ByteIntegers(Codec):
         return quant_format is not None and quant_format.is_integer and not is_packed(quant_format)
 
     def static_inputs(self, tensor: Tensor) -> tuple[str, ...]:
-        """Those of the format."""
-        return format_of(tensor).given
+        """Name suffixes of the static input scales that the number format has."""
+        return format_of(tensor).static_inputs
 
     def arrays(self, tensor: Tensor) -> Arrays:
         """Codes, scales and zero points."""

@@ -33,8 +33,8 @@ class Fp8(Codec):
         return quant_format is not None and quant_format.format == "fp8"
 
     def static_inputs(self, tensor: Tensor) -> tuple[str, ...]:
-        """Those of the format."""
-        return format_of(tensor).given
+        """Name suffixes of the static input scales that the number format has."""
+        return format_of(tensor).static_inputs
 
     def arrays(self, tensor: Tensor) -> Arrays:
         """Codes, scales and zero points."""
@@ -58,8 +58,8 @@ class Mxfp4(Codec):
         return quant_format is not None and quant_format.format == "mxfp4"
 
     def static_inputs(self, tensor: Tensor) -> tuple[str, ...]:
-        """Those of the format."""
-        return format_of(tensor).given
+        """Name suffixes of the static input scales that the number format has."""
+        return format_of(tensor).static_inputs
 
     def arrays(self, tensor: Tensor) -> Arrays:
         """Codes, two to a byte, and scales."""

@@ -118,7 +118,7 @@ class CastSettings(PassSettings):
     def _fits(self) -> Self:
         if sum(value is not None for value in (self.weights, self.bits, self.max_bytes)) != 1:
             raise ValueError("give one of `weights`, `bits` and `max_bytes`")
-        formats = self.asked
+        formats = self.formats_used
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise ValueError("`group_size` is a number from 1 up, or `channel`")
         if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
@@ -142,14 +142,14 @@ class CastSettings(PassSettings):
         return self.weights is None
 
     @property
-    def asked(self) -> set[str]:
+    def formats_used(self) -> set[str]:
         """Every format that the result may have."""
         return {*([self.weights] if self.weights is not None else self.formats), *self.overrides.values()}
 
     @property
     def coded(self) -> bool:
         """Whether the result may have codes."""
-        return bool(self.asked - set(DTYPES))
+        return bool(self.formats_used - set(DTYPES))
 
     @property
     def solved(self) -> bool:

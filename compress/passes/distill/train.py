@@ -37,7 +37,7 @@ from compress.training.file_names import FileNames, file_names
 from compress.training.loop import History, Trainer, TrainingOptions
 from compress.training.objective import Objective, Terms
 from compress.training.optimize import Update
-from compress.training.sharding import like, shard, whole
+from compress.training.sharding import full_tensor, like, shard
 from compress.training.state import RunState, UnusableState
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _trained(student: Checkpoint, model: Any, names: FileNames, context: Context
     """The student's checkpoint with the model's weights, named and shaped as in its file."""
     state = {}
     for name, value in model.state_dict().items():
-        full = whole(value)  # every process takes part, the first one keeps it
+        full = full_tensor(value)  # every process takes part, the first one keeps it
         if context.processes.rank == 0:
             state[name] = full
     if context.processes.rank:

@@ -79,7 +79,9 @@ class Factorize(Pass[FactorizeSettings]):
             else None
         )
         options = FactorOptions(ranks, {n: torch_dtype(spec.tensors[n].dtype) for n in ranks}, reconstruction)
-        runner = open_runner(checkpoint, ranks, context, workspace=context.workspace.folder("sweep"), with_targets=True)
+        runner = open_runner(
+            checkpoint, ranks, context, workspace=context.workspace.folder("runner"), with_targets=True
+        )
         result = runner.run(lambda block: factor_block(block, options), "factorising")
         context.details["blocks"] = result.details
         read = result.reader()

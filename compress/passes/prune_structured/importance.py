@@ -24,7 +24,7 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[B
     Source: REAP (arXiv 2510.13999), equation 9.
     """
 
-    def look(block: Block) -> dict[str, TensorExtras]:
+    def score(block: Block) -> dict[str, TensorExtras]:
         if not block.swaps:
             raise PassError(f"the experts of block {block.index} are of a kind that cannot be scored", key="experts")
         experts = block.swaps[0].experts
@@ -47,7 +47,7 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[B
         block.details["saliency"] = (sums[0] / sums[1].clamp(min=1)).tolist()
         return {}
 
-    rows = runner.run(look, "scoring experts").details
+    rows = runner.run(score, "scoring experts").details
     scored = [row for row in rows if "saliency" in row]
     reached: list[BlockDetails] = [{"block": row["block"], "experts": row["experts"]} for row in scored]
     return {row["block"]: row["saliency"] for row in scored}, reached
@@ -60,7 +60,7 @@ def channel_importance(runner: BlockRunner, width: int) -> torch.Tensor:
     """
     total = torch.zeros(width, dtype=torch.float64)
 
-    def look(block: Block) -> dict[str, TensorExtras]:
+    def score(block: Block) -> dict[str, TensorExtras]:
         shares = torch.zeros(width, dtype=torch.float64)
         names = {linear.name for linear in block.linears if linear.weight.shape[1] == width}
         for group, statistics, _ in block.statistics(groups=block.groups_with(names)):
@@ -70,7 +70,7 @@ def channel_importance(runner: BlockRunner, width: int) -> torch.Tensor:
         block.details["importance"] = shares.tolist()
         return {}
 
-    for row in runner.run(look, "scoring hidden channels").details:
+    for row in runner.run(score, "scoring hidden channels").details:
         if "importance" in row:
             total += torch.tensor(row["importance"], dtype=torch.float64)
     return total

@@ -128,7 +128,7 @@ def fast_shapes(
     spec, target = checkpoint.spec, settings.max_latency_ratio
     assert target is not None
     watch, ratios = Stopwatch(checkpoint, context), {}
-    pairs, options = _measured_pairs(spec), _spread(_options(spec, settings), _MEASURED[2])
+    pairs, options = _measured_pairs(spec), _evenly_spaced(_options(spec, settings), _MEASURED[2])
     with context.progress.task("measuring shapes", 2 + len(pairs) * len(options).bit_length()) as task:
 
         def fits(shape: Shape) -> bool:
@@ -219,14 +219,14 @@ def _measured_pairs(spec: Spec) -> list[tuple[int, int]]:
     """A part of these pairs, since each is measured several times."""
     pairs = list(_depths_and_heads(spec))
     depths, heads = (sorted({pair[i] for pair in pairs}) for i in (0, 1))
-    return [(d, h) for d in _spread(depths, _MEASURED[0]) for h in _spread(heads, _MEASURED[1])]
+    return [(d, h) for d in _evenly_spaced(depths, _MEASURED[0]) for h in _evenly_spaced(heads, _MEASURED[1])]
 
 
-def _spread(values: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of the values at equal steps, with the first and the last."""
-    if len(values) <= most:
+def _evenly_spaced(values: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` of the values at equal steps, with the first and the last."""
+    if len(values) <= count:
         return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
 def _width(spec: Spec) -> int:

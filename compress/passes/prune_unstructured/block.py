@@ -49,7 +49,7 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
     Runs over the blocks as they are; ``runner`` has a workspace of its own.
     """
 
-    def look(block: Block) -> dict[str, TensorExtras]:
+    def count_outliers(block: Block) -> dict[str, TensorExtras]:
         names, many, seen, count = [], 0, 0, 0
         for group, statistics, _ in block.statistics():
             for linear in group:
@@ -61,7 +61,7 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
         block.details["outliers"] = [names, many / max(seen, 1), count]
         return {}
 
-    rows = [row["outliers"] for row in runner.run(look, "counting outliers").details if "outliers" in row]
+    rows = [row["outliers"] for row in runner.run(count_outliers, "counting outliers").details if "outliers" in row]
     ratios = [ratio for _, ratio, _ in rows]
     chosen = owl_sparsities(ratios, [count for _, _, count in rows], sparsity)
     by_name = {name: share for (names, _, _), share in zip(rows, chosen, strict=True) for name in names}

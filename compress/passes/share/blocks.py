@@ -33,7 +33,7 @@ def share_blocks(checkpoint: Checkpoint, settings: ShareSettings, context: Conte
     blocks = sorted({i for groups in candidates.values() for group in groups for i in group})
     matrices = [part for part in parts if len(spec.tensors[paths[blocks[0]] + part].shape) == 2]
     read = SavedHessians(context.workspace.folder("read"), context.device)
-    runner = open_runner(checkpoint, [], context, workspace=context.workspace.folder("sweep"), with_targets=False)
+    runner = open_runner(checkpoint, [], context, workspace=context.workspace.folder("runner"), with_targets=False)
     wanted = {i: [paths[i] + part for part in matrices] for i in blocks}
     read.collect(
         runner.executor,

@@ -52,7 +52,7 @@ def cluster(
     chosen = frozenset(names)
     layers = model_map(spec).layers if calibrated else ()
     inside = sorted(x.name for x in layers if x.name in chosen and len(x.tensor.shape) == 2)
-    read = _sweep(checkpoint, spec, inside, context) if inside else checkpoint.tensor
+    read = _cluster_blocks(checkpoint, spec, inside, context) if inside else checkpoint.tensor
 
     def change(name: str) -> Value:
         value = read(name)
@@ -61,7 +61,7 @@ def cluster(
     return Derived(checkpoint, spec, change)
 
 
-def _sweep(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
+def _cluster_blocks(checkpoint: Checkpoint, spec: Spec, names: list[str], context: Context) -> Callable[[str], Value]:
     """Cluster the matrices of blocks; return a function that reads a tensor of the result."""
     from compress.checkpoint.values import torch_dtype
     from compress.passes.share.codebook_block import CodebookOptions, codebook_block

@@ -136,9 +136,9 @@ def check_groups(spec: Spec, settings: ShareSettings, groups: BlockGroups, parts
                     f"{name} has weights removed, and sharing would fill them in",
                     fix="share before pruning weights",
                 )
-        users = len(others) + 1
+        members = len(others) + 1
         matrices = [t for t in (spec.tensors[paths[first] + part] for part in parts) if len(t.shape) == 2]
-        saves = {t.name: ((users - 1) * t.count - 1) // (users * sum(t.shape)) for t in matrices}
+        saves = {t.name: ((members - 1) * t.count - 1) // (members * sum(t.shape)) for t in matrices}
         name = min(saves, key=lambda n: saves[n], default="")
         if name and settings.rank > saves[name]:
             raise PassError(

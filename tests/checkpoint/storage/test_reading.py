@@ -112,7 +112,7 @@ def test_static_scales_of_inputs_lie_beside_the_codes_of_every_chain(chain, acti
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < (0.3 if chain[0] == "mask" else 1.1)
     codes = to_codes(weight, quant_format, fit(weight, quant_format, None, keep), torch.float32, keep)
     beside = {"input_scale": torch.tensor([0.5]), "input_zero_point": torch.tensor([3], dtype=torch.int8)}
-    codes = replace(codes, given={end: beside[end] for end in quant_format.given})
+    codes = replace(codes, static_inputs={end: beside[end] for end in quant_format.static_inputs})
     mask = keep if chain[0] == "mask" else None
     kept = None if mask is None else int(keep.sum())
     tensors = {**base.spec.tensors, name: replace(base.spec.tensors[name], quant_format=quant_format, kept=kept)}
@@ -122,5 +122,5 @@ def test_static_scales_of_inputs_lie_beside_the_codes_of_every_chain(chain, acti
     assert written.spec.tensors[name].storage == chain
     opened = open_checkpoint(tmp_path / "out")
     assert opened.spec.tensors.keys() == base.spec.tensors.keys()
-    assert opened.given(name) == codes.given
+    assert opened.static_inputs(name) == codes.static_inputs
     assert torch.equal(opened.tensor(name).data, value.data)

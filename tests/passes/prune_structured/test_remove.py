@@ -41,7 +41,10 @@ HEADS_OUT = ("o_proj", "attn.c_proj", "attention.dense", "out_proj", "attention.
 NO_MLP_FIELD = ("bloom",)
 #: Families whose config takes the hidden size for heads x head width.
 FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "albert", "bert", "roberta", "electra", "distilbert")
-RMS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
+#: Families whose records say how hidden channels are removed: all norms are RMSNorm.
+RMS = tuple(
+    record.model_type for record in architectures.RECORDS if record.hidden and record.model_type in pico.FAMILIES
+)
 MOE = ("mixtral", "qwen3_moe")
 
 

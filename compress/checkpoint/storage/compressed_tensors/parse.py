@@ -63,7 +63,11 @@ def parse(
             inputs *= 2
         dtype = "BF16" if chain in (MXFP4, NVFP4) else entry.dtype
         scale = entries.get(f"{module}.input_scale")
-        if scale is not None and "input_scale" in quant_format.given and scale.dtype in set(FLOAT_DTYPES) - {dtype}:
+        if (
+            scale is not None
+            and "input_scale" in quant_format.static_inputs
+            and scale.dtype in set(FLOAT_DTYPES) - {dtype}
+        ):
             quant_format = replace(quant_format, given_dtype=scale.dtype)
         tensor = Tensor(name, (packed.shape[0], inputs), dtype, storage=chain, quant_format=quant_format)
         for part in parts(tensor):
