@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from compress import passes
+from compress.recipe.gates import Gates
 from compress.recipe.model import Recipe
 from compress.recipe.problems import (
     ListNode,
@@ -113,7 +114,8 @@ def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
             models = [m for annotation in annotations for m in _models_in(annotation)]
     fields: dict[str, Any] = {}
     for each in models:
-        own = [name for name in each.model_fields if name in each.__annotations__]
+        # the gates of metrics are inherited, yet listed where the reference has them
+        own = [name for name in each.model_fields if name in each.__annotations__ and each is not Gates]
         fields |= {name: each.model_fields[name] for name in [*own, *(n for n in each.model_fields if n not in own)]}
     return fields
 

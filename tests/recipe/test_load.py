@@ -546,6 +546,12 @@ def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
     ]
 
 
+def test_hints_list_gates_as_the_reference_does(problems: Heads) -> None:
+    (problem,) = problems(GOOD + "gates: {sizee: {max: 1GB}}\n")
+    assert "expected one of: size, parameters, bits_per_byte, perplexity, " in problem
+    assert "did you mean `size`?" in problem
+
+
 def test_api_reads_sets_over_a_mapping(work: Path) -> None:
     mapping = {"model": "models/tiny", "output": "out", "passes": [{"cast": {"weights": "fp16"}}]}
     recipe = read_recipe(mapping, ["passes.0.cast.weights=bf16"])
