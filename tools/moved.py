@@ -2,9 +2,9 @@
 
     python tools/moved.py --before 6c328db
 
-Files follow git's own detection of renames. A public class or function that is no longer where it was is looked for under
-its name in every file; one that has vanished is matched to the new name whose syntax tree is most alike, where at least half
-of it agrees. Settings come from ``compress.recipe.renamed``.
+Files follow git's own detection of renames. Public names are followed commit by commit: a name that is no longer in its file
+is looked for in the files that the commit changed, first under the same name, then as the new name whose syntax tree is most
+alike. Settings come from ``compress.recipe.renamed``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,38 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/decisions/000-moved.md"
+#: What took the place of names that went, with or without a name of its own.
+REPLACED = {
+    "architectures.narrowing": "architectures.model_map.ModelMap",
+    "architectures.positions": "architectures.model_map.ModelMap",
+    "architectures.record.Architecture.check": "architectures.agreement",
+    "architectures.record.Architecture.is_block_matrix": "architectures.model_map.ModelMap",
+    "checkpoint.codecs": "checkpoint.store",
+    "checkpoint.quantization": "checkpoint.storage.compressed_tensors",
+    "checkpoint.structure.with_shared": "checkpoint.edits.shared",
+    "checkpoint.structure": "architectures.model_map.ModelMap",
+    "evaluation.classification.metrics": "evaluation.metrics",
+    "evaluation.language.token_metrics": "evaluation.metrics",
+    "passes.albert": "architectures.conversions",
+    "passes.base.matches": "passes.selection",
+    "passes.distill.task_name": "evaluation.tasks.Task",
+    "passes.sweeping.once": "workspace.Workspace.cached",
+    "passes.sweeping": "architectures.model_map.ModelMap",
+    "pipeline.assess.Assessment": "pipeline.baseline.EvaluationSettings",
+    "pipeline.assess": "pipeline.evaluate",
+    "pipeline.folder.RunFolder.cache": "workspace.Workspace.cached",
+    "report.figures.Headline": "evaluation.metrics",
+    "statistics": "evaluation.metrics",
+}
+#: A path and a public name in it.
+Name = tuple[str, str]
 #: Least share of two trees' parts that must agree for a name to count as renamed.
-ALIKE = 0.5
+ALIKE = 0.7
 
 
 def git(*arguments: str) -> str:
@@ -32,7 +57,8 @@ def renamed_files(before: str) -> dict[str, str]:
     """Old path ▶ new path of the files that moved."""
     rows = git("diff", "--name-status", "--find-renames=30%", "-l0", before, "HEAD", "--", "compress", "tests", "docs")
     parts = [row.split("\t") for row in rows.splitlines()]
-    return {old: new for kind, old, *rest in parts if kind.startswith("R") for new in rest}
+    moves = {old: new for kind, old, *rest in parts if kind.startswith("R") for new in rest}
+    return {old: new for old, new in moves.items() if old.endswith((".py", ".md")) and not old.endswith("__init__.py")}
 
 
 def shape(node: ast.AST) -> Counter[str]:
@@ -60,10 +86,14 @@ def public(source: str) -> dict[str, ast.AST]:
     return names
 
 
-def sources(commit: str) -> dict[str, str]:
-    """Path ▶ text of the package's files at a commit."""
-    paths = [p for p in git("ls-tree", "-r", "--name-only", commit, "compress").splitlines() if p.endswith(".py")]
-    return {path: git("show", f"{commit}:{path}") for path in paths}
+def names_at(commit: str, paths: Iterable[str]) -> dict[Name, ast.AST]:
+    """Public names of those files at a commit; a file that is not there has none."""
+    found: dict[Name, ast.AST] = {}
+    for path in paths:
+        shown = subprocess.run(["git", "-C", str(ROOT), "show", f"{commit}:{path}"], capture_output=True, text=True)
+        if shown.returncode == 0:
+            found |= {(path, name): node for name, node in public(shown.stdout).items()}
+    return found
 
 
 def dotted(path: str, name: str = "") -> str:
@@ -77,62 +107,73 @@ def alike(a: Counter[str], b: Counter[str]) -> float:
     return 2 * sum((a & b).values()) / max(1, sum(a.values()) + sum(b.values()))
 
 
-def renamed_names(before: str, files: dict[str, str]) -> list[tuple[str, str]]:
-    """Public names that are no longer found under their name in their file, with what they are now (empty: gone)."""
-    old = {path: public(text) for path, text in sources(before).items()}
-    new = {path: public(text) for path, text in sources("HEAD").items()}
-    fresh = {
-        (path, name): shape(node)
-        for path, names in new.items()
-        for name, node in names.items()
-        if not any(name in others for others in old.values())
-    }
-    homes: dict[str, list[str]] = {}
-    before_moves = {new_path: old_path for old_path, new_path in files.items()}
-    for path, names in new.items():
-        for name in names.keys() - old.get(before_moves.get(path, path), {}).keys():
-            homes.setdefault(name, []).append(path)
-    rows = []
-    for path, names in old.items():
-        now = files.get(path, path)
-        for name, node in names.items():
-            if name in new.get(now, {}):
-                continue
-            if "." not in name and len(homes.get(name, ())) == 1:
-                rows.append((dotted(path, name), dotted(homes[name][0], name)))
-                continue
-            mine, kind = shape(node), type(node)
-            scores = [
-                (alike(mine, other) + (0.1 if where == now else 0.0), where, called)
-                for (where, called), other in fresh.items()
-                if ("." in called) == ("." in name) and isinstance(new[where][called], kind)
-            ]
-            best = max(scores, default=(0.0, "", ""))
-            rows.append((dotted(path, name), dotted(best[1], best[2]) if best[0] >= ALIKE else ""))
+def step(parent: str, commit: str) -> dict[Name, Name | None]:
+    """Where one commit took the names of the files that it changed; None for a name that is gone."""
+    changed = git("diff", "--name-only", "--no-renames", parent, commit, "--", "compress").splitlines()
+    paths = [path for path in changed if path.endswith(".py")]
+    before, after = names_at(parent, paths), names_at(commit, paths)
+    fresh = {name: shape(node) for name, node in after.items() if name not in before}
+    moves: dict[Name, Name | None] = {}
+    for (path, name), node in before.items():
+        if (path, name) in after:
+            continue
+        same = [one for one in fresh if one[1] == name]
+        if len(same) == 1:
+            moves[path, name] = same[0]
+            continue
+        mine, kind = shape(node), type(node)
+        scores = [
+            (alike(mine, parts), one)
+            for one, parts in fresh.items()
+            if isinstance(after[one], kind) and ("." in one[1]) == ("." in name)
+        ]
+        score, best = max(scores, default=(0.0, None))
+        moves[path, name] = best if score >= ALIKE else None
+    return moves
+
+
+def renamed_names(before: str) -> list[tuple[str, str]]:
+    """Public names that are no longer what and where they were, with what they are now (empty: gone)."""
+    paths = [p for p in git("ls-tree", "-r", "--name-only", before, "compress").splitlines() if p.endswith(".py")]
+    now: dict[Name, Name | None] = {name: name for name in names_at(before, paths)}
+    parent = before
+    for commit in git("rev-list", "--reverse", "--first-parent", f"{before}..HEAD", "--", "compress").split():
+        try:
+            moves = step(parent, commit)
+        except SyntaxError:  # a commit that does not parse is taken together with the next one
+            continue
+        now = {old: moves.get(new, new) if new is not None else None for old, new in now.items()}
+        parent = commit
+    rows = [(dotted(*old), dotted(*new) if new is not None else "") for old, new in now.items() if old != new]
     return sorted(row for row in rows if not follows(row, dict(rows)))
 
 
 def follows(row: tuple[str, str], known: dict[str, str]) -> bool:
     """Whether a row says of a method no more than the row of its class."""
     (owner, _, method), (now, _, called) = row[0].rpartition("."), row[1].rpartition(".")
-    return owner in known and known[owner] in (now, "") and (method == called or not row[1])
+    return owner in known and ((known[owner] == now and method == called) or not row[1])
 
 
 def settings() -> list[tuple[str, str]]:
-    """Old and new spelling of every recipe key and value that changed."""
+    """Old and new spelling of every recipe key and value that changed, each behind the passes that have it."""
     sys.path.insert(0, str(ROOT))
-    try:
-        from compress.recipe.renamed import rows
-    except ImportError:
-        return []
-    result: Any = rows()
-    return list(result)
+    from compress.recipe.renamed import rows
+
+    return [(f"{', '.join(filter(None, sections)) or 'recipe'}: {old}", new) for sections, old, new in rows()]
 
 
 def table(title: str, rows: list[tuple[str, str]]) -> list[str]:
     """A section with a table of two columns."""
     lines = [f"## {title}", "", "| before | now |", "|---|---|"]
-    return [*lines, *(f"| `{old}` | {f'`{new}`' if new else 'gone'} |" for old, new in rows), ""]
+    return [*lines, *(f"| `{old}` | {f'`{new}`' if new else instead(old)} |" for old, new in rows), ""]
+
+
+def instead(old: str) -> str:
+    """The last column for a name that went."""
+    parts = old.split(".")
+    owners = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    replacement = next((REPLACED[owner] for owner in owners if owner in REPLACED), None)
+    return "gone" if replacement is None else f"replaced by `{replacement}`"
 
 
 def main() -> None:
@@ -149,7 +190,7 @@ def main() -> None:
         f"`python tools/moved.py --before {before}` makes this page.",
         "",
         *table("Files", moved),
-        *table("Names", renamed_names(before, files)),
+        *table("Names", renamed_names(before)),
         *table("Recipe keys and values", settings()),
     ]
     PAGE.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
