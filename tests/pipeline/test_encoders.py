@@ -106,7 +106,7 @@ def test_run_measures_similarity_without_labels(base, folders):
     assert result.verdict == "failed"
     assert report["result"]["evaluation"]["spearman"] is None
     assert report["recipe"]["resolved"]["evaluate"] == ["similarity"]
-    assert "similarity" in text.partition("What each pass")[2]
+    assert "similarity" in text.partition("## Bytes saved and quality lost")[2]
 
 
 def test_run_measures_masked_language_models(base, folders, texts):

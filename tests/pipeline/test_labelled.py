@@ -50,7 +50,7 @@ def test_run_prunes_measures_and_gates_a_classifier(classifying, labelled):
     text = reports.render_markdown(result.report)
     assert f"| accuracy | 80.00% | {after['accuracy']:.2%} | {-100 * lost:+.2f} points |" in text
     assert "40 labelled texts of dev.tsv, 3 labels; F1 is the mean over labels (macro)" in text
-    assert f"{100 * lost:+.2f} points |" in text.partition("What each pass")[2]
+    assert f"{100 * lost:+.2f} points |" in text.partition("## Bytes saved and quality lost")[2]
     cases = ElementTree.fromstring(reports.render_junit(result.report)).iter("testcase")
     assert {case.attrib["name"] for case in cases} == {"accuracy.max_drop", "f1.min", "agreement.min"}
     card = (result.checkpoint / "README.md").read_text()
