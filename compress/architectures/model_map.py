@@ -344,12 +344,12 @@ class ModelMap:
         self.require_layers(names, "use `method: magnitude` for it")
 
     def require_layers(self, names: Collection[str], instead: str) -> None:
-        """Raises `PassError` for a matrix of a block that is no linear layer, such as a router."""
+        """Raises `PassError` for a matrix of a block that is not a linear layer, such as a router."""
         inside = (linear for linear in map(self.linears.get, sorted(names)) if linear and linear.block is not None)
         if (linear := next((linear for linear in inside if not linear.is_layer), None)) is not None:
             module = re.sub(r"\.\d+(?=\.)", ".*", linear.module)
             raise PassError(
-                f"{linear.name} is no linear layer, and calibrated methods reach only linear layers",
+                f"{linear.name} is not a linear layer; calibrated methods change only linear layers",
                 key="only",
                 fix=f"leave it out: skip: [{module}], or {instead}",
             )

@@ -47,7 +47,7 @@ def find_linears(
         index: number of the block. block: its module. wanted: names of tensors in the checkpoint.
 
     Raises:
-        PassError: a wanted tensor is no linear layer that the block runs.
+        PassError: a wanted tensor is not a linear layer that the block runs.
     """
     matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
@@ -69,7 +69,7 @@ def find_linears(
     wanted = set(wanted)
     if missing := sorted(wanted - by_name.keys()):
         raise PassError(
-            f"{missing[0]} is no linear layer that calibrated methods reach",
+            f"{missing[0]} is not a linear layer that calibrated methods reach",
             key="skip",
             fix=f"skip it: skip: [{missing[0].rpartition('.')[0]}], or use method: magnitude",
         )

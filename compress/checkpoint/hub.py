@@ -46,7 +46,7 @@ T = TypeVar("T")
 def is_hub_id(reference: str) -> bool:
     """Whether a reference can be a hub id: ``name`` or ``org/name``, optionally with ``@revision``.
 
-    ``folder/name`` is a path if ``folder`` exists here. The caller has checked that the reference is no local folder.
+    ``folder/name`` is a path if ``folder`` exists here. The caller has checked that the reference is not a local folder.
     """
     return _ID.fullmatch(reference) is not None and not ("/" in reference and Path(reference.split("/")[0]).is_dir())
 

@@ -56,7 +56,7 @@ def decoded_state_dict(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
                     coded.update(f"{tensor.rpartition('.')[0]}.{end}" for end in INPUT_ARRAYS)
                 parts = {role: file.get_tensor(key) for role, key in keys.items()}
                 state[tensor] = decode(parts, storage, tuple(row["shape"]), row["kept"] is not None, quant_format)[0]
-            for key in file.keys():  # noqa: SIM118 - a file is no dict
+            for key in file.keys():  # noqa: SIM118 - a file is not a dict
                 if key not in coded:
                     state[key] = file.get_tensor(key)
     return state

@@ -65,7 +65,7 @@ def _message(one: Any, field: str, number: int, where: str) -> Message:
     if keys[0] == "from":
         if role.lower() not in ROLES:
             raise DataError(
-                f"{field}: message {number} is from {json.dumps(role)[:40]}, which is no role",
+                f"{field}: message {number} is from {json.dumps(role)[:40]}, which is not a role",
                 where=where,
                 fix=f"known are: {', '.join(ROLES)}",
             )

@@ -129,7 +129,7 @@ def _pieces(
             )
         chats = messages is not None
         if not is_spellable(text):
-            raise DataError(f"`{field}` holds half a surrogate pair, which is no text", where=f"{where}{number}")
+            raise DataError(f"`{field}` holds half a surrogate pair, which is not a text", where=f"{where}{number}")
         yield text, messages
 
 

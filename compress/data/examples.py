@@ -18,7 +18,7 @@ class Labels:
     """Where labels are and which there are.
 
     Attributes:
-        field: the column of labels. read: a value of it ▶ its id or score; None for a value that is no label.
+        field: the column of labels. read: a value of it ▶ its id or score; None for a value that is not a label.
         what: a noun for them, and ``known``: a list of them, for messages.
     """
 
@@ -57,7 +57,7 @@ def read_examples(files: Sequence[str], text: Sequence[str], labels: Labels | No
                     fault = "is empty" if empty else f"is {excerpt(value)}, not text"
                     raise DataError(f"`{name}` {fault}", where=where)
                 if not is_spellable(value):
-                    raise DataError(f"`{name}` holds half a surrogate pair, which is no text", where=where)
+                    raise DataError(f"`{name}` holds half a surrogate pair, which is not a text", where=where)
             if labels is not None and (label := labels.read(values[-1])) is None:
                 raise DataError(
                     f"`{labels.field}` is {excerpt(values[-1])}, not {labels.what}", where=where, fix=labels.known

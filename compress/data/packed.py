@@ -43,7 +43,7 @@ def unpacked(path: Path) -> bytes:
 def check_file(path: Path) -> None:
     """Raise `DataError` for a device or a pipe, which may never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise DataError("is no file of text", where=str(path), fix="name a file")
+        raise DataError("is not a file of text", where=str(path), fix="name a file")
 
 
 def room_for(size: int) -> int:

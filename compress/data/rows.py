@@ -134,7 +134,7 @@ def _table(path: Path, text: str, columns: ColumnNames, delimiter: str) -> Itera
             if row:
                 yield reader.line_num, tuple(row[place] for place in places)
     except csv.Error as error:
-        raise DataError(f"is no {kind(path)[1:]}: {error}", where=f"{path}:{reader.line_num}") from None
+        raise DataError(f"is not a {kind(path)[1:]}: {error}", where=f"{path}:{reader.line_num}") from None
     finally:
         csv.field_size_limit(before)
 

@@ -40,10 +40,10 @@ def _npy(path: Path) -> torch.Tensor:
     import torch
 
     try:
-        with path.open("rb") as file:  # numpy.load would take what is no array for a pickle
+        with path.open("rb") as file:  # numpy.load would take what is not an array for a pickle
             array = numpy.lib.format.read_array(file, allow_pickle=False)
     except ValueError as error:
-        raise DataError(f"is no array: {one_line(error)}", where=str(path)) from None
+        raise DataError(f"is not an array: {one_line(error)}", where=str(path)) from None
     if array.dtype.kind not in "iu":
         raise DataError(f"holds {array.dtype.name}, not token ids", where=str(path), fix=_FIX)
     return torch.from_numpy(array.astype(numpy.int64))
@@ -133,5 +133,5 @@ def _npy_header(path: Path) -> tuple[str, tuple[int, ...]]:
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        raise DataError("is no array: its header cannot be read", where=str(path)) from None
+        raise DataError("is not an array: its header cannot be read", where=str(path)) from None
     return kind, shape

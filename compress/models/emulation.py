@@ -124,7 +124,9 @@ def round_inputs(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for name, format_ in formats.items():
         if name not in linears:
-            raise CheckpointError(f"has quantised inputs of {name}, which is no linear layer of {type(model).__name__}")
+            raise CheckpointError(
+                f"has quantised inputs of {name}, which is not a linear layer of {type(model).__name__}"
+            )
         module = linears[name]
         beside = {end: value.to(module.weight.device) for end, value in (static_inputs or {}).get(name, {}).items()}
         module.register_forward_pre_hook(_rounding(format_, beside))

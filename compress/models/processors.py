@@ -55,7 +55,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
             list(tokenizer("a")["input_ids"])
             _ = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
             if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
-                raise TypeError("chat_template is no text")
+                raise TypeError("chat_template is not a text")
             return tokenizer
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise

@@ -68,7 +68,7 @@ class TrainingDetails(TypedDict):
     teacher_cache: NotRequired[dict[str, Any]]
 
 
-#: A key that is no identifier.
+#: A key that is not an identifier.
 _CachedDetails = TypedDict("_CachedDetails", {"cached keys and values": Any}, total=False)
 
 

@@ -121,7 +121,7 @@ def _reference(
     """The checkpoint to compare with, open; None where nothing of it is computed.
 
     Raises:
-        CompressError: a metric compares and there is not a baseline, or a metric needs data and there are none.
+        CompressError: a metric compares and there is no baseline, or a metric needs data and there are none.
     """
     wanted, reference = set(settings.metrics or ()), None
     if baseline is not None and earlier is None:

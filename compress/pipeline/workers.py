@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def launched() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun sets them; (0, 1) without it. Raises `CompressError` for what is no number."""
+    """(rank, number of processes) as torchrun sets them; (0, 1) without it. Raises `CompressError` for what is not a number."""
     return _number("RANK", 0), max(1, _number("WORLD_SIZE", 1))
 
 

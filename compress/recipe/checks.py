@@ -86,13 +86,13 @@ def _data_hint(name: str) -> str:
 
 
 def missing_files(root: MapNode) -> Iterator[Problem]:
-    """A problem for each data file that is missing or of an unknown kind, and for a model that is no folder and no hub id."""
+    """A problem for each data file that is missing or of an unknown kind, and a model that is neither folder nor hub id."""
     data = root.get("data")
     for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
         files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
         images = text_of(entry.node.get("images")) if isinstance(entry.node, MapNode) else None
         if images and not (path := _local(images)).is_dir():
-            what = "is no folder" if path.exists() else "there is no such folder"
+            what = "is not a folder" if path.exists() else "there is no such folder"
             key = ("data", name, "images")
             yield Problem(f"{images}: {what}", find_place(root, key), key, _near(path))
         for i, item in enumerate(files.items if isinstance(files, ListNode) else ()):

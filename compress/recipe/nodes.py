@@ -50,7 +50,7 @@ class _CoreResolver(VersionedResolver):  # type: ignore[misc, unused-ignore]
 def decode(data: bytes, name: str, rank: int = 0) -> tuple[str, Origin] | Problem:
     """Decode the UTF-8 bytes of a file, without byte order mark. Returns text and origin, or the problem."""
     if len(data) > MAX_BYTES:
-        return Problem(f"is larger than {MAX_BYTES // 10**6} MB, so it is no recipe", Place(Origin(name, rank=rank)))
+        return Problem(f"is larger than {MAX_BYTES // 10**6} MB, so it is not a recipe", Place(Origin(name, rank=rank)))
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -161,7 +161,7 @@ def value_hint(key: str, given: Any, allowed: Sequence[str]) -> str | None:
 
 
 def scheme(name: str) -> str | None:
-    """The settings of `cast` that do what a named scheme does, or why none do; None for a name that is no scheme."""
+    """The settings of `cast` that do what a named scheme does, or why none do; None for a name that is not a scheme."""
     known = _SCHEMES.get(name.lower())
     if known is not None:
         return f"write `{known}`"

@@ -46,7 +46,9 @@ def read(path: Path, what: str, validate: Callable[[Any], dict[str, Any]]) -> di
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"is no {what}: {one_line(error)}"
+        reason = (
+            "there is no such file" if isinstance(error, FileNotFoundError) else f"is not a {what}: {one_line(error)}"
+        )
         raise ReportError(reason, where=str(path)) from None
     try:
         return validate(data)
@@ -58,7 +60,7 @@ def read(path: Path, what: str, validate: Callable[[Any], dict[str, Any]]) -> di
 def validate(data: Any) -> dict[str, Any]:
     """Validate a report; return plain values. Raises `ReportError` that names the first invalid key."""
     if not isinstance(data, dict) or not str(data.get("schema", "")).startswith("compress.report/"):
-        raise ReportError("is no report of this tool", fix="a run writes report.json into its run folder")
+        raise ReportError("is not a report of this tool", fix="a run writes report.json into its run folder")
     if data["schema"] != SCHEMA:
         raise ReportError(f"is of the schema {data['schema']}, this version reads {SCHEMA}")
     return checked(Report, data)

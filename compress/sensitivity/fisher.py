@@ -25,7 +25,7 @@ def fisher_information(
     the model's predictions. The whole model is in memory, with gradients and their squares for those tensors.
 
     Raises:
-        PassError: the model predicts nothing, or a tensor is no parameter of its own.
+        PassError: the model predicts nothing, or a tensor is not a parameter of its own.
 
     Source: Fisher-weighted averaging (arXiv 2111.09832), section 3.2.
     """
@@ -35,7 +35,7 @@ def fisher_information(
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
     if missing := next((n for n in names if n not in parameters), None):
-        raise PassError(f"`init: fisher` does not reach {missing}: it is no parameter of its own", key="init")
+        raise PassError(f"`init: fisher` does not reach {missing}: it is not a parameter of its own", key="init")
     sums = {n: torch.zeros_like(parameters[n]) for n in names}
     for name in names:
         parameters[name].requires_grad_(True)

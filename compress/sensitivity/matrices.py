@@ -79,7 +79,7 @@ def divergences(
         By tensor and choice; and the tensors in groups that read the same inputs.
 
     Raises:
-        PassError: the model predicts no tokens, or a tensor is no module's own weight.
+        PassError: the model predicts no tokens, or a tensor is not a module's own weight.
     """
     mapped = model_map(checkpoint.spec)
     model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
@@ -114,12 +114,12 @@ def divergences(
 
 
 def _modules_of(model: Any, names: Sequence[str], setting: tuple[str, str]) -> dict[str, Any]:
-    """The module of each tensor. Raises `PassError` for a tensor that is no module's own weight."""
+    """The module of each tensor. Raises `PassError` for a tensor that is not a module's own weight."""
     modules = dict(model.named_modules())
     owners = {name: modules.get(name.removesuffix(".weight")) for name in names}
     missing = next((n for n, m in owners.items() if m is None or getattr(m, "weight", None) is None), None)
     if missing is not None:
-        raise PassError(f"{setting[0]} does not reach {missing}: it is no module of its own", fix=setting[1])
+        raise PassError(f"{setting[0]} does not reach {missing}: it is not a module of its own", fix=setting[1])
     return owners
 
 

@@ -167,7 +167,7 @@ class Spec:
     left_out: int = field(default=0, compare=False)
 
     def stored(self) -> Iterable[Tensor]:
-        """Tensors that are no aliases, in file order."""
+        """Tensors that are not aliases, in file order."""
         return (tensor for tensor in self.tensors.values() if tensor.alias_of is None)
 
     def weights(self) -> Iterable[Tensor]:

@@ -47,7 +47,7 @@ DIVERGENCES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 def mixed(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
     """Log of ``share`` · first + (1 - share) · second, of log-probabilities."""
     weight = torch.tensor(share, dtype=first.dtype, device=first.device)
-    # where both are 0, the gradient of logaddexp is no number
+    # where both are 0, the gradient of logaddexp is not a number
     first, second = first.clamp_min(_LEAST), second.clamp_min(_LEAST)
     return torch.logaddexp(first + weight.log(), second + (1 - weight).log())
 

@@ -53,7 +53,7 @@ class TeacherCache:
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
-                raise DataError(f"is no teacher cache: {error}", where=str(path)) from None
+                raise DataError(f"is not a teacher cache: {error}", where=str(path)) from None
             if other := [
                 name for name, value in wanted.items() if not isinstance(stored, dict) or stored.get(name) != value
             ]:

@@ -361,7 +361,7 @@ def compressed_text_without_end(folder: Path, others: Path) -> list[Command]:
 
 @attack
 def recipes_that_grow_or_run(folder: Path, others: Path) -> list[Command]:
-    """Aliases of aliases, tags of Python, nesting without end, and ``extends`` to a file that is no recipe."""
+    """Aliases of aliases, tags of Python, nesting without end, and ``extends`` to a file that is not a recipe."""
     texts = {
         "bomb": "a: &a [x, x, x, x, x, x, x, x, x]\n"
         + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),

@@ -289,7 +289,7 @@ def test_gate_judges_a_report(cli, place, tmp_path):
             ["eval", "model", "--data", "recipe.yaml", "--window", "16", "--stride", "32"],
             "a stride of 32 would skip text",
         ),
-        (["eval", "model", "--data", "/dev/zero"], "/dev/zero: is no file of text"),
+        (["eval", "model", "--data", "/dev/zero"], "/dev/zero: is not a file of text"),
         (["inspect", "gone"], "gone"),
         (["inspect", "model\n"], "model\\n"),
         (["inspect", "org/a--b"], "org/a--b"),

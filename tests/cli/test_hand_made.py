@@ -94,7 +94,7 @@ def test_evaluate_uses_or_refuses_damaged_baselines(documents, tmp_path, pico_ll
         (lambda r: r["result"]["evaluation"]["documents"][0].update(tokens=-1), "is damaged: Input should be greater"),
         (lambda r: r["result"]["size"].update(bytes=10**400), "r.json: result.size.bytes: is damaged"),
         (lambda r: r.update(original=[]), "r.json: original: is damaged"),
-        (lambda r: r.update(schema=[]), "r.json: is no report of this tool"),
+        (lambda r: r.update(schema=[]), "r.json: is not a report of this tool"),
     ],
 )
 def test_gate_names_what_is_wrong_with_a_report(cli, documents, tmp_path, change, text):

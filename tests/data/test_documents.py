@@ -78,7 +78,7 @@ def test_documents_of_files_with_one_name_have_distinct_ids(tmp_path):
         (
             "a.jsonl",
             b'{"text": [{"from": "human", "value": "a"}, {"from": "cat", "value": "b"}]}',
-            'a.jsonl:1: `text`: message 2 is from "cat", which is no role; known are: human, user, gpt',
+            'a.jsonl:1: `text`: message 2 is from "cat", which is not a role; known are: human, user, gpt',
         ),
         (
             "a.jsonl",
@@ -116,8 +116,8 @@ def test_documents_of_files_with_one_name_have_distinct_ids(tmp_path):
         ("a.csv", b"\nid,text\n", "a.csv:1: has no field `text`"),
         ("a.csv", b"text,text\n1,a\n", "a.csv: has 2 fields `text`; rename one"),
         ("a.csv", b"id,text\n1,a\n2\n", "a.csv:3: has 1 field, the first row names 2"),
-        ("a.csv", b'id,text\n1,"a\n2,b\n', "a.csv:3: is no csv: unexpected end of data"),
-        ("a.tsv", b'text\n"a" b\n', "a.tsv:2: is no tsv:"),
+        ("a.csv", b'id,text\n1,"a\n2,b\n', "a.csv:3: is not a csv: unexpected end of data"),
+        ("a.tsv", b'text\n"a" b\n', "a.tsv:2: is not a tsv:"),
         ("a.parquet", b"PAR1", "a.parquet: is damaged:"),
         ("a.parquet", b"", "a.parquet: is empty"),
         ("a.txt.gz", b"", "a.txt.gz: is empty"),

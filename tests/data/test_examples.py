@@ -47,7 +47,7 @@ def test_read_examples_reads_every_kind(tmp_path):
         ("a.csv", "sentence,label\nx,1\n ,1\n", "a.csv:3: `sentence` is empty"),
         ("a.jsonl", '{"sentence": null, "label": 1}', "a.jsonl:1: `sentence` is empty"),
         ("a.jsonl", '{"sentence": 3, "label": 1}', "a.jsonl:1: `sentence` is 3, not text"),
-        ("a.jsonl", '{"sentence": "\\ud800", "label": 1}', "a.jsonl:1: `sentence` holds half a surrogate pair, which is no text"),
+        ("a.jsonl", '{"sentence": "\\ud800", "label": 1}', "a.jsonl:1: `sentence` holds half a surrogate pair, which is not a text"),
         ("a.tsv", "sentence\tlabel\n", "a.tsv: holds no row"),
         ("a.txt", "x", "a.txt: has no columns: it is no .jsonl, .json, .csv, .tsv or .parquet file"),
     ],

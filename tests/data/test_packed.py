@@ -55,5 +55,5 @@ def test_read_documents_refuses_repeated_parquet_dictionary_entry(tmp_path, monk
 @pytest.mark.parametrize("name", ["/dev/zero", "pipe"])
 def test_packed_refuses_other_than_files(name, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is no file of text"):
+    with pytest.raises(DataError, match="is not a file of text"):
         packed.unpacked(tmp_path / name)

@@ -46,9 +46,9 @@ def npy(array):
     ("name", "data", "message"),
     [
         ("a.npy", b"", "a.npy: is empty"),
-        ("a.npy", b"no array at all", "a.npy: is no array: the magic string is not correct"),
-        ("a.npy", npy(numpy.zeros((4, 4), "i8"))[:-5], "a.npy: is no array: Failed to read all data"),
-        ("a.npy", npy(numpy.array([[{}]], object)), "a.npy: is no array: Object arrays cannot be loaded"),
+        ("a.npy", b"no array at all", "a.npy: is not an array: the magic string is not correct"),
+        ("a.npy", npy(numpy.zeros((4, 4), "i8"))[:-5], "a.npy: is not an array: Failed to read all data"),
+        ("a.npy", npy(numpy.array([[{}]], object)), "a.npy: is not an array: Object arrays cannot be loaded"),
         (
             "a.npy",
             npy(numpy.zeros((4, 4), "f4")),

@@ -275,7 +275,7 @@ def test_plan_of_images_refuses_data_of_another_kind(pictures, tmp_path, pico_ll
         compress.run(recipe(pictures, tmp_path, data={"training": train, "evaluation": train}))
     for evaluation, message in (
         ({"images": "nowhere"}, "nowhere: there is no such folder"),
-        ({"images": "README.md"}, "README.md: is no folder"),
+        ({"images": "README.md"}, "README.md: is not a folder"),
         ({"images": str(pictures[1]), "files": ["a.txt"]}, "give either `files` or `images`, not both"),
         ({"images": str(pictures[1]), "label": "x"}, "`label` is a setting of text: it does not go with `images`"),
         ({}, "give either `files` or `images`"),

@@ -154,7 +154,7 @@ def test_check_refuses_routers_that_are_not_run(settings, check, tmp_path):
     model = pico.save(tmp_path / "moe", "mixtral")
     status, text = check(model=str(model), gates=None, passes=[settings])
     said = " ".join(text.split())
-    assert (status, "layers.1.block_sparse_moe.gate.weight is no linear layer, and calibrated" in said) == (
+    assert (status, "layers.1.block_sparse_moe.gate.weight is not a linear layer; calibrated" in said) == (
         2,
         True,
     ), text
@@ -311,7 +311,7 @@ def test_check_reads_token_ids_by_their_headers(check, tmp_path):
         ("floats.npy", {}, "not token ids; save integers [samples, length]"),
         ("flat.npy", {}, "flat.npy: has the shape [9], which is not [samples, length]"),
         ("none.npy", {}, "none.npy: holds no token: its shape is [0, 9]"),
-        ("cut.npy", {}, "cut.npy: is no array"),
+        ("cut.npy", {}, "cut.npy: is not an array"),
         ("a.safetensors", {}, "a.safetensors: has no tensor `text`; set `field` to one of: a, b"),
         ("a.safetensors", {"field": "b"}, "not token ids; save integers [samples, length]"),
     ):

@@ -137,7 +137,7 @@ def test_stage_record_is_written_before_work_is_removed(recipe, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "other state", "earlier version"])
 def test_stage_begins_anew_when_state_is_unusable(recipe, tmp_path, damage):
-    """The stage begins anew, with the bytes of an unbroken run. State that fails is set aside; no record is no state."""
+    """The stage begins anew, with the bytes of an unbroken run. State that fails is set aside; no record is not a state."""
     passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
     changes = {"passes": passes, "gates": None, "evaluate": []}
     compress.run(recipe(**changes, output=str(tmp_path / "unbroken")))

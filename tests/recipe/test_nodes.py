@@ -187,7 +187,7 @@ def test_places_do_not_count_byte_order_mark(problems: Heads) -> None:
         (b"hello\n", "r.yaml:1:1: expected a mapping at the top, got a single value"),
         (b"model: a\noutput: \xff\n", "r.yaml:2:9: is not UTF-8 text (byte 0xff)"),
         ("model: a".encode("utf-16"), "r.yaml:1:1: is not UTF-8 text (UTF-16)"),
-        (b"#" * 1_000_001, "r.yaml: is larger than 1 MB, so it is no recipe"),
+        (b"#" * 1_000_001, "r.yaml: is larger than 1 MB, so it is not a recipe"),
     ],
 )
 def test_parse_refuses_files_that_are_no_recipe(heads: Heads, data: bytes, head: str) -> None:

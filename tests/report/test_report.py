@@ -41,10 +41,10 @@ def test_to_json_round_trips_non_finite_numbers(finished, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no report"),
-        ("{", "is no report"),
-        ("[]", "is no report of this tool"),
-        ('{"schema": "compress.eval/1"}', "is no report of this tool"),
+        ("", "is not a report"),
+        ("{", "is not a report"),
+        ("[]", "is not a report of this tool"),
+        ('{"schema": "compress.eval/1"}', "is not a report of this tool"),
         ('{"schema": "compress.report/2"}', "of the schema compress.report/2, this version reads compress.report/1"),
         ('{"schema": "compress.report/1"}', "versions: is damaged: Field required"),
     ],

@@ -58,7 +58,7 @@ class CodeReader(Reader):
         return False
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, overall: torch.Tensor | None) -> torch.Tensor:
-        """Values of codes that are no integers."""
+        """Values of codes that are not integers."""
         raise NotImplementedError
 
 

@@ -145,8 +145,7 @@ def fast_shapes(
         raise _too_large(smallest, spec, settings)
     if not fitting:
         raise PassError(
-            f"no shape that is tried reads a prompt that fast; the least measured is {min(ratios.values()):.2f} of the "
-            "original's time",
+            f"no shape reads a prompt that fast; the fastest takes {min(ratios.values()):.2f} of the original's time",
             key="max_latency_ratio",
             fix="ask for less, or name the amounts yourself",
         )

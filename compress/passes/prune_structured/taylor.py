@@ -77,7 +77,7 @@ class _Reader:
             self.parameter = None
         if self.parameter is None:
             raise PassError(
-                f"importance: taylor does not reach {units.name}: it is no module of its own",
+                f"importance: taylor does not reach {units.name}: it is not a module of its own",
                 key="importance",
                 fix="set `importance: obs`",
             )

@@ -205,7 +205,7 @@ def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: boo
     """Number to remove. Raises `PassError` for none or all."""
     count = amount if isinstance(amount, int) else round(amount * total)
     if count == 0 and not allow_none:
-        raise PassError(f"{amount:.0%} of {total} {what} is none", key=key, fix="ask for more, or give a count")
+        raise PassError(f"{amount:.0%} of {total} {what} rounds to none", key=key, fix="ask for more, or give a count")
     if count >= total:
         raise PassError(f"cannot remove {count} of {total} {what}", key=key, fix=f"at most {total - 1} can go")
     return count

@@ -32,7 +32,7 @@ def clustered(spec: Spec, names: Collection[str], bits: int) -> Spec:
     for name in sorted(chosen):
         tensor = spec.tensors[name]
         if tensor.alias_of or tensor.quant_format or tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) < 2:
-            what = "shared with " + tensor.alias_of if tensor.alias_of else "no matrix of floats"
+            what = "shared with " + tensor.alias_of if tensor.alias_of else "not a matrix of floats"
             raise PassError(f"{name} is {what}, and gets no codebook", fix=f"skip it: skip: [{tensor.module}]")
     quant_format = QuantFormat(f"codebook{bits}")
     return spec.map(lambda tensor: replace(tensor, quant_format=quant_format) if tensor.name in chosen else tensor)

@@ -179,7 +179,7 @@ def test_codebook_values_are_written_in_stock_store(tmp_path):
 def damaged(folder, tmp_path, change):
     """A copy of a one-file checkpoint whose arrays and table were changed."""
     with safe_open(folder / "model.safetensors", framework="pt") as file:
-        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file is no dict
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file is not a dict
         table = json.loads(file.metadata()["compress.tensors"])
     change(arrays, table)
     other = tmp_path / "damaged"

@@ -193,7 +193,7 @@ def test_prune_structured_resumes_between_blocks(tmp_path, monkeypatch):
     ("family", "settings", "key", "message"),
     [
         ("llama", {"mlp": 64}, "mlp", "cannot remove 64 of 64 neurons; at most 63 can go"),
-        ("llama", {"mlp": "0.5%"}, "mlp", "0% of 64 neurons is none"),
+        ("llama", {"mlp": "0.5%"}, "mlp", "0% of 64 neurons rounds to none"),
         ("llama", {"mlp": 4, "multiple_of": 64}, "multiple_of", "no multiple of 64 near 60 is below the 64 neurons there are"),
         ("llama", {"heads": 4}, "heads", "cannot remove 4 of 4 heads"),
         ("llama", {"heads": 1}, "heads", "1 heads are neither the same number from each of 2 groups, nor whole groups of 2"),

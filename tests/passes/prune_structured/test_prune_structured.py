@@ -100,7 +100,7 @@ def test_remove_layers_takes_shares_and_counts(pico_llama):
     ("layers", "message"),
     [
         (4, "cannot remove 4 of 4 blocks; at most 3 can go"),
-        ("10%", "10% of 4 blocks is none"),
+        ("10%", "10% of 4 blocks rounds to none"),
         ([4], "there is no block 4: the model has 4, numbered from 0"),
         ([0, 1, 2, 3], "cannot remove all 4 blocks"),
     ],

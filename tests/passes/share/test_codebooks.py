@@ -156,12 +156,12 @@ def test_cluster_refuses_bad_input(folders, tmp_path):
     with pytest.raises(PassError, match=r"^lm_head.weight is shared with transformer.wte.weight, and gets no codebook"):
         clustered(checkpoint.spec, ["lm_head.weight"], 4)
     with pytest.raises(
-        PassError, match=r"^transformer.ln_f.weight is no matrix of floats, and gets no codebook"
+        PassError, match=r"^transformer.ln_f.weight is not a matrix of floats, and gets no codebook"
     ) as caught:
         clustered(checkpoint.spec, ["transformer.ln_f.weight"], 4)
     assert caught.value.fix == "skip it: skip: [transformer.ln_f]"
     spec = clustered(checkpoint.spec, matrices(checkpoint), 4)
-    with pytest.raises(PassError, match=r"is no matrix of floats"):
+    with pytest.raises(PassError, match=r"is not a matrix of floats"):
         clustered(spec, matrices(checkpoint), 4)
     share = SimpleNamespace(name="share", accepts=frozenset({"float"}), plan=lambda spec_, settings: spec)
     with pytest.raises(PassError, match=r"stock loaders do not read codebook4 codes of transformer") as caught:
