@@ -71,6 +71,10 @@ def _wait(running: dict[int, str]) -> None:
 
 def _child(folder: Path, name: str, recipe: dict[str, Any], original: Mapping[str, Any] | None) -> None:
     """Run one recipe and write its record; ``original``: what the tree's file is to say. Never returns."""
+    import torch
+
+    # torch's pool of threads is made anew after a fork, by whoever asks first: two threads at once end in an assertion
+    torch.set_num_threads(1)
     out = folder / name
     out.mkdir()
     with (folder / f"{name}.log").open("w") as log:
