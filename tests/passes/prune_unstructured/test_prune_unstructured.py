@@ -98,3 +98,18 @@ def test_prune_unstructured_refuses_bad_settings(pico_llama, tmp_path):
         plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5)
     named = plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.*"])
     assert sum(t.kept is not None for t in named.stored()) == 12
+
+
+def test_n_of_m_runs_along_the_inputs_of_each_matrix_of_gpt2():
+    """A table of embeddings lies as in every family; the matrices of blocks are transposed, so N:M runs down their columns."""
+    checkpoint = open_checkpoint(pico.folder("gpt2"))
+    modules = ["transformer.wte", "transformer.h.0.mlp.c_fc"]
+    pruned = apply(checkpoint, "prune_unstructured", method="magnitude", pattern="2:4", only=modules)
+    for module, across in zip(modules, (False, True), strict=True):
+        value = pruned.tensor(f"{module}.weight")
+        mask = value.mask.T if across else value.mask
+        assert (mask.reshape(len(mask), -1, 4).sum(2) == 2).all(), module
+        dense = checkpoint.tensor(f"{module}.weight").data.abs()
+        groups = (dense.T if across else dense).reshape(len(mask), -1, 4)
+        kept = groups.masked_fill(~mask.reshape(groups.shape), 0).sum()
+        assert torch.isclose(kept, groups.topk(2, dim=2).values.sum()), module
