@@ -99,7 +99,9 @@ def shipped(commit: str, whole: bool) -> dict[str, dict[str, Any]]:
 def timeless(recipe: Mapping[str, Any], whole: bool) -> dict[str, Any]:
     """A shipped recipe without what measures times; on a little of its data, or on the whole."""
     found = copy.deepcopy(dict(recipe))
-    found["evaluate"] = [metric for metric in found.get("evaluate", ()) if metric not in TIMES] or None
+    found["evaluate"] = [
+        m for m in found.get("evaluate", ()) if next(iter([m] if isinstance(m, str) else m)) not in TIMES
+    ] or None
     found["gates"] = {name: gate for name, gate in found.get("gates", {}).items() if name not in TIMES}
     if not whole:
         _shorten(found)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
+from compress.architectures.cache import kv_bytes_per_token
 from compress.architectures.model_map import model_map
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
 from compress.checkpoint.edits.twin import dense_spec
 from compress.checkpoint.layout import Layout, lay_out
-from compress.checkpoint.running import cache_format
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
@@ -61,15 +61,13 @@ def size_of(spec: Spec, layout: Layout) -> Size:
     data = sum(e.end - e.start for shard in layout.shards for e in shard.entries.values())
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     bits = next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
-    mapped = model_map(spec)
-    quantised = cache_format(spec) is not None
     return Size(
         bytes=layout.bytes,
         parameters=spec.parameters,
         kept_parameters=spec.kept_parameters,
-        active_parameters=mapped.active_parameters,
+        active_parameters=model_map(spec).active_parameters,
         bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
-        kv_bytes_per_token=mapped.record.kv_bytes_per_token(config, quantised=quantised) if mapped.known else None,
+        kv_bytes_per_token=kv_bytes_per_token(spec),
         load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
         tensors=len(stored),
     )

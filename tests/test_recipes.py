@@ -46,7 +46,7 @@ def lenient(loaded):
     limits = {"max_ratio": 10, "max_increase": "10000%", "max_drop": 100, "max": 1000, "min": 0}
     asked = loaded.gates.model_dump(exclude_none=True, exclude={"prefill", "decode", "memory"})
     gates = {n: {k: limits[k] for k in gate if k in limits} for n, gate in asked.items() if isinstance(gate, dict)}
-    measured = [name for name in loaded.evaluate or () if name != "latency"]
+    measured = [entry.name for entry in loaded.evaluate or () if entry.name != "latency"]
     return [f"gates={json.dumps(gates)}", *([f"evaluate={json.dumps(measured)}"] if loaded.evaluate else [])]
 
 

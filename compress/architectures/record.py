@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
 from compress.errors import PassError
 from compress.spec.classes import CAUSAL_LM, MASKED_LM
-from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.spec.spec import Spec
 
 #: What a matrix of a block does: ``distances`` are added to the scores of attention.
 BlockRole = Literal["attention", "mlp", "router", "distances", "other"]
@@ -65,6 +65,8 @@ class Architecture:
         head_classes: suffixes of the classes with that head.
         depth_key, hidden_key, heads_key: config fields. ``kv_heads_key`` and ``head_dim_key``: where the family has them.
         spellings: other name of a config field ▶ the field. The other name wins where a config has both.
+        cache: kind of the blocks' cache, a key of `architectures.cache.VALUES`.
+        window: config ▶ tokens that a block with a sliding window sees, the token itself among them; None without windows.
         per_layer: config fields that hold one entry per block.
         per_layer_defaults: field that older configs leave out ▶ function from the config to its value in transformers.
         dense_blocks_key: config field that lists the numbers of the blocks without experts.
@@ -111,6 +113,8 @@ class Architecture:
     kv_heads_key: str | None = None
     head_dim_key: str | None = None
     spellings: Mapping[str, str] = field(default_factory=dict)
+    cache: str = "keys and values"
+    window: Callable[[Mapping[str, Any]], int | None] = lambda config: config.get("sliding_window")
     per_layer: tuple[str, ...] = ()
     per_layer_defaults: Mapping[str, Callable[[Mapping[str, Any]], list[Any]]] = field(default_factory=dict)
     dense_blocks_key: str | None = None
@@ -264,18 +268,6 @@ class Architecture:
         nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
         share = config.get("partial_rotary_factor") or nested.get("partial_rotary_factor") or 1
         return int(self.head_dim(config) * share)
-
-    def kv_bytes_per_token(self, config: Mapping[str, Any], *, quantised: bool = False) -> int | None:
-        """Bytes of keys and values that decoding caches per token, in ``config.dtype`` or in 8 bits; None without a cache.
-
-        Sliding windows are ignored. A block with a window caches no more than the window, so for longer texts the figure is an
-        upper bound.
-        """
-        if not self.causal:
-            return None
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        bits = 8 if quantised else next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == dtype), 32)
-        return 2 * self.depth(config) * self.kv_heads(config) * self.head_dim(config) * bits // 8
 
     def cache_scales(self, spec: Spec) -> dict[int, tuple[str, str]]:
         """Block number ▶ names of the static scales of its cached keys and values; empty where servers read none."""

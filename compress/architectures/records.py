@@ -70,10 +70,21 @@ def _t5_attention(path: str) -> Attention:
     return Attention(f"{path}.q", f"{path}.k", f"{path}.v", f"{path}.o", free=True)
 
 
+def _window(config: Mapping[str, Any]) -> int | None:
+    """The window of families whose configs mean 4096 tokens where they name none."""
+    window: int | None = config.get("sliding_window", 4096)
+    return window
+
+
+def _switched_window(config: Mapping[str, Any]) -> int | None:
+    """The window of Qwen's families, which have a switch for it."""
+    return _window(config) if config.get("use_sliding_window") else None
+
+
 def _window_from(config: Mapping[str, Any]) -> list[str]:
     """Kinds of attention of Qwen's blocks: sliding from block ``max_window_layers`` on, if the config uses windows."""
     depth, first = int(config["num_hidden_layers"]), int(config.get("max_window_layers", 28))
-    windows = bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
+    windows = _switched_window(config) is not None
     return ["sliding_attention" if windows and i >= first else "full_attention" for i in range(depth)]
 
 
@@ -99,17 +110,25 @@ RECORDS: tuple[Architecture, ...] = (
             "mistral", ("Llama", "Mistral"), {"sliding_window": None}, unless=("attention_bias", "mlp_bias")
         ),
     ),
-    Architecture("mistral", **_LLAMA_LIKE),
-    Architecture("qwen2", **_LLAMA_LIKE, per_layer=("layer_types",), per_layer_defaults={"layer_types": _window_from}),
+    Architecture("mistral", **_LLAMA_LIKE, window=_window),
+    Architecture(
+        "qwen2",
+        **_LLAMA_LIKE,
+        window=_switched_window,
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": _window_from},
+    ),
     Architecture(
         "qwen3",
         **{**_LLAMA_LIKE, "attention": _NORMED},
+        window=_switched_window,
         per_layer=("layer_types",),
         per_layer_defaults={"layer_types": _window_from},
     ),
     Architecture(
         "gemma2",
         **_GEMMA_LIKE,
+        window=_window,
         per_layer=("layer_types",),
         per_layer_defaults={"layer_types": lambda config: _full_every(config, 2)},
         tie_default=True,
@@ -117,6 +136,7 @@ RECORDS: tuple[Architecture, ...] = (
     Architecture(
         "gemma3_text",
         **{**_GEMMA_LIKE, "attention": replace(_NORMED, even=True)},
+        window=_window,
         per_layer=("layer_types",),
         per_layer_defaults={
             "layer_types": lambda config: _full_every(config, int(config.get("sliding_window_pattern", 6)))
@@ -155,6 +175,7 @@ RECORDS: tuple[Architecture, ...] = (
         mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
         attention=_NORMED,
         hidden=_PRE_NORMS,
+        window=_switched_window,
         spellings={"num_experts": "num_local_experts"},
         dense_blocks_key="mlp_only_layers",
         sparse_step_key="decoder_sparse_step",

@@ -38,7 +38,7 @@ def loading_notes(spec: Spec) -> list[str]:
 
 def cache_format(spec: Spec) -> str | None:
     """Format of the KV cache; None for the dtype of the computation."""
-    return None if spec.structure.compact else spec.structure.kv_cache
+    return spec.structure.cache_format
 
 
 #: KV-cache format ▶ its name in reports.

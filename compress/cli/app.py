@@ -172,7 +172,9 @@ def evaluate(
     """Measure a checkpoint as a recipe would; with --baseline, compare it with another one."""
     from compress.cli.commands import quality
     from compress.pipeline.baseline import EvaluationSettings
+    from compress.recipe import read_metrics
 
+    entries = read_metrics(metric or [])
     files = tuple(data or ())
     images = files[0] if len(files) == 1 and Path(files[0]).is_dir() else None
     settings = EvaluationSettings(
@@ -186,7 +188,8 @@ def evaluate(
         window=window,
         stride=stride,
         max_documents=max_documents,
-        metrics=tuple(metric or ()) or None,
+        metrics=tuple(entry.name for entry in entries) or None,
+        metric_settings={e.name: e.settings.model_dump(mode="json") for e in entries if e.settings and not e.plain},
         device=device,
         dtype=dtype,
         quantized_kv_cache=not full_kv_cache,

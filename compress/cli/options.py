@@ -61,7 +61,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         help=f"{', '.join((*metrics.table(), 'latency', 'memory'))}. By default those of the model's task. May be "
-        "repeated.",
+        "repeated. A setting is given as latency.lengths=[512,2048].",
     ),
 ]
 Separator = Annotated[str | None, typer.Option("--separator", help="Line that separates documents in text files.")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from dataclasses import field as a_field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ class EvaluationSettings:
         files: of text. images: a folder of images in place of files. separator: line between documents of text files.
         field, template, text, label: columns of files, as in a recipe's ``data.evaluation``.
         window, stride: tokens; None for a stride of one window. max_documents: None for all.
+        metric_settings: metric ▶ its settings as JSON values, where they are not the defaults.
         metrics: None for those of the model's task that need no other checkpoint.
         device, dtype: of computation. quantized_kv_cache: round keys and values where the config says so.
     """
@@ -41,6 +44,7 @@ class EvaluationSettings:
     stride: int | None = None
     max_documents: int | None = None
     metrics: tuple[str, ...] | None = None
+    metric_settings: Mapping[str, Mapping[str, Any]] = a_field(default_factory=dict)
     device: str = "auto"
     dtype: str = "float32"
     quantized_kv_cache: bool = True
@@ -90,6 +94,7 @@ class EvaluationSettings:
             window=known["window"],
             stride=known["stride"],
             max_documents=known["max_documents"],
+            metric_settings={**known.get("metric_settings", {}), **self.metric_settings},
             dtype=known["dtype"],
             quantized_kv_cache=known.get("quantized_kv_cache", True),
         )
@@ -108,6 +113,7 @@ class _Settings(Part):
     window: int = Field(ge=2, le=2**31)
     stride: int | None = Field(ge=1, le=2**31)
     max_documents: int | None = Field(ge=1, le=2**53)
+    metric_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16", "float16"]
     quantized_kv_cache: bool = True
     text_sha256: str | None

@@ -2,8 +2,9 @@
 
     files ▶ nodes (located YAML) ▶ load (extends, --set) ▶ validate (types, files, order) ▶ Recipe
 
-The models are `model`, `data`, `gates` and `entries` (passes). `messages`, `suggest` and `renamed` word the mistakes, `schema`
-makes the JSON schema for editors, `resolve` writes a recipe out with every default.
+The models are `model`, `data`, `gates`, `entries` (passes) and `metric_entries`. `overrides` reads options of the command line.
+`messages`, `suggest` and `renamed` word the mistakes, `schema` makes the JSON schema for editors, `resolve` writes a recipe out
+with every default.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from compress.recipe.gates import Gates as Gates
     from compress.recipe.load import load_recipe as load_recipe
     from compress.recipe.load import read_gates as read_gates
+    from compress.recipe.load import read_metrics as read_metrics
     from compress.recipe.load import recipe_from_mapping as recipe_from_mapping
+    from compress.recipe.metric_entries import MetricEntry as MetricEntry
     from compress.recipe.model import Recipe as Recipe
     from compress.recipe.problems import Source as Source
     from compress.recipe.problems import locate as locate
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Gates": "gates",
+    "MetricEntry": "metric_entries",
     "PassEntry": "entries",
     "Recipe": "model",
     "Source": "problems",
     "load_recipe": "load",
     "locate": "problems",
     "read_gates": "load",
+    "read_metrics": "load",
     "recipe_from_mapping": "load",
     "recipe_schema": "schema",
     "resolved": "resolve",

@@ -56,7 +56,8 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
         possible = measurable(kind)
         lacking, hint = _LACKING[kind]
     wanted = values.get("evaluate")
-    for i, metric in enumerate(wanted if isinstance(wanted, list) else []):
+    for i, value in enumerate(wanted if isinstance(wanted, list) else []):
+        metric = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else value
         if isinstance(metric, str) and metric in TEXT_METRICS - possible:
             path: tuple[str | int, ...] = ("evaluate", i)
             yield Problem(f"{metric} {lacking}", find_place(root, path), path, hint)

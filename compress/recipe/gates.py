@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, create_model, model_validator
 
@@ -10,10 +10,6 @@ from compress.evaluation import metrics
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings
 
 METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
-if TYPE_CHECKING:
-    MetricName: TypeAlias = str
-else:
-    MetricName = Literal[METRICS]
 #: Gates whose metric has another name, and gates that need no metric.
 _METRIC_OF_GATE = {"size": None, "parameters": None, "prefill": "latency", "decode": "latency"}
 

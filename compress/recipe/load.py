@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from compress.errors import CompressError, RecipeError
 from compress.files import expanded
 from compress.recipe.entries import PassEntry
 from compress.recipe.messages import translate
+from compress.recipe.metric_entries import MetricEntry
 from compress.recipe.model import Recipe
 from compress.recipe.nodes import MAX_BYTES, decode, parse, unusable
+from compress.recipe.overrides import EXAMPLES, parse_set
 from compress.recipe.problems import (
     ListNode,
     MapEntry,
@@ -78,13 +79,44 @@ def read_gates(gates: Mapping[str, Any], sets: Sequence[str] = ()) -> dict[str, 
     )
     assert isinstance(root, MapNode)
     for rank, text in enumerate(sets):
-        if (change := _parse_set(text, rank, problems, option="--gate")) is not None:
+        if (change := parse_set(text, rank, problems, option="--gate")) is not None:
             change.path.insert(0, "gates")
             change.apply(root, problems)
     recipe = build(root, problems, check_files=False, complete=False)
     if recipe is None or problems:
         raise _mistakes(problems)
     return recipe.gates.model_dump(exclude_none=True)
+
+
+def read_metrics(texts: Sequence[str], option: str = "--metric") -> tuple[MetricEntry, ...]:
+    """Read metrics as the command line has them: ``kl``, or ``latency.lengths=[512,2048]`` for a setting.
+
+    Raises:
+        RecipeError: with every mistake.
+    """
+    problems: list[Problem] = []
+    entries: dict[str, Node] = {}
+    for rank, text in enumerate(texts):
+        if "=" not in text:
+            entries.setdefault(text, Scalar(text, text, Place(Origin(f"{option} {text}", rank=1_000 + rank))))
+        elif (change := parse_set(text, rank, problems, option=option)) is not None:
+            name = change.path.pop(0)
+            if not change.path:
+                problems.append(
+                    Problem(f"`{name}` takes settings", change.place, hint=f"as {option} {EXAMPLES[option]}")
+                )
+                continue
+            node = entries.get(name)
+            if not isinstance(node, MapNode):
+                entries[name] = node = MapNode({name: MapEntry(MapNode({}, change.place), change.place)}, change.place)
+            change.apply(node.entries[name].node, problems)
+    root = _from_python({"model": ".", "output": ".", "passes": [{"cast": {"weights": "bf16"}}]}, (), problems)
+    assert isinstance(root, MapNode)
+    root.entries["evaluate"] = MapEntry(ListNode([*entries.values()]))
+    recipe = build(root, problems, check_files=False, complete=False)
+    if recipe is None or problems:
+        raise _mistakes(problems)
+    return recipe.evaluate or ()
 
 
 def settings_error(name: str, settings: Mapping[str, Any], error: ValidationError) -> CompressError:
@@ -110,7 +142,7 @@ def _mistakes(problems: Sequence[Problem]) -> RecipeError:
 
 def _finish(root: MapNode | None, sets: Sequence[str], files: _Files, check_files: bool) -> Recipe:
     recipe, problems = None, files.problems
-    changes = [_parse_set(text, rank, problems) for rank, text in enumerate(sets)]
+    changes = [parse_set(text, rank, problems) for rank, text in enumerate(sets)]
     if root is not None:
         for change in changes:
             if change is not None:
@@ -227,123 +259,12 @@ def _sibling(path: Path) -> str | None:
     return f"did you mean `{path.parent / close[0]}`?" if close and close[0] != path.name else None
 
 
-_PART = re.compile(r'"(?P<double>[^"]*)"|\'(?P<single>[^\']*)\'|(?P<bare>[^.="\'][^.=]*)')
-
-
-class _Change:
-    """One ``--set`` option: a path and its new value."""
-
-    def __init__(self, path: list[str], value: Node, place: Place) -> None:
-        self.path = path
-        self.value = value
-        self.place = place
-
-    def apply(self, root: MapNode, problems: list[Problem]) -> None:
-        """Change the tree. Missing mappings on the path are created; validation judges the result."""
-        if self.path[0] == "extends":
-            problems.append(Problem("`extends` cannot be set", self.place, hint="write it in a recipe"))
-            return
-        node: Node = root
-        for depth, part in enumerate(self.path):
-            if isinstance(node, ListNode):
-                index = self._index(node, depth, problems)
-                if index is None:
-                    return
-                if depth == len(self.path) - 1:
-                    node.items[index] = self.value
-                    return
-                items, following = node.items, node.items[index]
-                if self._is_pass_entry(depth) and (entry := _as_entry(following)) is not None:
-                    if not self._names_pass(entry, depth, problems):
-                        return
-                    following = entry
-                if is_null(following):
-                    following = MapNode({}, self.place)
-                items[index] = node = following
-            elif isinstance(node, MapNode):
-                if depth == len(self.path) - 1:
-                    node.entries[part] = MapEntry(self.value, self.place)
-                    return
-                entry_here = node.entries.get(part)
-                if entry_here is None or is_null(entry_here.node):
-                    node.entries[part] = entry_here = MapEntry(MapNode({}, self.place), self.place)
-                node = entry_here.node
-            else:
-                owner = dotted(self.path[:depth])
-                problems.append(Problem(f"`{owner}` is a single value, there is no `{part}` in it", self.place))
-                return
-
-    def _is_pass_entry(self, depth: int) -> bool:
-        return self.path[0] == "passes" and depth == 1
-
-    def _index(self, node: ListNode, depth: int, problems: list[Problem]) -> int | None:
-        part, owner, count = self.path[depth], dotted(self.path[:depth]), len(node.items)
-        if re.fullmatch(r"[0-9]{1,9}", part) and int(part) < count:
-            return int(part)
-        entries = f"{count} entries, 0 to {count - 1}" if count > 1 else "one entry, 0" if count else "no entries"
-        hint = None
-        if self._is_pass_entry(depth):
-            names = [next(iter((_as_entry(item) or MapNode()).entries), "") for item in node.items]
-            if close := difflib.get_close_matches(part, names, n=1):
-                right = dotted(["passes", names.index(close[0]), close[0], *self.path[depth + 1 :]])
-                hint = f"did you mean `{right}`?"
-        problems.append(Problem(f"there is no `{part}` in `{owner}`, which has {entries}", self.place, hint=hint))
-        return None
-
-    def _names_pass(self, entry: MapNode, depth: int, problems: list[Problem]) -> bool:
-        part = self.path[depth + 1]
-        if part in entry.entries:
-            return True
-        name = next(iter(entry.entries), "")
-        close = difflib.get_close_matches(part, [name], n=1, cutoff=0.5)
-        right = dotted([*self.path[: depth + 1], name, *self.path[depth + 2 :]])
-        hint = (
-            f"did you mean `{right}`?"
-            if close
-            else f"settings of it are set as `{dotted([*self.path[: depth + 1], name])}.KEY=VALUE`"
-        )
-        problems.append(Problem(f"`{dotted(self.path[: depth + 1])}` is {name}, not `{part}`", self.place, hint=hint))
-        return False
-
-
-def _as_entry(node: Node) -> MapNode | None:
-    """An entry of ``passes`` as a mapping; a bare name becomes one without settings."""
-    if isinstance(node, MapNode) and len(node.entries) == 1:
-        return node
-    if isinstance(node, Scalar) and isinstance(node.value, str):
-        return MapNode({node.value: MapEntry(MapNode({}, node.place), node.place)}, node.place)
-    return None
-
-
-def _parse_set(text: str, rank: int, problems: list[Problem], option: str = "--set") -> _Change | None:
-    """Parse ``a.b.2.c=value``; parts with dots are quoted. Its mistakes are listed after those of files."""
-    origin = Origin(f"{option} {text}", rank=1_000 + rank)
-    place = Place(origin)
-    path: list[str] = []
-    position = 0
-    while match := _PART.match(text, position):
-        path.append(next(group for group in match.groups() if group is not None))
-        position = match.end()
-        if text[position : position + 1] != ".":
-            break
-        position += 1
-    if not path or text[position : position + 1] != "=":
-        example = "passes.0.cast.weights=fp16" if option == "--set" else "bits_per_byte.max_increase=3%"
-        problems.append(Problem("expected KEY=VALUE", place, hint=f"as {option} {example}"))
-        return None
-    before = len(problems)
-    value = parse(text[position + 1 :], origin, problems)
-    if len(problems) > before:
-        return None
-    return _Change(path, value if value is not None else Scalar(None, "", place), place)
-
-
 def _from_python(value: Any, path: tuple[str | int, ...], problems: list[Problem]) -> Node:
     """The tree of plain Python values. Settings models and amounts become what they are in YAML."""
     if len(path) > 64:
         problems.append(Problem("nested more than 64 deep", path=path))
         return Scalar(None, "")
-    if isinstance(value, PassEntry):
+    if isinstance(value, (PassEntry, MetricEntry)):
         value = {value.name: value.settings}
     elif isinstance(value, (BaseModel, Pattern)):
         value = plain_settings(value)

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from compress import passes
 from compress.recipe.gates import Gates
+from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
 from compress.recipe.problems import (
     ListNode,
@@ -58,6 +59,8 @@ _EXPECTED = {
     "enum": "{expected}",
     "amount": "{expected}",
 }
+#: Lists of entries that are a name, or a name with settings.
+_LISTS = ("passes", "evaluate")
 
 
 def translate(root: MapNode, errors: list[ErrorDetails]) -> Iterator[Problem]:
@@ -89,7 +92,7 @@ def _path(root: MapNode, error: ErrorDetails) -> tuple[str | int, ...]:
     path: list[str | int] = []
     last = len(error["loc"]) - 1
     for i, part in enumerate(error["loc"]):
-        if len(path) == 2 and path[0] == "passes" and (name := pass_name(node)) is not None:
+        if len(path) == 2 and path[0] in _LISTS and (name := pass_name(node)) is not None:
             path.append(name)
             node = child_of(node, name)
         child = child_of(node, part)
@@ -103,8 +106,9 @@ def _path(root: MapNode, error: ErrorDetails) -> tuple[str | int, ...]:
 
 def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
     """Fields of the model at a path, own fields before inherited ones; empty where there is no model."""
-    if len(path) >= 3 and path[0] == "passes":
-        models: list[type[BaseModel]] = [passes.get(str(path[2])).settings]
+    if len(path) >= 3 and path[0] in _LISTS:
+        name = str(path[2])
+        models: list[type[BaseModel]] = [passes.get(name).settings if path[0] == "passes" else SETTINGS[name]]
         rest = path[3:]
     else:
         models, rest = [Recipe], path
@@ -130,7 +134,7 @@ def _owner(path: tuple[str | int, ...]) -> str:
     """` in prune_unstructured`, ` in data.evaluation`; nothing at the top."""
     if not path:
         return ""
-    inside = path[2:] if path[0] == "passes" and len(path) > 2 else path
+    inside = path[2:] if path[0] in _LISTS and len(path) > 2 else path
     return f" in {dotted(inside)}"
 
 
@@ -142,7 +146,7 @@ def _unknown_key(root: MapNode, path: tuple[str | int, ...]) -> Problem:
         new = f"`{entry.new.rpartition('.')[2]}`"
         write = f"write `{spelled(entry.new, entry.value(value))}`" if value is not None else f"rename the key to {new}"
         return Problem(f"`{key}`{_owner(owner)} is called {new} now", place, path, write)
-    section = dotted(owner[2:] if owner and owner[0] == "passes" else owner)
+    section = dotted(owner[2:] if owner and owner[0] in _LISTS else owner)
     answer = scheme(value) if section == "cast" and isinstance(value, str) else None
     names = list(_fields(owner)) + (["extends"] if not owner else [])
     return Problem(f"unknown key `{key}`{_owner(owner)}", place, path, answer or choices(key, names, section))
@@ -177,8 +181,8 @@ def _wrong_value(root: MapNode, path: tuple[str | int, ...], errors: list[ErrorD
 def _whole_problem(root: MapNode, path: tuple[str | int, ...], node: Node | None, error: ErrorDetails) -> Problem:
     """A mistake that has a sentence of its own; it concerns a pass, or several keys of a mapping."""
     place = find_place(root, path)
-    name = pass_name(node) if len(path) == 2 and path[0] == "passes" else None
-    if name and (error["type"] == "pass_entry" or isinstance(node, MapNode)):
+    name = pass_name(node) if len(path) == 2 and path[0] in _LISTS else None
+    if name and (error["type"] in ("pass_entry", "metric_entry") or isinstance(node, MapNode)):
         place = find_place(root, (*path, name), key=True)
     elif isinstance(node, MapNode) and path:
         place = find_place(root, path, key=True)
@@ -251,6 +255,6 @@ def _spelling_hint(node: Scalar, wanted: str) -> str | None:
 
 def _setting(path: tuple[str | int, ...]) -> str:
     """The key at a path: the setting of a pass, also for an entry inside it; else the last key."""
-    if len(path) > 3 and path[0] == "passes":
+    if len(path) > 3 and path[0] in _LISTS:
         return str(path[3])
     return next((part for part in reversed(path) if isinstance(part, str)), "")

@@ -11,8 +11,9 @@ from compress import passes
 from compress.evaluation.tasks import Task
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
-from compress.recipe.gates import METRICS, Gates, MetricName, metric_of
-from compress.settings import ByteSize, Settings, distinct, expected
+from compress.recipe.gates import METRICS, Gates, metric_of
+from compress.recipe.metric_entries import SETTINGS, RecipeMetrics, parse_metric
+from compress.settings import ByteSize, Settings, expected
 
 if TYPE_CHECKING:
     from compress.recipe.problems import Source
@@ -78,11 +79,12 @@ class Recipe(Settings):
     passes: Annotated[tuple[RecipeEntry, ...], AfterValidator(_completed)] = Field(
         min_length=1, description="The passes, in order, each as `name: {settings}`."
     )
-    evaluate: Annotated[tuple[MetricName, ...], AfterValidator(distinct)] | None = Field(
+    evaluate: RecipeMetrics | None = Field(
         default=None,
-        description="Metrics to measure besides those that gates need. By default they depend on the model: bits_per_byte "
-        "and kl for causal language models, perplexity and kl for masked ones, accuracy and agreement for classifiers, "
-        "similarity for base models (and spearman where `data.evaluation` has scored pairs). None without `data.evaluation`.",
+        description="Metrics to measure besides those that gates need, each as a name or as `name: {settings}`. By default "
+        "they depend on the model: bits_per_byte and kl for causal language models, perplexity and kl for masked ones, "
+        "accuracy and agreement for classifiers, similarity for base models (and spearman where `data.evaluation` has scored "
+        "pairs). None without `data.evaluation`.",
     )
     gates: Gates = Field(default=Gates(), description="Bounds that the result must keep to be published.")
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Confidence of gates on metrics of text.")
@@ -106,8 +108,13 @@ class Recipe(Settings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics to measure: ``evaluate`` and what gates read, in the order of `METRICS`."""
-        wanted = {*(self.evaluate or ()), *(metric_of(gate) for gate in self.gates.given())}
+        wanted = {*(entry.name for entry in self.evaluate or ()), *(metric_of(gate) for gate in self.gates.given())}
         return tuple(metric for metric in METRICS if metric in wanted)
+
+    def settings_of(self, metric: str) -> Settings | None:
+        """The settings of a metric: those of its entry in ``evaluate``, else its defaults; None for one without settings."""
+        given = next((entry.settings for entry in self.evaluate or () if entry.name == metric), None)
+        return given if given is not None or metric not in SETTINGS else SETTINGS[metric]()
 
     def fitted(self, task: Task) -> Self:
         """The recipe with ``evaluate`` filled in for a model of that task."""
@@ -115,4 +122,4 @@ class Recipe(Settings):
             return self
         evaluation = self.data.evaluation
         possible = () if evaluation is None else task.measurable(evaluation.given) or task.default
-        return self.model_copy(update={"evaluate": tuple(m for m in task.default if m in possible)})
+        return self.model_copy(update={"evaluate": tuple(parse_metric(m) for m in task.default if m in possible)})

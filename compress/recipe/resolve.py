@@ -31,6 +31,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     values["gates"] = {
         gate: {k: v for k, v in bounds.items() if v is not None} for gate, bounds in values["gates"].items()
     }
+    if recipe.evaluate is not None:
+        values["evaluate"] = [e.name if e.plain else {e.name: plain_settings(e.settings)} for e in recipe.evaluate]
     values["passes"] = [{entry.name: plain_settings(entry.settings)} for entry in recipe.passes]
     return values
 

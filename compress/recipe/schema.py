@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from compress import passes
+from compress.recipe.metric_entries import SETTINGS
 from compress.recipe.model import Recipe
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -19,7 +20,7 @@ ID = "https://compress.invalid/recipe.schema.json"
 def recipe_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a recipe, with the settings of every pass that is installed."""
     settings: dict[str, type[BaseModel]] = {name: passes.get(name).settings for name in passes.names()}
-    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys(settings.values())]
+    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys([*settings.values(), *SETTINGS.values()])]
     of_model, rest = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = rest["$defs"]
     recipe = definitions.pop(of_model[(Recipe, "validation")]["$ref"].removeprefix("#/$defs/"))
@@ -38,6 +39,22 @@ def recipe_schema() -> dict[str, Any]:
         }
     entries = [_entry(name, model, of_model[(model, "validation")]) for name, model in settings.items()]
     properties["passes"]["items"] = {"oneOf": entries}
+    measured = properties["evaluate"]["anyOf"][0]
+    measured["items"] = {
+        "oneOf": [
+            measured["items"],
+            *(
+                {
+                    "type": "object",
+                    "description": model.__doc__,
+                    "properties": {name: {"anyOf": [of_model[(model, "validation")], {"type": "null"}]}},
+                    "required": [name],
+                    "additionalProperties": False,
+                }
+                for name, model in SETTINGS.items()
+            ),
+        ]
+    }
     for gate in [name for name in definitions if name.endswith("Gate")]:
         definitions[gate]["minProperties"] = 1
     return {

@@ -69,6 +69,14 @@ class EditKind(ABC):
     def check(self, edit: Edit, spec: Spec, where: str) -> None:
         """Check that the tensors fit the edit. Raises `CheckpointError`."""
 
+    def cached(self, edit: Edit, parts: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
+        """Parts that the edited block caches, each as (numbers per token, most tokens kept or None).
+
+        Args:
+            parts: the same without the edit.
+        """
+        return parts
+
     def aliases(self, edit: Edit, spec: Spec) -> Mapping[str, Tensor]:
         """Name ▶ alias of the tensors that files leave out."""
         return {}

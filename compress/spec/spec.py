@@ -121,6 +121,11 @@ class Structure:
     compact: bool = field(default=False, compare=False)
 
     @property
+    def cache_format(self) -> str | None:
+        """`kv_cache` where a runtime rounds keys and values; a compact checkpoint's loader rounds none."""
+        return None if self.compact else self.kv_cache
+
+    @property
     def model_type(self) -> str:
         """``model_type`` of the stock config."""
         return str(self.config["model_type"])

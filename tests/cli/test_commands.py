@@ -280,7 +280,7 @@ def test_gate_judges_a_report(cli, place, tmp_path):
         ),
         (["gate", "small.run/report.json", "--baseline", "model"], "a report holds its own baseline"),
         (["eval", "model", "--metric", "bits_per_byte"], "text metrics need text; give --data"),
-        (["eval", "model", "--metric", "bleu"], "unknown metric `bleu`"),
+        (["eval", "model", "--metric", "bleu"], "--metric bleu: expected bits_per_byte, "),
         (["eval", "model", "--metric", "latency"], "`latency` compares with another checkpoint; give --baseline"),
         (["eval", "model", "--baseline", "recipe.yaml"], "recipe.yaml: is not a baseline"),
         (["eval", "model", "--data", "recipe.yaml", "--dtype", "half"], "use float32, bfloat16, float16"),

@@ -33,7 +33,7 @@ def test_set_values_are_yaml(work: Path) -> None:
     recipe = loaded(
         "seed=7", "offline=true", "evaluate=[kl]", "confidence=9e-1", "document_separator='3'", "output=a=b"
     )
-    assert (recipe.seed, recipe.offline, recipe.evaluate, recipe.confidence) == (7, True, ("kl",), 0.9)
+    assert (recipe.seed, recipe.offline, recipe.metrics, recipe.confidence) == (7, True, ("kl",), 0.9)
     assert (recipe.document_separator, recipe.output) == ("3", "a=b")
 
 

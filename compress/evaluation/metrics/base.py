@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from compress import statistics
 from compress.errors import ReportError
+from compress.settings import Settings
 from compress.statistics import Interval
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Metric(ABC):
         gate: bounds of its gate: ``increase`` (max, max_increase), ``divergence`` (max), ``agreement`` or ``score`` (both
             min, max_drop). help: description of the gate.
         unit: unit of levels. form: format of levels.
+        settings: model of its settings in a recipe, all with defaults; None for a metric without settings.
     """
 
     name: ClassVar[str]
@@ -70,6 +72,7 @@ class Metric(ABC):
     help: ClassVar[str]
     unit: ClassVar[str] = "share"
     form: ClassVar[str] = ".4g"
+    settings: ClassVar[type[Settings] | None] = None
 
     @abstractmethod
     def value(self, evaluation: Scored) -> float | None:

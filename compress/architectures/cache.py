@@ -1,0 +1,106 @@
+"""Bytes that decoding caches, by length of the text, read off headers alone.
+
+Each block caches parts, such as the keys and values of heads that see the same tokens. A part has a number of values per
+token, and the largest number of tokens that it keeps. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from compress.architectures.model_map import model_map
+from compress.architectures.record import Architecture
+from compress.spec.edits import EDIT_KINDS
+from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A part of a block's cache.
+
+    Attributes:
+        values: numbers cached per token. tokens: most tokens kept; None for all of them.
+    """
+
+    values: int
+    tokens: int | None = None
+
+    def count(self, length: int) -> int:
+        """Numbers cached after ``length`` tokens."""
+        return self.values * (length if self.tokens is None else min(length, self.tokens))
+
+
+def _keys_and_values(record: Architecture, config: Mapping[str, Any]) -> int:
+    return 2 * record.kv_heads(config) * record.head_dim(config)
+
+
+#: `Architecture.cache` of a family ▶ numbers that a block caches per token.
+VALUES: Mapping[str, Callable[[Architecture, Mapping[str, Any]], int]] = {
+    "keys and values": _keys_and_values,
+}
+#: Parts of the cache of each block, by its number.
+Caches: TypeAlias = tuple[tuple[Cached, ...], ...]
+
+
+def caches(spec: Spec) -> Caches | None:
+    """The parts that each block caches. None where the model does not decode, or its cache is not known.
+
+    Blocks that share their weights have a cache each, as they read other inputs. A stock window of w tokens leaves w - 1 in
+    the cache: the token itself comes with the next step (``DynamicSlidingWindowLayer`` of transformers 5).
+    """
+    mapped = model_map(spec)
+    if not mapped.known or not mapped.record.causal:
+        return None
+    kinds = mapped.per_layer.get("layer_types") or mapped.config.get("layer_types")
+    window, depth = mapped.record.window(mapped.config), mapped.depth
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * depth
+    values = VALUES[mapped.record.cache](mapped.record, mapped.config)
+    limits = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": mapped.config.get("attention_chunk_size"),
+    }
+    if not isinstance(kinds, list) or len(kinds) != depth or not {*kinds} <= limits.keys():
+        return None
+    # a window of one token slices [-0:], which keeps all
+    parts: list[tuple[Cached, ...]] = [(Cached(values, (limits[kind] or 1) - 1 or None),) for kind in kinds]
+    for edit in spec.structure.edits:
+        block = mapped.block_of(f"{edit.module}.weight")
+        if block is not None and block < depth:
+            cached = EDIT_KINDS[edit.kind].cached(edit, [(part.values, part.tokens) for part in parts[block]])
+            parts[block] = tuple(Cached(*part) for part in cached)
+    return tuple(parts)
+
+
+def cache_values(spec: Spec, length: int) -> int | None:
+    """Numbers cached after ``length`` tokens of one text; None where the cache is not known."""
+    parts = caches(spec)
+    return None if parts is None else sum(part.count(length) for block in parts for part in block)
+
+
+def cache_bytes(spec: Spec, length: int, dtype: str | None = None) -> int | None:
+    """Bytes cached after ``length`` tokens of one text; None where the cache is not known.
+
+    Args:
+        dtype: format of the cached numbers, as configs name it. By default the one that the config asks for: 8 bits for a
+            quantised cache, else its dtype.
+    """
+    values = cache_values(spec, length)
+    return None if values is None else values * _bits(spec, dtype) // 8
+
+
+def kv_bytes_per_token(spec: Spec) -> int | None:
+    """Bytes cached per token while no window is full, in the format that the config asks for; None without a known cache."""
+    parts = caches(spec)
+    return None if parts is None else sum(part.values for block in parts for part in block) * _bits(spec, None) // 8
+
+
+def _bits(spec: Spec, dtype: str | None) -> int:
+    if dtype is None and spec.structure.cache_format is not None:
+        return 8
+    config = spec.structure.config
+    name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == name), 32)
