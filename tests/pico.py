@@ -67,6 +67,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vit": ("ViTForImageClassification", {"image_size": 16, "patch_size": 4, "num_labels": 5}),
 }
+#: Families whose blocks are like others' in `FAMILIES`. Their own tests build them; no matrix of families has them.
+FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral": ("MinistralForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}),
+    "granite_swa": (
+        "GraniteSWAForCausalLM",
+        {"num_key_value_heads": 2, "sliding_window": 6, "attention_multiplier": 0.35},
+    ),
+    "cwm": ("CwmForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
+    "smollm3": ("SmolLM3ForCausalLM", {"num_key_value_heads": 2}),
+    "olmo3": ("Olmo3ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 6}),
+}
 #: Families with one list of blocks, which sweeps follow and of which some can go by number.
 ONE_LIST = [family for family in FAMILIES if family not in ("t5", "albert")]
 #: Families with sizes of their own: all others take the ones in `config`.
@@ -84,6 +95,11 @@ PADDING = {"opt": 1, "albert": 0, "bert": 0, "roberta": 0, "electra": 0, "distil
 def families(names: Iterable[str] = FAMILIES) -> list[Any]:
     """For `parametrize`: families outside the tier are slow, so that `make test-all` alone runs them."""
     return [name if name in TIER else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def known(family: str) -> tuple[str, dict[str, Any]]:
+    """Class and config fields of a family."""
+    return FAMILIES[family] if family in FAMILIES else FURTHER[family]
 
 
 def config(family: str, **changes: Any) -> Any:
@@ -104,7 +120,7 @@ def config(family: str, **changes: Any) -> Any:
     }
     if family == "vit":
         sizes = {key: value for key, value in widths.items() if key != "max_position_embeddings"}
-    return transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family][1], **changes})
+    return transformers.AutoConfig.for_model(family, **{**sizes, **known(family)[1], **changes})
 
 
 def model(
@@ -117,7 +133,7 @@ def model(
 ) -> Any:
     """A random model of the family, of its class here or another one; weights large enough that removing one shows."""
     torch.manual_seed(seed)
-    built = getattr(transformers, class_name or FAMILIES[family][0])(config(family, **changes))
+    built = getattr(transformers, class_name or known(family)[0])(config(family, **changes))
     with torch.no_grad():
         for parameter in built.parameters():
             if parameter.ndim > 1:

@@ -96,6 +96,30 @@ def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
     ]
 
 
+def _full_from(config: Mapping[str, Any], step: int) -> list[str]:
+    """Kinds of attention where every ``step``-th block is full, from the first."""
+    return ["full_attention" if i % step == 0 else "sliding_attention" for i in range(int(config["num_hidden_layers"]))]
+
+
+def _all_sliding(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of attention of Ministral's blocks: all slide, if the config has a window."""
+    kind = "full_attention" if _window(config) is None else "sliding_attention"
+    return [kind] * int(config["num_hidden_layers"])
+
+
+def _positions_by_interval(config: Mapping[str, Any]) -> list[int]:
+    """By block of SmolLM3, 1 for rotary positions: all but every n-th."""
+    step = int(config.get("no_rope_layer_interval", 4))
+    return [int((i + 1) % step != 0) for i in range(int(config["num_hidden_layers"]))]
+
+
+def _window_without_positions(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of attention of SmolLM3's blocks: those without rotary positions slide, if the config uses windows."""
+    windows = bool(config.get("use_sliding_window")) and config.get("sliding_window") is not None
+    turned = config.get("no_rope_layers") or _positions_by_interval(config)
+    return ["full_attention" if mark or not windows else "sliding_attention" for mark in turned]
+
+
 def _up_to_padding(config: Mapping[str, Any]) -> int:
     """Rows before RoBERTa's first position, which comes after the padding token's id."""
     padding = config.get("pad_token_id")
@@ -111,6 +135,43 @@ RECORDS: tuple[Architecture, ...] = (
         ),
     ),
     Architecture("mistral", **_LLAMA_LIKE, window=_window),
+    Architecture(
+        "ministral",
+        **_LLAMA_LIKE,
+        window=_window,
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": _all_sliding},
+    ),
+    Architecture(
+        "granite_swa",
+        **_LLAMA_LIKE,
+        window=lambda config: config.get("sliding_window", 128),
+        per_layer=("layer_types", "layer_rope_theta"),
+        per_layer_defaults={"layer_types": lambda config: _full_from(config, 4)},
+        tie_default=True,
+    ),
+    Architecture(
+        "cwm",
+        **{**_LLAMA_LIKE, "attention": replace(_QKVO, even=True)},
+        window=lambda config: config.get("sliding_window", 8192),
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": lambda config: _full_from(config, 4)},
+    ),
+    Architecture(
+        "smollm3",
+        **_LLAMA_LIKE,
+        window=lambda config: config.get("sliding_window") if config.get("use_sliding_window") else None,
+        per_layer=("layer_types", "no_rope_layers"),
+        per_layer_defaults={"layer_types": _window_without_positions, "no_rope_layers": _positions_by_interval},
+        tie_default=True,
+    ),
+    Architecture(
+        "olmo3",
+        **{**_LLAMA_LIKE, "attention": _NORMED, "hidden": None},  # norms of queries and keys span all heads
+        window=_window,
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": lambda config: _full_every(config, 4)},
+    ),
     Architecture(
         "qwen2",
         **_LLAMA_LIKE,

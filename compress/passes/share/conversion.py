@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from compress.architectures.conversions import SharedBlocks
-from compress.checkpoint.sidecars import safe_file
+from compress.passes.tokenizers import with_tokenizer_class
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -32,16 +31,5 @@ def convert(checkpoint: Checkpoint, conversion: SharedBlocks, groups: int) -> Ch
         )
 
     result = Derived(checkpoint, spec, read)
-    result.rewritten = {**checkpoint.rewritten, **_tokenizer(checkpoint, conversion.tokenizer_class)}
+    result.rewritten = {**checkpoint.rewritten, **with_tokenizer_class(checkpoint, conversion.tokenizer_class)}
     return result
-
-
-def _tokenizer(checkpoint: Checkpoint, tokenizer_class: str) -> dict[str, bytes]:
-    """Tokenizer config with its class, since the new model type does not imply it."""
-    folder = checkpoint.folder
-    if folder is None or not any(safe_file(folder, name).exists() for name in ("tokenizer.json", "vocab.txt")):
-        return {}
-    path = safe_file(folder, "tokenizer_config.json")
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    config.setdefault("tokenizer_class", tokenizer_class)
-    return {"tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}

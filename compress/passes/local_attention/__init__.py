@@ -1,0 +1,1 @@
+"""`local_attention`: some blocks see everything, all others a sliding window."""

@@ -1,0 +1,99 @@
+"""Local attention: some blocks see everything, all others a sliding window, in a stock class where one can express it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from compress.architectures.conversions.windows import current_windows
+from compress.architectures.model_map import model_map
+from compress.errors import PassError
+from compress.passes.base import EDITED, Context, Mode, Pass, Storage
+from compress.passes.local_attention.choose import choose, evenly
+from compress.passes.local_attention.settings import LocalAttentionSettings
+from compress.passes.local_attention.stock import planned, with_windows
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.checkpoint.values import Checkpoint
+
+
+class LocalAttention(Pass[LocalAttentionSettings]):
+    """Blocks see a sliding window of tokens, and a few see everything. Windows cache no more tokens than they see.
+
+    Sample recipe::
+
+        passes:
+          - local_attention: {window: 1024, full: 25%}
+    """
+
+    name: ClassVar[str] = "local_attention"
+    summary: ClassVar[str] = "Let most blocks see a sliding window of tokens."
+    settings = LocalAttentionSettings
+    mode = "blockwise"
+    needs = frozenset({"calibration"})
+    accepts: ClassVar[frozenset[Storage]] = EDITED | {"float"}
+    yields: ClassVar[frozenset[Storage]] = EDITED | {"float"}
+    source: ClassVar[str] = (
+        "windows: Longformer, arXiv 2004.05150; sinks: StreamingLLM, arXiv 2309.17453; which heads stay full: DuoAttention, "
+        "arXiv 2410.10819"
+    )
+
+    def required_data(self, settings: LocalAttentionSettings) -> frozenset[str]:
+        """Calibration data where they decide which blocks are full, or the logits of sinks."""
+        return self.needs if settings.calibrated else frozenset()
+
+    def mode_for(self, settings: LocalAttentionSettings) -> Mode:
+        """``stream`` without calibration data, else ``blockwise``."""
+        return "blockwise" if settings.calibrated else "stream"
+
+    def output_storage(self, settings: LocalAttentionSettings) -> frozenset[Storage]:
+        """Floats; what was edited before stays so."""
+        return frozenset({"float"})
+
+    def plan(self, spec: Spec, settings: LocalAttentionSettings) -> Spec:
+        """Exact in names, shapes and bytes. Which blocks are full is a guess where calibration data decide."""
+        _check(spec, settings)
+        return planned(spec, settings, evenly(spec, settings))[0]
+
+    def apply(self, checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> Checkpoint:
+        """Choose the windows here; the result reads the weights as they are."""
+        _check(checkpoint.spec, settings)
+        return with_windows(checkpoint, settings, choose(checkpoint, settings, context))
+
+
+def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
+    """Raise `PassError` for models and settings that windows do not fit."""
+    mapped = model_map(spec)
+    _check_built(settings)
+    if not mapped.record.causal or mapped.record.stacks:
+        raise PassError(f"{mapped.record.model_type} does not decode token by token: windows are for causal models")
+    if settings.only or settings.skip:
+        raise PassError(
+            "blocks are chosen by number", key="only" if settings.only else "skip", fix="use `full: [0, 7]`"
+        )
+    window, positions = max(settings.window), spec.structure.config.get("max_position_embeddings")
+    if isinstance(positions, int) and window >= positions:
+        raise PassError(
+            f"a window of {window} is no shorter than the {positions} positions that the model is trained for",
+            key="window",
+            fix="set a shorter one",
+        )
+    if isinstance(positions, int) and settings.length is not None and settings.length > positions:
+        raise PassError(f"the model is trained for {positions} positions", key="length", fix=f"set {positions} or less")
+    if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
+        raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")
+
+
+def _check_built(settings: LocalAttentionSettings) -> None:
+    """Raise `PassError` for what this version cannot do yet."""
+    unbuilt: list[tuple[str, Any, bool]] = [
+        ("by", settings.by, settings.by == "heads"),
+        ("sinks", settings.sinks, settings.sinks not in (0, "learned")),
+        ("pattern", settings.pattern, settings.pattern != "window"),
+        ("window", list(settings.window), len(settings.window) > 1),
+        ("choose", settings.choose, settings.choose == "divergence" and not isinstance(settings.full, tuple)),
+        ("tune_epochs", settings.tune_epochs, settings.tune_epochs > 0),
+    ]
+    for key, value, asked in unbuilt:
+        if asked:
+            raise PassError(f"`{key}: {value}` is not built yet", key=key)

@@ -1,0 +1,152 @@
+"""Settings of `local_attention`."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from compress.passes.base import PassSettings
+from compress.settings import Fraction, Level, expected, parse_share
+
+
+def _windows(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in values):
+        raise expected("a number of tokens from 1 up, or a list of such numbers", value)
+    if len(set(values)) != len(values):
+        raise ValueError("a window is named twice")
+    return tuple(sorted(values))
+
+
+def _full(value: Any) -> tuple[int, ...] | float | int:
+    if isinstance(value, (list, tuple)):
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+            raise expected("a list of numbers from 0 up", value)
+        if len(set(value)) != len(value):
+            raise ValueError("a block is named twice")
+        return tuple(sorted(value))
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    return parse_share(value)
+
+
+def _sinks(value: Any) -> str | int:
+    if value == "learned" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        result: str | int = value
+        return result
+    raise expected("`learned`, or a number of tokens from 0 up", value)
+
+
+WindowSizes = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_windows),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
+            ],
+            "examples": [1024, [256, 1024]],
+        }
+    ),
+]
+Full = Annotated[
+    tuple[int, ...] | float | int,
+    BeforeValidator(_full),
+    WithJsonSchema(
+        {
+            "anyOf": [{"type": ["number", "string"]}, {"type": "array", "items": {"type": "integer", "minimum": 0}}],
+            "examples": ["25%", 8, [0, 7, 15]],
+        }
+    ),
+]
+Sinks = Annotated[
+    Literal["learned"] | int,
+    BeforeValidator(_sinks),
+    WithJsonSchema({"anyOf": [{"const": "learned"}, {"type": "integer", "minimum": 0}], "examples": ["learned", 0, 4]}),
+]
+
+
+class LocalAttentionSettings(PassSettings):
+    """Settings of `local_attention`."""
+
+    window: WindowSizes = Field(
+        description="Tokens that a local block sees, the token itself among them. With a list, each block gets one of them; "
+        "stock classes hold a single window, so more than one needs `store: compact`."
+    )
+    full: Full | None = Field(
+        default=None,
+        description="Blocks (with `by: heads`, KV heads) that go on seeing everything: a share, a count, or a list of block "
+        "numbers from 0. 25% by default.",
+    )
+    max_cache: Fraction | None = Field(
+        default=None,
+        description="Instead of `full`: largest share of the original's cache at `length` tokens, such as 40%.",
+    )
+    length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens at which the cache is counted. By default the number of positions that the model is trained for.",
+    )
+    by: Literal["layers", "heads"] = Field(
+        default="layers",
+        description="What has a window: whole blocks, which stock classes express, or single KV heads, which need "
+        "`store: compact`.",
+    )
+    sinks: Sinks = Field(
+        default="learned",
+        description="What stands for the first tokens, once a window has dropped them (attention sinks, arXiv 2309.17453). "
+        "`learned`: a logit per head in the denominator of the softmax, calibrated; a Llama becomes a stock GraniteSWA. A "
+        "number: that many first tokens stay visible, with `store: compact`. 0: nothing; stock in many families, and in need "
+        "of repair.",
+    )
+    pattern: Literal["window", "strided", "fixed", "chunks"] = Field(
+        default="window",
+        description="What a local block sees. `window`: the tokens before it. `strided`: the tokens before it and every n-th "
+        "token. `fixed`: its own stretch and the last tokens of every stretch before it (both arXiv 1904.10509). `chunks`: "
+        "its own stretch. All but `window` need `store: compact`.",
+    )
+    choose: Literal["divergence", "every"] = Field(
+        default="divergence",
+        description="Which blocks are full. `divergence`: those whose window would cost most, by gradients on calibration "
+        "data. `every`: every n-th block, from the first.",
+    )
+    long_range: Level = Field(
+        default=0.25,
+        description="Share of the calibration samples in which a passage comes again at a distance. Without them the choice "
+        "forgets how to copy.",
+    )
+    tune_epochs: int = Field(
+        default=0, ge=0, description="Epochs of block reconstruction on calibration data after the windows are set."
+    )
+    target: str | None = Field(
+        default=None,
+        description="Model type of the result, such as ministral, smollm3, qwen2 or cwm. By default the first stock family "
+        "that can express it.",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if self.full is not None and self.max_cache is not None:
+            raise ValueError("give `full` or `max_cache`, not both")
+        if self.length is not None and self.length <= max(self.window):
+            raise ValueError(f"`length` is longer than the window of {max(self.window)}")
+        if isinstance(self.full, tuple) and self.by == "heads":
+            raise ValueError("with `by: heads` give `full` as a share or a count")
+        return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data decide anything."""
+        return (
+            self.choose == "divergence" and not isinstance(self.full, tuple) and self.full != 0
+        ) or self.sinks == "learned"
+
+    def full_count(self, units: int) -> int:
+        """Number of units (blocks, or KV heads) that stay full by ``full``, out of so many."""
+        full = 0.25 if self.full is None else self.full
+        if isinstance(full, tuple):
+            return len(full)
+        return math.floor(full * units + 0.5) if isinstance(full, float) else full
