@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 from compress.data.documents import Document
 from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
+from compress.evaluation import positions
 from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
 
@@ -36,6 +37,7 @@ class TextScore:
         nll: negative log-likelihood, nats.
         kl: KL(reference ‖ model), nats; None without a reference.
         agree: number of tokens at which both models have the same most likely next token; None without a reference.
+        positions: the same sums by position: key ▶ a number for each bin of `positions`, or None without a reference.
     """
 
     id: str
@@ -44,6 +46,7 @@ class TextScore:
     nll: float
     kl: float | None
     agree: int | None
+    positions: Mapping[str, list[Any] | None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Scores:
             "stride": self.stride,
             "begins_with_bos": self.begins,
             **metrics(self.unit, rows := [asdict(d) for d in self.documents]),
+            "positions": positions.by_position(rows),
             "documents": rows,
         }
 
@@ -83,6 +87,11 @@ class _Window:
     ids: list[int]  # one more than the model reads: the last is only a target
     first: int
     start: int  # index in the document of the first scored target
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored targets."""
+        return len(self.ids) - 1 - self.first
 
 
 def score_documents(
@@ -115,7 +124,7 @@ def score_documents(
     _check(model, window)
     documents = [_as_shown(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
-    encoded, starts = _encoded(tokenizer, documents, begin)
+    encoded, edges = _encoded(tokenizer, documents, begin)
     always = beginning(tokenizer)
     windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride, always)]
     if not windows:
@@ -124,15 +133,15 @@ def score_documents(
     highest, size = max(max(ids) for ids in encoded if ids), int(embeddings.weight.shape[0])
     if highest >= size:
         raise DataError(f"the tokenizer gives token {highest}, the model knows {size}", fix="use its own tokenizer")
-    sums = torch.zeros(len(windows), 3, dtype=torch.float64)  # nll, kl, agree
+    sums: list[torch.Tensor] = []
     batch = max(1, min(BATCH_WINDOWS, BATCH_VALUES // (window * size)))
-    pad = begin if begin is not None else 0
+    pad, bins = begin if begin is not None else 0, positions.bin_of(window - 1) + 1
     with torch.inference_mode(), (progress or SilentProgress()).task(title, len(windows), "windows") as task:
         for at in range(0, len(windows), batch):
             part = windows[at : at + batch]
-            sums[at : at + len(part)] = _score(model, reference, part, pad)
+            sums.append(_score(model, reference, part, pad, bins))
             task.advance(len(part), documents[part[-1].document].id)
-    scores = _by_unit(documents, windows, starts, sums, paired=reference is not None)
+    scores = _by_unit(documents, windows, edges, torch.cat(sums), paired=reference is not None)
     unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
     return Scores(tuple(scores), unit, window, stride, begin is not None)
 
@@ -140,7 +149,7 @@ def score_documents(
 def _by_unit(
     documents: Sequence[Document],
     windows: Sequence[_Window],
-    starts: Sequence[Sequence[int]],
+    edges: Sequence[Sequence[int]],
     sums: torch.Tensor,
     *,
     paired: bool,
@@ -148,8 +157,8 @@ def _by_unit(
     """Scores by document, or by chunk of documents if these are few.
 
     Args:
-        starts: of each document, the character at which each token begins.
-        sums: NLL, KL and agreement of each window, [windows, 3].
+        edges: of each document, the byte at which the text of each token begins, and its number of bytes.
+        sums: NLL, KL and agreement of each window by bin of positions, [windows, bins, 3].
         paired: whether there is a reference, without which KL and agreement are None.
     """
     few = len(documents) < FEW_DOCUMENTS
@@ -158,21 +167,35 @@ def _by_unit(
     for document, group in groupby(range(len(windows)), key=lambda i: windows[i].document):
         members = list(group)
         pieces = [members[i : i + per_chunk] for i in range(0, len(members), per_chunk)] if few else [members]
-        edges = [0, *(_byte_at(documents[document].text, starts[document][windows[p[0]].start]) for p in pieces[1:])]
-        edges.append(len(documents[document].text.encode()))
         for number, piece in enumerate(pieces):
-            nll, kl, agree = sums[piece].sum(0).tolist()
-            scores.append(
-                TextScore(
-                    id=documents[document].id + (f".{number}" if few else ""),
-                    bytes=edges[number + 1] - edges[number],
-                    tokens=sum(len(windows[i].ids) - 1 - windows[i].first for i in piece),
-                    nll=nll,
-                    kl=kl if paired else None,
-                    agree=int(agree) if paired else None,
-                )
-            )
+            name = documents[document].id + (f".{number}" if few else "")
+            part = [windows[i] for i in piece]
+            scores.append(_text_score(name, part, edges[document], sums[piece].sum(0), paired=paired))
     return scores
+
+
+def _text_score(
+    name: str, windows: Sequence[_Window], edges: Sequence[int], sums: torch.Tensor, *, paired: bool
+) -> TextScore:
+    """Score of the windows of one row. ``sums``: NLL, KL and agreement by bin of positions, [bins, 3]."""
+    tokens, size = [0] * len(sums), [0] * len(sums)
+    for window in windows:
+        for number, start, end in positions.spans(window.first, len(window.ids) - 1):
+            target = window.start + start - window.first
+            tokens[number] += end - start
+            # the bytes of a first token, which is never a target, count with the second one
+            size[number] += edges[target + end - start] - (edges[target] if target > 1 else 0)
+    nll, kl, agree = (column.tolist() for column in sums.unbind(1))
+    counts = [int(count) for count in agree] if paired else None
+    return TextScore(
+        id=name,
+        bytes=sum(size),
+        tokens=sum(tokens),
+        nll=sum(nll),
+        kl=sum(kl) if paired else None,
+        agree=None if counts is None else sum(counts),
+        positions={"tokens": tokens, "bytes": size, "nll": nll, "kl": kl if paired else None, "agree": counts},
+    )
 
 
 def _check(model: PreTrainedModel, window: int) -> None:
@@ -197,13 +220,17 @@ def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Documen
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], begin: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each document, with ``begin`` in front if it is given, and the character at which each token begins."""
-    encoded, starts = [], []
+    """Token ids of each document, with ``begin`` in front if it is given, and its edges.
+
+    Edges are the byte at which the text of each token begins, and after these the number of bytes of the document.
+    """
+    encoded, edges = [], []
     for document in documents:
-        ids, offsets = _tokens(tokenizer, document.text)
+        ids, starts = _tokens(tokenizer, document.text)
+        at = _bytes_before(document.text)
         encoded.append([*([begin] if begin is not None else []), *ids])
-        starts.append([*([0] if begin is not None else []), *offsets])
-    return encoded, starts
+        edges.append([*([0] if begin is not None else []), *(at[start] for start in starts), at[-1]])
+    return encoded, edges
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -215,8 +242,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     return ids, [len(text) * i // max(len(ids), 1) for i in range(len(ids))]
 
 
-def _byte_at(text: str, character: int) -> int:
-    return len(text[:character].encode())
+def _bytes_before(text: str) -> Sequence[int]:
+    """Number of UTF-8 bytes before each character, and of the whole text."""
+    if text.isascii():
+        return range(len(text) + 1)
+    return [0, *accumulate(len(character.encode()) for character in text)]
 
 
 def _windows(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[_Window]:
@@ -232,9 +262,12 @@ def _windows(document: int, ids: list[int], window: int, stride: int, begin: int
 
 
 def _score(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[_Window], pad: int
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[_Window], pad: int, bins: int
 ) -> torch.Tensor:
-    """Sums of NLL, KL and agreement over the scored targets, float64 [windows, 3]. Padding is on the right."""
+    """Sums of NLL, KL and agreement over the scored targets by bin of positions, float64 [windows, bins, 3].
+
+    Padding is on the right.
+    """
     import torch
 
     longest = max(len(w.ids) for w in windows)
@@ -245,8 +278,11 @@ def _score(
         counts[row, w.first : len(w.ids) - 1] = True
     ids, counts = ids.to(model.device), counts.to(model.device)
     theirs = None if reference is None else _logits(reference, ids)
-    scores = compared(_logits(model, ids), theirs, ids[:, 1:])
-    return torch.where(counts[..., None], scores, 0).double().sum(1).cpu()
+    scores = torch.where(counts[..., None], compared(_logits(model, ids), theirs, ids[:, 1:]), 0).double()
+    sums = torch.zeros(len(windows), bins, 3, dtype=torch.float64)
+    for number, start, end in positions.spans(0, longest - 1):
+        sums[:, number] = scores[:, start:end].sum(1).cpu()
+    return sums
 
 
 def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:

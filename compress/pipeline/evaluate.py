@@ -12,6 +12,8 @@ from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data import documents, images
 from compress.errors import CompressError, DataError, ReportError
+from compress.evaluation import positions
+from compress.evaluation.metrics.base import Resampling
 from compress.evaluation.scorer import Scorer, load_processor, read
 from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, check_metrics, check_speed, task_of
 from compress.pipeline.baseline import SCHEMA, EvaluationSettings, read_baseline
@@ -57,7 +59,7 @@ def evaluate(
 
     Returns:
         JSON values, schema ``compress.eval/1``: ``checkpoint``, ``size``, ``evaluation``, ``latency``, ``settings``,
-        and with a baseline ``baseline`` (the same keys) and ``paired`` (differences with intervals).
+        and with a baseline ``baseline`` (the same keys), ``paired`` and ``positions`` (differences with intervals).
     """
     progress, reading = progress or SilentProgress(), _Reading(trust_remote_code, ignore_auto_map, offline)
     if unknown := set(settings.metrics or ()) - TEXT_METRICS - SPEED_METRICS:
@@ -92,8 +94,10 @@ def evaluate(
         if document["evaluation"] is not None and other["evaluation"] is not None:
             from compress.evaluation.metrics import compare
 
+            first, last = other["evaluation"], document["evaluation"]
             with judged(str(baseline)) if earlier is not None else contextlib.nullcontext():
-                document["paired"] = compare(other["evaluation"], document["evaluation"], confidence=confidence)
+                document["paired"] = compare(first, last, confidence=confidence)
+                document["positions"] = positions.paired(first, last, Resampling(confidence))
     return document
 
 

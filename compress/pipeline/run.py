@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.checkpoint.open import open_headers
 from compress.checkpoint.running import loading_notes
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK
+from compress.evaluation.metrics.base import Resampling
 from compress.files import disk_errors, remove_leftovers
 from compress.passes.distill.plan import unhelped
 from compress.pipeline.closing import close, published_report
@@ -135,16 +136,19 @@ class _Verdict:
 
 def _judge(run: Run, evaluations: Evaluations, rows: list[dict[str, Any]]) -> _Verdict:
     """Judge the gates. Without any, a training that did not help makes the run inconclusive, unless it is allowed."""
+    from compress.evaluation.positions import paired
     from compress.gates import judge, verdict
 
     recipe = run.recipe
-    original = {
+    original: dict[str, Any] = {
         "checkpoint": recipe.model,
         "size": asdict(size_on_disk(run.original)),
         "evaluation": evaluations.original,
         "latency": evaluations.original_latency,
     }
     result = {key: rows[-1].get(key) for key in ("size", "evaluation", "latency")}
+    resampling = Resampling(recipe.confidence, recipe.bootstrap, recipe.seed)
+    result["positions"] = paired(original["evaluation"], result["evaluation"], resampling)
     gates = recipe.gates.model_dump(exclude_none=True)
     judged = (
         judge(gates, original, result, confidence=recipe.confidence, bootstrap=recipe.bootstrap, seed=recipe.seed)

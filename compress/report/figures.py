@@ -108,6 +108,40 @@ def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
     return rows
 
 
+def position_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Loss by position: a row for each bin, headed by `position_head`; empty where there are fewer than two bins.
+
+    Args:
+        result: part of a report or document of an evaluation, with ``positions`` where it is beside an original.
+    """
+    paired = result.get("positions")
+    rows = paired or (result.get("evaluation") or {}).get("positions") or []
+    if len(rows) < 2:
+        return []
+    return [(_range(row), f"{row['tokens']:,}", *(_paired_cells if paired else _cells)(row)) for row in rows]
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    return f"{row['from']:,} to {row['to']:,}"
+
+
+def _paired_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    bits, nats = ([f"{x:.4f}" for x in row[key]] for key in ("bits_per_byte", "nats_per_token"))
+    change = f"{row['increase']:+.1%} ({row['lower']:+.1%} to {row['upper']:+.1%})"
+    return *bits, change, " ▶ ".join(nats), "" if row["kl"] is None else f"{row['kl']:.4f}"
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return f"{row['bits_per_byte']:.4f}", f"{row['nats_per_token']:.4f}"
+
+
+def position_head(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Head of `position_rows`."""
+    if result.get("positions"):
+        return "position", "tokens", "before", "after", "bits per byte", "nats per token", "KL"
+    return "position", "tokens", "bits per byte", "nats per token"
+
+
 def waterfall(report: Mapping[str, Any]) -> list[Step]:
     """The original, then every pass in order."""
     start = report["original"]["size"]["bytes"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
-from compress.evaluation import metrics
-from compress.evaluation.metrics.base import Kind
+from compress.evaluation import metrics, positions
+from compress.evaluation.metrics.base import Kind, Metric
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -62,16 +62,26 @@ class _Measurement(Part):
     emulated: Emulated | None = Field(default=None, description="Rounded inputs and caches that the figures include.")
 
 
-def _with_metrics(kind: Kind) -> Callable[[type[_Measurement]], Any]:
-    """Class decorator that adds a field for each metric of a kind of evaluation."""
+def _with_metrics(kind: Kind, listed: Sequence[Metric] | None = None) -> Callable[[type[Part]], Any]:
+    """Class decorator that adds a field for each metric of a kind of evaluation, or for those ``listed``."""
     fields: dict[str, Any] = {
         metric.name: (
             Number | None if metric.nullable else Number,
             Field(description=metric.evaluations[kind] or None),
         )
-        for metric in metrics.of_kind(kind)
+        for metric in (metrics.of_kind(kind) if listed is None else listed)
     }
     return lambda model: create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
+
+
+class PositionSums(Part):
+    """Sums over the scored tokens of a document or chunk, by bin of positions; bins as in `PositionRow`."""
+
+    tokens: list[Count] = Field(description="Scored tokens.")
+    bytes: list[Count] = Field(description="UTF-8 bytes of their text.")
+    nll: list[Number] = Field(description="Negative log-likelihood, nats.")
+    kl: list[Number] | None = Field(description="Divergence of the original from the model, nats.")
+    agree: list[Count] | None = Field(description="Tokens at which both models' likeliest next token is the same.")
 
 
 class DocumentScore(Part):
@@ -83,6 +93,34 @@ class DocumentScore(Part):
     nll: Number = Field(description="Negative log-likelihood, nats.")
     kl: Number | None = Field(description="Divergence of the original from the model, nats.")
     agree: Count | None = Field(description="Tokens at which both models' likeliest next token is the same.")
+    positions: PositionSums | None = Field(default=None, description="The same sums by position in the window.")
+
+
+class _Positions(Part):
+    """A bin of positions. A position is the index, in what the model reads, of the last token before the predicted one."""
+
+    from_: Count = Field(alias="from", description="First position.")
+    to: Count = Field(description="Last position.")
+    tokens: Count = Field(description="Scored tokens.")
+
+
+@_with_metrics("evaluation", positions.of_tokens())
+class PositionRow(_Positions):
+    """Scores of the tokens predicted at positions 0-15, 16-31, 32-63 and so on: each bin begins at a power of two."""
+
+    bytes: Count = Field(description="UTF-8 bytes of their text.")
+    nats_per_token: Number = Field(description="Mean negative log-likelihood.")
+
+
+class PairedPosition(_Positions):
+    """Loss at some positions, of the original and of the result."""
+
+    bits_per_byte: list[Number] = Field(min_length=2, max_length=2, description="Before and after.")
+    nats_per_token: list[Number] = Field(min_length=2, max_length=2, description="Before and after.")
+    kl: Number | None = Field(description="Mean divergence of the original from the result per token, nats.")
+    increase: Number = Field(description="Relative increase of bits per byte.")
+    lower: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
+    upper: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
 
 
 @_with_metrics("evaluation")
@@ -93,6 +131,7 @@ class Evaluation(_Measurement):
     unit: Literal["document", "chunk"] = Field(description="The unit that intervals resample.")
     window: int = Field(description="Tokens that the model reads at once.")
     stride: int = Field(description="Tokens between the starts of two windows.")
+    positions: list[PositionRow] = Field(default=[], description="Scores by position in the window.")
     documents: list[DocumentScore] = Field(min_length=1)
 
 
@@ -251,6 +290,9 @@ class Result(Part):
     size: SizeRow
     evaluation: Measured | None
     latency: Latency | None
+    positions: list[PairedPosition] | None = Field(
+        default=None, description="Loss by position in the window, beside the original's; of causal language models."
+    )
 
 
 class GateRow(Part):

@@ -132,3 +132,19 @@ def test_report_lists_shapes_tried_for_a_target(tmp_path, pico_llama, texts):
     assert "| removed blocks | heads | neurons | parameters | size | prefill | divergence |  |" in text
     assert all(f"| {' | '.join(row)} |" in text for row in rows)
     assert "shapes: " not in text
+
+
+def test_loss_by_position_is_in_every_rendering(finished, capsys):
+    from compress.cli.tables import print_report
+
+    rows = finished.report["result"]["positions"]
+    assert [row["from"] for row in rows] == [0, 16]
+    for row in rows:
+        assert row["lower"] <= row["increase"] <= row["upper"]
+    line = figures.position_rows(finished.report["result"])[1]
+    text = reports.render_markdown(finished.report)
+    assert f"| {' | '.join(line)} |" in text.partition("## Loss by position in the window\n")[2]
+    print_report(finished.report)
+    printed = capsys.readouterr().out
+    assert "loss by position" in printed
+    assert "16 to 31" in printed

@@ -22,6 +22,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         [("", "whole"), ("before", "right"), ("after", "right"), "change"],
         [(r.name, r.before, r.after, r.change) for r in figures.before_after(report)],
     )
+    _print_positions(console, report["result"])
     rows: list[tuple[str, ...]] = []
     shown = figures.headline(report)
     for step in figures.waterfall(report):
@@ -52,6 +53,16 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:
         print_line(console, f"output: {report['output']}", whole=True)
+
+
+def _print_positions(console: Any, result: Mapping[str, Any]) -> None:
+    """Print the loss by position in the window, where it was measured."""
+    from compress.report import figures
+
+    if rows := figures.position_rows(result):
+        head = figures.position_head(result)
+        columns: list[Column] = [(head[0], "whole"), *((name, "right") for name in head[1:])]
+        print_table(console, "loss by position", columns, rows)
 
 
 def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
@@ -89,6 +100,7 @@ def print_evaluation(document: Mapping[str, Any]) -> None:
         print_line(console, document["checkpoint"], "bold")
         rows = figures.before_after({"original": document, "result": document})
         print_table(console, None, [("", "whole"), ("", "right")], [(r.name, r.after) for r in rows])
+    _print_positions(console, document)
     settings, evaluation = document["settings"], document["evaluation"]
     if evaluation is not None:
         files = settings["files"] or [settings["images"]]
