@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from compress.data.documents import Document
 from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation import positions
+from compress.evaluation.examples import check_tokens
 from compress.evaluation.metrics import values
+from compress.evaluation.windows import Window, batches, bins_of, cut, segments
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ SCHEMA = "compress.evaluation/1"
 FEW_DOCUMENTS = 30
 #: Number of chunks that few documents are cut into, if there are enough windows.
 CHUNKS = 60
-#: Most logits (float32) of a batch, and most windows of a batch.
-BATCH_VALUES, BATCH_WINDOWS = 1 << 25, 16
+#: Most logits (float32) of a batch, most windows of a batch, and most documents that are streamed side by side.
+BATCH_VALUES, BATCH_WINDOWS, BATCH_STREAMS = 1 << 25, 16, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Scores:
     window: int
     stride: int
     begins: bool
+    streaming: bool
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of schema ``compress.evaluation/1``, with the metrics over all documents; NaN stays NaN."""
@@ -67,6 +70,7 @@ class Scores:
             "window": self.window,
             "stride": self.stride,
             "begins_with_bos": self.begins,
+            "streaming": self.streaming,
             **metrics(self.unit, rows := [asdict(d) for d in self.documents]),
             "positions": positions.by_position(rows),
             "documents": rows,
@@ -79,21 +83,6 @@ def metrics(unit: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**sums, **values("evaluation", {"unit": unit, "documents": rows})}
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Tokens of one forward pass; the targets from ``first`` on are scored here."""
-
-    document: int
-    ids: list[int]  # one more than the model reads: the last is only a target
-    first: int
-    start: int  # index in the document of the first scored target
-
-    @property
-    def tokens(self) -> int:
-        """Number of scored targets."""
-        return len(self.ids) - 1 - self.first
-
-
 def score_documents(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,6 +90,7 @@ def score_documents(
     *,
     window: int,
     stride: int,
+    streaming: bool = False,
     reference: PreTrainedModel | None = None,
     title: str = "evaluate",
     progress: Progress | None = None,
@@ -113,42 +103,48 @@ def score_documents(
     scored as rendered by the tokenizer's template, roles and markers included.
 
     Args:
+        streaming: read documents in segments of ``window`` tokens through the cache, so that every token sees all that the
+            model remembers of the document before it.
         reference: model to compare with, over the shared ids if the vocabularies are padded differently.
 
     Raises:
-        CompressError: the model is not a causal language model, or cannot read ``window`` tokens.
+        CompressError: the model is not a causal language model, cannot read ``window`` tokens, or has no cache to stream with.
         DataError: no text, tokens that the model does not know, or a chat without a template.
     """
     import torch
 
-    _check(model, window)
+    from compress.evaluation.scoring import score_streams, score_windows
+
+    check_model(model, window)
     documents = [_as_shown(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
     encoded, edges = _encoded(tokenizer, documents, begin)
-    always = beginning(tokenizer)
-    windows = [w for i, ids in enumerate(encoded) for w in _windows(i, ids, window, stride, always)]
+    if streaming:
+        windows = [w for i, ids in enumerate(encoded) for w in segments(i, ids, window)]
+    else:
+        windows = [w for i, ids in enumerate(encoded) for w in cut(i, ids, window, stride, beginning(tokenizer))]
     if not windows:
         raise DataError("the evaluation text has no token to score")
+    check_tokens(model, max(max(ids) for ids in encoded if ids))
     embeddings: Any = model.get_input_embeddings()
-    highest, size = max(max(ids) for ids in encoded if ids), int(embeddings.weight.shape[0])
-    if highest >= size:
-        raise DataError(f"the tokenizer gives token {highest}, the model knows {size}", fix="use its own tokenizer")
-    sums: list[torch.Tensor] = []
-    batch = max(1, min(BATCH_WINDOWS, BATCH_VALUES // (window * size)))
-    pad, bins = begin if begin is not None else 0, positions.bin_of(window - 1) + 1
+    most = BATCH_STREAMS if streaming else BATCH_WINDOWS
+    many = max(1, min(most, BATCH_VALUES // (window * int(embeddings.weight.shape[0]))))
+    pad = begin if begin is not None else 0
+    sums = torch.zeros(len(windows), bins_of(windows), 3, dtype=torch.float64)  # nll, kl, agree
+    score = score_streams if streaming else score_windows
     with torch.inference_mode(), (progress or SilentProgress()).task(title, len(windows), "windows") as task:
-        for at in range(0, len(windows), batch):
-            part = windows[at : at + batch]
-            sums.append(_score(model, reference, part, pad, bins))
+        for members in batches(windows, many, streaming=streaming):
+            part = [windows[i] for i in members]
+            sums[members] = score(model, reference, part, pad, sums.shape[1])
             task.advance(len(part), documents[part[-1].document].id)
-    scores = _by_unit(documents, windows, edges, torch.cat(sums), paired=reference is not None)
+    scores = _by_unit(documents, windows, edges, sums, paired=reference is not None)
     unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
-    return Scores(tuple(scores), unit, window, stride, begin is not None)
+    return Scores(tuple(scores), unit, window, stride, begin is not None, streaming)
 
 
 def _by_unit(
     documents: Sequence[Document],
-    windows: Sequence[_Window],
+    windows: Sequence[Window],
     edges: Sequence[Sequence[int]],
     sums: torch.Tensor,
     *,
@@ -175,13 +171,13 @@ def _by_unit(
 
 
 def _text_score(
-    name: str, windows: Sequence[_Window], edges: Sequence[int], sums: torch.Tensor, *, paired: bool
+    name: str, windows: Sequence[Window], edges: Sequence[int], sums: torch.Tensor, *, paired: bool
 ) -> TextScore:
     """Score of the windows of one row. ``sums``: NLL, KL and agreement by bin of positions, [bins, 3]."""
     tokens, size = [0] * len(sums), [0] * len(sums)
     for window in windows:
-        for number, start, end in positions.spans(window.first, len(window.ids) - 1):
-            target = window.start + start - window.first
+        for number, start, end in positions.spans(window.begins + window.first, window.begins + window.reads):
+            target = window.start + start - window.begins - window.first
             tokens[number] += end - start
             # the bytes of a first token, which is never a target, count with the second one
             size[number] += edges[target + end - start] - (edges[target] if target > 1 else 0)
@@ -198,7 +194,8 @@ def _text_score(
     )
 
 
-def _check(model: PreTrainedModel, window: int) -> None:
+def check_model(model: PreTrainedModel, window: int) -> None:
+    """Check that a model is a causal language model that reads ``window`` tokens. Raises `CompressError`."""
     config: Any = model.config
     if not model.can_generate() or config.is_encoder_decoder:
         raise CompressError(f"bits per byte needs a causal language model, this is {type(model).__name__}")
@@ -247,68 +244,3 @@ def _bytes_before(text: str) -> Sequence[int]:
     if text.isascii():
         return range(len(text) + 1)
     return [0, *accumulate(len(character.encode()) for character in text)]
-
-
-def _windows(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[_Window]:
-    """Windows of a document. ``begin`` is put before all but the first, which begins with it already."""
-    scored, start = 1, 0  # the first token is never a target
-    while start < len(ids) - 1:
-        lead = [begin] if begin is not None and start else []
-        end = min(start + window - len(lead), len(ids) - 1)
-        if end >= scored:
-            yield _Window(document, lead + ids[start : end + 1], scored - 1 - start + len(lead), scored)
-            scored = end + 1
-        start = min(start + stride, end)  # no further than the last target, which the next window reads first
-
-
-def _score(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[_Window], pad: int, bins: int
-) -> torch.Tensor:
-    """Sums of NLL, KL and agreement over the scored targets by bin of positions, float64 [windows, bins, 3].
-
-    Padding is on the right.
-    """
-    import torch
-
-    longest = max(len(w.ids) for w in windows)
-    ids = torch.full((len(windows), longest), pad)
-    counts = torch.zeros(len(windows), longest - 1, dtype=torch.bool)
-    for row, w in enumerate(windows):
-        ids[row, : len(w.ids)] = torch.tensor(w.ids)
-        counts[row, w.first : len(w.ids) - 1] = True
-    ids, counts = ids.to(model.device), counts.to(model.device)
-    theirs = None if reference is None else _logits(reference, ids)
-    scores = torch.where(counts[..., None], compared(_logits(model, ids), theirs, ids[:, 1:]), 0).double()
-    sums = torch.zeros(len(windows), bins, 3, dtype=torch.float64)
-    for number, start, end in positions.spans(0, longest - 1):
-        sums[:, number] = scores[:, start:end].sum(1).cpu()
-    return sums
-
-
-def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """NLL of the targets, KL(reference ‖ model) and agreement, [..., 3], nats.
-
-    Args:
-        logits: of the model, float32 [..., vocabulary].
-        theirs: of the reference; without it KL and agreement are 0.
-        targets: token ids [...].
-    """
-    import torch
-    from torch.nn.functional import log_softmax
-
-    logp = log_softmax(logits, -1)
-    nll = -logp.gather(-1, targets[..., None])[..., 0]
-    if theirs is None:
-        return torch.stack([nll, torch.zeros_like(nll), torch.zeros_like(nll)], -1)
-    shared = min(logits.shape[-1], theirs.shape[-1])
-    if logits.shape[-1] != shared:
-        logp = log_softmax(logits[..., :shared], -1)
-    reference_logp = log_softmax(theirs[..., :shared], -1)
-    kl = torch.where(reference_logp == -torch.inf, 0, reference_logp.exp() * (reference_logp - logp)).sum(-1)
-    agree = logits[..., :shared].argmax(-1) == theirs[..., :shared].argmax(-1)
-    return torch.stack([nll, kl, agree.to(nll.dtype)], -1)
-
-
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
-    return logits.float()

@@ -11,7 +11,7 @@ from compress.data.documents import Document
 from compress.data.rendering import rendered, tokenized
 from compress.errors import CompressError, DataError
 from compress.evaluation.examples import Examples, check_tokens, longest_text, outputs
-from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS, compared
+from compress.evaluation.language import BATCH_VALUES, FEW_DOCUMENTS
 from compress.evaluation.metrics import values
 from compress.progress import Progress, SilentProgress
 
@@ -57,6 +57,8 @@ def score_masked(
         DataError: no text, or the tokenizer has no mask token.
     """
     import torch
+
+    from compress.evaluation.scoring import compared
 
     if window > (limit := longest_text(model, tokenizer) or window):
         raise CompressError(

@@ -53,6 +53,8 @@ class Texts(Protocol):
     @property
     def stride(self) -> int | None: ...  # noqa: D102
     @property
+    def streaming(self) -> bool: ...  # noqa: D102
+    @property
     def max_documents(self) -> int | None: ...  # noqa: D102
 
 
@@ -138,7 +140,8 @@ def _classified(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[st
 def _language(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:
     from compress.evaluation.language import score_documents
 
-    options |= {"window": self.texts.window, "stride": self.texts.stride or self.texts.window}
+    texts = self.texts
+    options |= {"window": texts.window, "stride": texts.stride or texts.window, "streaming": texts.streaming}
     return score_documents(model, self.processor, self.documents, **options).to_dict()
 
 

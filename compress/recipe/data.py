@@ -43,6 +43,7 @@ _OF_TEXT = {
     "length": None,
     "window": 256,
     "stride": None,
+    "streaming": False,
 }
 _FILES_OR_IMAGES: Any = {"oneOf": [{"required": ["files"]}, {"required": ["images"]}]}
 
@@ -189,6 +190,12 @@ class EvaluationSection(TextFiles):
         ge=1,
         description="Tokens between the starts of two windows. By default the window, so that windows do not overlap.",
     )
+    streaming: bool = Field(
+        default=False,
+        description="Read each document in segments of `window` tokens through the cache, so that every token sees all that the "
+        "model remembers of the document before it. For causal language models. A document may be longer than the positions "
+        "that the model was trained on only where every block forgets what is far away.",
+    )
     max_documents: int | None = Field(
         default=None,
         ge=1,
@@ -203,7 +210,7 @@ class EvaluationSection(TextFiles):
         default=None,
         description="The column of the label. For text classifiers: an integer, or a name in the config's id2label or "
         "label2id. For sentence embeddings of base models: the score of the pair of texts in `text`. Each row is read whole, "
-        "so `field`, `window` and `stride` do not go with it.",
+        "so `field`, `window`, `stride` and `streaming` do not go with it.",
     )
     quantized_kv_cache: bool = Field(
         default=True,
@@ -221,7 +228,7 @@ class EvaluationSection(TextFiles):
         if self.label in self.columns:
             raise ValueError(f"`text` and `label` both name the column `{self.label}`")
         fields = type(self).model_fields
-        if odd := next((n for n in ("field", "window", "stride") if getattr(self, n) != fields[n].default), None):
+        if odd := next((n for n in ("field", "window", "stride", "streaming") if getattr(self, n) != fields[n].default), None):
             hint = "name the column with `text`" if odd == "field" else "each text is read whole"
             raise ValueError(f"`{odd}` is not for labelled texts: {hint}")
         if wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None):
@@ -242,6 +249,8 @@ class EvaluationSection(TextFiles):
     def _no_gaps(self) -> Self:
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"a stride of {self.stride} would skip text, as the window is {self.window} tokens")
+        if self.stride is not None and self.streaming:
+            raise ValueError("`stride` does not go with `streaming`: segments do not overlap, as the cache joins them")
         return self
 
 

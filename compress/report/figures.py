@@ -323,11 +323,17 @@ _UNITS = {
     "compress.embeddings/1": "texts or pairs",
 }
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "compress.evaluation/1": lambda e: f", windows of {e['window']} tokens, stride {e['stride']}{_few(e)}",
+    "compress.evaluation/1": lambda e: f"{_windows(e)}{_few(e)}",
     "compress.classification/1": lambda e: f", {len(e['labels'])} labels; F1 is the mean over labels (macro){_cut(e)}",
     "compress.masked/1": lambda e: f", windows of {e['window']} tokens, {e['share']:.0%} of them masked{_few(e)}",
     "compress.embeddings/1": lambda e: f", pooling: {', '.join(e['pooling'])}{_cut(e)}",
 }
+
+
+def _windows(evaluation: Mapping[str, Any]) -> str:
+    if evaluation.get("streaming"):
+        return f", read through the cache in segments of {evaluation['window']} tokens"
+    return f", windows of {evaluation['window']} tokens, stride {evaluation['stride']}"
 
 
 def _few(evaluation: Mapping[str, Any]) -> str:

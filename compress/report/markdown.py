@@ -35,7 +35,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         lines += ["## Gates", "", *gates_table(report["gates"]), ""]
     if rows := figures.position_rows(report["result"]):
         head = figures.position_head(report["result"])
-        lines += ["## Loss by position in the window", "", *table(head, rows, right=(1, 2, 3)), ""]
+        lines += ["## Loss by position", "", *table(head, rows, right=(1, 2, 3)), ""]
     lines += ["## Bytes saved and quality lost by each pass", "", *waterfall_table(report, seconds=True), ""]
     detailed = [row for stage in report["stages"] for row in stage["passes"] if row["details"]]
     if detailed:

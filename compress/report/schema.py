@@ -131,6 +131,7 @@ class Evaluation(_Measurement):
     unit: Literal["document", "chunk"] = Field(description="The unit that intervals resample.")
     window: int = Field(description="Tokens that the model reads at once.")
     stride: int = Field(description="Tokens between the starts of two windows.")
+    streaming: bool = Field(default=False, description="Windows are segments, read through the cache.")
     positions: list[PositionRow] = Field(default=[], description="Scores by position in the window.")
     documents: list[DocumentScore] = Field(min_length=1)
 

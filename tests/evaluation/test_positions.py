@@ -54,7 +54,8 @@ def test_sums_by_position_match_a_loop_over_targets(model, begins, stride):
     scored = score_documents(model, tokenizer, documents, window=WINDOW, stride=stride).to_dict()
     expected = {}
     for document in documents:
-        ids, done, start = tokenizer(document.text)["input_ids"], 1, 0
+        ids = [tokenizer.bos_token_id, *tokenizer(document.text, add_special_tokens=False)["input_ids"]]
+        done, start = 1, 0
         while done < len(ids):
             lead = [tokenizer.bos_token_id] if begins and start else []
             end = min(start + WINDOW - len(lead), len(ids) - 1)

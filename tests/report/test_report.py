@@ -143,7 +143,7 @@ def test_loss_by_position_is_in_every_rendering(finished, capsys):
         assert row["lower"] <= row["increase"] <= row["upper"]
     line = figures.position_rows(finished.report["result"])[1]
     text = reports.render_markdown(finished.report)
-    assert f"| {' | '.join(line)} |" in text.partition("## Loss by position in the window\n")[2]
+    assert f"| {' | '.join(line)} |" in text.partition("## Loss by position\n")[2]
     print_report(finished.report)
     printed = capsys.readouterr().out
     assert "loss by position" in printed

@@ -135,8 +135,8 @@ def check_paired(before: Scored, after: Scored, *, tokens: bool) -> None:
     Raises:
         ReportError: they differ.
     """
-    for key in ("unit", "window", "stride", "labels", "pooling"):
-        if before.get(key) != after.get(key):
+    for key in ("unit", "window", "stride", "streaming", "labels", "pooling"):
+        if (before.get(key) or None) != (after.get(key) or None):
             raise ReportError(f"the two evaluations differ in {key}: {before.get(key)} and {after.get(key)}")
     same = ("id", "bytes", "label", "score")
     names = [[[d.get(key) for key in same] for d in e["documents"]] for e in (before, after)]

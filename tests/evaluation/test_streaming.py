@@ -1,0 +1,66 @@
+"""Documents read in segments through the cache, against one forward pass over the whole of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.data.documents import Document
+from compress.errors import CompressError
+from compress.evaluation.language import score_documents
+from compress.evaluation.scoring import Stream
+from tests import pico
+
+TEXT = "Größe und Länge, a small text of a few words. "
+#: Families and changes of their configs: full attention, windows everywhere, windows in some blocks, learned positions, ALiBi.
+KINDS = [
+    ("llama", {}),
+    ("mistral", {"sliding_window": 7}),
+    ("qwen2", {}),
+    ("gemma2", {}),
+    ("gemma3_text", {}),
+    ("gpt2", {}),
+    ("opt", {}),
+    ("bloom", {}),
+]
+
+
+def documents():
+    return [Document(f"d#{i}", (TEXT * 2)[i : i + length]) for i, length in enumerate((50, 57, 3, 30, 58, 0, 16, 17))]
+
+
+@pytest.mark.parametrize(("family", "changes"), KINDS, ids=[family for family, _ in KINDS])
+def test_streaming_gives_the_losses_of_one_pass(family, changes):
+    model, other = pico.model(family, **changes), pico.model(family, **changes, seed=1)
+    how = {"reference": other, "stride": 64}
+    whole = score_documents(model, pico.tokenizer(), documents(), window=64, **how).to_dict()
+    streamed = score_documents(model, pico.tokenizer(), documents(), window=16, streaming=True, **how).to_dict()
+    assert streamed["streaming"] is True
+    for key in ("tokens", "bytes"):
+        assert streamed[key] == whole[key]
+    for key in ("bits_per_byte", "kl", "agreement"):
+        assert streamed[key] == pytest.approx(whole[key], rel=1e-5)
+    for row, expected in zip(streamed["positions"], whole["positions"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_streaming_forgets_what_no_window_sees():
+    """A text of several times the positions and the window, against one pass; the cache stays as long as the window."""
+    model, tokenizer = pico.model("mistral", sliding_window=7), pico.tokenizer()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT * 6, add_special_tokens=False)["input_ids"]]])
+    assert ids.shape[1] > 4 * model.config.max_position_embeddings
+    streamed = score_documents(model, tokenizer, [Document("d", TEXT * 6)], window=16, stride=16, streaming=True)
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1]).logits.double()
+    nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+    assert sum(row.nll for row in streamed.documents) == pytest.approx(float(nll), rel=1e-5)
+    read = Stream(model)
+    with torch.no_grad():
+        for segment in ids.split(16, 1):
+            read(segment)
+            assert all(layer.keys.shape[-2] <= 7 for layer in next(iter(read._cached.values())).layers)
+
+
+def test_streaming_refuses_models_without_a_cache():
+    with pytest.raises(CompressError, match="ViTForImageClassification has no cache to stream text through"):
+        Stream(pico.model("vit"))
