@@ -104,3 +104,18 @@ def _bits(spec: Spec, dtype: str | None) -> int:
     config = spec.structure.config
     name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
     return next((DTYPE_BITS[k] for k, v in FLOAT_DTYPES.items() if v == name), 32)
+
+
+def reach(spec: Spec) -> int | None:
+    """Most tokens of a text that is read through the cache; None for any number.
+
+    A learned position has a row in a table. Other models read on beyond the positions that they were trained on only where
+    every block forgets what is far away: then no distance is larger than in training.
+    """
+    mapped = model_map(spec)
+    if mapped.positions is not None:
+        return mapped.positions
+    known = spec.structure.config.get("max_position_embeddings")
+    parts = caches(spec)
+    forgets = parts is not None and all(part.tokens is not None for block in parts for part in block)
+    return known if isinstance(known, int) and not forgets else None

@@ -70,6 +70,9 @@ Stride = Annotated[
     int | None,
     typer.Option("--stride", help="Tokens between the starts of two windows. By default the window.", min=1),
 ]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Read documents in segments of --window tokens through the cache.")
+]
 MaxDocuments = Annotated[
     int | None, typer.Option("--max-documents", min=1, help="Evaluate the first documents only, at most this many.")
 ]

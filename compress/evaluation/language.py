@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
+from compress.architectures.cache import reach
 from compress.data.documents import Document
 from compress.data.rendering import beginning, rendered, tokenized
 from compress.errors import CompressError, DataError
@@ -19,6 +20,8 @@ from compress.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.spec.spec import Spec
 
 SCHEMA = "compress.evaluation/1"
 #: With fewer documents, chunks of them are the unit of resampling.
@@ -192,6 +195,21 @@ def _text_score(
         agree=None if counts is None else sum(counts),
         positions={"tokens": tokens, "bytes": size, "nll": nll, "kl": kl if paired else None, "agree": counts},
     )
+
+
+def check_streams(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], spec: Spec) -> None:
+    """Check that a checkpoint can read every document through its cache. Raises `CompressError`."""
+    if (limit := reach(spec)) is None:
+        return
+    encoded, _ = _encoded(tokenizer, [_as_shown(each, tokenizer) for each in documents], tokenizer.bos_token_id)
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]), default=None)
+    if longest is not None and (tokens := len(encoded[longest]) - 1) > limit:
+        raise CompressError(
+            f"has {tokens:,} tokens, the model was trained on {limit:,} positions, and not every block of it forgets what is "
+            "far away",
+            where=documents[longest].id,
+            fix="stream shorter documents, or a model with a window in every block",
+        )
 
 
 def check_model(model: PreTrainedModel, window: int) -> None:

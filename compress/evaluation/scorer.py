@@ -24,7 +24,7 @@ from compress.evaluation.tasks import (
     task_of,
 )
 from compress.progress import Progress
-from compress.spec.spec import Structure
+from compress.spec.spec import Spec, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,6 +121,13 @@ class Scorer:
     documents: Sequence[Document]
     texts: Texts
     progress: Progress
+
+    def check(self, spec: Spec) -> None:
+        """Check that a checkpoint can read the documents, where they are streamed. Raises `CompressError`."""
+        if self.texts.streaming:
+            from compress.evaluation.language import check_streams
+
+            check_streams(self.processor, self.documents, spec)
 
     def __call__(
         self, model: PreTrainedModel, reference: PreTrainedModel | None = None, title: str = "evaluate"

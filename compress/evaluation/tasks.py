@@ -143,6 +143,15 @@ def check_speed(class_name: str | None, config: Mapping[str, Any], wanted: Colle
         raise CompressError(f"latency is measured on one text, and {model} reads two", fix=fix)
 
 
+def check_streaming(class_name: str | None, streaming: bool) -> None:
+    """Raise `DataError` if text is to be streamed through a model that is not a causal language model."""
+    if streaming and (task := task_of(class_name)) is not LANGUAGE:
+        raise DataError(
+            f"`streaming` reads text through a cache, and {class_name or 'this model'} is for {task.name}",
+            fix="leave out `streaming`",
+        )
+
+
 def check_images(class_name: str | None, images: bool) -> None:
     """Raise `DataError` if passes get images for a text model, or text for an image model."""
     if images != ("images" in (task := task_of(class_name)).takes):

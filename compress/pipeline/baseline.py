@@ -27,7 +27,8 @@ class EvaluationSettings:
     Attributes:
         files: of text. images: a folder of images in place of files. separator: line between documents of text files.
         field, template, text, label: columns of files, as in a recipe's ``data.evaluation``.
-        window, stride: tokens; None for a stride of one window. max_documents: None for all.
+        window, stride: tokens; None for a stride of one window. streaming: read documents through the cache.
+        max_documents: None for all.
         metric_settings: metric ▶ its settings as JSON values, where they are not the defaults.
         metrics: None for those of the model's task that need no other checkpoint.
         device, dtype: of computation. quantized_kv_cache: round keys and values where the config says so.
@@ -42,6 +43,7 @@ class EvaluationSettings:
     label: str | None = None
     window: int = 256
     stride: int | None = None
+    streaming: bool = False
     max_documents: int | None = None
     metrics: tuple[str, ...] | None = None
     metric_settings: Mapping[str, Mapping[str, Any]] = a_field(default_factory=dict)
@@ -93,6 +95,7 @@ class EvaluationSettings:
             label=known.get("label"),
             window=known["window"],
             stride=known["stride"],
+            streaming=known.get("streaming", False),
             max_documents=known["max_documents"],
             metric_settings={**known.get("metric_settings", {}), **self.metric_settings},
             dtype=known["dtype"],
@@ -112,6 +115,7 @@ class _Settings(Part):
     label: str | None = None
     window: int = Field(ge=2, le=2**31)
     stride: int | None = Field(ge=1, le=2**31)
+    streaming: bool = False
     max_documents: int | None = Field(ge=1, le=2**53)
     metric_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     dtype: Literal["float32", "bfloat16", "float16"]

@@ -24,7 +24,7 @@ from compress.recipe.data import CalibrationSection, TrainingData
 if TYPE_CHECKING:
     from compress.data.batches import Batches
     from compress.recipe import Recipe
-    from compress.spec.spec import Structure
+    from compress.spec.spec import Spec, Structure
 
 
 def read_section(
@@ -156,8 +156,11 @@ class DataSets:
         drawn: Batches = self._batches[name]
         return drawn
 
-    def check_shown(self) -> None:
-        """Check that the tokenizer can render the evaluation data: chats in its template, masks. Raises `DataError`."""
+    def check_shown(self, spec: Spec) -> None:
+        """Check that the tokenizer can render the evaluation data (chats, masks), and that the model can stream it.
+
+        Raises `CompressError`.
+        """
         if (section := self.recipe.data.evaluation) is None:
             return
         processor = self.processor()
@@ -165,9 +168,14 @@ class DataSets:
             from compress.evaluation.masked import check_tokenizer
 
             check_tokenizer(processor)
-        for document in self.documents("evaluation")[: section.max_documents]:
+        documents = self.documents("evaluation")[: section.max_documents]
+        for document in documents:
             if document.messages is not None:
                 rendered(document, processor)
+        if section.streaming:
+            from compress.evaluation.language import check_streams
+
+            check_streams(processor, documents, spec)
 
     def check_ids(self, name: str) -> None:
         """Check the token ids of a set, if its files hold any. Raises `DataError`."""

@@ -15,7 +15,15 @@ from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation import positions
 from compress.evaluation.metrics.base import Resampling
 from compress.evaluation.scorer import Scorer, load_processor, read
-from compress.evaluation.tasks import PAIRED, SPEED_METRICS, TEXT_METRICS, check_metrics, check_speed, task_of
+from compress.evaluation.tasks import (
+    PAIRED,
+    SPEED_METRICS,
+    TEXT_METRICS,
+    check_metrics,
+    check_speed,
+    check_streaming,
+    task_of,
+)
 from compress.pipeline.baseline import SCHEMA, EvaluationSettings, read_baseline
 from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import check_dtype, machine, resolve_device
@@ -114,6 +122,9 @@ def _completed(settings: EvaluationSettings, candidate: Stored) -> EvaluationSet
     check_dtype(settings.dtype)
     if settings.stride is not None and settings.stride > settings.window:
         raise DataError(f"a stride of {settings.stride} would skip text, as the window is {settings.window} tokens")
+    if settings.streaming and settings.stride not in (None, settings.window):
+        raise DataError("segments that are streamed do not overlap", fix="leave out the stride")
+    check_streaming(structure.class_name, settings.streaming)
     return replace(
         settings, metrics=metrics, device=resolve_device(settings.device), stride=settings.stride or settings.window
     )
@@ -180,6 +191,10 @@ def _evaluate_data(
     structure = candidate.spec.structure
     documents = read(settings, settings.separator, structure)[: settings.max_documents]
     assert candidate.folder is not None
+    processor = load_processor(structure, candidate.folder, trust_remote_code=candidate.trust_remote_code)
+    score = Scorer(structure, candidate.folder, processor, documents, settings, progress)
+    for each in filter(None, (candidate, reference)):
+        score.check(each.spec)
     loading: dict[str, Any] = {
         "dtype": settings.dtype,
         "device": settings.device,
@@ -187,8 +202,6 @@ def _evaluate_data(
     }
     model = load_checkpoint(candidate, **loading)
     beside = None if reference is None else load_checkpoint(reference, **loading)
-    processor = load_processor(structure, candidate.folder, trust_remote_code=candidate.trust_remote_code)
-    score = Scorer(structure, candidate.folder, processor, documents, settings, progress)
     document["evaluation"] = _noted(score(model, beside), candidate, settings)
     if other is not None and other["evaluation"] is None and beside is not None:
         assert reference is not None
@@ -289,6 +302,7 @@ def _settings_for(gates: Mapping[str, Any], recipe: Recipe | None) -> Evaluation
         label=section.label,
         window=section.window,
         stride=section.stride,
+        streaming=section.streaming,
         max_documents=section.max_documents,
         metrics=metrics,
         device=recipe.device,

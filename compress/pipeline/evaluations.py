@@ -99,9 +99,11 @@ class Evaluations:
             score, beside = scorer(), reference()
             start = time.perf_counter()
             if number == 0:
+                score.check(original.spec)
                 stored, evaluation = original, score(beside, None, "evaluate the original")
             else:
                 stored = open_checkpoint(rows[number - 1]["folder"], trust_remote_code=self.recipe.trust_remote_code)
+                score.check(stored.spec)
                 title = f"evaluate stage {number} of {len(rows)}"
                 evaluation = score(load_checkpoint(stored, **loading), beside, title)
             evaluation["emulated"] = emulated(stored.spec, kv_cache=rounded)

@@ -18,7 +18,7 @@ from compress.data.rendering import no_template
 from compress.data.row_templates import template_columns
 from compress.data.token_ids import check_shape, ids_in
 from compress.errors import CompressError, DataError, PassError, ResourceError
-from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, task_of
+from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, check_streaming, task_of
 from compress.files import expanded, place
 from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
@@ -68,16 +68,14 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
 
 
 def check_window(recipe: Recipe, spec: Spec) -> None:
-    """Check that a causal language model can read windows of the evaluation's length. Raises `CompressError`."""
+    """Check that the model can read windows of the evaluation's length, and streams. Raises `CompressError`."""
     evaluation, known = recipe.data.evaluation, spec.structure.config.get("max_position_embeddings")
-    if (
-        evaluation is None
-        or not TEXT_METRICS & set(recipe.metrics)
-        or task_of(spec.structure.class_name) is not LANGUAGE
-    ):
+    if evaluation is None or not TEXT_METRICS & set(recipe.metrics):
         return
+    task = task_of(spec.structure.class_name)
+    check_streaming(spec.structure.class_name, evaluation.streaming)
     limit = model_map(spec).positions or (known if isinstance(known, int) else None)
-    if limit is not None and evaluation.window > limit:
+    if task is LANGUAGE and limit is not None and evaluation.window > limit:
         raise CompressError(
             f"a window of {evaluation.window} tokens is beyond the model's {limit} positions",
             where="data.evaluation",

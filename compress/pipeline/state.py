@@ -106,7 +106,7 @@ class Run:
         for name in needed_data(planned):
             self.data.batches(name)
         if planned and TEXT_METRICS & set(self.recipe.metrics):
-            self.data.check_shown()
+            self.data.check_shown(self.original.spec)
 
     # ---- fingerprints ----
 

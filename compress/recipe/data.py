@@ -192,9 +192,9 @@ class EvaluationSection(TextFiles):
     )
     streaming: bool = Field(
         default=False,
-        description="Read each document in segments of `window` tokens through the cache, so that every token sees all that the "
-        "model remembers of the document before it. For causal language models. A document may be longer than the positions "
-        "that the model was trained on only where every block forgets what is far away.",
+        description="Read each document in segments of `window` tokens through the cache, so that every token sees all that "
+        "the model remembers of the document before it. For causal language models. A document may be longer than the "
+        "positions that the model was trained on only where every block forgets what is far away.",
     )
     max_documents: int | None = Field(
         default=None,
@@ -228,7 +228,9 @@ class EvaluationSection(TextFiles):
         if self.label in self.columns:
             raise ValueError(f"`text` and `label` both name the column `{self.label}`")
         fields = type(self).model_fields
-        if odd := next((n for n in ("field", "window", "stride", "streaming") if getattr(self, n) != fields[n].default), None):
+        if odd := next(
+            (n for n in ("field", "window", "stride", "streaming") if getattr(self, n) != fields[n].default), None
+        ):
             hint = "name the column with `text`" if odd == "field" else "each text is read whole"
             raise ValueError(f"`{odd}` is not for labelled texts: {hint}")
         if wrong := next((file for file in self.files if kind(file) not in FIELD_KINDS), None):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+import compress
+from compress.cli import main
 from compress.data.documents import Document
 from compress.errors import CompressError
 from compress.evaluation.language import score_documents
 from compress.evaluation.scoring import Stream
+from compress.report import figures
 from tests import pico
 
 TEXT = "Größe und Länge, a small text of a few words. "
@@ -64,3 +69,71 @@ def test_streaming_forgets_what_no_window_sees():
 def test_streaming_refuses_models_without_a_cache():
     with pytest.raises(CompressError, match="ViTForImageClassification has no cache to stream text through"):
         Stream(pico.model("vit"))
+
+
+def recipe(model, tmp_path, **evaluation):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 6, encoding="utf-8")
+    return {
+        "model": str(model),
+        "output": str(tmp_path / "out"),
+        "data": {"evaluation": {"files": [str(text)], "window": 16, "streaming": True, **evaluation}},
+        "passes": [{"cast": {"weights": "bf16"}}],
+    }
+
+
+def test_a_run_streams_past_the_positions_where_every_block_forgets(tmp_path):
+    result = compress.run(recipe(pico.folder("mistral", sliding_window=7), tmp_path))
+    evaluation = result.report["result"]["evaluation"]
+    assert evaluation["positions"][-1]["from"] == 256
+    assert "read through the cache in segments of 16 tokens" in figures.quality_note(result.report)
+    model, tokenizer = compress.load(result.checkpoint).float(), pico.tokenizer()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT * 6, add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        nll = torch.nn.functional.cross_entropy(
+            model(input_ids=ids[:, :-1]).logits[0].float(), ids[0, 1:], reduction="sum"
+        )
+    assert sum(row["nll"] for row in evaluation["documents"]) == pytest.approx(float(nll), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "evaluation", "message"),
+    [
+        (
+            "llama",
+            {},
+            r"text.txt#0: has 29\d tokens, the model was trained on 64 positions, and not every block of it forgets",
+        ),
+        ("gpt2", {}, "trained on 64 positions"),
+        ("bert", {}, "`streaming` reads text through a cache, and BertForMaskedLM is for masked language modelling"),
+        ("llama", {"stride": 8}, "`stride` does not go with `streaming`"),
+        ("llama", {"window": 65}, "a window of 65 tokens is beyond the model's 64 positions"),
+    ],
+)
+def test_streams_that_cannot_be_read_are_refused_before_the_work(family, evaluation, message, tmp_path):
+    with pytest.raises(CompressError, match=message):
+        compress.run(recipe(pico.folder(family), tmp_path, **evaluation))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_eval_streams_and_a_stored_baseline_is_streamed_too(tmp_path, capsys, monkeypatch):
+    model, text = str(pico.folder("mistral", sliding_window=7)), tmp_path / "text.txt"
+    text.write_text(TEXT * 6, encoding="utf-8")
+
+    def evaluated(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out, captured.err.replace("\n", " ")
+
+    how = ("--data", text, "--window", 16, "--streaming")
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(evaluated(model, *how, "--json")[1], encoding="utf-8")
+    status, printed, _ = evaluated(model, "--baseline", baseline)
+    assert status in (0, None)
+    assert "segments of 16 tokens" in printed
+    assert "256 to 511" in printed
+    status, _, refusal = evaluated(pico.folder("llama"), *how)
+    assert status == 2
+    assert "stream shorter documents, or a model with a window in every block" in refusal
