@@ -125,12 +125,12 @@ def test_eval_streams_and_a_stored_baseline_is_streamed_too(tmp_path, capsys, mo
         with pytest.raises(SystemExit) as stopped:
             main()
         captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err.replace("\n", " ")
+        return stopped.value.code, captured.out, " ".join((captured.out + captured.err).split())
 
     how = ("--data", text, "--window", 16, "--streaming")
     baseline = tmp_path / "baseline.json"
     baseline.write_text(evaluated(model, *how, "--json")[1], encoding="utf-8")
-    status, printed, _ = evaluated(model, "--baseline", baseline)
+    status, _, printed = evaluated(model, "--baseline", baseline)
     assert status in (0, None)
     assert "segments of 16 tokens" in printed
     assert "256 to 511" in printed
