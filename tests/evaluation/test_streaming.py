@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import compress
+from compress.architectures.cache import reach
+from compress.checkpoint.open import open_headers
 from compress.cli import main
 from compress.data.documents import Document
 from compress.errors import CompressError
@@ -137,3 +139,18 @@ def test_eval_streams_and_a_stored_baseline_is_streamed_too(tmp_path, capsys, mo
     status, _, refusal = evaluated(pico.folder("llama"), *how)
     assert status == 2
     assert "stream shorter documents, or a model with a window in every block" in refusal
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "tokens"),
+    [
+        ("llama", {}, 64),
+        ("gpt2", {}, 64),
+        ("gemma2", {}, 64),  # a window in every second block
+        ("bloom", {}, None),  # ALiBi, without a limit in its config
+        ("mistral", {"sliding_window": 7}, None),
+        ("mistral", {"sliding_window": None}, 64),
+    ],
+)
+def test_reach_is_unlimited_where_every_block_forgets(family, changes, tokens):
+    assert reach(open_headers(pico.folder(family, **changes))[0]) == tokens

@@ -61,8 +61,10 @@ def _print_positions(console: Any, result: Mapping[str, Any]) -> None:
 
     if rows := figures.position_rows(result):
         head = figures.position_head(result)
-        columns: list[Column] = [(head[0], "whole"), *((name, "right") for name in head[1:])]
-        print_table(console, "loss by position", columns, rows)
+        # a narrow terminal has no room for all of a comparison
+        shown = [i for i, name in enumerate(head) if console.width >= 100 or name not in ("tokens", "nats per token")]
+        columns: list[Column] = [(head[0], "whole"), *((head[i], "right") for i in shown[1:])]
+        print_table(console, "loss by position", columns, [[row[i] for i in shown] for row in rows])
 
 
 def print_gates(gates: Sequence[Mapping[str, Any]], status: str, console: Any = None) -> None:
