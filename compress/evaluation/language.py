@@ -14,7 +14,7 @@ from compress.errors import CompressError, DataError
 from compress.evaluation import positions
 from compress.evaluation.examples import check_tokens
 from compress.evaluation.metrics import values
-from compress.evaluation.windows import Window, batches, bins_of, cut, segments
+from compress.evaluation.windows import TokenWindow, batches, bins_of, cut, segments
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def score_documents(
 
 def _by_unit(
     documents: Sequence[Document],
-    windows: Sequence[Window],
+    windows: Sequence[TokenWindow],
     edges: Sequence[Sequence[int]],
     sums: torch.Tensor,
     *,
@@ -174,7 +174,7 @@ def _by_unit(
 
 
 def _text_score(
-    name: str, windows: Sequence[Window], edges: Sequence[int], sums: torch.Tensor, *, paired: bool
+    name: str, windows: Sequence[TokenWindow], edges: Sequence[int], sums: torch.Tensor, *, paired: bool
 ) -> TextScore:
     """Score of the windows of one row. ``sums``: NLL, KL and agreement by bin of positions, [bins, 3]."""
     tokens, size = [0] * len(sums), [0] * len(sums)

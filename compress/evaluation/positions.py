@@ -54,7 +54,7 @@ def by_position(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Metrics of each bin over all rows, the first position of each as ``from`` and its last as ``to``."""
     if any(row.get("positions") is None for row in rows):
         return []
-    found = []
+    bins = []
     for number in range(max(len(row["positions"]["tokens"]) for row in rows)):
         part = _rows(rows, number, number + 1)
         if not part:
@@ -64,8 +64,8 @@ def by_position(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         counts = {key: sum(row[key] for row in part) for key in ("tokens", "bytes")}
         entry: dict[str, Any] = {"from": first, "to": last, **counts, "nats_per_token": nats / counts["tokens"]}
         entry |= {metric.name: metric.value({"unit": "document", "documents": part}) for metric in of_tokens()}
-        found.append(entry)
-    return found
+        bins.append(entry)
+    return bins
 
 
 def _rows(rows: Sequence[dict[str, Any]], start: int, stop: int | None = None) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def paired(before: Scored | None, after: Scored | None, resampling: Resampling) 
         or not same_tokens(before, after)
     ):
         return None
-    metric, found = table()["bits_per_byte"], []
+    metric, bins = table()["bits_per_byte"], []
     for x, y in zip(before["positions"], after["positions"], strict=True):
         number = bin_of(x["from"])
         first, last = ({**each, "documents": _rows(each["documents"], number, number + 1)} for each in (before, after))
@@ -121,5 +121,5 @@ def paired(before: Scored | None, after: Scored | None, resampling: Resampling) 
         row = {key: x[key] for key in ("from", "to", "tokens")}
         row |= {key: [x[key], y[key]] for key in ("bits_per_byte", "nats_per_token")}
         bounds = {"increase": interval.value, "lower": interval.lower, "upper": interval.upper}
-        found.append({**row, "kl": y["kl"], **bounds})
-    return found
+        bins.append({**row, "kl": y["kl"], **bounds})
+    return bins

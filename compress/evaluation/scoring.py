@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax
 
 from compress.errors import CompressError
 from compress.evaluation import positions
-from compress.evaluation.windows import Window
+from compress.evaluation.windows import TokenWindow
 from compress.models.classes import arguments_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _CACHES = frozenset({"cache", "past_key_values"})
 
 
 def score_windows(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[Window], pad: int, bins: int
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[TokenWindow], pad: int, bins: int
 ) -> torch.Tensor:
     """Sums of NLL, KL and agreement over the scored targets by bin of positions, float64 [windows, bins, 3].
 
@@ -38,7 +38,7 @@ def score_windows(
 
 
 def score_streams(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[Window], pad: int, bins: int
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: Sequence[TokenWindow], pad: int, bins: int
 ) -> torch.Tensor:
     """As `score_windows`, of documents that are read segment by segment through the cache.
 
@@ -85,7 +85,7 @@ class Stream:
         return CompressError(f"{name} has no cache to stream text through", fix="leave out `streaming`")
 
 
-def _padded(windows: Sequence[Window], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(windows: Sequence[TokenWindow], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [windows, tokens + 1], padded on the right, and which targets are scored, bool [windows, tokens]."""
     longest = max(w.reads for w in windows)
     ids = torch.full((len(windows), longest + 1), pad)

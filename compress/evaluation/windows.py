@@ -10,7 +10,7 @@ from compress.evaluation.positions import bin_of
 
 
 @dataclass(frozen=True)
-class Window:
+class TokenWindow:
     """Tokens of one forward pass; the targets from ``first`` on are scored here.
 
     Attributes:
@@ -32,30 +32,30 @@ class Window:
         return len(self.ids) - 1
 
 
-def cut(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[Window]:
+def cut(document: int, ids: list[int], window: int, stride: int, begin: int | None) -> Iterator[TokenWindow]:
     """Windows of a document. ``begin`` is put before all but the first, which begins with it already."""
     scored, start = 1, 0  # the first token is never a target
     while start < len(ids) - 1:
         lead = [begin] if begin is not None and start else []
         end = min(start + window - len(lead), len(ids) - 1)
         if end >= scored:
-            yield Window(document, lead + ids[start : end + 1], scored - 1 - start + len(lead), scored)
+            yield TokenWindow(document, lead + ids[start : end + 1], scored - 1 - start + len(lead), scored)
             scored = end + 1
         start = min(start + stride, end)  # no further than the last target, which the next window reads first
 
 
-def segments(document: int, ids: list[int], length: int) -> Iterator[Window]:
+def segments(document: int, ids: list[int], length: int) -> Iterator[TokenWindow]:
     """Segments of a document, each read with the cache of those before it. Every target is scored where it is predicted."""
     for start in range(0, len(ids) - 1, length):
-        yield Window(document, ids[start : start + length + 1], 0, start + 1, start)
+        yield TokenWindow(document, ids[start : start + length + 1], 0, start + 1, start)
 
 
-def bins_of(windows: Sequence[Window]) -> int:
+def bins_of(windows: Sequence[TokenWindow]) -> int:
     """Number of bins of positions that the windows reach."""
     return bin_of(max(window.begins + window.reads for window in windows) - 1) + 1
 
 
-def batches(windows: Sequence[Window], most: int, *, streaming: bool) -> Iterator[list[int]]:
+def batches(windows: Sequence[TokenWindow], most: int, *, streaming: bool) -> Iterator[list[int]]:
     """Numbers of the windows that are scored together.
 
     Of streams, these are all segments of up to ``most`` documents that have equally many, so that none waits for others.
