@@ -46,6 +46,8 @@ class Attention:
         table: module of a list's first block whose weight [distances, heads] is added to the scores of every block of the list.
             All blocks then lose the same heads.
         ordered: whether the computation of a head depends on its number (ALiBi).
+        logits: a parameter with one entry per query head, such as a sink of the softmax; None without one.
+        norms: weights of norms that span the queries, and the keys, of all heads; None without them. No head can be removed.
     """
 
     query: str
@@ -58,6 +60,8 @@ class Attention:
     rotary: bool = False
     table: str | None = None
     ordered: bool = False
+    logits: str | None = None
+    norms: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class PrunableGroup:
         members: all places where the units lie. The last place is the inputs of the module ``name``.
         groups: number of equal runs of units, each of which must lose the same number of units; 1 for no such rule.
         size_key, multiple: for neurons, as in `Mlp`.
+        alongside: further places, whose ``module`` is the full name of a parameter with one axis.
     """
 
     kind: Literal["mlp", "heads", "groups"]
@@ -139,6 +144,7 @@ class PrunableGroup:
     groups: int = 1
     size_key: str | None = None
     multiple: int = 1
+    alongside: tuple[Slice, ...] = ()
 
     @property
     def width(self) -> int:
@@ -158,7 +164,14 @@ def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: 
     output = Slice(path + attention.output, "in", head_dim)
     query = Slice(path + attention.query, "out", head_dim)
     assert attention.layout != "interleaved" or queries == groups
-    return PrunableGroup("heads", output.module, queries, (query, output), groups)
+    return PrunableGroup(
+        "heads",
+        output.module,
+        queries,
+        (query, output),
+        groups,
+        alongside=_alongside(attention, path, 1, head_dim, None),
+    )
 
 
 def head_groups(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:
@@ -176,7 +189,19 @@ def head_groups(attention: Attention, path: str, queries: int, groups: int, head
             Slice(key, "out", head_dim, after[0]),
             Slice(value, "out", head_dim, after[1]),
         )
-    return PrunableGroup("groups", output.module, groups, (*members, output))
+    alongside = _alongside(attention, path, queries // groups, wide, head_dim)
+    return PrunableGroup("groups", output.module, groups, (*members, output), alongside=alongside)
+
+
+def _alongside(
+    attention: Attention, path: str, heads: int, query_width: int, key_width: int | None
+) -> tuple[Slice, ...]:
+    """Parameters of one axis with entries for each unit: logits of its query heads, and weights of norms."""
+    places = [] if attention.logits is None else [Slice(path + attention.logits, "out", heads)]
+    if attention.norms is not None:
+        widths = (query_width, key_width)
+        places += [Slice(path + n, "out", w) for n, w in zip(attention.norms, widths, strict=True) if w is not None]
+    return tuple(places)
 
 
 def split_fused(outputs: Any, layout: FusedLayout, queries: int, groups: int, head_dim: int) -> tuple[Any, Any, Any]:

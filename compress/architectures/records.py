@@ -144,7 +144,7 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "granite_swa",
-        **_LLAMA_LIKE,
+        **{**_LLAMA_LIKE, "attention": replace(_QKVO, logits="self_attn.sinks")},
         window=lambda config: config.get("sliding_window", 128),
         per_layer=("layer_types", "layer_rope_theta"),
         per_layer_defaults={"layer_types": lambda config: _full_from(config, 4)},
@@ -167,7 +167,11 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "olmo3",
-        **{**_LLAMA_LIKE, "attention": _NORMED, "hidden": None},  # norms of queries and keys span all heads
+        **{
+            **_LLAMA_LIKE,
+            "attention": replace(_NORMED, norms=("self_attn.q_norm.weight", "self_attn.k_norm.weight")),
+            "hidden": Hidden(("post_attention_layernorm", "post_feedforward_layernorm"), epsilon=1e-5),
+        },
         window=_window,
         per_layer=("layer_types",),
         per_layer_defaults={"layer_types": lambda config: _full_every(config, 4)},

@@ -82,6 +82,7 @@ def merges(spec: Spec, left: int) -> dict[int, KVHeadMerge]:
             key="keep_kv_heads",
             fix="remove `mlp` or `layers` instead",
         )
+    _require_apart(record, "keep_kv_heads")
     rotary = record.rotary_entries(mapped.config)
     return {
         index: KVHeadMerge(one.count, left, rotary, *one.members)
@@ -97,6 +98,9 @@ def kept_entries(spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[i
             lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
             for place in _places(spec, member):
                 removed.setdefault(place, set()).update(lost)
+        for member in units.alongside:
+            lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
+            removed.setdefault((member.module, 0), set()).update(lost)
     result: dict[str, dict[int, list[int]]] = {}
     for (name, axis), lost in removed.items():
         if lost:
@@ -151,6 +155,8 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
             key="heads",
             fix="remove `mlp` or `layers` instead",
         )
+    if queries != int(record.value(config, record.heads_key)):
+        _require_apart(record, "heads")
     hidden, head_dim = int(record.value(config, record.hidden_key)), record.head_dim(config)
     result = _set(record, config, record.heads_key, queries)
     if record.head_dim_key:
@@ -160,6 +166,16 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
     if attention.even and hidden % queries:
         result = _as_relative(record, result, hidden, queries)
     return result
+
+
+def _require_apart(record: Architecture, key: str) -> None:
+    """Raise `PassError` where a norm spans the queries or keys of all heads."""
+    if record.attention is not None and record.attention.norms is not None:
+        raise PassError(
+            f"{record.model_type} normalises the queries and keys of all heads together, so none can go",
+            key=key,
+            fix="remove `mlp` or `layers` instead",
+        )
 
 
 def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class Solver:
         module = name.rpartition(".")[0]
         entries: torch.Tensor | None = None
         for units, order in zip(self.units[block], orders, strict=True):
-            for member in units.members:
-                if member.module == module and member.side == side and list(order) != list(range(units.count)):
+            for member in (*units.members, *units.alongside):
+                if member.module in (module, name) and member.side == side and list(order) != list(range(units.count)):
                     if entries is None:
                         shape = self.checkpoint.spec.tensors[name].shape
                         axis = 0 if len(shape) == 1 else (1 if side == "in" else 0) ^ self.transposed

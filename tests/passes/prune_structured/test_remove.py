@@ -7,6 +7,7 @@ is seen by comparing values, and the others are set to zero in the original.
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -252,8 +253,21 @@ def test_remove_heads_turns_llama_of_three_heads_into_mistral(tmp_path):
     assert before == after
 
 
-@pytest.mark.parametrize("family", RMS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("groups", [2, 4])
+def test_remove_heads_takes_their_logits_along(groups, tmp_path):
+    """GraniteSWA has a logit per head; of 4 heads one in each of 2 groups goes, or 2 groups of one."""
+    original = open_checkpoint(pico.folder("granite_swa", head_dim=8, num_key_value_heads=groups))
+    pruned = check(original, HEADS_OUT, tmp_path, heads=2)
+    assert pruned.spec.tensors["model.layers.0.self_attn.sinks"].shape == (2,)
+
+
+@pytest.mark.parametrize("settings", [{"heads": 2}, {"keep_kv_heads": 1}])
+def test_remove_heads_refuses_norms_over_all_heads(settings):
+    with pytest.raises(PassError, match="normalises the queries and keys of all heads together"):
+        plan(open_checkpoint(pico.folder("olmo3")), "prune_structured", **settings, **DATA_FREE)
+
+
+@pytest.mark.parametrize(("family", "tied"), [*product(RMS, (False, True)), ("granite_swa", True)])
 def test_remove_hidden_channels_matches_reference(family, tied, tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", family, with_tokenizer=False, tie_word_embeddings=tied))
     pruned = write(apply(original, "prune_structured", hidden=8, **DATA_FREE), tmp_path / "out")

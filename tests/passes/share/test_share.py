@@ -93,6 +93,18 @@ def test_share_of_equal_blocks_is_exact(family, parts, folders, tmp_path):
     assert worse > 10 * (pico.logits(small) - pico.logits(model)).abs().max()
 
 
+@pytest.mark.parametrize("family", ["granite_swa", "olmo3"])
+def test_share_puts_logits_and_norms_of_heads_in_order(family, tmp_path):
+    """Blocks keep logits and norms of their own, in the order of the shared heads."""
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    model = twins(family, pico.folder(family, layer_types=kinds))
+    model.save_pretrained(tmp_path / "in")
+    pico.tokenizer().save_pretrained(tmp_path / "in")
+    share(tmp_path / "in", tmp_path / "out", groups=2)
+    small = load_model(tmp_path / "out")
+    assert torch.allclose(pico.logits(small), pico.logits(model), rtol=1e-3, atol=1e-3)
+
+
 def error(folder, original):
     return divergence(original, folder, IDS)
 
