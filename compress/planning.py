@@ -212,6 +212,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)
                     check_positions(section.length, model_map(current).positions, name=name)
+                    if section.length is not None:
+                        instance.check_samples(entry.settings, name, section.length)
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"
             raise

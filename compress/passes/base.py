@@ -121,6 +121,9 @@ class Pass(Generic[S]):
         """Names of the data sets that these settings need; by default all of ``needs``."""
         return self.needs
 
+    def check_samples(self, settings: S, name: str, length: int) -> None:
+        """Check the number of tokens per sample of a data set that the pass reads. Raises `DataError`."""
+
     def mode_for(self, settings: S) -> Mode:
         """Mode with these settings; by default ``mode``."""
         return self.mode

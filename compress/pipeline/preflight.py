@@ -125,7 +125,7 @@ def check_sets(recipe: Recipe) -> None:
 
 
 def check_ids(recipe: Recipe, positions: int | None) -> None:
-    """Check by file headers that token ids are as many as asked for and fit the ``positions``. Raises `DataError`."""
+    """Check by file headers that token ids are as many as asked for and fit the ``positions`` and the passes. Raises `DataError`."""
     for name in _SETS[:2]:
         section = getattr(recipe.data, name)
         if section is None or not section.files or not holds_ids(file := section.files[0]):
@@ -134,6 +134,9 @@ def check_ids(recipe: Recipe, positions: int | None) -> None:
         check_shape(shape, file)
         _, length = used_shape(shape, getattr(section, "samples", None), section.length, file)
         check_positions(length, positions, file, name)
+        for entry in recipe.passes:
+            if name in passes.get(entry.name).required_data(entry.settings):
+                passes.get(entry.name).check_samples(entry.settings, name, length)
 
 
 def check_tokenizer(recipe: Recipe, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.architectures.conversions.windows import current_windows
 from compress.architectures.model_map import model_map
-from compress.errors import PassError
+from compress.errors import DataError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.local_attention.choose import choose, evenly
 from compress.passes.local_attention.settings import LocalAttentionSettings
@@ -42,6 +42,15 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         """Calibration data where they decide which blocks are full, or the logits of sinks."""
         return self.needs if settings.calibrated else frozenset()
 
+    def check_samples(self, settings: LocalAttentionSettings, name: str, length: int) -> None:
+        """Refuse samples that a window covers: nothing would differ on them, and the choice would be noise."""
+        if length <= max(settings.window):
+            raise DataError(
+                f"samples of {length} tokens fit into a window of {max(settings.window)}, so nothing would differ on them",
+                where=f"data.{name}",
+                fix=f"set data.{name}.length to {4 * max(settings.window)}, or at least {max(settings.window) + 1}",
+            )
+
     def mode_for(self, settings: LocalAttentionSettings) -> Mode:
         """``stream`` without calibration data, else ``blockwise``."""
         return "blockwise" if settings.calibrated else "stream"
@@ -58,6 +67,8 @@ class LocalAttention(Pass[LocalAttentionSettings]):
     def apply(self, checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> Checkpoint:
         """Choose the windows here; the result reads the weights as they are."""
         _check(checkpoint.spec, settings)
+        for name in self.required_data(settings):
+            self.check_samples(settings, name, context.data(name).ids.shape[1])
         return with_windows(checkpoint, settings, choose(checkpoint, settings, context))
 
 
