@@ -78,6 +78,7 @@ class Architecture:
         input_axis: axis of a weight matrix that its inputs run along: -1 for ``Linear``, 0 for ``Conv1D``.
         scaled_cache: attention module of a block in which servers look for static scales of cached keys and values; None where
             they look for none.
+        eager: whether transformers has no SDPA for it, so that on CPU its attention holds all scores at once.
         causal: whether the model decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` in a config without it.
         mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
@@ -126,6 +127,7 @@ class Architecture:
     active_experts_key: str | None = None
     input_axis: int = -1
     scaled_cache: str | None = None
+    eager: bool = False
     causal: bool = True
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()

@@ -144,6 +144,7 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "granite_swa",
+        eager=True,
         **{**_LLAMA_LIKE, "attention": replace(_QKVO, logits="self_attn.sinks")},
         window=lambda config: config.get("sliding_window", 128),
         per_layer=("layer_types", "layer_rope_theta"),

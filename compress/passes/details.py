@@ -48,6 +48,18 @@ class SharingDetails(TypedDict):
     tensors: NotRequired[list[Any]]
 
 
+class WindowDetails(TypedDict):
+    """What one block sees. ``window``: tokens; None for everything.
+
+    ``loss``: loss expected of a window there, in nats per token; ``share``: its share of the sum over all blocks.
+    """
+
+    block: int
+    window: int | None
+    loss: NotRequired[float]
+    share: NotRequired[float]
+
+
 class TrainingDetails(TypedDict):
     """A training. ``of``: unit of ``tokens``. ``held_out``, ``losses``: rows with ``step`` and ``loss``."""
 
@@ -81,6 +93,7 @@ class PassDetails(_CachedDetails, total=False):
         shapes: shapes tried for a target. widths: widths that a loss chose per block. sharing: shared blocks.
         training: the training of a student. allocation: sparsities or ranks by layer.
         removed_blocks, loss_without_block, block_influence: depth. hidden_channels: channels that are kept.
+        windows: a row per block of a model with local attention.
         expert_saliency, kept_experts: by block. kv_cache: static scales of a cache.
     """
 
@@ -99,8 +112,9 @@ class PassDetails(_CachedDetails, total=False):
     expert_saliency: dict[str, list[float]]
     kept_experts: dict[str, list[int]]
     hidden_channels: int
+    windows: list[WindowDetails]
     kv_cache: Any
 
 
 #: Keys that reports show in a section of their own; others are listed on one line.
-SECTIONS = frozenset({"blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths"})
+SECTIONS = frozenset({"blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths", "windows"})

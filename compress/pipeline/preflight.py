@@ -125,7 +125,7 @@ def check_sets(recipe: Recipe) -> None:
 
 
 def check_ids(recipe: Recipe, positions: int | None) -> None:
-    """Check by file headers that token ids are as many as asked for and fit the ``positions`` and the passes. Raises `DataError`."""
+    """Check by file headers that token ids are as many as asked for, and fit ``positions`` and passes. Raises `DataError`."""
     for name in _SETS[:2]:
         section = getattr(recipe.data, name)
         if section is None or not section.files or not holds_ids(file := section.files[0]):

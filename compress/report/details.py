@@ -24,7 +24,8 @@ def render_details(row: Mapping[str, Any], picture: str) -> list[str]:
         lines += [in_one_line(f"- `{name}`: {_details(others)}"), ""]
     if "training" in details:
         lines += [*_training(details["training"], name, picture), ""]
-    return lines + _formats(name, details) + _shapes(name, details) + _sharing(name, details) + _rest(name, details)
+    lines += _formats(name, details) + _shapes(name, details) + _sharing(name, details)
+    return lines + _windows(name, details) + _rest(name, details)
 
 
 def _formats(name: str, details: PassDetails) -> list[str]:
@@ -69,6 +70,14 @@ def _sharing(name: str, details: PassDetails) -> list[str]:
         lines += [f"`{name}`, arrangements of shared blocks. {text}", ""]
         lines += [*table(("arrangement", "blocks", "divergence", ""), rows, right=(2,)), ""]
     return lines
+
+
+def _windows(name: str, details: PassDetails) -> list[str]:
+    if not (rows := figures.window_rows(details)):
+        return []
+    text = "Loss: nats per token expected of a window there, to second order, and its share of the sum over all blocks."
+    head = ("block", "window", "loss", "share")
+    return [f"`{name}`, windows by block. {text}", "", *table(head, rows, right=(0, 1, 2, 3)), ""]
 
 
 def _rest(name: str, details: PassDetails) -> list[str]:

@@ -234,6 +234,19 @@ def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
     ]
 
 
+def window_rows(details: PassDetails) -> list[tuple[str, ...]]:
+    """A row per block: its number, its window, the loss expected of a window there, and that loss's share of the sum."""
+    return [
+        (
+            str(row["block"]),
+            "full" if row["window"] is None else f"{row['window']:,}",
+            f"{row['loss']:.5f}" if "loss" in row else "–",
+            f"{row['share']:.1%}" if "share" in row else "–",
+        )
+        for row in details.get("windows", ())
+    ]
+
+
 def sharing_rows(details: PassDetails) -> list[tuple[str, ...]]:
     """A row per arrangement of shared blocks that was tried, with its divergence; empty without a choice."""
     if (sharing := details.get("sharing")) is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compress.architectures.conversions.windows import current_windows, unlike_positions
 from compress.errors import PassError
 from compress.passes.base import Context
+from compress.passes.details import WindowDetails
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.spec.spec import Spec
 
@@ -36,6 +37,15 @@ class Windows:
     def full(self) -> tuple[int, ...]:
         """Numbers of the blocks that see everything."""
         return tuple(i for i, window in enumerate(self.windows) if window is None)
+
+    def rows(self) -> list[WindowDetails]:
+        """A row per block for the report."""
+        rows: list[WindowDetails] = [{"block": i, "window": window} for i, window in enumerate(self.windows)]
+        total = sum(self.losses)
+        for row, loss in zip(rows, self.losses, strict=False):
+            row["loss"] = loss
+            row["share"] = loss / total if total > 0 else 0.0
+        return rows
 
 
 def held(window: int | None, tokens: int) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from compress.architectures.cache import cache_bytes
 from compress.architectures.conversions.windows import current_windows
 from compress.architectures.model_map import model_map
 from compress.errors import DataError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
-from compress.passes.local_attention.choose import choose, evenly
+from compress.passes.local_attention.choose import choose, evenly, trained_length
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
+from compress.settings import format_bytes
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -69,7 +71,29 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         _check(checkpoint.spec, settings)
         for name in self.required_data(settings):
             self.check_samples(settings, name, context.data(name).ids.shape[1])
-        return with_windows(checkpoint, settings, choose(checkpoint, settings, context))
+        chosen = choose(checkpoint, settings, context)
+        context.details["windows"] = chosen.rows()
+        return with_windows(checkpoint, settings, chosen)
+
+    def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
+        """The cache at the length, and what to know about the settings."""
+        notes, length = [], trained_length(spec, settings)
+        after = self.plan(spec, settings)
+        before, bytes_ = (cache_bytes(s, length) if length else None for s in (spec, after))
+        if before and bytes_ is not None:
+            notes.append(
+                f"cache at {length:,} tokens: {format_bytes(bytes_)}, {bytes_ / before:.1%} of {format_bytes(before)}"
+            )
+        if settings.sinks == 0:
+            notes.append("windows without sinks need repair: let `distill` follow, or set `sinks: learned`")
+        if settings.choose == "divergence" and settings.long_range == 0:
+            notes.append("`long_range: 0`: blocks that copy from far are not seen, and may be given windows")
+        if model_map(after).record.eager:
+            notes.append(
+                f"stock transformers has no fast kernel for {after.structure.model_type} on CPU, and its prompts get slower; "
+                'load it by `compress.load`, with `attn_implementation="compress_local"`'
+            )
+        return notes
 
 
 def _check(spec: Spec, settings: LocalAttentionSettings) -> None:

@@ -132,7 +132,7 @@ class LocalAttentionSettings(PassSettings):
         if self.full is not None and self.max_cache is not None:
             raise ValueError("give `full` or `max_cache`, not both")
         if self.length is not None and self.length <= max(self.window):
-            raise ValueError(f"`length` is longer than the window of {max(self.window)}")
+            raise ValueError(f"`length` is no longer than the window of {max(self.window)}")
         if isinstance(self.full, tuple) and self.by == "heads":
             raise ValueError("with `by: heads` give `full` as a share or a count")
         return self

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from compress.architectures.conversions.windows import SOURCES, current_windows, target_of, windowed
 from compress.architectures.model_map import model_map
+from compress.checkpoint.files import read_json
+from compress.checkpoint.sidecars import safe_file
 from compress.errors import PassError
 from compress.passes.local_attention.choose import Windows
 from compress.passes.local_attention.settings import LocalAttentionSettings
@@ -13,6 +17,10 @@ from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
+
+
+#: Fewest tokens of a prompt that stock transformers reads at a time.
+CHUNK = 512
 
 
 def planned(spec: Spec, settings: LocalAttentionSettings, chosen: Windows) -> tuple[Spec, dict[str, float]]:
@@ -52,4 +60,31 @@ def with_windows(checkpoint: Checkpoint, settings: LocalAttentionSettings, chose
     result = Derived(checkpoint, spec, read)
     if spec.structure.model_type != before:
         result.rewritten = {**result.rewritten, **with_tokenizer_class(checkpoint, SOURCES[before].tokenizer_class)}
+    result.rewritten = {**result.rewritten, **_generation(result)}
     return result
+
+
+def chunk_size(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a prompt that stock transformers should read at a time; None where a prompt is no longer than that.
+
+    Each chunk attends to itself and to the window's cache before it, which is Transformer-XL's recurrence over segments (arXiv
+    1901.02860) with a first-in-first-out memory. The mask of a chunk is small; that of a prompt has its length squared.
+    """
+    size, positions = max(CHUNK, int(config["sliding_window"])), config.get("max_position_embeddings")
+    return None if isinstance(positions, int) and positions <= size else size
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """The generation config with ``prefill_chunk_size``; nothing where prompts are short, or where it names one already."""
+    config, name = checkpoint.spec.structure.config, "generation_config.json"
+    size, folder = chunk_size(config), checkpoint.folder
+    if size is None or not (checkpoint.spec.structure.class_name or "").endswith("ForCausalLM"):
+        return {}
+    if folder is not None and safe_file(folder, name).exists():
+        given = read_json(folder, name)
+    else:  # the fields that stock transformers would take from the model's config
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        given = {"_from_model_config": True, **{key: config[key] for key in keys if config.get(key) is not None}}
+    if given.get("prefill_chunk_size") is not None:
+        return {}
+    return {name: (json.dumps({**given, "prefill_chunk_size": size}, indent=2, sort_keys=True) + "\n").encode()}
