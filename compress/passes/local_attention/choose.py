@@ -56,7 +56,7 @@ def held(window: int | None, tokens: int) -> int:
 def trained_length(spec: Spec, settings: LocalAttentionSettings) -> int | None:
     """Tokens at which costs are counted: those of the settings, else the positions that the model is trained for."""
     positions = spec.structure.config.get("max_position_embeddings")
-    return settings.length or (positions if isinstance(positions, int) else None)
+    return settings.at or (positions if isinstance(positions, int) else None)
 
 
 def full_blocks(spec: Spec, settings: LocalAttentionSettings) -> int:
@@ -79,9 +79,7 @@ def full_blocks(spec: Spec, settings: LocalAttentionSettings) -> int:
         return count
     length = trained_length(spec, settings)
     if length is None:
-        raise PassError(
-            "the config does not say how many positions the model is trained for", key="length", fix="set `length`"
-        )
+        raise PassError("the config does not say how many positions the model is trained for", key="at", fix="set `at`")
     window = max(settings.window)
     original = sum(held(w, length) for w in before)
     least = len(before) * held(window, length)

@@ -113,8 +113,8 @@ def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
             key="window",
             fix="set a shorter one",
         )
-    if isinstance(positions, int) and settings.length is not None and settings.length > positions:
-        raise PassError(f"the model is trained for {positions} positions", key="length", fix=f"set {positions} or less")
+    if isinstance(positions, int) and settings.at is not None and settings.at > positions:
+        raise PassError(f"the model is trained for {positions} positions", key="at", fix=f"set {positions} or less")
     if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
         raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")
 

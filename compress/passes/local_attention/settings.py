@@ -83,9 +83,9 @@ class LocalAttentionSettings(PassSettings):
     )
     max_cache: Fraction | None = Field(
         default=None,
-        description="Instead of `full`: largest share of the original's cache at `length` tokens, such as 40%.",
+        description="Instead of `full`: largest share of the original's cache at `at` tokens, such as 40%.",
     )
-    length: int | None = Field(
+    at: int | None = Field(
         default=None,
         ge=2,
         description="Tokens at which the cache is counted. By default the number of positions that the model is trained for.",
@@ -131,8 +131,8 @@ class LocalAttentionSettings(PassSettings):
     def _sound(self) -> Self:
         if self.full is not None and self.max_cache is not None:
             raise ValueError("give `full` or `max_cache`, not both")
-        if self.length is not None and self.length <= max(self.window):
-            raise ValueError(f"`length` is no longer than the window of {max(self.window)}")
+        if self.at is not None and self.at <= max(self.window):
+            raise ValueError(f"`at` is no longer than the window of {max(self.window)}")
         if isinstance(self.full, tuple) and self.by == "heads":
             raise ValueError("with `by: heads` give `full` as a share or a count")
         return self
