@@ -119,6 +119,10 @@ class Slice:
             for w in range(self.width)
         ]
 
+    def lost(self, units: int, keep: Sequence[int]) -> set[int]:
+        """Entries of the other units."""
+        return set(self.span(units)) - set(self.entries(units, keep))
+
     def span(self, units: int) -> range:
         """Entries of all units together."""
         return range(self.start, self.start + self.sections * units * self.width)

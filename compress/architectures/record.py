@@ -253,6 +253,15 @@ class Architecture:
             result[self.dense_blocks_key] = [new for new, is_dense in enumerate(dense) if is_dense]
         return result
 
+    def require_heads_apart(self, key: str) -> None:
+        """Raise `PassError` where a norm spans the queries or keys of all heads."""
+        if self.attention is not None and self.attention.norms is not None:
+            raise PassError(
+                f"{self.model_type} normalises the queries and keys of all heads together, so none can go",
+                key=key,
+                fix="remove `mlp` or `layers` instead",
+            )
+
     def positions(self, spec: Spec) -> int | None:
         """Number of tokens that a text may have; None where positions are computed (rotary, ALiBi)."""
         name = self.find_name(spec, f"{self.position_table}.weight") if self.position_table else None

@@ -82,7 +82,7 @@ def merges(spec: Spec, left: int) -> dict[int, KVHeadMerge]:
             key="keep_kv_heads",
             fix="remove `mlp` or `layers` instead",
         )
-    _require_apart(record, "keep_kv_heads")
+    record.require_heads_apart("keep_kv_heads")
     rotary = record.rotary_entries(mapped.config)
     return {
         index: KVHeadMerge(one.count, left, rotary, *one.members)
@@ -94,13 +94,9 @@ def kept_entries(spec: Spec, kept: Iterable[Kept]) -> dict[str, dict[int, list[i
     """Tensor name ▶ axis ▶ entries to keep, for every tensor that loses some."""
     removed: dict[tuple[str, int], set[int]] = {}
     for units, keep in kept:
-        for member in units.members:
-            lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
-            for place in _places(spec, member):
-                removed.setdefault(place, set()).update(lost)
-        for member in units.alongside:
-            lost = set(member.span(units.count)) - set(member.entries(units.count, keep))
-            removed.setdefault((member.module, 0), set()).update(lost)
+        places = [(m, _places(spec, m)) for m in units.members] + [(m, [(m.module, 0)]) for m in units.alongside]
+        for member, place in ((m, place) for m, listed in places for place in listed):
+            removed.setdefault(place, set()).update(member.lost(units.count, keep))
     result: dict[str, dict[int, list[int]]] = {}
     for (name, axis), lost in removed.items():
         if lost:
@@ -156,26 +152,16 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
             fix="remove `mlp` or `layers` instead",
         )
     if queries != int(record.value(config, record.heads_key)):
-        _require_apart(record, "heads")
-    hidden, head_dim = int(record.value(config, record.hidden_key)), record.head_dim(config)
+        record.require_heads_apart("heads")
     result = _set(record, config, record.heads_key, queries)
     if record.head_dim_key:
-        result[record.head_dim_key] = head_dim
+        result[record.head_dim_key] = record.head_dim(config)
     if record.kv_heads_key:
         result[record.kv_heads_key] = groups
+    hidden = int(record.value(config, record.hidden_key))
     if attention.even and hidden % queries:
         result = _as_relative(record, result, hidden, queries)
     return result
-
-
-def _require_apart(record: Architecture, key: str) -> None:
-    """Raise `PassError` where a norm spans the queries or keys of all heads."""
-    if record.attention is not None and record.attention.norms is not None:
-        raise PassError(
-            f"{record.model_type} normalises the queries and keys of all heads together, so none can go",
-            key=key,
-            fix="remove `mlp` or `layers` instead",
-        )
 
 
 def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int) -> dict[str, Any]:

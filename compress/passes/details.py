@@ -49,7 +49,7 @@ class SharingDetails(TypedDict):
 
 
 class WindowDetails(TypedDict):
-    """What one block sees. ``window``: tokens; None for everything.
+    """The window of one block. ``window``: tokens; None for everything.
 
     ``loss``: loss expected of a window there, in nats per token; ``share``: its share of the sum over all blocks.
     """

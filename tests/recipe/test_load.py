@@ -11,6 +11,7 @@ import pytest
 from conftest import GOOD
 
 import compress
+from compress import passes
 from compress.api import read_recipe
 from compress.errors import PassError, RecipeError
 from compress.evaluation.tasks import CLASSIFICATION, EMBEDDING, LANGUAGE, MASKED
@@ -256,7 +257,7 @@ r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, 
 r.yaml:14:5: unknown pass `prun_structured`
    14 |   - prun_structured: {layers: 2}
       |     ^^^^^^^^^^^^^^^
-   expected one of: cast, distill, factorize, prune_structured, prune_unstructured, share; did you mean `prune_structured`?
+   expected one of: PASSES; did you mean `prune_structured`?
 r.yaml:15:5: give what to remove: `layers`, `experts`, `hidden`, `heads`, `keep_kv_heads`, `mlp`, `keep_parameters`, `max_bytes`, `max_latency_ratio`
    15 |   - prune_structured:
       |     ^^^^^^^^^^^^^^^^
@@ -276,7 +277,7 @@ r.yaml:21:21: max_ratio: expected a ratio above 0, such as 0.4 or 40%, got -1
       |                     ^^
 r.yaml:22:3: a gate needs a bound: `max`
    22 |   kl:
-      |   ^^"""
+      |   ^^""".replace("PASSES", ", ".join(passes.names()))
     )
 
 

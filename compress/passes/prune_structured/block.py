@@ -183,7 +183,7 @@ def _zeros(
     result = []
     for member in units.members:
         linear = linears[f"{member.module}.weight"]
-        gone = sorted(set(member.span(units.count)) - set(member.entries(units.count, keep)))
+        gone = sorted(member.lost(units.count, keep))
         index = torch.tensor(gone, device=linear.weight.device, dtype=torch.long)
         result.append((linear.weight if member.side == "out" else linear.weight.T, index))
         if member.side == "out" and linear.owner is None and linear.module.bias is not None:
