@@ -24,8 +24,10 @@ class LocalAttention(Pass[LocalAttentionSettings]):
 
     Sample recipe::
 
+        data:
+          calibration: {files: [train.txt], length: 1024}
         passes:
-          - local_attention: {window: 1024, full: 25%}
+          - local_attention: {window: 256, full: 25%, choose: every}
     """
 
     name: ClassVar[str] = "local_attention"
