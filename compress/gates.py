@@ -159,7 +159,7 @@ def _quality(
     after = _get(candidate, gate, "evaluation")
     _get(after, gate, metric.name)
     show: Callable[[float], str]
-    unit_name = f"{after['unit']}s"
+    unit_name = metric.units(after)
     if key == "max_increase":
         if not isinstance(bound, Mapping):
             raise ReportError(f"the gate `{gate}` has no value")

@@ -121,7 +121,7 @@ def score_documents(
     check_model(model, window)
     documents = [_as_shown(document, tokenizer) for document in documents]
     begin = tokenizer.bos_token_id
-    encoded, edges = _encoded(tokenizer, documents, begin)
+    encoded, edges = encoded_documents(tokenizer, documents, begin)
     if streaming:
         windows = [w for i, ids in enumerate(encoded) for w in segments(i, ids, window)]
     else:
@@ -201,7 +201,7 @@ def check_streams(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docume
     """Check that a checkpoint can read every document through its cache. Raises `CompressError`."""
     if (limit := reach(spec)) is None:
         return
-    encoded, _ = _encoded(tokenizer, [_as_shown(each, tokenizer) for each in documents], tokenizer.bos_token_id)
+    encoded, _ = encoded_documents(tokenizer, documents, tokenizer.bos_token_id)
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]), default=None)
     if longest is not None and (tokens := len(encoded[longest]) - 1) > limit:
         raise CompressError(
@@ -232,7 +232,7 @@ def _as_shown(document: Document, tokenizer: PreTrainedTokenizerBase) -> Documen
     return replace(document, text=text, messages=None)
 
 
-def _encoded(
+def encoded_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], begin: int | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of each document, with ``begin`` in front if it is given, and its edges.
@@ -240,7 +240,7 @@ def _encoded(
     Edges are the byte at which the text of each token begins, and after these the number of bytes of the document.
     """
     encoded, edges = [], []
-    for document in documents:
+    for document in (_as_shown(each, tokenizer) for each in documents):
         ids, starts = _tokens(tokenizer, document.text)
         at = _bytes_before(document.text)
         encoded.append([*([begin] if begin is not None else []), *ids])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from compress.evaluation.tasks import (
     IMAGES,
     LANGUAGE,
     MASKED,
+    OF_PASSES,
     Task,
     label_id,
     label_ids,
@@ -24,6 +25,7 @@ from compress.evaluation.tasks import (
     task_of,
 )
 from compress.progress import Progress
+from compress.settings import Settings
 from compress.spec.spec import Spec, Structure
 
 if TYPE_CHECKING:
@@ -113,6 +115,7 @@ class Scorer:
     Attributes:
         structure, folder: of the original; they determine the task, the labels and the pooling of embeddings.
         processor: result of `load_processor`.
+        measured: metrics that make forward passes of their own, each with its settings.
     """
 
     structure: Structure
@@ -121,6 +124,7 @@ class Scorer:
     documents: Sequence[Document]
     texts: Texts
     progress: Progress
+    measured: Mapping[str, Settings] = field(default_factory=dict)
 
     def check(self, spec: Spec) -> None:
         """Check that a checkpoint can read the documents, where they are streamed. Raises `CompressError`."""
@@ -134,7 +138,13 @@ class Scorer:
     ) -> dict[str, Any]:
         """Evaluation as JSON values. ``reference``: model to compare with."""
         score = _SCORERS[task_of(self.structure.class_name)]
-        return score(self, model, reference=reference, title=title, progress=self.progress)
+        evaluation = score(self, model, reference=reference, title=title, progress=self.progress)
+        how = {"window": self.texts.window, "reference": reference, "progress": self.progress}
+        for name, settings in self.measured.items():
+            metric = OF_PASSES[name]
+            evaluation |= metric.measure(model, self.processor, self.documents, settings, **how)
+            evaluation[name] = metric.value(evaluation)
+        return evaluation
 
 
 def _classified(self: Scorer, model: PreTrainedModel, **options: Any) -> dict[str, Any]:

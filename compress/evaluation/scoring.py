@@ -125,7 +125,9 @@ def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.T
     return torch.stack([nll, kl, agree.to(nll.dtype)], -1)
 
 
-def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the next token after each of ``ids``, float32 [texts, tokens, vocabulary]."""
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
+def logits_of(model: Any, ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    """Logits of the next token after each of ``ids``, or after the ``last`` of them, float32 [texts, tokens, vocabulary]."""
+    # models that can leave out the other logits save most of the memory of a long text
+    few = {"logits_to_keep": last} if last is not None and "logits_to_keep" in arguments_of(model) else {}
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **few).logits
+    return (logits if last is None else logits[:, -last:]).float()

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from compress import architectures
 from compress.errors import CompressError, DataError
 from compress.evaluation import metrics
-from compress.evaluation.metrics.base import Kind
+from compress.evaluation.metrics.base import Kind, MetricOfPasses
 from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
 
 #: Kinds of evaluation data: documents, labelled rows, or a folder of images for each class.
@@ -56,6 +56,10 @@ class Task:
 #: Metrics that need labels, and metrics that compare with the original model.
 LABELLED = frozenset(metric.name for metric in metrics.table().values() if metric.labelled)
 PAIRED = frozenset(metric.name for metric in metrics.table().values() if metric.compares)
+#: Metrics that make forward passes of their own, which are measured only where they are named.
+OF_PASSES: Mapping[str, MetricOfPasses] = {
+    name: metric for name, metric in metrics.table().items() if isinstance(metric, MetricOfPasses)
+}
 
 CLASSIFICATION = Task(
     "text classification",

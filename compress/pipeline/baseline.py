@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as a_field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from compress.data import kinds, row_templates
 from compress.errors import DataError, ReportError
-from compress.evaluation.tasks import Given
+from compress.evaluation.tasks import OF_PASSES, Given
 from compress.report.document import checked
 from compress.report.document import read as read_document
 from compress.report.schema import Latency, Measured, Part, SizeRow
+from compress.settings import Settings
 
 SCHEMA = "compress.eval/1"
 
@@ -62,6 +64,21 @@ class EvaluationSettings:
         if self.images is not None:
             return "images"
         return None if not self.files else "text" if self.label is None else "labelled"
+
+    def of_passes(self, metrics: Sequence[str]) -> dict[str, Settings]:
+        """Those of the metrics that make forward passes of their own, with their settings.
+
+        Raises:
+            ReportError: the settings, which came from a stored baseline, are not those of the metric.
+        """
+        chosen = {}
+        for name in (name for name in metrics if name in OF_PASSES):
+            text = json.dumps(self.metric_settings.get(name, {}))
+            try:
+                chosen[name] = OF_PASSES[name].settings.model_validate_json(text, strict=True)
+            except ValidationError as error:
+                raise ReportError(f"the settings of {name}: {error.errors()[0]['msg']}") from None
+        return chosen
 
     def check_columns(self) -> None:
         """Check that the columns go together. Raises `DataError`."""

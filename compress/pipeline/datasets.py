@@ -17,7 +17,7 @@ from compress.data.kinds import holds_ids
 from compress.data.rendering import rendered
 from compress.errors import DataError
 from compress.evaluation.scorer import labels_of, load_processor, read
-from compress.evaluation.tasks import MASKED, task_of
+from compress.evaluation.tasks import MASKED, OF_PASSES, task_of
 from compress.pipeline.fingerprint import fingerprint
 from compress.recipe.data import CalibrationSection, TrainingData
 
@@ -157,7 +157,7 @@ class DataSets:
         return drawn
 
     def check_shown(self, spec: Spec) -> None:
-        """Check that the tokenizer can render the evaluation data (chats, masks), and that the model can stream it.
+        """Check that the tokenizer can render the evaluation data (chats, masks), and that it can be measured.
 
         Raises `CompressError`.
         """
@@ -176,6 +176,9 @@ class DataSets:
             from compress.evaluation.language import check_streams
 
             check_streams(processor, documents, spec)
+        for name, metric in OF_PASSES.items():
+            if name in self.recipe.metrics and (settings := self.recipe.settings_of(name)) is not None:
+                metric.check_data(processor, documents, settings, window=section.window)
 
     def check_ids(self, name: str) -> None:
         """Check the token ids of a set, if its files hold any. Raises `DataError`."""

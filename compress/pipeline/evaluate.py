@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data import documents, images
@@ -16,6 +17,7 @@ from compress.evaluation import positions
 from compress.evaluation.metrics.base import Resampling
 from compress.evaluation.scorer import Scorer, load_processor, read
 from compress.evaluation.tasks import (
+    OF_PASSES,
     PAIRED,
     SPEED_METRICS,
     TEXT_METRICS,
@@ -115,7 +117,7 @@ def _completed(settings: EvaluationSettings, candidate: Stored) -> EvaluationSet
     task = task_of(structure.class_name)
     metrics: tuple[str, ...] = settings.metrics or ()
     if settings.metrics is None and given:
-        possible = [m for m in task.measurable(given) if m not in PAIRED]
+        possible = [m for m in task.measurable(given) if m not in PAIRED and m not in OF_PASSES]
         metrics = tuple(possible) or task.measurable(given) or task.default
     check_metrics(structure.class_name, metrics, given=given)
     check_speed(structure.class_name, structure.config, metrics)
@@ -125,6 +127,9 @@ def _completed(settings: EvaluationSettings, candidate: Stored) -> EvaluationSet
     if settings.streaming and settings.stride not in (None, settings.window):
         raise DataError("segments that are streamed do not overlap", fix="leave out the stride")
     check_streaming(structure.class_name, settings.streaming)
+    limit = model_map(candidate.spec).positions or structure.config.get("max_position_embeddings")
+    for name, chosen in settings.of_passes(metrics).items():
+        OF_PASSES[name].check(chosen, window=settings.window, positions=limit)
     return replace(
         settings, metrics=metrics, device=resolve_device(settings.device), stride=settings.stride or settings.window
     )
@@ -192,9 +197,12 @@ def _evaluate_data(
     documents = read(settings, settings.separator, structure)[: settings.max_documents]
     assert candidate.folder is not None
     processor = load_processor(structure, candidate.folder, trust_remote_code=candidate.trust_remote_code)
-    score = Scorer(structure, candidate.folder, processor, documents, settings, progress)
+    measured = settings.of_passes(settings.metrics or ())
+    score = Scorer(structure, candidate.folder, processor, documents, settings, progress, measured)
     for each in filter(None, (candidate, reference)):
         score.check(each.spec)
+    for name, chosen in measured.items():
+        OF_PASSES[name].check_data(processor, documents, chosen, window=settings.window)
     loading: dict[str, Any] = {
         "dtype": settings.dtype,
         "device": settings.device,

@@ -14,11 +14,12 @@ from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data.kinds import holds_ids
 from compress.evaluation.scorer import Scorer
-from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS
+from compress.evaluation.tasks import OF_PASSES, SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, versions
 from compress.pipeline.folder import RunFolder
 from compress.progress import Progress
+from compress.settings import Settings
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -61,7 +62,9 @@ class Evaluations:
     def _evaluate(self, original: Stored, rows: list[dict[str, Any]]) -> None:
         section = self.recipe.data.evaluation
         assert section is not None
-        base = self._key("text", "emulated", section.quantized_kv_cache, self.data.fingerprint("evaluation"))
+        measured = {name: settings.model_dump(mode="json") for name, settings in self._measured().items()}
+        read = ("text", "emulated", section.quantized_kv_cache, self.data.fingerprint("evaluation"))
+        base = self._key(*read, *([measured] if measured else []))
         evaluate = self._evaluator(original, rows)
         first = self.folder.cached(f"original-{self._key(base, self._input)}", lambda: evaluate(0), fresh=self.fresh)
         self.original = first["evaluation"]
@@ -70,6 +73,11 @@ class Evaluations:
             item = self.folder.cached(name, lambda number=number: evaluate(number), fresh=self.fresh)  # type: ignore[misc]
             row["evaluation"] = item["evaluation"]
             row["seconds"] = {**row["seconds"], "evaluate": item["seconds"]}
+
+    def _measured(self) -> dict[str, Settings]:
+        """Metrics that make forward passes of their own, with their settings."""
+        chosen = {name: self.recipe.settings_of(name) for name in self.recipe.metrics if name in OF_PASSES}
+        return {name: settings for name, settings in chosen.items() if settings is not None}
 
     def _evaluator(self, original: Stored, rows: list[dict[str, Any]]) -> Callable[[int], dict[str, Any]]:
         """A function that evaluates the checkpoint of a number: 0 is the original, then the stages from 1."""
@@ -92,7 +100,13 @@ class Evaluations:
         def scorer() -> Scorer:
             documents = self.data.documents("evaluation")[: section.max_documents]
             return Scorer(
-                original.spec.structure, self.data.folder, self.data.processor(), documents, section, self.progress
+                original.spec.structure,
+                self.data.folder,
+                self.data.processor(),
+                documents,
+                section,
+                self.progress,
+                self._measured(),
             )
 
         def evaluate(number: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from compress.data.rendering import no_template
 from compress.data.row_templates import template_columns
 from compress.data.token_ids import check_shape, ids_in
 from compress.errors import CompressError, DataError, PassError, ResourceError
-from compress.evaluation.tasks import LANGUAGE, TEXT_METRICS, check_streaming, task_of
+from compress.evaluation.tasks import LANGUAGE, OF_PASSES, TEXT_METRICS, check_streaming, task_of
 from compress.files import expanded, place
 from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
@@ -81,6 +81,9 @@ def check_window(recipe: Recipe, spec: Spec) -> None:
             where="data.evaluation",
             fix=f"set window to {limit}",
         )
+    for name, metric in OF_PASSES.items():
+        if name in recipe.metrics and (settings := recipe.settings_of(name)) is not None:
+            metric.check(settings, window=evaluation.window, positions=limit)
 
 
 def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:

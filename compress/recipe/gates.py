@@ -91,6 +91,7 @@ _BOUNDS: dict[str, type[Gate]] = {
     "divergence": DivergenceGate,
     "agreement": AgreementGate,
     "score": ScoreGate,
+    "repetition": IncreaseGate,
 }
 
 

@@ -89,8 +89,7 @@ def before_after(report: Mapping[str, Any]) -> list[Row]:
 def _quality(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:
     if before is None or after is None:
         return []
-    cells = (metric.cells(before, after) for metric in metrics.of_evaluation(after))
-    return [Row(*cell) for cell in cells if cell is not None]
+    return [Row(*cells) for metric in metrics.of_evaluation(after) for cells in metric.rows(before, after)]
 
 
 def _speed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
 
 from compress.evaluation import metrics, positions
-from compress.evaluation.metrics.base import Kind, Metric
+from compress.evaluation.metrics.base import Kind, Metric, MetricOfPasses
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -67,7 +67,10 @@ def _with_metrics(kind: Kind, listed: Sequence[Metric] | None = None) -> Callabl
     fields: dict[str, Any] = {
         metric.name: (
             Number | None if metric.nullable else Number,
-            Field(description=metric.evaluations[kind] or None),
+            Field(
+                default=None if isinstance(metric, MetricOfPasses) else ...,
+                description=metric.evaluations[kind] or None,
+            ),
         )
         for metric in (metrics.of_kind(kind) if listed is None else listed)
     }
@@ -123,6 +126,35 @@ class PairedPosition(_Positions):
     upper: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
 
 
+class RepetitionSample(Part):
+    """Sums over the repeated tokens of a passage but its first."""
+
+    tokens: Count = Field(description="Scored tokens.")
+    nll: Number = Field(description="Negative log-likelihood, nats.")
+    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
+    agree: Count | None = Field(description="Tokens at which both models' likeliest next token is the same.")
+
+
+class RepetitionRow(Part):
+    """Passages that come again at a distance."""
+
+    distance: Count = Field(description="Tokens from the beginning of a passage to that of its repetition.")
+    nats_per_token: Number = Field(description="Mean loss on the repetition.")
+    kl: Number | None = Field(description="Mean divergence of the original from the model per token, nats.")
+    agreement: Number | None = Field(
+        description="Share of tokens at which both models' likeliest next token is the same."
+    )
+    samples: list[RepetitionSample] = Field(min_length=1)
+
+
+class Repetitions(Part):
+    """Loss on passages of the evaluation text that come again."""
+
+    passage: Count = Field(description="Tokens of a passage.")
+    seen_once: Number = Field(description="Mean loss on the same tokens the first time, nats per token.")
+    distances: list[RepetitionRow] = Field(min_length=1)
+
+
 @_with_metrics("evaluation")
 class Evaluation(_Measurement):
     """Scores on the evaluation text."""
@@ -133,6 +165,7 @@ class Evaluation(_Measurement):
     stride: int = Field(description="Tokens between the starts of two windows.")
     streaming: bool = Field(default=False, description="Windows are segments, read through the cache.")
     positions: list[PositionRow] = Field(default=[], description="Scores by position in the window.")
+    repetitions: Repetitions | None = Field(default=None, description="Where the metric `repetition` was measured.")
     documents: list[DocumentScore] = Field(min_length=1)
 
 

@@ -123,7 +123,10 @@ def _print_paired(console: Any, paired: Mapping[str, Any] | None) -> None:
             text = f"drops by {p['drop']:.2f} points (between {p['lower']:.2f} and {p['upper']:.2f}"
         elif "increase" in p:
             text = f"{p['increase']:+.2%} (between {p['lower']:+.2%} and {p['upper']:+.2%}"
+        elif "nats" in p:
+            text = f"{p['nats']:+.4f} nats (between {p['lower']:+.4f} and {p['upper']:+.4f}"
         else:  # it compares with the original itself
             continue
-        settings = f"each at {paired['confidence']:.4g} confidence, {paired['units']} {paired['unit']}s"
+        units = f"{p.get('units', paired['units'])} {p.get('unit', paired['unit'])}s"
+        settings = f"each at {paired['confidence']:.4g} confidence, {units}"
         print_line(console, f"{metric.title} {text}, {settings})")

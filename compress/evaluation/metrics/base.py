@@ -53,7 +53,7 @@ class Metric(ABC):
         labelled: it needs labelled data.
         nullable: an evaluation may lack its value.
         gate: bounds of its gate: ``increase`` (max, max_increase), ``divergence`` (max), ``agreement`` or ``score`` (both
-            min, max_drop). help: description of the gate.
+            min, max_drop), ``repetition`` (as ``increase``, at a distance). help: description of the gate.
         unit: unit of levels. form: format of levels.
         settings: model of its settings in a recipe, all with defaults; None for a metric without settings.
     """
@@ -68,7 +68,7 @@ class Metric(ABC):
     compares: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     nullable: ClassVar[bool] = False
-    gate: ClassVar[Literal["increase", "divergence", "agreement", "score"]]
+    gate: ClassVar[Literal["increase", "divergence", "agreement", "score", "repetition"]]
     help: ClassVar[str]
     unit: ClassVar[str] = "share"
     form: ClassVar[str] = ".4g"
@@ -127,6 +127,39 @@ class Metric(ABC):
             return None
         change = f"{100 * (y - x):+.2f} points" if not self.lower else f"{y / x - 1:+.1%}" if x else ""
         return self.row or self.title, self.text(x), self.text(y), change
+
+    def rows(self, before: Scored, after: Scored) -> list[tuple[str, str, str, str]]:
+        """Rows of the table before ▶ after."""
+        cells = self.cells(before, after)
+        return [] if cells is None else [cells]
+
+    def units(self, evaluation: Scored) -> str:
+        """What intervals resample, as a word in the plural."""
+        return f"{evaluation['unit']}s"
+
+
+class MetricOfPasses(Metric):
+    """A metric with settings that makes forward passes of its own, as rows of documents are not enough for it."""
+
+    settings: ClassVar[type[Settings]]
+
+    @abstractmethod
+    def check(self, settings: Settings, *, window: int, positions: int | None) -> None:
+        """Check the settings before any work. Raises `CompressError`.
+
+        Args:
+            window: tokens of a window of the evaluation. positions: of the model, None for any number.
+        """
+
+    @abstractmethod
+    def check_data(self, processor: Any, documents: Sequence[Any], settings: Settings, *, window: int) -> None:
+        """Check by the tokenizer alone that it can be measured on the documents. Raises `DataError`."""
+
+    @abstractmethod
+    def measure(
+        self, model: Any, processor: Any, documents: Sequence[Any], settings: Settings, **how: Any
+    ) -> dict[str, Any]:
+        """Keys to add to an evaluation, before its value is computed. ``how``: window, reference, progress."""
 
 
 def check_paired(before: Scored, after: Scored, *, tokens: bool) -> None:

@@ -1,0 +1,191 @@
+"""Repetition: the loss on a passage that comes again. A model that sees the first time copies it, one that does not cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from compress.errors import CompressError, ReportError
+from compress.evaluation.metrics.base import MetricOfPasses, Resampling, Scored
+from compress.settings import Settings
+from compress.statistics import Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Tokens of the passage, if half of the window holds as many.
+_PASSAGE = 128
+
+
+def _ascending(distances: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [each for i, each in enumerate(distances) if each in distances[:i]]:
+        raise ValueError(f"the distance {twice[0]} is named twice")
+    return tuple(sorted(distances))
+
+
+Distance = Annotated[int, Field(ge=2, le=2**31)]
+
+
+class RepetitionSettings(Settings):
+    """Distances at which a passage comes again."""
+
+    distances: Annotated[tuple[Distance, ...], Field(min_length=1), AfterValidator(_ascending)] | None = Field(
+        default=None,
+        description="Tokens from the beginning of a passage to the beginning of its repetition, other text between. By default "
+        "the powers of two at which both fit into the `window` of `data.evaluation`.",
+    )
+    passage: int | None = Field(
+        default=None,
+        ge=2,
+        le=2**31,
+        description=f"Tokens of the passage, by default {_PASSAGE}, or less where a distance or half of the window is shorter.",
+    )
+    samples: int = Field(default=16, ge=1, le=2**20, description="Number of passages, spread over the evaluation text.")
+
+    @model_validator(mode="after")
+    def _apart(self) -> RepetitionSettings:
+        if self.distances and self.passage and self.distances[0] < self.passage:
+            raise ValueError(
+                f"a passage of {self.passage} tokens would not end within a distance of {self.distances[0]}"
+            )
+        return self
+
+    def fitted(self, window: int) -> tuple[int, tuple[int, ...]]:
+        """Tokens of the passage, and the distances, for windows of that many tokens.
+
+        Raises:
+            CompressError: no distance is given, and the window does not hold the passage twice.
+        """
+        passage = self.passage or min(_PASSAGE, window // 2, *(self.distances or ()))
+        fitting = (1 << power for power in range(1, (window - passage).bit_length()))
+        distances = self.distances or tuple(distance for distance in fitting if distance >= passage)
+        if passage < 2 or not distances:
+            raise CompressError(
+                f"a passage of {max(passage, 2)} tokens does not come twice at a power of two in a window of {window}",
+                fix="name `distances`, or a longer window",
+            )
+        return passage, distances
+
+
+class Repetition(MetricOfPasses):
+    """The mean loss of the repeated tokens but the first of each passage, which nothing announces."""
+
+    name = "repetition"
+    title = "repetition"
+    place = 35
+    evaluations = {"evaluation": "Mean loss on passages that come again, over all distances, nats per token."}
+    lower = True
+    nullable = True
+    gate = "repetition"
+    help = "Loss on a passage that comes again at a distance, nats per token."
+    unit = "nats"
+    form = ".4f"
+    settings = RepetitionSettings
+
+    def value(self, evaluation: Scored) -> float | None:
+        repetition = evaluation.get("repetitions")
+        return None if repetition is None else float(_mean([column.sum() for column in _columns(repetition)]))
+
+    def at(self, evaluation: Scored, place: int) -> Scored:
+        """The evaluation with one distance alone."""
+        repetition = evaluation.get("repetitions") or {"distances": []}
+        rows = [row for row in repetition["distances"] if row["distance"] == place]
+        if not rows:
+            known = ", ".join(str(row["distance"]) for row in repetition["distances"]) or "none"
+            raise ReportError(f"repetition was not measured at the distance {place}", fix=f"measured: {known}")
+        return {**evaluation, "repetitions": {**repetition, "distances": rows}}
+
+    def level(self, evaluation: Scored, resampling: Resampling) -> Interval:
+        return resampling.sums(_mean, _columns(self._measured(evaluation)))
+
+    def increase(self, before: Scored, after: Scored, resampling: Resampling, *, relative: bool) -> Interval:
+        first, last = self._measured(before), self._measured(after)
+        if _sizes(first) != _sizes(last):
+            raise ReportError("the two evaluations repeat other passages, or at other distances")
+
+        def change(sums: Any) -> Any:
+            x, y = _mean(sums[:2]), _mean(sums[2:])
+            return y / x - 1 if relative else y - x
+
+        return resampling.sums(change, [*_columns(first), *_columns(last)])
+
+    def paired(self, before: Scored, after: Scored, resampling: Resampling) -> dict[str, Any] | None:
+        first, last = before.get(self.name), after.get(self.name)
+        if first is None or last is None or _sizes(before["repetitions"]) != _sizes(after["repetitions"]):
+            return None
+        interval = self.increase(before, after, resampling, relative=False)
+        return {
+            "nats": interval.value,
+            "lower": interval.lower,
+            "upper": interval.upper,
+            "units": interval.units,
+            "unit": "sample",
+        }
+
+    def units(self, evaluation: Scored) -> str:
+        return "samples"
+
+    def rows(self, before: Scored, after: Scored) -> list[tuple[str, str, str, str]]:
+        first, last = before.get("repetitions"), after.get("repetitions")
+        if first is None or last is None or _sizes(first) != _sizes(last):
+            return []
+        cells = []
+        for x, y in zip(first["distances"], last["distances"], strict=True):
+            old, new = x["nats_per_token"], y["nats_per_token"]
+            change = f"{new - old:+.4f} nats per token"
+            cells.append((f"repetition at {x['distance']:,}", self.text(old), self.text(new), change))
+        return cells
+
+    def check(self, settings: Settings, *, window: int, positions: int | None) -> None:
+        assert isinstance(settings, RepetitionSettings)
+        passage, distances = settings.fitted(window)
+        if positions is not None and distances[-1] + passage > positions:
+            raise CompressError(
+                f"a passage of {passage} tokens that comes again after {distances[-1]:,} takes "
+                f"{distances[-1] + passage:,} positions, the model has {positions:,}",
+                where="evaluate.repetition",
+                fix=f"name `distances` up to {positions - passage:,}",
+            )
+
+    def check_data(self, processor: Any, documents: Sequence[Any], settings: Settings, *, window: int) -> None:
+        from compress.evaluation.repetition import passages
+
+        assert isinstance(settings, RepetitionSettings)
+        passages(processor, documents, settings, window)
+
+    def measure(
+        self, model: Any, processor: Any, documents: Sequence[Any], settings: Settings, **how: Any
+    ) -> dict[str, Any]:
+        from compress.evaluation.repetition import measure_repetition
+
+        assert isinstance(settings, RepetitionSettings)
+        return {"repetitions": measure_repetition(model, processor, documents, settings, **how)}
+
+    def _measured(self, evaluation: Scored) -> Mapping[str, Any]:
+        repetition: Mapping[str, Any] | None = evaluation.get("repetitions")
+        if repetition is None:
+            raise ReportError("repetition was not measured", fix="name it in `evaluate`")
+        return repetition
+
+
+def _sizes(repetition: Mapping[str, Any]) -> list[tuple[int, list[int]]]:
+    return [(row["distance"], [sample["tokens"] for sample in row["samples"]]) for row in repetition["distances"]]
+
+
+def _columns(repetition: Mapping[str, Any]) -> list[NDArray[np.float64]]:
+    """Sums of nats and of tokens over the distances, of each sample, [samples] each."""
+    import numpy as np
+
+    rows = [row["samples"] for row in repetition["distances"]]
+    return [
+        np.array([[sample[key] for sample in row] for row in rows], dtype=np.float64).sum(0)
+        for key in ("nll", "tokens")
+    ]
+
+
+def _mean(sums: Any) -> Any:
+    """Nats per token of the sums of `_columns`, [2] or [2, draws]."""
+    return sums[0] / sums[1]
