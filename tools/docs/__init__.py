@@ -1,1 +1,1 @@
-"""The documentation: generated pages, checks of links, the picture of the architecture."""
+"""The documentation: generated pages, checks of links, the pictures."""

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.docs.attention import pictures
 from tools.docs.picture import picture
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -54,6 +55,7 @@ def pages() -> dict[Path, str]:
         DOCS / "recipe.schema.json": json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n",
         DOCS / "report.schema.json": json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n",
         DOCS / "architecture.svg": picture(),
+        **{DOCS / "_static" / name: text for name, text in pictures().items()},
         DOCS / "commands.md": commands_page(),
         DOCS / "reference.md": reference_page(),
         DOCS / "decisions" / "index.md": decisions_page(),
