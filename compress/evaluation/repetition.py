@@ -15,7 +15,7 @@ from compress.data.documents import Document
 from compress.errors import DataError
 from compress.evaluation.examples import check_tokens
 from compress.evaluation.language import BATCH_VALUES, check_model, encoded_documents
-from compress.evaluation.metrics.repetition import RepetitionSettings
+from compress.evaluation.repetition_settings import RepetitionSettings
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:

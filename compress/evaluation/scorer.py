@@ -139,10 +139,17 @@ class Scorer:
         """Evaluation as JSON values. ``reference``: model to compare with."""
         score = _SCORERS[task_of(self.structure.class_name)]
         evaluation = score(self, model, reference=reference, title=title, progress=self.progress)
-        how = {"window": self.texts.window, "reference": reference, "progress": self.progress}
         for name, settings in self.measured.items():
             metric = OF_PASSES[name]
-            evaluation |= metric.measure(model, self.processor, self.documents, settings, **how)
+            evaluation |= metric.measure(
+                model,
+                self.processor,
+                self.documents,
+                settings,
+                window=self.texts.window,
+                reference=reference,
+                progress=self.progress,
+            )
             evaluation[name] = metric.value(evaluation)
         return evaluation
 

@@ -16,7 +16,8 @@ from compress.errors import DataError, ReportError
 from compress.evaluation.tasks import OF_PASSES, Given
 from compress.report.document import checked
 from compress.report.document import read as read_document
-from compress.report.schema import Latency, Measured, Part, SizeRow
+from compress.report.parts import Part
+from compress.report.schema import Latency, Measured, SizeRow
 from compress.settings import Settings
 
 SCHEMA = "compress.eval/1"

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 
 from compress.errors import ReportError, one_line
 from compress.files import write_atomically
-from compress.report.schema import Part, Report
+from compress.report.parts import Part
+from compress.report.schema import Report
 
 SCHEMA = "compress.report/1"
 

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import Field, create_model
 
 from compress.evaluation import metrics, positions
 from compress.evaluation.metrics.base import Kind, Metric, MetricOfPasses
-
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _number(value: Any) -> Any:
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-#: A JSON number, or one of three words, as JSON has no number for NaN and infinities.
-Number = Annotated[
-    float,
-    BeforeValidator(_number),
-    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": sorted(_NOT_FINITE)}]}),
-]
-
-
-#: A count; bounded, as a report may be written by hand.
-Count = Annotated[int, Field(ge=0, le=2**53)]
-
-
-class Part(BaseModel):
-    """A part of a document. Unknown keys are kept."""
-
-    model_config = ConfigDict(extra="allow")
+from compress.report.parts import Count, Number, Part
+from compress.report.repetition_schema import Repetitions
 
 
 class SizeRow(Part):
@@ -124,35 +101,6 @@ class PairedPosition(_Positions):
     increase: Number = Field(description="Relative increase of bits per byte.")
     lower: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
     upper: Number = Field(description="Bound of the increase, one-sided at the recipe's confidence.")
-
-
-class RepetitionSample(Part):
-    """Sums over the repeated tokens of a passage but its first."""
-
-    tokens: Count = Field(description="Scored tokens.")
-    nll: Number = Field(description="Negative log-likelihood, nats.")
-    kl: Number | None = Field(description="Divergence of the original from the model, nats.")
-    agree: Count | None = Field(description="Tokens at which both models' likeliest next token is the same.")
-
-
-class RepetitionRow(Part):
-    """Passages that come again at a distance."""
-
-    distance: Count = Field(description="Tokens from the beginning of a passage to that of its repetition.")
-    nats_per_token: Number = Field(description="Mean loss on the repetition.")
-    kl: Number | None = Field(description="Mean divergence of the original from the model per token, nats.")
-    agreement: Number | None = Field(
-        description="Share of tokens at which both models' likeliest next token is the same."
-    )
-    samples: list[RepetitionSample] = Field(min_length=1)
-
-
-class Repetitions(Part):
-    """Loss on passages of the evaluation text that come again."""
-
-    passage: Count = Field(description="Tokens of a passage.")
-    seen_once: Number = Field(description="Mean loss on the same tokens the first time, nats per token.")
-    distances: list[RepetitionRow] = Field(min_length=1)
 
 
 @_with_metrics("evaluation")

@@ -11,7 +11,7 @@ import pytest
 from compress import gates, statistics
 from compress.evaluation import metrics
 from compress.recipe.gates import METRICS, Gates, metric_of
-from compress.report import schema
+from compress.report import repetition_schema, schema
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", PAGE))))
@@ -23,6 +23,9 @@ PARTS = [
     schema.PositionSums,
     schema.PositionRow,
     schema.PairedPosition,
+    repetition_schema.Repetitions,
+    repetition_schema.RepetitionRow,
+    repetition_schema.RepetitionSample,
     schema.Classification,
     schema.PredictionRow,
     schema.Masked,

@@ -9,8 +9,9 @@ import compress
 from compress.data.documents import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.metrics.base import Resampling
-from compress.evaluation.metrics.repetition import Repetition, RepetitionSettings
+from compress.evaluation.metrics.repetition import Repetition
 from compress.evaluation.repetition import measure_repetition
+from compress.evaluation.repetition_settings import RepetitionSettings
 from tests import pico
 
 TEXT = "It was the best of times, it was the worst of times, über alles: it was the age of wisdom. " * 6

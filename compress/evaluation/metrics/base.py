@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from compress.progress import Progress
+
 #: Kinds of evaluations; each has a schema ``compress.KIND/1``. ``evaluation`` is that of causal language models.
 Kind: TypeAlias = Literal["evaluation", "classification", "masked", "embeddings"]
 #: An evaluation as reports hold it: ``unit``, ``documents`` (a row of sums per document or example), and more by kind.
@@ -134,7 +136,7 @@ class Metric(ABC):
         return [] if cells is None else [cells]
 
     def units(self, evaluation: Scored) -> str:
-        """What intervals resample, as a word in the plural."""
+        """Plural of the unit that intervals resample."""
         return f"{evaluation['unit']}s"
 
 
@@ -157,9 +159,21 @@ class MetricOfPasses(Metric):
 
     @abstractmethod
     def measure(
-        self, model: Any, processor: Any, documents: Sequence[Any], settings: Settings, **how: Any
+        self,
+        model: Any,
+        processor: Any,
+        documents: Sequence[Any],
+        settings: Settings,
+        *,
+        window: int,
+        reference: Any,
+        progress: Progress,
     ) -> dict[str, Any]:
-        """Keys to add to an evaluation, before its value is computed. ``how``: window, reference, progress."""
+        """Keys to add to an evaluation, before its value is computed.
+
+        Args:
+            window: tokens of a window of the evaluation. reference: model to compare with, or None.
+        """
 
 
 def check_paired(before: Scored, after: Scored, *, tokens: bool) -> None:
