@@ -76,6 +76,7 @@ class Scores:
             "streaming": self.streaming,
             **metrics(self.unit, rows := [asdict(d) for d in self.documents]),
             "positions": positions.by_position(rows),
+            "repetitions": None,  # the metric of that name sets them
             "documents": rows,
         }
 
