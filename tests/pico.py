@@ -52,6 +52,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 24,
+            "mlp_only_layers": [2],
+        },
+    ),
     "gpt2": ("GPT2LMHeadModel", {}),
     "bloom": ("BloomForCausalLM", {}),
     "gpt_neox": ("GPTNeoXForCausalLM", {}),

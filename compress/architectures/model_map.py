@@ -196,6 +196,12 @@ class ModelMap:
         return int(self.record.value(self.config, self.record.active_experts_key or "") or 1)
 
     @property
+    def expert_weights_sum_to_one(self) -> bool:
+        """Whether the weights of a token's experts are divided by their sum."""
+        key = self.record.expert_sum_key
+        return key is None or bool(self.config.get(key))
+
+    @property
     def cache_scales(self) -> Mapping[int, tuple[str, str]]:
         """Block number ▶ names of the static scales of its cached keys and values; empty where servers read none."""
         return self.record.cache_scales(self.spec) if self.known else {}

@@ -72,9 +72,12 @@ class Architecture:
         dense_blocks_key: config field that lists the numbers of the blocks without experts.
         sparse_step_key: config field beside it; only every n-th block has experts.
         numbered: config switches that make the computation of a block depend on its number.
-        routers: modules inside a block that choose experts. They are matrices, but no linear layers to prune.
+        routers: modules inside a block that choose experts, or weigh one that all tokens use. They are matrices, but no
+            linear layers to prune.
         experts: modules inside a block that hold the experts. ``experts_key``, ``active_experts_key``: config fields with the
             number of experts, and with the number that each token uses.
+        expert_sum_key: config field that says whether the weights of a token's experts are divided by their sum; None where
+            they always are.
         input_axis: axis of a weight matrix that its inputs run along: -1 for ``Linear``, 0 for ``Conv1D``.
         scaled_cache: attention module of a block in which servers look for static scales of cached keys and values; None where
             they look for none.
@@ -125,6 +128,7 @@ class Architecture:
     experts: tuple[str, ...] = ()
     experts_key: str | None = None
     active_experts_key: str | None = None
+    expert_sum_key: str | None = None
     input_axis: int = -1
     scaled_cache: str | None = None
     eager: bool = False

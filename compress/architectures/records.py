@@ -88,6 +88,13 @@ def _window_from(config: Mapping[str, Any]) -> list[str]:
     return ["sliding_attention" if windows and i >= first else "full_attention" for i in range(depth)]
 
 
+def _windows_every_second(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of attention of Qwen2-MoE's blocks: every second slides below ``max_window_layers``, if the config uses windows."""
+    last = int(config.get("max_window_layers", 28)) if config.get("use_sliding_window") else 0
+    depth = int(config["num_hidden_layers"])
+    return ["sliding_attention" if i < last and i % 2 == 0 else "full_attention" for i in range(depth)]
+
+
 def _full_every(config: Mapping[str, Any], step: int) -> list[str]:
     """Kinds of attention of Gemma's blocks: every ``step``-th is full, the others slide."""
     return [
@@ -249,6 +256,31 @@ RECORDS: tuple[Architecture, ...] = (
         experts=("mlp.experts",),
         experts_key="num_local_experts",
         active_experts_key="num_experts_per_tok",
+        expert_sum_key="norm_topk_prob",
+    ),
+    Architecture(
+        "qwen2_moe",
+        **_DECODER,
+        mlps=(
+            _GATED,
+            replace(_EXPERTS, size_key="moe_intermediate_size"),
+            Mlp(
+                ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+                "mlp.shared_expert.down_proj",
+                "shared_expert_intermediate_size",
+            ),
+        ),
+        attention=_QKVO,
+        hidden=_PRE_NORMS,
+        per_layer=("layer_types",),
+        per_layer_defaults={"layer_types": _windows_every_second},
+        dense_blocks_key="mlp_only_layers",
+        sparse_step_key="decoder_sparse_step",
+        routers=("mlp.gate", "mlp.shared_expert_gate"),
+        experts=("mlp.experts",),
+        experts_key="num_experts",
+        active_experts_key="num_experts_per_tok",
+        expert_sum_key="norm_topk_prob",
     ),
     Architecture(
         "gpt2",

@@ -272,6 +272,14 @@ def expert_blocks(spec: Spec) -> dict[int, int]:
     return counts
 
 
+def with_active_experts(spec: Spec, count: int) -> Spec:
+    """The spec with each token sent to ``count`` experts; tensors stay."""
+    record = model_map(spec).record
+    assert record.active_experts_key is not None
+    config = _set(record, spec.structure.config, record.active_experts_key, count)
+    return replace(spec, structure=replace(spec.structure, config=config))
+
+
 def without_experts(
     spec: Spec, keep: Mapping[int, Sequence[int]]
 ) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:
@@ -281,7 +289,7 @@ def without_experts(
         The spec; the name of each of its tensors ▶ the name in the checkpoint; and tensor name ▶ axis ▶ the rows of the routers
         to keep.
     """
-    record = model_map(spec).record
+    record, present = model_map(spec).record, expert_blocks(spec)
     source, entries = {}, {}
     for name in spec.tensors:
         index, path = record.block_index(name), record.block_path(name)
@@ -290,7 +298,7 @@ def without_experts(
             continue
         start, rest = path
         module = rest.rpartition(".")[0]
-        if module in record.routers:
+        if module in record.routers and spec.tensors[name].shape[0] == present[index]:
             entries[name] = {0: list(keep[index])}
         base = next((p for p in record.experts if rest.startswith(f"{p}.")), None)
         if base is None:

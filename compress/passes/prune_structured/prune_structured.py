@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class PruneStructured(Pass[PruneStructuredSettings]):
     """Blocks, experts, hidden channels, heads and neurons are removed, in that order; the config follows.
 
-    Heads of keys and values may be merged instead. All blocks keep the same widths, unless MLPs get widths of their own. So
-    the result is a stock model of the same family or, if its config forbids the number of heads, of one that computes the
-    same (Llama ▶ Mistral). Blocks are repaired in order, each on the outputs of the repaired blocks before it.
+    Each token may be sent to fewer experts; then experts are removed by what they do for that number. Heads of keys and values
+    may be merged instead of removed. All blocks keep the same widths, unless MLPs get widths of their own. So the result is a
+    stock model of the same family or, if its config forbids the number of heads, of one that computes the same (Llama ▶
+    Mistral). Blocks are repaired in order, each on the outputs of the repaired blocks before it.
 
     Sample recipe::
 
@@ -112,6 +113,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
             spec, _ = resize.without_blocks(spec, named)
+        if settings.active_experts is not None:
+            spec = resize.with_active_experts(spec, widths.active_experts(spec, settings.active_experts))
         if settings.experts is not None:
             keep = widths.experts_to_keep(spec, settings.experts)
             spec, _, _ = resize.without_experts(spec, {i: range(n) for i, n in keep.items()})
@@ -126,6 +129,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     def apply(self, checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
         """Remove one kind of unit after the other; each step reads the result of the one before."""
         from compress.passes.prune_structured import remove
+        from compress.passes.prune_structured.active_experts import fewer_active
 
         self.plan(checkpoint.spec, settings)
         if settings.searched:
@@ -133,6 +137,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
 
             settings = search(self, checkpoint, settings, context)
         current, spans = remove.drop_layers(checkpoint, settings, context)
+        current = fewer_active(current, settings, context)
         current = remove.drop_experts(current, settings, context)
         current, channels = remove.drop_hidden(current, settings, context)
         return remove.narrow(checkpoint, current, spans, channels, settings, context)
@@ -161,8 +166,8 @@ def _gradient_memory(spec: Spec, width: int) -> int:
 
 
 def _has_teacher(settings: PruneStructuredSettings) -> bool:
-    """Whether student and original differ in blocks or hidden width, so both must be loaded."""
-    others = (settings.layers, settings.experts, settings.hidden)
+    """Whether student and original differ in blocks, experts or hidden width, so both must be loaded."""
+    others = (settings.layers, settings.active_experts, settings.experts, settings.hidden)
     return settings.searched or any(amount is not None for amount in others)
 
 

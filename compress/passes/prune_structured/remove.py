@@ -119,7 +119,7 @@ def narrow(
     own = uneven_widths(current, widths.widths(current.spec, settings), settings, context)
     planned = widths.widths(current.spec, settings, own)
     narrower = any(planned.remove.values()) or bool(planned.merges)
-    changed_before = channels is not None or settings.experts is not None
+    changed_before = any(part is not None for part in (channels, settings.active_experts, settings.experts))
     tuned = settings.compensation == "reconstruction"
     if not narrower and not tuned:
         return current

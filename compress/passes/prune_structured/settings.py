@@ -74,6 +74,12 @@ class PruneStructuredSettings(PassSettings):
         description="Experts to remove from every block with experts: a share or a count. Their saliency is that of REAP "
         "(arXiv 2510.13999).",
     )
+    active_experts: Amount | None = Field(
+        default=None,
+        description="Number of experts that each token is sent to from now on: a count, or a share of today's number. Where "
+        "the family does not divide the weights of a token's experts by their sum, the down projections grow by what the "
+        "tokens lose, measured on calibration data by block.",
+    )
     keep_parameters: Fraction | None = Field(
         default=None,
         description="Target instead of amounts: share of the model's parameters to keep, such as 60%. Shapes that meet it "
@@ -152,5 +158,5 @@ class PruneStructuredSettings(PassSettings):
         return any(getattr(self, key) is not None for key in TARGETS)
 
 
-KINDS = ("layers", "experts", "hidden", "heads", "keep_kv_heads", "mlp")
+KINDS = ("layers", "active_experts", "experts", "hidden", "heads", "keep_kv_heads", "mlp")
 TARGETS = ("keep_parameters", "max_bytes", "max_latency_ratio")

@@ -64,6 +64,27 @@ def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) ->
     return _count(layers, depth, "layers", "blocks", allow_none)
 
 
+def active_experts(spec: Spec, amount: WidthAmount) -> int:
+    """Number of experts that a token is sent to from now on. Raises `PassError` if it is not below today's."""
+    mapped = model_map(spec)
+    if mapped.record.active_experts_key is None or not resize.expert_blocks(spec):
+        raise PassError(
+            f"{mapped.record.model_type} has no experts" if mapped.record.active_experts_key is None
+            else "no block of this model has experts",
+            key="active_experts",
+            fix="leave `active_experts` out",
+        )  # fmt: skip
+    today = mapped.experts_per_token
+    count = amount if isinstance(amount, int) else max(1, round(amount * today))
+    if count >= today:
+        raise PassError(
+            f"each token is sent to {today} experts, and {count} is not fewer",
+            key="active_experts",
+            fix=f"give a count from 1 to {today - 1}" if today > 1 else "leave `active_experts` out",
+        )
+    return count
+
+
 def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
     """Number of experts to keep in each block that has some."""
     mapped = model_map(spec)

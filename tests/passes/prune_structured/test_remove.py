@@ -46,7 +46,7 @@ FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "albert", "bert", "roberta", 
 RMS = tuple(
     record.model_type for record in architectures.RECORDS if record.hidden and record.model_type in pico.FAMILIES
 )
-MOE = ("mixtral", "qwen3_moe")
+MOE = ("mixtral", "qwen3_moe", "qwen2_moe")
 
 
 def reads(name: str, ends: tuple[str, ...]) -> bool:
