@@ -45,7 +45,7 @@ class BlockDetails(TypedDict):
 
     Attributes:
         tensors: its matrices by name. tuning: its reconstruction. experts: tokens by expert.
-        kept, saliency, importance, outliers, energies: results that a pass reads from the rows and removes.
+        kept, saliency, importance, outliers, energies, router_mass: results that a pass reads from the rows and removes.
     """
 
     block: int
@@ -58,3 +58,4 @@ class BlockDetails(TypedDict):
     importance: NotRequired[Any]
     outliers: NotRequired[Any]
     energies: NotRequired[Any]
+    router_mass: NotRequired[float]

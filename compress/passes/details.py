@@ -94,7 +94,8 @@ class PassDetails(_CachedDetails, total=False):
         training: the training of a student. allocation: sparsities or ranks by layer.
         removed_blocks, loss_without_block, block_influence: depth. hidden_channels: channels that are kept.
         windows: a row per block of a model with local attention.
-        expert_saliency, kept_experts: by block. kv_cache: static scales of a cache.
+        expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
+            block, the share of the router's weights that they have. kv_cache: static scales of a cache.
     """
 
     blocks: list[BlockDetails]
@@ -111,6 +112,8 @@ class PassDetails(_CachedDetails, total=False):
     block_influence: list[float]
     expert_saliency: dict[str, list[float]]
     kept_experts: dict[str, list[int]]
+    active_experts: dict[str, int]
+    router_mass_kept: dict[str, float]
     hidden_channels: int
     windows: list[WindowDetails]
     kv_cache: Any
