@@ -272,14 +272,6 @@ def expert_blocks(spec: Spec) -> dict[int, int]:
     return counts
 
 
-def with_active_experts(spec: Spec, count: int) -> Spec:
-    """The spec with each token sent to ``count`` experts; tensors stay."""
-    record = model_map(spec).record
-    assert record.active_experts_key is not None
-    config = _set(record, spec.structure.config, record.active_experts_key, count)
-    return replace(spec, structure=replace(spec.structure, config=config))
-
-
 def without_experts(
     spec: Spec, keep: Mapping[int, Sequence[int]]
 ) -> tuple[Spec, dict[str, str], dict[str, dict[int, list[int]]]]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.blockwise.block import Block
 from compress.blockwise.results import TensorExtras
@@ -30,7 +29,7 @@ def fewer_active(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
         return checkpoint
     count = widths.active_experts(checkpoint.spec, settings.active_experts)
     context.details["active_experts"] = {"before": model_map(checkpoint.spec).experts_per_token, "after": count}
-    spec = resize.with_active_experts(checkpoint.spec, count)
+    spec = widths.with_active_experts(checkpoint.spec, count)
     shares: Mapping[str, float] = {}
     if settings.compensation != "none" and not model_map(checkpoint.spec).expert_weights_sum_to_one:
         shares = context.workspace.cached("router_mass", lambda: kept_mass(checkpoint, count, context))

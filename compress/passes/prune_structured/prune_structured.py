@@ -114,7 +114,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
             spec, _ = resize.without_blocks(spec, named)
         if settings.active_experts is not None:
-            spec = resize.with_active_experts(spec, widths.active_experts(spec, settings.active_experts))
+            spec = widths.with_active_experts(spec, widths.active_experts(spec, settings.active_experts))
         if settings.experts is not None:
             keep = widths.experts_to_keep(spec, settings.experts)
             spec, _, _ = resize.without_experts(spec, {i: range(n) for i, n in keep.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,14 @@ def active_experts(spec: Spec, amount: WidthAmount) -> int:
             fix=f"give a count from 1 to {today - 1}" if today > 1 else "leave `active_experts` out",
         )
     return count
+
+
+def with_active_experts(spec: Spec, count: int) -> Spec:
+    """The spec with each token sent to ``count`` experts; tensors stay."""
+    record = model_map(spec).record
+    assert record.active_experts_key is not None
+    config = resize.with_size(record, spec.structure.config, {record.active_experts_key: count})
+    return replace(spec, structure=replace(spec.structure, config=config))
 
 
 def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
