@@ -56,7 +56,7 @@ def test_measurable_gives_every_task_metrics_and_a_scorer():
         (BERT, ["bits_per_byte"], "labelled", "`bits_per_byte` does not measure text classification, which BertForSequenceClassification is for; its metrics are accuracy, f1, kl, agreement"),
         ("LlamaForCausalLM", ["kl", "f1"], "text", "`f1` does not measure causal language modelling, which LlamaForCausalLM is for; its metrics are bits_per_byte, perplexity, repetition, kl, agreement"),
         (BERT, ["kl"], "text", "text classification, which BertForSequenceClassification is for, takes labelled files; name the columns of texts and labels: `text`, `label`"),
-        ("BertForMaskedLM", ["bits_per_byte"], "text", "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, repetition, kl, agreement"),
+        ("BertForMaskedLM", ["bits_per_byte"], "text", "`bits_per_byte` does not measure masked language modelling, which BertForMaskedLM is for; its metrics are perplexity, kl, agreement"),
         ("BertModel", ["accuracy"], "labelled", "`accuracy` does not measure sentence embedding, which BertModel is for; its metrics are similarity, spearman"),
         ("BertModel", ["spearman"], "text", "`spearman` needs labelled pairs of texts; name the columns: `text`, `label`"),
         ("ViTForImageClassification", ["kl"], "labelled", "image classification, which ViTForImageClassification is for, takes a folder of images for each class; name it: `images`"),
