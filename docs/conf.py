@@ -57,6 +57,7 @@ choose
 recipes
 passes/index
 checkpoints
+attention
 Metrics <metrics>
 commands
 reference
