@@ -9,7 +9,8 @@ information by outputs (Martens and Grosse 2015, arXiv 1503.05671).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -26,16 +27,35 @@ from compress.sensitivity.labels import draw
 from compress.workspace import Workspace
 
 
+class Visitor(Protocol):
+    """Sees each block as gradients go back through it, from the last one on."""
+
+    def around(self, index: int, module: Any, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Put around the forward and backward pass of those samples through a loaded block."""
+        ...
+
+    def finish(self, index: int) -> None:
+        """All of this process's samples went through block ``index``."""
+        ...
+
+
 class Gradients:
     """Gradients at the outputs of every block of the original, for the first samples.
 
+    Args:
+        visitor: sees every block at work, also the first; gradients are then not kept, and a killed run starts again.
+
     Attributes:
         known: whether there are any, which needs a head that predicts tokens; set by `measure`.
+        samples: number of the first samples that are used.
     """
 
-    def __init__(self, executor: BlockExecutor, workspace: Workspace, progress: Progress) -> None:
+    def __init__(
+        self, executor: BlockExecutor, workspace: Workspace, progress: Progress, visitor: Visitor | None = None
+    ) -> None:
         self.executor, self.workspace, self.progress, self.known = executor, workspace, progress, False
-        self._samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
+        self._visitor = visitor
+        self.samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
 
     def measure(self) -> None:
         """Run the model forwards and backwards, unless an earlier run has."""
@@ -43,55 +63,62 @@ class Gradients:
         model: Any = executor.streamed.model
         has_head = executor.streamed.record.has_head(executor.checkpoint.spec)
         self.known = has_head and model.get_output_embeddings() is not None
-        if not self.known or self.workspace.done("gradients"):
+        visited = self._visitor is not None
+        if not self.known or (not visited and self.workspace.done("gradients")):
             return
         depth = executor.depth
-        inputs = executor.open_stream(self.workspace.path, "inputs", first=self._samples, files=depth + 1)
-        with self.progress.task("measuring which outputs matter", 2 * depth, "blocks") as task:
-            executor.write_first(inputs.before(0), self._samples)
+        inputs = executor.open_stream(self.workspace.path, "inputs", first=self.samples, files=depth + 1)
+        with self.progress.task("measuring which outputs matter", 2 * depth + visited, "blocks") as task:
+            executor.write_first(inputs.before(0), self.samples)
             for index in range(depth):
                 with executor.streamed.block(index) as module:
                     executor.write_outputs(
-                        index, module, inputs.before(index), inputs.before(index + 1), first=self._samples
+                        index, module, inputs.before(index), inputs.before(index + 1), first=self.samples
                     )
                 task.advance()
             gradients = self._open(inputs.before(0).shape)
             self._at_the_end(inputs.before(depth), gradients.before(depth - 1))
             task.advance()
             inputs.release(depth, delete=True)
-            for index in reversed(range(1, depth)):
+            for index in reversed(range(0 if visited else 1, depth)):
                 self._one_block_back(index, inputs.before(index), gradients)
                 inputs.release(index, delete=True)
                 task.advance()
-        gradients.before(0).sync()
+        if not visited:
+            gradients.before(0).sync()
         gradients.close()
         inputs.release(0, delete=True)
-        self.workspace.finish("gradients")
+        if not visited:
+            self.workspace.finish("gradients")
 
     def _open(self, shape: Sequence[int]) -> ActivationStream:
         """Files of the gradients at each block's output, by the block's number."""
         executor = self.executor
-        return ActivationStream(self.workspace.path, "", self._samples, shape, executor.dtype, files=executor.depth)
+        return ActivationStream(self.workspace.path, "", self.samples, shape, executor.dtype, files=executor.depth)
 
     def _at_the_end(self, hidden: Activations, gradients: Activations) -> None:
         """Write the gradients at the last block's output."""
         with self.executor.streamed.head():
-            for rows in self.executor.batches(self._samples):
+            for rows in self.executor.batches(self.samples):
                 for row in rows:
                     gradients.write([row], self._of_sample(row, hidden.read([row]).to(self.executor.device)))
 
     def _one_block_back(self, index: int, inputs: Activations, gradients: ActivationStream) -> None:
         """Write the gradients at a block's input, which are those at the output of the block before it."""
-        executor, later = self.executor, gradients.before(index)
+        executor, later, visitor = self.executor, gradients.before(index), self._visitor
         with executor.streamed.block(index) as module:
-            for rows in executor.batches(self._samples):
+            for rows in executor.batches(self.samples):
                 hidden = inputs.read(rows).to(executor.device).requires_grad_()
-                with torch.enable_grad():
-                    output = executor.forward(index, module, rows, hidden)
-                (gradient,) = torch.autograd.grad(output, hidden, later.read(rows).to(output))
-                gradients.before(index - 1).write(rows, gradient)
+                with visitor.around(index, module, rows) if visitor else nullcontext():
+                    with torch.enable_grad():
+                        output = executor.forward(index, module, rows, hidden)
+                    (gradient,) = torch.autograd.grad(output, hidden, later.read(rows).to(output))
+                if index:
+                    gradients.before(index - 1).write(rows, gradient)
+        if visitor:
+            visitor.finish(index)
         later.sync()
-        gradients.release(index)
+        gradients.release(index, delete=visitor is not None)
 
     def _of_sample(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
         """Gradient at the last block's output of one sample, of tokens drawn from the model's predictions."""
@@ -124,7 +151,7 @@ class Gradients:
         sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
         stream = self._open(block.originals.shape)
         upstream = stream.before(block.index)
-        for rows in self.executor.batches(self._samples):
+        for rows in self.executor.batches(self.samples):
             mask = self.executor.token_mask(rows)
             hidden = block.originals.read(rows).to(self.executor.device).requires_grad_()
             with torch.enable_grad(), unfused(block.swaps), record_outputs(wanted) as outputs:

@@ -1,0 +1,173 @@
+"""The expected loss of windows: one forward and one backward pass over calibration samples, one block in memory at a time.
+
+While gradients go back through a block, its attention function shows queries, keys and values after rotation. Under each
+window the heads' outputs are computed again and multiplied by the gradient at the original's outputs. The mathematics is in
+`compress.solvers.windows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compress.blockwise.executor import BlockExecutor
+from compress.errors import PassError
+from compress.progress import Progress
+from compress.sensitivity.attention import AttentionCall, Sight, observed_attention, under_windows
+from compress.sensitivity.output_curvature import Gradients
+from compress.solvers import windows as solver
+from compress.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """What windows are expected to cost.
+
+    Attributes:
+        joint: loss of each pair of (unit, window), nats per token, float64; see `solver.losses`. Units are blocks, or the KV
+            groups of all blocks, in order.
+        logits: by block and window, the logit of each head; empty without logits.
+    """
+
+    joint: torch.Tensor
+    logits: list[list[list[float]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"joint": self.joint.tolist(), "logits": self.logits}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> WindowLosses:
+        """From `to_json`."""
+        return WindowLosses(torch.tensor(value["joint"], dtype=torch.float64), value["logits"])
+
+
+def window_losses(
+    executor: BlockExecutor,
+    sights: Sequence[Sight],
+    *,
+    logits: bool,
+    by: Literal["layers", "heads"],
+    workspace: Workspace,
+    progress: Progress,
+) -> WindowLosses:
+    """Measure each window in each block, or in each KV group, on the first samples (see `Gradients`).
+
+    Args:
+        executor: of the original, after `learn_calls`.
+        logits: search the logits of sinks, and measure the loss under them.
+
+    Raises:
+        PassError: the model predicts no tokens, or its attention cannot be reached.
+    """
+    visitor = _Visitor(executor, sights, logits, by)
+    gradients = Gradients(executor, workspace, progress, visitor)
+    visitor.samples = gradients.samples
+    gradients.measure()
+    if not gradients.known:
+        raise PassError("measuring windows needs a model that predicts tokens", key="choose", fix="set `choose: every`")
+    return visitor.result()
+
+
+class _Visitor:
+    """Turns the products of heads and gradients, one block at a time, into changes of the log-likelihood by token."""
+
+    samples: int
+
+    def __init__(self, executor: BlockExecutor, sights: Sequence[Sight], logits: bool, by: str) -> None:
+        self._executor, self._sights, self._logits, self._by = executor, sights, logits, by
+        self._products: _Products | None = None
+        self._changes: dict[int, torch.Tensor] = {}  # by block: [units, windows, tokens]
+        self._searched: dict[int, list[list[float]]] = {}
+
+    @contextmanager
+    def around(self, index: int, module: Any, rows: Sequence[int]) -> Iterator[None]:
+        calls: list[AttentionCall] = []
+
+        def observe(call: AttentionCall) -> None:
+            calls.append(call)
+            if self._products is None:
+                self._products = _Products(self._executor, call, self._sights, self.samples, own_sinks=not self._logits)
+            products = self._products
+            call.output.register_hook(lambda g: products.add(rows, call, g))  # type: ignore[no-untyped-call]
+
+        with observed_attention(observe):
+            yield
+        if len(calls) != 1:
+            raise PassError(
+                f"block {index} does not call its attention once, through transformers' interface: windows cannot be measured",
+                key="choose",
+                fix="set `choose: every` and `sinks: 0`",
+            )
+
+    def finish(self, index: int) -> None:
+        assert self._products is not None
+        groups = self._products.groups if self._by == "heads" else 1
+        changes, searched = [], []
+        for products in self._products.by_window():
+            logits = solver.sink_logits(products, groups) if self._logits else None
+            searched.append([] if logits is None else logits.tolist())
+            changes.append(products.changes(logits).unflatten(0, (groups, -1)).sum(1))
+        self._changes[index], self._searched[index] = torch.stack(changes, 1), searched
+        self._products = None
+
+    def result(self) -> WindowLosses:
+        depth = range(self._executor.depth)
+        changes = torch.cat([self._changes[i].flatten(0, 1) for i in depth])
+        tokens = sum(_counted(self._executor, [row]) for row in range(self.samples))
+        joint = solver.losses(changes, tokens).cpu()
+        return WindowLosses(joint, [self._searched[i] for i in depth] if self._logits else [])
+
+
+def _counted(executor: BlockExecutor, rows: Sequence[int]) -> int:
+    mask = executor.token_mask(rows)
+    return len(rows) * executor.inputs.length if mask is None else int(mask.sum())
+
+
+class _Products:
+    """Products with gradients of one block, for all samples; each process fills in its own, and zeros stand elsewhere."""
+
+    def __init__(
+        self, executor: BlockExecutor, call: AttentionCall, sights: Sequence[Sight], samples: int, *, own_sinks: bool
+    ) -> None:
+        """``own_sinks``: logits that the heads have already stay."""
+        heads, self.groups, length = call.query.shape[1], call.key.shape[1], call.query.shape[2]
+        device, windows = call.query.device, len(sights)
+        self._executor, self._sights, self._own_sinks = executor, sights, own_sinks
+        self._full = torch.zeros(heads, samples, length, device=device)
+        self._kept = torch.zeros(windows, heads, samples, length, device=device)
+        self._mass = torch.zeros(windows, heads, samples, length, device=device)
+        self._lost = torch.zeros(2, windows, heads, dtype=torch.float64, device=device)  # sum and count
+
+    def add(self, rows: Sequence[int], call: AttentionCall, gradient: torch.Tensor) -> None:
+        """Add samples, given the gradient at the heads' outputs [samples, tokens, heads, width]."""
+        g = gradient.detach().float().transpose(1, 2)
+        if (mask := self._executor.token_mask(rows)) is not None:
+            g = g * mask[:, None, :, None]
+        at = list(rows)
+        self._full[:, at] = (g * call.output.detach().float().transpose(1, 2)).sum(-1).transpose(0, 1)
+        for queries, results in under_windows(call, self._sights):
+            counts = None if mask is None else mask[:, None, queries]
+            for number, heads in enumerate(results):
+                output, mass = heads.output, heads.mass
+                if call.sinks is not None and self._own_sinks:
+                    output = output * torch.sigmoid(mass - call.sinks[:, None])[..., None]
+                self._kept[number, :, at, queries] = (g[:, :, queries] * output).sum(-1).transpose(0, 1)
+                self._mass[number, :, at, queries] = mass.transpose(0, 1)
+                dropped = torch.isfinite(heads.lost)
+                dropped = dropped if counts is None else dropped & counts
+                self._lost[0, number] += torch.where(dropped, heads.lost, 0).double().sum((0, 2))
+                self._lost[1, number] += dropped.sum((0, 2))
+
+    def by_window(self) -> Iterator[solver.HeadProducts]:
+        """What the solver reads, for each window."""
+        self._executor.processes.all_reduce(self._full, self._kept, self._mass, self._lost)
+        start = (self._lost[0] / self._lost[1]).float()
+        start[self._lost[1] == 0] = -torch.inf
+        for number in range(len(self._kept)):
+            kept, mass = self._kept[number].flatten(1), self._mass[number].flatten(1)
+            yield solver.HeadProducts(self._full.flatten(1), kept, mass, start[number])
