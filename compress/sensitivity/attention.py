@@ -55,7 +55,9 @@ def observed_attention(observe: Callable[[AttentionCall], None]) -> Iterator[Non
     def get_interface(*args: Any, **kwargs: Any) -> Any:
         function = original(*args, **kwargs)
 
-        def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **call: Any) -> Any:
+        def attention(
+            module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **call: Any
+        ) -> Any:
             result = function(module, query, key, value, attention_mask, *args, **call)
             scale = call.get("scaling") or query.shape[-1] ** -0.5
             sinks = call.get("s_aux")
@@ -105,7 +107,7 @@ def under_windows(call: AttentionCall, sights: Sequence[Sight]) -> Iterator[tupl
         The queries, and for each sight what the heads output. Each query sees itself at least.
     """
     q, k, v = call.query.float(), call.key.float(), call.value.float()
-    samples, heads, tokens, width = q.shape
+    heads, tokens = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     at = torch.arange(tokens, device=q.device)
     for start in range(0, tokens, _QUERIES):

@@ -111,7 +111,7 @@ class _Visitor:
         for products in self._products.by_window():
             logits = solver.sink_logits(products, groups) if self._logits else None
             searched.append([] if logits is None else logits.tolist())
-            changes.append(products.changes(logits).unflatten(0, (groups, -1)).sum(1))
+            changes.append(_grouped(products.changes(logits), groups))
         self._changes[index], self._searched[index] = torch.stack(changes, 1), searched
         self._products = None
 
@@ -121,6 +121,11 @@ class _Visitor:
         tokens = sum(_counted(self._executor, [row]) for row in range(self.samples))
         joint = solver.losses(changes, tokens).cpu()
         return WindowLosses(joint, [self._searched[i] for i in depth] if self._logits else [])
+
+
+def _grouped(changes: torch.Tensor, groups: int) -> torch.Tensor:
+    """Sums over the heads of each group, [groups, tokens]."""
+    return changes.view(groups, -1, changes.shape[-1]).sum(1)
 
 
 def _counted(executor: BlockExecutor, rows: Sequence[int]) -> int:

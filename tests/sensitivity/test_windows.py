@@ -27,9 +27,7 @@ def measured(folder, work, logits, by, mask=None):
     checkpoint = open_checkpoint(folder)
     executor = BlockExecutor(checkpoint, inputs_of(checkpoint, mask=mask), dtype="float32", device="cpu")
     executor.learn_calls()
-    losses = window_losses(
-        executor, SIGHTS, logits=logits, by=by, workspace=Workspace(work), progress=SilentProgress()
-    )
+    losses = window_losses(executor, SIGHTS, logits=logits, by=by, workspace=Workspace(work), progress=SilentProgress())
     return losses, executor
 
 
@@ -92,7 +90,9 @@ def expected(executor, logits, by, mask):
     for index in sorted({i for i, _ in rows}):
         units, chosen = [], []
         for number in range(len(SIGHTS)):
-            full, kept, mass, lost = (torch.cat(x, -1).detach() for x in list(zip(*rows[index, number], strict=True))[:4])
+            full, kept, mass, lost = (
+                torch.cat(x, -1).detach() for x in list(zip(*rows[index, number], strict=True))[:4]
+            )
             real = torch.isfinite(lost)
             start = torch.where(real, lost, 0).sum(-1) / real.sum(-1)
             groups = len(full) // rows[index, number][0][4] if by == "heads" else 1
@@ -147,7 +147,8 @@ def test_window_losses_match_whole_models_and_dense_masks(family, logits, tmp_pa
 def test_results_survive_json():
     losses = WindowLosses(torch.rand(4, 4, dtype=torch.float64), [[[0.5, -1e4]], [[1.0, 2.0]]])
     again = WindowLosses.from_json(losses.to_json())
-    assert torch.equal(again.joint, losses.joint) and again.logits == losses.logits
+    assert torch.equal(again.joint, losses.joint)
+    assert again.logits == losses.logits
 
 
 def test_attention_outside_the_interface_is_refused(tmp_path):

@@ -44,7 +44,9 @@ def test_sink_logits_find_the_logits_that_explain_what_was_lost(groups):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_sink_logits_are_best_one_by_one(groups):
     p, _ = products(seed=3)
-    p = HeadProducts(p.full + torch.randn(p.full.shape, generator=torch.Generator().manual_seed(1)), p.kept, p.mass, p.start)
+    p = HeadProducts(
+        p.full + torch.randn(p.full.shape, generator=torch.Generator().manual_seed(1)), p.kept, p.mass, p.start
+    )
     logits = sink_logits(p, groups)
     reached = loss(p, logits, groups)
     assert reached < loss(p, torch.full((4,), NO_SINK), groups)

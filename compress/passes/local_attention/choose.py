@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 
 from compress.architectures.conversions.windows import current_windows, unlike_positions
 from compress.errors import PassError
-from compress.passes.base import Context
 from compress.passes.details import WindowDetails
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     import torch
-
-    from compress.checkpoint.values import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,12 +114,3 @@ def evenly(spec: Spec, settings: LocalAttentionSettings) -> Windows:
             fix=f"set `full: {candidates}`, which makes the windows of the others smaller",
         )
     return Windows(tuple(None if i in full else window for i in range(len(before))))
-
-
-def choose(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> Windows:
-    """The windows, with the logits of sinks where they are learned.
-
-    Args:
-        context: its calibration data are read where `settings.calibrated`.
-    """
-    return evenly(checkpoint.spec, settings)

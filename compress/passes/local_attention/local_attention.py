@@ -9,9 +9,11 @@ from compress.architectures.conversions.windows import current_windows
 from compress.architectures.model_map import model_map
 from compress.errors import DataError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
-from compress.passes.local_attention.choose import choose, evenly, trained_length
+from compress.passes.local_attention.choose import evenly, trained_length
+from compress.passes.local_attention.divergence import choose
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
+from compress.passes.local_attention.tune import tuned
 from compress.settings import format_bytes
 from compress.spec.spec import Spec
 
@@ -75,7 +77,8 @@ class LocalAttention(Pass[LocalAttentionSettings]):
             self.check_samples(settings, name, context.data(name).ids.shape[1])
         chosen = choose(checkpoint, settings, context)
         context.details["windows"] = chosen.rows()
-        return with_windows(checkpoint, settings, chosen)
+        result = with_windows(checkpoint, settings, chosen)
+        return tuned(checkpoint, result, chosen, settings, context) if settings.tune_epochs else result
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
         """The cache at the length, and what to know about the settings."""
@@ -128,8 +131,6 @@ def _check_built(settings: LocalAttentionSettings) -> None:
         ("sinks", settings.sinks, settings.sinks not in (0, "learned")),
         ("pattern", settings.pattern, settings.pattern != "window"),
         ("window", list(settings.window), len(settings.window) > 1),
-        ("choose", settings.choose, settings.choose == "divergence" and not isinstance(settings.full, tuple)),
-        ("tune_epochs", settings.tune_epochs, settings.tune_epochs > 0),
     ]
     for key, value, asked in unbuilt:
         if asked:

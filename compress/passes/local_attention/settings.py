@@ -140,9 +140,8 @@ class LocalAttentionSettings(PassSettings):
     @property
     def calibrated(self) -> bool:
         """Whether calibration data decide anything."""
-        return (
-            self.choose == "divergence" and not isinstance(self.full, tuple) and self.full != 0
-        ) or self.sinks == "learned"
+        choice = self.choose == "divergence" and not isinstance(self.full, tuple) and self.full != 0
+        return choice or self.sinks == "learned" or self.tune_epochs > 0
 
     def full_count(self, units: int) -> int:
         """Number of units (blocks, or KV heads) that stay full by ``full``, out of so many."""

@@ -1,0 +1,157 @@
+"""Windows by measured divergence: the written model, resumed runs, repeated passages, and repair."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress.architectures.conversions.windows import NO_SINK, current_windows
+from compress.checkpoint.open import open_checkpoint
+from compress.data.batches import Batches
+from compress.errors import DataError, PassError
+from compress.passes.local_attention.long_range import with_repeats
+from compress.solvers import windows as solver
+from tests import pico
+from tests.processes import Process
+
+SETTINGS = {"window": 8, "full": 1}
+
+
+def apply(folder, out, data, **settings):
+    compress.apply("local_attention", folder, out, data=data.ids, **{**SETTINGS, **settings})
+    return load_file(out / "model.safetensors"), current_windows(open_checkpoint(out).spec)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """A model in which the attention of block 2 does by far the most."""
+    folder = pico.save(tmp_path_factory.mktemp("uneven") / "in", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    for i in range(4):
+        tensors[f"model.layers.{i}.self_attn.o_proj.weight"] *= 20.0 if i == 2 else 0.001
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sinks", ["learned", 0])
+def test_the_block_that_would_lose_most_stays_full(sinks, uneven, tmp_path, data):
+    tensors, windows = apply(uneven, tmp_path / "out", data, sinks=sinks)
+    assert windows == (8, 8, None, 8)
+    logits = {i: tensors.get(f"model.layers.{i}.self_attn.sinks") for i in range(4)}
+    if sinks == 0:
+        assert set(logits.values()) == {None}
+    else:
+        assert bool((logits[2] == NO_SINK).all())
+        assert any(bool((logits[i] > NO_SINK).any()) for i in (0, 1, 3))
+
+
+def test_names_of_no_sink_agree():
+    assert solver.NO_SINK == NO_SINK
+
+
+def test_logits_are_measured_where_blocks_are_named(uneven, tmp_path, data):
+    tensors, windows = apply(uneven, tmp_path / "out", data, full=[0])
+    assert windows == (None, 8, 8, 8)
+    assert bool((tensors["model.layers.2.self_attn.sinks"] > NO_SINK).any())
+
+
+def recipe(name, folder, texts, tmp_path):
+    settings = {**SETTINGS, "sinks": "learned", "tune_epochs": 1}
+    made = {
+        "model": str(folder),
+        "output": str(tmp_path / name),
+        "data": {
+            "calibration": {"files": [str(texts[0])], "samples": 8, "length": 24},
+            "evaluation": {"files": [str(texts[1])], "window": 24},
+        },
+        "passes": [{"local_attention": settings}],
+        "evaluate": ["kl"],
+    }
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(made))
+    return path
+
+
+def test_killed_run_ends_with_the_same_bytes(uneven, texts, tmp_path):
+    compress.run(str(recipe("whole", uneven, texts, tmp_path)))
+    report = json.loads((tmp_path / "whole.run/report.json").read_text())
+    rows = report["stages"][0]["passes"][0]["details"]["windows"]
+    assert [row["window"] for row in rows] == [8, 8, None, 8]
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert rows[2]["share"] > 0.5
+    path = recipe("killed", uneven, texts, tmp_path)
+    for sign in ("windows/*.act", "tune/state.json"):
+        process = Process("from compress.cli import main; main()", "run", path, "--quiet")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if list((tmp_path / "killed.run").rglob(sign)):
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed").exists()
+    done = Process("from compress.cli import main; main()", "run", path)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tuning_keeps_sinks_that_are_off_and_moves_the_others(uneven, tmp_path, data):
+    before, windows = apply(uneven, tmp_path / "before", data, sinks="learned")
+    after, same = apply(uneven, tmp_path / "after", data, sinks="learned", tune_epochs=2)
+    assert windows == same
+    names = [f"model.layers.{i}.self_attn.sinks" for i in range(4)]
+    off = [before[name] == NO_SINK for name in names]
+    assert all(torch.equal(after[n] == NO_SINK, o) for n, o in zip(names, off, strict=True))
+    moved = [(after[n] - before[n])[~o].abs() for n, o in zip(names, off, strict=True)]
+    assert 0 < float(torch.cat(moved).max()) < 2
+    assert after.keys() == before.keys()
+
+
+def test_repeats_are_out_of_reach_of_the_window():
+    ids = torch.arange(8 * 40).view(8, 40)
+    repeated = with_repeats(Batches(ids), 0.25, 16, seed=3)
+    changed = [row for row in range(8) if not torch.equal(repeated.ids[row], ids[row])]
+    assert changed == [3, 7]
+    for row in changed:
+        first = int((repeated.ids[row] != ids[row]).nonzero()[0])
+        passage = 40 - first
+        assert 10 <= passage <= 20
+        assert torch.equal(repeated.ids[row, first:], ids[row, 1 : passage + 1])
+        assert first - 1 > 16 - 1  # a query sees 15 tokens before it
+    assert torch.equal(with_repeats(Batches(ids), 0.25, 16, seed=3).ids, repeated.ids)
+    others = [with_repeats(Batches(ids), 0.25, 16, seed=s).ids for s in range(4)]
+    assert any(not torch.equal(other, repeated.ids) for other in others)
+    assert torch.equal(with_repeats(Batches(ids), 0.0, 16, seed=3).ids, ids)
+    assert len([r for r in range(8) if not torch.equal(with_repeats(Batches(ids), 1.0, 16, 0).ids[r], ids[r])]) == 8
+
+
+def test_repeats_of_padded_samples_end_with_the_text():
+    ids, mask = torch.arange(4 * 40).view(4, 40), torch.ones(4, 40, dtype=torch.bool)
+    mask[0, 30:] = mask[1, 17:] = mask[2, 10:] = False
+    repeated = with_repeats(Batches(ids, mask), 1.0, 16, seed=0).ids
+    assert torch.equal(repeated[~mask], ids[~mask])
+    assert repeated[0, 29] < 16
+    assert not torch.equal(repeated[0], ids[0])
+    assert torch.equal(repeated[1:3], ids[1:3])  # too short to repeat anything
+    mask[0, 16:] = mask[3, 16:] = False
+    mask[1, 16:] = False
+    with pytest.raises(DataError, match=r"the longest calibration sample has 16 tokens and fits into a window of 16"):
+        with_repeats(Batches(ids, mask), 0.25, 16, seed=0)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path, data):
+    folder = pico.save(tmp_path / "in", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises((PassError, compress.errors.CompressError), match="NaN"):
+        apply(folder, tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
