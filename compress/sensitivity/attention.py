@@ -87,7 +87,7 @@ def observed_attention(observe: Callable[[AttentionCall], None]) -> Iterator[Non
 
 @dataclass(frozen=True)
 class WindowedHeads:
-    """What heads output under a window, for some queries.
+    """Outputs of heads under a window, for some queries.
 
     Attributes:
         output: without logits of sinks, float32 [samples, heads, queries, width].

@@ -25,7 +25,7 @@ from compress.workspace import Workspace
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """What windows are expected to cost.
+    """Losses that windows are expected to cost.
 
     Attributes:
         joint: loss of each pair of (unit, window), nats per token, float64; see `solver.losses`. Units are blocks, or the KV
@@ -169,7 +169,7 @@ class _Products:
                 self._lost[1, number] += dropped.sum((0, 2))
 
     def by_window(self) -> Iterator[solver.HeadProducts]:
-        """What the solver reads, for each window."""
+        """Products for the solver, for each window."""
         self._executor.processes.all_reduce(self._full, self._kept, self._mass, self._lost)
         start = (self._lost[0] / self._lost[1]).float()
         start[self._lost[1] == 0] = -torch.inf
