@@ -82,6 +82,8 @@ class Architecture:
         scaled_cache: attention module of a block in which servers look for static scales of cached keys and values; None where
             they look for none.
         eager: whether transformers has no SDPA for it, so that on CPU its attention holds all scores at once.
+        open_attention: whether attention is called through transformers' table of attention functions, and hands on to it what
+            the cache returns. Then heads can have windows of their own.
         causal: whether the model decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` in a config without it.
         mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
@@ -132,6 +134,7 @@ class Architecture:
     input_axis: int = -1
     scaled_cache: str | None = None
     eager: bool = False
+    open_attention: bool = False
     causal: bool = True
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()

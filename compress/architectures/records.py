@@ -39,6 +39,7 @@ _DECODER: dict[str, Any] = {
     "kv_heads_key": "num_key_value_heads",
     "head_dim_key": "head_dim",
     "scaled_cache": "self_attn",
+    "open_attention": True,
 }
 _LLAMA_LIKE: dict[str, Any] = {**_DECODER, "attention": _QKVO, "mlps": (_GATED,), "hidden": _PRE_NORMS}
 _GEMMA_LIKE: dict[str, Any] = {
@@ -297,6 +298,7 @@ RECORDS: tuple[Architecture, ...] = (
         tie_default=True,
         mlps=(Mlp(("mlp.c_fc",), "mlp.c_proj", "n_inner"),),
         attention=_fused("attn.c_attn", "attn.c_proj", "stacked"),
+        open_attention=True,
         leftovers=(Leftover(r"h\.\d+\.(?:attn|crossattention)\.(?:bias|masked_bias)$"),),
     ),
     Architecture(
@@ -323,6 +325,7 @@ RECORDS: tuple[Architecture, ...] = (
         head_tie="embed_out.weight",
         mlps=(Mlp(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
         attention=_fused("attention.query_key_value", "attention.dense", "interleaved"),
+        open_attention=True,
         leftovers=(
             Leftover(r"layers\.\d+\.attention\.(?:bias|masked_bias)$"),
             Leftover(r"layers\.\d+\.attention\.rotary_emb\.inv_freq$"),
@@ -339,6 +342,7 @@ RECORDS: tuple[Architecture, ...] = (
         projections=("project_in", "project_out", "word_embed_proj_dim"),
         mlps=(Mlp(("fc1",), "fc2", "ffn_dim"),),
         attention=replace(_QKVO, output="self_attn.out_proj", free=False, rotary=False),
+        open_attention=True,
     ),
     Architecture(
         "bert",

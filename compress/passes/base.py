@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from compress.workspace import Workspace
 
 Mode = Literal["stream", "blockwise", "train"]
-#: Kinds of storage: floats, codes of any kind, tensors that several blocks share, low-rank factors, and widths that differ
-#: between blocks.
-Storage = Literal["float", "integer", "shared", "factored", "uneven"]
+#: Kinds of storage: floats, codes of any kind, tensors that several blocks share, low-rank factors, widths that differ between
+#: blocks, and floats of an attention whose heads see windows.
+Storage = Literal["float", "integer", "shared", "factored", "uneven", "windowed"]
 #: Edits of structure. A pass that works matrix by matrix, or on the whole model, accepts them.
-EDITED: frozenset[Storage] = frozenset({"shared", "factored", "uneven"})
+EDITED: frozenset[Storage] = frozenset({"shared", "factored", "uneven", "windowed"})
 
 
 class PassSettings(Settings):
@@ -167,7 +167,12 @@ class Pass(Generic[S]):
 
 
 #: Words for a module with an edit, for errors.
-EDITS = {"shared": "shares tensors with other blocks", "factored": "is two factors", "uneven": "has a width of its own"}
+EDITS = {
+    "shared": "shares tensors with other blocks",
+    "factored": "is two factors",
+    "uneven": "has a width of its own",
+    "windowed": "has heads with windows of their own",
+}
 
 
 def accepted_values(instance: Pass[Any]) -> str:
