@@ -275,8 +275,8 @@ def _check_storable(following: Spec, store: Store) -> None:
             f"stock classes cannot express that {edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]}",
             fix="use `store: compact`"
             + (
-                ""
-                if first_without_twin(following)
+                f", or {EDIT_KINDS[odd.kind].alone[1]}"
+                if (odd := first_without_twin(following))
                 else "; `compress unpack` makes a dense stock checkpoint of the result"
             ),
         )

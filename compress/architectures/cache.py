@@ -21,14 +21,17 @@ class Cached:
     """A part of a block's cache.
 
     Attributes:
-        values: numbers cached per token. tokens: most tokens kept; None for all of them.
+        values: numbers cached per token.
+        tokens: most tokens kept; None for all of them; or a function from the length of the text.
     """
 
     values: int
-    tokens: int | None = None
+    tokens: int | Callable[[int], int] | None = None
 
     def count(self, length: int) -> int:
         """Numbers cached after ``length`` tokens."""
+        if callable(self.tokens):
+            return self.values * self.tokens(length)
         return self.values * (length if self.tokens is None else min(length, self.tokens))
 
 

@@ -11,6 +11,7 @@ from compress.checkpoint.values import Checkpoint, Derived
 from compress.errors import CheckpointError
 from compress.models.classes import arguments_of
 from compress.models.loading import load_checkpoint
+from compress.spec.edits import EDIT_KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +69,12 @@ def _narrowed(stored: Stored) -> Checkpoint | None:
     """The checkpoint with attention windows shorter than the sample; None where its own are, or it has none."""
     structure = stored.spec.structure
     window = structure.config.get("sliding_window")
-    if not isinstance(window, int) or window <= WINDOW:
+    edits = tuple(EDIT_KINDS[edit.kind].narrowed(edit, WINDOW) for edit in structure.edits)
+    wide = isinstance(window, int) and window > WINDOW
+    if not wide and edits == structure.edits:
         return None
-    structure = replace(structure, config={**structure.config, "sliding_window": WINDOW})
+    config = {**structure.config, "sliding_window": WINDOW} if wide else structure.config
+    structure = replace(structure, config=config, edits=edits)
     return Derived(stored, replace(stored.spec, structure=structure), stored.tensor)
 
 

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from compress.spec.spec import DENSE, Edit, Spec, Tensor
 
+#: Part of a block's cache: numbers per token, and most tokens kept. None for all; or a function from the text's length.
+CachedPart: TypeAlias = tuple[int, int | Callable[[int], int] | None]
 #: Kind of edit ▶ its description.
 EDIT_KINDS: dict[str, EditKind] = {}
 
@@ -40,6 +42,7 @@ class EditKind(ABC):
         role: role of the matrices that it adds, see `architectures.model_map.Role`. adds: their modules below the edited one.
         spans_blocks: whether blocks depend on others, so that none can be removed.
         has_twin: whether a stock class can express the result, once computed.
+        alone: without a twin: what the module has, and what to do for a stock checkpoint, for errors.
     """
 
     kind: ClassVar[str]
@@ -50,6 +53,7 @@ class EditKind(ABC):
     adds: ClassVar[tuple[str, ...]] = ()
     spans_blocks: ClassVar[bool] = False
     has_twin: ClassVar[bool] = True
+    alone: ClassVar[tuple[str, str]] = ("", "")
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
@@ -69,13 +73,17 @@ class EditKind(ABC):
     def check(self, edit: Edit, spec: Spec, where: str) -> None:
         """Check that the tensors fit the edit. Raises `CheckpointError`."""
 
-    def cached(self, edit: Edit, parts: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
-        """Parts that the edited block caches, each as (numbers per token, most tokens kept or None).
+    def cached(self, edit: Edit, parts: list[CachedPart]) -> list[CachedPart]:
+        """Parts that the edited block caches.
 
         Args:
             parts: the same without the edit.
         """
         return parts
+
+    def narrowed(self, edit: Edit, window: int) -> Edit:
+        """The edit with attention windows of no more than so many tokens, for a check on a short text."""
+        return edit
 
     def aliases(self, edit: Edit, spec: Spec) -> Mapping[str, Tensor]:
         """Name ▶ alias of the tensors that files leave out."""

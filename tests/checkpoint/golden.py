@@ -22,6 +22,7 @@ import compress
 from compress.checkpoint import bundle
 from compress.checkpoint.edits.base import alias
 from compress.checkpoint.edits.factors import factored
+from compress.checkpoint.edits.local import localised
 from compress.checkpoint.edits.projected import projected
 from compress.checkpoint.edits.shared import shared
 from compress.checkpoint.edits.sized import sized
@@ -302,6 +303,20 @@ def widths_transposed(root: Path) -> Checkpoint:
     return changed(checkpoint, sized(replace(checkpoint.spec, tensors=tensors), [f"{path}.c_fc", f"{path}.c_proj"]), {})
 
 
+def windows(root: Path) -> Checkpoint:
+    """Heads with windows of their own, by every pattern; of one layer all heads."""
+    checkpoint = base(root, blocks=4)
+    common = {"window": 3, "sinks": 1, "heads": 2, "full": [1], "positions": 16}
+    patterns: tuple[dict[str, object], ...] = (
+        {"pattern": "window", "full": []},
+        {"pattern": "strided", "stride": 2},
+        {"pattern": "fixed", "keep": 1},
+        {"pattern": "chunks"},
+    )
+    edits = {f"model.layers.{i}.self_attn": {**common, **more} for i, more in enumerate(patterns)}
+    return changed(checkpoint, localised(checkpoint.spec, edits), {})
+
+
 MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "mask": mask,
     "packed": packed,
@@ -322,6 +337,7 @@ MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "projected-untied": projected_untied,
     "widths": widths,
     "widths-transposed": widths_transposed,
+    "windows": windows,
 }
 SHARDED = {"masked-transposed": 6_000, "widths": 8_000}
 
@@ -349,7 +365,7 @@ def expected(folder: Path) -> dict[str, object]:
     model = compress.load(folder, dtype="float32")
     with tempfile.TemporaryDirectory() as temp:
         dense = None
-        if not folder.name.startswith("widths"):  # no stock class has these
+        if not folder.name.startswith(("widths", "windows")):  # no stock class has these
             dense = digest(open_checkpoint(compress.unpack(folder, Path(temp) / "dense")))
     return {"tensors": digest(open_checkpoint(folder)), "unpacked": dense, "logits": logits(model)}
 

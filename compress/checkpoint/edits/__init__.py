@@ -1,4 +1,6 @@
-"""Edits of structure, a file each: factors, residuals, shared parameters, projections, widths. docs/format.md specifies all.
+"""Edits of structure, a file each: factors, residuals, shared parameters, projections, widths, windows of heads.
+
+docs/format.md specifies all of them.
 
 A file holds all that concerns its edit: a `spec.edits.EditKind` for headers, the function that gives a spec such edits, and
 below a mark an `editing.ModelEdit` for models, which is copied into the modelling file of compact checkpoints. A new file
@@ -60,6 +62,6 @@ def with_aliases(spec: Spec, where: str) -> Spec:
     return replace(spec, tensors={**spec.tensors, **aliases})
 
 
-def first_without_twin(spec: Spec) -> str | None:
-    """Module of the first edit that no stock class can express in any way, None without any."""
-    return next((e.module for e in spec.structure.edits if not EDIT_KINDS[e.kind].has_twin), None)
+def first_without_twin(spec: Spec) -> Edit | None:
+    """The first edit that no stock class can express in any way, None without any."""
+    return next((edit for edit in spec.structure.edits if not EDIT_KINDS[edit.kind].has_twin), None)

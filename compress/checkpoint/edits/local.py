@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
@@ -11,7 +12,7 @@ from compress.checkpoint.edits.editing import ModelEdit, mixed
 from compress.checkpoint.edits.local_cache import HeadWindows
 from compress.checkpoint.edits.local_heads import HEADS, LocalHeads, register_heads
 from compress.errors import CheckpointError, PassError
-from compress.spec.edits import EditKind
+from compress.spec.edits import CachedPart, EditKind
 from compress.spec.spec import Edit, Spec
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ class Local(EditKind):
     """Windows of attention for some heads. No tensor changes."""
 
     kind = "local"
-    keys = ("window", "sinks", "full", "pattern", "positions")
+    keys = ("window", "sinks", "heads", "full", "pattern", "positions")
     storage = "windowed"
     label = "attentions with windows for some heads"
     has_twin = False
+    alone = ("has heads with windows of their own", "give windows to whole layers: `local_attention` with `by: layers`")
 
     def sound(self, values: Mapping[str, Any]) -> bool:
         """Whether the values have the keys and types of a pattern; ``full`` ascends."""
         further = PATTERNS.get(str(values.get("pattern")), "pattern")
-        numbers = [values.get(key) for key in ("window", "positions", *(() if further is None else (further,)))]
+        numbers = [
+            values.get(key) for key in ("window", "heads", "positions", *(() if further is None else (further,)))
+        ]
         full, sinks, window = values.get("full"), values.get("sinks"), values.get("window")
         return (
             values.keys() == {*self.keys, *(() if further is None else (further,))}
@@ -42,6 +46,7 @@ class Local(EditKind):
             and isinstance(full, (list, tuple))
             and all(type(head) is int and head >= 0 for head in full)
             and list(full) == sorted(set(full))
+            and len(full) < values["heads"] > max(full, default=0)
             and not (further == "keep" and values["keep"] > window)  # type: ignore[operator]
         )
 
@@ -51,9 +56,23 @@ class Local(EditKind):
             heads = heads_of(spec, edit.module)
         except PassError as error:
             raise CheckpointError(f"has a damaged edit: local of {edit.module}: {error.what}", where=where) from None
-        if (last := max(edit.values["full"], default=-1)) >= heads or len(edit.values["full"]) == heads:
-            text = f"has {heads} key and value heads, and " + (f"head {last}" if last >= heads else "all of them")
-            raise CheckpointError(f"config and edits disagree: {edit.module} {text} would be full", where=where)
+        if heads != edit.values["heads"]:
+            raise CheckpointError(
+                f"config and edits disagree: {edit.module} has {heads} key and value heads, not {edit.values['heads']}",
+                where=where,
+            )
+
+    def narrowed(self, edit: Edit, window: int) -> Edit:
+        """The edit with a window of no more than so many tokens, and fewer sinks."""
+        cut = {key: min(edit.values[key], window) for key in ("window", "stride", "keep") if key in edit.values}
+        return replace(edit, values={**edit.values, **cut, "sinks": min(edit.values["sinks"], window // 4)})
+
+    def cached(self, edit: Edit, parts: list[CachedPart]) -> list[CachedPart]:
+        """Full heads cache all tokens, the others those that the last token sees."""
+        heads, full = edit.values["heads"], len(edit.values["full"])
+        kept = HeadWindows(edit.values).count
+        result: list[CachedPart] = [(values * full // heads, tokens) for values, tokens in parts if full]
+        return [*result, *((values * (heads - full) // heads, kept) for values, _ in parts)]
 
 
 def attentions(spec: Spec) -> dict[str, int]:
@@ -72,7 +91,7 @@ def attentions(spec: Spec) -> dict[str, int]:
             fix="use `by: layers`",
         )
     module = record.attention.output.rpartition(".")[0]
-    kinds, window = mapped.per_layer.get("layer_types"), mapped.config.get("sliding_window")
+    kinds, window = mapped.per_layer.get("layer_types"), record.window(mapped.config)
     paths = {}
     for block in mapped.blocks:
         slides = window is not None if kinds is None else kinds[block.index] != "full_attention"

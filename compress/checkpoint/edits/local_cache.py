@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class HeadWindows:
         positions: a place beyond them sees sinks at the distance that the last place within them has.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self.window, self.sinks, self.pattern = int(values["window"]), int(values["sinks"]), str(values["pattern"])
         self.stride, self.keep = int(values.get("stride", 0)), int(values.get("keep", 0))
         self.full, self.positions = [int(head) for head in values["full"]], int(values["positions"])
@@ -62,12 +62,23 @@ class HeadWindows:
         near = min(max(self.near(count), self.sinks), count)
         far = torch.arange(0, device=device)
         if self.pattern == "strided":
-            far = torch.arange(self.stride - 1, near, self.stride, device=device)
+            far = torch.arange(self.stride - 1, max(near, self.stride - 1), self.stride, device=device)
         if self.pattern == "fixed":
-            blocks = torch.arange(self.window, near + 1, self.window, device=device)
+            blocks = torch.arange(self.window, max(near + 1, self.window), self.window, device=device)
             far = (blocks[:, None] - torch.arange(self.keep, 0, -1, device=device)).flatten()
         first = torch.arange(min(self.sinks, count), device=device)
         return torch.cat([first, far[far >= self.sinks], torch.arange(near, count, device=device)])
+
+    def count(self, tokens: int) -> int:
+        """Number of places that the last of so many tokens sees: the length of `kept`."""
+        near = min(max(self.near(tokens), self.sinks), tokens)
+        far = 0
+        if self.pattern == "strided":
+            far = len(range(self.stride - 1, near, self.stride)) - len(range(self.stride - 1, self.sinks, self.stride))
+        if self.pattern == "fixed":
+            ends = range(self.window, near + 1, self.window)
+            far = sum(max(0, end - max(self.sinks, end - self.keep)) for end in ends)
+        return min(self.sinks, tokens) + max(0, far) + tokens - near
 
     def dropped(self, count: int) -> tuple[int, int]:
         """Columns, from the end, of `kept` of ``count`` tokens that the next token does not see: a run from … to …."""
@@ -196,7 +207,7 @@ class HeadCache:
         places = torch.cat([self.places, queries], 1)
         keys, values = torch.cat([self.local_keys, keys], 2), torch.cat([self.local_values, values], 2)
         stay = self.windows.sees(self.counts[:, None] - 1, places) & (places >= 0)
-        order = torch.argsort((~stay).int(), 1, stable=True)[:, : int(stay.sum(1).max())]
+        order = torch.sort((~stay).int(), dim=1, stable=True).indices[:, : int(stay.sum(1).max())]
         self.places = torch.where(stay.gather(1, order), places.gather(1, order), -1)
         columns = order[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         self.local_keys, self.local_values = keys.gather(2, columns), values.gather(2, columns)

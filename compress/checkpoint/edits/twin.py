@@ -19,12 +19,11 @@ def dense_spec(spec: Spec) -> tuple[Spec, dict[str, TwinTensor]]:
     """Spec of the dense twin, and how each of its tensors is computed, by name.
 
     Raises:
-        PassError: a ``sized`` edit has no dense twin.
+        PassError: an edit has no dense twin.
     """
     if (odd := first_without_twin(spec)) is not None:
-        raise PassError(
-            f"no stock class can express that {odd} has its own width", fix="prune with `allocation: uniform`"
-        )
+        what, instead = EDIT_KINDS[odd.kind].alone
+        raise PassError(f"no stock class can express that {odd.module} {what}", fix=instead)
     owners: dict[str, Edit] = {}
     kinds: dict[str, list[Edit]] = defaultdict(list)
     for edit in spec.structure.edits:
