@@ -10,11 +10,9 @@ import torch
 
 from compress import architectures
 from compress.architectures.cache import Cached, cache_bytes, cache_values, caches, kv_bytes_per_token
-from compress.checkpoint.edits.base import with_edits
+from compress.checkpoint.edits.local import localised
 from compress.checkpoint.open import open_checkpoint
 from compress.models.loading import load_model
-from compress.spec.edits import EDIT_KINDS, EditKind
-from compress.spec.spec import Edit
 from tests import pico
 from tests.toolbox import edit_config, plan
 
@@ -88,26 +86,15 @@ def test_shared_blocks_have_a_cache_each():
     assert cache_values(shared, 7) == cache_values(checkpoint.spec, 7) == 7 * 4 * 32
 
 
-class Halved(EditKind):
-    """Half of the numbers are kept for all tokens, half for three."""
-
-    kind, keys, storage, label = "halved", (), "uneven", "halves"
-
-    def check(self, edit, spec, where):
-        pass
-
-    def cached(self, edit, parts):
-        return [(values // 2, kept) for values, kept in parts for kept in (kept, 3)]
-
-
 def test_edits_change_what_their_block_caches():
     spec = open_checkpoint(pico.folder("llama")).spec
-    try:
-        edited = with_edits(spec, [Edit("halved", "model.layers.2.self_attn", {})], spec.tensors)
-        assert caches(edited)[1:3] == ((Cached(32),), (Cached(16), Cached(16, 3)))
-        assert cache_values(edited, 10) == 3 * 10 * 32 + 10 * 16 + 3 * 16
-    finally:
-        del EDIT_KINDS["halved"]
+    values = {"window": 3, "sinks": 1, "heads": 2, "full": [1], "pattern": "window", "positions": 64}
+    edited = localised(spec, {"model.layers.2.self_attn": values})
+    assert caches(edited)[1] == (Cached(32),)
+    full, windows = caches(edited)[2]
+    assert full == Cached(16)
+    assert [windows.count(length) for length in (1, 4, 5, 100)] == [16, 64, 64, 64]
+    assert cache_values(edited, 10) == 3 * 10 * 32 + 10 * 16 + 4 * 16
 
 
 def test_cache_bytes_need_no_torch():

@@ -47,7 +47,7 @@ class Local(EditKind):
             and all(type(head) is int and head >= 0 for head in full)
             and list(full) == sorted(set(full))
             and len(full) < values["heads"] > max(full, default=0)
-            and not (further == "keep" and values["keep"] > window)  # type: ignore[operator]
+            and not (further == "keep" and values["keep"] > window)
         )
 
     def check(self, edit: Edit, spec: Spec, where: str) -> None:

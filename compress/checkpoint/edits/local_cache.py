@@ -38,6 +38,7 @@ class HeadWindows:
 
     def sees(self, query: Any, key: torch.Tensor) -> torch.Tensor:
         """Whether the place ``query`` sees the place ``key``, which is no later one and not that of padding."""
+        seen: torch.Tensor
         if self.pattern in ("fixed", "chunks"):
             seen = query // self.window == key // self.window
         else:
@@ -272,15 +273,16 @@ def layer_of(cache: Any, index: int, windows: HeadWindows) -> Any:
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
+    empty: Any = DynamicLayer
     if type(cache) is not DynamicCache or cache.offloading:
         kind = "an offloaded cache" if type(cache) is DynamicCache else type(cache).__name__
         raise ValueError(f"{kind} cannot hold heads with windows of their own: use a DynamicCache")
     while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
+        cache.layers.append(empty())
+    layer: Any = cache.layers[index]
     if isinstance(layer, HeadCache):
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if type(layer) is not empty or layer.get_seq_length():
         raise ValueError(
             f"layer {index} of the cache is not one of heads with windows: begin with an empty DynamicCache"
         )

@@ -44,7 +44,7 @@ class LocalHeads:
 
 
 class HeadTokens:
-    """What a mask says of the tokens of one call of attention.
+    """The tokens of one call of attention, as its mask has them.
 
     Attributes:
         padding: which tokens are text, bool [B, N], cached ones first; None for all.
@@ -117,7 +117,7 @@ def heads_attention(
         (keys, local_keys), (values, local_values) = map(windows.split, (key, value))
         states = HeadStates((keys, values), (local_keys, local_values), tokens.places, tokens.places, key.shape[2])
     heads = states.full[0].shape[1] + states.local[0].shape[1]
-    grouped = query.unflatten(1, (heads, -1))
+    grouped: torch.Tensor = query.reshape(query.shape[0], heads, -1, *query.shape[2:])
     attend = HeadAttention(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, tokens.visible)
     local = [head for head in range(heads) if head not in windows.full]
     outputs = []
@@ -161,11 +161,11 @@ class HeadAttention:
             back = (windows.positions - 1 - states.queries).clamp(max=0)
             turned = turn(query, back[:, None, None], frequencies)
         if states.places is None and turned is None:
-            return self._at_once(query, *states.local, False)
+            return self._at_once(query, states.local[0], states.local[1], False)
         places = states.places
         if places is None:
             places = windows.kept(states.seen, query.device)[None]
-        return self._sliced(query, *states.local, states.queries, places, windows, turned)
+        return self._sliced(query, states.local[0], states.local[1], states.queries, places, windows, turned)
 
     def _at_once(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> torch.Tensor:
         """All queries see all tokens, or all tokens up to their own."""
@@ -177,11 +177,12 @@ class HeadAttention:
             return self._scored(query, keys, values, mask.tril() if causal else mask)
         attention = torch.nn.functional.scaled_dot_product_attention
         if not causal:  # one query: those of a group are as good as several of one head
-            return attention(query[:, :, :, 0], keys, values, None, self.dropout, scale=self.scaling).unsqueeze(3)
+            single: torch.Tensor = attention(query[:, :, :, 0], keys, values, None, self.dropout, scale=self.scaling)
+            return single[:, :, :, None]
         flat = query.flatten(1, 2)
         shared = {"enable_gqa": True} if query.shape[2] > 1 else {}
-        output = attention(flat, keys, values, None, self.dropout, True, scale=self.scaling, **shared)
-        return output.unflatten(1, query.shape[1:3])
+        output: torch.Tensor = attention(flat, keys, values, None, self.dropout, True, scale=self.scaling, **shared)
+        return output.reshape(query.shape)
 
     def _sliced(
         self,
@@ -237,7 +238,8 @@ class HeadAttention:
             flat = query.flatten(2, 3)
             mask = mask[:, :, 0].repeat(1, 1, query.shape[2], 1) if mask.ndim == 5 else mask
             attention = torch.nn.functional.scaled_dot_product_attention
-            return attention(flat, keys, values, mask, self.dropout, scale=self.scaling).unflatten(2, query.shape[2:4])
+            output: torch.Tensor = attention(flat, keys, values, mask, self.dropout, scale=self.scaling)
+            return output.reshape(query.shape)
         keys, values = keys[:, :, None], values[:, :, None]
         scores = query @ keys.mT * self.scaling
         if sinks is not None:
@@ -247,7 +249,8 @@ class HeadAttention:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        return torch.nn.functional.dropout(weights, self.dropout) @ values
+        result: torch.Tensor = torch.nn.functional.dropout(weights, self.dropout) @ values
+        return result
 
 
 def reach(queries: torch.Tensor, places: torch.Tensor, windows: HeadWindows | None) -> torch.Tensor:
