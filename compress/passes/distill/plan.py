@@ -37,12 +37,17 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
 
 
+def _in_matrices(spec: Spec) -> int:
+    """Parameters in matrices. A conversion may add a few others, such as logits of sinks."""
+    return sum(t.count for t in spec.weights() if t.is_float and len(t.shape) > 1)
+
+
 def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
     """Raise `PassError` unless a teacher has the student's task and labels, and at least its size."""
     mine, theirs = (task_of(spec.structure.class_name) for spec in (student, teacher))
     if theirs is not mine:
         raise PassError(f"the teacher {name} is for {theirs.name}, the student for {mine.name}", key="teacher")
-    if teacher.parameters < student.parameters:
+    if _in_matrices(teacher) < _in_matrices(student):
         raise PassError(
             f"the student has {student.parameters:,} parameters, more than the teacher {name}: {teacher.parameters:,}",
             key="teacher",

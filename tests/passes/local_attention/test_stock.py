@@ -128,7 +128,10 @@ for name, (folder, expected) in LISTED.items():
         "at once": float((x - y).abs().max()),
         "stepwise": float((torch.cat(steps, 1) - y).abs().max()),
         "cached": sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values)),
-        "generated": m.generate(ids[:, :prompt], max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist(),
+        "generated": [
+            m.generate(ids[:, :17], max_new_tokens=8, do_sample=False, eos_token_id=None, prefill_chunk_size=size).tolist()
+            for size in (None, 5, 12)
+        ],
     }
 print(json.dumps(result))
 """
@@ -155,12 +158,21 @@ def results(tmp_path_factory, stock):
     return json.loads(stock(f"LISTED = {listed!r}\n{STEPWISE}").splitlines()[-1])
 
 
+def test_windows_show_on_the_sample():
+    """What the cases compare would not differ from full attention on a shorter one."""
+    folder = pico.folder()
+    difference = expected(folder, WINDOWS, {}) - expected(folder, (None,) * 4, {})
+    assert difference[:, :WINDOW].abs().max() <= 1e-5
+    assert difference[:, WINDOW:].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_stock_class_matches_original_under_hand_made_masks(name, results):
     found, (family, _, _, _) = results[name], CASES[name]
     assert found["keys"] == []
     assert found["at once"] <= 1e-4
     assert found["stepwise"] <= 1e-4
+    assert found["generated"][0] == found["generated"][1] == found["generated"][2], "prompts in chunks"
     config = pico.config(family, **CASES[name][1])
     numbers = 2 * config.num_key_value_heads * (getattr(config, "head_dim", None) or 8)
     assert found["cached"] == numbers * sum(held(window, PROMPT + STEPS) for window in WINDOWS)

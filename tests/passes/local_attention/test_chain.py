@@ -1,0 +1,34 @@
+"""Passes after windows: the result is a stock model of another family, and its teacher is the original."""
+
+from __future__ import annotations
+
+import compress
+from compress.report.details import render_details
+from tests import pico
+
+
+def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
+    recipe = {
+        "model": str(pico.folder()),
+        "output": str(tmp_path / "out"),
+        "document_separator": "<|doc|>",
+        "data": {
+            "calibration": {"files": [str(texts[0])], "samples": 8, "length": 32},
+            "training": {"files": [str(texts[0])], "length": 32},
+            "evaluation": {"files": [str(texts[1])], "window": 32, "max_documents": 2},
+        },
+        "passes": [
+            {"local_attention": {"window": 8, "full": "50%", "choose": "every"}},
+            {"distill": {"steps": 6, "batch_size": 4, "validation_samples": 4, "learning_rate": 1e-3, "allow_noop": True}},
+            {"cast": {"weights": "int8", "method": "rtn"}},
+        ],
+        "evaluate": ["kl"],
+    }
+    result = compress.run(recipe)
+    windows, training, _ = (p["details"] for stage in result.report["stages"] for p in stage["passes"])
+    assert windows["windows"] == [{"block": i, "window": None if i % 2 == 0 else 8} for i in range(4)]
+    held = [row["loss"] for row in training["training"]["held_out"]]
+    assert min(held) < held[0]
+    text = "\n".join(render_details(result.report["stages"][0]["passes"][0], ""))
+    assert "| 0 | full | – | – |" in text
+    assert "| 1 | 8 | – | – |" in text
