@@ -19,7 +19,15 @@ def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
         },
         "passes": [
             {"local_attention": {"window": 8, "full": "50%", "choose": "every"}},
-            {"distill": {"steps": 6, "batch_size": 4, "validation_samples": 4, "learning_rate": 1e-3, "allow_noop": True}},
+            {
+                "distill": {
+                    "steps": 6,
+                    "batch_size": 4,
+                    "validation_samples": 4,
+                    "learning_rate": 1e-3,
+                    "allow_noop": True,
+                }
+            },
             {"cast": {"weights": "int8", "method": "rtn"}},
         ],
         "evaluate": ["kl"],
