@@ -13,8 +13,8 @@ from compress.settings import Fraction, Level, expected, parse_share
 
 def _windows(value: Any) -> tuple[int, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
-    if not values or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 1 for w in values):
-        raise expected("a number of tokens from 1 up, or a list of such numbers", value)
+    if not values or not all(isinstance(w, int) and not isinstance(w, bool) and w >= 2 for w in values):
+        raise expected("a number of tokens from 2 up, or a list of such numbers", value)
     if len(set(values)) != len(values):
         raise ValueError("a window is named twice")
     return tuple(sorted(values))
@@ -45,8 +45,8 @@ WindowSizes = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
+                {"type": "integer", "minimum": 2},
+                {"type": "array", "items": {"type": "integer", "minimum": 2}, "minItems": 1},
             ],
             "examples": [1024, [256, 1024]],
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import compress
 from compress.report.details import render_details
 from tests import pico
@@ -34,9 +36,10 @@ def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
     }
     result = compress.run(recipe)
     windows, training, _ = (p["details"] for stage in result.report["stages"] for p in stage["passes"])
-    assert windows["windows"] == [{"block": i, "window": None if i % 2 == 0 else 8} for i in range(4)]
+    assert [row["window"] for row in windows["windows"]] == [None, 8, None, 8]
+    assert sum(row["share"] for row in windows["windows"]) == pytest.approx(1)
     held = [row["loss"] for row in training["training"]["held_out"]]
     assert min(held) < held[0]
     text = "\n".join(render_details(result.report["stages"][0]["passes"][0], ""))
-    assert "| 0 | full | – | – |" in text
-    assert "| 1 | 8 | – | – |" in text
+    assert "| block | window | loss | share |" in text
+    assert "| 1 | 8 | 0." in text

@@ -109,7 +109,7 @@ def test_plan_refuses(family, changes, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"window": 0}, "expected a number of tokens from 1 up"),
+        ({"window": 1}, "expected a number of tokens from 2 up"),
         ({"window": [8, 8]}, "a window is named twice"),
         ({"window": 8, "full": 1.5}, "expected a share between 0 and 1"),
         ({"window": 8, "full": 2, "max_cache": "40%"}, "give `full` or `max_cache`, not both"),
