@@ -49,12 +49,13 @@ class SharingDetails(TypedDict):
 
 
 class WindowDetails(TypedDict):
-    """The window of one block. ``window``: tokens; None for everything.
+    """The window of one block, or of one of its KV heads. ``window``: tokens; None for everything.
 
     ``loss``: loss expected of a window there, in nats per token; ``share``: its share of the sum over all blocks.
     """
 
     block: int
+    head: NotRequired[int]
     window: int | None
     loss: NotRequired[float]
     share: NotRequired[float]

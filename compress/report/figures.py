@@ -234,10 +234,10 @@ def shape_rows(details: PassDetails) -> list[tuple[str, ...]]:
 
 
 def window_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per block: its number, its window, the loss expected of a window there, and that loss's share of the sum."""
+    """A row per block, or KV head: its number, its window, the loss expected of a window there, its share of the sum."""
     return [
         (
-            str(row["block"]),
+            f"{row['block']} head {row['head']}" if "head" in row else str(row["block"]),
             "full" if row["window"] is None else f"{row['window']:,}",
             f"{row['loss']:.5f}" if "loss" in row else "–",
             f"{row['share']:.1%}" if "share" in row else "–",

@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 
+from compress.checkpoint.edits.local_cache import HeadWindows
+
 #: Queries whose scores are in memory at a time.
 _QUERIES = 256
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Tokens that a query sees: the last ``window``, itself among them, and the ``first`` of the text."""
+    """Tokens that a query sees: the last ``window``, itself among them, and the ``first`` of the text; or by a ``pattern``."""
 
     window: int
     first: int = 0
+    pattern: HeadWindows | None = None
+
+    def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Whether the queries at some places see the keys at others, itself always; those after it count too."""
+        if self.pattern is not None:
+            return self.pattern.sees(queries, keys) | (queries == keys)
+        return (queries - keys < self.window) | (keys < self.first) | (queries == keys)
 
 
 @dataclass(frozen=True)
@@ -124,9 +133,8 @@ def under_windows(call: AttentionCall, sights: Sequence[Sight]) -> Iterator[tupl
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
         results = []
         for sight in sights:
-            seen = (ago < sight.window) | (at[None, : rows.stop] < sight.first)
-            seen |= ago == 0
-            first = max(0, start - sight.window + 1)
+            seen = sight.sees(at[rows, None], at[None, : rows.stop])
+            first = 0 if sight.pattern else max(0, start - sight.window + 1)
             keys = at[: rows.stop] if first <= sight.first else torch.cat([at[: sight.first], at[first : rows.stop]])
             part = scores[..., keys].masked_fill(~seen[:, keys], -torch.inf)
             mass = part.logsumexp(-1)

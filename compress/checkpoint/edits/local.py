@@ -88,7 +88,7 @@ def attentions(spec: Spec) -> dict[str, int]:
     if not record.open_attention:
         raise PassError(
             f"{record.model_type} does not call its attention through transformers' table, so no head can have its own window",
-            fix="use `by: layers`",
+            fix="give windows to whole blocks, with `sinks: learned` or 0",
         )
     module = record.attention.output.rpartition(".")[0]
     kinds, window = mapped.per_layer.get("layer_types"), record.window(mapped.config)

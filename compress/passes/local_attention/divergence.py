@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from compress.architectures.conversions.windows import current_windows
+from compress.checkpoint.edits.local_cache import HeadWindows
 from compress.errors import PassError
 from compress.passes.base import Context
 from compress.passes.local_attention.choose import Windows, evenly, full_blocks, held, trained_length
@@ -15,6 +16,7 @@ from compress.passes.local_attention.settings import LocalAttentionSettings
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
     from compress.data.batches import Batches
+    from compress.sensitivity.attention import Sight
     from compress.sensitivity.windows import WindowLosses
 
 
@@ -74,11 +76,9 @@ def _full(
 def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> WindowLosses:
     """Expected losses of the settings' windows, in each block or KV group; cached in the workspace."""
     from compress.blockwise.executor import BlockExecutor, Inputs
-    from compress.sensitivity.attention import Sight
     from compress.sensitivity.windows import WindowLosses, window_losses
 
     learned = settings.sinks == "learned"
-    first = 0 if learned else cast("int", settings.sinks)
 
     def compute() -> dict[str, object]:
         batches = samples(settings, context)
@@ -93,7 +93,7 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
         executor.learn_calls()
         return window_losses(
             executor,
-            [Sight(window, first) for window in settings.window],
+            [_sight(settings, window) for window in settings.window],
             logits=learned,
             by=settings.by,
             workspace=context.workspace.folder("windows"),
@@ -104,3 +104,14 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
     if not bool(losses.joint.isfinite().all()):
         raise PassError("the losses of windows are not finite", fix="check the checkpoint's weights for NaN")
     return losses
+
+
+def _sight(settings: LocalAttentionSettings, window: int) -> Sight:
+    """The tokens that a local head sees."""
+    from compress.sensitivity.attention import Sight
+
+    first = 0 if settings.sinks == "learned" else settings.sinks
+    if settings.pattern == "window":
+        return Sight(window, first)
+    more = {"stride": settings.stride or window, "keep": min(settings.keep, window), "pattern": settings.pattern}
+    return Sight(window, first, HeadWindows({"window": window, "sinks": first, "full": (), "positions": 1, **more}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures.cache import cache_bytes
 from compress.architectures.conversions.windows import current_windows
@@ -10,6 +10,7 @@ from compress.architectures.model_map import model_map
 from compress.errors import DataError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.local_attention.choose import evenly, trained_length
+from compress.passes.local_attention.compact import check_edits, choose_heads, planned_edits, spread
 from compress.passes.local_attention.divergence import choose
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
@@ -62,12 +63,14 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         return "blockwise" if settings.calibrated else "stream"
 
     def output_storage(self, settings: LocalAttentionSettings) -> frozenset[Storage]:
-        """Floats; what was edited before stays so."""
-        return frozenset({"float"})
+        """Floats, whose attention has edits where no stock class expresses the windows."""
+        return frozenset({"float", "windowed"}) if settings.edits else frozenset({"float"})
 
     def plan(self, spec: Spec, settings: LocalAttentionSettings) -> Spec:
         """Exact in names, shapes and bytes. Which blocks are full is a guess where calibration data decide."""
         _check(spec, settings)
+        if settings.edits:
+            return planned_edits(spec, settings, spread(spec, settings))
         return planned(spec, settings, evenly(spec, settings))[0]
 
     def apply(self, checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> Checkpoint:
@@ -75,9 +78,14 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         _check(checkpoint.spec, settings)
         for name in self.required_data(settings):
             self.check_samples(settings, name, context.data(name).ids.shape[1])
-        chosen = choose(checkpoint, settings, context)
-        context.details["windows"] = chosen.rows()
-        result = with_windows(checkpoint, settings, chosen)
+        if settings.edits:
+            choice = choose_heads(checkpoint, settings, context)
+            context.details["windows"], chosen = choice.rows(), choice.blocks()
+            result = _edited(checkpoint, planned_edits(checkpoint.spec, settings, choice))
+        else:
+            chosen = choose(checkpoint, settings, context)
+            context.details["windows"] = chosen.rows()
+            result = with_windows(checkpoint, settings, chosen)
         return tuned(checkpoint, result, chosen, settings, context) if settings.tune_epochs else result
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
@@ -101,10 +109,16 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         return notes
 
 
+def _edited(checkpoint: Checkpoint, spec: Spec) -> Checkpoint:
+    """The checkpoint with edits. No weight changes."""
+    from compress.checkpoint.values import Derived
+
+    return Derived(checkpoint, spec, checkpoint.tensor)
+
+
 def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
     """Raise `PassError` for models and settings that windows do not fit."""
     mapped = model_map(spec)
-    _check_built(settings)
     if not mapped.record.causal or mapped.record.stacks:
         raise PassError(f"{mapped.record.model_type} does not decode token by token: windows are for causal models")
     if settings.only or settings.skip:
@@ -122,16 +136,5 @@ def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
         raise PassError(f"the model is trained for {positions} positions", key="at", fix=f"set {positions} or less")
     if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
         raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")
-
-
-def _check_built(settings: LocalAttentionSettings) -> None:
-    """Raise `PassError` for what this version cannot do yet."""
-    unbuilt: list[tuple[str, Any, bool]] = [
-        ("by", settings.by, settings.by == "heads"),
-        ("sinks", settings.sinks, settings.sinks not in (0, "learned")),
-        ("pattern", settings.pattern, settings.pattern != "window"),
-        ("window", list(settings.window), len(settings.window) > 1),
-    ]
-    for key, value, asked in unbuilt:
-        if asked:
-            raise PassError(f"`{key}: {value}` is not built yet", key=key)
+    if settings.edits:
+        check_edits(spec, settings)

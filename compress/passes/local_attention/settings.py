@@ -100,7 +100,7 @@ class LocalAttentionSettings(PassSettings):
         description="What stands for the first tokens, once a window has dropped them (attention sinks, arXiv 2309.17453). "
         "`learned`: a logit per head in the denominator of the softmax, calibrated; a Llama becomes a stock GraniteSWA. A "
         "number: that many first tokens stay visible, with `store: compact`. 0: nothing; stock in many families, and in need "
-        "of repair.",
+        "of repair. By default `learned`, or 4 where a stock class cannot express the windows.",
     )
     pattern: Literal["window", "strided", "fixed", "chunks"] = Field(
         default="window",
@@ -108,10 +108,22 @@ class LocalAttentionSettings(PassSettings):
         "token. `fixed`: its own stretch and the last tokens of every stretch before it (both arXiv 1904.10509). `chunks`: "
         "its own stretch. All but `window` need `store: compact`.",
     )
+    stride: int | None = Field(
+        default=None, ge=1, description="Of `strided`: every so many-th token stays visible. By default the window."
+    )
+    keep: int = Field(
+        default=1, ge=1, description="Of `fixed`: so many last tokens of each earlier stretch stay visible."
+    )
+    positions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length of text that the model is trained for. In longer texts first tokens that stay are met at the "
+        "distance that they have there, so a model without full heads reads on without end. By default what the config says.",
+    )
     choose: Literal["divergence", "every"] = Field(
         default="divergence",
-        description="Which blocks are full. `divergence`: those whose window would cost most, by gradients on calibration "
-        "data. `every`: every n-th block, from the first.",
+        description="Which blocks or KV heads are full. `divergence`: those whose window would cost most, by gradients on "
+        "calibration data. `every`: every n-th, from the first; KV heads are counted through all blocks.",
     )
     long_range: Level = Field(
         default=0.25,
@@ -127,8 +139,28 @@ class LocalAttentionSettings(PassSettings):
         "that can express it.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "sinks" not in data:
+            many = isinstance(data.get("window"), (list, tuple)) and len(data["window"]) > 1
+            if many or data.get("by") == "heads" or data.get("pattern", "window") != "window":
+                return {**data, "sinks": 4}
+        return data
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
+        if self.edits and self.sinks == "learned":
+            raise ValueError("logits of sinks are for windows that a stock class expresses: set `sinks: 4`, or 0")
+        for key, pattern in (("stride", "strided"), ("keep", "fixed")):
+            if key in self.model_fields_set and self.pattern != pattern:
+                raise ValueError(f"`{key}` is for `pattern: {pattern}`")
+        if self.positions is not None and not self.edits:
+            raise ValueError("`positions` is for first tokens that stay: set `sinks` to a number of them")
+        if len(self.window) > 1 and self.by == "heads":
+            raise ValueError("KV heads of a block share one window: give one, or `by: layers`")
+        if len(self.window) > 1 and (self.choose == "every" or isinstance(self.full, tuple)):
+            raise ValueError("which block gets which window is chosen by divergence: give one window")
         if self.full is not None and self.max_cache is not None:
             raise ValueError("give `full` or `max_cache`, not both")
         if self.at is not None and self.at <= max(self.window):
@@ -136,6 +168,12 @@ class LocalAttentionSettings(PassSettings):
         if isinstance(self.full, tuple) and self.by == "heads":
             raise ValueError("with `by: heads` give `full` as a share or a count")
         return self
+
+    @property
+    def edits(self) -> bool:
+        """Whether the windows need edits of structure, since no stock class expresses them."""
+        tokens = self.sinks != "learned" and self.sinks != 0
+        return self.by == "heads" or tokens or self.pattern != "window" or len(self.window) > 1
 
     @property
     def calibrated(self) -> bool:
