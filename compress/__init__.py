@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from compress.api import apply as apply
     from compress.api import load as load
     from compress.api import plan as plan
+    from compress.api import register_attention as register_attention
     from compress.api import run as run
     from compress.api import unpack as unpack
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "apply", "load", "plan", "run", "unpack"]
+__all__ = ["__version__", "apply", "load", "plan", "register_attention", "run", "unpack"]
 
 
 def __getattr__(name: str) -> Any:

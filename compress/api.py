@@ -221,6 +221,7 @@ def load(
     ignore_auto_map: bool = False,
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
+    attention: Literal["auto", "compress_local", "sdpa", "eager"] | None = "auto",
 ) -> PreTrainedModel:
     """Load a checkpoint of this project, or any stock one, as a transformers model in evaluation mode.
 
@@ -231,6 +232,8 @@ def load(
         quantized_activations: round the inputs of linear layers if the config has it so, as stock transformers does.
         quantized_kv_cache: round keys and values if the config has it so, as vLLM does and stock transformers does not;
             evaluation rounds them.
+        attention: ``compress_local`` computes windows and logits of sinks without masks of all pairs. ``auto`` takes it for
+            models with windows, None leaves the choice to transformers.
     """
     from compress.models.loading import load_model
 
@@ -242,7 +245,15 @@ def load(
         ignore_auto_map=ignore_auto_map,
         quantized_activations=quantized_activations,
         quantized_kv_cache=quantized_kv_cache,
+        attention=attention,
     )
+
+
+def register_attention() -> None:
+    """Make ``compress_local`` known to transformers, so that ``from_pretrained`` takes it as ``attn_implementation``."""
+    from compress.checkpoint.attention.interface import register
+
+    register()
 
 
 @_files

@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from compress.checkpoint import edits, storage
+from compress.checkpoint import attention, edits, storage
 from compress.spec.classes import auto_class
 
 FILE_NAME = "modeling_compress.py"
@@ -21,6 +21,12 @@ _IMPORTS = (
         "from compress.checkpoint.storage.reading import decode, part_names\n",
         _HERE / "storage",
         storage.MODULES,
+    ),
+    (
+        "attention",
+        "from compress.checkpoint.attention.interface import register\n",
+        _HERE / "attention",
+        attention.MODULES,
     ),
     ("editing", "from compress.checkpoint.edits.editing import edited_class\n", _HERE / "edits", edits.MODULES),
 )

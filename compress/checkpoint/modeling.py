@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from compress.checkpoint.attention.interface import register
 from compress.checkpoint.edits.editing import edited_class
 from compress.checkpoint.storage.reading import decode, part_names
 
@@ -90,6 +91,9 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
     if "add_pooling_layer" in inspect.signature(stock).parameters and not any(".pooler." in f".{n}" for n in state):
         kwargs["add_pooling_layer"] = False
     stock = edited_class(stock, config.edits)
+    asked = getattr(config, "_attn_implementation", None)  # auto classes move the argument into the config
+    if asked == "eager" or asked in transformers.AttentionInterface._global_mapping:
+        kwargs.setdefault("attn_implementation", asked)
     model, info = stock.from_pretrained(None, config=base, state_dict=state, output_loading_info=True, **kwargs)
     unexpected = [] if auto is transformers.AutoModel else info["unexpected_keys"]
     for problem, keys in (
@@ -164,3 +168,6 @@ class CompressForImageClassification(CompressModel):
 
 class CompressForSeq2SeqLM(CompressModel):
     auto = transformers.AutoModelForSeq2SeqLM
+
+
+register()

@@ -14,6 +14,7 @@ from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.errors import CheckpointError, CompressError, is_lack
+from compress.models.attention import implementation
 from compress.models.classes import first_line, quiet_transformers, refusing, stock_class
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import CACHE_SCALES, Spec, Tensor
@@ -33,6 +34,7 @@ def load_model(
     offline: bool = False,
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of a checkpoint folder or hub id, in evaluation mode.
 
@@ -44,6 +46,7 @@ def load_model(
         trust_remote_code: allow a foreign ``auto_map``. ignore_auto_map: use transformers' own class instead.
         quantized_activations: round inputs of linear layers where the config says so, as stock transformers does.
         quantized_kv_cache: round keys and values where the config says so, as vLLM does and stock transformers does not.
+        attention: attention function, see `attention.implementation`; None for transformers' own choice.
 
     Raises:
         CheckpointError: unknown model type; weights missing, unexpected or of the wrong shape.
@@ -57,6 +60,7 @@ def load_model(
         device=device,
         quantized_activations=quantized_activations,
         quantized_kv_cache=quantized_kv_cache,
+        attention=attention,
     )
 
 
@@ -68,6 +72,7 @@ def load_checkpoint(
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
     as_stored: bool = False,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load the model of an opened checkpoint, or of one that a pass has changed and that is not written yet; see `load_model`.
 
@@ -86,7 +91,7 @@ def load_checkpoint(
     read: Any = _Unread if isinstance(checkpoint, Stored) else _values
     wanted = _decoded(checkpoint.spec, dtype, as_stored)
     state: dict[str, Any] = {t.name: read(checkpoint, t, wanted(t)) for t in checkpoint.spec.weights()}
-    model = _load(checkpoint, kwargs, state)
+    model = _load(checkpoint, kwargs, state, attention)
     if quantized_activations and (formats := input_formats(checkpoint.spec)):
         from compress.models.emulation import round_inputs
 
@@ -187,12 +192,16 @@ def check_keys(checkpoint: Stored) -> None:
 
 
 @refusing
-def _load(checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, Any]) -> PreTrainedModel:
+def _load(
+    checkpoint: Checkpoint, kwargs: dict[str, Any], state: Mapping[str, Any], attention: str | None = None
+) -> PreTrainedModel:
     """The model of a checkpoint's class with these tensors; reads no weight file that the folder may also hold."""
     folder = checkpoint.folder
     assert folder is not None
     with quiet_transformers():
         stock, config = stock_class(checkpoint)
+        if attention is not None and (name := implementation(attention, checkpoint.spec, stock, config)):
+            kwargs = {**kwargs, "attn_implementation": name}
         try:
             model, info = stock.from_pretrained(
                 None, config=config, state_dict=dict(state), output_loading_info=True, trust_remote_code=False, **kwargs

@@ -45,6 +45,7 @@ def register() -> None:
 
 def local_mask(
     *,
+    q_length: int,
     kv_length: int,
     q_offset: Any = 0,
     kv_offset: int = 0,
@@ -62,13 +63,13 @@ def local_mask(
     """
     window = getattr(config, "sliding_window", None)
     plain = local_size is None or (local_size == window and getattr(config, "attention_chunk_size", None) is None)
-    if not plain or not allow_is_causal_skip or isinstance(q_offset, torch.Tensor):
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # not so in static caches
+    if not plain or not allow_is_causal_skip or not aligned:
         from transformers.masking_utils import sdpa_mask
 
-        offsets = {"q_offset": q_offset, "kv_offset": kv_offset, "kv_length": kv_length, "local_size": local_size}
-        whole: torch.Tensor | None = sdpa_mask(
-            attention_mask=attention_mask, allow_is_causal_skip=False, **offsets, **kwargs
-        )
+        sizes = {"q_length": q_length, "q_offset": q_offset, "kv_length": kv_length, "kv_offset": kv_offset}
+        kwargs = {**kwargs, **sizes, "local_size": local_size, "allow_is_causal_skip": False}
+        whole: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
         return whole
     if attention_mask is None:
         return None
@@ -134,12 +135,18 @@ def local_attention(
 
 def _window(module: Any, kwargs: dict[str, Any]) -> int | None:
     """Window of the module's layer: what it passes, or has, or what the config says of its layer; None for all tokens."""
+    window: int | None
     if "sliding_window" in kwargs:
-        window: int | None = kwargs.pop("sliding_window")
-        return window
-    if hasattr(module, "sliding_window"):
+        window = kwargs.pop("sliding_window")
+    elif hasattr(module, "sliding_window"):
         window = module.sliding_window
-        return window
+    else:
+        window = _window_by_config(module)
+    return window
+
+
+def _window_by_config(module: Any) -> int | None:
+    """Window of the module's layer as its config has it, for modules that know none themselves."""
     config = getattr(module, "config", None)
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or types is None or getattr(module, "layer_idx", None) is None:

@@ -26,8 +26,8 @@ class LocalPattern:
     ``block``: near it are those of its own stretch of ``block`` tokens; not with ``window``.
     ``sinks``: it sees the first ``sinks`` tokens of the text (StreamingLLM).
     ``stride``: it sees every ``stride``-th token before it, (i - j) % stride == 0 (the strided form of the Sparse Transformer).
-    ``last``: it sees the last ``last`` tokens of each earlier stretch of ``period`` tokens (the fixed form); a cache can drop the
-    others. ``period`` is the block if there is one.
+    ``last``: it sees the last ``last`` tokens of each earlier stretch of ``period`` tokens (the fixed form): a cache drops
+    the others. ``period`` is the block if there is one.
     """
 
     window: int | None = None
@@ -47,7 +47,7 @@ class LocalPattern:
             ((self.stride or self.last) and near is None, "a stride, or last tokens, need a window or a block"),
             (self.stride and self.last, "give a stride or last tokens"),
             (
-                self.block and {self.block, self.stride or self.block, self.period or self.block} != {self.block},
+                self.block and {self.stride, self.period} - {None, self.block},
                 "a stride or period beside a block is as long",
             ),
             (self.last > (self.period or self.block or 0), "last is at most the period"),
@@ -330,6 +330,7 @@ def _irregular(
         seen = visible(pattern, where[:, first:end, None], where[:, None, columns])
         if padding is not None:
             seen = seen & padding[:, None, columns]
+            seen = seen | ~seen.any(-1, keepdim=True)  # padding sees anything, so that its softmax has a sum
         mask = _numbers(seen, like)
         keys = tuple(span(*ends) for ends in ranges)
         pieces.append(Piece(span(first - past, end - past), keys, mask.expand(like.shape[0], -1, -1)))
