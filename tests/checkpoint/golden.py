@@ -22,6 +22,7 @@ import compress
 from compress.checkpoint import bundle
 from compress.checkpoint.edits.base import alias
 from compress.checkpoint.edits.factors import factored
+from compress.checkpoint.edits.linformer import attentions, projected_attention
 from compress.checkpoint.edits.local import localised
 from compress.checkpoint.edits.projected import projected
 from compress.checkpoint.edits.shared import shared
@@ -317,6 +318,12 @@ def windows(root: Path) -> Checkpoint:
     return changed(checkpoint, localised(checkpoint.spec, edits), {})
 
 
+def projections(root: Path) -> Checkpoint:
+    """An encoder whose attention reads projected keys and values."""
+    checkpoint = base(root, "bert")
+    return changed(checkpoint, projected_attention(checkpoint.spec, 4, 16, attentions(checkpoint.spec)), {})
+
+
 MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "mask": mask,
     "packed": packed,
@@ -338,6 +345,7 @@ MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "widths": widths,
     "widths-transposed": widths_transposed,
     "windows": windows,
+    "projections": projections,
 }
 SHARDED = {"masked-transposed": 6_000, "widths": 8_000}
 
@@ -365,7 +373,7 @@ def expected(folder: Path) -> dict[str, object]:
     model = compress.load(folder, dtype="float32")
     with tempfile.TemporaryDirectory() as temp:
         dense = None
-        if not folder.name.startswith(("widths", "windows")):  # no stock class has these
+        if not folder.name.startswith(("widths", "windows", "projections")):  # no stock class has these
             dense = digest(open_checkpoint(compress.unpack(folder, Path(temp) / "dense")))
     return {"tensors": digest(open_checkpoint(folder)), "unpacked": dense, "logits": logits(model)}
 

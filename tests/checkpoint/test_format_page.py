@@ -57,7 +57,7 @@ def test_format_page_reads_what_the_package_reads(reader, name):
         if mask is not None:
             np.testing.assert_array_equal(mask, value.mask.numpy(), err_msg=key)
             assert mask.sum() == opened.spec.tensors[key].kept
-    if any(edit["kind"] in ("sized", "local") for edit in config["edits"]):
+    if any(edit["kind"] in ("sized", "local", "linformer") for edit in config["edits"]):
         with pytest.raises(compress.errors.PassError, match="no stock class"):
             dense(opened)
         return

@@ -58,10 +58,11 @@ def test_golden_is_read_by_the_bundled_file(stock, tmp_path):
         shutil.copytree(golden.FOLDER / name, tmp_path / name)
         (tmp_path / name / bundle.FILE_NAME).write_bytes(bundle.source())
     code = (
-        "import json, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "import json, torch\nfrom transformers import AutoModelForCausalLM, AutoModelForMaskedLM\n"
         f"ids, result = torch.tensor({golden.IDS.tolist()}), {{}}\n"
         f"for name in {list(RECORDED)}:\n"
-        f"    model = AutoModelForCausalLM.from_pretrained('{tmp_path}/' + name, trust_remote_code=True, dtype='float32')\n"
+        "    auto = AutoModelForMaskedLM if name == 'projections' else AutoModelForCausalLM\n"
+        f"    model = auto.from_pretrained('{tmp_path}/' + name, trust_remote_code=True, dtype='float32')\n"
         "    with torch.no_grad():\n"
         "        result[name] = model(input_ids=ids).logits[0, -1].tolist()\n"
         "print(json.dumps(result))\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
+from compress.checkpoint.edits.linformer import PROJECTIONS
 from compress.errors import PassError
 from compress.evaluation.tasks import EMBEDDING, label_ids, task_of
 from compress.passes.distill.settings import DIVERGENCES, DistillSettings
@@ -38,8 +39,9 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
 
 
 def _in_matrices(spec: Spec) -> int:
-    """Parameters in matrices. A conversion may add a few others, such as logits of sinks."""
-    return sum(t.count for t in spec.weights() if t.is_float and len(t.shape) > 1)
+    """Parameters in matrices. A conversion may add others: logits of sinks, projections along the text."""
+    added = {f"{edit.module}.{part}" for edit in spec.structure.edits for part in PROJECTIONS}
+    return sum(t.count for t in spec.weights() if t.is_float and len(t.shape) > 1 and t.name not in added)
 
 
 def check_teacher(student: Spec, teacher: Spec, name: str) -> None:
