@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from compress import statistics
+from compress.architectures.cache import bytes_at
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Metric, Resampling
@@ -60,7 +61,8 @@ def judge(
     """Judge every bound.
 
     Args:
-        gates: ``{"size": {"max_ratio": 0.4}, "bits_per_byte": {"max_increase": {"value": 0.05, "relative": True}}}``.
+        gates: ``{"size": {"max_ratio": 0.4}, "bits_per_byte": {"max_increase": {"value": 0.05, "relative": True}}}``. Gates
+            of one name may be a list.
         original, candidate: ``size``, ``evaluation`` and ``latency`` as reports hold them.
 
     Raises:
@@ -68,10 +70,20 @@ def judge(
     """
     resampling = Resampling(confidence, bootstrap, seed)
     results = []
-    for name, bounds in gates.items():
+    several = (
+        (name, each) for name, gate in gates.items() for each in (gate if isinstance(gate, (list, tuple)) else [gate])
+    )
+    for name, bounds in several:
+        at = bounds.get("at")
         for key, bound in bounds.items():
-            gate = f"{name}.{key}"
-            if name in ("size", "parameters"):
+            gate = f"{name}.{key}" + (f" at {at:,}" if at is not None else "")
+            if key == "at":
+                continue
+            if name == "cache":
+                results.append(_cache(gate, key, bound, at, original, candidate))
+            elif at is not None and name in ("prefill", "decode", "memory"):
+                results.append(_at_length(gate, name, bound, at, original, candidate, resampling))
+            elif name in ("size", "parameters"):
                 results.append(_exact(gate, name, key, bound, original, candidate))
             elif name == "memory":
                 results.append(_memory(gate, bound, original, candidate))
@@ -124,6 +136,44 @@ def _memory(gate: str, bound: float, original: Mapping[str, Any], candidate: Map
     ratio = after / before if before else math.nan
     shown = f"{ratio:.3g} ({format_bytes(before)} ▶ {format_bytes(after)})"
     return _plain(gate, ratio, bound, "ratio", shown, f"{bound:.4g}")
+
+
+def _cache(
+    gate: str, key: str, bound: float, length: int, original: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> GateResult:
+    after = bytes_at(_get(candidate, gate, "size", "cache"), length)
+    if key == "max":
+        return _plain(gate, after, bound, "bytes", format_bytes(after), format_bytes(bound))
+    before = bytes_at(_get(original, gate, "size", "cache"), length)
+    ratio = after / before if before else math.nan
+    shown = f"{ratio:.4g} ({format_bytes(before)} ▶ {format_bytes(after)})"
+    return _plain(gate, ratio, bound, "ratio", shown, f"{bound:.4g}")
+
+
+def _at_length(
+    gate: str,
+    name: str,
+    bound: float,
+    length: int,
+    original: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    resampling: Resampling,
+) -> GateResult:
+    """Judge time or memory at a length; inconclusive where memory was short of it."""
+    reasons = {row["length"]: row["reason"] for row in _get(candidate, gate, "latency").get("not_tried") or ()}
+    if length in reasons:
+        text = f"a prompt of {length:,} tokens was not tried: it {reasons[length]}"
+        return GateResult(gate, "inconclusive", None, bound, None, None, "ratio", None, text)
+    sides = []
+    for side in (original, candidate):
+        rows = _get(side, gate, "latency").get("lengths") or ()
+        row = next((row for row in rows if row["length"] == length), None)
+        if row is None:
+            raise ReportError(f"the gate `{gate}` needs a prompt of {length} tokens, which was not measured")
+        sides.append({"latency": row})
+    if name == "memory":
+        return _memory(gate, bound, sides[0], sides[1])
+    return _speed(gate, name, bound, sides[0], sides[1], resampling)
 
 
 def _plain(gate: str, value: float, bound: float, unit: str, shown: str, limit: str) -> GateResult:

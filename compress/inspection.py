@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from compress.architectures.cache import cache_bytes, plan_lengths
 from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import lay_out, natural
 from compress.checkpoint.open import open_checkpoint, open_headers
@@ -57,6 +58,12 @@ def inspect(
         "compact": needs_code(spec),
         "edits": dict(Counter(edit.kind for edit in spec.structure.edits)),
         "size": asdict(size),
+        "cache": []
+        if size.cache is None
+        else [
+            {"length": length, "bytes": cache_bytes(spec, length)}
+            for length in plan_lengths(model_map(spec).trained_positions)
+        ],
         "dtypes": dict(Counter(t.dtype for t in spec.stored())),
         "modules": modules(spec),
         "tensors": [_row(t, counts.get(t.name)) for t in sorted(spec.tensors.values(), key=lambda t: natural(t.name))],

@@ -30,6 +30,20 @@ def reset_peak() -> bool:
     return True
 
 
+def resident_memory() -> int:
+    """Resident memory of this process now; the peak where the system tells no more."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_memory()
+
+
+def give_back_freed() -> None:
+    """Return freed memory to the system, where the allocator has a call for it (glibc, malloc_trim(3))."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def available_memory() -> int:
     """Memory available without swapping, within the limits of the container (cgroup v2)."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

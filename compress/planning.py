@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
-from compress.architectures.cache import kv_bytes_per_token
+from compress.architectures.cache import CachedBytes, cache_bytes, cached_bytes, kv_bytes_per_token, plan_lengths
 from compress.architectures.model_map import model_map
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
 from compress.checkpoint.edits.twin import dense_spec
@@ -15,7 +15,7 @@ from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
-from compress.errors import PassError
+from compress.errors import CompressError, PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
@@ -40,6 +40,7 @@ class Size:
         bits_per_weight: stored bits of data per parameter.
         kv_bytes_per_token: bytes that decoding caches per token while no window is full, in the format that the config names;
             None without a record or without a cache.
+        cache: parts of that cache with the tokens that each keeps; None where it is not known.
         load_bytes: memory of the weights after a stock load, which holds all floats in ``config.dtype``.
         tensors: number of tensors with bytes of their own.
     """
@@ -50,6 +51,7 @@ class Size:
     active_parameters: int
     bits_per_weight: float
     kv_bytes_per_token: int | None
+    cache: tuple[CachedBytes, ...] | None
     load_bytes: int
     tensors: int
 
@@ -68,6 +70,7 @@ def size_of(spec: Spec, layout: Layout) -> Size:
         active_parameters=model_map(spec).active_parameters,
         bits_per_weight=round(8 * data / max(spec.parameters, 1), 4),
         kv_bytes_per_token=kv_bytes_per_token(spec),
+        cache=cached_bytes(spec),
         load_bytes=sum(t.count * bits // 8 if t.is_float else t.dense_bytes for t in stored),
         tensors=len(stored),
     )
@@ -133,6 +136,7 @@ class Plan:
 
     Attributes:
         original, original_spec: the recipe's model. store: where the result is written. stages: in order.
+        lengths: at which the bytes of the cache are shown.
         peak_memory: resident bytes at the peak of the run.
     """
 
@@ -141,11 +145,23 @@ class Plan:
     store: Store
     stages: tuple[PlannedStage, ...]
     peak_memory: int
+    lengths: tuple[int, ...] = ()
 
     @property
     def disk(self) -> int:
         """Bytes of the weight files that the stages write into the run folder."""
         return sum(stage.size.bytes for stage in self.stages)
+
+    @property
+    def cache(self) -> list[dict[str, int]]:
+        """Planned bytes of the cache at each length, of the original and of the result; empty where one is not known."""
+        before, after = self.original_spec, self.stages[-1].passes[-1].spec
+        rows = []
+        for length in self.lengths:
+            original, result = cache_bytes(before, length), cache_bytes(after, length)
+            if original is not None and result is not None:
+                rows.append({"length": length, "original": original, "result": result})
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, schema ``compress.plan/1``."""
@@ -154,6 +170,7 @@ class Plan:
             "store": self.store,
             "original": asdict(self.original),
             "notes": list(self.original_spec.notes),
+            "cache": self.cache,
             "stages": [
                 {
                     "index": stage.index,
@@ -200,6 +217,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
     check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
+    lengths = _cache_lengths(recipe, spec)
     store: Store = recipe.store
     original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
     original = replace(original, bytes=original.bytes + spec.left_out)
@@ -237,7 +255,25 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     if recipe.data.evaluation is not None and recipe.metrics:
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
-    return Plan(original, spec, store, stages, peak)
+    return Plan(original, spec, store, stages, peak, lengths)
+
+
+def _cache_lengths(recipe: Recipe, spec: Spec) -> tuple[int, ...]:
+    """Lengths at which the plan shows the cache: those of the recipe's latency, else some up to the trained positions.
+
+    Raises:
+        CompressError: a prompt would be longer than the texts that the model was made for.
+    """
+    positions, settings = model_map(spec).trained_positions, recipe.settings_of("latency")
+    asked: tuple[int, ...] = getattr(settings, "lengths", None) or ()
+    if positions is not None and asked and asked[-1] > positions:
+        index = next(i for i, entry in enumerate(recipe.evaluate or ()) if entry.name == "latency")
+        raise CompressError(
+            f"a prompt of {asked[-1]} tokens is beyond the model's {positions} positions",
+            where=f"evaluate.{index}.latency.lengths",
+            fix=f"set lengths of at most {positions}",
+        )
+    return asked or plan_lengths(positions)
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:

@@ -160,6 +160,15 @@ def median_ratio(
     return Interval(float(np.median(second) / np.median(first)), float(lower), float(upper), len(first))
 
 
+def quantile(samples: Sequence[float], share: float) -> float:
+    """Quantile with linear interpolation, as numpy's default."""
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
 def resample(
     statistic: Callable[[Any], Any],
     columns: Sequence[NDArray[np.float64]],

@@ -24,6 +24,66 @@ def side(nll=None, size=1000, parameters=500, *, kl=None, agree=None, latency=No
     return {"size": {"bytes": size, "parameters": parameters}, "evaluation": found, "latency": latency}
 
 
+def row(length, *, prefill=None, peak=100):
+    """A row of `latency.lengths`."""
+    timing = None if prefill is None else {"samples": prefill}
+    return {"length": length, "prefill": timing, "decode": None, "memory": {"peak": peak}}
+
+
+def cached(full, windowed=0, tokens=None):
+    """A side with parts of a cache: bytes per token of full blocks, and of those that keep so many tokens."""
+    parts = [{"bytes_per_token": full, "tokens": None}, {"bytes_per_token": windowed, "tokens": tokens}]
+    return {"size": {"cache": parts}, "evaluation": None, "latency": None}
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected", "text"),
+    [
+        ({"at": 100, "max_ratio": 0.8}, "pass", "0.75 (1 kB ▶ 750 B) ≤ 0.8"),
+        ({"at": 100, "max_ratio": 0.74}, "fail", "0.75 (1 kB ▶ 750 B) not ≤ 0.74"),
+        ({"at": 50, "max_ratio": 0.99}, "fail", "1 (500 B ▶ 500 B) not ≤ 0.99"),
+        ({"at": 100, "max": 750}, "pass", "750 B ≤ 750 B"),
+        ({"at": 1000, "max": 5000}, "fail", "5.25 kB not ≤ 5 kB"),
+    ],
+)
+def test_cache_gate_is_exact(gate, expected, text):
+    (found,) = judge({"cache": gate}, cached(10), cached(5, 5, 50))
+    assert (found.verdict, found.text, found.lower) == (expected, text, None)
+    assert found.gate == f"cache.{'max' if 'max' in gate else 'max_ratio'} at {gate['at']:,}"
+
+
+def test_cache_gate_needs_a_known_cache():
+    with pytest.raises(ReportError, match="`cache.max at 5` needs cache, which was not measured"):
+        judge({"cache": {"at": 5, "max": 1}}, side(), side())
+
+
+def test_gates_at_a_length_read_its_row():
+    random = np.random.default_rng(0)
+    before, after = (list(x * random.normal(1, 0.01, 12)) for x in (1.0, 0.5))
+    sides = [
+        {"latency": {"lengths": [row(64, prefill=[1.0] * 12), row(512, prefill=samples, peak=peak)], "not_tried": []}}
+        for samples, peak in ((before, 100), (after, 60))
+    ]
+    gates = {
+        "prefill": [{"at": 64, "max_ratio": 0.9}, {"at": 512, "max_ratio": 0.9}],
+        "memory": {"at": 512, "max_ratio": 0.6},
+    }
+    found = judge(gates, *sides)
+    assert [(r.gate, r.verdict) for r in found] == [
+        ("prefill.max_ratio at 64", "fail"),
+        ("prefill.max_ratio at 512", "pass"),
+        ("memory.max_ratio at 512", "pass"),
+    ]
+    with pytest.raises(ReportError, match="needs a prompt of 99 tokens, which was not measured"):
+        judge({"prefill": {"at": 99, "max_ratio": 1}}, *sides)
+    sides[1]["latency"]["not_tried"] = [{"length": 8192, "reason": "may need 9 GB of memory, 1 GB are left"}]
+    (found,) = judge({"prefill": {"at": 8192, "max_ratio": 1}}, *sides)
+    assert (found.verdict, found.text) == (
+        "inconclusive",
+        "a prompt of 8,192 tokens was not tried: it may need 9 GB of memory, 1 GB are left",
+    )
+
+
 GENERATOR = np.random.default_rng(0)
 BEFORE = GENERATOR.normal(1000, 100, 40)
 AFTER = BEFORE * GENERATOR.normal(1.03, 0.01, 40)  # 3 % worse, give or take 0.3

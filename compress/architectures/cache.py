@@ -6,7 +6,7 @@ token, and the largest number of tokens that it keeps. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -93,6 +93,38 @@ def cache_bytes(spec: Spec, length: int, dtype: str | None = None) -> int | None
     """
     values = cache_values(spec, length)
     return None if values is None else values * _bits(spec, dtype) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class CachedBytes:
+    """The parts of all blocks' caches that keep the same number of tokens; None for all of them."""
+
+    bytes_per_token: int
+    tokens: int | None
+
+
+def cached_bytes(spec: Spec) -> tuple[CachedBytes, ...] | None:
+    """The cache in the format that the config asks for, by tokens kept, all of them first; None where it is not known."""
+    parts = caches(spec)
+    if parts is None:
+        return None
+    values: dict[int | None, int] = {}
+    for part in (part for block in parts for part in block):
+        values[part.tokens] = values.get(part.tokens, 0) + part.values
+    order = sorted(values, key=lambda tokens: (tokens is not None, -(tokens or 0)))
+    return tuple(CachedBytes(values[tokens] * _bits(spec, None) // 8, tokens) for tokens in order)
+
+
+def bytes_at(parts: Sequence[Mapping[str, int | None]], length: int) -> int:
+    """Bytes cached after ``length`` tokens, by the parts of a report: mappings with the fields of `CachedBytes`."""
+    return sum((part["bytes_per_token"] or 0) * min(length, part["tokens"] or length) for part in parts)
+
+
+def plan_lengths(positions: int | None) -> tuple[int, ...]:
+    """Lengths at which plans show the cache: 512 and every fourfold, up to the trained positions; these last."""
+    last = positions or 8192
+    lengths = [length for length in (512, 2048, 8192, 32768, 131072) if length < last]
+    return (*lengths, last)
 
 
 def kv_bytes_per_token(spec: Spec) -> int | None:

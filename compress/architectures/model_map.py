@@ -169,6 +169,12 @@ class ModelMap:
         return self.record.positions(self.spec) if self.known else None
 
     @property
+    def trained_positions(self) -> int | None:
+        """Number of tokens of the longest text the model was made for; None where neither table nor config tells."""
+        known = self.config.get("max_position_embeddings")
+        return self.positions or (known if isinstance(known, int) else None)
+
+    @property
     def has_head(self) -> bool:
         """Whether the model has a head that predicts tokens."""
         return self.record.has_head(self.spec)

@@ -13,15 +13,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from compress.errors import CheckpointError, CompressError, ResourceError
+from compress.evaluation.latency_lengths import Lengths
+from compress.evaluation.latency_settings import GENERATED, PROMPT, LatencySettings
+from compress.memory import available_memory, resident_memory
 from compress.progress import Progress, SilentProgress
 
-#: Tokens of the prompt, and generated tokens.
-PROMPT, GENERATED = 256, 32
 #: Rounds: as many as fit into ``SECONDS``, within these bounds.
 SECONDS, FEWEST, MOST = 8.0, 10, 40
 #: Seconds without an answer after which a worker is killed.
@@ -37,16 +39,22 @@ def measure_latency(
     ignore_auto_map: bool = False,
     threads: int | None = None,
     seed: int = 0,
+    lengths: LatencySettings | None = None,
+    max_ram: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure ``[original, candidate]`` interleaved, after a warm-up.
+
+    Args:
+        lengths: settings with the lengths of prompts at which cost is measured too. max_ram: most bytes that this process
+            and those that measure may hold; by default what the machine has.
 
     Returns:
         ``original`` and ``candidate``. Each has ``prefill``, seconds for the prompt with logits of the last token only, and
         ``decode``, seconds per generated token (None for models that do not generate). Both have ``samples`` by round,
         ``median`` and ``p90``; the candidate's also ``ratio`` with one-sided 95 % bounds ``lower`` and ``upper``. ``memory``
         has the ``peak`` bytes of loading and inference beyond what the process had before (on a GPU: allocated bytes), and
-        the candidate's its ``ratio``.
+        the candidate's its ``ratio``. With lengths also ``lengths``, ``fit`` and ``not_tried``, see `latency_lengths`.
 
     Raises:
         CompressError: a worker cannot load its model, or died.
@@ -61,39 +69,59 @@ def measure_latency(
         task = {"seed": seed, "prompt": prompt, "vocabulary": min(f["vocabulary"] for f in facts)}
         task["generated"] = min([GENERATED, *(max(p - prompt, 1) for p in positions)])
         task["decode"] = all(f["generates"] for f in facts)
-        warm = [_ask(worker, "warm", task) for worker in workers]
-        # a second, timed warm-up tells how many rounds fit
-        once = sum(_ask(worker, "round", task)["seconds"] for worker in workers)
-        rounds = int(max(FEWEST, min(MOST, SECONDS / max(once, 1e-6))))
-        samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
-        assert len(warm) == len(workers)
-        with (progress or SilentProgress()).task("latency", rounds, "rounds") as bar:
-            for number in range(rounds):
-                order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
-                for i in order:
-                    answer = _ask(workers[i], "round", task)
-                    for name in ("prefill", "decode"):
-                        if answer[name] is not None:
-                            samples[i][name].append(answer[name])
-                bar.advance()
+        for worker in workers:
+            _ask(worker, "warm", task)
+        rounds, samples = _rounds(workers, task, progress or SilentProgress())
         memory = [_ask(worker, "memory", task)["bytes"] for worker in workers]
-    return _summary(samples, memory, task, rounds, seed)
+        result = _summary(samples, memory, task, rounds, seed)
+        if lengths is not None and lengths.lengths:
+            asks = [partial(_command, worker) for worker in workers]
+            room = partial(_room, max_ram)
+            rows, shared = Lengths(asks, lengths, task, room, progress or SilentProgress()).measure()
+            for side, measured in zip(result.values(), rows, strict=True):
+                side |= {**measured, **shared}
+    return result
+
+
+def _rounds(
+    workers: Sequence[_Worker], task: dict[str, Any], progress: Progress
+) -> tuple[int, list[dict[str, list[float]]]]:
+    """Number of rounds, and each worker's seconds by name; a second, timed warm-up tells how many rounds fit."""
+    once = sum(_ask(worker, "round", task)["seconds"] for worker in workers)
+    rounds = int(max(FEWEST, min(MOST, SECONDS / max(once, 1e-6))))
+    samples: list[dict[str, list[float]]] = [{"prefill": [], "decode": []} for _ in workers]
+    with progress.task("latency", rounds, "rounds") as bar:
+        for number in range(rounds):
+            order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
+            for i in order:
+                answer = _ask(workers[i], "round", task)
+                for name in ("prefill", "decode"):
+                    if answer[name] is not None:
+                        samples[i][name].append(answer[name])
+            bar.advance()
+    return rounds, samples
+
+
+def _room(max_ram: int | None, workers: int) -> int:
+    """Bytes left for a prompt, where the workers hold so many."""
+    left = available_memory()
+    return left if max_ram is None else min(left, max(max_ram - workers - resident_memory(), 0))
 
 
 def _summary(
     samples: list[dict[str, list[float]]], memory: list[int], task: dict[str, Any], rounds: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    from compress.statistics import median_ratio
+    from compress.statistics import median_ratio, quantile
 
     result: dict[str, dict[str, Any]] = {}
     for i, side in enumerate(("original", "candidate")):
         entry: dict[str, Any] = {"rounds": rounds, "prompt": task["prompt"], "generated": task["generated"]}
         for name in ("prefill", "decode"):
-            mine = sorted(samples[i][name])
+            mine = samples[i][name]
             if not mine:
                 entry[name] = None
                 continue
-            entry[name] = {"median": _quantile(mine, 0.5), "p90": _quantile(mine, 0.9), "samples": samples[i][name]}
+            entry[name] = {"median": quantile(mine, 0.5), "p90": quantile(mine, 0.9), "samples": samples[i][name]}
             if i:
                 ratio = median_ratio(samples[0][name], samples[i][name], confidence=0.95, bootstrap=2000, seed=seed)
                 entry[name] |= {"ratio": ratio.value, "lower": ratio.lower, "upper": ratio.upper}
@@ -102,14 +130,6 @@ def _summary(
             entry["memory"]["ratio"] = memory[i] / memory[0] if memory[0] else None
         result[side] = entry
     return result
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Quantile with linear interpolation, as numpy's default."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 class _Worker:
@@ -149,7 +169,11 @@ class _Worker:
 
 
 def _ask(worker: _Worker, what: str, task: dict[str, Any]) -> dict[str, Any]:
-    worker.send({"do": what, **task})
+    return _command(worker, {"do": what, **task})
+
+
+def _command(worker: _Worker, command: Mapping[str, Any]) -> dict[str, Any]:
+    worker.send(dict(command))
     return worker.answer()
 
 

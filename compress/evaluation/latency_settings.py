@@ -29,4 +29,10 @@ class LatencySettings(Settings):
         description="Lengths of prompts, in tokens: prefill, decode at that depth, memory and bytes of the cache are "
         f"measured at each. By default one prompt of {PROMPT} tokens, without bytes of the cache.",
     )
+    rounds: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="Rounds at each length. By default as many as fit into 8 seconds, 10 at least; gates need 10.",
+    )
     generated: int = Field(default=GENERATED, ge=1, le=2**20, description="Tokens generated after each prompt.")

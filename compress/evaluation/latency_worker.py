@@ -1,7 +1,7 @@
 """Process that times one model: ``python -m compress.evaluation.latency_worker SETTINGS``.
 
-It reads commands (``warm``, ``round``, ``memory``) as lines of JSON on stdin, answers each by one line on stdout, and ends
-when stdin closes.
+It reads commands (``warm``, ``round``, ``memory``, ``paths``, ``length``) as lines of JSON on stdin, answers each by one line
+on stdout, and ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -81,9 +81,13 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
 def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from compress.evaluation.prefill import prefill, timed
+    from compress.evaluation.prefill import generate, prefill, timed
     from compress.memory import peak_memory
 
+    if command["do"] in ("paths", "length"):
+        from compress.evaluation import latency_path
+
+        return latency_path.paths(model) if command["do"] == "paths" else latency_path.measure(model, command)
     cuda = model.device.type == "cuda"
     if command["do"] == "memory":
         if cuda:
@@ -97,15 +101,8 @@ def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
             read, _ = timed(lambda: model(input_ids=prompt), model.device)
             return {"prefill": read, "decode": None, "seconds": read}
         read, output = timed(lambda: prefill(model, prompt), model.device)
-        decode, _ = timed(lambda: _generate(model, output, command["generated"]), model.device)
+        decode, _ = timed(lambda: generate(model, output, command["generated"]), model.device)
     return {"prefill": read, "decode": decode / command["generated"], "seconds": read + decode}
-
-
-def _generate(model: Any, output: Any, count: int) -> None:
-    """Generate greedily with the cache, one token at a time."""
-    for _ in range(count):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
 
 
 if __name__ == "__main__":

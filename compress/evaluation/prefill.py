@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from compress.models.classes import arguments_of
+from compress.models.classes import arguments_of, cache_argument
 from compress.statistics import median_ratio
 
 if TYPE_CHECKING:
@@ -16,12 +16,35 @@ if TYPE_CHECKING:
 SECONDS, FEWEST, MOST = 2.0, 5, 40
 
 
-def prefill(model: Any, prompt: torch.Tensor) -> Any:
-    """Output for token ids [samples, length], as generation calls the model: with a cache and logits of the last token only."""
+def prefill(model: Any, prompt: torch.Tensor, chunk: int | None = None) -> Any:
+    """Output for token ids [samples, length], as generation calls the model: with a cache and logits of the last token only.
+
+    Args:
+        chunk: tokens that are read at once, each chunk with the cache of those before it; None for the whole prompt.
+    """
+    import torch
+
     if not model.can_generate():
         return model(input_ids=prompt)
     last = {"logits_to_keep": 1} if "logits_to_keep" in arguments_of(model) else {}
-    return model(input_ids=prompt, use_cache=True, **last)
+    output: Any = None
+    for piece in (prompt,) if chunk is None else torch.split(prompt, chunk, 1):
+        output = model(input_ids=piece, use_cache=True, **last, **cached(model, output))
+    return output
+
+
+def cached(model: Any, output: Any) -> dict[str, Any]:
+    """The argument that hands the cache of an output on to the next call; empty for an output of None."""
+    name = cache_argument(model)
+    return {} if output is None or name is None else {name: getattr(output, name)}
+
+
+def generate(model: Any, output: Any, count: int) -> Any:
+    """Generate ``count`` tokens greedily with the cache of an output, one at a time. Returns the last output."""
+    for _ in range(count):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=token, use_cache=True, **cached(model, output))
+    return output
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

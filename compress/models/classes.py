@@ -123,6 +123,11 @@ def arguments_of(model: Any) -> set[str]:
     return names - {"self"}
 
 
+def cache_argument(model: Any) -> str | None:
+    """Name of the cache among the arguments and outputs of a model's forward; None for a model that takes none."""
+    return min(arguments_of(model) & {"cache", "past_key_values"}, default=None)
+
+
 def _without_pooler(stock: Any) -> Any:
     """The class without pooler, for files of sentence encoders that hold none: a pooler would have random weights."""
 

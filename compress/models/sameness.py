@@ -9,7 +9,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Stored
 from compress.checkpoint.values import Checkpoint, Derived
 from compress.errors import CheckpointError
-from compress.models.classes import arguments_of
+from compress.models.classes import cache_argument
 from compress.models.loading import load_checkpoint
 from compress.spec.edits import EDIT_KINDS
 
@@ -21,8 +21,6 @@ PROMPT, STEPS = 16, 8
 #: Attention windows are cut to this many tokens where the sample would fit into the model's own: a config may name windows
 #: that its class does not use, and then only the cache forgets tokens.
 WINDOW = 8
-#: Names of the cache among a forward's arguments and outputs.
-_CACHES = frozenset({"cache", "past_key_values"})
 #: Largest difference, relative to the larger of 1 and the largest value. Tensors are equal bit by bit, but kernels chosen by
 #: memory alignment, or for one token in place of many, may round otherwise.
 _TOLERANCE, _STEPPED = 1e-4, 1e-3
@@ -108,10 +106,10 @@ def _step_by_step(model: Any, ids: torch.Tensor) -> torch.Tensor | None:
     """Logits [1, T, V] of a prompt and of single tokens after it; None for models that return no cache."""
     import torch
 
-    taken = arguments_of(model) & _CACHES
-    if not model.can_generate() or not taken:
+    name = cache_argument(model)
+    if not model.can_generate() or name is None:
         return None
-    name, prompt = min(taken), max(1, ids.shape[1] - STEPS)
+    prompt = max(1, ids.shape[1] - STEPS)
     cached: dict[str, Any] = {}
     logits = []
     with torch.inference_mode():

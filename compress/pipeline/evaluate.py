@@ -14,6 +14,7 @@ from compress.checkpoint.running import emulated
 from compress.data import documents, images
 from compress.errors import CompressError, DataError, ReportError
 from compress.evaluation import positions
+from compress.evaluation.latency_settings import LatencySettings
 from compress.evaluation.metrics.base import Resampling
 from compress.evaluation.scorer import Scorer, load_processor, read
 from compress.evaluation.tasks import (
@@ -31,7 +32,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
-from compress.recipe.gates import metric_of
+from compress.recipe.gates import lengths_of, metric_of
 from compress.report.document import judged
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ def _measure_speed(
 ) -> None:
     """Measure candidate and reference in turn; ``latency`` of the document and of ``other`` is set."""
     from compress.evaluation.latency import measure_latency
+    from compress.evaluation.latency_lengths import with_planned
 
     assert reference.folder is not None
     assert candidate.folder is not None
@@ -236,10 +238,22 @@ def _measure_speed(
         device=settings.device,
         trust_remote_code=reading.trust_remote_code,
         ignore_auto_map=reading.ignore_auto_map,
+        lengths=_lengths(settings, candidate),
         progress=progress,
     )
-    other["latency"] = measured["original"]
-    document["latency"] = {**measured["candidate"], "left_out": emulated(candidate.spec, kv_cache=True)}
+    other["latency"] = with_planned(measured["original"], reference.spec)
+    document["latency"] = with_planned(measured["candidate"], candidate.spec)
+    document["latency"]["left_out"] = emulated(candidate.spec, kv_cache=True)
+
+
+def _lengths(settings: EvaluationSettings, candidate: Stored) -> LatencySettings:
+    """The settings of latency. Raises `CompressError` for a length beyond the model's positions."""
+    asked = dict(settings.metric_settings.get("latency", {}))
+    asked["lengths"] = tuple(asked["lengths"]) if asked.get("lengths") else None
+    lengths, positions = LatencySettings(**asked), model_map(candidate.spec).trained_positions
+    if lengths.lengths and positions is not None and lengths.lengths[-1] > positions:
+        raise CompressError(f"a prompt of {lengths.lengths[-1]} tokens is beyond the model's {positions} positions")
+    return lengths
 
 
 def _noted(evaluation: dict[str, Any], checkpoint: Stored, settings: EvaluationSettings) -> dict[str, Any]:
@@ -297,8 +311,13 @@ def judge_checkpoint(
 def _settings_for(gates: Mapping[str, Any], recipe: Recipe | None) -> EvaluationSettings:
     """The settings of the evaluation that gates need."""
     metrics = tuple(sorted({metric_of(gate) or "" for gate in gates} & (TEXT_METRICS | SPEED_METRICS)))
+    asked = {} if recipe is None else {e.name: e.settings for e in recipe.evaluate or () if e.settings and not e.plain}
+    given = {name: settings.model_dump(mode="json") for name, settings in asked.items()}
+    if at := lengths_of(gates):
+        latency = given.setdefault("latency", {})
+        latency["lengths"] = sorted({*(latency.get("lengths") or ()), *at})
     if recipe is None or recipe.data.evaluation is None:
-        return EvaluationSettings(metrics=metrics)
+        return EvaluationSettings(metrics=metrics, metric_settings=given)
     section = recipe.data.evaluation
     return EvaluationSettings(
         files=tuple(section.files),
@@ -313,6 +332,7 @@ def _settings_for(gates: Mapping[str, Any], recipe: Recipe | None) -> Evaluation
         streaming=section.streaming,
         max_documents=section.max_documents,
         metrics=metrics,
+        metric_settings=given,
         device=recipe.device,
         dtype=recipe.dtype,
         quantized_kv_cache=section.quantized_kv_cache,

@@ -13,6 +13,7 @@ from compress import passes
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data.kinds import holds_ids
+from compress.evaluation.latency_settings import LatencySettings
 from compress.evaluation.scorer import Scorer
 from compress.evaluation.tasks import OF_PASSES, SPEED_METRICS, TEXT_METRICS
 from compress.pipeline.datasets import DataSets
@@ -127,6 +128,10 @@ class Evaluations:
 
     def _measure_speed(self, original: Stored, row: dict[str, Any]) -> None:
         from compress.evaluation.latency import measure_latency
+        from compress.evaluation.latency_lengths import with_planned
+
+        lengths = self.recipe.settings_of("latency")
+        assert isinstance(lengths, LatencySettings)
 
         def measure() -> dict[str, Any]:
             assert original.folder is not None
@@ -138,14 +143,20 @@ class Evaluations:
                 ignore_auto_map=self.recipe.ignore_auto_map,
                 threads=self.recipe.threads,
                 seed=self.recipe.seed,
+                lengths=lengths,
+                max_ram=self.recipe.max_ram,
                 progress=self.progress,
             )
 
-        name = f"speed-{self._key('speed', row['fingerprint'], row['content'])}"
+        asked = lengths.model_dump(mode="json") if lengths.lengths else None
+        name = f"speed-{self._key('speed', row['fingerprint'], row['content'], *([asked] if asked else []))}"
         data = self.folder.cached(name, measure, fresh=self.fresh)
         stored = open_checkpoint(row["folder"], trust_remote_code=self.recipe.trust_remote_code)
-        self.original_latency = data["original"]
-        row["latency"] = {**data["candidate"], "left_out": emulated(stored.spec, kv_cache=True)}
+        self.original_latency = with_planned(data["original"], original.spec)
+        row["latency"] = {
+            **with_planned(data["candidate"], stored.spec),
+            "left_out": emulated(stored.spec, kv_cache=True),
+        }
 
     def data_summary(self) -> dict[str, Any]:
         """The data of the run, for the report."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from compress.data.token_ids import check_shape, ids_in
 from compress.errors import CompressError, DataError, PassError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, OF_PASSES, TEXT_METRICS, check_streaming, task_of
 from compress.files import expanded, place
+from compress.gates import judge
 from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
@@ -69,12 +71,12 @@ def check_plan(recipe: Recipe, plan: Plan) -> None:
 
 def check_window(recipe: Recipe, spec: Spec) -> None:
     """Check that the model can read windows of the evaluation's length, and streams. Raises `CompressError`."""
-    evaluation, known = recipe.data.evaluation, spec.structure.config.get("max_position_embeddings")
+    evaluation = recipe.data.evaluation
     if evaluation is None or not TEXT_METRICS & set(recipe.metrics):
         return
     task = task_of(spec.structure.class_name)
     check_streaming(spec.structure.class_name, evaluation.streaming)
-    limit = model_map(spec).positions or (known if isinstance(known, int) else None)
+    limit = model_map(spec).trained_positions
     if task is LANGUAGE and limit is not None and evaluation.window > limit:
         raise CompressError(
             f"a window of {evaluation.window} tokens is beyond the model's {limit} positions",
@@ -103,7 +105,15 @@ def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
                 sentences.append(
                     f"the gate {name}.{bound} will fail: the plan gives {reached:.6g}, it allows {allowed:.6g}"
                 )
+    for row in judge({"cache": recipe.gates.model_dump(exclude_none=True).get("cache", ())}, *_sizes(plan)):
+        if row.verdict == "fail":
+            sentences.append(f"the gate {row.gate} will fail: the plan gives {row.text}")
     return sentences
+
+
+def _sizes(plan: Plan) -> list[dict[str, Any]]:
+    """The sizes of original and result, as reports hold them."""
+    return [{"size": asdict(size)} for size in (plan.original, plan.stages[-1].size)]
 
 
 def check_sets(recipe: Recipe) -> None:

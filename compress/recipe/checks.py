@@ -14,9 +14,10 @@ from pydantic_core import PydanticCustomError
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
 from compress.data.kinds import refusal
-from compress.evaluation.tasks import TEXT_METRICS, Given, measurable
+from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS, Given, measurable
 from compress.recipe.entries import PassEntry, parse_pass
 from compress.recipe.gates import metric_of
+from compress.recipe.model import Recipe
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Problem, find_place, node_at, pass_name, text_of
 
@@ -67,6 +68,25 @@ def lacking_data(root: MapNode, values: dict[str, Any]) -> Iterator[Problem]:
             path = ("gates", gate)
             place = find_place(root, path, key=True)
             yield Problem(f"the gate {gate} {lacking}", place, path, hint)
+
+
+def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
+    """A problem for each gate at a length of prompt that the recipe does not measure."""
+    measured = getattr(recipe.settings_of("latency"), "lengths", None) or ()
+    for name in recipe.gates.given():
+        if metric_of(name) not in SPEED_METRICS:
+            continue
+        for i, gate in enumerate(getattr(recipe.gates, name)):
+            if gate.at is not None and gate.at not in measured:
+                listed = isinstance(node_at(root, ("gates", name)), ListNode)
+                path = ("gates", name, *((i,) if listed else ()), "at")
+                wanted = ", ".join(map(str, sorted({*measured, gate.at})))
+                yield Problem(
+                    f"the gate {name} needs a prompt of {gate.at} tokens, which is not measured",
+                    find_place(root, path),
+                    path,
+                    f"write in evaluate: `- latency: {{lengths: [{wanted}]}}`",
+                )
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[int, PassEntry]]:

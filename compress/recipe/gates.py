@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, create_model, model_validator
+from pydantic_core import core_schema
 
 from compress.evaluation import metrics
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings
 
 METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
 #: Gates whose metric has another name, and gates that need no metric.
-_METRIC_OF_GATE = {"size": None, "parameters": None, "prefill": "latency", "decode": "latency"}
+_METRIC_OF_GATE = {"size": None, "parameters": None, "cache": None, "prefill": "latency", "decode": "latency"}
 
 
 def metric_of(gate: str) -> str | None:
@@ -19,12 +21,26 @@ def metric_of(gate: str) -> str | None:
     return _METRIC_OF_GATE.get(gate, gate)
 
 
+def lengths_of(gates: Mapping[str, Any]) -> list[int]:
+    """Lengths at which gates need a measurement, ascending; ``gates`` in the plain form of `compress.gates.judge`."""
+    listed = [each for name, gate in gates.items() if metric_of(name) in ("latency", "memory") for each in bounds(gate)]
+    return sorted({each["at"] for each in listed if each.get("at") is not None})
+
+
+def bounds(gate: Any) -> list[Any]:
+    """The gates of one name, of which there may be several."""
+    return list(gate) if isinstance(gate, (list, tuple)) else [gate]
+
+
+Length = Annotated[int, Field(ge=1, le=2**31)]
+
+
 class Gate(Settings):
     """Bounds on one measured value; at least one is given."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        names = list(type(self).model_fields)
+        names = [name for name in type(self).model_fields if name != "at"]
         if all(getattr(self, name) is None for name in names):
             raise ValueError(f"a gate needs a bound: {' or '.join(f'`{name}`' for name in names)}")
         return self
@@ -82,7 +98,38 @@ class ScoreGate(Gate):
 class RatioGate(Gate):
     """A bound on a cost, as a ratio to the original's cost on the same machine."""
 
+    at: Length | None = Field(
+        default=None, description="Tokens of the prompt, one of the `lengths` of latency. By default its short prompt."
+    )
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.9 or 90%.")
+
+
+class CacheGate(Gate):
+    """Bounds on the bytes of the cache after a text of so many tokens, counted by the headers of both models."""
+
+    at: Length = Field(description="Tokens of the text.")
+    max: ByteSize | None = Field(default=None, description="Largest number of bytes, such as 50MB.")
+    max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
+
+
+class _OneOrSeveral:
+    """Lets a gate be given once, or as a list of gates of that kind."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        def several(value: Any) -> Any:
+            if value == []:
+                raise ValueError("expected a gate or a list of gates, got an empty list")
+            return tuple(bounds(value))  # a tuple, as the whole is validated strictly
+
+        return core_schema.no_info_before_validator_function(several, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        several = handler(schema)
+        return {"anyOf": [several["items"], {**several, "minItems": 1}]}
+
+
+RatioGates = Annotated[tuple[RatioGate, ...], _OneOrSeveral()]
+CacheGates = Annotated[tuple[CacheGate, ...], _OneOrSeveral()]
 
 
 #: Class of a metric's gate, by `Metric.gate`.
@@ -120,6 +167,11 @@ else:
 class Gates(_GatesOfMetrics):
     """Bounds on the measured values of the result. Every given gate must pass."""
 
-    prefill: RatioGate | None = Field(default=None, description="Time to read a prompt.")
-    decode: RatioGate | None = Field(default=None, description="Time per generated token.")
-    memory: RatioGate | None = Field(default=None, description="Peak memory of inference.")
+    prefill: RatioGates | None = Field(default=None, description="Time to read a prompt; several lengths as a list.")
+    decode: RatioGates | None = Field(default=None, description="Time per generated token; several lengths as a list.")
+    memory: RatioGates | None = Field(
+        default=None, description="Peak memory of inference; with `at`, beyond the loaded weights."
+    )
+    cache: CacheGates | None = Field(
+        default=None, description="Bytes of the cache at a length of text. It is exact, and needs no measurement."
+    )

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from compress.escape import printable
+from compress.recipe.gates import bounds
 from compress.recipe.model import Recipe
 from compress.settings import Increase, Pattern
 
@@ -28,13 +29,17 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         name: {k: v for k, v in section.items() if v or k not in ("files", "images")}
         for name, section in values["data"].items()
     }
-    values["gates"] = {
-        gate: {k: v for k, v in bounds.items() if v is not None} for gate, bounds in values["gates"].items()
-    }
+    values["gates"] = {name: _gate(gate) for name, gate in values["gates"].items()}
     if recipe.evaluate is not None:
         values["evaluate"] = [e.name if e.plain else {e.name: plain_settings(e.settings)} for e in recipe.evaluate]
     values["passes"] = [{entry.name: plain_settings(entry.settings)} for entry in recipe.passes]
     return values
+
+
+def _gate(gate: Any) -> Any:
+    """A gate without the bounds that it does not have; one of a list alone stands without the list."""
+    several = [{k: v for k, v in each.items() if v is not None} for each in bounds(gate)]
+    return several[0] if len(several) == 1 else several
 
 
 def plain_settings(value: Any) -> Any:

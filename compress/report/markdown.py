@@ -10,6 +10,8 @@ from compress.escape import in_one_line, markdown
 from compress.report import figures
 from compress.report.details import render_details
 from compress.report.layout import table
+from compress.report.lengths import HEAD, length_cells, length_notes
+from compress.report.plot import LENGTHS_FILE
 from compress.settings import format_bytes
 
 MARKS = {"pass": "✅ pass", "fail": "❌ FAIL", "inconclusive": "❔ inconclusive"}
@@ -31,6 +33,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         *before_after_table(report, timed=True),
         "",
     ]
+    lines += _lengths(report)
     if report["gates"]:
         lines += ["## Gates", "", *gates_table(report["gates"]), ""]
     if rows := figures.position_rows(report["result"]):
@@ -45,6 +48,19 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     lines += ["## Planned and written bytes", "", *table(("pass", "planned", "written", ""), _planned(report)), ""]
     lines += ["## How it was measured", "", *(in_one_line(f"- {note}") for note in _notes(report)), ""]
     return "\n".join(map(markdown, lines))
+
+
+def _lengths(report: Mapping[str, Any]) -> list[str]:
+    """The section on cost by length of the prompt; empty where no lengths were measured."""
+    sides = report["original"], report["result"]
+    rows, notes = length_cells(*sides), length_notes(*sides)
+    if not rows and not notes:
+        return []
+    lines = ["## Cost by length of the prompt", ""]
+    if rows:
+        lines += [*table(HEAD, rows, right=(2, 3)), ""]
+        lines += [f"![prefill and cache against length]({LENGTHS_FILE})", ""]
+    return [*lines, *(in_one_line(f"- {note}") for note in notes), ""]
 
 
 def _headline(report: Mapping[str, Any]) -> str:

@@ -1,25 +1,30 @@
-"""Losses of a training as an SVG picture, which is written beside the report."""
+"""SVG pictures beside the report: losses of a training, and cost against length."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from compress.report.figures import losses_file
+from compress.report.lengths import cache_at, length_rows, seconds_text
+from compress.settings import format_bytes
 
 _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 44
+#: Name of the picture of cost by length, beside the report.
+LENGTHS_FILE = "lengths.svg"
 _INK, _GRID = "#57606a", "#d0d7de"
 #: Colours of training loss and held-out loss; they differ in brightness too.
 _COLOURS = ("#54aeff", "#bc4c00")
 
 
 def render_pictures(report: Mapping[str, Any]) -> dict[str, str]:
-    """SVG picture of every training of a run, by file name."""
+    """SVG pictures of a run by file name: of every training, and of cost by length where lengths were measured."""
     passes = [row for stage in report["stages"] for row in stage["passes"]]
-    return {
+    lengths = {LENGTHS_FILE: render_lengths(report)} if length_rows(report["original"], report["result"]) else {}
+    return lengths | {
         losses_file(report, row): render_losses(row["details"]["training"], f"{row['name']}: loss by step")
         for row in passes
         if "training" in row["details"]
@@ -61,6 +66,70 @@ def render_losses(training: Mapping[str, Any], title: str) -> str:
         parts.append(_text(_WIDTH - place, 22, name, "start"))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif">'
     return "\n".join([head, *parts, "</svg>", ""])
+
+
+def render_lengths(report: Mapping[str, Any]) -> str:
+    """SVG with two log-log panels by length of the prompt: prefill seconds and bytes of the cache, before and after."""
+    sides = (report["original"], report["result"])
+    rows = [side["latency"]["lengths"] for side in sides]
+    prefill = [[(row["length"], row["prefill"]["median"]) for row in of_side] for of_side in rows]
+    cache = [[(row["length"], cache_at(side, row)) for row in of] for side, of in zip(sides, rows, strict=True)]
+    parts = [f'<rect width="{2 * _WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>']
+    parts += _log_panel(0, "prefill of a prompt", prefill, seconds_text)
+    if all(value is not None for line in cache for _, value in line):
+        parts += _log_panel(
+            _WIDTH, "cache after it", [[(n, float(v or 0)) for n, v in line] for line in cache], format_bytes
+        )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * _WIDTH}" height="{_HEIGHT}" font-family="sans-serif">'
+    return "\n".join([head, *parts, "</svg>", ""])
+
+
+def _log_panel(
+    left: float, title: str, series: Sequence[Sequence[tuple[int, float]]], text: Callable[[float], str]
+) -> list[str]:
+    """One panel with an axis of lengths and one of powers of ten; ``series``: the original's points, the result's."""
+    points = [point for line in series for point in line if point[1] > 0]
+    lengths = sorted({n for n, _ in points})
+    first, last = math.log2(lengths[0]), math.log2(lengths[-1]) if len(lengths) > 1 else math.log2(lengths[0]) + 1
+    low, high = (math.log10(edge(value for _, value in points)) for edge in (min, max))
+    marks = _log_marks(low, high)
+    low, high = min(low, math.log10(marks[0])), max(high, math.log10(marks[-1]))
+
+    def x(length: float) -> float:
+        return left + 84 + (_WIDTH - 84 - 2 * _RIGHT) * (math.log2(length) - first) / (last - first)
+
+    def y(value: float) -> float:
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - math.log10(value)) / ((high - low) or 1)
+
+    parts = [_text(left + 84, 22, title, "start", 14)]
+    for mark in marks:
+        parts.append(f'<path d="M{left + 84} {y(mark):.1f}H{left + _WIDTH - 2 * _RIGHT}" stroke="{_GRID}"/>')
+        parts.append(_text(left + 76, y(mark) + 4, text(mark), "end"))
+    for length in lengths:
+        parts.append(_text(x(length), _HEIGHT - _BOTTOM + 18, f"{length:,}", "middle"))
+    parts.append(_text(left + _WIDTH - 2 * _RIGHT, _HEIGHT - 8, "tokens", "end"))
+    for name, line, colour, place in zip(("before", "after"), series, _COLOURS, (190, 90), strict=True):
+        drawn = [(x(n), y(value)) for n, value in line if value > 0]
+        where = " ".join(f"{a:.1f},{b:.1f}" for a, b in drawn)
+        parts.append(f'<polyline points="{where}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in drawn]
+        parts.append(f'<path d="M{left + _WIDTH - place - 26} 18h18" stroke="{colour}" stroke-width="2"/>')
+        parts.append(_text(left + _WIDTH - place, 22, name, "start"))
+    return parts
+
+
+def _log_marks(low: float, high: float) -> list[float]:
+    """Powers of ten, with 2 and 5 between them where they would be few, from just below the lowest to just above the highest.
+
+    Args:
+        low, high: decimal logarithms.
+    """
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    factors = (1,) if high - low > 2.5 else (1, 2, 5)
+    marks = [factor * 10.0**exponent for exponent in exponents for factor in factors]
+    start = max((i for i, mark in enumerate(marks) if math.log10(mark) <= low + 1e-9), default=0)
+    end = min((i for i, mark in enumerate(marks) if math.log10(mark) >= high - 1e-9), default=len(marks) - 1)
+    return marks[start : end + 1]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -9,8 +9,19 @@ from pydantic import Field, create_model
 
 from compress.evaluation import metrics, positions
 from compress.evaluation.metrics.base import Kind, Metric, MetricOfPasses
+from compress.report.latency_schema import Emulated as Emulated
+from compress.report.latency_schema import Latency as Latency
+from compress.report.latency_schema import Memory as Memory
+from compress.report.latency_schema import Timing as Timing
 from compress.report.parts import Count, Number, Part
 from compress.report.repetition_schema import Repetitions
+
+
+class CachedPart(Part):
+    """A part of the cache of decoding: after n tokens it takes ``bytes_per_token`` times min(n, ``tokens``) bytes."""
+
+    bytes_per_token: Count
+    tokens: Count | None = Field(description="Most tokens that it keeps; null for all of them.")
 
 
 class SizeRow(Part):
@@ -24,15 +35,11 @@ class SizeRow(Part):
     kv_bytes_per_token: Count | None = Field(
         description="Cached by decoding, per token, in the format that the config asks for."
     )
+    cache: list[CachedPart] | None = Field(
+        default=None, description="Parts of that cache by the tokens they keep; null where it is not known."
+    )
     load_bytes: Count = Field(description="Memory of the weights after a stock load.")
     tensors: Count = Field(description="Logical tensors with bytes of their own.")
-
-
-class Emulated(Part):
-    """Activations and caches that are rounded in the measured model as runtimes round them."""
-
-    activations: dict[str, int] = Field(description="Format of inputs ▶ number of linear layers that read them so.")
-    kv_cache: str | None = Field(description="Format of keys and values.")
 
 
 class _Measurement(Part):
@@ -187,39 +194,6 @@ if TYPE_CHECKING:
     Measured: TypeAlias = Part
 else:
     Measured = Annotated[Evaluation | Classification | Masked | Embeddings, Field(discriminator="schema_")]
-
-
-class Timing(Part):
-    """Seconds, by round."""
-
-    median: Number
-    p90: Number
-    samples: list[Number] = Field(min_length=1)
-    ratio: Number | None = Field(default=None, description="Median over the original's median.")
-    lower: Number | None = Field(default=None, description="Bound of the ratio, one-sided at 95 %.")
-    upper: Number | None = Field(default=None, description="Bound of the ratio, one-sided at 95 %.")
-
-
-class Memory(Part):
-    """Peak memory of loading and inference, beyond what the process held before."""
-
-    peak: Count = Field(description="Bytes.")
-    ratio: Number | None = None
-
-
-class Latency(Part):
-    """Measured beside the original, interleaved."""
-
-    rounds: int
-    prompt: int = Field(description="Tokens.")
-    generated: int = Field(description="Tokens.")
-    prefill: Timing | None = Field(description="Seconds for the prompt.")
-    decode: Timing | None = Field(description="Seconds per generated token.")
-    memory: Memory
-    left_out: Emulated | None = Field(
-        default=None,
-        description="Rounded inputs and caches that the checkpoint asks for and the timed model does without.",
-    )
 
 
 class PassRow(Part):

@@ -34,7 +34,7 @@ def test_evaluate_takes_names_and_settings(work: Path) -> None:
     assert recipe.settings_of("latency") == LatencySettings(lengths=(512, 2048), generated=32)
     assert recipe.settings_of("kl") is None
     values = resolved(recipe)
-    assert values["evaluate"] == ["kl", {"latency": {"lengths": [512, 2048], "generated": 32}}]
+    assert values["evaluate"] == ["kl", {"latency": {"lengths": [512, 2048], "rounds": None, "generated": 32}}]
     assert recipe_from_mapping(values, check_files=False) == recipe
 
 
@@ -80,6 +80,46 @@ def test_metric_with_settings_needs_data_like_its_name(work: Path) -> None:
         recipe_from_mapping(mapping, check_files=False)
 
 
+GATED = TEXT + "gates:\n  prefill: {at: 512, max_ratio: 80%}\n"
+
+
+def test_gates_take_a_length_and_a_list(work: Path) -> None:
+    recipe = loaded(
+        "gates.decode=[{max_ratio: 0.9}, {at: 2048, max_ratio: 0.7}]", "gates.cache={at: 99, max: 1MB}", text=GATED
+    )
+    values = resolved(recipe)["gates"]
+    assert values == {
+        "prefill": {"at": 512, "max_ratio": 0.8},
+        "decode": [{"max_ratio": 0.9}, {"at": 2048, "max_ratio": 0.7}],
+        "cache": {"at": 99, "max": 1_000_000},
+    }
+    assert recipe.metrics == ("kl", "latency")
+    assert recipe_from_mapping(resolved(recipe), check_files=False) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        ("gates.prefill.at=4096", "the gate prefill needs a prompt of 4096 tokens, which is not measured", "lengths: [512, 2048, 4096]"),
+        ("gates.memory=[{max_ratio: 1}, {at: 64, max_ratio: 1}]", "the gate memory needs a prompt of 64 tokens", "lengths: [64, 512, 2048]"),
+        ("evaluate=[kl]", "r.yaml:10:17: the gate prefill needs a prompt of 512 tokens", "`- latency: {lengths: [512]}`"),
+        ("gates.prefill={at: 512}", "a gate needs a bound: `max_ratio`", ""),
+        ("gates.cache={max: 3}", "`at` is missing in gates.cache", "Tokens of the text"),
+        ("gates.cache={at: 3}", "a gate needs a bound: `max` or `max_ratio`", ""),
+        ("gates.cache=[]", "expected a gate or a list of gates, got an empty list", ""),
+        ("gates.cache=3", "cache: expected a mapping, got 3", ""),
+        ("gates.cache={at: 3, max_rato: 1}", "unknown key `max_rato` in gates.cache", "did you mean `max_ratio`?"),
+        ("gates.decode={at: x, max_ratio: 1}", "at: expected an integer, got 'x'", ""),
+        ("gates.decode=[{at: 512, max_ratio: -1}]", "max_ratio: expected a ratio above 0", ""),
+    ],
+)  # fmt: skip
+def test_mistakes_in_gates_at_a_length_are_located(change: str, message: str, hint: str, work: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loaded(change, text=GATED)
+    assert message in str(caught.value)
+    assert hint in str(caught.value)
+
+
 def test_read_metrics_reads_options_of_the_command_line() -> None:
     entries = read_metrics(["kl", "latency.lengths=[64, 16]", "latency.generated=4", "memory"])
     assert [entry.name for entry in entries] == ["kl", "latency", "memory"]
@@ -100,4 +140,6 @@ def test_schema_knows_settings_of_metrics() -> None:
     names, *entries = schema["properties"]["evaluate"]["anyOf"][0]["items"]["oneOf"]
     assert "latency" in names["enum"]
     assert {name for entry in entries for name in entry["properties"]} >= {"latency"}
+    cache = schema["$defs"]["Gates"]["properties"]["cache"]["anyOf"]
+    assert {"$ref": "#/$defs/CacheGate"} in cache
     assert "lengths" in schema["$defs"]["LatencySettings"]["properties"]

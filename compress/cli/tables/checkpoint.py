@@ -31,6 +31,9 @@ def print_inspection(data: Mapping[str, Any], *, tensors: bool) -> None:
         else ""
     )
     print_line(console, f"{size['bits_per_weight']:.2f} bits per weight{kv}, dtypes {', '.join(data['dtypes'])}")
+    if data["cache"]:
+        shown = ", ".join(f"{format_bytes(row['bytes'])} after {row['length']:,}" for row in data["cache"])
+        print_line(console, f"cache by tokens: {shown}")
     for note in data["notes"]:
         print_line(console, note)
     if data["edits"]:

@@ -30,6 +30,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     last = passes[-1]["planned"]["bytes"]
     ratio = last / original["bytes"] if original["bytes"] else 0.0
     print_line(console, f"output {format_bytes(last)}, × {ratio:.3f} of the original, store: {plan['store']}")
+    _print_cache(console, plan["cache"])
     for row in passes:
         for note in row["notes"]:
             print_line(console, f"{row['name']}: {note}")
@@ -39,6 +40,23 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     print_line(console, f"disk {format_bytes(plan['disk'])} for the stages, {format_bytes(free)} free{short}")
     if not all(row["exact"] for row in passes):
         print_line(console, "≈ depends on the values of the weights; the other numbers are exact", "dim")
+
+
+def _print_cache(console: Any, cache: Sequence[Mapping[str, int]]) -> None:
+    """Print the planned bytes of the cache by length; nothing where they are not known."""
+    if not cache:
+        return
+    rows = [
+        (
+            f"{row['length']:,}",
+            format_bytes(row["original"]),
+            format_bytes(row["result"]),
+            f"× {row['result'] / row['original']:.3f}" if row["original"] else "",
+        )
+        for row in cache
+    ]
+    head: list[Column] = [("cache after tokens", "right"), ("original", "right"), ("result", "right"), ("", "right")]
+    print_table(console, None, head, rows)
 
 
 def _original_row(size: Mapping[str, Any]) -> Sequence[Any]:

@@ -23,6 +23,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         [(r.name, r.before, r.after, r.change) for r in figures.before_after(report)],
     )
     _print_positions(console, report["result"])
+    _print_lengths(console, report["original"], report["result"])
     rows: list[tuple[str, ...]] = []
     shown = figures.headline(report)
     for step in figures.waterfall(report):
@@ -53,6 +54,17 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_line(console, f"report: {report['run_folder']}/report.md (and .json)", "dim", whole=True)
     if report["published"]:
         print_line(console, f"output: {report['output']}", whole=True)
+
+
+def _print_lengths(console: Any, original: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Print the cost by length of the prompt, where it was measured."""
+    from compress.report.lengths import HEAD, length_cells, length_notes
+
+    if rows := length_cells(original, result):
+        kinds = ("whole", "left", "right", "right", "left")
+        print_table(console, None, list(zip(HEAD, kinds, strict=True)), rows)
+    for note in length_notes(original, result):
+        print_line(console, note)
 
 
 def _print_positions(console: Any, result: Mapping[str, Any]) -> None:
@@ -103,6 +115,8 @@ def print_evaluation(document: Mapping[str, Any]) -> None:
         rows = figures.before_after({"original": document, "result": document})
         print_table(console, None, [("", "whole"), ("", "right")], [(r.name, r.after) for r in rows])
     _print_positions(console, document)
+    if baseline is not None:
+        _print_lengths(console, baseline, document)
     settings, evaluation = document["settings"], document["evaluation"]
     if evaluation is not None:
         files = settings["files"] or [settings["images"]]

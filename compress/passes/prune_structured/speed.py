@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
-from compress.evaluation.latency import PROMPT
+from compress.evaluation.latency_settings import PROMPT
 from compress.passes.base import Context
 from compress.spec.spec import Spec, Tensor
 

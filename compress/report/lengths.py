@@ -1,0 +1,118 @@
+"""Cost by length of the prompt as rows of text, for every renderer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress.architectures.cache import bytes_at
+from compress.report.figures import Row
+from compress.settings import format_bytes
+
+#: Path of a prompt ▶ its name in tables.
+_PATHS = {"compress_local": "prefill, our attention", "chunks": "prefill, in chunks"}
+#: Columns of `length_cells`.
+HEAD = ("prompt", "", "before", "after", "change")
+
+
+def length_rows(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[int, list[Row]]]:
+    """(length, its rows) of time, cache and memory; empty where no lengths were measured.
+
+    Args:
+        original, result: parts of a report or of documents of an evaluation, with ``latency`` and ``size``.
+    """
+    before, after = ((side["latency"] or {}).get("lengths") or [] for side in (original, result))
+    return [(x["length"], _rows(x, y, original, result)) for x, y in zip(before, after, strict=False)]
+
+
+def length_cells(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of a table headed by `HEAD`; the first row of a length names it."""
+    return [
+        (f"{length:,} tokens" if i == 0 else "", row.name, row.before, row.after, row.change)
+        for length, rows in length_rows(original, result)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _rows(
+    x: Mapping[str, Any], y: Mapping[str, Any], original: Mapping[str, Any], result: Mapping[str, Any]
+) -> list[Row]:
+    rows = [_timed("prefill", x["prefill"], y["prefill"])]
+    ways = [{path["path"]: path["prefill"] for path in row["paths"]} for row in (x, y)]
+    for path in dict.fromkeys([*ways[0], *ways[1]]):
+        rows.append(_timed(_PATHS.get(path, path), ways[0].get(path), ways[1].get(path)))
+    if x["decode"] is not None and y["decode"] is not None:
+        rows.append(_timed("decode a token", x["decode"], y["decode"]))
+    cache = cache_at(original, x), cache_at(result, y)
+    if cache[0] is not None and cache[1] is not None:
+        rows.append(_bytes("cache", cache[0], cache[1], timed=False))
+    rows.append(_bytes("memory beyond weights", x["memory"]["peak"], y["memory"]["peak"], timed=True))
+    return rows
+
+
+def cache_at(side: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
+    """Bytes of the cache at a row's length: by the headers, in the format of the config, else as counted."""
+    if (parts := side["size"].get("cache")) is not None:
+        return bytes_at(parts, row["length"])
+    counted: int | None = None if row["cache"] is None else row["cache"]["bytes"]
+    return counted
+
+
+def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Row:
+    change = ""
+    if after is not None and after.get("ratio") is not None:
+        change = f"× {after['ratio']:.2f} ({after['lower']:.2f} to {after['upper']:.2f})"
+        if after.get("cpu"):
+            change += f", CPU × {after['cpu']['ratio']:.2f}"
+    shown = ["" if timing is None else seconds_text(timing["median"]) for timing in (before, after)]
+    return Row(name, shown[0], shown[1], change, timed=True)
+
+
+def _bytes(name: str, before: int, after: int, *, timed: bool) -> Row:
+    change = f"× {after / before:.3f}" if before else ""
+    return Row(name, format_bytes(before), format_bytes(after), change, timed=timed)
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three significant digits, in ms below one second."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def length_notes(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """Sentences on the fit of n², on lengths that were not tried, and on caches that differ from the plan."""
+    sides = [side["latency"] or {} for side in (original, result)]
+    if not sides[0].get("lengths") and not sides[1].get("not_tried"):
+        return []
+    notes = _fit_notes([side.get("fit") or {} for side in sides])
+    notes += [f"{row['length']:,} tokens were not tried: it {row['reason']}" for row in sides[1].get("not_tried") or ()]
+    for name, side in zip(("original", "result"), sides, strict=True):
+        for row in side.get("lengths") or ():
+            cache = row["cache"]
+            if cache is not None and cache["planned"] not in (None, cache["values"]):
+                notes.append(
+                    f"the {name} caches {cache['values']:,} numbers after {row['length']:,} tokens, "
+                    f"and its headers say {cache['planned']:,}"
+                )
+    return notes
+
+
+def _fit_notes(fits: Sequence[Mapping[str, Any]]) -> list[str]:
+    before, after = fits
+    if before.get("c") is None or after.get("c") is None:
+        doubt = before.get("doubt") or after.get("doubt")
+        return [f"prefill is not fitted: {doubt}"] if doubt else []
+    clock = "CPU seconds" if before["clock"] == "cpu" else "seconds"
+    ratio = f" (× {after['c'] / before['c']:.2f})" if before["c"] else ""
+    halves = " ▶ ".join(_half(fit["half"]) for fit in fits)
+    notes = [
+        f"prefill takes a + b·n + c·n² {clock} for n tokens: c {before['c']:.3g} ▶ {after['c']:.3g}{ratio}; "
+        f"c·n² is half of it at {halves} tokens"
+    ]
+    for name, fit in zip(("original", "result"), fits, strict=True):
+        if fit["doubt"]:
+            notes.append(f"c of the {name} is not to be relied on: {fit['doubt']}")
+    return notes
+
+
+def _half(length: float | None) -> str:
+    return "no number of" if length is None else f"{length:,.0f}" if length < 1e7 else f"{length:.2g}"
