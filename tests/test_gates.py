@@ -53,7 +53,7 @@ def test_cache_gate_is_exact(gate, expected, text):
 
 
 def test_cache_gate_needs_a_known_cache():
-    with pytest.raises(ReportError, match="`cache.max at 5` needs cache, which was not measured"):
+    with pytest.raises(ReportError, match=r"`cache\.max at 5` needs cache, which was not measured"):
         judge({"cache": {"at": 5, "max": 1}}, side(), side())
 
 

@@ -115,7 +115,7 @@ def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
     for part in rest:
         if isinstance(part, str):
             annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-            models = [m for annotation in annotations for m in _models_in(annotation)]
+            models = [m for annotation in annotations for m in models_in(annotation)]
     fields: dict[str, Any] = {}
     for each in models:
         # the gates of metrics are inherited, yet listed where the reference has them
@@ -124,10 +124,11 @@ def _fields(path: tuple[str | int, ...]) -> dict[str, Any]:
     return fields
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings models in an annotation, inside unions and lists too."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def _owner(path: tuple[str | int, ...]) -> str:

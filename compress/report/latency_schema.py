@@ -56,7 +56,7 @@ class PathRow(Part):
     prefill: ClockedTiming = Field(description="Seconds for the prompt; ratios are to the original's stock path.")
 
 
-class LengthRow(Part):
+class CostRow(Part):
     """Cost at one length of the prompt, by stock transformers."""
 
     length: Count = Field(description="Tokens of the prompt.")
@@ -106,7 +106,7 @@ class Latency(Part):
     prefill: Timing | None = Field(description="Seconds for the prompt.")
     decode: Timing | None = Field(description="Seconds per generated token.")
     memory: Memory
-    lengths: list[LengthRow] | None = Field(default=None, description="Cost by length, where lengths were asked for.")
+    lengths: list[CostRow] | None = Field(default=None, description="Cost by length, where lengths were asked for.")
     fit: Fit | None = None
     not_tried: list[NotTried] | None = Field(default=None, description="Lengths for which memory is short.")
     left_out: Emulated | None = Field(

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from compress.architectures.cache import bytes_at
-from compress.report.figures import Row
 from compress.settings import format_bytes
 
+
+class LengthRow(NamedTuple):
+    """One quantity at one length, as text; ``change``: its ratio with bounds, and the ratio of CPU seconds."""
+
+    name: str
+    before: str
+    after: str
+    change: tuple[str, str]
+
+
 #: Path of a prompt ▶ its name in tables.
-_PATHS = {"compress_local": "prefill, our attention", "chunks": "prefill, in chunks"}
+_PATHS = {"compress_local": "our attention", "chunks": "in chunks"}
 #: Columns of `length_cells`.
-HEAD = ("prompt", "", "before", "after", "change")
+HEAD = ("prompt", "", "before", "after", "change", "CPU")
 
 
-def length_rows(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[int, list[Row]]]:
+def length_rows(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[int, list[LengthRow]]]:
     """(length, its rows) of time, cache and memory; empty where no lengths were measured.
 
     Args:
@@ -25,10 +34,10 @@ def length_rows(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[
     return [(x["length"], _rows(x, y, original, result)) for x, y in zip(before, after, strict=False)]
 
 
-def length_cells(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def length_cells(original: Mapping[str, Any], result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of a table headed by `HEAD`; the first row of a length names it."""
     return [
-        (f"{length:,} tokens" if i == 0 else "", row.name, row.before, row.after, row.change)
+        (f"{length:,}" if i == 0 else "", row.name, row.before, row.after, *row.change)
         for length, rows in length_rows(original, result)
         for i, row in enumerate(rows)
     ]
@@ -36,7 +45,7 @@ def length_cells(original: Mapping[str, Any], result: Mapping[str, Any]) -> list
 
 def _rows(
     x: Mapping[str, Any], y: Mapping[str, Any], original: Mapping[str, Any], result: Mapping[str, Any]
-) -> list[Row]:
+) -> list[LengthRow]:
     rows = [_timed("prefill", x["prefill"], y["prefill"])]
     ways = [{path["path"]: path["prefill"] for path in row["paths"]} for row in (x, y)]
     for path in dict.fromkeys([*ways[0], *ways[1]]):
@@ -45,8 +54,8 @@ def _rows(
         rows.append(_timed("decode a token", x["decode"], y["decode"]))
     cache = cache_at(original, x), cache_at(result, y)
     if cache[0] is not None and cache[1] is not None:
-        rows.append(_bytes("cache", cache[0], cache[1], timed=False))
-    rows.append(_bytes("memory beyond weights", x["memory"]["peak"], y["memory"]["peak"], timed=True))
+        rows.append(_bytes("cache", cache[0], cache[1]))
+    rows.append(_bytes("memory", x["memory"]["peak"], y["memory"]["peak"]))
     return rows
 
 
@@ -58,19 +67,18 @@ def cache_at(side: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
     return counted
 
 
-def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Row:
-    change = ""
+def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> LengthRow:
+    change, cpu = "", ""
     if after is not None and after.get("ratio") is not None:
         change = f"× {after['ratio']:.2f} ({after['lower']:.2f} to {after['upper']:.2f})"
-        if after.get("cpu"):
-            change += f", CPU × {after['cpu']['ratio']:.2f}"
+        cpu = f"× {after['cpu']['ratio']:.2f}" if after.get("cpu") else ""
     shown = ["" if timing is None else seconds_text(timing["median"]) for timing in (before, after)]
-    return Row(name, shown[0], shown[1], change, timed=True)
+    return LengthRow(name, shown[0], shown[1], (change, cpu))
 
 
-def _bytes(name: str, before: int, after: int, *, timed: bool) -> Row:
+def _bytes(name: str, before: int, after: int) -> LengthRow:
     change = f"× {after / before:.3f}" if before else ""
-    return Row(name, format_bytes(before), format_bytes(after), change, timed=timed)
+    return LengthRow(name, format_bytes(before), format_bytes(after), (change, ""))
 
 
 def seconds_text(seconds: float) -> str:

@@ -130,6 +130,4 @@ def test_windows_beyond_the_prompt_change_no_cache(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen2")
     edit_config(folder, sliding_window=64)
     sides, _ = measured([pico.folder("llama"), folder], lengths=(8, 16, 40))
-    assert [[row["cache"] for row in side["lengths"]] for side in sides][0] == [
-        row["cache"] for row in sides[1]["lengths"]
-    ]
+    assert [row["cache"] for row in sides[0]["lengths"]] == [row["cache"] for row in sides[1]["lengths"]]

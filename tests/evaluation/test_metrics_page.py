@@ -11,7 +11,8 @@ import pytest
 from compress import gates, statistics
 from compress.evaluation import metrics
 from compress.recipe.gates import METRICS, Gates, metric_of
-from compress.report import repetition_schema, schema
+from compress.recipe.messages import models_in
+from compress.report import latency_schema, repetition_schema, schema
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", PAGE))))
@@ -35,6 +36,14 @@ PARTS = [
     schema.Timing,
     schema.Memory,
     schema.Latency,
+    schema.CachedPart,
+    latency_schema.CostRow,
+    latency_schema.ClockedTiming,
+    latency_schema.PromptMemory,
+    latency_schema.CacheRow,
+    latency_schema.PathRow,
+    latency_schema.Fit,
+    latency_schema.NotTried,
     schema.GateRow,
 ]
 
@@ -58,7 +67,7 @@ def test_overview_has_every_metric_gate_and_bound():
     listed = {name: bounds for gates_ in table.values() for name, bounds in gates_.items()}
     assert listed.keys() == Gates.model_fields.keys()
     for name, bounds in listed.items():
-        gate = next(kind for kind in get_args(Gates.model_fields[name].annotation) if kind is not type(None))
+        (gate,) = models_in(Gates.model_fields[name].annotation)
         assert bounds == list(gate.model_fields), name
         metric = metric_of(name) or name
         assert name in table[metric], name

@@ -106,7 +106,7 @@ def test_synonyms_name_existing_keys() -> None:
         if section == "passes":
             known = set(passes.names())
         elif section == "evaluate":
-            known = {"latency", *_fields(("gates",))} - {"prefill", "decode", "size", "parameters"}
+            known = {"latency", *_fields(("gates",))} - {"prefill", "decode", "size", "parameters", "cache"}
         elif section in passes.names():
             known = set(_fields(("passes", 0, section)))
         else:

@@ -130,11 +130,10 @@ def put(text: str, part: str, lines: list[str]) -> str:
 
 def reference_page() -> str:
     """Return every key of a recipe, from the recipe's model."""
-    from typing import get_args
-
     from compress.passes.describe import describe_settings
     from compress.recipe.data import Data
     from compress.recipe.gates import Gates
+    from compress.recipe.messages import models_in
     from compress.recipe.model import Recipe
     from compress.recipe.renamed import rows
 
@@ -153,7 +152,7 @@ def reference_page() -> str:
     for title, sections in (("data", Data), ("gates", Gates)):
         lines += [f"## `{title}`", ""]
         for name, field in sections.model_fields.items():
-            (inner,) = [t for t in get_args(field.annotation) if isinstance(t, type) and hasattr(t, "model_fields")]
+            (inner,) = models_in(field.annotation)
             lines += [f"### `{title}.{name}`", "", field.description or "", ""]
             lines += [*settings_table(describe_settings(inner), "key"), ""]
     lines += ["## Renamed keys", "", "Old spellings are refused; the error shows the new one.", ""]

@@ -61,7 +61,7 @@ def _print_lengths(console: Any, original: Mapping[str, Any], result: Mapping[st
     from compress.report.lengths import HEAD, length_cells, length_notes
 
     if rows := length_cells(original, result):
-        kinds = ("whole", "left", "right", "right", "left")
+        kinds = ("right", "whole", "right", "right", "whole", "whole")
         print_table(console, None, list(zip(HEAD, kinds, strict=True)), rows)
     for note in length_notes(original, result):
         print_line(console, note)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from compress.report.lengths import HEAD, length_cells, length_notes
+from compress.report.plot import render_lengths
+
+
+def timing(seconds, ratio=None):
+    found = {"median": seconds, "cpu": {"median": seconds}}
+    for clock in (found, found["cpu"]):
+        clock |= {} if ratio is None else {"ratio": ratio, "lower": ratio - 0.01, "upper": ratio + 0.01}
+    return found
+
+
+def side(c, parts, ratio=None, paths=(), counted=0):
+    lengths = (512, 2048, 8192)
+    rows = [
+        {
+            "length": n,
+            "prefill": timing(1e-4 * n + c * n * n, ratio),
+            "decode": timing(0.03, ratio),
+            "memory": {"peak": 1000 * n},
+            "cache": {"values": n + counted, "planned": n, "bytes": 4 * n},
+            "paths": [{"path": path, "prefill": timing(0.5, 0.25)} for path in paths],
+        }
+        for n in lengths
+    ]
+    fit = {"clock": "cpu", "a": 0.0, "b": 1e-4, "c": c, "half": 1e-4 / c if c else None, "doubt": None}
+    tried = [{"length": 32768, "reason": "may need 9 GB of memory, 1 GB are left"}]
+    return {"latency": {"lengths": rows, "fit": fit, "not_tried": tried}, "size": {"cache": parts}}
+
+
+@pytest.fixture
+def sides():
+    windowed = [{"bytes_per_token": 250, "tokens": None}, {"bytes_per_token": 750, "tokens": 255}]
+    before = side(1e-8, [{"bytes_per_token": 1000, "tokens": None}])
+    return before, side(1e-9, windowed, 0.3, paths=("compress_local", "chunks"))
+
+
+def test_cells_have_every_quantity_at_every_length(sides):
+    cells = length_cells(*sides)
+    assert {len(row) for row in cells} == {len(HEAD)}
+    assert [row[0] for row in cells if row[0]] == ["512", "2,048", "8,192"]
+    assert cells[-6:] == [
+        ("8,192", "prefill", "1.49 s", "886 ms", "× 0.30 (0.29 to 0.31)", "× 0.30"),
+        ("", "our attention", "", "500 ms", "× 0.25 (0.24 to 0.26)", "× 0.25"),
+        ("", "in chunks", "", "500 ms", "× 0.25 (0.24 to 0.26)", "× 0.25"),
+        ("", "decode a token", "30 ms", "30 ms", "× 0.30 (0.29 to 0.31)", "× 0.30"),
+        ("", "cache", "8.19 MB", "2.24 MB", "× 0.273", ""),
+        ("", "memory", "8.19 MB", "8.19 MB", "× 1.000", ""),
+    ]
+
+
+def test_cache_without_headers_is_as_counted(sides):
+    for each in sides:
+        each["size"]["cache"] = None
+    assert ("", "cache", "32.8 kB", "32.8 kB", "× 1.000", "") in length_cells(*sides)
+
+
+def test_notes_tell_the_fit_and_what_was_not_tried(sides):
+    assert length_notes(*sides) == [
+        "prefill takes a + b·n + c·n² CPU seconds for n tokens: c 1e-08 ▶ 1e-09 (× 0.10); c·n² is half of it at "
+        "10,000 ▶ 100,000 tokens",
+        "32,768 tokens were not tried: it may need 9 GB of memory, 1 GB are left",
+    ]
+    sides[1]["latency"]["fit"] |= {"c": 0.0, "half": None, "doubt": "the rounds do not tell n² from noise"}
+    assert length_notes(*sides)[0].endswith("c·n² is half of it at 10,000 ▶ no number of tokens")
+    assert length_notes(*sides)[1] == "c of the result is not to be relied on: the rounds do not tell n² from noise"
+
+
+def test_notes_name_a_cache_that_is_not_as_planned(sides):
+    notes = length_notes(sides[0], side(1e-9, None, 0.3, counted=7))
+    assert "the result caches 519 numbers after 512 tokens, and its headers say 512" in notes
+
+
+def test_reports_without_lengths_have_no_table():
+    plain = {"latency": {"lengths": None, "fit": None, "not_tried": None}, "size": {"cache": None}}
+    assert length_cells(plain, plain) == []
+    assert length_notes(plain, plain) == []
+    assert length_notes({"latency": None, "size": {}}, plain) == []
+
+
+def test_picture_has_a_line_of_each_model_in_both_panels(sides):
+    root = ElementTree.fromstring(render_lengths({"original": sides[0], "result": sides[1]}))
+    lines = [node.get("points") for node in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(points.split()) for points in lines] == [3] * 4
+    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"512", "2,048", "8,192", "before", "after", "prefill of a prompt", "cache after it", "100 ms"} <= set(texts)
+    heights = [float(point.split(",")[1]) for point in lines[0].split()]
+    assert heights == sorted(heights, reverse=True), "longer prompts take longer"
