@@ -70,7 +70,7 @@ def measure(model: Any, command: Mapping[str, Any]) -> dict[str, Any]:
         model.set_attn_implementation(LOCAL)
     generator = torch.Generator().manual_seed(command["seed"])
     prompt = torch.randint(command["vocabulary"], (1, command["length"]), generator=generator).to(device)
-    gc.collect()
+    gc.collect(1)  # what earlier prompts left; a full collection takes longer than a short prompt
     held = _reset_peak(device)
     try:
         with torch.inference_mode():

@@ -63,7 +63,7 @@ def rows():
 
 def test_overview_has_every_metric_gate_and_bound():
     table = rows()
-    assert table.keys() == {*METRICS, "size", "parameters"}
+    assert table.keys() == {*METRICS, "size", "parameters", "cache"}
     listed = {name: bounds for gates_ in table.values() for name, bounds in gates_.items()}
     assert listed.keys() == Gates.model_fields.keys()
     for name, bounds in listed.items():
