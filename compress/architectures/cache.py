@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from compress.architectures.model_map import model_map
 from compress.architectures.record import Architecture
+from compress.errors import ReportError
 from compress.spec.edits import EDIT_KINDS
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
 
@@ -97,10 +98,20 @@ def cache_bytes(spec: Spec, length: int, dtype: str | None = None) -> int | None
 
 @dataclass(frozen=True, slots=True)
 class CachedBytes:
-    """The parts of all blocks' caches that keep the same number of tokens; None for all of them."""
+    """The parts of all blocks' caches that keep the same tokens.
+
+    Attributes:
+        tokens: most tokens kept; None for all of them, and for patterns.
+        kept: (length of text, tokens kept) of a pattern, at the lengths that reports know; None for others.
+    """
 
     bytes_per_token: int
     tokens: int | None
+    kept: tuple[tuple[int, int], ...] | None = None
+
+
+#: Lengths at which reports know the cache of a pattern, such as every l-th token: powers of two, and the trained positions.
+_PATTERN_LENGTHS = tuple(1 << power for power in range(4, 21))
 
 
 def cached_bytes(spec: Spec) -> tuple[CachedBytes, ...] | None:
@@ -108,16 +119,45 @@ def cached_bytes(spec: Spec) -> tuple[CachedBytes, ...] | None:
     parts = caches(spec)
     if parts is None:
         return None
-    values: dict[int | None, int] = {}
+    positions = model_map(spec).trained_positions
+    lengths = tuple(sorted({*_PATTERN_LENGTHS, *([] if positions is None else [positions])}))
+    values: dict[tuple[int | None, tuple[tuple[int, int], ...] | None], int] = {}
     for part in (part for block in parts for part in block):
-        values[part.tokens] = values.get(part.tokens, 0) + part.values
-    order = sorted(values, key=lambda tokens: (tokens is not None, -(tokens or 0)))
-    return tuple(CachedBytes(values[tokens] * _bits(spec, None) // 8, tokens) for tokens in order)
+        key = _kept(part.tokens, lengths)
+        values[key] = values.get(key, 0) + part.values
+    order = sorted(values, key=lambda key: (key[0] is not None, -(key[0] or 0)))
+    return tuple(CachedBytes(values[key] * _bits(spec, None) // 8, *key) for key in order)
 
 
-def bytes_at(parts: Sequence[Mapping[str, int | None]], length: int) -> int:
-    """Bytes cached after ``length`` tokens, by the parts of a report: mappings with the fields of `CachedBytes`."""
-    return sum((part["bytes_per_token"] or 0) * min(length, part["tokens"] or length) for part in parts)
+def _kept(
+    tokens: int | Callable[[int], int] | None, lengths: Sequence[int]
+) -> tuple[int | None, tuple[tuple[int, int], ...] | None]:
+    """`CachedBytes.tokens` and `CachedBytes.kept` of a part."""
+    if not callable(tokens):
+        return tokens, None
+    most = tokens(lengths[-1])
+    if all(tokens(length) == min(length, most) for length in (*lengths, 1, most - 1, most, most + 1, 2 * most + 1)):
+        return most, None  # a window, with or without first tokens
+    return None, tuple((length, tokens(length)) for length in lengths)
+
+
+def bytes_at(parts: Sequence[Mapping[str, Any]], length: int) -> int:
+    """Bytes cached after ``length`` tokens, by the parts of a report: mappings with the fields of `CachedBytes`.
+
+    Raises:
+        ReportError: a pattern is not known at that length.
+    """
+    total = 0
+    for part in parts:
+        kept = dict(part["kept"]) if part.get("kept") else None
+        if kept is not None and length not in kept:
+            raise ReportError(
+                f"the cache of patterns is not known after {length} tokens",
+                fix="take a power of two, or the positions that the model was trained for",
+            )
+        tokens = min(length, part["tokens"] or length) if kept is None else kept[length]
+        total += part["bytes_per_token"] * tokens
+    return total
 
 
 def plan_lengths(positions: int | None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from compress.architectures.cache import bytes_at
+from compress.errors import ReportError
 from compress.settings import format_bytes
 
 
@@ -52,19 +53,27 @@ def _rows(
         rows.append(_timed(_PATHS.get(path, path), ways[0].get(path), ways[1].get(path)))
     if x["decode"] is not None and y["decode"] is not None:
         rows.append(_timed("decode a token", x["decode"], y["decode"]))
-    cache = cache_at(original, x), cache_at(result, y)
-    if cache[0] is not None and cache[1] is not None:
-        rows.append(_bytes("cache", cache[0], cache[1]))
+    if (cache := cache_bytes_at(x, y, original, result)) is not None:
+        rows.append(_bytes("cache", *cache))
     rows.append(_bytes("memory", x["memory"]["peak"], y["memory"]["peak"]))
     return rows
 
 
-def cache_at(side: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
-    """Bytes of the cache at a row's length: by the headers, in the format of the config, else as counted."""
-    if (parts := side["size"].get("cache")) is not None:
-        return bytes_at(parts, row["length"])
-    counted: int | None = None if row["cache"] is None else row["cache"]["bytes"]
-    return counted
+def cache_bytes_at(
+    x: Mapping[str, Any], y: Mapping[str, Any], original: Mapping[str, Any], result: Mapping[str, Any]
+) -> tuple[int, int] | None:
+    """Bytes of both caches at the length of rows ``x`` and ``y``; None without a cache.
+
+    They follow from the headers, in the format of the configs; where these do not tell, they are as counted.
+    """
+    parts = [side["size"].get("cache") for side in (original, result)]
+    try:
+        if None not in parts:
+            before, after = (bytes_at(part, x["length"]) for part in parts)
+            return before, after
+    except ReportError:  # a pattern at a length that reports do not know
+        pass
+    return None if None in (x["cache"], y["cache"]) else (x["cache"]["bytes"], y["cache"]["bytes"])
 
 
 def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> LengthRow:

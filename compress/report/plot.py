@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from compress.report.figures import losses_file
-from compress.report.lengths import cache_at, length_rows, seconds_text
+from compress.report.lengths import cache_bytes_at, length_rows, seconds_text
 from compress.settings import format_bytes
 
 _WIDTH, _HEIGHT = 640, 320
@@ -73,13 +73,13 @@ def render_lengths(report: Mapping[str, Any]) -> str:
     sides = (report["original"], report["result"])
     rows = [side["latency"]["lengths"] for side in sides]
     prefill = [[(row["length"], row["prefill"]["median"]) for row in of_side] for of_side in rows]
-    cache = [[(row["length"], cache_at(side, row)) for row in of] for side, of in zip(sides, rows, strict=True)]
+    cache = [cache_bytes_at(x, y, *sides) for x, y in zip(*rows, strict=False)]
     parts = [f'<rect width="{2 * _WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>']
     parts += _log_panel(0, "prefill of a prompt", prefill, seconds_text)
-    if all(value is not None for line in cache for _, value in line):
-        parts += _log_panel(
-            _WIDTH, "cache after it", [[(n, float(v or 0)) for n, v in line] for line in cache], format_bytes
-        )
+    known = [(row["length"], pair) for row, pair in zip(rows[0], cache, strict=False) if pair is not None]
+    if known:
+        lines = [[(length, float(pair[side])) for length, pair in known] for side in (0, 1)]
+        parts += _log_panel(_WIDTH, "cache after it", lines, format_bytes)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * _WIDTH}" height="{_HEIGHT}" font-family="sans-serif">'
     return "\n".join([head, *parts, "</svg>", ""])
 

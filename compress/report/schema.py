@@ -21,7 +21,10 @@ class CachedPart(Part):
     """A part of the cache of decoding: after n tokens it takes ``bytes_per_token`` times min(n, ``tokens``) bytes."""
 
     bytes_per_token: Count
-    tokens: Count | None = Field(description="Most tokens that it keeps; null for all of them.")
+    tokens: Count | None = Field(description="Most tokens that it keeps; null for all of them, and for patterns.")
+    kept: list[tuple[Count, Count]] | None = Field(
+        default=None, description="Of a pattern: lengths of text, each with the tokens kept after it."
+    )
 
 
 class SizeRow(Part):

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from compress import architectures
-from compress.architectures.cache import Cached, cache_bytes, cache_values, caches, kv_bytes_per_token
+from compress.architectures.cache import (
+    Cached,
+    bytes_at,
+    cache_bytes,
+    cache_values,
+    cached_bytes,
+    caches,
+    kv_bytes_per_token,
+)
 from compress.checkpoint.edits.local import localised
 from compress.checkpoint.open import open_checkpoint
+from compress.errors import ReportError
 from compress.models.loading import load_model
 from tests import pico
 from tests.toolbox import edit_config, plan
@@ -100,3 +110,28 @@ def test_edits_change_what_their_block_caches():
 def test_cache_bytes_need_no_torch():
     code = "import sys, compress.architectures.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def strided(length):
+    """Tokens kept of a window of 4 and every 8th token before it."""
+    return min(length, 4) + max(length - 4, 0) // 8
+
+
+@pytest.mark.parametrize("tokens", [None, 5, lambda length: min(length, 9)])
+def test_parts_of_reports_give_the_bytes_at_any_length(tokens, monkeypatch):
+    spec = open_checkpoint(pico.folder("llama")).spec
+    monkeypatch.setattr(sys.modules[Cached.__module__], "caches", lambda spec: ((Cached(16), Cached(16, tokens)),) * 4)
+    rows = [asdict(row) for row in cached_bytes(spec)]
+    assert all(row["kept"] is None for row in rows)
+    for length in (1, 4, 5, 6, 9, 10, 100, 777):
+        assert bytes_at(rows, length) == cache_bytes(spec, length)
+
+
+def test_parts_of_patterns_are_known_at_powers_of_two(monkeypatch):
+    spec = open_checkpoint(pico.folder("llama")).spec
+    monkeypatch.setattr(sys.modules[Cached.__module__], "caches", lambda spec: ((Cached(16), Cached(16, strided)),) * 4)
+    rows = [asdict(row) for row in cached_bytes(spec)]
+    for length in (16, 64, 8192):
+        assert bytes_at(rows, length) == cache_bytes(spec, length)
+    with pytest.raises(ReportError, match="is not known after 100 tokens"):
+        bytes_at(rows, 100)
