@@ -17,7 +17,7 @@ from compress.report.parts import Count, Number, Part
 from compress.report.repetition_schema import Repetitions
 
 
-class CachedPart(Part):
+class CacheParts(Part):
     """A part of the cache of decoding: after n tokens it takes ``bytes_per_token`` times min(n, ``tokens``) bytes."""
 
     bytes_per_token: Count
@@ -38,7 +38,7 @@ class SizeRow(Part):
     kv_bytes_per_token: Count | None = Field(
         description="Cached by decoding, per token, in the format that the config asks for."
     )
-    cache: list[CachedPart] | None = Field(
+    cache: list[CacheParts] | None = Field(
         default=None, description="Parts of that cache by the tokens they keep; null where it is not known."
     )
     load_bytes: Count = Field(description="Memory of the weights after a stock load.")

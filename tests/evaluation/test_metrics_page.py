@@ -36,7 +36,7 @@ PARTS = [
     schema.Timing,
     schema.Memory,
     schema.Latency,
-    schema.CachedPart,
+    schema.CacheParts,
     latency_schema.CostRow,
     latency_schema.ClockedTiming,
     latency_schema.PromptMemory,
