@@ -12,9 +12,9 @@ from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.local_attention.choose import evenly, trained_length
 from compress.passes.local_attention.compact import check_edits, choose_heads, planned_edits, spread
 from compress.passes.local_attention.divergence import choose
+from compress.passes.local_attention.repair import repaired
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
-from compress.passes.local_attention.tune import tuned
 from compress.settings import format_bytes
 from compress.spec.spec import Spec
 
@@ -86,7 +86,7 @@ class LocalAttention(Pass[LocalAttentionSettings]):
             chosen = choose(checkpoint, settings, context)
             context.details["windows"] = chosen.rows()
             result = with_windows(checkpoint, settings, chosen)
-        return tuned(checkpoint, result, chosen, settings, context) if settings.tune_epochs else result
+        return repaired(checkpoint, result, chosen, settings, context)
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
         """The cache at the length, and what to know about the settings."""

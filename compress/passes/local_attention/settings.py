@@ -130,6 +130,12 @@ class LocalAttentionSettings(PassSettings):
         description="Share of the calibration samples in which a passage comes again at a distance. Without them the choice "
         "forgets how to copy.",
     )
+    sink_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Steps of gradient descent on the logits of sinks alone, towards the original's predictions; 32 are "
+        "enough. Both models are then in memory, in float32.",
+    )
     tune_epochs: int = Field(
         default=0, ge=0, description="Epochs of block reconstruction on calibration data after the windows are set."
     )
@@ -165,6 +171,8 @@ class LocalAttentionSettings(PassSettings):
             raise ValueError("give `full` or `max_cache`, not both")
         if self.at is not None and self.at <= max(self.window):
             raise ValueError(f"`at` is no longer than the window of {max(self.window)}")
+        if self.sink_steps and self.sinks != "learned":
+            raise ValueError("`sink_steps` trains logits: set `sinks: learned`")
         if isinstance(self.full, tuple) and self.by == "heads":
             raise ValueError("with `by: heads` give `full` as a share or a count")
         return self

@@ -15,10 +15,12 @@ from compress.architectures.conversions.windows import NO_SINK, current_windows
 from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
 from compress.errors import DataError, PassError
+from compress.models.loading import load_model
 from compress.passes.local_attention.long_range import with_repeats
 from compress.solvers import windows as solver
 from tests import pico
 from tests.processes import Process
+from tests.toolbox import divergence
 
 SETTINGS = {"window": 8, "full": 1}
 
@@ -62,7 +64,7 @@ def test_logits_are_measured_where_blocks_are_named(uneven, tmp_path, data):
 
 
 def recipe(name, folder, texts, tmp_path):
-    settings = {**SETTINGS, "sinks": "learned", "tune_epochs": 1}
+    settings = {**SETTINGS, "sinks": "learned", "sink_steps": 2, "tune_epochs": 1}
     made = {
         "model": str(folder),
         "output": str(tmp_path / name),
@@ -113,6 +115,22 @@ def test_tuning_keeps_sinks_that_are_off_and_moves_the_others(uneven, tmp_path, 
     moved = [(after[n] - before[n])[~o].abs() for n, o in zip(names, off, strict=True)]
     assert 0 < float(torch.cat(moved).max()) < 2
     assert after.keys() == before.keys()
+
+
+def test_sinks_are_refined_towards_the_predictions_of_the_original(uneven, tmp_path, data):
+    before, _ = apply(uneven, tmp_path / "before", data, full=[0])
+    after, _ = apply(uneven, tmp_path / "after", data, full=[0], sink_steps=16)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert changed <= {f"model.layers.{i}.self_attn.sinks" for i in (1, 2, 3)}
+    ids = data.ids
+    kl = [divergence(load_model(uneven), load_model(tmp_path / out), ids) for out in ("before", "after")]
+    assert kl[1] < 0.98 * kl[0]
+
+
+def test_steps_of_sinks_need_logits(tmp_path):
+    with pytest.raises(compress.errors.CompressError, match=r"`sink_steps` trains logits: set `sinks: learned`"):
+        compress.apply("local_attention", pico.folder(), tmp_path / "out", window=8, sinks=0, sink_steps=4)
 
 
 def test_repeats_are_out_of_reach_of_the_window():

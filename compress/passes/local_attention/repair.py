@@ -1,4 +1,4 @@
-"""Repair of a model with windows: block by block, towards the outputs of the original's blocks."""
+"""Repair of a model with windows: its sinks by the original's predictions, its blocks by the outputs of the original's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.local_attention.choose import Windows
 from compress.passes.local_attention.divergence import samples
+from compress.passes.local_attention.refine import refined
 from compress.passes.local_attention.settings import LocalAttentionSettings
+from compress.passes.local_attention.stock import with_windows
 
 if TYPE_CHECKING:
     from compress.blockwise.block import Block
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
 
 
-def tuned(
+def repaired(
+    original: Checkpoint, changed: Checkpoint, chosen: Windows, settings: LocalAttentionSettings, context: Context
+) -> Checkpoint:
+    """The changed checkpoint with sinks refined and blocks tuned, as far as the settings ask for it."""
+    if settings.sink_steps:
+        chosen = refined(original, changed, chosen, settings, context)
+        changed = with_windows(original, settings, chosen)
+    return _tuned(original, changed, chosen, settings, context) if settings.tune_epochs else changed
+
+
+def _tuned(
     original: Checkpoint, changed: Checkpoint, chosen: Windows, settings: LocalAttentionSettings, context: Context
 ) -> Checkpoint:
     """The changed checkpoint with all blocks tuned from the first one with a window, sinks included.
