@@ -39,7 +39,7 @@ class Shape:
 
 
 #: For models trained on long texts, and for those of the test suite, which know 256 tokens.
-LONG, SHORT = Shape(640, 128, 160, 320, 339, 20, 3, 3), Shape(256, 44, 64, 128, 128, 32, 12, 12)
+LONG, SHORT = Shape(640, 128, 160, 320, 339, 16, 3, 3), Shape(256, 44, 64, 128, 128, 32, 12, 12)
 
 
 def rows(options: Any) -> list[str]:
@@ -143,10 +143,33 @@ class Lab:
             {"window": self.shape.window, "full": full, "sinks": sinks, **more}
         )
 
+    def measure(self) -> None:
+        """The losses of windows under each kind of sinks, in one pass; the pass then reads them."""
+        from compress.blockwise.executor import BlockExecutor, Inputs
+        from compress.passes.local_attention.divergence import samples
+        from compress.progress import SilentProgress
+        from compress.sensitivity.attention import Sight
+        from compress.sensitivity.windows import WindowLosses, window_losses
+
+        window = self.shape.window
+        kinds = {"learned": Sight(window, logits=True), 4: Sight(window, 4), 0: Sight(window)}
+        places = [self._context(f"sinks {kind}").workspace for kind in kinds]
+        if all(place.read_json("window_losses") is not None for place in places):
+            return
+        batches = samples(self._settings("learned", 1), self._context("samples"))
+        executor = BlockExecutor(self.checkpoint, Inputs(batches.values), dtype="float32", device="cpu")
+        executor.learn_calls()
+        work = self.workspace.folder("work")
+        losses = window_losses(executor, list(kinds.values()), by="layers", workspace=work, progress=SilentProgress())
+        for at, place in enumerate(places):
+            one = WindowLosses(losses.joint[at :: len(kinds), at :: len(kinds)], [[b[at]] for b in losses.logits])
+            place.write_json("window_losses", one.to_json())
+
     def windows(self, sinks: int | str, full: int | Sequence[int]) -> Any:
         """Blocks and logits as the pass chooses them."""
         from compress.passes.local_attention.divergence import choose
 
+        self.measure()
         return choose(self.checkpoint, self._settings(sinks, full), self._context(f"sinks {sinks}"))
 
     # ---- figures ----

@@ -17,11 +17,15 @@ _QUERIES = 256
 
 @dataclass(frozen=True)
 class Sight:
-    """Tokens that a query sees: the last ``window``, itself among them, and the ``first`` of the text; or by a ``pattern``."""
+    """Tokens that a query sees: the last ``window``, itself among them, and the ``first`` of the text; or by a ``pattern``.
+
+    With ``logits`` each head has a logit in its denominator, which stands for what the window drops.
+    """
 
     window: int
     first: int = 0
     pattern: HeadWindows | None = None
+    logits: bool = False
 
     def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Whether the queries at some places see the keys at others, itself always; those after it count too."""

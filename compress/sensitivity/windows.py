@@ -30,7 +30,7 @@ class WindowLosses:
     Attributes:
         joint: loss of each pair of (unit, window), nats per token, float64; see `solver.losses`. Units are blocks, or the KV
             groups of all blocks, in order.
-        logits: by block and window, the logit of each head; empty without logits.
+        logits: by block and window, the logit of each head; empty for a window without logits.
     """
 
     joint: torch.Tensor
@@ -50,7 +50,6 @@ def window_losses(
     executor: BlockExecutor,
     sights: Sequence[Sight],
     *,
-    logits: bool,
     by: Literal["layers", "heads"],
     workspace: Workspace,
     progress: Progress,
@@ -59,12 +58,12 @@ def window_losses(
 
     Args:
         executor: of the original, after `learn_calls`.
-        logits: search the logits of sinks, and measure the loss under them.
+        sights: windows; where one has logits, they are searched, and the loss is that under them.
 
     Raises:
         PassError: the model predicts no tokens, or its attention cannot be reached.
     """
-    visitor = _Visitor(executor, sights, logits, by)
+    visitor = _Visitor(executor, sights, by)
     gradients = Gradients(executor, workspace, progress, visitor)
     visitor.samples = gradients.samples
     gradients.measure()
@@ -78,8 +77,8 @@ class _Visitor:
 
     samples: int
 
-    def __init__(self, executor: BlockExecutor, sights: Sequence[Sight], logits: bool, by: str) -> None:
-        self._executor, self._sights, self._logits, self._by = executor, sights, logits, by
+    def __init__(self, executor: BlockExecutor, sights: Sequence[Sight], by: str) -> None:
+        self._executor, self._sights, self._by = executor, sights, by
         self._products: _Products | None = None
         self._changes: dict[int, torch.Tensor] = {}  # by block: [units, windows, tokens]
         self._searched: dict[int, list[list[float]]] = {}
@@ -91,7 +90,7 @@ class _Visitor:
         def observe(call: AttentionCall) -> None:
             calls.append(call)
             if self._products is None:
-                self._products = _Products(self._executor, call, self._sights, self.samples, own_sinks=not self._logits)
+                self._products = _Products(self._executor, call, self._sights, self.samples)
             products = self._products
             call.output.register_hook(lambda g: products.add(rows, call, g))  # type: ignore[no-untyped-call]
 
@@ -108,8 +107,8 @@ class _Visitor:
         assert self._products is not None
         groups = self._products.groups if self._by == "heads" else 1
         changes, searched = [], []
-        for products in self._products.by_window():
-            logits = solver.sink_logits(products, groups) if self._logits else None
+        for sight, products in zip(self._sights, self._products.by_window(), strict=True):
+            logits = solver.sink_logits(products, groups) if sight.logits else None
             searched.append([] if logits is None else logits.tolist())
             changes.append(_grouped(products.changes(logits), groups))
         self._changes[index], self._searched[index] = torch.stack(changes, 1), searched
@@ -120,7 +119,7 @@ class _Visitor:
         changes = torch.cat([self._changes[i].flatten(0, 1) for i in depth])
         tokens = sum(_counted(self._executor, [row]) for row in range(self.samples))
         joint = solver.losses(changes, tokens).cpu()
-        return WindowLosses(joint, [self._searched[i] for i in depth] if self._logits else [])
+        return WindowLosses(joint, [self._searched[i] for i in depth])
 
 
 def _grouped(changes: torch.Tensor, groups: int) -> torch.Tensor:
@@ -136,13 +135,10 @@ def _counted(executor: BlockExecutor, rows: Sequence[int]) -> int:
 class _Products:
     """Products with gradients of one block, for all samples; each process fills in its own, and zeros stand elsewhere."""
 
-    def __init__(
-        self, executor: BlockExecutor, call: AttentionCall, sights: Sequence[Sight], samples: int, *, own_sinks: bool
-    ) -> None:
-        """``own_sinks``: logits that the heads have already stay."""
+    def __init__(self, executor: BlockExecutor, call: AttentionCall, sights: Sequence[Sight], samples: int) -> None:
         heads, self.groups, length = call.query.shape[1], call.key.shape[1], call.query.shape[2]
         device, windows = call.query.device, len(sights)
-        self._executor, self._sights, self._own_sinks = executor, sights, own_sinks
+        self._executor, self._sights = executor, sights
         self._full = torch.zeros(heads, samples, length, device=device)
         self._kept = torch.zeros(windows, heads, samples, length, device=device)
         self._mass = torch.zeros(windows, heads, samples, length, device=device)
@@ -159,7 +155,7 @@ class _Products:
             counts = None if mask is None else mask[:, None, queries]
             for number, heads in enumerate(results):
                 output, mass = heads.output, heads.mass
-                if call.sinks is not None and self._own_sinks:
+                if call.sinks is not None and not self._sights[number].logits:
                     output = output * torch.sigmoid(mass - call.sinks[:, None])[..., None]
                 self._kept[number, :, at, queries] = (g[:, :, queries] * output).sum(-1).transpose(0, 1)
                 self._mass[number, :, at, queries] = mass.transpose(0, 1)

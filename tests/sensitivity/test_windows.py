@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -27,7 +29,8 @@ def measured(folder, work, logits, by, mask=None):
     checkpoint = open_checkpoint(folder)
     executor = BlockExecutor(checkpoint, inputs_of(checkpoint, mask=mask), dtype="float32", device="cpu")
     executor.learn_calls()
-    losses = window_losses(executor, SIGHTS, logits=logits, by=by, workspace=Workspace(work), progress=SilentProgress())
+    sights = [replace(sight, logits=logits) for sight in SIGHTS]
+    losses = window_losses(executor, sights, by=by, workspace=Workspace(work), progress=SilentProgress())
     return losses, executor
 
 

@@ -78,8 +78,6 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
     from compress.blockwise.executor import BlockExecutor, Inputs
     from compress.sensitivity.windows import WindowLosses, window_losses
 
-    learned = settings.sinks == "learned"
-
     def compute() -> dict[str, object]:
         batches = samples(settings, context)
         executor = BlockExecutor(
@@ -94,7 +92,6 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
         return window_losses(
             executor,
             [_sight(settings, window) for window in settings.window],
-            logits=learned,
             by=settings.by,
             workspace=context.workspace.folder("windows"),
             progress=context.progress,
@@ -112,6 +109,6 @@ def _sight(settings: LocalAttentionSettings, window: int) -> Sight:
 
     first = 0 if settings.sinks == "learned" else settings.sinks
     if settings.pattern == "window":
-        return Sight(window, first)
+        return Sight(window, first, logits=settings.sinks == "learned")
     more = {"stride": settings.stride or window, "keep": min(settings.keep, window), "pattern": settings.pattern}
     return Sight(window, first, HeadWindows({"window": window, "sinks": first, "full": (), "positions": 1, **more}))
