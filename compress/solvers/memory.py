@@ -39,3 +39,7 @@ CODEBOOK = SolverMemory(hessians=4, weights=8, kept=5)
 LOW_RANK = SolverMemory(hessians=6, weights=8, kept=4)
 #: One matrix for a group of blocks.
 SHARED_MATRIX = SolverMemory(hessians=4, weights=12, kept=0)
+#: Neurons carved into experts: H⁻¹, and two products of activations, with a copy for the solution.
+CARVING = SolverMemory(hessians=4, weights=4, kept=0)
+#: Bytes of a neuron's activity on the tokens that experts are chosen by, for all neurons of an MLP together.
+ENERGY_BYTES = 256 << 20

@@ -45,7 +45,8 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
     cast = spec.map(change)
     if cast.tensors == spec.tensors and not settings.allow_noop:
         raise PassError(f"every weight is {settings.weights} already", key="weights", fix="leave the pass out")
-    dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES]
+    routers = _routers(spec)
+    dtypes = [t.dtype for t in cast.stored() if t.dtype in FLOAT_DTYPES and t.module not in routers]
     config = dict(spec.structure.config)
     if dtypes:
         config.pop("torch_dtype", None)
@@ -116,7 +117,8 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
 def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     """Format of every tensor that the pass touches; None where a budget chooses it."""
     modules = [tensor.module for tensor in spec.stored()]
-    default = modules
+    routers = _routers(spec)
+    default = [module for module in modules if module not in routers]
     if settings.weights not in DTYPES and not settings.only:
         default = [linear.module for linear in model_map(spec).targets if len(linear.tensor.shape) == 2]
     chosen = select(default, settings, modules)
@@ -135,6 +137,11 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     if settings.weights not in DTYPES and settings.weights not in result.values():
         raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
     return result
+
+
+def _routers(spec: Spec) -> set[str]:
+    """Modules that choose experts: rounded, they would choose others, and they have few weights."""
+    return {linear.module for linear in model_map(spec).linears.values() if linear.role == "router"}
 
 
 def _leftover(linear: Linear, quant_format: QuantFormat) -> int:

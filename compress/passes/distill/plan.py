@@ -39,8 +39,9 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
 
 
 def _in_matrices(spec: Spec) -> int:
-    """Parameters in matrices. A conversion may add others: logits of sinks, projections along the text."""
+    """Parameters in matrices. A conversion may add others: logits of sinks, projections along the text, routers to experts."""
     added = {f"{edit.module}.{part}" for edit in spec.structure.edits for part in PROJECTIONS}
+    added |= {linear.name for linear in model_map(spec).linears.values() if linear.role == "router"}
     return sum(t.count for t in spec.weights() if t.is_float and len(t.shape) > 1 and t.name not in added)
 
 

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 #: Most attempts of a training whose states on disk do not load.
 _ATTEMPTS = 3
+#: Routers are trained whose root mean square is at least so many times the learning rate.
+_SMALL = 10
 #: Fewest training samples per held-out sample, so that validation takes little of the time.
 _LOOKED = 4
 
@@ -95,6 +97,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
     options = _training_options(student, made, settings, context)
     state = RunState(context.workspace.folder("training"))
     for attempt in range(_ATTEMPTS):
+        _hold_routers(student, model, options.update.rate)
         objective, masks = _objective(student, model, made, settings, context)
         training = Trainer(
             objective,
@@ -281,6 +284,17 @@ def _student_model(student: Checkpoint, settings: DistillSettings, context: Cont
     if not settings.dropout:
         without_dropout(model)
     return model, file_names(student.spec, model)
+
+
+def _hold_routers(student: Checkpoint, model: Any, rate: float) -> None:
+    """Exclude routers from training whose values are small beside a step of the optimizer: it would choose other experts.
+
+    `carve_experts` writes such routers, for equal weights of the chosen experts.
+    """
+    mapped = model_map(student.spec)
+    modules = [x.module for x in mapped.linears.values() if x.role == "router"]
+    for weight in (model.get_submodule(mapped.in_memory(module)).weight for module in modules):
+        weight.requires_grad_(float(weight.detach().square().mean().sqrt()) >= _SMALL * rate)
 
 
 def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:

@@ -1,0 +1,1 @@
+"""Divide dense MLPs into an expert that all tokens use and experts that a router chooses."""
