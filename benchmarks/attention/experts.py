@@ -28,10 +28,12 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 #: Name ▶ (hidden width, neurons, experts, experts of a token) of MLPs with a quarter of the neurons shared, half active.
 SHAPES = {
-    "256 × 704": (256, 704, 32, 10),
-    "576 × 1,536": (576, 1536, 32, 10),
-    "576 × 1,536, 8 experts": (576, 1536, 8, 2),
-    "2,048 × 8,192": (2048, 8192, 32, 10),
+    "256 × 704, 16 experts": (256, 704, 16, 5),
+    "576 × 1,536, 8 experts": (576, 1536, 8, 3),
+    "576 × 1,536, 16 experts": (576, 1536, 16, 5),
+    "576 × 1,536, 32 experts": (576, 1536, 32, 10),
+    "2,048 × 8,192, 16 experts": (2048, 8192, 16, 5),
+    "2,048 × 8,192, 32 experts": (2048, 8192, 32, 10),
 }
 
 

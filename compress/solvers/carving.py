@@ -17,6 +17,8 @@ from compress.solvers.obs import obs_prune_groups
 _BASIS, _ROUNDS = 32, 10
 #: Neurons that are tried for each first centre of k-means.
 _DRAWN = 8
+#: Most pairs of neurons that change places.
+_EXCHANGES = 1024
 #: Rounds of the router and the experts in turn. Each later one lowers the error by less; after the third by under 1 %.
 _TURNS = 3
 #: Steps of the router's training, in the first round and in later ones; tokens of a step; Adam's step.
@@ -113,7 +115,7 @@ def clusters(energy_TN: torch.Tensor, count: int, size: int, seed: int) -> torch
     centres_EK = place_NK[_first_centres(place_NK, count, generator)]
     group_N = torch.zeros(neurons, dtype=torch.int64)
     for _ in range(_ROUNDS):
-        group_N = balanced(centres_EK @ place_NK.T, size)
+        group_N = balanced(centres_EK @ place_NK.T, size, exchanges=0)
         sums_EK = torch.zeros_like(centres_EK).index_add_(0, group_N, place_NK)
         centres_EK = torch.nn.functional.normalize(sums_EK)
     return group_N
@@ -135,11 +137,12 @@ def _first_centres(place_NK: torch.Tensor, count: int, generator: torch.Generato
     return picked
 
 
-def balanced(benefit_EN: torch.Tensor, size: int) -> torch.Tensor:
+def balanced(benefit_EN: torch.Tensor, size: int, exchanges: int = _EXCHANGES) -> torch.Tensor:
     """Return the group of each neuron, int64 [N], each of ``size``, for a large sum of benefits.
 
     Neurons choose in the order of what they gain over the mean of all groups. Then, as long as it raises the sum, the best two
-    neurons of a pair of groups change places. The result is within a few per cent of the optimum, which takes N³ time.
+    neurons of a pair of groups change places, at most so many times. The result is within a few per cent of the optimum, which
+    takes N³ time.
     """
     groups, neurons = benefit_EN.shape
     gain_EN = (benefit_EN - benefit_EN.mean(0)).double().cpu()
@@ -149,7 +152,7 @@ def balanced(benefit_EN: torch.Tensor, size: int) -> torch.Tensor:
         if group[n] < 0 and room[e]:
             group[n], room[e] = e, room[e] - 1
     group_N = torch.tensor(group)
-    for _ in range(4 * neurons):
+    for _ in range(exchanges):
         # gains of neurons of group a in group b, at most one pair changes places in a step
         own_N = gain_EN.gather(0, group_N[None])[0]
         best_EE = torch.full((groups, groups), -torch.inf, dtype=torch.float64)  # [to, from]

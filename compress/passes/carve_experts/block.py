@@ -41,7 +41,7 @@ class CarveOptions:
 
 @dataclass
 class Routing:
-    """What the router leaves of the neurons' activations. It stays at the block's modules as long as the run goes on.
+    """The neurons that the router leaves to each token. It stays at the block's modules as long as the run goes on.
 
     The weights are computed as stock transformers does it, so that ties fall alike.
     """

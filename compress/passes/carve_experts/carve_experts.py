@@ -27,7 +27,7 @@ class CarveExperts(Pass[CarveExpertsSettings]):
     Sample recipe::
 
         passes:
-          - carve_experts: {active: 50%, shared: 25%, experts: 32}
+          - carve_experts: {active: 50%, shared: 25%, experts: 16}
           - distill: {tokens: 2000000}
     """
 

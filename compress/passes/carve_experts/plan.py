@@ -17,15 +17,14 @@ def expert_sizes(spec: Spec, settings: CarveExpertsSettings) -> ExpertSizes:
     total = neurons(spec)
     routed = total - round(settings.shared * total)
     size = MULTIPLE * round(routed / settings.experts / MULTIPLE)
-    most = (total - 1) // MULTIPLE
-    if size < MULTIPLE or settings.experts * size >= total:
-        size = MULTIPLE * (routed // settings.experts // MULTIPLE)
+    if settings.experts * size >= total:
+        size -= MULTIPLE
     if size < MULTIPLE:
         raise PassError(
             f"{settings.experts} experts of at least {MULTIPLE} neurons do not fit into the {routed} of {total} neurons that "
             "are not shared",
             key="experts",
-            fix=f"set `experts: {max(2, min(most, routed // MULTIPLE))}` or fewer",
+            fix=f"set `experts: {routed // MULTIPLE}` or fewer",
         )
     shared = total - settings.experts * size
     if settings.active == 1:

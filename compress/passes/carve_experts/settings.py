@@ -15,7 +15,7 @@ def _up_to_all(value: Any) -> float:
     return 1.0 if whole else parse_share(value)
 
 
-Share = Annotated[
+ActiveShare = Annotated[
     float,
     BeforeValidator(_up_to_all),
     WithJsonSchema({"type": ["number", "string"], "examples": ["50%", 0.5, "100%"]}),
@@ -25,7 +25,7 @@ Share = Annotated[
 class CarveExpertsSettings(PassSettings):
     """Settings of `carve_experts`. ``only`` and ``skip`` name MLPs; those that are left out stay dense."""
 
-    active: Share = Field(
+    active: ActiveShare = Field(
         default=0.5,
         description="Share of each MLP's neurons that a token uses. With `100%` the result computes what the model did.",
     )
@@ -33,7 +33,7 @@ class CarveExpertsSettings(PassSettings):
         default=0.25, description="Share of the neurons that every token uses: those that are hardest to do without."
     )
     experts: int = Field(
-        default=32,
+        default=16,
         ge=2,
         description="Number of experts that the other neurons are divided into. Their size is a multiple of 8; what is left "
         "over joins the shared neurons. More and smaller experts lose less and run slower.",

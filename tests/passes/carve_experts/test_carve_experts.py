@@ -23,8 +23,7 @@ SIZES = {"experts": 6}
 #: Name ▶ (family, changes of its config).
 CASES = {
     "llama": ("llama", {}),
-    "tied": ("llama", {"tie_word_embeddings": True}),
-    "windows": ("mistral", {"sliding_window": 7}),
+    "windows": ("mistral", {"sliding_window": 7, "tie_word_embeddings": True}),
     "biases": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
 }
 
@@ -159,7 +158,9 @@ def test_repairs_lower_the_error(tmp_path):
     folder, errors = pico.folder("llama"), {}
     for repair in ("none", "least_squares", "tune"):
         details: dict = {}
-        out = write(carve(folder, tmp_path / repair / "work", details, repair=repair), tmp_path / repair / "out")
+        out = write(
+            carve(folder, tmp_path / repair / "work", details, repair=repair, tune_epochs=5), tmp_path / repair / "out"
+        )
         errors[repair] = output_error(out.folder, folder, IDS[:8])
         counted = details["blocks"][0]["experts"]
         assert counted["tokens"] == IDS.numel()
@@ -210,19 +211,21 @@ def test_later_passes_know_the_experts(tmp_path):
     assert not [name for name in coded if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))]
 
 
-def test_distilling_leaves_flat_routers_as_they_are(texts, tmp_path):
+def test_distilling_leaves_flat_routers_as_they_are(tmp_path):
     import compress
 
     out = write(carve(pico.folder("llama"), tmp_path / "work"), tmp_path / "out").folder
     trained = compress.apply(
-        "distill", out, tmp_path / "trained", data=texts[0], length=16, teacher=str(pico.folder("llama")), steps=4,
-        batch_size=4, validation_samples=4, allow_noop=True,
+        "distill", out, tmp_path / "trained", data=torch.randint(0, 250, (60, 32), generator=torch.Generator().manual_seed(1)),
+        teacher=str(pico.folder("llama")), steps=12, batch_size=8, validation_samples=8, learning_rate=1e-3,
     )  # fmt: skip
     before, after = open_checkpoint(out), open_checkpoint(trained)
     same = {n for n in before.spec.tensors if torch.equal(before.tensor(n).data, after.tensor(n).data)}
-    gates = {n for n in same if n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))}
+    gates = {n for n in before.spec.tensors if n.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))}
     assert len(gates) == 8
-    assert same == gates
+    assert gates <= same
+    parts = ("self_attn.q_proj", "mlp.shared_expert.up_proj")
+    assert not same & {f"model.layers.{i}.{part}.weight" for i in range(4) for part in parts}
 
 
 @pytest.mark.parametrize(
