@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from compress.architectures.conversions.experts import ExpertSizes
 from compress.blockwise.block import Block
 from compress.blockwise.linears import TargetLinear
+from compress.blockwise.memory_budget import FLOAT64_MAX_WIDTH
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras
 from compress.passes.carve_experts.plan import MLP
@@ -48,28 +49,24 @@ class Routing:
 
     carving: Carving
     active: int
-    counts: torch.Tensor = field(init=False)
     _left: torch.Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.counts = torch.zeros(len(self.carving.router_EI), dtype=torch.float64)
-
-    def mask(self, x: torch.Tensor) -> torch.Tensor:
-        """Weights of the neurons [..., A] for inputs [..., I]: 1 for shared ones, about 1 for chosen experts, 0 for others."""
-        router = self.carving.router_EI.to(x.device)
-        scores = torch.softmax(torch.nn.functional.linear(x.flatten(0, -2).float(), router), -1)
+    def weights(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights of the experts [T, E] for inputs [..., I]: near 1 for those of each token, else 0."""
+        scores = torch.softmax(torch.nn.functional.linear(x.flatten(0, -2).float(), self.carving.router_EI), -1)
         kept = scores * chosen(scores, self.active)
-        self.counts += (kept > 0).sum(0).double().cpu()
-        weights = kept / kept.sum(-1, keepdim=True) * self.active
-        every = torch.cat([weights, torch.ones_like(weights[:, :1])], 1)  # shared neurons have the number -1
-        expert = self.carving.expert_A.to(x.device)
-        return every[:, expert].view(*x.shape[:-1], -1).to(x.dtype)
+        return kept / kept.sum(-1, keepdim=True) * self.active
+
+    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of the experts [T, E] ▶ those of the neurons [T, A]; of shared neurons 1."""
+        return torch.cat([weights, torch.ones_like(weights[:, :1])], 1)[:, self.carving.expert_A]  # shared ones have -1
 
     def attach(self, up: Any, down: Any) -> None:
         """Route from now on: ``up`` reads the MLP's inputs, ``down`` its neurons."""
 
         def see(module: Any, args: tuple[Any, ...]) -> None:
-            self._left = self.mask(args[0].detach())
+            x = args[0].detach()
+            self._left = self.spread(self.weights(x)).view(*x.shape[:-1], -1).to(x.dtype)
 
         def leave(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             assert self._left is not None
@@ -88,12 +85,12 @@ def carve_block(block: Block, options: CarveOptions) -> dict[str, TensorExtras]:
     if block.index not in options.dense:
         by_part = {part: x for x in block.linears for part in MLP if x.name.endswith(f"{part}.weight")}
         gate, up, down = (by_part[part] for part in MLP)
-        carving = _carving(block, gate, up, down, options.sizes)
+        carving, hessian = _carving(block, gate, up, down, options.sizes)
         options.results.save_tensors(
             f"{block.index:05}", {"expert": carving.expert_A.cpu(), "router": carving.router_EI.cpu().contiguous()}
         )
         routing = Routing(carving, options.sizes.active)
-        cross, gram, hessian, counts = _products(block, gate, down, routing)
+        cross, gram, counts = _products(block, gate, down, routing)
         before = down.weight.clone()
         if options.solve:
             solved = solve_down(down.weight, cross, gram).to(down.weight.dtype)
@@ -110,8 +107,10 @@ def carve_block(block: Block, options: CarveOptions) -> dict[str, TensorExtras]:
     return {}
 
 
-def _carving(block: Block, gate: TargetLinear, up: TargetLinear, down: TargetLinear, sizes: ExpertSizes) -> Carving:
-    """The division of a block's neurons, the same in all processes."""
+def _carving(
+    block: Block, gate: TargetLinear, up: TargetLinear, down: TargetLinear, sizes: ExpertSizes
+) -> tuple[Carving, torch.Tensor]:
+    """The division of a block's neurons, the same in all processes; and Σ h hᵀ of their activations."""
     neurons = down.weight.shape[1]
     ((_, statistics, _),) = block.statistics(groups=block.groups_with({down.name}))
     x = _stored_inputs(block, gate, max(_FEWEST, ENERGY_BYTES // (4 * neurons)))
@@ -131,7 +130,7 @@ def _carving(block: Block, gate: TargetLinear, up: TargetLinear, down: TargetLin
                 count=sizes.count, size=sizes.size, active=sizes.active, seed=block.view.seed,
             )  # fmt: skip
     processes.broadcast(0, carving.expert_A, carving.router_EI)
-    return carving
+    return carving, statistics.hessian
 
 
 def _activation(block: Block) -> Any:
@@ -168,11 +167,13 @@ def _inputs_of(linear: TargetLinear) -> Iterator[list[torch.Tensor]]:
 
 def _products(
     block: Block, gate: TargetLinear, down: TargetLinear, routing: Routing
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Σ h mᵀ, Σ m mᵀ and Σ h hᵀ, float64 [A, A], with the neurons' activations h and what the router leaves of them, m; and the
-    tokens of each expert."""
-    width = down.weight.shape[1]
-    cross, gram, hessian = (torch.zeros(width, width, dtype=torch.float64, device=down.weight.device) for _ in range(3))
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Σ h mᵀ and Σ m mᵀ [A, A], with the neurons' activations h and what the router leaves of them, m; and the tokens of each
+    expert."""
+    width, device = down.weight.shape[1], down.weight.device
+    dtype = torch.float64 if width <= FLOAT64_MAX_WIDTH else torch.float32
+    cross, gram = (torch.zeros(width, width, dtype=dtype, device=device) for _ in range(2))
+    counts = torch.zeros(len(routing.carving.router_EI), dtype=torch.float64, device=device)
     with _inputs_of(gate) as inputs, _inputs_of(down) as neurons, torch.no_grad():
         for rows in block.view.batches():
             inputs.clear()
@@ -180,20 +181,22 @@ def _products(
             block.forward(rows, block.read_inputs(rows))
             mask = block.view.token_mask(rows)
             x, h = (t[0].flatten(0, -2) if mask is None else t[0][mask] for t in (inputs, neurons))
+            weights = routing.weights(x)
+            counts += (weights > 0).sum(0)
             h = h.float()
-            m = h * routing.mask(x).float()
+            m = h * routing.spread(weights)
             cross += h.T @ m
             gram += m.T @ m
-            hessian += h.T @ h
-    block.view.processes.all_reduce(cross, gram, hessian, routing.counts)
-    return cross, gram, hessian, [int(count) for count in routing.counts]
+    block.view.processes.all_reduce(cross, gram, counts)
+    return cross, gram, [int(count) for count in counts]
 
 
 def _error(
     before: torch.Tensor, after: torch.Tensor, cross: torch.Tensor, gram: torch.Tensor, hessian: torch.Tensor
 ) -> float | None:
     """Σ ‖W h - V m‖² over Σ ‖W h‖², for W before and V after; None where no neuron was active."""
-    W, V = before.double(), after.double()
+    W, V = before.to(gram.dtype), after.to(gram.dtype)
+    hessian = hessian.to(gram.dtype)
     whole = float(((W @ hessian) * W).sum())
     lost = whole - 2 * float(((W @ cross) * V).sum()) + float(((V @ gram) * V).sum())
     return max(0.0, lost) / whole if whole > 0 else None
