@@ -32,6 +32,10 @@ _IMPORTS = (
 )
 
 
+#: Imports inside functions of what the bundled file has above them.
+_LATE = re.compile(r"^ +(?:import torch|from compress\.checkpoint\.\S+ import [^\n]+)\n+", re.MULTILINE)
+
+
 @cache
 def source() -> bytes:
     """Text of the bundled file: `modeling`, and the marked halves of the modules that it needs from this package."""
@@ -42,7 +46,7 @@ def source() -> bytes:
         for module in modules:
             _, mark, body = (room / f"{module}.py").read_text(encoding="utf-8").partition(MARK.format(title))
             assert mark, f"{module}.py must have the line {MARK.format(title)}"
-            body = re.sub(r"^ +import torch\n\n", "", body, flags=re.MULTILINE)  # at the top of the bundled file
+            body = _LATE.sub("", body)
             parts.append(f"# ---- {title}: {module} ----\n\n{body.strip()}\n\n\n")
     head, _, tail = text.partition("@@")
     return f"{head.rstrip()}\n\n\n{''.join(parts)}# ---- loading ----\n\n{tail.lstrip()}".encode()

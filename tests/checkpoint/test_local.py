@@ -18,7 +18,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
 from compress.checkpoint.write import write_checkpoint
 from compress.errors import CheckpointError, CompressError, PassError
-from compress.models.loading import check_keys, load_model
+from compress.models.loading import check_keys, load_checkpoint, load_model
 from compress.models.sameness import same_logits
 from tests import pico
 
@@ -200,7 +200,7 @@ def test_padded_prompts_generate_what_each_does_alone(more, loaded):
         assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["compress_local", "sdpa", "eager"])
 @torch.inference_mode()
 def test_padding_at_either_side_and_packed_texts_change_nothing(implementation, loaded):
     model, ids, lengths = load_model(loaded[0]), torch.randint(1, 250, (3, 60)), (60, 13, 37)
@@ -266,6 +266,53 @@ def test_loaded_without_this_package_it_computes_the_same(loaded, stock, tmp_pat
     )
     assert max(map(float, out.split()[:2])) < 1e-4
     assert out.split()[2:] == ["True", "20"]
+
+
+def endless(family="llama", positions=24, **more):
+    """A pico model all of whose heads are local: windows of 8 and 2 first tokens."""
+    base = open_checkpoint(pico.folder(family, **more))
+    heads = model_map(base.spec).kv_heads
+    values = {"window": 8, "sinks": 2, "heads": heads, "full": [], "pattern": "window", "positions": positions}
+    return Derived(base, localised(base.spec, dict.fromkeys(attentions(base.spec), values)), base.tensor)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {}),
+        ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
+    ],
+)
+@torch.inference_mode()
+def test_beyond_the_trained_length_sinks_stay_at_its_distance(family, more):
+    """Keys and values of a single block depend on their own token alone, so the stock model is the reference: it reads the
+    tokens in sight, those of the window at the last places of the training."""
+    checkpoint = endless(family, num_hidden_layers=1, **more)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder).eval()
+    model, ids = load_checkpoint(checkpoint), torch.randint(1, 250, (2, 60))
+    logits = model(ids).logits
+    for place in (9, 10, 23, 24, 25, 40, 59):
+        first = max(2, place - 7)
+        seen = torch.cat([ids[:, :2], ids[:, first : place + 1]], 1)
+        shift = max(0, place - 23)
+        places = torch.cat([torch.arange(2), torch.arange(first, place + 1) - shift])[None]
+        whole = torch.ones(2, 1, seen.shape[1], seen.shape[1], dtype=torch.bool).tril()  # gaps are not borders of texts
+        expected = stock(seen, position_ids=places, attention_mask=whole).logits[:, -1]
+        assert difference(logits[:, place], expected) < 1e-5
+
+
+@torch.inference_mode()
+def test_endless_text_is_the_same_at_once_in_pieces_and_padded():
+    model, ids = load_checkpoint(endless()), torch.randint(1, 250, (1, 100))
+    at_once = model(ids).logits
+    logits, cache = stepped(model, ids, [20, 50, *range(51, 100)])
+    assert difference(logits, at_once) < 1.5e-5
+    assert {layer.local_keys.shape[2] for layer in cache.layers} == {10}
+    assert torch.equal(at_once[:, :24], load_checkpoint(endless(positions=1000))(ids).logits[:, :24])
+    assert not torch.allclose(at_once[:, 60:], load_checkpoint(endless(positions=1000))(ids).logits[:, 60:], atol=0.01)
+    padding = torch.cat([torch.zeros(1, 30), torch.ones(1, 100)], 1).long()
+    padded = model(torch.cat([ids[:, :30], ids], 1), attention_mask=padding).logits
+    assert difference(padded[:, 30:], at_once) < 1e-5
 
 
 def test_training_through_windows_reaches_every_weight(loaded):

@@ -128,7 +128,13 @@ class LocalModel(ModelEdit):
         """Change how the module attends and caches."""
         import copy
 
+        from compress.checkpoint.attention.interface import LOCAL, register
+
+        register()
         register_heads()
+        dropout = getattr(model.config, "attention_dropout", getattr(model.config, "attn_pdrop", 0.0))
+        if model.config._attn_implementation == "sdpa" and not dropout:  # then no layer needs a mask of all pairs
+            model.config._attn_implementation = LOCAL
         module = model.get_submodule(path)
         module.__class__ = mixed(LocalHeads, type(module))
         module.windows = HeadWindows(values)

@@ -104,10 +104,14 @@ class HeadStates:
         queries: places of the queries, [B or 1, Q].
         places: places of the tokens of local heads, [B or 1, M]; None where every query sees all of them.
         seen: tokens of the text so far, those of the queries among them.
+        whole: whether local heads have all of them, none is padding, and there is no mask; or what a window leaves of them.
     """
 
-    def __init__(self, full: Any, local: Any, queries: torch.Tensor, places: torch.Tensor | None, seen: int) -> None:
-        self.full, self.local, self.queries, self.places, self.seen = full, local, queries, places, seen
+    def __init__(
+        self, full: Any, local: Any, queries: torch.Tensor, places: torch.Tensor | None, seen: int, whole: bool
+    ) -> None:
+        self.full, self.local, self.queries, self.places = full, local, queries, places
+        self.seen, self.whole = seen, whole
 
 
 class HeadCache:
@@ -166,7 +170,8 @@ class HeadCache:
         add = self._add if self.counts is None else self._add_padded
         queries, places, local = add(local_keys, local_values)
         self.seen += key_states.shape[2]
-        states = HeadStates((self.keys, self.values), local, queries, places, self.seen)
+        whole = self.counts is None and (self.windows.pattern == "window" or self.seen == key_states.shape[2])
+        states = HeadStates((self.keys, self.values), local, queries, places, self.seen, whole)
         return states, states
 
     def _add(self, keys: torch.Tensor, values: torch.Tensor) -> Any:

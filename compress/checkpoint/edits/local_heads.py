@@ -115,7 +115,10 @@ def heads_attention(
     states = key
     if not isinstance(key, HeadStates):
         (keys, local_keys), (values, local_values) = map(windows.split, (key, value))
-        states = HeadStates((keys, values), (local_keys, local_values), tokens.places, tokens.places, key.shape[2])
+        plain = tokens.padding is None and tokens.visible is None
+        states = HeadStates(
+            (keys, values), (local_keys, local_values), tokens.places, tokens.places, key.shape[2], plain
+        )
     heads = states.full[0].shape[1] + states.local[0].shape[1]
     grouped: torch.Tensor = query.reshape(query.shape[0], heads, -1, *query.shape[2:])
     attend = HeadAttention(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, tokens.visible)
@@ -162,10 +165,28 @@ class HeadAttention:
             turned = turn(query, back[:, None, None], frequencies)
         if states.places is None and turned is None:
             return self._at_once(query, states.local[0], states.local[1], False)
+        plain = turned is None and self.visible is None and self.softcap is None and not self.dropout
+        if states.whole and plain:
+            return self._patterned(query, states, windows)
         places = states.places
         if places is None:
             places = windows.kept(states.seen, query.device)[None]
         return self._sliced(query, states.local[0], states.local[1], states.queries, places, windows, turned)
+
+    def _patterned(self, query: torch.Tensor, states: HeadStates, windows: HeadWindows) -> torch.Tensor:
+        """As `_sliced`, without a mask wherever the pattern allows it."""
+        from compress.checkpoint.attention.patterns import LocalPattern, attention
+
+        blocks = windows.pattern in ("fixed", "chunks")
+        pattern = LocalPattern(
+            window=None if blocks else windows.window,
+            block=windows.window if blocks else None,
+            sinks=windows.sinks,
+            last=windows.keep if windows.pattern == "fixed" else int(windows.pattern == "strided"),
+            period=windows.stride if windows.pattern == "strided" else None,
+        )
+        output = attention(query.flatten(1, 2), states.local[0], states.local[1], pattern, scale=self.scaling)
+        return output.reshape(query.shape)
 
     def _at_once(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool) -> torch.Tensor:
         """All queries see all tokens, or all tokens up to their own."""
