@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import pathlib
+from dataclasses import dataclass, replace  # noqa: F401 - of the text that replaces imports below
 
 import torch
 import transformers
