@@ -103,8 +103,8 @@ class LocalAttention(Pass[LocalAttentionSettings]):
             notes.append("`long_range: 0`: blocks that copy from far are not seen, and may be given windows")
         if model_map(after).record.eager:
             notes.append(
-                f"stock transformers has no fast kernel for {after.structure.model_type} on CPU, and its prompts get slower; "
-                'load it by `compress.load`, with `attn_implementation="compress_local"`'
+                f"stock transformers runs {after.structure.model_type} without a fused kernel, and long prompts get slower; "
+                "`compress.load` computes them by an attention function of its own, `compress_local`"
             )
         return notes
 
