@@ -61,8 +61,10 @@ def window_losses(
         sights: windows; where one has logits, they are searched, and the loss is that under them.
 
     Raises:
-        PassError: the model predicts no tokens, or its attention cannot be reached.
+        PassError: the model predicts no tokens, its attention cannot be reached, or there are more processes than samples.
     """
+    if executor.samples < executor.processes.world:
+        raise PassError(f"{executor.samples} calibration samples are fewer than {executor.processes.world} processes")
     visitor = _Visitor(executor, sights, by)
     gradients = Gradients(executor, workspace, progress, visitor)
     visitor.samples = gradients.samples

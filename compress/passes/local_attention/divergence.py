@@ -30,12 +30,12 @@ def choose(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Co
     """The windows, with the logits of sinks where they are learned. A resumed run measures nothing again.
 
     Args:
-        context: its calibration data are read where `settings.calibrated`.
+        context: its calibration data are read where `settings.measured`.
 
     Raises:
         PassError: losses cannot be measured in this model. DataError: no sample is longer than the window.
     """
-    if not settings.calibrated:
+    if not settings.measured:
         return evenly(checkpoint.spec, settings)
     import torch
 

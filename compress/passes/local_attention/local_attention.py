@@ -136,5 +136,12 @@ def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
         raise PassError(f"the model is trained for {positions} positions", key="at", fix=f"set {positions} or less")
     if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
         raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")
+    if settings.measured and not mapped.has_head:
+        key = "choose" if settings.choose == "divergence" else "sinks"
+        raise PassError(
+            f"`{key}: {settings.choose if key == 'choose' else settings.sinks}` needs a model that predicts tokens",
+            key=key,
+            fix="set `choose: every` and `sinks: 0`",
+        )
     if settings.edits:
         check_edits(spec, settings)

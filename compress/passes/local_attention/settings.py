@@ -184,10 +184,15 @@ class LocalAttentionSettings(PassSettings):
         return self.by == "heads" or tokens or self.pattern != "window" or len(self.window) > 1
 
     @property
+    def measured(self) -> bool:
+        """Whether losses of windows are measured, for the choice or for the logits of sinks."""
+        choice = self.choose == "divergence" and not isinstance(self.full, tuple) and self.full != 0
+        return choice or self.sinks == "learned"
+
+    @property
     def calibrated(self) -> bool:
         """Whether calibration data decide anything."""
-        choice = self.choose == "divergence" and not isinstance(self.full, tuple) and self.full != 0
-        return choice or self.sinks == "learned" or self.tune_epochs > 0
+        return self.measured or self.tune_epochs > 0
 
     def full_count(self, units: int) -> int:
         """Number of units (blocks, or KV heads) that stay full by ``full``, out of so many."""

@@ -20,7 +20,7 @@ from compress.passes.local_attention.long_range import with_repeats
 from compress.solvers import windows as solver
 from tests import pico
 from tests.processes import Process
-from tests.toolbox import divergence
+from tests.toolbox import divergence, plan
 
 SETTINGS = {"window": 8, "full": 1}
 
@@ -126,6 +126,19 @@ def test_sinks_are_refined_towards_the_predictions_of_the_original(uneven, tmp_p
     ids = data.ids
     kl = [divergence(load_model(uneven), load_model(tmp_path / out), ids) for out in ("before", "after")]
     assert kl[1] < 0.98 * kl[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"`choose: divergence` needs a model that predicts tokens; set `choose: every` and `sinks: 0`"),
+        ({"choose": "every"}, r"`sinks: learned` needs a model that predicts tokens"),
+    ],
+)
+def test_models_without_a_head_are_refused_in_the_plan(settings, message):
+    folder = pico.folder("llama", class_name="LlamaModel")
+    with pytest.raises(PassError, match=message):
+        plan(open_checkpoint(folder), "local_attention", **{**SETTINGS, **settings})
 
 
 def test_steps_of_sinks_need_logits(tmp_path):
