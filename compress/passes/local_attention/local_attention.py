@@ -70,8 +70,11 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         """Exact in names, shapes and bytes. Which blocks are full is a guess where calibration data decide."""
         _check(spec, settings)
         if settings.edits:
-            return planned_edits(spec, settings, spread(spec, settings))
-        return planned(spec, settings, evenly(spec, settings))[0]
+            result = planned_edits(spec, settings, spread(spec, settings))
+        else:
+            result = planned(spec, settings, evenly(spec, settings))[0]
+        _check_head(spec, settings)
+        return result
 
     def apply(self, checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> Checkpoint:
         """Choose the windows here; the result reads the weights as they are."""
@@ -136,12 +139,16 @@ def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
         raise PassError(f"the model is trained for {positions} positions", key="at", fix=f"set {positions} or less")
     if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
         raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")
-    if settings.measured and not mapped.has_head:
+    if settings.edits:
+        check_edits(spec, settings)
+
+
+def _check_head(spec: Spec, settings: LocalAttentionSettings) -> None:
+    """Raise `PassError` where losses of windows cannot be measured, for want of a head that predicts tokens."""
+    if settings.measured and not model_map(spec).has_head:
         key = "choose" if settings.choose == "divergence" else "sinks"
         raise PassError(
             f"`{key}: {settings.choose if key == 'choose' else settings.sinks}` needs a model that predicts tokens",
             key=key,
             fix="set `choose: every` and `sinks: 0`",
         )
-    if settings.edits:
-        check_edits(spec, settings)
