@@ -32,8 +32,9 @@ class LocalHeads:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock module; local heads see what ``windows`` says, and the cache drops what they no longer see."""
         module: Any = self
-        parameters = inspect.signature(super().forward).parameters  # type: ignore[misc]
-        kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        if args:
+            names = inspect.signature(super().forward).parameters  # type: ignore[misc]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         layer = None if cache is None else layer_of(cache, module.layer_idx, module.windows)
         before = 0 if layer is None else layer.get_seq_length()
