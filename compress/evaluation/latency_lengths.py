@@ -42,7 +42,7 @@ class Lengths:
     _left: int = 0
 
     def measure(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """For each model its ``lengths`` (a row each) and ``fit``; and what both share: ``not_tried``."""
+        """For each model its ``lengths`` (a row each), ``fit`` and ``path_fits``; and what both share: ``not_tried``."""
         lengths = self.settings.lengths or ()
         facts = [worker({"do": "paths"}) for worker in self.workers]
         tables = [fact["table"] for fact in facts if fact["table"] is not None]
@@ -51,7 +51,7 @@ class Lengths:
         with self.progress.task("latency by length", len(lengths), "lengths") as bar:
             for length in lengths:
                 needed = self._needed(length)
-                if needed > self._left or not_tried:
+                if needed >= self._left or not_tried:
                     reason = f"may need {format_bytes(needed)} of memory, {format_bytes(self._left)} are left"
                     not_tried.append({"length": length, "reason": reason})
                 else:
@@ -60,7 +60,12 @@ class Lengths:
                         side["lengths"].append(row)
                 bar.advance(note=f"{length:,} tokens")
         for side in sides:
-            side["fit"] = _fitted(side["lengths"], self.task["seed"])
+            side["fit"] = _fitted([row["prefill"] for row in side["lengths"]], side["lengths"], self.task["seed"])
+            ways = [{path["path"]: path["prefill"] for path in row["paths"]} for row in side["lengths"]]
+            side["path_fits"] = [
+                {"path": path, "fit": _fitted([way[path] for way in ways], side["lengths"], self.task["seed"])}
+                for path in (ways[0] if ways else ())
+            ]
         return sides, {"not_tried": not_tried}
 
     def _needed(self, length: int) -> int:
@@ -73,7 +78,7 @@ class Lengths:
             if tried not in self._peaks:
                 self._probe(tried)
             needed = self._peaks[tried] * max(1, length / tried) ** 2
-            if needed <= self._left or 2 * tried >= length:
+            if needed < self._left or 2 * tried >= length:
                 return int(needed)
             tried *= 2
 
@@ -151,10 +156,10 @@ def _timing(
     return {**clocks[0], "cpu": clocks[1] if len(clocks) > 1 else None}
 
 
-def _fitted(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """The fit of the prefill: of CPU seconds where there are any, which other processes change least."""
-    cpu = all(row["prefill"]["cpu"] is not None for row in rows)
-    samples = [(row["prefill"]["cpu"] if cpu else row["prefill"])["samples"] for row in rows]
+def _fitted(timings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    """The fit of timings at the rows' lengths: of CPU seconds where there are any, which other processes change least."""
+    cpu = all(timing["cpu"] is not None for timing in timings)
+    samples = [(timing["cpu"] if cpu else timing)["samples"] for timing in timings]
     return {"clock": "cpu" if cpu else "wall", **latency_fit.fit([row["length"] for row in rows], samples, seed)}
 
 

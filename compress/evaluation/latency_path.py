@@ -14,26 +14,28 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures
 from compress.evaluation.prefill import cached, generate, prefill, timed
 from compress.memory import give_back_freed, peak_memory, reset_peak, resident_memory
+from compress.models.attention import implementation
 
 if TYPE_CHECKING:
     import torch
 
+    from compress.spec.spec import Spec
+
 STOCK, LOCAL, CHUNKS = "stock", "compress_local", "chunks"
 
 
-def paths(model: Any) -> dict[str, Any]:
-    """The ``paths`` of a model: the stock one, and where its attention has windows those that use them.
+def paths(model: Any, spec: Spec) -> dict[str, Any]:
+    """The ``paths`` of a model: the stock one, and those that use windows of its attention, or spare it eager attention.
 
     Also ``table``: the rows of its table of positions; None where positions are computed.
     """
     record = architectures.find(model.config.to_dict())
     table = record is None or record.position_table is not None
     names = [STOCK]
-    if _has_windows(model):
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        names += [LOCAL] if LOCAL in ALL_ATTENTION_FUNCTIONS else []
-        names += [CHUNKS] if _chunk(model) else []
+    if implementation("auto", spec, type(model), model.config) == LOCAL:
+        names.append(LOCAL)
+    if _has_windows(model) and _chunk(model):
+        names.append(CHUNKS)
     return {"paths": names, "table": getattr(model.config, "max_position_embeddings", None) if table else None}
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            _say(out, _answer(model, before, command))
+            _say(out, _answer(model, before, command, settings))
         except Exception as error:
             _say(out, {"error": f"{type(error).__name__}: {error}", "resources": "memory" in str(error)})
 
@@ -78,16 +78,20 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
     return model, before
 
 
-def _answer(model: Any, before: int, command: dict[str, Any]) -> dict[str, Any]:
+def _answer(model: Any, before: int, command: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from compress.evaluation.prefill import generate, prefill, timed
     from compress.memory import peak_memory
 
     if command["do"] in ("paths", "length"):
+        from compress.checkpoint.open import open_checkpoint
         from compress.evaluation import latency_path
 
-        return latency_path.paths(model) if command["do"] == "paths" else latency_path.measure(model, command)
+        if command["do"] == "length":
+            return latency_path.measure(model, command)
+        code = {key: settings[key] for key in ("trust_remote_code", "ignore_auto_map")}
+        return latency_path.paths(model, open_checkpoint(settings["folder"], **code).spec)
     cuda = model.device.type == "cuda"
     if command["do"] == "memory":
         if cuda:

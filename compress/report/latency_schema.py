@@ -83,6 +83,13 @@ class Fit(Part):
     doubt: str | None = Field(description="Why c is not to be relied on; null for a sound fit.")
 
 
+class PathFit(Part):
+    """The fit of another way to read prompts."""
+
+    path: str
+    fit: Fit
+
+
 class NotTried(Part):
     """A length that was asked for and not measured."""
 
@@ -108,6 +115,7 @@ class Latency(Part):
     memory: Memory
     lengths: list[CostRow] | None = Field(default=None, description="Cost by length, where lengths were asked for.")
     fit: Fit | None = None
+    path_fits: list[PathFit] | None = Field(default=None, description="The same for the other ways to read prompts.")
     not_tried: list[NotTried] | None = Field(default=None, description="Lengths for which memory is short.")
     left_out: Emulated | None = Field(
         default=None,

@@ -101,6 +101,8 @@ def length_notes(original: Mapping[str, Any], result: Mapping[str, Any]) -> list
     if not sides[0].get("lengths") and not sides[1].get("not_tried"):
         return []
     notes = _fit_notes([side.get("fit") or {} for side in sides])
+    for way in sides[1].get("path_fits") or ():
+        notes += _path_note(way["path"], (sides[0].get("fit") or {}), way["fit"])
     notes += [f"{row['length']:,} tokens were not tried: it {row['reason']}" for row in sides[1].get("not_tried") or ()]
     for name, side in zip(("original", "result"), sides, strict=True):
         for row in side.get("lengths") or ():
@@ -129,6 +131,17 @@ def _fit_notes(fits: Sequence[Mapping[str, Any]]) -> list[str]:
         if fit["doubt"]:
             notes.append(f"c of the {name} is not to be relied on: {fit['doubt']}")
     return notes
+
+
+def _path_note(path: str, before: Mapping[str, Any], fit: Mapping[str, Any]) -> list[str]:
+    """The fit of another way to read prompts, beside the stock one of the original; nothing where one is not fitted."""
+    if before.get("c") is None or fit["c"] is None:
+        return []
+    ratio = f" (× {fit['c'] / before['c']:.2f} of the original's)" if before["c"] else ""
+    doubt = f"; {fit['doubt']}" if fit["doubt"] else ""
+    return [
+        f"{_PATHS.get(path, path)}: c {fit['c']:.3g}{ratio}, half of the time at {_half(fit['half'])} tokens{doubt}"
+    ]
 
 
 def _half(length: float | None) -> str:

@@ -20,9 +20,9 @@ from tests.toolbox import edit_config
 PATHS: list[tuple[int, str]] = []
 
 
-def worker(model, command):
+def worker(model, folder, command):
     if command["do"] == "paths":
-        return latency_path.paths(model)
+        return latency_path.paths(model, open_checkpoint(folder).spec)
     PATHS.append((command["length"], command["path"]))
     return latency_path.measure(model, command)
 
@@ -31,7 +31,7 @@ def measured(folders, lengths=(8, 16, 40), room=10**12, generated=3, decode=True
     models = [load_model(folder) for folder in folders]
     settings = LatencySettings(lengths=lengths, generated=generated, rounds=2)
     task = {"vocabulary": 250, "seed": 0, "decode": decode}
-    asks = [partial(worker, model) for model in models]
+    asks = [partial(worker, model, folder) for model, folder in zip(models, folders, strict=True)]
     PATHS.clear()
     return Lengths(asks, settings, task, lambda workers: room, SilentProgress()).measure()
 
@@ -56,6 +56,8 @@ def test_lengths_measure_time_memory_and_cache(compared):
             assert 0 < row["prefill"]["median"] <= row["prefill"]["p90"]
             assert row["depth"] == row["length"]
         assert side["fit"]["clock"] == "cpu"
+    assert sides[0]["path_fits"] == []
+    assert [(way["path"], way["fit"]["clock"]) for way in sides[1]["path_fits"]] == [("compress_local", "cpu")]
     assert "ratio" not in sides[0]["lengths"][0]["prefill"]
     assert sides[1]["lengths"][0]["prefill"]["cpu"]["lower"] <= sides[1]["lengths"][0]["prefill"]["cpu"]["ratio"]
 
@@ -75,11 +77,26 @@ def test_chunked_prompts_are_a_path_of_windowed_models(windowed, tmp_path):
     generation.prefill_chunk_size = 8
     generation.save_pretrained(chunked)
     sides, _ = measured([windowed, chunked], lengths=(20,))
-    assert "chunks" not in [path["path"] for path in sides[0]["lengths"][0]["paths"]]
+    assert [[path["path"] for path in side["lengths"][0]["paths"]] for side in sides] == [
+        ["compress_local"],
+        ["compress_local", "chunks"],
+    ]
     path = next(path for path in sides[1]["lengths"][0]["paths"] if path["path"] == "chunks")
     assert path["prefill"]["ratio"] > 0
     assert (20, "chunks") in PATHS
-    assert latency_path.paths(load_model(pico.folder("llama")))["paths"] == ["stock"]
+    assert {length for length, path in PATHS if path == "compress_local"} == {20}
+    full = pico.folder("llama")
+    assert latency_path.paths(load_model(full), open_checkpoint(full).spec) == {"paths": ["stock"], "table": None}
+
+
+def test_measuring_leaves_the_attention_of_the_model(windowed):
+    model = load_model(windowed)
+    before = model.config._attn_implementation
+    command = {"do": "length", "length": 8, "depth": 8, "generated": 0, "vocabulary": 250, "seed": 0}
+    latency_path.paths(model, open_checkpoint(windowed).spec)
+    for path in ("compress_local", "stock"):
+        latency_path.measure(model, {**command, "path": path})
+        assert model.config._attn_implementation == before
 
 
 def test_chunks_compute_what_the_whole_prompt_does(windowed):

@@ -43,6 +43,7 @@ PARTS = [
     latency_schema.CacheRow,
     latency_schema.PathRow,
     latency_schema.Fit,
+    latency_schema.PathFit,
     latency_schema.NotTried,
     schema.GateRow,
 ]
