@@ -51,7 +51,7 @@ class Size:
     active_parameters: int
     bits_per_weight: float
     kv_bytes_per_token: int | None
-    cache: tuple[CachedBytes, ...] | None
+    cache: list[CachedBytes] | None
     load_bytes: int
     tensors: int
 

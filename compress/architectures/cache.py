@@ -107,14 +107,14 @@ class CachedBytes:
 
     bytes_per_token: int
     tokens: int | None
-    kept: tuple[tuple[int, int], ...] | None = None
+    kept: list[list[int]] | None = None
 
 
 #: Lengths at which reports know the cache of a pattern, such as every l-th token: powers of two, and the trained positions.
 _PATTERN_LENGTHS = tuple(1 << power for power in range(4, 21))
 
 
-def cached_bytes(spec: Spec) -> tuple[CachedBytes, ...] | None:
+def cached_bytes(spec: Spec) -> list[CachedBytes] | None:
     """The cache in the format that the config asks for, by tokens kept, all of them first; None where it is not known."""
     parts = caches(spec)
     if parts is None:
@@ -126,7 +126,10 @@ def cached_bytes(spec: Spec) -> tuple[CachedBytes, ...] | None:
         key = _kept(part.tokens, lengths)
         values[key] = values.get(key, 0) + part.values
     order = sorted(values, key=lambda key: (key[0] is not None, -(key[0] or 0)))
-    return tuple(CachedBytes(values[key] * _bits(spec, None) // 8, *key) for key in order)
+    return [
+        CachedBytes(values[tokens, kept] * _bits(spec, None) // 8, tokens, [*map(list, kept)] if kept else None)
+        for tokens, kept in order
+    ]
 
 
 def _kept(

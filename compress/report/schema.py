@@ -22,7 +22,7 @@ class CacheParts(Part):
 
     bytes_per_token: Count
     tokens: Count | None = Field(description="Most tokens that it keeps; null for all of them, and for patterns.")
-    kept: list[tuple[Count, Count]] | None = Field(
+    kept: list[list[Count]] | None = Field(
         default=None, description="Of a pattern: lengths of text, each with the tokens kept after it."
     )
 
