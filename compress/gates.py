@@ -14,7 +14,7 @@ from typing import Any, Literal
 from compress import statistics
 from compress.architectures.cache import bytes_at
 from compress.errors import EXIT_GATE_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, ReportError
-from compress.evaluation import metrics
+from compress.evaluation import metrics, positions
 from compress.evaluation.metrics.base import Metric, Resampling
 from compress.settings import format_bytes
 from compress.statistics import FEWEST_UNITS, Interval
@@ -74,10 +74,12 @@ def judge(
         (name, each) for name, gate in gates.items() for each in (gate if isinstance(gate, (list, tuple)) else [gate])
     )
     for name, bounds in several:
-        at = bounds.get("at")
+        at, first = bounds.get("at"), bounds.get("from_position")
         for key, bound in bounds.items():
-            gate = f"{name}.{key}" + (f" at {at:,}" if at is not None else "")
-            if key == "at":
+            gate = f"{name}.{key}" + (
+                f" at {at:,}" if at is not None else f" from {first:,}" if first is not None else ""
+            )
+            if key in ("at", "from_position"):
                 continue
             if name == "cache":
                 results.append(_cache(gate, key, bound, at, original, candidate))
@@ -90,7 +92,8 @@ def judge(
             elif name in ("prefill", "decode"):
                 results.append(_speed(gate, name, bound, original, candidate, resampling))
             elif (metric := metrics.table().get(name)) is not None:
-                results.append(_quality(gate, metric, key, bound, original, candidate, resampling))
+                sides = [_at_place(side, metric, at, first) for side in (original, candidate)]
+                results.append(_quality(gate, metric, key, bound, sides[0], sides[1], resampling))
             else:
                 raise ReportError(f"there is no gate `{name}`")
     if (evaluation := candidate.get("evaluation")) and not _finite(evaluation) and verdict(results)[0] == "passed":
@@ -195,6 +198,14 @@ def _speed(
     samples = [_get(side, gate, "latency", name, "samples") for side in (original, candidate)]
     interval = statistics.median_ratio(*samples, **asdict(resampling))
     return _judged(gate, interval, bound, "ratio", lambda x: f"{x:.3f}", "rounds")
+
+
+def _at_place(side: Mapping[str, Any], metric: Metric, at: int | None, first: int | None) -> Mapping[str, Any]:
+    """A side whose evaluation is the part that a gate asks for: a distance, or the positions from ``first`` on."""
+    if (evaluation := side.get("evaluation")) is None or (at is None and first is None):
+        return side
+    part = positions.beyond(evaluation, first) if first is not None else metric.at(evaluation, at or 0)
+    return {**side, "evaluation": part}
 
 
 def _quality(

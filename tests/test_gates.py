@@ -233,3 +233,57 @@ def test_judge_refuses_what_was_not_measured(gate):
 def test_gates_import_no_torch():
     code = "import sys, compress.gates, compress.statistics; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def positioned(near, far):
+    """A side whose documents have 50 tokens at positions 0 to 15 and 50 at 16 to 31."""
+    rows = [
+        {
+            "id": f"d#{i}",
+            "bytes": 400,
+            "tokens": 100,
+            "nll": x + y,
+            "kl": None,
+            "agree": None,
+            "positions": {"tokens": [50, 50], "bytes": [200, 200], "nll": [x, y], "kl": None, "agree": None},
+        }
+        for i, (x, y) in enumerate(zip(near, far, strict=True))
+    ]
+    return {
+        "evaluation": {"schema": "compress.evaluation/1", "unit": "document", "documents": rows, "bits_per_byte": 1.0}
+    }
+
+
+def test_gates_count_the_tokens_from_a_position_on():
+    near, far = [100.0 + i for i in range(20)], [90.0 + i % 3 for i in range(20)]
+    sides = positioned(near, far), positioned(near, [1.1 * x for x in far])
+    gate = {"max_increase": {"value": 0.07, "relative": True}}
+    whole, tail = judge({"bits_per_byte": [gate, {"from_position": 16, **gate}]}, *sides)
+    assert (whole.gate, whole.verdict) == ("bits_per_byte.max_increase", "pass")
+    assert (tail.gate, tail.verdict) == ("bits_per_byte.max_increase from 16", "fail")
+    assert tail.value == pytest.approx(0.1)
+    with pytest.raises(ReportError, match="no token was scored at position 32 or later"):
+        judge({"bits_per_byte": {"from_position": 32, **gate}}, *sides)
+
+
+def repeated(*losses):
+    """A side with the losses of 12 passages of 10 tokens at the distances 64, 128, …."""
+    rows = [
+        {"distance": 64 << i, "samples": [{"tokens": 10, "nll": 10 * loss + n / 10, "kl": None} for n in range(12)]}
+        for i, loss in enumerate(losses)
+    ]
+    evaluation = {"schema": "compress.evaluation/1", "unit": "chunk", "documents": [], "repetition": 1.0}
+    return {"evaluation": {**evaluation, "repetitions": {"passage": 11, "seen_once": 4.0, "distances": rows}}}
+
+
+def test_gates_on_repetition_judge_a_distance_or_the_mean():
+    sides = repeated(0.2, 0.2), repeated(0.2, 3.0)
+    absolute = {"max_increase": {"value": 0.5, "relative": False}}
+    gates = {"repetition": [{"at": 64, **absolute}, {"at": 128, **absolute}, absolute, {"at": 64, "max": 0.3}]}
+    near, far, mean, level = judge(gates, *sides)
+    assert [result.verdict for result in (near, far, mean, level)] == ["pass", "fail", "fail", "pass"]
+    assert far.gate == "repetition.max_increase at 128"
+    assert (far.value, mean.value) == (pytest.approx(2.8), pytest.approx(1.4))
+    assert level.unit == "nats"
+    with pytest.raises(ReportError, match="repetition was not measured at the distance 256; measured: 64, 128"):
+        judge({"repetition": {"at": 256, "max": 1}}, *sides)

@@ -11,6 +11,7 @@ import compress
 from compress import passes
 from compress.checkpoint.open import open_checkpoint
 from compress.recipe import load_recipe
+from compress.recipe.gates import bounds
 from tests import pico
 from tests.conftest import ROOT
 
@@ -45,7 +46,12 @@ def lenient(loaded):
     """Whatever a gate asks for, a model of random weights passes; latency takes two interpreters, which its own tests start."""
     limits = {"max_ratio": 10, "max_increase": "10000%", "max_drop": 100, "max": 1000, "min": 0}
     asked = loaded.gates.model_dump(exclude_none=True, exclude={"prefill", "decode", "memory"})
-    gates = {n: {k: limits[k] for k in gate if k in limits} for n, gate in asked.items() if isinstance(gate, dict)}
+    gates = {
+        name: [{key: limits.get(key, value) for key, value in each.items()} for each in bounds(gate)]
+        for name, gate in asked.items()
+        if name != "cache"
+    }
+    gates = {name: each if isinstance(asked[name], tuple) else each[0] for name, each in gates.items()}
     measured = [entry.name for entry in loaded.evaluate or () if entry.name != "latency"]
     return [f"gates={json.dumps(gates)}", *([f"evaluate={json.dumps(measured)}"] if loaded.evaluate else [])]
 

@@ -41,8 +41,8 @@ def rows(options: Any) -> list[str]:
         seconds = _seconds(models)
     lines = [
         f"Rank {RANK}, {LENGTHS[-1]} positions. Similarity: mean cosine of the mean-pooled embeddings of {TEXTS} held-out "
-        f"texts to the original's. Seconds: one text, float32, one thread, median of {ROUNDS} rounds in turns; the ratio to the "
-        "original in brackets.",
+        f"texts to the original's. Seconds: one text, float32, one thread, median of {ROUNDS} rounds in turns; the ratio to "
+        "the original in brackets.",
         "",
         "| | "
         + " | ".join(f"similarity at {n}" for n in LENGTHS)

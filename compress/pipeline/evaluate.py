@@ -32,7 +32,7 @@ from compress.pipeline.fingerprint import versions
 from compress.pipeline.machine import check_dtype, machine, resolve_device
 from compress.planning import size_on_disk
 from compress.progress import Progress, SilentProgress
-from compress.recipe.gates import lengths_of, metric_of
+from compress.recipe.gates import distances_of, lengths_of, metric_of
 from compress.report.document import judged
 
 if TYPE_CHECKING:
@@ -316,6 +316,9 @@ def _settings_for(gates: Mapping[str, Any], recipe: Recipe | None) -> Evaluation
     if at := lengths_of(gates):
         latency = given.setdefault("latency", {})
         latency["lengths"] = sorted({*(latency.get("lengths") or ()), *at})
+    if at := distances_of(gates):
+        repetition = given.setdefault("repetition", {})
+        repetition["distances"] = sorted({*(repetition.get("distances") or ()), *at})
     if recipe is None or recipe.data.evaluation is None:
         return EvaluationSettings(metrics=metrics, metric_settings=given)
     section = recipe.data.evaluation

@@ -14,9 +14,11 @@ from pydantic_core import PydanticCustomError
 from compress import passes
 from compress.checkpoint.hub import is_hub_id
 from compress.data.kinds import refusal
+from compress.errors import CompressError
+from compress.evaluation.repetition_settings import RepetitionSettings
 from compress.evaluation.tasks import SPEED_METRICS, TEXT_METRICS, Given, measurable
 from compress.recipe.entries import PassEntry, parse_pass
-from compress.recipe.gates import metric_of
+from compress.recipe.gates import bounds, metric_of
 from compress.recipe.model import Recipe
 from compress.recipe.order import misplaced
 from compress.recipe.problems import ListNode, MapNode, Problem, find_place, node_at, pass_name, text_of
@@ -87,6 +89,37 @@ def lengths_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
                     path,
                     f"write in evaluate: `- latency: {{lengths: [{wanted}]}}`",
                 )
+
+
+def places_not_measured(root: MapNode, recipe: Recipe) -> Iterator[Problem]:
+    """A problem for each gate at a distance or position that the recipe does not measure."""
+    evaluation = recipe.data.evaluation
+    for name in recipe.gates.given():
+        for i, gate in enumerate(bounds(getattr(recipe.gates, name))):
+            listed = isinstance(node_at(root, ("gates", name)), ListNode)
+            path: tuple[str | int, ...] = ("gates", name, *((i,) if listed else ()))
+            first, at = getattr(gate, "from_position", None), getattr(gate, "at", None)
+            if first is not None and evaluation is not None and not evaluation.streaming and first >= evaluation.window:
+                text = f"no token is predicted at position {first} or later in windows of {evaluation.window} tokens"
+                hint = f"set data.evaluation.window to {2 * first}, or at least {first + 1}"
+                yield Problem(text, find_place(root, (*path, "from_position")), (*path, "from_position"), hint)
+            if name == "repetition" and at is not None and evaluation is not None:
+                measured = _distances(recipe, evaluation.window)
+                if at not in measured:
+                    wanted = ", ".join(map(str, sorted({*measured, at})))
+                    text = f"the gate repetition needs the distance {at}, which is not measured"
+                    hint = f"write in evaluate: `- repetition: {{distances: [{wanted}]}}`"
+                    yield Problem(text, find_place(root, (*path, "at")), (*path, "at"), hint)
+
+
+def _distances(recipe: Recipe, window: int) -> tuple[int, ...]:
+    """The distances of repetitions that a recipe measures; none where its settings do not fit, which is told elsewhere."""
+    settings = recipe.settings_of("repetition")
+    assert isinstance(settings, RepetitionSettings)
+    try:
+        return settings.fitted(window)[1]
+    except CompressError:
+        return ()
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[int, PassEntry]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, create_model, model_validator
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, create_model, model_validator
 from pydantic_core import core_schema
 
 from compress.evaluation import metrics
+from compress.evaluation.positions import is_edge
 from compress.settings import AllowedIncrease, ByteSize, Level, Ratio, Settings
 
 METRICS: tuple[str, ...] = (*metrics.table(), "latency", "memory")
@@ -27,12 +28,28 @@ def lengths_of(gates: Mapping[str, Any]) -> list[int]:
     return sorted({each["at"] for each in listed if each.get("at") is not None})
 
 
+def distances_of(gates: Mapping[str, Any]) -> list[int]:
+    """Distances at which gates need the loss on repetitions, ascending; ``gates`` as in `lengths_of`."""
+    return sorted({each["at"] for each in bounds(gates.get("repetition", ())) if each.get("at") is not None})
+
+
 def bounds(gate: Any) -> list[Any]:
     """The gates of one name, of which there may be several."""
     return list(gate) if isinstance(gate, (list, tuple)) else [gate]
 
 
+#: Keys of gates that are no bounds: where the value is measured.
+PLACES = ("at", "from_position")
+
+
+def _edge(position: int) -> int:
+    if not is_edge(position):
+        raise ValueError(f"losses are summed from powers of two on, 16 the smallest, and {position} is none")
+    return position
+
+
 Length = Annotated[int, Field(ge=1, le=2**31)]
+Position = Annotated[int, Field(ge=1, le=2**31), AfterValidator(_edge)]
 
 
 class Gate(Settings):
@@ -40,7 +57,7 @@ class Gate(Settings):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        names = [name for name in type(self).model_fields if name != "at"]
+        names = [name for name in type(self).model_fields if name not in PLACES]
         if all(getattr(self, name) is None for name in names):
             raise ValueError(f"a gate needs a bound: {' or '.join(f'`{name}`' for name in names)}")
         return self
@@ -60,7 +77,17 @@ class ParametersGate(Gate):
     max_ratio: Ratio | None = Field(default=None, description="Largest ratio to the original, such as 0.4 or 40%.")
 
 
-class IncreaseGate(Gate):
+class PositionGate(Gate):
+    """Bounds on a metric that causal language models have at each position."""
+
+    from_position: Position | None = Field(
+        default=None,
+        description="Count only tokens that are predicted at this position of the window or later, for causal language models: "
+        "a power of two from 16 up. By default all.",
+    )
+
+
+class IncreaseGate(PositionGate):
     """Bounds on a metric for which lower is better."""
 
     max: float | None = Field(default=None, gt=0, description="Largest value.")
@@ -69,7 +96,7 @@ class IncreaseGate(Gate):
     )
 
 
-class DivergenceGate(Gate):
+class DivergenceGate(PositionGate):
     """A bound on the divergence from the original."""
 
     max: float | None = Field(
@@ -77,7 +104,7 @@ class DivergenceGate(Gate):
     )
 
 
-class AgreementGate(Gate):
+class AgreementGate(PositionGate):
     """Bounds on the share of tokens, or of labelled texts, with the same top prediction as the original."""
 
     min: Level | None = Field(default=None, description="Smallest share, such as 0.95 or 95%.")
@@ -92,6 +119,20 @@ class ScoreGate(Gate):
     min: Level | None = Field(default=None, description="Smallest score, such as 0.9 or 90%.")
     max_drop: float | None = Field(
         default=None, ge=0, le=100, description="Largest drop below the original's score, in points."
+    )
+
+
+class RepetitionGate(Gate):
+    """Bounds on the loss on passages that come again."""
+
+    at: Length | None = Field(
+        default=None,
+        description="Distance in tokens, one of those of `repetition`. By default the mean over all of them.",
+    )
+    max: float | None = Field(default=None, gt=0, description="Largest loss, nats per token.")
+    max_increase: AllowedIncrease | None = Field(
+        default=None,
+        description="Largest increase over the original: 0.1 is absolute, in nats per token; 5% is relative.",
     )
 
 
@@ -132,13 +173,13 @@ RatioGates = Annotated[tuple[RatioGate, ...], _OneOrSeveral()]
 CacheGates = Annotated[tuple[CacheGate, ...], _OneOrSeveral()]
 
 
-#: Class of a metric's gate, by `Metric.gate`.
-_BOUNDS: dict[str, type[Gate]] = {
-    "increase": IncreaseGate,
-    "divergence": DivergenceGate,
-    "agreement": AgreementGate,
+#: Class of a metric's gate, by `Metric.gate`; several of a kind where they can be at different places.
+_BOUNDS: dict[str, Any] = {
+    "increase": Annotated[tuple[IncreaseGate, ...], _OneOrSeveral()],
+    "divergence": Annotated[tuple[DivergenceGate, ...], _OneOrSeveral()],
+    "agreement": Annotated[tuple[AgreementGate, ...], _OneOrSeveral()],
     "score": ScoreGate,
-    "repetition": IncreaseGate,
+    "repetition": Annotated[tuple[RepetitionGate, ...], _OneOrSeveral()],
 }
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.recipe.checks import lacking_data, lengths_not_measured, misplaced_passes, missing_files
+from compress.recipe.checks import (
+    lacking_data,
+    lengths_not_measured,
+    misplaced_passes,
+    missing_files,
+    places_not_measured,
+)
 from compress.recipe.messages import translate
 from compress.recipe.model import Recipe
 from compress.recipe.problems import MapNode, Problem, Source, plain
@@ -31,7 +37,8 @@ def build(root: MapNode, problems: list[Problem], *, check_files: bool, complete
     problems += misplaced_passes(root, values)
     if complete:
         problems += lacking_data(root, values)
-        problems += lengths_not_measured(root, recipe) if recipe is not None else ()
+        if recipe is not None:
+            problems += [*lengths_not_measured(root, recipe), *places_not_measured(root, recipe)]
     if check_files:
         problems += missing_files(root)
     return recipe

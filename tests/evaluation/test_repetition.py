@@ -124,3 +124,40 @@ def test_repetition_is_in_the_report_with_intervals_and_cached(tmp_path):
 def test_text_too_short_for_repetitions_is_refused():
     with pytest.raises(DataError, match=r"the evaluation text has \d+ tokens, and 90 passages of 8"):
         measure_repetition(pico.model("llama"), pico.tokenizer(), DOCUMENTS, settings(samples=90), window=64)
+
+
+@pytest.mark.parametrize(
+    ("gates", "message"),
+    [
+        (
+            {"repetition": {"at": 16, "max": 1}},
+            r"needs the distance 16, which is not measured\n.*write in evaluate: `- repetition: {distances: \[12, 16\]}`",
+        ),
+        (
+            {"bits_per_byte": {"from_position": 32, "max": 1}},
+            "no token is predicted at position 32 or later in windows of 32",
+        ),
+        (
+            {"kl": {"from_position": 20, "max": 1}},
+            "losses are summed from powers of two on, 16 the smallest, and 20 is none",
+        ),
+        ({"repetition": {"at": 12}}, "a gate needs a bound: `max` or `max_increase`"),
+    ],
+)
+def test_gates_at_places_that_are_not_measured_are_refused(gates, message, tmp_path):
+    with pytest.raises(CompressError, match=message):
+        compress.run(recipe(tmp_path, {"distances": [12]}, gates=gates))
+
+
+def test_a_run_is_judged_at_a_distance_and_from_a_position(tmp_path):
+    gates = {
+        "repetition": {"at": 12, "max_increase": 1000},
+        "bits_per_byte": [{"max_increase": "1000%"}, {"from_position": 16, "max_increase": "1000%"}],
+    }
+    given = {"distances": [12, 24], "passage": 8, "samples": 12}
+    report = compress.run(recipe(tmp_path, given, gates=gates)).report
+    assert [(row["gate"], row["verdict"]) for row in report["gates"]] == [
+        ("bits_per_byte.max_increase", "pass"),
+        ("bits_per_byte.max_increase from 16", "pass"),
+        ("repetition.max_increase at 12", "pass"),
+    ]

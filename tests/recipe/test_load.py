@@ -92,12 +92,11 @@ def test_load_recipe_reads_a_full_recipe(work: Path) -> None:
     ]
     assert recipe.gates.size is not None
     assert (recipe.gates.size.max, recipe.gates.size.max_ratio) == (1_000_000, 0.4)
-    assert recipe.gates.bits_per_byte is not None
-    assert recipe.gates.bits_per_byte.max_increase == Increase(value=0.05, relative=True)
-    assert recipe.gates.perplexity is not None
-    assert recipe.gates.perplexity.max_increase == Increase(value=0.5, relative=False)
-    assert recipe.gates.agreement is not None
-    assert (recipe.gates.agreement.min, recipe.gates.agreement.max_drop) == (0.95, 2)
+    (bits,), (perplexity,) = recipe.gates.bits_per_byte, recipe.gates.perplexity
+    assert bits.max_increase == Increase(value=0.05, relative=True)
+    assert perplexity.max_increase == Increase(value=0.5, relative=False)
+    (agreement,) = recipe.gates.agreement
+    assert (agreement.min, agreement.max_drop) == (0.95, 2)
     assert recipe.metrics == ("bits_per_byte", "perplexity", "kl", "agreement", "latency", "memory")
 
 

@@ -149,6 +149,5 @@ def test_resolved_relative_increases_are_exact(work: Path, value: float) -> None
         "passes": [{"prune_unstructured": {"method": "magnitude", "pattern": Pattern(2, 4)}}],
         "gates": {"bits_per_byte": {"max_increase": Increase(value=value, relative=True)}},
     }
-    gate = recipe_from_mapping(values).gates.bits_per_byte
-    assert gate is not None
+    (gate,) = recipe_from_mapping(values).gates.bits_per_byte
     assert gate.max_increase == Increase(value=value, relative=True)

@@ -110,6 +110,10 @@ class Metric(ABC):
             key, interval = "drop", self.drop(before, after, resampling)
         return {key: interval.value, "lower": interval.lower, "upper": interval.upper}
 
+    def at(self, evaluation: Scored, place: int) -> Scored:
+        """The evaluation at one place alone, such as a distance. Raises `ReportError` if it was not measured there."""
+        raise ReportError(f"{self.name} is not measured at a place")
+
     def text(self, value: float) -> str:
         """A level as text."""
         return f"{value:{self.form}}"
