@@ -39,6 +39,7 @@ def test_bundle_needs_only_torch_and_transformers():
     }
     assert roots <= {
         "__future__",
+        "copy",
         "dataclasses",
         "inspect",
         "json",

@@ -25,8 +25,10 @@ class LowRankAttention(Pass[LowRankAttentionSettings]):
     Sample recipe::
 
         store: compact
+        data:
+          calibration: {files: [train.txt], length: 64}
         passes:
-          - low_rank_attention: {rank: 128}
+          - low_rank_attention: {rank: 32}
           - distill: {epochs: 1}
     """
 
