@@ -38,4 +38,5 @@ def test_sample_recipe_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name in OF_ENCODERS:  # saves arithmetic, not bytes
         return
     cached = [cache_bytes(spec, 1024) for spec in (planned.original_spec, steps[-1].spec)]
-    assert steps[-1].size.bytes < planned.original.bytes or cached[1] < cached[0]
+    before, after = planned.original, steps[-1].size
+    assert after.bytes < before.bytes or after.active_parameters < before.active_parameters or cached[1] < cached[0]

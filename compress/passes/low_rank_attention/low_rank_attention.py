@@ -27,6 +27,7 @@ class LowRankAttention(Pass[LowRankAttentionSettings]):
         store: compact
         data:
           calibration: {files: [train.txt], length: 64}
+          training: {files: [train.txt], length: 64}
         passes:
           - low_rank_attention: {rank: 32}
           - distill: {epochs: 1}
