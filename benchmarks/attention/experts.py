@@ -2,7 +2,8 @@
 
 Both ways are tuned block by block on the same samples and distilled under the original with the same tokens and settings. The
 rise of the held-out loss is as in benchmarks/prune.py. Times are of 512 tokens at once on one thread, CPU seconds, each way
-in turn with the dense one; the smallest of the repeats counts.
+in turn with the dense one; the smallest of the repeats counts. Stock transformers runs experts by grouped products
+(``grouped_mm``, its default) or one after the other (``eager``).
 """
 
 from __future__ import annotations
@@ -26,22 +27,16 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP pruned to 50%": ("prune_structured", {"mlp": 0.5}),
     "carved, 50% active": ("carve_experts", {}),
 }
-#: Name ▶ (hidden width, neurons, experts, experts of a token) of MLPs with a quarter of the neurons shared, half active.
-SHAPES = {
-    "256 × 704, 16 experts": (256, 704, 16, 5),
-    "576 × 1,536, 8 experts": (576, 1536, 8, 3),
-    "576 × 1,536, 16 experts": (576, 1536, 16, 5),
-    "576 × 1,536, 32 experts": (576, 1536, 32, 10),
-    "2,048 × 8,192, 16 experts": (2048, 8192, 16, 5),
-    "2,048 × 8,192, 32 experts": (2048, 8192, 32, 10),
-}
+#: Hidden width, neurons, experts, experts of a token; a quarter of the neurons is shared, and half are active.
+SHAPES = ((256, 704, 16, 5), (576, 1536, 8, 3), (576, 1536, 16, 5), (576, 1536, 32, 10), (2048, 8192, 16, 5))
+IMPLEMENTATIONS = ("eager", "grouped_mm")
 
 
 def rows(options: Options) -> list[str]:
     """Both ways on the model, and the times of their MLPs."""
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
-        return [*quality(options, scratch), "", *mlp_speed(3 if options.quick else 15)]
+        return [*quality(options, scratch), "", *mlp_speed(3 if options.quick else 9)]
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -62,10 +57,9 @@ def quality(options: Options, scratch: Path) -> list[str]:
             "distill", folder, trained, data=[options.train], length=256, document_separator="<|doc|>",
             teacher=options.model, tokens=tokens, allow_noop=options.quick,
         )  # fmt: skip
-        ratio = _ratio(_prompt(options.model), _prompt(str(folder)), 3 if options.quick else 15)
         table.append([
             way, f"{_bytes(folder) / size:.3f} ×", f"{before:+.4f}", f"{loss(str(trained), texts) - dense:+.4f}",
-            f"{ratio:.2f} ×",
+            prompt_speed(options.model, str(folder), 3 if options.quick else 15),
         ])  # fmt: skip
         print(*table[-1], flush=True)
     return [
@@ -76,18 +70,34 @@ def quality(options: Options, scratch: Path) -> list[str]:
     ]
 
 
+def prompt_speed(before: str, after: str, repeats: int) -> str:
+    """Time of a prompt over the original's; with experts by each implementation."""
+    from compress.models.loading import load_model
+
+    dense = load_model(before, dtype="float32")
+    model = load_model(after, dtype="float32")
+    if not hasattr(model.model.layers[0].mlp, "experts"):
+        return f"{_ratio(_prompt(dense), _prompt(model), repeats):.2f} ×"
+    ratios = []
+    for implementation in IMPLEMENTATIONS:
+        model.set_experts_implementation(implementation)
+        ratios.append(f"{_ratio(_prompt(dense), _prompt(model), repeats):.2f} × {implementation}")
+    return ", ".join(ratios)
+
+
 def mlp_speed(repeats: int) -> list[str]:
     """Time of one MLP with random weights, carved and pruned, over the dense one's."""
     table = []
-    for name, (hidden, neurons, experts, active) in SHAPES.items():
+    for hidden, neurons, experts, active in SHAPES:
         dense = _mlp(hidden, neurons)
-        carved = _ratio(dense, _experts(hidden, neurons, experts, active), repeats)
-        table.append([name, f"{carved:.2f} ×", f"{_ratio(dense, _mlp(hidden, neurons // 2), repeats):.2f} ×"])
+        cells = [_ratio(dense, _experts(hidden, neurons, experts, active, name), repeats) for name in IMPLEMENTATIONS]
+        cells.append(_ratio(dense, _mlp(hidden, neurons // 2), repeats))
+        table.append([f"{hidden:,} × {neurons:,}", f"{active} of {experts}", *(f"{cell:.2f} ×" for cell in cells)])
         print(*table[-1], flush=True)
     return [
         f"One MLP of stock transformers with random weights, float32, {PROMPT} tokens at once:",
         "",
-        *page.table(["hidden × neurons", "carved, half active", "half pruned"], table),
+        *page.table(["hidden × neurons", "experts", *(f"carved, {n}" for n in IMPLEMENTATIONS), "half pruned"], table),
     ]
 
 
@@ -112,12 +122,9 @@ def _ratio(dense: Callable[[], Any], other: Callable[[], Any], repeats: int) -> 
     return min(seconds[1][1:]) / min(seconds[0][1:])
 
 
-def _prompt(folder: str) -> Callable[[], Any]:
+def _prompt(model: Any) -> Callable[[], Any]:
     import torch
 
-    from compress.models.loading import load_model
-
-    model = load_model(folder, dtype="float32")
     ids = torch.randint(0, int(model.config.vocab_size), (1, PROMPT), generator=torch.Generator().manual_seed(0))
     return lambda: model(input_ids=ids, logits_to_keep=1)
 
@@ -136,8 +143,7 @@ def _mlp(hidden: int, neurons: int) -> Callable[[], Any]:
     return lambda: module(x)
 
 
-def _experts(hidden: int, neurons: int, experts: int, active: int) -> Callable[[], Any]:
-    """The sparse block of a whole model, so that its implementation of experts is the one that models get by default."""
+def _experts(hidden: int, neurons: int, experts: int, active: int, implementation: str) -> Callable[[], Any]:
     import torch
     from transformers import Qwen2MoeConfig, Qwen2MoeModel
 
@@ -148,7 +154,9 @@ def _experts(hidden: int, neurons: int, experts: int, active: int) -> Callable[[
         shared_expert_intermediate_size=neurons - experts * size,
     )  # fmt: skip
     torch.manual_seed(0)
-    module: Any = Qwen2MoeModel(config).layers[0].mlp
+    model: Any = Qwen2MoeModel(config)
+    model.set_experts_implementation(implementation)
+    module = model.layers[0].mlp
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x = _inputs(hidden)
