@@ -195,5 +195,6 @@ def reach(spec: Spec) -> int | None:
         return mapped.positions
     known = spec.structure.config.get("max_position_embeddings")
     parts = caches(spec)
-    forgets = parts is not None and all(part.tokens is not None for block in parts for part in block)
+    # a pattern that is counted by the length may keep tokens from anywhere
+    forgets = parts is not None and all(isinstance(part.tokens, int) for block in parts for part in block)
     return known if isinstance(known, int) and not forgets else None

@@ -18,6 +18,7 @@ from compress.architectures.cache import (
     cached_bytes,
     caches,
     kv_bytes_per_token,
+    reach,
 )
 from compress.checkpoint.edits.local import localised
 from compress.checkpoint.open import open_checkpoint
@@ -105,6 +106,16 @@ def test_edits_change_what_their_block_caches():
     assert full == Cached(16)
     assert [windows.count(length) for length in (1, 4, 5, 100)] == [16, 64, 64, 64]
     assert cache_values(edited, 10) == 3 * 10 * 32 + 10 * 16 + 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks", "expected"),
+    [({}, 4, None), ({}, 3, 64), ({"full": [0]}, 4, 64), ({"pattern": "strided", "stride": 2}, 4, 64)],
+)
+def test_texts_without_end_need_windows_in_all_heads(changes, blocks, expected):
+    values = {"window": 3, "sinks": 1, "heads": 2, "full": [], "pattern": "window", "positions": 64, **changes}
+    modules = [f"model.layers.{i}.self_attn" for i in range(blocks)]
+    assert reach(localised(open_checkpoint(pico.folder("llama")).spec, dict.fromkeys(modules, values))) == expected
 
 
 def test_cache_bytes_need_no_torch():

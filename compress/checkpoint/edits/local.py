@@ -70,7 +70,8 @@ class Local(EditKind):
     def cached(self, edit: Edit, parts: list[CachedPart]) -> list[CachedPart]:
         """Full heads cache all tokens, the others those that the last token sees."""
         heads, full = edit.values["heads"], len(edit.values["full"])
-        kept = HeadWindows(edit.values).count
+        windows = HeadWindows(edit.values)
+        kept = windows.window + windows.sinks if windows.pattern == "window" else windows.count
         result: list[CachedPart] = [(values * full // heads, tokens) for values, tokens in parts if full]
         return [*result, *((values * (heads - full) // heads, kept) for values, _ in parts)]
 
