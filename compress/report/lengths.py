@@ -21,6 +21,11 @@ class LengthRow(NamedTuple):
 
 #: Path of a prompt ▶ its name in tables.
 _PATHS = {"compress_local": "our attention", "chunks": "in chunks"}
+#: Path ▶ how to take it, in sentences.
+_WAYS = {
+    "chunks": "in chunks (`prefill_chunk_size`, as `generate` reads them)",
+    "compress_local": "by our attention function (`compress.load`)",
+}
 #: Columns of `length_cells`.
 HEAD = ("prompt", "", "before", "after", "change", "CPU")
 
@@ -100,7 +105,7 @@ def length_notes(original: Mapping[str, Any], result: Mapping[str, Any]) -> list
     sides = [side["latency"] or {} for side in (original, result)]
     if not sides[0].get("lengths") and not sides[1].get("not_tried"):
         return []
-    notes = _fit_notes([side.get("fit") or {} for side in sides])
+    notes = [*_slower_notes(sides[1].get("lengths") or ()), *_fit_notes([side.get("fit") or {} for side in sides])]
     for way in sides[1].get("path_fits") or ():
         notes += _path_note(way["path"], (sides[0].get("fit") or {}), way["fit"])
     notes += [f"{row['length']:,} tokens were not tried: it {row['reason']}" for row in sides[1].get("not_tried") or ()]
@@ -113,6 +118,20 @@ def length_notes(original: Mapping[str, Any], result: Mapping[str, Any]) -> list
                     f"and its headers say {cache['planned']:,}"
                 )
     return notes
+
+
+def _slower_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where stock transformers reads prompts slower than it reads the original's, and what reads them faster."""
+    slower = [row for row in rows if (row["prefill"].get("lower") or 0) > 1]
+    if not slower:
+        return []
+    lengths, last = ", ".join(f"{row['length']:,}" for row in slower), slower[-1]
+    ratios = {path["path"]: path["prefill"].get("ratio") for path in last["paths"]}
+    ways = [f"{name} × {ratios[path]:.2f}" for path, name in _WAYS.items() if ratios.get(path) is not None]
+    text = f"stock transformers reads prompts of {lengths} tokens slower than the original's"
+    return [
+        f"{text}: {last['length']:,} tokens take × {last['prefill']['ratio']:.2f}" + "".join(f"; {w}" for w in ways)
+    ]
 
 
 def _fit_notes(fits: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -71,6 +71,18 @@ def test_notes_tell_the_fit_and_what_was_not_tried(sides):
     assert length_notes(*sides)[1] == "c of the result is not to be relied on: the rounds do not tell n² from noise"
 
 
+def test_notes_name_what_is_faster_than_slower_stock_prompts(sides):
+    rows = sides[1]["latency"]["lengths"]
+    for row, ratio in zip(rows, (1.0, 1.2, 1.5), strict=True):
+        row["prefill"] = timing(1.0, ratio)
+    assert length_notes(*sides)[0] == (
+        "stock transformers reads prompts of 2,048, 8,192 tokens slower than the original's: 8,192 tokens take × 1.50; in "
+        "chunks (`prefill_chunk_size`, as `generate` reads them) × 0.25; by our attention function (`compress.load`) × 0.25"
+    )
+    rows[2]["paths"] = []
+    assert length_notes(*sides)[0].endswith("8,192 tokens take × 1.50")
+
+
 def test_notes_name_a_cache_that_is_not_as_planned(sides):
     notes = length_notes(sides[0], side(1e-9, None, 0.3, counted=7))
     assert "the result caches 519 numbers after 512 tokens, and its headers say 512" in notes

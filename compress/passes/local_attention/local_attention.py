@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from compress.architectures.cache import cache_bytes
 from compress.architectures.conversions.windows import current_windows
 from compress.architectures.model_map import model_map
 from compress.errors import DataError, PassError
 from compress.passes.base import EDITED, Context, Mode, Pass, Storage
-from compress.passes.local_attention.choose import evenly, trained_length
+from compress.passes.local_attention.choose import evenly
 from compress.passes.local_attention.compact import check_edits, choose_heads, planned_edits, spread
 from compress.passes.local_attention.divergence import choose
 from compress.passes.local_attention.repair import repaired
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
-from compress.settings import format_bytes
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -92,22 +90,17 @@ class LocalAttention(Pass[LocalAttentionSettings]):
         return repaired(checkpoint, result, chosen, settings, context)
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
-        """The cache at the length, and what to know about the settings."""
-        notes, length = [], trained_length(spec, settings)
-        after = self.plan(spec, settings)
-        before, bytes_ = (cache_bytes(s, length) if length else None for s in (spec, after))
-        if before and bytes_ is not None:
-            notes.append(
-                f"cache at {length:,} tokens: {format_bytes(bytes_)}, {bytes_ / before:.1%} of {format_bytes(before)}"
-            )
+        """Remarks on repair, on copying, and on prompts in stock transformers."""
+        notes, after = [], self.plan(spec, settings)
         if settings.sinks == 0:
             notes.append("windows without sinks need repair: let `distill` follow, or set `sinks: learned`")
         if settings.choose == "divergence" and settings.long_range == 0:
             notes.append("`long_range: 0`: blocks that copy from far are not seen, and may be given windows")
-        if model_map(after).record.eager:
+        if not settings.edits:
+            slow = "runs no fused kernel in" if model_map(after).record.eager else "gives masks of all pairs to"
             notes.append(
-                f"stock transformers runs {after.structure.model_type} without a fused kernel, and long prompts get slower; "
-                "`compress.load` computes them by an attention function of its own, `compress_local`"
+                f"stock transformers {slow} {after.structure.model_type}, so that prompts read at once get slower with their "
+                "length; `generate` reads them in chunks, and `compress.load` by our attention function"
             )
         return notes
 

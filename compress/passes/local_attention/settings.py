@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, field_serializer, model_validator
 
 from compress.passes.base import PassSettings
 from compress.settings import Fraction, Level, expected, parse_share
@@ -153,6 +153,11 @@ class LocalAttentionSettings(PassSettings):
             if many or data.get("by") == "heads" or data.get("pattern", "window") != "window":
                 return {**data, "sinks": 4}
         return data
+
+    @field_serializer("window")
+    def _as_given(self, window: tuple[int, ...]) -> int | list[int]:
+        """A single window as a number."""
+        return window[0] if len(window) == 1 else list(window)
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
