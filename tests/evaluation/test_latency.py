@@ -9,6 +9,7 @@ import pytest
 
 from compress.errors import CheckpointError, CompressError
 from compress.evaluation import latency
+from compress.evaluation.latency_settings import LatencySettings
 from tests import pico
 
 
@@ -22,7 +23,8 @@ def workers() -> list[str]:
 def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
     large = pico.save(tmp_path / "large", num_hidden_layers=24)
-    found = latency.measure_latency([large, pico_llama], dtype="float32", device="cpu", threads=1)
+    lengths = LatencySettings(lengths=(8, 40), generated=2, rounds=2)
+    found = latency.measure_latency([large, pico_llama], dtype="float32", device="cpu", threads=1, lengths=lengths)
     for side in found.values():
         assert side["rounds"] == latency.FEWEST
         assert side["prompt"] + side["generated"] <= 64
@@ -31,6 +33,12 @@ def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
             assert len(timing["samples"]) == latency.FEWEST
             assert 0 < min(timing["samples"]) <= timing["median"] <= timing["p90"] <= max(timing["samples"])
         assert side["memory"]["peak"] > 0
+        assert [row["length"] for row in side["lengths"]] == [8, 40]
+        assert side["not_tried"] == []
+    assert [found[side]["lengths"][1]["cache"]["values"] for side in ("original", "candidate")] == [
+        24 * 32 * 40,
+        4 * 32 * 40,
+    ]
     smaller = found["candidate"]
     assert smaller["decode"]["lower"] <= smaller["decode"]["ratio"] <= smaller["decode"]["upper"] < 1  # 4 blocks for 24
     assert workers() == []

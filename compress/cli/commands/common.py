@@ -54,7 +54,7 @@ def load(path: Path, sets: Sequence[str]) -> Recipe:
 
 
 class Located:
-    """Context in which an error of a pass is reported at the line of the recipe that caused it."""
+    """Context in which an error of a pass or a metric is reported at the line of the recipe that caused it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -63,13 +63,15 @@ class Located:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from compress.errors import PassError, RecipeError
+        from compress.errors import CompressError, PassError, RecipeError
         from compress.recipe import locate
 
-        if not isinstance(error, PassError) or not (error.where or "").startswith("passes."):
+        if not isinstance(error, CompressError) or not (error.where or "").startswith(("passes.", "evaluate.")):
             return
-        _, index, name = (error.where or "").split(".", 2)
-        path = ("passes", int(index), name, error.key) if error.key else ("passes", int(index), name)
+        first, index, name, *inner = (error.where or "").split(".")
+        path: tuple[str | int, ...] = (first, int(index), name, *inner)
+        if isinstance(error, PassError) and error.key:
+            path = (*path, error.key)
         where, error.where = error.where, None
         if text := locate(self.recipe.source, path, error):
             raise RecipeError([text]) from error
