@@ -40,6 +40,10 @@ def _sinks(i: int, j: int) -> str | None:
 
 
 def _strided(i: int, j: int) -> str | None:
+    return _window(i, j) or ("far" if j % WINDOW == WINDOW - 1 else None)
+
+
+def _strided_back(i: int, j: int) -> str | None:
     return _window(i, j) or ("far" if (i - j) % WINDOW == 0 else None)
 
 
@@ -59,12 +63,15 @@ PANELS = {
     "full": Panel("full", "every token before", "pairs ~ n²/2, cache n", _full),
     "window": Panel("window", "the last w tokens", "pairs ~ n·w, cache w − 1", _window),
     "sinks": Panel("window + sinks", "and the first s tokens", "pairs ~ n·(w + s), cache w + s", _sinks),
-    "strided": Panel("strided", "window, and every l-th token", "pairs ~ n·(w + n/2l), cache n", _strided),
-    "strided_block": Panel(
-        "strided: block", "stretch, and every l-th token", "pairs ~ n·(l + n/l)/2, cache n", _strided_block
-    ),
+    "strided": Panel("strided", "window, every l-th of the text", "pairs ~ n·(w + n/2l), cache w + n/l", _strided),
     "fixed": Panel("fixed", "stretch, and the last of others", "pairs ~ n·(l + n/l)/2, cache l + n/l", _fixed),
     "chunks": Panel("chunks", "the own stretch alone", "pairs ~ n·l/2, cache up to l", _chunks),
+    "strided_back": Panel(
+        "strided, counted back", "window, every l-th token back", "pairs ~ n·(w + n/2l), cache n", _strided_back
+    ),
+    "strided_block": Panel(
+        "strided, of the paper", "stretch, every l-th token back", "pairs ~ n·(l + n/l)/2, cache n", _strided_block
+    ),
 }
 
 
@@ -85,14 +92,16 @@ def patterns() -> str:
         x, y = 24 + number % 4 * step, 74 + number // 4 * high
         parts += [_text(x, y - 42, panel.title, INK, 14, 600), _text(x, y - 25, panel.about, SOFT, 11)]
         parts += [_text(x, y - 9, panel.cost, SOFT, 11), *_grid(x, y, cell, panel.reason)]
-    x, y = 24 + 3 * step, 74 + high
-    parts.append(_text(x, y - 42, "how to read it", INK, 14, 600))
-    parts += _legend(x, y - 26)
+    y = 74 + high + side + 26
+    parts += _legend(24, y)
     for row, line in enumerate(
-        ("each row is a token that asks,", "each column one that it may see", f"here w = l = {WINDOW}, s = {SINKS}")
+        (
+            "each row is a token that asks, each column one that it may see",
+            f"here w = l = {WINDOW}, s = {SINKS}; the last two are in our attention function alone",
+        )
     ):
-        parts.append(_text(x, y + 76 + 17 * row, line, SOFT, 11))
-    return _svg(24 + 4 * step, 74 + high + side + 20, "The tokens that each pattern of attention sees", parts)
+        parts.append(_text(24 + 2 * step, y + 11 + 20 * row, line, SOFT, 12))
+    return _svg(24 + 4 * step, y + 48, "The tokens that each pattern of attention sees", parts)
 
 
 def _grid(x: int, y: int, cell: int, reason: Callable[[int, int], str | None]) -> list[str]:
@@ -108,11 +117,12 @@ def _grid(x: int, y: int, cell: int, reason: Callable[[int, int], str | None]) -
 
 def _legend(x: int, y: int) -> list[str]:
     parts = []
-    for row, (colour, text) in enumerate(
+    for number, (colour, text) in enumerate(
         [*((COLOURS[why], text) for why, text in WORDS.items()), (UNSEEN, "not seen")]
     ):
-        parts.append(f'<rect x="{x}" y="{y + 22 * row}" width="13" height="13" rx="2" fill="{colour}"/>')
-        parts.append(_text(x + 21, y + 22 * row + 11, text, INK, 12))
+        left, top = x + 190 * (number % 2), y + 22 * (number // 2)
+        parts.append(f'<rect x="{left}" y="{top}" width="13" height="13" rx="2" fill="{colour}"/>')
+        parts.append(_text(left + 21, top + 11, text, INK, 12))
     return parts
 
 
@@ -159,7 +169,7 @@ def cache() -> str:
         ("full", lambda j: "near"),
         ("window", lambda j: "near" if tokens - j < WINDOW else None),
         ("window + sinks", lambda j: "first" if j < SINKS else "near" if tokens - j < WINDOW else None),
-        ("strided", lambda j: "near" if tokens - j < WINDOW else "far"),
+        ("strided", lambda j: "near" if tokens - j < WINDOW else "far" if j % WINDOW == WINDOW - 1 else None),
         (
             "fixed",
             lambda j: "near" if j // WINDOW == (tokens - 1) // WINDOW else "far" if j % WINDOW == WINDOW - 1 else None,
