@@ -40,9 +40,14 @@ def _keys_and_values(record: Architecture, config: Mapping[str, Any]) -> int:
     return 2 * record.kv_heads(config) * record.head_dim(config)
 
 
+def _latent(record: Architecture, config: Mapping[str, Any]) -> int:
+    return sum(int(config.get(key) or default) for key, default in record.latent.items())
+
+
 #: `Architecture.cache` of a family ▶ numbers that a block caches per token.
 VALUES: Mapping[str, Callable[[Architecture, Mapping[str, Any]], int]] = {
     "keys and values": _keys_and_values,
+    "latent": _latent,
 }
 #: Parts of the cache of each block, by its number.
 Caches: TypeAlias = tuple[tuple[Cached, ...], ...]

@@ -66,11 +66,14 @@ class Architecture:
         depth_key, hidden_key, heads_key: config fields. ``kv_heads_key`` and ``head_dim_key``: where the family has them.
         spellings: other name of a config field ▶ the field. The other name wins where a config has both.
         cache: kind of the blocks' cache, a key of `architectures.cache.VALUES`.
+        latent: config fields ▶ their defaults, whose sum is cached per token by all heads of a block (``cache: latent``).
         window: config ▶ tokens that a block with a sliding window sees, the token itself among them; None without windows.
         per_layer: config fields that hold one entry per block.
         per_layer_defaults: field that older configs leave out ▶ function from the config to its value in transformers.
         dense_blocks_key: config field that lists the numbers of the blocks without experts.
         sparse_step_key: config field beside it; only every n-th block has experts.
+        dense_first_key: config field with the number of blocks, the first ones, without experts.
+        depth_scaled: config fields that are divided by the square root of the number of blocks.
         numbered: config switches that make the computation of a block depend on its number.
         routers: modules inside a block that choose experts, or weigh one that all tokens use. They are matrices, but no
             linear layers to prune.
@@ -87,6 +90,7 @@ class Architecture:
         causal: whether the model decodes with a key-value cache.
         tie_default: value of ``tie_word_embeddings`` in a config without it.
         mlps, attention, hidden: the groups that structured pruning may remove, see `architectures.groups`.
+        attention_parts: modules of a block's attention, where it has none of these groups.
         cross: cross-attention of a decoder's blocks, beside ``attention``.
         relative: the stock family to become where this family's config cannot express a number of heads.
         base_class: name of the class without a head.
@@ -120,11 +124,14 @@ class Architecture:
     head_dim_key: str | None = None
     spellings: Mapping[str, str] = field(default_factory=dict)
     cache: str = "keys and values"
+    latent: Mapping[str, int] = field(default_factory=dict)
     window: Callable[[Mapping[str, Any]], int | None] = lambda config: config.get("sliding_window")
     per_layer: tuple[str, ...] = ()
     per_layer_defaults: Mapping[str, Callable[[Mapping[str, Any]], list[Any]]] = field(default_factory=dict)
     dense_blocks_key: str | None = None
     sparse_step_key: str | None = None
+    dense_first_key: str | None = None
+    depth_scaled: tuple[str, ...] = ()
     numbered: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
@@ -139,6 +146,7 @@ class Architecture:
     tie_default: bool = False
     mlps: tuple[Mlp, ...] = ()
     attention: Attention | None = None
+    attention_parts: tuple[str, ...] = ()
     cross: Attention | None = None
     hidden: Hidden | None = None
     relative: Relative | None = None
@@ -200,7 +208,7 @@ class Architecture:
     @cached_property
     def _roles(self) -> Mapping[str, BlockRole]:
         """Module below a block ▶ its role; ``*`` stands for the number of an expert."""
-        roles: dict[str, BlockRole] = {}
+        roles: dict[str, BlockRole] = dict.fromkeys(self.attention_parts, "attention")
         for attention in filter(None, (self.attention, self.cross)):
             modules = (attention.query, attention.key, attention.value, attention.output)
             roles |= dict.fromkeys(modules, "attention")
@@ -258,6 +266,11 @@ class Architecture:
             dense = [i in listed or (i + 1) % step != 0 for i in keep]
             result[self.sparse_step_key] = 1
             result[self.dense_blocks_key] = [new for new, is_dense in enumerate(dense) if is_dense]
+        if self.dense_first_key and config.get(self.dense_first_key) is not None:
+            result[self.dense_first_key] = sum(i < int(config[self.dense_first_key]) for i in keep)
+        for key in self.depth_scaled:
+            if config.get(key) is not None:  # without a value it follows the number of blocks
+                result[key] = config[key] * (len(keep) / depth) ** 0.5
         return result
 
     def require_heads_apart(self, key: str) -> None:

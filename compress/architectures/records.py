@@ -48,6 +48,16 @@ _GEMMA_LIKE: dict[str, Any] = {
     "mlps": (_GATED,),
     "hidden": _GEMMA_NORMS,
 }
+#: Latent attention (MLA): heads share a rotary key and a latent of keys and values, so that no head can go by itself.
+_LATENT: dict[str, Any] = {
+    **_DECODER,
+    "head_dim_key": None,
+    "scaled_cache": None,
+    "cache": "latent",
+    "attention_parts": tuple(
+        f"self_attn.{part}" for part in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+    ),
+}
 _POSITION_IDS = Leftover(r"embeddings\.position_ids$")
 _LAYER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 #: Suffixes of the classes that label single tokens, and of those that label whole texts or tokens.
@@ -282,6 +292,25 @@ RECORDS: tuple[Architecture, ...] = (
         experts_key="num_experts",
         active_experts_key="num_experts_per_tok",
         expert_sum_key="norm_topk_prob",
+    ),
+    Architecture(
+        "minicpm3",
+        **_LATENT,
+        latent={"kv_lora_rank": 256, "qk_rope_head_dim": 32},
+        mlps=(_GATED,),
+        tie_default=True,
+        depth_scaled=("scale_depth",),
+    ),
+    Architecture(
+        "deepseek_v3",
+        **_LATENT,
+        latent={"kv_lora_rank": 512, "qk_rope_head_dim": 64},
+        dense_first_key="first_k_dense_replace",
+        routers=("mlp.gate",),
+        experts=("mlp.experts",),
+        experts_key="n_routed_experts",
+        active_experts_key="num_experts_per_tok",
+        mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
     ),
     Architecture(
         "gpt2",

@@ -20,3 +20,9 @@ def find_blocks(model: Any, record: architectures.Architecture) -> Any:
     if path not in names:  # a base model has no prefix of its own, but parts of it may remain (OPT's decoder)
         path = next(p for p in (path.partition(".")[2], blocks) if p in names)
     return model.get_submodule(path)
+
+
+def rotary_frequencies(model: Any) -> tuple[list[float], float] | None:
+    """Angles per position of a model's rotary positions, and the factor of their cosines and sines; None without them."""
+    part = next((m for m in model.modules() if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling")), None)
+    return None if part is None else (part.inv_freq.tolist(), float(part.attention_scaling))

@@ -61,6 +61,24 @@ class WindowDetails(TypedDict):
     share: NotRequired[float]
 
 
+class LatentDetails(TypedDict):
+    """Numbers cached per token and block, and why.
+
+    Attributes:
+        counts: key components of each rotary frequency. keys, values: numbers cached for them. cached: with the constant one.
+        cached_before: of the original. expected: divergence, nats per token, by second order.
+        tried: splits of the numbers, with their measured divergence on held-out calibration samples.
+    """
+
+    counts: list[int]
+    keys: int
+    values: int
+    cached: int
+    cached_before: int
+    expected: dict[str, float]
+    tried: list[dict[str, Any]]
+
+
 class TrainingDetails(TypedDict):
     """A training. ``of``: unit of ``tokens``. ``held_out``, ``losses``: rows with ``step`` and ``loss``."""
 
@@ -94,7 +112,7 @@ class PassDetails(_CachedDetails, total=False):
         shapes: shapes tried for a target. widths: widths that a loss chose per block. sharing: shared blocks.
         training: the training of a student. allocation: sparsities or ranks by layer.
         removed_blocks, loss_without_block, block_influence: depth. hidden_channels: channels that are kept.
-        windows: a row per block of a model with local attention.
+        windows: a row per block of a model with local attention. latent: numbers cached by latent attention.
         expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
             block, the share of the router's weights that they have. kv_cache: static scales of a cache.
     """
@@ -118,7 +136,10 @@ class PassDetails(_CachedDetails, total=False):
     hidden_channels: int
     windows: list[WindowDetails]
     kv_cache: Any
+    latent: LatentDetails
 
 
 #: Keys that reports show in a section of their own; others are listed on one line.
-SECTIONS = frozenset({"blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths", "windows"})
+SECTIONS = frozenset(
+    {"blocks", "experts", "formats", "curve", "shapes", "sharing", "training", "widths", "windows", "latent"}
+)

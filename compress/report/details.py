@@ -25,7 +25,7 @@ def render_details(row: Mapping[str, Any], picture: str) -> list[str]:
     if "training" in details:
         lines += [*_training(details["training"], name, picture), ""]
     lines += _formats(name, details) + _shapes(name, details) + _sharing(name, details)
-    return lines + _windows(name, details) + _rest(name, details)
+    return lines + _windows(name, details) + _latent(name, details) + _rest(name, details)
 
 
 def _formats(name: str, details: PassDetails) -> list[str]:
@@ -69,6 +69,26 @@ def _sharing(name: str, details: PassDetails) -> list[str]:
         text = "Divergence from the original on held-out calibration samples."
         lines += [f"`{name}`, arrangements of shared blocks. {text}", ""]
         lines += [*table(("arrangement", "blocks", "divergence", ""), rows, right=(2,)), ""]
+    return lines
+
+
+def _latent(name: str, details: PassDetails) -> list[str]:
+    if (latent := details.get("latent")) is None:
+        return []
+    lost = latent["expected"]
+    lines = [
+        f"- `{name}`: a block caches {latent['cached']} numbers per token, {latent['cached_before']} before "
+        f"({latent['keys']} of the key, {latent['values']} of the values, a constant). Expected divergence by second order: "
+        f"{lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. transformers decodes more slowly "
+        "than before, since it expands the whole latent at every step.",
+        "",
+    ]
+    if rows := figures.latent_rows(details):
+        lines += [
+            f"`{name}`, divisions of the cache. Divergence from the original on held-out calibration samples.",
+            "",
+        ]
+        lines += [*table(("keys", "values", "divergence", ""), rows, right=(0, 1, 2)), ""]
     return lines
 
 

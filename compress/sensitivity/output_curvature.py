@@ -8,7 +8,7 @@ information by outputs (Martens and Grosse 2015, arXiv 1503.05671).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from compress.blockwise.activations import Activations, ActivationStream
 from compress.blockwise.block import Block
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.experts import unfused
-from compress.blockwise.linears import record_outputs
+from compress.blockwise.linears import TargetLinear, record_outputs
 from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
 from compress.models.classes import arguments_of
 from compress.progress import Progress
@@ -137,6 +137,36 @@ class Gradients:
         assert hidden.grad is not None
         return hidden.grad
 
+    def at(
+        self, block: Block, linears: Sequence[TargetLinear], states: Activations
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Yield numbers of samples, and the gradients at the outputs of linears of a block by name, float32 [T, O].
+
+        Of tokens that count, and of linears that are called once; another linear has none. Before each yield the block runs
+        forwards once, on those samples, so hooks on its modules see their inputs.
+
+        Args:
+            states: hidden states in front of the block; with the original's, the gradients are exact.
+        """
+        stream = self._open(states.shape)
+        upstream = stream.before(block.index)
+        for rows in self.executor.batches(self.samples):
+            mask = self.executor.token_mask(rows)
+            hidden = states.read(rows).to(self.executor.device).requires_grad_()
+            with torch.enable_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
+                output = block.forward(rows, hidden)
+            once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1}
+            gradients = torch.autograd.grad(
+                output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
+            )
+            result = {}
+            for name, gradient in zip(once, gradients, strict=True):
+                if gradient is not None:
+                    g = gradient.reshape(-1, gradient.shape[-1]).float()
+                    result[name] = g if mask is None else g[mask.flatten()]
+            yield rows, result
+        stream.close()
+
     def by_outputs(self, block: Block) -> dict[str, torch.Tensor]:
         """Σ g gᵀ over tokens, float32 [O, O], at the outputs of a block's linears, by name; the block must be unchanged.
 
@@ -149,22 +179,8 @@ class Gradients:
         if not wanted:
             return {}
         sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
-        stream = self._open(block.originals.shape)
-        upstream = stream.before(block.index)
-        for rows in self.executor.batches(self.samples):
-            mask = self.executor.token_mask(rows)
-            hidden = block.originals.read(rows).to(self.executor.device).requires_grad_()
-            with torch.enable_grad(), unfused(block.swaps), record_outputs(wanted) as outputs:
-                output = block.forward(rows, hidden)
-            once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1}
-            gradients = torch.autograd.grad(
-                output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
-            )
-            for name, gradient in zip(once, gradients, strict=True):
-                if gradient is not None:
-                    g = gradient.reshape(-1, gradient.shape[-1]).float()
-                    g = g if mask is None else g[mask.flatten()]
-                    sums[name].addmm_(g.T, g)
-        stream.close()
+        for _, gradients in self.at(block, wanted, block.originals):
+            for name, g in gradients.items():
+                sums[name].addmm_(g.T, g)
         self.executor.processes.all_reduce(*sums.values())
         return {name: total for name, total in sums.items() if float(total.diagonal().sum()) > 0}

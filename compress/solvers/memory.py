@@ -43,3 +43,5 @@ SHARED_MATRIX = SolverMemory(hessians=4, weights=12, kept=0)
 CARVING = SolverMemory(hessians=4, weights=4, kept=0)
 #: Bytes of a neuron's activity on the tokens that experts are chosen by, for all neurons of an MLP together.
 ENERGY_BYTES = 256 << 20
+#: Latent attention: three moments of the inputs, and the projections in float64.
+LATENT = SolverMemory(hessians=4, weights=8, kept=0)

@@ -129,6 +129,7 @@ def test_positions_of_roberta_begin_after_padding_token(tmp_path):
 TIED = [
     ("gemma2", "lm_head.weight", "model.embed_tokens.weight"),
     ("gemma3_text", "lm_head.weight", "model.embed_tokens.weight"),
+    ("minicpm3", "lm_head.weight", "model.embed_tokens.weight"),
     ("gpt2", "lm_head.weight", "transformer.wte.weight"),
     ("bloom", "lm_head.weight", "transformer.word_embeddings.weight"),
     ("opt", "lm_head.weight", "model.decoder.embed_tokens.weight"),
