@@ -83,7 +83,16 @@ def _latent(name: str, details: PassDetails) -> list[str]:
         "than before, since it expands the whole latent at every step.",
         "",
     ]
-    if rows := figures.latent_rows(details):
+    rows = [
+        (
+            str(row["keys"]),
+            str(row["values"]),
+            f"{row['divergence']:.4f}",
+            "chosen" if row["keys"] == latent["keys"] else "",
+        )
+        for row in latent["tried"]
+    ]
+    if rows:
         lines += [
             f"`{name}`, divisions of the cache. Divergence from the original on held-out calibration samples.",
             "",

@@ -246,21 +246,6 @@ def window_rows(details: PassDetails) -> list[tuple[str, ...]]:
     ]
 
 
-def latent_rows(details: PassDetails) -> list[tuple[str, ...]]:
-    """A row per division of the cached numbers that was tried: those of the key, of the values, and its divergence."""
-    if (latent := details.get("latent")) is None:
-        return []
-    return [
-        (
-            str(row["keys"]),
-            str(row["values"]),
-            f"{row['divergence']:.4f}",
-            "chosen" if row["keys"] == latent["keys"] else "",
-        )
-        for row in latent["tried"]
-    ]
-
-
 def sharing_rows(details: PassDetails) -> list[tuple[str, ...]]:
     """A row per arrangement of shared blocks that was tried, with its divergence; empty without a choice."""
     if (sharing := details.get("sharing")) is None:
