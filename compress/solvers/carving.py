@@ -23,8 +23,9 @@ _EXCHANGES = 1024
 _TURNS = 3
 #: Steps of the router's training, in the first round and in later ones; tokens of a step; Adam's step.
 _STEPS, _MORE_STEPS, _TOKENS, _RATE = 150, 80, 4096, 0.03
-#: Standard deviation of the router's logits. So flat a softmax gives each chosen expert the same weight, within a thousandth.
-SPREAD = 3e-4
+#: Standard deviation of the router's logits: each chosen expert has nearly the same weight, and few tokens lie so near to a tie
+#: that the softmax, in float32, rounds it away. If all experts are chosen there are no ties.
+SPREAD, SPREAD_OF_ALL = 1e-2, 3e-4
 #: Damping of the least squares: directions that no token excites keep their weights.
 _DAMP = 0.001
 
@@ -85,12 +86,12 @@ def carve(
     assert router_EI is not None
     expert_A = torch.full((len(H_AA),), -1, dtype=torch.int64, device=H_AA.device)
     expert_A[routed_N] = expert_N
-    return Carving(expert_A, flat(router_EI, x_TI))
+    return Carving(expert_A, flat(router_EI, x_TI, SPREAD if active < count else SPREAD_OF_ALL))
 
 
-def flat(router_EI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-    """Return the router with logits of the standard deviation `SPREAD` on those tokens; it chooses the same experts."""
-    return router_EI * (SPREAD / (x_TI @ router_EI.T).std().clamp_min(1e-30))
+def flat(router_EI: torch.Tensor, x_TI: torch.Tensor, spread: float) -> torch.Tensor:
+    """Return the router with logits of that standard deviation on those tokens; it chooses the same experts."""
+    return router_EI * (spread / (x_TI @ router_EI.T).std().clamp_min(1e-30))
 
 
 def chosen(logits_TE: torch.Tensor, active: int) -> torch.Tensor:

@@ -81,7 +81,7 @@ def test_router_learns_the_shares():
 def test_flat_routers_choose_alike():
     g = torch.Generator().manual_seed(0)
     x, router = torch.randn(256, 12, generator=g), torch.randn(5, 12, generator=g)
-    assert torch.equal(chosen(x @ flat(router, x).T, 2), chosen(x @ router.T, 2))
+    assert torch.equal(chosen(x @ flat(router, x, SPREAD).T, 2), chosen(x @ router.T, 2))
 
 
 def test_solve_down_matches_ridge_regression():

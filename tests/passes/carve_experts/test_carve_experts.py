@@ -52,7 +52,8 @@ def owners(original, out, path):
 
 
 def by_hand(folder, out, active, dense=()):
-    """The dense model where each token has the shared neurons and those of its experts; and the experts it should have."""
+    """The dense model where each token has the shared neurons and those of its experts, by the router in the file and the
+    formula of its softmax; and the experts that each token should have."""
     original, model, planned = open_checkpoint(folder), load_model(folder), {}
     for index, layer in enumerate(model.model.layers):
         if index in dense:
@@ -61,9 +62,11 @@ def by_hand(folder, out, active, dense=()):
         owner, router = owners(original, out, path), out.tensor(f"{path}mlp.gate.weight").data.double()
 
         def route(module, args, layer=layer, owner=owner, router=router, index=index):
-            best = (layer.mlp.seen.double() @ router.T).topk(active, -1).indices
+            scores, best = (layer.mlp.seen.double() @ router.T).softmax(-1).topk(active, -1)
             planned[index] = best.flatten(0, -2).sort(-1).values
-            used = torch.zeros(*best.shape[:-1], len(router) + 1).scatter_(-1, best, 1.0)
+            used = torch.zeros(*best.shape[:-1], len(router) + 1).scatter_(
+                -1, best, (active * scores / scores.sum(-1, keepdim=True)).float()
+            )
             used[..., -1] = 1.0
             return (args[0] * used[..., owner],)
 
