@@ -60,8 +60,8 @@ def convert(checkpoint: Checkpoint, settings: CarveExpertsSettings, context: Con
 def _part(changed: Checkpoint, path: str, rest: str, file: Path, active: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of a carved MLP, by its name below the MLP.
 
-    Router weights add up to 1, and all chosen experts have nearly the same: down projections grow by their number. The shared expert's
-    gate is zero, a half after the sigmoid: its down projection doubles.
+    Router weights add up to 1, and all chosen experts have nearly the same: down projections grow by their number. The shared
+    expert's gate is zero, a half after the sigmoid: its down projection doubles.
     """
     from safetensors import safe_open
 
