@@ -14,8 +14,6 @@ TITLE = "Attention: one layer by pattern"
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 WINDOW, SINKS, ROUNDS = 256, 4, 3
-#: Case ▶ the one whose seconds it is divided by.
-BESIDE = {"window, logits": "window", "full, logits": "full"}
 
 
 def rows(options: Any) -> list[str]:
@@ -36,10 +34,10 @@ def rows(options: Any) -> list[str]:
         if length == lengths[-1]:
             peaks = {name: _peak(case) for name, case in cases.items()}
     lines = [
-        f"One layer, {heads} heads on {groups}, {size} wide, float32, batch 1, one thread; CPU seconds, least of {ROUNDS} rounds "
-        "in which the cases take turns. Full causal attention in seconds, all others as a multiple of it; logits also as a "
-        f"multiple of the same without them. Windows of {WINDOW}; l is the root of the length. Peak: MiB beyond the inputs "
-        f"at {lengths[-1]:,} tokens.",
+        f"One layer, {heads} heads on {groups}, {size} wide, float32, batch 1, one thread; CPU seconds, least of {ROUNDS} "
+        "rounds in which the cases take turns. Full causal attention in seconds, all others as a multiple of it, in brackets "
+        f"as a multiple of the window without logits. Windows of {WINDOW}; l is the root of the length. Peak: MiB beyond the "
+        f"inputs at {lengths[-1]:,} tokens.",
         "",
         "| pattern | " + " | ".join(f"{length:,}" for length in lengths) + " | peak |",
         "| --- |" + " ---: |" * (len(lengths) + 1),
@@ -48,8 +46,8 @@ def rows(options: Any) -> list[str]:
         cells = [
             f"{t:.4f} s" if name == "full" else f"{t / f:.2f}" for t, f in zip(taken, seconds["full"], strict=True)
         ]
-        if name in BESIDE and name != "full, logits":
-            cells = [f"{c} ({t / o:.2f})" for c, t, o in zip(cells, taken, seconds[BESIDE[name]], strict=True)]
+        if name == "window, logits":
+            cells = [f"{c} ({t / o:.2f})" for c, t, o in zip(cells, taken, seconds["window"], strict=True)]
         lines.append(f"| {_TITLES[name]} | " + " | ".join(cells) + f" | {peaks[name]:.0f} |")
     return [*lines, ""]
 
@@ -60,7 +58,7 @@ _TITLES = {
     "stock": "stock window (SDPA with a mask of all pairs)",
     "window": "window",
     "window, sinks": f"window and {SINKS} first tokens",
-    "window, logits": "window, logits of sinks (to the window without)",
+    "window, logits": "window, logits of sinks",
     "window, whole": "window without masks, as on CUDA",
     "strided": "window l, every l-th token before",
     "strided_ends": "window l, the last of every l tokens",
