@@ -193,3 +193,33 @@ def test_the_bundled_file_registers_it_and_stock_loading_takes_it(tmp_path, stoc
     ours = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="compress_local")
     with torch.no_grad():
         close(ours(torch.arange(30)[None]).logits, load_model(folder, attention="eager")(torch.arange(30)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+        ("llama4_text", {"attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 64}),
+        ("cohere2", {"sliding_window": 6}),
+        ("qwen2_moe", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2, "num_experts": 4}),
+    ],
+)
+@pytest.mark.slow
+@torch.no_grad()
+def test_families_without_a_window_in_their_record_compute_the_same(family, changes):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 299}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **sizes, **heads, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.randint(0, 250, (2, 41), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(ids)
+    padding[0, :9] = 0
+    expected = model(ids).logits, model(ids, attention_mask=padding).logits[padding.bool()]
+    compress.register_attention()
+    model.set_attn_implementation("compress_local")
+    close(model(ids).logits, expected[0])
+    close(steps(model, ids, [17, 7, *[1] * 17]), expected[0])
+    close(steps(model, ids, [17, 7, *[1] * 17], padding)[padding.bool()], expected[1])

@@ -112,6 +112,8 @@ def attention(
     if heads % groups or tokens > known:
         raise ValueError(f"{heads} heads of {tokens} queries do not fit {groups} heads of {known} keys")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not query.dtype == key.dtype == value.dtype:  # rotary positions leave autocast's dtype
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if mask is not None:
         pieces = _given(mask, query)
     elif padding is not None or positions is not None:
@@ -137,9 +139,13 @@ def _sdpa(
     keys, values = (joined(piece, x) for x in (key, value))
     if keys.ndim != 4:
         return None
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, is_causal=piece.mask == "causal", scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    groups = key.shape[1]
+    if query.shape[2] == 1:  # the heads of a group are as good as queries of one head, and no key is repeated
+        packed: torch.Tensor = attend(query.reshape(len(query), groups, -1, query.shape[-1]), keys, values, scale=scale)
+        return packed.flatten(1, 2)[:, :, None]
+    shared = query.shape[1] != groups
+    return attend(query, keys, values, is_causal=piece.mask == "causal", scale=scale, enable_gqa=shared)
 
 
 def _step(pattern: LocalPattern, known: int) -> list[Piece]:
@@ -316,11 +322,11 @@ def _irregular(
     index = torch.arange(known, device=like.device)
     begins = torch.zeros((1, 1), dtype=torch.long, device=like.device)
     if padding is not None:
-        padding = padding.to(torch.bool)
+        padding = padding.to(like.device, torch.bool)
         begins = padding.to(torch.int8).argmax(-1, keepdim=True)
     where = index - begins if positions is None else positions.reshape(-1, known)
     reach = pattern.window if pattern.window and not pattern.stride and not pattern.last else known
-    firsts = int(begins.max()) + pattern.sinks
+    firsts = int(begins.max()) + pattern.sinks if pattern.sinks else 0
     pieces, past = list[Piece](), known - tokens
     for first in range(past, known, SLICE):
         end = min(first + SLICE, known)

@@ -182,3 +182,34 @@ def test_plain_products_where_no_fused_kernel_serves(pattern, padded, short_slic
 def test_patterns_without_a_meaning_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         LocalPattern(**wrong)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_gpu_computes_the_same_with_gradients(pattern, dtype):
+    atol = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    tops = torch.tensor([0.5, -3.0, 2.0, 0.0], device="cuda")
+    for tokens, past in ((150, 0), (40, 60), (1, 99)):
+        inputs = [x.cuda().requires_grad_() for x in tensors(2, tokens, tokens + past, dtype)]
+        padding = torch.ones(2, tokens + past, device="cuda")
+        padding[0, :5] = 0
+        drop = max(0, 5 - past)  # queries that are padding
+        for more in ({}, {"logits": tops}, {"padding": padding}):
+            got = attention(*inputs, pattern, **more)[:, :, drop:]
+            where = {name: x.cpu() for name, x in more.items()}
+            expected = dense_attention(*(x.cpu() for x in inputs), pattern, **where)[:, :, drop:]
+            torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=atol)
+            ours, theirs = (torch.autograd.grad(x.double().square().sum(), inputs) for x in (got, expected))
+            for mine, reference in zip(ours, theirs, strict=True):
+                assert (mine - reference).double().norm() <= 4 * atol * reference.double().norm() + 1e-6
+
+
+def test_autocast_with_keys_in_float32():
+    """Rotary positions give queries and keys in float32 beside values in bfloat16."""
+    query, key, value = tensors(1, 40, 40, torch.float32)
+    got = attention(query, key, value.bfloat16(), LocalPattern(window=9))
+    assert got.dtype == torch.bfloat16
+    expected = dense_attention(query, key, value, LocalPattern(window=9))
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-2)
