@@ -152,3 +152,19 @@ def test_windows_beyond_the_prompt_change_no_cache(tmp_path):
     edit_config(folder, sliding_window=64)
     sides, _ = measured([pico.folder("llama"), folder], lengths=(8, 40))
     assert [row["cache"] for row in sides[0]["lengths"]] == [row["cache"] for row in sides[1]["lengths"]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"full": "50%", "sinks": 2}, {"full": 0, "sinks": 2, "pattern": "strided"}, {"full": 0, "sinks": 0, "pattern": "fixed"}],
+)  # fmt: skip
+def test_caches_by_head_are_counted_as_planned(settings, tmp_path):
+    from compress import apply
+
+    full = pico.folder("llama")
+    local = apply("local_attention", full, tmp_path / "out", store="compact", window=8, choose="every", **settings)
+    sides, _ = measured([full, local], lengths=(16, 40))
+    spec = open_checkpoint(local).spec
+    rows = with_planned(sides[1], spec)["lengths"]
+    assert [row["cache"]["values"] for row in rows] == [row["cache"]["planned"] for row in rows]
+    assert rows[1]["cache"]["values"] < sides[0]["lengths"][1]["cache"]["values"]
