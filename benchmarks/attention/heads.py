@@ -141,8 +141,6 @@ def decoding(lab: Heads, kinds: Sequence[tuple[str, int]]) -> list[str]:
 
     names = ["all", *(f"{full} {'KV heads' if by == 'heads' else 'blocks'}" for by, full in kinds), "none"]
     made = [lab.checkpoint, *(lab.edited(by, full) for by, full in kinds), lab.edited("layers", 0)]
-    model = load_checkpoint(made[0], dtype="float32")
-    del model
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(2):
         for name, checkpoint in zip(names, made, strict=True):

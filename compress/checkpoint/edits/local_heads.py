@@ -288,7 +288,7 @@ def turn(states: torch.Tensor, places: torch.Tensor, frequencies: torch.Tensor) 
     """Queries or keys […, T, d] turned on by so many places […, T], as rotary positions do (entry i with entry i + half)."""
     import torch
 
-    angles = places[..., None].float() * frequencies.float()
+    angles = places[..., None].float() * frequencies.to(states.device, torch.float32)
     half = angles.shape[-1]
     a, b, rest = states[..., :half].float(), states[..., half : 2 * half].float(), states[..., 2 * half :]
     sine, cosine = angles.sin(), angles.cos()
