@@ -211,6 +211,20 @@ def test_world_of_two_shares_widths_chosen_by_loss(recipe_file, tmp_path):
     assert tensors["model.embed_tokens.weight"].shape[1] == 12
 
 
+def test_world_of_two_measures_the_windows_that_one_process_does(recipe_file):
+    recipe = json.loads(recipe_file.read_text())
+    passes = [{"local_attention": {"window": 8, "full": 2, "tune_epochs": 1}}]
+    rows = []
+    for count in (1, 2):
+        output = str(recipe_file.parent / f"out{count}")
+        recipe_file.write_text(json.dumps({**recipe, "output": output, "passes": passes, "gates": {}}))
+        report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet", count=count))
+        rows.append(report["stages"][0]["passes"][0]["details"]["windows"])
+    one, two = rows
+    assert [row["window"] for row in one] == [row["window"] for row in two]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+
+
 def test_world_ends_when_the_first_process_fails(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
