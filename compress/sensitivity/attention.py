@@ -134,7 +134,9 @@ def under_windows(call: AttentionCall, sights: Sequence[Sight]) -> Iterator[tupl
             scores = scores.masked_fill(ago >= call.window, -torch.inf)
         if call.mask is not None:
             mask = call.mask[..., rows, : rows.stop]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+            hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+            scores = scores if mask.dtype == torch.bool else scores + mask.float()
+            scores = scores.masked_fill(hidden, -torch.inf)  # what is hidden is not lost
         results = []
         for sight in sights:
             seen = sight.sees(at[rows, None], at[None, : rows.stop])

@@ -132,7 +132,7 @@ def dense(executor, row):
 def test_window_losses_match_whole_models_and_dense_masks(family, logits, tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "_QUERIES", 5)
     mask = None
-    if family == "llama":
+    if family in ("llama", "granite_swa"):
         mask = torch.ones(SAMPLES, LENGTH, dtype=torch.bool)
         mask[1, 7:] = mask[4, 9:] = False
     folder = pico.folder(family)
