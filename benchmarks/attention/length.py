@@ -47,7 +47,7 @@ def rows(options: Options) -> list[str]:
                 "local_attention", original, Path(folder) / str(number), choose="every", sinks=0, **settings
             )
             folders.append(made)
-        first, *others = _measured(folders, cost)
+        first, *others = measured(folders, cost)
     for row in first["lengths"]:
         prefill, decode = (row[part]["cpu"]["median"] for part in ("prefill", "decode"))
         cells = (f"{prefill:.3g} s", "–", "–", f"{decode * 1000:.3g} ms", format_bytes(row["cache"]["bytes"]))
@@ -64,14 +64,15 @@ def rows(options: Options) -> list[str]:
     ]
 
 
-def _measured(folders: list[Path], cost: LatencySettings) -> list[dict[str, Any]]:
+def measured(folders: list[Path], cost: LatencySettings) -> list[dict[str, Any]]:
+    """Cost of several models by length, in turns; ratios are to the first."""
     settings = {"dtype": "float32", "device": "cpu", "threads": 1, "trust_remote_code": False, "ignore_auto_map": False}
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(latency._worker({**settings, "folder": str(folder)})) for folder in folders]
         for worker in workers:
             worker.answer()
         asks = [partial(latency._command, worker) for worker in workers]
-        task = {"vocabulary": _VOCABULARY, "seed": 0, "decode": True}
+        task = {"vocabulary": 4096, "seed": 0, "decode": True}
         sides, shared = Lengths(asks, cost, task, partial(latency._room, None), SilentProgress()).measure()
     assert not shared["not_tried"], shared
     return [with_planned(side, open_checkpoint(folder).spec) for side, folder in zip(sides, folders, strict=True)]

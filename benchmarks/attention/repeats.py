@@ -1,4 +1,4 @@
-"""Spread of the ratios that `latency` gives by length: a model against itself, ten times, and against itself with windows.
+"""Spread of the ratios that `latency` gives by length: ten comparisons of a model with itself, and with long windows.
 
 Windows that are longer than the prompt change nothing, so all ratios should be 1.
 """
@@ -11,39 +11,41 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.evaluation.latency import measure_latency
+from benchmarks.attention.length import measured
 from compress.evaluation.latency_settings import LatencySettings
 
 if TYPE_CHECKING:
     from benchmarks.attention.__main__ import Options
 
 TITLE = "Spread of ratios by length"
-LENGTHS = (512, 1024)
 
 
 def rows(options: Options) -> list[str]:
-    """A table: smallest and largest ratio over the repeats, of CPU and of wall seconds."""
+    """A table: smallest, median and largest ratio over the comparisons, of CPU and of wall seconds."""
     repeats = 2 if options.quick else 10
-    lines = [
-        "| compared with itself | tokens | | CPU seconds | wall seconds |",
-        "|---|--:|---|--:|--:|",
-    ]
+    cost = LatencySettings(lengths=(512,), generated=16, rounds=10)
+    names = ("the same model", "windows of 2,048 tokens")
+    ratios: dict[tuple[str, str, str], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         full, windowed = (_model(Path(folder) / name, window) for name, window in (("full", None), ("window", 2048)))
-        for name, candidate in (("the same", full), ("windows of 2,048", windowed)):
-            ratios: dict[tuple[int, str, str], list[float]] = {}
-            for _ in range(repeats):
-                cost = LatencySettings(lengths=LENGTHS, generated=16, rounds=10)
-                sides = measure_latency([full, candidate], dtype="float32", device="cpu", threads=1, lengths=cost)
-                for row in sides["candidate"]["lengths"]:
-                    for part in ("prefill", "decode"):
-                        ratios.setdefault((row["length"], part, "wall"), []).append(row[part]["ratio"])
-                        ratios.setdefault((row["length"], part, "cpu"), []).append(row[part]["cpu"]["ratio"])
-            for length in LENGTHS:
+        for _ in range(repeats):
+            _, *others = measured([full, full, windowed], cost)
+            for name, side in zip(names, others, strict=True):
+                (row,) = side["lengths"]
                 for part in ("prefill", "decode"):
-                    cells = (_spread(ratios[length, part, clock]) for clock in ("cpu", "wall"))
-                    lines.append(f"| {name} | {length:,} | {part} | {' | '.join(cells)} |")
-    return [*lines, "", f"Smallest, median and largest ratio of {repeats} comparisons, each the median of 10 rounds."]
+                    ratios.setdefault((name, part, "wall"), []).append(row[part]["ratio"])
+                    ratios.setdefault((name, part, "cpu"), []).append(row[part]["cpu"]["ratio"])
+    lines = ["| compared with a model | | CPU seconds | wall seconds |", "|---|---|--:|--:|"]
+    for name in names:
+        for part in ("prefill", "decode"):
+            cells = (_spread(ratios[name, part, clock]) for clock in ("cpu", "wall"))
+            lines.append(f"| {name} | {part} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"Smallest, median and largest ratio of {repeats} comparisons at 512 tokens, in new processes each. A ratio is that of "
+        "the medians of 10 rounds.",
+    ]
 
 
 def _spread(values: list[float]) -> str:
