@@ -72,10 +72,12 @@ def caches(spec: Spec) -> Caches | None:
         "sliding_attention": window,
         "chunked_attention": mapped.config.get("attention_chunk_size"),
     }
-    if not isinstance(kinds, list) or len(kinds) != depth or not {*kinds} <= limits.keys():
+    if not isinstance(kinds, list) or len(kinds) != depth or any(str(kind) not in limits for kind in kinds):
+        return None
+    if any(not isinstance(limits[kind], int | None) for kind in kinds):
         return None
     # a window of one token slices [-0:], which keeps all
-    parts: list[tuple[Cached, ...]] = [(Cached(values, (limits[kind] or 1) - 1 or None),) for kind in kinds]
+    parts: list[tuple[Cached, ...]] = [(Cached(values, max(limits[kind] or 1, 1) - 1 or None),) for kind in kinds]
     for edit in spec.structure.edits:
         block = mapped.block_of(f"{edit.module}.weight")
         if block is not None and block < depth:

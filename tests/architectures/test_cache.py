@@ -86,6 +86,10 @@ def test_cache_is_not_known_for_other_kinds_of_layers(tmp_path):
     folder = pico.save(tmp_path / "in", "qwen2")
     edit_config(folder, layer_types=["full_attention", "linear_attention"] * 2)
     assert caches(open_checkpoint(folder).spec) is None
+    edit_config(folder, layer_types=[["full_attention"]] * 4)
+    assert caches(open_checkpoint(folder).spec) is None
+    edit_config(folder, layer_types=["chunked_attention"] * 4, attention_chunk_size="many")
+    assert caches(open_checkpoint(folder).spec) is None
     edit_config(folder, layer_types=["full_attention"])
     assert caches(open_checkpoint(folder).spec) is None
 
