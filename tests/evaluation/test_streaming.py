@@ -154,3 +154,33 @@ def test_eval_streams_and_a_stored_baseline_is_streamed_too(tmp_path, capsys, mo
 )
 def test_reach_is_unlimited_where_every_block_forgets(family, changes, tokens):
     assert reach(open_headers(pico.folder(family, **changes))[0]) == tokens
+
+
+def local(tmp_path, **settings):
+    """A pico Llama with windows for heads, and first tokens that stay."""
+    asked = recipe(pico.folder("llama"), tmp_path, streaming=False)
+    windows = {"by": "heads", "window": 8, "sinks": 2, "choose": "every", **settings}
+    return compress.run({**asked, "store": "compact", "passes": [{"local_attention": windows}]}).checkpoint
+
+
+@pytest.mark.parametrize("pattern", ["window", "strided"])
+def test_streaming_gives_the_losses_of_one_pass_with_windows_by_head(pattern, tmp_path):
+    model = compress.load(local(tmp_path, full="50%", pattern=pattern), dtype="float32")
+    whole = score_documents(model, pico.tokenizer(), documents(), window=64, stride=64).to_dict()
+    streamed = score_documents(model, pico.tokenizer(), documents(), window=16, stride=16, streaming=True).to_dict()
+    assert streamed["bits_per_byte"] == pytest.approx(whole["bits_per_byte"], rel=1e-5)
+
+
+def test_streaming_past_the_positions_meets_first_tokens_as_single_steps_do(tmp_path):
+    """Every head is local, so the text may go on without end; the reference reads it token by token."""
+    folder = local(tmp_path, full=0)
+    assert reach(open_headers(folder)[0]) is None
+    model, tokenizer = compress.load(folder, dtype="float32"), pico.tokenizer()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT * 3, add_special_tokens=False)["input_ids"]]])
+    assert ids.shape[1] > 2 * 64
+    streamed = score_documents(model, tokenizer, [Document("d", TEXT * 3)], window=16, stride=16, streaming=True)
+    read, nll = Stream(model), 0.0
+    with torch.no_grad():
+        for step in range(ids.shape[1] - 1):
+            nll -= float(read(ids[:, step : step + 1])[0, -1].log_softmax(-1)[ids[0, step + 1]])
+    assert sum(row.nll for row in streamed.documents) == pytest.approx(nll, rel=1e-5)
