@@ -213,6 +213,16 @@ def check_streams(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Docume
         )
 
 
+def check_longest(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], first: int) -> None:
+    """Check that some document has a token to predict at the position ``first``. Raises `DataError`."""
+    encoded, _ = encoded_documents(tokenizer, documents, tokenizer.bos_token_id)
+    if (longest := max((len(ids) for ids in encoded), default=0)) < first + 2:
+        raise DataError(
+            f"the longest document of the evaluation has {longest:,} tokens, so none is predicted at position {first:,}",
+            fix="give longer documents, or a gate from an earlier position",
+        )
+
+
 def check_model(model: PreTrainedModel, window: int) -> None:
     """Check that a model is a causal language model that reads ``window`` tokens. Raises `CompressError`."""
     config: Any = model.config

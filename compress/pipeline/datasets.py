@@ -20,6 +20,7 @@ from compress.evaluation.scorer import labels_of, load_processor, read
 from compress.evaluation.tasks import MASKED, OF_PASSES, task_of
 from compress.pipeline.fingerprint import fingerprint
 from compress.recipe.data import CalibrationSection, TrainingData
+from compress.recipe.gates import positions_of
 
 if TYPE_CHECKING:
     from compress.data.batches import Batches
@@ -176,6 +177,10 @@ class DataSets:
             from compress.evaluation.language import check_streams
 
             check_streams(processor, documents, spec)
+        if first := max(positions_of(self.recipe.gates).values(), default=0):
+            from compress.evaluation.language import check_longest
+
+            check_longest(processor, documents, first)
         for name, metric in OF_PASSES.items():
             if name in self.recipe.metrics and (settings := self.recipe.settings_of(name)) is not None:
                 metric.check_data(processor, documents, settings, window=section.window)

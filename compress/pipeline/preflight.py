@@ -25,6 +25,7 @@ from compress.gates import judge
 from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
+from compress.recipe.gates import positions_of
 
 if TYPE_CHECKING:
     from compress.planning import Plan
@@ -82,6 +83,12 @@ def check_window(recipe: Recipe, spec: Spec) -> None:
             f"a window of {evaluation.window} tokens is beyond the model's {limit} positions",
             where="data.evaluation",
             fix=f"set window to {limit}",
+        )
+    if task is not LANGUAGE and (gate := next(iter(positions_of(recipe.gates)), None)) is not None:
+        raise CompressError(
+            f"only causal language models have a loss by position, and {spec.structure.class_name} is for {task.name}",
+            where=f"gates.{gate}",
+            fix="leave out `from_position`",
         )
     for name, metric in OF_PASSES.items():
         if name in recipe.metrics and (settings := recipe.settings_of(name)) is not None:

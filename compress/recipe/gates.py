@@ -216,3 +216,13 @@ class Gates(_GatesOfMetrics):
     cache: CacheGates | None = Field(
         default=None, description="Bytes of the cache at a length of text. It is exact, and needs no measurement."
     )
+
+
+def positions_of(gates: Gates) -> dict[str, int]:
+    """Gates that count tokens from a position on, each with the last such position."""
+    asked = {
+        name: [getattr(gate, "from_position", None) for gate in bounds(getattr(gates, name))] for name in gates.given()
+    }
+    return {
+        name: max(given) for name, each in asked.items() if (given := [first for first in each if first is not None])
+    }

@@ -149,6 +149,18 @@ def test_gates_at_places_that_are_not_measured_are_refused(gates, message, tmp_p
         compress.run(recipe(tmp_path, {"distances": [12]}, gates=gates))
 
 
+def test_gates_from_a_position_need_a_causal_model_and_long_documents(tmp_path):
+    gates = {"kl": {"from_position": 16, "max": 100}}
+    asked = recipe(tmp_path, {"distances": [12]}, evaluate=["kl"], gates=gates)
+    with pytest.raises(
+        CompressError, match="only causal language models have a loss by position, and BertForMaskedLM is"
+    ):
+        compress.run({**asked, "model": str(pico.folder("bert"))})
+    (tmp_path / "text.txt").write_text("a\n<|doc|>\nshort text", encoding="utf-8")
+    with pytest.raises(DataError, match=r"the longest document .* has 1\d tokens, so none is predicted at position 16"):
+        compress.run({**asked, "document_separator": "<|doc|>"})
+
+
 def test_a_run_is_judged_at_a_distance_and_from_a_position(tmp_path):
     gates = {
         "repetition": {"at": 12, "max_increase": 1000},

@@ -19,13 +19,15 @@ from compress.report import figures
 from tests import pico
 
 TEXT = "Größe und Länge, a small text of a few words. "
-#: Families and changes of their configs: full attention, windows everywhere, windows in some blocks, learned positions, ALiBi.
+#: Families and changes of their configs: full attention, windows everywhere, windows in some blocks, logits of
+#: sinks, learned positions, ALiBi.
 KINDS = [
     ("llama", {}),
     ("mistral", {"sliding_window": 7}),
     ("qwen2", {}),
     ("gemma2", {}),
     ("gemma3_text", {}),
+    ("granite_swa", {}),
     ("gpt2", {}),
     ("opt", {}),
     ("bloom", {}),
