@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import ModelBlock, model_map
 from compress.errors import PassError
 from compress.spec.spec import Spec, Tensor
 
@@ -281,8 +281,13 @@ def _value(config: Mapping[str, Any], source: WindowSource, key: str) -> Any:
 def _biases(spec: Spec) -> set[str]:
     """The projections of blocks that have a bias, by the last part of their names."""
     mapped = model_map(spec)
-    names = {name for block in mapped.blocks for name in block.tensors if name.endswith("_proj.bias")}
-    return {name.split(".")[-2] for name in names}
+    return {m for m in (*_ATTENTION, *_MLP) if any(_bias_of(block, m) in block.tensors for block in mapped.blocks)}
+
+
+def _bias_of(block: ModelBlock, module: str) -> str:
+    """Name inside a block of a projection's bias; of two factors the second one has it."""
+    path = f"{'mlp' if module in _MLP else 'self_attn'}.{module}"
+    return f"{path}.up.bias" if f"{path}.up.weight" in block.tensors else f"{path}.bias"
 
 
 def _rotary(spec: Spec) -> list[bool]:
@@ -367,10 +372,9 @@ def _added(spec: Spec, biased: Sequence[str], sinks: bool) -> list[tuple[Tensor,
     added: list[tuple[Tensor, float]] = []
     for block in mapped.blocks:
         for module in biased:
-            inside = "mlp" if module in _MLP else "self_attn"
-            name = f"{inside}.{module}.bias"
+            name = _bias_of(block, module)
             if name not in block.tensors:
-                weight = block.tensors.get(f"{inside}.{module}.weight")
+                weight = block.tensors.get(f"{name.removesuffix('.bias')}.weight")
                 size = sizes[module] if weight is None else weight.shape[0]  # MLPs may have widths of their own
                 added.append((Tensor(block.path + name, (size,), dtype), 0.0))
         if sinks and "self_attn.sinks" not in block.tensors:

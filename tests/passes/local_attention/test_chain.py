@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import compress
+from compress.models.loading import load_model
 from compress.report.details import render_details
 from tests import pico
 
@@ -43,3 +44,12 @@ def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
     text = "\n".join(render_details(result.report["stages"][0]["passes"][0], ""))
     assert "| block | window | loss | share |" in text
     assert "| 1 | 8 | 0." in text
+
+
+def test_biases_of_a_target_go_where_factors_have_theirs(data, tmp_path):
+    """Of two factors the second one has the bias, which Qwen2 asks for and Llama lacks."""
+    settings = {"rank": 4, "allocation": "uniform", "reconstruction_epochs": 0}
+    thin = compress.apply("factorize", pico.folder(), tmp_path / "thin", data=data.ids, store="compact", **settings)
+    asked = {"window": 12, "full": [0], "sinks": 0, "target": "qwen2"}
+    out = compress.apply("local_attention", thin, tmp_path / "out", store="compact", **asked)
+    assert pico.logits(load_model(out)).equal(pico.logits(load_model(thin)))
