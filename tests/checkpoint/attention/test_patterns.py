@@ -132,6 +132,18 @@ def test_visible_is_the_definition(pattern):
     assert seen.tolist() == [[sees(pattern, i, j) for j in range(40)] for i in range(40)]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_float32_is_within_a_millionth(pattern, masked):
+    query, key, value = tensors(1, 101, 150, torch.float32)
+    where = torch.arange(150)
+    seen = patterns.visible(pattern, where[49:, None], where)
+    repeated = (x.repeat_interleave(2, 1).double() for x in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query.double(), *repeated, attn_mask=seen)
+    got = attention(query, key, value, pattern, masked=masked)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [PATTERNS[3], PATTERNS[6], PATTERNS[9]], ids=str)
 def test_narrow_dtypes_and_their_gradients(dtype, pattern):
