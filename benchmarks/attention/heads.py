@@ -105,11 +105,13 @@ class Heads(Lab):
 
     def counted(self, by: str, full: int) -> int:
         """Numbers in its cache after a text, which must be those planned."""
+        import torch
+
         from compress.architectures.cache import cache_values
 
         cache = filled(self.loaded(by, full), self.shape.length)
-        held = [t for layer in cache.layers for t in vars(layer).values() if getattr(t, "is_floating_point", bool)()]
-        numbers = sum(tensor.numel() for tensor in held)
+        held = (part for layer in cache.layers for part in vars(layer).values())
+        numbers = sum(part.numel() for part in held if isinstance(part, torch.Tensor) and part.ndim == 4)
         assert numbers == cache_values(self.edited(by, full).spec, self.shape.length)
         return numbers
 
