@@ -17,6 +17,8 @@ from compress.models.classes import arguments_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Most logits that are compared at once.
+PIECE = 1 << 26
 #: Names that caches have among the arguments of models and in their outputs.
 _CACHES = frozenset({"cache", "past_key_values"})
 
@@ -112,6 +114,16 @@ def compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.T
         theirs: of the reference; without it KL and agreement are 0.
         targets: token ids [...].
     """
+    # a long window has gigabytes of logits, and each step below makes as many again
+    pieces = -(-logits.numel() // PIECE)
+    if pieces > 1 and targets.ndim:
+        others = [None] * pieces if theirs is None else theirs.chunk(pieces, -2)
+        parts = zip(logits.chunk(pieces, -2), others, targets.chunk(pieces, -1), strict=False)
+        return torch.cat([_compared(*part) for part in parts], -2)
+    return _compared(logits, theirs, targets)
+
+
+def _compared(logits: torch.Tensor, theirs: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
     logp = log_softmax(logits, -1)
     nll = -logp.gather(-1, targets[..., None])[..., 0]
     if theirs is None:

@@ -165,6 +165,15 @@ def test_score_documents_does_not_depend_on_batching(family, tokenizer):
         assert sum(mine) == pytest.approx(sum(s.nll for s in one.documents), rel=1e-5)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_long_windows_are_compared_in_pieces(model, other, tokenizer, paired, monkeypatch):
+    documents = [Document(f"d#{i}", t) for i, t in enumerate(TEXTS)]
+    how = {"window": 48, "stride": 48, "reference": other if paired else None}
+    whole = score_documents(model, tokenizer, documents, **how)
+    monkeypatch.setattr("compress.evaluation.scoring.PIECE", 7 * pico.VOCABULARY)
+    assert score_documents(model, tokenizer, documents, **how) == whole
+
+
 def test_score_documents_refuses_unfit_data(tokenizer, model):
     with pytest.raises(CompressError, match="bits per byte needs a causal language model, this is BertForMaskedLM"):
         score_documents(pico.model("bert"), tokenizer, [Document("d#0", "abc")], window=8, stride=8)
