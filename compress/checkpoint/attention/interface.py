@@ -21,6 +21,8 @@ _WITHOUT_EFFECT = frozenset(
     {
         "cache",
         "cache_position",
+        "labels",
+        "logits_to_keep",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
@@ -30,6 +32,7 @@ _WITHOUT_EFFECT = frozenset(
         "position_ids",
         "past_key_values",
         "return_dict",
+        "token_type_ids",
         "use_cache",
     }
 )

@@ -225,3 +225,17 @@ def test_autocast_with_keys_in_float32():
     assert got.dtype == torch.bfloat16
     expected = dense_attention(query, key, value, LocalPattern(window=9))
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_a_mask_of_all_pairs_in_place_of_a_pattern(numbers, short_slices):
+    query, key, value = tensors(2, 20, 31)
+    seen = torch.rand(2, 1, 20, 31, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if numbers else seen
+    repeated = [x.repeat_interleave(2, 1) for x in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=seen)
+    got = attention(query, key, value, LocalPattern(), mask=mask)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="a mask of all pairs is"):
+        attention(query, key, value, LocalPattern(), mask=mask.expand(-1, 4, -1, -1))
