@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from compress import architectures
+from compress.architectures.cache import cache_values
 from compress.architectures.conversions.windows import current_windows
 from compress.checkpoint.open import open_checkpoint
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_model
-from compress.passes.local_attention.choose import Windows, held
+from compress.passes.local_attention.choose import Windows
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import with_windows
 from tests import pico
@@ -38,6 +39,7 @@ LONG = {
     "long_factor": [1.0, 2.0, 3.0, 4.0],
     "original_max_position_embeddings": 64,
 }
+PLAIN_SETTINGS = LocalAttentionSettings(window=WINDOW, full=[0, 2], sinks=0)
 BIASES = {"attention_bias": True, "mlp_bias": True}
 PLAIN = {"sliding_window": None}
 #: Name ▶ (family, changes of its config, settings, the model type of the result).
@@ -64,6 +66,13 @@ CASES = {
     "own qwen3": ("qwen3", {}, {"sinks": 0}, "qwen3"),
     "own smollm3": ("smollm3", {}, {"sinks": 0}, "smollm3"),
     "own gemma2": ("gemma2", {"layer_types": ["full_attention"] * 4, "sliding_window": 12}, {"sinks": 0}, "gemma2"),
+    "own gemma3": (
+        "gemma3_text",
+        {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 12},
+        {"sinks": 0},
+        "gemma3_text",
+    ),
+    "own qwen2_moe": ("qwen2_moe", {}, {"sinks": 0}, "qwen2_moe"),
     "own olmo3": ("olmo3", {"layer_types": ["full_attention"] * 4, "sliding_window": 12}, {"sinks": 0}, "olmo3"),
     "own ministral": ("ministral", PLAIN, {"sinks": 0}, "ministral"),
     "own cwm": ("cwm", {"layer_types": ["full_attention"] * 4, "sliding_window": 12}, {"sinks": 0}, "cwm"),
@@ -116,7 +125,7 @@ result = {}
 for name, (folder, expected) in LISTED.items():
     ids, y, prompt = torch.load(expected)
     with torch.no_grad():
-        m, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+        m, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         x, cache, steps = m(input_ids=ids).logits, None, []
         for piece in (ids[:, :prompt], *ids[:, prompt:].split(1, 1)):
             out = m(input_ids=piece, use_cache=True, past_key_values=cache)
@@ -141,7 +150,7 @@ print(json.dumps(result))
 def results(tmp_path_factory, stock):
     """Name of a case ▶ what stock transformers computes in a process without this package."""
     root = tmp_path_factory.mktemp("windows")
-    listed = {}
+    listed, planned = {}, {}
     for number, (name, (family, changes, settings, model_type)) in enumerate(CASES.items()):
         folder = pico.folder(family, **changes)
         checkpoint = open_checkpoint(folder)
@@ -152,10 +161,11 @@ def results(tmp_path_factory, stock):
         stored = write(with_windows(checkpoint, asked, Windows(WINDOWS, sinks)), root / str(number))
         assert stored.spec.structure.model_type == model_type
         assert current_windows(stored.spec) == WINDOWS
+        planned[name] = cache_values(stored.spec, PROMPT + STEPS)
         y = expected(folder, WINDOWS, sinks)
         torch.save(((torch.arange(y.shape[1]) * 7 % 250)[None], y, PROMPT), root / f"{number}.pt")
         listed[name] = (str(root / str(number)), str(root / f"{number}.pt"))
-    return json.loads(stock(f"LISTED = {listed!r}\n{STEPWISE}").splitlines()[-1])
+    return {"planned": planned, **json.loads(stock(f"LISTED = {listed!r}\n{STEPWISE}").splitlines()[-1])}
 
 
 def test_windows_show_on_the_sample():
@@ -168,11 +178,23 @@ def test_windows_show_on_the_sample():
 
 @pytest.mark.parametrize("name", CASES)
 def test_stock_class_matches_original_under_hand_made_masks(name, results):
-    found, (family, _, _, _) = results[name], CASES[name]
+    found, (family, changes, _, _) = results[name], CASES[name]
     assert found["keys"] == []
     assert found["at once"] <= 1e-4
     assert found["stepwise"] <= 1e-4
     assert found["generated"][0] == found["generated"][1] == found["generated"][2], "prompts in chunks"
-    config = pico.config(family, **CASES[name][1])
-    numbers = 2 * config.num_key_value_heads * (getattr(config, "head_dim", None) or 8)
-    assert found["cached"] == numbers * sum(held(window, PROMPT + STEPS) for window in WINDOWS)
+    assert found["cached"] == results["planned"][name]
+    assert found["cached"] < cache_values(open_checkpoint(pico.folder(family, **changes)).spec, PROMPT + STEPS)
+
+
+def test_chunks_of_padded_prompts_and_beams_change_nothing(tmp_path):
+    """`generate` of the stock class, as the generation config that the pass writes asks for."""
+    out = write(with_windows(open_checkpoint(pico.folder()), PLAIN_SETTINGS, Windows(WINDOWS)), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(out.folder)
+    ids = torch.arange(46).reshape(2, 23) * 7 % 250 + 1
+    mask = torch.ones_like(ids)
+    ids[1, :9] = mask[1, :9] = 0
+    for asked in ({}, {"num_beams": 3}):
+        asked |= {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        at_once, chunks = (model.generate(ids, prefill_chunk_size=size, **asked) for size in (None, 5))
+        assert at_once.equal(chunks)
