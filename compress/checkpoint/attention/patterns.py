@@ -345,6 +345,9 @@ def _irregular(
 
 def _given(mask: torch.Tensor, like: torch.Tensor) -> list[Piece]:
     """Pieces of a mask of all pairs, some queries at a time."""
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise ValueError(f"a mask of all pairs is [B or 1, 1, q, k], not {list(mask.shape)}")
+    mask = mask.to(like.device)
     numbers = (
         _numbers(mask, like) if mask.dtype == torch.bool else mask.to(torch.promote_types(like.dtype, torch.float32))
     )
