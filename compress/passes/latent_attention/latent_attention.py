@@ -84,9 +84,22 @@ class LatentAttention(Pass[LatentAttentionSettings]):
             peak = max(peak, width * (spec.parameters + after.spec.parameters))
         return peak
 
+    def prepare(self, checkpoint: Checkpoint, settings: LatentAttentionSettings, context: Context) -> None:
+        """Refuse fewer tokens than channels: components of so few would be noise. The whole cache needs none to be chosen."""
+        spec, data = checkpoint.spec, context.data("calibration")
+        tokens = data.ids.numel() if data.mask is None else int(data.mask.sum())
+        hidden = model_map(spec).hidden
+        if tokens < hidden and (settings.max_cache is not None or shape_of(spec, settings) != whole_cache(spec)):
+            raise PassError(
+                f"calibration data has {tokens} tokens, and components of {hidden} channels cannot be told from fewer",
+                key="max_cache" if settings.max_cache is not None else None,
+                fix="use more samples, or longer ones",
+            )
+
     def apply(self, checkpoint: Checkpoint, settings: LatentAttentionSettings, context: Context) -> Checkpoint:
         """Measure, choose and solve here; the result reads its tensors from the workspace."""
         from compress.passes.latent_attention.convert import convert
 
         self.plan(checkpoint.spec, settings)
+        self.prepare(checkpoint, settings, context)
         return convert(checkpoint, settings, context)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import compress
 from compress.architectures.cache import cache_values
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form
@@ -315,6 +316,13 @@ def test_damaged_weights_are_named(tmp_path, data):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="NaN"):
         apply(open_checkpoint(folder), "latent_attention", data=data, work=tmp_path / "work", keys=8, repair="none")
+
+
+def test_fewer_tokens_than_channels_are_refused_before_the_work(tmp_path):
+    ids = torch.arange(2, 33)[None]
+    with pytest.raises(PassError, match="has 31 tokens, and components of 32 channels"):
+        compress.apply("latent_attention", pico.folder("llama"), tmp_path / "out", data=ids, max_cache=0.5)
+    compress.apply("latent_attention", pico.folder("llama"), tmp_path / "out", data=ids, keys=16, repair="none")
 
 
 def test_notes_say_what_grows_and_from_where_memory_is_saved():
