@@ -310,7 +310,7 @@ RECORDS: tuple[Architecture, ...] = (
         experts=("mlp.experts",),
         experts_key="n_routed_experts",
         active_experts_key="num_experts_per_tok",
-        mlps=(_GATED, replace(_EXPERTS, size_key="moe_intermediate_size")),
+        mlps=(_GATED, replace(_EXPERTS, size_key=None)),  # one field gives the width of routed and shared experts
     ),
     Architecture(
         "gpt2",

@@ -39,7 +39,9 @@ MLP_OUT = (
     "DenseReluDense.wo",
 )
 HEADS_OUT = ("o_proj", "attn.c_proj", "attention.dense", "out_proj", "attention.output.dense", "out_lin", "Attention.o")
-NO_MLP_FIELD = ("bloom",)
+NO_MLP_FIELD = ("bloom", "deepseek_v3")
+#: Families whose heads share a latent, so that none goes by itself.
+LATENT = ("minicpm3", "deepseek_v3")
 #: Families whose config takes the hidden size for heads x head width.
 FIXED_HEADS = ("gpt2", "bloom", "gpt_neox", "opt", "albert", "bert", "roberta", "electra", "distilbert")
 #: Families whose records say how hidden channels are removed: all norms are RMSNorm.
@@ -196,7 +198,7 @@ def test_uneven_widths_are_refused_in_stock_store(family, settings, message, fol
         plan(open_checkpoint(folders[family]), "prune_structured", **given)
 
 
-@pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in FIXED_HEADS))
+@pytest.mark.parametrize("family", pico.families(f for f in pico.FAMILIES if f not in (*FIXED_HEADS, *LATENT)))
 @pytest.mark.parametrize("count", [1, 2])
 def test_remove_heads_matches_zeroed_twin(family, count, folders, tmp_path):
     """Two of four heads: one from each group of two, or both of one where each has its own keys; one goes where it is a group."""
@@ -225,6 +227,12 @@ def test_remove_whole_groups_of_heads_matches_zeroed_twin(family, tmp_path):
     pruned = check(original, HEADS_OUT, tmp_path, heads=2)
     config = pruned.spec.structure.config
     assert config["num_attention_heads"] == config["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_remove_heads_refuses_latent_attention(family, folders):
+    with pytest.raises(PassError, match=f"the record of {family} names no attention"):
+        plan(open_checkpoint(folders[family]), "prune_structured", heads=1, **DATA_FREE)
 
 
 @pytest.mark.parametrize("family", FIXED_HEADS)
@@ -357,7 +365,7 @@ def test_removed_units_load_in_stock(folders, tmp_path):
         settings: dict = {"layers": [1]} if family in pico.ONE_LIST else {}
         if family not in NO_MLP_FIELD:
             settings["mlp"] = "50%"
-        if family not in (*FIXED_HEADS,):
+        if family not in (*FIXED_HEADS, *LATENT):
             settings["heads"] = 2
         out = write(apply(original, "prune_structured", **DATA_FREE, **settings), tmp_path / family)
         model = load_model(out.folder)
