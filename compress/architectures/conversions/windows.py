@@ -178,12 +178,18 @@ OWN: Mapping[str, OwnWindows] = {
 
 
 def current_windows(spec: Spec) -> tuple[int | None, ...]:
-    """Tokens that each block of a decoder sees, the token itself among them; None where it sees everything."""
+    """Tokens that each block of a decoder sees, the token itself among them; None where it sees everything.
+
+    Raises:
+        PassError: the config names other kinds of attention, or not one for each block.
+    """
     mapped = model_map(spec)
+    kinds = mapped.per_layer.get("layer_types")
+    if kinds is not None and (len(kinds) != mapped.depth or any(kind not in (FULL, SLIDING) for kind in kinds)):
+        raise PassError("`layer_types` of the config does not say full or sliding attention for each block")
     window = mapped.record.window(mapped.config)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         return (None,) * mapped.depth
-    kinds = mapped.per_layer.get("layer_types")
     if kinds is None:  # one window for all blocks
         return (window,) * mapped.depth
     return tuple(window if kind == SLIDING else None for kind in kinds)
@@ -262,6 +268,8 @@ def _obstacle(spec: Spec, target: WindowTarget) -> str | None:
     if not all(rotary) and not target.no_positions:
         return "all of its blocks have rotary positions"
     parameters = rope_parameters(config, source.theta)
+    if not isinstance(base := parameters["rope_theta"], (int, float)) or not base > 0:
+        return f"the base of rotary positions is {base!r} here"
     if parameters["rope_type"] not in _ROPE_TYPES or parameters.get("partial_rotary_factor", 1) != 1:
         return f"it does not compute rotary positions of the kind {parameters['rope_type']}" + (
             " on a part of each head" if parameters.get("partial_rotary_factor", 1) != 1 else ""
@@ -294,6 +302,8 @@ def _rotary(spec: Spec) -> list[bool]:
     """By block, whether it has rotary positions."""
     mapped = model_map(spec)
     marks = mapped.per_layer.get("no_rope_layers")
+    if marks is not None and len(marks) < mapped.depth:
+        raise PassError(f"`no_rope_layers` of the config has {len(marks)} entries for {mapped.depth} blocks")
     return [True] * mapped.depth if marks is None else [bool(mark) for mark in marks[: mapped.depth]]
 
 
@@ -304,7 +314,7 @@ def rope_parameters(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
         theta: the family's default base.
     """
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    given.setdefault("rope_theta", config.get("rope_theta") or theta)
+    given.setdefault("rope_theta", config.get("rope_theta", theta))
     given.setdefault("rope_type", given.pop("type", "default"))
     if config.get("partial_rotary_factor") is not None:
         given.setdefault("partial_rotary_factor", config["partial_rotary_factor"])

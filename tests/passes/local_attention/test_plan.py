@@ -107,6 +107,24 @@ def test_plan_refuses(family, changes, settings, message):
 
 
 @pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen2", {"layer_types": ["chunked_attention"] * 4}, "does not say full or sliding attention for each block"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "does not say full or sliding attention for each block"),
+        ("smollm3", {"no_rope_layers": [1]}, "`no_rope_layers` of the config has 1 entries for 4 blocks"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "the base of rotary positions is None here"),
+        ("llama", {"rope_parameters": {"rope_type": "x"}}, "does not compute rotary positions of the kind x"),
+        ("llama", {"partial_rotary_factor": 0.5}, "of the kind default on a part of each head"),
+    ],
+)
+def test_plan_refuses_damaged_configs(family, changes, message, tmp_path):
+    folder = pico.save(tmp_path / "in", family)
+    edit_config(folder, **changes)
+    with pytest.raises(PassError, match=message):
+        plan(open_checkpoint(folder), "local_attention", window=8, choose="every", full=1)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"window": 1}, "expected a number of tokens from 2 up"),
