@@ -29,6 +29,12 @@ WORDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("drop_layers", "shortgpt", "minitron"), ("prune_structured",)),
     **dict.fromkeys(("factorise", "svd", "low_rank", "lora", "decompose"), ("factorize",)),
     **dict.fromkeys(("tie", "cluster"), ("share",)),
+    **dict.fromkeys(
+        ("sliding_window", "swa", "windows", "streamingllm", "duoattention", "longformer", "sparse_attention"),
+        ("local_attention",),
+    ),
+    **dict.fromkeys(("mla", "palu", "transmla"), ("latent_attention",)),
+    **dict.fromkeys(("linformer",), ("low_rank_attention",)),
     **dict.fromkeys(("distil", "distillation", "train", "finetune"), ("distill",)),
 }
 

@@ -7,6 +7,7 @@ import pytest
 from compress import architectures, passes
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form, write_checkpoint
+from compress.errors import CompressError
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_model
 from tests import pico
@@ -25,6 +26,12 @@ STATIC = [
 def test_passes_are_named_after_their_folders():
     assert {"cast", "distill", "factorize", "prune_structured", "prune_unstructured", "share"} <= set(passes.names())
     assert all(passes.get(name).name == name for name in passes.TABLE)
+
+
+def test_words_of_other_tools_name_passes():
+    assert {name for meant in passes.WORDS.values() for name in meant} <= set(passes.TABLE)
+    with pytest.raises(CompressError, match=r"no pass is called `swa`; did you mean `local_attention`\?"):
+        passes.get("swa")
 
 
 @pytest.mark.parametrize("family", pico.families())
