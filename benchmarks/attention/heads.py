@@ -32,7 +32,7 @@ def rows(options: Any) -> list[str]:
     if lab.checkpoint.spec.structure.config["max_position_embeddings"] <= 1024:
         return streaming(lab)
     heads, depth = lab.heads, lab.depth
-    kinds = [("layers", -(-depth // 4)), ("heads", -(-heads // 4)), ("layers", depth // 2), ("heads", heads // 2)]
+    kinds = [("layers", -(-depth // 4)), ("heads", -(-heads // 4))]
     shape, body = lab.shape, []
     for by, full in kinds:
         text, _, copy, loss, *_ = lab.measured(by, full)
@@ -144,9 +144,9 @@ def decoding(lab: Heads, kinds: Sequence[tuple[str, int]]) -> list[str]:
     names = ["all", *(f"{full} {'KV heads' if by == 'heads' else 'blocks'}" for by, full in kinds), "none"]
     made = [lab.checkpoint, *(lab.edited(by, full) for by, full in kinds), lab.edited("layers", 0)]
     times: dict[str, list[float]] = {name: [] for name in names}
+    models = [load_checkpoint(checkpoint, dtype="float32") for checkpoint in made]
     for _ in range(2):
-        for name, checkpoint in zip(names, made, strict=True):
-            model = load_checkpoint(checkpoint, dtype="float32")
+        for name, model in zip(names, models, strict=True):
             cache, token = filled(model, DEPTH), torch.ones(1, 1, dtype=torch.long)
             with torch.inference_mode():
                 model(token, cache=cache)
