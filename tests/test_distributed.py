@@ -225,6 +225,24 @@ def test_world_of_two_measures_the_windows_that_one_process_does(recipe_file):
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_world_of_two_divides_the_cache_as_one_process_does(recipe_file):
+    recipe = json.loads(recipe_file.read_text())
+    passes = [{"latent_attention": {"max_cache": "60%", "tune_epochs": 1}}]
+    found = []
+    for count in (1, 2):
+        output = str(recipe_file.parent / f"out{count}")
+        recipe_file.write_text(json.dumps({**recipe, "output": output, "passes": passes, "gates": {}}))
+        report = json.loads(world(COMPRESS, "run", recipe_file, "--json", "--quiet", count=count))
+        found.append(report["stages"][0]["passes"][0]["details"]["latent"])
+    one, two = found
+    assert one["counts"] == two["counts"]
+    assert [row["divergence"] for row in two["tried"]] == pytest.approx(
+        [row["divergence"] for row in one["tried"]], rel=1e-3
+    )
+    assert two["expected"] == pytest.approx(one["expected"], rel=1e-3)
+
+
 def test_world_ends_when_the_first_process_fails(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0
