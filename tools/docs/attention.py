@@ -70,7 +70,7 @@ PANELS = {
         "strided, counted back", "window, every l-th token back", "pairs ~ n·(w + n/2l), cache n", _strided_back
     ),
     "strided_block": Panel(
-        "strided, of the paper", "stretch, every l-th token back", "pairs ~ n·(l + n/l)/2, cache n", _strided_block
+        "stretch and strided", "stretch, every l-th token back", "pairs ~ n·(l + n/l)/2, cache n", _strided_block
     ),
 }
 
