@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
 
 class LocalAttention(Pass[LocalAttentionSettings]):
-    """Blocks see a sliding window of tokens, and a few see everything. Windows cache no more tokens than they see.
+    """The blocks that lose most by a window go on seeing everything. The others cache no more tokens than they see.
+
+    Weights stay as they are. A family whose class has no windows becomes one that has: a Llama becomes a GraniteSWA, whose
+    heads have a logit for what the window drops, or without sinks a Ministral.
 
     Sample recipe::
 
         data:
           calibration: {files: [train.txt], length: 1024}
         passes:
-          - local_attention: {window: 256, full: 25%, choose: every}
+          - local_attention: {window: 256, full: 25%}
     """
 
     name: ClassVar[str] = "local_attention"
