@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,10 @@ class Lab:
         config = self.checkpoint.spec.structure.config
         self.depth = int(config["num_hidden_layers"])
         self.shape = LONG if config["max_position_embeddings"] > 1024 else SHORT
-        self.workspace = Workspace(ROOT / "out" / "bench_quality" / self.folder.name)
+        if options.quick:
+            self.shape = replace(self.shape, calibration=8, texts=1, copies=1)
+        name = self.folder.name + "-quick" * options.quick
+        self.workspace = Workspace(ROOT / "out" / "bench_quality" / name)
 
     # ---- samples ----
 
