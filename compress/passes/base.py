@@ -171,7 +171,7 @@ EDITS = {
     "shared": "shares tensors with other blocks",
     "factored": "is two factors",
     "uneven": "has a width of its own",
-    "windowed": "has heads with windows of their own",
+    "windowed": "has windows by head, first tokens that stay, or a pattern",
 }
 
 

@@ -376,8 +376,8 @@ def test_blocks_with_stock_windows_are_left_out():
 
 
 def test_no_stock_checkpoint_can_hold_windows_of_heads(loaded, tmp_path):
-    text = "model.layers.1.self_attn has heads with windows of their own"
-    with pytest.raises(CompressError, match=f"{text}; give windows to whole layers: .*by: layers"):
+    text = "model.layers.1.self_attn has windows by head, first tokens that stay, or a pattern"
+    with pytest.raises(CompressError, match=f"{text}; give windows to whole blocks: `by: layers`"):
         compress.unpack(loaded[0], tmp_path / "dense")
     with pytest.raises(ValueError, match="which no stock class can express"):
         loaded[1].save_pretrained(tmp_path / "saved")
@@ -413,5 +413,5 @@ def test_distillation_trains_a_model_with_windows(loaded, tmp_path):
 
 
 def test_removing_heads_is_refused(loaded, tmp_path):
-    with pytest.raises(PassError, match=r"prune_structured cannot change this checkpoint: .* windows of their own"):
+    with pytest.raises(PassError, match=r"prune_structured cannot change this checkpoint: .* windows by head"):
         compress.apply("prune_structured", loaded[0], tmp_path / "after", store="compact", mlp="25%")

@@ -166,6 +166,27 @@ def test_check_locates_a_pass_that_cannot_apply(cli, place):
         assert "    5 |       layers: [9]" in done.err
 
 
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ("latency: {lengths: [16, 9999]}", "a prompt of 9999 tokens is beyond the model's"),
+        ("repetition: {distances: [9999]}", "a passage of "),
+    ],
+)
+def test_check_locates_lengths_beyond_the_model(cli, place, entry, text):
+    path = place / "far.yaml"
+    words = place / "words.txt"
+    words.write_text("words " * 400)
+    path.write_text(
+        f"model: {place / 'model'}\noutput: {place / 'far'}\ndata: {{evaluation: {{files: [{words}], window: 32}}}}\n"
+        f"passes: [{{cast: {{weights: fp16}}}}]\nevaluate:\n  - {entry}\n"
+    )
+    done = cli("check", path)
+    assert done.status == 2
+    assert f"{path}:6:" in done.err, done.err
+    assert text in done.err
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_plan_tables_fit_the_terminal(cli, place, width, monkeypatch):
     monkeypatch.chdir(place)

@@ -30,7 +30,10 @@ class Local(EditKind):
     storage = "windowed"
     label = "attentions with windows for some heads"
     has_twin = False
-    alone = ("has heads with windows of their own", "give windows to whole layers: `local_attention` with `by: layers`")
+    alone = (
+        "has windows by head, first tokens that stay, or a pattern",
+        "give windows to whole blocks: `by: layers`, `pattern: window`, one `window`, and `sinks: learned` or 0",
+    )
 
     def sound(self, values: Mapping[str, Any]) -> bool:
         """Whether the values have the keys and types of a pattern; ``full`` ascends."""

@@ -68,8 +68,13 @@ class Located:
 
         if not isinstance(error, CompressError) or not (error.where or "").startswith(("passes.", "evaluate.")):
             return
-        first, index, name, *inner = (error.where or "").split(".")
-        path: tuple[str | int, ...] = (first, int(index), name, *inner)
+        first, *rest = (error.where or "").split(".")
+        if not rest[0].isdigit():  # a metric by its name alone
+            entries = [entry.name for entry in self.recipe.evaluate or ()]
+            if rest[0] not in entries:
+                return
+            rest = [str(entries.index(rest[0])), *rest]
+        path: tuple[str | int, ...] = (first, int(rest[0]), *rest[1:])
         if isinstance(error, PassError) and error.key:
             path = (*path, error.key)
         where, error.where = error.where, None
