@@ -49,7 +49,66 @@ def rows(options: Any) -> list[str]:
         if name == "window, logits":
             cells = [f"{c} ({t / o:.2f})" for c, t, o in zip(cells, taken, seconds["window"], strict=True)]
         lines.append(f"| {_TITLES[name]} | " + " | ".join(cells) + f" | {peaks[name]:.0f} |")
-    return [*lines, ""]
+    return [*lines, "", *_further(heads, groups, size), ""]
+
+
+def _further(heads: int, groups: int, size: int) -> list[str]:
+    """CPU milliseconds of a chunk, of padded rows, and with gradients, beside transformers' masks."""
+    import torch
+
+    lines = [
+        f"The same layer in CPU milliseconds: transformers' SDPA with its masks, and ours. Windows of {WINDOW}.",
+        "",
+        "| | full, stock | full, ours | window, stock | window, ours |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for title, length, queries, padded, trained in (
+        ("512 tokens after 3,584", 4096, 512, False, False),
+        ("1,024 tokens, 100 of them padding", 1024, 1024, True, False),
+        ("2,048 tokens, with gradients", 2048, 2048, False, True),
+    ):
+        query, key, value = _tensors(length, heads, groups, size)
+        tensors = [x.requires_grad_(trained) for x in (query[:, :, length - queries :], key, value)]
+        padding = torch.ones(1, length, dtype=torch.bool)
+        padding[:, : 100 * padded] = False
+        cases = [
+            make(tensors, window, padding, padded, trained) for window in (None, WINDOW) for make in (_masked, _ours)
+        ]
+        taken = _side_by_side(dict(zip("abcd", cases, strict=True)), trained)
+        lines.append(f"| {title} | " + " | ".join(f"{seconds * 1000:.1f}" for seconds in taken.values()) + " |")
+    return lines
+
+
+def _masked(tensors: list[Any], window: int | None, padding: Any, padded: bool, trained: bool) -> Callable[[], Any]:
+    """Attention by transformers' function, with the mask that transformers makes for it, if any."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module = torch.nn.Module()
+    module.num_key_value_groups = tensors[0].shape[1] // tensors[1].shape[1]  # type: ignore[assignment]
+
+    def case() -> Any:
+        length, queries = padding.shape[1], tensors[0].shape[2]
+        far = torch.arange(length - queries, length)[:, None] - torch.arange(length)
+        mask = (far >= 0) & (far < (window or length)) & padding[:, None, None]
+        plain = window is None and not padded and queries == length
+        out, _ = sdpa_attention_forward(module, *tensors, None if plain else mask)
+        return torch.autograd.grad(out.sum(), tensors) if trained else out
+
+    return case
+
+
+def _ours(tensors: list[Any], window: int | None, padding: Any, padded: bool, trained: bool) -> Callable[[], Any]:
+    """The same by our attention function."""
+    import torch
+
+    from compress.checkpoint.attention.patterns import LocalPattern, attention
+
+    def case() -> Any:
+        out = attention(*tensors, LocalPattern(window=window), padding=padding if padded else None)
+        return torch.autograd.grad(out.sum(), tensors) if trained else out
+
+    return case
 
 
 _TITLES = {
@@ -114,12 +173,12 @@ def _cases(query: Any, key: Any, value: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _side_by_side(cases: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def _side_by_side(cases: dict[str, Callable[[], Any]], trained: bool = False) -> dict[str, float]:
     """Least CPU seconds of each case over some rounds."""
     import torch
 
     best = dict.fromkeys(cases, math.inf)
-    with torch.inference_mode():
+    with torch.inference_mode(not trained):
         for turn in range(ROUNDS + 1):
             for name, case in cases.items():
                 start = time.process_time()
