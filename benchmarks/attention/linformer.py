@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -20,6 +21,9 @@ def rows(options: Any) -> list[str]:
 
     import compress
 
+    config = json.loads((Path(options.model) / "config.json").read_text(encoding="utf-8"))
+    if not str(config["architectures"][0]).endswith("Model"):
+        return [f"Needs a base model of an encoder, not {config['architectures'][0]}: give MODEL=.", ""]
     torch.set_num_threads(1)
     steps = 4 if options.quick else 24
     with tempfile.TemporaryDirectory() as temp:
