@@ -24,7 +24,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "50%, tuned": {"max_cache": 0.5},
 }
 #: Windows that are scored, cached tokens at which decode is timed, and single steps of a comparison.
-WINDOWS, DEPTH, STEPS = 64, 768, 16
+WINDOWS, DEPTH, STEPS = 96, 768, 16
 
 
 def rows(options: Options) -> list[str]:
@@ -36,7 +36,7 @@ def rows(options: Options) -> list[str]:
     texts = [
         windows[: WINDOWS // 4 if options.quick else WINDOWS] for windows in heldout(options.model, [*options.heldout])
     ]
-    data = calibration(options.train, 16 if options.quick else 48)
+    data = calibration(options.train, 16 if options.quick else 64)
     dense, spec = loss(options.model, texts), open_checkpoint(options.model).spec
     whole = cache_values(spec, 1) or 0
     table, scratch = [], Path(tempfile.mkdtemp(prefix="compress-bench-"))
