@@ -24,7 +24,7 @@ from compress.settings import format_bytes
 if TYPE_CHECKING:
     from benchmarks.attention.__main__ import Options
 
-TITLE = "Cost by length: full attention and windows"
+TITLE = "Attention: cost by length"
 #: Name ▶ settings of `local_attention`.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "25 % of blocks full, w = 1,024": {"window": 1024, "full": "25%"},
