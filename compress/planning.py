@@ -18,7 +18,7 @@ from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import CompressError, PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
-from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Spec
+from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -293,7 +293,7 @@ def _check_readable(spec: Spec, instance: Pass[Any]) -> None:
         )
     if edit := next((e for e in spec.structure.edits if EDIT_KINDS[e.kind].storage not in instance.accepts), None):
         raise PassError(
-            f"{instance.name} cannot change this checkpoint: {edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]}",
+            f"{instance.name} cannot change this checkpoint: {edit.module} {_words(edit)}",
             fix="start from the checkpoint before that"
             + ("" if first_without_twin(spec) else ", or make it dense with `compress unpack`"),
         )
@@ -304,11 +304,17 @@ def _check_readable(spec: Spec, instance: Pass[Any]) -> None:
         )
 
 
+def _words(edit: Edit) -> str:
+    """Words for what an edited module is or has, after its name."""
+    kind = EDIT_KINDS[edit.kind]
+    return kind.alone[0] or EDITS[kind.storage]
+
+
 def _check_storable(following: Spec, store: Store) -> None:
     """Check that the store can hold the planned checkpoint. Raises `PassError`."""
     if store == "stock" and (edit := next(iter(following.structure.edits), None)):
         raise PassError(
-            f"stock classes cannot express that {edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]}",
+            f"stock classes cannot express that {edit.module} {_words(edit)}",
             fix="use `store: compact`"
             + (
                 f", or {EDIT_KINDS[odd.kind].alone[1]}"

@@ -36,7 +36,8 @@ def misplaced(entries: Sequence[tuple[int, PassEntry]]) -> list[Misplaced]:
             message = f"{entry.name} {does} {values} weights, but {name} (passes.{earlier}) leaves {storage}s"
             if storage in EDITED:
                 message = f"{entry.name} cannot change what {name} (passes.{earlier}) leaves: a module {EDITS[storage]}"
-            wrong.append(Misplaced(index, message, f"put {entry.name} before {name}"))
+            fix = f"put {entry.name} before {name}" if entry.name != name else "use it once"
+            wrong.append(Misplaced(index, message, fix))
             del left[storage]  # one mistake, not one for each pass that follows
         yields = instance.output_storage(entry.settings)
         left = {storage: pass_ for storage, pass_ in left.items() if storage in EDITED | yields}

@@ -28,6 +28,7 @@ class Linformer(EditKind):
     storage = "factored"
     label = "attentions with projected keys and values"
     has_twin = False
+    alone = ("projects its keys and values along the text", "leave `low_rank_attention` out")
 
     def check(self, edit: Edit, spec: Spec, where: str) -> None:
         """Check that the module is an attention, and the shapes of the projections."""

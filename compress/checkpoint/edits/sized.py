@@ -23,7 +23,7 @@ class Sized(EditKind):
     storage = "uneven"
     label = "matrices of a width of their own"
     has_twin = False
-    alone = ("has its own width", "prune with `allocation: uniform`")
+    alone = ("has a width of its own", "prune with `allocation: uniform`")
 
     def check(self, edit: Edit, spec: Spec, where: str) -> None:
         """Check that the matrix has the shape of the edit."""

@@ -31,7 +31,7 @@ def fit_block(block: Block, rank: int, positions: int, iterations: int) -> dict[
     fitting = [sample for number, sample in enumerate(samples) if number % HELD_OUT]
     fitted, errors = project_values(fitting, samples[::HELD_OUT], means, iterations)
     values, row = block.view.processes.broadcast_object(
-        0, (fitted.cpu(), {"before": errors[0], "after": min(errors), "iterations": len(errors) - 1})
+        0, (fitted.cpu().clone(), {"before": errors[0], "after": min(errors), "iterations": len(errors) - 1})
     )
     block.details["projection"] = row
     return {linear.name: TensorExtras(factors=(means.cpu(), values))}

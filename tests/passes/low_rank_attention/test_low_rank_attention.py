@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +139,30 @@ def test_texts_beyond_the_projections_are_refused(texts, tmp_path):
     model = compress.load(compress.run(recipe("bert", texts, tmp_path, positions=32, iterations=0, rank=8)).checkpoint)
     with pytest.raises(ValueError, match="a text of 40 tokens is beyond the 32 positions of its projections"):
         model(input_ids=torch.arange(40)[None])
+
+
+def test_fit_that_does_not_help_leaves_the_means(tmp_path):
+    examples = Path(__file__).resolve().parents[3] / "examples"
+    data = {"files": [str(examples / "text" / "lines.train.tsv")], "text": "text", "samples": 4, "length": 48}
+    result = compress.run({
+        "model": str(examples / "tiny-classifier"),
+        "output": str(tmp_path / "out"),
+        "store": "compact",
+        "data": {"calibration": data},
+        "passes": [{"low_rank_attention": {"rank": 16, "iterations": 1}}],
+    })  # fmt: skip
+    blocks = result.report["stages"][0]["passes"][0]["details"]["blocks"]
+    kept = [b["block"] for b in blocks if b["projection"]["after"] == b["projection"]["before"]]
+    assert kept
+    model = compress.load(result.checkpoint)
+    for number in kept:
+        module = model.bert.encoder.layer[number].attention.self
+        torch.testing.assert_close(module.values_projection, module.keys_projection)
+
+
+def test_stock_files_are_refused_with_words_for_projections(texts, tmp_path):
+    asked = {**recipe("bert", texts, tmp_path), "store": "stock"}
+    with pytest.raises(
+        CompressError, match=r"projects its keys and values along the text; use `store: compact`, or leave"
+    ):
+        compress.run(asked)
