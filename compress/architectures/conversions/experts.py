@@ -77,6 +77,17 @@ def _obstacle(spec: Spec) -> str | None:
     return None
 
 
+def shared_gates(spec: Spec) -> dict[int, str]:
+    """Number of each block ▶ its gate of the shared expert, in a Qwen2-MoE whose router weights add up to 1; else none.
+
+    `carve_experts` leaves that gate zero, and its router gives each of k chosen experts nearly 1/k.
+    """
+    if spec.structure.model_type != TARGET or not spec.structure.config.get("norm_topk_prob"):
+        return {}
+    gate = "mlp.shared_expert_gate.weight"
+    return {b.index: b.tensors[gate].name for b in model_map(spec).blocks if gate in b.tensors}
+
+
 def carved(spec: Spec, sizes: ExpertSizes, dense: Collection[int]) -> Spec:
     """The spec as a Qwen2-MoE.
 

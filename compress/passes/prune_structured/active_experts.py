@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.architectures.conversions.experts import shared_gates
 from compress.architectures.model_map import model_map
 from compress.blockwise.block import Block
 from compress.blockwise.results import TensorExtras
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 def fewer_active(checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context) -> Checkpoint:
     """The checkpoint with `active_experts`: the config's number, and down projections of experts that grow by block.
 
-    They stay as they are where the weights of a token's experts are divided by their sum, and without compensation.
+    They stay as they are where the weights of a token's experts are divided by their sum, and without compensation. Experts
+    that `carve_experts` made are a sum, not a mean: there the larger weights of those that are left are undone.
     """
     if settings.active_experts is None:
         return checkpoint
@@ -31,7 +33,11 @@ def fewer_active(checkpoint: Checkpoint, settings: PruneStructuredSettings, cont
     context.details["active_experts"] = {"before": model_map(checkpoint.spec).experts_per_token, "after": count}
     spec = widths.with_active_experts(checkpoint.spec, count)
     shares: Mapping[str, float] = {}
-    if settings.compensation != "none" and not model_map(checkpoint.spec).expert_weights_sum_to_one:
+    if settings.compensation != "none" and model_map(checkpoint.spec).expert_weights_sum_to_one:
+        gates = shared_gates(checkpoint.spec)
+        grown = model_map(checkpoint.spec).experts_per_token / count
+        shares = {str(index): grown for index, name in gates.items() if not checkpoint.tensor(name).data.any()}
+    elif settings.compensation != "none":
         shares = context.workspace.cached("router_mass", lambda: kept_mass(checkpoint, count, context))
         context.details["router_mass_kept"] = dict(shares)
     downs = {x.name: x.block for x in model_map(spec).layers if x.expert is not None and _reads_neurons(spec, x)}

@@ -85,6 +85,20 @@ def test_weights_stay_without_compensation_and_where_the_config_normalises(setti
     assert all(torch.equal(out.tensor(n).data, original.tensor(n).data) for n in original.spec.tensors)
 
 
+def test_carved_experts_keep_their_sum(tmp_path):
+    """Each of k chosen experts has the weight 1/k, for which its down projection is k times as large."""
+    carved = apply(
+        open_checkpoint(pico.folder("llama")), "carve_experts", data=Batches(IDS), work=tmp_path / "carving",
+        active="88%", experts=4, repair="none",
+    )  # fmt: skip
+    folder = write(carved, tmp_path / "carved").folder
+    assert carved.spec.structure.config["num_experts_per_tok"] == 3
+    out = lowered(folder, tmp_path)
+    torch.testing.assert_close(
+        pico.logits(load_model(out.folder)), pico.logits(scaled(folder, {str(block): 3 / 2 for block in range(4)}))
+    )
+
+
 def test_experts_go_after_each_token_has_fewer(tmp_path):
     """Two of four may stay where a token has two instead of three; blocks are then tuned towards the original."""
     folder = pico.folder("qwen3_moe", num_experts_per_tok=3)
