@@ -280,6 +280,7 @@ def endless(family="llama", positions=24, **more):
     ("family", "more"),
     [
         ("llama", {}),
+        ("olmo3", {"layer_types": ["full_attention"]}),
         ("gpt_neox", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
     ],
 )

@@ -235,6 +235,8 @@ def target_of(spec: Spec, *, sinks: bool, named: str | None) -> WindowTarget | N
         if (problem := _obstacle(spec, target)) is None:
             return target
         problems.append(f"{target.model_type}: {problem}")
+    if not problems and any(target.model_type == named for target in TARGETS):
+        raise PassError(f"`{named}` has no logits of sinks", key="target", fix="set `sinks: 0`, or leave `target` out")
     if not problems:
         names = ", ".join(t.model_type for t in TARGETS if t.sinks or not sinks)
         raise PassError(f"there is no target `{named}`", key="target", fix=f"set one of {names}")

@@ -87,8 +87,10 @@ def attentions(spec: Spec) -> dict[str, int]:
     """
     mapped = model_map(spec)
     record = mapped.record
-    if not record.causal or record.stacks or record.attention is None:
+    if not record.causal or record.stacks:
         raise PassError(f"{record.model_type} does not decode token by token: windows are for causal models")
+    if record.attention is None:
+        raise PassError(f"{record.model_type} caches no keys and values by head, so no head can have its own window")
     if not record.open_attention:
         raise PassError(
             f"{record.model_type} does not call its attention through transformers' table, so no head can have its own window",

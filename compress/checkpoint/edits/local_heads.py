@@ -301,7 +301,8 @@ def _frequencies(module: Any) -> torch.Tensor | None:
     for rotary in module.rotary:
         kind, name = rotary.rope_type, "inv_freq"
         if isinstance(kind, dict):  # by the layer's type
-            kind, name = kind[module.layer_type], f"{module.layer_type}_inv_freq"
+            layer = getattr(module, "layer_type", None) or module.attention_type  # Gemma 3's name, OLMo 3's name
+            kind, name = kind[layer], f"{layer}_inv_freq"
         if kind not in ("dynamic", "longrope"):
             frequencies: torch.Tensor = getattr(rotary, name)
             return frequencies

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from compress.architectures.conversions.windows import current_windows, unlike_positions
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.details import WindowDetails
 from compress.passes.local_attention.settings import LocalAttentionSettings
@@ -52,8 +53,7 @@ def held(window: int | None, tokens: int) -> int:
 
 def trained_length(spec: Spec, settings: LocalAttentionSettings) -> int | None:
     """Tokens at which costs are counted: those of the settings, else the positions that the model is trained for."""
-    positions = spec.structure.config.get("max_position_embeddings")
-    return settings.at or (positions if isinstance(positions, int) else None)
+    return settings.at or model_map(spec).trained_positions
 
 
 def full_blocks(spec: Spec, settings: LocalAttentionSettings) -> int:

@@ -61,8 +61,8 @@ def values_of(settings: LocalAttentionSettings, spec: Spec, window: int) -> dict
     Raises:
         PassError: the config does not say how long the texts of the training were.
     """
-    positions = settings.positions or spec.structure.config.get("max_position_embeddings")
-    if not isinstance(positions, int):
+    positions = settings.positions or model_map(spec).trained_positions
+    if positions is None:
         raise PassError(
             "the config does not say how many positions the model is trained for",
             key="positions",
@@ -209,8 +209,26 @@ def check_edits(spec: Spec, settings: LocalAttentionSettings) -> None:
     if spec.structure.auto_model is not None:
         raise PassError("a model with code of its own cannot be edited", key="by", fix="use `by: layers`")
     if not attentions(spec):
-        windows = current_windows(spec)
-        raise PassError(f"all blocks have a window of {windows[0]} already", key="window", fix="leave the pass out")
-    positions, window = settings.positions, max(settings.window)
-    if positions is not None and window + int(settings.sinks) > positions:
-        raise PassError(f"a window of {window} is no shorter than the {positions} positions", key="positions")
+        window = current_windows(spec)[0]
+        if window is None:
+            raise PassError(
+                "heads have logits of sinks, and none of these can have its own window",
+                key="by",
+                fix="use `by: layers`",
+            )
+        raise PassError(f"all blocks have a window of {window} already", key="window", fix="leave the pass out")
+    positions, most = settings.positions or model_map(spec).trained_positions, max(settings.window)
+    if positions is not None and most + int(settings.sinks) > positions:
+        raise PassError(
+            f"a window of {most} with {settings.sinks} first tokens is no shorter than the {positions} positions",
+            key="sinks" if settings.positions is None else "positions",
+        )
+    length = trained_length(spec, settings) or positions
+    if length is not None and max(held_by(settings, spec, length)[1:]) >= length:
+        raise PassError(
+            f"heads with these windows still see all of {length} tokens, so nothing would change",
+            key="pattern" if settings.pattern in ("strided", "fixed") else "sinks",
+            fix={"strided": "set a larger `stride`", "fixed": "set a smaller `keep`"}.get(
+                settings.pattern, "set fewer"
+            ),
+        )

@@ -46,7 +46,8 @@ def choose(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Co
     if settings.choose == "every" or isinstance(settings.full, tuple):
         chosen = evenly(checkpoint.spec, settings)
     else:
-        full = _full(losses, candidates, window, full_blocks(checkpoint.spec, settings), settings, checkpoint)
+        count = full_blocks(checkpoint.spec, settings)
+        full = _full(losses, candidates, window, count, settings, checkpoint) if count else set()
         chosen = Windows(tuple(None if i in full else window for i in range(len(before))))
     local = [i for i in range(len(before)) if learned and chosen.windows[i] is not None]
     sinks = {i: torch.tensor(losses.logits[i][0]) for i in local}

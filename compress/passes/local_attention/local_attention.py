@@ -124,14 +124,14 @@ def _check(spec: Spec, settings: LocalAttentionSettings) -> None:
         raise PassError(
             "blocks are chosen by number", key="only" if settings.only else "skip", fix="use `full: [0, 7]`"
         )
-    window, positions = max(settings.window), spec.structure.config.get("max_position_embeddings")
-    if isinstance(positions, int) and window >= positions:
+    window, positions = max(settings.window), mapped.trained_positions
+    if positions is not None and window >= positions:
         raise PassError(
             f"a window of {window} is no shorter than the {positions} positions that the model is trained for",
             key="window",
             fix="set a shorter one",
         )
-    if isinstance(positions, int) and settings.at is not None and settings.at > positions:
+    if positions is not None and settings.at is not None and settings.at > positions:
         raise PassError(f"the model is trained for {positions} positions", key="at", fix=f"set {positions} or less")
     if smaller := [w for w in current_windows(spec) if w is not None and w < window]:
         raise PassError(f"blocks have windows of {smaller[0]} already", key="window", fix=f"set {smaller[0]} or less")

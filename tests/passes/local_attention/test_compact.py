@@ -147,6 +147,12 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
         ("llama", {**EVERY, "target": "qwen2"}, "no stock class can express these windows"),
         ("llama", {**EVERY, "positions": 9}, "no shorter than the 9 positions"),
         ("llama", {"window": 8, "sinks": 4, "full": [7]}, "there is no block 7"),
+        ("llama", {**EVERY, "sinks": 60}, "a window of 8 with 60 first tokens is no shorter than the 64 positions"),
+        ("llama", {**EVERY, "at": 12, "sinks": 4}, "still see all of 12 tokens, so nothing would change; set fewer"),
+        ("llama", {**EVERY, "pattern": "fixed", "keep": 9}, "still see all of 64 tokens.*; set a smaller `keep`"),
+        ("llama", {**EVERY, "pattern": "strided", "stride": 1}, "still see all of 64 tokens.*; set a larger `stride`"),
+        ("granite_swa", {**EVERY, "window": 5}, "heads have logits of sinks.*; use `by: layers`"),
+        ("minicpm3", EVERY, "minicpm3 caches no keys and values by head"),
     ],
 )
 def test_models_that_windows_of_heads_do_not_fit_are_refused(family, settings, message):
@@ -157,5 +163,5 @@ def test_models_that_windows_of_heads_do_not_fit_are_refused(family, settings, m
 
 def test_stock_store_is_refused_and_names_what_it_can_hold():
     spec, instance = open_checkpoint(pico.folder()).spec, get("local_attention")
-    with pytest.raises(CompressError, match=r"use `store: compact`, or give windows to whole layers: .*by: layers"):
+    with pytest.raises(CompressError, match=r"use `store: compact`, or give windows to whole blocks: .*by: layers"):
         plan_pass(spec, instance, instance.settings(**EVERY), "stock")

@@ -53,6 +53,12 @@ def test_the_block_that_would_lose_most_stays_full(sinks, uneven, tmp_path, data
         assert any(bool((logits[i] > NO_SINK).any()) for i in (0, 1, 3))
 
 
+def test_windows_of_all_blocks_shrink_with_measured_logits(tmp_path, data):
+    tensors, windows = apply(pico.folder("mistral", sliding_window=12), tmp_path / "out", data, full=0)
+    assert windows == (8, 8, 8, 8)
+    assert any(bool((tensors[f"model.layers.{i}.self_attn.sinks"] > NO_SINK).any()) for i in range(4))
+
+
 def test_names_of_no_sink_agree():
     assert solver.NO_SINK == NO_SINK
 

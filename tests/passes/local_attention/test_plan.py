@@ -86,6 +86,12 @@ def test_full_blocks_are_spread_evenly(settings, full):
             {"target": "mistral"},
             "there is no target `mistral`; set one of granite_swa, ministral, smollm3, qwen2, cwm",
         ),
+        (
+            "llama",
+            {},
+            {"sinks": "learned", "target": "ministral"},
+            "`ministral` has no logits of sinks; set `sinks: 0`",
+        ),
         ("llama", {"attention_bias": True}, {"target": "qwen2"}, r"this llama \(qwen2: its o_proj has no bias\)"),
         ("llama", {"class_name": "LlamaForSequenceClassification"}, {"sinks": "learned"}, "it has no class like Llama"),
         ("qwen3", {}, {"sinks": "learned"}, r"express this qwen3 with sinks .*; set `sinks: 0`, and repair"),
