@@ -59,7 +59,7 @@ def _rows(
     if x["decode"] is not None and y["decode"] is not None:
         rows.append(_timed("decode a token", x["decode"], y["decode"]))
     if (cache := cache_bytes_at(x, y, original, result)) is not None:
-        rows.append(_bytes("cache", *cache))
+        rows.append(_bytes("cache, as counted" if cache_counted(original, result) else "cache", *cache))
     rows.append(_bytes("memory", x["memory"]["peak"], y["memory"]["peak"]))
     return rows
 
@@ -69,16 +69,30 @@ def cache_bytes_at(
 ) -> tuple[int, int] | None:
     """Bytes of both caches at the length of rows ``x`` and ``y``; None without a cache.
 
-    They follow from the headers, in the format of the configs; where these do not tell, they are as counted.
+    They follow from the headers, in the format of the configs; where these do not tell (`cache_counted`), they are as counted,
+    in the format of the computation.
     """
-    parts = [side["size"].get("cache") for side in (original, result)]
-    try:
-        if None not in parts:
-            before, after = (bytes_at(part, x["length"]) for part in parts)
-            return before, after
-    except ReportError:  # a pattern at a length that reports do not know
-        pass
+    if not cache_counted(original, result):
+        before, after = (bytes_at(side["size"]["cache"], x["length"]) for side in (original, result))
+        return before, after
     return None if None in (x["cache"], y["cache"]) else (x["cache"]["bytes"], y["cache"]["bytes"])
+
+
+def cache_counted(original: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Whether headers do not tell the cache at every length that was measured, so that all lengths show counted bytes.
+
+    The two formats may differ, so no table or picture mixes them.
+    """
+    sides = (original, result)
+    if any(side["size"].get("cache") is None for side in sides):
+        return True
+    try:
+        for side in sides:
+            for row in (side["latency"] or {}).get("lengths") or []:
+                bytes_at(side["size"]["cache"], row["length"])
+    except ReportError:  # a pattern at a length that reports do not know
+        return True
+    return False
 
 
 def _timed(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> LengthRow:

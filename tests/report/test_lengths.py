@@ -57,7 +57,16 @@ def test_cells_have_every_quantity_at_every_length(sides):
 def test_cache_without_headers_is_as_counted(sides):
     for each in sides:
         each["size"]["cache"] = None
-    assert ("", "cache", "32.8 kB", "32.8 kB", "× 1.000", "") in length_cells(*sides)
+    assert ("", "cache, as counted", "32.8 kB", "32.8 kB", "× 1.000", "") in length_cells(*sides)
+
+
+def test_no_table_mixes_the_format_of_the_config_with_that_of_the_computation(sides):
+    kept = [[512, 100], [2048, 300]]  # of a pattern, which is not known after 8,192 tokens
+    sides[1]["size"]["cache"] = [{"bytes_per_token": 1000, "tokens": None, "kept": kept}]
+    cells = [row for row in length_cells(*sides) if row[1].startswith("cache")]
+    assert [row[1:4] for row in cells] == [
+        ("cache, as counted", size, size) for size in ("2.05 kB", "8.19 kB", "32.8 kB")
+    ]
 
 
 def test_notes_tell_the_fit_and_what_was_not_tried(sides):
