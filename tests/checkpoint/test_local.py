@@ -303,6 +303,17 @@ def test_beyond_the_trained_length_sinks_stay_at_its_distance(family, more):
 
 
 @torch.inference_mode()
+def test_models_of_several_copies_of_the_modelling_file_live_in_one_process(loaded):
+    folder, model = loaded
+    ids = torch.randint(1, 250, (1, 40))
+    before = model(ids).logits
+    bundled = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    for each in (model, bundled):  # the copy that was loaded last is in transformers' table
+        assert difference(each(ids).logits, before) < 1e-5
+        assert difference(stepped(each, ids, [30, *range(31, 40)])[0], before) < 1e-5
+
+
+@torch.inference_mode()
 def test_endless_text_is_the_same_at_once_in_pieces_and_padded():
     model, ids = load_checkpoint(endless()), torch.randint(1, 250, (1, 100))
     at_once = model(ids).logits

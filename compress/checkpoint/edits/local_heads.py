@@ -114,7 +114,7 @@ def heads_attention(
 
     windows, tokens = module.windows, head_tokens
     states = key
-    if not isinstance(key, HeadStates):
+    if isinstance(key, torch.Tensor):  # else `HeadStates`, perhaps of another checkpoint's copy of this file
         (keys, local_keys), (values, local_values) = map(windows.split, (key, value))
         plain = tokens.padding is None and tokens.visible is None
         states = HeadStates(
