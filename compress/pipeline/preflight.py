@@ -18,10 +18,10 @@ from compress.data.kinds import FIELD_KINDS, holds_ids, kind
 from compress.data.rendering import no_template
 from compress.data.row_templates import template_columns
 from compress.data.token_ids import check_shape, ids_in
-from compress.errors import CompressError, DataError, PassError, ResourceError
+from compress.errors import CompressError, DataError, PassError, ReportError, ResourceError
 from compress.evaluation.tasks import LANGUAGE, OF_PASSES, TEXT_METRICS, check_streaming, task_of
 from compress.files import expanded, place
-from compress.gates import judge
+from compress.gates import GateResult, judge
 from compress.models.processors import check_has_tokenizer
 from compress.pipeline.folder import RunFolder
 from compress.pipeline.publish import check_output, check_place
@@ -61,13 +61,21 @@ def check_folders(recipe: Recipe) -> None:
 
 
 def check_plan(recipe: Recipe, plan: Plan) -> None:
-    """Check that the plan fits the memory that the recipe allows. Raises `ResourceError`."""
+    """Check that the plan fits the memory that the recipe allows, and tells what gates on the cache judge.
+
+    Raises:
+        ResourceError: it needs more memory. CompressError: the cache is not known at a gate's length.
+    """
     if recipe.max_ram is not None and plan.peak_memory > recipe.max_ram:
         raise ResourceError(
             f"the run needs about {plan.peak_memory / 1e9:.2f} GB of memory, "
             f"max_ram allows {recipe.max_ram / 1e9:.2f} GB",
             fix="`compress plan` shows which pass needs it",
         )
+    try:
+        _cache_rows(recipe, plan)
+    except ReportError as error:
+        raise CompressError(error.what, where="gates.cache", fix=error.fix) from None
 
 
 def check_window(recipe: Recipe, spec: Spec) -> None:
@@ -112,10 +120,15 @@ def hopeless_gates(recipe: Recipe, plan: Plan) -> list[str]:
                 sentences.append(
                     f"the gate {name}.{bound} will fail: the plan gives {reached:.6g}, it allows {allowed:.6g}"
                 )
-    for row in judge({"cache": recipe.gates.model_dump(exclude_none=True).get("cache", ())}, *_sizes(plan)):
+    for row in _cache_rows(recipe, plan):
         if row.verdict == "fail":
             sentences.append(f"the gate {row.gate} will fail: the plan gives {row.text}")
     return sentences
+
+
+def _cache_rows(recipe: Recipe, plan: Plan) -> list[GateResult]:
+    """The gates on the cache, judged by the plan."""
+    return judge({"cache": recipe.gates.model_dump(exclude_none=True).get("cache", ())}, *_sizes(plan))
 
 
 def _sizes(plan: Plan) -> list[dict[str, Any]]:

@@ -337,3 +337,12 @@ def test_check_refuses_speed_without_a_single_text(family, message, check, cli):
         assert (status, message in text) == (2, True), text
     status, text = cli("eval", model, "--baseline", model, "--metric", "latency")
     assert (status, message in " ".join(text.split())) == (2, True), text
+
+
+def test_cache_of_a_pattern_is_judged_where_it_is_known(check):
+    windows = {"window": 8, "sinks": 2, "pattern": "strided", "stride": 5, "choose": "every"}
+    changes = {"store": "compact", "passes": [{"local_attention": windows}]}
+    status, text = check(**changes, gates={"cache": {"at": 50, "max_ratio": 0.9}})
+    assert status == 2
+    assert "the cache of patterns is not known after 50 tokens" in text
+    assert check(**changes, gates={"cache": {"at": 64, "max_ratio": 0.9}})[0] == 0
