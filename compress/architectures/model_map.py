@@ -166,7 +166,9 @@ class ModelMap:
     @property
     def positions(self) -> int | None:
         """Number of tokens that a text may have; None where nothing limits it, or without a record."""
-        return self.record.positions(self.spec) if self.known else None
+        limits = [EDIT_KINDS[edit.kind].longest(edit) for edit in self.spec.structure.edits]
+        limits.append(self.record.positions(self.spec) if self.known else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def trained_positions(self) -> int | None:

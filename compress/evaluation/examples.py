@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.edits.linformer import PROJECTIONS
 from compress.data.documents import Document
 from compress.data.images import accepted, pixels
 from compress.data.rendering import encoded
@@ -144,7 +145,8 @@ def check_tokens(model: PreTrainedModel, highest: int) -> None:
 
 
 def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens of a text; None without a limit. Positions up to that of the padding token cannot be used."""
+    """Most tokens of a text; None without a limit. Positions up to that of the padding token cannot be used, nor
+    those beyond projections along the text."""
     import torch
 
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < 1 << 30 else []
@@ -153,6 +155,8 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+        if (projection := getattr(module, PROJECTIONS[0], None)) is not None:
+            limits.append(projection.shape[1])
     return min(limits, default=None)
 
 

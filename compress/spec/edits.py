@@ -81,6 +81,10 @@ class EditKind(ABC):
         """
         return parts
 
+    def longest(self, edit: Edit) -> int | None:
+        """Most tokens of a text that the edited module reads; None where the edit sets no limit."""
+        return None
+
     def narrowed(self, edit: Edit, window: int) -> Edit:
         """The edit with attention windows of no more than so many tokens, for a check on a short text."""
         return edit

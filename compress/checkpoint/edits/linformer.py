@@ -40,6 +40,10 @@ class Linformer(EditKind):
         for part in PROJECTIONS:
             check_matrix(spec, f"{edit.module}.{part}", f"of {shape[0]} rows", lambda given: given == shape, where)
 
+    def longest(self, edit: Edit) -> int:
+        """The positions of its projections."""
+        return int(edit.values["positions"])
+
 
 def attentions(spec: Spec) -> dict[str, int]:
     """Attention module of each block, by its path in files ▶ number of its block.

@@ -50,12 +50,18 @@ class LowRankAttention(Pass[LowRankAttentionSettings]):
         return "blockwise" if settings.iterations else "stream"
 
     def check_samples(self, settings: LowRankAttentionSettings, name: str, length: int) -> None:
-        """Refuse samples that the projections leave as they are: there would be nothing to fit."""
+        """Refuse samples that the projections leave as they are, and longer ones than they read."""
         if length <= settings.rank:
             raise DataError(
                 f"samples of {length} tokens are no longer than the rank {settings.rank}, so nothing would differ on them",
                 where=f"data.{name}",
                 fix=f"set data.{name}.length to {settings.rank + 1} or more",
+            )
+        if settings.positions is not None and length > settings.positions:
+            raise DataError(
+                f"samples of {length} tokens are longer than the {settings.positions} positions of the longest text",
+                where=f"data.{name}",
+                fix=f"set data.{name}.length to {settings.positions} or less, or `positions` to {length} or more",
             )
 
     def plan(self, spec: Spec, settings: LowRankAttentionSettings) -> Spec:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import compress
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError
+from compress.evaluation.examples import longest_text
 from compress.planning import size_on_disk
 from tests import pico
 
@@ -124,6 +126,7 @@ def test_result_loads_by_its_own_file_without_the_package(written, tmp_path):
         ("t5", {}, "t5 is no encoder"),
         ("bert", {"rank": 64}, "a rank of 64 is no less than the 64 positions of the longest text"),
         ("bert", {"rank": 48}, "samples of 48 tokens are no longer than the rank 48"),
+        ("bert", {"positions": 40}, "samples of 48 tokens are longer than the 40 positions of the longest text"),
         ("bert", {"positions": 65}, "the model has 64 positions"),
         ("bert", {"only": ["*0*"]}, "every block is projected"),
     ],
@@ -136,7 +139,10 @@ def test_models_and_settings_that_do_not_fit_are_refused(family, settings, messa
 
 
 def test_texts_beyond_the_projections_are_refused(texts, tmp_path):
-    model = compress.load(compress.run(recipe("bert", texts, tmp_path, positions=32, iterations=0, rank=8)).checkpoint)
+    out = compress.run(recipe("bert", texts, tmp_path, positions=32, iterations=0, rank=8)).checkpoint
+    model = compress.load(out)
+    assert longest_text(model, pico.tokenizer()) == 32  # evaluation cuts there
+    assert model_map(open_checkpoint(out).spec).positions == 32  # later passes refuse longer samples
     with pytest.raises(ValueError, match="a text of 40 tokens is beyond the 32 positions of its projections"):
         model(input_ids=torch.arange(40)[None])
 
