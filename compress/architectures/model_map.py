@@ -166,9 +166,10 @@ class ModelMap:
     @property
     def positions(self) -> int | None:
         """Number of tokens that a text may have; None where nothing limits it, or without a record."""
-        limits = [EDIT_KINDS[edit.kind].longest(edit) for edit in self.spec.structure.edits]
-        limits.append(self.record.positions(self.spec) if self.known else None)
-        return min((limit for limit in limits if limit is not None), default=None)
+        own = self.record.positions(self.spec) if self.known else None
+        return min(
+            filter(None, (own, *(EDIT_KINDS[e.kind].longest(e) for e in self.spec.structure.edits))), default=None
+        )
 
     @property
     def trained_positions(self) -> int | None:

@@ -196,8 +196,8 @@ def block_rows(details: PassDetails) -> list[tuple[str, ...]]:
 
 
 def _became(layers: Sequence[MatrixDetails]) -> str:
-    """Result of the layers: mean sparsity, units that they still read, formats, or ranks of factors."""
-    if not layers:
+    """Result of the layers: mean sparsity, units that they still read, formats, or ranks of factors; else nothing."""
+    if not layers or layers[0].keys() == {"error"}:
         return ""
     if "kept" in layers[0]:
         return ", ".join(dict.fromkeys(f"{row['kept']} of {row['of']}" for row in layers))

@@ -278,3 +278,18 @@ def test_plan_notes_say_what_a_token_uses():
     notes = instance.plan_notes(open_checkpoint(pico.folder("llama")).spec, instance.settings(**SIZES))
     assert notes[0] == "a token uses 32 of the 64 neurons of an MLP (50%): 16 shared, and 2 of 6 experts of 8"
     assert json.dumps(notes)
+
+
+def test_report_of_a_run_has_the_errors_of_down_projections(texts, tmp_path):
+    import compress
+
+    train, _ = texts
+    result = compress.run({
+        "model": str(pico.folder("llama")),
+        "output": str(tmp_path / "out"),
+        "document_separator": "<|doc|>",
+        "data": {"calibration": {"files": [str(train)], "samples": 4, "length": 32}},
+        "passes": [{"carve_experts": {"active": "75%", "experts": 4, "repair": "least_squares"}}],
+    })  # fmt: skip
+    assert not result.report["notes"]
+    assert "`carve_experts`, by block" in (tmp_path / "out.run" / "report.md").read_text()
