@@ -166,10 +166,8 @@ class ModelMap:
     @property
     def positions(self) -> int | None:
         """Number of tokens that a text may have; None where nothing limits it, or without a record."""
-        own = self.record.positions(self.spec) if self.known else None
-        return min(
-            filter(None, (own, *(EDIT_KINDS[e.kind].longest(e) for e in self.spec.structure.edits))), default=None
-        )
+        limits = [EDIT_KINDS[e.kind].longest(e) for e in self.spec.structure.edits]
+        return min(filter(None, (self.known and self.record.positions(self.spec), *limits)), default=None)
 
     @property
     def trained_positions(self) -> int | None:
