@@ -76,7 +76,7 @@ class Heads(Lab):
             joint = window_losses(self.checkpoint, self.settings("heads", 1), self._context("heads")).joint
             groups = self.heads // self.depth
             blocks = joint.view(self.depth, groups, self.depth, groups).sum((1, 3))
-            self._context("layers").workspace.write_json("window_losses", WindowLosses(blocks, []).to_json())
+            self._context("layers").workspace.write_json("window_losses", WindowLosses(blocks, [], []).to_json())
         settings = self.settings(by, full)
         choice = choose_heads(self.checkpoint, settings, self._context(by))
         spec = planned_edits(self.checkpoint.spec, settings, choice)

@@ -67,7 +67,9 @@ def rows(options: Any) -> list[str]:
         for step, count in ((4, quarter), (2, half)):
             for start in range(step):
                 full = list(range(start, depth, step))
-                body.append(lab.row(f"every {step}th from {start} ({len(full)})", title, lab.fixed(sinks, full)))
+                body.append(
+                    lab.row(f"every {ORDINALS[step]} from {start} ({len(full)})", title, lab.fixed(sinks, full))
+                )
             body.append(lab.row(f"**{count} blocks, chosen**", title, lab.chosen(sinks, count)))
     for count in (quarter, half):
         for repair in ("sinks", "blocks"):
@@ -77,6 +79,7 @@ def rows(options: Any) -> list[str]:
     return lines
 
 
+ORDINALS = {2: "2nd", 4: "4th"}
 REPAIRS = {"sinks": "`sink_steps: 32`", "blocks": "`tune_epochs: 2`"}
 
 
@@ -165,7 +168,8 @@ class Lab:
         work = self.workspace.folder("work")
         losses = window_losses(executor, list(kinds.values()), by="layers", workspace=work, progress=SilentProgress())
         for at, place in enumerate(places):
-            one = WindowLosses(losses.joint[at :: len(kinds), at :: len(kinds)], [[b[at]] for b in losses.logits])
+            joint = losses.joint[at :: len(kinds), at :: len(kinds)]
+            one = WindowLosses(joint, [[b[at]] for b in losses.logits], losses.values)
             place.write_json("window_losses", one.to_json())
 
     def windows(self, sinks: int | str, full: int | Sequence[int]) -> Any:
@@ -212,11 +216,12 @@ class Lab:
         _, text, _, copy, *_ = self.workspace.cached("original", lambda: self.figures(self.model))
         return text, copy
 
-    def masked(self, name: str, windows: Sequence[int | None], first: int, logits: Mapping[int, Any]) -> list[float]:
+    def masked(self, name: str, chosen: Any, first: int) -> list[float]:
         """Figures of the original under windows."""
 
         def measure() -> list[float]:
-            with under(windows, first, logits):
+            assert self.references  # computed here, without windows
+            with under(chosen.windows, first, chosen.sinks, chosen.values):
                 return self.figures(self.model)
 
         return list(self.workspace.cached(name, measure))
@@ -227,15 +232,13 @@ class Lab:
         if (known := self.workspace.read_json(name)) is not None:
             return list(known)
         chosen = self.windows(sinks, list(full))
-        return self.masked(name, chosen.windows, 0 if sinks == "learned" else int(sinks), chosen.sinks)
+        return self.masked(name, chosen, 0 if sinks == "learned" else int(sinks))
 
     def chosen(self, sinks: int | str, count: int) -> list[float]:
         """Figures where the pass chooses so many blocks."""
         chosen = self.windows(sinks, count)
         print(sinks, count, "full:", *chosen.full, flush=True)
-        return self.masked(
-            f"chosen {sinks} {count}", chosen.windows, 0 if sinks == "learned" else int(sinks), chosen.sinks
-        )
+        return self.masked(f"chosen {sinks} {count}", chosen, 0 if sinks == "learned" else int(sinks))
 
     def repaired(self, count: int, repair: str) -> list[float]:
         """Figures of the model that the pass makes, in its stock class."""
@@ -267,14 +270,15 @@ class Lab:
 
         def measure() -> list[float]:
             texts, copies = self.held_out
+            originals = self.references  # computed here, without windows
             picked = [(texts[0], 0, 0.75), (copies[0], len(texts), 0.25)]
             result = []
             for block in range(self.depth):
                 windows = [self.shape.window if i == block else None for i in range(self.depth)]
                 total = 0.0
-                with under(windows, 0, every.sinks):
+                with under(windows, 0, every.sinks, every.values):
                     for ids, at, weight in picked:
-                        before, after = self.references[at], _predictions(self.model, ids)
+                        before, after = originals[at], _predictions(self.model, ids)
                         total += weight * float((before.exp() * (before - after)).sum(-1).mean())
                 result.append(total)
             return result
@@ -301,17 +305,20 @@ NAME = "windows_by_masks"
 _windows: list[int | None] = []
 _first = 0
 _logits: Mapping[int, Any] = {}
+_values: Mapping[int, Any] = {}
 
 
 @contextmanager
-def under(windows: Sequence[int | None], first: int, logits: Mapping[int, Any]) -> Iterator[None]:
-    """Within, blocks of a model with this attention function see windows and the first tokens, with logits of sinks."""
-    global _windows, _first, _logits
-    _windows, _first, _logits = list(windows), first, logits
+def under(
+    windows: Sequence[int | None], first: int, logits: Mapping[int, Any], values: Mapping[int, Any]
+) -> Iterator[None]:
+    """Within, blocks of a model with this attention function see windows and the first tokens, and have sinks."""
+    global _windows, _first, _logits, _values
+    _windows, _first, _logits, _values = list(windows), first, logits, values
     try:
         yield
     finally:
-        _windows, _first, _logits = [], 0, {}
+        _windows, _first, _logits, _values = [], 0, {}, {}
 
 
 def register() -> None:
@@ -337,5 +344,6 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
     scores = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf)
     output = scores.softmax(-1) @ value
     if window is not None and block in _logits:
-        output = output * torch.sigmoid(scores.logsumexp(-1) - _logits[block][:, None])[..., None]
+        share = torch.sigmoid(scores.logsumexp(-1) - _logits[block][:, None])[..., None]
+        output = output * share + (1 - share) * _values[block].repeat_interleave(groups, 0)[:, None]
     return output.transpose(1, 2).contiguous(), None

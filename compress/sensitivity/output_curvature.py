@@ -28,7 +28,11 @@ from compress.workspace import Workspace
 
 
 class Visitor(Protocol):
-    """Sees each block as gradients go back through it, from the last one on."""
+    """Sees each block on the way forwards, then as gradients go back through it, from the last one on."""
+
+    def ahead(self, index: int) -> AbstractContextManager[None]:
+        """Put around the forward pass of all of this process's samples through a loaded block."""
+        ...
 
     def around(self, index: int, module: Any, rows: Sequence[int]) -> AbstractContextManager[None]:
         """Put around the forward and backward pass of those samples through a loaded block."""
@@ -71,7 +75,8 @@ class Gradients:
         with self.progress.task("measuring which outputs matter", 2 * depth + visited, "blocks") as task:
             executor.write_first(inputs.before(0), self.samples)
             for index in range(depth):
-                with executor.streamed.block(index) as module:
+                watched = self._visitor.ahead(index) if self._visitor else nullcontext()
+                with executor.streamed.block(index) as module, watched:
                     executor.write_outputs(
                         index, module, inputs.before(index), inputs.before(index + 1), first=self.samples
                     )

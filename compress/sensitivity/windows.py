@@ -31,19 +31,21 @@ class WindowLosses:
         joint: loss of each pair of (unit, window), nats per token, float64; see `solver.losses`. Units are blocks, or the KV
             groups of all blocks, in order.
         logits: by block and window, the logit of each head; empty for a window without logits.
+        values: by block, what each KV head's sink adds for its share: the mean value of the samples' first tokens.
     """
 
     joint: torch.Tensor
     logits: list[list[list[float]]]
+    values: list[list[list[float]]]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"joint": self.joint.tolist(), "logits": self.logits}
+        return {"joint": self.joint.tolist(), "logits": self.logits, "values": self.values}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> WindowLosses:
         """From `to_json`."""
-        return WindowLosses(torch.tensor(value["joint"], dtype=torch.float64), value["logits"])
+        return WindowLosses(torch.tensor(value["joint"], dtype=torch.float64), value["logits"], value["values"])
 
 
 def window_losses(
@@ -84,6 +86,17 @@ class _Visitor:
         self._products: _Products | None = None
         self._changes: dict[int, torch.Tensor] = {}  # by block: [units, windows, tokens]
         self._searched: dict[int, list[list[float]]] = {}
+        self._values: dict[int, torch.Tensor] = {}  # by block: [KV heads, width], once it was run forwards
+
+    @contextmanager
+    def ahead(self, index: int) -> Iterator[None]:
+        calls: list[torch.Tensor] = []
+        with observed_attention(lambda call: calls.append(call.value[:, :, 0].double())):
+            yield
+        if calls:
+            total = torch.cat(calls).sum(0)
+            self._executor.processes.all_reduce(total)  # each process has samples of its own
+            self._values[index] = (total / self.samples).float()
 
     @contextmanager
     def around(self, index: int, module: Any, rows: Sequence[int]) -> Iterator[None]:
@@ -92,7 +105,7 @@ class _Visitor:
         def observe(call: AttentionCall) -> None:
             calls.append(call)
             if self._products is None:
-                self._products = _Products(self._executor, call, self._sights, self.samples)
+                self._products = _Products(self._executor, call, self._sights, self.samples, self._values[index])
             products = self._products
             call.output.register_hook(lambda g: products.add(rows, call, g))  # type: ignore[no-untyped-call]
 
@@ -121,7 +134,7 @@ class _Visitor:
         changes = torch.cat([self._changes[i].flatten(0, 1) for i in depth])
         tokens = sum(_counted(self._executor, [row]) for row in range(self.samples))
         joint = solver.losses(changes, tokens).cpu()
-        return WindowLosses(joint, [self._searched[i] for i in depth])
+        return WindowLosses(joint, [self._searched[i] for i in depth], [self._values[i].tolist() for i in depth])
 
 
 def _grouped(changes: torch.Tensor, groups: int) -> torch.Tensor:
@@ -137,11 +150,15 @@ def _counted(executor: BlockExecutor, rows: Sequence[int]) -> int:
 class _Products:
     """Products with gradients of one block, for all samples; each process fills in its own, and zeros stand elsewhere."""
 
-    def __init__(self, executor: BlockExecutor, call: AttentionCall, sights: Sequence[Sight], samples: int) -> None:
+    def __init__(
+        self, executor: BlockExecutor, call: AttentionCall, sights: Sequence[Sight], samples: int, values: torch.Tensor
+    ) -> None:
         heads, self.groups, length = call.query.shape[1], call.key.shape[1], call.query.shape[2]
         device, windows = call.query.device, len(sights)
         self._executor, self._sights = executor, sights
+        self._values = values.repeat_interleave(heads // self.groups, 0)
         self._full = torch.zeros(heads, samples, length, device=device)
+        self._sunk = torch.zeros(heads, samples, length, device=device)
         self._kept = torch.zeros(windows, heads, samples, length, device=device)
         self._mass = torch.zeros(windows, heads, samples, length, device=device)
         self._lost = torch.zeros(2, windows, heads, dtype=torch.float64, device=device)  # sum and count
@@ -153,6 +170,7 @@ class _Products:
             g = g * mask[:, None, :, None]
         at = list(rows)
         self._full[:, at] = (g * call.output.detach().float().transpose(1, 2)).sum(-1).transpose(0, 1)
+        self._sunk[:, at] = (g * self._values[:, None]).sum(-1).transpose(0, 1)
         for queries, results in under_windows(call, self._sights):
             counts = None if mask is None else mask[:, None, queries]
             for number, heads in enumerate(results):
@@ -168,9 +186,9 @@ class _Products:
 
     def by_window(self) -> Iterator[solver.HeadProducts]:
         """Products for the solver, for each window."""
-        self._executor.processes.all_reduce(self._full, self._kept, self._mass, self._lost)
+        self._executor.processes.all_reduce(self._full, self._sunk, self._kept, self._mass, self._lost)
         start = (self._lost[0] / self._lost[1]).float()
         start[self._lost[1] == 0] = -torch.inf
         for number in range(len(self._kept)):
             kept, mass = self._kept[number].flatten(1), self._mass[number].flatten(1)
-            yield solver.HeadProducts(self._full.flatten(1), kept, mass, start[number])
+            yield solver.HeadProducts(self._full.flatten(1), kept, mass, start[number], self._sunk.flatten(1))

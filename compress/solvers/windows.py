@@ -5,6 +5,7 @@ token drawn from the model, the expected divergence is ½ E (g · (a_w - a))² t
 numbers per token and head: g · a, g · a_w, and the log-sum of the scores that the window keeps.
 
 A sink logit s in the softmax's denominator scales a_w by σ(log-sum - s) (GPT-OSS; StreamingLLM, arXiv 2309.17453, has tokens).
+The rest of the weight goes to a constant value c, that of the first tokens, which the window drops: a_w σ + c (1 - σ).
 """
 
 from __future__ import annotations
@@ -29,21 +30,25 @@ class HeadProducts:
     Attributes:
         full, kept: g · a and g · a_w, [heads, tokens]. mass: log-sum of the scores that the window keeps, [heads, tokens].
         start: mean over queries of the log-sum of what the window drops, [heads]; minus infinity where it drops nothing.
+        sunk: g · c, [heads, tokens].
     """
 
     full: torch.Tensor
     kept: torch.Tensor
     mass: torch.Tensor
     start: torch.Tensor
+    sunk: torch.Tensor
 
     def change(self, head: int, logits: torch.Tensor) -> torch.Tensor:
         """g · (a_w - a) of a head under each of the logits [n], float32 [n, tokens]."""
-        return self.kept[head] * torch.sigmoid(self.mass[head] - logits[:, None]) - self.full[head]
+        share = torch.sigmoid(self.mass[head] - logits[:, None])
+        return (self.kept[head] - self.sunk[head]) * share + self.sunk[head] - self.full[head]
 
     def changes(self, logits: torch.Tensor | None) -> torch.Tensor:
         """g · (a_w - a) under a logit per head, or without any, [heads, tokens]."""
-        scale = 1.0 if logits is None else torch.sigmoid(self.mass - logits[:, None])
-        return self.kept * scale - self.full
+        if logits is None:
+            return self.kept - self.full
+        return (self.kept - self.sunk) * torch.sigmoid(self.mass - logits[:, None]) + self.sunk - self.full
 
 
 def sink_logits(products: HeadProducts, groups: int) -> torch.Tensor:

@@ -62,13 +62,16 @@ def expected(executor, logits, by, mask):
     model = load_checkpoint(executor.checkpoint, dtype="float32").requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_())
     model.set_attn_implementation("eager")
-    rows, tokens = {}, 0
+    for module in [model, *model.modules()]:
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "keeping"
+    rows, tokens, firsts = {}, 0, {}
+    for row in range(SAMPLES):
+        model(**{name: value[:, :1] for name, value in executor.inputs.rows([row]).items()})
+        for index, (_, value, *_) in seen.items():
+            firsts[index] = firsts.get(index, 0) + value[0, :, 0] / SAMPLES
     for row in range(SAMPLES):
         inputs = executor.inputs.rows([row])
-        model.config._attn_implementation = "keeping"
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = "keeping"
         inputs["attention_mask"] = dense(executor, row)
         generator = torch.Generator().manual_seed(executor.seed * 1_000_003 + row)
         output = model(**inputs)[0][0]
@@ -84,29 +87,30 @@ def expected(executor, logits, by, mask):
                 kept = scores.masked_fill(~visible, -torch.inf)
                 lost = scores.masked_fill(visible, -torch.inf).logsumexp(-1)[0]
                 heads = kept.softmax(-1) @ value
+                sunk = (out.grad * firsts[index][:, None]).sum(-1)[0]
                 if not logits:
                     heads = heads * torch.sigmoid(kept.logsumexp(-1) - sink[:, None])[..., None]
                 part = ((out.grad * out).sum(-1)[0], (out.grad * heads).sum(-1)[0], kept.logsumexp(-1)[0])
                 lost = lost.masked_fill(~counted, -torch.inf)
-                rows.setdefault((index, number), []).append((*part, lost, repeated))
+                rows.setdefault((index, number), []).append((*part, lost, sunk, repeated))
     changes, searched = [], []
     for index in sorted({i for i, _ in rows}):
         units, chosen = [], []
         for number in range(len(SIGHTS)):
-            full, kept, mass, lost = (
-                torch.cat(x, -1).detach() for x in list(zip(*rows[index, number], strict=True))[:4]
+            full, kept, mass, lost, sunk = (
+                torch.cat(x, -1).detach() for x in list(zip(*rows[index, number], strict=True))[:5]
             )
             real = torch.isfinite(lost)
             start = torch.where(real, lost, 0).sum(-1) / real.sum(-1)
-            groups = len(full) // rows[index, number][0][4] if by == "heads" else 1
-            products = HeadProducts(full, kept, mass, start.masked_fill(real.sum(-1) == 0, -torch.inf))
+            groups = len(full) // rows[index, number][0][5] if by == "heads" else 1
+            products = HeadProducts(full, kept, mass, start.masked_fill(real.sum(-1) == 0, -torch.inf), sunk)
             found = sink_logits(products, groups) if logits else None
             chosen.append(found)
             units.append(products.changes(found).view(groups, -1, full.shape[-1]).sum(1))
         changes += [unit for group in zip(*units, strict=True) for unit in group]
         searched.append(chosen)
     changes = torch.stack(changes).double()
-    return changes @ changes.T / 2 / tokens, searched
+    return changes @ changes.T / 2 / tokens, searched, firsts
 
 
 def dense(executor, row):
@@ -138,20 +142,23 @@ def test_window_losses_match_whole_models_and_dense_masks(family, logits, tmp_pa
     folder = pico.folder(family)
     by = "heads" if logits == (family in ("llama", "gemma2", "gpt2")) else "layers"
     losses, executor = measured(folder, tmp_path, logits, by, mask)
-    joint, searched = expected(executor, logits, by, mask)
+    joint, searched, firsts = expected(executor, logits, by, mask)
     assert losses.joint.shape == joint.shape
     assert float(joint.diagonal().sum()) > 0
     assert (losses.joint - joint).abs().max() <= 1e-3 * joint.abs().max()
     if logits:
         assert torch.allclose(torch.tensor(losses.logits), torch.stack([torch.stack(s) for s in searched]), atol=1e-3)
+    for index, value in firsts.items():
+        repeated = len(value) // len(losses.values[index])
+        assert torch.allclose(torch.tensor(losses.values[index]), value[::repeated], atol=1e-5)
     assert not any(p.suffix == ".act" for p in tmp_path.iterdir())
 
 
 def test_results_survive_json():
-    losses = WindowLosses(torch.rand(4, 4, dtype=torch.float64), [[[0.5, -1e4]], [[1.0, 2.0]]])
+    losses = WindowLosses(torch.rand(4, 4, dtype=torch.float64), [[[0.5, -1e4]], [[1.0, 2.0]]], [[[0.25, 0.5]]] * 2)
     again = WindowLosses.from_json(losses.to_json())
     assert torch.equal(again.joint, losses.joint)
-    assert again.logits == losses.logits
+    assert (again.logits, again.values) == (losses.logits, losses.values)
 
 
 def test_attention_outside_the_interface_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -16,8 +17,10 @@ def products(heads=4, tokens=50, seed=0):
     kept = torch.randn(heads, tokens, generator=draw)
     mass = 2 * torch.randn(heads, tokens, generator=draw)
     true = torch.tensor([1.0, -1e4, 2.5, 0.0])
-    full = kept * torch.sigmoid(mass - true[:, None])  # a logit explains all of it
-    return HeadProducts(full, kept, mass, true.clamp(min=0) + 0.5), true
+    sunk = 0.5 * torch.randn(heads, tokens, generator=draw)
+    share = torch.sigmoid(mass - true[:, None])
+    full = kept * share + sunk * (1 - share)  # a logit explains all of it
+    return HeadProducts(full, kept, mass, true.clamp(min=0) + 0.5, sunk), true
 
 
 def loss(p, logits, groups):
@@ -29,7 +32,7 @@ def loss(p, logits, groups):
             change = 0.0
             for h in range(heads * size, heads * size + size):
                 scale = float(torch.sigmoid(p.mass[h, t] - logits[h]))
-                change += float(p.kept[h, t]) * scale - float(p.full[h, t])
+                change += float(p.kept[h, t]) * scale + float(p.sunk[h, t]) * (1 - scale) - float(p.full[h, t])
             result += change**2
     return result / 2 / p.full.shape[1]
 
@@ -44,9 +47,7 @@ def test_sink_logits_find_the_logits_that_explain_what_was_lost(groups):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_sink_logits_are_best_one_by_one(groups):
     p, _ = products(seed=3)
-    p = HeadProducts(
-        p.full + torch.randn(p.full.shape, generator=torch.Generator().manual_seed(1)), p.kept, p.mass, p.start
-    )
+    p = replace(p, full=p.full + torch.randn(p.full.shape, generator=torch.Generator().manual_seed(1)))
     logits = sink_logits(p, groups)
     reached = loss(p, logits, groups)
     assert reached < loss(p, torch.full((4,), NO_SINK), groups)
@@ -59,7 +60,7 @@ def test_sink_logits_are_best_one_by_one(groups):
 
 def test_sink_logits_are_none_where_a_window_drops_nothing():
     p, _ = products()
-    p = HeadProducts(p.full, p.kept, p.mass, torch.full((4,), -torch.inf))
+    p = replace(p, start=torch.full((4,), -torch.inf))
     assert torch.equal(sink_logits(p, 2), torch.full((4,), NO_SINK))
 
 

@@ -323,11 +323,13 @@ def rope_parameters(config: Mapping[str, Any], theta: float) -> dict[str, Any]:
     return given
 
 
-def windowed(spec: Spec, windows: Sequence[int | None], target: WindowTarget | None) -> tuple[Spec, dict[str, float]]:
+def windowed(
+    spec: Spec, windows: Sequence[int | None], target: WindowTarget | None, *, values: bool = False
+) -> tuple[Spec, dict[str, float]]:
     """The spec with those windows, in its own family or in a target.
 
     Args:
-        windows: by block, tokens or None; one window at most.
+        windows: by block, tokens or None; one window at most. values: whether attention gets biases, for sinks' values.
 
     Returns:
         The spec, and the tensors that it has more than before ▶ the value that fills them: zero, or `NO_SINK` for sinks.
@@ -338,14 +340,18 @@ def windowed(spec: Spec, windows: Sequence[int | None], target: WindowTarget | N
     kinds = [FULL if window is None else SLIDING for window in windows]
     if target is None:
         config |= {**OWN[spec.structure.model_type].switch, "layer_types": kinds, "sliding_window": sizes.pop()}
-        return replace(spec, structure=replace(spec.structure, config=config)), {}
-    flags = {key: bool(_biases(spec) & set(modules)) for key, modules in target.biases.items()}
+        config |= {"attention_bias": True} if values else {}
+        return _with(spec, config, _added(spec, _ATTENTION * values, False))
+    flags = {k: bool(_biases(spec).union(_ATTENTION * values) & set(m)) for k, m in target.biases.items()}
     config = {**_config(spec, target), **flags, "layer_types": kinds, "sliding_window": sizes.pop()}
     wanted = [*target.always, *(m for key, modules in target.biases.items() if flags[key] for m in modules)]
-    added = _added(spec, wanted, target.sinks)
-    tensors = {**spec.tensors, **{tensor.name: tensor for tensor, _ in added}}
-    result = replace(spec, structure=replace(spec.structure, config=config), tensors=tensors)
-    return result, {tensor.name: value for tensor, value in added}
+    return _with(spec, config, _added(spec, wanted, target.sinks))
+
+
+def _with(spec: Spec, config: dict[str, Any], added: Sequence[tuple[Tensor, float]]) -> tuple[Spec, dict[str, float]]:
+    """The spec with another config and more tensors, and what fills those."""
+    tensors, structure = {**spec.tensors, **{t.name: t for t, _ in added}}, replace(spec.structure, config=config)
+    return replace(spec, structure=structure, tensors=tensors), {t.name: value for t, value in added}
 
 
 #: Fields of the sources that the targets lack, or that are written anew.

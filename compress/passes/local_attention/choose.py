@@ -24,12 +24,14 @@ class Windows:
     Attributes:
         windows: by block, the tokens that it sees, the token itself among them; None for everything.
         sinks: block ▶ float32 logits [heads] in the denominator of its softmax. Blocks that are left out have none.
+        values: block ▶ the value of its sinks, float32 [KV heads, width]; zero where it is left out.
         losses: by block, the predicted loss of its window in nats per token; empty where it was not measured.
     """
 
     windows: tuple[int | None, ...]
     sinks: Mapping[int, torch.Tensor] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
+    values: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def full(self) -> tuple[int, ...]:

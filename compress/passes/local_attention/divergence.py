@@ -51,7 +51,8 @@ def choose(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Co
         chosen = Windows(tuple(None if i in full else window for i in range(len(before))))
     local = [i for i in range(len(before)) if learned and chosen.windows[i] is not None]
     sinks = {i: torch.tensor(losses.logits[i][0]) for i in local}
-    return replace(chosen, sinks=sinks, losses=tuple(losses.joint.diagonal().tolist()))
+    values = {i: torch.tensor(losses.values[i]) for i in local}
+    return replace(chosen, sinks=sinks, values=values, losses=tuple(losses.joint.diagonal().tolist()))
 
 
 def _full(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LocalAttention(Pass[LocalAttentionSettings]):
     """The blocks that lose most by a window go on seeing everything. The others cache no more tokens than they see.
 
-    Weights stay as they are. A family whose class has no windows becomes one that has: a Llama becomes a GraniteSWA, whose
-    heads have a logit for what the window drops, or without sinks a Ministral.
+    Weights stay as they are, but for biases that sinks need. A family whose class has no windows becomes one that has: a Llama
+    becomes a GraniteSWA, whose heads have a logit for what the window drops, or without sinks a Ministral.
 
     Sample recipe::
 

@@ -98,9 +98,10 @@ class LocalAttentionSettings(PassSettings):
     sinks: Sinks = Field(
         default="learned",
         description="What stands for the first tokens, once a window has dropped them (attention sinks, arXiv 2309.17453). "
-        "`learned`: a logit per head in the denominator of the softmax, calibrated; a Llama becomes a stock GraniteSWA. A "
-        "number: that many first tokens stay visible, with `store: compact`. 0: nothing; stock in many families, and in need "
-        "of repair. By default `learned`, or 4 where a stock class cannot express the windows.",
+        "`learned`: a logit per head in the denominator of the softmax, calibrated, and the first tokens' mean value, in "
+        "biases; a Llama becomes a stock GraniteSWA. A number: that many first tokens stay visible, with `store: compact`. 0: "
+        "nothing; stock in many families, and in need of repair. By default `learned`, or 4 where a stock class cannot express "
+        "the windows.",
     )
     pattern: Literal["window", "strided", "fixed", "chunks"] = Field(
         default="window",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.conversions.windows import SOURCES, current_windows, target_of, windowed
@@ -16,6 +17,8 @@ from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.checkpoint.values import Checkpoint
 
 
@@ -34,11 +37,14 @@ def planned(spec: Spec, settings: LocalAttentionSettings, chosen: Windows) -> tu
         raise PassError("every block would stay full", key="full", fix="set a smaller `full`")
     if chosen.windows == current_windows(spec) and target is None and not settings.allow_noop:
         raise PassError("the model has these windows already", key="window", fix="leave the pass out")
-    return windowed(spec, chosen.windows, target)
+    return windowed(spec, chosen.windows, target, values=settings.sinks == "learned")
 
 
 def with_windows(checkpoint: Checkpoint, settings: LocalAttentionSettings, chosen: Windows) -> Checkpoint:
-    """The checkpoint in a stock class with those windows and logits, lazily. Other weights stay as they are."""
+    """The checkpoint in a stock class with those windows and sinks, lazily. Other weights stay as they are.
+
+    A sink of value c is Σ p (v - c) + c, summed over the tokens that are seen: biases of the value and output projections.
+    """
     import torch
 
     from compress.checkpoint.values import Derived, Value, torch_dtype
@@ -49,8 +55,19 @@ def with_windows(checkpoint: Checkpoint, settings: LocalAttentionSettings, chose
     paths = model_map(spec).paths
     logits = {f"{paths[i]}self_attn.sinks": values for i, values in chosen.sinks.items()}
 
+    shifts: dict[str, Callable[[], torch.Tensor]] = {}
+    for i, values in chosen.values.items():
+        path, heads = f"{paths[i]}self_attn.", len(chosen.sinks[i]) // len(values)
+        shifts[_bias(spec, f"{path}v_proj")] = (-values.flatten()).clone
+        shifts[_bias(spec, f"{path}o_proj")] = partial(
+            _projected, checkpoint, f"{path}o_proj", values.repeat_interleave(heads, 0).flatten()
+        )
+
     def read(name: str) -> Value:
         dtype = torch_dtype(spec.tensors[name].dtype)
+        if name in shifts:
+            before = checkpoint.tensor(name).data.float() if name in checkpoint.spec.tensors else 0.0
+            return Value((before + shifts[name]()).to(dtype))
         if name in logits:
             return Value(logits[name].to(dtype))
         if name in added:
@@ -62,6 +79,19 @@ def with_windows(checkpoint: Checkpoint, settings: LocalAttentionSettings, chose
         result.rewritten = {**result.rewritten, **with_tokenizer_class(checkpoint, SOURCES[before].tokenizer_class)}
     result.rewritten = {**result.rewritten, **_generation(result)}
     return result
+
+
+def _bias(spec: Spec, path: str) -> str:
+    """Name of a projection's bias; of two factors the second one has it."""
+    return f"{path}.up.bias" if f"{path}.up.weight" in spec.tensors else f"{path}.bias"
+
+
+def _projected(checkpoint: Checkpoint, path: str, vector: torch.Tensor) -> torch.Tensor:
+    """A vector times a projection's weight, or its two factors in turn, float32."""
+    names = [f"{path}.down.weight", f"{path}.up.weight"] if f"{path}.up.weight" in checkpoint.spec.tensors else []
+    for name in names or [f"{path}.weight"]:
+        vector = checkpoint.tensor(name).data.float() @ vector
+    return vector
 
 
 def chunk_size(config: Mapping[str, Any]) -> int | None:

@@ -27,7 +27,7 @@ def test_distill_and_cast_follow_a_conversion(texts, tmp_path):
                     "steps": 6,
                     "batch_size": 4,
                     "validation_samples": 4,
-                    "learning_rate": 1e-3,
+                    "learning_rate": 3e-4,
                     "allow_noop": True,
                 }
             },

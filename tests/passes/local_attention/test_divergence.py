@@ -67,6 +67,11 @@ def test_logits_are_measured_where_blocks_are_named(uneven, tmp_path, data):
     tensors, windows = apply(uneven, tmp_path / "out", data, full=[0])
     assert windows == (None, 8, 8, 8)
     assert bool((tensors["model.layers.2.self_attn.sinks"] > NO_SINK).any())
+    lowered, raised = (tensors[f"model.layers.2.self_attn.{name}.bias"] for name in ("v_proj", "o_proj"))
+    image = tensors["model.layers.2.self_attn.o_proj.weight"] @ lowered.view(2, 1, -1).expand(2, 2, -1).flatten()
+    assert lowered.abs().min() > 0
+    assert torch.allclose(raised, -image, atol=1e-5)
+    assert not tensors["model.layers.0.self_attn.v_proj.bias"].any()
 
 
 def recipe(name, folder, texts, tmp_path):

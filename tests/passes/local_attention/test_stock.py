@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from compress import architectures
 from compress.architectures.cache import cache_values
 from compress.architectures.conversions.windows import current_windows
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.models.blocks import find_blocks
 from compress.models.loading import load_model
@@ -101,19 +102,24 @@ def by_hand(module, query, key, value, attention_mask, scaling, softcap=None, s_
     if sinks is not None:
         column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : key.shape[2]]
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    weights = scores.softmax(-1)
+    weights, rest = weights[..., : key.shape[2]], weights[..., key.shape[2] :]
+    output = weights @ value
+    if module.values is not None:
+        output = output + rest * module.values.repeat_interleave(groups, 0)[:, None]
+    return output.transpose(1, 2).contiguous(), weights
 
 
 AttentionInterface.register("by_hand", by_hand)
 
 
-def expected(folder, windows, sinks, length=PROMPT + STEPS):
-    """Logits of the original model with those windows and logits of sinks."""
+def expected(folder, windows, sinks, values=None, length=PROMPT + STEPS):
+    """Logits of the original model with those windows, and with logits and values of sinks."""
     model = load_model(folder)
     model.set_attn_implementation("by_hand")
     for i, block in enumerate(find_blocks(model, architectures.of(model.config.to_dict()))):
         block.self_attn.window, block.self_attn.logits = windows[i], sinks.get(i)
+        block.self_attn.values = (values or {}).get(i)
     return pico.logits(model, length)
 
 
@@ -154,15 +160,17 @@ def results(tmp_path_factory, stock):
     for number, (name, (family, changes, settings, model_type)) in enumerate(CASES.items()):
         folder = pico.folder(family, **changes)
         checkpoint = open_checkpoint(folder)
-        sinks = {}
+        sinks, values = {}, {}
         if settings["sinks"] == "learned":
-            sinks = {i: torch.randn(4, generator=torch.Generator().manual_seed(i)) * 2 for i in (1, 3)}
+            draw, mapped = torch.Generator().manual_seed(number), model_map(checkpoint.spec)
+            sinks = {i: torch.randn(4, generator=draw) * 2 for i in (1, 3)}
+            values = {i: torch.randn(mapped.kv_heads, mapped.head_dim, generator=draw) for i in (1, 3)}
         asked = LocalAttentionSettings(window=WINDOW, full=[0, 2], **settings)
-        stored = write(with_windows(checkpoint, asked, Windows(WINDOWS, sinks)), root / str(number))
+        stored = write(with_windows(checkpoint, asked, Windows(WINDOWS, sinks, values=values)), root / str(number))
         assert stored.spec.structure.model_type == model_type
         assert current_windows(stored.spec) == WINDOWS
         planned[name] = cache_values(stored.spec, PROMPT + STEPS)
-        y = expected(folder, WINDOWS, sinks)
+        y = expected(folder, WINDOWS, sinks, values)
         torch.save(((torch.arange(y.shape[1]) * 7 % 250)[None], y, PROMPT), root / f"{number}.pt")
         listed[name] = (str(root / str(number)), str(root / f"{number}.pt"))
     return {"planned": planned, **json.loads(stock(f"LISTED = {listed!r}\n{STEPWISE}").splitlines()[-1])}
