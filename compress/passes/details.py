@@ -114,7 +114,8 @@ class PassDetails(_CachedDetails, total=False):
         removed_blocks, loss_without_block, block_influence: depth. hidden_channels: channels that are kept.
         windows: a row per block of a model with local attention. latent: numbers cached by latent attention.
         expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
-            block, the share of the router's weights that they have. kv_cache: static scales of a cache.
+            block, the share of the router's weights that they have. kv_cache: static scales of a cache. groups: matrices whose
+            groups are not of the default size.
     """
 
     blocks: list[BlockDetails]
@@ -136,6 +137,7 @@ class PassDetails(_CachedDetails, total=False):
     hidden_channels: int
     windows: list[WindowDetails]
     kv_cache: Any
+    groups: str
     latent: LatentDetails
 
 

@@ -13,7 +13,16 @@ from compress.passes.blockwise import (
 )
 from compress.passes.cast.allocation import allocate_formats
 from compress.passes.cast.budget import assumed
-from compress.passes.cast.plan import FINE, NO_SCALES, choices, planned, planned_cache, undecided, without_scales
+from compress.passes.cast.plan import (
+    FINE,
+    NO_SCALES,
+    choices,
+    group_note,
+    planned,
+    planned_cache,
+    undecided,
+    without_scales,
+)
 from compress.passes.cast.settings import CastSettings
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
 from compress.spec.spec import Spec
@@ -128,10 +137,12 @@ class Cast(Pass[CastSettings]):
         from compress.passes.cast.convert import convert
         from compress.passes.cast.kv_cache import cache_scales
 
-        if self.plan_notes(checkpoint.spec, settings):
+        if _lacks_scales(checkpoint.spec, settings):
             context.details["kv_cache"] = NO_SCALES
         chosen = allocate_formats(checkpoint, settings, context) if settings.budgeted else {}
         spec = planned(checkpoint.spec, settings, chosen)
+        if (note := group_note(checkpoint.spec, settings, spec)) is not None:
+            context.details["groups"] = note
         read = checkpoint.tensor
         if settings.solved:
             read = cast_blocks(checkpoint, spec, settings, context)
@@ -145,7 +156,11 @@ class Cast(Pass[CastSettings]):
         return Derived(checkpoint, spec, lambda name: Value(scales[name]) if name in scales else cast(name))
 
     def plan_notes(self, spec: Spec, settings: CastSettings) -> list[str]:
-        """How servers treat a cache without scales."""
-        if settings.kv_cache is None or planned_cache(spec, settings) != settings.kv_cache:
-            return []
-        return [NO_SCALES]
+        """Matrices that the default group size does not divide, and how servers treat a cache without scales."""
+        note = group_note(spec, settings, self.plan(spec, settings))
+        return [*([NO_SCALES] if _lacks_scales(spec, settings) else []), *([note] if note is not None else [])]
+
+
+def _lacks_scales(spec: Spec, settings: CastSettings) -> bool:
+    """Whether the config will name a quantised cache for which the files hold no scales."""
+    return settings.kv_cache is not None and planned_cache(spec, settings) == settings.kv_cache

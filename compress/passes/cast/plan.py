@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
-from compress.architectures.model_map import Linear, model_map
+from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.evaluation.tasks import LANGUAGE, task_of
 from compress.passes.cast.budget import Choices
+from compress.passes.cast.group_sizes import GroupSizes
 from compress.passes.cast.settings import DTYPES, CastSettings, Format
 from compress.passes.selection import matching, select
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec, Tensor, widest
 
 #: Remark about a cache without stored scales.
@@ -28,9 +26,8 @@ FINE = 6
 def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat]) -> Spec:
     """Spec with the formats ``chosen`` for some tensors, and those of the settings for the rest."""
     formats = _formats(spec, settings)
-    _check_groups(spec, settings, {n: f for n, f in formats.items() if f is not None and n not in chosen})
-
-    linears = model_map(spec).linears
+    sizes = GroupSizes(spec, settings)
+    sizes.check({n: f for n, f in formats.items() if f is not None and n not in chosen})
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.name in chosen:
@@ -40,7 +37,7 @@ def planned(spec: Spec, settings: CastSettings, chosen: Mapping[str, QuantFormat
             return tensor
         if format_ in DTYPES:
             return replace(tensor, dtype=DTYPES[format_])
-        return replace(tensor, quant_format=_grid(spec, linears[tensor.name], settings, format_))
+        return replace(tensor, quant_format=sizes.quant_format(tensor.name, format_))
 
     cast = spec.map(change)
     if cast.tensors == spec.tensors and not settings.allow_noop:
@@ -97,21 +94,24 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
 
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
     """Options of the budget; the tensors of a group get the same format. Raises `PassError`."""
-    if settings.group_size is not None:
-        names = undecided(spec, settings)
-        for option in settings.options:
-            _check_groups(spec, settings, dict.fromkeys(names, option))
+    sizes, names = GroupSizes(spec, settings), undecided(spec, settings)
+    for option in settings.options:
+        sizes.check(dict.fromkeys(names, option))
+    return Choices(spec, groups, tuple(settings.options), sizes.quant_format)
 
-    linears = model_map(spec).linears
 
-    def quant_format(name: str, option: str) -> QuantFormat:
-        linear, format_ = linears[name], option.partition("/")[0]
-        if settings.group_size is None and format_ not in FIXED_GROUPS:  # the first group size that divides the width
-            among = (option, format_, f"{format_}/channel")
-            option = next(o for o in among if not _leftover(linear, settings.quant_format(o)))
-        return _grid(spec, linear, settings, option)
+def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
+    """A sentence on matrices that the default group size does not divide; None where there are none.
 
-    return Choices(spec, groups, tuple(settings.options), quant_format)
+    Args:
+        spec, cast: before and after the pass.
+    """
+    quant_formats = {
+        t.name: t.quant_format
+        for t in cast.stored()
+        if t.quant_format is not None and spec.tensors[t.name].quant_format is None
+    }
+    return GroupSizes(spec, settings).note(quant_formats)
 
 
 def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
@@ -142,62 +142,3 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
 def _routers(spec: Spec) -> set[str]:
     """Modules that choose experts: rounded, they would choose others, and they have few weights."""
     return {linear.module for linear in model_map(spec).linears.values() if linear.role == "router"}
-
-
-def _leftover(linear: Linear, quant_format: QuantFormat) -> int:
-    """Number of inputs that do not fill a group of the format; 0 where groups divide them."""
-    return linear.I % quant_format.group if quant_format.group else 0
-
-
-def _check_groups(spec: Spec, settings: CastSettings, formats: Mapping[str, str]) -> None:
-    """Raise `PassError` that names all tensors whose inputs the group size does not divide."""
-    linears = model_map(spec).linears
-    by_grid: dict[QuantFormat, list[Linear]] = {}
-    for name, option in formats.items():
-        format_ = option.partition("/")[0]
-        if format_ in DTYPES:
-            continue
-        quant_format, linear = settings.quant_format(option), linears[name]
-        if _leftover(linear, quant_format) and (format_ in FIXED_GROUPS or linear.role != "factor"):
-            by_grid.setdefault(quant_format, []).append(linear)
-    for quant_format, refused in by_grid.items():
-        _refuse_groups(refused, quant_format)
-
-
-def _refuse_groups(linears: Sequence[Linear], quant_format: QuantFormat) -> NoReturn:
-    """Raise `PassError` that names these tensors, and a group size that divides their inputs."""
-    widths = [linear.I for linear in linears]
-    modules = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", linear.module) for linear in linears)
-    patterns = ", ".join([linears[0].module] if len(linears) == 1 else modules)
-    common = math.gcd(*widths)
-    size = next((s for s in (256, 128, 64, 32, 16, 8) if common % s == 0 and s < quant_format.group), None)
-    fixed = quant_format.format in FIXED_GROUPS
-    others = f", nor those of {len(linears) - 1} others ({', '.join(map(str, sorted(set(widths))))})"
-    raise PassError(
-        f"{linears[0].name} has {widths[0]} inputs, which groups of {quant_format.group} do not divide"
-        + (others if len(linears) > 1 else ""),
-        key="weights" if fixed else "group_size",
-        fix=(
-            f"skip {'it' if len(linears) == 1 else 'them'}: "
-            if fixed
-            else f"group_size: {size or 'channel'} would fit, or "
-        )
-        + f"skip: [{patterns}]",
-    )
-
-
-def _grid(spec: Spec, linear: Linear, settings: CastSettings, option: str) -> QuantFormat:
-    quant_format, format_ = settings.quant_format(option), option.partition("/")[0]
-    if linear.transposed:
-        quant_format = replace(quant_format, transposed=True)
-    if _leftover(linear, quant_format) and format_ not in FIXED_GROUPS and linear.role == "factor":
-        quant_format = replace(quant_format, group=0)  # ranks need not be multiples of a group
-    if _leftover(linear, quant_format):
-        _refuse_groups([linear], quant_format)
-    if format_ in FIXED_GROUPS and (wide := next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)):
-        raise PassError(
-            f"{format_} goes with bfloat16 weights beside it, and {wide.name} is {FLOAT_DTYPES[wide.dtype]}",
-            key="weights",
-            fix="put `- cast: {weights: bf16}` before it",
-        )
-    return quant_format

@@ -63,7 +63,8 @@ class CastSettings(PassSettings):
     group_size: int | Literal["channel"] | None = Field(
         default=None,
         description="Number of inputs that share a scale, or `channel` for one scale per output. By default 64 for integers "
-        "below 8 bits, `channel` for int8 and fp8. The groups of mxfp4 and nvfp4 are fixed: 32 and 16.",
+        "below 8 bits, `channel` for int8 and fp8. Matrices whose inputs 64 does not divide then get groups of 32, or one "
+        "scale per output. A number given here must divide all inputs. The groups of mxfp4 and nvfp4 are fixed: 32 and 16.",
     )
     symmetric: bool = Field(default=True, description="Integers without zero points.")
     method: Literal["rtn", "mse", "gptq"] = Field(

@@ -45,6 +45,31 @@ def test_cast_codes_match_stock_transformers(settings, folders, tmp_path):
     assert torch.equal(logits, our_logits(out.folder))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_cast_falls_back_to_groups_that_divide(family, tmp_path):
+    """Widths that 64 does not divide: groups of 32, else a channel, of any width; fused experts have one size."""
+    sizes = {"llama": {"intermediate_size": 45, "head_dim": 16}, "qwen3_moe": {"moe_intermediate_size": 32}}[family]
+    model = pico.save(tmp_path / "m", family, hidden_size=128, with_tokenizer=False, **sizes)
+    settings = {"weights": "int4", "method": "rtn"}
+    checkpoint = open_checkpoint(model)
+    planned = plan(checkpoint, "cast", **settings)
+    _, layout = stored_form(planned, "stock", 10**9, checkpoint.metadata)
+    details: dict = {}
+    out = compress.apply("cast", model, tmp_path / "out", details=details, **settings)
+    assert (out / "model.safetensors").stat().st_size == layout.bytes
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
+    groups = {
+        (model_map(planned).linears[t.name].I, t.quant_format.group)
+        for t in open_checkpoint(out).spec.stored()
+        if t.quant_format is not None
+    }
+    if family == "llama":
+        assert groups == {(128, 64), (64, 64), (45, 0)}
+        assert "one scale per output in 4 matrices with 45 inputs (model.layers.*.mlp.down_proj)" in details["groups"]
+    else:
+        assert groups == {(128, 64), (128, 32), (32, 32), (64, 64)}  # attention; experts; a dense MLP
+
+
 def test_cast_kv_cache_format_is_written_to_config(folders, tmp_path):
     """In the config alone: stock transformers loads it, compressed-tensors parses it, and writing again keeps it."""
     from compressed_tensors.quantization import QuantizationConfig
@@ -216,7 +241,7 @@ def test_cast_embeddings_only(folders, data, tmp_path):
 def test_cast_refuses_bad_input(folders, data, tmp_path):
     llama = open_checkpoint(folders["llama"])
     with pytest.raises(PassError, match=r"proj.weight has 32 inputs, which groups of 64 do not divide") as caught:
-        plan(llama, "cast", weights="int4")
+        plan(llama, "cast", weights="int4", group_size=64)
     assert "group_size: 32" in caught.value.fix
     with pytest.raises(PassError, match=r"mxfp4 goes with bfloat16 weights beside it"):
         plan(llama, "cast", weights="mxfp4")
