@@ -1,0 +1,385 @@
+"""Configs of the same kind with few and narrow blocks.
+
+A pico model of a family answers questions about its wiring in seconds. Every kind of block is kept: lists with an entry per
+block are cut in step, and numbers of blocks are renumbered. Sizes are chosen by the names of fields and by what divides what.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress.architectures import pico_sizes
+from compress.models.classes import quiet_transformers
+
+#: Sizes of a pico model.
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERTS, ACTIVE, VOCABULARY, POSITIONS, WINDOW = (
+    64, 4, 2, 16, 96, 4, 2, 320, 128, 8
+)  # fmt: skip
+#: Fields with the number of blocks, the usual one first.
+_DEPTHS = re.compile(
+    r"(\w+_)?(num_hidden_layers|num_layers|n_layers?|(encoder|decoder)_layers|num_(encoder|decoder)_layers)"
+    r"|depth|layers|num_blocks|num_self_attends_per_block|n_(input|recurrent|output)_layers|num_layers_per_stack"
+)
+_TOKENS = re.compile(
+    r"\w*(token_(id|ids|index|idx)|_(start|end|newline|patch|pad)_id|(vocab|token)_offset|suppress_tokens|_index)"
+)
+_VOCABULARIES = re.compile(r"\w*(vocab_size|vocab_size_\w+|num_embeddings|group_vocab|num_hash_buckets)")
+_POSITIONS = re.compile(
+    r"\w*(max_\w*position\w*|n_positions|n_ctx|max_seq_len|seq_len|model_max_length|max_\w+_positions|context_length"
+    r"|original_max_position_embeddings)"
+)
+#: Sections that are no configs of models.
+_PLAIN = re.compile(
+    r"(id2label|label2id|rope_parameters|rope_scaling|quantization_config|task_specific_params|\w*_map)"
+)
+
+
+def shrunken(config: Any) -> Any:
+    """A config of the same class as a transformers config, with 2 to 4 blocks of width 64, in float32.
+
+    Special tokens are moved inside the vocabulary of 320; stored quantisation is left out.
+
+    Raises:
+        Exception: transformers refuses the sizes.
+    """
+    with quiet_transformers():
+        data = shrunken_fields(config.to_dict())
+        return type(config).from_dict(data)
+
+
+def default_config(kind: str) -> Any:
+    """Transformers' config of a model type, with what its class needs and the type's default leaves out."""
+    import transformers
+
+    with quiet_transformers():
+        return transformers.AutoConfig.for_model(kind, **copy.deepcopy(pico_sizes.DEFAULTS.get(kind, {})))
+
+
+def shrunken_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `shrunken`, from all fields of a config, defaults included."""
+    return _Shrink(data).section(data)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Sizes of one config among nested ones."""
+
+    data: Mapping[str, Any]
+    hidden: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], outer: _Section | None) -> _Section:
+        hidden = _first(
+            data, "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "model_dim", "encoder_hidden_size"
+        )
+        heads = _first(
+            data, "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "attention_heads"
+        )
+        hidden = hidden or (outer.hidden if outer else 0)
+        width = _first(data, "head_dim", "d_kv", "attention_head_dim", "kv_channels", "d_head", "dim_head")
+        return cls(data, hidden, heads, width)
+
+    @property
+    def untied(self) -> bool:
+        """Whether heads together are not as wide as the hidden state."""
+        return bool(self.head_dim and self.heads and self.head_dim * self.heads != self.hidden)
+
+
+def _first(data: Mapping[str, Any], *names: str) -> int:
+    values = (data.get(name) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
+
+
+class _Shrink:
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self._tokens: dict[int, int] = {}
+        self._data = data
+
+    def section(self, data: Mapping[str, Any], outer: _Section | None = None) -> dict[str, Any]:
+        """The fields of one config and of those nested in it."""
+        sizes = _Section.of(data, outer)
+        result: dict[str, Any] = {}
+        blocks = kept_blocks(data)
+        for key, value in data.items():
+            if key in ("dtype", "torch_dtype"):
+                result[key] = None if value is None else "float32"
+            elif key in ("quantization_config", "auto_map", "transformers_version", "_name_or_path"):
+                continue
+            elif isinstance(value, Mapping):
+                result[key] = self._nested(key, value, sizes, blocks)
+            else:
+                result[key] = self._field(key, value, sizes, blocks)
+        kind = str(data.get("model_type"))
+        for name, value in pico_sizes.EXCEPTIONS.get(kind, {}).items():
+            inner, _, last = name.rpartition(".")
+            if not inner or inner in result:
+                (result[inner] if inner else result)[last] = value
+        return result
+
+    def _nested(self, key: str, value: Mapping[str, Any], sizes: _Section, blocks: Sequence[int]) -> Any:
+        if key == "per_layer_config":
+            known = {int(k): v for k, v in value.items()}
+            own = {i: {k: known[i][k] for k in known[i]} for i in blocks if i in known}
+            return {str(new): self._own(own[old], sizes, blocks) for new, old in enumerate(blocks) if old in own}
+        if key in ("rope_parameters", "rope_scaling"):
+            return self._rotary(value, sizes)
+        return dict(value) if _PLAIN.fullmatch(key) else self.section(value, sizes)
+
+    def _own(self, fields: Mapping[str, Any], sizes: _Section, blocks: Sequence[int]) -> dict[str, Any]:
+        """Fields of one block that replace those of its config."""
+        whole = _Section.of({**sizes.data, **fields}, None)
+        return {key: self._field(key, value, whole, blocks) for key, value in fields.items()}
+
+    def _rotary(self, value: Mapping[str, Any], sizes: _Section) -> dict[str, Any]:
+        """Rotary parameters with factors and sections for the new width of heads."""
+        result = dict(value)
+        part = float(value.get("partial_rotary_factor") or sizes.data.get("partial_rotary_factor") or 1)
+        half = max(1, int(self.rotary(sizes) * part) // 2)
+        for key, inner in value.items():
+            if isinstance(inner, Mapping):
+                result[key] = self._rotary(inner, sizes)
+            elif key in ("short_factor", "long_factor") and isinstance(inner, list):
+                result[key] = inner[:half]
+            elif key == "mrope_section" and isinstance(inner, list):
+                share = [max(1, n * half // sum(inner)) for n in inner]
+                share[0] += half - sum(share)
+                result[key] = share
+            elif key == "original_max_position_embeddings" and isinstance(inner, int):
+                result[key] = min(inner, POSITIONS // 2)
+        return result
+
+    def rotary(self, sizes: _Section) -> int:
+        """Width of the rotated part of a head."""
+        if _first(sizes.data, "qk_rope_head_dim"):
+            return 8
+        return self.head_dim(sizes)
+
+    def head_dim(self, sizes: _Section) -> int:
+        return 2 * HEAD_DIM if sizes.untied else HEAD_DIM
+
+    def _field(self, key: str, value: Any, sizes: _Section, blocks: Sequence[int]) -> Any:
+        if isinstance(value, (list, tuple)):
+            return self._list(key, list(value), sizes, blocks)
+        if value is None and sizes.heads and sizes.hidden:
+            return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            return value
+        return self._number(key, value, sizes, blocks)
+
+    def _number(self, key: str, value: int, sizes: _Section, blocks: Sequence[int]) -> int:
+        if _VOCABULARIES.fullmatch(key):
+            return min(value, VOCABULARY)
+        if _TOKENS.fullmatch(key):
+            return self._token(value)
+        if _POSITIONS.fullmatch(key):
+            return min(value, POSITIONS)
+        if _DEPTHS.fullmatch(key):
+            return min(value, len(blocks))
+        if key == "num_kv_shared_layers":
+            return min(value, len(blocks) // 2)
+        for pattern, rule in _RULES:
+            if pattern.fullmatch(key):
+                return int(rule(value, sizes, self))
+        return self._width(key, value, sizes)
+
+    def _width(self, key: str, value: int, sizes: _Section) -> int:
+        """A width whose name says nothing: in the same ratio to the hidden width as before, or small."""
+        if value < HIDDEN:
+            return value
+        hidden = sizes.hidden
+        if value in _hiddens(self._data):
+            return HIDDEN
+        for other in (hidden, *(s for s in _hiddens(self._data) if s != hidden)):
+            if other and value % other == 0 and value // other <= 8:
+                return HIDDEN * (value // other)
+            if other and value in (other // 2, other // 4):
+                return HIDDEN * value // other
+        if re.search(r"(size|dim|dims|width|rank|channels?|hidden|inner|proj|ff|features|_input)$", key):
+            return min(value, HIDDEN)
+        return value
+
+    def _token(self, value: int) -> int:
+        """The id of a special token inside the vocabulary; the same for the same token, from the end."""
+        if value < VOCABULARY // 2:
+            return value
+        return self._tokens.setdefault(value, VOCABULARY - 1 - len(self._tokens))
+
+    def _list(self, key: str, value: list[Any], sizes: _Section, blocks: Sequence[int]) -> list[Any]:
+        if not value:
+            return value
+        depth = depth_of(sizes.data)
+        if _is_indices(key, value, depth):
+            where = {old: new for new, old in enumerate(blocks)}
+            if all(isinstance(v, int) and v < 0 for v in value):
+                return value
+            moved = [where[v] for v in value if v in where]
+            return moved or [len(blocks) - 1]
+        if depth and len(value) == depth:
+            return [self._item(key, value[i], sizes, blocks) for i in blocks]
+        if _TOKENS.fullmatch(key):
+            return [self._token(v) if isinstance(v, int) else v for v in value]
+        if key in ("stage_names", "out_features", "out_indices"):
+            return value
+        if re.fullmatch(r"depths|num_block_repeats|stage_num_blocks|n_attn_blocks|stage_numb_of_layers", key):
+            return [1 for _ in value]
+        if key in ("conv_dim", "tdnn_dim"):
+            return [min(v, 32) for v in value]
+        wide = [v for v in value if isinstance(v, int)]
+        if len(wide) == len(value) and re.fullmatch(pico_sizes.STAGED, key) and all(v % 32 == 0 for v in wide):
+            return [v // 4 for v in wide]
+        if key == "image_size":
+            return [self._number(key, v, sizes, blocks) for v in value]
+        return value
+
+    def _item(self, key: str, value: Any, sizes: _Section, blocks: Sequence[int]) -> Any:
+        """An entry of a list per block: a number takes the size that a field of one block's name has."""
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 1:
+            return value
+        return self._number(
+            re.sub(r"_per_layer$|s$", "", key) if "heads" not in key else "num_attention_heads", value, sizes, blocks
+        )
+
+
+def depth_of(data: Mapping[str, Any]) -> int:
+    """The number of blocks that a config's first field of depth gives; 0 without one."""
+    return next(
+        (
+            v
+            for k, v in sorted(data.items(), key=lambda item: item[0] != "num_hidden_layers")
+            if _DEPTHS.fullmatch(k) and isinstance(v, int) and not isinstance(v, bool)
+        ),
+        0,
+    )
+
+
+def _is_indices(key: str, value: Sequence[Any], depth: int) -> bool:
+    """Whether a list holds numbers of blocks."""
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return False
+    named = re.search(r"(idxs|indexes|layer_ids|layers_indices|_layers|hybrid_layer_ids|layer_idx)$", key)
+    return (
+        bool(named)
+        and (len(set(value)) == len(value))
+        and all(v < max(depth, 1) for v in value)
+        and (list(value) == sorted(value))
+        and not (len(value) == depth and set(value) <= {0, 1})
+    )
+
+
+def kept_blocks(data: Mapping[str, Any]) -> list[int]:
+    """Numbers of the blocks that a pico model has: the first of each kind, then others up to 3 or 4."""
+    depth = depth_of(data)
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    lists = [(k, v) for k, v in data.items() if isinstance(v, (list, tuple)) and v]
+    for index in range(depth):
+        kind = tuple(
+            (index in v) if _is_indices(k, v, depth) else repr(v[index])
+            for k, v in lists
+            if _is_indices(k, v, depth) or len(v) == depth
+        )
+        kinds.setdefault(kind, []).append(index)
+    kept = {members[0] for members in kinds.values()}
+    if len(kept) > 6:  # values that differ in each block are no kinds
+        kept = {0}
+    wanted = 3 if len(kept) == 1 else 4
+    seconds = [members[1] for members in kinds.values() if len(members) > 1] if len(kept) > 1 else []
+    for index in (*seconds, *range(depth)):
+        if len(kept) >= wanted:
+            break
+        kept.add(index)
+    return sorted(kept)
+
+
+def _hiddens(data: Mapping[str, Any]) -> list[int]:
+    """Hidden widths of all nested configs."""
+    own = [_first(data, "hidden_size"), _first(data, "d_model"), _first(data, "n_embd"), _first(data, "embed_dim")]
+    return [*own, *(h for v in data.values() if isinstance(v, Mapping) for h in _hiddens(v))]
+
+
+def _kv_heads(value: int, sizes: _Section, _: _Shrink) -> int:
+    if value == 1:
+        return 1
+    return HEADS if value == sizes.heads else KV_HEADS
+
+
+def _head_dim(value: int, sizes: _Section, shrink: _Shrink) -> int:
+    nope, rope = _first(sizes.data, "qk_nope_head_dim"), _first(sizes.data, "qk_rope_head_dim")
+    if rope and value == rope:
+        return 8
+    if rope and nope:
+        return 24
+    return shrink.head_dim(sizes)
+
+
+def _patch(value: int, *_: Any) -> int:
+    return min(value, 4)
+
+
+def _image(value: int, sizes: _Section, _: _Shrink) -> int:
+    return min(value, 16 if _first(sizes.data, "patch_size") or sizes.data.get("patch_size") else 64)
+
+
+def _at_most(size: int) -> Any:
+    return lambda value, *_: min(value, size)
+
+
+_RULES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
+    (re.compile(pattern), rule)
+    for pattern, rule in (
+        (r"n_group|n_groups|num_expert_group|mamba_n_?groups|q_groups|o_groups", _at_most(2)),
+        (r"topk_group", _at_most(1)),
+        (r"\w*(experts?_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts|num_selected_experts)", _at_most(ACTIVE)),
+        (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", _at_most(1)),
+        (
+            r"n_routed_experts|num_(local_)?experts|moe_num_experts|num_routed_experts|ffn_num_experts",
+            _at_most(EXPERTS),
+        ),
+        (r"zero_expert_num", _at_most(2)),
+        (r"linear_num_key_heads|index_n_heads", _at_most(2)),
+        (r"linear_(key|value)_head_dim|linear_head_dim", _at_most(HEAD_DIM)),
+        (r"\w*(num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups|n_kv_heads)", _kv_heads),
+        (r"\w*mamba_?(n_|num_)?heads|n_mamba_heads", _at_most(HEADS)),
+        (r"mamba_d_ssm", lambda *_: 2 * HIDDEN),
+        (r"attn_layer_period|expert_layer_period", _at_most(2)),
+        (r"attn_layer_offset|expert_layer_offset", _at_most(1)),
+        (r"codebook_size", _at_most(256)),
+        (r"mamba_(d_head|head_?dim)", lambda *_: 2 * HIDDEN // HEADS),
+        (r"(\w+_)?(num_)?(attention_)?heads|n_heads?|\w*_n_heads", _at_most(HEADS)),
+        (r"qk_nope_head_dim|v_head_dim", _at_most(HEAD_DIM)),
+        (r"qk_rope_head_dim", _at_most(8)),
+        (r"qk_head_dim", _at_most(24)),
+        (r"index_head_dim", _at_most(32)),
+        (r"index_topk", _at_most(WINDOW)),
+        (r"rotary_dim", _at_most(8)),
+        (r"\w*head_dim|d_kv|kv_channels|d_head|dim_head|\w*head_size", _head_dim),
+        (r"query_pre_attn_scalar", lambda value, sizes, shrink: shrink.head_dim(sizes)),
+        (r"q_lora_rank", _at_most(32)),
+        (r"kv_lora_rank", _at_most(16)),
+        (r"\w*(lora_rank|_rank)", _at_most(8)),
+        (r"(mamba_)?d_state|\w*state_size", _at_most(HEAD_DIM)),
+        (r"time_step_rank|mamba_dt_rank", _at_most(4)),
+        (r"\w*moe_\w*intermediate_size|expert_ffn_hidden_size|shared_\w*intermediate_size|expert_dim", _at_most(48)),
+        (
+            r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|ff_dim|mlp_dim|feed_forward_size)|d_ff|dff|dim_ff|n_inner|d_inner"
+            r"|mlp_hidden_size|intermediate_size_mlp",
+            _at_most(INNER),
+        ),
+        (r"hidden_dim", lambda value, sizes, _: HIDDEN if value == sizes.hidden else INNER),
+        (r"first_k_dense_replace|num_dense_layers", _at_most(1)),
+        (
+            r"\w*sliding_window(_size|_len)?|attention_window(_size)?|local_attention|attention_chunk_size",
+            _at_most(WINDOW),
+        ),
+        (r"window_size", _at_most(WINDOW)),
+        (r"patch_size", _patch),
+        (r"image_size|input_size|resolution|img_size", _image),
+        (r"num_patches|num_position_embeddings", _at_most(16)),
+        (r"(mamba_)?chunk_size|block_size", _at_most(WINDOW)),
+    )
+)
