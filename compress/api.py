@@ -88,7 +88,7 @@ def plan(recipe: str | Path | Mapping[str, Any], *, sets: Sequence[str] = ()) ->
 
     loaded = read_recipe(recipe, sets)
     spec, metadata = open_headers(
-        loaded.model,
+        loaded.reference,
         trust_remote_code=loaded.trust_remote_code,
         ignore_auto_map=loaded.ignore_auto_map,
         offline=loaded.offline,
@@ -118,6 +118,7 @@ def apply(
     document_separator: str | None = None,
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
+    allow_links: bool = False,
     progress: Progress | None = None,
     details: dict[str, Any] | None = None,
     **settings: Any,
@@ -148,7 +149,7 @@ def apply(
     recipe, given = _recipe_of_one(name, settings, data, {**section, "label": label}, {
         "model": str(model), "output": str(output), "store": store, "device": device, "dtype": dtype, "seed": seed,
         "max_shard_size": _bytes(max_shard_size), "document_separator": document_separator,
-        "trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map,
+        "trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map, "allow_links": allow_links,
     })  # fmt: skip
     facts = apply_pass(recipe, progress or SilentProgress(), given)
     if details is not None:
@@ -219,6 +220,7 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
+    allow_links: bool = False,
     quantized_activations: bool = True,
     quantized_kv_cache: bool = False,
     attention: Literal["auto", "compress_local", "sdpa", "eager"] | None = "auto",
@@ -229,16 +231,18 @@ def load(
 
     Args:
         trust_remote_code: allow code in the checkpoint. ignore_auto_map: use transformers' own class instead.
+        allow_links: follow links that lead out of the folder.
         quantized_activations: round the inputs of linear layers if the config has it so, as stock transformers does.
         quantized_kv_cache: round keys and values if the config has it so, as vLLM does and stock transformers does not;
             evaluation rounds them.
         attention: ``compress_local`` computes windows and logits of sinks without masks of all pairs. ``auto`` takes it for
             models with windows, None leaves the choice to transformers.
     """
+    from compress.checkpoint.sidecars import with_links
     from compress.models.loading import load_model
 
     return load_model(
-        model,
+        with_links(model, allow_links),
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
@@ -264,16 +268,18 @@ def unpack(
     max_shard_size: int | str = "5GB",
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
+    allow_links: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the dense stock twin of a compact or quantised checkpoint to ``output``, which must not exist."""
     from compress.checkpoint.edits.twin import dense
     from compress.checkpoint.open import open_checkpoint
-    from compress.checkpoint.sidecars import safe_file
+    from compress.checkpoint.sidecars import safe_file, with_links
     from compress.checkpoint.write import write_checkpoint
     from compress.pipeline.publish import check_absent
 
     output = place(output)
+    model = with_links(model, allow_links)
     local = expanded(model)
     check_absent(output, local if local.exists() else None)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)

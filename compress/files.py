@@ -45,7 +45,7 @@ def disk_errors(folder: Path, what: str = "cannot be written") -> Iterator[None]
 def expanded(path: str | Path) -> Path:
     """The path, with ``~`` as the home of its user. Raises `CompressError` where there is no such user."""
     try:
-        return Path(path).expanduser()
+        return (path if isinstance(path, Path) else Path(path)).expanduser()
     except RuntimeError:
         raise CompressError("there is no such user", where=str(path)) from None
 

@@ -9,6 +9,7 @@ import typer
 
 from compress.cli.commands.common import Code
 from compress.cli.options import (
+    AllowLinks,
     AsJson,
     Baseline,
     CheckpointArgument,
@@ -121,13 +122,14 @@ def inspect(
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
     offline: Offline = False,
     json: AsJson = False,
 ) -> None:
     """Show the parameters, bytes, dtypes, storage, sparsity and ties of every module."""
     from compress.cli.commands import checkpoints
 
-    code = Code(trust_remote_code, ignore_auto_map)
+    code = Code(trust_remote_code, ignore_auto_map, allow_links)
     checkpoints.inspect(checkpoint, tensors=tensors, zeros=zeros, code=code, offline=offline, json=json)
 
 
@@ -138,12 +140,13 @@ def diff(
     headers: Annotated[bool, typer.Option("--headers", help="Compare headers only, not values.")] = False,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
     json: AsJson = False,
 ) -> None:
     """Show the tensors and config keys that differ between two checkpoints. The exit status is 0 even if they differ."""
     from compress.cli.commands import checkpoints
 
-    checkpoints.diff(a, b, values=not headers, code=Code(trust_remote_code, ignore_auto_map), json=json)
+    checkpoints.diff(a, b, values=not headers, code=Code(trust_remote_code, ignore_auto_map, allow_links), json=json)
 
 
 @app.command(name="eval")
@@ -167,6 +170,7 @@ def evaluate(
     confidence: Confidence = 0.95,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -202,7 +206,7 @@ def evaluate(
         settings,
         baseline=baseline,
         confidence=confidence,
-        code=Code(trust_remote_code, ignore_auto_map),
+        code=Code(trust_remote_code, ignore_auto_map, allow_links),
         offline=offline,
         json=json,
         quiet=quiet,
@@ -233,6 +237,7 @@ def gate(
     ] = None,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
     offline: Offline = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -250,7 +255,7 @@ def gate(
         gates=gates or [],
         confidence=confidence,
         junit=junit,
-        code=Code(trust_remote_code, ignore_auto_map),
+        code=Code(trust_remote_code, ignore_auto_map, allow_links),
         offline=offline,
         json=json,
         quiet=quiet,
@@ -285,12 +290,13 @@ def unpack(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest size of one weight file.")] = "5GB",
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
+    allow_links: AllowLinks = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a compact checkpoint as a dense stock checkpoint."""
     from compress.cli.commands import checkpoints
 
-    code = Code(trust_remote_code, ignore_auto_map)
+    code = Code(trust_remote_code, ignore_auto_map, allow_links)
     checkpoints.unpack(checkpoint, output, max_shard_size=max_shard_size, code=code, quiet=quiet)
 
 

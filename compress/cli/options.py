@@ -30,6 +30,9 @@ IgnoreCode = Annotated[
         "--ignore-auto-map", help="Ignore the Python code that a checkpoint brings; use transformers' own class."
     ),
 ]
+AllowLinks = Annotated[
+    bool, typer.Option("--allow-links", help="Follow symbolic links that lead out of a local checkpoint's folder.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use no network. Hub ids come from the cache.")]
 
 DataOption = Annotated[

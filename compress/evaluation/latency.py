@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from compress.checkpoint.sidecars import LinkedFolder
 from compress.errors import CheckpointError, CompressError, ResourceError
 from compress.evaluation.latency_lengths import Lengths
 from compress.evaluation.latency_settings import GENERATED, PROMPT, LatencySettings
@@ -62,7 +63,12 @@ def measure_latency(
     settings = {"dtype": dtype, "device": device, "threads": threads, "trust_remote_code": trust_remote_code}
     settings["ignore_auto_map"] = ignore_auto_map
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker({**settings, "folder": str(folder)})) for folder in folders]
+        workers = [
+            stack.enter_context(
+                _worker({**settings, "folder": str(folder), "allow_links": isinstance(folder, LinkedFolder)})
+            )
+            for folder in folders
+        ]
         facts = [worker.answer() for worker in workers]
         positions = [f["positions"] for f in facts if f["positions"] is not None]
         prompt = min([PROMPT, *(max(p - GENERATED, 1) for p in positions)])

@@ -55,6 +55,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
     """The model, and the resident bytes of the process before loading."""
     import torch
 
+    from compress.checkpoint.sidecars import with_links
     from compress.memory import peak_memory, reset_peak
     from compress.models.loading import load_model
 
@@ -64,7 +65,7 @@ def _load(settings: dict[str, Any]) -> tuple[Any, int]:
     reset_peak()
     before = peak_memory()
     model = load_model(
-        settings["folder"],
+        with_links(settings["folder"], settings["allow_links"]),
         dtype=settings["dtype"],
         device=settings["device"],
         trust_remote_code=settings["trust_remote_code"],
@@ -86,12 +87,14 @@ def _answer(model: Any, before: int, command: dict[str, Any], settings: dict[str
 
     if command["do"] in ("paths", "length"):
         from compress.checkpoint.open import open_checkpoint
+        from compress.checkpoint.sidecars import with_links
         from compress.evaluation import latency_path
 
         if command["do"] == "length":
             return latency_path.measure(model, command)
+        folder = with_links(settings["folder"], settings["allow_links"])
         code = {key: settings[key] for key in ("trust_remote_code", "ignore_auto_map")}
-        return latency_path.paths(model, open_checkpoint(settings["folder"], **code).spec)
+        return latency_path.paths(model, open_checkpoint(folder, **code).spec)
     cuda = model.device.type == "cuda"
     if command["do"] == "memory":
         if cuda:

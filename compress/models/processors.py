@@ -37,7 +37,7 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Pr
     """Load the tokenizer beside the weights. Raises `CheckpointError` where there is none or it cannot be read."""
     import transformers
 
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)
     check_has_tokenizer(folder)
     tokenizer: PreTrainedTokenizerBase
     try:
@@ -69,7 +69,9 @@ def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False)
     """Load the image processor beside the weights, with Pillow. Raises `CheckpointError` as `load_tokenizer` does."""
     import transformers
 
-    if not (path := safe_file(Path(folder), "preprocessor_config.json")).exists():
+    if not (
+        path := safe_file(folder if isinstance(folder, Path) else Path(folder), "preprocessor_config.json")
+    ).exists():
         raise CheckpointError(
             "has no image processor, which images need", where=str(folder), fix="copy preprocessor_config.json into it"
         )

@@ -54,7 +54,7 @@ def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | None) -> di
         CompressError: the pass does not apply, or the output cannot be written.
     """
     check_dtype(recipe.dtype)
-    run, model = Run(recipe, progress), expanded(recipe.model)
+    run, model = Run(recipe, progress), expanded(recipe.reference)
     check_absent(run.output, model if model.exists() else None)
     name = recipe.passes[0].name
 

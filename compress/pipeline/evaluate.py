@@ -48,15 +48,15 @@ class _Reading:
     ignore_auto_map: bool
     offline: bool
 
-    def open(self, checkpoint: str) -> Stored:
+    def open(self, checkpoint: str | Path) -> Stored:
         return open_checkpoint(checkpoint, **asdict(self))
 
 
 def evaluate(
-    checkpoint: str,
+    checkpoint: str | Path,
     settings: EvaluationSettings,
     *,
-    baseline: str | None = None,
+    baseline: str | Path | None = None,
     confidence: float = 0.95,
     trust_remote_code: bool = False,
     ignore_auto_map: bool = False,
@@ -87,7 +87,7 @@ def evaluate(
     reference = _reference(settings, baseline, earlier, reading)
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "checkpoint": checkpoint,
+        "checkpoint": str(checkpoint),
         "versions": versions(),
         "machine": machine(settings.device),
         "settings": {**asdict(settings), "text_sha256": _sha256(settings, candidate)},
@@ -137,7 +137,7 @@ def _completed(settings: EvaluationSettings, candidate: Stored) -> EvaluationSet
 
 
 def _reference(
-    settings: EvaluationSettings, baseline: str | None, earlier: dict[str, Any] | None, reading: _Reading
+    settings: EvaluationSettings, baseline: str | Path | None, earlier: dict[str, Any] | None, reading: _Reading
 ) -> Stored | None:
     """The checkpoint to compare with, open; None where nothing of it is computed.
 
@@ -158,7 +158,7 @@ def _reference(
 
 
 def _baseline_part(
-    baseline: str | None,
+    baseline: str | Path | None,
     earlier: dict[str, Any] | None,
     reference: Stored | None,
     kept: Mapping[str, Any],
@@ -180,7 +180,7 @@ def _baseline_part(
         return {key: earlier[key] for key in ("checkpoint", "size", "evaluation", "latency")}
     if reference is None:
         return None
-    return {"checkpoint": baseline, "size": asdict(size_on_disk(reference)), "evaluation": None, "latency": None}
+    return {"checkpoint": str(baseline), "size": asdict(size_on_disk(reference)), "evaluation": None, "latency": None}
 
 
 def _evaluate_data(
@@ -269,8 +269,8 @@ def _sha256(settings: EvaluationSettings, candidate: Stored) -> str | None:
 
 
 def judge_checkpoint(
-    checkpoint: str,
-    baseline: str,
+    checkpoint: str | Path,
+    baseline: str | Path,
     gates: Mapping[str, Any],
     *,
     recipe: Recipe | None,
@@ -304,7 +304,7 @@ def judge_checkpoint(
         "bootstrap": recipe.bootstrap if recipe is not None else 10000,
         "seed": recipe.seed if recipe is not None else 0,
     }
-    with judged(baseline) if Path(baseline).is_file() else contextlib.nullcontext():
+    with judged(str(baseline)) if Path(baseline).is_file() else contextlib.nullcontext():
         return judge(gates, document["baseline"], document, **settings), settings
 
 

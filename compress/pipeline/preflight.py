@@ -45,7 +45,7 @@ def check_folders(recipe: Recipe) -> None:
 
     Raises `OutputError` or `PassError`.
     """
-    output, model = place(recipe.output), expanded(recipe.model)
+    output, model = place(recipe.output), expanded(recipe.reference)
     check_output(output, model if model.exists() else None, RunFolder.of(output).published().get("files"))
     for index, entry in enumerate(recipe.passes):
         for name in passes.get(entry.name).checkpoints(entry.settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
@@ -56,7 +57,7 @@ class Run:
     def open(self) -> None:
         """Open the recipe's model and make the plan. Raises `CompressError` where a pass does not apply."""
         recipe = self.recipe
-        self.original = self.open_other(recipe.model)
+        self.original = self.open_other(recipe.reference)
         assert self.original.folder is not None
         spec = self.original.spec
         self.notes += spec.notes
@@ -75,7 +76,7 @@ class Run:
         for name in needed_data(p for stage in self.plan.stages for p in stage.passes):
             self.data.check_ids(name)
 
-    def open_other(self, name: str) -> Stored:
+    def open_other(self, name: str | Path) -> Stored:
         """A checkpoint by folder or hub id, opened as the recipe allows."""
         recipe = self.recipe
         return open_checkpoint(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, WithJsonSchema, model_validator
 
 from compress import passes
+from compress.checkpoint.sidecars import with_links
 from compress.evaluation.tasks import Task
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
@@ -74,6 +76,11 @@ class Recipe(Settings):
         description="Ignore the code that a checkpoint brings (its `auto_map`) and use transformers' own class of the model "
         "type. The output does not name the code either.",
     )
+    allow_links: bool = Field(
+        default=False,
+        description="Follow symbolic links that lead out of the model's folder, if it is local. Their targets are copied into "
+        "the output, so set it only for links that you made.",
+    )
     offline: bool = Field(default=False, description="Use no network. Hub ids come from the cache.")
     data: Data = Field(default=Data(), description="Text to train on, to calibrate with, and to evaluate on.")
     passes: Annotated[tuple[RecipeEntry, ...], AfterValidator(_completed)] = Field(
@@ -104,6 +111,11 @@ class Recipe(Settings):
     def source(self) -> Source | None:
         """Where each part is written; None for a recipe that Python built directly."""
         return self._source
+
+    @property
+    def reference(self) -> str | Path:
+        """The model's folder or hub id, as `open_checkpoint` takes it, with links out of the folder allowed or not."""
+        return with_links(self.model, self.allow_links)
 
     @property
     def metrics(self) -> tuple[str, ...]:

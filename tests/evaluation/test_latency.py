@@ -70,7 +70,9 @@ def test_latency_workers_end_when_model_does_not_load(tmp_path, pico_llama):
 
 def test_latency_reports_worker_that_dies(pico_llama):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
-    with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
+    with latency._worker(
+        {**settings, "trust_remote_code": False, "ignore_auto_map": False, "allow_links": False}
+    ) as worker:
         worker.answer()
         worker.process.terminate()
         worker.process.wait()
@@ -80,7 +82,9 @@ def test_latency_reports_worker_that_dies(pico_llama):
 
 def test_latency_worker_ends_with_its_parent(pico_llama):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
-    with latency._worker({**settings, "trust_remote_code": False, "ignore_auto_map": False}) as worker:
+    with latency._worker(
+        {**settings, "trust_remote_code": False, "ignore_auto_map": False, "allow_links": False}
+    ) as worker:
         worker.answer()
         worker.process.stdin.close()  # what a killed parent leaves
         deadline = time.monotonic() + 20

@@ -170,7 +170,7 @@ def test_latency_leaves_emulation_out(rounded):
 
     folder = rounded["llama", "int8"]
     settings = {"folder": str(folder), "dtype": "float32", "device": "cpu", "threads": 1}
-    settings |= {"trust_remote_code": False, "ignore_auto_map": False}
+    settings |= {"trust_remote_code": False, "ignore_auto_map": False, "allow_links": False}
     model, _ = _load(settings)
     assert not any(module._forward_pre_hooks for module in model.modules())
     left_out = emulated(open_checkpoint(folder).spec, kv_cache=True)

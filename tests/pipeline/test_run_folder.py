@@ -11,6 +11,7 @@ import pytest
 
 import compress
 from compress import files
+from compress.checkpoint.open import open_headers
 from compress.errors import CheckpointError, CompressError, OutputError
 from compress.pipeline import housekeeping
 from compress.pipeline.folder import RunFolder
@@ -366,6 +367,28 @@ def test_run_refuses_links_out_of_a_checkpoint(small, tmp_path, pico_llama, name
         with pytest.raises(CheckpointError, match=rf"{name}: is a symbolic link to .*secret, outside the checkpoint"):
             work()
     assert not any((tmp_path / place).exists() for place in ("out", "dense", "cast"))
+
+
+def test_run_follows_links_that_are_allowed(small, tmp_path, pico_llama):
+    """Weights, tokenizer and a linked folder lie elsewhere; without the key the run is refused, and the error names it."""
+    elsewhere = Path(shutil.copytree(pico_llama, tmp_path / "elsewhere"))
+    (elsewhere / "more").mkdir()
+    (elsewhere / "more" / "notes.txt").write_text("notes")
+    (elsewhere / "more" / "loop").symlink_to(elsewhere)
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in elsewhere.iterdir():
+        (model / path.name).symlink_to(path)
+    with pytest.raises(CheckpointError, match=r"is a symbolic link to .*set allow_links: true if you made the link"):
+        compress.run(small(model=str(model)))
+    compress.run(small(model=str(model), allow_links=True))
+    names = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert Path("more/notes.txt") in names
+    assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+    assert open_headers(tmp_path / "out")[0].tensors.keys() == open_headers(elsewhere)[0].tensors.keys()
+    assert compress.load(model, allow_links=True).config.model_type == "llama"
+    with pytest.raises(CheckpointError, match="allow_links"):
+        compress.load(model)
 
 
 def test_lock_survives_the_removal_of_its_folder(tmp_path):

@@ -59,6 +59,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
         "max_shard_size": 5_000_000_000,
         "trust_remote_code": False,
         "ignore_auto_map": False,
+        "allow_links": False,
         "offline": False,
         "data": {},
         "passes": [

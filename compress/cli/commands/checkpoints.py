@@ -12,7 +12,7 @@ def inspect(checkpoint: str, *, tensors: bool, zeros: bool, code: Code, offline:
     from compress.cli import tables
     from compress.inspection import inspect as inspect_checkpoint
 
-    data = inspect_checkpoint(checkpoint, zeros=zeros, **code.options(), offline=offline)
+    data = inspect_checkpoint(code.place(checkpoint), zeros=zeros, **code.options(), offline=offline)
     if json:
         print_json(data)
     else:
@@ -24,7 +24,7 @@ def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
     from compress.cli import tables
     from compress.inspection import diff as diff_checkpoints
 
-    data = diff_checkpoints(a, b, values=values, **code.options())
+    data = diff_checkpoints(code.place(a), code.place(b), values=values, **code.options())
     if json:
         print_json(data)
     else:
@@ -35,5 +35,7 @@ def unpack(checkpoint: str, output: Path, *, max_shard_size: str, code: Code, qu
     """``compress unpack``."""
     from compress import api
 
-    written = api.unpack(checkpoint, output, max_shard_size=max_shard_size, progress=progress(quiet), **code.options())
+    written = api.unpack(
+        code.place(checkpoint), output, max_shard_size=max_shard_size, progress=progress(quiet), **code.options()
+    )
     say(f"wrote {written}")

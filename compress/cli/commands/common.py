@@ -17,14 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Code:
-    """Options for the Python code of a checkpoint: ``--trust-remote-code`` and ``--ignore-auto-map``."""
+    """Options for checkpoints from elsewhere: ``--trust-remote-code``, ``--ignore-auto-map`` and ``--allow-links``."""
 
     trust: bool
     ignore: bool
+    links: bool
 
     def options(self) -> dict[str, bool]:
         """The arguments of library functions."""
         return {"trust_remote_code": self.trust, "ignore_auto_map": self.ignore}
+
+    def place(self, checkpoint: str) -> str | Path:
+        """The checkpoint as library functions take it."""
+        from compress.checkpoint.sidecars import with_links
+
+        return with_links(checkpoint, self.links)
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ def evaluate(
     from compress.pipeline.evaluate import evaluate as evaluate_checkpoint
 
     document = evaluate_checkpoint(
-        checkpoint,
+        code.place(checkpoint),
         settings,
-        baseline=baseline,
+        baseline=None if baseline is None else code.place(baseline),
         confidence=confidence,
         **code.options(),
         offline=offline,
@@ -122,8 +122,8 @@ def _of_checkpoint(
     if not wanted:
         raise ReportError("there is no gate to judge", fix="give --recipe or --gate")
     results, settings = judge_checkpoint(
-        subject,
-        baseline,
+        code.place(subject),
+        code.place(baseline),
         wanted,
         recipe=recipe,
         confidence=confidence,

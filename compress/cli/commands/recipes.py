@@ -59,7 +59,7 @@ def check(path: Path, sets: Sequence[str], *, data: bool, resolved: bool, json: 
     from compress.recipe import to_yaml
 
     recipe = load(path, sets)
-    local = expanded(recipe.model)
+    local = expanded(recipe.reference)
     notes: list[str] = []
     structure: Structure | None = None
     with Located(recipe):
@@ -102,7 +102,7 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
     from compress.pipeline.datasets import DataSets
     from compress.pipeline.preflight import check_chats
 
-    data, evaluation = DataSets(recipe, expanded(recipe.model), structure), recipe.data.evaluation
+    data, evaluation = DataSets(recipe, expanded(recipe.reference), structure), recipe.data.evaluation
     if structure is not None and evaluation is not None and evaluation.given != "text":
         data.documents("evaluation")
     if not everything:
@@ -129,7 +129,7 @@ def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
     recipe = load(path, [*sets, "offline=true"] if offline else sets)
     with Located(recipe):
         spec, metadata = open_headers(
-            recipe.model,
+            recipe.reference,
             trust_remote_code=recipe.trust_remote_code,
             ignore_auto_map=recipe.ignore_auto_map,
             offline=recipe.offline,

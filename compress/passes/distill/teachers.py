@@ -11,7 +11,7 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
-from compress.checkpoint.sidecars import safe_file
+from compress.checkpoint.sidecars import LinkedFolder, safe_file, with_links
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import check_positions, check_vocabulary
 from compress.distributed import ProcessGroup
@@ -46,15 +46,16 @@ def open_teachers(
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
+            place = with_links(entry.checkpoint, isinstance(context.original.folder, LinkedFolder))
             options = {
                 "trust_remote_code": context.original.trust_remote_code,
                 "ignore_auto_map": context.original.ignore_auto_map,
                 "offline": context.offline,
             }
             if processes.rank == 0:
-                open_checkpoint(entry.checkpoint, **options)  # downloads missing files
+                open_checkpoint(place, **options)  # downloads missing files
             processes.barrier()
-            teacher = open_checkpoint(entry.checkpoint, **options)
+            teacher = open_checkpoint(place, **options)
         check_teacher(student.spec, teacher.spec, entry.checkpoint)
         _check_processors(student, teacher, entry.checkpoint)
         if samples.batches.images is None:
