@@ -154,8 +154,7 @@ def apply(
     facts = apply_pass(recipe, progress or SilentProgress(), given)
     if details is not None:
         details.update(facts)
-    note = unhelped(name, facts.get("training", {}))
-    if note is not None and not recipe.passes[0].settings.allow_noop:
+    if (note := unhelped(name, facts.get("training", {}))) and not recipe.passes[0].settings.allow_noop:
         warnings.warn(note, stacklevel=3)
     return place(output)
 

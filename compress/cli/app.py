@@ -181,10 +181,9 @@ def evaluate(
     from compress.recipe import read_metrics
 
     entries = read_metrics(metric or [])
-    files = tuple(data or ())
-    images = files[0] if len(files) == 1 and Path(files[0]).is_dir() else None
+    images = data[0] if data and len(data) == 1 and Path(data[0]).is_dir() else None
     settings = EvaluationSettings(
-        files=() if images else files,
+        files=() if images else tuple(data or ()),
         images=images,
         separator=separator,
         field=field,
