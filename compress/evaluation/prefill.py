@@ -1,4 +1,4 @@
-"""Prefill time of one model, and the ratio for two models in memory."""
+"""Prefill and decode of one model, and ratios of times for two models in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.statistics import median_ratio
 if TYPE_CHECKING:
     import torch
 
-#: Rounds of `prefill_ratio`: as many as fit into ``SECONDS``, within these bounds.
+#: Rounds of a ratio: as many as fit into ``SECONDS``, within these bounds.
 SECONDS, FEWEST, MOST = 2.0, 5, 40
 
 
@@ -63,18 +63,33 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 def prefill_ratio(original: Any, candidate: Any, prompt: torch.Tensor, *, seed: int = 0) -> float:
     """Ratio of the median prefill times, candidate over original, after a warm-up, in alternating order."""
+    return _ratio(lambda: prefill(original, prompt), lambda: prefill(candidate, prompt), prompt.device, seed)
+
+
+def decode_ratio(original: Any, candidate: Any, prompt: torch.Tensor, *, seed: int = 0) -> float:
+    """Ratio of the median times of one cached step after a prompt, candidate over original, in alternating order."""
+    return _ratio(_step(original, prompt), _step(candidate, prompt), prompt.device, seed)
+
+
+def _step(model: Any, prompt: torch.Tensor) -> Callable[[], Any]:
+    """A function that runs the model for one more token after the prompt, whose keys and values are cached."""
     import torch
 
-    models = (original, candidate)
+    with torch.inference_mode():
+        output = model(input_ids=prompt, use_cache=True)
+    return lambda: model(input_ids=prompt[:, :1], use_cache=True, **cached(model, output))
+
+
+def _ratio(original: Callable[[], Any], candidate: Callable[[], Any], device: torch.device, seed: int) -> float:
+    """Ratio of the median times of two works, after a warm-up, in alternating order."""
+    import torch
+
+    works = (original, candidate)
     samples: tuple[list[float], list[float]] = ([], [])
-
-    def once(which: int) -> float:
-        return timed(lambda: prefill(models[which], prompt), prompt.device)[0]
-
     with torch.inference_mode():
         for _ in range(2):  # the second warm-up tells how many rounds fit
-            seconds = sum(once(which) for which in (0, 1))
+            seconds = sum(timed(work, device)[0] for work in works)
         for number in range(int(max(FEWEST, min(MOST, SECONDS / max(seconds, 1e-6))))):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
-                samples[which].append(once(which))
+                samples[which].append(timed(works[which], device)[0])
     return median_ratio(*samples, confidence=0.95, bootstrap=1, seed=seed).value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.escape import in_one_line, markdown
-from compress.passes.details import SECTIONS, PassDetails, TrainingDetails
+from compress.passes.details import SECTIONS, LatentDetails, PassDetails, TrainingDetails
 from compress.report import figures
 from compress.report.experts import TIMES, expert_rows
 from compress.report.layout import table
@@ -79,8 +79,7 @@ def _latent(name: str, details: PassDetails) -> list[str]:
     lines = [
         f"- `{name}`: a block caches {latent['cached']} numbers per token, {latent['cached_before']} before "
         f"({latent['keys']} of the key, {latent['values']} of the values, a constant). Expected divergence by second order: "
-        f"{lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. transformers decodes more slowly "
-        "than before, since it expands the whole latent at every step.",
+        f"{lost['keys']:.4f} nats per token of the keys, {lost['values']:.4f} of the values. {_decode(latent)}",
         "",
     ]
     rows = [
@@ -99,6 +98,15 @@ def _latent(name: str, details: PassDetails) -> list[str]:
         ]
         lines += [*table(("keys", "values", "divergence", ""), rows, right=(0, 1, 2)), ""]
     return lines
+
+
+def _decode(latent: LatentDetails) -> str:
+    if (decode := latent.get("decode")) is None:
+        return "transformers decodes more slowly than before, since it expands the whole latent at every step."
+    return (
+        f"transformers expands the whole latent at every step: after {decode['tokens']:,.0f} cached tokens a block takes "
+        f"{decode['ratio']:.2f} × the original's time for the next one."
+    )
 
 
 def _windows(name: str, details: PassDetails) -> list[str]:

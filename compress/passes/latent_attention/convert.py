@@ -25,6 +25,7 @@ from compress.passes.blockwise import open_runner
 from compress.passes.latent_attention.moments import MomentFiles
 from compress.passes.latent_attention.plan import budget, shape_of
 from compress.passes.latent_attention.solve import components, latent_block, projections, stored
+from compress.passes.latent_attention.speed import decode
 from compress.passes.tokenizers import with_tokenizer_class
 from compress.sensitivity.depth import divergence
 from compress.solvers.latent import best_counts, best_split
@@ -59,6 +60,8 @@ def convert(checkpoint: Checkpoint, settings: LatentAttentionSettings, context: 
         conversion.solve(shape, choice["counts"], context.workspace.alone().folder("solved"))
     runner.processes.barrier()
     result = conversion.derived(shape, choice["counts"], context.workspace.folder("solved"))
+    if not context.processes.rank:
+        choice["decode"] = decode(checkpoint, result, context)
     context.details["latent"] = choice
     if settings.repair == "tune":
         result = _tuned(checkpoint, result, settings, context)

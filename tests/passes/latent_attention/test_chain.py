@@ -34,7 +34,8 @@ def test_distill_and_cast_follow_latent_attention(texts, tmp_path):
     text = "\n".join(render_details(latent, ""))
     choice = latent["details"]["latent"]
     assert f"a block caches {choice['cached']} numbers per token, 32 before" in text
-    assert "transformers decodes more slowly" in text
+    assert choice["decode"]["ratio"] > 0
+    assert f"a block takes {choice['decode']['ratio']:.2f} × the original's time" in text
     assert f"| {choice['keys']} | {choice['values']} | " in text
     stored = open_checkpoint(tmp_path / "out")
     assert stored.spec.structure.class_name == "DeepseekV3ForCausalLM"
