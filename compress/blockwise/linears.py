@@ -14,8 +14,9 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.experts import Experts, ExpertSwap
-from compress.blockwise.streamed import StreamedModel
+from compress.blockwise.streamed import StreamedModel, names_in_files
 from compress.errors import PassError
+from compress.spec.spec import Spec
 
 
 @dataclass
@@ -51,7 +52,8 @@ def find_linears(
     """
     matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
-    names = _stored_names(streamed, index, block, fused)
+    probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters()} | _expert_probes(fused)
+    names = _stored_names(probes, lambda parameters: streamed.stored_names(index, parameters))
     by_name: dict[str, TargetLinear] = {}
     swaps: list[ExpertSwap] = []
     for path, module in block.named_modules():
@@ -76,8 +78,22 @@ def find_linears(
     return [linear for linear in by_name.values() if linear.name in wanted], swaps
 
 
+def expert_linears(model: Any, spec: Spec) -> tuple[dict[str, TargetLinear], list[ExpertSwap]]:
+    """The matrices of all fused experts of a loaded model by their names in the files, and the modules to replace."""
+    fused = {path: module for path, module in model.named_modules() if Experts.fits(module)}
+    names = _stored_names(_expert_probes(fused), lambda parameters: names_in_files(model, spec, parameters))
+    by_name: dict[str, TargetLinear] = {}
+    swaps: list[ExpertSwap] = []
+    for path, module in fused.items():
+        parent, _, child = path.rpartition(".")
+        experts = Experts(module)
+        swaps.append(ExpertSwap(model.get_submodule(parent), child, experts))
+        by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names)}
+    return by_name, swaps
+
+
 def _stored_names(
-    streamed: StreamedModel, index: int, block: Any, fused: Mapping[str, Any]
+    probes: Mapping[str, torch.Tensor], stored_names: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 ) -> dict[tuple[str, int], str]:
     """The checkpoint's name of each part of each parameter, by (parameter, number of the part).
 
@@ -88,16 +104,21 @@ def _stored_names(
     down matrices of fused experts are the parts 2e, 2e + 1 (of ``gate_up_proj``) and e (of ``down_proj``). One entry
     along each other axis is enough, so the conversion costs nothing.
     """
-    probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters()}
+    names = {}
+    for parameter, probe in probes.items():
+        for stored, value in stored_names({parameter: probe}).items():
+            names[parameter, int(value.flatten()[0])] = stored
+    return names
+
+
+def _expert_probes(fused: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Numbers in place of the parameters of fused experts, by path."""
+    probes = {}
     for path, module in fused.items():
         count = module.gate_up_proj.shape[0]
         probes[f"{path}.gate_up_proj"] = torch.arange(2 * count, dtype=torch.float32).view(count, 2, 1)
         probes[f"{path}.down_proj"] = torch.arange(count, dtype=torch.float32).view(count, 1, 1)
-    names = {}
-    for parameter, probe in probes.items():
-        for stored, value in streamed.stored_names(index, {parameter: probe}).items():
-            names[parameter, int(value.flatten()[0])] = stored
-    return names
+    return probes
 
 
 def _expert_linears(path: str, experts: Experts, names: Mapping[tuple[str, int], str]) -> Iterator[TargetLinear]:

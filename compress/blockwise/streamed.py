@@ -19,9 +19,24 @@ from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
 from compress.models.classes import quiet_transformers, stock_class
+from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def names_in_files(model: Any, spec: Spec, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Values by a model's parameter names ▶ values by the names of a checkpoint's files; fused ones are split."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with quiet_transformers():
+        stored = revert_weight_conversion(model, dict(parameters))
+    prefix = f"{model.base_model_prefix}."  # files of a base class leave it out
+
+    def spelt(name: str) -> str:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in spec.tensors), name)
+
+    return {spelt(name): value for name, value in stored.items()}
 
 
 #: Number of a block, its hidden states, and its other arguments ▶ its output.
@@ -121,18 +136,8 @@ class StreamedModel:
 
     def stored_names(self, index: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Values by the block's parameter names ▶ values by the checkpoint's names; fused ones are split."""
-        from transformers.core_model_loading import revert_weight_conversion
-
         prefix = f"{self.block_name}.{index}."
-        with quiet_transformers():
-            stored = revert_weight_conversion(self.model, {prefix + k: v for k, v in parameters.items()})
-        return {self._spelt(name): value for name, value in stored.items()}
-
-    def _spelt(self, name: str) -> str:
-        """The name as this checkpoint spells it; files of a base class have no prefix."""
-        tensors = self.checkpoint.spec.tensors
-        prefix = f"{self.model.base_model_prefix}."
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in tensors), name)
+        return names_in_files(self.model, self.checkpoint.spec, {prefix + k: v for k, v in parameters.items()})
 
     @contextmanager
     def head(self) -> Iterator[None]:

@@ -22,18 +22,24 @@ def probe_sparsities(sparsity: float) -> list[float]:
 
 
 def require_divergence(
-    spec: Spec, names: Collection[str], setting: tuple[str, str] = SPARSITY, key: str = "allocation"
+    spec: Spec,
+    names: Collection[str],
+    setting: tuple[str, str] = SPARSITY,
+    key: str = "allocation",
+    *,
+    apart: bool = False,
 ) -> None:
-    """Raise `PassError` if divergences cannot be measured: the model predicts no tokens, or has fused experts.
+    """Raise `PassError` if divergences cannot be measured: the model predicts no tokens.
 
     Args:
         setting: the setting that needs them, and what to use instead.
         key: the key of that setting.
+        apart: matrices change by themselves, which experts cannot where they are fused in memory.
     """
     mapped, (asks, fix) = model_map(spec), setting
     if not mapped.has_head:
         raise PassError(f"{asks} needs a model that predicts tokens", key=key, fix=fix)
-    if expert := next((name for name in sorted(names) if mapped.is_expert(name)), None):
+    if apart and (expert := next((name for name in sorted(names) if mapped.is_expert(name)), None)):
         raise PassError(f"{asks} does not reach {expert}: experts are fused in memory", key=key, fix=fix)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import ModelMap, model_map
-from compress.blockwise.linears import TargetLinear, group_linears
+from compress.blockwise.linears import TargetLinear, expert_linears, group_linears
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
@@ -86,19 +86,16 @@ def divergences(
     if not model.can_generate() and model.get_output_embeddings() is None:
         raise PassError(f"{setting[0]} needs a model that predicts tokens", fix=setting[1])
     model.requires_grad_(False)
-    modules = _modules_of(model, names, setting)
-    deltas = _deltas(mapped, modules, changes, device)
-    linears = [TargetLinear(name, name, module.weight, False, module) for name, module in modules.items()]
+    linears = _linears_of(model, mapped, names, setting)
+    deltas = _deltas(linears, changes, device)
     with torch.no_grad():
-        groups, _ = group_linears(linears, lambda: model(**batches.first(1).inputs(device)))
+        groups, _ = group_linears([*linears.values()], lambda: model(**batches.first(1).inputs(device)))
     loop = SampleLoop(batches.first(SAMPLES), device)
     sums = {name: dict.fromkeys(deltas[name], 0.0) for name in names}
-    handles = [
-        model.get_submodule(user.removesuffix(".weight")).register_forward_hook(
-            _product_hook(deltas[name], sums[name], loop)
-        )
-        for name, user in _users(mapped, names)
-    ]
+    handles = []
+    for name, user in _users(mapped, names):
+        module = linears[name].module if user == name else model.get_submodule(user.removesuffix(".weight"))
+        handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name], loop)))
     embeddings = model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
     generator = torch.Generator(device).manual_seed(seed)
@@ -110,29 +107,58 @@ def divergences(
     for handle in handles:
         handle.remove()
     divergence = {name: {o: 0.5 * total / max(tokens, 1) for o, total in row.items()} for name, row in sums.items()}
-    return divergence, [[linear.name for linear in group] for group in groups]
+    return _with_cold_experts(mapped, divergence), [[linear.name for linear in group] for group in groups]
 
 
-def _modules_of(model: Any, names: Sequence[str], setting: tuple[str, str]) -> dict[str, Any]:
-    """The module of each tensor. Raises `PassError` for a tensor that is not a module's own weight."""
-    modules = dict(model.named_modules())
-    owners = {name: modules.get(name.removesuffix(".weight")) for name in names}
-    missing = next((n for n, m in owners.items() if m is None or getattr(m, "weight", None) is None), None)
-    if missing is not None:
-        raise PassError(f"{setting[0]} does not reach {missing}: it is not a module of its own", fix=setting[1])
-    return owners
+def _linears_of(
+    model: Any, mapped: ModelMap, names: Sequence[str], setting: tuple[str, str]
+) -> dict[str, TargetLinear]:
+    """The layer of each tensor. Fused experts among them are replaced in the model, and run one by one.
+
+    Raises:
+        PassError: a tensor is not a module's own weight.
+    """
+    modules, linears = dict(model.named_modules()), {}
+    experts: dict[str, TargetLinear] = {}
+    if any(mapped.is_expert(name) for name in names):
+        experts, swaps = expert_linears(model, mapped.spec)
+        for parent, child, swapped in swaps:
+            setattr(parent, child, swapped)
+    for name in names:
+        weight = getattr(module := modules.get(name.removesuffix(".weight")), "weight", None)
+        if name in experts:
+            linears[name] = experts[name]
+        elif module is not None and weight is not None:
+            transposed = mapped.linears[name].transposed
+            linears[name] = TargetLinear(name, name, weight.T if transposed else weight, transposed, module)
+        else:
+            raise PassError(f"{setting[0]} does not reach {name}: it is not a module of its own", fix=setting[1])
+    return linears
 
 
 def _deltas(
-    mapped: ModelMap, modules: Mapping[str, Any], changes: WeightDeltas, device: str
+    linears: Mapping[str, TargetLinear], changes: WeightDeltas, device: str
 ) -> dict[str, dict[str, torch.Tensor]]:
     """ΔW [O, I] by tensor and choice, bfloat16: its eight bits of precision are enough."""
     deltas = {}
-    for name, module in modules.items():
-        W = module.weight.T if mapped.linears[name].transposed else module.weight
-        choices = changes(name, W.float().contiguous())
+    for name, linear in linears.items():
+        choices = changes(name, linear.weight.float().contiguous())
         deltas[name] = {choice: delta.to(device, torch.bfloat16) for choice, delta in choices.items()}
     return deltas
+
+
+def _with_cold_experts(mapped: ModelMap, divergence: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Divergences where an expert that no token reached has the mean of the block's other experts, not none."""
+    rows: dict[tuple[int | None, str], list[str]] = {}
+    for name in divergence:
+        if mapped.is_expert(name):
+            linear = mapped.linears[name]
+            rows.setdefault((linear.block, mapped.record.starred(linear.part)), []).append(name)
+    for names in rows.values():
+        reached = [name for name in names if any(divergence[name].values())]
+        for name in set(names) - set(reached) if reached else ():
+            divergence[name] = {o: sum(divergence[n][o] for n in reached) / len(reached) for o in divergence[name]}
+    return divergence
 
 
 def _users(mapped: ModelMap, names: Sequence[str]) -> list[tuple[str, str]]:

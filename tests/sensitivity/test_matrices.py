@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 import torch
 
 from compress.checkpoint.open import open_checkpoint
@@ -14,15 +15,17 @@ from compress.spec.formats import QuantFormat
 from tests import pico
 
 
-def test_divergences_match_the_model(folders, data):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_divergences_match_the_model(family, folders, data):
     """Half the expected squared directional derivative is the KL divergence to second order: of a fine format, exactly."""
     from compress.progress import SilentProgress
     from compress.sensitivity.matrices import RoundingDelta, divergences
     from compress.solvers.quant_format import dequantize
     from compress.spec.formats import QuantFormat
 
-    checkpoint = open_checkpoint(folders["llama"])
-    name = "model.layers.1.mlp.up_proj.weight"
+    checkpoint = open_checkpoint(folders[family])
+    ends = ("layers.1.mlp.up_proj.weight", "layers.1.block_sparse_moe.experts.2.w3.weight")  # a fused expert's
+    name = next(n for n in checkpoint.spec.tensors if n.endswith(ends))
     ids = data.ids.repeat(3, 1)[:32]
     quant_format = QuantFormat("int6", 16)
     found, _ = divergences(
@@ -35,10 +38,11 @@ def test_divergences_match_the_model(folders, data):
         seed=0,
         progress=SilentProgress(),
     )
-    model = load_model(folders["llama"], dtype="float32")
+    model = load_model(folders[family], dtype="float32")
     with torch.no_grad():
         before = model(input_ids=ids).logits.log_softmax(-1)
-        W = model.model.layers[1].mlp.up_proj.weight
+        mlp = model.model.layers[1].mlp
+        W = mlp.up_proj.weight if family == "llama" else mlp.experts.gate_up_proj[2].chunk(2)[1]
         W.copy_(dequantize(to_codes(W, quant_format, fit(W, quant_format), torch.float32)))
         after = model(input_ids=ids).logits.log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean())

@@ -93,11 +93,18 @@ def undecided(spec: Spec, settings: CastSettings) -> list[str]:
 
 
 def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]]) -> Choices:
-    """Options of the budget; the tensors of a group get the same format. Raises `PassError`."""
+    """Options of the budget. Tensors of a group get the same format, and so do all experts, as stock loaders fuse them.
+
+    Raises:
+        PassError: a fixed group size does not divide some inputs.
+    """
     sizes, names = GroupSizes(spec, settings), undecided(spec, settings)
     for option in settings.options:
         sizes.check(dict.fromkeys(names, option))
-    return Choices(spec, groups, tuple(settings.options), sizes.quant_format)
+    is_expert = model_map(spec).is_expert
+    apart = [list(group) for group in groups if not is_expert(group[0])]
+    experts = [name for group in groups if is_expert(group[0]) for name in group]
+    return Choices(spec, [*apart, *([experts] if experts else [])], tuple(settings.options), sizes.quant_format)
 
 
 def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:

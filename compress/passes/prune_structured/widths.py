@@ -158,7 +158,11 @@ def _neurons(
     if uneven:
         model_map(spec).require_nameable("allocation", UNEVEN[1])
         require_divergence(
-            spec, [f"{one.name}.weight" for one in chain.from_iterable(units.values())], UNEVEN, "allocation"
+            spec,
+            [f"{one.name}.weight" for one in chain.from_iterable(units.values())],
+            UNEVEN,
+            "allocation",
+            apart=True,
         )
     for one in chain.from_iterable(units.values()):
         if one.size_key is None and not uneven:

@@ -37,10 +37,17 @@ def test_cast_budget_is_kept_and_spent(folders, data, tmp_path):
         PassError, match=r"even the smallest formats need more: max_bytes: \d+_\d+ is the least possible"
     ):
         compress.apply("cast", folders["llama"], tmp_path / "no", data=data.ids, max_bytes=100_000, **settings)
-    with pytest.raises(PassError, match=r"a budget does not reach model.layers.0.mlp.experts"):
-        compress.apply(
-            "cast", folders["qwen3_moe"], tmp_path / "no", data=data.ids, bits=8, store="compact", group_size=8
-        )
+
+
+def test_cast_budget_on_experts(folders, data, tmp_path):
+    """All experts get one format, as stock transformers asks; the attention's are chosen beside it."""
+    settings = {"bits": 6.9, "group_size": 16, "reconstruction_epochs": 0, "error_correction": []}
+    out = compress.apply("cast", folders["qwen3_moe"], tmp_path / "out", data=data.ids, **settings)
+    coded = [t for t in open_checkpoint(out).spec.stored() if t.quant_format is not None]
+    assert len({t.quant_format for t in coded if ".experts." in t.name}) == 1
+    assert len({t.quant_format for t in coded if ".experts." not in t.name}) > 1
+    assert sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded) <= 6.9
+    assert torch.equal(stock_logits(out, tmp_path), our_logits(out))
 
 
 def test_cast_budget_chooses_group_sizes(data, tmp_path):
