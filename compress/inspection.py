@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from compress.architectures.cache import cache_bytes, plan_lengths
 from compress.architectures.model_map import model_map
-from compress.checkpoint.layout import lay_out, natural
+from compress.checkpoint.layout import natural
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.storage import parts
 from compress.checkpoint.store import needs_code
 from compress.checkpoint.values import Checkpoint
 from compress.files import expanded
-from compress.planning import size_of, size_on_disk
+from compress.planning import opened_size, size_on_disk
 from compress.spec.spec import Spec, Tensor
 
 
-def storage_name(tensor: Tensor) -> str:
-    """The chain of codecs, with the number format of codes: ``mask ∘ int4``."""
+def storage_name(spec: Spec, tensor: Tensor) -> str:
+    """The chain of codecs, with the number format of codes: ``mask ∘ int4``; for a tensor that is dequantised, its format."""
+    if tensor.name in spec.sources:
+        return spec.sources[tensor.name].format
     chain = tensor.storage if tensor.quant_format is None else (*tensor.storage[:-1], tensor.quant_format.format)
     return " ∘ ".join(chain)
 
@@ -41,8 +43,7 @@ def inspect(
     """
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     spec, metadata = open_headers(model, **code, offline=offline)
-    size = size_of(spec, lay_out(spec, 1 << 62, metadata))
-    size = replace(size, bytes=size.bytes + spec.left_out)
+    size = opened_size(spec, 1 << 62, metadata)
     if expanded(model).is_dir():
         size = size_on_disk(open_checkpoint(model, **code))
     counts = {}
@@ -66,18 +67,20 @@ def inspect(
         ],
         "dtypes": dict(Counter(t.dtype for t in spec.stored())),
         "modules": modules(spec),
-        "tensors": [_row(t, counts.get(t.name)) for t in sorted(spec.tensors.values(), key=lambda t: natural(t.name))],
+        "tensors": [
+            _row(spec, t, counts.get(t.name)) for t in sorted(spec.tensors.values(), key=lambda t: natural(t.name))
+        ],
     }
 
 
-def _row(tensor: Tensor, zero: int | None) -> dict[str, Any]:
+def _row(spec: Spec, tensor: Tensor, zero: int | None) -> dict[str, Any]:
     """One tensor of `inspect`; ``zero``: how many of its values are zero, where they were counted."""
     row: dict[str, Any] = {
         "name": tensor.name,
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
-        "storage": storage_name(tensor),
-        "bytes": stored_bytes(tensor),
+        "storage": storage_name(spec, tensor),
+        "bytes": stored_bytes(spec, tensor),
         "sparsity": _sparsity(tensor),
         "tied_to": tensor.alias_of,
     }
@@ -91,8 +94,10 @@ def _sparsity(tensor: Tensor) -> float | None:
     return None if tensor.kept is None else 1 - tensor.kept / max(tensor.count, 1)
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def stored_bytes(spec: Spec, tensor: Tensor) -> int:
     """Bytes of a tensor's arrays in the file; an alias has none."""
+    if tensor.name in spec.sources and not tensor.alias_of:
+        return spec.sources[tensor.name].bytes
     return 0 if tensor.alias_of else sum(part.bytes for part in parts(tensor))
 
 
@@ -101,7 +106,7 @@ def modules(spec: Spec) -> list[dict[str, Any]]:
     groups: dict[str, list[Tensor]] = {}
     for tensor in spec.tensors.values():
         groups.setdefault(_group(spec, tensor), []).append(tensor)
-    return [_summary(name, groups[name]) for name in sorted(groups, key=natural)]
+    return [_summary(spec, name, groups[name]) for name in sorted(groups, key=natural)]
 
 
 def _group(spec: Spec, tensor: Tensor) -> str:
@@ -110,7 +115,7 @@ def _group(spec: Spec, tensor: Tensor) -> str:
     return (tensor.module or tensor.name) if path is None else path.removesuffix(".")
 
 
-def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
+def _summary(spec: Spec, name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
     tensors = list(tensors)
     own = [t for t in tensors if t.alias_of is None]
     masked = [t for t in own if t.kept is not None]
@@ -118,9 +123,9 @@ def _summary(name: str, tensors: Iterable[Tensor]) -> dict[str, Any]:
     return {
         "module": name,
         "parameters": sum(t.count for t in own if t.is_float),
-        "bytes": sum(stored_bytes(t) for t in own),
+        "bytes": sum(stored_bytes(spec, t) for t in own),
         "dtypes": sorted({t.dtype for t in own}),
-        "storage": sorted({storage_name(t) for t in own}),
+        "storage": sorted({storage_name(spec, t) for t in own}),
         "sparsity": 1 - sum(t.kept or 0 for t in masked) / sum(t.count for t in masked) if masked else None,
         "tied_to": tied[0] if tied and not own else None,
     }
@@ -164,17 +169,17 @@ def _difference(first: Checkpoint, second: Checkpoint, name: str, values: bool) 
     """One tensor of `diff`: ``change`` is ``added``, ``removed``, ``changed`` or ``same``."""
     before, after = first.spec.tensors.get(name), second.spec.tensors.get(name)
     if before is None or after is None:
-        present = before or after
+        present, spec = (before, first.spec) if after is None else (after, second.spec)
         assert present is not None
         change = "removed" if after is None else "added"
-        return {"name": name, "change": change, "shape": list(present.shape), "bytes": stored_bytes(present)}
+        return {"name": name, "change": change, "shape": list(present.shape), "bytes": stored_bytes(spec, present)}
     row: dict[str, Any] = {
         "name": name,
         "change": "same",
         "shape": [list(before.shape), list(after.shape)],
         "dtype": [before.dtype, after.dtype],
         "sparsity": [_sparsity(before), _sparsity(after)],
-        "bytes": [stored_bytes(before), stored_bytes(after)],
+        "bytes": [stored_bytes(first.spec, before), stored_bytes(second.spec, after)],
     }
     if any(getattr(before, key) != getattr(after, key) for key in ("shape", "dtype", "kept", "storage")):
         row["change"] = "changed"

@@ -90,10 +90,19 @@ def _other_size(spec: Spec, store: Store, max_shard: int, metadata: Mapping[str,
     return None if other == "stock" and first_without_twin(spec) else planned_size(spec, other, max_shard, metadata)
 
 
+def opened_size(spec: Spec, max_shard: int, metadata: Mapping[str, str] | None = None) -> Size:
+    """The size of a checkpoint that was opened; of one that is dequantised on reading, the bytes and bits of its files."""
+    size = size_of(spec, lay_out(spec, max_shard, metadata))
+    if not spec.sources:
+        return replace(size, bytes=size.bytes + spec.left_out)
+    data = sum(t.dense_bytes if (s := spec.sources.get(t.name)) is None else s.bytes for t in spec.stored())
+    return replace(size, bytes=spec.file_bytes, bits_per_weight=round(8 * data / max(spec.parameters, 1), 4))
+
+
 def size_on_disk(checkpoint: Stored) -> Size:
     """The size of a checkpoint on disk; ``bytes`` is the size of its weight files as they are."""
     assert checkpoint.folder is not None
-    size = size_of(checkpoint.spec, lay_out(checkpoint.spec, 1 << 62, checkpoint.metadata))
+    size = opened_size(checkpoint.spec, 1 << 62, checkpoint.metadata)
     return replace(size, bytes=sum(safe_file(checkpoint.folder, name).stat().st_size for name in checkpoint.files))
 
 
@@ -219,8 +228,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     lengths = _cache_lengths(recipe, spec)
     store: Store = recipe.store
-    original = size_of(spec, lay_out(spec, recipe.max_shard_size, metadata))
-    original = replace(original, bytes=original.bytes + spec.left_out)
+    original = opened_size(spec, recipe.max_shard_size, metadata)
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)

@@ -16,6 +16,8 @@ from compress.errors import CheckpointError
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: Function of two places, each a file name and an offset, and a size: whether the bytes are equal.
 SameBytes: TypeAlias = Callable[[tuple[str, int], tuple[str, int], int], bool]
+#: Function of a place and a size: the bytes there.
+ReadBytes: TypeAlias = Callable[[tuple[str, int], int], bytes]
 #: Bytes that are compared at the beginning, in the middle and at the end of every tensor of two copies.
 _SAMPLE = 4096
 _AT_ONCE = 1 << 24
@@ -171,6 +173,19 @@ def same_bytes(folder: Path, *, sampled: bool = False) -> SameBytes:
             raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder / a[0])) from error
 
     return same
+
+
+def read_bytes(folder: Path) -> ReadBytes:
+    """Reader of byte ranges of a folder's files."""
+
+    def read(place: tuple[str, int], size: int) -> bytes:
+        try:
+            with safe_file(folder, place[0]).open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), size, place[1])
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder / place[0])) from error
+
+    return read
 
 
 def samples(size: int) -> list[tuple[int, int]]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from compress.checkpoint.files import (
+    ReadBytes,
     SameBytes,
     TwoModels,
     check_copies,
     indexed_files,
+    read_bytes,
     read_json,
     same_bytes,
     samples,
@@ -81,8 +83,10 @@ def download(reference: str, *, offline: bool = False) -> Path:
     )
 
 
-def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[str, Header], SameBytes, tuple[str, ...]]:
-    """Config, weight headers, a comparison of byte ranges, and notes.
+def read_headers(
+    reference: str, *, offline: bool = False
+) -> tuple[Any, dict[str, Header], SameBytes, ReadBytes, tuple[str, ...]]:
+    """Config, weight headers, a comparison and a reader of byte ranges, and notes.
 
     Files that are not in the cache are read by range requests of a few kB; byte ranges are then compared by samples.
 
@@ -95,7 +99,7 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, local_files_only=True))
         headers, notes = weight_headers(folder)
-        return read_json(folder, "config.json"), headers, same_bytes(folder), notes
+        return read_json(folder, "config.json"), headers, same_bytes(folder), read_bytes(folder), notes
     except TwoModels:
         raise
     except (CheckpointError, huggingface_hub.errors.LocalEntryNotFoundError):
@@ -107,11 +111,12 @@ def read_headers(reference: str, *, offline: bool = False) -> tuple[Any, dict[st
     remote = _call(reference, lambda: huggingface_hub.get_safetensors_metadata(repo, revision=revision or None))
     headers = {file: _header(info) for file, info in remote.files_metadata.items()}
     notes = () if remote.sharded else _beside(reference, headers[SINGLE_NAME])
-    return read_json(Path(config).parent, "config.json"), headers, _same(reference), notes
+    read = _reader(reference)
+    return read_json(Path(config).parent, "config.json"), headers, _same(read), read, notes
 
 
-def _same(reference: str) -> SameBytes:
-    """Sampled comparison of data of a repository's files. Offsets count from the end of a header."""
+def _reader(reference: str) -> ReadBytes:
+    """Reader of data of a repository's files. Offsets count from the end of a header."""
     import huggingface_hub
 
     utils: Any = huggingface_hub.utils
@@ -129,10 +134,15 @@ def _same(reference: str) -> SameBytes:
         return _call(reference, ask)
 
     begins = cache(lambda file: 8 + int.from_bytes(read(file, 0, 8), "little"))
+    return lambda place, size: read(place[0], begins(place[0]) + place[1], size)
+
+
+def _same(read: ReadBytes) -> SameBytes:
+    """Sampled comparison of byte ranges."""
 
     def same(a: tuple[str, int], b: tuple[str, int], size: int) -> bool:
         return all(
-            read(a[0], begins(a[0]) + a[1] + start, count) == read(b[0], begins(b[0]) + b[1] + start, count)
+            read((a[0], a[1] + start), count) == read((b[0], b[1] + start), count)
             for start, count in samples(size)
             if count
         )

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures.agreement import check_agreement
+from compress.checkpoint import dequantize, hub, tidy
 from compress.checkpoint import edits as structure_edits
-from compress.checkpoint import hub, tidy
 from compress.checkpoint.claims import check_fields, check_sizes
 from compress.checkpoint.edits.base import alias
-from compress.checkpoint.files import SameBytes, read_json, same_bytes, weight_headers
+from compress.checkpoint.files import ReadBytes, SameBytes, read_bytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.remote import without_code
@@ -30,7 +30,7 @@ from compress.checkpoint.values import Checkpoint, Codes, Value, torch_dtype
 from compress.errors import CheckpointError
 from compress.files import expanded
 from compress.spec.formats import QuantFormat
-from compress.spec.spec import FLOAT_DTYPES, Spec, Structure, Tensor
+from compress.spec.spec import FLOAT_DTYPES, Quantized, Spec, Structure, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,8 @@ class Stored(Checkpoint):
         self.spec = spec
         self.trust_remote_code, self.ignore_auto_map = trust_remote_code, ignore_auto_map
         self.sidecars = find_sidecars(folder)
+        if spec.sources:
+            self.sidecars = tuple(name for name in self.sidecars if name not in dequantize.STALE)
         self.files = tuple(headers)
         self.metadata = _metadata(headers)
         self._where = {key: (file, header, e) for file, header in headers.items() for key, e in header.entries.items()}
@@ -67,6 +69,8 @@ class Stored(Checkpoint):
         tensor = self.spec.tensors[name]
         if tensor.alias_of:
             return self.tensor(tensor.alias_of)
+        if (source := self.spec.sources.get(name)) is not None:
+            return self._dequantized(tensor, source)
         quant_format = None if tensor.quant_format is None else tensor.quant_format.to_json()
         parts = {role: self._read(key) for role, key in part_names(name, tensor.storage, quant_format).items()}
         try:
@@ -89,6 +93,17 @@ class Stored(Checkpoint):
                 fix="it was changed after it was written; create it again",
             )
         return value
+
+    def _dequantized(self, tensor: Tensor, source: Quantized) -> Value:
+        """Value of a tensor that other tools have quantised."""
+        dtype = torch_dtype(tensor.dtype)
+        try:
+            data = source.decode({role: self._read(key) for role, key in source.arrays.items()}, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {tensor.name}: {error}", where=str(self.folder)) from None
+        assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
+        assert data.dtype == dtype, (tensor, data.dtype)
+        return Value(data)
 
     def static_inputs(self, name: str) -> dict[str, torch.Tensor]:
         """Static input scales and zero points of the layer of a quantised tensor, by name suffix."""
@@ -148,9 +163,9 @@ def open_headers(
     """Spec and metadata, without torch. Headers of a hub id are read by range requests; no weights are downloaded."""
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
-        config, headers, same, notes = hub.read_headers(str(reference), offline=offline)
+        config, headers, same, read, notes = hub.read_headers(str(reference), offline=offline)
         config = check_config(config, str(reference), trust_remote_code, ignore_auto_map)
-        spec, headers = _spec(config, headers, str(reference), same, notes)
+        spec, headers = _spec(config, headers, str(reference), same, read, notes)
         return spec, _metadata(headers)
     spec, headers = _read_folder(folder, trust_remote_code, ignore_auto_map)
     return spec, _metadata(headers)
@@ -172,7 +187,7 @@ def _read_folder(folder: Path, trust_remote_code: bool, ignore_auto_map: bool) -
         read_json(folder, "config.json"), str(folder / "config.json"), trust_remote_code, ignore_auto_map
     )
     headers, notes = weight_headers(folder)
-    return _spec(config, headers, str(folder), same_bytes(folder), notes)
+    return _spec(config, headers, str(folder), same_bytes(folder), read_bytes(folder), notes)
 
 
 def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_map: bool = False) -> dict[str, Any]:
@@ -209,12 +224,17 @@ def check_config(config: Any, where: str, trust_remote_code: bool, ignore_auto_m
 
 
 def _spec(
-    config: dict[str, Any], headers: Mapping[str, Header], where: str, same: SameBytes, notes: tuple[str, ...]
+    config: dict[str, Any],
+    headers: Mapping[str, Header],
+    where: str,
+    same: SameBytes,
+    read: ReadBytes,
+    notes: tuple[str, ...],
 ) -> tuple[Spec, dict[str, Header]]:
     """Spec of a checkpoint, and its headers with the spec's tensor names.
 
     Args:
-        same: compares two byte ranges, each given by file and offset. notes: notes so far.
+        same: compares two byte ranges, each given by file and offset. read: reads one. notes: notes so far.
     """
     compact = config["model_type"] == COMPACT_TYPE
     stock, chosen = tidy.without_choices(config["base"] if compact else config)
@@ -222,19 +242,55 @@ def _spec(
         stock.pop("auto_map", None)  # compact checkpoints bring only the bundled file, which loads a stock class
     edits = structure_edits.from_json(config.get("edits"), f"{where}/config.json") if compact else ()
     structure, headers = Structure(stock, edits, compact=compact), tidy.with_new_names(headers, stock)
+    places = {
+        key: (file, header.data_start + entry.start, entry.end - entry.start)
+        for file, header in headers.items()
+        for key, entry in header.entries.items()
+    }
+    tensors, sources, more = _tensors(structure, headers, where, lambda key: read(places[key][:2], places[key][2]))
+    if not tensors:
+        raise CheckpointError("has no tensors", where=where)
+    if sources:
+        structure = replace(structure, config=dequantize.config_of(structure.config, tensors.values()))
+    check_sizes(Spec(structure, tensors), where)
+
+    def alike(a: str, b: str) -> bool:
+        return not sources.keys() & {a, b} and same(places[a][:2], places[b][:2], places[a][2])
+
+    whole = strip(Spec(structure, tensors, notes=(*notes, *more, *chosen), sources=sources))
+    spec = tidy.without_copies(tidy.without_leftovers(whole), alike, where)
+    if sources:
+        files = sum(h.data_start + max((e.end for e in h.entries.values()), default=0) for h in headers.values())
+        spec = replace(spec, file_bytes=files)
+    else:
+        gone = whole.tensors.keys() - spec.tensors.keys()
+        spec = replace(spec, left_out=sum(places[name][2] for name in gone if name in places))
+    return with_aliases(spec, where), headers
+
+
+def _tensors(
+    structure: Structure, headers: Mapping[str, Header], where: str, read: dequantize.ReadArray
+) -> tuple[dict[str, Tensor], dict[str, Quantized], tuple[str, ...]]:
+    """Logical tensors in file order, the sources of those that are dequantised on reading, and notes."""
     tensors: dict[str, Tensor] = {}
+    sources: dict[str, Quantized] = {}
     left: set[str] = set()
+    notes: tuple[str, ...] = ()
     tables = {file: _table(header, f"{where}/{file}") for file, header in headers.items()}
-    known = any(tensor.quant_format is not None for table in tables.values() for tensor in table.values())
-    if structure.config.get(KEY) and not known:
+    owners = {part.key: name for table in tables.values() for name, t in table.items() for part in parts(t)}
+    if structure.config.get(KEY) and not any(t.quant_format for table in tables.values() for t in table.values()):
         every = {key: entry for header in headers.values() for key, entry in header.entries.items()}
-        others, left, more = parse.parse(structure, every, where)
-        notes = (*notes, *more)
+        if dequantize.knows(structure.config[KEY]):
+            others, sources, left, notes = dequantize.parse(structure.config, every, read, where)
+            owners |= {key: name for name, source in sources.items() for key in source.arrays.values()}
+        else:
+            others, left, notes = parse.parse(structure, every, where)
+            owners |= {part.key: name for name, t in others.items() for part in parts(t)}
         for file, header in headers.items():
-            tables[file] |= {n: t for n, t in others.items() if any(part.key in header.entries for part in parts(t))}
+            names = {owners[key] for key in header.entries if key in owners}
+            tables[file] |= {name: tensor for name, tensor in others.items() if name in names}
     for file, header in headers.items():
         table = tables[file]
-        owners = {part.key: name for name, t in table.items() for part in parts(t)}
         for key, entry in header.entries.items():
             name = owners.get(key, key)
             if key in left:
@@ -242,22 +298,7 @@ def _spec(
             if name in tensors and name not in table:
                 raise CheckpointError(f"tensor {name} is in two files", where=where)
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
-    if not tensors:
-        raise CheckpointError("has no tensors", where=where)
-    check_sizes(Spec(structure, tensors), where)
-    places = {
-        key: (file, header.data_start + entry.start, entry.end - entry.start)
-        for file, header in headers.items()
-        for key, entry in header.entries.items()
-    }
-
-    def alike(a: str, b: str) -> bool:
-        return same(places[a][:2], places[b][:2], places[a][2])
-
-    whole = strip(Spec(structure, tensors, notes=(*notes, *chosen)))
-    spec = tidy.without_copies(tidy.without_leftovers(whole), alike, where)
-    left_out = sum(places[name][2] for name in whole.tensors.keys() - spec.tensors.keys() if name in places)
-    return with_aliases(replace(spec, left_out=left_out), where), headers
+    return tensors, sources, notes
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.spec.classes import CAUSAL_LM, suffix_of
 from compress.spec.formats import QuantFormat
+
+if TYPE_CHECKING:
+    import torch
 
 #: Bits per element of every dtype string of the safetensors format.
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
@@ -94,6 +97,24 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantized:
+    """The form in which an input's files store a tensor that is dequantised on reading.
+
+    Attributes:
+        format: in words, for users.
+        arrays: role ▶ name of an array in the files.
+        bytes: of these arrays.
+        decode: function from the arrays by role, and the tensor's dtype, to its values. Raises ValueError for values that are
+            none.
+    """
+
+    format: str
+    arrays: Mapping[str, str]
+    bytes: int
+    decode: Callable[[Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """A change of structure that the stock class cannot express. docs/format.md lists kinds and values."""
 
@@ -163,6 +184,8 @@ class Spec:
         exact: False if the counts of a data-dependent pass are estimates.
         notes: sentences for the user about what opening left out or decided.
         left_out: bytes of the files whose tensors were left out.
+        sources: for an opened checkpoint, the form in which its files store the tensors that are dequantised on reading.
+        file_bytes: for one with sources, the bytes of its weight files.
     """
 
     structure: Structure
@@ -170,6 +193,8 @@ class Spec:
     exact: bool = True
     notes: tuple[str, ...] = field(default=(), compare=False)
     left_out: int = field(default=0, compare=False)
+    sources: Mapping[str, Quantized] = field(default_factory=dict, compare=False)
+    file_bytes: int = field(default=0, compare=False)
 
     def stored(self) -> Iterable[Tensor]:
         """Tensors that are not aliases, in file order."""

@@ -1,0 +1,105 @@
+"""Pico checkpoints in the storage of other tools, made from floats by the published formulas."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import pico
+
+
+def rewritten(folder, change, quantization, config=None):
+    """The folder with other arrays: ``change(state)``, and with a ``quantization_config``."""
+    state = change(load_file(folder / "model.safetensors"))
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((folder / "config.json").read_text()) | (config or {})
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": quantization}))
+    return folder
+
+
+def fp8_blocks(folder, family="deepseek_v3", block=16):
+    """Linear layers of the blocks in fp8, with a scale for each square of weights; the last ones may be smaller."""
+
+    def change(state):
+        out = dict(state)
+        for name, weight in state.items():
+            if weight.ndim == 2 and ".layers." in name and "gate.weight" not in name:
+                rows, columns = (-(-n // block) for n in weight.shape)
+                padded = torch.nn.functional.pad(
+                    weight.float(), (0, columns * block - weight.shape[1], 0, rows * block - weight.shape[0])
+                )
+                scale = padded.reshape(rows, block, columns, block).abs().amax((1, 3)) / 448
+                wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+                out[name] = (padded / wide)[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn)
+                out[f"{name}_scale_inv"] = scale
+        return out
+
+    pico.save(folder, family, dtype=torch.bfloat16)
+    said = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    return rewritten(folder, change, said)
+
+
+def mxfp4(folder):
+    """A model with fused experts of four bits, every value of which fits them."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=pico.VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    pico.tokenizer().save_pretrained(folder)
+
+    def change(state):
+        out = {}
+        for name, value in state.items():
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                out[name] = value
+                continue
+            experts, inputs, outputs = value.shape
+            shape = (experts, outputs, inputs // 32)
+            out[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            out[f"{name}_scales"] = torch.randint(120, 126, shape, dtype=torch.uint8)
+        return out
+
+    return rewritten(folder, change, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
+def packed(method):
+    """A maker of Llama checkpoints whose projections are 4-bit codes of ``gptq`` or ``awq``, random and in range."""
+
+    def make(folder):
+        def change(state):
+            out = dict(state)
+            for name, weight in state.items():
+                if name.endswith("_proj.weight"):
+                    outputs, inputs = weight.shape
+                    module = name.removesuffix(".weight")
+                    del out[name]
+                    words = (inputs // 8, outputs) if method == "gptq" else (inputs, outputs // 8)
+                    out[f"{module}.qweight"] = torch.randint(-(2**31), 2**31, words).int()
+                    out[f"{module}.qzeros"] = torch.randint(-(2**31), 2**31, (inputs // 16, outputs // 8)).int()
+                    out[f"{module}.scales"] = (torch.rand(inputs // 16, outputs) * 0.05).half()
+                    if method == "gptq":
+                        out[f"{module}.g_idx"] = (torch.arange(inputs) // 16)[torch.randperm(inputs)].int()
+            return out
+
+        pico.save(folder, "llama", dtype=torch.float16)
+        torch.manual_seed(0)
+        more = {"desc_act": True, "sym": False} if method == "gptq" else {"zero_point": True, "version": "gemm"}
+        (folder / "quantize_config.json").write_text("{}")
+        return rewritten(folder, change, {"quant_method": method, "bits": 4, "group_size": 16, **more})
+
+    return make
+
+
+MAKERS = {"fp8": fp8_blocks, "mxfp4": mxfp4, "gptq": packed("gptq"), "awq": packed("awq")}

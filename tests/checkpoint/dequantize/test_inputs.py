@@ -1,0 +1,207 @@
+"""Checkpoints that other tools have quantised, as inputs: opened, inspected, planned, compressed, and loaded by stock code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import compress
+from compress.checkpoint.open import open_checkpoint, open_headers
+from compress.errors import CheckpointError
+from compress.inspection import inspect
+from tests import pico
+from tests.checkpoint.dequantize.small import MAKERS
+from tests.toolbox import write
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    return {name: make(root / name) for name, make in MAKERS.items()}
+
+
+def test_spec_is_that_of_the_floats(folders):
+    for name, folder in folders.items():
+        spec, _ = open_headers(folder)
+        assert "quantization_config" not in spec.structure.config
+        assert spec.structure.config["dtype"] == ("float16" if name in ("gptq", "awq") else "bfloat16")
+        assert all(tensor.is_float for tensor in spec.tensors.values())
+        assert "sizes are compared with the files as they are" in spec.notes[0]
+
+
+def test_inspect_shows_the_stored_format_and_bytes(folders):
+    expected = {
+        "fp8": "fp8 in blocks of 16 × 16",
+        "mxfp4": "mxfp4",
+        "gptq": "gptq int4 in groups of 16",
+        "awq": "awq int4 in groups of 16",
+    }
+    for name, folder in folders.items():
+        facts = inspect(folder)
+        state = load_file(folder / "model.safetensors")
+        data = sum(a.numel() * a.element_size() for a in state.values())
+        assert facts["size"]["bytes"] == (folder / "model.safetensors").stat().st_size
+        assert sum(row["bytes"] for row in facts["tensors"]) == data == sum(row["bytes"] for row in facts["modules"])
+        assert facts["size"]["bits_per_weight"] == round(8 * data / facts["size"]["parameters"], 4)
+        assert {row["storage"] for row in facts["tensors"]} == {"dense", expected[name]}
+
+
+def test_headers_are_read_without_torch(folders):
+    code = (
+        "import sys\n"
+        "from compress.inspection import inspect\n"
+        "from compress.checkpoint.open import open_headers\n"
+        "for folder in sys.argv[1:]: open_headers(folder)\n"
+        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *map(str, folders.values())], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_stock_transformers_dequantises_to_the_same_outputs(folders, stock_outputs, tmp_path):
+    """It reads fp8 and mxfp4 without a GPU, and needs packages for the others."""
+    cases = {}
+    for name in ("fp8", "mxfp4"):
+        model = compress.load(folders[name])
+        pico.save_expected(model, tmp_path / f"{name}.pt")
+        cases[name] = (type(model).__name__, folders[name], tmp_path / f"{name}.pt")
+    outputs = stock_outputs(cases, dtype="auto")
+    assert {name: row.get("difference", row) for name, row in outputs.items()} == {"fp8": 0, "mxfp4": 0}
+
+
+def test_unpack_writes_floats_that_stock_loads(folders, stock_outputs, tmp_path):
+    cases = {}
+    for name, folder in folders.items():
+        dense = compress.unpack(folder, tmp_path / name)
+        assert not (dense / "quantize_config.json").exists()
+        assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+        model = compress.load(folder)
+        pico.save_expected(model, tmp_path / f"{name}.pt")
+        cases[name] = (type(model).__name__, dense, tmp_path / f"{name}.pt")
+    outputs = stock_outputs(cases, dtype="auto")
+    assert {name: row.get("difference", row) for name, row in outputs.items()} == dict.fromkeys(folders, 0)
+
+
+RECIPES = {
+    "fp8": [{"cast": {"method": "gptq", "weights": "int4", "group_size": "channel"}}],
+    "mxfp4": [{"cast": {"weights": "fp16"}}],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_outputs, tmp_path):
+    recipe = {
+        "model": str(folders[name]),
+        "output": str(tmp_path / "out"),
+        "document_separator": "<|doc|>",
+        "data": {"calibration": {"files": [str(texts[0])], "samples": 4, "length": 32}},
+        "passes": RECIPES[name],
+        "evaluate": [],
+    }
+    result = compress.run(recipe)
+    before = result.report["original"]["size"]
+    assert before["bytes"] == (folders[name] / "model.safetensors").stat().st_size
+    assert any("sizes are compared with the files as they are" in note for note in result.report["notes"])
+    (stage,) = result.report["stages"]
+    assert stage["passes"][-1]["planned"]["bytes"] == stage["size"]["bytes"]
+    model = compress.load(result.checkpoint)
+    pico.save_expected(model, tmp_path / "expected.pt")
+    outputs = stock_outputs({name: (type(model).__name__, result.checkpoint, tmp_path / "expected.pt")}, dtype="auto")
+    assert outputs[name].get("difference", outputs[name]) <= 1e-5
+    assert (pico.logits(model) - pico.logits(compress.load(folders[name]))).abs().max() > 0
+
+
+def damaged(folder, to, change):
+    """A copy with changed arrays or config: ``change(state, quantization)``."""
+    to.mkdir()
+    state, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    change(state, config["quantization_config"])
+    save_file(state, to / "model.safetensors", metadata={"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+FP8, PROJECTION = "model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj"
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def put(key, change):
+    """A change of one array."""
+
+    def both(state, _):
+        state[key] = change(state[key]).contiguous()
+
+    return both
+
+
+def without(*keys):
+    return lambda state, _: [state.pop(key) for key in keys]
+
+
+def said(**more):
+    return lambda _, quantization: quantization.update(more)
+
+
+HEADERS = [
+    ("fp8", without(f"{FP8}_scale_inv"), rf"has {FP8} \(F8_E4M3\), and nothing beside it that tells its values"),
+    ("fp8", without(FP8), rf"has {FP8}_scale_inv \(F32\), and nothing beside it"),
+    ("fp8", put(f"{FP8}_scale_inv", lambda s: s[:, :1].repeat(1, 5)), "fits .* by no block of 16 × 16"),
+    ("fp8", put(f"{FP8}_scale_inv", lambda s: s.int()), "is I32, not F32 or"),
+    ("mxfp4", without(f"{EXPERTS}_scales"), f"but not {EXPERTS}_scales, which its values need"),
+    ("mxfp4", put(f"{EXPERTS}_scales", lambda s: s[:, 1:]), "has the shape .* needs"),
+    ("mxfp4", put(f"{EXPERTS}_blocks", lambda s: s.flatten(2)), r"not \[experts, outputs, groups, 16\]"),
+    ("gptq", without(f"{PROJECTION}.scales"), f"but not {PROJECTION}.scales"),
+    ("gptq", without(f"{PROJECTION}.g_idx"), r"in the order of its activations \(desc_act\), but not"),
+    ("gptq", put(f"{PROJECTION}.qzeros", lambda s: s[:, 1:]), "has the shape .* needs"),
+    ("gptq", said(bits=5), r"`quantization_config.bits`: '5', which this version cannot read"),
+    ("gptq", said(checkpoint_format="marlin"), "checkpoint_format`: 'marlin'"),
+    ("gptq", said(dynamic={"down": {"bits": 8}}), "dynamic`: 'down'"),
+    ("gptq", said(group_size=0), "group_size`: '0'"),
+    ("awq", said(version="gemv"), "version`: 'gemv'"),
+    ("awq", said(group_size=32), "array .*scales has the shape"),
+    ("awq", said(bits=3), "bits`: '3'"),
+    ("awq", without(f"{PROJECTION}.qweight"), "and nothing beside it"),
+    ("awq", said(quant_method="aqlm"), "'aqlm', which this version cannot read"),
+    ("awq", said(quant_method="fp8"), "no array is stored so|nothing beside it"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), HEADERS, ids=[f"{i}-{row[0]}" for i, row in enumerate(HEADERS)])
+def test_wrong_headers_are_refused_on_opening(name, change, message, folders, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        open_headers(damaged(folders[name], tmp_path / "bad", change))
+
+
+VALUES = [
+    ("fp8", FP8, put(f"{FP8}_scale_inv", lambda s: s * float("nan")), "its scales are NaN or infinite"),
+    ("mxfp4", EXPERTS, put(f"{EXPERTS}_scales", lambda s: s | 255), r"its scales are NaN \(255\)"),
+    (
+        "gptq",
+        f"{PROJECTION}.weight",
+        put(f"{PROJECTION}.g_idx", lambda s: s + 9),
+        "its g_idx names group 10, and there are 2",
+    ),
+    ("awq", f"{PROJECTION}.weight", put(f"{PROJECTION}.scales", lambda s: s / 0), "its scales are NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "change", "message"), VALUES, ids=[row[0] for row in VALUES])
+def test_wrong_values_are_refused_on_reading(name, tensor, change, message, folders, tmp_path):
+    checkpoint = open_checkpoint(damaged(folders[name], tmp_path / "bad", change))
+    with pytest.raises(CheckpointError, match=f"tensor {tensor}: {message}") as error:
+        checkpoint.tensor(tensor)
+    assert "\n" not in str(error.value)
+
+
+def test_written_again_gives_the_same_values(folders, tmp_path):
+    for name, folder in folders.items():
+        before, after = open_checkpoint(folder), write(open_checkpoint(folder), tmp_path / name)
+        assert before.spec.tensors == after.spec.tensors
+        assert not after.spec.sources
+        for tensor in before.spec.stored():
+            assert torch.equal(before.tensor(tensor.name).data, after.tensor(tensor.name).data)
