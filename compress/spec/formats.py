@@ -57,6 +57,8 @@ class QuantFormat:
             same. Always False with a codebook, whose codes have the tensor's shape.
         activations: format of `ACTIVATIONS` that a runtime rounds the inputs to; None for none.
         whole: whether one scale serves the whole matrix.
+        experts: number of matrices in a tensor with the axes experts, out, in (or in, out); 0 for a single matrix. Their rows
+            are stored one after another.
         given_dtype: safetensors dtype of the static input scale; None for that of the weight's scales.
     """
 
@@ -67,6 +69,7 @@ class QuantFormat:
     activations: str | None = None
     whole: bool = False
     given_dtype: str | None = None
+    experts: int = 0
 
     @property
     def bits(self) -> int:
@@ -84,10 +87,11 @@ class QuantFormat:
         return self.format in CODEBOOKS
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the codes: [out, in] of a matrix; the tensor's own shape with a codebook."""
+        """Shape of the codes: [out, in], of all experts together; the tensor's own shape with a codebook."""
         if self.is_codebook:
             return shape
-        return (shape[1], shape[0]) if self.transposed else (shape[0], shape[1])
+        outputs, inputs = (shape[-1], shape[-2]) if self.transposed else shape[-2:]
+        return max(1, self.experts) * outputs, inputs
 
     def scales(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales in a file."""
@@ -108,10 +112,10 @@ class QuantFormat:
         return self.rows(shape)[1] // self.group if self.group else 1
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can have this format: a matrix with whole groups; codebooks take any shape."""
+        """Whether a tensor of that shape can have this format: matrices with whole groups; codebooks take any shape."""
         if self.is_codebook:
             return True
-        if len(shape) != 2:
+        if len(shape) not in (2, 3) or self.experts != (shape[0] if len(shape) == 3 else 0):
             return False
         inputs = self.rows(shape)[1]
         whole = inputs % self.group == 0 if self.group else True
@@ -128,6 +132,7 @@ class QuantFormat:
             "activations": self.activations,
             **({"whole": True} if self.whole else {}),
             **({"given_dtype": self.given_dtype} if self.given_dtype else {}),
+            **({"experts": self.experts} if self.experts else {}),
         }
 
     @classmethod
@@ -135,12 +140,16 @@ class QuantFormat:
         """Inverse of `to_json`. Raises KeyError, TypeError or AssertionError for anything else."""
         keys = ("format", "group", "symmetric", "transposed", "activations")
         more: dict[str, Any] = {"whole": bool(row.get("whole", False)), "given_dtype": row.get("given_dtype")}
+        more["experts"] = row.get("experts", 0)
         quant_format = cls(**{k: row[k] for k in keys}, **more)
         assert quant_format.activations is None or quant_format.activations in ACTIVATIONS
         assert type(row["bits"]) is int
         assert quant_format.bits == row["bits"]
         assert type(quant_format.group) is int
         assert quant_format.group >= 0
+        assert type(quant_format.experts) is int
+        assert quant_format.experts >= 0
+        assert not (quant_format.experts and quant_format.whole)
         assert isinstance(quant_format.symmetric, bool)
         assert isinstance(quant_format.transposed, bool)
         assert FIXED_GROUPS.get(quant_format.format, quant_format.group) == quant_format.group

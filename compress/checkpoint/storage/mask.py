@@ -20,7 +20,7 @@ from compress.checkpoint.storage.packed import (
     is_packed,
     zero_array,
 )
-from compress.checkpoint.storage.reading import CodeReader, Reader
+from compress.checkpoint.storage.reading import CodeReader, Reader, as_rows
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Tensor
 
@@ -46,7 +46,7 @@ def kept_codes(tensor: Tensor) -> Arrays:
 def encoded_kept(value: Value, tensor: Tensor) -> dict[str, torch.Tensor]:
     """The keep-mask in the layout of the codes, and the codes of the kept weights."""
     assert value.mask is not None, tensor
-    mask = value.mask.T if format_of(tensor).transposed else value.mask
+    mask = as_rows(value.mask, format_of(tensor).to_json())
     return {"keep": pack_bits(mask), "codes": pack_codes(codes_of(value).codes[mask][None], format_of(tensor).bits)[0]}
 
 

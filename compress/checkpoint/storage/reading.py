@@ -97,7 +97,9 @@ def decode_codes(
 
     reader = READERS[storage]
     assert isinstance(reader, CodeReader)
-    rows = (shape[1], shape[0]) if grid["transposed"] else shape
+    rows = (*shape[:-2], shape[-1], shape[-2]) if grid["transposed"] else shape
+    if grid.get("experts"):
+        rows = (rows[0] * rows[1], rows[2])
     mask = unpack_bits(parts["keep"], rows) if "keep" in parts else None
     bits, scale, zero = int(grid["bits"]), parts["scale"], parts.get("zero")
     if grid.get("whole"):
@@ -105,14 +107,26 @@ def decode_codes(
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack_codes(zero.T.contiguous(), bits, rows[0]).T.contiguous()
     codes = reader.codes(parts, rows, bits, mask, zero)
-    across = mask.T.contiguous() if mask is not None and grid["transposed"] else mask
+    across = from_rows(mask, grid) if mask is not None else None
     return (codes, scale, zero, parts.get("overall")), across
+
+
+def as_rows(values: torch.Tensor, grid: dict[str, Any]) -> torch.Tensor:
+    """Values in the tensor's shape ▶ [O, I], experts one after another."""
+    values = values.mT if grid["transposed"] else values
+    return values.flatten(0, 1) if grid.get("experts") else values
+
+
+def from_rows(values: torch.Tensor, grid: dict[str, Any]) -> torch.Tensor:
+    """Values [O, I], experts one after another ▶ in the tensor's shape, contiguous."""
+    values = values.reshape(grid["experts"], -1, values.shape[1]) if grid.get("experts") else values
+    return values.mT.contiguous() if grid["transposed"] else values
 
 
 def logical_values(codes: StoredCodes, mask: torch.Tensor | None, grid: dict[str, Any]) -> torch.Tensor:
     """Dequantised values in the tensor's shape, with removed weights +0.0."""
     values = dequantized(*codes)
-    values = values.T.contiguous() if grid["transposed"] else values
+    values = from_rows(values, grid)
     return values if mask is None else values.masked_fill(~mask, 0)
 
 

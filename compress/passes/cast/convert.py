@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from compress.checkpoint.storage.reading import as_rows, from_rows
 from compress.checkpoint.values import Value, torch_dtype
 from compress.errors import CheckpointError, PassError
 from compress.solvers.quant_format import dequantize, overflowing, rounded
@@ -43,12 +44,12 @@ def check_finite(name: str, data: torch.Tensor) -> None:
 def _rounded(value: Value, tensor: Tensor, quant_format: QuantFormat, dtype: torch.dtype, search: bool) -> Value:
     """Round to the nearest codes, with scales fitted to the weights alone."""
     check_finite(tensor.name, value.data)
-    across = value.data.T if quant_format.transposed else value.data
-    keep = value.mask.T if value.mask is not None and quant_format.transposed else value.mask
+    grid = quant_format.to_json()
+    across = as_rows(value.data, grid)
+    keep = None if value.mask is None else as_rows(value.mask, grid)
     codes = rounded(across, quant_format, dtype, keep, search=search)
 
     def data() -> torch.Tensor:
-        weights = dequantize(codes, keep)
-        return weights.T.contiguous() if quant_format.transposed else weights
+        return from_rows(dequantize(codes, keep), grid)
 
     return Value(data, value.mask, codes)
