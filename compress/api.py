@@ -170,6 +170,7 @@ def _recipe_of_one(
     from pydantic import ValidationError
 
     from compress import passes
+    from compress.passes.base import InputMultiple
     from compress.recipe import PassEntry, Recipe
     from compress.recipe.load import settings_error
 
@@ -179,6 +180,7 @@ def _recipe_of_one(
     except ValidationError as error:
         raise settings_error(name, settings, error) from None
     chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
+    chosen = instance.followed_by(chosen, InputMultiple())
     sections, given = _data(data, instance.required_data(chosen), section)
     # not validated as a file is: the pass and the pipeline check what they read
     return Recipe.model_construct(None, passes=(PassEntry(name, chosen),), data=sections, **keys), given

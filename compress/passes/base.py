@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from math import lcm
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -89,6 +90,17 @@ class Context:
         )
 
 
+class InputMultiple(NamedTuple):
+    """Numbers that the inputs of every matrix must be, and should be, a multiple of. 1 for any inputs."""
+
+    needed: int = 1
+    preferred: int = 1
+
+    def joined(self, other: InputMultiple) -> InputMultiple:
+        """Multiples that suit both."""
+        return InputMultiple(lcm(self.needed, other.needed), lcm(self.preferred, other.preferred))
+
+
 S = TypeVar("S", bound=PassSettings)
 
 
@@ -115,6 +127,14 @@ class Pass(Generic[S]):
 
     def completed(self, settings: S, given: Collection[str]) -> S:
         """Settings with the defaults that depend on which data sets a recipe has."""
+        return settings
+
+    def input_multiple(self, settings: S) -> InputMultiple:
+        """Multiples that these settings need, or prefer, the inputs of matrices to be, such as those of groups."""
+        return InputMultiple()
+
+    def followed_by(self, settings: S, later: InputMultiple) -> S:
+        """Settings with the defaults that depend on what the later passes of a recipe need. By default none do."""
         return settings
 
     def required_data(self, settings: S) -> frozenset[str]:

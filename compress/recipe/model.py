@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, WithJso
 from compress import passes
 from compress.checkpoint.sidecars import with_links
 from compress.evaluation.tasks import Task
+from compress.passes.base import InputMultiple
 from compress.recipe.data import Data, Text
 from compress.recipe.entries import PassEntry, RecipeEntry
 from compress.recipe.gates import METRICS, Gates, metric_of
@@ -33,10 +34,16 @@ Device = Annotated[str, AfterValidator(_device), WithJsonSchema({"type": "string
 
 
 def _completed(entries: tuple[PassEntry, ...], info: ValidationInfo) -> tuple[PassEntry, ...]:
-    """The passes with the defaults that depend on the data sets of the recipe filled in."""
+    """The passes with the defaults filled in that depend on the data sets of the recipe and on later passes."""
     data = info.data.get("data")
     given = [] if data is None else [name for name in Data.model_fields if getattr(data, name) is not None]
-    return tuple(PassEntry(e.name, passes.get(e.name).completed(e.settings, given)) for e in entries)
+    later, result = InputMultiple(), []
+    for entry in reversed(entries):
+        instance = passes.get(entry.name)
+        settings = instance.followed_by(instance.completed(entry.settings, given), later)
+        result.append(PassEntry(entry.name, settings))
+        later = later.joined(instance.input_multiple(settings))
+    return tuple(reversed(result))
 
 
 class Recipe(Settings):

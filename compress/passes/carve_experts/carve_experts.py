@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures.conversions.experts import carved, neurons
 from compress.architectures.model_map import model_map
-from compress.passes.base import Context, Pass, Storage
+from compress.passes.base import Context, InputMultiple, Pass, Storage
 from compress.passes.blockwise import runner_memory
 from compress.passes.carve_experts.plan import MLP, dense_blocks, expert_sizes
 from compress.passes.carve_experts.settings import CarveExpertsSettings
@@ -40,6 +40,10 @@ class CarveExperts(Pass[CarveExpertsSettings]):
     source: ClassVar[str] = (
         "CMoE, arXiv 2502.04416; shared neurons by Optimal Brain Surgeon; block reconstruction: arXiv 2102.05426"
     )
+
+    def followed_by(self, settings: CarveExpertsSettings, later: InputMultiple) -> CarveExpertsSettings:
+        """Choose the multiple that later passes need, where none is given."""
+        return settings if settings.multiple_of else settings.model_copy(update={"multiple_of": later.needed})
 
     def plan(self, spec: Spec, settings: CarveExpertsSettings) -> Spec:
         """Exact: sizes do not depend on data."""

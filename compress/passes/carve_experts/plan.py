@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import lcm
+
 from compress.architectures.conversions.experts import MULTIPLE, ExpertSizes, neurons
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
@@ -16,15 +18,16 @@ def expert_sizes(spec: Spec, settings: CarveExpertsSettings) -> ExpertSizes:
     """How each MLP is divided. Raises `PassError` if the settings leave no neuron for a part, or a token would use all."""
     total = neurons(spec)
     routed = total - round(settings.shared * total)
-    size = MULTIPLE * round(routed / settings.experts / MULTIPLE)
+    multiple = lcm(MULTIPLE, settings.multiple_of or 1)
+    size = multiple * round(routed / settings.experts / multiple)
     if settings.experts * size >= total:
-        size -= MULTIPLE
-    if size < MULTIPLE:
+        size -= multiple
+    if size < multiple:
         raise PassError(
-            f"{settings.experts} experts of at least {MULTIPLE} neurons do not fit into the {routed} of {total} neurons that "
+            f"{settings.experts} experts of at least {multiple} neurons do not fit into the {routed} of {total} neurons that "
             "are not shared",
             key="experts",
-            fix=f"set `experts: {routed // MULTIPLE}` or fewer",
+            fix=f"set `experts: {routed // multiple}` or fewer",
         )
     shared = total - settings.experts * size
     if settings.active == 1:

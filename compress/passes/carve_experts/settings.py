@@ -38,6 +38,12 @@ class CarveExpertsSettings(PassSettings):
         description="Number of experts that the other neurons are divided into. Their size is a multiple of 8; what is left "
         "over joins the shared neurons. More and smaller experts lose less and run slower.",
     )
+    multiple_of: int | None = Field(
+        default=None,
+        ge=1,
+        description="The size of an expert is also a multiple of this. By default what later passes of the recipe need: the "
+        "M of a pattern N:M, and the groups of mxfp4, nvfp4 and `group_size`.",
+    )
     router: Literal["linear"] = Field(
         default="linear",
         description="How experts are chosen for a token. `linear`: a matrix that learns each expert's share of the outputs.",

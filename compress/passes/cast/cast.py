@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures.model_map import model_map
-from compress.passes.base import EDITED, Context, Mode, Pass, Storage
+from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import (
     runner_memory,
 )
@@ -23,8 +24,9 @@ from compress.passes.cast.plan import (
     undecided,
     without_scales,
 )
-from compress.passes.cast.settings import CastSettings
+from compress.passes.cast.settings import DTYPES, CastSettings
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
+from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -62,6 +64,12 @@ class Cast(Pass[CastSettings]):
         if settings.kv_cache is None or settings.kv_cache_scales is not None:
             return settings
         return settings.model_copy(update={"kv_cache_scales": "tensor" if "calibration" in given else "none"})
+
+    def input_multiple(self, settings: CastSettings) -> InputMultiple:
+        """The groups of mxfp4 and nvfp4, and those of `group_size`, are needed; groups of 64 by default are preferred."""
+        coded = [settings.quant_format(f) for f in settings.formats_used - set(DTYPES)]
+        asked = [f.group for f in coded if f.group and (settings.group_size is not None or f.format in FIXED_GROUPS)]
+        return InputMultiple(lcm(*asked), lcm(*(f.group for f in coded if f.group)))
 
     def mode_for(self, settings: CastSettings) -> Mode:
         """``blockwise`` for `gptq`, a budget and static cache scales; ``stream`` for floats, `rtn` and `mse`."""

@@ -33,7 +33,8 @@ def allocate_ranks(checkpoint: Checkpoint, settings: FactorizeSettings, context:
             return None
 
         losses, _ = measured_divergences(checkpoint, list(uniform), lambda name, _: read(name), ALLOCATION, context)
-        ranks = _knapsack(spec, uniform, energies, {n: row["trial"] for n, row in losses.items()})
+        divergence = {n: row["trial"] for n, row in losses.items()}
+        ranks = _knapsack(spec, uniform, energies, divergence, settings.multiple_of or 1)
         return {
             "ranks": ranks,
             "divergence": {n: row["trial"] for n, row in losses.items()},
@@ -48,7 +49,11 @@ def allocate_ranks(checkpoint: Checkpoint, settings: FactorizeSettings, context:
 
 
 def _knapsack(
-    spec: Spec, uniform: dict[str, int], energies: dict[str, list[float]], losses: dict[str, float]
+    spec: Spec,
+    uniform: dict[str, int],
+    energies: dict[str, list[float]],
+    losses: dict[str, float],
+    multiple: int,
 ) -> dict[str, int]:
     """Ranks of least total loss for as many parameters as the uniform ones take. Matrices that stay whole are left out.
 
@@ -59,7 +64,8 @@ def _knapsack(
     for name, at in uniform.items():
         outputs, inputs = linears[name].O, linears[name].I
         largest = (outputs * inputs - 1) // (outputs + inputs)
-        ranks = sorted({max(1, round(largest * i / _STEPS)) for i in range(1, _STEPS + 1)} | {at})
+        ranks = sorted({max(1, round(largest * i / _STEPS / multiple)) * multiple for i in range(1, _STEPS + 1)} | {at})
+        ranks = [rank for rank in ranks if rank <= largest]
         tails = [sum(energies[name][r:]) for r in ranks]
         scale = losses[name] / max(sum(energies[name][at:]), 1e-30)
         options.append([*ranks, 0])

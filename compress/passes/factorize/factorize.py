@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoint.edits.factors import factored
 from compress.passes.allocation import require_divergence
-from compress.passes.base import Context, Pass, Storage
+from compress.passes.base import Context, InputMultiple, Pass, Storage
 from compress.passes.blockwise import (
     open_runner,
     runner_memory,
@@ -44,6 +44,10 @@ class Factorize(Pass[FactorizeSettings]):
         "SVD-LLM, arXiv 2403.07378, towards the original's outputs; ranks by the Fisher information and the knapsack; block "
         "reconstruction: BRECQ, arXiv 2102.05426"
     )
+
+    def followed_by(self, settings: FactorizeSettings, later: InputMultiple) -> FactorizeSettings:
+        """Choose the multiple that later passes need, where none is given."""
+        return settings if settings.multiple_of else settings.model_copy(update={"multiple_of": later.needed})
 
     def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
         """Exact, except with `allocation: kl`: then the plan assumes that all matrices matter alike."""

@@ -45,7 +45,10 @@ def uniform_ranks(spec: Spec, settings: FactorizeSettings) -> dict[str, int]:
     ranks, linears = {}, model_map(spec).linears
     for name in targets(spec, settings):
         outputs, inputs = linears[name].O, linears[name].I
-        rank = settings.rank or _rank_for(outputs, inputs, settings.keep_parameters or 0)
+        rank, multiple = settings.rank, settings.multiple_of or 1
+        if rank is None:
+            exact = _rank_for(outputs, inputs, settings.keep_parameters or 0)
+            rank = max(exact // multiple, min(exact, 1)) * multiple
         if rank < 1:
             raise PassError(
                 f"{settings.keep_parameters:.0%} of {name} [{outputs}, {inputs}] is less than one rank",

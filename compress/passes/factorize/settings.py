@@ -21,6 +21,12 @@ class FactorizeSettings(PassSettings):
     rank: int | None = Field(
         default=None, ge=1, description="Instead of `keep_parameters`: the same rank for every chosen matrix."
     )
+    multiple_of: int | None = Field(
+        default=None,
+        ge=1,
+        description="With `keep_parameters`: ranks are multiples of this. By default what later passes of the recipe need: the "
+        "M of a pattern N:M, and the groups of mxfp4, nvfp4 and `group_size`.",
+    )
     allocation: Literal["kl", "uniform"] = Field(
         default="kl",
         description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
 from compress.passes.allocation import UNEVEN, probe_sparsities
 from compress.passes.base import Context
 from compress.passes.blockwise import measured_divergences, open_runner
+from compress.passes.prune_structured.widths import step
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -26,7 +26,7 @@ def uneven_widths(
     if not planned.uneven:
         return {}
     mlps = planned.mlps()
-    steps = [lcm(settings.multiple_of, units.multiple) for units, _ in mlps]
+    steps = [step(units.count, units.multiple, settings.multiples) for units, _ in mlps]
     sizes = [units.count // step for (units, _), step in zip(mlps, steps, strict=True)]
     kept = sum((units.count - less) // step for (units, less), step in zip(mlps, steps, strict=True))
     levels = probe_sparsities(1 - kept / sum(sizes))

@@ -9,7 +9,7 @@ from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory
-from compress.passes.base import Context, Mode, Pass, Storage
+from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.settings import PruneStructuredSettings
@@ -52,6 +52,17 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         """Calibration data, unless all blocks are named, or scored by weights alone, and nothing is repaired."""
         reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
         return self.needs if reads else frozenset()
+
+    def followed_by(self, settings: PruneStructuredSettings, later: InputMultiple) -> PruneStructuredSettings:
+        """Choose multiples that later passes need and prefer, where none are given."""
+        given = {"multiple_of": settings.multiple_of, "preferred_multiple": settings.preferred_multiple}
+        needs = {"multiple_of": later.needed, "preferred_multiple": later.preferred}
+        return settings.model_copy(update={k: needs[k] if v is None else v for k, v in given.items()})
+
+    def plan_notes(self, spec: Spec, settings: PruneStructuredSettings) -> list[str]:
+        """The kept widths, where later passes want multiples."""
+        text = None if settings.searched else widths.multiples_note(spec, settings)
+        return [] if text is None else [text]
 
     def output_storage(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
         """Floats; with `allocation: kl` also uneven widths."""
@@ -119,7 +130,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             keep = widths.experts_to_keep(spec, settings.experts)
             spec, _, _ = resize.without_experts(spec, {i: range(n) for i, n in keep.items()})
         if settings.hidden is not None:
-            left = widths.hidden_to_keep(spec, settings.hidden, settings.multiple_of)
+            left = widths.hidden_to_keep(spec, settings.hidden, settings.multiples)
             entries, config = resize.hidden_entries(spec, range(left))
             spec = resize.resized(spec, entries, config)
         narrower = widths.widths(spec, settings)

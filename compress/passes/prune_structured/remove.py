@@ -87,7 +87,7 @@ def drop_hidden(
     if settings.hidden is None:
         return checkpoint, None
     width = model_map(checkpoint.spec).hidden
-    left = widths.hidden_to_keep(checkpoint.spec, settings.hidden, settings.multiple_of)
+    left = widths.hidden_to_keep(checkpoint.spec, settings.hidden, settings.multiples)
     if settings.importance == "magnitude":
         importance = torch.zeros(width, dtype=torch.float64)
         entries, _ = resize.hidden_entries(checkpoint.spec, range(width))

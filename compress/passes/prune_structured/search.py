@@ -13,6 +13,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import lay_out
 from compress.errors import PassError
 from compress.passes.base import Context
+from compress.passes.prune_structured import widths
 from compress.passes.prune_structured.settings import TARGETS
 from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.spec.spec import Spec
@@ -236,8 +237,9 @@ def _width(spec: Spec) -> int:
 
 def _options(spec: Spec, settings: PruneStructuredSettings) -> range:
     """Numbers of neurons of the narrowest MLP that may be removed."""
-    units = chain.from_iterable(resize.mlp_units(spec).values())
-    return range(0, int(_MOST_NEURONS * _width(spec)) + 1, lcm(settings.multiple_of, *(one.multiple for one in units)))
+    width, units = _width(spec), chain.from_iterable(resize.mlp_units(spec).values())
+    step = widths.step(width, lcm(*(one.multiple for one in units)), settings.multiples)
+    return range(0, int(_MOST_NEURONS * width) + 1, step)
 
 
 def _planned(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from compress.passes.base import PassSettings
+from compress.passes.base import InputMultiple, PassSettings
 from compress.settings import Amount, ByteSize, Fraction, parse_amount
 
 
@@ -97,11 +97,18 @@ class PruneStructuredSettings(PassSettings):
         "70%. Shapes with random weights are timed beside it on this machine; a plan cannot predict the choice, nor does a "
         "rerun repeat it. If a size target is given too, both hold.",
     )
-    multiple_of: int = Field(
-        default=1,
+    multiple_of: int | None = Field(
+        default=None,
         ge=1,
         description="Round the number of kept neurons (`mlp`) and channels (`hidden`) to a multiple of this; with experts "
-        "also of 8.",
+        "also of 8. By default what later passes of the recipe need: the M of a pattern N:M, and the groups of mxfp4, nvfp4 "
+        "and `group_size`.",
+    )
+    preferred_multiple: int | None = Field(
+        default=None,
+        ge=1,
+        description="Round to a multiple of this too, or of the largest of its halves that moves the number by 6 % at most. "
+        "By default the groups of 64 that later casts to less than 8 bits use where they can.",
     )
     importance: Literal["obs", "activation", "taylor", "magnitude"] = Field(
         default="obs",
@@ -151,6 +158,11 @@ class PruneStructuredSettings(PassSettings):
         if targets and self.importance == "magnitude":
             raise ValueError(f"`{targets[0]}` tries shapes on calibration data: leave out `importance: magnitude`")
         return self
+
+    @property
+    def multiples(self) -> InputMultiple:
+        """Multiples of kept neurons and channels."""
+        return InputMultiple(self.multiple_of or 1, self.preferred_multiple or 1)
 
     @property
     def searched(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import lcm
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures import resize
@@ -13,10 +13,16 @@ from compress.architectures.groups import KVHeadMerge, PrunableGroup
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import UNEVEN, require_divergence
+from compress.passes.base import InputMultiple
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
     from compress.passes.prune_structured.settings import PruneStructuredSettings
+
+#: Largest change of a width, as a share of it, for a multiple that later passes prefer.
+_NEAR = 1 / 16
+#: Least number of widths to try at such multiples.
+_STEPS = 16
 
 BlockAmount = tuple[int, ...] | float | int
 WidthAmount = float | int
@@ -111,13 +117,41 @@ def experts_to_keep(spec: Spec, amount: WidthAmount) -> dict[int, int]:
     return dict.fromkeys(present, keep)
 
 
-def hidden_to_keep(spec: Spec, amount: WidthAmount, multiple_of: int) -> int:
+def hidden_to_keep(spec: Spec, amount: WidthAmount, multiples: InputMultiple) -> int:
     """Number of hidden channels to keep."""
     resize.require_hidden(model_map(spec).record)
     width = model_map(spec).hidden
     neurons = chain.from_iterable(resize.mlp_units(spec).values())
-    multiple = lcm(multiple_of, *(units.multiple for units in neurons))
-    return _rounded(width, amount, multiple, "hidden", "hidden channels")
+    own = lcm(*(units.multiple for units in neurons))
+    return _rounded(width, amount, own, multiples, "hidden", "hidden channels")
+
+
+def multiples_note(spec: Spec, settings: PruneStructuredSettings) -> str | None:
+    """A sentence on the widths that are kept, where they are multiples for later passes; None where nothing asks for these."""
+    wanted, parts = lcm(*settings.multiples), []
+    if wanted == 1:
+        return None
+    if settings.hidden is not None:
+        width = model_map(spec).hidden
+        parts.append(("hidden", hidden_to_keep(spec, settings.hidden, settings.multiples), width))
+    if settings.mlp is not None and settings.allocation == "uniform":
+        groups = widths(spec, settings).mlps()
+        parts += [("mlp", kept, count) for kept, count in sorted({(u.count - less, u.count) for u, less in groups})]
+    if not parts:
+        return None
+    kept = ", ".join(f"{key} {left} of {count} (a multiple of {gcd(left, wanted)})" for key, left, count in parts)
+    return f"kept widths are rounded for later passes, or as `multiple_of` asks: {kept}"
+
+
+def step(count: int, own: int, multiples: InputMultiple) -> int:
+    """Number of neurons that come and go together where many widths are tried: the multiples, as far as the width allows.
+
+    Args:
+        count: neurons that there are. own: multiple of the family.
+    """
+    needed = lcm(own, multiples.needed)
+    steps = (lcm(needed, half) for half in _halves(multiples.preferred))
+    return next((size for size in steps if count % size == 0 and count >= _STEPS * size), needed)
 
 
 def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] | None = None) -> Widths:
@@ -180,7 +214,7 @@ def _neurons(
             fix="give a share such as mlp: 25%",
         )
     kept = {
-        key: _rounded(one.count, amounts.mlp, lcm(amounts.multiple_of, one.multiple), "mlp", "neurons")
+        key: _rounded(one.count, amounts.mlp, one.multiple, amounts.multiples, "mlp", "neurons")
         for key, one in largest.items()
     }
     chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in groups] for i, groups in units.items()}
@@ -244,9 +278,19 @@ def _count(amount: WidthAmount, total: int, key: str, what: str, allow_none: boo
     return count
 
 
-def _rounded(total: int, amount: WidthAmount, multiple_of: int, key: str, what: str) -> int:
-    """Number to keep, rounded to a multiple."""
+def _halves(number: int) -> list[int]:
+    """The number, its half and so on, as long as they are whole."""
+    return [number] if number % 2 else [number, *_halves(number // 2)]
+
+
+def _rounded(total: int, amount: WidthAmount, own: int, multiples: InputMultiple, key: str, what: str) -> int:
+    """Number to keep, rounded to a multiple. ``own``: the family's."""
     keep = total - _count(amount, total, key, what)
+    multiple_of = lcm(own, multiples.needed)
+    for size in (lcm(multiple_of, half) for half in _halves(multiples.preferred)):
+        near = size * round(keep / size)
+        if 0 < near < total and abs(near - keep) <= keep * _NEAR:
+            return near
     rounded = max(multiple_of, multiple_of * round(keep / multiple_of))
     if rounded >= total:
         raise PassError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory
-from compress.passes.base import EDITED, Context, Mode, Pass, Storage
+from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import runner_memory
 from compress.passes.prune_unstructured.plan import is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
@@ -47,6 +47,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
     def required_data(self, settings: PruneUnstructuredSettings) -> frozenset[str]:
         """Calibration data for all methods but magnitude."""
         return frozenset() if settings.method == "magnitude" else self.needs
+
+    def input_multiple(self, settings: PruneUnstructuredSettings) -> InputMultiple:
+        """The M of a pattern N:M is needed."""
+        return InputMultiple() if settings.pattern is None else InputMultiple(settings.pattern.m, settings.pattern.m)
 
     def mode_for(self, settings: PruneUnstructuredSettings) -> Mode:
         """``stream`` by magnitude, else ``blockwise``."""
