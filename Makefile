@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded bench-attention same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -89,6 +89,10 @@ bench-memory: $(STAMP)
 # ARGS= such as --jobs kernels
 bench-attention: $(STAMP)
 	$(BIN)/python -m benchmarks.attention $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+# the family matrix, docs/families.md; WORKERS= processes; goes on where it was stopped; ARGS= such as --fresh or --only llama
+families: $(STAMP)
+	$(BIN)/python -m benchmarks.families --workers $(WORKERS) $(ARGS)
 
 # outputs equal those of an earlier commit byte for byte; BEFORE= is the commit, ARGS= such as --only 'cast_*'
 same-bytes: $(STAMP)

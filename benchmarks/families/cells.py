@@ -1,0 +1,93 @@
+"""The cells of a class: passes as a user applies them, and an evaluation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.families.judge import Judge, Wrong
+from benchmarks.families.pico import Pico
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A column of the matrix.
+
+    Attributes:
+        title: of the column. name: of the pass, None for an evaluation. settings: of the pass.
+        calibrated: the pass gets data.
+    """
+
+    title: str
+    name: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = True
+
+
+CELLS: dict[str, Cell] = {
+    "rtn": Cell("int8 rtn", "cast", {"weights": "int8", "method": "rtn"}, calibrated=False),
+    "gptq": Cell("int4 gptq", "cast", {"weights": "int4", "method": "gptq"}),
+    "magnitude": Cell("50 % magnitude", "prune_unstructured", {"method": "magnitude", "sparsity": 0.5}, calibrated=False),
+    "sparsegpt": Cell("50 % sparsegpt", "prune_unstructured", {"method": "sparsegpt", "sparsity": 0.5}),
+    "layers": Cell("a layer", "prune_structured", {"layers": 1}),
+    "mlp": Cell("25 % mlp", "prune_structured", {"mlp": 0.25}),
+    "heads": Cell("50 % heads", "prune_structured", {"heads": 0.5}),
+    "share": Cell("share", "share", {"groups": [[0, 1]], "store": "compact"}),
+    "factorize": Cell("factorize", "factorize", {"keep_parameters": 0.5, "store": "compact"}),
+    "distill": Cell(
+        "distill", "distill", {"steps": 1, "batch_size": 2, "validation_samples": 1, "allow_noop": True}
+    ),
+    "eval": Cell("eval", None),
+}  # fmt: skip
+
+
+def run(cell: str, pico: Pico, work: Path, judge: Judge) -> None:
+    """Run a cell and have it judged.
+
+    Raises:
+        CompressError: the cell is refused.
+        Wrong: the stock loader disagrees. Any other exception is a fault as well.
+    """
+    what = CELLS[cell]
+    if what.name is None:
+        _evaluate(pico, judge)
+        return
+    settings = dict(what.settings)
+    if what.calibrated:
+        settings["data"] = pico.data
+    if cell == "distill":
+        settings["teacher"] = [{"checkpoint": str(pico.other)}]
+    import compress
+
+    details: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compress.apply(what.name, pico.folder, work / cell, details=details, **settings)
+    judge.written(work / cell, pico, lossy=cell != "distill" or bool(details.get("training", {}).get("helped")))
+
+
+def _evaluate(pico: Pico, judge: Judge) -> None:
+    """Evaluate the checkpoint as ``compress eval`` does with the data of its task, and compare with transformers."""
+    from compress.pipeline.baseline import EvaluationSettings
+    from compress.pipeline.evaluate import evaluate
+
+    document = evaluate(str(pico.folder), EvaluationSettings(**_evaluation(pico)))
+    measured = document["evaluation"]
+    rows, kind = measured["documents"], measured["schema"].partition(".")[2].partition("/")[0]
+    if not rows or any(not math.isfinite(row["nll"]) for row in rows if "nll" in row):
+        raise Wrong("the evaluation is empty or not finite")
+    task: Callable[..., None] | None = {"evaluation": judge.perplexity}.get(kind)
+    if task is not None:
+        task(pico, sum(row["nll"] for row in rows), sum(row["tokens"] for row in rows))
+
+
+def _evaluation(pico: Pico) -> dict[str, Any]:
+    if pico.main_input == "pixel_values" and pico.images.exists():
+        return {"images": str(pico.images)}
+    if pico.class_name.endswith("ForSequenceClassification"):
+        return {"files": (str(pico.rows),), "text": ("sentence",), "label": "label"}
+    return {"files": (str(pico.text),), "separator": "<|doc|>", "window": 64}

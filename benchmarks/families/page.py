@@ -1,0 +1,129 @@
+"""docs/families.md, from the results."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.families.cells import CELLS
+from benchmarks.families.classes import CAUSAL, KINDS, Subject
+
+MARKS = {"works": "✓", "refused": "–", "wrong": "✗", "unsuited": "·"}
+#: Shares that should work, by cell: of causal language models, of all other classes.
+GOALS = {
+    "rtn": (95, 95),
+    "magnitude": (95, 95),
+    "gptq": (90, 80),
+    "sparsegpt": (90, 80),
+    "layers": (75, 50),
+    "mlp": (75, 50),
+}
+Rows = Mapping[Subject, Mapping[str, dict[str, Any] | None]]
+
+
+def write(rows: Rows, path: Path) -> int:
+    """Write the page and print the counts; 1 where a cell is wrong, else 0."""
+    lines = text(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(_counts(rows)))
+    wrong = [(s.name, c, r) for s, cells in rows.items() for c, r in cells.items() if r and r["verdict"] == "wrong"]
+    for name, cell, result in wrong:
+        print(f"wrong: {name} {cell}: {result['reason']}")
+    return 1 if wrong else 0
+
+
+def text(rows: Rows) -> list[str]:
+    """The lines of the page."""
+    codes = sorted({result["code"] for cells in rows.values() for result in cells.values() if result})
+    lines = [
+        "# Families",
+        "",
+        "Which passes work on which classes of transformers. `make families` runs the matrix and writes this page.",
+        "",
+        "Each class of a mapping becomes a pico model: a config of the same kind with few, narrow blocks, and random weights.",
+        "Each cell applies one pass to it. transformers then loads the written checkpoint in a process without this package.",
+        "",
+        "| mark | meaning |",
+        "|---|---|",
+        "| ✓ | works: no key is missing, unexpected or of another shape; the outputs equal those of `compress.load`, and "
+        "differ from the original's where the pass is lossy |",
+        "| – | refused, with one line that says why |",
+        "| ✗ | wrong: other outputs, other keys, or an error that is none of this package's |",
+        "| · | there is no pico model of the class that transformers itself saves and runs |",
+        "",
+        f"Commits: {', '.join(f'`{code}`' for code in codes)}. Random weights say nothing about quality.",
+        "",
+        "## Counts",
+        "",
+        *_counts(rows),
+        "",
+        "## Reasons",
+        "",
+        *_reasons(rows),
+        "",
+    ]
+    for kind in KINDS:
+        lines += [f"## {kind[0].upper()}{kind[1:]}", "", *_table(rows, kind), ""]
+    return lines[:-1]
+
+
+def _counts(rows: Rows) -> list[str]:
+    """A table: kind of class × cell, share that works; then the goals."""
+    lines = [
+        f"| classes | number | {' | '.join(cell.title for cell in CELLS.values())} |",
+        "|---" * (2 + len(CELLS)) + "|",
+    ]
+    groups: dict[str, list[Subject]] = {k: [s for s in rows if k in s.kinds] for k in KINDS}
+    groups["all but causal LM"] = [s for s in rows if s.kinds != (CAUSAL,)]
+    for name, members in groups.items():
+        shares = []
+        for cell in CELLS:
+            run = [rows[s][cell] for s in members if rows[s][cell]]
+            works = sum(result is not None and result["verdict"] == "works" for result in run)
+            part = f"{100 * works / len(run):.0f} %" if run else ""
+            goal = GOALS.get(cell, (None, None))[name != CAUSAL] if name in (CAUSAL, "all but causal LM") else None
+            shares.append(f"{part} (goal {goal})" if goal and part else part)
+        lines.append(f"| {name} | {len(members)} | {' | '.join(shares)} |")
+    verdicts = Counter(result["verdict"] for cells in rows.values() for result in cells.values() if result)
+    total = ", ".join(f"{verdicts[key]} {key if key != 'unsuited' else 'without a pico model'}" for key in MARKS)
+    return [*lines, "", f"Cells: {total}."]
+
+
+def _reasons(rows: Rows) -> list[str]:
+    """Reasons of what does not work, the most frequent first."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for subject, cells in rows.items():
+        for cell, result in cells.items():
+            if result and result["verdict"] != "works":
+                found[result["verdict"], shape(result["reason"])].append((subject.model_type, cell))
+    lines = ["| mark | reason | cells | such as |", "|---|---|---|---|"]
+    for (verdict, reason), where in sorted(found.items(), key=lambda item: (item[0][0] != "wrong", -len(item[1]))):
+        types = list(dict.fromkeys(model_type for model_type, _ in where))
+        shown = ", ".join(types[:5]) + (f" and {len(types) - 5} more" if len(types) > 5 else "")
+        lines.append(f"| {MARKS[verdict]} | {_cell(reason)} | {len(where)} | {shown} |")
+    return lines
+
+
+def shape(reason: str) -> str:
+    """A reason without the numbers, names and paths in which cells differ."""
+    reason = re.sub(r"/\S*families-\w+/?\S*?(?=[:;,. )]|$)", "…", reason)
+    reason = re.sub(r"\b[\w.]*\.\d+\.[\w.]+", "…", reason)
+    reason = re.sub(r"\b\w*For[A-Z]\w+|\b\w+(Model|Config|HeadModel)\b", "…", reason)
+    reason = re.sub(r"`[^`]*`", "`…`", reason)
+    return re.sub(r"\d[\d,.]*\d|\d", "n", reason)[:200]
+
+
+def _cell(words: str) -> str:
+    return re.sub(r"([|<>*_])", r"\\\1", words)
+
+
+def _table(rows: Rows, kind: str) -> list[str]:
+    lines = [f"| type | class | {' | '.join(cell.title for cell in CELLS.values())} |", "|---" * (2 + len(CELLS)) + "|"]
+    for subject in sorted((s for s in rows if kind in s.kinds), key=lambda s: s.name):
+        marks = [MARKS[result["verdict"]] if (result := rows[subject][cell]) else "" for cell in CELLS]
+        lines.append(f"| {subject.model_type} | {subject.class_name} | {' | '.join(marks)} |")
+    return lines

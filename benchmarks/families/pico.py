@@ -1,0 +1,139 @@
+"""A pico checkpoint of a class, with the data that cells calibrate on and evaluate."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.families.classes import Subject
+
+#: Samples and tokens of the calibration data.
+SAMPLES, TOKENS = 4, 16
+#: Pico models with more parameters would not be pico.
+PARAMETERS = 30_000_000
+
+
+class Unsuited(Exception):
+    """There is no pico model of a class that transformers itself saves and runs."""
+
+
+@dataclass(frozen=True)
+class Pico:
+    """A pico checkpoint.
+
+    Attributes:
+        folder: the checkpoint. other: one of the same config with other weights, a teacher.
+        inputs: file with the arguments of a forward pass. outputs: what transformers computes from them, once saved.
+        data: argument ``data`` of `compress.apply`. text: documents. rows: labelled texts. images: a folder for each class.
+    """
+
+    folder: Path
+    other: Path
+    inputs: Path
+    data: Any
+    text: Path
+    rows: Path
+    images: Path
+    class_name: str
+    main_input: str
+    encoder_decoder: bool
+
+
+def make(subject: Subject, place: Path) -> Pico:
+    """Write the checkpoint of a class and its data below ``place``. Raises `Unsuited` with the reason in one line."""
+    import transformers
+
+    from compress.models.classes import quiet_transformers
+    from compress.models.pico import config_of, dummy_inputs, pico_model
+    from compress.models.shrink import default_config, shrunken
+
+    stage = "has no config of its own"
+    try:
+        with quiet_transformers():
+            config = default_config(subject.model_type)
+            stage = "the config cannot be shrunk"
+            cls = getattr(transformers, subject.class_name)
+            config = config_of(cls, shrunken(config))
+            stage = "the shrunken config makes no model"
+            with torch.device("meta"):
+                count = sum(parameter.numel() for parameter in cls(config).parameters())
+            if count > PARAMETERS:
+                raise ValueError(f"{count:,} parameters")
+            model = pico_model(cls, config)
+            stage = "cannot be saved by transformers"
+            model.save_pretrained(place / "model")
+            pico_model(cls, config, seed=1).save_pretrained(place / "other")
+            stage = "no inputs could be made"
+            inputs = dummy_inputs(model)
+            samples = [dummy_inputs(model, tokens=TOKENS, seed=seed) for seed in range(1, 1 + SAMPLES)]
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise Unsuited(f"{stage}: {type(error).__name__}: {text}") from error
+    torch.save(inputs, place / "inputs.pt")
+    main = model.main_input_name
+    for folder in (place / "model", place / "other"):
+        _write_processors(folder, main, inputs)
+    text, rows, images = _write_data(place, config, inputs, main)
+    data: Any = images
+    if "input_ids" in samples[0]:
+        data = torch.cat([sample["input_ids"] for sample in samples])
+    return Pico(
+        place / "model", place / "other", place / "inputs.pt", data, text, rows, images, subject.class_name, main,
+        bool(getattr(config, "is_encoder_decoder", False)),
+    )  # fmt: skip
+
+
+def _write_processors(folder: Path, main: str, inputs: dict[str, Any]) -> None:
+    """The tokenizer, and an image processor, beside the weights."""
+    if "input_ids" in inputs or "decoder_input_ids" in inputs:
+        tokenizer().save_pretrained(folder)
+    if main == "pixel_values" and inputs[main].ndim == 4:
+        height, width = inputs[main].shape[-2:]
+        processor = {
+            "image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}, "do_resize": True,
+            "do_normalize": True, "do_rescale": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def _write_data(place: Path, config: Any, inputs: dict[str, Any], main: str) -> tuple[Path, Path, Path]:
+    """Documents, labelled rows and labelled images."""
+    draw = random.Random(0)
+    texts = [" ".join("".join(draw.choices("klmnopqrst", k=3)) for _ in range(6)) for _ in range(6)]
+    (place / "text.txt").write_text("\n<|doc|>\n".join(texts))
+    labels = sorted(getattr(config, "id2label", None) or {0: "LABEL_0", 1: "LABEL_1"})[:2]
+    rows = [f"{text}\t{labels[i % len(labels)]}" for i, text in enumerate(texts)]
+    (place / "rows.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    if main == "pixel_values" and inputs[main].ndim == 4:
+        from PIL import Image
+
+        channels, height, width = inputs[main].shape[-3:]
+        for label in labels:
+            (place / "images" / str(label)).mkdir(parents=True)
+            for i in range(3):
+                picture = Image.new("L" if channels == 1 else "RGB", (width, height))
+                count = height * width * (1 if channels == 1 else 3)
+                picture = Image.frombytes(picture.mode, picture.size, draw.randbytes(count))
+                picture.save(place / "images" / str(label) / f"{i}.png")
+    return place / "text.txt", place / "rows.tsv", place / "images"
+
+
+def tokenizer() -> Any:
+    """Byte-level BPE without merges: 6 special tokens, then 256 bytes."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<eos>", "<pad>", "<bos>", "<unk>", "<sep>", "<mask>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*special, *alphabet])}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    names = ("eos_token", "pad_token", "bos_token", "unk_token", "sep_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, cls_token="<bos>", **dict(zip(names, special, strict=True))
+    )
