@@ -13,9 +13,10 @@ from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import cache_format, input_formats
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.values import Checkpoint, torch_dtype
-from compress.errors import CheckpointError, CompressError, is_lack
+from compress.errors import CheckpointError, CompressError, DataError, is_lack
 from compress.models.attention import implementation
 from compress.models.classes import first_line, quiet_transformers, refusing, stock_class
+from compress.spec.classes import SEQUENCE_CLASSIFICATION
 from compress.spec.formats import FIXED_GROUPS
 from compress.spec.spec import CACHE_SCALES, Spec, Tensor
 
@@ -103,6 +104,29 @@ def load_checkpoint(
 
         round_cache(model, _scales(checkpoint))
     return model
+
+
+def load_for_samples(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
+    """`load_checkpoint`, for a model that reads several samples at once, also where its config names no padding token.
+
+    Classifiers that score a text's last token refuse several texts then. Unpadded ones need no padding token; for padded ones
+    the forward pass raises `DataError`.
+    """
+    model = load_checkpoint(checkpoint, **options)
+    config: Any = model.config.get_text_config()
+    if type(model).__name__.endswith(SEQUENCE_CLASSIFICATION.suffixes) and getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = -1  # no token's id, so that the last token is a text's last one
+        model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _refuse_padding(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise DataError(
+            "the samples are padded, and the model's config names no padding token, whose place tells where a text ends",
+            fix="set pad_token_id in config.json",
+        )
 
 
 def _decoded(spec: Spec, dtype: str | None, as_stored: bool) -> Callable[[Tensor], torch.dtype | None]:

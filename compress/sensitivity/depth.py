@@ -10,7 +10,7 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.models.blocks import find_blocks
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_for_samples
 from compress.sensitivity.samples import Sample, SampleLoop
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def greedy_depth(
         The blocks in order of removal, and for each step the change by candidate.
     """
     record = model_map(checkpoint.spec).record
-    model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device)
+    model: Any = load_for_samples(checkpoint, dtype=dtype, device=device)
     blocks = find_blocks(model, record)
     loop = SampleLoop(samples.first(SAMPLES), model.device, tokens=_TOKENS_PER_BATCH)
     logits = model.base_model is not model
@@ -61,7 +61,7 @@ def greedy_depth(
 
 def divergence(before: Checkpoint, after: Checkpoint, samples: Batches, *, dtype: str, device: str) -> float:
     """Change of the outputs from one checkpoint to another, as in `greedy_depth`. Both models are in memory."""
-    models: list[Any] = [load_checkpoint(c, dtype=dtype, device=device) for c in (before, after)]
+    models: list[Any] = [load_for_samples(c, dtype=dtype, device=device) for c in (before, after)]
     logits = models[0].base_model is not models[0]
     total, tokens = 0.0, 0
     with torch.inference_mode():

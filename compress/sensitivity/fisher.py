@@ -10,7 +10,7 @@ import torch
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_for_samples
 from compress.progress import Progress
 from compress.sensitivity.matrices import SAMPLES
 from compress.sensitivity.samples import SampleLoop, token_losses
@@ -29,7 +29,7 @@ def fisher_information(
 
     Source: Fisher-weighted averaging (arXiv 2111.09832), section 3.2.
     """
-    model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
+    model: Any = load_for_samples(checkpoint, dtype="float32", device=device)
     if model.base_model is model:
         raise PassError("`init: fisher` needs a model that predicts something", key="init", fix="use `least_squares`")
     model.requires_grad_(False)

@@ -12,7 +12,7 @@ from compress.blockwise.linears import TargetLinear, expert_linears, group_linea
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_for_samples
 from compress.progress import Progress
 from compress.sensitivity.samples import SampleLoop, token_losses
 from compress.solvers.quant_format import dequantize, fit, to_codes
@@ -82,7 +82,7 @@ def divergences(
         PassError: the model predicts no tokens, or a tensor is not a module's own weight.
     """
     mapped = model_map(checkpoint.spec)
-    model: Any = load_checkpoint(checkpoint, dtype="float32", device=device)
+    model: Any = load_for_samples(checkpoint, dtype="float32", device=device)
     if not model.can_generate() and model.get_output_embeddings() is None:
         raise PassError(f"{setting[0]} needs a model that predicts tokens", fix=setting[1])
     model.requires_grad_(False)

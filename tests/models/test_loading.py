@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compress.checkpoint.open import open_checkpoint
-from compress.errors import CheckpointError
-from compress.models.loading import check_keys, load_model
+from compress.errors import CheckpointError, DataError
+from compress.models.loading import check_keys, load_checkpoint, load_for_samples, load_model
 from tests import pico
 from tests.toolbox import edit_config
 
@@ -177,3 +177,23 @@ def test_load_model_takes_the_usual_base_class(tmp_path):
     del said["architectures"]
     (tmp_path / "in/config.json").write_text(json.dumps(said))
     assert type(load_model(tmp_path / "in")) is transformers.FunnelModel
+
+
+def test_load_model_takes_infinite_numbers_as_transformers_writes_them(tmp_path):
+    config = transformers.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "in")
+    edit_config(tmp_path / "in", time_step_limit=[0.0, {"__float__": "Infinity"}])
+    assert load_model(tmp_path / "in").config.time_step_limit[1] == float("inf")
+
+
+def test_classifiers_without_padding_token_read_several_unpadded_texts(tmp_path):
+    pico.save(tmp_path / "in", "llama", class_name="LlamaForSequenceClassification", pad_token_id=None)
+    stored = open_checkpoint(tmp_path / "in")
+    ids = torch.randint(250, (3, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = load_checkpoint(stored)
+        each = torch.cat([stock(input_ids=row[None]).logits for row in ids])
+        model = load_for_samples(stored)
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, each)
+        with pytest.raises(DataError, match="set pad_token_id"):
+            model(input_ids=ids, attention_mask=torch.tensor([[1] * 8, [1] * 8, [1] * 7 + [0]]))

@@ -18,7 +18,7 @@ from compress.distributed import ProcessGroup
 from compress.errors import PassError
 from compress.evaluation.tasks import IMAGES, task_of
 from compress.models.blocks import find_blocks, record_of
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_for_samples
 from compress.models.processors import has_tokenizer, load_image_processor, load_tokenizer
 from compress.passes.base import Context
 from compress.passes.distill.plan import bytes_per_token, check_teacher
@@ -206,7 +206,7 @@ def _load_teachers(
     task = task_of(teachers[0].spec.structure.class_name)
     models = []
     for number, teacher in enumerate(teachers):
-        model = load_checkpoint(teacher, dtype=context.dtype, device=load_device(context))
+        model = load_for_samples(teacher, dtype=context.dtype, device=load_device(context))
         own = terms if number == 0 else Terms({"kl": 1.0}, terms.temperature)
         features = frozen_teacher(model, task, own)
         check_logits(features, samples, context)

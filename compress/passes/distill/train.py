@@ -17,7 +17,7 @@ from compress.errors import DataError, OutputError, PassError
 from compress.evaluation.embeddings import Pooling, read_pooling
 from compress.evaluation.tasks import MASKED, task_of
 from compress.models.classes import stock_class
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_checkpoint, load_for_samples
 from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
 from compress.passes.details import TrainingDetails
@@ -302,7 +302,7 @@ def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Contex
         model_class, config = stock_class(student)
         torch.manual_seed(context.seed)
         return model_class(config).float().to(load_device(context))
-    return load_checkpoint(student, dtype="float32", device=load_device(context))
+    return load_for_samples(student, dtype="float32", device=load_device(context))
 
 
 def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from compress.architectures.model_map import ModelMap, model_map
 from compress.blockwise.experts import Experts
 from compress.errors import PassError
 from compress.models.blocks import find_blocks
-from compress.models.loading import load_checkpoint
+from compress.models.loading import load_for_samples
 from compress.sensitivity.samples import SampleLoop, token_losses
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def taylor_scores(
     Source: Molchanov et al. 2019 (arXiv 1906.10771), equation 8, in groups.
     """
     mapped = model_map(checkpoint.spec)
-    model: Any = load_checkpoint(checkpoint, dtype=dtype, device=device).requires_grad_(False)
+    model: Any = load_for_samples(checkpoint, dtype=dtype, device=device).requires_grad_(False)
     if model.base_model is model:
         raise PassError(
             "importance: taylor needs a model that predicts something", key="importance", fix="set `importance: obs`"
