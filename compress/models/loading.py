@@ -116,7 +116,7 @@ def load_for_samples(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     config: Any = model.config.get_text_config()
     if type(model).__name__.endswith(SEQUENCE_CLASSIFICATION.suffixes) and getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = -1  # no token's id, so that the last token is a text's last one
-        model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)  # type: ignore[no-untyped-call]
+        model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     return model
 
 
