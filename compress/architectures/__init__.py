@@ -14,8 +14,9 @@ from typing import Any
 from compress.architectures.record import Architecture
 from compress.architectures.records import RECORDS
 from compress.errors import PassError
+from compress.spec.spec import Spec
 
-__all__ = ["RECORDS", "Architecture", "find", "of"]
+__all__ = ["RECORDS", "Architecture", "find", "of", "record_for"]
 
 
 @cache
@@ -46,3 +47,15 @@ def of(config: Mapping[str, Any]) -> Architecture:
             fix=f"records: {', '.join(sorted(_by_type()))}; docs/extend/family.md says how to write one",
         )
     return record
+
+
+def record_for(spec: Spec) -> Architecture:
+    """The record of a model: the family's, else one that is inferred from the model's class, else one by shapes alone.
+
+    `Architecture.source` says which. A record that is not written imports torch and transformers.
+    """
+    if (record := find(spec.structure.config)) is not None:
+        return record
+    from compress.architectures.inference import infer
+
+    return infer(spec)

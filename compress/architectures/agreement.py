@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.architectures.inferred import Inferred
 from compress.architectures.record import Architecture
 from compress.errors import CheckpointError
 from compress.spec.spec import Spec
@@ -13,6 +14,9 @@ def check_agreement(record: Architecture, spec: Spec, where: str) -> None:
     Raises:
         CheckpointError: they disagree, or the config lacks a number that the record needs.
     """
+    if isinstance(record, Inferred):
+        _check_lists(record, spec, where)
+        return
     _check_numbers(record, spec, where)
     matches = [match for match in map(record.block_pattern.match, spec.tensors) if match is not None]
     stacks = {stack: {int(m[2]) for m in matches if m[1].endswith(f"{stack}.")} for stack in record.stacks}
@@ -24,6 +28,16 @@ def check_agreement(record: Architecture, spec: Spec, where: str) -> None:
             depth = int(config.get(record.stacks[stack]) or record.depth(config))
             _check_depth(f"{stack}.", present, depth, where)
     _check_embedding(record, spec, where)
+
+
+def _check_lists(record: Inferred, spec: Spec, where: str) -> None:
+    """Check the length of every list of blocks that the config gives."""
+    matches = [match for match in map(record.block_pattern.match, spec.tensors) if match is not None]
+    for entry in record.lists:
+        depth = record.length(spec.structure.config, entry)
+        if depth is not None:
+            present = {int(m[2]) for m in matches if m[1] == f"{entry.path}."}
+            _check_depth("block " if entry.kind == "main" else f"{entry.path}.", present, depth, where)
 
 
 def _check_numbers(record: Architecture, spec: Spec, where: str) -> None:

@@ -1,104 +1,25 @@
 """The map of a model: its blocks, weight matrices, roles, experts and shared tensors, read off the headers of a checkpoint.
 
-``model_map(spec)`` is the one place to ask. It needs no torch, and a spec has one map, made when first asked for.
+``model_map(spec)`` is the one place to ask. A spec has one map, made when first asked for. It needs no torch for families with
+a written record.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from compress import architectures
+from compress.architectures.matrices import Linear, ModelBlock, Role
 from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.edits import EDIT_KINDS
 from compress.spec.spec import Spec, Tensor
 
-#: The role of a weight matrix. In blocks: ``attention``, ``mlp``, ``router`` (chooses experts), ``distances`` (added to
-#: attention scores). Outside: ``embedding``, ``head``. Added by edits: ``factor`` (one of two in place of a matrix),
-#: ``residual`` (of low rank, beside a shared matrix), ``projection`` (between a thin embedding table and the hidden states).
-Role = Literal[
-    "attention", "mlp", "router", "distances", "embedding", "head", "factor", "residual", "projection", "other"
-]
 #: Specs whose maps are kept.
 _KEPT = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """One weight matrix, or another tensor of two axes or more.
-
-    Attributes:
-        tensor: its entry in the spec. role: its role in the model.
-        block: number of its block; None outside the blocks. part: its module, without the block's path.
-        transposed: whether it is stored [I, O].
-        expert: number of its expert; None outside of experts.
-    """
-
-    tensor: Tensor
-    role: Role
-    block: int | None
-    part: str
-    transposed: bool = False
-    expert: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the tensor."""
-        return self.tensor.name
-
-    @property
-    def module(self) -> str:
-        """Name of the module that owns the tensor."""
-        return self.tensor.module
-
-    @property
-    def shared_with(self) -> str | None:
-        """The tensor whose data it uses; None for data of its own."""
-        return self.tensor.alias_of
-
-    @property
-    def input_axis(self) -> int:
-        """Axis of the tensor that the inputs run along: -1, or 0 where it is transposed."""
-        return 0 if self.transposed else -1
-
-    @property
-    def I(self) -> int:  # noqa: E743 - the letter of every formula
-        """Number of inputs."""
-        return self.tensor.shape[self.input_axis]
-
-    @property
-    def O(self) -> int:  # noqa: E743
-        """Number of outputs."""
-        return self.tensor.count // max(1, self.I)
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it is the weight of a linear layer of a block. Routers and tables of distances are none."""
-        return self.block is not None and self.name.endswith(".weight") and self.role not in ("router", "distances")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelBlock:
-    """One repeated layer.
-
-    Attributes:
-        index: its number within its list of blocks. path: beginning of its tensors' names, with the dot.
-        tensors: name without the path ▶ tensor; those that it shares with other blocks too.
-        linears: its matrices, in the order of the file.
-    """
-
-    index: int
-    path: str
-    tensors: Mapping[str, Tensor]
-    linears: tuple[Linear, ...]
-
-    def stored(self) -> list[Tensor]:
-        """The tensors that have bytes of their own."""
-        return [tensor for tensor in self.tensors.values() if tensor.alias_of is None]
 
 
 class ModelMap:
@@ -125,18 +46,18 @@ class ModelMap:
 
     @cached_property
     def known(self) -> bool:
-        """Whether the family has a record. Without one no matrix has a block, and `record` raises."""
-        return architectures.find(self.config) is not None
+        """Whether the model has a list of blocks. Without one no matrix has a block."""
+        return bool(self.record.blocks)
 
     @cached_property
     def record(self) -> Architecture:
-        """The record of the family. Raises `PassError` where there is none."""
-        return architectures.of(self.config)
+        """The record of the family, or one that is read off the model; see `architectures.record_for`."""
+        return architectures.record_for(self.spec)
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
-        return self.record.depth(self.config)
+        """Number of blocks of the main list."""
+        return self.record.depth(self.config) if self.record.depth_key else len(self.paths)
 
     @property
     def hidden(self) -> int:
@@ -289,50 +210,36 @@ class ModelMap:
 
     @cached_property
     def layers(self) -> tuple[Linear, ...]:
-        """Float weights of the linear layers of blocks that have bytes of their own. Raises `PassError` without a record."""
-        architectures.of(self.config)
+        """Float weights of the linear layers of blocks that have bytes of their own; of all, where there are no blocks."""
         return tuple(x for x in self.linears.values() if x.is_layer and x.shared_with is None and x.tensor.is_float)
 
     @cached_property
     def targets(self) -> tuple[Linear, ...]:
-        """The matrices that a pass takes by default: `layers`, but not residuals of low rank."""
-        return tuple(linear for linear in self.layers if linear.role != "residual")
+        """The matrices that a pass takes by default: `layers`, but not residuals of low rank, and not those of towers."""
+        return tuple(x for x in self.layers if x.role != "residual" and not self.record.in_tower(x.name))
 
     def added(self, name: str) -> Role | None:
         """The role of a tensor that an edit adds: factor, residual or projection; None for the model's own tensors."""
         return self._added.get(name.rpartition(".")[0])
 
     def _linear(self, tensor: Tensor) -> Linear:
-        path = self.record.block_path(tensor.name) if self.known else None
-        block = None if path is None else self.record.block_index(tensor.name)
+        record, path = self.record, self.record.block_path(tensor.name)
+        block = None if path is None else record.block_index(tensor.name)
         part = tensor.module if path is None else path[1].rpartition(".")[0]
-        role = self._role(tensor, None if path is None else part)
+        added = self._added.get(tensor.module)
+        role = added or cast(Role, record.matrix_role(tensor.name, None if path is None else part))
+        if added is None:
+            layer = record.is_layer(tensor.name, path is not None)
+        else:
+            layer = path is not None and tensor.name.endswith(".weight")
         transposed = (
-            self.known
-            and self.record.input_axis == 0
-            and path is not None
-            and len(tensor.shape) == 2
+            len(tensor.shape) == 2
             and role not in ("factor", "residual")
+            and record.is_transposed(tensor.name, path is not None)
         )
-        base = next((f"{base}." for base in self.record.experts if part.startswith(f"{base}.")), "") if path else ""
+        base = next((f"{base}." for base in record.experts if part.startswith(f"{base}.")), "") if path else ""
         number = part.removeprefix(base).partition(".")[0] if base else ""
-        return Linear(tensor, role, block, part, transposed, int(number) if number.isdigit() else None)
-
-    def _role(self, tensor: Tensor, part: str | None) -> Role:
-        """The role of a matrix; ``part``: its module within its block, None outside the blocks."""
-        if (added := self._added.get(tensor.module)) is not None:
-            return added
-        if not self.known:
-            return "other"
-        record = self.record
-        if part is not None:
-            return record.role(part)
-        if tensor.name == record.head_tie or tensor.module == record.head:
-            return "head"
-        if tensor.module.endswith(record.embeddings):
-            return "embedding"
-        beside = record.projections[:2] if record.projections else ()
-        return "projection" if tensor.module.endswith(beside) and beside else "other"
+        return Linear(tensor, role, block, part, transposed, int(number) if number.isdigit() else None, layer)
 
     # ---- requirements of passes ----
 

@@ -97,6 +97,7 @@ class Architecture:
         leftovers: tensors that files may hold beside the model: heads of other classes, tables that models now compute.
         old_names: end of a name in older files ▶ the end in transformers today.
         copies: parameters (without prefix) that every class ties to the first embedding; files may hold them.
+        source: where the record comes from: ``written`` by hand, ``inferred`` from the class, or from ``shapes`` alone.
     """
 
     model_type: str
@@ -154,6 +155,7 @@ class Architecture:
     leftovers: tuple[Leftover, ...] = ()
     old_names: Mapping[str, str] = field(default_factory=dict)
     copies: tuple[str, ...] = ()
+    source: Literal["written", "inferred", "shapes"] = "written"
 
     @cached_property
     def block_pattern(self) -> re.Pattern[str]:
@@ -221,6 +223,30 @@ class Architecture:
     def role(self, part: str) -> BlockRole:
         """The role of a matrix of a block, by its module's path below the block."""
         return self._roles.get(self.starred(part), "other")
+
+    def matrix_role(self, name: str, part: str | None) -> str:
+        """The role of a matrix; ``part``: its module within its block, None outside the blocks."""
+        if part is not None:
+            return self.role(part)
+        module = name.rpartition(".")[0]
+        if name == self.head_tie or module == self.head:
+            return "head"
+        if module.endswith(self.embeddings):
+            return "embedding"
+        return "projection" if self.projections and module.endswith(self.projections[:2]) else "other"
+
+    def is_layer(self, name: str, in_block: bool) -> bool:
+        """Whether a tensor of two axes or more is the weight of a linear layer that passes take."""
+        path = self.block_path(name) if in_block and name.endswith(".weight") else None
+        return path is not None and self.role(path[1].rpartition(".")[0]) not in ("router", "distances")
+
+    def is_transposed(self, name: str, in_block: bool) -> bool:
+        """Whether a matrix is stored [I, O]."""
+        return in_block and self.input_axis == 0
+
+    def in_tower(self, name: str) -> bool:
+        """Whether a tensor belongs to a block that makes the model's inputs from images or sound."""
+        return False
 
     def starred(self, part: str) -> str:
         """The path of a module below a block, with ``*`` for the number of an expert."""

@@ -341,8 +341,7 @@ def _table(header: Header, where: str) -> dict[str, Tensor]:
 def with_aliases(spec: Spec, where: str) -> Spec:
     """Spec with aliases for the tensors that edits share or the config ties."""
     spec = structure_edits.with_aliases(spec, where)
-    if (record := architectures.find(spec.structure.config)) is None:
-        return spec
+    record = architectures.record_for(spec)
     check_agreement(record, spec, where)
     aliases = {target: alias(spec.tensors[source], target) for target, source in record.ties(spec)}
     return replace(spec, tensors={**spec.tensors, **aliases})

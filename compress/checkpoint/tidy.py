@@ -75,9 +75,7 @@ def with_new_names(headers: Mapping[str, Header], config: Mapping[str, Any]) -> 
 
 def without_leftovers(spec: Spec) -> Spec:
     """Spec without the leftover tensors that the family's record knows, and with a note on them."""
-    config, class_name = spec.structure.config, spec.structure.class_name
-    if (record := architectures.find(config)) is None:
-        return spec
+    class_name, record = spec.structure.class_name, architectures.record_for(spec)
     gone = [name for name in spec.tensors if record.is_leftover(name, class_name)]
     if not gone:
         return spec
@@ -98,8 +96,7 @@ def without_copies(spec: Spec, same: Same, where: str) -> Spec:
     Raises:
         CheckpointError: copies differ, and the family has no config that keeps both.
     """
-    if (record := architectures.find(spec.structure.config)) is None:
-        return spec
+    record = architectures.record_for(spec)
     tensors, notes = dict(spec.tensors), list(spec.notes)
 
     def alike(name: str, source: str) -> bool:
@@ -110,13 +107,18 @@ def without_copies(spec: Spec, same: Same, where: str) -> Spec:
 
     for name, source in record.held_copies(spec):
         if not alike(name, source):
-            raise _apart(name, source, where)
+            if record.source == "written":
+                raise _apart(name, source, where)
+            continue  # transformers keeps both
         del tensors[name]
         notes.append(f"{name} is left out: it is {source}")
     pairs = [pair for pair in record.tied_pairs(spec) if spec.tensors.keys() >= {*pair}]
     head = next((pair for pair in pairs if pair[0] == record.head_tie), None)
     structure = spec.structure
-    if head is not None and not alike(*head):
+    if head is not None and not alike(*head) and record.source != "written":
+        notes.append(f"{head[0]} is kept beside {head[1]}, whose values differ, although the config ties them")
+        pairs = []
+    elif head is not None and not alike(*head):
         needed = {record.bias_tie[0]} if record.bias_tie else set()
         if record.copies or not spec.tensors.keys() >= needed:
             raise _apart(*head, where)

@@ -5,16 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from compress import architectures
+from compress.architectures.inferred import Inferred
+from compress.spec.spec import Spec, Structure, Tensor
 
 
 def record_of(model: Any) -> architectures.Architecture:
-    """The record of the family of a transformers model. Raises `PassError` where there is none."""
-    return architectures.of(model.config.to_dict())
+    """The record of a transformers model; one that is inferred names tensors as they are called in memory."""
+    config = model.config.to_dict()
+    if (record := architectures.find(config)) is not None:
+        return record
+    tensors = {name: Tensor(name, tuple(value.shape), "F32") for name, value in model.state_dict().items()}
+    return architectures.record_for(Spec(Structure({**config, "architectures": [type(model).__name__]}), tensors))
 
 
 def find_blocks(model: Any, record: architectures.Architecture) -> Any:
-    """The list of blocks of a transformers model."""
+    """The main list of blocks of a transformers model."""
     names = {name for name, _ in model.named_modules()}
+    if isinstance(record, Inferred):
+        parts = record.lists[0].module.split(".")
+        # a base model lacks the first parts
+        return model.get_submodule(next(p for i in range(len(parts)) if (p := ".".join(parts[i:])) in names))
     blocks = record.module_blocks or record.blocks
     path = f"{record.prefix}.{blocks}"
     if path not in names:  # a base model has no prefix of its own, but parts of it may remain (OPT's decoder)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from compress.architectures.inferred import Inferred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.storage import format_chain
 from compress.spec.formats import ACTIVATIONS, QuantFormat
@@ -91,8 +92,10 @@ def _ignored(spec: Spec) -> list[str]:
         t.module for t in spec.stored() if t.quant_format is None and len(t.shape) == 2 and t.name.endswith(".weight")
     ]
     mapped = model_map(spec)
-    if mapped.known:
-        record = mapped.record
+    record = mapped.record
+    if isinstance(record, Inferred):
+        modules += record.absent
+    else:
         if record.head is not None and not any(t.module == record.head and t.quant_format for t in spec.stored()):
             modules.append(record.head)
         if record.pooler is not None and record.is_base(spec.structure.class_name):

@@ -1,0 +1,49 @@
+"""Records for models whose family has no written one.
+
+The class that a config names is built on the meta device, without weights. transformers' own rules of loading say which of
+its parameters each tensor of the files becomes, and the module of the parameter says what the tensor is. Where there is no
+class, names and shapes alone are read (`shapes`). torch and transformers are imported when a record is asked for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from compress.architectures.inference.shapes import by_shapes
+from compress.architectures.inferred import Inferred
+from compress.spec.spec import Spec
+
+__all__ = ["infer"]
+_KEPT = 32
+
+
+class _Key:
+    """A spec as a key, compared by its config and the names and shapes of its tensors."""
+
+    __slots__ = ("_key", "spec")
+
+    def __init__(self, spec: Spec) -> None:
+        from compress.architectures.inference.skeleton import config_key
+
+        self.spec = spec
+        self._key = (config_key(spec.structure), tuple((t.name, t.shape, t.alias_of) for t in spec.tensors.values()))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and other._key == self._key
+
+
+@lru_cache(maxsize=_KEPT)
+def _inferred(key: _Key) -> Inferred:
+    from compress.architectures.inference.read import by_class
+    from compress.architectures.inference.skeleton import skeleton_of
+
+    skeleton, reason = skeleton_of(key.spec.structure)
+    return by_shapes(key.spec, reason) if skeleton is None else by_class(key.spec, skeleton)
+
+
+def infer(spec: Spec) -> Inferred:
+    """The record of a model, read off its class; by names and shapes where there is no class. The same for the same spec."""
+    return _inferred(_Key(spec))

@@ -1,0 +1,144 @@
+"""The lists of repeated blocks of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compress.architectures.inference.skeleton import Skeleton
+
+#: Share of the main list's parameters from which another list counts.
+_SHARE = 0.02
+
+
+def parameters(module: Any) -> int:
+    """Number of parameters of a module, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def candidates(skeleton: Skeleton) -> list[tuple[str, Any]]:
+    """(path, list) of the outermost lists whose items are modules with matrices of their own, in the model's order."""
+    import torch
+
+    result: list[tuple[str, Any]] = []
+    for path, module in skeleton.modules.items():
+        if not isinstance(module, torch.nn.ModuleList) or skeleton.names[id(module)] != path:
+            continue
+        if any(path.startswith(f"{outer}.") for outer, _ in result):
+            continue
+        if len(module) and all(any(True for _ in item.children()) for item in module) and _has_matrix(module):
+            result.append((path, module))
+    return result
+
+
+def _has_matrix(module: Any) -> bool:
+    return any(p.ndim >= 2 for p in module.parameters())
+
+
+def owner_of(skeleton: Skeleton, path: str) -> tuple[str, Any]:
+    """(path, module) of the innermost transformers model that holds a module."""
+    from transformers import PreTrainedModel
+
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if isinstance(skeleton.modules[name], PreTrainedModel):
+            return name, skeleton.modules[name]
+    return "", skeleton.model
+
+
+def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
+    """(path, list, kind) of the lists that count, the main one first; see `BlockList.kind`.
+
+    Main is the encoder's list of an encoder-decoder; else the list in the part that reads token ids; else the largest one.
+    """
+    every = candidates(skeleton)
+    if not every:
+        return []
+    sizes = {path: parameters(module) for path, module in every}
+    both = bool(getattr(skeleton.config, "is_encoder_decoder", False))
+    text = _text_path(skeleton)
+    inside = [(path, module) for path, module in every if text is not None and f"{path}.".startswith(text)]
+    if both:
+        inside = [entry for entry in every if entry[1] in _parts(skeleton, "get_encoder")] or inside
+    main = max(inside or every, key=lambda entry: sizes[entry[0]])[0]
+    generates = bool(skeleton.model.can_generate())
+
+    def kind(path: str) -> str:
+        if path == main:
+            return "main"
+        is_tower = generates and text is not None and not f"{path}.".startswith(text)
+        return "tower" if is_tower else "stack"
+
+    counted = [(path, module, kind(path)) for path, module in every if sizes[path] >= _SHARE * sizes[main]]
+    order = {"main": 0, "stack": 1, "tower": 2}
+    return sorted(counted, key=lambda entry: order[entry[2]])
+
+
+def _parts(skeleton: Skeleton, getter: str) -> list[Any]:
+    """The lists inside the part that a getter of the class returns."""
+    import torch
+
+    try:
+        part = getattr(skeleton.model, getter)()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return []
+    return [m for m in part.modules() if isinstance(m, torch.nn.ModuleList)] if hasattr(part, "modules") else []
+
+
+def _text_path(skeleton: Skeleton) -> str | None:
+    """Path, with the dot, of the part that reads token ids: the owner of the input embeddings; None where there is none."""
+    embedding = input_embeddings(skeleton)
+    if embedding is None:
+        return None
+    text = getattr(skeleton.config, "get_text_config", lambda: skeleton.config)()
+    if text is skeleton.config:
+        return ""  # one config describes the whole
+    paths = [n for n, m in skeleton.modules.items() if getattr(m, "config", None) is text and n]
+    return f"{min(paths, key=len)}." if paths else ""
+
+
+def input_embeddings(skeleton: Skeleton) -> Any:
+    """The module that token ids or other inputs go to first; None where the class names none."""
+    try:
+        return skeleton.model.get_input_embeddings()
+    except (NotImplementedError, AttributeError, TypeError):
+        return None
+
+
+def section_of(config: Any, part: Any) -> str:
+    """Path of a nested config within a config, with dots; empty for the config itself, or where it is not found."""
+    if part is config:
+        return ""
+    for key, value in vars(config).items():
+        if value is part:
+            return key.lstrip("_")
+        if hasattr(value, "to_dict") and (inner := section_of(value, part)):
+            return f"{key.lstrip('_')}.{inner}"
+    return ""
+
+
+def depth_key(config: Any, path: str, count: int) -> str | None:
+    """The field of a config that says how long a list is; None where no single field fits."""
+    fields = config.to_dict()
+    numbers = {k: v for k, v in _own_fields(config, fields) if type(v) is int and v == count}
+    aliases = dict(getattr(config, "attribute_map", {}) or {})
+    side = next((word for word in ("decoder", "encoder") if word in path), None)
+    for name in ("num_hidden_layers", "num_layers", "depth", "n_layers", "n_layer"):
+        key = aliases.get(name, name)
+        other = side and next((k for k in numbers if side in k and "layer" in k), None)
+        if other and side:
+            return other
+        if key in numbers:
+            return key
+    fitting = [key for key in numbers if re.search(r"layer|depth|block|group", key)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _own_fields(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in fields:
+        try:
+            yield key, getattr(config, key)
+        except AttributeError:
+            continue

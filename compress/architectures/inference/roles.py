@@ -1,0 +1,167 @@
+"""The role of every matrix of a model: by the kind of the module that holds it, then by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress.architectures.inferred import BlockList, Matrix, OuterRole, starred
+from compress.architectures.record import BlockRole
+from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.architectures.inference.skeleton import Skeleton
+
+#: Words of paths that hold attention, and MLPs or experts.
+_ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|linear_att|delta", re.IGNORECASE)
+_SELF = re.compile(r"attn|attention|^qkv|^[qkvo]_proj$", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_forward|feedforward|expert|moe|^fc\d$|^wi|^wo$|dense_h_to|dense_4h|intermediate|lin[12]$", re.IGNORECASE)
+#: Names of modules that choose experts.
+ROUTER = re.compile(r"(?:^|\.)(?:\w*router\w*|gate|wg|shared_expert_gate|gate_network)(?:\.\w+)?$", re.IGNORECASE)
+
+
+def matrices_of(
+    spec: Spec,
+    skeleton: Skeleton,
+    targets: Mapping[str, str],
+    lists: Sequence[BlockList],
+    embeddings: Collection[str],
+    head: str | None,
+) -> dict[str, Matrix]:
+    """Tensor of two axes or more ▶ what it is; ``*`` stands for numbers.
+
+    Args:
+        targets: tensor ▶ parameter. embeddings: modules in files that embed. head: module in memory that predicts.
+    """
+    result: dict[str, Matrix] = {}
+    loose = not lists
+    for tensor in spec.tensors.values():
+        if len(tensor.shape) < 2 or tensor.name not in targets:
+            continue
+        target = targets[tensor.name]
+        inside = next((entry for entry in lists if target.startswith(f"{entry.module}.")), None)
+        if inside is None:
+            matrix = _outside(skeleton, tensor.module, target, embeddings, head, loose)
+        else:
+            part = target[len(inside.module) + 1 :].partition(".")[2]
+            matrix = _inside(skeleton, target, part, tensor.shape)
+        key = starred(tensor.name)
+        result[key] = matrix if result.get(key, matrix) == matrix else _least(result[key], matrix)
+    return result
+
+
+def _least(a: Matrix, b: Matrix) -> Matrix:
+    """The safer one of two, where tensors of the same name differ by block."""
+    routers = [m for m in (a, b) if m.role == "router"]
+    return routers[0] if routers else Matrix("other", a.layer and b.layer and a.transposed == b.transposed, a.transposed)
+
+
+def kind_of(module: Any) -> str:
+    """Kind of a module: ``linear``, ``transposed`` (a linear layer that is stored [I, O]), ``table``, ``conv`` or ``other``."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return "transposed"
+    if isinstance(module, torch.nn.Linear):
+        return "linear"
+    if isinstance(module, torch.nn.Embedding):
+        return "table"
+    return "conv" if isinstance(module, torch.nn.modules.conv._ConvNd) else "other"
+
+
+def _outside(
+    skeleton: Skeleton, module: str, target: str, embeddings: Collection[str], head: str | None, loose: bool
+) -> Matrix:
+    role: OuterRole = "other"
+    owner = target.rpartition(".")[0]
+    kind = kind_of(skeleton.modules.get(owner))
+    if owner == head or (head is not None and skeleton.ties.get(f"{head}.weight") == target and module not in embeddings):
+        role = "head"
+    elif module in embeddings:
+        role = "embedding"
+    transposed = kind == "transposed"
+    layer = loose and role == "other" and kind in ("linear", "transposed") and target.endswith(".weight")
+    return Matrix(role, layer and not _last(skeleton, owner), transposed)
+
+
+def _last(skeleton: Skeleton, owner: str) -> bool:
+    """Whether a module is a classifier's last layer: nothing of the model comes after it."""
+    linears = [name for name, module in skeleton.modules.items() if kind_of(module) in ("linear", "transposed")]
+    return bool(linears) and linears[-1] == owner
+
+
+def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) -> Matrix:
+    """A matrix of a block; ``part``: the parameter's path below its block."""
+    owner, _, name = target.rpartition(".")
+    module = skeleton.modules.get(owner)
+    kind, path = kind_of(module), part.rpartition(".")[0]
+    fused = getattr(module, name, None)
+    if is_router(path, module, _experts(skeleton.config)):
+        return Matrix("router", False, kind == "transposed")
+    if kind == "table":
+        return Matrix("distances")
+    role = role_of(path or part)
+    if kind in ("linear", "transposed") and name == "weight":
+        return Matrix(role, True, kind == "transposed")
+    if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
+        return Matrix("mlp", True)
+    return Matrix(role)
+
+
+def is_router(path: str, module: Any, experts: Collection[int]) -> bool:
+    """Whether a module of a block chooses experts, or weighs one that all tokens use."""
+    if re.search(r"experts?\.\d", path):
+        return False
+    weight = getattr(module, "weight", None)
+    outputs = int(weight.shape[0]) if weight is not None and weight.ndim == 2 else 0
+    if re.search(r"router|topk|gate$", type(module).__name__, re.IGNORECASE) and type(module).__name__ != "Linear":
+        return True
+    return ROUTER.search(path) is not None and outputs in {*experts, 1}
+
+
+def _experts(config: Any) -> set[int]:
+    """Numbers of experts that a config, or one inside it, names."""
+    result: set[int] = set()
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            result |= _experts(value)
+        elif "expert" in key and type(value) is int:
+            result.add(value)
+    return result
+
+
+def role_of(part: str) -> BlockRole:
+    """The role of a matrix of a block by its path below the block, innermost words first."""
+    for word in reversed(part.split(".")):
+        if _MLP.search(word):
+            return "mlp"
+        if _SELF.search(word) or _ATTENTION.search(word):
+            return "attention"
+    return "mlp" if part.partition(".")[0] == "output" else "other"  # beside `intermediate`
+
+
+def experts_in(spec: Spec, targets: Mapping[str, str], skeleton: Skeleton, lists: Sequence[BlockList]) -> tuple[str, ...]:
+    """Modules inside a block that hold numbered experts in the files."""
+    result: dict[str, None] = {}
+    for name, target in targets.items():
+        entry = next((e for e in lists if name.startswith(f"{e.path}.")), None)
+        if entry is None or len(spec.tensors[name].shape) < 2:
+            continue
+        part = name[len(entry.path) + 1 :].partition(".")[2]
+        words = part.split(".")
+        place = next((i for i, word in enumerate(words) if word.isdigit()), None)
+        if place and ("expert" in words[place - 1] or skeleton.state[target].ndim == len(spec.tensors[name].shape) + 1):
+            result[".".join(words[:place])] = None
+    return tuple(result)
+
+
+def parts_of(role: str, matrices: Mapping[str, Matrix], lists: Sequence[BlockList]) -> tuple[str, ...]:
+    """Modules below a block with a role, in files."""
+    result: dict[str, None] = {}
+    for name, matrix in matrices.items():
+        entry = next((e for e in lists if name.startswith(f"{starred(e.path)}.*.")), None)
+        if entry is not None and matrix.role == role:
+            result[name[len(starred(entry.path)) + 3 :].rpartition(".")[0]] = None
+    return tuple(filter(None, result))
