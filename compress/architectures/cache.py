@@ -60,7 +60,7 @@ def caches(spec: Spec) -> Caches | None:
     the cache: the token itself comes with the next step (``DynamicSlidingWindowLayer`` of transformers 5).
     """
     mapped = model_map(spec)
-    if not mapped.known or not mapped.record.causal:
+    if not mapped.known or not mapped.record.causal or mapped.record.cache not in VALUES:
         return None
     kinds = mapped.per_layer.get("layer_types") or mapped.config.get("layer_types")
     window, depth = mapped.record.window(mapped.config), mapped.depth

@@ -18,6 +18,7 @@ from compress.errors import PassError
 from compress.spec.edits import EDIT_KINDS
 from compress.spec.spec import Spec, Tensor
 
+__all__ = ["Linear", "ModelBlock", "ModelMap", "Role", "model_map"]
 #: Specs whose maps are kept.
 _KEPT = 16
 
@@ -62,12 +63,18 @@ class ModelMap:
     @property
     def hidden(self) -> int:
         """Width of the hidden states between blocks."""
-        return int(self.record.value(self.config, self.record.hidden_key))
+        return self._number(self.record.hidden_key, "hidden states")
 
     @property
     def heads(self) -> int:
         """Number of query heads of a block."""
-        return int(self.record.value(self.config, self.record.heads_key))
+        return self._number(self.record.heads_key, "attention heads")
+
+    def _number(self, key: str, name: str) -> int:
+        value = self.record.value(self.config, key) if key else None
+        if type(value) is not int:
+            raise PassError(f"the config of {self.record.model_type} has no known number of {name}")
+        return value
 
     @property
     def kv_heads(self) -> int:

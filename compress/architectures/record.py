@@ -9,29 +9,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from compress.architectures.groups import Attention, Hidden, Mlp, Relative
+from compress.architectures.leftovers import Leftover
 from compress.errors import PassError
 from compress.spec.classes import CAUSAL_LM, MASKED_LM
 from compress.spec.spec import Spec
 
 #: What a matrix of a block does: ``distances`` are added to the scores of attention.
 BlockRole = Literal["attention", "mlp", "router", "distances", "other"]
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """Tensors that the files of a family may hold although some class does not read them.
-
-    Attributes:
-        pattern: regular expression for the end of such a name. It matches at the start of the name or after a dot.
-        lacking: suffixes of the classes without these tensors; by default every class.
-    """
-
-    pattern: str
-    lacking: tuple[str, ...] = ("",)
-
-    def fits(self, name: str, class_name: str) -> bool:
-        """Whether the tensor is a leftover for a class of that name."""
-        return class_name.endswith(self.lacking) and re.search(rf"(?:^|\.)(?:{self.pattern})", name) is not None
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ class Architecture:
         head_classes: suffixes of the classes with that head.
         depth_key, hidden_key, heads_key: config fields. ``kv_heads_key`` and ``head_dim_key``: where the family has them.
         spellings: other name of a config field ▶ the field. The other name wins where a config has both.
-        cache: kind of the blocks' cache, a key of `architectures.cache.VALUES`.
+        cache: kind of the blocks' cache, a key of `architectures.cache.VALUES`; empty where it is not known.
         latent: config fields ▶ their defaults, whose sum is cached per token by all heads of a block (``cache: latent``).
         window: config ▶ tokens that a block with a sliding window sees, the token itself among them; None without windows.
         per_layer: config fields that hold one entry per block.

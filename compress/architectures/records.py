@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from compress.architectures.groups import Attention, FusedLayout, Hidden, Mlp, Relative
-from compress.architectures.record import Architecture, Leftover
+from compress.architectures.leftovers import Leftover
+from compress.architectures.record import Architecture
 
 _QKVO = Attention(
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", free=True, rotary=True

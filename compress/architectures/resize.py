@@ -17,8 +17,7 @@ from compress.architectures.groups import (
     neurons,
     same_heads,
 )
-from compress.architectures.matrices import ModelBlock
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import ModelBlock, model_map
 from compress.architectures.record import Architecture
 from compress.errors import PassError
 from compress.spec.edits import EDIT_KINDS

@@ -7,8 +7,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from compress.architectures.matrices import Linear
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import Linear, model_map
 from compress.checkpoint.patterns import Matcher, unsupported
 from compress.errors import CheckpointError, PassError
 from compress.passes.base import PassSettings

@@ -11,7 +11,6 @@ from compress.checkpoint.edits.factors import factored
 from compress.checkpoint.edits.projected import projected
 from compress.checkpoint.edits.shared import shared
 from compress.checkpoint.open import open_checkpoint
-from compress.errors import PassError
 from compress.models.loading import load_model
 from tests import pico
 
@@ -84,11 +83,11 @@ def test_model_map_is_cached_per_spec():
     assert model_map(replace(spec)) is not model_map(spec)
 
 
-def test_model_map_has_no_blocks_without_a_record():
+def test_model_map_reads_shapes_of_an_unheard_model_type():
     spec = spec_of("llama")
     other = replace(spec, structure=replace(spec.structure, config={**spec.structure.config, "model_type": "unheard"}))
-    mapped = model_map(other)
-    assert not mapped.known
-    assert {(linear.role, linear.block) for linear in mapped.linears.values()} == {("other", None)}
-    with pytest.raises(PassError, match="no architecture record"):
-        mapped.blocks  # noqa: B018 - reading it raises
+    mapped, known = model_map(other), model_map(spec)
+    assert mapped.record.source == "shapes"
+    assert [block.path for block in mapped.blocks] == [block.path for block in known.blocks]
+    assert [x.name for x in mapped.targets] == [x.name for x in known.targets]
+    assert (mapped.embedding, mapped.record.head_tie) == (known.embedding, "lm_head.weight")

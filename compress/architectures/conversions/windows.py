@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from compress.architectures.matrices import ModelBlock
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import ModelBlock, model_map
 from compress.errors import PassError
 from compress.spec.spec import Spec, Tensor
 

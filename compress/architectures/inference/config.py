@@ -8,10 +8,18 @@ from typing import Any
 
 from compress.architectures.inference.skeleton import Skeleton
 from compress.architectures.inferred import BlockList
+from compress.spec.spec import Spec
 
 #: Names in transformers ▶ field of a record.
 _KEYS = {"hidden_size": "hidden_key", "num_attention_heads": "heads_key"}
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts", "n_experts")
+_EXPERTS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+    "n_experts",
+)
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "num_selected_experts")
 _SUM = ("norm_topk_prob", "moe_norm_topk_prob", "normalize_expert_weights")
 
@@ -75,3 +83,23 @@ def _decodes(skeleton: Skeleton, part: Any) -> bool:
         return False
     causal = {*tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
     return part.model_type in causal or bool(skeleton.model.can_generate())
+
+
+def cache_kind(spec: Spec, lists: Sequence[BlockList], fields: Mapping[str, Any]) -> str:
+    """Kind of the blocks' cache: ``keys and values`` where every block has projections of just these widths; else empty."""
+    heads, kv = (fields["defaults"].get(fields[key]) for key in ("heads_key", "kv_heads_key"))
+    hidden = fields["defaults"].get(fields["hidden_key"])
+    if not lists or not heads or not hidden or not fields["causal"]:
+        return ""
+    width = fields["defaults"].get(fields["head_dim_key"]) or hidden // heads
+    groups, blocks = (kv or heads) * width, set[str]()
+    start = f"{lists[0].path}."
+    numbers = {name[len(start) :].partition(".")[0] for name in spec.tensors if name.startswith(start)}
+    for tensor in spec.tensors.values():
+        match = re.search(r"\.(?:k_proj|key|wk|k|qkv_proj|c_attn|query_key_value|qkv|Wqkv)\.weight$", tensor.name)
+        if match and tensor.name.startswith(start) and len(tensor.shape) == 2:
+            fused = heads * width + 2 * groups
+            if not {groups, fused} & {*tensor.shape}:
+                return ""
+            blocks.add(tensor.name[len(start) :].partition(".")[0])
+    return "keys and values" if blocks == numbers else ""

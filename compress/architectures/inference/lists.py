@@ -113,7 +113,7 @@ def section_of(config: Any, part: Any) -> str:
         return ""
     for key, value in vars(config).items():
         if value is part:
-            return key.lstrip("_")
+            return str(key).lstrip("_")
         if hasattr(value, "to_dict") and (inner := section_of(value, part)):
             return f"{key.lstrip('_')}.{inner}"
     return ""
@@ -126,7 +126,7 @@ def depth_key(config: Any, path: str, count: int) -> str | None:
     aliases = dict(getattr(config, "attribute_map", {}) or {})
     side = next((word for word in ("decoder", "encoder") if word in path), None)
     for name in ("num_hidden_layers", "num_layers", "depth", "n_layers", "n_layer"):
-        key = aliases.get(name, name)
+        key = str(aliases.get(name, name))
         other = side and next((k for k in numbers if side in k and "layer" in k), None)
         if other and side:
             return other

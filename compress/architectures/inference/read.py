@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any, cast
 
-from compress.architectures.inference.config import config_fields
+from compress.architectures.inference.config import cache_kind, config_fields
 from compress.architectures.inference.lists import depth_key, input_embeddings, main_first, owner_of, section_of
 from compress.architectures.inference.roles import experts_in, kind_of, matrices_of, parts_of
 from compress.architectures.inference.skeleton import Skeleton
@@ -149,9 +148,17 @@ def _with_weight(skeleton: Skeleton, module: Any) -> str | None:
     return skeleton.names.get(id(next(weight, None)))
 
 
-def _longest(skeleton: Skeleton, names: Names, embeddings: list[str]) -> tuple[str | None, int | None]:
-    """The table of positions in files, and the tokens of the longest text that it allows; None without one."""
+def _longest(
+    skeleton: Skeleton, names: Names, embeddings: list[str], lists: tuple[BlockList, ...]
+) -> tuple[str | None, int | None]:
+    """The table of token positions in files, and the tokens of the longest text that it allows; None without one."""
+    if skeleton.model.main_input_name != "input_ids":
+        return None, None
+    homes = tuple(f"{e.module.rpartition('.')[0].partition('.')[0]}." for e in lists if e.kind != "tower")
+    towers = tuple(f"{e.module.rpartition('.')[0].rpartition('.')[0]}." for e in lists if e.kind == "tower")
     for path, module in skeleton.modules.items():
+        if not path.startswith(homes) or (towers and path.startswith(towers)):
+            continue
         name = names.in_file(f"{path}.weight")
         owner = None if name is None else name.rpartition(".")[0]
         if owner is None or owner not in embeddings or not re.search(r"pos|wpe", path.rpartition(".")[2]):
@@ -209,7 +216,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
     head_file = None if head is None else (names.in_file(f"{head}.weight") or _as_in_file(names, f"{head}.weight"))
     fields = config_fields(skeleton, part, lists, lengths)
     matrices = matrices_of(spec, skeleton, names.targets, lists, embeddings, head)
-    table, longest = _longest(skeleton, names, embeddings)
+    table, longest = _longest(skeleton, names, embeddings, lists)
     return Inferred(
         model_type=spec.structure.model_type,
         source="inferred",
@@ -217,7 +224,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         blocks=blocks,
         module_blocks=lists[0].module if lists else None,
         embeddings=tuple(name.removeprefix(below) for name in embeddings),
-        stacks={e.path.removeprefix(below): e.depth_key or "" for e in lists[1:]},
+        stacks={e.path.removeprefix(below): e.depth_key or "" for e in lists if e.kind == "stack"},
         input=skeleton.model.main_input_name,
         head=None if head_file is None else head_file.rpartition(".")[0],
         head_tie=head_file or "",
@@ -235,5 +242,6 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         attention_parts=parts_of("attention", matrices, lists),
         position_table=None if table is None else table.removeprefix(below),
         longest=longest,
+        cache=cache_kind(spec, lists, fields),
         **fields,
     )

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 #: Words of paths that hold attention, and MLPs or experts.
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|linear_att|delta", re.IGNORECASE)
 _SELF = re.compile(r"attn|attention|^qkv|^[qkvo]_proj$", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|feed_forward|feedforward|expert|moe|^fc\d$|^wi|^wo$|dense_h_to|dense_4h|intermediate|lin[12]$", re.IGNORECASE)
+_MLP = re.compile(
+    r"mlp|ffn|feed_forward|feedforward|expert|moe|^fc\d$|^wi|^wo$|dense_h_to|dense_4h|intermediate|lin[12]$",
+    re.IGNORECASE,
+)
 #: Names of modules that choose experts.
 ROUTER = re.compile(r"(?:^|\.)(?:\w*router\w*|gate|wg|shared_expert_gate|gate_network)(?:\.\w+)?$", re.IGNORECASE)
 
@@ -54,7 +57,9 @@ def matrices_of(
 def _least(a: Matrix, b: Matrix) -> Matrix:
     """The safer one of two, where tensors of the same name differ by block."""
     routers = [m for m in (a, b) if m.role == "router"]
-    return routers[0] if routers else Matrix("other", a.layer and b.layer and a.transposed == b.transposed, a.transposed)
+    return (
+        routers[0] if routers else Matrix("other", a.layer and b.layer and a.transposed == b.transposed, a.transposed)
+    )
 
 
 def kind_of(module: Any) -> str:
@@ -77,7 +82,9 @@ def _outside(
     role: OuterRole = "other"
     owner = target.rpartition(".")[0]
     kind = kind_of(skeleton.modules.get(owner))
-    if owner == head or (head is not None and skeleton.ties.get(f"{head}.weight") == target and module not in embeddings):
+    if owner == head or (
+        head is not None and skeleton.ties.get(f"{head}.weight") == target and module not in embeddings
+    ):
         role = "head"
     elif module in embeddings:
         role = "embedding"
@@ -142,7 +149,9 @@ def role_of(part: str) -> BlockRole:
     return "mlp" if part.partition(".")[0] == "output" else "other"  # beside `intermediate`
 
 
-def experts_in(spec: Spec, targets: Mapping[str, str], skeleton: Skeleton, lists: Sequence[BlockList]) -> tuple[str, ...]:
+def experts_in(
+    spec: Spec, targets: Mapping[str, str], skeleton: Skeleton, lists: Sequence[BlockList]
+) -> tuple[str, ...]:
     """Modules inside a block that hold numbered experts in the files."""
     result: dict[str, None] = {}
     for name, target in targets.items():

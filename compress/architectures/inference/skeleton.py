@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 #: Config fields that say nothing of the structure.
-_BESIDE = frozenset({"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path", "use_cache"})
+_BESIDE = frozenset(
+    {"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path", "use_cache"}
+)
 _KEPT = 6
 
 
@@ -76,7 +78,9 @@ class Skeleton:
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
         mapping = get_model_conversion_mapping(self.model)
-        return [x for x in mapping if isinstance(x, WeightRenaming)], [x for x in mapping if isinstance(x, WeightConverter)]
+        return [x for x in mapping if isinstance(x, WeightRenaming)], [
+            x for x in mapping if isinstance(x, WeightConverter)
+        ]
 
     def loaded_as(self, name: str) -> tuple[str, str] | None:
         """The parameter that a tensor of a file becomes, or a part of, and its name before parts are joined.

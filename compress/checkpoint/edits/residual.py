@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures.matrices import Linear
+from compress.architectures.model_map import Linear
 from compress.checkpoint.edits.base import check_low_rank
 from compress.checkpoint.edits.editing import ModelEdit, linear_sizes, mixed, product
 from compress.spec.edits import EditKind, TwinTensor, computed, copied

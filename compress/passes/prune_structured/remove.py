@@ -9,8 +9,7 @@ import torch
 
 from compress.architectures import resize
 from compress.architectures.groups import PrunableGroup
-from compress.architectures.matrices import Linear
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import Linear, model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.targets import Teacher
 from compress.checkpoint.values import Checkpoint, Derived

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from compress.architectures.matrices import Linear
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.allocation import require_divergence
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings

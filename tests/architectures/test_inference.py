@@ -1,0 +1,66 @@
+"""What is inferred of a model is what the written record of its family says."""
+
+from __future__ import annotations
+
+import pytest
+
+from compress import architectures
+from compress.architectures.inference import infer
+from compress.architectures.inferred import starred
+from compress.architectures.model_map import ModelMap
+from compress.checkpoint.open import open_checkpoint
+from tests import pico
+
+FAMILIES = [*pico.FAMILIES, *pico.FURTHER]
+KEYS = ("depth_key", "hidden_key", "heads_key", "kv_heads_key", "experts_key", "active_experts_key", "causal", "input")
+#: Facts that written records leave out, or that follow otherwise.
+BESIDE = {
+    ("deepseek_v3", "shared_experts"): "their MLP is one",
+}
+
+
+def both(family):
+    """Maps of a family's pico model by its written record, and by the inferred one."""
+    spec = open_checkpoint(pico.folder(family)).spec
+    written, inferred = ModelMap(spec), ModelMap(spec)
+    inferred.__dict__["record"] = infer(spec)
+    return written, inferred
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inferred_record_agrees_with_the_written_one(family):
+    written, inferred = both(family)
+    a, b = written.record, inferred.record
+    assert (a.source, b.source) == ("written", "inferred")
+    assert [block.path for block in written.blocks] == [block.path for block in inferred.blocks]
+    assert (written.depth, written.embedding, written.positions) == (
+        inferred.depth,
+        inferred.embedding,
+        inferred.positions,
+    )
+    assert {key: getattr(a, key) for key in KEYS} == {key: getattr(b, key) for key in KEYS}
+    assert {*a.embeddings} == {*b.embeddings}
+    assert {*a.per_layer} == {*b.per_layer}
+    assert (written.has_head, written.tied) == (inferred.has_head, inferred.tied)
+    assert [*a.ties(written.spec)][-1:] == [*b.ties(written.spec)]
+    if written.has_head:
+        assert (a.head, a.head_tie) == (b.head, b.head_tie)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inferred_matrices_agree_with_the_written_record(family):
+    written, inferred = both(family)
+    for name, matrix in written.linears.items():
+        other = inferred.linears[name]
+        for key in ("block", "part", "transposed", "expert", "is_layer"):
+            assert getattr(matrix, key) == getattr(other, key), (name, key)
+        beside = any(kind == family and part in name for kind, part in BESIDE)
+        assert beside or matrix.role == other.role, name
+        assert written.in_memory(matrix.module) == inferred.in_memory(matrix.module)
+    assert [x.name for x in written.targets] == [x.name for x in inferred.targets]
+    present = {starred(x.part) for x in written.linears.values() if x.role == "router"}
+    assert present == set(inferred.record.routers)
+
+
+def test_every_written_family_is_tried():
+    assert {record.model_type for record in architectures.RECORDS} == set(FAMILIES)
