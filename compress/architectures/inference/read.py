@@ -24,6 +24,7 @@ class Names:
 
     def __init__(self, spec: Spec, skeleton: Skeleton) -> None:
         self.targets: dict[str, str] = {}
+        self.stored = {tensor.name for tensor in spec.stored()}
         self.modules: dict[str, str] = {}
         self.unread: list[str] = []
         self.ignored: list[str] = []
@@ -55,7 +56,7 @@ class Names:
 
     def absent(self, skeleton: Skeleton) -> list[str]:
         """Linear layers in memory of which the files have no weight."""
-        loaded = {target.rpartition(".")[0] for target in self.targets.values()}
+        loaded = {target.rpartition(".")[0] for name, target in self.targets.items() if name in self.stored}
         return [path for path, module in skeleton.modules.items() if kind_of(module) == "linear" and path not in loaded]
 
     def memory(self) -> dict[str, str]:
