@@ -87,9 +87,9 @@ def _sample(stored: Stored) -> torch.Tensor:
 
 
 def _is_causal(stored: Stored) -> bool | None:
-    """Whether the family decodes with a cache, by its record; None where there is no record, or the code is not stock."""
+    """Whether the family decodes with a cache, by its written record; None without one, or where the code is not stock."""
     mapped = model_map(stored.spec)
-    if not mapped.known or (mapped.config.get("auto_map") and stored.trust_remote_code):
+    if mapped.record.source != "written" or (mapped.config.get("auto_map") and stored.trust_remote_code):
         return None
     return mapped.record.causal
 
