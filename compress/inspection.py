@@ -44,7 +44,7 @@ def inspect(
     code = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map}
     spec, metadata = open_headers(model, **code, offline=offline)
     size = opened_size(spec, 1 << 62, metadata)
-    if expanded(model).is_dir():
+    if expanded(model).is_dir() and not spec.sources:
         size = size_on_disk(open_checkpoint(model, **code))
     counts = {}
     if zeros:

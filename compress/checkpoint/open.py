@@ -18,6 +18,7 @@ from compress.checkpoint import edits as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
 from compress.checkpoint.edits.base import alias
 from compress.checkpoint.files import ReadBytes, SameBytes, read_bytes, read_json, same_bytes, weight_headers
+from compress.checkpoint.gguf.opening import GgufContents, gguf_contents, with_tokenizer
 from compress.checkpoint.headers import Header
 from compress.checkpoint.layout import METADATA_KEY, SINGLE_NAME
 from compress.checkpoint.remote import without_code
@@ -141,7 +142,7 @@ class Stored(Checkpoint):
 def open_checkpoint(
     reference: str | Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False, offline: bool = False
 ) -> Stored:
-    """Open a folder, or download a hub id (``org/name``, ``org/name@revision``) and open that. Reads headers only.
+    """Open a folder or a GGUF file, or download a hub id (``org/name``, ``org/name@revision``). Reads headers only.
 
     Args:
         trust_remote_code: allow Python code that the checkpoint brings (`auto_map`).
@@ -153,6 +154,7 @@ def open_checkpoint(
     folder = expanded(reference)
     if not folder.exists() and hub.is_hub_id(str(reference)):
         folder = hub.download(str(reference), offline=offline)
+    folder = with_tokenizer(folder)
     spec, headers = _read_folder(folder, trust_remote_code, ignore_auto_map)
     return Stored(folder, spec, headers, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
 
@@ -177,6 +179,10 @@ def _metadata(headers: Mapping[str, Header]) -> dict[str, str]:
 
 
 def _read_folder(folder: Path, trust_remote_code: bool, ignore_auto_map: bool) -> tuple[Spec, dict[str, Header]]:
+    if (contents := gguf_contents(folder)) is not None:
+        config = check_config(contents.config, f"{folder}/config.json", trust_remote_code, ignore_auto_map)
+        home = folder.parent if folder.is_file() else folder
+        return _spec(config, contents.headers, str(folder), same_bytes(home), read_bytes(home), (), contents)
     if folder.is_file():
         raise CheckpointError(
             "is a file, not a checkpoint folder", where=str(folder), fix="name the folder that holds config.json"
@@ -230,11 +236,13 @@ def _spec(
     same: SameBytes,
     read: ReadBytes,
     notes: tuple[str, ...],
+    contents: GgufContents | None = None,
 ) -> tuple[Spec, dict[str, Header]]:
     """Spec of a checkpoint, and its headers with the spec's tensor names.
 
     Args:
         same: compares two byte ranges, each given by file and offset. read: reads one. notes: notes so far.
+        contents: of a GGUF file, which has its tensors and their sources.
     """
     compact = config["model_type"] == COMPACT_TYPE
     stock, chosen = tidy.without_choices(config["base"] if compact else config)
@@ -247,7 +255,10 @@ def _spec(
         for file, header in headers.items()
         for key, entry in header.entries.items()
     }
-    tensors, sources, more = _tensors(structure, headers, where, lambda key: read(places[key][:2], places[key][2]))
+    if contents is None:
+        tensors, sources, more = _tensors(structure, headers, where, lambda key: read(places[key][:2], places[key][2]))
+    else:
+        tensors, sources, more = contents.tensors, contents.sources, contents.notes
     if not tensors:
         raise CheckpointError("has no tensors", where=where)
     if sources:
@@ -260,7 +271,8 @@ def _spec(
     whole = strip(Spec(structure, tensors, notes=(*notes, *more, *chosen), sources=sources))
     spec = tidy.without_copies(tidy.without_leftovers(whole), alike, where)
     if sources:
-        files = sum(h.data_start + max((e.end for e in h.entries.values()), default=0) for h in headers.values())
+        ends = (h.data_start + max((e.end for e in h.entries.values()), default=0) for h in headers.values())
+        files = sum(ends) if contents is None else contents.bytes
         spec = replace(spec, file_bytes=files)
     else:
         gone = whole.tensors.keys() - spec.tensors.keys()

@@ -159,7 +159,7 @@ def missing_files(root: MapNode) -> Iterator[Problem]:
     if text := text_of(root.get("model")):
         path, place = _local(text), find_place(root, ("model",))
         if path.exists():
-            if not path.is_dir():
+            if not path.is_dir() and path.suffix != ".gguf":
                 yield Problem(f"{text}: is a file, not a checkpoint's folder", place, ("model",))
         elif not is_hub_id(text):
             hint = _near(path) or "a hub id is `name` or `organisation/name`"

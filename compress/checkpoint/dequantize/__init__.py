@@ -19,7 +19,7 @@ from compress.errors import CheckpointError
 from compress.settings import format_bytes
 from compress.spec.spec import FLOAT_DTYPES, Quantized, Tensor, widest
 
-__all__ = ["STALE", "ReadArray", "config_of", "knows", "parse"]
+__all__ = ["STALE", "ReadArray", "config_of", "knows", "parse", "stored_note"]
 
 #: WeightFiles beside the weights that describe their codes to other tools; they would be wrong beside dequantised weights.
 STALE = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
@@ -63,7 +63,7 @@ def parse(
             where=where,
             fix="if the weights are plain floats, remove `quantization_config` from config.json",
         )
-    return files.tensors, files.sources, left, (_note(files), *_left(left))
+    return files.tensors, files.sources, left, (stored_note(files.tensors, files.sources), *_left(left))
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
@@ -72,16 +72,16 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return next((key for key, name in FLOAT_DTYPES.items() if name in said), "BF16")
 
 
-def _note(files: WeightFiles) -> str:
+def stored_note(tensors: Mapping[str, Tensor], sources: Mapping[str, Quantized]) -> str:
     """Sentence about formats, bytes as stored, and the dtype that the tensors are read in."""
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for source in files.sources.values():
+    for source in sources.values():
         sizes[source.format][0] += 1
         sizes[source.format][1] += source.bytes
-    dense = sum(files.tensors[name].dense_bytes for name in files.sources)
+    dense, dtype = sum(tensors[name].dense_bytes for name in sources), next(tensors[name].dtype for name in sources)
     stored = ", ".join(f"{count} as {said} ({format_bytes(size)})" for said, (count, size) in sizes.items())
     return (
-        f"weights are stored small, {stored}, and are read as {FLOAT_DTYPES[files.dtype]} ({format_bytes(dense)}); "
+        f"weights are stored small, {stored}, and are read as {FLOAT_DTYPES[dtype]} ({format_bytes(dense)}); "
         "sizes are compared with the files as they are"
     )
 

@@ -1,0 +1,335 @@
+"""Families of GGUF files: metadata ▶ config of the stock class, names of tensors, and what the converter changed in them.
+
+The converter (convert_hf_to_gguf.py of llama.cpp) permutes rows of queries and keys for Llama's kind of rotary embedding, and
+adds one to the norms of Gemma. Both are undone on reading. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import pi
+from typing import Any
+
+from compress.errors import CheckpointError
+
+#: Function of the name of a small float32 tensor: its values.
+ReadFloats = Callable[[str], tuple[float, ...]]
+#: Part of a block's tensor name ▶ the module in the stock class.
+_BLOCK: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMED = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OUTSIDE: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+#: Tensors that only hold factors of rotary embeddings, which the config has instead.
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)|(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """One architecture of GGUF files.
+
+    Attributes:
+        model_type, class_name: of the stock class. blocks: part of a name ▶ module, for the tensors of blocks.
+        permuted: whether rows of queries and keys are permuted. raised: whether one is added to norms.
+        config: fields of the config beyond the common ones.
+    """
+
+    model_type: str
+    class_name: str
+    blocks: Mapping[str, str]
+    config: Callable[[Metadata], dict[str, Any]]
+    permuted: bool = False
+    raised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """Config, and for each tensor by its name in the file: its name in the stock class, and what is to be undone.
+
+    ``heads``: by name in the file, into how many heads its permuted rows fall. ``raised``: names of tensors with one added.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    heads: dict[str, int]
+    raised: frozenset[str]
+
+
+class Metadata:
+    """Metadata of a file, by keys of its architecture. Errors name the key."""
+
+    def __init__(
+        self, data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: ReadFloats, where: str
+    ) -> None:
+        self._data, self.shapes, self.read, self.where = data, shapes, read, where
+        self.architecture = str(data.get("general.architecture"))
+
+    def error(self, what: str, fix: str | None = None) -> CheckpointError:
+        """An error about the file."""
+        return CheckpointError(what, where=self.where, fix=fix)
+
+    def raw(self, key: str) -> Any:
+        """Value of a key with its full name; None without it."""
+        return self._data.get(key)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._data.get(f"{self.architecture}.{key}", default)
+        if type(value) is not int or value < 1:
+            raise self.error(f"has no usable `{self.architecture}.{key}`: {str(value)[:40]}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number, as its shortest decimal that float32 reads back."""
+        value = self._data.get(f"{self.architecture}.{key}", default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.error(f"has no usable `{self.architecture}.{key}`: {str(value)[:40]}")
+        return shortest(value)
+
+    def has(self, key: str) -> bool:
+        """Whether the architecture's key is there."""
+        return f"{self.architecture}.{key}" in self._data
+
+    def text(self, key: str) -> str | None:
+        """A text; None without it."""
+        value = self._data.get(f"{self.architecture}.{key}")
+        return None if value is None else str(value)
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that gives the same float32: 1e-05 for 9.99999974e-06."""
+    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    if single != value:
+        return value
+    return next(
+        x for digits in range(1, 18) if struct.pack("<f", x := float(f"{value:.{digits}g}")) == struct.pack("<f", value)
+    )
+
+
+def gguf_model(
+    data: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: ReadFloats, where: str
+) -> GgufModel:
+    """The model of a GGUF file.
+
+    Args:
+        data: metadata by key. shapes: of the tensors. read: reads a small tensor.
+
+    Raises:
+        CheckpointError: an architecture without an entry here, metadata that are missing, tensors that are unknown.
+    """
+    metadata = Metadata(data, shapes, read, where)
+    family = _FAMILIES.get(metadata.architecture)
+    if family is None or metadata.has("expert_count"):
+        kind = metadata.architecture + (" with experts" if family else "")
+        raise metadata.error(
+            f"holds a model of the architecture `{kind}`, which is not read from GGUF",
+            f"it reads {', '.join(_FAMILIES)}; for others, start from the safetensors checkpoint",
+        )
+    config = {**_common(metadata), **family.config(metadata)}
+    config |= {"model_type": family.model_type, "architectures": [family.class_name]}
+    names, heads, raised = {}, {}, set()
+    for name in shapes:
+        if name in _FACTORS:
+            continue
+        match = _NAME.fullmatch(name)
+        block, part, end, outside, outer = match.groups() if match else (None,) * 5
+        module = family.blocks.get(part or "") if block else _OUTSIDE.get(outside or "")
+        if module is None:
+            raise metadata.error(f"has the tensor {name[:60]}, which {family.class_name} does not have")
+        names[name] = f"model.layers.{block}.{module}.{end}" if block else f"{module}.{outer}"
+        if family.permuted and part in ("attn_q", "attn_k"):
+            heads[name] = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+            if shapes[name][0] % (2 * heads[name]):
+                raise metadata.error(f"has {shapes[name][0]} rows in {name}, which {heads[name]} heads do not divide")
+        if family.raised and (part or outside or "").endswith("norm"):
+            raised.add(name)
+    return GgufModel(config, names, heads, frozenset(raised))
+
+
+def _common(metadata: Metadata) -> dict[str, Any]:
+    """Fields of the config that all families have."""
+    shape = metadata.shapes.get("token_embd.weight", ())
+    if len(shape) != 2:
+        raise metadata.error("has no table of embeddings, token_embd.weight")
+    heads = metadata.count("attention.head_count")
+    ids = {
+        key: metadata.raw(f"tokenizer.ggml.{name}_token_id")
+        for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
+    }
+    config = {
+        "vocab_size": shape[0],
+        "hidden_size": metadata.count("embedding_length"),
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": metadata.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
+        "max_position_embeddings": metadata.count("context_length"),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": metadata.number("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in metadata.shapes,
+        **{key: value if type(value) is int else None for key, value in ids.items()},
+    }
+    return config | _rope_scaling(metadata)
+
+
+def _rope_scaling(metadata: Metadata) -> dict[str, Any]:
+    """``rope_scaling`` of a config; empty without any. Raises `CheckpointError` for a kind that is not known."""
+    kind = metadata.text("rope.scaling.type")
+    factors = [name for name in _FACTORS if name in metadata.shapes]
+    if factors or kind in (None, "none", "longrope"):
+        return {}  # the family reads the factors
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": metadata.number("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = metadata.count("rope.scaling.original_context_length")
+    elif kind != "linear":
+        raise metadata.error(f"has the rotary scaling {kind!r}, which this version cannot read")
+    return {"rope_scaling": scaling}
+
+
+def _head_dim(metadata: Metadata) -> int:
+    """Width of a head, which queries and keys have."""
+    width = metadata.count("embedding_length") // metadata.count("attention.head_count")
+    return metadata.count("attention.key_length", width)
+
+
+def _llama(metadata: Metadata) -> dict[str, Any]:
+    """Llama, Mistral and SmolLM; biases are told from tensors."""
+    ends = ("attn_q", "attn_k", "attn_v", "attn_output")
+    biases = {f"blk.0.{end}.bias" in metadata.shapes for end in ends}
+    if len(biases) > 1:
+        raise metadata.error("has biases in some projections of its attention alone, which LlamaForCausalLM has not")
+    dims = metadata.count("rope.dimension_count", _head_dim(metadata))
+    if metadata.has("attention.key_length") and dims != _head_dim(metadata):
+        raise metadata.error("rotates a part of each head alone, which LlamaForCausalLM does not")
+    config: dict[str, Any] = {
+        "head_dim": dims,
+        "attention_bias": biases == {True},
+        "mlp_bias": "blk.0.ffn_gate.bias" in metadata.shapes,
+    }
+    if "rope_freqs.weight" in metadata.shapes:
+        config["rope_scaling"] = _llama3(metadata, dims)
+    return config
+
+
+def _llama3(metadata: Metadata, width: int) -> dict[str, Any]:
+    """The scaling of Llama 3.1 and later, whose parameters the file does not hold, recognised by the factors it gives."""
+    factors = metadata.read("rope_freqs.weight")
+    base, original, low, high = metadata.number("rope.freq_base", 10000.0), 8192, 1.0, 4.0
+    factor = float(round(max(factors)))
+    expected = []
+    for place in range(0, width, 2):
+        wave = 2 * pi * base ** (place / width)
+        smooth = (original / wave - low) / (high - low)
+        full, none = wave < original / high, wave > original / low
+        expected.append(1.0 if full else factor if none else 1 / ((1 - smooth) / factor + smooth))
+    if len(factors) != len(expected) or any(abs(a - b) > 1e-4 * b for a, b in zip(factors, expected, strict=True)):
+        raise metadata.error("has rotary factors (rope_freqs.weight) that are not those of Llama 3")
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {**scaling, "original_max_position_embeddings": original}
+
+
+def _qwen2(metadata: Metadata) -> dict[str, Any]:
+    return {"use_sliding_window": False}
+
+
+def _qwen3(metadata: Metadata) -> dict[str, Any]:
+    return {"head_dim": _head_dim(metadata), "attention_bias": False, "use_sliding_window": False}
+
+
+def _scale(metadata: Metadata, largest: int) -> int:
+    """Number whose root divides the scores: the head's width, but hidden / heads in the largest model of a generation."""
+    if metadata.count("block_count") == largest:
+        return metadata.count("embedding_length") // metadata.count("attention.head_count")
+    return _head_dim(metadata)
+
+
+def _gemma2(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "head_dim": _head_dim(metadata),
+        "query_pre_attn_scalar": _scale(metadata, 46),
+        "sliding_window": metadata.count("attention.sliding_window", 4096),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(metadata: Metadata) -> dict[str, Any]:
+    capped = metadata.has("final_logit_softcapping")
+    return {
+        "head_dim": _head_dim(metadata),
+        "query_pre_attn_scalar": _scale(metadata, 62),
+        "sliding_window": metadata.count("attention.sliding_window"),
+        "sliding_window_pattern": metadata.count("attention.sliding_window_pattern", 6),
+        "rope_theta": metadata.number("rope.freq_base", 1000000.0),
+        "rope_local_base_freq": metadata.number("rope.freq_base_swa", 10000.0),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": metadata.number("final_logit_softcapping") if capped else None,
+    }
+
+
+def _phi3(metadata: Metadata) -> dict[str, Any]:
+    width = _head_dim(metadata)
+    config: dict[str, Any] = {
+        "partial_rotary_factor": metadata.count("rope.dimension_count", width) / width,
+        "original_max_position_embeddings": metadata.count(
+            "rope.scaling.original_context_length", metadata.count("context_length")
+        ),
+    }
+    if metadata.has("attention.sliding_window"):
+        window = metadata.raw("phi3.attention.sliding_window")
+        config["sliding_window"] = metadata.count("attention.sliding_window") if window else None
+    if "rope_factors_long.weight" in metadata.shapes:
+        short, long = (metadata.read(f"rope_factors_{kind}.weight") for kind in ("short", "long"))
+        config["rope_scaling"] = {
+            "rope_type": "longrope",
+            "short_factor": [shortest(x) for x in short],
+            "long_factor": [shortest(x) for x in long],
+        }
+    return config
+
+
+def _with(*more: Mapping[str, str]) -> Mapping[str, str]:
+    blocks = dict(_BLOCK)
+    for names in more:
+        blocks |= names
+    return blocks
+
+
+def _without(parts: Iterable[str], more: Mapping[str, str]) -> Mapping[str, str]:
+    return {key: value for key, value in _BLOCK.items() if key not in set(parts)} | dict(more)
+
+
+#: Architecture in the file ▶ family.
+_FAMILIES: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily("llama", "LlamaForCausalLM", _BLOCK, _llama, permuted=True),
+    "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM", _BLOCK, _qwen2),
+    "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", _with(_NORMED), _qwen3),
+    "gemma2": GgufFamily("gemma2", "Gemma2ForCausalLM", _with(_SANDWICH), _gemma2, raised=True),
+    "gemma3": GgufFamily("gemma3_text", "Gemma3ForCausalLM", _with(_SANDWICH, _NORMED), _gemma3, raised=True),
+    "phi3": GgufFamily(
+        "phi3",
+        "Phi3ForCausalLM",
+        _without(
+            ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"),
+            {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        ),
+        _phi3,
+    ),
+}

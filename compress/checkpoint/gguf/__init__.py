@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp as checkpoints. `reader` reads headers, `opening` makes config and tensors, `view` the tokenizer."""

@@ -1,0 +1,158 @@
+"""GGUF files as checkpoints: config, logical tensors and their sources, from the header. Imports no torch."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.architectures.gguf import gguf_model
+from compress.checkpoint.dequantize import stored_note
+from compress.checkpoint.dequantize.ggml import GgmlType, dequantize
+from compress.checkpoint.files import read_bytes, read_json
+from compress.checkpoint.gguf.reader import GgufHeader, read_gguf
+from compress.checkpoint.gguf.view import view
+from compress.checkpoint.headers import Header, TensorEntry
+from compress.checkpoint.sidecars import LinkedFolder, safe_file
+from compress.errors import CheckpointError
+from compress.spec.spec import FLOAT_DTYPES, Quantized, Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+ENDING = ".gguf"
+#: Fields in which a config beside the file must agree with its metadata.
+_AGREEING = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+#: Largest tensor, in values, that is read as part of the config.
+_SMALL = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class GgufContents:
+    """Contents of a GGUF file as a checkpoint.
+
+    Attributes:
+        config: of the stock class. headers: an entry of bytes for each tensor of the file, by file.
+        tensors, sources: logical tensors, and their form in the file. bytes: of the file. notes: for the user.
+    """
+
+    config: dict[str, Any]
+    headers: dict[str, Header]
+    tensors: dict[str, Tensor]
+    sources: dict[str, Quantized]
+    bytes: int
+    notes: tuple[str, ...]
+
+
+def _place(reference: Path) -> tuple[Path, str] | None:
+    """Folder and name of a GGUF file, given itself or by the folder that has it and no safetensors; None for others.
+
+    Raises:
+        CheckpointError: the folder has several.
+    """
+    if reference.is_file():
+        return (LinkedFolder(reference.parent), reference.name) if reference.suffix == ENDING else None
+    if any(reference.glob("*.safetensors")) or any(reference.glob("*.safetensors.index.json")):
+        return None
+    names = sorted(path.name for path in reference.glob(f"*{ENDING}") if not path.name.startswith("mmproj"))
+    if len(names) > 1:
+        raise CheckpointError(
+            f"holds {len(names)} GGUF files, such as {names[0]}", where=str(reference), fix="name one"
+        )
+    return (reference, names[0]) if names else None
+
+
+def gguf_contents(reference: Path) -> GgufContents | None:
+    """Contents of a GGUF file, or of a folder with one; None for other checkpoints. Raises `CheckpointError`."""
+    if (place := _place(reference)) is None:
+        return None
+    contents = read_contents(*place)
+    if not reference.is_dir() or not (reference / "config.json").exists():
+        return contents
+    config = read_json(reference, "config.json")
+    for key in _AGREEING:
+        if not isinstance(config, dict) or config.get(key) != contents.config[key]:
+            raise CheckpointError(
+                f"is not the config of {place[1]}, whose `{key}` is {contents.config[key]}",
+                where=str(reference / "config.json"),
+                fix="put the model's own config.json there, or remove it",
+            )
+    own = {key: value for key, value in config.items() if key not in ("quantization_config", "torch_dtype")}
+    return replace(contents, config={**own, "dtype": contents.config["dtype"]})
+
+
+def with_tokenizer(reference: Path) -> Path:
+    """The folder of a checkpoint; for a GGUF file without config and tokenizer beside it, one in the cache that has them."""
+    if (place := _place(reference)) is None:
+        return reference
+    if reference.is_dir() and all((reference / name).exists() for name in ("config.json", "tokenizer.json")):
+        return reference
+    return view(safe_file(*place), read_contents(*place).config)
+
+
+def read_contents(folder: Path, name: str) -> GgufContents:
+    """Contents of a GGUF file of a folder. Raises `CheckpointError`."""
+    path = safe_file(folder, name)
+    header = read_gguf(path)
+    shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
+
+    def floats(key: str) -> tuple[float, ...]:
+        tensor = header.tensors[key]
+        if tensor.kind.name != "F32" or (count := tensor.shape[-1]) > _SMALL or len(tensor.shape) > 1:
+            raise CheckpointError(f"stores {key} as {tensor.kind.name} {list(tensor.shape)}", where=str(path))
+        return struct.unpack(f"<{count}f", read_bytes(folder)((name, tensor.start), 4 * count))
+
+    model = gguf_model(header.metadata, shapes, floats, str(path))
+    dtype = _dtype(header)
+    tensors, sources = {}, {}
+    for key, new in model.names.items():
+        stored = header.tensors[key]
+        decode = partial(
+            _decode, kind=stored.kind, shape=stored.shape, heads=model.heads.get(key, 0), raised=key in model.raised
+        )
+        tensors[new] = Tensor(new, stored.shape, dtype)
+        sources[new] = Quantized(f"GGUF {stored.kind.name}", {"blocks": key}, stored.end - stored.start, decode)
+    entries = {
+        key: TensorEntry("U8", (t.end - t.start,), t.start, t.end)
+        for key, t in header.tensors.items()
+        if key in model.names
+    }
+    return GgufContents(
+        config={**model.config, "dtype": FLOAT_DTYPES[dtype]},
+        headers={name: Header(entries, {}, 0)},
+        tensors=tensors,
+        sources=sources,
+        bytes=header.size,
+        notes=(stored_note(tensors, sources),),
+    )
+
+
+def _dtype(header: GgufHeader) -> str:
+    """Dtype of the values: bfloat16, or that of the matrices if all of them are floats of 16 or 32 bits."""
+    kinds = {tensor.kind.dtype for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    return "F16" if kinds <= {"F16", "F32"} and "F16" in kinds else "F32" if kinds == {"F32"} else "BF16"
+
+
+def _decode(
+    arrays: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    kind: GgmlType,
+    shape: tuple[int, ...],
+    heads: int,
+    raised: bool,
+) -> torch.Tensor:
+    """Values of a tensor; rows of ``heads`` heads are put back in order, and one is taken from ``raised`` norms."""
+    import torch
+
+    values = dequantize(arrays["blocks"], kind, shape, torch.float32 if raised else dtype)
+    if raised:
+        values = (values - 1).to(dtype)
+    if heads:  # the converter stores the two halves of a head's rows alternately
+        values = values.reshape(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    return values

@@ -1,0 +1,61 @@
+"""A folder in the user's cache for a GGUF file: a link to it, its config, and the tokenizer made from its metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint.sidecars import LinkedFolder
+from compress.errors import CheckpointError, is_lack, one_line
+from compress.files import temporary
+
+_TOKENIZER = "tokenizer.json"
+_FILE = "model.gguf"
+
+
+def view(path: Path, config: Mapping[str, Any]) -> LinkedFolder:
+    """Folder that stands for a GGUF file, made once for each version of the file.
+
+    Raises:
+        CheckpointError: transformers cannot make a tokenizer of the metadata, or the cache cannot be written.
+    """
+    import transformers
+
+    path = path.resolve()
+    state = path.stat()
+    key = [str(path), state.st_size, state.st_mtime_ns, transformers.__version__, config]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress/gguf"
+    folder = home / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    if not folder.exists():
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with temporary(folder) as made:
+                (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+                (made / _FILE).symlink_to(path)
+                _tokenizer(made)
+                if not folder.exists():  # another process may have been faster
+                    made.rename(folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot be written: {error.strerror}", where=str(home)) from error
+    return LinkedFolder(folder)
+
+
+def _tokenizer(folder: Path) -> None:
+    """Write the tokenizer files of the folder's GGUF file."""
+    import transformers
+
+    try:
+        made: Any = transformers.PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=_FILE)
+        made.save_pretrained(folder)
+    except Exception as error:  # metadata may hold anything
+        if is_lack(error):
+            raise
+        raise CheckpointError(
+            f"holds no tokenizer that transformers can read: {one_line(error)}",
+            where=str((folder / _FILE).resolve()),
+            fix="put the model's config.json and tokenizer.json beside it, and name the folder",
+        ) from error
