@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import compress
 from benchmarks.families.judge import Judge, Wrong
 from benchmarks.families.pico import Pico
+from compress.errors import CompressError
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ CELLS: dict[str, Cell] = {
     "magnitude": Cell("50 % magnitude", "prune_unstructured", {"method": "magnitude", "sparsity": 0.5}, calibrated=False),
     "sparsegpt": Cell("50 % sparsegpt", "prune_unstructured", {"method": "sparsegpt", "sparsity": 0.5}),
     "layers": Cell("a layer", "prune_structured", {"layers": 1}),
-    "mlp": Cell("25 % mlp", "prune_structured", {"mlp": 0.25}),
-    "heads": Cell("50 % heads", "prune_structured", {"heads": 0.5}),
+    "mlp": Cell("25 % mlp", "prune_structured", {"mlp": 0.25, "reconstruction_epochs": 1}),
+    "heads": Cell("50 % heads", "prune_structured", {"heads": 0.5, "reconstruction_epochs": 1}),
     "share": Cell("share", "share", {"groups": [[0, 1]], "store": "compact"}),
-    "factorize": Cell("factorize", "factorize", {"keep_parameters": 0.5, "store": "compact"}),
+    "factorize": Cell("factorize", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "reconstruction_epochs": 1, "store": "compact"}),
     "distill": Cell(
         "distill", "distill", {"steps": 1, "batch_size": 2, "validation_samples": 1, "allow_noop": True}
     ),
@@ -45,29 +47,47 @@ CELLS: dict[str, Cell] = {
 }  # fmt: skip
 
 
-def run(cell: str, pico: Pico, work: Path, judge: Judge) -> None:
-    """Run a cell and have it judged.
+#: What a refusal says that is to be tried next.
+ADVICE = "`store: compact`"
+
+
+def run(cell: str, pico: Pico, work: Path, judge: Judge) -> str:
+    """Run a cell and have it judged. A refusal that says "use `store: compact`" is followed.
+
+    Returns:
+        What differed from the cell's settings; usually empty.
 
     Raises:
         CompressError: the cell is refused.
         Wrong: the stock loader disagrees. Any other exception is a fault as well.
     """
-    what = CELLS[cell]
-    if what.name is None:
+    if CELLS[cell].name is None:
         _evaluate(pico, judge)
-        return
-    settings = dict(what.settings)
+        return ""
+    try:
+        _apply(cell, pico, work / cell, judge)
+    except CompressError as error:
+        if f"use {ADVICE}" not in str(error) or "store" in CELLS[cell].settings:
+            raise
+        _apply(cell, pico, work / f"{cell}-compact", judge, store="compact")
+        return ADVICE
+    return ""
+
+
+def _apply(cell: str, pico: Pico, to: Path, judge: Judge, **others: Any) -> None:
+    """Apply the pass of a cell, write the result, and have it judged."""
+    what = CELLS[cell]
+    assert what.name is not None
+    settings = {**what.settings, **others}
     if what.calibrated:
         settings["data"] = pico.data
     if cell == "distill":
         settings["teacher"] = [{"checkpoint": str(pico.other)}]
-    import compress
-
     details: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compress.apply(what.name, pico.folder, work / cell, details=details, **settings)
-    judge.written(work / cell, pico, lossy=cell != "distill" or bool(details.get("training", {}).get("helped")))
+        compress.apply(what.name, pico.folder, to, details=details, **settings)
+    judge.written(to, pico, lossy=cell != "distill" or bool(details.get("training", {}).get("helped")))
 
 
 def _evaluate(pico: Pico, judge: Judge) -> None:

@@ -12,6 +12,8 @@ from benchmarks.families.cells import CELLS
 from benchmarks.families.classes import CAUSAL, KINDS, Subject
 
 MARKS = {"works": "✓", "refused": "–", "wrong": "✗", "unsuited": "·"}
+#: Works with `store: compact`, as a refusal advised.
+COMPACT = "✓c"
 #: Shares that should work, by cell: of causal language models, of all other classes.
 GOALS = {
     "rtn": (95, 95),
@@ -51,6 +53,7 @@ def text(rows: Rows) -> list[str]:
         "|---|---|",
         "| ✓ | works: no key is missing, unexpected or of another shape; the outputs equal those of `compress.load`, and "
         "differ from the original's where the pass is lossy |",
+        f"| {COMPACT} | works with `store: compact`, as the line says that refuses the other |",
         "| – | refused, with one line that says why |",
         "| ✗ | wrong: other outputs, other keys, or an error that is none of this package's |",
         "| · | there is no pico model of the class that transformers itself saves and runs |",
@@ -108,6 +111,13 @@ def _reasons(rows: Rows) -> list[str]:
     return lines
 
 
+def mark(result: Mapping[str, Any] | None) -> str:
+    """The mark of a result; empty without one."""
+    if result is None:
+        return ""
+    return COMPACT if result["verdict"] == "works" and result["reason"] else MARKS[result["verdict"]]
+
+
 def shape(reason: str) -> str:
     """A reason without the numbers, names and paths in which cells differ."""
     reason = re.sub(r"/\S*families-\w+/?\S*?(?=[:;,. )]|$)", "…", reason)
@@ -124,6 +134,6 @@ def _cell(words: str) -> str:
 def _table(rows: Rows, kind: str) -> list[str]:
     lines = [f"| type | class | {' | '.join(cell.title for cell in CELLS.values())} |", "|---" * (2 + len(CELLS)) + "|"]
     for subject in sorted((s for s in rows if kind in s.kinds), key=lambda s: s.name):
-        marks = [MARKS[result["verdict"]] if (result := rows[subject][cell]) else "" for cell in CELLS]
+        marks = [mark(rows[subject][cell]) for cell in CELLS]
         lines.append(f"| {subject.model_type} | {subject.class_name} | {' | '.join(marks)} |")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import wave
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from benchmarks.families.classes import Subject
 
 #: Samples and tokens of the calibration data.
 SAMPLES, TOKENS = 4, 16
+#: Arguments that are made of sounds, and samples of a sound in a second.
+SOUNDS, RATE = ("input_features", "input_values"), 16_000
 #: Pico models with more parameters would not be pico.
 PARAMETERS = 30_000_000
 
@@ -77,10 +80,12 @@ def make(subject: Subject, place: Path) -> Pico:
     torch.save(inputs, place / "inputs.pt")
     main = model.main_input_name
     for folder in (place / "model", place / "other"):
-        _write_processors(folder, main, inputs)
+        _write_processors(folder, main, inputs, config)
     text, rows, images = _write_data(place, config, inputs, main)
     data: Any = images
-    if "input_ids" in samples[0]:
+    if main in SOUNDS:
+        data = _write_sounds(place / "sounds")
+    elif "input_ids" in samples[0]:
         data = torch.cat([sample["input_ids"] for sample in samples])
     return Pico(
         place / "model", place / "other", place / "inputs.pt", data, text, rows, images, subject.class_name, main,
@@ -88,8 +93,8 @@ def make(subject: Subject, place: Path) -> Pico:
     )  # fmt: skip
 
 
-def _write_processors(folder: Path, main: str, inputs: dict[str, Any]) -> None:
-    """The tokenizer, and an image processor, beside the weights."""
+def _write_processors(folder: Path, main: str, inputs: dict[str, Any], config: Any) -> None:
+    """The tokenizer, and a processor of images or a feature extractor of sounds, beside the weights."""
     if "input_ids" in inputs or "decoder_input_ids" in inputs:
         tokenizer().save_pretrained(folder)
     if main == "pixel_values" and inputs[main].ndim == 4:
@@ -99,6 +104,38 @@ def _write_processors(folder: Path, main: str, inputs: dict[str, Any]) -> None:
             "do_normalize": True, "do_rescale": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         }  # fmt: skip
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    if main in SOUNDS:
+        processor = _extractor(main, inputs[main], config)
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+def _extractor(main: str, values: torch.Tensor, config: Any) -> dict[str, Any]:
+    """The settings of the feature extractor that transformers has for the model type, with as many bins as the model reads."""
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+
+    name = FEATURE_EXTRACTOR_MAPPING_NAMES.get(config.model_type) or "Wav2Vec2FeatureExtractor"
+    settings: dict[str, Any] = {"feature_extractor_type": name, "sampling_rate": RATE}
+    if main == "input_values" and values.ndim == 2:
+        return {**settings, "feature_size": 1, "return_attention_mask": False}
+    if name == "WhisperFeatureExtractor":  # two frames for each position of the encoder
+        bins, frames = values.shape[-2:]
+        return {**settings, "feature_size": bins, "chunk_length": 2, "hop_length": 2 * RATE // frames}
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or values.shape[-1]
+    return {**settings, "feature_size": bins, "num_mel_bins": bins}
+
+
+def _write_sounds(folder: Path) -> Path:
+    """Short recordings of noise, each with a transcript."""
+    draw = random.Random(0)
+    folder.mkdir()
+    for i in range(SAMPLES):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(RATE)
+            sound.writeframes(draw.randbytes(2 * RATE // 2))
+        (folder / f"{i}.txt").write_text("klm nop qrs")
+    return folder
 
 
 def _write_data(place: Path, config: Any, inputs: dict[str, Any], main: str) -> tuple[Path, Path, Path]:

@@ -64,10 +64,12 @@ def cells_of(subject: Subject, cells: Sequence[str], stock: Any) -> Iterator[tup
                 pico = make(subject, place)
                 judge = Judge(stock, place)
                 judge.original(pico)
-        except (_OutOfTime, Unsuited, Wrong) as error:
-            reason = str(error) if not isinstance(error, _OutOfTime) else f"no pico model in {2 * LIMIT} seconds"
-            if isinstance(error, Wrong):
-                reason = f"transformers does not reload its own checkpoint: {reason}"
+        except (_OutOfTime, Exception) as error:
+            reason = {
+                Unsuited: str(error),
+                Wrong: f"transformers does not reload its own checkpoint: {error}",
+                _OutOfTime: f"no pico model in {2 * LIMIT} seconds",
+            }.get(type(error), f"no data: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             seconds = round(time.process_time() - started, 2)
             for cell in cells:
                 yield cell, {"verdict": "unsuited", "reason": reason, "seconds": seconds}
@@ -76,7 +78,8 @@ def cells_of(subject: Subject, cells: Sequence[str], stock: Any) -> Iterator[tup
         for cell in cells:
             yield cell, {}
             yield cell, _result(lambda cell=cell: table.run(cell, pico, place, judge))
-            shutil.rmtree(place / cell, ignore_errors=True)
+            for written in place.glob(f"{cell}*"):
+                shutil.rmtree(written, ignore_errors=True)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -89,7 +92,7 @@ def _result(run: Any) -> Result:
     result: Result = {"verdict": "works", "reason": ""}
     try:
         with limited(LIMIT):
-            run()
+            result["reason"] = run()
     except CompressError as error:
         result = {"verdict": "refused", "reason": str(error)}
     except Wrong as error:
