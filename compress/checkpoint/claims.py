@@ -18,7 +18,7 @@ _BLOCKS = 256
 _LABELS = 100_000
 _COUNT_OF_MODULES = re.compile(r"(layer|block|expert|depth|group)s?(_|$)|^layers|layers$")
 _NO_COUNT = re.compile(
-    r"(size|dim|rank|ids?|index|per_tok|per_group|norm|scale|window|max_window_layers|width|length|epsilon|eps)(_|$)"
+    r"(size|dim|rank|ids?|index|vocab|per_tok|per_group|norm|scale|window|max_window_layers|width|length|epsilon|eps)(_|$)"
 )
 
 
