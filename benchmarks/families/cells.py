@@ -30,21 +30,25 @@ class Cell:
     calibrated: bool = True
 
 
+#: One epoch, as ten cells of a hundred classes would train all day.
+_ONCE = {"reconstruction_epochs": 1}
 CELLS: dict[str, Cell] = {
     "rtn": Cell("int8 rtn", "cast", {"weights": "int8", "method": "rtn"}, calibrated=False),
     "gptq": Cell("int4 gptq", "cast", {"weights": "int4", "method": "gptq"}),
-    "magnitude": Cell("50 % magnitude", "prune_unstructured", {"method": "magnitude", "sparsity": 0.5}, calibrated=False),
+    "magnitude": Cell(
+        "50 % magnitude", "prune_unstructured", {"method": "magnitude", "sparsity": 0.5}, calibrated=False
+    ),
     "sparsegpt": Cell("50 % sparsegpt", "prune_unstructured", {"method": "sparsegpt", "sparsity": 0.5}),
     "layers": Cell("a layer", "prune_structured", {"layers": 1}),
-    "mlp": Cell("25 % mlp", "prune_structured", {"mlp": 0.25, "reconstruction_epochs": 1}),
-    "heads": Cell("50 % heads", "prune_structured", {"heads": 0.5, "reconstruction_epochs": 1}),
+    "mlp": Cell("25 % mlp", "prune_structured", {"mlp": 0.25, **_ONCE}),
+    "heads": Cell("50 % heads", "prune_structured", {"heads": 0.5, **_ONCE}),
     "share": Cell("share", "share", {"groups": [[0, 1]], "store": "compact"}),
-    "factorize": Cell("factorize", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "reconstruction_epochs": 1, "store": "compact"}),
-    "distill": Cell(
-        "distill", "distill", {"steps": 1, "batch_size": 2, "validation_samples": 1, "allow_noop": True}
+    "factorize": Cell(
+        "factorize", "factorize", {"keep_parameters": 0.5, "allocation": "uniform", "store": "compact", **_ONCE}
     ),
+    "distill": Cell("distill", "distill", {"steps": 1, "batch_size": 2, "validation_samples": 1, "allow_noop": True}),
     "eval": Cell("eval", None),
-}  # fmt: skip
+}
 
 
 #: What a refusal says that is to be tried next.
