@@ -103,7 +103,7 @@ def _is_causal(stored: Stored) -> bool | None:
 def _tried(
     compute: Callable[[Any, torch.Tensor], torch.Tensor | None], model: Any, ids: torch.Tensor
 ) -> torch.Tensor | None:
-    """What a model of a family without a written record computes; None where its class cannot, from token ids alone."""
+    """Outputs of a model of a family without a written record; None where its class cannot, from token ids alone."""
     try:
         return compute(model, ids)
     except Exception as error:
