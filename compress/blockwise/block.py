@@ -106,8 +106,8 @@ class Block:
 
     def earlier_mask(self, linear: TargetLinear) -> torch.Tensor | None:
         """The keep-mask that a linear's tensor has in the checkpoint, bool [O, I]; None where it has none."""
-        mask = self.view.keep_mask(linear.name)
-        return None if mask is None else (mask.T if linear.transposed else mask).to(linear.weight.device)
+        mask = self.view.keep_mask(linear.tensor)
+        return None if mask is None else linear.own(mask).to(linear.weight.device)
 
     def groups_with(self, names: Collection[str]) -> list[list[TargetLinear]]:
         """The groups that hold one of these tensors."""

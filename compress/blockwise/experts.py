@@ -15,8 +15,8 @@ import torch
 class Experts(torch.nn.Module):
     """Fused experts, run one by one through linear modules that share the fused parameters' memory.
 
-    The computation is that of the fused module (Mixtral, Qwen3-MoE and their like: gate and up projection fused, an
-    activation, a down projection).
+    The computation is that of the fused module: gate and up projection fused, an activation, a down projection. The rows of
+    gate and up follow each other (Mixtral, Qwen3-MoE and their like) or alternate (gpt-oss).
 
     Attributes:
         token_mask: bool [T], which tokens of the next forward pass count; None for all.
@@ -27,13 +27,14 @@ class Experts(torch.nn.Module):
     def __init__(self, fused: Any) -> None:
         super().__init__()
         self.fused = fused
-        count, double, _ = fused.gate_up_proj.shape
-        self.act_fn = fused.act_fn
         self.gate, self.up, self.down = (torch.nn.ModuleList() for _ in range(3))
-        for e in range(count):
-            self.gate.append(_linear_view(fused.gate_up_proj[e, : double // 2]))
-            self.up.append(_linear_view(fused.gate_up_proj[e, double // 2 :]))
-            self.down.append(_linear_view(fused.down_proj[e]))
+        self.rows = gate_and_up(fused)
+        biased = getattr(fused, "has_bias", False)
+        both, down = (rows_first(fused, weight) for weight in (fused.gate_up_proj, fused.down_proj))
+        for e in range(len(both)):
+            for modules, rows in zip((self.gate, self.up), self.rows, strict=True):
+                modules.append(_linear_view(both[e][rows], fused.gate_up_proj_bias[e][rows] if biased else None))
+            self.down.append(_linear_view(down[e], fused.down_proj_bias[e] if biased else None))
         self.token_mask: torch.Tensor | None = None
         self.expert_mask: torch.Tensor | None = None
         self.watch: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
@@ -41,13 +42,31 @@ class Experts(torch.nn.Module):
     @staticmethod
     def fits(module: Any) -> bool:
         """Whether a module is fused experts of that kind."""
-        shapes: list[Any] = [getattr(getattr(module, n, None), "shape", ()) for n in ("gate_up_proj", "down_proj")]
+        weights: list[Any] = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+        if any(getattr(weight, "ndim", 0) != 3 for weight in weights):
+            return False
+        both, down = (rows_first(module, weight).shape for weight in weights)
         return (
-            len(shapes[0]) == len(shapes[1]) == 3
-            and (shapes[0][1] == 2 * shapes[1][2] and shapes[0][2] == shapes[1][1])
-            and callable(getattr(module, "act_fn", None))
-            and not getattr(module, "has_bias", False)
+            both[1] == 2 * down[2]
+            and both[2] == down[1]
+            and getattr(module, "has_gate", True)
+            and not getattr(module, "has_post_expert_norm", False)
+            and (callable(getattr(module, "_apply_gate", None)) or callable(getattr(module, "act_fn", None)))
         )
+
+    def _activated(self, state: torch.Tensor, e: int) -> torch.Tensor:
+        """Inputs [t, I] of an expert ▶ inputs of its down projection."""
+        gate, up = self.gate[e](state), self.up[e](state)
+        if not hasattr(self.fused, "_apply_gate"):
+            activated: torch.Tensor = self.fused.act_fn(gate) * up
+            return activated
+        both = torch.empty((*gate.shape[:-1], 2 * gate.shape[-1]), dtype=gate.dtype, device=gate.device)
+        both = both.index_copy(-1, self._columns(0, both), gate).index_copy(-1, self._columns(1, both), up)
+        gated: torch.Tensor = self.fused._apply_gate(both)
+        return gated
+
+    def _columns(self, which: int, both: torch.Tensor) -> torch.Tensor:
+        return torch.arange(both.shape[-1], device=both.device)[self.rows[which]]
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -60,7 +79,7 @@ class Experts(torch.nn.Module):
                 continue
             self.expert_mask = None if self.token_mask is None else self.token_mask[token]
             state = hidden_states[token]
-            state = self.down[e](self.act_fn(self.gate[e](state)) * self.up[e](state))
+            state = self.down[e](self._activated(state, e))
             if self.watch is not None:
                 counted = slice(None) if self.expert_mask is None else self.expert_mask
                 self.watch(e, state[counted], top_k_weights[token, place][counted])
@@ -88,7 +107,22 @@ def unfused(swaps: Sequence[ExpertSwap]) -> Iterator[None]:
             setattr(parent, child, experts.fused)
 
 
-def _linear_view(matrix: torch.Tensor) -> torch.nn.Linear:
+def rows_first(fused: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A weight of fused experts as [E, O, I]; it may be stored [E, I, O]."""
+    return weight.mT if getattr(fused, "is_transposed", False) else weight
+
+
+def gate_and_up(fused: Any) -> tuple[slice, slice]:
+    """The rows of gate and up in the fused projection [2 I] of an expert."""
+    if getattr(fused, "is_concatenated", True):
+        half = rows_first(fused, fused.gate_up_proj).shape[1] // 2
+        return slice(0, half), slice(half, 2 * half)
+    return slice(0, None, 2), slice(1, None, 2)
+
+
+def _linear_view(matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
     linear = torch.nn.Linear(1, 1, bias=False, device="meta")
     linear.weight = torch.nn.Parameter(matrix, requires_grad=False)
+    if bias is not None:
+        linear.bias = torch.nn.Parameter(bias, requires_grad=False)
     return linear

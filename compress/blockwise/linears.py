@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import model_map
-from compress.blockwise.experts import Experts, ExpertSwap
+from compress.blockwise.experts import Experts, ExpertSwap, rows_first
 from compress.blockwise.streamed import StreamedModel, names_in_files
 from compress.errors import PassError
 from compress.spec.spec import Spec
@@ -28,6 +28,7 @@ class TargetLinear:
         weight: a view of it with outputs along rows, [O, I]; writing to it changes the block.
         transposed: whether the checkpoint shapes it [I, O]. owner: the experts it belongs to.
         module: the layer that is called with the matrix's inputs. group: linears of one group read the same inputs.
+        part: where the checkpoint holds the matrix within a tensor of all experts; None where it has a tensor of its own.
     """
 
     name: str
@@ -37,6 +38,26 @@ class TargetLinear:
     module: torch.nn.Module
     owner: Experts | None = None
     group: int = -1
+    part: ExpertPart | None = None
+
+    @property
+    def tensor(self) -> str:
+        """Name of the checkpoint's tensor that holds the matrix: its own, or that of all experts."""
+        return self.name if self.part is None else self.part.tensor
+
+    def own(self, values: torch.Tensor) -> torch.Tensor:
+        """The matrix's own values [O, I] of values in the shape of the checkpoint's tensor."""
+        values = values.mT if self.transposed else values
+        return values if self.part is None else values[self.part.expert, self.part.rows]
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Some rows of one expert in a tensor [E, O, I] of the checkpoint, or [E, I, O]."""
+
+    tensor: str
+    expert: int
+    rows: slice
 
 
 def find_linears(
@@ -59,7 +80,7 @@ def find_linears(
     for path, module in block.named_modules():
         parameter = f"{path}.weight"
         stored = names.get((parameter, 0), "")
-        transposed = stored in matrices and matrices[stored].transposed
+        transposed = stored in matrices and matrices[stored].transposed and path not in fused
         if transposed or isinstance(module, torch.nn.Linear):
             data: torch.Tensor = module.weight.data
             by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
@@ -67,15 +88,16 @@ def find_linears(
             parent, _, child = path.rpartition(".")
             experts = Experts(module)
             swaps.append(ExpertSwap(block.get_submodule(parent), child, experts))
-            by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names)}
+            start = f"{streamed.block_name}.{index}."
+            by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, start)}
     wanted = set(wanted)
-    if missing := sorted(wanted - by_name.keys()):
+    if missing := sorted(wanted - {linear.tensor for linear in by_name.values()}):
         raise PassError(
             f"{missing[0]} is not a linear layer that calibrated methods reach",
             key="skip",
             fix=f"skip it: skip: [{missing[0].rpartition('.')[0]}], or use method: magnitude",
         )
-    return [linear for linear in by_name.values() if linear.name in wanted], swaps
+    return [linear for linear in by_name.values() if linear.tensor in wanted], swaps
 
 
 def expert_linears(model: Any, spec: Spec) -> tuple[dict[str, TargetLinear], list[ExpertSwap]]:
@@ -88,7 +110,7 @@ def expert_linears(model: Any, spec: Spec) -> tuple[dict[str, TargetLinear], lis
         parent, _, child = path.rpartition(".")
         experts = Experts(module)
         swaps.append(ExpertSwap(model.get_submodule(parent), child, experts))
-        by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names)}
+        by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, "")}
     return by_name, swaps
 
 
@@ -103,11 +125,17 @@ def _stored_names(
     number, and the number that arrives under a stored name says which part that name holds. The gate, up and
     down matrices of fused experts are the parts 2e, 2e + 1 (of ``gate_up_proj``) and e (of ``down_proj``). One entry
     along each other axis is enough, so the conversion costs nothing.
+
+    Where the checkpoint holds all experts in one tensor, all numbers arrive under one name: part ``-1``, or ``-2`` if gate and
+    up lie along the last axis of that tensor, so that it is [E, I, O].
     """
     names = {}
     for parameter, probe in probes.items():
         for stored, value in stored_names({parameter: probe}).items():
-            names[parameter, int(value.flatten()[0])] = stored
+            if value.numel() > 1:
+                names[parameter, -1 if value.shape[-1] == 1 else -2] = stored
+            else:
+                names[parameter, int(value.flatten()[0])] = stored
     return names
 
 
@@ -116,20 +144,31 @@ def _expert_probes(fused: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     probes = {}
     for path, module in fused.items():
         count = module.gate_up_proj.shape[0]
-        probes[f"{path}.gate_up_proj"] = torch.arange(2 * count, dtype=torch.float32).view(count, 2, 1)
-        probes[f"{path}.down_proj"] = torch.arange(count, dtype=torch.float32).view(count, 1, 1)
+        for name, rows in (("gate_up_proj", 2), ("down_proj", 1)):
+            probe = torch.arange(rows * count, dtype=torch.float32).view(count, rows, 1)
+            probes[f"{path}.{name}"] = rows_first(module, probe).contiguous()
     return probes
 
 
-def _expert_linears(path: str, experts: Experts, names: Mapping[tuple[str, int], str]) -> Iterator[TargetLinear]:
+def _expert_linears(
+    path: str, experts: Experts, names: Mapping[tuple[str, int], str], start: str
+) -> Iterator[TargetLinear]:
+    """The matrices of fused experts. ``start``: path of the block in memory, with the dot."""
+    gate, up = experts.rows
     for e in range(len(experts.gate)):
-        for parameter, part, module in (
-            (f"{path}.gate_up_proj", 2 * e, experts.gate[e]),
-            (f"{path}.gate_up_proj", 2 * e + 1, experts.up[e]),
-            (f"{path}.down_proj", e, experts.down[e]),
+        for kind, parameter, part, rows, module in (
+            ("gate_proj", f"{path}.gate_up_proj", 2 * e, gate, experts.gate[e]),
+            ("up_proj", f"{path}.gate_up_proj", 2 * e + 1, up, experts.up[e]),
+            ("down_proj", f"{path}.down_proj", e, slice(None), experts.down[e]),
         ):
             matrix: Any = module.weight.data
-            yield TargetLinear(names[parameter, part], parameter, matrix, False, module, experts)
+            if (name := names.get((parameter, part))) is not None:
+                yield TargetLinear(name, parameter, matrix, False, module, experts)
+                continue
+            turned = (f"{path}.gate_up_proj", -2) in names
+            tensor = names.get((parameter, -2)) or names[parameter, -1]
+            own = f"{start}{path}.{e}.{kind}.weight"
+            yield TargetLinear(own, parameter, matrix, turned, module, experts, part=ExpertPart(tensor, e, rows))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.details import BlockDetails
+from compress.blockwise.linears import TargetLinear
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.storage.bits import pack_bits, unpack_bits
 from compress.checkpoint.values import Checkpoint, Codes, Value, canonical, torch_dtype
@@ -30,6 +31,45 @@ class TensorExtras:
     mask: torch.Tensor | None = None
     codes: Codes | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def extras_by_tensor(
+    parts: Sequence[tuple[TargetLinear, torch.Tensor | None, Codes | None]],
+) -> dict[str, TensorExtras]:
+    """Keep-masks and codes by the checkpoint's tensors, of matrices with theirs [O, I]; experts are put together."""
+    whole = {x.name: TensorExtras(_as_stored(keep, x.transposed), codes) for x, keep, codes in parts if x.part is None}
+    together: dict[str, list[tuple[TargetLinear, torch.Tensor | None, Codes | None]]] = {}
+    for linear, keep, codes in parts:
+        if linear.part is not None:
+            together.setdefault(linear.tensor, []).append((linear, keep, codes))
+    for tensor, rows in together.items():
+        first, keep, codes = rows[0]
+        mask = None if keep is None else _stacked([(x, k) for x, k, _ in rows if k is not None])
+        if codes is not None:
+            fields: dict[str, Any] = {
+                name: _stacked([(x, getattr(c, name)) for x, _, c in rows]).flatten(0, 1)
+                for name in ("codes", "scale", "zero")
+                if getattr(codes, name) is not None
+            }
+            codes = Codes(**fields)
+        whole[tensor] = TensorExtras(None if mask is None else _as_stored(mask, first.transposed), codes)
+    return whole
+
+
+def _as_stored(keep: torch.Tensor | None, transposed: bool) -> torch.Tensor | None:
+    return None if keep is None else (keep.mT if transposed else keep).contiguous()
+
+
+def _stacked(parts: Sequence[tuple[TargetLinear, torch.Tensor]]) -> torch.Tensor:
+    """Rows of experts' matrices [o, n] ▶ [E, O, n]."""
+    places = [(linear.part, values) for linear, values in parts]
+    experts = 1 + max(part.expert for part, _ in places if part is not None)
+    outputs = sum(len(values) for part, values in places if part is not None and part.expert == 0)
+    stacked = torch.empty((experts, outputs, parts[0][1].shape[1]), dtype=parts[0][1].dtype, device=parts[0][1].device)
+    for part, values in places:
+        assert part is not None
+        stacked[part.expert, part.rows] = values
+    return stacked
 
 
 @dataclass(frozen=True)

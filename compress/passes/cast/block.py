@@ -14,7 +14,7 @@ from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
-from compress.blockwise.results import TensorExtras
+from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.solve import solve_block
 from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
 from compress.passes.base import Context
@@ -107,14 +107,14 @@ class CastSolver:
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
         """Codes and scales of a matrix, with its row for the report."""
-        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.name]
+        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
         F, alternating = self._curvature.pop(linear.name, None), self._options.alternating
         codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F)
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
     def blank(self, linear: TargetLinear) -> Rounded:
         """Codes and scales of the right shapes."""
-        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.name]
+        keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
         weight = linear.weight.float().contiguous()
         scales = fit(weight, quant_format, None, keep, search=False)
         return Rounded(linear, quant_format, torch.empty_like(weight), scales, keep)
@@ -185,11 +185,7 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     rounded = solve_block(block, groups, solver)
     if options.reconstruction is not None and options.reconstruction.epochs:
         _reconstruct(block, options.reconstruction, list(rounded.values()))
-    result = {}
-    for name, r in rounded.items():
-        mask = None if r.keep is None else (r.keep.T if r.linear.transposed else r.keep).contiguous()
-        result[name] = TensorExtras(mask, r.finish(options.dtypes[name]))
-    return result
+    return extras_by_tensor([(r.linear, r.keep, r.finish(options.dtypes[r.linear.tensor])) for r in rounded.values()])
 
 
 def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rounded]) -> None:

@@ -73,6 +73,7 @@ class _Reader:
             self.parameter: Any = getattr(modules[linear.part], "weight", None)
         elif linear.expert is not None and fused is not None:
             self.parameter, self.expert = fused.down_proj, linear.expert
+            self.transposed = getattr(fused, "is_transposed", False)
         else:
             self.parameter = None
         if self.parameter is None:

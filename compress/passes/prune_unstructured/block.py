@@ -14,7 +14,7 @@ from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.probe import probe_matrices
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
-from compress.blockwise.results import TensorExtras
+from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.runner import BlockRunner
 from compress.blockwise.solve import solve_block
 from compress.solvers.alps import alps, problem
@@ -53,7 +53,7 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
         names, many, seen, count = [], 0, 0, 0
         for group, statistics, _ in block.statistics():
             for linear in group:
-                names.append(linear.name)
+                names.append(linear.tensor)
                 count += linear.weight.numel()
                 if statistics.tokens:  # an expert without tokens has no statistics
                     over, size = outliers(linear.weight, statistics.hessian.diagonal())
@@ -79,7 +79,7 @@ def probe_pruning(
             for linear in group if not block.view.processes.rank else ():
                 earlier, changes = block.earlier_mask(linear), {}
                 for number, sparsity in enumerate(sparsities):
-                    options = PruneOptions(method, {linear.name: sparsity}, None, None)
+                    options = PruneOptions(method, {linear.tensor: sparsity}, None, None)
                     weight, mask, _ = _solve(linear, statistics, options, earlier, shared)
                     changes[str(number)] = weight.masked_fill(~mask, 0) - linear.weight
                 yield linear.name, changes
@@ -140,9 +140,7 @@ def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
                 weight.masked_fill_(gone, 0)
 
         block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable_floats(block), project)
-    return {
-        s.name: TensorExtras((masks[s.name].T if s.transposed else masks[s.name]).contiguous()) for s in block.linears
-    }
+    return extras_by_tensor([(linear, masks[linear.name], None) for linear in block.linears])
 
 
 def _solve(
@@ -154,7 +152,7 @@ def _solve(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """New weights [O, I], mask, and notes for the report. ``shared`` holds results for linears with the same inputs."""
     weight, pattern = linear.weight.contiguous(), options.pattern
-    share = None if options.sparsity is None else options.sparsity[linear.name]
+    share = None if options.sparsity is None else options.sparsity[linear.tensor]
     if share == 0:
         return weight, torch.ones_like(weight, dtype=torch.bool) if earlier is None else earlier, {}
     if statistics.tokens == 0:  # an expert without tokens: only its weights are known
