@@ -179,7 +179,7 @@ def _recipe_of_one(
         chosen = instance.settings(**settings)
     except ValidationError as error:
         raise settings_error(name, settings, error) from None
-    chosen = instance.completed(chosen, ["calibration"] if data is not None else [])
+    chosen = instance.completed(chosen, ["calibration"] if data is not None else [], keys["store"])
     chosen = instance.followed_by(chosen, InputMultiple())
     sections, given = _data(data, instance.required_data(chosen), section)
     # not validated as a file is: the pass and the pipeline check what they read

@@ -23,7 +23,7 @@ class Linear:
     Attributes:
         tensor: its entry in the spec. role: its role in the model.
         block: number of its block; None outside the blocks. part: its module, without the block's path.
-        transposed: whether it is stored [I, O].
+        transposed: whether it is stored [I, O], or [E, I, O].
         expert: number of its expert; None outside of experts.
         is_layer: whether it is the weight of a linear layer that passes take. Routers and tables of distances are none.
     """
@@ -53,8 +53,8 @@ class Linear:
 
     @property
     def input_axis(self) -> int:
-        """Axis of the tensor that the inputs run along: -1, or 0 where it is transposed."""
-        return 0 if self.transposed else -1
+        """Axis of the tensor that the inputs run along: -1, or -2 where it is transposed."""
+        return -2 if self.transposed else -1
 
     @property
     def I(self) -> int:  # noqa: E743 - the letter of every formula
@@ -63,8 +63,13 @@ class Linear:
 
     @property
     def O(self) -> int:  # noqa: E743
-        """Number of outputs."""
+        """Number of outputs, of all experts together."""
         return self.tensor.count // max(1, self.I)
+
+    @property
+    def experts(self) -> int:
+        """Number of matrices in a tensor of all experts, [E, O, I] or [E, I, O]; 0 for a single matrix."""
+        return self.tensor.shape[0] if self.is_layer and len(self.tensor.shape) == 3 else 0
 
 
 @dataclass(frozen=True, slots=True)

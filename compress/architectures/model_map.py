@@ -240,7 +240,7 @@ class ModelMap:
         else:
             layer = path is not None and tensor.name.endswith(".weight")
         transposed = (
-            len(tensor.shape) == 2
+            len(tensor.shape) in (2, 3)
             and role not in ("factor", "residual")
             and record.is_transposed(tensor.name, path is not None)
         )

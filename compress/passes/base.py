@@ -125,8 +125,8 @@ class Pass(Generic[S]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float"})
     source: ClassVar[str] = ""
 
-    def completed(self, settings: S, given: Collection[str]) -> S:
-        """Settings with the defaults that depend on which data sets a recipe has."""
+    def completed(self, settings: S, given: Collection[str], store: Literal["stock", "compact"]) -> S:
+        """Settings with the defaults that depend on which data sets a recipe has, and on its store."""
         return settings
 
     def input_multiple(self, settings: S) -> InputMultiple:

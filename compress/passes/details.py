@@ -117,7 +117,7 @@ class PassDetails(_CachedDetails, total=False):
         windows: a row per block of a model with local attention. latent: numbers cached by latent attention.
         expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
             block, the share of the router's weights that they have. kv_cache: static scales of a cache. groups: matrices whose
-            groups are not of the default size.
+            groups are not of the default size. left: matrices that keep their format.
     """
 
     blocks: list[BlockDetails]
@@ -140,6 +140,7 @@ class PassDetails(_CachedDetails, total=False):
     windows: list[WindowDetails]
     kv_cache: Any
     groups: str
+    left: str
     latent: LatentDetails
 
 

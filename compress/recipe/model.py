@@ -34,13 +34,15 @@ Device = Annotated[str, AfterValidator(_device), WithJsonSchema({"type": "string
 
 
 def _completed(entries: tuple[PassEntry, ...], info: ValidationInfo) -> tuple[PassEntry, ...]:
-    """The passes with the defaults filled in that depend on the data sets of the recipe and on later passes."""
+    """The passes with the defaults filled in that depend on data sets and store of the recipe and on later passes."""
     data = info.data.get("data")
     given = [] if data is None else [name for name in Data.model_fields if getattr(data, name) is not None]
     later, result = InputMultiple(), []
     for entry in reversed(entries):
         instance = passes.get(entry.name)
-        settings = instance.followed_by(instance.completed(entry.settings, given), later)
+        settings = instance.followed_by(
+            instance.completed(entry.settings, given, info.data.get("store", "stock")), later
+        )
         result.append(PassEntry(entry.name, settings))
         later = later.joined(instance.input_multiple(settings))
     return tuple(reversed(result))

@@ -239,7 +239,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         ignored=tuple(sorted({starred(name) for name in names.ignored})),
         matrices=matrices,
         routers=parts_of("router", matrices, lists),
-        experts=experts_in(spec, names.targets, skeleton, lists),
+        experts=experts_in(spec, names.targets, skeleton, lists, matrices),
         attention_parts=parts_of("attention", matrices, lists),
         position_table=None if table is None else table.removeprefix(below),
         longest=longest,

@@ -114,7 +114,23 @@ def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) ->
         return Matrix(role, True, kind == "transposed")
     if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
         return Matrix("mlp", True)
+    if fused is not None and fused.ndim == len(shape) == 3 and (turned := _experts_axes(module)) is not None:
+        same = tuple(shape) == tuple(fused.shape)
+        if same or tuple(shape) == tuple(fused.mT.shape):
+            return Matrix("mlp", True, turned == same)
     return Matrix(role)
+
+
+def _experts_axes(module: Any) -> bool | None:
+    """Whether a module's tensors of all experts are [E, I, O] in memory, not [E, O, I]; None where it has no such tensors."""
+    both, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+    if both is None or down is None or not both.ndim == down.ndim == 3:
+        return None
+    turned = both.shape[1] == down.shape[2] and both.shape[2] == 2 * down.shape[1]
+    straight = both.shape[2] == down.shape[1] and both.shape[1] == 2 * down.shape[2]
+    if turned and straight:
+        return bool(getattr(module, "is_transposed", False))
+    return turned if turned or straight else None
 
 
 def is_router(path: str, module: Any, experts: Collection[int]) -> bool:
@@ -150,9 +166,13 @@ def role_of(part: str) -> BlockRole:
 
 
 def experts_in(
-    spec: Spec, targets: Mapping[str, str], skeleton: Skeleton, lists: Sequence[BlockList]
+    spec: Spec,
+    targets: Mapping[str, str],
+    skeleton: Skeleton,
+    lists: Sequence[BlockList],
+    matrices: Mapping[str, Matrix],
 ) -> tuple[str, ...]:
-    """Modules inside a block that hold numbered experts in the files."""
+    """Modules inside a block that hold numbered experts in the files, or tensors of all experts."""
     result: dict[str, None] = {}
     for name, target in targets.items():
         entry = next((e for e in lists if name.startswith(f"{e.path}.")), None)
@@ -161,7 +181,11 @@ def experts_in(
         part = name[len(entry.path) + 1 :].partition(".")[2]
         words = part.split(".")
         place = next((i for i, word in enumerate(words) if word.isdigit()), None)
-        if place and ("expert" in words[place - 1] or skeleton.state[target].ndim == len(spec.tensors[name].shape) + 1):
+        if place is None and len(spec.tensors[name].shape) == 3 and matrices[starred(name)].layer:
+            result[part.rpartition(".")[0]] = None
+        elif place and (
+            "expert" in words[place - 1] or skeleton.state[target].ndim == len(spec.tensors[name].shape) + 1
+        ):
             result[".".join(words[:place])] = None
     return tuple(result)
 

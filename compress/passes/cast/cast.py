@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from math import lcm
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
+from compress.errors import PassError
 from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import (
     runner_memory,
@@ -19,6 +20,7 @@ from compress.passes.cast.plan import (
     NO_SCALES,
     choices,
     group_note,
+    left_note,
     planned,
     planned_cache,
     undecided,
@@ -59,11 +61,16 @@ class Cast(Pass[CastSettings]):
         "arXiv 2102.05426; formats: compressed-tensors"
     )
 
-    def completed(self, settings: CastSettings, given: Collection[str]) -> CastSettings:
-        """Choose static scales of the cache if the recipe has calibration data."""
-        if settings.kv_cache is None or settings.kv_cache_scales is not None:
-            return settings
-        return settings.model_copy(update={"kv_cache_scales": "tensor" if "calibration" in given else "none"})
+    def completed(
+        self, settings: CastSettings, given: Collection[str], store: Literal["stock", "compact"]
+    ) -> CastSettings:
+        """Choose static scales of the cache if the recipe has calibration data, and fused experts where files can hold them."""
+        update: dict[str, Any] = {}
+        if settings.kv_cache is not None and settings.kv_cache_scales is None:
+            update["kv_cache_scales"] = "tensor" if "calibration" in given else "none"
+        if settings.fused_experts is None:
+            update["fused_experts"] = store == "compact"
+        return settings.model_copy(update=update)
 
     def input_multiple(self, settings: CastSettings) -> InputMultiple:
         """The groups of mxfp4 and nvfp4, and those of `group_size`, are needed; groups of 64 by default are preferred."""
@@ -100,6 +107,7 @@ class Cast(Pass[CastSettings]):
                     if t.quant_format is not None and spec.tensors[t.name].quant_format is None
                 ]
                 mapped.require_layers(coded, "use `method: rtn`")
+                _require_own_scales(cast)
             return cast
         from compress.passes.allocation import require_divergence
 
@@ -151,6 +159,8 @@ class Cast(Pass[CastSettings]):
         spec = planned(checkpoint.spec, settings, chosen)
         if (note := group_note(checkpoint.spec, settings, spec)) is not None:
             context.details["groups"] = note
+        if (note := left_note(checkpoint.spec, settings)) is not None:
+            context.details["left"] = note
         read = checkpoint.tensor
         if settings.solved:
             read = cast_blocks(checkpoint, spec, settings, context)
@@ -165,8 +175,20 @@ class Cast(Pass[CastSettings]):
 
     def plan_notes(self, spec: Spec, settings: CastSettings) -> list[str]:
         """Matrices that the default group size does not divide, and how servers treat a cache without scales."""
-        note = group_note(spec, settings, self.plan(spec, settings))
-        return [*([NO_SCALES] if _lacks_scales(spec, settings) else []), *([note] if note is not None else [])]
+        scales = NO_SCALES if _lacks_scales(spec, settings) else None
+        notes = (scales, left_note(spec, settings), group_note(spec, settings, self.plan(spec, settings)))
+        return [note for note in notes if note is not None]
+
+
+def _require_own_scales(cast: Spec) -> None:
+    """Raise `PassError` for experts in one tensor whose scales have one scale of all, which are solved one by one."""
+    coded = ((t.name, t.quant_format) for t in cast.stored() if t.quant_format is not None)
+    if name := next((n for n, f in coded if f.experts and f.format == "nvfp4"), None):
+        raise PassError(
+            f"{name} has one nvfp4 scale for all experts, and `method: gptq` solves them one by one",
+            key="weights",
+            fix="use mxfp4 or `method: rtn`, or set `fused_experts: false`",
+        )
 
 
 def _lacks_scales(spec: Spec, settings: CastSettings) -> bool:

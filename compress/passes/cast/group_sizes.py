@@ -35,7 +35,7 @@ class GroupSizes:
     @cached_property
     def _expert_inputs(self) -> int:
         """Greatest common divisor of the inputs of all experts' matrices."""
-        return math.gcd(*(x.I for x in self._linears.values() if x.expert is not None and x.name.endswith(".weight")))
+        return math.gcd(*(x.I for x in self._linears.values() if x.experts or (x.expert is not None and x.is_layer)))
 
     def check(self, formats: Mapping[str, str]) -> None:
         """Raise `PassError` that names all tensors whose inputs a fixed group size does not divide.
@@ -55,6 +55,8 @@ class GroupSizes:
         quant_format, linear = self._fitted(name, option), self._linears[name]
         if linear.transposed:
             quant_format = replace(quant_format, transposed=True)
+        if linear.experts:
+            quant_format = replace(quant_format, experts=linear.experts)
         if _leftover(linear.I, quant_format):
             _refuse([linear], quant_format)
         if quant_format.format in FIXED_GROUPS and self._wide is not None:
@@ -93,7 +95,7 @@ class GroupSizes:
         if self._settings.group_size is not None:
             # ranks need not be multiples of a group
             return replace(quant_format, group=0) if self._odd_factor(linear, quant_format) else quant_format
-        inputs = linear.I if linear.expert is None else self._expert_inputs
+        inputs = linear.I if linear.expert is None and not linear.experts else self._expert_inputs
         sizes = (size for size in (quant_format.group, *_SIZES) if size <= quant_format.group)
         return replace(quant_format, group=next((size for size in sizes if inputs % size == 0), 0))
 

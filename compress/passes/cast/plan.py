@@ -107,6 +107,19 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
     return Choices(spec, [*apart, *([experts] if experts else [])], tuple(settings.options), sizes.quant_format)
 
 
+def left_note(spec: Spec, settings: CastSettings) -> str | None:
+    """A sentence on experts that keep their format as stock loaders would not read their codes; None without such."""
+    if settings.fused_experts or settings.only or settings.weights in DTYPES:
+        return None
+    left = sorted({x.module for x in model_map(spec).targets if x.experts})
+    if not left:
+        return None
+    return (
+        f"{left[0]} and its like keep their format: stock loaders read no codes of experts that files hold in one tensor; "
+        "`store: compact` casts them"
+    )
+
+
 def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
     """A sentence on matrices that the default group size does not divide; None where there are none.
 
@@ -123,11 +136,13 @@ def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
 
 def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     """Format of every tensor that the pass touches; None where a budget chooses it."""
-    modules = [tensor.module for tensor in spec.stored()]
+    mapped, modules = model_map(spec), [tensor.module for tensor in spec.stored()]
     routers = _routers(spec)
     default = [module for module in modules if module not in routers]
     if settings.weights not in DTYPES and not settings.only:
-        default = [linear.module for linear in model_map(spec).targets if len(linear.tensor.shape) == 2]
+        default = [
+            x.module for x in mapped.targets if len(x.tensor.shape) == 2 or (settings.fused_experts and x.experts)
+        ]
     chosen = select(default, settings, modules)
     overrides: dict[str, Format] = {}
     for pattern, override in reversed(settings.overrides.items()):  # the first pattern that matches wins
@@ -139,7 +154,9 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
         if tensor.module not in chosen or tensor.dtype not in FLOAT_DTYPES or tensor.quant_format is not None:
             continue
         format_ = overrides.get(tensor.module, settings.weights)
-        if format_ in DTYPES or (len(tensor.shape) == 2 and tensor.name.endswith(".weight")):
+        linear = mapped.linears.get(tensor.name)
+        matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+        if format_ in DTYPES or matrix or (linear is not None and linear.experts):
             result[tensor.name] = format_
     if settings.weights not in DTYPES and settings.weights not in result.values():
         raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")

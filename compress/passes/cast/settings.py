@@ -66,6 +66,11 @@ class CastSettings(PassSettings):
         "below 8 bits, `channel` for int8 and fp8. Matrices whose inputs 64 does not divide then get groups of 32, or one "
         "scale per output. A number given here must divide all inputs. The groups of mxfp4 and nvfp4 are fixed: 32 and 16.",
     )
+    fused_experts: bool | None = Field(
+        default=None,
+        description="Cast experts that the files hold in one tensor (gpt-oss, Granite MoE) to codes too. Stock loaders cannot "
+        "read such codes, so the default is true with `store: compact` alone.",
+    )
     symmetric: bool = Field(default=True, description="Integers without zero points.")
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",

@@ -24,6 +24,9 @@ def prune_by_magnitude(
     linears = model_map(spec).linears
 
     def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
+        experts = linears[name].experts
+        if settings.pattern is None and experts and settings.scope == "layer" and value.mask is None:
+            return torch.stack([keep_largest(expert, kept // experts) for expert in value.data])
         if settings.pattern is None:
             return keep_largest(value.data, kept, value.mask)
         along = linears[name].input_axis

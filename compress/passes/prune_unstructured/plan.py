@@ -16,10 +16,13 @@ from compress.spec.spec import Spec
 def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
     """Names of the weights to prune: by default matrices inside blocks, else all that `only` names."""
     mapped = model_map(spec)
-    matrices = {x.module: x.name for x in mapped.linears.values() if x.tensor.is_float and x.shared_with is None}
+    matrices: dict[str, list[Linear]] = {}
+    for x in mapped.linears.values():
+        if x.tensor.is_float and x.shared_with is None:
+            matrices.setdefault(x.module, []).append(x)
     aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
     modules = {aliases.get(module, module) for module in select_linears(spec, settings)}
-    names = frozenset(name for module, name in matrices.items() if module in modules)
+    names = frozenset(x.name for module in modules for x in _layers_first(matrices.get(module, [])))
     if not names:
         raise PassError(
             "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
@@ -40,9 +43,16 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
     return names
 
 
+def _layers_first(linears: list[Linear]) -> list[Linear]:
+    """Those of a module's matrices that are linear layers; all where none is. Experts may have biases of two axes beside."""
+    return [x for x in linears if x.is_layer] or linears
+
+
 def is_exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
     """Whether the number of weights that each matrix keeps is known before any weight is read."""
     if settings.allocation != "uniform" or settings.scope == "global":
+        return False
+    if not all(_halves_fit(model_map(spec).linears[name], settings) for name in chosen):
         return False
     # an earlier mask may leave fewer weights in a group, or a row, than would be kept
     by_part = settings.pattern is not None or settings.method == "wanda"
@@ -51,13 +61,22 @@ def is_exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSett
 
 def kept_weights(linear: Linear, settings: PruneUnstructuredSettings) -> int:
     """Number of weights that a matrix keeps with these settings, without an earlier mask."""
-    count = linear.tensor.count
+    experts = max(1, linear.experts)
+    count = linear.tensor.count // experts
     if settings.pattern is not None:
-        return count // settings.pattern.m * settings.pattern.n
+        return experts * (count // settings.pattern.m * settings.pattern.n)
     assert settings.sparsity is not None
     if settings.method == "wanda":  # compares within each output
         return linear.O * (linear.I - round(settings.sparsity * linear.I))
-    return count - round(settings.sparsity * count)
+    return experts * (count - round(settings.sparsity * count))
+
+
+def _halves_fit(linear: Linear, settings: PruneUnstructuredSettings) -> bool:
+    """Whether gate and up, which calibrated methods prune apart, keep as many weights as both of an expert together."""
+    if not linear.experts or settings.method not in ("sparsegpt", "alps") or settings.sparsity is None:
+        return True
+    count = linear.tensor.count // linear.experts
+    return count % 2 == 0 and round(settings.sparsity * count) == 2 * round(settings.sparsity * count / 2)
 
 
 def with_counts(spec: Spec, before: Spec, counts: Mapping[str, int]) -> Spec:

@@ -17,7 +17,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
 
     Tried with transformers 5.24 and compressed-tensors 0.20. They refuse packed zero points, although the format defines them.
     Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
-    any format but fp8.
+    any format but fp8. Experts that files hold in one tensor have no codes there.
     """
     mapped = model_map(spec)
     coded = [t for t in spec.stored() if t.quant_format is not None]
@@ -25,7 +25,8 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
         return lambda tensor: tensor.quant_format is None
     record = mapped.record
     outside = [*record.embeddings, *filter(None, [record.head])]
-    experts = {t.quant_format for t in spec.stored() if len(t.shape) == 2 and mapped.is_expert(t.name)}
+    matrices = (t for t in spec.stored() if len(t.shape) == 2 and t.name.endswith(".weight"))
+    experts = {t.quant_format for t in matrices if mapped.is_expert(t.name)}
     fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1
     beside = (
         not experts
@@ -39,6 +40,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
             return True
         if (
             not beside
+            or len(tensor.shape) != 2
             or quant_format.transposed
             or quant_format.is_codebook
             or (format_chain(quant_format) == PACKED and not quant_format.symmetric)
