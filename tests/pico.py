@@ -117,6 +117,29 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("CwmForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
     "smollm3": ("SmolLM3ForCausalLM", {"num_key_value_heads": 2}),
     "olmo3": ("Olmo3ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 6}),
+    # without a written record; their files hold all experts in one tensor, [E, I, O] and [E, O, I]
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "sliding_window": 6,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+        },
+    ),
 }
 #: Families with one list of blocks, which sweeps follow and of which some can go by number.
 ONE_LIST = [family for family in FAMILIES if family not in ("t5", "albert")]
