@@ -88,7 +88,7 @@ def test_load_recipe_reads_a_full_recipe(work: Path) -> None:
     assert [(entry.name, entry.settings) for entry in recipe.passes] == [
         ("prune_structured", PruneStructuredSettings(layers=(1, 3), multiple_of=4, preferred_multiple=4)),
         ("prune_unstructured", PruneUnstructuredSettings(pattern=Pattern(2, 4), skip=["re:.*lm_head"])),
-        ("cast", CastSettings(weights="bf16", overrides={"model.layers.*": "fp16"}, fused_experts=False)),
+        ("cast", CastSettings(weights="bf16", overrides={"model.layers.*": "fp16"})),
     ]
     assert recipe.gates.size is not None
     assert (recipe.gates.size.max, recipe.gates.size.max_ratio) == (1_000_000, 0.4)
@@ -542,7 +542,7 @@ def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
     assert [entry.settings for entry in recipe.passes] == [
         PruneStructuredSettings(layers=0.25, multiple_of=4, preferred_multiple=4),
         PruneUnstructuredSettings(pattern=Pattern(2, 4)),
-        CastSettings(weights="fp16", fused_experts=False),
+        CastSettings(weights="fp16"),
     ]
 
 

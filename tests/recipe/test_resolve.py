@@ -74,7 +74,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "formats": ["int8", "int6", "int5", "int4", "int3", "int2"],
                     "overrides": {},
                     "group_size": None,
-                    "fused_experts": False,
+                    "fused_experts": None,
                     "symmetric": True,
                     "method": "gptq",
                     "error_correction": ["asymmetric", "alternating", "curvature"],

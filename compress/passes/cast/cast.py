@@ -68,7 +68,7 @@ class Cast(Pass[CastSettings]):
         update: dict[str, Any] = {}
         if settings.kv_cache is not None and settings.kv_cache_scales is None:
             update["kv_cache_scales"] = "tensor" if "calibration" in given else "none"
-        if settings.fused_experts is None:
+        if settings.fused_experts is None and settings.coded:
             update["fused_experts"] = store == "compact"
         return settings.model_copy(update=update)
 
