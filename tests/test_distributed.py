@@ -70,7 +70,7 @@ import torch.distributed as dist
 from compress.passes.cast.block import CastOptions, cast_block
 from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 from compress.distributed import ProcessGroup
-from compress.blockwise.executor import Inputs
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.runner import BlockRunner
 from compress.blockwise.reconstruct import Reconstruction
 from compress.architectures.model_map import model_map

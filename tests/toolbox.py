@@ -15,7 +15,7 @@ import torch
 
 from compress import architectures, passes
 from compress.architectures.model_map import model_map
-from compress.blockwise.executor import Inputs
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.runner import BlockRunner
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.values import Checkpoint

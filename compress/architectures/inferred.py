@@ -101,6 +101,11 @@ class Inferred(Architecture):
         lists = "|".join(re.escape(path).replace(r"\*", "[0-9]+") for path in paths)
         return re.compile(rf"^((?:{lists})\.)(0|[1-9][0-9]{{0,8}})(\..+)$", re.DOTALL)
 
+    def list_of(self, name: str) -> str | None:
+        """Path of the list of blocks that a tensor is in, with numbers; None outside the blocks and in towers."""
+        match = self.block_pattern.match(name)
+        return None if match is None or self.in_tower(name) else match[1].removesuffix(".")
+
     def in_stack(self, name: str) -> bool:
         """Whether a tensor belongs to a block of another list than the main one."""
         match = self.block_pattern.match(name)
@@ -109,7 +114,7 @@ class Inferred(Architecture):
     def in_tower(self, name: str) -> bool:
         """Whether a tensor belongs to a block of a tower, which makes inputs from images or sound."""
         match = self.block_pattern.match(name)
-        return match is not None and any(e.kind == "tower" and f"{e.path}." == match[1] for e in self.lists)
+        return match is not None and any(e.kind == "tower" and e.path == starred(match[1][:-1]) for e in self.lists)
 
     def in_memory(self, module: str, class_name: str | None) -> str:
         """Name in memory of a module, given its name in files."""

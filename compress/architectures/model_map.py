@@ -250,18 +250,16 @@ class ModelMap:
 
     # ---- requirements of passes ----
 
-    def require_blockwise(self, fix: str) -> None:
-        """Raises `PassError`, with that fix, for families whose blocks cannot run one after another."""
+    def require_one_list(self, fix: str) -> None:
+        """Raises `PassError`, with that fix, for families whose blocks are in several lists."""
         if self.record.stacks:
             raise PassError(
-                f"calibration cannot run the blocks of {self.record.model_type} one after another: those of its decoder also "
-                "read the encoder's output",
+                f"the blocks of {self.record.model_type} are those of an encoder and of a decoder, which this does not tell apart",
                 fix=fix,
             )
 
     def require_inside_blocks(self, names: Collection[str]) -> None:
         """Raises `PassError` for a tensor that calibrated methods do not reach: outside the blocks, or no linear layer."""
-        self.require_blockwise("use `method: magnitude`")
         if outside := sorted(name for name in names if self.block_of(name) is None):
             raise PassError(
                 f"{outside[0]} is outside the blocks, which calibrated methods do not reach",

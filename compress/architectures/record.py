@@ -33,8 +33,8 @@ class Architecture:
         position_table: the one of them with a learned vector per position; None where positions are computed.
         skipped_positions: config ▶ number of leading rows of that table that no token uses.
         stacks: path of a further list of blocks (a decoder's, where ``blocks`` is the encoder's) ▶ the config field with its
-            length. A model may lack such a list. Blocks of such a family cannot run one after another, and none can be removed
-            by its number.
+            length. A model may lack such a list. The lists run one after another, in this order. No block can be removed by its
+            number.
         module_blocks: path of the list of blocks in memory, where transformers renames it on loading.
         renames: (pattern, replacement) pairs, applied in order, that turn a module's name in files into its name in memory.
         pooler: module below the prefix that the base class has, and that files may leave out.
@@ -164,10 +164,15 @@ class Architecture:
         match = self.block_pattern.match(name)
         return (f"{match[1]}{match[2]}.", match[3][1:]) if match else None
 
+    def list_of(self, name: str) -> str | None:
+        """Path of the list of blocks that a tensor is in, one of ``blocks`` and ``stacks``; None outside the blocks."""
+        if (match := self.block_pattern.match(name)) is None:
+            return None
+        return next((stack for stack in self.stacks if match[1].endswith(f"{stack}.")), self.blocks)
+
     def in_stack(self, name: str) -> bool:
         """Whether a tensor belongs to a block of one of the ``stacks``, such as a decoder."""
-        match = self.block_pattern.match(name)
-        return match is not None and match[1].endswith(tuple(f"{stack}." for stack in self.stacks))
+        return self.list_of(name) in self.stacks
 
     def renumber(self, name: str, index: int) -> str:
         """Name of the same tensor in block ``index``."""

@@ -104,3 +104,42 @@ class ActivationStream:
         """Close all files; they stay on the disk."""
         for number in list(self._open):
             self.release(number)
+
+
+class BlockStreams:
+    """Hidden states around every block of a model, in streams of their own for each list of blocks.
+
+    Args:
+        lists: number of a list's first block, and the stream of its hidden states.
+    """
+
+    def __init__(self, lists: Sequence[tuple[int, ActivationStream]]) -> None:
+        self._lists = lists
+
+    def _at(self, index: int) -> tuple[int, ActivationStream]:
+        return next((index - first, stream) for first, stream in reversed(self._lists) if index >= first)
+
+    def before(self, index: int) -> Activations:
+        """Hidden states in front of block ``index``."""
+        position, stream = self._at(index)
+        return stream.before(position)
+
+    def after(self, index: int) -> Activations:
+        """Hidden states behind block ``index``."""
+        position, stream = self._at(index)
+        return stream.before(position + 1)
+
+    def release_before(self, index: int) -> None:
+        """Remove the file of the hidden states in front of block ``index``."""
+        position, stream = self._at(index)
+        stream.release(position, delete=True)
+
+    def release_after(self, index: int) -> None:
+        """Remove the file of the hidden states behind block ``index``."""
+        position, stream = self._at(index)
+        stream.release(position + 1, delete=True)
+
+    def close(self) -> None:
+        """Close all files; they stay on the disk."""
+        for _, stream in self._lists:
+            stream.close()

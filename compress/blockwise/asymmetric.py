@@ -17,8 +17,9 @@ import torch
 from compress.blockwise.activations import Activations
 from compress.blockwise.block import Block
 from compress.blockwise.experts import unfused
-from compress.blockwise.hessians import InputStatistics, StopForward, hessian_dtype
+from compress.blockwise.hessians import InputStatistics, counted, hessian_dtype
 from compress.blockwise.linears import TargetLinear, record_outputs
+from compress.blockwise.streamed import StopForward
 
 #: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
 _UNEXPLAINED = 1e-4
@@ -141,6 +142,7 @@ def _read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs of a linear [T, I], and the residual stream behind ``earlier`` ones [T, hidden]; float32, without padding."""
     hidden = inputs.read(rows).to(block.view.device)
+    forward = block.forward_original if inputs is block.originals else block.forward
     residual = hidden.float().reshape(-1, hidden.shape[-1])
     read: list[torch.Tensor] = []
 
@@ -155,14 +157,12 @@ def _read(
     handles = [linear.module.register_forward_pre_hook(stop), *(s.module.register_forward_hook(add) for s in earlier)]
     try:
         with torch.no_grad(), unfused(block.swaps), suppress(StopForward):
-            block.forward(rows, hidden)
+            forward(rows, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    x = read[0].reshape(-1, read[0].shape[-1])
-    if (mask := block.view.token_mask(rows)) is not None:
-        x, residual = x[mask.flatten()], residual[mask.flatten()]
-    return x, residual
+    masks = block.token_masks(rows)
+    return counted(read[0].reshape(-1, read[0].shape[-1]), masks), counted(residual, masks)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from compress.blockwise.activations import Activations, HiddenStates
 from compress.blockwise.experts import ExpertSwap, unfused
 from compress.blockwise.hessians import (
     InputStatistics,
-    StopForward,
     collect_hessians,
     hessian_bytes,
-    set_token_mask,
+    set_token_masks,
 )
 from compress.blockwise.linears import TargetLinear, group_linears
 from compress.blockwise.memory_budget import STATISTICS_BYTES
+from compress.blockwise.streamed import StopForward
 from compress.distributed import ProcessGroup
 
 
@@ -45,8 +45,12 @@ class BlockView(Protocol):
         """Numbers of this process's samples, a batch at a time; with ``first``, of only so many of all samples."""
         ...
 
-    def token_mask(self, rows: Sequence[int]) -> torch.Tensor | None:
-        """Which tokens of those samples count, bool [len(rows), length]; None for all."""
+    def token_mask(self, rows: Sequence[int], index: int = 0) -> torch.Tensor | None:
+        """Which tokens of those samples count in front of a block, bool [len(rows), length]; None for all."""
+        ...
+
+    def token_masks(self, rows: Sequence[int], index: int) -> tuple[torch.Tensor, ...]:
+        """Which tokens of those samples count: in front of a block, then those of other lists; empty where all count."""
         ...
 
     def keep_mask(self, name: str) -> torch.Tensor | None:
@@ -67,7 +71,7 @@ class Block:
         groups: the linears that read the same inputs. swaps: fused experts to run one by one.
         inputs: hidden states that the changed blocks before it output.
         originals: hidden states that the original blocks before it output; targets: what the original block makes of those.
-            Both None in a run without targets.
+            Both None in a run without targets. original_view: the run around the original, where that is another one.
         last: the group that reads last in a pass, if it is always the same.
         details: rows for the report.
         frozen: ids of parameters that other blocks share; they are solved for and then stay.
@@ -83,6 +87,7 @@ class Block:
     inputs: Activations
     originals: Activations | None = None
     targets: HiddenStates | None = None
+    original_view: BlockView | None = None
     groups: list[list[TargetLinear]] = field(default_factory=list)
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +98,18 @@ class Block:
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of the block as it is now, for those samples and hidden states [len(rows), …]."""
         return self.view.forward(self.index, self.module, rows, hidden)
+
+    def forward_original(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        """The same for hidden states of the original, whose encoder may have ended in others."""
+        return (self.original_view or self.view).forward(self.index, self.module, rows, hidden)
+
+    def token_mask(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens of those samples count in front of the block, bool [len(rows), length]; None for all."""
+        return self.view.token_mask(rows, self.index)
+
+    def token_masks(self, rows: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """The same mask, then those of other lists of blocks, whose lengths differ; empty where all tokens count."""
+        return self.view.token_masks(rows, self.index)
 
     def read_inputs(self, rows: Sequence[int]) -> torch.Tensor:
         """Hidden states in front of the block, of those samples, on the block's device."""
@@ -144,10 +161,10 @@ class Block:
         last = next((i for i, group in enumerate(groups) if group is end), None)
         with torch.no_grad(), unfused(self.swaps), collect_hessians(groups, self.view.device, last) as measured:
             for rows in self.view.batches():
-                set_token_mask(groups, self.swaps, self.view.token_mask(rows))
+                set_token_masks(groups, self.swaps, self.token_masks(rows))
                 with suppress(StopForward):
                     self.forward(rows, self.read_inputs(rows))
-            set_token_mask(groups, self.swaps, None)
+            set_token_masks(groups, self.swaps, ())
         return measured
 
     def sum_over_processes(self, statistics: InputStatistics, *tensors: torch.Tensor) -> None:

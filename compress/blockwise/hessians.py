@@ -15,6 +15,7 @@ import torch
 from compress.blockwise.experts import ExpertSwap
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.memory_budget import FLOAT64_MAX_WIDTH
+from compress.blockwise.streamed import StopForward
 
 #: Rows of a symmetric sum that are added at a time, from the diagonal on. Measured on CPU: 128 takes nine tenths of 256's time.
 _STRIP = 128
@@ -106,8 +107,10 @@ def hessian_bytes(group: Sequence[TargetLinear]) -> int:
     return width * width * hessian_dtype(width).itemsize
 
 
-class StopForward(Exception):
-    """Ends a pass through a block once the inputs that were asked for have been seen."""
+def counted(x: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of x [T, …] that count: by the mask of as many tokens, [samples, length] or flat; all where none has."""
+    mask = next((mask for mask in masks if mask.numel() == len(x)), None)
+    return x if mask is None else x[mask.flatten()]
 
 
 @contextmanager
@@ -140,9 +143,10 @@ def collect_hessians(
 def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        mask = linear.owner.expert_mask if linear.owner is not None else getattr(module, "token_mask", None)
-        if mask is not None:
-            x = x[mask]
+        if linear.owner is None:
+            x = counted(x, getattr(module, "token_masks", ()))
+        elif linear.owner.expert_mask is not None:
+            x = x[linear.owner.expert_mask]
         if len(x):
             sums.add(x)
         if last:
@@ -151,13 +155,12 @@ def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[
     return hook
 
 
-def set_token_mask(
-    groups: Sequence[Sequence[TargetLinear]], swaps: Sequence[ExpertSwap], mask: torch.Tensor | None
+def set_token_masks(
+    groups: Sequence[Sequence[TargetLinear]], swaps: Sequence[ExpertSwap], masks: Sequence[torch.Tensor]
 ) -> None:
-    """Set which tokens count in the next forward pass: bool [samples, length], None for all."""
-    flat = None if mask is None else mask.flatten()
+    """Set which tokens count in the next forward pass: bool [samples, length], of the block first; none where all count."""
     for group in groups:
         module: Any = group[0].module
-        module.token_mask = flat
+        module.token_masks = masks
     for swap in swaps:
-        swap.experts.token_mask = flat
+        swap.experts.token_mask = masks[0].flatten() if masks else None

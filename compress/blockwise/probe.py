@@ -40,7 +40,7 @@ def probe_matrices(
     details = runner.run(save, title).details
 
     def read(name: str) -> dict[str, torch.Tensor]:
-        index = runner.streamed.record.block_index(name)
+        index = runner.streamed.number_of(name)
         assert index is not None
         with safe_open(runner.workspace.tensors(file_of(index)), framework="pt") as file:
             trials = [key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118

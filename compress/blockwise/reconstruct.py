@@ -166,7 +166,7 @@ def _output_and_target(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor,
     assert block.targets is not None
     target = block.targets.read(rows).to(block.view.device)
     output = block.forward(rows, block.read_inputs(rows))
-    if (mask := block.view.token_mask(rows)) is not None:
+    if (mask := block.token_mask(rows)) is not None:
         return output[mask], target[mask]
     return output, target
 

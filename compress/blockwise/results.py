@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from compress.architectures.model_map import model_map
 from compress.blockwise.details import BlockDetails
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.streamed import StreamedModel
@@ -108,10 +107,12 @@ class RunnerResult:
         """A tensor's factors, [O, r] and [r, I]."""
         from safetensors import safe_open
 
-        index = model_map(self.checkpoint.spec).block_of(name)
-        assert index is not None
-        with safe_open(block_file(self.folder, index), framework="pt") as file:
-            return file.get_tensor(f"{name}:up"), file.get_tensor(f"{name}:down")
+        for index in self.blocks:
+            if (path := block_file(self.folder, index)).exists():
+                with safe_open(path, framework="pt") as file:
+                    if f"{name}:up" in file.keys():  # noqa: SIM118
+                        return file.get_tensor(f"{name}:up"), file.get_tensor(f"{name}:down")
+        raise KeyError(name)
 
 
 def block_file(folder: Path, index: int) -> Path:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from compress.blockwise.activations import ActivationStream
+from compress.blockwise.activations import BlockStreams
 from compress.blockwise.block import Block
 from compress.blockwise.details import BlockDetails
-from compress.blockwise.executor import BlockExecutor, Inputs
+from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.linears import find_linears
 from compress.blockwise.memory_budget import ALLOCATOR_RETAIN
 from compress.blockwise.results import RunnerResult, TensorExtras, write_block
@@ -78,7 +79,7 @@ class BlockRunner:
         self._targets = TargetStream(self.executor, teacher, workspace.path) if with_targets else None
         self._by_block: dict[int, set[str]] = {}
         for name in sorted(wanted):
-            index = self.streamed.record.block_index(name)
+            index = self.streamed.number_of(name)
             if index is None:
                 raise PassError(
                     f"{name} is outside the blocks, where calibrated methods do not reach",
@@ -102,7 +103,7 @@ class BlockRunner:
         saved = self.workspace.read_json("state")
         state = None if saved is None else RunnerState(**saved)
         if state is None:
-            check_blockwise(self.executor, self.progress)
+            check_blockwise(self.executor, self.progress, self._by_block)
         else:
             self.executor.learn_calls()
         if self._targets is not None:
@@ -114,14 +115,15 @@ class BlockRunner:
         if self._targets is not None:
             self._targets.open()
         if state is None:
-            state = self._start(stream)
-        else:
-            self.processes.barrier()
-        last = max(self._by_block)
+            state = RunnerState()
+        begin, last = state.next, max(self._by_block)
+        self.processes.barrier()
         with self.progress.task(title, last + 1, "blocks") as task:
             task.advance(state.next)
             for index in range(state.next, last + 1):
                 start = time.perf_counter()
+                if index == begin or self.executor.is_first(index):
+                    self._enter(index, stream)
                 with self.streamed.block(index) as module:
                     details = self._block(index, module, stream, change, last)
                 details["seconds"] = round(time.perf_counter() - start, 3)
@@ -134,40 +136,42 @@ class BlockRunner:
             self._targets.close()
         return RunnerResult(self.workspace.folder("blocks").path, self.checkpoint, list(range(last + 1)), state.details)
 
-    def _start(self, stream: ActivationStream) -> RunnerState:
-        """Write the hidden states in front of the first block, and the state that nothing is done yet."""
-        self.executor.write_first(stream.before(0))
-        stream.before(0).sync()
+    def _enter(self, index: int, stream: BlockStreams) -> None:
+        """Make ready for the block to go on with, or the first of a list."""
+        self.executor.enter(index, stream)
         if self._targets is not None:
-            self._targets.start()
-        state = RunnerState()
-        self.workspace.write_json("state", asdict(state))
-        return state
+            self._targets.enter(index)
 
-    def _block(self, index: int, module: Any, stream: ActivationStream, change: BlockFn, last: int) -> dict[str, Any]:
+    def _block(self, index: int, module: Any, stream: BlockStreams, change: BlockFn, last: int) -> dict[str, Any]:
         """Change one loaded block, write its tensors and its outputs; the report's row of it."""
         linears, swaps = find_linears(self.streamed, index, module, self._by_block.get(index, ()))
         block = Block(self.executor, index, module, linears, swaps, stream.before(index))
         block.add_shared_inputs = self._shared.add
         if self._targets is not None:
             block.originals, block.targets = self._targets.advance(index, module)
+            block.original_view = self._targets.view
             self.processes.barrier()  # reconstruction reads samples of other processes too
         self._shared.renew(block)
         if linears:
             self._change(block, change)
         if index < last:
-            self.executor.write_outputs(index, module, block.inputs, stream.before(index + 1), finite=True)
-            stream.before(index + 1).sync()
+            self.executor.write_outputs(index, module, block.inputs, stream.after(index), finite=True)
+            stream.after(index).sync()
         return block.details
 
     def _change(self, block: Block, change: BlockFn) -> None:
-        block.frozen = self._shared.frozen(block)
+        block.frozen = self._shared.frozen(block) | self._handed_on(block)
         block.find_groups()
         if (split := self._shared.split(block.groups)) != block.groups:
             block.groups, block.last = split, None
         self._write(block, change(block))
         if (experts := block.experts()) is not None:
             block.details["experts"] = experts
+
+    def _handed_on(self, block: Block) -> set[int]:
+        """Ids of the parameters of a block that later blocks read the results of, which stay as they are."""
+        names = self.executor.calls.handed_on(block.index)
+        return {id(p) for name, p in block.module.named_parameters() if name in names}
 
     def _write(self, block: Block, extras: Mapping[str, TensorExtras]) -> None:
         blocks = self.workspace.folder("blocks")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from compress.blockwise.calls import FIX
 from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.linears import find_linears
+from compress.blockwise.streamed import StopForward
 from compress.errors import PassError
 from compress.progress import Progress
 
@@ -14,46 +19,114 @@ from compress.progress import Progress
 _TOLERANCE = 1e-4
 
 
-def check_blockwise(executor: BlockExecutor, progress: Progress) -> None:
+@dataclass(frozen=True)
+class _Held:
+    """Hidden states in memory, of the one sample that is checked."""
+
+    states: torch.Tensor
+
+    def read(self, rows: Sequence[int]) -> torch.Tensor:
+        return self.states
+
+
+def check_blockwise(
+    executor: BlockExecutor, progress: Progress, wanted: Mapping[int, Collection[str]] | None = None
+) -> None:
     """Learn how blocks are called, then compare each block run by itself with the model run whole, on one sample.
 
+    Args:
+        wanted: names of tensors by block; each must be the weight of a layer that its block calls.
+
     Raises:
-        PassError: naming the first block that differs. CheckpointError: a block outputs NaN or infinite values.
+        PassError: naming the first block that differs, or a tensor that no layer is called with.
+        CheckpointError: a block outputs NaN or infinite values.
     """
     executor.learn_calls()
-    rows = [0]
-    hidden = executor.first_hidden(rows)
-    outputs: list[torch.Tensor] = []
+    with progress.task("checking blocks", 2 * executor.depth, "blocks") as task:
+        outputs = _outputs(executor)
+        task.advance(executor.depth)
+        alone = executor.beside()  # lists end in the hidden states of one sample
+        with torch.no_grad():
+            for index in range(executor.depth):
+                executor.check_finite(index, outputs[index])
+                if executor.is_first(index):
+                    for place, one in enumerate(executor.streamed.lists[: executor.streamed.list_of(index)]):
+                        alone.calls.end(place, _Held(outputs[one.end - 1]))
+                    hidden = alone.first_hidden([0], index)
+                hidden = _alone(alone, index, hidden, (wanted or {}).get(index, ()))
+                scale = float(outputs[index].abs().max())
+                difference = float((hidden - outputs[index]).abs().max())
+                if not difference <= _TOLERANCE * max(scale, 1e-6):
+                    raise _refusal(executor, index, f"run by itself differs by {difference:.3g}")
+                task.advance()
+
+
+def _refusal(executor: BlockExecutor, index: int, reason: str) -> PassError:
+    title = executor.streamed.title_of(index)
+    return PassError(f"this model cannot run block by block: {title} {reason}", fix=FIX)
+
+
+def _outputs(executor: BlockExecutor) -> dict[int, torch.Tensor]:
+    """The output of every block in a run of the whole model on the first sample, by number of the block."""
+    outputs: dict[int, torch.Tensor] = {}
 
     def whole(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with executor.streamed.block(index) as module:
             output = module(hidden, *args, **kwargs)
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+        outputs[index] = output[0] if isinstance(output, (tuple, list)) else output
+        if len(outputs) == executor.depth:
+            raise StopForward
         return output
 
-    with progress.task("checking blocks", 2 * executor.depth, "blocks") as task:
-        executor.streamed.run(executor.inputs.rows(rows), whole)
-        task.advance(executor.depth)
-        with torch.no_grad():
-            for index in range(executor.depth):
-                executor.check_finite(index, outputs[index])
-                hidden = _alone(executor, index, rows, hidden)
-                scale = float(outputs[index].abs().max())
-                difference = float((hidden - outputs[index]).abs().max())
-                if not difference <= _TOLERANCE * max(scale, 1e-6):
-                    raise PassError(
-                        f"this model cannot run block by block: block {index} run by itself differs by {difference:.3g}",
-                        fix="use a method that needs no calibration",
-                    )
-                task.advance()
+    executor.streamed.run(executor.inputs.rows([0]), whole)
+    if absent := [index for index in range(executor.depth) if index not in outputs]:
+        raise _refusal(executor, absent[0], "is not run on the calibration data")
+    return outputs
 
 
-def _alone(executor: BlockExecutor, index: int, rows: list[int], hidden: torch.Tensor) -> torch.Tensor:
+def _alone(executor: BlockExecutor, index: int, hidden: torch.Tensor, wanted: Collection[str]) -> torch.Tensor:
+    """The output of a block run by itself on the first sample."""
     with executor.streamed.block(index) as module:
+        linears, _ = find_linears(executor.streamed, index, module, wanted)
+        called: set[str] = set()
+        handles = [
+            linear.module.register_forward_pre_hook(lambda m, a, name=linear.name: called.add(name))
+            for linear in linears
+        ]
         try:
-            return executor.forward(index, module, rows, hidden)
+            call = executor.calls.of(index, [0])
+            before = list(_sizes(call))
+            output = executor.forward(index, module, [0], hidden)
+            if list(_sizes(call)) != before:
+                raise _refusal(executor, index, "writes into what later blocks read")
+        except PassError:
+            raise
         except Exception as error:  # whatever a block lacks when it is run by itself
             raise PassError(
-                f"this model cannot run block by block: block {index} run by itself fails ({error!r})",
-                fix="use a method that needs no calibration",
+                f"this model cannot run block by block: {executor.streamed.title_of(index)} run by itself fails ({error!r})",
+                fix=FIX,
             ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+    _check_called(executor, [linear.name for linear in linears if linear.owner is None and linear.name not in called])
+    return output
+
+
+def _check_called(executor: BlockExecutor, unread: Sequence[str]) -> None:
+    """Raise `PassError` where a block computes with a matrix without calling its layer; an expert may wait for its tokens."""
+    if name := next((name for name in unread if not executor.streamed.record.is_expert(name)), None):
+        module = name.rpartition(".")[0]
+        raise PassError(
+            f"{name} is used by its block without a call of its layer, so that its inputs cannot be measured",
+            key="skip",
+            fix=f"skip it: skip: [{module}], or use a method that needs no calibration",
+        )
+
+
+def _sizes(value: Any) -> Iterator[int]:
+    """Lengths of the lists and dicts in a call, nested ones too."""
+    if isinstance(value, (tuple, list, dict)):
+        yield len(value)
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _sizes(one)

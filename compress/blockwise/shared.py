@@ -37,7 +37,7 @@ class SharedTensors:
         for tensor in executor.checkpoint.spec.tensors.values():
             if tensor.alias_of is None:
                 continue
-            index, first = (executor.streamed.record.block_index(name) for name in (tensor.name, tensor.alias_of))
+            index, first = (executor.streamed.number_of(name) for name in (tensor.name, tensor.alias_of))
             if index == first:
                 continue
             if index is None or first is None or first > index:

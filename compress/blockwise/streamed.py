@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,8 @@ import torch
 from compress.architectures.model_map import model_map
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
-from compress.models.blocks import find_blocks
-from compress.models.classes import quiet_transformers, stock_class
+from compress.models.blocks import find_lists
+from compress.models.classes import arguments_of, quiet_transformers, stock_class
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -39,8 +40,34 @@ def names_in_files(model: Any, spec: Spec, parameters: Mapping[str, torch.Tensor
     return {spelt(name): value for name, value in stored.items()}
 
 
+class StopForward(Exception):
+    """Ends a pass through a model or block once what was asked for has been seen."""
+
+
 #: Number of a block, its hidden states, and its other arguments ▶ its output.
 Stubbed = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One list of repeated layers, such as an encoder's.
+
+    Attributes:
+        path: see `Architecture.list_of`. name: of the list in memory. modules: the list.
+        layers: its layers, for which stubs may stand in ``modules``.
+        first: number of its first block among the blocks of all lists.
+    """
+
+    path: str
+    name: str
+    modules: Any
+    layers: tuple[Any, ...]
+    first: int
+
+    @property
+    def end(self) -> int:
+        """Number behind its last block."""
+        return self.first + len(self.layers)
 
 
 class StreamedModel:
@@ -48,28 +75,70 @@ class StreamedModel:
 
     Attributes:
         model: the whole transformers model; weights that are not loaded are on the meta device.
-        blocks: its repeated layers, in order.
+        lists: its lists of repeated layers, in the order in which they run. Blocks are numbered through all of them.
+        layers: the blocks of all lists.
         dtype, device: of the weights in memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.record = model_map(checkpoint.spec).record
-        self._tensors: dict[int | None, list[str]] = {}
-        for tensor in checkpoint.spec.tensors.values():
-            index = self.record.block_index(tensor.name)
-            if (
-                tensor.alias_of is None or index is not None
-            ):  # blocks may share tensors; what the config ties is outside
-                self._tensors.setdefault(index, []).append(tensor.name)
         with quiet_transformers():
             self.model = self._skeleton()
             self.base: Any = self.model.base_model
-            self.blocks: Any = find_blocks(self.model, self.record)
-            self.layers = list(self.blocks)
-            self.block_name = next(n for n, m in self.model.named_modules() if m is self.blocks)
+            self.lists = self._lists()
+            self.layers = [layer for one in self.lists for layer in one.layers]
+            self._caching = {"use_cache": False} if "use_cache" in arguments_of(self.model) else {}
+            self._tensors: dict[int | None, list[str]] = {}
+            for tensor in checkpoint.spec.tensors.values():
+                index = self.number_of(tensor.name)
+                # blocks may share tensors; what the config ties is outside
+                if tensor.alias_of is None or index is not None:
+                    self._tensors.setdefault(index, []).append(tensor.name)
             head = f"{self.record.head}."  # with what may stand in front of it; no tensor's name begins with None
             self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
+            if len(self.lists) > 1:
+                self.model.tie_weights()  # each list may have the embeddings under a name of its own
+            self._compute_tables()
+
+    def _lists(self) -> list[BlockList]:
+        names = {id(module): name for name, module in self.model.named_modules()}
+        lists: list[BlockList] = []
+        for path, modules in find_lists(self.model, self.record).items():
+            first = lists[-1].end if lists else 0
+            lists.append(BlockList(path, names[id(modules)], modules, tuple(modules), first))
+        return lists
+
+    def _compute_tables(self) -> None:
+        """Give the parameters that the class computes, and that files lack, their values, such as tables of sines."""
+        untyped: Any = self.model
+        computed = [*(untyped._keys_to_ignore_on_load_missing or ()), *(untyped._keys_to_ignore_on_save or ())]
+        for name, parameter in list(self.model.named_parameters()):
+            if parameter.is_meta and any(re.search(pattern, name) for pattern in computed):
+                path, _, key = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                empty = torch.empty_like(parameter, device=self.device)
+                module._parameters[key] = torch.nn.Parameter(empty, requires_grad=False)
+                untyped._init_weights(module)
+
+    def number_of(self, name: str) -> int | None:
+        """Number of the block that a tensor of the checkpoint belongs to, through all lists; None outside the blocks."""
+        index, path = self.record.block_index(name), self.record.list_of(name)
+        first = next((one.first for one in self.lists if one.path == path), None)
+        return None if first is None or index is None else first + index
+
+    def list_of(self, index: int) -> int:
+        """Place among ``lists`` of the one that block ``index`` belongs to."""
+        return next(place for place, one in enumerate(self.lists) if index < one.end)
+
+    def title_of(self, index: int) -> str:
+        """A block for messages: by its number, and in a model of several lists by its name in memory."""
+        return f"block {index}" if len(self.lists) == 1 else self.path_of(index)
+
+    def path_of(self, index: int) -> str:
+        """Name of a block in memory."""
+        one = self.lists[self.list_of(index)]
+        return f"{one.name}.{index - one.first}"
 
     def _skeleton(self) -> PreTrainedModel:
         """The model on the meta device, with the buffers that no file holds computed."""
@@ -111,13 +180,14 @@ class StreamedModel:
     @contextmanager
     def block(self, index: int) -> Iterator[Any]:
         """Within, the module of a block has its weights; they are released at the end."""
-        module, present = self.layers[index], self.blocks[index]
-        self.blocks[index] = module  # the loader finds it by its name; `run` may have put a stub there
+        one = self.lists[self.list_of(index)]
+        module, present = self.layers[index], one.modules[index - one.first]
+        one.modules[index - one.first] = module  # the loader finds it by its name; `run` may have put a stub there
         try:
             with quiet_transformers():
                 self._load(self._tensors.get(index, []))
         finally:
-            self.blocks[index] = present
+            one.modules[index - one.first] = present
         missing = [name for name, p in module.named_parameters() if p.is_meta]
         if missing:
             raise PassError(f"block {index} lacks {missing[0]} after loading")
@@ -136,7 +206,7 @@ class StreamedModel:
 
     def stored_names(self, index: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Values by the block's parameter names ▶ values by the checkpoint's names; fused ones are split."""
-        prefix = f"{self.block_name}.{index}."
+        prefix = f"{self.path_of(index)}."
         return names_in_files(self.model, self.checkpoint.spec, {prefix + k: v for k, v in parameters.items()})
 
     @contextmanager
@@ -159,8 +229,8 @@ class StreamedModel:
                     )
 
     def run(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed) -> None:
-        """Run the base model with every block replaced by ``stub(index, hidden, args, kwargs)``."""
-        with torch.no_grad(), self._stubs(stub):
+        """Run the base model with every block replaced by ``stub(index, hidden, args, kwargs)``, until `StopForward`."""
+        with torch.no_grad(), self._stubs(stub), suppress(StopForward):
             self._call(self.base, inputs, {})
 
     def predict(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed, extra: Mapping[str, Any]) -> torch.Tensor:
@@ -170,8 +240,7 @@ class StreamedModel:
         return result
 
     def _call(self, model: Any, inputs: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> Any:
-        caching = {"use_cache": False} if self.record.causal else {}
-        return model(**{k: v.to(self.device) for k, v in inputs.items()}, **caching, **extra)
+        return model(**{k: v.to(self.device) for k, v in inputs.items()}, **self._caching, **extra)
 
     @contextmanager
     def _stubs(self, stub: Stubbed) -> Iterator[None]:
@@ -193,9 +262,11 @@ class StreamedModel:
                 return stub(self.index, hidden, args[1:], kwargs)
 
         try:
-            for i in range(len(real)):
-                self.blocks[i] = Stub(i)
+            for one in self.lists:
+                for i in range(len(one.layers)):
+                    one.modules[i] = Stub(one.first + i)
             yield
         finally:
-            for i, module in enumerate(real):
-                self.blocks[i] = module
+            for one in self.lists:
+                for i, module in enumerate(one.layers):
+                    one.modules[i] = module

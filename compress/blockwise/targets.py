@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.activations import Activations, ActivationStream, HiddenStates
+from compress.blockwise.activations import Activations, BlockStreams, HiddenStates
 from compress.blockwise.executor import BlockExecutor
 from compress.checkpoint.values import Checkpoint
 
@@ -53,8 +53,8 @@ class TargetStream:
     """
 
     def __init__(self, executor: BlockExecutor, teacher: Teacher | None, work: Path) -> None:
-        self._teacher, self._work = teacher, work
-        self._original = executor
+        self._teacher, self._work, self._executor = teacher, work, executor
+        self._original = executor.beside()
         if teacher is not None:
             self._original = BlockExecutor(
                 teacher.checkpoint,
@@ -66,18 +66,24 @@ class TargetStream:
             )
 
     def learn_calls(self) -> None:
-        """Learn how the teacher's blocks are called."""
-        if self._teacher is not None:
+        """Learn how the original's blocks are called; those of the executor must be known."""
+        if self._teacher is None:
+            self._original = self._executor.beside()
+        else:
             self._original.learn_calls()
+
+    @property
+    def view(self) -> BlockExecutor | None:
+        """The run around the original where it has the executor's blocks; None with a teacher of its own."""
+        return self._original if self._teacher is None else None
 
     def open(self) -> None:
         """Open the files."""
-        self._stream: ActivationStream = self._original.open_stream(self._work, "targets")
+        self._stream: BlockStreams = self._original.open_stream(self._work, "targets")
 
-    def start(self) -> None:
-        """Write the hidden states in front of the first block."""
-        self._original.write_first(self._stream.before(0))
-        self._stream.before(0).sync()
+    def enter(self, index: int) -> None:
+        """Make ready for block ``index``, the first of a list or the one to go on with; see `BlockExecutor.enter`."""
+        self._original.enter(index if self._teacher is None else self._teacher.blocks(index).start, self._stream)
 
     def advance(self, index: int, module: Any) -> tuple[Activations, HiddenStates]:
         """Run the original's part for a block.
@@ -88,7 +94,7 @@ class TargetStream:
         Returns:
             The original's hidden states in front of the block, and behind it with the channels that the block has.
         """
-        before, after = self._stream.before(index), self._stream.before(index + 1)
+        before, after = self._stream.before(index), self._stream.after(index)
         if self._teacher is None:
             self._original.write_outputs(index, module, before, after)
         else:

@@ -19,15 +19,17 @@ def unchanged_blocks(
         work: folder of the hidden states. wanted: names of tensors by block.
     """
     stream = executor.open_stream(work, "unchanged")
-    executor.write_first(stream.before(0))
     executor.processes.barrier()
     for index in range(last + 1):
+        if executor.is_first(index):
+            executor.enter(index, stream)
+            executor.processes.barrier()
         with executor.streamed.block(index) as module:
             linears, swaps = find_linears(executor.streamed, index, module, wanted.get(index, ()))
             block = Block(executor, index, module, linears, swaps, stream.before(index))
             if linears:
                 block.find_groups()
             yield block
-            executor.write_outputs(index, module, block.inputs, stream.before(index + 1))
+            executor.write_outputs(index, module, block.inputs, stream.after(index))
         executor.processes.barrier()
     stream.close()

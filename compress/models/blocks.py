@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from compress import architectures
-from compress.architectures.inferred import Inferred
+from compress.architectures.inferred import Inferred, refilled
 from compress.spec.spec import Spec, Structure, Tensor
 
 
@@ -20,16 +21,36 @@ def record_of(model: Any) -> architectures.Architecture:
 
 def find_blocks(model: Any, record: architectures.Architecture) -> Any:
     """The main list of blocks of a transformers model."""
+    if not isinstance(record, Inferred):
+        return next(iter(find_lists(model, record).values()))
     names = {name for name, _ in model.named_modules()}
+    return model.get_submodule(_place(record.lists[0].module, names) or "")
+
+
+def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]:
+    """The lists of blocks that text or sound runs through, in the order in which they run, by `Architecture.list_of`.
+
+    A model may lack some of a record's lists. Towers, which make inputs of other kinds, are none of these.
+    """
+    names = [name for name, _ in model.named_modules()]
     if isinstance(record, Inferred):
-        parts = record.lists[0].module.split(".")
-        # a base model lacks the first parts
-        return model.get_submodule(next(p for i in range(len(parts)) if (p := ".".join(parts[i:])) in names))
-    blocks = record.module_blocks or record.blocks
-    path = f"{record.prefix}.{blocks}"
-    if path not in names:  # a base model has no prefix of its own, but parts of it may remain (OPT's decoder)
-        path = next(p for p in (path.partition(".")[2], blocks) if p in names)
-    return model.get_submodule(path)
+        places = {
+            refilled(one.path, place): place
+            for one in record.of_kind("main", "stack")
+            if (place := _place(one.module, names)) is not None
+        }
+        places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is made first
+    else:
+        paths = {path: f"{record.prefix}.{path}" for path in (record.blocks, *record.stacks)}
+        paths |= {record.blocks: f"{record.prefix}.{record.module_blocks}"} if record.module_blocks else {}
+        places = {path: place for path, whole in paths.items() if (place := _place(whole, names)) is not None}
+    return {path: model.get_submodule(place) for path, place in places.items()}
+
+
+def _place(path: str, names: Collection[str]) -> str | None:
+    """A module by its path in a class with a head; a base model lacks the first parts of it."""
+    parts = path.split(".")
+    return next((p for i in range(len(parts)) if (p := ".".join(parts[i:])) in names), None)
 
 
 def rotary_frequencies(model: Any) -> tuple[list[float], float] | None:

@@ -49,7 +49,7 @@ def open_runner(
         with_targets: the runner also computes the outputs of the original blocks.
         teacher: the model that gives these outputs; None for the checkpoint itself.
     """
-    from compress.blockwise.executor import Inputs
+    from compress.blockwise.inputs import Inputs
     from compress.blockwise.runner import BlockRunner
 
     batches = context.data("calibration")

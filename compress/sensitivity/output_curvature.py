@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
-from compress.blockwise.activations import Activations, ActivationStream
+from compress.blockwise.activations import Activations, ActivationStream, BlockStreams
 from compress.blockwise.block import Block
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.experts import unfused
+from compress.blockwise.hessians import counted
 from compress.blockwise.linears import TargetLinear, record_outputs
 from compress.blockwise.memory_budget import GRADIENT_TOKENS, LOGITS_PER_CHUNK, curvatures_that_fit
 from compress.models.classes import arguments_of
@@ -50,6 +51,7 @@ class Gradients:
         visitor: sees every block at work, also the first; gradients are then not kept, and a killed run starts again.
 
     Attributes:
+        first: number of the first block that has gradients; those of an encoder in front of a decoder have none.
         known: whether there are any, which needs a head that predicts tokens; set by `measure`.
         samples: number of the first samples that are used.
     """
@@ -58,43 +60,52 @@ class Gradients:
         self, executor: BlockExecutor, workspace: Workspace, progress: Progress, visitor: Visitor | None = None
     ) -> None:
         self.executor, self.workspace, self.progress, self.known = executor, workspace, progress, False
-        self._visitor = visitor
+        self._visitor, self._view = visitor, executor
+        self.first = executor.streamed.lists[-1].first
         self.samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
 
     def measure(self) -> None:
         """Run the model forwards and backwards, unless an earlier run has."""
         executor = self.executor
+        self._view = executor.beside()  # blocks change later, and with them what a decoder's read of the encoder
         model: Any = executor.streamed.model
         has_head = executor.streamed.record.has_head(executor.checkpoint.spec)
         self.known = has_head and model.get_output_embeddings() is not None
         visited = self._visitor is not None
         if not self.known or (not visited and self.workspace.done("gradients")):
             return
-        depth = executor.depth
+        depth, begin = executor.depth, self.first
         inputs = executor.open_stream(self.workspace.path, "inputs", first=self.samples, files=depth + 1)
-        with self.progress.task("measuring which outputs matter", 2 * depth + visited, "blocks") as task:
-            executor.write_first(inputs.before(0), self.samples)
+        with self.progress.task("measuring which outputs matter", 2 * depth - begin + visited, "blocks") as task:
             for index in range(depth):
-                watched = self._visitor.ahead(index) if self._visitor else nullcontext()
-                with executor.streamed.block(index) as module, watched:
-                    executor.write_outputs(
-                        index, module, inputs.before(index), inputs.before(index + 1), first=self.samples
-                    )
+                self._ahead(index, inputs)
                 task.advance()
-            gradients = self._open(inputs.before(0).shape)
-            self._at_the_end(inputs.before(depth), gradients.before(depth - 1))
+            gradients = self._open(inputs.before(begin).shape)
+            self._at_the_end(inputs.after(depth - 1), gradients.before(depth - 1))
             task.advance()
-            inputs.release(depth, delete=True)
-            for index in reversed(range(0 if visited else 1, depth)):
+            inputs.release_after(depth - 1)
+            for index in reversed(range(begin if visited else begin + 1, depth)):
                 self._one_block_back(index, inputs.before(index), gradients)
-                inputs.release(index, delete=True)
+                inputs.release_before(index)
                 task.advance()
         if not visited:
-            gradients.before(0).sync()
+            gradients.before(begin).sync()
         gradients.close()
-        inputs.release(0, delete=True)
+        inputs.release_before(begin)
+        for one in executor.streamed.lists[:-1]:
+            inputs.release_after(one.end - 1)
         if not visited:
             self.workspace.finish("gradients")
+
+    def _ahead(self, index: int, inputs: BlockStreams) -> None:
+        """Write the outputs of a block of the original."""
+        view, visitor = self._view, self._visitor
+        if view.is_first(index):
+            view.enter(index, inputs, self.samples)
+        with view.streamed.block(index) as module, visitor.ahead(index) if visitor else nullcontext():
+            view.write_outputs(index, module, inputs.before(index), inputs.after(index), first=self.samples)
+        if index < self.first:
+            inputs.release_before(index)
 
     def _open(self, shape: Sequence[int]) -> ActivationStream:
         """Files of the gradients at each block's output, by the block's number."""
@@ -110,7 +121,7 @@ class Gradients:
 
     def _one_block_back(self, index: int, inputs: Activations, gradients: ActivationStream) -> None:
         """Write the gradients at a block's input, which are those at the output of the block before it."""
-        executor, later, visitor = self.executor, gradients.before(index), self._visitor
+        executor, later, visitor = self._view, gradients.before(index), self._visitor
         with executor.streamed.block(index) as module:
             for rows in executor.batches(self.samples):
                 hidden = inputs.read(rows).to(executor.device).requires_grad_()
@@ -118,7 +129,7 @@ class Gradients:
                     with torch.enable_grad():
                         output = executor.forward(index, module, rows, hidden)
                     (gradient,) = torch.autograd.grad(output, hidden, later.read(rows).to(output))
-                if index:
+                if index > self.first:
                     gradients.before(index - 1).write(rows, gradient)
         if visitor:
             visitor.finish(index)
@@ -127,7 +138,8 @@ class Gradients:
 
     def _of_sample(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
         """Gradient at the last block's output of one sample, of tokens drawn from the model's predictions."""
-        executor, mask = self.executor, self.executor.token_mask([row])
+        executor = self._view
+        mask = executor.token_mask([row], executor.depth - 1)
         hidden.requires_grad_()
         generator = torch.Generator(executor.device).manual_seed(executor.seed * 1_000_003 + row)
         length = hidden.shape[1]
@@ -156,10 +168,11 @@ class Gradients:
         stream = self._open(states.shape)
         upstream = stream.before(block.index)
         for rows in self.executor.batches(self.samples):
-            mask = self.executor.token_mask(rows)
+            masks = block.token_masks(rows)
             hidden = states.read(rows).to(self.executor.device).requires_grad_()
             with torch.enable_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
-                output = block.forward(rows, hidden)
+                forward = block.forward_original if states is block.originals else block.forward
+                output = forward(rows, hidden)
             once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1}
             gradients = torch.autograd.grad(
                 output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
@@ -167,8 +180,7 @@ class Gradients:
             result = {}
             for name, gradient in zip(once, gradients, strict=True):
                 if gradient is not None:
-                    g = gradient.reshape(-1, gradient.shape[-1]).float()
-                    result[name] = g if mask is None else g[mask.flatten()]
+                    result[name] = counted(gradient.reshape(-1, gradient.shape[-1]).float(), masks)
             yield rows, result
         stream.close()
 
@@ -177,7 +189,7 @@ class Gradients:
 
         Only of linears that every token passes once (no experts); from the narrowest on as many as `curvatures_that_fit`.
         """
-        if not self.known or block.originals is None:
+        if not self.known or block.originals is None or block.index < self.first:
             return {}
         linears = sorted((s for s in block.linears if s.owner is None), key=lambda s: len(s.weight))
         wanted = linears[: len(curvatures_that_fit([len(s.weight) for s in linears]))]

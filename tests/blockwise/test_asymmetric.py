@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.blockwise.asymmetric import asymmetric_statistics
-from compress.blockwise.executor import Inputs
+from compress.blockwise.inputs import Inputs
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
 from compress.models.loading import load_checkpoint

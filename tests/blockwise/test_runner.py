@@ -10,7 +10,7 @@ import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
-from compress.blockwise.executor import Inputs
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.experts import Experts
 from compress.blockwise.linears import find_linears
 from compress.blockwise.results import TensorExtras

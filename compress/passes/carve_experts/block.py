@@ -147,7 +147,7 @@ def _stored_inputs(block: Block, gate: TargetLinear, most: int) -> torch.Tensor:
         for rows in batches:
             seen.clear()
             block.forward(rows, block.read_inputs(rows))
-            mask = block.view.token_mask(rows)
+            mask = block.token_mask(rows)
             x = (seen[0] if mask is None else seen[0][mask]).flatten(0, -2)
             step = max(1, len(x) // share)
             kept.append(x[::step][:share].float())
@@ -179,7 +179,7 @@ def _products(
             inputs.clear()
             neurons.clear()
             block.forward(rows, block.read_inputs(rows))
-            mask = block.view.token_mask(rows)
+            mask = block.token_mask(rows)
             x, h = (t[0].flatten(0, -2) if mask is None else t[0][mask] for t in (inputs, neurons))
             weights = routing.weights(x)
             counts += (weights > 0).sum(0)

@@ -47,7 +47,7 @@ class CarveExperts(Pass[CarveExpertsSettings]):
 
     def plan(self, spec: Spec, settings: CarveExpertsSettings) -> Spec:
         """Exact: sizes do not depend on data."""
-        model_map(spec).require_blockwise("leave the pass out")
+        model_map(spec).require_one_list("leave the pass out")
         sizes = expert_sizes(spec, settings)
         return carved(spec, sizes, dense_blocks(spec, settings))
 

@@ -96,8 +96,6 @@ class Cast(Pass[CastSettings]):
         Exact, except with a budget: then the plan assumes that all matrices matter alike.
         """
         mapped = model_map(spec)
-        if self.required_data(settings) and mapped.known:
-            mapped.require_blockwise("set `weights` and `method: rtn`")
         if not settings.budgeted:
             cast = planned(spec, settings, {})
             if settings.solved and mapped.known:

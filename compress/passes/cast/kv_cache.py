@@ -8,7 +8,8 @@ import torch
 
 from compress.architectures.model_map import model_map
 from compress.blockwise.block import BlockView
-from compress.blockwise.executor import BlockExecutor, Inputs
+from compress.blockwise.executor import BlockExecutor
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.unchanged import unchanged_blocks
 from compress.checkpoint.running import input_formats
@@ -27,7 +28,7 @@ _LARGEST = 448.0
 
 def cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[str, torch.Tensor]:
     """Static scales of the cache of a cast checkpoint, by tensor name; magnitudes are kept in the workspace."""
-    from compress.blockwise.executor import Inputs
+    from compress.blockwise.inputs import Inputs
     from compress.passes.cast.kv_cache import largest_cached, to_scales
 
     batches = context.data("calibration")

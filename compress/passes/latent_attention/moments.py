@@ -81,7 +81,7 @@ def _measured(block: Block, key: TargetLinear, value: TargetLinear, gradients: G
     hook = key.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     try:
         for rows, by_name in gradients.at(block, [key, value], block.inputs):
-            mask, x = block.view.token_mask(rows), inputs.pop().flatten(0, -2).double()
+            mask, x = block.token_mask(rows), inputs.pop().flatten(0, -2).double()
             x = torch.nn.functional.pad(x if mask is None else x[mask.flatten()], (0, 1), value=1.0)
             for place, linear in enumerate((key, value)):
                 weights = by_name[linear.name].double().square().sum(1)

@@ -77,7 +77,8 @@ def _full(
 
 def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, context: Context) -> WindowLosses:
     """Expected losses of the settings' windows, in each block or KV group; cached in the workspace."""
-    from compress.blockwise.executor import BlockExecutor, Inputs
+    from compress.blockwise.executor import BlockExecutor
+    from compress.blockwise.inputs import Inputs
     from compress.sensitivity.windows import WindowLosses, window_losses
 
     def compute() -> dict[str, object]:

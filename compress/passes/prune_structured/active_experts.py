@@ -86,7 +86,7 @@ def kept_mass(checkpoint: Checkpoint, count: int, context: Context) -> dict[str,
         try:
             with torch.no_grad():
                 for rows in block.view.batches():
-                    mask = block.view.token_mask(rows)
+                    mask = block.token_mask(rows)
                     block.forward(rows, block.read_inputs(rows))
         finally:
             handle.remove()

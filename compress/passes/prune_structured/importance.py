@@ -37,7 +37,7 @@ def expert_saliency(runner: BlockRunner) -> tuple[dict[int, list[float]], list[B
         experts.watch = watch
         with torch.no_grad(), unfused(block.swaps):
             for rows in block.view.batches():
-                mask = block.view.token_mask(rows)
+                mask = block.token_mask(rows)
                 experts.token_mask = None if mask is None else mask.flatten()
                 block.forward(rows, block.read_inputs(rows))
         experts.watch = experts.token_mask = None

@@ -107,7 +107,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if settings.importance == "taylor":
             require_head(spec, "importance: taylor", "importance", "set `importance: obs`")
         if self.required_data(settings):
-            mapped.require_blockwise("set `importance: magnitude` and `compensation: none`")
+            mapped.require_one_list("set `importance: magnitude` and `compensation: none`")
         if self.required_data(settings) and record.input != "input_ids":
             raise PassError(
                 f"calibration data is text, and this model reads `{record.input}`",

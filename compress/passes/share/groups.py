@@ -39,7 +39,7 @@ def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
     """Tensors of a block to share, without the block's path. Raises `PassError`."""
     mapped = model_map(spec)
     mapped.require_nameable()
-    mapped.require_blockwise("distill it to fewer blocks")
+    mapped.require_one_list("distill it to fewer blocks")
     if edit := next(iter(spec.structure.edits), None):
         raise PassError(
             f"{edit.module} {EDITS[EDIT_KINDS[edit.kind].storage]} already",

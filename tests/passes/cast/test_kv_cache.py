@@ -174,7 +174,7 @@ def test_kv_cache_scales_of_other_families(family, tmp_path):
 
 def test_largest_cached_ignores_padding(base, tmp_path):
     """Masked tokens give no scales: those of padded samples are those of the same samples alone."""
-    from compress.blockwise.executor import Inputs
+    from compress.blockwise.inputs import Inputs
     from compress.data.batches import Batches
     from compress.passes.cast.kv_cache import largest_cached
     from compress.progress import SilentProgress

@@ -174,7 +174,7 @@ def test_owl_counts_match_masks(folders, data, tmp_path):
 
 def test_owl_allocation_ignores_experts_without_tokens(tmp_path):
     """A block's share of outliers is that of the matrices that something is known of."""
-    from compress.blockwise.executor import Inputs
+    from compress.blockwise.inputs import Inputs
     from compress.blockwise.runner import BlockRunner
     from compress.passes.prune_unstructured.block import owl_allocation
     from compress.progress import SilentProgress

@@ -1,0 +1,293 @@
+"""The arguments that a model passes to its blocks, recorded from a run of the model with recorders in the blocks' places.
+
+Blocks run in lists: one list, or an encoder's and then a decoder's. The blocks of a decoder also read what the encoder outputs,
+so their arguments are recorded with the encoder's last recorder returning the hidden states that its last block really output.
+Some models have the first block of a list compute something that it hands on to the others, such as T5's biases of
+positions. The recorder of the first block then returns what that block really computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from compress.blockwise.activations import HiddenStates
+from compress.blockwise.inputs import Inputs
+from compress.blockwise.streamed import StopForward, StreamedModel
+from compress.errors import PassError, one_line
+
+#: A block's arguments beside its hidden states: positional ones, and those by name.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: What the user can do where blocks cannot run one by one.
+FIX = "use a method that needs no calibration"
+
+
+@dataclass
+class Handed:
+    """What the first block of a list hands on to the others, beside hidden states.
+
+    Attributes:
+        block: the first block, with the parameters that these values depend on; all others are zeros that take no memory.
+        parameters: names of those parameters.
+    """
+
+    block: Any
+    parameters: list[str]
+
+
+@dataclass
+class ListCalls:
+    """How the blocks of one list are called.
+
+    Attributes:
+        values: number of values that a block returns; None where it returns its hidden states alone.
+        handed: what the first block hands on; None where it hands on hidden states alone.
+        same: whether all samples have the same arguments. known: these arguments by number of samples.
+    """
+
+    values: int | None = None
+    handed: Handed | None = None
+    same: bool = False
+    known: dict[int, list[Call]] = field(default_factory=dict)
+
+
+class BlockCalls:
+    """Records the arguments of blocks. Call `learn` before anything else.
+
+    Attributes:
+        ends: place of a list ▶ hidden states behind its last block; see `end`.
+    """
+
+    def __init__(self, streamed: StreamedModel, inputs: Inputs) -> None:
+        self.streamed, self.inputs = streamed, inputs
+        self.ends: dict[int, HiddenStates] = {}
+        self._lists = [ListCalls() for _ in streamed.lists]
+
+    def beside(self) -> BlockCalls:
+        """The same knowledge for blocks with other weights, whose lists end in other hidden states."""
+        other = BlockCalls(self.streamed, self.inputs)
+        other._lists = [ListCalls(one.values, one.handed, one.same) for one in self._lists]
+        return other
+
+    def end(self, place: int, states: HiddenStates) -> None:
+        """Set the hidden states behind the last block of a list, before calls of later lists are asked for."""
+        self.ends[place] = states
+        for one in self._lists[place + 1 :]:
+            one.known.clear()
+
+    # ---- learning ----
+
+    def learn(self) -> None:
+        """Learn what blocks return and hand on, and whether their other arguments depend on the sample.
+
+        Raises:
+            PassError: a block reads something else than the output of the block before it.
+        """
+        for place, one in enumerate(self.streamed.lists):
+            self._lists[place] = ListCalls()
+            try:
+                self._learn_returns(place)
+                calls = self._record(place, [0])[1]
+                last = self.inputs.samples - 1
+                others = self._record(place, [last])[1]
+                if last and len(self.first_hidden([0, last], place)) != 2:
+                    raise self._refusal(one.first, "reads hidden states that are not laid out by sample")
+            except _NotSequential as error:
+                raise self._refusal(error.index, "reads more than the output of the block before it") from None
+            except (TypeError, IndexError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+                if type(error).__name__ == "OutOfMemoryError":
+                    raise
+                raise self._refusal(one.first, f"cannot be run in its place ({_short(error)})") from None
+            masked = self.inputs.mask is not None or self.inputs.target_mask is not None
+            self._lists[place].same = not masked and all(_equal(a, b) for a, b in zip(calls, others, strict=True))
+
+    def _refusal(self, index: int, reason: str) -> PassError:
+        model = type(self.streamed.model).__name__
+        return PassError(f"{model} cannot run block by block: {self.streamed.title_of(index)} {reason}", fix=FIX)
+
+    def _learn_returns(self, place: int) -> None:
+        """Run the first block of a list for what it returns, and find out what other blocks read of that."""
+        one, own = self.streamed.lists[place], self._lists[place]
+        first, calls = self._record(place, [0], until=one.first)
+        with self.streamed.block(one.first) as block, _with_gradients(block):
+            hidden = first.detach().clone().requires_grad_()
+            output = block(hidden * 1, *calls[0][0], **calls[0][1])  # a leaf could not be changed in place
+            if not isinstance(output, (tuple, list)):
+                return
+            own.values = len(output)
+            passed = self._passed(place, [x.detach() if isinstance(x, torch.Tensor) else x for x in output[1:]])
+            if not passed:
+                return
+            names = _depends_on(block, hidden, [output[1 + i] for i in passed])
+            if names is None:
+                raise self._refusal(one.first, "hands more than its hidden states to later blocks")
+            own.handed = Handed(_reduced(block, names), sorted(names))
+
+    def _passed(self, place: int, values: Sequence[Any]) -> list[int]:
+        """Places, among values that the first block of a list returns beside hidden states, of those that other blocks read."""
+        recorder = _Recorder(self, place, [0], self.streamed.lists[place].end - 1, tuple(values))
+        self.streamed.run(self.inputs.rows([0]), recorder)
+        return [i for i, x in enumerate(values) if isinstance(x, torch.Tensor) and recorder.has_read(x)]
+
+    # ---- recording ----
+
+    def of(self, index: int, rows: Sequence[int]) -> Call:
+        """Arguments of a block for those samples; the same ones of all samples are recorded once per number of samples."""
+        place = self.streamed.list_of(index)
+        own, first = self._lists[place], self.streamed.lists[place].first
+        if own.same and len(rows) in own.known:
+            return own.known[len(rows)][index - first]
+        calls = self._record(place, rows, until=None if own.same else index)[1]
+        if own.same:
+            own.known[len(rows)] = calls
+        return calls[index - first]
+
+    def first_hidden(self, rows: Sequence[int], place: int = 0) -> torch.Tensor:
+        """Hidden states in front of the first block of a list, of those samples."""
+        return self._record(place, rows, until=self.streamed.lists[place].first)[0]
+
+    def returned(self, index: int, hidden: torch.Tensor) -> Any:
+        """What a block returns whose output is ``hidden``, for models that read nothing else of it."""
+        values = self._lists[self.streamed.list_of(index)].values
+        return hidden if values is None else (hidden, *[None] * (values - 1))
+
+    def handed_on(self, index: int) -> list[str]:
+        """Names of the block's parameters that give what it hands on to later blocks, which must stay as they are."""
+        place = self.streamed.list_of(index)
+        handed = self._lists[place].handed
+        return handed.parameters if handed is not None and index == self.streamed.lists[place].first else []
+
+    def _record(self, place: int, rows: Sequence[int], until: int | None = None) -> tuple[torch.Tensor, list[Call]]:
+        """First hidden states of a list, and the arguments of its blocks up to block ``until`` (None: all)."""
+        one = self.streamed.lists[place]
+        recorder = _Recorder(self, place, rows, one.end - 1 if until is None else until)
+        self.streamed.run(self.inputs.rows(rows), recorder)
+        if len(recorder.calls) != recorder.last - one.first + 1:
+            raise _NotSequential(one.first + len(recorder.calls))
+        return recorder.first, recorder.calls
+
+
+class _Recorder:
+    """Stands in for every block. Records the arguments in one list, up to a last block, and returns hidden states unchanged.
+
+    Args:
+        last: number of the last block to record. handed: what blocks return beside hidden states; None for what the first
+            block hands on.
+    """
+
+    first: torch.Tensor
+
+    def __init__(
+        self, owner: BlockCalls, place: int, rows: Sequence[int], last: int, handed: tuple[Any, ...] | None = None
+    ) -> None:
+        self.calls: list[Call] = []
+        self.last = last
+        self._owner, self._place, self._rows, self._handed = owner, place, rows, handed
+        self._previous: torch.Tensor | None = None
+
+    def __call__(self, index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        owner = self._owner
+        place = owner.streamed.list_of(index)
+        if place != self._place:
+            ended = place in owner.ends and place < self._place and index == owner.streamed.lists[place].end - 1
+            states = owner.ends[place].read(self._rows).to(hidden) if ended else hidden
+            return owner.returned(index, states)
+        first = owner.streamed.lists[place].first
+        if index == first:
+            self.first = hidden
+        elif index != first + len(self.calls) or hidden is not self._previous:
+            raise _NotSequential(index)
+        self.calls.append((args, {k: _without_cache(v) for k, v in kwargs.items()}))
+        if index == self.last:
+            raise StopForward
+        self._previous = hidden
+        if self._handed is None and (handed := owner._lists[place].handed) is not None:
+            own_args, own_kwargs = self.calls[0]
+            self._handed = tuple(handed.block(hidden, *own_args, **own_kwargs)[1:])
+        return owner.returned(index, hidden) if self._handed is None else (hidden, *self._handed)
+
+    def has_read(self, value: torch.Tensor) -> bool:
+        """Whether a block was given that tensor."""
+        return any(x is value for call in self.calls for x in _leaves(call))
+
+
+class _NotSequential(Exception):
+    """A block is not fed by the block before it alone."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+@contextmanager
+def _with_gradients(block: Any) -> Iterator[None]:
+    """Within, results of a loaded block have gradients to its parameters."""
+    parameters = [p for p in block.parameters() if p.is_floating_point()]
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+
+
+def _depends_on(block: Any, hidden: torch.Tensor, values: Sequence[torch.Tensor]) -> set[str] | None:
+    """Names of the parameters that the values depend on; None where they depend on the hidden states."""
+    names: set[str] = set()
+    parameters: dict[str, torch.Tensor] = {n: p for n, p in block.named_parameters() if p.is_floating_point()}
+    for value in (v for v in values if v.requires_grad):
+        grads: tuple[torch.Tensor | None, ...] = torch.autograd.grad(
+            value.sum(), [hidden, *parameters.values()], retain_graph=True, allow_unused=True
+        )
+        if grads[0] is not None:
+            return None
+        names |= {name for name, grad in zip(parameters, grads[1:], strict=True) if grad is not None}
+    return names
+
+
+def _reduced(block: Any, names: set[str]) -> Any:
+    """A copy of a loaded block with only those parameters; the others are zeros that take no memory."""
+    memo: dict[int, Any] = {
+        id(p): torch.nn.Parameter(torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape), requires_grad=False)
+        for name, p in block.named_parameters()
+        if name not in names
+    }
+    return copy.deepcopy(block, memo)
+
+
+def _without_cache(value: Any) -> Any:
+    return None if type(value).__name__.endswith("Cache") else value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested tuples, lists and dicts."""
+    if isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _leaves(one)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return (
+            isinstance(b, (tuple, list)) and len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return bool(a == b) if not hasattr(a, "__dict__") else a is b or type(a) is type(b)
