@@ -16,7 +16,7 @@ from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import CompressError, PassError
-from compress.evaluation.tasks import check_images, check_metrics, check_speed, task_of
+from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
 
@@ -237,6 +237,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
             for name in instance.required_data(entry.settings):
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)
+                    if name == "calibration" and (known := model_map(current)).known:
+                        check_sounds(spec.structure.class_name, known.record.input, section.sounds is not None)
                     check_positions(section.length, model_map(current).positions, name=name)
                     if section.length is not None:
                         instance.check_samples(entry.settings, name, section.length)

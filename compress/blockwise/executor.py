@@ -165,4 +165,5 @@ class BlockExecutor:
     def check_finite(self, index: int, output: torch.Tensor) -> None:
         """Raises `CheckpointError` where block ``index`` outputs NaN or infinite values."""
         if not torch.isfinite(output).all():
-            raise CheckpointError(f"{self.streamed.title_of(index)} gives NaN or infinite values", where=str(self.checkpoint.folder))
+            title = self.streamed.title_of(index)
+            raise CheckpointError(f"{title} gives NaN or infinite values", where=str(self.checkpoint.folder))

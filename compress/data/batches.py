@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from compress.data.documents import Document
@@ -15,6 +15,43 @@ from compress.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Features:
+    """What a model reads of sounds, made when samples are asked for; looks like a tensor with samples first.
+
+    Attributes:
+        name: of the model's argument.
+    """
+
+    def __init__(self, name: str, files: Sequence[str], read: Callable[[Sequence[str]], torch.Tensor]) -> None:
+        self.name, self._files, self._read = name, files, read
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """Shape, samples first."""
+        import torch
+
+        return torch.Size((len(self._files), *self._read(self._files[:1]).shape[1:]))
+
+    def numel(self) -> int:
+        """Number of values."""
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, rows: Sequence[int]) -> torch.Tensor:
+        return self._read([self._files[row] for row in rows])
+
+    def part(self, rows: slice | torch.Tensor) -> Features:
+        """Those samples."""
+        files = self._files[rows] if isinstance(rows, slice) else [self._files[row] for row in rows.tolist()]
+        return Features(self.name, files, self._read)
+
+    def to(self, device: Any) -> torch.Tensor:
+        """All samples, on a device."""
+        return self._read(self._files).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +65,10 @@ class Batches:
             tokenizer does not tell.
         labels: int64 [samples], classes of labelled texts; None where there are none.
         images: a function from numbers of samples to their pixels; ``ids`` are then these numbers, [samples, 1].
+        targets: int64 [samples, target length], what the decoder of an encoder-decoder reads; None for other models.
+        target_mask: bool, as ``mask``, of the targets; its length is not that of ``mask``.
+        speech: a function from numbers of samples to what the model reads of sounds, by the name of the argument; ``ids`` are
+            then these numbers.
         chosen: the source of each sample: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids, ``class/file`` for an image.
     """
@@ -38,11 +79,16 @@ class Batches:
     types: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     images: Callable[[Sequence[int]], torch.Tensor] | None = None
+    targets: torch.Tensor | None = None
+    target_mask: torch.Tensor | None = None
+    speech: Features | None = None
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
         """The model's inputs by name, without the mask."""
-        return {"input_ids": self.ids} | ({} if self.types is None else {"token_type_ids": self.types})
+        read: dict[str, Any] = {"input_ids": self.ids} if self.speech is None else {self.speech.name: self.speech}
+        read |= {} if self.types is None else {"token_type_ids": self.types}
+        return read | ({} if self.targets is None else {"decoder_input_ids": self.targets})
 
     def inputs(self, device: Any) -> dict[str, torch.Tensor]:
         """Arguments of the model's forward, on a device."""
@@ -76,14 +122,18 @@ class Batches:
             types=None if self.types is None else self.types[rows],
             labels=None if self.labels is None else self.labels[rows],
             chosen=self.chosen[rows] if isinstance(rows, slice) else (),
+            targets=None if self.targets is None else self.targets[rows],
+            target_mask=None if self.target_mask is None else self.target_mask[rows],
+            speech=None if self.speech is None else self.speech.part(rows),
         )
 
     def sha256(self) -> str:
-        """Digest of the ids as little-endian int64, row by row, then of mask, types and labels, where there are any."""
+        """Digest of the ids as little-endian int64, row by row, then of masks, types, labels and targets, if any."""
         whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
-        if self.mask is not None:
-            whole.update(self.mask.contiguous().numpy().tobytes())
-        for numbers in (self.types, self.labels):
+        for mask in (self.mask, self.target_mask):
+            if mask is not None:
+                whole.update(mask.contiguous().numpy().tobytes())
+        for numbers in (self.types, self.labels, self.targets):
             if numbers is not None:
                 whole.update(numbers.contiguous().numpy().astype("<i8").tobytes())
         return whole.hexdigest()

@@ -28,6 +28,7 @@ class Document:
         pair: both texts where two are read together (``text`` is one after the other); None for one text.
         label: id of the label, or score, of a labelled text.
         image: path of an image that is read in place of text (`compress.data.images`).
+        speech: path of a sound that is read, of which the text is the transcript (`compress.data.speech`).
     """
 
     id: str
@@ -36,6 +37,7 @@ class Document:
     pair: tuple[str, str] | None = None
     label: float | None = None
     image: str | None = None
+    speech: str | None = None
 
 
 def read_documents(

@@ -13,6 +13,7 @@ from compress.errors import CompressError, DataError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Kind, MetricOfPasses
 from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
+from compress.spec.spec import Structure
 
 #: Kinds of evaluation data: documents, labelled rows, or a folder of images for each class.
 Given: TypeAlias = Literal["text", "labelled", "images"]
@@ -90,6 +91,8 @@ EMBEDDING = Task(
 )
 #: In order of precedence: the first task with a matching suffix is taken.
 TASKS = (CLASSIFICATION, IMAGES, MASKED, LANGUAGE, EMBEDDING)
+#: Arguments of models that read sound.
+SOUNDS = ("input_features", "input_values")
 #: Metrics on text or images, of any task.
 TEXT_METRICS = frozenset(metrics.table())
 #: Metrics that are measured in separate processes.
@@ -99,6 +102,12 @@ SPEED_METRICS = frozenset({"latency", "memory"})
 def task_of(class_name: str | None) -> Task:
     """Task of a stock class; causal language modelling for an unknown suffix. Loading refuses other models later."""
     return next((task for task in TASKS if (class_name or "").endswith(task.suffixes)), LANGUAGE)
+
+
+def is_seq2seq(structure: Structure) -> bool:
+    """Whether a model reads a source and writes a target: an encoder-decoder, as its config says."""
+    base = re.search(r"(Encoder|EncoderModel|ForTokenClassification)$", structure.class_name or "")
+    return bool(structure.config.get("is_encoder_decoder")) and base is None
 
 
 def measurable(given: Given) -> frozenset[str]:
@@ -160,6 +169,23 @@ def check_images(class_name: str | None, images: bool) -> None:
     """Raise `DataError` if passes get images for a text model, or text for an image model."""
     if images != ("images" in (task := task_of(class_name)).takes):
         raise _of_images(task, class_name or "this model")
+
+
+def check_sounds(class_name: str | None, reads: str, sounds: bool) -> None:
+    """Raise `DataError` if passes get text for a model that reads sound, sound for another one, or anything else to make.
+
+    Args:
+        reads: the argument of the model's forward that data fills.
+    """
+    model = class_name or "this model"
+    if sounds and reads not in SOUNDS:
+        raise DataError(f"{model} reads `{reads}`, not sound", fix="name `files`")
+    if not sounds and reads in SOUNDS:
+        raise DataError(f"{model} reads sound (`{reads}`)", fix="name a folder of .wav files: `speech`")
+    if reads not in (*SOUNDS, "input_ids") and task_of(class_name) is not IMAGES:
+        raise DataError(
+            f"{model} reads `{reads}`, which calibration does not make", fix="use a method that needs no calibration"
+        )
 
 
 def _of_images(task: Task, model: str) -> DataError:

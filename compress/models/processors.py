@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,3 +85,46 @@ def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False)
             )
     except Exception as error:  # as above
         raise CheckpointError(f"the image processor cannot be read: {first_line(error)}", where=str(folder)) from error
+
+
+@dataclass(frozen=True)
+class SpeechProcessor:
+    """What reads sound and transcripts.
+
+    Attributes:
+        extractor: feature extractor. tokenizer: None where the folder holds none. longest: most tokens of a transcript.
+    """
+
+    extractor: Any
+    tokenizer: Any
+    longest: int
+
+
+def load_speech_processor(
+    folder: str | Path, longest: int | None, *, trust_remote_code: bool = False
+) -> SpeechProcessor:
+    """Load the feature extractor and the tokenizer beside the weights. Raises `CheckpointError` as `load_tokenizer` does.
+
+    Args:
+        longest: most tokens of a text; None for 448, Whisper's.
+    """
+    import transformers
+
+    if not safe_file(Path(folder), "preprocessor_config.json").exists():
+        raise CheckpointError(
+            "has no feature extractor, which sound needs",
+            where=str(folder),
+            fix="copy preprocessor_config.json into it",
+        )
+    try:
+        with quiet_transformers():
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        _ = int(extractor.sampling_rate), extractor.model_input_names[0]
+    except Exception as error:  # as above
+        raise CheckpointError(
+            f"the feature extractor cannot be read: {first_line(error)}", where=str(folder)
+        ) from error
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code) if has_tokenizer(Path(folder)) else None
+    return SpeechProcessor(extractor, tokenizer, longest or 448)

@@ -55,7 +55,7 @@ def open_runner(
     batches = context.data("calibration")
     return BlockRunner(
         checkpoint,
-        Inputs(batches.values, batches.mask),
+        Inputs(batches.values, batches.mask, batches.target_mask),
         set(names),
         workspace=workspace,
         dtype=context.dtype,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.checkpoint.files import read_json
+from compress.checkpoint.sidecars import safe_file
 from compress.data.disjoint import check_disjoint
 from compress.data.documents import Document, read_documents
 from compress.data.documents import fingerprint as fingerprint_files
@@ -14,10 +16,13 @@ from compress.data.examples import read_examples
 from compress.data.images import fingerprint as fingerprint_images
 from compress.data.images import read_images
 from compress.data.kinds import holds_ids
+from compress.data.pairs import start_token
 from compress.data.rendering import rendered
+from compress.data.speech import fingerprint as fingerprint_speech
+from compress.data.speech import read_speech
 from compress.errors import DataError
 from compress.evaluation.scorer import labels_of, load_processor, read
-from compress.evaluation.tasks import MASKED, OF_PASSES, task_of
+from compress.evaluation.tasks import MASKED, OF_PASSES, is_seq2seq, task_of
 from compress.pipeline.fingerprint import fingerprint
 from compress.recipe.data import CalibrationSection, TrainingData
 from compress.recipe.gates import positions_of
@@ -36,6 +41,8 @@ def read_section(
     Args:
         structure: of the model, which has the labels.
     """
+    if section.sounds is not None:
+        return read_speech(section.sounds)
     if section.folder is not None:
         assert structure is not None
         return read_images(section.folder, labels_of(structure, "images"))
@@ -54,6 +61,7 @@ def draw(
     seed: int,
     vocabulary: int | None,
     positions: int | None,
+    start: int | None = None,
 ) -> Batches:
     """The samples of a calibration section; for training, all samples in an order drawn by seed.
 
@@ -61,14 +69,17 @@ def draw(
         processor: loads the tokenizer or image processor. documents: reads the documents; not called for token ids.
         vocabulary: number of the model's token ids, None where its config has none.
         positions: most tokens of a sample, None for any number.
+        start: the token that the decoder of an encoder-decoder begins with; None for other models.
 
     Raises:
         DataError: the files cannot be read, give too few samples or too long ones, or hold ids outside the vocabulary.
     """
-    from compress.data import batches, sampling, token_ids
+    from compress.data import batches, pairs, sampling, speech, token_ids
 
     name = "calibration" if isinstance(section, CalibrationSection) else "training"
     samples = section.samples if isinstance(section, CalibrationSection) else None
+    if section.sounds is not None:
+        return speech.of_speech(documents(), processor(), samples, seed, start or 0)
     if section.folder is not None:
         return batches.of_images(documents(), processor(), seed)
     if holds_ids(file := section.files[0]):
@@ -76,17 +87,19 @@ def draw(
         drawn = batches.first(read, samples, section.length, file)
         batches.check_vocabulary(drawn, vocabulary, file)
         batches.check_positions(drawn.ids.shape[1], positions, file, name)
-        return drawn
+        return drawn if start is None else pairs.with_targets(drawn, start)
     assert section.length is not None
     batches.check_positions(section.length, positions, name=name)
-    if section.mode == "padded":
+    if start is not None and (section.mode == "padded" or documents()[0].messages is not None):
+        drawn = pairs.sample_pairs(processor(), documents(), samples, section.length, seed, start)
+    elif section.mode == "padded":
         drawn = sampling.sample_documents(processor(), documents(), samples, section.length, seed)
     elif samples is None:
         drawn = sampling.every_window(processor(), documents(), section.length, seed)
     else:
         drawn = sampling.sample_windows(processor(), documents(), samples, section.length, seed)
     batches.check_vocabulary(drawn, vocabulary)
-    return drawn
+    return pairs.with_targets(drawn, start) if start is not None and drawn.targets is None else drawn
 
 
 @dataclass
@@ -110,7 +123,7 @@ class DataSets:
     def files(self, name: str) -> Sequence[str]:
         """Files of the set ``name``, or its folder of images; empty where the recipe has none."""
         section = getattr(self.recipe.data, name, None)
-        return () if section is None else section.files or (section.images,)
+        return () if section is None else section.files or (section.folder or section.sounds,)
 
     def documents(self, name: str) -> list[Document]:
         """Documents of a set, in order."""
@@ -128,8 +141,9 @@ class DataSets:
         """Fingerprint of the files' contents and of every setting that picks samples from them."""
         if name not in self._hashes:
             section = getattr(self.recipe.data, name)
-            settings = section.model_dump(mode="json", exclude={"files", "images"})
-            content = fingerprint_files(section.files) if section.files else fingerprint_images(self.documents(name))
+            settings = section.model_dump(mode="json", exclude={"files", "images", "speech"})
+            print_of = fingerprint_images if section.sounds is None else fingerprint_speech
+            content = fingerprint_files(section.files) if section.files else print_of(self.documents(name))
             self._hashes[name] = fingerprint([content, settings, self.recipe.document_separator])
         return self._hashes[name]
 
@@ -142,17 +156,32 @@ class DataSets:
             )
         return self._batches["processor"]
 
+    def speech_processor(self) -> Any:
+        """The original checkpoint's feature extractor, and its tokenizer where it has one."""
+        from compress.models.processors import load_speech_processor
+
+        return load_speech_processor(self.folder, self.positions, trust_remote_code=self.recipe.trust_remote_code)
+
+    def start(self) -> int:
+        """The token that the original's decoder begins with."""
+        assert self.structure is not None
+        name = "generation_config.json"
+        generation = read_json(self.folder, name) if safe_file(self.folder, name).exists() else {}
+        return start_token(self.structure.config, generation if isinstance(generation, dict) else {})
+
     def batches(self, name: str) -> Batches:
         """Samples of a calibration or training set, drawn once."""
         assert self.structure is not None
         if name not in self._batches:
+            section = getattr(self.recipe.data, name)
             self._batches[name] = draw(
-                getattr(self.recipe.data, name),
-                self.processor,
+                section,
+                self.processor if section.sounds is None else self.speech_processor,
                 lambda: self.documents(name),
                 seed=self.recipe.seed,
                 vocabulary=self.structure.config.get("vocab_size"),
                 positions=self.positions,
+                start=self.start() if is_seq2seq(self.structure) else None,
             )
         drawn: Batches = self._batches[name]
         return drawn
@@ -205,6 +234,8 @@ class DataSets:
         for name in ("training", "calibration"):
             if (files := tuple(self.files(name))) and (ids or not holds_ids(files[0])):
                 section = getattr(self.recipe.data, name)
+                if section.sounds is not None:
+                    continue  # what is evaluated is text
                 # often the same files: compare once
                 others.setdefault((files, section.field, section.template, section.text), name)
         for name in others.values():

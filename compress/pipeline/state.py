@@ -12,7 +12,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.distributed import ProcessGroup
 from compress.errors import ResourceError
-from compress.evaluation.tasks import TEXT_METRICS, task_of
+from compress.evaluation.tasks import TEXT_METRICS, is_seq2seq, task_of
 from compress.files import place
 from compress.pipeline.datasets import DataSets
 from compress.pipeline.fingerprint import fingerprint, hash_input, stage_fingerprint, versions
@@ -64,6 +64,21 @@ class Run:
         self.recipe = recipe = recipe.fitted(task_of(spec.structure.class_name))
         self.data = DataSets(recipe, self.original.folder, spec.structure, model_map(spec).positions)
         self.plan = make_plan(recipe, spec, self.original.metadata)
+        if (note := self._targets_note()) is not None:
+            self.notes.append(note)
+
+    def _targets_note(self) -> str | None:
+        """A sentence where an encoder-decoder is calibrated on plain text; None elsewhere."""
+        section, structure = self.recipe.data.calibration, self.original.spec.structure
+        passes_ = (p for stage in self.plan.stages for p in stage.passes)
+        if section is None or "calibration" not in needed_data(passes_) or not is_seq2seq(structure):
+            return None
+        if section.text is not None or section.sounds is not None:
+            return None
+        return (
+            f"each plain text for calibration is both what {structure.class_name} reads and what it writes; for pairs name "
+            "two columns: `text: [source, target]`"
+        )
 
     def prepare(self) -> None:
         """Open, plan, and refuse a recipe that cannot run, before any work. Raises `CompressError`."""

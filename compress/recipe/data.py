@@ -46,6 +46,7 @@ _OF_TEXT = {
     "streaming": False,
 }
 _FILES_OR_IMAGES: Any = {"oneOf": [{"required": ["files"]}, {"required": ["images"]}]}
+_FILES_OR_SPEECH: Any = {"oneOf": [{"required": ["files"]}, {"required": ["speech"]}]}
 
 
 class TextFiles(Settings):
@@ -69,13 +70,21 @@ class TextFiles(Settings):
         images: str | None = getattr(self, "images", None)
         return images
 
+    @property
+    def sounds(self) -> str | None:
+        """The folder of sounds; None for text and images."""
+        speech: str | None = getattr(self, "speech", None)
+        return speech
+
     @model_validator(mode="after")
-    def _files_or_images(self) -> Self:
-        if bool(self.files) == (self.folder is not None):
-            raise ValueError("give either `files` or `images`" + (", not both" if self.files else ""))
+    def _files_or_folder(self) -> Self:
+        other = "images" if "images" in type(self).model_fields else "speech"
+        folder = self.folder or self.sounds
+        if bool(self.files) == (folder is not None):
+            raise ValueError(f"give either `files` or `{other}`" + (", not both" if self.files else ""))
         given = [name for name, unset in _OF_TEXT.items() if getattr(self, name, unset) != unset]
-        if self.folder is not None and given:
-            raise ValueError(f"`{given[0]}` is a setting of text: it does not go with `images`")
+        if folder is not None and given:
+            raise ValueError(f"`{given[0]}` is a setting of text: it does not go with `{other}`")
         return self
 
     @model_validator(mode="after")
@@ -111,7 +120,8 @@ class Sampled(TextFiles):
     text: ColumnSettings | None = Field(
         default=None,
         description="Instead of `field`, for encoders: the column of the text in a .jsonl, .json, .csv, .tsv or .parquet file, "
-        "or two columns of texts that the model reads as a pair, [sentence1, sentence2]. Each row is one sample.",
+        "or two columns of texts that the model reads as a pair, [sentence1, sentence2]. For encoder-decoders: the columns of "
+        "source and target. Each row is one sample.",
     )
     mode: Literal["packed", "padded"] = Field(
         default_factory=lambda fields: "packed" if fields["text"] is None else "padded",
@@ -127,7 +137,7 @@ class Sampled(TextFiles):
 
     @model_validator(mode="after")
     def _text_or_ids(self) -> Self:
-        if self.folder is not None:
+        if self.folder is not None or self.sounds is not None:
             return self
         if not any(holds_ids(f) for f in self.files):
             for name in ("samples", "length"):
@@ -165,10 +175,18 @@ class TrainingData(Sampled):
 
 
 class CalibrationSection(Sampled):
-    """Text for calibration: passes measure the model's activations on it."""
+    """Text or speech for calibration: passes measure the model's activations on it."""
 
+    model_config = ConfigDict(json_schema_extra=_FILES_OR_SPEECH)
+
+    files: Files = Field(default=(), description=Sampled.model_fields["files"].description)
+    speech: Text | None = Field(
+        default=None,
+        description="For models that read sound, instead of `files`: a folder of .wav files (PCM). A .txt file of the same "
+        "name holds the transcript, if there is one. Only `samples` goes with it.",
+    )
     samples: int | None = Field(
-        default_factory=lambda fields: None if holds_ids(fields["files"][0]) else 128,
+        default_factory=lambda fields: None if fields["files"] and holds_ids(fields["files"][0]) else 128,
         ge=1,
         description="Number of samples to draw, by default 128. For token ids: use the first rows only; by default all.",
     )

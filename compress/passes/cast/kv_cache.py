@@ -36,7 +36,7 @@ def cache_scales(checkpoint: Checkpoint, spec: Spec, context: Context) -> dict[s
         "cache",
         lambda: largest_cached(
             checkpoint,
-            Inputs(batches.values, batches.mask),
+            Inputs(batches.values, batches.mask, batches.target_mask),
             workspace=context.workspace.folder("cache"),
             dtype=context.dtype,
             device=context.device,

@@ -85,7 +85,7 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
         batches = samples(settings, context)
         executor = BlockExecutor(
             checkpoint,
-            Inputs(batches.values, batches.mask),
+            Inputs(batches.values, batches.mask, batches.target_mask),
             dtype=context.dtype,
             device=context.device,
             seed=context.seed,
