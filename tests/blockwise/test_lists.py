@@ -12,7 +12,6 @@ from compress.checkpoint.values import Derived
 from compress.errors import PassError
 from compress.models.blocks import find_lists
 from compress.models.loading import load_checkpoint
-from tests import pico
 from tests.toolbox import matrices, runner_of
 
 SOURCE, TARGET, SAMPLES = 12, 9, 5
@@ -88,27 +87,24 @@ def test_the_decoder_reads_the_encoder_as_it_was_changed(folders, tmp_path):
     _, reads = whole(changed, inputs)
     _, before = whole(checkpoint, inputs)
     key = "decoder.block.1.layer.1.EncDecAttention.k.weight"
-    found = {}
+    hessians, originals = [], []
 
     def change(block):
-        for linear in block.linears:
-            if linear.name == name:
-                linear.weight.mul_(3)
-            if linear.name == key:
-                found["now"] = block.statistics(groups=block.groups_with([key]))
-                found["now"] = next(found["now"])[1].hessian
-                read = []
-                handle = linear.module.register_forward_pre_hook(lambda m, a: read.append(a[0]))
-                with torch.no_grad():
-                    block.forward_original([0, 1], block.originals.read([0, 1]))
-                handle.remove()
-                found["original"] = read[0]
+        by_name = {linear.name: linear for linear in block.linears}
+        if name in by_name:
+            by_name[name].weight.mul_(3)
+        if key in by_name:
+            hessians.append(next(block.statistics(groups=block.groups_with([key])))[1].hessian)
+            handle = by_name[key].module.register_forward_pre_hook(lambda m, a: originals.append(a[0]))
+            with torch.no_grad():
+                block.forward_original([0, 1], block.originals.read([0, 1]))
+            handle.remove()
         return {}
 
     runner_of(checkpoint, tmp_path, inputs, with_targets=True).run(change, "changing")
     x = reads[key][inputs.mask].double()
-    assert torch.allclose(found["now"].double(), x.T @ x, rtol=1e-4, atol=1e-3)
-    assert torch.allclose(found["original"], before[key][:2], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(hessians[0].double(), x.T @ x, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(originals[0], before[key][:2], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before[key], reads[key], rtol=1e-2, atol=1e-2)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from compress import architectures
 from compress.architectures.record import Architecture
-from compress.blockwise.inputs import Inputs
 from compress.blockwise.experts import Experts
+from compress.blockwise.inputs import Inputs
 from compress.blockwise.linears import find_linears
 from compress.blockwise.results import TensorExtras
 from compress.checkpoint.open import open_checkpoint
