@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,11 +115,12 @@ def _alone(executor: BlockExecutor, index: int, hidden: torch.Tensor, wanted: Co
 
 
 def _check_called(executor: BlockExecutor, unread: Sequence[str]) -> None:
-    """Raise `PassError` where a block computes with a matrix without calling its layer; an expert may wait for its tokens."""
-    if name := next((name for name in unread if not executor.streamed.record.is_expert(name)), None):
-        module = name.rpartition(".")[0]
+    """Raise `PassError` where a block does not call the layer of a matrix; an expert may wait for its tokens."""
+    record = executor.streamed.record
+    if name := next((name for name in unread if not (record.is_expert(name) or "expert" in name)), None):
+        module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
         raise PassError(
-            f"{name} is used by its block without a call of its layer, so that its inputs cannot be measured",
+            f"{name} is in no layer that its block calls on the calibration data, so that its inputs cannot be measured",
             key="skip",
             fix=f"skip it: skip: [{module}], or use a method that needs no calibration",
         )

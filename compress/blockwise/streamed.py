@@ -190,7 +190,10 @@ class StreamedModel:
             one.modules[index - one.first] = present
         missing = [name for name, p in module.named_parameters() if p.is_meta]
         if missing:
-            raise PassError(f"block {index} lacks {missing[0]} after loading")
+            raise PassError(
+                f"{self.title_of(index)} lacks {missing[0]} after loading: blocks may share it in a way that is not known",
+                fix="use a method that needs no calibration",
+            )
         try:
             yield module
         finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.inferred import BlockList, Matrix, OuterRole, starred
@@ -111,7 +113,9 @@ def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) ->
         return Matrix("distances")
     role = role_of(path or part)
     if kind in ("linear", "transposed") and name == "weight":
-        return Matrix(role, True, kind == "transposed")
+        parent, _, child = owner.rpartition(".")
+        by_hand = child in _multiplied_by_hand(type(skeleton.modules[parent]))
+        return Matrix(role, not by_hand, kind == "transposed")
     if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
         return Matrix("mlp", True)
     if fused is not None and fused.ndim == len(shape) == 3 and (turned := _experts_axes(module)) is not None:
@@ -131,6 +135,20 @@ def _experts_axes(module: Any) -> bool | None:
     if turned and straight:
         return bool(getattr(module, "is_transposed", False))
     return turned if turned or straight else None
+
+
+@cache
+def _multiplied_by_hand(cls: type) -> frozenset[str]:
+    """Layers of a module class whose weights its code multiplies itself, without a call of the layer, as Mamba's ``dt_proj``.
+
+    Calibration sees no inputs of these, and codes in their place would not be decoded.
+    """
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return frozenset()
+    patterns = (r"self\.(\w+)\.weight\s*@", r"@\s*self\.(\w+)\.weight\b", r"linear\(\s*\w+,\s*self\.(\w+)\.weight\b")
+    return frozenset(name for pattern in patterns for name in re.findall(pattern, source))
 
 
 def is_router(path: str, module: Any, experts: Collection[int]) -> bool:
