@@ -114,7 +114,7 @@ def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) ->
     role = role_of(path or part)
     if kind in ("linear", "transposed") and name == "weight":
         parent, _, child = owner.rpartition(".")
-        by_hand = child in _multiplied_by_hand(type(skeleton.modules[parent]))
+        by_hand = child in _multiplied_by_hand(skeleton.modules[parent].__class__)
         return Matrix(role, not by_hand, kind == "transposed")
     if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
         return Matrix("mlp", True)
@@ -138,7 +138,7 @@ def _experts_axes(module: Any) -> bool | None:
 
 
 @cache
-def _multiplied_by_hand(cls: type) -> frozenset[str]:
+def _multiplied_by_hand(cls: Any) -> frozenset[str]:
     """Layers of a module class whose weights its code multiplies itself, without a call of the layer, as Mamba's ``dt_proj``.
 
     Calibration sees no inputs of these, and codes in their place would not be decoded.
