@@ -101,7 +101,7 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     import compress
     from compress.architectures.model_map import model_map
     from compress.blockwise.executor import BlockExecutor
-from compress.blockwise.inputs import Inputs
+    from compress.blockwise.inputs import Inputs
     from compress.blockwise.saved_hessians import SavedHessians
     from compress.checkpoint.open import open_checkpoint
     from compress.checkpoint.values import Derived, Value

@@ -152,7 +152,7 @@ class Lab:
     def measure(self) -> None:
         """The losses of windows under each kind of sinks, in one pass; the pass then reads them."""
         from compress.blockwise.executor import BlockExecutor
-from compress.blockwise.inputs import Inputs
+        from compress.blockwise.inputs import Inputs
         from compress.passes.local_attention.divergence import samples
         from compress.progress import SilentProgress
         from compress.sensitivity.attention import Sight

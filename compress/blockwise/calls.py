@@ -29,7 +29,7 @@ FIX = "use a method that needs no calibration"
 
 @dataclass
 class Handed:
-    """What the first block of a list hands on to the others, beside hidden states.
+    """Values that the first block of a list hands on to the others, beside hidden states.
 
     Attributes:
         block: the first block, with the parameters that these values depend on; all others are zeros that take no memory.
@@ -152,7 +152,7 @@ class BlockCalls:
         return self._record(place, rows, until=self.streamed.lists[place].first)[0]
 
     def returned(self, index: int, hidden: torch.Tensor) -> Any:
-        """What a block returns whose output is ``hidden``, for models that read nothing else of it."""
+        """The return value of a block with the output ``hidden``, for models that read nothing else of it."""
         values = self._lists[self.streamed.list_of(index)].values
         return hidden if values is None else (hidden, *[None] * (values - 1))
 

@@ -49,7 +49,7 @@ Stubbed = Callable[[int, Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
-class BlockList:
+class LoadedList:
     """One list of repeated layers, such as an encoder's.
 
     Attributes:
@@ -101,12 +101,12 @@ class StreamedModel:
                 self.model.tie_weights()  # each list may have the embeddings under a name of its own
             self._compute_tables()
 
-    def _lists(self) -> list[BlockList]:
+    def _lists(self) -> list[LoadedList]:
         names = {id(module): name for name, module in self.model.named_modules()}
-        lists: list[BlockList] = []
+        lists: list[LoadedList] = []
         for path, modules in find_lists(self.model, self.record).items():
             first = lists[-1].end if lists else 0
-            lists.append(BlockList(path, names[id(modules)], modules, tuple(modules), first))
+            lists.append(LoadedList(path, names[id(modules)], modules, tuple(modules), first))
         return lists
 
     def _compute_tables(self) -> None:

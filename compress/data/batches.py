@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Features:
-    """What a model reads of sounds, made when samples are asked for; looks like a tensor with samples first.
+    """Features of sounds, made when samples are asked for; looks like a tensor with samples first.
 
     Attributes:
         name: of the model's argument.

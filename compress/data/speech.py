@@ -94,7 +94,7 @@ def of_speech(documents: Sequence[Document], processor: Any, samples: int | None
 
 
 def features(files: Sequence[str], extractor: Any) -> torch.Tensor:
-    """What the model reads of the files, from the checkpoint's feature extractor, [files, …] of one shape.
+    """Features of the files from the checkpoint's feature extractor, [files, …] of one shape.
 
     Raises:
         DataError: a file cannot be read, or the extractor refuses it.

@@ -89,7 +89,7 @@ def load_image_processor(folder: str | Path, *, trust_remote_code: bool = False)
 
 @dataclass(frozen=True)
 class SpeechProcessor:
-    """What reads sound and transcripts.
+    """The readers of sound and of transcripts.
 
     Attributes:
         extractor: feature extractor. tokenizer: None where the folder holds none. longest: most tokens of a transcript.
