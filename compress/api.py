@@ -128,7 +128,7 @@ def apply(
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
         data: calibration or training data: text files, one file of token ids, a tensor of token ids [samples, length], or
-            for training a folder of images for each class. ``field`` to ``length`` are keys of a recipe's
+            a folder: for training of images for each class, for calibration of .wav files. ``field`` to ``length`` are keys of a recipe's
             ``data.calibration`` or ``data.training``, with their defaults; a tensor is cut to ``samples`` and ``length``.
         details: is filled with the pass's part of a report. A training that did not help leaves the weights unchanged and
             warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
@@ -204,8 +204,8 @@ def _data(data: Any, needed: Collection[str], asked: Mapping[str, Any]) -> tuple
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     kind = TrainingData if "training" in needed else CalibrationSection
     values = {key: value for key, value in asked.items() if value is not None}
-    if kind is TrainingData and len(files) == 1 and Path(files[0]).is_dir():
-        values["images"], files = files[0], []
+    if len(files) == 1 and Path(files[0]).is_dir():
+        values["images" if kind is TrainingData else "speech"], files = files[0], []
     if files:
         values["files"] = tuple(files)
     section = _validated("data", kind, values)

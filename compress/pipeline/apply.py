@@ -32,13 +32,14 @@ class GivenIds:
 
     def batches(self, run: Run, name: str) -> Batches:
         """The samples, for the data set ``name``. Raises `DataError` where the model cannot read them."""
-        from compress.data import batches, token_ids
+        from compress.data import batches, pairs, token_ids
 
         assert run.data.structure is not None
         drawn = batches.first(token_ids.given_ids(self.ids), self.samples, self.length, "data")
         batches.check_vocabulary(drawn, run.data.structure.config.get("vocab_size"))
         batches.check_positions(drawn.ids.shape[1], run.data.positions, name=name)
-        return drawn
+        start = run.data.start()
+        return drawn if start is None else pairs.with_targets(drawn, start)
 
 
 def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | None) -> dict[str, Any]:

@@ -162,9 +162,11 @@ class DataSets:
 
         return load_speech_processor(self.folder, self.positions, trust_remote_code=self.recipe.trust_remote_code)
 
-    def start(self) -> int:
-        """The token that the original's decoder begins with."""
+    def start(self) -> int | None:
+        """The token that the decoder of an encoder-decoder begins with; None for other models."""
         assert self.structure is not None
+        if not is_seq2seq(self.structure):
+            return None
         name = "generation_config.json"
         generation = read_json(self.folder, name) if safe_file(self.folder, name).exists() else {}
         return start_token(self.structure.config, generation if isinstance(generation, dict) else {})
@@ -181,7 +183,7 @@ class DataSets:
                 seed=self.recipe.seed,
                 vocabulary=self.structure.config.get("vocab_size"),
                 positions=self.positions,
-                start=self.start() if is_seq2seq(self.structure) else None,
+                start=self.start(),
             )
         drawn: Batches = self._batches[name]
         return drawn

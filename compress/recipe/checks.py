@@ -144,11 +144,12 @@ def missing_files(root: MapNode) -> Iterator[Problem]:
     data = root.get("data")
     for name, entry in data.entries.items() if isinstance(data, MapNode) else ():
         files = entry.node.get("files") if isinstance(entry.node, MapNode) else None
-        images = text_of(entry.node.get("images")) if isinstance(entry.node, MapNode) else None
-        if images and not (path := _local(images)).is_dir():
-            what = "is not a folder" if path.exists() else "there is no such folder"
-            key = ("data", name, "images")
-            yield Problem(f"{images}: {what}", find_place(root, key), key, _near(path))
+        for folder in ("images", "speech"):
+            given = text_of(entry.node.get(folder)) if isinstance(entry.node, MapNode) else None
+            if given and not (path := _local(given)).is_dir():
+                what = "is not a folder" if path.exists() else "there is no such folder"
+                key = ("data", name, folder)
+                yield Problem(f"{given}: {what}", find_place(root, key), key, _near(path))
         for i, item in enumerate(files.items if isinstance(files, ListNode) else ()):
             text = text_of(item)
             if text and not (path := _local(text)).is_file():

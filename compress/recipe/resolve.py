@@ -26,7 +26,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     for section in ("data", "gates"):
         values[section] = {name: value for name, value in values[section].items() if value is not None}
     values["data"] = {
-        name: {k: v for k, v in section.items() if v or k not in ("files", "images")}
+        name: {k: v for k, v in section.items() if v or k not in ("files", "images", "speech")}
         for name, section in values["data"].items()
     }
     values["gates"] = {name: _gate(gate) for name, gate in values["gates"].items()}
