@@ -23,6 +23,8 @@ from compress.errors import PassError, one_line
 
 #: A block's arguments beside its hidden states: positional ones, and those by name.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: Words for a block that the model leaves out, such as cross-attention to images where there are none.
+NOT_RUN = "is not run on the calibration data"
 #: What the user can do where blocks cannot run one by one.
 FIX = "use a method that needs no calibration"
 
@@ -98,7 +100,7 @@ class BlockCalls:
                 if last and len(self.first_hidden([0, last], place)) != 2:
                     raise self._refusal(one.first, "reads hidden states that are not laid out by sample")
             except _NotSequential as error:
-                raise self._refusal(error.index, "reads more than the output of the block before it") from None
+                raise self._refusal(error.index, error.reason) from None
             except (TypeError, IndexError, ValueError, RuntimeError, AttributeError, KeyError) as error:
                 if type(error).__name__ == "OutOfMemoryError":
                     raise
@@ -168,7 +170,7 @@ class BlockCalls:
         recorder = _Recorder(self, place, rows, one.end - 1 if until is None else until)
         self.streamed.run(self.inputs.rows(rows), recorder)
         if len(recorder.calls) != recorder.last - one.first + 1:
-            raise _NotSequential(one.first + len(recorder.calls))
+            raise _NotSequential(one.first + len(recorder.calls), NOT_RUN)
         return recorder.first, recorder.calls
 
 
@@ -200,8 +202,10 @@ class _Recorder:
         first = owner.streamed.lists[place].first
         if index == first:
             self.first = hidden
-        elif index != first + len(self.calls) or hidden is not self._previous:
-            raise _NotSequential(index)
+        elif index > (due := first + len(self.calls)):
+            raise _NotSequential(due, NOT_RUN)
+        elif index != due or hidden is not self._previous:
+            raise _NotSequential(index, "reads more than the output of the block before it")
         self.calls.append((args, {k: _without_cache(v) for k, v in kwargs.items()}))
         if index == self.last:
             raise StopForward
@@ -219,9 +223,9 @@ class _Recorder:
 class _NotSequential(Exception):
     """A block is not fed by the block before it alone."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, reason: str) -> None:
         super().__init__(index)
-        self.index = index
+        self.index, self.reason = index, reason
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def find_linears(
             parent, _, child = path.rpartition(".")
             experts = Experts(module)
             swaps.append(ExpertSwap(block.get_submodule(parent), child, experts))
-            start = f"{streamed.block_name}.{index}."
+            start = f"{streamed.path_of(index)}."
             by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, start)}
     wanted = set(wanted)
     if missing := sorted(wanted - {linear.tensor for linear in by_name.values()}):

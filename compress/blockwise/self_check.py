@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress.blockwise.calls import FIX
+from compress.blockwise.calls import FIX, NOT_RUN
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.linears import find_linears
 from compress.blockwise.streamed import StopForward
@@ -81,7 +81,7 @@ def _outputs(executor: BlockExecutor) -> dict[int, torch.Tensor]:
 
     executor.streamed.run(executor.inputs.rows([0]), whole)
     if absent := [index for index in range(executor.depth) if index not in outputs]:
-        raise _refusal(executor, absent[0], "is not run on the calibration data")
+        raise _refusal(executor, absent[0], NOT_RUN)
     return outputs
 
 
