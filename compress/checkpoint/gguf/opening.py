@@ -40,6 +40,7 @@ class GgufContents:
     Attributes:
         config: of the stock class. headers: an entry of bytes for each tensor of the file, by file.
         tensors, sources: logical tensors, and their form in the file. bytes: of the file. notes: for the user.
+        metadata: of the file.
     """
 
     config: dict[str, Any]
@@ -48,6 +49,7 @@ class GgufContents:
     sources: dict[str, Quantized]
     bytes: int
     notes: tuple[str, ...]
+    metadata: Mapping[str, Any]
 
 
 def _place(reference: Path) -> tuple[Path, str] | None:
@@ -93,7 +95,8 @@ def with_tokenizer(reference: Path) -> Path:
         return reference
     if reference.is_dir() and all((reference / name).exists() for name in ("config.json", "tokenizer.json")):
         return reference
-    return view(safe_file(*place), read_contents(*place).config)
+    contents = read_contents(*place)
+    return view(safe_file(*place), contents.config, contents.metadata)
 
 
 def read_contents(folder: Path, name: str) -> GgufContents:
@@ -130,6 +133,7 @@ def read_contents(folder: Path, name: str) -> GgufContents:
         sources=sources,
         bytes=header.size,
         notes=(stored_note(tensors, sources),),
+        metadata=header.metadata,
     )
 
 

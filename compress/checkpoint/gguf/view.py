@@ -13,11 +13,16 @@ from compress.checkpoint.sidecars import LinkedFolder
 from compress.errors import CheckpointError, is_lack, one_line
 from compress.files import temporary
 
-_TOKENIZER = "tokenizer.json"
 _FILE = "model.gguf"
+_BESIDE = "put the model's config.json and tokenizer.json beside it, and name the folder"
 
 
-def view(path: Path, config: Mapping[str, Any]) -> LinkedFolder:
+#: Rules by which a byte-level tokenizer splits text, beyond those that transformers has a table of: GPT-2's own, and one that
+#: also splits digits, of a vocabulary that joins none.
+_PLAIN = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "smollm"})
+
+
+def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> LinkedFolder:
     """Folder that stands for a GGUF file, made once for each version of the file.
 
     Raises:
@@ -26,6 +31,7 @@ def view(path: Path, config: Mapping[str, Any]) -> LinkedFolder:
     import transformers
 
     path = path.resolve()
+    _check_rules(path, metadata)
     state = path.stat()
     key = [str(path), state.st_size, state.st_mtime_ns, transformers.__version__, config]
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress/gguf"
@@ -44,6 +50,25 @@ def view(path: Path, config: Mapping[str, Any]) -> LinkedFolder:
     return LinkedFolder(folder)
 
 
+def _check_rules(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Check that transformers splits text as the file's tokenizer does: it would take GPT-2's rules for unknown ones.
+
+    Raises:
+        CheckpointError: it does not, or the file names no rules.
+    """
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    rules = metadata.get("tokenizer.ggml.pre")
+    if metadata.get("tokenizer.ggml.model") != "gpt2" or rules in {
+        *_PLAIN,
+        *gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS,
+    }:
+        return
+    raise CheckpointError(
+        f"has a tokenizer with the rules {rules!r}, which transformers does not know", where=str(path), fix=_BESIDE
+    )
+
+
 def _tokenizer(folder: Path) -> None:
     """Write the tokenizer files of the folder's GGUF file."""
     import transformers
@@ -57,5 +82,5 @@ def _tokenizer(folder: Path) -> None:
         raise CheckpointError(
             f"holds no tokenizer that transformers can read: {one_line(error)}",
             where=str((folder / _FILE).resolve()),
-            fix="put the model's config.json and tokenizer.json beside it, and name the folder",
+            fix=_BESIDE,
         ) from error

@@ -108,6 +108,14 @@ def test_own_config_and_tokenizer_beside_the_file_win(tmp_path):
         open_headers(tmp_path)
 
 
+def test_unknown_rules_of_a_tokenizer_are_refused(tmp_path):
+    data = (FOLDER / "llama.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(data.replace(b"gpt-2", b"gpt-X", 1))
+    open_headers(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match=r"a tokenizer with the rules 'gpt-X', .*tokenizer.json beside it"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def replaced(old, new):
     """A change of bytes of the header; of one length, so that nothing else moves."""
     assert len(old) == len(new)
