@@ -59,6 +59,8 @@ _LATENT: dict[str, Any] = {
         f"self_attn.{part}" for part in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     ),
 }
+#: The block that predicts further tokens, which the class ignores by this number.
+_FURTHER_TOKENS = Leftover(r"layers\.61\.")
 _POSITION_IDS = Leftover(r"embeddings\.position_ids$")
 _LAYER_NORMS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 #: Suffixes of the classes that label single tokens, and of those that label whole texts or tokens.
@@ -304,7 +306,7 @@ RECORDS: tuple[Architecture, ...] = (
     ),
     Architecture(
         "deepseek_v3",
-        **_LATENT,
+        **{**_LATENT, "leftovers": (*_LATENT["leftovers"], _FURTHER_TOKENS)},
         latent={"kv_lora_rank": 512, "qk_rope_head_dim": 64},
         dense_first_key="first_k_dense_replace",
         routers=("mlp.gate",),

@@ -30,7 +30,8 @@ for _info in pkgutil.iter_modules(__path__):
 
 def knows(quantization: Any) -> bool:
     """Whether a ``quantization_config`` is of a scheme that is dequantised on reading."""
-    return isinstance(quantization, dict) and quantization.get("quant_method") in SCHEMES
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return isinstance(method, str) and method in SCHEMES
 
 
 def parse(

@@ -67,9 +67,9 @@ def _variant(files: WeightFiles) -> tuple[int, int, int]:
         raise files.unknown("checkpoint_format", "marlin" if layout == "gptq" else layout, "gptq and gptq_v2")
     if said.get("pack_dtype", "int32") not in ("int32", None):
         raise files.unknown("pack_dtype", said["pack_dtype"], "int32")
-    own = [key for key in said.get("dynamic") or () if not str(key).startswith("-")]
-    if own:
-        raise files.unknown("dynamic", own[0], "one number of bits for all layers")
+    dynamic = said.get("dynamic") or {}  # layers of other bits, or with a minus of none
+    if not isinstance(dynamic, dict) or any(not str(key).startswith("-") for key in dynamic):
+        raise files.unknown("dynamic", dynamic, "one number of bits for all layers")
     return said["bits"], max(group, 0), int(layout == "gptq")
 
 

@@ -106,7 +106,8 @@ def read_contents(folder: Path, name: str) -> GgufContents:
     shapes = {key: tensor.shape for key, tensor in header.tensors.items()}
 
     def floats(key: str) -> tuple[float, ...]:
-        tensor = header.tensors[key]
+        if (tensor := header.tensors.get(key)) is None:
+            raise CheckpointError(f"lacks the tensor {key}", where=str(path))
         if tensor.kind.name != "F32" or (count := tensor.shape[-1]) > _SMALL or len(tensor.shape) > 1:
             raise CheckpointError(f"stores {key} as {tensor.kind.name} {list(tensor.shape)}", where=str(path))
         return struct.unpack(f"<{count}f", read_bytes(folder)((name, tensor.start), 4 * count))
