@@ -41,6 +41,10 @@ _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 _NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)|(\w+)\.(weight|bias)")
 
 
+#: Rules by which a byte-level tokenizer splits text as that of GPT-2 does, or also at digits where the vocabulary joins none.
+_PLAIN = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "smollm"})
+
+
 @dataclass(frozen=True, slots=True)
 class GgufFamily:
     """One architecture of GGUF files.
@@ -121,6 +125,13 @@ def shortest(value: float) -> float:
     return next(
         x for digits in range(1, 18) if struct.pack("<f", x := float(f"{value:.{digits}g}")) == struct.pack("<f", value)
     )
+
+
+def unknown_rules(data: Mapping[str, Any], known: Iterable[str]) -> str | None:
+    """Name of the rules by which the file's tokenizer splits text, where they are not ``known``; None where they are."""
+    rules = str(data.get("tokenizer.ggml.pre"))
+    byte_level = data.get("tokenizer.ggml.model") == "gpt2"  # others split at no rules
+    return repr(rules) if byte_level and rules not in _PLAIN.union(known) else None
 
 
 def gguf_model(

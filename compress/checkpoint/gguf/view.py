@@ -9,17 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.architectures.gguf import unknown_rules
 from compress.checkpoint.sidecars import LinkedFolder
 from compress.errors import CheckpointError, is_lack, one_line
 from compress.files import temporary
 
 _FILE = "model.gguf"
 _BESIDE = "put the model's config.json and tokenizer.json beside it, and name the folder"
-
-
-#: Rules by which a byte-level tokenizer splits text, beyond those that transformers has a table of: GPT-2's own, and one that
-#: also splits digits, of a vocabulary that joins none.
-_PLAIN = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais", "smollm"})
 
 
 def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> LinkedFolder:
@@ -58,15 +54,10 @@ def _check_rules(path: Path, metadata: Mapping[str, Any]) -> None:
     """
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 
-    rules = metadata.get("tokenizer.ggml.pre")
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or rules in {
-        *_PLAIN,
-        *gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS,
-    }:
-        return
-    raise CheckpointError(
-        f"has a tokenizer with the rules {rules!r}, which transformers does not know", where=str(path), fix=_BESIDE
-    )
+    if unknown := unknown_rules(metadata, gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS):
+        raise CheckpointError(
+            f"has a tokenizer with the rules {unknown}, which transformers does not know", where=str(path), fix=_BESIDE
+        )
 
 
 def _tokenizer(folder: Path) -> None:
