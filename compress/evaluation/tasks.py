@@ -12,7 +12,14 @@ from compress import architectures
 from compress.errors import CompressError, DataError
 from compress.evaluation import metrics
 from compress.evaluation.metrics.base import Kind, MetricOfPasses
-from compress.spec.classes import CAUSAL_LM, IMAGE_CLASSIFICATION, MASKED_LM, SEQUENCE_CLASSIFICATION
+from compress.spec.classes import (
+    CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
+    MASKED_LM,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from compress.spec.spec import Structure
 
 #: Kinds of evaluation data: documents, labelled rows, or a folder of images for each class.
@@ -106,8 +113,9 @@ def task_of(class_name: str | None) -> Task:
 
 def is_seq2seq(structure: Structure) -> bool:
     """Whether a model reads a source and writes a target: an encoder-decoder, as its config says."""
-    base = re.search(r"(Encoder|EncoderModel|ForTokenClassification)$", structure.class_name or "")
-    return bool(structure.config.get("is_encoder_decoder")) and base is None
+    others = (*SEQUENCE_CLASSIFICATION.suffixes, *TOKEN_CLASSIFICATION.suffixes, *QUESTION_ANSWERING.suffixes)
+    single = (structure.class_name or "").endswith((*others, *CAUSAL_LM.suffixes, "Encoder", "EncoderModel"))
+    return bool(structure.config.get("is_encoder_decoder")) and not single
 
 
 def measurable(given: Given) -> frozenset[str]:

@@ -106,7 +106,8 @@ class Samples:
 
     def order(self, batch: int, seed: int) -> Order:
         """Order of the training samples, with ``batch`` samples per step."""
-        lengths = None if self.batches.mask is None else self.batches.mask.sum(1).tolist()
+        mask = self.batches.mask if self.batches.targets is None else self.batches.target_mask
+        lengths = None if mask is None else mask.sum(1).tolist()
         return Order(self.train, batch, seed, lengths if lengths and len(set(lengths)) > 1 else None)
 
     def counts(self, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -129,14 +130,9 @@ class Samples:
         source = torch.where(rows < 0, torch.zeros_like(rows), rows)
         mask = self._mask(source)
         longest = int(mask.sum(1).max())
-        ids, mask = self.batches.ids[source, :longest].clone(), mask[:, :longest]
+        ids, mask = self._tokens[source, :longest].clone(), mask[:, :longest]
         counted = mask & (rows >= 0)[:, None]
-        images = self.batches.images
-        inputs = {"input_ids": ids} if images is None else {"pixel_values": images(ids[:, 0].tolist())}
-        if self.batches.mask is not None:
-            inputs["attention_mask"] = mask.long()
-        if self.batches.types is not None:
-            inputs["token_type_ids"] = self.batches.types[source, :longest]
+        inputs = self._inputs(source, ids, mask)
         if self.task is LANGUAGE:
             predict = torch.zeros_like(counted)
             predict[:, :-1] = counted[:, :-1] & counted[:, 1:]
@@ -150,10 +146,30 @@ class Samples:
         to = {name: value.to(device) for name, value in inputs.items()}
         return Batch(to, counted.to(device), predict.to(device), targets.to(device), rows, *counts)
 
+    @property
+    def _tokens(self) -> torch.Tensor:
+        """The ids that are predicted: those that a decoder reads, or all."""
+        return self.batches.ids if self.batches.targets is None else self.batches.targets
+
     def _mask(self, rows: torch.Tensor) -> torch.Tensor:
-        if self.batches.mask is None:
-            return torch.ones(len(rows), self.batches.ids.shape[1], dtype=torch.bool)
-        return self.batches.mask[rows]
+        """Which of these ids count."""
+        mask = self.batches.mask if self.batches.targets is None else self.batches.target_mask
+        return torch.ones(len(rows), self._tokens.shape[1], dtype=torch.bool) if mask is None else mask[rows]
+
+    def _inputs(self, rows: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's arguments for samples with these ids to predict."""
+        batches = self.batches
+        if batches.images is not None:
+            return {"pixel_values": batches.images(ids[:, 0].tolist())}
+        if batches.targets is not None:
+            masked = {} if batches.mask is None else {"attention_mask": batches.mask[rows].long()}
+            return {"input_ids": batches.ids[rows], "decoder_input_ids": ids, **masked}
+        inputs = {"input_ids": ids}
+        if batches.mask is not None:
+            inputs["attention_mask"] = mask.long()
+        if batches.types is not None:
+            inputs["token_type_ids"] = batches.types[rows, : ids.shape[1]]
+        return inputs
 
     def _generator(self, purpose: str, row: int, epoch: int) -> random.Random:
         assert self.masking is not None

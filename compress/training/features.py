@@ -25,7 +25,8 @@ class ForwardOutput:
     """Result of one forward pass.
 
     Attributes:
-        last: hidden states after the last block and its norm [B, L, D]; logits [B, classes] of a classifier.
+        last: hidden states after the last block and its norm [B, L, D]; logits of a classifier [B, classes], and of a model
+            without a base of its own [B, L, V].
         states: hidden states by number: 0 before the first block, i after block i.
         vectors: queries, keys and values by block index, each [B, L, width].
     """
@@ -65,7 +66,9 @@ class FeatureModel:
                     fix="leave out `relations`",
                 )
         #: whether logits are computed from hidden states, a few tokens at a time; `check` sets it
-        self.by_parts = task in (LANGUAGE, MASKED)
+        self.by_parts = task in (LANGUAGE, MASKED) and self.base is not model
+        #: whether `run` gives logits, as of T5, whose class is its own base
+        self._whole = task in (LANGUAGE, MASKED) and self.base is model
         #: last hidden states [N, D] ▶ logits [N, V]; the linear layer itself if `check` finds that it is all
         self.head: Any = self.logits
 
@@ -89,7 +92,7 @@ class FeatureModel:
         with self._recording() as seen, accepted(given):
             out = target(**given, output_hidden_states=bool(self.states), return_dict=True)
         states = {i: out.hidden_states[i] for i in self.states}
-        if self.task.labels == "classes":
+        if self.task.labels == "classes" or self._whole:
             return ForwardOutput(out.logits, states, seen)
         self._kind = type(out)
         return ForwardOutput(out.last_hidden_state, states, seen)
@@ -144,7 +147,7 @@ class FeatureModel:
 
     def predicted(self, output: ForwardOutput, inputs: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
         """Inputs of `head` for the tokens ``where`` (bool [B, L], classifier [B]): hidden states [N, D], or logits."""
-        if self.by_parts or self.task.labels == "classes":
+        if self.by_parts or self.task.labels == "classes" or self._whole:
             return output.last[where]
         given = {name: value for name, value in inputs.items() if name in self.takes}
         logits: torch.Tensor = self.model(**given, return_dict=True).logits

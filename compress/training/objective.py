@@ -128,7 +128,7 @@ class Objective(torch.nn.Module):
         vectors = () if terms.vectors is None else (terms.vectors[0],)
         self.features = FeatureModel(student, task, [s for s, _ in terms.states], vectors)
         self.projections = torch.nn.ModuleDict()
-        width = int(student.config.hidden_size)
+        width = int(student.config.get_text_config().hidden_size)
         if teacher_width is None:
             return
         pairs = {f"state{i}": (width, teacher_width) for i in range(len(terms.states))}

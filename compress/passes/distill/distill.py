@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_headers
 from compress.errors import PassError
-from compress.evaluation.tasks import IMAGES, task_of
+from compress.evaluation.tasks import IMAGES, is_seq2seq, task_of
 from compress.files import expanded
 from compress.passes.base import EDITED, Context, Pass, Storage
 from compress.passes.distill.plan import (
@@ -69,7 +69,7 @@ class Distill(Pass[DistillSettings]):
         record = model_map(spec).record
         if record.input != "input_ids" and task_of(spec.structure.class_name) is not IMAGES:
             raise PassError(f"training data is text, or images of classes, and this model reads `{record.input}`")
-        if any(record.in_stack(name) for name in spec.tensors):
+        if not is_seq2seq(spec.structure) and any(record.in_stack(n) and not record.in_tower(n) for n in spec.tensors):
             raise PassError(f"{spec.structure.class_name} reads two texts, and training data are one")
         check_losses(spec, settings)
         student = spec

@@ -10,7 +10,7 @@ from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.checkpoint.edits.linformer import PROJECTIONS
 from compress.errors import PassError
-from compress.evaluation.tasks import EMBEDDING, label_ids, task_of
+from compress.evaluation.tasks import EMBEDDING, is_seq2seq, label_ids, task_of
 from compress.passes.distill.settings import DIVERGENCES, DistillSettings
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec
@@ -28,6 +28,8 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         )
     weights = losses(spec, settings)
     of_logits = [name for name in (*DIVERGENCES, "labels") if name in weights]
+    if is_seq2seq(spec.structure):
+        _check_seq2seq(spec, settings, [name for name in weights if name not in of_logits])
     if task is EMBEDDING and of_logits:
         raise PassError(
             f"`{of_logits[0]}` compares predictions, and {spec.structure.class_name or 'a base model'} makes none",
@@ -36,6 +38,19 @@ def check_losses(spec: Spec, settings: DistillSettings) -> None:
         )
     if task.labels == "classes" and "cosine" in weights:
         raise PassError("`cosine` is for language models and sentence embeddings", key="losses", fix="use `hidden`")
+
+
+def _check_seq2seq(spec: Spec, settings: DistillSettings, of_states: list[str]) -> None:
+    """Raise `PassError` if an encoder-decoder is to be compared by what only models with one list of blocks have."""
+    model = spec.structure.class_name
+    if settings.teacher_cache is not None:
+        raise PassError(f"`teacher_cache` keeps predictions of one text, and {model} reads two", key="teacher_cache")
+    if of_states:
+        raise PassError(
+            f"`{of_states[0]}` compares states of blocks, and those of {model} are in two lists",
+            key="losses",
+            fix="use `kl` or `labels`",
+        )
 
 
 def _in_matrices(spec: Spec, attention: bool) -> int:

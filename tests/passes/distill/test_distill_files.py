@@ -112,12 +112,13 @@ def test_distill_of_base_class_files_matches_whole_class(family, prefix, tmp_pat
     assert any(not torch.equal(value, tensors[name]) for name, value in b.items())
 
 
-def test_distill_refuses_encoder_decoder(tmp_path):
+def test_distill_refuses_classifiers_of_two_texts(tmp_path):
     from compress import passes
 
     distill = passes.get("distill")
-    with pytest.raises(PassError, match="T5ForConditionalGeneration reads two texts"):
-        distill.plan(open_checkpoint(pico.save(tmp_path / "t5", "t5")).spec, distill.settings(steps=2))
+    folder = pico.save(tmp_path / "t5", "t5", class_name="T5ForSequenceClassification")
+    with pytest.raises(PassError, match="T5ForSequenceClassification reads two texts"):
+        distill.plan(open_checkpoint(folder).spec, distill.settings(steps=2))
 
 
 RUN = {
