@@ -205,7 +205,8 @@ def _data(data: Any, needed: Collection[str], asked: Mapping[str, Any]) -> tuple
     kind = TrainingData if "training" in needed else CalibrationSection
     values = {key: value for key, value in asked.items() if value is not None}
     if len(files) == 1 and Path(files[0]).is_dir():
-        values["images" if kind is TrainingData else "speech"], files = files[0], []
+        spoken = kind is CalibrationSection and any(Path(files[0]).rglob("*.wav"))
+        values["speech" if spoken else "images"], files = files[0], []
     if files:
         values["files"] = tuple(files)
     section = _validated("data", kind, values)

@@ -11,7 +11,7 @@ from typing import Any
 
 import compress
 from benchmarks.families.judge import Judge, Wrong
-from benchmarks.families.pico import Pico
+from benchmarks.families.pico import SAMPLES, Pico
 from compress.errors import CompressError
 
 
@@ -85,6 +85,8 @@ def _apply(cell: str, pico: Pico, to: Path, judge: Judge, **others: Any) -> None
     settings = {**what.settings, **others}
     if what.calibrated:
         settings["data"] = pico.data
+        if isinstance(pico.data, Path):
+            settings["samples"] = SAMPLES if cell != "distill" else None
     if cell == "distill":
         settings["teacher"] = [{"checkpoint": str(pico.other)}]
     details: dict[str, Any] = {}

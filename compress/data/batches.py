@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Features:
-    """Features of sounds, made when samples are asked for; looks like a tensor with samples first.
+    """Features of sounds, or pixels, made when samples are asked for; looks like a tensor with samples first.
 
     Attributes:
         name: of the model's argument.
@@ -67,8 +67,7 @@ class Batches:
         images: a function from numbers of samples to their pixels; ``ids`` are then these numbers, [samples, 1].
         targets: int64 [samples, target length], what the decoder of an encoder-decoder reads; None for other models.
         target_mask: bool, as ``mask``, of the targets; its length is not that of ``mask``.
-        speech: a function from numbers of samples to what the model reads of sounds, by the name of the argument; ``ids`` are
-            then these numbers.
+        features: what the model reads of sounds or images in place of ``ids``, which are then the samples' numbers.
         chosen: the source of each sample: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids, ``class/file`` for an image.
     """
@@ -81,12 +80,12 @@ class Batches:
     images: Callable[[Sequence[int]], torch.Tensor] | None = None
     targets: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
-    speech: Features | None = None
+    features: Features | None = None
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
         """The model's inputs by name, without the mask."""
-        read: dict[str, Any] = {"input_ids": self.ids} if self.speech is None else {self.speech.name: self.speech}
+        read: dict[str, Any] = {"input_ids": self.ids} if self.features is None else {self.features.name: self.features}
         read |= {} if self.types is None else {"token_type_ids": self.types}
         return read | ({} if self.targets is None else {"decoder_input_ids": self.targets})
 
@@ -124,7 +123,7 @@ class Batches:
             chosen=self.chosen[rows] if isinstance(rows, slice) else (),
             targets=None if self.targets is None else self.targets[rows],
             target_mask=None if self.target_mask is None else self.target_mask[rows],
-            speech=None if self.speech is None else self.speech.part(rows),
+            features=None if self.features is None else self.features.part(rows),
         )
 
     def sha256(self) -> str:
@@ -152,6 +151,16 @@ def of_images(documents: Sequence[Document], processor: Any, seed: int) -> Batch
         labels=torch.tensor([document.label for document in order], dtype=torch.long),
         images=partial(_pixels, files, processor),  # no lambda: it goes to other processes
     )
+
+
+def of_pictures(documents: Sequence[Document], processor: Any, samples: int | None, seed: int) -> Batches:
+    """``samples`` images (all with None), drawn by seed, for calibration. Raises `DataError` where there are fewer."""
+    drawn = of_images(documents, processor, seed)
+    if len(drawn.ids) < (samples or 1):
+        raise DataError(f"the recipe asks for {samples} samples, the folder has {len(drawn.ids)} images")
+    files = {document.id: str(document.image) for document in documents}
+    read = Features("pixel_values", [files[id_] for id_ in drawn.chosen], partial(pixels, processor=processor))
+    return replace(drawn, images=None, features=read).first(samples or len(drawn.ids))
 
 
 def _pixels(files: Sequence[str], processor: Any, rows: Sequence[int]) -> torch.Tensor:

@@ -89,7 +89,7 @@ def of_speech(documents: Sequence[Document], processor: Any, samples: int | None
         chosen=tuple(document.id for document in order),
         targets=ids,
         target_mask=mask,
-        speech=read,
+        features=read,
     )
 
 

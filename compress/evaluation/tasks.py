@@ -179,6 +179,11 @@ def check_images(class_name: str | None, images: bool) -> None:
         raise _of_images(task, class_name or "this model")
 
 
+def calibrated_by(reads: str, class_name: str | None) -> bool:
+    """Whether calibration data make the argument that a model's forward reads: token ids, sounds, images of classifiers."""
+    return reads in (*SOUNDS, "input_ids") or task_of(class_name) is IMAGES
+
+
 def check_sounds(class_name: str | None, reads: str, sounds: bool) -> None:
     """Raise `DataError` if passes get text for a model that reads sound, sound for another one, or anything else to make.
 
@@ -190,7 +195,7 @@ def check_sounds(class_name: str | None, reads: str, sounds: bool) -> None:
         raise DataError(f"{model} reads `{reads}`, not sound", fix="name `files`")
     if not sounds and reads in SOUNDS:
         raise DataError(f"{model} reads sound (`{reads}`)", fix="name a folder of .wav files: `speech`")
-    if reads not in (*SOUNDS, "input_ids") and task_of(class_name) is not IMAGES:
+    if not calibrated_by(reads, class_name):
         raise DataError(
             f"{model} reads `{reads}`, which calibration does not make", fix="use a method that needs no calibration"
         )

@@ -81,6 +81,8 @@ def draw(
     if section.sounds is not None:
         return speech.of_speech(documents(), processor(), samples, seed, start or 0)
     if section.folder is not None:
+        if name == "calibration":
+            return batches.of_pictures(documents(), processor(), samples, seed)
         return batches.of_images(documents(), processor(), seed)
     if holds_ids(file := section.files[0]):
         read = token_ids.read_ids(file, section.field)

@@ -46,7 +46,7 @@ _OF_TEXT = {
     "streaming": False,
 }
 _FILES_OR_IMAGES: Any = {"oneOf": [{"required": ["files"]}, {"required": ["images"]}]}
-_FILES_OR_SPEECH: Any = {"oneOf": [{"required": ["files"]}, {"required": ["speech"]}]}
+_FILES_OR_FOLDERS: Any = {"oneOf": [{"required": [name]} for name in ("files", "images", "speech")]}
 
 
 class TextFiles(Settings):
@@ -78,9 +78,9 @@ class TextFiles(Settings):
 
     @model_validator(mode="after")
     def _files_or_folder(self) -> Self:
-        other = "images" if "images" in type(self).model_fields else "speech"
         folder = self.folder or self.sounds
-        if bool(self.files) == (folder is not None):
+        other = "images" if self.sounds is None else "speech"
+        if bool(self.files) == (folder is not None) or (self.folder and self.sounds):
             raise ValueError(f"give either `files` or `{other}`" + (", not both" if self.files else ""))
         given = [name for name, unset in _OF_TEXT.items() if getattr(self, name, unset) != unset]
         if folder is not None and given:
@@ -175,11 +175,14 @@ class TrainingData(Sampled):
 
 
 class CalibrationSection(Sampled):
-    """Text or speech for calibration: passes measure the model's activations on it."""
+    """Text, images or speech for calibration: passes measure the model's activations on it."""
 
-    model_config = ConfigDict(json_schema_extra=_FILES_OR_SPEECH)
+    model_config = ConfigDict(json_schema_extra=_FILES_OR_FOLDERS)
 
     files: Files = Field(default=(), description=Sampled.model_fields["files"].description)
+    images: Text | None = Field(
+        default=None, description=_IMAGES.format(others="Only `samples` goes with it; no class is read")
+    )
     speech: Text | None = Field(
         default=None,
         description="For models that read sound, instead of `files`: a folder of .wav files (PCM). A .txt file of the same "

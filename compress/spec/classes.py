@@ -23,7 +23,9 @@ MASKED_LM = ClassKind(("ForMaskedLM",), "AutoModelForMaskedLM")
 SEQUENCE_CLASSIFICATION = ClassKind(("ForSequenceClassification",), "AutoModelForSequenceClassification")
 TOKEN_CLASSIFICATION = ClassKind(("ForTokenClassification",), "AutoModelForTokenClassification")
 QUESTION_ANSWERING = ClassKind(("ForQuestionAnswering",), "AutoModelForQuestionAnswering")
-IMAGE_CLASSIFICATION = ClassKind(("ForImageClassification",), "AutoModelForImageClassification")
+IMAGE_CLASSIFICATION = ClassKind(
+    ("ForImageClassification", "ForImageClassificationWithTeacher"), "AutoModelForImageClassification"
+)
 SEQ2SEQ_LM = ClassKind(("ForConditionalGeneration",), "AutoModelForSeq2SeqLM")
 #: Kinds that compact checkpoints support, besides base models.
 KINDS = (

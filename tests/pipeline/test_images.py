@@ -268,7 +268,7 @@ def test_plan_of_images_refuses_data_of_another_kind(pictures, tmp_path, pico_ll
         compress.plan(recipe(pictures, tmp_path, data=text))
     calibrated = [{"prune_structured": {"mlp": "25%"}}]
     data = {"calibration": {"files": [str(labelled[1])], "field": "sentence"}}
-    with pytest.raises(PassError, match="calibration data is text, and this model reads `pixel_values`"):
+    with pytest.raises(DataError, match="takes a folder of images for each class"):
         compress.plan(recipe(pictures, tmp_path, data=data, passes=calibrated))
     train = {"images": str(pictures[1])}
     with pytest.raises(DataError, match=r"data.evaluation shares 36 of its 36 documents with data.training: "):
@@ -298,3 +298,26 @@ def test_check_and_eval_of_images_by_command(pictures, tmp_path, cli):
     status, text = cli("check", tmp_path / "r.yaml", "--resolved")
     (tmp_path / "again.yaml").write_text(text)
     assert cli("check", tmp_path / "again.yaml", "--resolved") == (status, text)
+
+
+def test_passes_calibrate_on_images(pictures, tmp_path):
+    """The Hessian of the first block's queries is that of transformers' own run over the same pixels."""
+    folder, train, _ = pictures
+    settings = {"mlp": 0.25, "compensation": "least_squares"}
+    compress.apply("prune_structured", folder, tmp_path / "small", data=train, samples=8, **settings)
+    small = transformers.ViTForImageClassification.from_pretrained(tmp_path / "small")
+    assert small.config.intermediate_size == 48
+    compress.apply("cast", folder, tmp_path / "codes", weights="int4", method="gptq", data=train, samples=36)
+    rounded = compress.apply("cast", folder, tmp_path / "nearest", weights="int4", method="rtn")
+    model, codes, nearest = (compress.load(place) for place in (folder, tmp_path / "codes", rounded))
+    pixels = torch.cat(
+        [
+            processor()(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
+            for file in sorted(train.rglob("*.*"))
+        ]
+    )
+    with torch.no_grad():
+        truth, first, second = (m(pixels).logits for m in (model, codes, nearest))
+    assert (first - truth).square().mean() < 0.8 * (second - truth).square().mean()
+    with pytest.raises(DataError, match="asks for 99 samples, the folder has 36 images"):
+        compress.apply("cast", folder, tmp_path / "none", weights="int4", method="gptq", data=train, samples=99)

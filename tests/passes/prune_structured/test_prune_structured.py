@@ -76,13 +76,11 @@ def test_remove_layers_by_count_takes_least_influential_block(family, importance
     assert details["block_influence"][1] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
 
 
-def test_remove_layers_by_count_refuses_models_without_text(tmp_path):
-    checkpoint = open_checkpoint(pico.save(tmp_path / "in", "vit"))
-    with pytest.raises(PassError, match="calibration data is text, and this model reads `pixel_values`"):
-        plan(checkpoint, "prune_structured", layers=1, compensation="none")
-    assert (
-        plan(checkpoint, "prune_structured", layers=[1], compensation="none").structure.config["num_hidden_layers"] == 3
-    )
+def test_remove_layers_takes_models_of_images():
+    checkpoint = open_checkpoint(pico.folder("vit"))
+    for layers in (1, [1]):
+        planned = plan(checkpoint, "prune_structured", layers=layers, compensation="none")
+        assert planned.structure.config["num_hidden_layers"] == 3
 
 
 def test_remove_layers_takes_shares_and_counts(pico_llama):

@@ -187,7 +187,6 @@ def test_uneven_widths_are_refused_when_others_need_even_ones(folders, data, tmp
     ("family", "settings", "message"),
     [
         ("mixtral", {}, "`allocation: kl` does not reach .*: experts are fused in memory"),
-        ("vit", {}, "calibration data is text, and this model reads `pixel_values`"),
         ("llama", {"importance": "magnitude"}, "`allocation: kl` tries widths on calibration data"),
         ("llama", {"mlp": None, "heads": 2}, "`allocation: kl` goes with `mlp`"),
     ],
