@@ -127,8 +127,8 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration or training data: text files, one file or tensor of token ids [samples, length], or a folder: for
-            training of images for each class, for calibration of .wav files. ``field`` to ``length`` are keys of a recipe's
+        data: calibration or training data: text files, one file or tensor of token ids [samples, length], or a folder:
+            of images for each class, or for calibration of .wav files. ``field`` to ``length`` are keys of a recipe's
             ``data.calibration`` or ``data.training``; a tensor is cut to ``samples`` and ``length``.
         details: is filled with the pass's part of a report. A training that did not help leaves the weights unchanged and
             warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
