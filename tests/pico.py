@@ -117,7 +117,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "cwm": ("CwmForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6}),
     "smollm3": ("SmolLM3ForCausalLM", {"num_key_value_heads": 2}),
     "olmo3": ("Olmo3ForCausalLM", {"num_key_value_heads": 2, "sliding_window": 6}),
-    # without a written record; their files hold all experts in one tensor, [E, I, O] and [E, O, I]
+    # without a written record; their files hold all experts in one tensor, [E, I, O] (Granite MoE: [E, O, I])
     "gpt_oss": (
         "GptOssForCausalLM",
         {
@@ -128,6 +128,19 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 2,
             "intermediate_size": 48,
             "sliding_window": 6,
+        },
+    ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 1,
         },
     ),
     "granitemoe": (

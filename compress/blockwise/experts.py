@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from compress.architectures.inference.roles import inputs_first
+
 
 class Experts(torch.nn.Module):
     """Fused experts, run one by one through linear modules that share the fused parameters' memory.
 
     The computation is that of the fused module: gate and up projection fused, an activation, a down projection. The rows of
-    gate and up follow each other (Mixtral, Qwen3-MoE and their like) or alternate (gpt-oss).
+    gate and up follow each other (Mixtral, Qwen3-MoE and their like) or alternate (gpt-oss). Llama 4 hands on every token for
+    every expert, zero where it is not sent there.
 
     Attributes:
         token_mask: bool [T], which tokens of the next forward pass count; None for all.
@@ -42,13 +45,8 @@ class Experts(torch.nn.Module):
     @staticmethod
     def fits(module: Any) -> bool:
         """Whether a module is fused experts of that kind."""
-        weights: list[Any] = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
-        if any(getattr(weight, "ndim", 0) != 3 for weight in weights):
-            return False
-        both, down = (rows_first(module, weight).shape for weight in weights)
         return (
-            both[1] == 2 * down[2]
-            and both[2] == down[1]
+            inputs_first(module) is not None
             and getattr(module, "has_gate", True)
             and not getattr(module, "has_post_expert_norm", False)
             and (callable(getattr(module, "_apply_gate", None)) or callable(getattr(module, "act_fn", None)))
@@ -69,10 +67,24 @@ class Experts(torch.nn.Module):
         return torch.arange(both.shape[-1], device=both.device)[self.rows[which]]
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states [T, I], indices and weights of each token's experts [T, k] ▶ [T, I]."""
+        """Hidden states [T, I], indices and weights of each token's experts [T, k] ▶ [T, I].
+
+        Without indices: inputs of all experts one after another [E T, I] ▶ [E T, I].
+        """
         result = torch.zeros_like(hidden_states)
+        if top_k_index is None or top_k_weights is None:
+            by_expert = hidden_states.view(len(self.gate), -1, hidden_states.shape[-1])
+            for e, states in enumerate(by_expert):
+                token = torch.where((states != 0).any(-1))[0]
+                self.expert_mask = None if self.token_mask is None else self.token_mask[token]
+                if len(token):
+                    result.index_add_(0, e * len(states) + token, self.down[e](self._activated(states[token], e)))
+            return result
         for e in range(len(self.gate)):
             token, place = torch.where(top_k_index == e)
             if not len(token):
@@ -109,7 +121,7 @@ def unfused(swaps: Sequence[ExpertSwap]) -> Iterator[None]:
 
 def rows_first(fused: Any, weight: torch.Tensor) -> torch.Tensor:
     """A weight of fused experts as [E, O, I]; it may be stored [E, I, O]."""
-    return weight.mT if getattr(fused, "is_transposed", False) else weight
+    return weight.mT if inputs_first(fused) else weight
 
 
 def gate_and_up(fused: Any) -> tuple[slice, slice]:

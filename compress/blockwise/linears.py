@@ -166,7 +166,8 @@ def _expert_linears(
                 yield TargetLinear(name, parameter, matrix, False, module, experts)
                 continue
             turned = (f"{path}.gate_up_proj", -2) in names
-            tensor = names.get((parameter, -2)) or names[parameter, -1]
+            if (tensor := names.get((parameter, -2)) or names.get((parameter, -1))) is None:
+                continue  # the files split it otherwise
             own = f"{start}{path}.{e}.{kind}.weight"
             yield TargetLinear(own, parameter, matrix, turned, module, experts, part=ExpertPart(tensor, e, rows))
 

@@ -27,11 +27,21 @@ if TYPE_CHECKING:
 
 
 def names_in_files(model: Any, spec: Spec, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values by a model's parameter names ▶ values by the names of a checkpoint's files; fused ones are split."""
+    """Values by a model's parameter names ▶ values by the names of a checkpoint's files; fused ones are split.
+
+    Raises:
+        PassError: transformers has no way back from the parameters to the files.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    with quiet_transformers():
-        stored = revert_weight_conversion(model, dict(parameters))
+    try:
+        with quiet_transformers():
+            stored = revert_weight_conversion(model, dict(parameters))
+    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise PassError(
+            f"transformers cannot tell which tensor of the files holds {next(iter(parameters))}: {error}",
+            fix="use a method that needs no calibration",
+        ) from error
     prefix = f"{model.base_model_prefix}."  # files of a base class leave it out
 
     def spelt(name: str) -> str:

@@ -118,17 +118,20 @@ def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) ->
         return Matrix(role, not by_hand, kind == "transposed")
     if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
         return Matrix("mlp", True)
-    if fused is not None and fused.ndim == len(shape) == 3 and (turned := _experts_axes(module)) is not None:
+    if fused is not None and fused.ndim == len(shape) == 3 and (turned := inputs_first(module)) is not None:
         same = tuple(shape) == tuple(fused.shape)
         if same or tuple(shape) == tuple(fused.mT.shape):
             return Matrix("mlp", True, turned == same)
     return Matrix(role)
 
 
-def _experts_axes(module: Any) -> bool | None:
+def inputs_first(module: Any) -> bool | None:
     """Whether a module's tensors of all experts are [E, I, O] in memory, not [E, O, I]; None where it has no such tensors."""
-    both, down = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
-    if both is None or down is None or not both.ndim == down.ndim == 3:
+    weights: list[Any] = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    if any(getattr(weight, "ndim", 0) != 3 for weight in weights):
+        return None
+    both, down = weights
+    if len(both) != len(down):
         return None
     turned = both.shape[1] == down.shape[2] and both.shape[2] == 2 * down.shape[1]
     straight = both.shape[2] == down.shape[1] and both.shape[1] == 2 * down.shape[2]

@@ -45,11 +45,12 @@ def test_cast_codes_match_stock_transformers(settings, folders, tmp_path):
     assert torch.equal(logits, our_logits(out.folder))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_cast_falls_back_to_groups_that_divide(family, tmp_path):
     """Widths that 64 does not divide: groups of 32, else a channel, of any width; fused experts have one size."""
-    sizes = {"llama": {"intermediate_size": 45, "head_dim": 16}, "qwen3_moe": {"moe_intermediate_size": 32}}[family]
-    model = pico.save(tmp_path / "m", family, hidden_size=128, with_tokenizer=False, **sizes)
+    sizes = {"llama": {"intermediate_size": 45, "head_dim": 16}, "qwen3_moe": {"moe_intermediate_size": 32}}
+    sizes["deepseek_v3"] = {"moe_intermediate_size": 48}  # its shared experts have other groups than its experts
+    model = pico.save(tmp_path / "m", family, hidden_size=128, with_tokenizer=False, **sizes[family])
     settings = {"weights": "int4", "method": "rtn"}
     checkpoint = open_checkpoint(model)
     planned = plan(checkpoint, "cast", **settings)
@@ -66,7 +67,7 @@ def test_cast_falls_back_to_groups_that_divide(family, tmp_path):
     if family == "llama":
         assert groups == {(128, 64), (64, 64), (45, 0)}
         assert "one scale per output in 4 matrices with 45 inputs (model.layers.*.mlp.down_proj)" in details["groups"]
-    else:
+    elif family == "qwen3_moe":
         assert groups == {(128, 64), (128, 32), (32, 32), (64, 64)}  # attention; experts; a dense MLP
 
 

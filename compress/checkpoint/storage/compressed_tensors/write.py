@@ -36,9 +36,11 @@ def render(spec: Spec) -> dict[str, Any] | None:
     listed, because some servers refuse a linear layer that is in no list.
     """
     by_grid: dict[QuantFormat, list[str]] = {}
-    for tensor in spec.stored():
-        if tensor.quant_format is not None:
-            by_grid.setdefault(tensor.quant_format, []).append(model_map(spec).in_memory(tensor.module))
+    mapped = model_map(spec)
+    coded = [(t, t.quant_format) for t in spec.stored() if t.quant_format is not None]
+    # transformers takes the first group that names "experts" for the fused ones, and `shared_experts` are none of these
+    for tensor, quant_format in sorted(coded, key=lambda pair: not mapped.is_expert(pair[0].name)):
+        by_grid.setdefault(quant_format, []).append(mapped.in_memory(tensor.module))
     if not by_grid:
         return None
     groups = {}
