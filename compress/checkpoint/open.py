@@ -301,6 +301,8 @@ def _tensors(
         for file, header in headers.items():
             names = {owners[key] for key in header.entries if key in owners}
             tables[file] |= {name: tensor for name, tensor in others.items() if name in names}
+    elif not structure.config.get(KEY):
+        dequantize.check_said((key for header in headers.values() for key in header.entries), where)
     for file, header in headers.items():
         table = tables[file]
         for key, entry in header.entries.items():

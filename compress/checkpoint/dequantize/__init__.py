@@ -19,7 +19,7 @@ from compress.errors import CheckpointError
 from compress.settings import format_bytes
 from compress.spec.spec import FLOAT_DTYPES, Quantized, Tensor, widest
 
-__all__ = ["STALE", "ReadArray", "config_of", "knows", "parse", "stored_note"]
+__all__ = ["STALE", "ReadArray", "check_said", "config_of", "knows", "parse", "stored_note"]
 
 #: WeightFiles beside the weights that describe their codes to other tools; they would be wrong beside dequantised weights.
 STALE = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json"})
@@ -32,6 +32,16 @@ def knows(quantization: Any) -> bool:
     """Whether a ``quantization_config`` is of a scheme that is dequantised on reading."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return isinstance(method, str) and method in SCHEMES
+
+
+def check_said(names: Iterable[str], where: str) -> None:
+    """Check that the arrays of a checkpoint without ``quantization_config`` are no codes. Raises `CheckpointError`."""
+    if (code := next((name for name in names if name.endswith((".qweight", ".weight_scale_inv"))), None)) is not None:
+        raise CheckpointError(
+            f"has codes ({code}), and config.json has no `quantization_config`",
+            where=where,
+            fix="add it: older GPTQ and AWQ checkpoints have its fields, but quant_method, in quantize_config.json",
+        )
 
 
 def parse(

@@ -22,7 +22,7 @@ Parts: TypeAlias = Mapping[str, "torch.Tensor"]
 #: Value of ``quant_method`` ▶ scheme.
 SCHEMES: dict[str, Scheme] = {}
 #: Elements that are dequantised at a time, which bounds the memory of intermediate floats.
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,10 @@ def check_finite(scale: torch.Tensor, what: str = "scales") -> None:
     """Raise ValueError where a scale is NaN or infinite."""
     if scale.is_floating_point() and not bool(scale.float().isfinite().all()):
         raise ValueError(f"its {what} are NaN or infinite: the checkpoint is damaged")
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; takes no memory beside the values."""
+    import torch
+
+    return not values.numel() or all(bool(x.isfinite()) for x in torch.aminmax(values))  # both are NaN if a value is

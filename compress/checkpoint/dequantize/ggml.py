@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.dequantize.base import fill
+from compress.checkpoint.dequantize.base import all_finite, fill
 from compress.checkpoint.values import torch_dtype
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def dequantize(blocks: torch.Tensor, kind: GgmlType, shape: tuple[int, ...], dty
         rows = blocks.view(torch.uint8).reshape(-1, kind.bytes)
         out = torch.empty(len(rows), kind.values, dtype=dtype)
         fill(out, lambda places: _DECODERS[kind.name](rows[places]))
-    if not bool(out.isfinite().all()):
+    if not all_finite(out):
         raise ValueError("its values are NaN or infinite: the file is damaged")
     return out.reshape(shape)
 

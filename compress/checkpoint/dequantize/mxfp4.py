@@ -55,6 +55,6 @@ def dequantize(arrays: Parts, dtype: torch.dtype) -> torch.Tensor:
             return torch.ldexp(table[codes.long()], exponents[rows, :, None].int() - 127).flatten(1)
 
         fill(part.T, values)
-    if not bool(out.isfinite().all()):
+    if not all_finite(out):
         raise ValueError(f"its values are beyond the range of {str(dtype).removeprefix('torch.')}")
     return out

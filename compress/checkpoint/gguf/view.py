@@ -18,7 +18,11 @@ _FILE = "model.gguf"
 _BESIDE = "put the model's config.json and tokenizer.json beside it, and name the folder"
 
 
-def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> LinkedFolder:
+class GgufFolder(LinkedFolder):
+    """A folder of the cache that stands for a GGUF file, to which it holds a link."""
+
+
+def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> GgufFolder:
     """Folder that stands for a GGUF file, made once for each version of the file.
 
     Raises:
@@ -43,7 +47,7 @@ def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
                     made.rename(folder)
         except OSError as error:
             raise CheckpointError(f"cannot be written: {error.strerror}", where=str(home)) from error
-    return LinkedFolder(folder)
+    return GgufFolder(folder)
 
 
 def _check_rules(path: Path, metadata: Mapping[str, Any]) -> None:

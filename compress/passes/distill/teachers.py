@@ -46,7 +46,7 @@ def open_teachers(
     for entry in settings.teacher:
         teacher: Checkpoint = context.original
         if entry.checkpoint != "original":
-            place = with_links(entry.checkpoint, isinstance(context.original.folder, LinkedFolder))
+            place = with_links(entry.checkpoint, type(context.original.folder) is LinkedFolder)
             options = {
                 "trust_remote_code": context.original.trust_remote_code,
                 "ignore_auto_map": context.original.ignore_auto_map,

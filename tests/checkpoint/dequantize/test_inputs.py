@@ -118,6 +118,36 @@ def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_out
     assert (pico.logits(model) - pico.logits(compress.load(folders[name]))).abs().max() > 0
 
 
+def test_scales_may_be_in_another_shard(folders, tmp_path):
+    """As in the large checkpoints, where a shard may end between a weight and its scales."""
+    folder = damaged(folders["fp8"], tmp_path / "in", lambda *_: None)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    halves = {
+        file: {k: v for k, v in state.items() if k.endswith("_inv") == (file == "b.safetensors")}
+        for file in ("a.safetensors", "b.safetensors")
+    }
+    for file, half in halves.items():
+        save_file(half, folder / file, metadata={"format": "pt"})
+    names = {key: file for file, half in halves.items() for key in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    before, after = open_checkpoint(folders["fp8"]), open_checkpoint(folder)
+    assert before.spec.tensors == after.spec.tensors
+    assert torch.equal(before.tensor(FP8).data, after.tensor(FP8).data)
+
+
+def test_codes_without_a_config_are_named(folders, tmp_path):
+    """Older GPTQ checkpoints keep it in quantize_config.json, which stock transformers does not read."""
+    folder = damaged(folders["gptq"], tmp_path / "in", lambda *_: None)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"has codes \(.*\.qweight\), and config.json has no `quantization_config`"
+    ):
+        open_headers(folder)
+
+
 def damaged(folder, to, change):
     """A copy with changed arrays or config: ``change(state, quantization)``."""
     to.mkdir()
