@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.checkpoint.dequantize.base import Parts, Scheme, WeightFiles, fill
+from compress.checkpoint.dequantize.base import Parts, Scheme, WeightFiles, all_finite, fill
 from compress.checkpoint.storage.small_float import E2M1
 from compress.errors import CheckpointError
 
