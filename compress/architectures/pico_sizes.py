@@ -5,12 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 #: Fields with a width per stage.
-STAGED = r"hidden_sizes|embed_dims?|stage_(in|mid|out)_channels|encoder_hidden_sizes"
+STAGED = (
+    "depths",
+    "hidden_sizes",
+    "embed_dim",
+    "embed_dims",
+    "stage_out_channels",
+    "neck_hidden_sizes",
+    "base_attn_unit_dims",
+    "out_channels",
+    "block_configs",
+    "conv_layer_kernel_sizes",
+)
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 32,
+    "indexer_head_dim": 256,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
@@ -20,10 +31,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGBS0Z": 6}},
+    "deepseek_ocr2_text": {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_experts_per_tok": 2,
+    },
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [22, 22, 20]}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "glm4v_moe_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
+    "glm4v_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
+    "glm_ocr_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "downsample_rate": "1/2"},
+    "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [16, 16, 16, 16]}},
+    "paddleocr_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
+    "qwen2_5_omni_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
+    "qwen2_5_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
+    "qwen2_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
+    "step3p5": {"sliding_window": 512},
     "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
-    "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "xmod": {"default_language": "en_XX"},
 }
@@ -38,9 +67,32 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
     },
+    "donut-swin": {"image_size": 224},
+    "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 4},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "lilt": {"hidden_size": 96},
+    "markuplm": {"tag_pad_id": 216, "subs_pad_id": 1001},
+    "mistral4": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "shieldgemma2": {"yes_token_index": 100, "no_token_index": 101},
+    "swin": {"image_size": 224},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
 }
 #: Rows of token ids that make one sample, by `model_type`: a row per codebook.
 ROWS = {"musicgen_decoder": 4, "musicgen_melody_decoder": 4}
+#: The same for ids of decoders.
+DECODER_ROWS = {"dia": 9}
+#: Ids per position, by `model_type`.
+STREAMS = {"kyutai_speech_to_text": 33}
+#: Sizes of images where the class has its own, by `model_type`.
+IMAGES = {"perceiver": 224}
+#: Fields with the bins of spectrograms.
+BINS = (
+    "num_mel_bins",
+    "n_mel_bins",
+    "input_feat_per_channel",
+    "feature_projection_input_dim",
+    "feature_size",
+    "input_dim",
+)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.architectures import pico_sizes
+from compress.errors import is_lack
 from compress.models.classes import quiet_transformers
 
 if TYPE_CHECKING:
@@ -66,34 +68,92 @@ def _scatter(values: torch.Tensor) -> None:
 
 
 def dummy_inputs(model: Any, tokens: int = 12, seed: int = 0) -> dict[str, Any]:
-    """Inputs of a model's forward pass, one sample: token ids, pixels, features of audio, ids of the decoder."""
+    """Inputs of a model's forward pass, one sample: token ids, pixels, features of audio, ids of the decoder.
+
+    The first inputs that the model runs with are returned, text alone before text and pixels.
+
+    Raises:
+        Exception: the model runs with none of them; the error is that of the simplest.
+    """
+    first: Exception | None = None
+    for inputs in _candidates(model, tokens, torch.Generator().manual_seed(seed)):
+        try:
+            with torch.inference_mode(), quiet_transformers():
+                model(**inputs)
+        except Exception as error:
+            if is_lack(error):
+                raise
+            first = first or error
+        else:
+            return inputs
+    raise first or TypeError(f"{type(model).__name__} takes neither token ids nor pixels nor features")
+
+
+def _candidates(model: Any, tokens: int, generator: torch.Generator) -> Iterator[dict[str, Any]]:
+    """Inputs to try, the simplest first."""
     config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    parameters = inspect.signature(model.forward).parameters
-    main = model.main_input_name
-    inputs: dict[str, Any] = {}
-    if "input_ids" in parameters and main not in ("pixel_values", "input_features", "input_values"):
-        rows = pico_sizes.ROWS.get(config.model_type, 1)
-        inputs["input_ids"] = torch.cat([_ids(config, tokens, generator) for _ in range(rows)])
-    elif main == "pixel_values":
-        inputs[main] = _pixels(config, generator)
-    elif main in ("input_features", "input_values"):
-        inputs[main] = _features(model, main, generator)
-    if "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = _ids(config, tokens, generator, decoder=True)
-    return inputs
-
-
-def _ids(config: Any, tokens: int, generator: torch.Generator, decoder: bool = False) -> torch.Tensor:
-    """Token ids [1, tokens] that are no special tokens."""
     data = config.to_dict()
+    parameters = inspect.signature(model.forward).parameters
+    rows = pico_sizes.ROWS.get(config.model_type, 1)
+    ids = torch.cat([_ids(model, data, tokens, generator) for _ in range(rows)])
+    if config.model_type in pico_sizes.STREAMS:
+        ids = _ids(model, data, tokens, generator)[..., None].expand(-1, -1, pico_sizes.STREAMS[config.model_type])
+    decoder: dict[str, Any] = {}
+    if "decoder_input_ids" in parameters:
+        decoder["decoder_input_ids"] = torch.cat(
+            [
+                _ids(model, data, tokens, generator, decoder=True)
+                for _ in range(pico_sizes.DECODER_ROWS.get(config.model_type, 1))
+            ]
+        )
+    media = [m for m in ("pixel_values", "input_features", "input_values", "flattened_patches") if m in parameters]
+    if "input_ids" in parameters and model.main_input_name not in media:
+        yield {"input_ids": ids, **decoder}
+    for name in media:
+        for value in _media(name, data, tokens, generator):
+            alone = {name: value, **decoder}
+            if model.main_input_name != "input_ids":
+                yield alone
+            beside = {k: v for k, v in _beside(parameters, data, ids).items() if k not in alone}
+            if beside:
+                yield {**alone, **beside}
+    if "bbox" in parameters:
+        yield {"input_ids": ids, "bbox": torch.zeros(1, tokens, 4, dtype=torch.long), **decoder}
+
+
+def _beside(parameters: Mapping[str, Any], data: Mapping[str, Any], ids: torch.Tensor) -> dict[str, Any]:
+    """Token ids and masks that go with pixels or features, by the names of arguments."""
+    patches = 16
+    queries = torch.zeros_like(ids)
+    queries[:, : int(data.get("latent_query_num") or 0)] = 1
+    known = {
+        "input_ids": ids,
+        "qformer_input_ids": ids,
+        "image_embeds_position_mask": queries,
+        "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
+        "pixel_attention_mask": torch.ones(1, patches, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+        "state": torch.ones(1, int(data.get("max_state_dim") or 1)),
+        "bbox": torch.zeros(1, ids.shape[-1], 4, dtype=torch.long),
+    }
+    return {name: value for name, value in known.items() if name in parameters}
+
+
+def _ids(
+    model: Any, data: Mapping[str, Any], tokens: int, generator: torch.Generator, decoder: bool = False
+) -> torch.Tensor:
+    """Token ids [1, tokens] that are no special tokens; where a class looks for the end of the text, the last is that."""
     vocabulary = min(_sizes(data, "vocab_size") or [256])
     special = set(_specials(data))
     usual = [i for i in range(min(vocabulary, 256)) if i not in special] or [0]
-    return torch.tensor(usual)[torch.randint(len(usual), (1, tokens), generator=generator)]
+    ids = torch.tensor(usual)[torch.randint(len(usual), (1, tokens), generator=generator)]
+    end = data.get("eos_token_id")
+    if "SequenceClassification" in type(model).__name__ and data.get("is_encoder_decoder") and isinstance(end, int):
+        ids[:, -1] = end
+    return ids
 
 
-def _sizes(data: Any, name: str) -> list[int]:
+def _sizes(data: Mapping[str, Any], name: str) -> list[int]:
     inner = [n for v in data.values() if isinstance(v, dict) for n in _sizes(v, name)]
     own = [
         v for k, v in data.items() if str(k).endswith(name) and isinstance(v, int) and v > 1 and "type" not in str(k)
@@ -101,32 +161,44 @@ def _sizes(data: Any, name: str) -> list[int]:
     return own + inner
 
 
-def _specials(data: Any) -> list[int]:
+def _specials(data: Mapping[str, Any]) -> list[int]:
     inner = [n for v in data.values() if isinstance(v, dict) for n in _specials(v)]
     own = [v for k, v in data.items() if "token" in str(k) and isinstance(v, int) and not isinstance(v, bool)]
     lists = [n for k, v in data.items() if "token" in str(k) and isinstance(v, list) for n in v if isinstance(n, int)]
     return own + lists + inner
 
 
-def _pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
-    """Pixel values [1, channels, height, width]."""
-    data = config.to_dict()
-    data = next((d for d in (data, data.get("vision_config"), data.get("encoder")) if d and "image_size" in d), data)
-    size = data.get("image_size") or 64
+def _media(name: str, data: Mapping[str, Any], tokens: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Pixels, spectrograms, waves or patches of one sample, in the layouts that models take."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = pico_sizes.IMAGES.get(str(data.get("model_type"))) or _field(data, "image_size") or 64
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return torch.randn(1, int(data.get("num_channels") or 3), height, width, generator=generator)
+    channels, patch = int(_field(data, "num_channels") or 3), _field(data, "patch_size")
+    flat = channels * int(patch) ** 2 if isinstance(patch, int) else 0
+    if name == "pixel_values":
+        yield noise(1, channels, height, width)
+        yield noise(1, 1, channels, height, width)
+        if flat:
+            yield noise(1, 16, flat)
+    elif name == "flattened_patches":
+        yield noise(1, 16, flat + 2)
+    elif name == "input_values":
+        yield noise(1, 4000)
+    else:
+        bins = next((b for n in pico_sizes.BINS if isinstance(b := _field(data, n), int)), 80)
+        frames = _field(data, "max_source_positions")
+        for count in ([2 * frames] if isinstance(frames, int) else []) + [64, 8 * tokens]:
+            yield noise(1, bins, count)
+            yield noise(1, count, bins)
 
 
-def _features(model: Any, main: str, generator: torch.Generator) -> torch.Tensor:
-    """Features of audio: spectrograms [1, bins, frames], or [1, frames, bins]; waves [1, samples]."""
-    config = model.config
-    if main == "input_values":
-        return torch.randn(1, 4000, generator=generator)
-    bins = getattr(config, "num_mel_bins", None) or 80
-    if (
-        hasattr(config, "max_source_positions")
-        and hasattr(config, "num_mel_bins")
-        and not hasattr(config, "num_conv_layers")
-    ):
-        return torch.randn(1, bins, 2 * config.max_source_positions, generator=generator)
-    return torch.randn(1, 64, getattr(config, "input_feat_per_channel", None) or bins, generator=generator)
+def _field(data: Mapping[str, Any], name: str) -> Any:
+    """A field of a config or of the first one nested in it that has it."""
+    if data.get(name) is not None:
+        return data[name]
+    return next(
+        (v for inner in data.values() if isinstance(inner, Mapping) and (v := _field(inner, name)) is not None), None
+    )

@@ -32,6 +32,7 @@ _POSITIONS = re.compile(
     r"\w*(max_\w*position\w*|n_positions|n_ctx|max_seq_len|seq_len|model_max_length|max_\w+_positions|context_length"
     r"|original_max_position_embeddings)"
 )
+_LEFT_OUT = ("quantization_config", "auto_map", "transformers_version", "_name_or_path")
 #: Sections that are no configs of models.
 _PLAIN = re.compile(
     r"(id2label|label2id|rope_parameters|rope_scaling|quantization_config|task_specific_params|\w*_map)"
@@ -56,7 +57,30 @@ def default_config(kind: str) -> Any:
     import transformers
 
     with quiet_transformers():
-        return transformers.AutoConfig.for_model(kind, **copy.deepcopy(pico_sizes.DEFAULTS.get(kind, {})))
+        try:
+            config = transformers.AutoConfig.for_model(kind)
+        except Exception:  # validators of transformers raise errors of their own
+            config = transformers.AutoConfig.for_model(kind, **copy.deepcopy(pico_sizes.DEFAULTS.get(kind, {})))
+        if not _types(data := config.to_dict()) & pico_sizes.DEFAULTS.keys():
+            return config
+        return type(config).from_dict(_filled(data))
+
+
+def _types(data: Mapping[str, Any]) -> set[str]:
+    """Model types of a config and of those nested in it."""
+    inner = (_types(value) for value in data.values() if isinstance(value, Mapping))
+    return {str(data.get("model_type"))}.union(*inner)
+
+
+def _filled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with `pico_sizes.DEFAULTS` in each of its sections."""
+    result = {key: _filled(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for key, value in pico_sizes.DEFAULTS.get(str(data.get("model_type")), {}).items():
+        known = result.get(key)
+        result[key] = (
+            {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else copy.deepcopy(value)
+        )
+    return result
 
 
 def shrunken_fields(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,11 +103,23 @@ class _Section:
             data, "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "model_dim", "encoder_hidden_size"
         )
         heads = _first(
-            data, "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "attention_heads"
+            data,
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "encoder_attention_heads",
+            "attention_heads",
+            "encoder_num_attention_heads",
         )
         hidden = hidden or (outer.hidden if outer else 0)
         width = _first(data, "head_dim", "d_kv", "attention_head_dim", "kv_channels", "d_head", "dim_head")
         return cls(data, hidden, heads, width)
+
+    @property
+    def staged(self) -> bool:
+        """Whether widths differ from stage to stage, as in convolutional networks."""
+        return any(isinstance(self.data.get(name), (list, tuple)) for name in pico_sizes.STAGED)
 
     @property
     def untied(self) -> bool:
@@ -107,9 +143,11 @@ class _Shrink:
         result: dict[str, Any] = {}
         blocks = kept_blocks(data)
         for key, value in data.items():
-            if key in ("dtype", "torch_dtype"):
+            if not isinstance(key, str):
+                result[key] = value
+            elif key in ("dtype", "torch_dtype"):
                 result[key] = None if value is None else "float32"
-            elif key in ("quantization_config", "auto_map", "transformers_version", "_name_or_path"):
+            elif key in _LEFT_OUT or (key in ("stage_names", "out_features", "out_indices") and not sizes.staged):
                 continue
             elif isinstance(value, Mapping):
                 result[key] = self._nested(key, value, sizes, blocks)
@@ -129,7 +167,11 @@ class _Shrink:
             return {str(new): self._own(own[old], sizes, blocks) for new, old in enumerate(blocks) if old in own}
         if key in ("rope_parameters", "rope_scaling"):
             return self._rotary(value, sizes)
-        return dict(value) if _PLAIN.fullmatch(key) else self.section(value, sizes)
+        return (
+            dict(value)
+            if _PLAIN.fullmatch(key) or not all(isinstance(k, str) for k in value)
+            else self.section(value, sizes)
+        )
 
     def _own(self, fields: Mapping[str, Any], sizes: _Section, blocks: Sequence[int]) -> dict[str, Any]:
         """Fields of one block that replace those of its config."""
@@ -183,6 +225,8 @@ class _Shrink:
             return min(value, len(blocks))
         if key == "num_kv_shared_layers":
             return min(value, len(blocks) // 2)
+        if sizes.staged:
+            return min(value, 64) if key == "image_size" else value
         for pattern, rule in _RULES:
             if pattern.fullmatch(key):
                 return int(rule(value, sizes, self))
@@ -190,7 +234,7 @@ class _Shrink:
 
     def _width(self, key: str, value: int, sizes: _Section) -> int:
         """A width whose name says nothing: in the same ratio to the hidden width as before, or small."""
-        if value < HIDDEN:
+        if value < HIDDEN or "kernel" in key:
             return value
         hidden = sizes.hidden
         if value in _hiddens(self._data):
@@ -224,16 +268,11 @@ class _Shrink:
             return [self._item(key, value[i], sizes, blocks) for i in blocks]
         if _TOKENS.fullmatch(key):
             return [self._token(v) if isinstance(v, int) else v for v in value]
-        if key in ("stage_names", "out_features", "out_indices"):
-            return value
         if re.fullmatch(r"depths|num_block_repeats|stage_num_blocks|n_attn_blocks|stage_numb_of_layers", key):
             return [1 for _ in value]
         if key in ("conv_dim", "tdnn_dim"):
             return [min(v, 32) for v in value]
-        wide = [v for v in value if isinstance(v, int)]
-        if len(wide) == len(value) and re.fullmatch(pico_sizes.STAGED, key) and all(v % 32 == 0 for v in wide):
-            return [v // 4 for v in wide]
-        if key == "image_size":
+        if key in ("image_size", "img_size"):
             return [self._number(key, v, sizes, blocks) for v in value]
         return value
 
