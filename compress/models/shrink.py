@@ -143,9 +143,7 @@ class _Shrink:
         result: dict[str, Any] = {}
         blocks = kept_blocks(data)
         for key, value in data.items():
-            if not isinstance(key, str):
-                result[key] = value
-            elif key in ("dtype", "torch_dtype"):
+            if key in ("dtype", "torch_dtype"):
                 result[key] = None if value is None else "float32"
             elif key in _LEFT_OUT or (key in ("stage_names", "out_features", "out_indices") and not sizes.staged):
                 continue
