@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.architectures import pico_sizes
+from compress.models.block_kinds import DEPTHS, depth_of, is_indices, kept_blocks
 from compress.models.classes import quiet_transformers
 
 #: Sizes of a pico model.
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERTS, ACTIVE, VOCABULARY, POSITIONS, WINDOW = (
     64, 4, 2, 16, 96, 4, 2, 320, 128, 8
 )  # fmt: skip
-#: Fields with the number of blocks, the usual one first.
-_DEPTHS = re.compile(
-    r"(\w+_)?(num_hidden_layers|num_layers|n_layers?|(encoder|decoder)_layers|num_(encoder|decoder)_layers)"
-    r"|depth|layers|num_blocks|num_self_attends_per_block|n_(input|recurrent|output)_layers|num_layers_per_stack"
-)
 _TOKENS = re.compile(
     r"\w*(token_(id|ids|index|idx)|_(start|end|newline|patch|pad)_id|(vocab|token)_offset|suppress_tokens|_index)"
 )
@@ -219,7 +215,7 @@ class _Shrink:
             return self._token(value)
         if _POSITIONS.fullmatch(key):
             return min(value, POSITIONS)
-        if _DEPTHS.fullmatch(key):
+        if DEPTHS.fullmatch(key):
             return min(value, len(blocks))
         if key == "num_kv_shared_layers":
             return min(value, len(blocks) // 2)
@@ -256,7 +252,7 @@ class _Shrink:
         if not value:
             return value
         depth = depth_of(sizes.data)
-        if _is_indices(key, value, depth):
+        if is_indices(key, value, depth):
             where = {old: new for new, old in enumerate(blocks)}
             if all(isinstance(v, int) and v < 0 for v in value):
                 return value
@@ -281,56 +277,6 @@ class _Shrink:
         return self._number(
             re.sub(r"_per_layer$|s$", "", key) if "heads" not in key else "num_attention_heads", value, sizes, blocks
         )
-
-
-def depth_of(data: Mapping[str, Any]) -> int:
-    """The number of blocks that a config's first field of depth gives; 0 without one."""
-    return next(
-        (
-            v
-            for k, v in sorted(data.items(), key=lambda item: item[0] != "num_hidden_layers")
-            if _DEPTHS.fullmatch(k) and isinstance(v, int) and not isinstance(v, bool)
-        ),
-        0,
-    )
-
-
-def _is_indices(key: str, value: Sequence[Any], depth: int) -> bool:
-    """Whether a list holds numbers of blocks."""
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return False
-    named = re.search(r"(idxs|indexes|layer_ids|layers_indices|_layers|hybrid_layer_ids|layer_idx)$", key)
-    return (
-        bool(named)
-        and (len(set(value)) == len(value))
-        and all(v < max(depth, 1) for v in value)
-        and (list(value) == sorted(value))
-        and not (len(value) == depth and set(value) <= {0, 1})
-    )
-
-
-def kept_blocks(data: Mapping[str, Any]) -> list[int]:
-    """Numbers of the blocks that a pico model has: the first of each kind, then others up to 3 or 4."""
-    depth = depth_of(data)
-    kinds: dict[tuple[Any, ...], list[int]] = {}
-    lists = [(k, v) for k, v in data.items() if isinstance(v, (list, tuple)) and v]
-    for index in range(depth):
-        kind = tuple(
-            (index in v) if _is_indices(k, v, depth) else repr(v[index])
-            for k, v in lists
-            if _is_indices(k, v, depth) or len(v) == depth
-        )
-        kinds.setdefault(kind, []).append(index)
-    kept = {members[0] for members in kinds.values()}
-    if len(kept) > 6:  # values that differ in each block are no kinds
-        kept = {0}
-    wanted = 3 if len(kept) == 1 else 4
-    seconds = [members[1] for members in kinds.values() if len(members) > 1] if len(kept) > 1 else []
-    for index in (*seconds, *range(depth)):
-        if len(kept) >= wanted:
-            break
-        kept.add(index)
-    return sorted(kept)
 
 
 def _hiddens(data: Mapping[str, Any]) -> list[int]:

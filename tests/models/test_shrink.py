@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
+from compress.models.block_kinds import kept_blocks
 from compress.models.pico import dummy_inputs, pico_model
-from compress.models.shrink import default_config, kept_blocks, shrunken
+from compress.models.shrink import default_config, shrunken
 
 
 @pytest.mark.parametrize(
