@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress import passes
 from compress.architectures.cache import CachedBytes, cache_bytes, cached_bytes, kv_bytes_per_token, plan_lengths
 from compress.architectures.model_map import model_map
+from compress.architectures.unforeseen import refused
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
 from compress.checkpoint.edits.twin import dense_spec
 from compress.checkpoint.layout import Layout, lay_out
@@ -233,7 +234,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
         try:
-            following = plan_pass(current, instance, entry.settings, store)
+            with refused(current, entry.name):
+                following = plan_pass(current, instance, entry.settings, store)
             for name in instance.required_data(entry.settings):
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)

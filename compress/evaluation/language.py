@@ -15,6 +15,7 @@ from compress.evaluation import positions
 from compress.evaluation.examples import check_tokens
 from compress.evaluation.metrics import values
 from compress.evaluation.windows import TokenWindow, batches, bins_of, cut, segments
+from compress.models.blocks import record_of
 from compress.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ def score_documents(
     most = BATCH_STREAMS if streaming else BATCH_WINDOWS
     many = max(1, min(most, BATCH_VALUES // (window * int(embeddings.weight.shape[0]))))
     pad = begin if begin is not None else 0
+    if not streaming and many > 1 and record_of(model).source != "written":
+        many = 1 if _reads_padding(model, windows[:many], pad) else many
     sums = torch.zeros(len(windows), bins_of(windows), 3, dtype=torch.float64)  # nll, kl, agree
     score = score_streams if streaming else score_windows
     with torch.inference_mode(), (progress or SilentProgress()).task(title, len(windows), "windows") as task:
@@ -144,6 +147,22 @@ def score_documents(
     scores = _by_unit(documents, windows, edges, sums, paired=reference is not None)
     unit = "chunk" if len(documents) < FEW_DOCUMENTS else "document"
     return Scores(tuple(scores), unit, window, stride, begin is not None, streaming)
+
+
+def _reads_padding(model: PreTrainedModel, windows: Sequence[TokenWindow], pad: int) -> bool:
+    """Whether padding behind a window changes its scores, as where tokens see those after them."""
+    import torch
+
+    from compress.evaluation.scoring import score_windows
+
+    shortest, longest = min(windows, key=lambda w: w.reads), max(windows, key=lambda w: w.reads)
+    if shortest.reads == longest.reads:
+        return False
+    bins = bins_of(windows)
+    with torch.inference_mode():
+        beside = score_windows(model, None, [shortest, longest], pad, bins)[0]
+        alone = score_windows(model, None, [shortest], pad, bins)[0]
+    return not torch.allclose(beside, alone, rtol=1e-4, atol=1e-4)
 
 
 def _by_unit(

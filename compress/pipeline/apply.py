@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.architectures.unforeseen import refused
 from compress.errors import DataError, PassError
 from compress.files import expanded
 from compress.pipeline.machine import check_dtype
@@ -69,7 +70,7 @@ def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | None) -> di
     try:
         run.open()
         (stage,) = run.plan.stages
-        with tempfile.TemporaryDirectory(prefix="compress-") as work:
+        with tempfile.TemporaryDirectory(prefix="compress-") as work, refused(run.original.spec, name):
             applied = apply_stage(run, stage, run.original, work=Path(work), folder=run.output, data=batches)
     except PassError as error:
         if error.where == f"passes.0.{name}":  # the user wrote no recipe

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.architectures.model_map import model_map
+from compress.architectures.unforeseen import refused
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.running import emulated
 from compress.data import documents, images
@@ -211,7 +212,8 @@ def _evaluate_data(
     }
     model = load_checkpoint(candidate, **loading)
     beside = None if reference is None else load_checkpoint(reference, **loading)
-    document["evaluation"] = _noted(score(model, beside), candidate, settings)
+    with refused(candidate.spec, "the evaluation"):
+        document["evaluation"] = _noted(score(model, beside), candidate, settings)
     if other is not None and other["evaluation"] is None and beside is not None:
         assert reference is not None
         other["evaluation"] = _noted(score(beside), reference, settings)

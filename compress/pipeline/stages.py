@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import passes
+from compress.architectures.unforeseen import refused
 from compress.checkpoint.open import Stored, open_checkpoint
 from compress.checkpoint.values import Checkpoint, Derived
 from compress.checkpoint.write import Written, write_checkpoint
@@ -55,7 +56,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
             run.progress.message(f"{title}: reused from an earlier run")
         else:
             run.folder.drop(key)
-            row = _resume(run, stage, before, print_, key)
+            with refused(before.spec, title):
+                row = _resume(run, stage, before, print_, key)
         assert row is not None
         before = open_checkpoint(run.folder.stages / key, trust_remote_code=run.recipe.trust_remote_code)
         row["size"] = row["passes"][-1]["actual"] = asdict(size_on_disk(before))  # as it is, whatever a record says

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from compress.data.documents import Document
 from compress.errors import CompressError, DataError
@@ -163,6 +164,19 @@ def test_score_documents_does_not_depend_on_batching(family, tokenizer):
     for one, document in zip(alone, documents, strict=True):
         mine = [s.nll for s in together.documents if s.id.startswith(document.id)]
         assert sum(mine) == pytest.approx(sum(s.nll for s in one.documents), rel=1e-5)
+
+
+def test_models_that_read_padding_score_each_text_alone(tokenizer):
+    """An XLM's tokens see all others, padding too, whatever its class is called."""
+    config = transformers.XLMConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = transformers.XLMWithLMHeadModel(config).eval()
+    model.init_weights()
+    documents = [Document("a", "some words of a text"), Document("b", "two")]
+    options = {"window": 32, "stride": 32}
+    together = score_documents(model, tokenizer, documents, **options).to_dict()["documents"]
+    alone = [row for d in documents for row in score_documents(model, tokenizer, [d], **options).to_dict()["documents"]]
+    assert [row["nll"] for row in together] == pytest.approx([row["nll"] for row in alone], rel=1e-6)
 
 
 @pytest.mark.parametrize("paired", [False, True])
