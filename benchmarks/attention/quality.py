@@ -25,7 +25,8 @@ class Shape:
 
     Attributes:
         length: tokens of a sample. window: tokens that a block sees. passage, gap: of the samples that copy.
-        scored: tokens at the end of a text that are scored. calibration, texts, copies: number of samples.
+        scored: tokens at the end of a text that are scored. calibration, texts, copies: number of samples. tuning: those that
+            weights are tuned on.
     """
 
     length: int
@@ -36,10 +37,11 @@ class Shape:
     calibration: int
     texts: int
     copies: int
+    tuning: int
 
 
 #: For models trained on long texts, and for those of the test suite, which know 256 tokens.
-LONG, SHORT = Shape(640, 128, 160, 320, 339, 12, 2, 2), Shape(256, 44, 64, 128, 128, 32, 12, 12)
+LONG, SHORT = Shape(640, 128, 160, 320, 339, 12, 2, 2, 128), Shape(256, 44, 64, 128, 128, 32, 12, 12, 128)
 
 
 def rows(options: Any) -> list[str]:
@@ -55,7 +57,7 @@ def rows(options: Any) -> list[str]:
         f"KL to the original and loss over the last {shape.scored} tokens of {shape.texts} held-out samples. Copy: over "
         f"{shape.passage} tokens that come again after {shape.gap} others, {shape.copies} samples. Loss of the original: "
         + " and ".join(f"{value:.3f}" for value in lab.original)
-        + ". Nothing is trained unless a row says so.",
+        + f". Nothing is trained unless a row says so; weights on {shape.tuning} samples.",
         "",
     ]
     body = []
@@ -72,7 +74,7 @@ def rows(options: Any) -> list[str]:
                 )
             body.append(lab.row(f"**{count} blocks, chosen**", title, lab.chosen(sinks, count)))
     for count in (quarter, half):
-        for repair in ("sinks", "blocks"):
+        for repair in REPAIRS:
             body.append(lab.row(f"{count} blocks, chosen", f"logits, {REPAIRS[repair]}", lab.repaired(count, repair)))
     lines += table(["full", "sinks", "text KL", "text loss", "copy KL", "copy loss"], body)
     lines += ["", lab.singles(), ""]
@@ -80,7 +82,7 @@ def rows(options: Any) -> list[str]:
 
 
 ORDINALS = {2: "2nd", 4: "4th"}
-REPAIRS = {"sinks": "`sink_steps: 32`", "blocks": "`tune_epochs: 2`"}
+REPAIRS = {"sinks": "`sink_steps: 32`", "weights": "`tune_epochs: 2`"}
 
 
 class Lab:
@@ -96,7 +98,7 @@ class Lab:
         self.depth = int(config["num_hidden_layers"])
         self.shape = LONG if config["max_position_embeddings"] > 1024 else SHORT
         if options.quick:
-            self.shape = replace(self.shape, calibration=8, texts=1, copies=1)
+            self.shape = replace(self.shape, calibration=8, texts=1, copies=1, tuning=8)
         name = self.folder.name + "-quick" * options.quick
         self.workspace = Workspace(ROOT / "out" / "bench_quality" / name)
 
@@ -112,8 +114,13 @@ class Lab:
 
     @cached_property
     def calibration(self) -> Any:
-        """Samples for choice, sinks and repair."""
+        """Samples for choice and sinks."""
         return self._windows([self.options.train], self.shape.calibration, self.shape.length, 0)
+
+    @cached_property
+    def tuning(self) -> Any:
+        """Samples to tune weights on."""
+        return self._windows([self.options.train], self.shape.tuning, self.shape.length, 0)
 
     @cached_property
     def held_out(self) -> tuple[list[Any], list[Any]]:
@@ -249,10 +256,12 @@ class Lab:
             from compress.passes.local_attention.repair import repaired
             from compress.passes.local_attention.stock import with_windows
 
-            more = {"sink_steps": 32} if repair == "sinks" else {"tune_epochs": 2, "sink_steps": 32}
+            more = {"sink_steps": 32} if repair == "sinks" else {"tune_epochs": 2}
             settings, chosen = self._settings("learned", count, **more), self.windows("learned", count)
             changed = with_windows(self.checkpoint, settings, chosen)
             context = self._context(f"repair {repair} {count}")
+            if repair == "weights":
+                context = replace(context, data=lambda _: self.tuning)
             changed = repaired(self.checkpoint, changed, chosen, settings, context)
             return self.figures(load_checkpoint(changed, dtype="float32"))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import passes
 from compress.checkpoint.open import open_headers
 from compress.checkpoint.running import loading_notes
 from compress.errors import EXIT_INCONCLUSIVE, EXIT_OK
@@ -163,12 +164,12 @@ def _judge(run: Run, evaluations: Evaluations, rows: list[dict[str, Any]]) -> _V
 
 
 def _trainings_that_did_not_help(plan: Plan, rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
-    """A note for the report on each, and whether the recipe does not allow one of them."""
+    """A note for the report on each, and whether one was all that its pass does and the recipe does not allow that."""
     notes, idle = [], False
     for stage, row in zip(plan.stages, rows, strict=True):
         for planned, done in zip(stage.passes, row["passes"], strict=True):
             note = unhelped(planned.name, done["details"].get("training", {}))
             if note is not None:
                 notes.append(note)
-                idle = idle or not planned.settings.allow_noop
+                idle = idle or (passes.get(planned.name).mode == "train" and not planned.settings.allow_noop)
     return notes, idle

@@ -97,7 +97,7 @@ class Trainer:
         looked_up = [m for m in student.modules() if isinstance(m, torch.nn.Embedding)]
         tables = [end.weight for end in (*looked_up, student.get_output_embeddings()) if end is not None]
         self.optimizers = optimizers(objective, tables, options.update)
-        self.parameters = dict(objective.named_parameters())
+        self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.averages: dict[str, Tensor] = {}
         if options.average is not None:
             self.averages = {n: p.detach().clone() for n, p in self.parameters.items()}

@@ -27,8 +27,11 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
 
-#: Bytes of optimizer state per parameter, in float32.
-_STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+#: Bytes of a parameter's gradient, and of its optimizer state, in float32.
+GRADIENT_BYTES = 4
+STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+#: Tokens of a sample, to estimate the memory of activations.
+ACTIVATION_TOKENS = 256
 
 
 class Distill(Pass[DistillSettings]):
@@ -57,7 +60,7 @@ class Distill(Pass[DistillSettings]):
     def memory(self, spec: Spec, settings: DistillSettings, width: int) -> int:
         """Bytes of weights, gradients, optimizer state, averages, a copy for validation, teachers and activations."""
         student = self.plan(spec, settings).parameters
-        each = 4 + 4 + _STATE_BYTES[settings.optimizer] + (8 if settings.ema_decay is not None else 0)
+        each = 4 + GRADIENT_BYTES + STATE_BYTES[settings.optimizer] + (8 if settings.ema_decay is not None else 0)
         teachers = 0
         if settings.needs_teacher():
             # sizes of other teachers are unknown here; assume that of the input
@@ -122,9 +125,9 @@ class Distill(Pass[DistillSettings]):
 
 
 def _activations(spec: Spec, settings: DistillSettings) -> int:
-    """Bytes of the activations that the backward pass needs: an estimate from widths, for samples of 256 tokens."""
+    """Bytes of the activations that the backward pass needs: an estimate, for samples of `ACTIVATION_TOKENS`."""
     depth, hidden = model_map(spec).depth, model_map(spec).hidden
-    tokens = 256 * (settings.micro_batch_size or settings.batch_size)
+    tokens = ACTIVATION_TOKENS * (settings.micro_batch_size or settings.batch_size)
     inside = 8 * hidden + 3 * (mlp_neurons(spec) or 4 * hidden)
     per_token = depth * hidden + inside if settings.gradient_checkpointing else depth * inside
     return 4 * tokens * per_token

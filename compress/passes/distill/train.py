@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,12 +83,21 @@ def prepare(student: Checkpoint, settings: DistillSettings, context: Context, pr
     return Prepared(samples, _steps(samples, settings), teachers, _terms(student, teachers, settings), vocabulary)
 
 
-def distill(student: Checkpoint, settings: DistillSettings, context: Context) -> Checkpoint:
-    """The trained student; the unchanged student if no weights had a lower held-out loss."""
+def distill(
+    student: Checkpoint,
+    settings: DistillSettings,
+    context: Context,
+    trained: Callable[[str, torch.Tensor], bool] | None = None,
+) -> Checkpoint:
+    """The trained student; the unchanged student if no weights had a lower held-out loss.
+
+    Args:
+        trained: whether a parameter of the model, with that name, is trained; None for all.
+    """
     processes = context.processes
     log, close = _log(settings, context)
     made = prepare(student, settings, context, processes)
-    model, names = _student_model(student, settings, context)
+    model, names = _student_model(student, settings, context, trained)
     if names.kept:
         context.progress.message(f"not part of the model, kept unchanged: {_some(sorted(names.kept))}")
     signal, cache_row = teacher_signal(
@@ -123,7 +132,7 @@ def distill(student: Checkpoint, settings: DistillSettings, context: Context) ->
             context.progress.message(f"{error}: training begins anew")
             state.drop()
             del training, objective, masks, model
-            model, names = _student_model(student, settings, context)
+            model, names = _student_model(student, settings, context, trained)
     close()
     summary = _summary(history, made.samples, options)
     context.details["training"] = cast("TrainingDetails", {**summary, **cache_row, "kept": sorted(names.kept)})
@@ -278,11 +287,18 @@ def _terms(student: Checkpoint, teachers: list[Checkpoint], settings: DistillSet
     return Terms(weights, settings.temperature, settings.skew, states, vectors, settings.relation_heads)
 
 
-def _student_model(student: Checkpoint, settings: DistillSettings, context: Context) -> tuple[Any, FileNames]:
+def _student_model(
+    student: Checkpoint,
+    settings: DistillSettings,
+    context: Context,
+    trained: Callable[[str, torch.Tensor], bool] | None,
+) -> tuple[Any, FileNames]:
     """The student in float32, and the names of its weights in the file. Raises `PassError` if the file lacks them."""
     model = _fresh_model(student, settings, context)
     if not settings.dropout:
         without_dropout(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained is None or trained(name, parameter))
     return model, file_names(student.spec, model)
 
 
@@ -294,7 +310,8 @@ def _hold_routers(student: Checkpoint, model: Any, rate: float) -> None:
     mapped = model_map(student.spec)
     modules = [x.module for x in mapped.linears.values() if x.role == "router"]
     for weight in (model.get_submodule(mapped.in_memory(module)).weight for module in modules):
-        weight.requires_grad_(float(weight.detach().square().mean().sqrt()) >= _SMALL * rate)
+        if float(weight.detach().square().mean().sqrt()) < _SMALL * rate:
+            weight.requires_grad_(False)
 
 
 def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Context) -> Any:
@@ -302,7 +319,7 @@ def _fresh_model(student: Checkpoint, settings: DistillSettings, context: Contex
         model_class, config = stock_class(student)
         torch.manual_seed(context.seed)
         return model_class(config).float().to(load_device(context))
-    return load_for_samples(student, dtype="float32", device=load_device(context))
+    return load_for_samples(student, dtype="float32", device=load_device(context), attention="auto")
 
 
 def _masks(student: Checkpoint, model: Any) -> dict[str, torch.Tensor]:

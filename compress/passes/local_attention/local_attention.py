@@ -11,7 +11,7 @@ from compress.passes.base import EDITED, Context, Mode, Pass, Storage
 from compress.passes.local_attention.choose import evenly
 from compress.passes.local_attention.compact import check_edits, choose_heads, planned_edits, spread
 from compress.passes.local_attention.divergence import choose
-from compress.passes.local_attention.repair import repaired
+from compress.passes.local_attention.repair import repaired, tuning_memory
 from compress.passes.local_attention.settings import LocalAttentionSettings
 from compress.passes.local_attention.stock import planned, with_windows
 from compress.spec.spec import Spec
@@ -91,6 +91,12 @@ class LocalAttention(Pass[LocalAttentionSettings]):
             context.details["windows"] = chosen.rows()
             result = with_windows(checkpoint, settings, chosen)
         return repaired(checkpoint, result, chosen, settings, context)
+
+    def memory(self, spec: Spec, settings: LocalAttentionSettings, width: int) -> int | None:
+        """Bytes of the training that `tune_epochs` asks for, or of two models in float32 for `sink_steps`."""
+        if settings.tune_epochs:
+            return tuning_memory(self.plan(spec, settings), settings, width)
+        return 2 * 4 * spec.parameters if settings.sink_steps else None
 
     def plan_notes(self, spec: Spec, settings: LocalAttentionSettings) -> list[str]:
         """Remarks on repair, on copying, and on prompts in stock transformers."""

@@ -138,7 +138,11 @@ class LocalAttentionSettings(PassSettings):
         "enough. Both models are then in memory, in float32.",
     )
     tune_epochs: int = Field(
-        default=0, ge=0, description="Epochs of block reconstruction on calibration data after the windows are set."
+        default=0,
+        ge=0,
+        description="Epochs of training on the calibration samples towards the original's predictions, after the windows are "
+        "set. Some samples are held out, and the weights that are best on these stay. Both models are then in memory, the "
+        "trained one in float32.",
     )
     target: str | None = Field(
         default=None,

@@ -13,6 +13,8 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.write import stored_form
 from compress.errors import DataError, PassError
 from compress.models import sameness
+from compress.passes.local_attention.local_attention import LocalAttention
+from compress.passes.local_attention.settings import LocalAttentionSettings
 from tests import pico
 from tests.toolbox import edit_config, plan
 
@@ -43,6 +45,16 @@ def test_plan_matches_what_is_written(family, settings, tmp_path, data):
     assert read.spec.structure.config == spec.structure.config
     layout = stored_form(spec, "stock", 1 << 40, checkpoint.metadata)[1]
     assert layout.bytes == sum((tmp_path / "out" / file).stat().st_size for file in read.files)
+
+
+def test_memory_of_tuning_is_planned():
+    """The trained model in float32, gradients and two moments of attention and vectors, and the original."""
+    before, spec = open_checkpoint(pico.folder()).spec, planned(**PLAIN)
+    instance, settings = LocalAttention(), LocalAttentionSettings(**PLAIN, tune_epochs=1)
+    trained = sum(t.count for t in spec.weights() if "self_attn" in t.name or len(t.shape) == 1)
+    weights = 2 * 4 * spec.parameters + 12 * trained
+    assert weights < instance.memory(before, settings, 4) < weights + (10 << 20)
+    assert instance.memory(before, LocalAttentionSettings(**PLAIN), 4) is None
 
 
 @pytest.mark.parametrize(
