@@ -298,7 +298,8 @@ def _student_model(
     if not settings.dropout:
         without_dropout(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained is None or trained(name, parameter))
+        if trained is not None and not trained(name, parameter):
+            parameter.requires_grad_(False)
     return model, file_names(student.spec, model)
 
 
