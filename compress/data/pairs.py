@@ -80,7 +80,7 @@ def decoder_ids(tokenizer: Any, target: str, start: int, length: int, where: str
     """The ids that a decoder reads while it writes a target: the start token, then all but the last."""
     options = {"text_target": target, "truncation": True, "max_length": length}
     ids = list(tokenized(tokenizer, where=where, **options)["input_ids"])
-    return (ids if ids[:1] == [start] else [start, *ids])[: max(1, len(ids) - 1)]
+    return (ids if ids[:1] == [start] else [start, *ids])[:-1] or [start]
 
 
 def padded(

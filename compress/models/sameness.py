@@ -10,7 +10,7 @@ from compress.architectures.model_map import model_map
 from compress.checkpoint.open import Stored
 from compress.checkpoint.values import Checkpoint, Derived
 from compress.errors import CheckpointError, is_lack
-from compress.models.classes import cache_argument
+from compress.models.classes import arguments_of, cache_argument
 from compress.models.loading import load_checkpoint
 from compress.spec.edits import EDIT_KINDS
 
@@ -30,8 +30,8 @@ _TOLERANCE, _STEPPED = 1e-4, 1e-3
 def same_logits(handed: Checkpoint, stored: Stored) -> None:
     """Compare the outputs of a written checkpoint with those of the one handed to the writer, on a short sample of token ids.
 
-    A causal language model must also compute the same when it reads a prompt and then single tokens with its cache. Models
-    that take no token ids are not compared.
+    A causal language model must also compute the same when it reads a prompt and then single tokens with its cache. A decoder
+    reads the sample backwards. Models that take no token ids are not compared.
 
     Raises:
         CheckpointError: the outputs differ.
@@ -39,10 +39,12 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
     ids = _sample(stored)
     # without rounded inputs: a kernel's rounding would change codes; and with the values that files hold
     model = load_checkpoint(handed, dtype="float32", quantized_activations=False, as_stored=True)
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+    if model.main_input_name != "input_ids":
         return
-    causal = _is_causal(stored)
-    if causal is None:
+    causal = False if model.config.is_encoder_decoder else _is_causal(stored)
+    if model.config.is_encoder_decoder:
+        before, stepped_before = _tried(_at_once, model, ids), None
+    elif causal is None:
         before, stepped_before = _tried(_at_once, model, ids), _tried(_step_by_step, model, ids)
     else:
         before, stepped_before = _at_once(model, ids), None
@@ -115,8 +117,11 @@ def _tried(
 def _at_once(model: Any, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
+    given = {"input_ids": ids}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in arguments_of(model):
+        given["decoder_input_ids"] = ids.flip(1)
     with torch.inference_mode():
-        output: torch.Tensor = model(input_ids=ids)[0]
+        output: torch.Tensor = model(**given)[0]
     return output
 
 

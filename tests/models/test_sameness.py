@@ -44,12 +44,15 @@ def test_same_logits_asks_no_cache_of_masked_decoder(tmp_path):
     same_logits(stored, stored)
 
 
-def test_same_logits_finds_other_values(tmp_path):
-    stored = open_checkpoint(pico.save(tmp_path / "in"))
+@pytest.mark.parametrize(
+    ("family", "changed"), [("llama", "lm_head.weight"), ("t5", "decoder.block.1.layer.1.EncDecAttention.v.weight")]
+)
+def test_same_logits_finds_other_values(family, changed, tmp_path):
+    stored = open_checkpoint(pico.save(tmp_path / "in", family))
 
     def read(name):
         value = stored.tensor(name)
-        return Value(value.data + 0.1) if name == "lm_head.weight" else value
+        return Value(value.data + 0.1) if name == changed else value
 
     with pytest.raises(CheckpointError, match=r"the written model computes other values \(difference"):
         same_logits(Derived(stored, stored.spec, read), stored)
