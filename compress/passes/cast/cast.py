@@ -19,6 +19,7 @@ from compress.passes.cast.plan import (
     FINE,
     NO_SCALES,
     choices,
+    encoder_note,
     group_note,
     left_note,
     planned,
@@ -174,7 +175,13 @@ class Cast(Pass[CastSettings]):
     def plan_notes(self, spec: Spec, settings: CastSettings) -> list[str]:
         """Matrices that the default group size does not divide, and how servers treat a cache without scales."""
         scales = NO_SCALES if _lacks_scales(spec, settings) else None
-        notes = (scales, left_note(spec, settings), group_note(spec, settings, self.plan(spec, settings)))
+        cast = self.plan(spec, settings)
+        notes = (
+            scales,
+            left_note(spec, settings),
+            group_note(spec, settings, cast),
+            encoder_note(spec, settings, cast),
+        )
         return [note for note in notes if note is not None]
 
 

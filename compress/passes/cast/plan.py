@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.evaluation.tasks import LANGUAGE, task_of
+from compress.evaluation.tasks import LANGUAGE, is_seq2seq, task_of
 from compress.passes.cast.budget import Choices
 from compress.passes.cast.group_sizes import GroupSizes
 from compress.passes.cast.settings import DTYPES, CastSettings, Format
@@ -118,6 +118,14 @@ def left_note(spec: Spec, settings: CastSettings) -> str | None:
         f"{left[0]} and its like keep their format: stock loaders read no codes of experts that files hold in one tensor; "
         "`store: compact` casts them"
     )
+
+
+def encoder_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
+    """A sentence where the matrices of an encoder get no gradients, which go back through the decoder alone; None elsewhere."""
+    coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in cast.tensors.values())
+    if not (settings.solved and coarse and "curvature" in settings.error_correction and is_seq2seq(spec.structure)):
+        return None
+    return "`curvature` weighs the errors of the decoder's matrices; those of the encoder are rounded without it"
 
 
 def group_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
