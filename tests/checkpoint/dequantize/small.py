@@ -102,4 +102,26 @@ def packed(method):
     return make
 
 
-MAKERS = {"fp8": fp8_blocks, "mxfp4": mxfp4, "gptq": packed("gptq"), "awq": packed("awq")}
+def nf4(folder):
+    """A Llama checkpoint whose projections are random codes of NF4 in blocks of 64, with float scales."""
+
+    def change(state):
+        out = dict(state)
+        for name, weight in state.items():
+            if name.endswith("_proj.weight"):
+                said = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+                out[name] = torch.randint(0, 256, (weight.numel() // 2, 1), dtype=torch.uint8)
+                out[f"{name}.absmax"] = torch.rand(weight.numel() // 64) * 0.5 + 0.1
+                out[f"{name}.quant_map"] = torch.linspace(-1, 1, 16)
+                out[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
+                    list(json.dumps(said).encode()), dtype=torch.uint8
+                )
+        return out
+
+    pico.save(folder, "llama", dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return rewritten(folder, change, said)
+
+
+MAKERS = {"fp8": fp8_blocks, "mxfp4": mxfp4, "gptq": packed("gptq"), "awq": packed("awq"), "nf4": nf4}

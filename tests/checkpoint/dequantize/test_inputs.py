@@ -41,6 +41,7 @@ def test_inspect_shows_the_stored_format_and_bytes(folders):
         "mxfp4": "mxfp4",
         "gptq": "gptq int4 in groups of 16",
         "awq": "awq int4 in groups of 16",
+        "nf4": "bitsandbytes NF4 in blocks of 64",
     }
     for name, folder in folders.items():
         facts = inspect(folder)
@@ -205,6 +206,16 @@ HEADERS = [
 ]
 
 
+STATE = f"{PROJECTION}.weight.quant_state.bitsandbytes__nf4"
+HEADERS += [
+    ("nf4", without(STATE), "and nothing beside it that tells its values"),
+    ("nf4", put(STATE, lambda s: s[3:]), f"array {STATE} is no quantisation state of nf4"),
+    ("nf4", put(f"{PROJECTION}.weight.absmax", lambda s: s[1:]), "has the shape .* needs"),
+    ("nf4", put(f"{PROJECTION}.weight", lambda s: s[1:]), "codes of 4 bits need 512"),
+    ("nf4", without(f"{PROJECTION}.weight.quant_map"), "but not .*quant_map"),
+]
+
+
 @pytest.mark.parametrize(("name", "change", "message"), HEADERS, ids=[f"{i}-{row[0]}" for i, row in enumerate(HEADERS)])
 def test_wrong_headers_are_refused_on_opening(name, change, message, folders, tmp_path):
     with pytest.raises(CheckpointError, match=message):
@@ -219,6 +230,12 @@ VALUES = [
         f"{PROJECTION}.weight",
         put(f"{PROJECTION}.g_idx", lambda s: s + 9),
         "its g_idx names group 10, and there are 2",
+    ),
+    (
+        "nf4",
+        f"{PROJECTION}.weight",
+        put(f"{PROJECTION}.weight.absmax", lambda s: s / 0),
+        "its scales are NaN or infinite",
     ),
     ("awq", f"{PROJECTION}.weight", put(f"{PROJECTION}.scales", lambda s: s / 0), "its scales are NaN or infinite"),
 ]
