@@ -52,6 +52,7 @@ class GgufFamily:
     Attributes:
         model_type, class_name: of the stock class. blocks: part of a name ▶ module, for the tensors of blocks.
         permuted: whether rows of queries and keys are permuted. raised: whether one is added to norms.
+            ``{}`` in it stands for the number of an expert, of which the file holds all in one tensor.
         config: fields of the config beyond the common ones.
     """
 
@@ -67,7 +68,8 @@ class GgufFamily:
 class GgufModel:
     """Config, and for each tensor by its name in the file: its name in the stock class, and what is to be undone.
 
-    ``heads``: by name in the file, into how many heads its permuted rows fall. ``raised``: names of tensors with one added.
+    ``names``: with ``{}`` for the number of an expert where the tensor holds all. ``heads``: by name in the file, into how many
+    heads its permuted rows fall. ``raised``: names of tensors with one added.
     """
 
     config: dict[str, Any]
@@ -146,9 +148,8 @@ def gguf_model(
         CheckpointError: an architecture without an entry here, metadata that are missing, tensors that are unknown.
     """
     metadata = Metadata(data, shapes, read, where)
-    family = _FAMILIES.get(metadata.architecture)
-    if family is None or metadata.has("expert_count"):
-        kind = metadata.architecture + (" with experts" if family else "")
+    kind = metadata.architecture + " with experts" * metadata.has("expert_count")
+    if (family := _FAMILIES.get(kind)) is None:
         raise metadata.error(
             f"holds a model of the architecture `{kind}`, which is not read from GGUF",
             f"it reads {', '.join(_FAMILIES)}; for others, start from the safetensors checkpoint",
@@ -165,6 +166,8 @@ def gguf_model(
         if module is None:
             raise metadata.error(f"has the tensor {name[:60]}, which {family.class_name} does not have")
         names[name] = f"model.layers.{block}.{module}.{end}" if block else f"{module}.{outer}"
+        if (len(shapes[name]) == 3) != ("{}" in module):
+            raise metadata.error(f"has {name} of the shape {list(shapes[name])}, which {family.class_name} has not")
         if family.permuted and part in ("attn_q", "attn_k"):
             heads[name] = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
             if shapes[name][0] % (2 * heads[name]):
@@ -264,6 +267,25 @@ def _qwen3(metadata: Metadata) -> dict[str, Any]:
     return {"head_dim": _head_dim(metadata), "attention_bias": False, "use_sliding_window": False}
 
 
+def _qwen3_moe(metadata: Metadata) -> dict[str, Any]:
+    return {
+        **_qwen3(metadata),
+        "num_experts": metadata.count("expert_count"),
+        "num_experts_per_tok": metadata.count("expert_used_count"),
+        "moe_intermediate_size": metadata.count("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # llama.cpp has no other
+        "mlp_only_layers": [],
+    }
+
+
+def _mixtral(metadata: Metadata) -> dict[str, Any]:
+    experts = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+    llama = _llama(metadata)
+    if llama.pop("attention_bias") | llama.pop("mlp_bias"):
+        raise metadata.error("has biases, which MixtralForCausalLM has not")
+    return {**llama, **{key: metadata.count(name) for key, name in experts.items()}, "sliding_window": None}
+
+
 def _scale(metadata: Metadata, largest: int) -> int:
     """Number whose root divides the scores: the head's width, but hidden / heads in the largest model of a generation."""
     if metadata.count("block_count") == largest:
@@ -317,19 +339,36 @@ def _phi3(metadata: Metadata) -> dict[str, Any]:
 
 
 def _with(*more: Mapping[str, str]) -> Mapping[str, str]:
-    blocks = dict(_BLOCK)
-    for names in more:
-        blocks |= names
-    return blocks
+    return {key: value for names in (_BLOCK, *more) for key, value in names.items()}
+
+
+def _experts(gate: str, experts: str, parts: tuple[str, str, str]) -> dict[str, str]:
+    """Names of a router and of the parts of experts: gate, up, down."""
+    names = zip(("gate", "up", "down"), parts, strict=True)
+    return {"ffn_gate_inp": gate, **{f"ffn_{part}_exps": f"{experts}.{{}}.{name}" for part, name in names}}
 
 
 def _without(parts: Iterable[str], more: Mapping[str, str]) -> Mapping[str, str]:
     return {key: value for key, value in _BLOCK.items() if key not in set(parts)} | dict(more)
 
 
+_DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 #: Architecture in the file ▶ family.
 _FAMILIES: Mapping[str, GgufFamily] = {
     "llama": GgufFamily("llama", "LlamaForCausalLM", _BLOCK, _llama, permuted=True),
+    "llama with experts": GgufFamily(
+        "mixtral",
+        "MixtralForCausalLM",
+        _without(_DENSE, _experts("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2"))),
+        _mixtral,
+        permuted=True,
+    ),
+    "qwen3moe with experts": GgufFamily(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _without(_DENSE, {**_NORMED, **_experts("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj"))}),
+        _qwen3_moe,
+    ),
     "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM", _BLOCK, _qwen2),
     "qwen3": GgufFamily("qwen3", "Qwen3ForCausalLM", _with(_NORMED), _qwen3),
     "gemma2": GgufFamily("gemma2", "Gemma2ForCausalLM", _with(_SANDWICH), _gemma2, raised=True),

@@ -114,19 +114,21 @@ def read_contents(folder: Path, name: str) -> GgufContents:
 
     model = gguf_model(header.metadata, shapes, floats, str(path))
     dtype = _dtype(header)
-    tensors, sources = {}, {}
+    tensors, sources = dict[str, Tensor](), dict[str, Quantized]()
+    entries: dict[str, TensorEntry] = {}
     for key, new in model.names.items():
         stored = header.tensors[key]
-        decode = partial(
-            _decode, kind=stored.kind, shape=stored.shape, heads=model.heads.get(key, 0), raised=key in model.raised
-        )
-        tensors[new] = Tensor(new, stored.shape, dtype)
-        sources[new] = Quantized(f"GGUF {stored.kind.name}", {"blocks": key}, stored.end - stored.start, decode)
-    entries = {
-        key: TensorEntry("U8", (t.end - t.start,), t.start, t.end)
-        for key, t in header.tensors.items()
-        if key in model.names
-    }
+        experts = stored.shape[0] if "{}" in new else 1
+        shape, size = stored.shape[1:] if "{}" in new else stored.shape, (stored.end - stored.start) // experts
+        for number in range(experts):  # a tensor that holds all experts has one after the other
+            part, start = f"{key}[{number}]" if "{}" in new else key, stored.start + number * size
+            decode = partial(
+                _decode, kind=stored.kind, shape=shape, heads=model.heads.get(key, 0), raised=key in model.raised
+            )
+            name_in_model = new.format(number)
+            tensors[name_in_model] = Tensor(name_in_model, shape, dtype)
+            sources[name_in_model] = Quantized(f"GGUF {stored.kind.name}", {"blocks": part}, size, decode)
+            entries[part] = TensorEntry("U8", (size,), start, start + size)
     return GgufContents(
         config={**model.config, "dtype": FLOAT_DTYPES[dtype]},
         headers={name: Header(entries, {}, 0)},
