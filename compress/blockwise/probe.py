@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -39,11 +41,17 @@ def probe_matrices(
 
     details = runner.run(save, title).details
 
+    table: dict[str, tuple[Path, list[str]]] = {}  # a matrix ▶ its file, and its trials
+
     def read(name: str) -> dict[str, torch.Tensor]:
-        index = runner.streamed.number_of(name)
-        assert index is not None
-        with safe_open(runner.workspace.tensors(file_of(index)), framework="pt") as file:
-            trials = [key.removeprefix(f"{name}:") for key in file.keys() if key.startswith(f"{name}:")]  # noqa: SIM118
+        for index in range(0 if table else runner.executor.depth):
+            path = runner.workspace.tensors(file_of(index))
+            with safe_open(path, framework="pt") if path.exists() else nullcontext() as file:
+                for key in () if file is None else file.keys():
+                    matrix, _, trial = key.rpartition(":")
+                    table.setdefault(matrix, (path, []))[1].append(trial)
+        path, trials = table[name]
+        with safe_open(path, framework="pt") as file:
             # numbers in their order
             return {trial: file.get_tensor(f"{name}:{trial}") for trial in sorted(trials, key=lambda t: (len(t), t))}
 

@@ -39,8 +39,6 @@ def require_divergence(
     mapped, (asks, fix) = model_map(spec), setting
     if not mapped.has_head:
         raise PassError(f"{asks} needs a model that predicts tokens", key=key, fix=fix)
-    if fused := next((name for name in sorted(names) if mapped.linears[name].experts), None):
-        raise PassError(f"{asks} does not reach {fused}: the files hold all experts in one tensor", key=key, fix=fix)
     if apart and (expert := next((name for name in sorted(names) if mapped.is_expert(name)), None)):
         raise PassError(f"{asks} does not reach {expert}: experts are fused in memory", key=key, fix=fix)
 

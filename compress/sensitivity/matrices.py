@@ -20,8 +20,8 @@ from compress.spec.formats import QuantFormat
 
 #: Samples that are enough to rank matrices by.
 SAMPLES = 32
-#: A tensor's name and its weights [O, I] ▶ the change ΔW [O, I] of each choice.
-WeightDeltas = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+#: A layer and its weights [O, I] ▶ the change ΔW [O, I] of each choice.
+WeightDeltas = Callable[[TargetLinear, torch.Tensor], Mapping[str, torch.Tensor]]
 
 
 class RoundingDelta:
@@ -36,13 +36,13 @@ class RoundingDelta:
         self.quant_formats, self.options = quant_formats, options
         self._errors: dict[str, dict[str, float]] = {}
 
-    def __call__(self, name: str, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, linear: TargetLinear, W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """ΔW of the options to measure."""
-        deltas = {}
+        deltas, errors = {}, self._errors.setdefault(linear.tensor, {})
         for option in self.options:
-            quant_format = self.quant_formats(name, option)
+            quant_format = self.quant_formats(linear.tensor, option)
             change = dequantize(to_codes(W_OI, quant_format, fit(W_OI, quant_format), torch.float32)).float() - W_OI
-            self._errors.setdefault(name, {})[option] = max(float(change.square().sum()), 1e-30)
+            errors[option] = errors.get(option, 1e-30) + float(change.square().sum())
             if option in self.options.values():
                 deltas[option] = change
         return deltas
@@ -91,11 +91,12 @@ def divergences(
     with torch.no_grad():
         groups, _ = group_linears([*linears.values()], lambda: model(**batches.first(1).inputs(device)))
     loop = SampleLoop(batches.first(SAMPLES), device)
-    sums = {name: dict.fromkeys(deltas[name], 0.0) for name in names}
+    sums = {name: dict.fromkeys(row, 0.0) for name, row in deltas.items()}
     handles = []
-    for name, user in _users(mapped, names):
-        module = linears[name].module if user == name else model.get_submodule(user.removesuffix(".weight"))
-        handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name], loop)))
+    for name, linear in linears.items():
+        users = [user for source, user in _users(mapped, names) if source == name and user != name]
+        for module in [linear.module, *(model.get_submodule(user.removesuffix(".weight")) for user in users)]:
+            handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name], loop)))
     embeddings = model.get_input_embeddings()
     handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
     generator = torch.Generator(device).manual_seed(seed)
@@ -107,27 +108,31 @@ def divergences(
     for handle in handles:
         handle.remove()
     divergence = {name: {o: 0.5 * total / max(tokens, 1) for o, total in row.items()} for name, row in sums.items()}
-    return _with_cold_experts(mapped, divergence), [[linear.name for linear in group] for group in groups]
+    divergence = _by_tensor(linears, _with_cold_experts(mapped, linears, divergence))
+    return divergence, [list(dict.fromkeys(linear.tensor for linear in group)) for group in groups]
 
 
 def _linears_of(
     model: Any, mapped: ModelMap, names: Sequence[str], setting: tuple[str, str]
 ) -> dict[str, TargetLinear]:
-    """The layer of each tensor. Fused experts among them are replaced in the model, and run one by one.
+    """The layers of the tensors, by name. Fused experts among them are replaced in the model, and run one by one.
 
     Raises:
         PassError: a tensor is not a module's own weight.
     """
-    modules, linears = dict(model.named_modules()), {}
-    experts: dict[str, TargetLinear] = {}
+    modules = dict(model.named_modules())
+    linears: dict[str, TargetLinear] = {}
+    experts: dict[str, list[TargetLinear]] = {}
     if any(mapped.is_expert(name) for name in names):
-        experts, swaps = expert_linears(model, mapped.spec)
+        found, swaps = expert_linears(model, mapped.spec)
+        for linear in found.values():
+            experts.setdefault(linear.tensor, []).append(linear)
         for parent, child, swapped in swaps:
             setattr(parent, child, swapped)
     for name in names:
         weight = getattr(module := modules.get(name.removesuffix(".weight")), "weight", None)
         if name in experts:
-            linears[name] = experts[name]
+            linears |= {linear.name: linear for linear in experts[name]}
         elif module is not None and weight is not None:
             transposed = mapped.linears[name].transposed
             linears[name] = TargetLinear(name, name, weight.T if transposed else weight, transposed, module)
@@ -142,16 +147,32 @@ def _deltas(
     """ΔW [O, I] by tensor and choice, bfloat16: its eight bits of precision are enough."""
     deltas = {}
     for name, linear in linears.items():
-        choices = changes(name, linear.weight.float().contiguous())
+        choices = changes(linear, linear.weight.float().contiguous())
         deltas[name] = {choice: delta.to(device, torch.bfloat16) for choice, delta in choices.items()}
     return deltas
 
 
-def _with_cold_experts(mapped: ModelMap, divergence: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _by_tensor(
+    linears: Mapping[str, TargetLinear], divergence: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Divergences by tensor: the sum of its matrices'."""
+    totals: dict[str, dict[str, float]] = {}
+    for name, row in divergence.items():
+        total = totals.setdefault(linears[name].tensor, dict.fromkeys(row, 0.0))
+        for choice, value in row.items():
+            total[choice] += value
+    return totals
+
+
+def _with_cold_experts(
+    mapped: ModelMap, linears: Mapping[str, TargetLinear], divergence: dict[str, dict[str, float]]
+) -> dict[str, dict[str, float]]:
     """Divergences where an expert that no token reached has the mean of the block's other experts, not none."""
-    rows: dict[tuple[int | None, str], list[str]] = {}
+    rows: dict[tuple[Any, ...], list[str]] = {}
     for name in divergence:
-        if mapped.is_expert(name):
+        if (part := linears[name].part) is not None:
+            rows.setdefault((part.tensor, str(part.rows)), []).append(name)
+        elif mapped.is_expert(name):
             linear = mapped.linears[name]
             rows.setdefault((linear.block, mapped.record.starred(linear.part)), []).append(name)
     for names in rows.values():

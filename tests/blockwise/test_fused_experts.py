@@ -8,6 +8,7 @@ import torch
 import compress
 from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
+from compress.checkpoint.storage import parts
 from compress.checkpoint.write import stored_form
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
@@ -121,21 +122,26 @@ def test_calibrated_codes_of_experts_beat_rounding(models, data, tmp_path):
     assert torch.equal(stock_logits(tmp_path / "gptq", tmp_path, trust=True), our_logits(tmp_path / "gptq"))
 
 
-def test_settings_that_do_not_reach_such_experts_are_refused(models):
-    spec = open_checkpoint(models["gpt_oss"]).spec
-    cases = (
-        (
-            "cast",
-            {"bits": 5, "fused_experts": True},
-            "a budget does not reach .*the files hold all experts in one tensor",
-        ),
-        (
-            "prune_unstructured",
-            {"sparsity": 0.5, "allocation": "kl"},
-            "`allocation: kl` does not reach .*in one tensor",
-        ),
-    )
-    for name, settings, message in cases:
-        instance = get(name)
-        with pytest.raises(PassError, match=message):
-            instance.plan(spec, instance.settings(**settings))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_budgets_and_allocation_reach_such_experts(family, models, data, tmp_path):
+    settings = {"bits": 4.8, "group_size": 16, "reconstruction_epochs": 0, "error_correction": [], "store": "compact"}
+    out = compress.apply("cast", models[family], tmp_path / "bits", data=data.ids, **settings)
+    coded = [t for t in open_checkpoint(out).spec.stored() if t.quant_format is not None]
+    experts = {t.quant_format for t in coded if t.quant_format.experts}
+    assert len(experts) == 1 or len({f.format for f in experts}) == 1
+    assert sum(p.bytes for t in coded for p in parts(t)) * 8 / sum(t.count for t in coded) <= 4.8
+    settings = {"sparsity": 0.5, "method": "wanda", "allocation": "kl", "reconstruction_epochs": 0}
+    pruned = compress.apply("prune_unstructured", models[family], tmp_path / "kl", data=data.ids, **settings)
+    spec = open_checkpoint(pruned).spec
+    kept = [t for t in spec.stored() if t.kept is not None]
+    assert len({round(t.kept / t.count, 2) for t in kept if len(t.shape) == 3}) > 1
+    assert abs(sum(t.kept for t in kept) / sum(t.count for t in kept) - 0.5) < 0.02
+
+
+def test_scales_of_all_experts_are_refused_where_each_is_solved_alone(models, tmp_path):
+    half = compress.apply("cast", models["gpt_oss"], tmp_path / "bf16", weights="bf16")
+    spec, cast = open_checkpoint(half).spec, get("cast")
+    with pytest.raises(
+        PassError, match=r"has one nvfp4 scale for all experts, and `method: gptq` solves them one by one"
+    ):
+        cast.plan(spec, cast.settings(weights="nvfp4", only=["*.mlp.experts"]))

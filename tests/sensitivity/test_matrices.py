@@ -98,7 +98,7 @@ def test_divergences_read_token_types(tmp_path):
         found, _ = divergences(
             open_checkpoint(checkpoint),
             names,
-            lambda name, weight: {"less": 0.01 * weight},
+            lambda linear, weight: {"less": 0.01 * weight},
             Batches(ids, mask, types=types),
             setting=("", ""),
             device="cpu",

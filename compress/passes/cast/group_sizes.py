@@ -30,7 +30,9 @@ class GroupSizes:
     def __init__(self, spec: Spec, settings: CastSettings) -> None:
         self._settings = settings
         self._linears = model_map(spec).linears
-        self._wide = next((t for t in spec.stored() if t.dtype in ("F16", "F32", "F64")), None)
+        routers = {x.module for x in self._linears.values() if x.role == "router"}  # they stay as they are
+        others = (t for t in spec.stored() if t.module not in routers)
+        self._wide = next((t for t in others if t.dtype in ("F16", "F32", "F64")), None)
 
     @cached_property
     def _expert_inputs(self) -> int:

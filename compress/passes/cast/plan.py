@@ -103,7 +103,7 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
         sizes.check(dict.fromkeys(names, option))
     is_expert = model_map(spec).is_expert
     apart = [list(group) for group in groups if not is_expert(group[0])]
-    experts = [name for group in groups if is_expert(group[0]) for name in group]
+    experts = list(dict.fromkeys(name for group in groups if is_expert(group[0]) for name in group))
     return Choices(spec, [*apart, *([experts] if experts else [])], tuple(settings.options), sizes.quant_format)
 
 

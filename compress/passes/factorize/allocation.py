@@ -32,7 +32,9 @@ def allocate_ranks(checkpoint: Checkpoint, settings: FactorizeSettings, context:
         if context.processes.rank:
             return None
 
-        losses, _ = measured_divergences(checkpoint, list(uniform), lambda name, _: read(name), ALLOCATION, context)
+        losses, _ = measured_divergences(
+            checkpoint, list(uniform), lambda linear, _: read(linear.name), ALLOCATION, context
+        )
         divergence = {n: row["trial"] for n, row in losses.items()}
         ranks = _knapsack(spec, uniform, energies, divergence, settings.multiple_of or 1)
         return {

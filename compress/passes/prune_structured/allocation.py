@@ -47,7 +47,7 @@ def uneven_widths(
         read = probe_widths(runner, counts, options)
         if context.processes.rank:
             return None
-        losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), UNEVEN, context)
+        losses, _ = measured_divergences(checkpoint, names, lambda linear, _: read(linear.name), UNEVEN, context)
         rows = [list(losses[name].values()) for name in names]
         left = allocate_sparsity(sizes, sizes, levels, rows, kept)
         gone = {units.name: units.count - n * step for (units, _), n, step in zip(mlps, left, steps, strict=True)}

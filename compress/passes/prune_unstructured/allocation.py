@@ -57,7 +57,7 @@ def _shares(
 ) -> dict[str, Any]:
     from compress.solvers.sparsity_allocation import allocate_sparsity
 
-    losses, _ = measured_divergences(checkpoint, names, lambda name, _: read(name), SPARSITY, context)
+    losses, _ = measured_divergences(checkpoint, names, lambda linear, _: read(linear.name), SPARSITY, context)
     tensors = [checkpoint.spec.tensors[name] for name in names]
     sizes = [t.count for t in tensors]
     most = [t.count if t.kept is None else t.kept for t in tensors]
