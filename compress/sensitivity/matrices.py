@@ -124,8 +124,8 @@ def _linears_of(
     linears: dict[str, TargetLinear] = {}
     experts: dict[str, list[TargetLinear]] = {}
     if any(mapped.is_expert(name) for name in names):
-        found, swaps = expert_linears(model, mapped.spec)
-        for linear in found.values():
+        matrices, swaps = expert_linears(model, mapped.spec)
+        for linear in matrices.values():
             experts.setdefault(linear.tensor, []).append(linear)
         for parent, child, swapped in swaps:
             setattr(parent, child, swapped)

@@ -265,8 +265,8 @@ def test_cast_refuses_bad_input(folders, data, tmp_path):
     config = json.loads((cast / "config.json").read_text())
     bare = tmp_path / "bare"
     shutil.copytree(folders["llama"], bare)
-    (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(CheckpointError, match=r"has weights quantised by 'gptq', which this version cannot read"):
+    (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "quip"}}))
+    with pytest.raises(CheckpointError, match=r"has weights quantised by 'quip', which this version cannot read"):
         open_checkpoint(bare)
 
 
