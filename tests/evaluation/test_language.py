@@ -9,6 +9,7 @@ import transformers
 from compress.data.documents import Document
 from compress.errors import CompressError, DataError
 from compress.evaluation.language import metrics, score_documents
+from compress.models.pico import pico_model
 from tests import pico
 
 TEXTS = [
@@ -169,9 +170,7 @@ def test_score_documents_does_not_depend_on_batching(family, tokenizer):
 def test_models_that_read_padding_score_each_text_alone(tokenizer):
     """An XLM's tokens see all others, padding too, whatever its class is called."""
     config = transformers.XLMConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=64)
-    torch.manual_seed(0)
-    model = transformers.XLMWithLMHeadModel(config).eval()
-    model.init_weights()
+    model = pico_model(transformers.XLMWithLMHeadModel, config)
     documents = [Document("a", "some words of a text"), Document("b", "two")]
     options = {"window": 32, "stride": 32}
     together = score_documents(model, tokenizer, documents, **options).to_dict()["documents"]
