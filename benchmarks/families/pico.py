@@ -47,8 +47,12 @@ class Pico:
     encoder_decoder: bool
 
 
-def make(subject: Subject, place: Path) -> Pico:
-    """Write the checkpoint of a class and its data below ``place``. Raises `Unsuited` with the reason in one line."""
+def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
+    """Write the checkpoint of a class, another one to teach it, and its data below ``place``.
+
+    Raises:
+        Unsuited: with the reason in one line.
+    """
     import transformers
 
     from compress.models.classes import quiet_transformers
@@ -70,7 +74,8 @@ def make(subject: Subject, place: Path) -> Pico:
             model = pico_model(cls, config)
             stage = "cannot be saved by transformers"
             model.save_pretrained(place / "model")
-            pico_model(cls, config, seed=1).save_pretrained(place / "other")
+            if teacher:
+                pico_model(cls, config, seed=1).save_pretrained(place / "other")
             stage = "no inputs could be made"
             inputs = dummy_inputs(model)
             samples = [dummy_inputs(model, tokens=TOKENS, seed=seed) for seed in range(1, 1 + SAMPLES)]
@@ -79,7 +84,7 @@ def make(subject: Subject, place: Path) -> Pico:
         raise Unsuited(f"{stage}: {type(error).__name__}: {text}") from error
     torch.save(inputs, place / "inputs.pt")
     main = model.main_input_name
-    for folder in (place / "model", place / "other"):
+    for folder in (place / "model", place / "other") if teacher else (place / "model",):
         _write_processors(folder, main, inputs, config)
     text, rows, images = _write_data(place, config, inputs, main)
     data: Any = images

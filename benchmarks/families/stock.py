@@ -5,6 +5,7 @@ A script: reads requests, JSON, one a line, and answers each with a line. It mus
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -63,7 +64,11 @@ def outputs(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     model, info = load(request)
-    torch.save(computed(model, torch.load(request["inputs"])), request["outputs"])
+    inputs = torch.load(request["inputs"])
+    values = computed(model, inputs)
+    torch.save(values, request["outputs"])
+    if request.get("twice"):
+        return {"keys": info, "random": not torch.allclose(values, computed(model, inputs), atol=1e-5, equal_nan=True)}
     return {"keys": info}
 
 
@@ -90,6 +95,7 @@ def serve(requests: Iterable[str], answers: TextIO) -> None:
     import torch
     import transformers
 
+    gc.freeze()  # what is imported is not looked at again
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -61,7 +62,7 @@ def cells_of(subject: Subject, cells: Sequence[str], stock: Any) -> Iterator[tup
         started = time.process_time()
         try:
             with limited(2 * LIMIT):
-                pico = make(subject, place)
+                pico = make(subject, place, teacher="distill" in cells)
                 judge = Judge(stock, place)
                 judge.original(pico)
         except (_OutOfTime, Exception) as error:
@@ -115,6 +116,7 @@ def serve(connection: Connection) -> None:
     import torch
     import transformers
 
+    gc.freeze()  # what is imported is not looked at again
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
