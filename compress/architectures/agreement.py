@@ -33,7 +33,7 @@ def check_agreement(record: Architecture, spec: Spec, where: str) -> None:
 def _check_lists(record: Inferred, spec: Spec, where: str) -> None:
     """Check the length of every list of blocks that the config gives."""
     matches = [match for match in map(record.block_pattern.match, spec.tensors) if match is not None]
-    for entry in record.lists:
+    for entry in record.of_kind("main", "stack"):
         depth = record.length(spec.structure.config, entry)
         if depth is not None:
             present = {int(m[2]) for m in matches if m[1] == f"{entry.path}."}

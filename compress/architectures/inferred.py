@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from compress.architectures.record import Architecture, BlockRole
+from compress.errors import PassError
 from compress.spec.spec import Spec
 
 #: Role of a matrix outside the blocks.
@@ -26,6 +27,14 @@ def refilled(pattern: str, name: str) -> str:
     return ".".join(next(numbers, "*") if part == "*" else part for part in pattern.split("."))
 
 
+def _pattern(paths: Sequence[str]) -> re.Pattern[str]:
+    """Matches a tensor of an item of one of these lists. Groups: the path up to the number, the number, the rest."""
+    if not paths:
+        return re.compile(r"(?!)()()()")
+    lists = "|".join(re.escape(p).replace(r"\*", "[0-9]+") for p in sorted(paths, key=len, reverse=True))
+    return re.compile(rf"^((?:{lists})\.)(0|[1-9][0-9]{{0,8}})(\..+)$", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class BlockList:
     """A list of repeated blocks.
@@ -33,7 +42,7 @@ class BlockList:
     Attributes:
         path: in files. module: in memory, for the class that the record was read off.
         kind: ``main``, ``stack`` (runs beside or after the main one, such as a decoder after an encoder) or ``tower`` (makes
-            inputs of the main list from images or sound).
+            inputs of the main list from images or sound; its layers are no blocks).
         depth_key: config field with its length, with dots for nested configs; None where it is not known.
         section: part of the config that describes it, with dots; empty for the config itself.
     """
@@ -95,16 +104,16 @@ class Inferred(Architecture):
     @cached_property
     def block_pattern(self) -> re.Pattern[str]:
         """Matches a tensor of a block. Groups: the path up to the number, the number, the rest with its dot."""
-        paths = sorted((entry.path for entry in self.lists), key=len, reverse=True)
-        if not paths:
-            return re.compile(r"(?!)()()()")
-        lists = "|".join(re.escape(path).replace(r"\*", "[0-9]+") for path in paths)
-        return re.compile(rf"^((?:{lists})\.)(0|[1-9][0-9]{{0,8}})(\..+)$", re.DOTALL)
+        return _pattern([entry.path for entry in self.of_kind("main", "stack")])
+
+    @cached_property
+    def _tower_pattern(self) -> re.Pattern[str]:
+        return _pattern([entry.path for entry in self.of_kind("tower")])
 
     def list_of(self, name: str) -> str | None:
         """Path of the list of blocks that a tensor is in, with numbers; None outside the blocks and in towers."""
         match = self.block_pattern.match(name)
-        return None if match is None or self.in_tower(name) else match[1].removesuffix(".")
+        return None if match is None else match[1].removesuffix(".")
 
     def in_stack(self, name: str) -> bool:
         """Whether a tensor belongs to a block of another list than the main one."""
@@ -112,9 +121,8 @@ class Inferred(Architecture):
         return match is not None and match[1] != f"{self.lists[0].path}."
 
     def in_tower(self, name: str) -> bool:
-        """Whether a tensor belongs to a block of a tower, which makes inputs from images or sound."""
-        match = self.block_pattern.match(name)
-        return match is not None and any(e.kind == "tower" and e.path == starred(match[1][:-1]) for e in self.lists)
+        """Whether a tensor belongs to a layer of a tower, which makes inputs from images or sound; these are no blocks."""
+        return self._tower_pattern.match(name) is not None
 
     def in_memory(self, module: str, class_name: str | None) -> str:
         """Name in memory of a module, given its name in files."""
@@ -203,7 +211,13 @@ class Inferred(Architecture):
         return {key: value for key, value in lists.items() if isinstance(value, list)}
 
     def cut_depth(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-        """The config with only the blocks ``keep`` of the main list; see `Architecture.cut_depth`."""
+        """The config with only the blocks ``keep`` of the main list; see `Architecture.cut_depth`.
+
+        Raises:
+            PassError: no field with the number of blocks is known.
+        """
+        if not self.depth_key:
+            raise PassError(f"the config field with the number of blocks of {self.model_type} is not known", key="layers")
         whole = {**{k: v for k, v in self.defaults.items() if k in self.per_layer}, **self.part_of(config)}
         return self.with_part(config, super().cut_depth(whole, keep))
 

@@ -14,9 +14,8 @@ from compress.checkpoint.edits import to_json
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.values import Checkpoint
 from compress.errors import CheckpointError, CompressError, is_lack
+from compress.spec.floats import decoded
 from compress.spec.spec import Structure
-
-_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,21 +79,13 @@ def _config(structure: Structure, where: str) -> Any:
                 f"the model type `{data['model_type']}` is unknown to transformers {transformers.__version__}",
                 where=where,
             )
-        return transformers.AutoConfig.for_model(**_decoded(data))
+        return transformers.AutoConfig.for_model(**decoded(data))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"config.json cannot be used: {first_line(error)}", where=where) from error
     except Exception as error:  # strict dataclass validation of configs raises errors of huggingface_hub's own
         if type(error).__module__.startswith("huggingface_hub"):
             raise CheckpointError(f"config.json cannot be used: {first_line(error)}", where=where) from error
         raise
-
-
-def _decoded(value: Any) -> Any:
-    """JSON values with the floats that transformers writes as objects, such as ``{"__float__": "Infinity"}``."""
-    if isinstance(value, dict):
-        tag = value.get("__float__") if len(value) == 1 else None
-        return _FLOATS[tag] if isinstance(tag, str) and tag in _FLOATS else {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
 def _stock_class(structure: Structure, config: Any, where: str) -> Any:

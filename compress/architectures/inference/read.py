@@ -56,7 +56,8 @@ class Names:
 
     def absent(self, skeleton: Skeleton) -> list[str]:
         """Linear layers in memory of which the files have no weight."""
-        loaded = {target.rpartition(".")[0] for name, target in self.targets.items() if name in self.stored}
+        weights = (t for name, t in self.targets.items() if name in self.stored and t.endswith(".weight"))
+        loaded = {target.rpartition(".")[0] for target in weights}
         return [path for path, module in skeleton.modules.items() if kind_of(module) == "linear" and path not in loaded]
 
     def memory(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from compress.spec.floats import decoded
 from compress.spec.spec import Structure
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def _build(structure: Structure) -> Skeleton:
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without stored codes, which would change the class."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    result: dict[str, Any] = decoded({key: value for key, value in config.items() if key != "quantization_config"})
+    return result
 
 
 @contextlib.contextmanager
