@@ -244,6 +244,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         attention_parts=parts_of("attention", matrices, lists),
         position_table=None if table is None else table.removeprefix(below),
         longest=longest,
+        packable=skeleton.packable(),
         cache=cache_kind(spec, lists, fields),
         **fields,
     )

@@ -107,6 +107,27 @@ class Skeleton:
             part = part.removeprefix(start)
         return target, part
 
+    def packable(self) -> bool:
+        """Whether the class sets itself up where linear layers have no ``weight``, as packed codes leave them."""
+        import torch
+
+        linears = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and "weight" in m._parameters]
+        kept = [(module, dict(module._parameters)) for module in linears]
+        try:
+            for module, _ in kept:
+                del module._parameters["weight"]
+            with torch.no_grad():
+                self.model.initialize_weights()  # does nothing to tensors on the meta device
+        except AttributeError:
+            return False
+        except Exception:  # whatever else fails there is not for want of a weight
+            return True
+        finally:
+            for module, parameters in kept:
+                module._parameters.clear()
+                module._parameters.update(parameters)
+        return True
+
     def ignores(self, target: str) -> bool:
         """Whether transformers leaves out a tensor without a word that the class has no place for."""
         patterns = set(self.model._keys_to_ignore_on_load_unexpected or ())
