@@ -217,7 +217,9 @@ class Inferred(Architecture):
             PassError: no field with the number of blocks is known.
         """
         if not self.depth_key:
-            raise PassError(f"the config field with the number of blocks of {self.model_type} is not known", key="layers")
+            raise PassError(
+                f"the config field with the number of blocks of {self.model_type} is not known", key="layers"
+            )
         whole = {**{k: v for k, v in self.defaults.items() if k in self.per_layer}, **self.part_of(config)}
         return self.with_part(config, super().cut_depth(whole, keep))
 

@@ -48,7 +48,7 @@ def head_units(spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]
     """
     mapped = model_map(spec)
     record, attention = mapped.record, mapped.record.attention
-    if attention is None:
+    if attention is None or record.source != "written":  # an inferred one is not proved
         return {}
     counts = mapped.heads, mapped.kv_heads, mapped.head_dim
     make = head_groups if whole_groups else heads

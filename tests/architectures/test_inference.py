@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from compress import architectures
@@ -57,9 +59,29 @@ def test_inferred_matrices_agree_with_the_written_record(family):
         beside = any(kind == family and part in name for kind, part in BESIDE)
         assert beside or matrix.role == other.role, name
         assert written.in_memory(matrix.module) == inferred.in_memory(matrix.module)
+    assert (written.record.packable, written.record.input_axis) == (
+        inferred.record.packable,
+        inferred.record.input_axis,
+    )
     assert [x.name for x in written.targets] == [x.name for x in inferred.targets]
     present = {starred(x.part) for x in written.linears.values() if x.role == "router"}
     assert present == set(inferred.record.routers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inferred_mlps_and_attention_agree_with_the_written_record(family):
+    """The field of the config for the neurons is not inferred; fused queries, and the table of T5, are left out."""
+    written, inferred = both(family)
+    parts = {starred(matrix.part) for matrix in written.linears.values()}
+    mlps = {replace(m, size_key=None) for m in written.record.mlps if {*map(starred, (*m.up, m.down))} <= parts}
+    further = {m for m in inferred.record.mlps if "shared_experts" in m.down}  # one width for these and the others
+    assert {*inferred.record.mlps} - (further if family == "deepseek_v3" else set()) == mlps
+    attention = written.record.attention
+    if attention is None or attention.layout != "separate" or attention.table:
+        assert inferred.record.attention is None
+    else:
+        free = inferred.record.head_dim_key is not None
+        assert inferred.record.attention == replace(attention, free=free, even=False, rotary=False)
 
 
 def test_every_written_family_is_tried():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from compress.architectures.inference.config import cache_kind, config_fields
 from compress.architectures.inference.lists import depth_key, input_embeddings, main_first, owner_of, section_of
+from compress.architectures.inference.parts import Blocks, Sizes, attentions_of, mlps_of
 from compress.architectures.inference.roles import experts_in, kind_of, matrices_of, parts_of
 from compress.architectures.inference.skeleton import Skeleton
-from compress.architectures.inferred import BlockList, Inferred, refilled, starred
+from compress.architectures.inferred import BlockList, Inferred, Matrix, refilled, starred
 from compress.spec.spec import Spec
 
 
@@ -202,6 +204,34 @@ def _as_in_file(names: Names, parameter: str) -> str:
     return parameter
 
 
+def _parts(
+    spec: Spec,
+    lists: tuple[BlockList, ...],
+    matrices: Mapping[str, Matrix],
+    experts: Sequence[str],
+    fields: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The fields of a record that say where neurons and heads are."""
+    layers = [
+        matrix for name, matrix in matrices.items() if matrix.layer and any(name.startswith(e.path) for e in lists)
+    ]
+    turned = {matrix.transposed for matrix in layers}
+    if len(turned) != 1:
+        return {}
+    blocks = Blocks(spec, lists, matrices)
+    values = fields["defaults"]
+    hidden, heads, kv_heads = (values.get(fields[k]) for k in ("hidden_key", "heads_key", "kv_heads_key"))
+    width = values.get(fields["head_dim_key"]) or (hidden // heads if hidden and heads else None)
+    sizes = Sizes(heads, kv_heads, width)
+    attention, cross = attentions_of(blocks, sizes, fields["head_dim_key"] is not None)
+    return {
+        "mlps": mlps_of(blocks, experts),
+        "attention": attention,
+        "cross": cross,
+        "input_axis": 0 if turned == {True} else -1,
+    }
+
+
 def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
     """The record of a model."""
     names = Names(spec, skeleton)
@@ -218,6 +248,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
     head_file = None if head is None else (names.in_file(f"{head}.weight") or _as_in_file(names, f"{head}.weight"))
     fields = config_fields(skeleton, part, lists, lengths)
     matrices = matrices_of(spec, skeleton, names.targets, lists, embeddings, head)
+    experts = experts_in(spec, names.targets, skeleton, lists, matrices)
     table, longest = _longest(skeleton, names, embeddings, lists)
     return Inferred(
         model_type=spec.structure.model_type,
@@ -240,11 +271,12 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         ignored=tuple(sorted({starred(name) for name in names.ignored})),
         matrices=matrices,
         routers=parts_of("router", matrices, lists),
-        experts=experts_in(spec, names.targets, skeleton, lists, matrices),
+        experts=experts,
         attention_parts=parts_of("attention", matrices, lists),
         position_table=None if table is None else table.removeprefix(below),
         longest=longest,
         packable=skeleton.packable(),
+        **_parts(spec, lists, matrices, experts, fields),
         cache=cache_kind(spec, lists, fields),
         **fields,
     )
