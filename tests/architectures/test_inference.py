@@ -13,7 +13,7 @@ from compress.architectures.model_map import ModelMap
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
 
-FAMILIES = [*pico.FAMILIES, *pico.FURTHER]
+FAMILIES = [f for f in (*pico.FAMILIES, *pico.FURTHER) if architectures.find({"model_type": f})]
 KEYS = ("depth_key", "hidden_key", "heads_key", "kv_heads_key", "experts_key", "active_experts_key", "causal", "input")
 #: Facts that written records leave out, or that follow otherwise.
 BESIDE = {

@@ -30,7 +30,7 @@ def size(checkpoint):
 
 
 def test_records_all_have_a_pico_model():
-    assert {record.model_type for record in architectures.RECORDS} == {*pico.FAMILIES, *pico.FURTHER}
+    assert {record.model_type for record in architectures.RECORDS} <= {*pico.FAMILIES, *pico.FURTHER}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

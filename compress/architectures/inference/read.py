@@ -275,7 +275,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         attention_parts=parts_of("attention", matrices, lists),
         position_table=None if table is None else table.removeprefix(below),
         longest=longest,
-        packable=skeleton.packable(),
+        packable=skeleton.packable(entry.module for entry in lists if entry.kind != "tower"),
         **_parts(spec, lists, matrices, experts, fields),
         cache=cache_kind(spec, lists, fields),
         **fields,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -107,11 +107,12 @@ class Skeleton:
             part = part.removeprefix(start)
         return target, part
 
-    def packable(self) -> bool:
-        """Whether the class sets itself up where linear layers have no ``weight``, as packed codes leave them."""
+    def packable(self, paths: Iterable[str]) -> bool:
+        """Whether the class sets itself up where the linear layers below some paths have no ``weight``, as packed codes do."""
         import torch
 
-        linears = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear) and "weight" in m._parameters]
+        inside = [m for path in paths for m in self.modules[path].modules()]
+        linears = [m for m in inside if isinstance(m, torch.nn.Linear) and "weight" in m._parameters]
         kept = [(module, dict(module._parameters)) for module in linears]
         try:
             for module, _ in kept:
