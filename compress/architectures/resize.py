@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from compress.architectures.fields import with_field
 from compress.architectures.groups import (
     Hidden,
     KVHeadMerge,
@@ -17,6 +18,7 @@ from compress.architectures.groups import (
     neurons,
     same_heads,
 )
+from compress.architectures.inference.keys import sized_mlps
 from compress.architectures.model_map import ModelBlock, model_map
 from compress.architectures.record import Architecture
 from compress.errors import PassError
@@ -31,8 +33,9 @@ def mlp_units(spec: Spec) -> dict[int, list[PrunableGroup]]:
     """Block number ▶ the neurons of its MLP; one group per expert in a block with experts."""
     mapped = model_map(spec)
     units: dict[int, list[PrunableGroup]] = {}
+    mlps = sized_mlps(spec, mapped.record)
     for block in mapped.blocks:
-        for mlp in mapped.record.mlps:
+        for mlp in mlps:
             for expert in _experts(block, mlp):
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
                 if all(f"{module}.weight" in block.tensors for module in (*one.up, one.down)):
@@ -48,7 +51,7 @@ def head_units(spec: Spec, whole_groups: bool) -> dict[int, list[PrunableGroup]]
     """
     mapped = model_map(spec)
     record, attention = mapped.record, mapped.record.attention
-    if attention is None or record.source != "written":  # an inferred one is not proved
+    if attention is None:
         return {}
     counts = mapped.heads, mapped.kv_heads, mapped.head_dim
     make = head_groups if whole_groups else heads
@@ -153,11 +156,11 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
         )
     if queries != int(record.value(config, record.heads_key)):
         record.require_heads_apart("heads")
-    result = _set(record, config, record.heads_key, queries)
+    result = with_field(record, config, record.heads_key, queries)
     if record.head_dim_key:
-        result[record.head_dim_key] = record.head_dim(config)
+        result = with_field(record, result, record.head_dim_key, record.head_dim(config))
     if record.kv_heads_key:
-        result[record.kv_heads_key] = groups
+        result = with_field(record, result, record.kv_heads_key, groups)
     hidden = int(record.value(config, record.hidden_key))
     if attention.even and hidden % queries:
         result = _as_relative(record, result, hidden, queries)
@@ -183,21 +186,15 @@ def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, quer
 def with_kv_heads(record: Architecture, config: Mapping[str, Any], left: int) -> dict[str, Any]:
     """The config with ``left`` key and value heads."""
     assert record.kv_heads_key is not None
-    return _set(record, config, record.kv_heads_key, left)
+    return with_field(record, config, record.kv_heads_key, left)
 
 
 def with_size(record: Architecture, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The config with new numbers of neurons. ``sizes``: config field ▶ number."""
     result = dict(config)
     for key, size in sizes.items():
-        result = _set(record, result, key, size)
+        result = with_field(record, result, key, size)
     return result
-
-
-def _set(record: Architecture, config: Mapping[str, Any], key: str, value: int) -> dict[str, Any]:
-    """The config with one field set; other spellings of the field are removed."""
-    others = {other for other, meant in record.spellings.items() if meant == key}
-    return {**{k: v for k, v in config.items() if k not in others}, key: value}
 
 
 def _experts(block: ModelBlock, mlp: Mlp) -> list[str]:
@@ -301,7 +298,7 @@ def without_experts(
             source[f"{start}{base}.{list(keep[index]).index(int(expert))}.{tail}"] = name
     assert record.experts_key is not None
     count = len(next(iter(keep.values())))
-    smaller = _renamed(spec, source, _set(record, spec.structure.config, record.experts_key, count))
+    smaller = _renamed(spec, source, with_field(record, spec.structure.config, record.experts_key, count))
     return resized(smaller, entries, smaller.structure.config), source, entries
 
 
@@ -366,7 +363,7 @@ def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[
             entries[tensor.name] = {_axis(record, "out") if len(tensor.shape) == 2 else 0: keep}
         elif module in hidden.norms:
             entries[tensor.name] = {0: keep}
-    smaller = _set(record, config, record.hidden_key, len(keep))
+    smaller = with_field(record, config, record.hidden_key, len(keep))
     smaller[hidden.epsilon_key] = float(config.get(hidden.epsilon_key, hidden.epsilon)) * width / len(keep)
     return entries, with_heads(
         record,

@@ -13,6 +13,7 @@ from compress.passes.allocation import divergence_memory
 from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
 from compress.passes.prune_structured import slicing, widths
+from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.solvers.memory import OBS, OBS_WITH_BIAS
 from compress.spec.spec import Spec
@@ -94,7 +95,15 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         return max(runner, whole, gradients)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
-        """Exact if blocks are named or all alike. Otherwise scores on data decide which blocks are removed."""
+        """Exact if blocks are named or all alike. Otherwise scores on data decide which blocks are removed.
+
+        What an inferred record says is proved first, on a small copy of the model.
+        """
+        planned = self._planned(spec, settings)
+        require_equivalent(spec, settings)
+        return planned
+
+    def _planned(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         if settings.only or settings.skip:
             raise PassError(
                 "`only` and `skip` do not apply to units that go from every block",
