@@ -1,0 +1,99 @@
+"""Structured pruning of families without a written record: stock transformers computes what zeroing or skipping would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import compress
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import PassError
+from compress.models.pico import dummy_inputs, pico_model
+from compress.models.shrink import default_config, shrunken
+from tests.toolbox import plan
+
+DATA_FREE = {"importance": "magnitude", "compensation": "none"}
+FAMILIES = {
+    "olmo2": "Olmo2ForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "glm": "GlmForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "phi": "PhiForCausalLM",
+    "helium": "HeliumForCausalLM",
+}
+TIER = ("olmo2", "falcon", "glm")
+families = pytest.mark.parametrize(
+    "family", [f if f in TIER else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
+
+
+def save(family: str, folder: Path) -> Path:
+    pico_model(getattr(transformers, FAMILIES[family]), shrunken(default_config(family)), seed=3).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def stock(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits at once, then of a prompt and single steps."""
+    with torch.inference_mode():
+        logits, cache = [model(ids).logits], None
+        for piece in (ids[:, :4], *torch.split(ids[:, 4:], 1, 1)):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@families
+def test_neurons_that_go_equal_neurons_that_are_zero(family, tmp_path):
+    before = save(family, tmp_path / "in")
+    compress.apply("prune_structured", before, tmp_path / "out", mlp=0.25, **DATA_FREE)
+    small, twin = stock(tmp_path / "out"), stock(before)
+    rest = small.state_dict()
+    for name, weight in twin.state_dict().items():
+        if weight.ndim == 2 and weight.shape[1] != rest[name].shape[1]:  # it reads the neurons
+            kept = (weight.T[:, None] == rest[name].T[None]).all(-1).any(1)
+            assert kept.sum() == rest[name].shape[1] == 72
+            weight[:, ~kept] = 0
+    ids = dummy_inputs(twin, 20)["input_ids"]
+    torch.testing.assert_close(outputs(small, ids), outputs(twin, ids), rtol=1e-4, atol=1e-4)
+    assert (outputs(stock(before), ids) - outputs(small, ids)).abs().max() > 0.01
+
+
+@families
+def test_a_block_that_goes_equals_a_block_that_adds_nothing(family, tmp_path):
+    before = save(family, tmp_path / "in")
+    compress.apply("prune_structured", before, tmp_path / "out", layers=(1,), **DATA_FREE)
+    small, twin = stock(tmp_path / "out"), stock(before)
+    base = twin.transformer.h if family == "falcon" else twin.model.layers
+    whole = base[1].forward
+    base[1].forward = lambda hidden, *args, **kwargs: (
+        (hidden, *out[1:]) if isinstance(out := whole(hidden, *args, **kwargs), tuple) else hidden
+    )
+    ids = dummy_inputs(twin, 20)["input_ids"]
+    torch.testing.assert_close(outputs(small, ids), outputs(twin, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_go_where_a_config_has_their_width(tmp_path):
+    before = save("glm", tmp_path / "in")
+    compress.apply("prune_structured", before, tmp_path / "out", heads=0.5, **DATA_FREE)
+    assert stock(tmp_path / "out").config.num_attention_heads == 2
+    with pytest.raises(PassError, match="its config takes the hidden size for heads x head width"):
+        plan(open_checkpoint(save("olmo2", tmp_path / "olmo2")), "prune_structured", heads=0.5, **DATA_FREE)
+
+
+def test_what_only_a_written_record_proves_is_refused(tmp_path):
+    with pytest.raises(PassError, match="`keep_kv_heads` needs a written record, and glm has none"):
+        plan(open_checkpoint(save("glm", tmp_path / "in")), "prune_structured", keep_kv_heads=1, **DATA_FREE)
