@@ -73,10 +73,10 @@ class Heads(Lab):
         from compress.sensitivity.windows import WindowLosses
 
         if by == "layers" and self._context("layers").workspace.read_json("window_losses") is None:
-            joint = window_losses(self.checkpoint, self.settings("heads", 1), self._context("heads")).joint
-            groups = self.heads // self.depth
-            blocks = joint.view(self.depth, groups, self.depth, groups).sum((1, 3))
-            self._context("layers").workspace.write_json("window_losses", WindowLosses(blocks, [], []).to_json())
+            heads = window_losses(self.checkpoint, self.settings("heads", 1), self._context("heads"))
+            shape = (self.depth, self.heads // self.depth) * 2
+            joint, noise = (part.view(shape).sum((1, 3)) for part in (heads.joint, heads.noise))
+            self._context("layers").workspace.write_json("window_losses", WindowLosses(joint, [], [], noise).to_json())
         settings = self.settings(by, full)
         choice = choose_heads(self.checkpoint, settings, self._context(by))
         spec = planned_edits(self.checkpoint.spec, settings, choice)

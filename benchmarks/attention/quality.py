@@ -160,7 +160,7 @@ class Lab:
         """The losses of windows under each kind of sinks, in one pass; the pass then reads them."""
         from compress.blockwise.executor import BlockExecutor
         from compress.blockwise.inputs import Inputs
-        from compress.passes.local_attention.divergence import samples
+        from compress.passes.local_attention.divergence import repeated
         from compress.progress import SilentProgress
         from compress.sensitivity.attention import Sight
         from compress.sensitivity.windows import WindowLosses, window_losses
@@ -170,14 +170,22 @@ class Lab:
         places = [self._context(f"sinks {kind}").workspace for kind in kinds]
         if all(place.read_json("window_losses") is not None for place in places):
             return
-        batches = samples(self._settings("learned", 1), self._context("samples"))
-        executor = BlockExecutor(self.checkpoint, Inputs(batches.values), dtype="float32", device="cpu")
+        settings = self._settings("learned", 1)
+        read = repeated(settings, self._context("samples"))
+        executor = BlockExecutor(self.checkpoint, Inputs(read.batches.values), dtype="float32", device="cpu")
         executor.learn_calls()
         work = self.workspace.folder("work")
-        losses = window_losses(executor, list(kinds.values()), by="layers", workspace=work, progress=SilentProgress())
+        losses = window_losses(
+            executor,
+            list(kinds.values()),
+            by="layers",
+            weights=read.weights(settings.repeat_weight),
+            workspace=work,
+            progress=SilentProgress(),
+        )
         for at, place in enumerate(places):
-            joint = losses.joint[at :: len(kinds), at :: len(kinds)]
-            one = WindowLosses(joint, [[b[at]] for b in losses.logits], losses.values)
+            joint, noise = (part[at :: len(kinds), at :: len(kinds)] for part in (losses.joint, losses.noise))
+            one = WindowLosses(joint, [[b[at]] for b in losses.logits], losses.values, noise)
             place.write_json("window_losses", one.to_json())
 
     def windows(self, sinks: int | str, full: int | Sequence[int]) -> Any:

@@ -32,20 +32,29 @@ class WindowLosses:
             groups of all blocks, in order.
         logits: by block and window, the logit of each head; empty for a window without logits.
         values: by block, what each KV head's sink adds for its share: the mean value of the samples' first tokens.
+        noise: variance of each of the joint losses; see `solver.noise`.
     """
 
     joint: torch.Tensor
     logits: list[list[list[float]]]
     values: list[list[list[float]]]
+    noise: torch.Tensor
+
+    def of(self, rows: Sequence[int], windows: int) -> torch.Tensor:
+        """The joint losses of some units of so many windows, for a choice among them; see `solver.shrunk`."""
+        at = list(rows)
+        return solver.shrunk(self.joint[at][:, at], self.noise[at][:, at], windows)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"joint": self.joint.tolist(), "logits": self.logits, "values": self.values}
+        fields = {"logits": self.logits, "values": self.values}
+        return {"joint": self.joint.tolist(), "noise": self.noise.tolist(), **fields}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> WindowLosses:
         """From `to_json`."""
-        return WindowLosses(torch.tensor(value["joint"], dtype=torch.float64), value["logits"], value["values"])
+        joint, noise = (torch.tensor(value[name], dtype=torch.float64) for name in ("joint", "noise"))
+        return WindowLosses(joint, value["logits"], value["values"], noise)
 
 
 def window_losses(
@@ -53,6 +62,7 @@ def window_losses(
     sights: Sequence[Sight],
     *,
     by: Literal["layers", "heads"],
+    weights: torch.Tensor | None = None,
     workspace: Workspace,
     progress: Progress,
 ) -> WindowLosses:
@@ -61,13 +71,14 @@ def window_losses(
     Args:
         executor: of the original, after `learn_calls`.
         sights: windows; where one has logits, they are searched, and the loss is that under them.
+        weights: what a token counts in the losses, [samples, length]; None for 1 each.
 
     Raises:
         PassError: the model predicts no tokens, its attention cannot be reached, or there are more processes than samples.
     """
     if executor.samples < executor.processes.world:
         raise PassError(f"{executor.samples} calibration samples are fewer than {executor.processes.world} processes")
-    visitor = _Visitor(executor, sights, by)
+    visitor = _Visitor(executor, sights, by, weights)
     gradients = Gradients(executor, workspace, progress, visitor)
     visitor.samples = gradients.samples
     gradients.measure()
@@ -81,8 +92,10 @@ class _Visitor:
 
     samples: int
 
-    def __init__(self, executor: BlockExecutor, sights: Sequence[Sight], by: str) -> None:
-        self._executor, self._sights, self._by = executor, sights, by
+    def __init__(
+        self, executor: BlockExecutor, sights: Sequence[Sight], by: str, weights: torch.Tensor | None
+    ) -> None:
+        self._executor, self._sights, self._by, self._weights = executor, sights, by, weights
         self._products: _Products | None = None
         self._changes: dict[int, torch.Tensor] = {}  # by block: [units, windows, tokens]
         self._searched: dict[int, list[list[float]]] = {}
@@ -132,19 +145,26 @@ class _Visitor:
     def result(self) -> WindowLosses:
         depth = range(self._executor.depth)
         changes = torch.cat([self._changes[i].flatten(0, 1) for i in depth])
-        tokens = sum(_counted(self._executor, [row]) for row in range(self.samples))
-        joint = solver.losses(changes, tokens).cpu()
-        return WindowLosses(joint, [self._searched[i] for i in depth], [self._values[i].tolist() for i in depth])
+        counts = self._counts().flatten().to(changes.device)
+        return WindowLosses(
+            solver.losses(changes, counts).cpu(),
+            [self._searched[i] for i in depth],
+            [self._values[i].tolist() for i in depth],
+            solver.noise(changes, counts).cpu(),
+        )
+
+
+    def _counts(self) -> torch.Tensor:
+        """What each token counts, float64 [samples, tokens]; zero for padding."""
+        mask = self._executor.token_mask(range(self.samples))
+        counts = torch.ones(self.samples, self._executor.inputs.length, dtype=torch.float64)
+        counts = counts if self._weights is None else self._weights[: self.samples].to(counts)
+        return counts if mask is None else counts * mask.to(counts)
 
 
 def _grouped(changes: torch.Tensor, groups: int) -> torch.Tensor:
     """Sums over the heads of each group, [groups, tokens]."""
     return changes.view(groups, -1, changes.shape[-1]).sum(1)
-
-
-def _counted(executor: BlockExecutor, rows: Sequence[int]) -> int:
-    mask = executor.token_mask(rows)
-    return len(rows) * executor.inputs.length if mask is None else int(mask.sum())
 
 
 class _Products:

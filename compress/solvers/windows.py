@@ -82,17 +82,40 @@ def sink_logits(products: HeadProducts, groups: int) -> torch.Tensor:
     return logits
 
 
-def losses(changes: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Half the mean over tokens of the product of each two units' changes: float64 [units, units].
+def losses(changes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Half the weighted mean over tokens of the product of each two units' changes: float64 [units, units].
 
     Its diagonal is the expected divergence of one unit's change alone, in nats per token; the sum over several units' rows
     and columns that of their changes together.
 
     Args:
-        changes: of the log-likelihood, [units, tokens and padding]; zero for padding. tokens: number of tokens that count.
+        changes: of the log-likelihood, [units, tokens]. counts: what each token counts, 0 for padding, float64 [tokens].
     """
-    wide = changes.double()
-    return wide @ wide.T / (2 * max(1, tokens))
+    wide = changes.double() * counts.sqrt()
+    return wide @ wide.T / (2 * max(1.0, float(counts.sum())))
+
+
+def noise(changes: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Variance of each of the `losses`, with the same arguments, taking tokens as independent: float64 [units, units]."""
+    joint, tokens = losses(changes, counts), int((counts > 0).sum())
+    squares = (changes.double() * counts.sqrt()).square() / (2 * max(1.0, float(counts.sum())))
+    return (squares @ squares.T - joint.square() / max(1, tokens)) * tokens / max(1, tokens - 1)
+
+
+def shrunk(joint: torch.Tensor, noise: torch.Tensor, windows: int) -> torch.Tensor:
+    """The joint losses, those of pairs of different units drawn towards zero as far as they are noise.
+
+    A covariance shrunk towards its diagonal by the intensity Σ noise / Σ joint², over those pairs, at most 1 (Ledoit and Wolf
+    2004; Schäfer and Strimmer 2005). Otherwise a choice relies on changes that cancel on few tokens by chance.
+
+    Args:
+        windows: adjacent rows that are one unit's.
+    """
+    unit = torch.arange(len(joint), device=joint.device) // windows
+    others = unit[:, None] != unit[None]
+    signal = float(joint[others].square().sum())
+    intensity = min(1.0, float(noise[others].sum()) / signal) if signal > 0 else 0.0
+    return torch.where(others, (1 - intensity) * joint, joint)
 
 
 def choose(costs: Sequence[Sequence[int]], joint: torch.Tensor, budget: int) -> list[int] | None:

@@ -155,9 +155,11 @@ def test_window_losses_match_whole_models_and_dense_masks(family, logits, tmp_pa
 
 
 def test_results_survive_json():
-    losses = WindowLosses(torch.rand(4, 4, dtype=torch.float64), [[[0.5, -1e4]], [[1.0, 2.0]]], [[[0.25, 0.5]]] * 2)
+    joint, noise = torch.rand(2, 4, 4, dtype=torch.float64)
+    losses = WindowLosses(joint, [[[0.5, -1e4]], [[1.0, 2.0]]], [[[0.25, 0.5]]] * 2, noise)
     again = WindowLosses.from_json(losses.to_json())
     assert torch.equal(again.joint, losses.joint)
+    assert torch.equal(again.noise, losses.noise)
     assert (again.logits, again.values) == (losses.logits, losses.values)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.solvers import knapsack
-from compress.solvers.windows import NO_SINK, HeadProducts, choose, losses, sink_logits, total
+from compress.solvers.windows import NO_SINK, HeadProducts, choose, losses, noise, shrunk, sink_logits, total
 
 
 def products(heads=4, tokens=50, seed=0):
@@ -80,7 +80,7 @@ def joint_loss(changes, chosen, windows):
 @pytest.mark.parametrize("seed", range(6))
 def test_choose_lowers_the_loss_of_the_knapsack_and_holds_the_budget(seed):
     changes, costs = problem(seed)
-    joint, budget = losses(changes, changes.shape[1]), 350
+    joint, budget = losses(changes, torch.ones(changes.shape[1])), 350
     chosen = choose(costs, joint, budget)
     alone = [[0.0, *(joint_loss(changes, [0] * u + [o], 2) for o in (1, 2))] for u in range(6)]
     start = knapsack.choose(costs, alone, budget)
@@ -100,7 +100,7 @@ def test_choose_finds_the_best_of_all_choices():
     reached, best, knapsacks = 0.0, 0.0, 0.0
     for seed in range(8):
         changes, costs = problem(seed, units=5)
-        joint = losses(changes, changes.shape[1])
+        joint = losses(changes, torch.ones(changes.shape[1]))
         every = [c for c in product(range(3), repeat=5) if sum(r[o] for r, o in zip(costs, c, strict=True)) <= 300]
         best += min(joint_loss(changes, c, 2) for c in every)
         reached += joint_loss(changes, choose(costs, joint, 300), 2)
@@ -112,10 +112,34 @@ def test_choose_finds_the_best_of_all_choices():
 
 def test_choose_has_no_answer_below_the_least_cost():
     changes, costs = problem(0)
-    assert choose(costs, losses(changes, 30), sum(min(row) for row in costs) - 1) is None
+    assert choose(costs, losses(changes, torch.ones(30)), sum(min(row) for row in costs) - 1) is None
 
 
-def test_losses_leave_padding_out():
-    changes = torch.randn(3, 10)
-    padded = torch.cat([changes, torch.zeros(3, 5)], 1)
-    assert torch.allclose(losses(padded, 10), losses(changes, 10))
+def test_losses_are_means_weighted_by_token_and_leave_padding_out():
+    changes, counts = torch.randn(3, 10), torch.tensor([1.0] * 6 + [4.0] * 3 + [0.0])
+    joint = losses(changes, counts)
+    for u, v in product(range(3), repeat=2):
+        assert float(joint[u, v]) == pytest.approx(
+            sum(float(c * a * b) for c, a, b in zip(counts, changes[u], changes[v], strict=True)) / 2 / 18, abs=1e-6
+        )
+
+
+def test_noise_is_the_variance_of_a_weighted_mean():
+    changes, counts = torch.randn(2, 12), torch.tensor([1.0] * 6 + [4.0] * 4 + [0.0] * 2)
+    terms = counts[:10] * changes[0, :10] * changes[1, :10] / 2 / counts.sum()
+    assert float(noise(changes, counts)[0, 1]) == pytest.approx(10 * float(terms.var()), rel=1e-5)
+
+
+def test_pairs_are_shrunk_as_far_as_they_are_noise():
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.ones(4000)
+    alone = torch.randn(24, 4000, generator=draw)
+    alike = alone + 2 * torch.randn(1, 4000, generator=draw)
+    for changes, least, most in ((alone, 0.7, 1.0), (alike, 0.0, 0.01)):
+        joint = losses(changes, counts)
+        result = shrunk(joint, noise(changes, counts), 2)
+        same = torch.arange(24)[:, None] // 2 == torch.arange(24) // 2
+        assert torch.equal(result[same], joint[same])  # two windows of one unit
+        kept = result[~same] / joint[~same]
+        assert torch.allclose(kept, kept[:1])
+        assert least <= 1 - float(kept[0]) <= most

@@ -178,14 +178,14 @@ def choose_heads(checkpoint: Checkpoint, settings: LocalAttentionSettings, conte
 
     units, options = _units(spec, settings), len(settings.window)
     budget = _budget(spec, settings, len(units))
-    joint = window_losses(checkpoint, settings, context).joint
+    losses = window_losses(checkpoint, settings, context)
     heads = model_map(spec).kv_heads if settings.by == "heads" else 1
     numbers = [block * heads + (head if settings.by == "heads" else 0) for (block, head), *_ in units]
     rows = [number * options + option for number in numbers for option in range(options)]
     costs = held_by(settings, spec, trained_length(spec, settings) or 2 * max(settings.window))
-    chosen = choose([costs] * len(units), joint[rows][:, rows], budget)
+    chosen = choose([costs] * len(units), losses.of(rows, options), budget)
     assert chosen is not None  # `_budget` holds the cheapest options
-    return _chosen(spec, settings, units, chosen, tuple(joint.diagonal()[::options].tolist()))
+    return _chosen(spec, settings, units, chosen, tuple(losses.joint.diagonal()[::options].tolist()))
 
 
 def planned_edits(spec: Spec, settings: LocalAttentionSettings, choice: HeadChoice) -> Spec:

@@ -10,7 +10,7 @@ from compress.checkpoint.edits.local_cache import HeadWindows
 from compress.errors import PassError
 from compress.passes.base import Context
 from compress.passes.local_attention.choose import Windows, evenly, full_blocks, held, trained_length
-from compress.passes.local_attention.long_range import with_repeats
+from compress.passes.local_attention.long_range import Repeated, with_repeats
 from compress.passes.local_attention.settings import LocalAttentionSettings
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 def samples(settings: LocalAttentionSettings, context: Context) -> Batches:
     """The calibration samples, with passages that come again."""
+    return repeated(settings, context).batches
+
+
+def repeated(settings: LocalAttentionSettings, context: Context) -> Repeated:
+    """The calibration samples, and which of their tokens come again."""
     batches = context.data("calibration")
     return with_repeats(batches, settings.long_range, max(settings.window), context.seed)
 
@@ -68,7 +73,7 @@ def _full(
 
     length = trained_length(checkpoint.spec, settings) or 2 * window
     everything, some = held(None, length), held(window, length)
-    joint = losses.joint[candidates][:, candidates]
+    joint = losses.of(candidates, 1)
     budget = count * everything + (len(candidates) - count) * some
     options = choose([[everything, some]] * len(candidates), joint, budget)
     assert options is not None
@@ -82,7 +87,8 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
     from compress.sensitivity.windows import WindowLosses, window_losses
 
     def compute() -> dict[str, object]:
-        batches = samples(settings, context)
+        read = repeated(settings, context)
+        batches = read.batches
         executor = BlockExecutor(
             checkpoint,
             Inputs(batches.values, batches.mask, batches.target_mask),
@@ -96,6 +102,7 @@ def window_losses(checkpoint: Checkpoint, settings: LocalAttentionSettings, cont
             executor,
             [_sight(settings, window) for window in settings.window],
             by=settings.by,
+            weights=read.weights(settings.repeat_weight),
             workspace=context.workspace.folder("windows"),
             progress=context.progress,
         ).to_json()

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from compress.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from compress.data.batches import Batches
 
 
-def with_repeats(batches: Batches, share: float, window: int, seed: int) -> Batches:
+@dataclass(frozen=True, eq=False)
+class Repeated:
+    """Samples, of which some end with a passage from their beginning.
+
+    Attributes:
+        batches: the samples. passages: whether a token is of such a passage, where it comes again, bool [samples, length].
+    """
+
+    batches: Batches
+    passages: torch.Tensor
+
+    def weights(self, repeat: float) -> torch.Tensor:
+        """``repeat`` for the tokens of passages and 1 for all others, float64 [samples, length]."""
+        return 1 + (repeat - 1) * self.passages.double()
+
+
+def with_repeats(batches: Batches, share: float, window: int, seed: int) -> Repeated:
     """The samples, of which an even ``share`` repeat a passage from their beginning at their end, out of a window's reach.
 
     A sample of n tokens then ends with the tokens from its second on; the first may mark the beginning of the text. The
@@ -24,6 +42,8 @@ def with_repeats(batches: Batches, share: float, window: int, seed: int) -> Batc
     Raises:
         DataError: no sample is longer than the window.
     """
+    import torch
+
     lengths = [batches.ids.shape[1]] * len(batches.ids) if batches.mask is None else batches.mask.sum(1).tolist()
     if max(lengths) <= window:
         raise DataError(
@@ -32,6 +52,7 @@ def with_repeats(batches: Batches, share: float, window: int, seed: int) -> Batc
             fix=f"use samples of {4 * window} tokens, or at least {window + 1}",
         )
     draw, ids, done = random.Random(seed), batches.ids.clone(), 0.0
+    passages = ids.new_zeros(ids.shape, dtype=torch.bool)
     for row, length in enumerate(lengths):
         most = min(length // 2, length - window - 1)
         done += share
@@ -40,4 +61,5 @@ def with_repeats(batches: Batches, share: float, window: int, seed: int) -> Batc
         done -= 1
         passage = draw.randint(min(length // 4, most) or 1, most)
         ids[row, length - passage : length] = ids[row, 1 : passage + 1].clone()
-    return replace(batches, ids=ids)
+        passages[row, length - passage : length] = True
+    return Repeated(replace(batches, ids=ids), passages)

@@ -131,6 +131,13 @@ class LocalAttentionSettings(PassSettings):
         description="Share of the calibration samples in which a passage comes again at a distance. Without them the choice "
         "forgets how to copy.",
     )
+    repeat_weight: float = Field(
+        default=10,
+        ge=1,
+        le=1000,
+        description="Weight of a token of such a passage in the choice, where it comes again; all others have 1. A larger one "
+        "keeps the blocks that copy.",
+    )
     sink_steps: int = Field(
         default=0,
         ge=0,
@@ -181,6 +188,8 @@ class LocalAttentionSettings(PassSettings):
             raise ValueError("give `full` or `max_cache`, not both")
         if self.at is not None and self.at <= max(self.window):
             raise ValueError(f"`at` is no longer than the window of {max(self.window)}")
+        if "repeat_weight" in self.model_fields_set and self.long_range == 0:
+            raise ValueError("`repeat_weight` is for passages that come again: set `long_range` above 0")
         if self.sink_steps and self.sinks != "learned":
             raise ValueError("`sink_steps` trains logits: set `sinks: learned`")
         if isinstance(self.full, tuple) and self.by == "heads":

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface
 
 import compress
 from compress.architectures.conversions.windows import NO_SINK, current_windows
@@ -16,8 +17,13 @@ from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
 from compress.errors import DataError, PassError
 from compress.models.loading import load_model
-from compress.passes.local_attention.long_range import with_repeats
+from compress.passes.base import Context
+from compress.passes.local_attention.divergence import samples, window_losses
+from compress.passes.local_attention.long_range import Repeated, with_repeats
+from compress.passes.local_attention.settings import LocalAttentionSettings
+from compress.progress import SilentProgress
 from compress.solvers import windows as solver
+from compress.workspace import Workspace
 from tests import pico
 from tests.processes import Process
 from tests.toolbox import divergence, plan
@@ -161,9 +167,80 @@ def test_steps_of_sinks_need_logits(tmp_path):
         compress.apply("local_attention", pico.folder(), tmp_path / "out", window=8, sinks=0, sink_steps=4)
 
 
+def dense(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Eager attention that keeps its outputs, and those where each query sees 8 tokens."""
+    n = torch.arange(query.shape[2])
+    ago = n[:, None] - n
+    scores = query @ key.mT.repeat_interleave(2, 1) * scaling
+    value = value.repeat_interleave(2, 1)
+    full, windowed = (scores.masked_fill(~((ago >= 0) & (ago < w)), -torch.inf).softmax(-1) @ value for w in (99, 8))
+    full.retain_grad()
+    kept.append((full, windowed.detach()))
+    return full.transpose(1, 2).contiguous(), None
+
+
+kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+AttentionInterface.register("dense", dense)
+
+
+def weighted(folder, ids, weights):
+    """The joint loss of windows of 8 by block: a weighted mean over tokens, by plain backward passes of the whole model."""
+    model = load_model(folder, dtype="float32").requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda m, a, output: output.requires_grad_())
+    model.set_attn_implementation("dense")
+    joint = torch.zeros(4, 4, dtype=torch.float64)
+    for row, sample in enumerate(ids):
+        kept.clear()
+        output = model(input_ids=sample[None], use_cache=False).logits[0]
+        generator = torch.Generator().manual_seed(row)
+        drawn = torch.multinomial(output.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(output, drawn, reduction="sum").backward()
+        for t in range(len(sample)):
+            r = torch.stack([(a.grad * (w - a.detach()))[0, :, t].double().sum() for a, w in kept])
+            joint += weights[row][t] * r[:, None] * r / 2
+    return joint / sum(map(sum, weights))
+
+
+def test_tokens_of_repeated_passages_count_by_their_weight(tmp_path, data):
+    folder, ids = pico.folder("llama"), data.ids[:4]
+    checkpoint = open_checkpoint(folder)
+    found = {}
+    for weight in (1, 9):
+        context = Context(
+            checkpoint, "cpu", "float32", 0, None, lambda _: Batches(ids), SilentProgress(), Workspace(tmp_path / f"{weight}")
+        )
+        settings = LocalAttentionSettings(window=8, full=1, sinks=0, long_range=0.5, repeat_weight=weight)
+        found[weight] = window_losses(checkpoint, settings, context).joint
+        read = samples(settings, context).ids
+        weights = [[1.0] * len(row) for row in ids]
+        for row in (1, 3):  # an even half of the samples ends with tokens from its second on
+            passage = max(p for p in range(6, 13) if torch.equal(read[row, -p:], ids[row, 1 : p + 1]))
+            weights[row][-passage:] = [float(weight)] * passage
+        wanted = weighted(folder, read, weights)
+        assert torch.allclose(found[weight], wanted, rtol=1e-3, atol=1e-3 * float(wanted.diagonal().min()))
+    assert not torch.allclose(found[1], found[9], rtol=0.05)
+
+
+def test_the_weight_decides_which_block_copies(tmp_path):
+    """Only where a passage comes again does the change of block 1 count more than that of block 0."""
+    changes = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.5]])
+    passages = torch.tensor([[False, False, False, True]])
+    chosen = []
+    for weight in (1.0, 4.0):
+        counts = Repeated(Batches(passages.long()), passages).weights(weight).flatten()
+        chosen.append(solver.choose([[2, 1]] * 2, solver.losses(changes, counts), 3))
+    assert chosen == [[0, 1], [1, 0]]
+
+
+def test_a_weight_without_passages_is_refused(tmp_path):
+    with pytest.raises(compress.errors.CompressError, match=r"`repeat_weight` is for passages that come again"):
+        compress.apply("local_attention", pico.folder(), tmp_path / "out", window=8, long_range=0, repeat_weight=4)
+
+
 def test_repeats_are_out_of_reach_of_the_window():
     ids = torch.arange(8 * 40).view(8, 40)
     repeated = with_repeats(Batches(ids), 0.25, 16, seed=3)
+    passages, repeated = repeated.passages, repeated.batches
     changed = [row for row in range(8) if not torch.equal(repeated.ids[row], ids[row])]
     assert changed == [3, 7]
     for row in changed:
@@ -172,17 +249,22 @@ def test_repeats_are_out_of_reach_of_the_window():
         assert 10 <= passage <= 20
         assert torch.equal(repeated.ids[row, first:], ids[row, 1 : passage + 1])
         assert first - 1 > 16 - 1  # a query sees 15 tokens before it
-    assert torch.equal(with_repeats(Batches(ids), 0.25, 16, seed=3).ids, repeated.ids)
-    others = [with_repeats(Batches(ids), 0.25, 16, seed=s).ids for s in range(4)]
+        assert passages[row].tolist() == [column >= first for column in range(40)]
+    assert passages.any(1).nonzero().flatten().tolist() == changed
+    assert torch.equal(with_repeats(Batches(ids), 0.25, 16, seed=3).batches.ids, repeated.ids)
+    others = [with_repeats(Batches(ids), 0.25, 16, seed=s).batches.ids for s in range(4)]
     assert any(not torch.equal(other, repeated.ids) for other in others)
-    assert torch.equal(with_repeats(Batches(ids), 0.0, 16, seed=3).ids, ids)
-    assert len([r for r in range(8) if not torch.equal(with_repeats(Batches(ids), 1.0, 16, 0).ids[r], ids[r])]) == 8
+    assert torch.equal(with_repeats(Batches(ids), 0.0, 16, seed=3).batches.ids, ids)
+    assert len([r for r in range(8) if not torch.equal(with_repeats(Batches(ids), 1.0, 16, 0).batches.ids[r], ids[r])]) == 8
 
 
 def test_repeats_of_padded_samples_end_with_the_text():
     ids, mask = torch.arange(4 * 40).view(4, 40), torch.ones(4, 40, dtype=torch.bool)
     mask[0, 30:] = mask[1, 17:] = mask[2, 10:] = False
-    repeated = with_repeats(Batches(ids, mask), 1.0, 16, seed=0).ids
+    repeated = with_repeats(Batches(ids, mask), 1.0, 16, seed=0)
+    assert not repeated.passages[~mask].any()
+    assert repeated.passages.any(1).tolist() == [True, False, False, True]
+    repeated = repeated.batches.ids
     assert torch.equal(repeated[~mask], ids[~mask])
     assert repeated[0, 29] < 16
     assert not torch.equal(repeated[0], ids[0])
