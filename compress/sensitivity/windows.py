@@ -92,9 +92,7 @@ class _Visitor:
 
     samples: int
 
-    def __init__(
-        self, executor: BlockExecutor, sights: Sequence[Sight], by: str, weights: torch.Tensor | None
-    ) -> None:
+    def __init__(self, executor: BlockExecutor, sights: Sequence[Sight], by: str, weights: torch.Tensor | None) -> None:
         self._executor, self._sights, self._by, self._weights = executor, sights, by, weights
         self._products: _Products | None = None
         self._changes: dict[int, torch.Tensor] = {}  # by block: [units, windows, tokens]
@@ -152,7 +150,6 @@ class _Visitor:
             [self._values[i].tolist() for i in depth],
             solver.noise(changes, counts).cpu(),
         )
-
 
     def _counts(self) -> torch.Tensor:
         """What each token counts, float64 [samples, tokens]; zero for padding."""

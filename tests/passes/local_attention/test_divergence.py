@@ -207,7 +207,14 @@ def test_tokens_of_repeated_passages_count_by_their_weight(tmp_path, data):
     found = {}
     for weight in (1, 9):
         context = Context(
-            checkpoint, "cpu", "float32", 0, None, lambda _: Batches(ids), SilentProgress(), Workspace(tmp_path / f"{weight}")
+            checkpoint,
+            "cpu",
+            "float32",
+            0,
+            None,
+            lambda _: Batches(ids),
+            SilentProgress(),
+            Workspace(tmp_path / f"{weight}"),
         )
         settings = LocalAttentionSettings(window=8, full=1, sinks=0, long_range=0.5, repeat_weight=weight)
         found[weight] = window_losses(checkpoint, settings, context).joint
@@ -255,7 +262,10 @@ def test_repeats_are_out_of_reach_of_the_window():
     others = [with_repeats(Batches(ids), 0.25, 16, seed=s).batches.ids for s in range(4)]
     assert any(not torch.equal(other, repeated.ids) for other in others)
     assert torch.equal(with_repeats(Batches(ids), 0.0, 16, seed=3).batches.ids, ids)
-    assert len([r for r in range(8) if not torch.equal(with_repeats(Batches(ids), 1.0, 16, 0).batches.ids[r], ids[r])]) == 8
+    assert (
+        len([r for r in range(8) if not torch.equal(with_repeats(Batches(ids), 1.0, 16, 0).batches.ids[r], ids[r])])
+        == 8
+    )
 
 
 def test_repeats_of_padded_samples_end_with_the_text():
