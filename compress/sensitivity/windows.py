@@ -152,7 +152,7 @@ class _Visitor:
         )
 
     def _counts(self) -> torch.Tensor:
-        """What each token counts, float64 [samples, tokens]; zero for padding."""
+        """The weight of each token, float64 [samples, tokens]; zero for padding."""
         mask = self._executor.token_mask(range(self.samples))
         counts = torch.ones(self.samples, self._executor.inputs.length, dtype=torch.float64)
         counts = counts if self._weights is None else self._weights[: self.samples].to(counts)
