@@ -190,7 +190,7 @@ def test_apply_takes_data_in_every_form(tmp_path, texts, pico_llama):
         (packed.ids, {"samples": 9}, "data: holds 4 samples of 32 tokens, 9 of 32 are asked for"),
         ([tmp_path / "ids.npy", train], {}, "data: token ids come from one file: name no other beside it"),
         (train, {"mode": "pad"}, "data.mode: Input should be 'packed' or 'padded'"),
-        ([], {}, "data.files: "),
+        ([], {}, "data: give either `files` or `images`"),
         (tmp_path / "a.bin", {}, "a.bin: is no .txt"),
     ):
         with pytest.raises(CompressError) as caught:

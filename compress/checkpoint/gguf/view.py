@@ -42,7 +42,7 @@ def view(path: Path, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
             with temporary(folder) as made:
                 (made / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
                 (made / _FILE).symlink_to(path)
-                _tokenizer(made)
+                _tokenizer(made, path)
                 if not folder.exists():  # another process may have been faster
                     made.rename(folder)
         except OSError as error:
@@ -64,8 +64,8 @@ def _check_rules(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> None:
-    """Write the tokenizer files of the folder's GGUF file."""
+def _tokenizer(folder: Path, path: Path) -> None:
+    """Write the tokenizer files of the GGUF file that the folder holds a link to."""
     import transformers
 
     try:
@@ -76,6 +76,6 @@ def _tokenizer(folder: Path) -> None:
             raise
         raise CheckpointError(
             f"holds no tokenizer that transformers can read: {one_line(error)}",
-            where=str((folder / _FILE).resolve()),
+            where=str(path),
             fix=_BESIDE,
         ) from error

@@ -56,7 +56,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         return self.needs if reads else frozenset()
 
     def followed_by(self, settings: PruneStructuredSettings, later: InputMultiple) -> PruneStructuredSettings:
-        """Choose multiples that later passes need and prefer, where none are given."""
+        """Choose multiples that later passes need and prefer, where none are given and any width changes."""
+        if settings.mlp is None and settings.hidden is None and not settings.searched:
+            return settings
         given = {"multiple_of": settings.multiple_of, "preferred_multiple": settings.preferred_multiple}
         needs = {"multiple_of": later.needed, "preferred_multiple": later.preferred}
         return settings.model_copy(update={k: needs[k] if v is None else v for k, v in given.items()})
