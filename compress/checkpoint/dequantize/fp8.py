@@ -16,38 +16,45 @@ from compress.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_CODES = ("F8_E4M3", "F8_E5M2")
+CODES = ("F8_E4M3", "F8_E5M2")
 #: Dtypes of scales. Those of 8 bits are exponents: b means 2^(b - 127).
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-_ENDS = ("_scale_inv", "_scale")
+ENDS = ("_scale_inv", "_scale")
+#: Arrays of inputs and caches.
+UNUSED = (".input_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale")
 
 
 class Fp8Scheme(Scheme):
     """E4M3 or E5M2 codes of matrices and of experts [E, O, I]."""
 
     methods = ("fp8", "fbgemm_fp8")
-    unused = (".input_scale", ".activation_scale", ".input_scale_ub", ".k_scale", ".v_scale")
-    marks = _ENDS
-    coded = _CODES
+    unused = UNUSED
+    marks = ENDS
+    coded = CODES
 
     def find(self, files: WeightFiles) -> None:
         """A tensor for each array of codes with scales beside it."""
-        for name, key in _pairs(files):
-            codes = files.entry(name, key, _CODES)
-            scale = files.entry(key, name, _SCALES)
-            block = _block(files, name, key)
-            label = "fp8" if codes.dtype == "F8_E4M3" else "fp8 (E5M2)"
-            kind = f"{label} {_words(block, codes.shape)}"
-            decode = partial(dequantize, block=block, exponents=scale.dtype == "U8")
-            files.add(name, codes.shape, kind, {"codes": name, "scale": key}, decode)
+        add_fp8(files)
+
+
+def add_fp8(files: WeightFiles) -> None:
+    """Add a tensor for each array of 8-bit floats with scales beside it."""
+    for name, key in _pairs(files):
+        codes = files.entry(name, key, CODES)
+        scale = files.entry(key, name, _SCALES)
+        block = _block(files, name, key)
+        label = "fp8" if codes.dtype == "F8_E4M3" else "fp8 (E5M2)"
+        kind = f"{label} {_words(block, codes.shape)}"
+        decode = partial(dequantize, block=block, exponents=scale.dtype == "U8")
+        files.add(name, codes.shape, kind, {"codes": name, "scale": key}, decode)
 
 
 def _pairs(files: WeightFiles) -> Iterator[tuple[str, str]]:
     """(name of codes, name of their scales)."""
-    for end in _ENDS:
+    for end in ENDS:
         for name, _ in files.named(end):
             key = f"{name}{end}"
-            if not key.endswith(Fp8Scheme.unused) and name in files.entries:
+            if not key.endswith(UNUSED) and name in files.entries:
                 yield name, key
 
 

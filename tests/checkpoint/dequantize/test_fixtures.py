@@ -13,6 +13,7 @@ from compress.checkpoint import dequantize
 from compress.checkpoint.files import read_bytes
 from compress.checkpoint.headers import read_header
 from compress.checkpoint.values import torch_dtype
+from compress.errors import CheckpointError
 
 FOLDER = Path(__file__).parent / "fixtures"
 FILES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if "-expected" not in path.stem)
@@ -53,3 +54,17 @@ def test_decoders_give_the_values_of_the_libraries(name, at_once, monkeypatch):
         assert values.shape == tensors[key].shape
         assert torch.equal(values, expected[key].to(values.dtype)), key
         assert source.bytes == sum(a.numel() * a.element_size() for a in arrays.values())
+
+
+def test_missing_arrays_and_unknown_algorithms_are_refused():
+    config, entries, array, _ = opened("modelopt_nvfp4")
+    for gone, message in (
+        ("a.weight_scale_2", r"has a.weight_scale \(F8_E4M3\), and nothing beside it"),
+        ("a.weight_scale", "but not a.weight_scale, which its values need"),
+        ("a.weight", "but not a.weight, which its values need"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            dequantize.parse(config, {key: entry for key, entry in entries.items() if key != gone}, array, "here")
+    config["quantization_config"]["quant_algo"] = "W4A8_AWQ"
+    with pytest.raises(CheckpointError, match=r"quant_algo`: 'W4A8_AWQ', which this version cannot"):
+        dequantize.parse(config, entries, array, "here")
