@@ -83,6 +83,8 @@ def find_linears(
         transposed = stored in matrices and matrices[stored].transposed and path not in fused
         if transposed or isinstance(module, torch.nn.Linear):
             data: torch.Tensor = module.weight.data
+            if stored not in matrices or matrices[stored].tensor.shape != tuple(data.shape):
+                continue  # the files hold its rows in several tensors
             by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
         elif path in fused:
             parent, _, child = path.rpartition(".")

@@ -173,10 +173,12 @@ class Gradients:
             with torch.enable_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
                 forward = block.forward_original if states is block.originals else block.forward
                 output = forward(rows, hidden)
-            once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1}
-            gradients = torch.autograd.grad(
-                output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
-            )
+            once = {name: calls[0] for name, calls in outputs.items() if len(calls) == 1 and calls[0].requires_grad}
+            gradients: Sequence[torch.Tensor | None] = ()
+            if once:
+                gradients = torch.autograd.grad(
+                    output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
+                )
             result = {}
             for name, gradient in zip(once, gradients, strict=True):
                 if gradient is not None:

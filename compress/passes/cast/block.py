@@ -82,7 +82,8 @@ class Rounded:
     def chain_gradients(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Set the gradients of the scales from those of the weights."""
         whole, weight = parameters[self.linear.parameter], self.linear.weight
-        assert whole.grad is not None
+        if whole.grad is None:  # the block does not use it, such as the cross-attention of a decoder alone
+            return
         assert whole.is_contiguous()
         start = weight.storage_offset() - whole.storage_offset()
         gradient = whole.grad.contiguous().as_strided(weight.shape, weight.stride(), start)
