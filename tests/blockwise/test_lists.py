@@ -45,7 +45,7 @@ def whole(checkpoint, inputs):
     return outputs, reads
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_lists_match_the_whole_model(masked, folders, tmp_path):
     """Outputs of blocks, and statistics of all matrices; those of cross-attention count the source's tokens."""
     checkpoint, inputs = open_checkpoint(folders["t5"]), pairs(masked)

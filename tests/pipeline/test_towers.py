@@ -14,6 +14,8 @@ import torch
 import transformers
 
 import compress
+from compress.checkpoint.open import open_checkpoint
+from compress.errors import DataError, PassError
 from compress.models.loading import load_model
 from compress.models.pico import pico_model
 from compress.models.shrink import default_config, shrunken
@@ -34,10 +36,16 @@ CASES = {
     "paligemma": ("PaliGemmaForConditionalGeneration", "text"),
     "idefics3": ("Idefics3ForConditionalGeneration", "text"),
 }
+REFUSED = {
+    "pegasus_x": "PegasusXForConditionalGeneration",
+    "zamba2": "Zamba2ForCausalLM",
+    "mllama": "MllamaForConditionalGeneration",
+}
 #: Stock transformers reads weights of their layers as floats, so that codes are for `store: compact`.
 FLOATS = ("mamba2",)
 #: Tokens of a prompt see each other both ways, so that single steps differ from one shot in stock models too.
 WITHOUT_ORDER = ("paligemma",)
+#: One recipe each in the fast tests: two are rounded, two are pruned.
 FAST = ("whisper", "gemma3", "jamba", "m2m_100")
 PASSES = [
     {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5}},
@@ -45,9 +53,9 @@ PASSES = [
 ]
 
 
-def save(folder: Path, kind: str) -> Path:
+def save(folder: Path, kind: str, cls: str | None = None) -> Path:
     """A pico checkpoint with the tokenizer of the tests, and a feature extractor where it reads sound."""
-    model = pico_model(getattr(transformers, CASES[kind][0]), shrunken(default_config(kind)))
+    model = pico_model(getattr(transformers, cls or CASES[kind][0]), shrunken(default_config(kind)))
     model.save_pretrained(folder)
     pico.tokenizer().save_pretrained(folder)
     if kind == "whisper":
@@ -123,11 +131,11 @@ print(json.dumps(result))
 
 
 @pytest.mark.parametrize(
-    "kinds",
-    [FAST, pytest.param(tuple(k for k in CASES if k not in FAST), marks=pytest.mark.slow)],
-    ids=["fast", "others"],
+    ("kinds", "passes"),
+    [(FAST[:2], PASSES[1:]), (FAST[2:], PASSES[:1]), pytest.param(tuple(CASES), PASSES, marks=pytest.mark.slow)],
+    ids=["gptq", "sparsegpt", "both"],
 )
-def test_calibrated_recipes_reload_in_stock_transformers(kinds, tmp_path):
+def test_calibrated_recipes_reload_in_stock_transformers(kinds, passes, tmp_path):
     from tests import processes
 
     cases = {}
@@ -139,7 +147,7 @@ def test_calibrated_recipes_reload_in_stock_transformers(kinds, tmp_path):
             "model": str(model),
             "output": str(out),
             "data": {"calibration": section},
-            "passes": PASSES[: 1 if kind in FLOATS else 2],
+            "passes": passes[: 1 if kind in FLOATS else 2],
             "evaluate": [],
         }
         report = compress.run(recipe).report
@@ -159,3 +167,73 @@ def test_calibrated_recipes_reload_in_stock_transformers(kinds, tmp_path):
     for kind, (difference, stepped) in json.loads(done.stdout.splitlines()[-1]).items():
         assert difference < 1e-4, kind
         assert stepped < 1e-3 or kind in WITHOUT_ORDER, kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "calibration", "message"),
+    [
+        pytest.param(
+            "whisper",
+            "text",
+            r"WhisperForConditionalGeneration reads sound .*; name a folder of .wav files: `speech`",
+            marks=pytest.mark.slow,
+        ),
+        ("m2m_100", "speech", "M2M100ForConditionalGeneration reads `input_ids`, not sound; name `files`"),
+    ],
+)
+def test_calibration_of_another_kind_is_refused_by_the_plan(kind, calibration, message, tmp_path):
+    model, section = save(tmp_path / "in", kind), data(tmp_path / "data", calibration)
+    recipe = {"model": str(model), "output": str(tmp_path / "out"), "data": {"calibration": section}, "passes": PASSES}
+    with pytest.raises(DataError, match=message):
+        compress.plan({**recipe, "evaluate": []})
+
+
+@pytest.mark.slow
+def test_towers_are_left_and_rounded_where_they_are_named(tmp_path):
+    """Text reaches no tower of images: the pass leaves it, and a method without calibration rounds it if asked."""
+    model = save(tmp_path / "in", "gemma3")
+    before = open_checkpoint(model)
+    towers = {name for name in before.spec.tensors if "vision_tower" in name or "multi_modal_projector" in name}
+    section = data(tmp_path / "data", "text")
+    compress.apply(
+        "prune_unstructured", model, tmp_path / "pruned", data=section["files"], samples=4, length=16, sparsity=0.5
+    )
+    pruned = open_checkpoint(tmp_path / "pruned")
+    assert towers
+    assert all(torch.equal(pruned.tensor(n).data, before.tensor(n).data) for n in towers)
+    named = {"only": ["re:.*vision_tower.*(fc1|q_proj)"], "activations": "int8"}  # SigLIP takes no packed codes
+    compress.apply("cast", model, tmp_path / "cast", weights="int8", method="rtn", **named)
+    cast = open_checkpoint(tmp_path / "cast").spec.tensors
+    coded = {name for name, tensor in cast.items() if tensor.quant_format is not None}
+    assert coded
+    assert all("vision_tower" in name for name in coded)
+    settings = {
+        "data": section["files"],
+        "samples": 4,
+        "length": 16,
+        "only": ["re:.*vision_tower.*fc1"],
+        "sparsity": 0.5,
+    }
+    with pytest.raises(PassError, match=r"vision_tower.*fc1.weight .*; use `method: magnitude`"):
+        compress.apply("prune_unstructured", model, tmp_path / "tower", **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "pegasus_x",
+            r"model.encoder.layers.0 hands more than its hidden states to later blocks; use a method that needs",
+        ),
+        ("zamba2", r"block \d lacks shared_transformer.* after loading"),
+        ("mllama", "block 2 is not run on the calibration data; use a method that needs no calibration"),
+    ],
+)
+@pytest.mark.slow
+def test_models_whose_blocks_exchange_more_are_refused_by_name(kind, message, tmp_path):
+    model, section = save(tmp_path / "in", kind, REFUSED[kind]), data(tmp_path / "data", "text")
+    with pytest.raises(PassError, match=message):
+        compress.apply(
+            "prune_unstructured", model, tmp_path / "out", data=section["files"], samples=4, length=16, sparsity=0.5
+        )
+    assert not (tmp_path / "out").exists()
