@@ -95,10 +95,11 @@ def divergences(
     handles = []
     for name, linear in linears.items():
         users = [user for source, user in _users(mapped, names) if source == name and user != name]
-        for module in [linear.module, *(model.get_submodule(user.removesuffix(".weight")) for user in users)]:
+        shared = (mapped.in_memory(user.removesuffix(".weight")) for user in users)
+        for module in [linear.module, *map(model.get_submodule, shared)]:
             handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name], loop)))
-    embeddings = model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
+    for embeddings in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):  # an encoder may have its own
+        handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
     generator = torch.Generator(device).manual_seed(seed)
     tokens = 0
     for sample in loop.with_progress(progress, "measuring what changes cost"):
@@ -130,7 +131,7 @@ def _linears_of(
         for parent, child, swapped in swaps:
             setattr(parent, child, swapped)
     for name in names:
-        weight = getattr(module := modules.get(name.removesuffix(".weight")), "weight", None)
+        weight = getattr(module := modules.get(mapped.in_memory(name.removesuffix(".weight"))), "weight", None)
         if name in experts:
             linears |= {linear.name: linear for linear in experts[name]}
         elif module is not None and weight is not None:

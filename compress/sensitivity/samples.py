@@ -21,11 +21,15 @@ class Sample:
     """One or several samples that run together.
 
     Attributes:
-        inputs: the model's arguments, on its device. mask: which tokens count, bool [samples, length]; None for all.
+        inputs: the model's arguments, on its device.
+        mask: which of the tokens count that are predicted, bool [samples, length]; None for all.
+        source: the same for what an encoder reads in front of a decoder, whose number differs. paired: whether there is one.
     """
 
     inputs: dict[str, torch.Tensor]
     mask: torch.Tensor | None
+    source: torch.Tensor | None = None
+    paired: bool = False
 
     def counted(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of tokens that count, [tokens, …].
@@ -33,7 +37,10 @@ class Sample:
         Args:
             rows: one for each token, [samples * length, …]; or one for each sample (a classifier's), which all count.
         """
-        if self.mask is None or (len(rows) == len(self.mask) and len(rows) != self.mask.numel()):
+        if self.source is not None and len(rows) == self.source.numel():
+            return rows[self.source.flatten()]
+        single = self.mask is not None and (self.paired or len(rows) == len(self.mask))
+        if self.mask is None or (single and len(rows) != self.mask.numel()):
             return rows
         return rows[self.mask.flatten()]
 
@@ -55,8 +62,11 @@ class SampleLoop:
 
     def __iter__(self) -> Iterator[Sample]:
         for part in self._parts:
-            mask = None if part.mask is None else part.mask.to(self._device)
-            self.current = Sample(part.inputs(self._device), mask)
+            mask, target = (None if m is None else m.to(self._device) for m in (part.mask, part.target_mask))
+            paired = part.targets is not None
+            self.current = Sample(
+                part.inputs(self._device), target if paired else mask, mask if paired else None, paired
+            )
             yield self.current
 
     def with_progress(self, progress: Progress, title: str, unit: str = "samples") -> Iterator[Sample]:
@@ -80,7 +90,8 @@ def token_losses(model: Any, sample: Sample, generator: torch.Generator, *, next
     """
     logits: torch.Tensor = model(**sample.inputs)[0].float()
     if next_token and logits.ndim == 3:
-        labels = sample.inputs["input_ids"][:, 1:].flatten()
+        labels = sample.inputs["decoder_input_ids" if "decoder_input_ids" in sample.inputs else "input_ids"]
+        labels = labels[:, 1:].flatten()
         losses = cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
         return losses if sample.mask is None else losses[sample.mask[:, 1:].flatten()]
     logits = logits.flatten(0, -2)

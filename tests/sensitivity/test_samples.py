@@ -55,3 +55,12 @@ def test_counted_takes_tokens_or_samples(batches):
     assert sample.counted(torch.arange(3)).tolist() == [0, 1, 2]  # a classifier's: one row per sample
     with pytest.raises(IndexError):
         sample.counted(torch.arange(7))
+
+
+def test_samples_of_pairs_count_tokens_of_each_text():
+    """Rows of the source count by its mask, rows of the target by its own, and rows of sounds all."""
+    from compress.sensitivity.samples import Sample
+
+    source, target = torch.tensor([[True, False, False]]), torch.tensor([[True, True, False, False]])
+    sample = Sample({}, target, source, paired=True)
+    assert [len(sample.counted(torch.zeros(n, 2))) for n in (3, 4, 7)] == [1, 2, 7]
