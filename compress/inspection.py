@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.architectures.cache import cache_bytes, plan_lengths
+from compress.architectures.description import describe, to_python
 from compress.architectures.model_map import model_map
 from compress.checkpoint.layout import natural
 from compress.checkpoint.open import open_checkpoint, open_headers
@@ -71,6 +72,25 @@ def inspect(
             _row(spec, t, counts.get(t.name)) for t in sorted(spec.tensors.values(), key=lambda t: natural(t.name))
         ],
     }
+
+
+def architecture(
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    ignore_auto_map: bool = False,
+    offline: bool = False,
+    text: bool = False,
+) -> tuple[dict[str, Any], str | None]:
+    """Facts about a checkpoint's architecture as JSON values, schema ``compress.architecture/1``.
+
+    Also, with ``text``, an inferred record as Python text. Raises `CompressError` for that of a written record.
+    """
+    options = {"trust_remote_code": trust_remote_code, "ignore_auto_map": ignore_auto_map, "offline": offline}
+    spec, _ = open_headers(model, **options)
+    mapped = model_map(spec)
+    data = {"schema": "compress.architecture/1", "checkpoint": str(model), **describe(mapped)}
+    return data, to_python(mapped) if text else None
 
 
 def _row(spec: Spec, tensor: Tensor, zero: int | None) -> dict[str, Any]:

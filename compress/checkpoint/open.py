@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import architectures
 from compress.architectures.agreement import check_agreement
+from compress.architectures.inferred import Inferred
 from compress.checkpoint import dequantize, hub, tidy
 from compress.checkpoint import edits as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
@@ -277,7 +278,7 @@ def _spec(
     else:
         gone = whole.tensors.keys() - spec.tensors.keys()
         spec = replace(spec, left_out=sum(places[name][2] for name in gone if name in places))
-    return with_aliases(spec, where), headers
+    return with_aliases(_told(spec), where), headers
 
 
 def _tensors(
@@ -313,6 +314,15 @@ def _tensors(
                 raise CheckpointError(f"tensor {name} is in two files", where=where)
             tensors[name] = table.get(name) or Tensor(name, entry.shape, entry.dtype)
     return tensors, sources, notes
+
+
+def _told(spec: Spec) -> Spec:
+    """Spec with a note where the architecture is told by names and shapes alone."""
+    record = architectures.record_for(spec)
+    if not isinstance(record, Inferred) or record.source != "shapes":
+        return spec
+    note = f"{', '.join(record.unknown)}; linear layers are told by the names and shapes of tensors"
+    return replace(spec, notes=(*spec.notes, note))
 
 
 def _table(header: Header, where: str) -> dict[str, Tensor]:

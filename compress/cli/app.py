@@ -120,6 +120,13 @@ def inspect(
     checkpoint: CheckpointArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="Print a row per tensor.")] = False,
     zeros: Annotated[bool, typer.Option("--zeros", help="Read the weights and count zeros.")] = False,
+    architecture: Annotated[
+        bool, typer.Option("--architecture", help="Show blocks, roles of matrices, embeddings, head and ties instead.")
+    ] = False,
+    save: Annotated[
+        Optional[Path],
+        typer.Option("--save", help="Write the inferred architecture as a Python record.", metavar="FILE"),
+    ] = None,
     trust_remote_code: Trust = False,
     ignore_auto_map: IgnoreCode = False,
     allow_links: AllowLinks = False,
@@ -130,6 +137,9 @@ def inspect(
     from compress.cli.commands import checkpoints
 
     code = Code(trust_remote_code, ignore_auto_map, allow_links)
+    if architecture or save is not None:
+        checkpoints.architecture(checkpoint, save=save, code=code, offline=offline, json=json)
+        return
     checkpoints.inspect(checkpoint, tensors=tensors, zeros=zeros, code=code, offline=offline, json=json)
 
 

@@ -43,6 +43,15 @@ def refusing(make: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
+def has_class(checkpoint: Checkpoint) -> bool:
+    """Whether anything loads the checkpoint: transformers knows its model type, or it brings code that the user trusts."""
+    import transformers
+
+    structure = checkpoint.spec.structure
+    trusted = bool(structure.config.get("auto_map")) and checkpoint.trust_remote_code
+    return trusted or structure.model_type in transformers.CONFIG_MAPPING
+
+
 @refusing
 def stock_class(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The transformers class of a checkpoint, with its edits of structure, and its config object.

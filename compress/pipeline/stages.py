@@ -45,9 +45,11 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
     run.check_samples(missing)
     _prepare_passes(run, missing)
     if missing and missing[0] is run.plan.stages[0]:
+        from compress.models.classes import has_class
         from compress.models.loading import check_keys
 
-        check_keys(run.original)  # the input loads cleanly
+        if has_class(run.original):
+            check_keys(run.original)  # the input loads cleanly
     rows, before = [], run.original
     for stage, print_, key, row in zip(run.plan.stages, prints, run.keys, known, strict=True):
         title = " + ".join(p.name for p in stage.passes)
@@ -251,11 +253,16 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
     Raises:
         CheckpointError: they differ.
     """
+    from compress.models.classes import has_class
     from compress.models.loading import check_keys
     from compress.models.sameness import same_logits
     from compress.models.stock import check_codes
 
     start = time.perf_counter()
+    if not has_class(
+        stored
+    ):  # its tensors were compared while they were written, and a note says that nothing loads it
+        return time.perf_counter() - start
     check_keys(stored)
     check_codes(stored)
     need = 2 * 4 * stored.spec.parameters

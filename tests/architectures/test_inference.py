@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
+import compress
 from compress import architectures
 from compress.architectures.inference import infer
 from compress.architectures.inferred import starred
 from compress.architectures.model_map import ModelMap
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
+from tests.toolbox import edit_config
 
 FAMILIES = [f for f in (*pico.FAMILIES, *pico.FURTHER) if architectures.find({"model_type": f})]
 KEYS = ("depth_key", "hidden_key", "heads_key", "kv_heads_key", "experts_key", "active_experts_key", "causal", "input")
@@ -86,3 +89,23 @@ def test_inferred_mlps_and_attention_agree_with_the_written_record(family):
 
 def test_every_written_family_is_tried():
     assert {record.model_type for record in architectures.RECORDS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cast", {"weights": "int8", "method": "rtn"}),
+        ("prune_unstructured", {"method": "magnitude", "sparsity": 0.5}),
+    ],
+)
+def test_passes_without_data_need_no_class(name, settings, tmp_path):
+    """Tensors of a model type that transformers does not know become those of the same model under its own type."""
+    known = pico.save(tmp_path / "known")
+    pico.save(tmp_path / "unheard")
+    edit_config(tmp_path / "unheard", model_type="unheard", architectures=["UnheardForCausalLM"])
+    a = compress.apply(name, known, tmp_path / "a", **settings)
+    b = compress.apply(name, tmp_path / "unheard", tmp_path / "b", **settings)
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    assert any("does not know the model type" in note for note in second.spec.notes)
+    assert first.spec.tensors == second.spec.tensors
+    assert all(torch.equal(first.tensor(n).data, second.tensor(n).data) for n in first.spec.tensors)

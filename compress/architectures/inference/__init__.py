@@ -11,9 +11,10 @@ from functools import lru_cache
 
 from compress.architectures.inference.shapes import by_shapes
 from compress.architectures.inferred import Inferred
+from compress.errors import is_lack
 from compress.spec.spec import Spec
 
-__all__ = ["infer"]
+__all__ = ["infer", "misfit"]
 _KEPT = 32
 
 
@@ -41,9 +42,36 @@ def _inferred(key: _Key) -> Inferred:
     from compress.architectures.inference.skeleton import skeleton_of
 
     skeleton, reason = skeleton_of(key.spec.structure)
-    return by_shapes(key.spec, reason) if skeleton is None else by_class(key.spec, skeleton)
+    if skeleton is None:
+        return by_shapes(key.spec, reason)
+    try:
+        return by_class(key.spec, skeleton)
+    except Exception as error:  # classes and configs differ in anything
+        if is_lack(error):
+            raise
+        return by_shapes(key.spec, f"its class cannot be read ({type(error).__name__})")
 
 
 def infer(spec: Spec) -> Inferred:
     """The record of a model, read off its class; by names and shapes where there is no class. The same for the same spec."""
     return _inferred(_Key(spec))
+
+
+def misfit(spec: Spec) -> str | None:
+    """The first disagreement between tensors and the class that the config builds, in words; None where they agree.
+
+    Tensors that transformers joins or turns while it loads are not compared.
+    """
+    from compress.architectures.inference.skeleton import skeleton_of
+
+    skeleton, reason = skeleton_of(spec.structure)
+    if skeleton is None:
+        return reason
+    for tensor in spec.stored():
+        loaded = skeleton.loaded_as(tensor.name)
+        if loaded is None or loaded[0] != loaded[1]:
+            continue
+        expected = tuple(skeleton.state[loaded[0]].shape)
+        if expected != tensor.shape and len(expected) == len(tensor.shape):
+            return f"{tensor.name} is {list(tensor.shape)}, and its class expects {list(expected)}"
+    return None

@@ -140,5 +140,5 @@ def _own_fields(config: Any, fields: Mapping[str, Any]) -> Iterator[tuple[str, A
     for key in fields:
         try:
             yield key, getattr(config, key)
-        except AttributeError:
+        except Exception:  # a field may have a value by block alone
             continue

@@ -148,7 +148,7 @@ def _embeddings(skeleton: Skeleton, names: Names, lists: tuple[BlockList, ...]) 
 
 def _with_weight(skeleton: Skeleton, module: Any) -> str | None:
     """Path of a module, or of the first one in it that has a weight of two axes or more."""
-    weight = (m for m in module.modules() if getattr(getattr(m, "weight", None), "ndim", 0) >= 2)
+    weight = (m for m in getattr(module, "modules", tuple)() if getattr(getattr(m, "weight", None), "ndim", 0) >= 2)
     return skeleton.names.get(id(next(weight, None)))
 
 

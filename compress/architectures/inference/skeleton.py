@@ -168,7 +168,8 @@ def _built(key: str, config: _Config) -> tuple[Skeleton | None, str]:
 
     structure = config.structure
     if structure.model_type not in transformers.CONFIG_MAPPING:
-        return None, f"transformers {transformers.__version__} does not know the model type"
+        version = transformers.__version__
+        return None, f"transformers {version} does not know the model type, so no result is checked by loading it"
     try:
         with _quiet():
             return _build(structure), ""

@@ -19,6 +19,24 @@ def inspect(checkpoint: str, *, tensors: bool, zeros: bool, code: Code, offline:
         tables.print_inspection(data, tensors=tensors or zeros)
 
 
+def architecture(checkpoint: str, *, save: Path | None, code: Code, offline: bool, json: bool) -> None:
+    """``compress inspect --architecture``, with ``--save`` also a file with the record."""
+    from compress.cli import tables
+    from compress.inspection import architecture as architecture_of
+
+    data, text = architecture_of(code.place(checkpoint), **code.options(), offline=offline, text=save is not None)
+    if json:
+        print_json(data)
+    else:
+        tables.print_architecture(data)
+    if save is not None and text is not None:
+        from compress.files import write_atomically
+
+        write_atomically(save, text.encode())
+        if not json:
+            say(f"wrote {save}")
+
+
 def diff(a: str, b: str, *, values: bool, code: Code, json: bool) -> None:
     """``compress diff``."""
     from compress.cli import tables

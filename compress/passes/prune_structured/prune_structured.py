@@ -136,6 +136,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
             spec, _ = resize.without_blocks(spec, named)
+            _require_class(record.source, spec)
         if settings.active_experts is not None:
             spec = widths.with_active_experts(spec, widths.active_experts(spec, settings.active_experts))
         if settings.experts is not None:
@@ -208,3 +209,12 @@ def _alike(spec: Spec) -> bool:
     blocks = model_map(spec).blocks
     alike = {frozenset(replace(t, name=part) for part, t in b.tensors.items() if t.alias_of is None) for b in blocks}
     return len(alike) == 1
+
+
+def _require_class(source: str, spec: Spec) -> None:
+    """Raise `PassError` where the class, built with fewer blocks, expects other tensors; for records not written by hand."""
+    if source == "inferred" and not spec.structure.edits:
+        from compress.architectures.inference import misfit
+
+        if (problem := misfit(spec)) is not None:
+            raise PassError(f"no block of {spec.structure.model_type} can be removed: {problem}", key="layers")
