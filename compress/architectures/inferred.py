@@ -80,6 +80,7 @@ class Inferred(Architecture):
         head_pair: the pair that the config's ``tie_word_embeddings`` alone unties; None without one.
         ignored: tensors of files that the class does not read; ``*`` stands for numbers.
         section: part of the config that describes the main list, with dots; empty for the config itself.
+        numbers: fields of it that list numbers of blocks.
         defaults: config fields that the files may leave out ▶ their values in transformers.
         longest: tokens of the longest text; None where no table limits it.
         absent: linear layers in memory that the files have no tensor of; they are tied, or have random weights.
@@ -94,6 +95,7 @@ class Inferred(Architecture):
     head_pair: tuple[str, str] | None = None
     ignored: tuple[str, ...] = ()
     section: str = ""
+    numbers: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     longest: int | None = None
     absent: tuple[str, ...] = ()
@@ -220,8 +222,13 @@ class Inferred(Architecture):
             raise PassError(
                 f"the config field with the number of blocks of {self.model_type} is not known", key="layers"
             )
-        whole = {**{k: v for k, v in self.defaults.items() if k in self.per_layer}, **self.part_of(config)}
-        return self.with_part(config, super().cut_depth(whole, keep))
+        about = {*self.per_layer, *self.numbers, self.dense_first_key, self.dense_blocks_key, self.sparse_step_key}
+        whole = {**{k: v for k, v in self.defaults.items() if k in about}, **self.part_of(config)}
+        cut = super().cut_depth(whole, keep)
+        cut |= {
+            key: [new for new, old in enumerate(keep) if old in whole[key]] for key in self.numbers if whole.get(key)
+        }
+        return self.with_part(config, cut)
 
     def positions(self, spec: Spec) -> int | None:
         """Number of tokens that a text may have; None where positions are computed."""

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from compress import architectures
+from compress.architectures.inferred import Inferred
 from compress.architectures.matrices import Linear, ModelBlock, Role
 from compress.architectures.record import Architecture
 from compress.errors import PassError
@@ -281,7 +282,9 @@ class ModelMap:
 
     def require_nameable(self, key: str | None = None, fix: str | None = None) -> None:
         """Raises `PassError` for families whose modules have other names in memory than their tensors in files."""
-        if self.record.stacks or self.record.module_blocks is not None:
+        record = self.record
+        renamed = bool(record.memory) if isinstance(record, Inferred) else record.module_blocks is not None
+        if record.stacks or renamed:
             raise PassError(
                 f"the structure of {self.record.model_type} cannot be changed block by block", key=key, fix=fix
             )

@@ -148,7 +148,7 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
     """
     attention = record.attention
     assert attention is not None
-    if not attention.free:
+    if not attention.free and record.source == "written":
         raise PassError(
             f"{record.model_type} cannot have fewer heads: its config takes the hidden size for heads x head width",
             key="heads",
@@ -157,8 +157,8 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
     if queries != int(record.value(config, record.heads_key)):
         record.require_heads_apart("heads")
     result = with_field(record, config, record.heads_key, queries)
-    if record.head_dim_key:
-        result = with_field(record, result, record.head_dim_key, record.head_dim(config))
+    if key := record.head_dim_key or (None if record.source == "written" else "head_dim"):  # many classes read it
+        result = with_field(record, result, key, record.head_dim(config))
     if record.kv_heads_key:
         result = with_field(record, result, record.kv_heads_key, groups)
     hidden = int(record.value(config, record.hidden_key))

@@ -21,6 +21,7 @@ _EXPERTS = (
     "n_experts",
 )
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "num_selected_experts")
+_DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _SUM = ("norm_topk_prob", "moe_norm_topk_prob", "normalize_expert_weights")
 
 
@@ -52,7 +53,12 @@ def config_fields(
     fields["spellings"] = {k: v for k, v in aliases.items() if v in values}
     count = lengths.get(main.depth_key or "", 0) if main else 0
     fields["per_layer"] = tuple(k for k, v in values.items() if isinstance(v, list) and _by_block(k, v, count))
-    known = {*fields["per_layer"], *(v for k, v in fields.items() if k.endswith("_key") and v)}
+    fields["dense_first_key"] = next((k for k in _DENSE_FIRST if type(values.get(k)) is int), None)
+    if type(values.get("decoder_sparse_step")) is int and isinstance(values.get("mlp_only_layers"), list):
+        fields["dense_blocks_key"], fields["sparse_step_key"] = "mlp_only_layers", "decoder_sparse_step"
+    fields["numbers"] = tuple(k for k, v in values.items() if isinstance(v, list) and _are_numbers(k, v, count))
+    fields["per_layer"] = tuple(k for k in fields["per_layer"] if k not in fields["numbers"])
+    known = {*fields["per_layer"], *fields["numbers"], *(v for k, v in fields.items() if k.endswith("_key") and v)}
     fields["defaults"] = {
         **{k: values[k] for k in sorted(known) if values.get(k) is not None},
         **{k: v for k, v in lengths.items() if "." in k or section == ""},
@@ -61,6 +67,15 @@ def config_fields(
     fields["tie_default"] = bool(getattr(skeleton.config, "tie_word_embeddings", False))
     fields["eager"] = not getattr(skeleton.model, "_supports_sdpa", False)
     return fields
+
+
+def _are_numbers(key: str, value: list[Any], count: int) -> bool:
+    """Whether a list of a config holds numbers of blocks; the list of dense ones is known otherwise."""
+    if key == "mlp_only_layers" or not value or not all(type(v) is int and 0 <= v < count for v in value):
+        return False
+    named = re.search(r"(idxs|indexes|indices|layer_ids|_layers)$", key) and "out_indices" not in key
+    flags = len(value) == count and {*value} <= {0, 1} and count > 2
+    return bool(named) and not flags and value == sorted(set(value))
 
 
 def _by_block(key: str, value: list[Any], count: int) -> bool:

@@ -6,6 +6,7 @@ whose shapes change are compared with those of the MLP.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -91,7 +92,7 @@ def _parameters(spec: Spec, record: Inferred, skeleton: Skeleton) -> dict[Mlp, _
 
 
 def _fields(skeleton: Skeleton, record: Inferred, widths: set[int]) -> Iterator[tuple[str, int]]:
-    """Fields of the main list's config, with the values that are one of the widths; likely names first."""
+    """Fields of the main list's config, with the values that are one of the widths; likely names first, unset ones last."""
     part = skeleton.config
     for name in filter(None, record.section.split(".")):
         part = getattr(part, name)
@@ -99,6 +100,8 @@ def _fields(skeleton: Skeleton, record: Inferred, widths: set[int]) -> Iterator[
     named = [key for key, value in values.items() if type(value) is int and value > 1 and value in widths]
     for key in sorted(named, key=lambda key: not any(word in key for word in ("inter", "ffn", "ff", "inner", "mlp"))):
         yield key, values[key]
+    for key in (key for key, value in values.items() if value is None and re.search(r"inner|ffn|intermediate", key)):
+        yield from ((key, width) for width in sorted(widths))
 
 
 def _changed(spec: Spec, record: Inferred, field: str, value: int, before: Mapping[str, tuple[int, ...]]) -> set[str]:

@@ -37,8 +37,10 @@ _INSTEAD = {
 }
 
 
-def require_equivalent(spec: Spec, settings: PruneStructuredSettings) -> None:
+def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSettings) -> None:
     """Raises `PassError` where the record is no written one, and removing units changes more than zeroing them.
+
+    The class must also take the config of the result ``planned``.
 
     It takes a second or two, and is done once for a config.
     """
@@ -50,6 +52,12 @@ def require_equivalent(spec: Spec, settings: PruneStructuredSettings) -> None:
             f"`{unproved}` needs a written record, and {record.model_type} has none",
             key=unproved,
             fix="remove `mlp` or `layers` instead, or write a record: docs/extend/family.md",
+        )
+    if settings.heads is not None and skeleton_of(planned.structure)[0] is None:
+        raise PassError(
+            f"{record.model_type} takes no config with that number of heads",
+            key="heads",
+            fix="remove another number of heads",
         )
     kinds = [kind for kind in _INSTEAD if getattr(settings, kind) is not None or settings.searched]
     for kind in kinds:
@@ -136,18 +144,35 @@ def _copy(key: str, about: _Anything) -> _Copy:
 
 
 def _without_blocks(copy: _Copy) -> str | None:
-    """Compare the copy without each of its blocks with the copy in which that block passes its input on."""
+    """Compare the copy without each of its blocks with the copy in which that block passes its input on.
+
+    A class may run no model without the only block of a kind, such as the one with attention. Then the others are compared.
+    """
+    mapped = model_map(copy.checkpoint.spec)
+    kinds = [frozenset(block.tensors) for block in mapped.blocks if not mapped.record.in_stack(f"{block.path}x")]
+    compared = 0
+    for index in range(mapped.depth):
+        try:
+            difference = _without_block(copy, index)
+        except CompressError:
+            raise
+        except Exception as error:
+            if is_lack(error) or kinds.count(kinds[index]) > 1:
+                raise
+            continue
+        if difference:
+            return f"without block {index} a small copy of its config {difference} those with that block skipped"
+        compared += 1
+    return None if compared else "a small copy of its config runs without none of its blocks"
+
+
+def _without_block(copy: _Copy, index: int) -> str | None:
     from compress.models.blocks import find_blocks
 
-    mapped = model_map(copy.checkpoint.spec)
-    for index in range(mapped.depth):
-        twin = _load(copy.checkpoint)
-        blocks = find_blocks(twin, mapped.record)
-        blocks[index].forward = _passing(blocks[index].forward)
-        smaller = _load(slicing.drop_blocks(copy.checkpoint, [index]))
-        if difference := _difference(smaller, twin, copy.inputs):
-            return f"without block {index} of a small copy of its config {difference} those with that block skipped"
-    return None
+    twin = _load(copy.checkpoint)
+    blocks = find_blocks(twin, model_map(copy.checkpoint.spec).record)
+    blocks[index].forward = _passing(blocks[index].forward)
+    return _difference(_load(slicing.drop_blocks(copy.checkpoint, [index])), twin, copy.inputs)
 
 
 def _passing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +216,7 @@ def _without_units(copy: _Copy, kind: str, whole: bool, allocation: str) -> str 
 
 
 def _amounts(spec: Spec, kind: str, whole: bool, allocation: str) -> widths.Widths:
-    """A share of the copy's neurons, or one head of each group, or one whole group."""
+    """A share of the copy's neurons, or one head of each group, or half of the groups."""
     mapped = model_map(spec)
     record, queries, groups = mapped.record, 0, 0
     if kind == "mlp":
@@ -201,10 +226,11 @@ def _amounts(spec: Spec, kind: str, whole: bool, allocation: str) -> widths.Widt
     queries, groups = mapped.heads, mapped.kv_heads
     if record.attention is None:
         raise PassError("its attention is not known")
-    fewer = queries // groups if whole else groups
-    config = resize.with_heads(record, mapped.config, queries - fewer, groups - 1 if whole else groups)
+    gone = groups // 2 if whole else 0
+    fewer = gone * (queries // groups) if whole else groups
+    config = resize.with_heads(record, mapped.config, queries - fewer, groups - gone)
     units = resize.head_units(spec, whole_groups=whole)
-    return widths.Widths({i: [(one, 1 if whole else groups) for one in all_] for i, all_ in units.items()}, {}, config)
+    return widths.Widths({i: [(one, gone or groups) for one in all_] for i, all_ in units.items()}, {}, config)
 
 
 def _zeroed(checkpoint: Checkpoint, kept: Sequence[resize.Kept]) -> Checkpoint:

@@ -102,7 +102,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         What an inferred record says is proved first, on a small copy of the model.
         """
         planned = self._planned(spec, settings)
-        require_equivalent(spec, settings)
+        require_equivalent(spec, planned, settings)
         return planned
 
     def _planned(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
