@@ -90,7 +90,7 @@ def test_heads_go_where_a_config_has_their_width(tmp_path):
     before = save("glm", tmp_path / "in")
     compress.apply("prune_structured", before, tmp_path / "out", heads=0.5, **DATA_FREE)
     assert stock(tmp_path / "out").config.num_attention_heads == 2
-    with pytest.raises(PassError, match="its config takes the hidden size for heads x head width"):
+    with pytest.raises(PassError, match="normalises the queries and keys of all heads together"):
         plan(open_checkpoint(save("olmo2", tmp_path / "olmo2")), "prune_structured", heads=0.5, **DATA_FREE)
 
 
