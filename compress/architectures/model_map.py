@@ -255,7 +255,7 @@ class ModelMap:
         """Raises `PassError`, with that fix, for families whose blocks are in several lists."""
         if self.record.stacks:
             raise PassError(
-                f"the blocks of {self.record.model_type} are an encoder's and a decoder's, which this does not tell apart",
+                f"the blocks of {self.record.model_type} are in several lists, which this does not tell apart",
                 fix=fix,
             )
 

@@ -76,6 +76,7 @@ class Block:
         details: rows for the report.
         frozen: ids of parameters that other blocks share; they are solved for and then stay.
         reached: number of tokens that each expert read, by the expert's name in the checkpoint, where it was counted.
+        unread: names of tensors outside of experts that no token reached.
         add_shared_inputs: adds to a group's statistics the inputs of other blocks that share its tensors.
     """
 
@@ -93,6 +94,7 @@ class Block:
     details: dict[str, Any] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)
     reached: dict[str, int] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
     add_shared_inputs: Callable[[list[TargetLinear], InputStatistics], None] = _no_shared_inputs
 
     def forward(self, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
@@ -174,6 +176,7 @@ class Block:
 
     def count(self, linears: Sequence[TargetLinear], tokens: int) -> None:
         """Record that so many tokens reached the experts that these linears belong to."""
+        self.unread += [linear.name for linear in linears if linear.owner is None and not tokens]
         names = {linear.name.rpartition(".")[0].rpartition(".")[0] for linear in linears if linear.owner is not None}
         self.reached |= dict.fromkeys(names, tokens)
 

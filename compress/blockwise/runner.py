@@ -167,6 +167,8 @@ class BlockRunner:
         self._write(block, change(block))
         if (experts := block.experts()) is not None:
             block.details["experts"] = experts
+        if block.unread:
+            self.progress.message(f"no calibration token reaches {block.unread[0]}: it is treated by its weights alone")
 
     def _handed_on(self, block: Block) -> set[int]:
         """Ids of the parameters of a block that later blocks read the results of, which stay as they are."""

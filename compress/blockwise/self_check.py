@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from compress.blockwise.calls import FIX, NOT_RUN
 from compress.blockwise.executor import BlockExecutor
-from compress.blockwise.linears import find_linears
+from compress.blockwise.linears import TargetLinear, find_linears
 from compress.blockwise.streamed import StopForward
 from compress.errors import PassError
 from compress.progress import Progress
@@ -110,17 +110,32 @@ def _alone(executor: BlockExecutor, index: int, hidden: torch.Tensor, wanted: Co
         finally:
             for handle in handles:
                 handle.remove()
-    _check_called(executor, [linear.name for linear in linears if linear.owner is None and linear.name not in called])
+        unread = [linear for linear in linears if linear.owner is None and linear.name not in called]
+        _check_called(executor, unread, lambda: executor.forward(index, module, [0], hidden))
     return output
 
 
-def _check_called(executor: BlockExecutor, unread: Sequence[str]) -> None:
-    """Raise `PassError` where a block does not call the layer of a matrix; an expert may wait for its tokens."""
-    record = executor.streamed.record
-    if name := next((name for name in unread if not (record.is_expert(name) or "expert" in name)), None):
+def _check_called(executor: BlockExecutor, unread: Sequence[TargetLinear], run: Callable[[], torch.Tensor]) -> None:
+    """Raise `PassError` where a block computes with a matrix without calling its layer.
+
+    A matrix that the block does not use on these data is treated by its weights alone, as an expert without tokens.
+    """
+    if not unread:
+        return
+    weights = [linear.module.weight for linear in unread]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            output = run()
+            grads = torch.autograd.grad(output.sum(), weights, allow_unused=True) if output.requires_grad else ()  # type: ignore[arg-type]
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+    if name := next((s.name for s, grad in zip(unread, grads, strict=False) if grad is not None), None):
         module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
         raise PassError(
-            f"{name} is in no layer that its block calls on the calibration data, so that its inputs cannot be measured",
+            f"{name} is used by its block without a call of its layer, so that its inputs cannot be measured",
             key="skip",
             fix=f"skip it: skip: [{module}], or use a method that needs no calibration",
         )

@@ -37,7 +37,7 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
         places = {
             refilled(one.path, place): place
             for one in record.of_kind("main", "stack")
-            if (place := _place(one.module, names)) is not None
+            if (place := _place(one.module, names)) is not None and _has_linears(model.get_submodule(place))
         }
         places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is made first
     else:
@@ -45,6 +45,15 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
         paths |= {record.blocks: f"{record.prefix}.{record.module_blocks}"} if record.module_blocks else {}
         places = {path: place for path, whole in paths.items() if (place := _place(whole, names)) is not None}
     return {path: model.get_submodule(place) for path, place in places.items()}
+
+
+def _has_linears(modules: Any) -> bool:
+    """Whether a list holds matrices that passes change; of convolutions, such as those in front of speech, it does not."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    parts = list(modules.modules())
+    return any(isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "gate_up_proj") for part in parts)
 
 
 def _place(path: str, names: Collection[str]) -> str | None:

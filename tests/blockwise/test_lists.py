@@ -157,3 +157,30 @@ def test_blocks_that_hand_on_what_depends_on_hidden_states_are_refused(folders, 
     first.forward = lambda hidden, *a, **k: (lambda o: (o[0], o[1] + o[0].mean(), o[2]))(forward(hidden, *a, **k))
     with pytest.raises(PassError, match=r"encoder\.block\.0 hands more than its hidden states to later blocks; use"):
         runner.run(lambda block: {}, "looking")
+
+
+def test_a_matrix_that_no_layer_is_called_with_is_refused_before_the_work(folders, tmp_path):
+    """Its inputs would stay unseen, and its statistics zero."""
+    runner = runner_of(open_checkpoint(folders["llama"]), tmp_path)
+    mlp = runner.streamed.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (x @ mlp.up_proj.weight.T))
+    with pytest.raises(
+        PassError, match=r"layers\.1\.mlp\.up_proj\.weight is used by its block without a call .*\*\.mlp\.up_proj"
+    ):
+        runner.run(lambda block: {}, "looking")
+
+
+def test_a_matrix_that_the_block_does_not_use_has_no_tokens(folders, tmp_path):
+    runner = runner_of(open_checkpoint(folders["llama"]), tmp_path)
+    mlp = runner.streamed.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)))
+    unread = {}
+
+    def look(block):
+        tokens = {linear.name: sums.tokens for group, sums, _ in block.statistics() for linear in group}
+        unread[block.index] = (block.unread, [name for name, count in tokens.items() if not count])
+        return {}
+
+    runner.run(look, "looking")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert unread == {i: ([name], [name]) if i == 1 else ([], []) for i in range(4)}

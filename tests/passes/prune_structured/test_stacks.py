@@ -74,12 +74,12 @@ def test_stacks_lose_heads_of_least_magnitude(tmp_path):
         (
             "prune_structured",
             {"mlp": "25%"},
-            "are an encoder's and a decoder's, .*; set `importance: magnitude` and `compensation: none`",
+            "are in several lists, .*; set `importance: magnitude` and `compensation: none`",
         ),
         (
             "prune_structured",
             {"keep_parameters": 0.5},
-            "are an encoder's and a decoder's, .*; set `importance: magnitude`",
+            "are in several lists, .*; set `importance: magnitude`",
         ),
         ("prune_structured", {"layers": [1]}, "none can be removed by its number; remove `mlp` or `heads` instead"),
         ("prune_structured", {"layers": 1}, "none can be removed by its number; remove `mlp` or `heads` instead"),
