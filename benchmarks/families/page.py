@@ -23,6 +23,8 @@ GOALS = {
     "layers": (75, 50),
     "mlp": (75, 50),
 }
+#: Number of reasons that the page lists.
+REASONS = 60
 Rows = Mapping[Subject, Mapping[str, dict[str, Any] | None]]
 
 
@@ -102,12 +104,16 @@ def _reasons(rows: Rows) -> list[str]:
     for subject, cells in rows.items():
         for cell, result in cells.items():
             if result and result["verdict"] != "works":
-                found[result["verdict"], shape(result["reason"])].append((subject.model_type, cell))
+                found[result["verdict"], shape(result["reason"], subject.model_type)].append((subject.model_type, cell))
     lines = ["| mark | reason | cells | such as |", "|---|---|---|---|"]
-    for (verdict, reason), where in sorted(found.items(), key=lambda item: (item[0][0] != "wrong", -len(item[1]))):
+    order = sorted(found.items(), key=lambda item: (item[0][0] != "wrong", -len(item[1])))
+    for (verdict, reason), where in order[:REASONS]:
         types = list(dict.fromkeys(model_type for model_type, _ in where))
         shown = ", ".join(types[:5]) + (f" and {len(types) - 5} more" if len(types) > 5 else "")
         lines.append(f"| {MARKS[verdict]} | {_cell(reason)} | {len(where)} | {shown} |")
+    if len(order) > REASONS:
+        left = [len(where) for _, where in order[REASONS:]]
+        lines += ["", f"{len(left)} other reasons, each of at most {max(left)} cells, are in the results of a run."]
     return lines
 
 
@@ -118,8 +124,10 @@ def mark(result: Mapping[str, Any] | None) -> str:
     return COMPACT if result["verdict"] == "works" and result["reason"] else MARKS[result["verdict"]]
 
 
-def shape(reason: str) -> str:
+def shape(reason: str, model_type: str = "") -> str:
     """A reason without the numbers, names and paths in which cells differ."""
+    if model_type:
+        reason = re.sub(rf"\b{re.escape(model_type)}(_text|_model)?\b", "…", reason)
     reason = re.sub(r"/\S*families-\w+/?\S*?(?=[:;,. )]|$)", "…", reason)
     reason = re.sub(r"\b[\w.]*\.\d+\.[\w.]+", "…", reason)
     reason = re.sub(r"\b\w*For[A-Z]\w+|\b\w+(Model|Config|HeadModel)\b", "…", reason)
@@ -128,7 +136,7 @@ def shape(reason: str) -> str:
 
 
 def _cell(words: str) -> str:
-    return re.sub(r"([|<>*_])", r"\\\1", words)
+    return re.sub(r"([|<>*_\[\]])", r"\\\1", words)
 
 
 def _table(rows: Rows, kind: str) -> list[str]:
