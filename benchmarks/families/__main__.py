@@ -205,8 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
         code = commit()
         Run(to_do(options, code), options.results, code).run(options.workers)
     rows = {subject: {cell: read(options.results, subject, cell) for cell in CELLS} for subject in subjects()}
-    whole = options.results == RESULTS
-    return page.write(rows, ROOT / "docs" / "families.md" if whole else options.results / "families.md")
+    if options.results != RESULTS:
+        return page.write(rows, options.results / "families.md")
+    page.put(rows, ROOT / "README.md")
+    return page.write(rows, ROOT / "docs" / "families.md")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,27 @@ def write(rows: Rows, path: Path) -> int:
     for name, cell, result in wrong:
         print(f"wrong: {name} {cell}: {result['reason']}")
     return 1 if wrong else 0
+
+
+def put(rows: Rows, path: Path) -> None:
+    """Write the shares of the cells that have goals into the marked part of the README."""
+    cells = {cell: CELLS[cell].title for cell in GOALS}
+    table = [f"| classes | {' | '.join(cells.values())} |", "|---" * (1 + len(cells)) + "|"]
+    groups = {"causal language models": [s for s in rows if CAUSAL in s.kinds]}
+    groups["all others"] = [s for s in rows if s.kinds != (CAUSAL,)]
+    for name, members in groups.items():
+        table.append(f"| {name} ({len(members)}) | {' | '.join(_share(rows, members, cell) for cell in cells)} |")
+    begin, end = "<!-- begin families -->", "<!-- end families -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text("\n".join([f"{before}{begin}", "", *table, "", f"{end}{after}"]), encoding="utf-8")
+
+
+def _share(rows: Rows, members: Sequence[Subject], cell: str) -> str:
+    """Share of the classes, of those run, on which a cell works; empty without any."""
+    run = [result for subject in members if (result := rows[subject][cell])]
+    works = sum(result["verdict"] == "works" for result in run)
+    return f"{100 * works / len(run):.0f} %" if run else ""
 
 
 def text(rows: Rows) -> list[str]:
@@ -87,9 +108,7 @@ def _counts(rows: Rows) -> list[str]:
     for name, members in groups.items():
         shares = []
         for cell in CELLS:
-            run = [rows[s][cell] for s in members if rows[s][cell]]
-            works = sum(result is not None and result["verdict"] == "works" for result in run)
-            part = f"{100 * works / len(run):.0f} %" if run else ""
+            part = _share(rows, members, cell)
             goal = GOALS.get(cell, (None, None))[name != CAUSAL] if name in (CAUSAL, "all but causal LM") else None
             shares.append(f"{part} (goal {goal})" if goal and part else part)
         lines.append(f"| {name} | {len(members)} | {' | '.join(shares)} |")

@@ -85,7 +85,10 @@ def load_stock(auto, folder, config, *, output_loading_info=False, **kwargs):
         "AutoModel",
     }
     stock = getattr(transformers, names[0], None) if names and (auto is None or alone) else None
-    stock = stock or (auto or transformers.AutoModel)._model_mapping[type(base)]
+    mapping = (auto or transformers.AutoModel)._model_mapping
+    if stock is None and names and type(base) not in mapping:  # the auto class does not know the model's own class
+        stock = getattr(transformers, names[0], None)
+    stock = stock or mapping[type(base)]
     if isinstance(stock, (tuple, list)):
         stock = stock[0]
     state = decoded_state_dict(folder)

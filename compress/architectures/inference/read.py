@@ -138,7 +138,7 @@ def _embeddings(skeleton: Skeleton, names: Names, lists: tuple[BlockList, ...]) 
         for path, module in skeleton.modules.items()
         if isinstance(module, torch.nn.Embedding) and not any(path.startswith(f"{e.module}.") for e in lists)
     ]
-    own = None if first is None else _with_weight(skeleton, first)
+    own = _with_weight(skeleton, first) if isinstance(first, torch.nn.Module) else None
     for path in filter(None, [own, *tables]):
         name = names.in_file(f"{path}.weight") or names.in_file(_source(skeleton, f"{path}.weight"))
         if name is not None:
