@@ -213,9 +213,10 @@ def _experts(block: ModelBlock, mlp: Mlp) -> list[str]:
 def require_numbered_blocks(record: Architecture) -> None:
     """Raises `PassError` for families whose blocks cannot be removed by number."""
     if record.stacks:
+        table = record.attention is not None and record.attention.table is not None
+        lists = "an encoder and a decoder, whose blocks share the first block's table of distances: none"
         raise PassError(
-            f"{record.model_type} has an encoder and a decoder, whose blocks share the first block's table of distances: "
-            "none can be removed by its number",
+            f"{record.model_type} has {lists if table else 'several lists of blocks: none'} can be removed by its number",
             key="layers",
             fix="remove `mlp` or `heads` instead",
         )

@@ -193,5 +193,9 @@ def _by_weights(checkpoint: Checkpoint, planned: widths.Widths, scores: Mapping[
 
 
 def _layers(checkpoint: Checkpoint) -> list[Linear]:
-    """The weights of linear layers of blocks."""
-    return [linear for linear in model_map(checkpoint.spec).layers if len(linear.tensor.shape) == 2]
+    """The weights of linear layers of blocks; without those that attend to an encoder, where the model has none."""
+    mapped = model_map(checkpoint.spec)
+    cross = mapped.record.cross if not mapped.record.stacks else None
+    unused = set() if cross is None else {cross.query, cross.key, cross.value, cross.output}
+    inside = (linear for linear in mapped.layers if len(linear.tensor.shape) == 2 and linear.block is not None)
+    return [linear for linear in inside if linear.part not in unused]

@@ -97,3 +97,20 @@ def test_heads_go_where_a_config_has_their_width(tmp_path):
 def test_what_only_a_written_record_proves_is_refused(tmp_path):
     with pytest.raises(PassError, match="`keep_kv_heads` needs a written record, and glm has none"):
         plan(open_checkpoint(save("glm", tmp_path / "in")), "prune_structured", keep_kv_heads=1, **DATA_FREE)
+
+
+def test_numbers_of_blocks_follow_when_blocks_go(tmp_path):
+    """Blocks without experts come first; a class of decoder alone has no use for its attention to an encoder."""
+    config = shrunken(default_config("glm4_moe"))
+    assert config.first_k_dense_replace == 1
+    pico_model(transformers.Glm4MoeForCausalLM, config).save_pretrained(tmp_path / "in")
+    for block, dense in ((0, 0), (1, 1)):
+        after = plan(open_checkpoint(tmp_path / "in"), "prune_structured", layers=(block,), **DATA_FREE)
+        assert after.structure.config["first_k_dense_replace"] == dense
+        assert after.structure.config["num_hidden_layers"] == config.num_hidden_layers - 1
+
+
+def test_a_block_that_depends_on_its_number_is_refused(tmp_path):
+    pico_model(transformers.DiffLlamaForCausalLM, shrunken(default_config("diffllama"))).save_pretrained(tmp_path)
+    with pytest.raises(PassError, match=r"cannot lose `layers` by its inferred record: without block 0 .* differ by"):
+        plan(open_checkpoint(tmp_path), "prune_structured", layers=(1,), **DATA_FREE)
