@@ -10,6 +10,8 @@ from compress.architectures.inference.skeleton import Skeleton
 
 #: Share of the main list's parameters from which another list counts.
 _SHARE = 0.02
+#: Words in the names of configs of models that read no token ids.
+_OTHER_INPUTS = re.compile(r"Vision|Image|Audio|Speech|Prot")
 
 
 def parameters(module: Any) -> int:
@@ -64,16 +66,24 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
         inside = [entry for entry in every if entry[1] in _parts(skeleton, "get_encoder")] or inside
     main = max(inside or every, key=lambda entry: sizes[entry[0]])[0]
     generates = bool(skeleton.model.can_generate())
+    reads_ids = skeleton.model.main_input_name == "input_ids"
 
     def kind(path: str) -> str:
         if path == main:
             return "main"
-        is_tower = generates and text is not None and not f"{path}.".startswith(text)
+        beside = text is not None and not f"{path}.".startswith(text)
+        is_tower = (generates and beside) or (reads_ids and not both and _reads_no_ids(skeleton, path))
         return "tower" if is_tower else "stack"
 
     counted = [(path, module, kind(path)) for path, module in every if sizes[path] >= _SHARE * sizes[main]]
     order = {"main": 0, "stack": 1, "tower": 2}
     return sorted(counted, key=lambda entry: order[entry[2]])
+
+
+def _reads_no_ids(skeleton: Skeleton, path: str) -> bool:
+    """Whether a list is in a model of its own, inside the whole one, with a config of images, sound or proteins."""
+    config = type(getattr(owner_of(skeleton, path)[1], "config", skeleton.config))
+    return config is not type(skeleton.config) and _OTHER_INPUTS.search(config.__name__) is not None
 
 
 def _parts(skeleton: Skeleton, getter: str) -> list[Any]:
