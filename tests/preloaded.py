@@ -1,7 +1,7 @@
 """The server behind `tests.processes`: imports torch and transformers once, then forks a child for each request.
 
 Run as a script with one argument, the descriptor of a Unix socket. A request is JSON with the child's stdout, stderr and status pipe
-attached. A supervisor between server and child writes the child's process id and, when it has ended, its exit status and CPU seconds.
+attached, and its stdin where it has one. A supervisor between server and child writes the child's process id and, when it has ended, its exit status and CPU seconds.
 This file must import neither `compress` nor `tests`.
 """
 
@@ -63,7 +63,7 @@ def _serve(server: socket.socket) -> dict[str, Any]:
     """The request, in the child that is to answer it."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no waiting for
     while True:
-        head, descriptors, _, _ = socket.recv_fds(server, 8, 3)
+        head, descriptors, _, _ = socket.recv_fds(server, 8, 4)
         if not head:
             os._exit(0)
         text = b""
@@ -74,12 +74,13 @@ def _serve(server: socket.socket) -> dict[str, Any]:
         for descriptor in descriptors:
             os.close(descriptor)
     server.close()
-    stdout, stderr, status = descriptors
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    stdout, stderr, status, *given = descriptors
+    stdin = given[0] if given else os.open(os.devnull, os.O_RDONLY)
+    os.dup2(stdin, 0)
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    os.close(stdout)
-    os.close(stderr)
+    for descriptor in (stdin, stdout, stderr):
+        os.close(descriptor)
     _supervise(status)
     os.close(status)
     return dict(json.loads(text))

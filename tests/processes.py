@@ -40,7 +40,7 @@ def _server() -> socket.socket:
 
 
 class Process:
-    """What tests use of `subprocess.Popen`, with stdout and stderr always piped, as text.
+    """What tests use of `subprocess.Popen`, with stdout and stderr always piped, as text, and on request stdin too.
 
     ``seconds`` is the CPU time of all that have been waited for, which the operating system counts for another parent.
     """
@@ -54,8 +54,10 @@ class Process:
         foreign: bool = False,
         environment: Mapping[str, str] | None = None,
         folder: Path | str = ROOT,
+        stdin: bool = False,
     ) -> None:
         out, err, status = (os.pipe() for _ in range(3))
+        given = [os.pipe()] if stdin else []
         request = {
             "code": code,
             "arguments": ["-c", *map(str, arguments)],
@@ -64,10 +66,13 @@ class Process:
             "root": None if foreign else str(ROOT),
         }
         text = json.dumps(request).encode()
-        socket.send_fds(_server(), [f"{len(text):8d}".encode()], [out[1], err[1], status[1]])
+        socket.send_fds(
+            _server(), [f"{len(text):8d}".encode()], [out[1], err[1], status[1], *(pipe[0] for pipe in given)]
+        )
         _server().sendall(text)
-        for pipe in (out, err, status):
-            os.close(pipe[1])
+        for end in (out[1], err[1], status[1], *(pipe[0] for pipe in given)):
+            os.close(end)
+        self.stdin = os.fdopen(given[0][1], "w") if given else None
         self.stdout, self.stderr, self._status = (os.fdopen(pipe[0]) for pipe in (out, err, status))
         self.pid = int(self._status.readline())
         self.returncode: int | None = None
@@ -93,6 +98,9 @@ class Process:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -243,6 +243,7 @@ def test_world_of_two_divides_the_cache_as_one_process_does(recipe_file):
     assert two["expected"] == pytest.approx(one["expected"], rel=1e-3)
 
 
+@pytest.mark.slow  # beside the test of a recipe, three more cold interpreters
 def test_world_ends_when_the_first_process_fails(recipe_file):
     done = torchrun("-m", "compress", "run", recipe_file, "--set", "passes.0.prune_structured.layers=[9]")
     assert done.returncode != 0

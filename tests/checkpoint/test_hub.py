@@ -16,9 +16,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import compress
-from tests import pico
+from tests import pico, processes
 from tests.conftest import ROOT
 
+#: The command as a forked process runs it: constants of huggingface_hub are read again from the environment.
+COMMAND = """
+import importlib, huggingface_hub
+from huggingface_hub import constants, hf_api
+importlib.reload(constants)
+hf_api.api.endpoint = constants.ENDPOINT
+from compress.cli import main
+main()
+"""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -101,7 +110,7 @@ def hub(tmp_path):
 def call(hub, tmp_path):
     """A command in a process whose hub is that server and whose cache is empty."""
 
-    def run(*arguments, offline=False):
+    def run(*arguments, cold=False):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         environment |= {
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
@@ -110,8 +119,9 @@ def call(hub, tmp_path):
             "no_proxy": "127.0.0.1",
             "NO_PROXY": "127.0.0.1",
         }
-        if offline:
-            environment["HF_HUB_OFFLINE"] = "1"
+        if not cold:
+            environment["HF_HUB_OFFLINE"] = "0"
+            return processes.run(COMMAND, *arguments, environment=environment, folder=tmp_path, timeout=120)
         return subprocess.run(
             [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=120,
         )  # fmt: skip
@@ -121,7 +131,7 @@ def call(hub, tmp_path):
 
 def test_hub_headers_come_by_range_requests(hub, call):
     weights = sum(p.stat().st_size for p in hub.folder.glob("*.safetensors"))
-    done = call("inspect", "org/tiny", "--json")
+    done = call("inspect", "org/tiny", "--json", cold=True)
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     local = json.loads(call("inspect", hub.folder, "--json").stdout)
@@ -134,7 +144,7 @@ def test_hub_headers_come_by_range_requests(hub, call):
 
 def test_hub_run_downloads_once_then_works_offline(hub, call, tmp_path):
     (tmp_path / "r.yaml").write_text("model: org/tiny@main\noutput: out\npasses:\n  - cast: {weights: bf16}\n")
-    done = call("run", "r.yaml", "--quiet")
+    done = call("run", "r.yaml", "--quiet", cold=True)
     assert done.returncode == 0, done.stderr
     sent = hub.sent
     assert sent >= sum(p.stat().st_size for p in hub.folder.glob("*.safetensors"))

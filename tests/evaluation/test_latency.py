@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from compress.errors import CheckpointError, CompressError
 from compress.evaluation import latency
 from compress.evaluation.latency_settings import LatencySettings
 from tests import pico
+from tests.processes import Process
 
 
 def workers() -> list[str]:
@@ -18,6 +21,25 @@ def workers() -> list[str]:
         ["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     return [line for line in listed if "latency_worker" in line and line.split()[1] == str(os.getpid())]
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked, not cold interpreters; all that were started. One test starts them as they are."""
+    made = []
+
+    def start(command, *, env, **options):
+        assert command[:3] == [sys.executable, "-m", "compress.evaluation.latency_worker"]
+        code = "from compress.evaluation.latency_worker import main; main()"
+        made.append(Process(code, *command[3:], environment=env, stdin=True))
+        return made[-1]
+
+    monkeypatch.setattr(latency, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
+    return made
+
+
+def ended(made):
+    return len(made) > 0 and all(process.returncode is not None for process in made)
 
 
 def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
@@ -44,7 +66,7 @@ def test_latency_compares_two_models(tmp_path, pico_llama, monkeypatch):
     assert workers() == []
 
 
-def test_latency_refuses_model_that_cannot_generate(tmp_path, monkeypatch):
+def test_latency_refuses_model_that_cannot_generate(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(latency, "SECONDS", 0.1)
     bert = pico.save(tmp_path / "bert", "bert")
     found = latency.measure_latency([bert, bert], dtype="float32", device="cpu", threads=1)
@@ -52,23 +74,23 @@ def test_latency_refuses_model_that_cannot_generate(tmp_path, monkeypatch):
     assert found["candidate"]["prefill"]["ratio"] > 0
 
 
-def test_latency_refuses_model_without_text_input(tmp_path):
+def test_latency_refuses_model_without_text_input(tmp_path, forked):
     vit = pico.save(tmp_path / "vit", "vit")
     with pytest.raises(CompressError, match="on token ids, and ViTForImageClassification reads `pixel_values`"):
         latency.measure_latency([vit, vit], dtype="float32", device="cpu", threads=1)
-    assert workers() == []
+    assert ended(forked)
 
 
-def test_latency_workers_end_when_model_does_not_load(tmp_path, pico_llama):
+def test_latency_workers_end_when_model_does_not_load(tmp_path, pico_llama, forked):
     broken = tmp_path / "broken"
     shutil.copytree(pico_llama, broken)
     (broken / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"model.safetensors"):
         latency.measure_latency([pico_llama, broken], dtype="float32", device="cpu")
-    assert workers() == []
+    assert ended(forked)
 
 
-def test_latency_reports_worker_that_dies(pico_llama):
+def test_latency_reports_worker_that_dies(pico_llama, forked):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
     with latency._worker(
         {**settings, "trust_remote_code": False, "ignore_auto_map": False, "allow_links": False}
@@ -80,7 +102,7 @@ def test_latency_reports_worker_that_dies(pico_llama):
             latency._ask(worker, "round", {"seed": 0, "prompt": 4, "generated": 2, "vocabulary": 10, "decode": True})
 
 
-def test_latency_worker_ends_with_its_parent(pico_llama):
+def test_latency_worker_ends_with_its_parent(pico_llama, forked):
     settings = {"folder": str(pico_llama), "dtype": "float32", "device": "cpu", "threads": 1}
     with latency._worker(
         {**settings, "trust_remote_code": False, "ignore_auto_map": False, "allow_links": False}
