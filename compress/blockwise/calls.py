@@ -107,6 +107,25 @@ class BlockCalls:
                 raise self._refusal(one.first, f"cannot be run in its place ({_short(error)})") from None
             masked = self.inputs.mask is not None or self.inputs.target_mask is not None
             self._lists[place].same = not masked and all(_equal(a, b) for a, b in zip(calls, others, strict=True))
+        self._check_once()
+
+    def _check_once(self) -> None:
+        """Raise `PassError` where a model runs a block more than once, as ALBERT and models that loop over their blocks do."""
+        seen: set[int] = set()
+
+        def stub(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index in seen:
+                raise self._refusal(index, "is run more than once")
+            seen.add(index)
+            return self.returned(index, hidden)
+
+        try:
+            self.streamed.run(self.inputs.rows([0]), stub)
+        except PassError:
+            raise
+        except Exception as error:  # a head without weights, behind the last block
+            if len(seen) < len(self.streamed.layers):
+                raise self._refusal(len(seen), f"cannot be run in its place ({_short(error)})") from error
 
     def _refusal(self, index: int, reason: str) -> PassError:
         model = type(self.streamed.model).__name__

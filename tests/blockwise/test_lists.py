@@ -12,6 +12,7 @@ from compress.checkpoint.values import Derived
 from compress.errors import PassError
 from compress.models.blocks import find_lists
 from compress.models.loading import load_checkpoint
+from tests import pico
 from tests.toolbox import matrices, runner_of
 
 SOURCE, TARGET, SAMPLES = 12, 9, 5
@@ -184,3 +185,10 @@ def test_a_matrix_that_the_block_does_not_use_has_no_tokens(folders, tmp_path):
     runner.run(look, "looking")
     name = "model.layers.1.mlp.up_proj.weight"
     assert unread == {i: ([name], [name]) if i == 1 else ([], []) for i in range(4)}
+
+
+def test_a_block_that_runs_more_than_once_is_refused(tmp_path):
+    """ALBERT runs one block several times: its inputs are those of all times."""
+    folder = pico.save(tmp_path / "in", "albert", with_tokenizer=False, num_hidden_groups=1)
+    with pytest.raises(PassError, match="block 0 is run more than once; use a method that needs no calibration"):
+        runner_of(open_checkpoint(folder), tmp_path / "work").run(lambda block: {}, "looking")
