@@ -230,6 +230,9 @@ class Inferred(Architecture):
         }
         return self.with_part(config, cut)
 
+    def _cut_lists(self, config: Mapping[str, Any], keep: Sequence[int]) -> dict[str, list[Any]]:
+        return {key: [values[i] for i in keep] for key, values in self.per_layer_values(config).items()}
+
     def positions(self, spec: Spec) -> int | None:
         """Number of tokens that a text may have; None where positions are computed."""
         return self.longest

@@ -9,7 +9,7 @@ import torch
 
 import compress
 from compress import architectures
-from compress.architectures.inference import infer
+from compress.architectures.inference import infer, misfit
 from compress.architectures.inferred import starred
 from compress.architectures.model_map import ModelMap
 from compress.checkpoint.open import open_checkpoint
@@ -109,3 +109,19 @@ def test_passes_without_data_need_no_class(name, settings, tmp_path):
     assert any("does not know the model type" in note for note in second.spec.notes)
     assert first.spec.tensors == second.spec.tensors
     assert all(torch.equal(first.tensor(n).data, second.tensor(n).data) for n in first.spec.tensors)
+
+
+def test_misfit_names_what_the_class_of_a_config_has_otherwise():
+    spec = open_checkpoint(pico.folder("gpt2")).spec
+
+    def with_config(**changes):
+        return replace(spec, structure=replace(spec.structure, config={**spec.structure.config, **changes}))
+
+    assert misfit(spec, spec) is None
+    assert misfit(with_config(n_layer=3), spec) == "its class has no place for transformer.h.3.attn.c_attn.weight"
+    assert (
+        misfit(with_config(n_positions=32), spec)
+        == "transformer.wpe.weight is [64, 32], and its class expects [32, 32]"
+    )
+    fewer = replace(spec, tensors={n: t for n, t in spec.tensors.items() if n != "transformer.ln_f.bias"})
+    assert misfit(fewer, spec) == "its class also has transformer.ln_f.bias"

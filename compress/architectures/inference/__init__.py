@@ -8,11 +8,15 @@ class, names and shapes alone are read (`shapes`). torch and transformers are im
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from compress.architectures.inference.shapes import by_shapes
-from compress.architectures.inferred import Inferred
+from compress.architectures.inferred import Inferred, starred
 from compress.errors import is_lack
 from compress.spec.spec import Spec
+
+if TYPE_CHECKING:
+    from compress.architectures.inference.skeleton import Skeleton
 
 __all__ = ["infer", "misfit"]
 _KEPT = 32
@@ -57,10 +61,13 @@ def infer(spec: Spec) -> Inferred:
     return _inferred(_Key(spec))
 
 
-def misfit(spec: Spec) -> str | None:
+def misfit(spec: Spec, before: Spec) -> str | None:
     """The first disagreement between tensors and the class that the config builds, in words; None where they agree.
 
-    Tensors that transformers joins or turns while it loads are not compared.
+    Shapes of tensors that transformers joins or turns while it loads are not compared.
+
+    Args:
+        before: the model that ``spec`` was made from. Parameters that its files leave out too are no disagreement.
     """
     from compress.architectures.inference.skeleton import skeleton_of
 
@@ -68,10 +75,20 @@ def misfit(spec: Spec) -> str | None:
     if skeleton is None:
         return reason
     for tensor in spec.stored():
-        loaded = skeleton.loaded_as(tensor.name)
-        if loaded is None or loaded[0] != loaded[1]:
-            continue
-        expected = tuple(skeleton.state[loaded[0]].shape)
-        if expected != tensor.shape and len(expected) == len(tensor.shape):
+        target, whole = skeleton.loaded_as(tensor.name) or (None, None)
+        if target is None:
+            if tensor.name not in skeleton.ties and not skeleton.ignores(tensor.name):
+                return f"its class has no place for {tensor.name}"
+        elif target == whole and (expected := tuple(skeleton.state[target].shape)) != tensor.shape:
             return f"{tensor.name} is {list(tensor.shape)}, and its class expects {list(expected)}"
-    return None
+    original, _ = skeleton_of(before.structure)
+    known = set() if original is None else {starred(name) for name in _unread(original, before)}
+    unread = next((name for name in _unread(skeleton, spec) if starred(name) not in known), None)
+    return None if unread is None else f"its class also has {unread}"
+
+
+def _unread(skeleton: Skeleton, spec: Spec) -> list[str]:
+    """Parameters that no tensor of the files becomes, tied ones aside."""
+    read = {loaded[0] for tensor in spec.stored() if (loaded := skeleton.loaded_as(tensor.name)) is not None}
+    tied = skeleton.ties.keys() | set(skeleton.ties.values())
+    return [name for name in skeleton.state if name not in read and name not in tied]

@@ -26,12 +26,12 @@ _SUM = ("norm_topk_prob", "moe_norm_topk_prob", "normalize_expert_weights")
 
 
 def config_fields(
-    skeleton: Skeleton, part: Any, lists: Sequence[BlockList], lengths: Mapping[str, int]
+    skeleton: Skeleton, part: Any, lists: Sequence[BlockList], lengths: Mapping[str, int], count: int
 ) -> dict[str, Any]:
     """Fields of `Inferred` that the config tells.
 
     Args:
-        part: the config of the main list. lengths: config field ▶ number of blocks.
+        part: the config of the main list. lengths: config field ▶ number of blocks. count: blocks of the main list.
     """
     aliases = dict(getattr(part, "attribute_map", {}) or {})
     values: dict[str, Any] = part.to_dict()
@@ -51,7 +51,6 @@ def config_fields(
     if fields["experts_key"] is None:
         fields["active_experts_key"] = None
     fields["spellings"] = {k: v for k, v in aliases.items() if v in values}
-    count = lengths.get(main.depth_key or "", 0) if main else 0
     fields["per_layer"] = tuple(k for k, v in values.items() if isinstance(v, list) and _by_block(k, v, count))
     fields["dense_first_key"] = next((k for k in _DENSE_FIRST if type(values.get(k)) is int), None)
     if type(values.get("decoder_sparse_step")) is int and isinstance(values.get("mlp_only_layers"), list):

@@ -246,7 +246,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
     prefix, blocks = _prefix(lists[0].path, embeddings[0] if embeddings else None) if lists else ("", "")
     below = f"{prefix}." if prefix else ""
     head_file = None if head is None else (names.in_file(f"{head}.weight") or _as_in_file(names, f"{head}.weight"))
-    fields = config_fields(skeleton, part, lists, lengths)
+    fields = config_fields(skeleton, part, lists, lengths, len(skeleton.modules[lists[0].module]) if lists else 0)
     matrices = matrices_of(spec, skeleton, names.targets, lists, embeddings, head)
     experts = experts_in(spec, names.targets, skeleton, lists, matrices)
     table, longest = _longest(skeleton, names, embeddings, lists)

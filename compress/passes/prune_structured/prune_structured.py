@@ -135,8 +135,9 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
             exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
+            before = spec
             spec, _ = resize.without_blocks(spec, named)
-            _require_class(record.source, spec)
+            _require_class(record.source, spec, before)
         if settings.active_experts is not None:
             spec = widths.with_active_experts(spec, widths.active_experts(spec, settings.active_experts))
         if settings.experts is not None:
@@ -211,10 +212,10 @@ def _alike(spec: Spec) -> bool:
     return len(alike) == 1
 
 
-def _require_class(source: str, spec: Spec) -> None:
+def _require_class(source: str, spec: Spec, before: Spec) -> None:
     """Raise `PassError` where the class, built with fewer blocks, expects other tensors; for records not written by hand."""
     if source == "inferred" and not spec.structure.edits:
         from compress.architectures.inference import misfit
 
-        if (problem := misfit(spec)) is not None:
+        if (problem := misfit(spec, before)) is not None:
             raise PassError(f"no block of {spec.structure.model_type} can be removed: {problem}", key="layers")
