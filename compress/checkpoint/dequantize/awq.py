@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 _PACKED = 8
+#: Layouts of codes that are not ``gemm``.
+_OTHERS = frozenset({"gemv", "gemv_fast", "llm-awq"})
 #: Place in a word of each of its eight outputs.
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -33,8 +35,9 @@ class AwqScheme(Scheme):
         said = files.quantization
         if said.get("bits", said.get("w_bit", 4)) != 4:
             raise files.unknown("bits", said.get("bits", said.get("w_bit")), "4")
-        if str(said.get("version", "gemm")).lower() != "gemm":
-            raise files.unknown("version", said["version"], "gemm")
+        for key in ("version", "format", "backend"):
+            if (layout := str(said.get(key) or "gemm").lower()) in _OTHERS or (layout != "gemm" and key != "backend"):
+                raise files.unknown(key, said[key], "gemm")
         group = said.get("group_size", said.get("q_group_size", 128))
         if type(group) is not int or group == 0 or group < -1:
             raise files.unknown("group_size", group, "a number of inputs, or -1 for a row")

@@ -69,14 +69,12 @@ def _block(files: WeightFiles, name: str, key: str) -> tuple[int, int]:
     if scales in ((*lead, outputs, 1), (*lead, outputs)):
         return 1, inputs
     said: Any = files.quantization.get("weight_block_size")
-    options: list[Any] = [said] if _is_block(said) else []
     if len(scales) == len(shape) and scales[:-2] == lead and all(scales[-2:]):
         rows, columns = scales[-2:]
-        if outputs % rows == 0 and inputs % columns == 0:
-            options.append([outputs // rows, inputs // columns])
-        for height, width in options:
-            if (-(-outputs // height), -(-inputs // width)) == (rows, columns):
-                return height, width
+        # without a size in the config: sizes are powers of two, and for two or more blocks one alone gives their number
+        height, width = said if _is_block(said) else (_power(outputs, rows), _power(inputs, columns))
+        if (-(-outputs // height), -(-inputs // width)) == (rows, columns):
+            return height, width
     raise CheckpointError(
         f"array {key} has the shape {list(scales)}, which fits {name} {list(shape)} by no block"
         + (f" of {said[0]} × {said[1]}" if _is_block(said) else ": the config has no usable `weight_block_size`"),
@@ -86,6 +84,11 @@ def _block(files: WeightFiles, name: str, key: str) -> tuple[int, int]:
 
 def _is_block(said: object) -> bool:
     return isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said)
+
+
+def _power(size: int, blocks: int) -> int:
+    """The smallest power of two that, as the size of a block, may give so many blocks."""
+    return 1 << (-(-size // blocks) - 1).bit_length()
 
 
 def _words(block: tuple[int, int], shape: tuple[int, ...]) -> str:

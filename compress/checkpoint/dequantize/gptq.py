@@ -62,7 +62,7 @@ def _variant(files: WeightFiles) -> tuple[int, int, int]:
     group = said.get("group_size", 128)
     if type(group) is not int or group == 0 or group < -1:
         raise files.unknown("group_size", group, "a number of inputs, or -1 for a row")
-    layout = said.get("checkpoint_format") or "gptq"
+    layout = str(said.get("checkpoint_format") or said.get("format") or "gptq").lower()  # the order of transformers
     if layout not in ("gptq", "gptq_v2") or said.get("is_marlin_format"):
         raise files.unknown("checkpoint_format", "marlin" if layout == "gptq" else layout, "gptq and gptq_v2")
     if said.get("pack_dtype", "int32") not in ("int32", None):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import architectures
+from compress.checkpoint.dequantize import parse
+from compress.checkpoint.headers import TensorEntry
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError
 from compress.inspection import inspect
@@ -198,6 +200,10 @@ HEADERS = [
     ("gptq", said(quant_method=["gptq"]), "which this version cannot read"),
     ("gptq", said(group_size=0), "group_size`: '0'"),
     ("awq", said(version="gemv"), "version`: 'gemv'"),
+    ("awq", said(version=None, format="gemv"), "format`: 'gemv'"),
+    ("awq", said(backend="llm-awq"), "backend`: 'llm-awq'"),
+    ("gptq", said(format="marlin"), "checkpoint_format`: 'marlin'"),
+    ("fp8", said(weight_block_size=[32, 32]), "fits .* by no block of 32 × 32"),
     ("awq", said(group_size=32), "array .*scales has the shape"),
     ("awq", said(bits=3), "bits`: '3'"),
     ("awq", without(f"{PROJECTION}.qweight"), "and nothing beside it"),
@@ -247,6 +253,35 @@ def test_wrong_values_are_refused_on_reading(name, tensor, change, message, fold
     with pytest.raises(CheckpointError, match=f"tensor {tensor}: {message}") as error:
         checkpoint.tensor(tensor)
     assert "\n" not in str(error.value)
+
+
+def test_format_of_gptq_is_read_under_its_newer_name(folders, tmp_path):
+    """transformers 5 calls it `format`, and prefers `checkpoint_format` where both are said."""
+    values = [
+        open_checkpoint(damaged(folders["gptq"], tmp_path / str(i), said(**more))).tensor(f"{PROJECTION}.weight").data
+        for i, more in enumerate(
+            ({}, {"format": "gptq_v2"}, {"checkpoint_format": "gptq_v2"}, {"checkpoint_format": "gptq", "format": "gptq_v2"})
+        )
+    ]
+    assert torch.equal(values[1], values[2])
+    assert torch.equal(values[0], values[3])
+    assert not torch.equal(values[0], values[1])
+
+
+@pytest.mark.parametrize("shape", [(192, 130), (100, 300), (200, 576), (128, 1), (24, 40)])
+def test_blocks_of_fp8_without_a_size_in_the_config(shape, tmp_path):
+    """The last block of an axis may be smaller: 192 rows with two scales are 128 and 64, not twice 96."""
+    block = 128 if max(shape) > 100 else 8
+    rows, columns = (-(-n // block) for n in shape)
+    codes, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(rows, columns) + 0.1
+    wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[: shape[0], : shape[1]]
+    entries = {
+        "w": TensorEntry("F8_E4M3", shape, 0, codes.numel()),
+        "w_scale_inv": TensorEntry("F32", (rows, columns), 0, 4 * scale.numel()),
+    }
+    _, sources, *_ = parse({"quantization_config": {"quant_method": "fp8"}}, entries, lambda _: b"", "here")
+    values = sources["w"].decode({"codes": codes, "scale": scale}, torch.float32)
+    assert torch.equal(values, codes.float() * wide)
 
 
 def test_written_again_gives_the_same_values(folders, tmp_path):
