@@ -32,12 +32,13 @@ def with_links(reference: str | Path, allowed: bool) -> str | Path:
 def find_sidecars(folder: Path) -> tuple[str, ...]:
     """Sorted relative paths of all files to copy. Raises `CheckpointError` for links that lead out of the folder."""
     paths, linked = [], isinstance(folder, LinkedFolder)
-    seen = {os.path.realpath(folder)}
+    home = Path(os.path.realpath(folder))
+    seen = {str(home)}
     for root, folders, files in os.walk(folder, followlinks=linked):
         folders[:] = sorted(f for f in folders if f not in _FOLDERS_LEFT)
         if linked:  # a link may lead back to a folder around it
             real = {f: os.path.realpath(Path(root, f)) for f in folders}
-            folders[:] = [f for f in folders if real[f] not in seen]
+            folders[:] = [f for f in folders if real[f] not in seen and not home.is_relative_to(real[f])]
             seen.update(real.values())
         for file in files:
             relative = (Path(root) / file).relative_to(folder)

@@ -379,11 +379,13 @@ def test_run_follows_links_that_are_allowed(small, tmp_path, pico_llama):
     model.mkdir()
     for path in elsewhere.iterdir():
         (model / path.name).symlink_to(path)
+    (model / "around").symlink_to(tmp_path)
     with pytest.raises(CheckpointError, match=r"is a symbolic link to .*set allow_links: true if you made the link"):
         compress.run(small(model=str(model)))
     compress.run(small(model=str(model), allow_links=True))
     names = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert Path("more/notes.txt") in names
+    assert not (tmp_path / "out" / "around").exists()
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
     assert open_headers(tmp_path / "out")[0].tensors.keys() == open_headers(elsewhere)[0].tensors.keys()
     assert compress.load(model, allow_links=True).config.model_type == "llama"

@@ -260,7 +260,12 @@ def test_format_of_gptq_is_read_under_its_newer_name(folders, tmp_path):
     values = [
         open_checkpoint(damaged(folders["gptq"], tmp_path / str(i), said(**more))).tensor(f"{PROJECTION}.weight").data
         for i, more in enumerate(
-            ({}, {"format": "gptq_v2"}, {"checkpoint_format": "gptq_v2"}, {"checkpoint_format": "gptq", "format": "gptq_v2"})
+            (
+                {},
+                {"format": "gptq_v2"},
+                {"checkpoint_format": "gptq_v2"},
+                {"checkpoint_format": "gptq", "format": "gptq_v2"},
+            )
         )
     ]
     assert torch.equal(values[1], values[2])
