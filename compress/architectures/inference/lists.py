@@ -132,7 +132,8 @@ def section_of(config: Any, part: Any) -> str:
 def depth_key(config: Any, path: str, count: int) -> str | None:
     """The field of a config that says how long a list is; None where no single field fits."""
     fields = config.to_dict()
-    numbers = {k: v for k, v in _own_fields(config, fields) if type(v) is int and v == count}
+    # a class may read a field otherwise than files write it
+    numbers = {k: v for k, v in _own_fields(config, fields) if type(v) is int and v == fields[k] == count}
     aliases = dict(getattr(config, "attribute_map", {}) or {})
     side = next((word for word in ("decoder", "encoder") if word in path), None)
     for name in ("num_hidden_layers", "num_layers", "depth", "n_layers", "n_layer"):
