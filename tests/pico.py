@@ -168,9 +168,9 @@ TIER = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "bloom", "qwen3_moe"
 PADDING = {"opt": 1, "albert": 0, "bert": 0, "roberta": 0, "electra": 0, "distilbert": 0, "t5": 0}
 
 
-def families(names: Iterable[str] = FAMILIES) -> list[Any]:
+def families(names: Iterable[str] = FAMILIES, *, tier: Iterable[str] = TIER) -> list[Any]:
     """For `parametrize`: families outside the tier are slow, so that `make test-all` alone runs them."""
-    return [name if name in TIER else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in tier else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def known(family: str) -> tuple[str, dict[str, Any]]:

@@ -157,7 +157,7 @@ def test_share_arrangements_place_blocks(arrangement, folders, tmp_path):
         ),
     ],
 )
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", pico.families(["llama", "gpt2"], tier=("llama",)))
 def test_share_survives_later_passes(family, steps, fraction, folders, texts, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     more = {"distill": {"batch_size": 4, "validation_samples": 4, "allow_noop": True}}
