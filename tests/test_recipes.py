@@ -63,7 +63,7 @@ def exact(report):
                 assert row["planned"] == row["actual"], row["name"]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in QUICK], ids=lambda p: p.stem)
 def test_recipe_runs_on_a_pico_model(path, small, tmp_path, monkeypatch):
     """Every pass as the recipe says it; on the example model in `make test-all`."""
     monkeypatch.chdir(ROOT)
@@ -72,15 +72,15 @@ def test_recipe_runs_on_a_pico_model(path, small, tmp_path, monkeypatch):
     sets.append(f"model={small['classifier' in loaded.model]}")
     assert compress.plan(path).stages  # as it is shipped
     if data.evaluation.label is None:
-        sets += ["data.evaluation.max_documents=4", "data.evaluation.window=64"]
+        sets += ["data.evaluation.max_documents=2", "data.evaluation.window=64"]
     if data.calibration is not None:
-        sets += ["data.calibration.samples=8", "data.calibration.length=48"]
+        sets += ["data.calibration.samples=4", "data.calibration.length=48"]
     for i, entry in enumerate(loaded.passes):
         if entry.name == "distill":
             sets += [f"passes.{i}.distill.{key}=null" for key in ("tokens", "epochs")]
             sets += [
                 f"passes.{i}.distill.{key}"
-                for key in ("steps=4", "batch_size=4", "validation_samples=4", "allow_noop=true")
+                for key in ("steps=2", "batch_size=4", "validation_samples=4", "allow_noop=true")
             ]
     result = compress.run(path, sets=sets)
     assert result.verdict == "passed", result.report["gates"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError
 from compress.evaluation.examples import longest_text
 from compress.planning import size_on_disk
-from tests import pico
+from tests import pico, processes
 
 RANK, POSITIONS = 12, 64
 ENCODERS = ["bert", "roberta", "electra", "distilbert", "albert"]
@@ -108,12 +106,12 @@ def test_plan_is_exact_and_the_fit_lowers_the_error(written):
 def test_result_loads_by_its_own_file_without_the_package(written, tmp_path):
     ids = torch.arange(10, 58)[None]
     script = (
-        "import sys, torch; sys.modules['compress'] = None\n"
+        "import torch\n"
         "from transformers import AutoModelForMaskedLM\n"
         f"model = AutoModelForMaskedLM.from_pretrained({str(written.checkpoint)!r}, trust_remote_code=True)\n"
         f"torch.save(model(torch.arange(10, 58)[None]).logits, {str(tmp_path / 'logits.pt')!r})\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    processes.run(script, foreign=True).check_returncode()
     theirs = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
         torch.testing.assert_close(compress.load(written.checkpoint)(input_ids=ids).logits, theirs)
