@@ -81,6 +81,8 @@ def text(rows: Rows) -> list[str]:
         "| ✗ | wrong: other outputs, other keys, or an error that is none of this package's |",
         "| · | there is no pico model of the class that transformers itself saves and runs |",
         "",
+        "A cell that is blank was not run. The shares are of the cells that were.",
+        "",
         f"Commits: {', '.join(f'`{code}`' for code in codes)}. Random weights say nothing about quality.",
         "",
         "## Counts",

@@ -83,7 +83,7 @@ def perplexity(request: dict[str, Any]) -> dict[str, Any]:
     for document in Path(request["text"]).read_text(encoding="utf-8").split("\n<|doc|>\n"):
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]])
         with torch.no_grad():
-            scores = first_tensor(model(input_ids=ids)).float()[0, :-1]
+            scores = first_tensor(model(input_ids=ids[:, :-1])).float()[0]  # the last token is only a target
         total += float(torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     return {"keys": info, "nats": total, "tokens": count}

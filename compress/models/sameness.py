@@ -27,14 +27,17 @@ WINDOW = 8
 _TOLERANCE, _STEPPED = 1e-4, 1e-3
 
 
-def same_logits(handed: Checkpoint, stored: Stored) -> None:
+def same_logits(handed: Checkpoint, stored: Stored, original: Checkpoint | None = None) -> None:
     """Compare the outputs of a written checkpoint with those of the one handed to the writer, on a short sample of token ids.
 
     A causal language model must also compute the same when it reads a prompt and then single tokens with its cache. A decoder
     reads the sample backwards. Models that take no token ids are not compared.
 
+    Args:
+        original: what the passes began with; a model that does not run, where this one does, is refused.
+
     Raises:
-        CheckpointError: the outputs differ.
+        CheckpointError: the outputs differ, or the written model does not run.
     """
     ids = _sample(stored)
     # without rounded inputs: a kernel's rounding would change codes; and with the values that files hold
@@ -48,7 +51,14 @@ def same_logits(handed: Checkpoint, stored: Stored) -> None:
         before, stepped_before = _tried(_at_once, model, ids), _tried(_step_by_step, model, ids)
     else:
         before, stepped_before = _at_once(model, ids), None
-    if before is None:  # the class reads more than token ids
+    if before is None:  # the class reads more than token ids, or the passes broke it
+        del model
+        if original is not None and _tried(_at_once, load_checkpoint(original, dtype="float32"), ids) is not None:
+            raise CheckpointError(
+                "the model's class runs before the pass and fails after it, as where the last block of a kind is gone",
+                where=str(stored.folder),
+                fix="name other blocks in `layers`, or use another pass",
+            )
         return
     del model
     model = load_checkpoint(stored, dtype="float32", quantized_activations=False, as_stored=True)

@@ -153,7 +153,7 @@ def apply_stage(
         checkpoint, folder, store=recipe.store, max_shard=recipe.max_shard_size, progress=run.progress
     )
     stored = open_checkpoint(written.folder, trust_remote_code=recipe.trust_remote_code)
-    return Applied(written, stored, applied, check_result(stored, checkpoint, recipe.max_ram))
+    return Applied(written, stored, applied, check_result(stored, checkpoint, recipe.max_ram, before))
 
 
 def _resume(run: Run, stage: PlannedStage, before: Stored, print_: str, key: str) -> dict[str, Any]:
@@ -241,11 +241,12 @@ def _located(planned: PlannedPass) -> Iterator[None]:
         raise
 
 
-def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> float:
+def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None, before: Checkpoint | None = None) -> float:
     """Check a written checkpoint: its keys against the stock class; its logits too, where two models fit in memory.
 
     Args:
-        handed: the checkpoint that was to be written. max_ram: memory for both models in bytes; None for half of what is free.
+        handed: the checkpoint that was to be written. before: what the passes began with.
+        max_ram: memory for both models in bytes; None for half of what is free.
 
     Returns:
         Seconds it took.
@@ -267,5 +268,5 @@ def check_result(stored: Stored, handed: Checkpoint, max_ram: int | None) -> flo
     check_codes(stored)
     need = 2 * 4 * stored.spec.parameters
     if need < (max_ram if max_ram is not None else available_memory() // 2):
-        same_logits(handed, stored)
+        same_logits(handed, stored, before)
     return time.perf_counter() - start

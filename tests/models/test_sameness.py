@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import compress
 from compress.checkpoint.open import open_checkpoint
@@ -80,3 +81,20 @@ def test_same_logits_compares_families_without_a_record(tmp_path, monkeypatch):
     )
     with pytest.raises(CheckpointError, match="the written model computes other values through its cache"):
         same_logits(stored, stored)
+
+
+def test_a_model_that_runs_no_more_is_refused(tmp_path):
+    """Bamba's class cannot make a cache without a block of attention."""
+    checkpoints = []
+    for attention in ([1], []):
+        config = transformers.BambaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            attn_layer_indices=attention, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8,
+        )  # fmt: skip
+        folder = tmp_path / str(len(attention))
+        transformers.BambaForCausalLM(config).save_pretrained(folder)
+        checkpoints.append(open_checkpoint(folder))
+    whole, broken = checkpoints
+    same_logits(whole, whole, whole)
+    with pytest.raises(CheckpointError, match="runs before the pass and fails after it"):
+        same_logits(broken, broken, whole)
