@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from compress.checkpoint.dequantize.base import Parts, Scheme, WeightFiles, check_finite, fill
-from compress.checkpoint.storage.bits import unpack_codes
+from compress.checkpoint.storage.bits import unpack_codes, words
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class GptqScheme(Scheme):
             inputs, outputs = entry.shape[0] * 32 // bits, entry.shape[1]
             groups = -(-inputs // (group or inputs))
             files.entry(keys["scales"], name, FLOATS, [(groups, outputs)])
-            files.entry(keys["qzeros"], name, ("I32",), [(groups, outputs * bits // 32)])
+            files.entry(keys["qzeros"], name, ("I32",), [(groups, words(outputs, bits))])
             if f"{module}.g_idx" in files.entries:
                 keys["g_idx"] = f"{module}.g_idx"
                 files.entry(keys["g_idx"], name, ("I32", "I64"), [(inputs,)])

@@ -273,6 +273,15 @@ def test_format_of_gptq_is_read_under_its_newer_name(folders, tmp_path):
     assert not torch.equal(values[0], values[1])
 
 
+def test_zero_points_of_gptq_hold_every_output():
+    """Of 48 outputs of 3 bits, four words hold 42: the last would be read as if their zero points were zero."""
+    shapes = {"m.qweight": ("I32", (3, 48)), "m.scales": ("F16", (1, 48)), "m.qzeros": ("I32", (1, 4))}
+    entries = {key: TensorEntry(dtype, shape, 0, 0) for key, (dtype, shape) in shapes.items()}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 3, "group_size": -1}}
+    with pytest.raises(CheckpointError, match=r"m.qzeros has the shape \[1, 4\], and m.weight needs \[1, 5\]"):
+        parse(config, entries, lambda _: b"", "here")
+
+
 @pytest.mark.parametrize("shape", [(192, 130), (100, 300), (200, 576), (128, 1), (24, 40)])
 def test_blocks_of_fp8_without_a_size_in_the_config(shape, tmp_path):
     """The last block of an axis may be smaller: 192 rows with two scales are 128 and 64, not twice 96."""
