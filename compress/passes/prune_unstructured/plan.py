@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -28,19 +29,27 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
             "no weight matrix is left to prune", key="only" if settings.only else "skip" if settings.skip else None
         )
     if settings.pattern is not None:
-        for name in sorted(names):
-            linear = mapped.linears[name]
-            if linear.I % settings.pattern.m:
-                raise PassError(
-                    f"{name} has {linear.I} inputs, which {settings.pattern.m} does not divide",
-                    key="pattern",
-                    fix=f"skip it: skip: [{linear.module}]",
-                )
+        odd = [x for x in (mapped.linears[name] for name in sorted(names)) if x.I % settings.pattern.m]
+        if odd:
+            raise _odd(odd, settings.pattern.m)
     if settings.method != "magnitude":
         mapped.require_inside_blocks(names)
     if settings.allocation == "kl":
         require_divergence(spec, names)
     return names
+
+
+def _odd(linears: list[Linear], m: int) -> PassError:
+    """Error that names all matrices whose inputs ``m`` does not divide."""
+    widths = ", ".join(map(str, sorted({x.I for x in linears})))
+    patterns = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", x.module) for x in linears)
+    one, first = len(linears) == 1, linears[0]
+    return PassError(
+        f"{first.name} has {first.I} inputs, which {m} does not divide"
+        + ("" if one else f", nor those of {len(linears) - 1} others ({widths})"),
+        key="pattern",
+        fix=f"skip it: skip: [{first.module}]" if one else f"skip them: skip: [{', '.join(patterns)}]",
+    )
 
 
 def _layers_first(linears: list[Linear]) -> list[Linear]:
