@@ -17,6 +17,7 @@ from compress.architectures.inferred import Inferred
 from compress.checkpoint import dequantize, hub, tidy
 from compress.checkpoint import edits as structure_edits
 from compress.checkpoint.claims import check_fields, check_sizes
+from compress.checkpoint.dequantize.base import all_finite
 from compress.checkpoint.edits.base import alias
 from compress.checkpoint.files import ReadBytes, SameBytes, read_bytes, read_json, same_bytes, weight_headers
 from compress.checkpoint.gguf.opening import GgufContents, gguf_contents, with_tokenizer
@@ -103,6 +104,11 @@ class Stored(Checkpoint):
             data = source.decode({role: self._read(key) for role, key in source.arrays.items()}, dtype)
         except ValueError as error:
             raise CheckpointError(f"tensor {tensor.name}: {error}", where=str(self.folder)) from None
+        if not all_finite(data):
+            raise CheckpointError(
+                f"tensor {tensor.name}: its values are NaN, infinite or beyond the range of {FLOAT_DTYPES[tensor.dtype]}",
+                where=str(self.folder),
+            )
         assert tuple(data.shape) == tensor.shape, (tensor, data.shape)
         assert data.dtype == dtype, (tensor, data.dtype)
         return Value(data)

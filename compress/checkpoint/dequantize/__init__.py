@@ -36,7 +36,11 @@ def knows(quantization: Any) -> bool:
 
 def check_said(names: Iterable[str], where: str) -> None:
     """Check that the arrays of a checkpoint without ``quantization_config`` are no codes. Raises `CheckpointError`."""
-    if (code := next((name for name in names if name.endswith((".qweight", ".weight_scale_inv"))), None)) is not None:
+    if (
+        code := next(
+            (name for name in names if name.endswith((".qweight", ".weight_scale_inv", ".absmax", ".SCB"))), None
+        )
+    ) is not None:
         raise CheckpointError(
             f"has codes ({code}), and config.json has no `quantization_config`",
             where=where,

@@ -57,7 +57,7 @@ class GptqScheme(Scheme):
 def _variant(files: WeightFiles) -> tuple[int, int, int]:
     """Bits, inputs per group (0: all of a row), and what is added to stored zero points."""
     said: Any = files.quantization
-    if said.get("bits") not in _BITS:
+    if type(said.get("bits")) is not int or said["bits"] not in _BITS:
         raise files.unknown("bits", said.get("bits"), "2, 3, 4 and 8")
     group = said.get("group_size", 128)
     if type(group) is not int or group == 0 or group < -1:

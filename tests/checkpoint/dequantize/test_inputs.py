@@ -194,6 +194,7 @@ HEADERS = [
     ("gptq", without(f"{PROJECTION}.g_idx"), r"in the order of its activations \(desc_act\), but not"),
     ("gptq", put(f"{PROJECTION}.qzeros", lambda s: s[:, 1:]), "has the shape .* needs"),
     ("gptq", said(bits=5), r"`quantization_config.bits`: '5', which this version cannot read"),
+    ("gptq", said(bits=4.0), r"`quantization_config.bits`: '4.0'"),
     ("gptq", said(checkpoint_format="marlin"), "checkpoint_format`: 'marlin'"),
     ("gptq", said(dynamic={"down": {"bits": 8}}), "dynamic`: .*down"),
     ("gptq", said(dynamic=3), "dynamic`: '3'"),
@@ -230,6 +231,12 @@ def test_wrong_headers_are_refused_on_opening(name, change, message, folders, tm
 
 VALUES = [
     ("fp8", FP8, put(f"{FP8}_scale_inv", lambda s: s * float("nan")), "its scales are NaN or infinite"),
+    (
+        "fp8",
+        FP8,
+        put(f"{FP8}_scale_inv", lambda s: s / s.max() * 3e37),
+        "its values are .* beyond the range of bfloat16",
+    ),
     ("mxfp4", EXPERTS, put(f"{EXPERTS}_scales", lambda s: s | 255), r"its scales are NaN \(255\)"),
     (
         "gptq",

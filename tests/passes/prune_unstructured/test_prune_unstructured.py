@@ -84,7 +84,8 @@ def test_prune_unstructured_takes_head_and_embeddings_by_name(tmp_path):
 def test_prune_unstructured_refuses_bad_settings(pico_llama, tmp_path):
     checkpoint = open_checkpoint(pico_llama)
     with pytest.raises(
-        PassError, match=r"has (32|64) inputs, which 24 does not divide, nor those of \d+ others .*skip them: skip: \[.*\.\*\."
+        PassError,
+        match=r"has (32|64) inputs, which 24 does not divide, nor those of \d+ others .*skip them: skip: \[.*\.\*\.",
     ):
         plan(checkpoint, "prune_unstructured", method="magnitude", pattern="12:24")
     with pytest.raises(PassError, match=r"no weight matrix is left"):
