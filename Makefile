@@ -49,7 +49,6 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.check_house
-	$(BIN)/python -m tools.check_house
 	$(BIN)/python -m tools.docs.pages --check
 	$(BIN)/python -m tools.docs.check
 	$(BIN)/python -m pytest -q --noconftest tests/test_reads.py
