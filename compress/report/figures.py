@@ -290,7 +290,9 @@ def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
         usual = defaults(passes.get(name).settings, settings)
     except (CompressError, ImportError):  # a plug-in that is not installed here
         usual = {}
-    shown = {k: v for k, v in settings.items() if v not in (None, [], {}) and v != usual.get(k)}
+    # a switch without a default that is off was chosen by the recipe's other settings
+    unset = {k for k, v in settings.items() if v in (None, [], {}) or (v is False and usual.get(k) is None)}
+    shown = {k: v for k, v in settings.items() if k not in unset and v != usual.get(k)}
     return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_without_none(v))}" for k, v in shown.items())
 
 

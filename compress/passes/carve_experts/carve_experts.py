@@ -43,7 +43,8 @@ class CarveExperts(Pass[CarveExpertsSettings]):
 
     def followed_by(self, settings: CarveExpertsSettings, later: InputMultiple) -> CarveExpertsSettings:
         """Choose the multiple that later passes need, where none is given."""
-        return settings if settings.multiple_of else settings.model_copy(update={"multiple_of": later.needed})
+        unset = settings.multiple_of is None and later.needed > 1
+        return settings.model_copy(update={"multiple_of": later.needed}) if unset else settings
 
     def plan(self, spec: Spec, settings: CarveExpertsSettings) -> Spec:
         """Exact: sizes do not depend on data."""

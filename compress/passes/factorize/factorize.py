@@ -47,7 +47,8 @@ class Factorize(Pass[FactorizeSettings]):
 
     def followed_by(self, settings: FactorizeSettings, later: InputMultiple) -> FactorizeSettings:
         """Choose the multiple that later passes need, where none is given."""
-        return settings if settings.multiple_of else settings.model_copy(update={"multiple_of": later.needed})
+        unset = settings.multiple_of is None and later.needed > 1
+        return settings.model_copy(update={"multiple_of": later.needed}) if unset else settings
 
     def plan(self, spec: Spec, settings: FactorizeSettings) -> Spec:
         """Exact, except with `allocation: kl`: then the plan assumes that all matrices matter alike."""

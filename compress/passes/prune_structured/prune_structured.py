@@ -61,7 +61,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             return settings
         given = {"multiple_of": settings.multiple_of, "preferred_multiple": settings.preferred_multiple}
         needs = {"multiple_of": later.needed, "preferred_multiple": later.preferred}
-        return settings.model_copy(update={k: needs[k] if v is None else v for k, v in given.items()})
+        chosen = {key: needs[key] for key, value in given.items() if value is None and needs[key] > 1}
+        return settings.model_copy(update=chosen)
 
     def plan_notes(self, spec: Spec, settings: PruneStructuredSettings) -> list[str]:
         """The kept widths, where later passes want multiples."""
