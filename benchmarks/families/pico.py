@@ -72,10 +72,12 @@ def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
             if count > PARAMETERS:
                 raise ValueError(f"{count:,} parameters")
             model = pico_model(cls, config)
+            # before the first is saved, as then the config holds its dtype as text
+            other = pico_model(cls, config, seed=1) if teacher else None
             stage = "cannot be saved by transformers"
             model.save_pretrained(place / "model")
-            if teacher:
-                pico_model(cls, config, seed=1).save_pretrained(place / "other")
+            if other is not None:
+                other.save_pretrained(place / "other")
             stage = "no inputs could be made"
             inputs = dummy_inputs(model)
             samples = [dummy_inputs(model, tokens=TOKENS, seed=seed) for seed in range(1, 1 + SAMPLES)]

@@ -84,6 +84,8 @@ class Inferred(Architecture):
         defaults: config fields that the files may leave out ▶ their values in transformers.
         longest: tokens of the longest text; None where no table limits it.
         absent: linear layers in memory that the files have no tensor of; they are tied, or have random weights.
+        whole: tensors that transformers splits, joins, turns or shares, so that it loads no codes of them; ``*``: numbers.
+        joined: whether it makes weights other than experts' from several; it finds none of these beside codes.
         unknown: parts that could not be told for certain, in words.
     """
 
@@ -99,6 +101,8 @@ class Inferred(Architecture):
     defaults: Mapping[str, Any] = field(default_factory=dict)
     longest: int | None = None
     absent: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    joined: bool = False
     unknown: tuple[str, ...] = ()
 
     # ---- names ----

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import compress
 from compress import architectures
@@ -13,6 +14,9 @@ from compress.architectures.inference import infer, misfit
 from compress.architectures.inferred import starred
 from compress.architectures.model_map import ModelMap
 from compress.checkpoint.open import open_checkpoint
+from compress.errors import PassError
+from compress.models.pico import pico_model
+from compress.models.shrink import default_config, shrunken
 from tests import pico
 from tests.toolbox import edit_config
 
@@ -109,6 +113,40 @@ def test_passes_without_data_need_no_class(name, settings, tmp_path):
     assert any("does not know the model type" in note for note in second.spec.notes)
     assert first.spec.tensors == second.spec.tensors
     assert all(torch.equal(first.tensor(n).data, second.tensor(n).data) for n in first.spec.tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls", "lost"),
+    [
+        ("gte", "GteForMaskedLM", "attention.qkv_proj"),  # three layers in memory, one in files
+        ("olmo_hybrid", "OlmoHybridForCausalLM", "linear_attn.a_proj"),  # three convolutions in files, one in memory
+        ("zamba2", "Zamba2ForCausalLM", "shared_transformer.feed_forward.down_proj"),  # the same in two blocks
+    ],
+)
+def test_codes_that_transformers_cannot_load_are_refused_in_stock_files(kind, cls, lost, tmp_path):
+    pico_model(getattr(transformers, cls), shrunken(default_config(kind))).save_pretrained(tmp_path / "model")
+    settings = {"weights": "int8", "method": "rtn", "only": [f"re:.*{lost}$"]}
+    with pytest.raises(PassError, match=rf"do not read int8 codes of .*{lost}.*use `store: compact`"):
+        compress.apply("cast", tmp_path / "model", tmp_path / "stock", **settings)
+    folder = compress.apply("cast", tmp_path / "model", tmp_path / "compact", store="compact", **settings)
+    written = open_checkpoint(folder)
+    before, after = compress.load(tmp_path / "model").state_dict(), compress.load(folder).state_dict()
+    assert {t.module for t in written.spec.stored() if t.quant_format} == {
+        t.module for t in written.spec.stored() if t.module.endswith(lost)
+    }
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed
+    assert all(torch.dist(before[name], after[name]) < 0.02 * before[name].norm() for name in changed)
+
+
+def test_a_list_of_parameters_beside_the_blocks_is_not_taken_for_them(tmp_path):
+    """The files of Inkling 2 hold the queries of all blocks in lists of their own."""
+    config = shrunken(default_config("inkling2_text"))
+    pico_model(transformers.Inkling2ForCausalLM, config).save_pretrained(tmp_path / "model")
+    mapped = ModelMap(open_checkpoint(tmp_path / "model").spec)
+    assert [block.path for block in mapped.blocks] == [
+        f"model.llm.layers.{i}." for i in range(config.num_hidden_layers)
+    ]
 
 
 def test_misfit_names_what_the_class_of_a_config_has_otherwise():

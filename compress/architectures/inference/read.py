@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -48,13 +48,13 @@ class Names:
         return self._files.get(parameter)
 
     def path_in_file(self, path: str) -> str | None:
-        """Path in files of a module in memory with numbered parts below it; None where the files have no tensor of it."""
-        for name, target in self.targets.items():
-            if target.startswith(f"{path}."):
-                place = _common_tail(name, target, path)
-                if place is not None:
-                    return place
-        return None
+        """Path in files of a module in memory with numbered parts below it; None where the files have no tensor of it.
+
+        It is the path of most tensors: files may hold some parameters of the blocks in lists of their own.
+        """
+        inside = ((name, target) for name, target in self.targets.items() if target.startswith(f"{path}."))
+        places = Counter(place for name, target in inside if (place := _common_tail(name, target, path)) is not None)
+        return places.most_common(1)[0][0] if places else None
 
     def absent(self, skeleton: Skeleton) -> list[str]:
         """Linear layers in memory of which the files have no weight."""
@@ -204,6 +204,23 @@ def _as_in_file(names: Names, parameter: str) -> str:
     return parameter
 
 
+def _uncoded(
+    spec: Spec, skeleton: Skeleton, names: Names, lists: tuple[BlockList, ...], experts: Sequence[str]
+) -> dict[str, Any]:
+    """The fields of a record that say which codes transformers cannot load. Numbered experts are joined, and it can."""
+    bases = tuple(f"{starred(entry.path)}.*.{base}." for entry in lists for base in experts)
+    tied = {*skeleton.ties, *skeleton.ties.values()}
+    whole, joined = set[str](), False
+    for name, target in names.targets.items():
+        pattern = skeleton.converter_of(name)
+        if starred(name).startswith(bases) or len(spec.tensors[name].shape) < 2:
+            continue
+        joined |= pattern is not None and pattern.endswith(".weight")
+        if pattern is not None or (target in tied and any(target.startswith(f"{e.module}.") for e in lists)):
+            whole.add(starred(name))
+    return {"whole": tuple(sorted(whole)), "joined": joined}
+
+
 def _parts(
     spec: Spec,
     lists: tuple[BlockList, ...],
@@ -268,6 +285,7 @@ def by_class(spec: Spec, skeleton: Skeleton) -> Inferred:
         pairs=tuple(pairs),
         head_pair=head_pair,
         absent=tuple(names.absent(skeleton)),
+        **_uncoded(spec, skeleton, names, lists, experts),
         ignored=tuple(sorted({starred(name) for name in names.ignored})),
         matrices=matrices,
         routers=parts_of("router", matrices, lists),

@@ -107,6 +107,13 @@ class Skeleton:
             part = part.removeprefix(start)
         return target, part
 
+    def converter_of(self, name: str) -> str | None:
+        """The pattern of the rule that makes parameters of a tensor by more than another name; None without one."""
+        from transformers.core_model_loading import rename_source_key
+
+        pattern: str | None = rename_source_key(name, *self._rules, self.model.base_model_prefix, self.state)[1]
+        return pattern
+
     def packable(self, paths: Iterable[str]) -> bool:
         """Whether the class sets itself up where the linear layers below some paths have no ``weight``, as packed codes do."""
         import torch

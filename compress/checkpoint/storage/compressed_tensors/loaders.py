@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from compress.architectures.inferred import Inferred, starred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.storage import format_chain
 from compress.checkpoint.storage.packed import INT8, PACKED
@@ -18,6 +19,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
     Tried with transformers 5.24 and compressed-tensors 0.20. They refuse packed zero points, although the format defines them.
     Experts are fused in memory and decoded on loading, so all must have one format. Dense experts are not found beside codes of
     any format but fp8. Experts that files hold in one tensor have no codes there.
+    Nor have layers that transformers splits, joins or shares; beside weights that it joins, only fp8 is read.
     """
     mapped = model_map(spec)
     coded = [t for t in spec.stored() if t.quant_format is not None]
@@ -28,11 +30,12 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
     matrices = (t for t in spec.stored() if len(t.shape) == 2 and t.name.endswith(".weight"))
     experts = {t.quant_format for t in matrices if mapped.is_expert(t.name)}
     fused = {quant_format and fusible(quant_format) for quant_format in experts} == {True} and len(experts) == 1
-    beside = (
-        not experts
-        or fused
-        or (experts == {None} and all(t.quant_format and format_chain(t.quant_format) == FP8 for t in coded))
-    )
+    fp8 = all(t.quant_format and format_chain(t.quant_format) == FP8 for t in coded)
+    beside = not experts or fused or (experts == {None} and fp8)
+    whole: tuple[str, ...] = ()
+    if isinstance(record, Inferred):
+        whole = record.whole
+        beside = beside and (fp8 or not record.joined)
 
     def holds(tensor: Tensor) -> bool:
         quant_format = tensor.quant_format
@@ -41,6 +44,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
         if (
             not beside
             or len(tensor.shape) != 2
+            or starred(tensor.name) in whole
             or quant_format.transposed
             or quant_format.is_codebook
             or (format_chain(quant_format) == PACKED and not quant_format.symmetric)
