@@ -139,6 +139,15 @@ def test_codes_that_transformers_cannot_load_are_refused_in_stock_files(kind, cl
     assert all(torch.dist(before[name], after[name]) < 0.02 * before[name].norm() for name in changed)
 
 
+def test_layers_that_files_join_are_absent_from_them(tmp_path):
+    """A config of codes must name each of the three as plain."""
+    pico_model(transformers.GteForMaskedLM, shrunken(default_config("gte"))).save_pretrained(tmp_path / "model")
+    absent = infer(open_checkpoint(tmp_path / "model").spec).absent
+    assert {name for name in absent if ".layers.0." in name} == {
+        f"gte.layers.0.{part}_proj" for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    }
+
+
 def test_a_list_of_parameters_beside_the_blocks_is_not_taken_for_them(tmp_path):
     """The files of Inkling 2 hold the queries of all blocks in lists of their own."""
     config = shrunken(default_config("inkling2_text"))

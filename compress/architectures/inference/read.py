@@ -21,13 +21,15 @@ class Names:
 
     Attributes:
         targets: tensor ▶ parameter, or the parameter that it is a part of. unread: tensors that the class has no place for.
-        ignored: those of them that transformers leaves out without a word.
+        parts: tensors that become a part of a parameter, or several parameters.
+        ignored: those of the unread ones that transformers leaves out without a word.
     """
 
     def __init__(self, spec: Spec, skeleton: Skeleton) -> None:
         self.targets: dict[str, str] = {}
         self.stored = {tensor.name for tensor in spec.stored()}
         self.modules: dict[str, str] = {}
+        self.parts: set[str] = set()
         self.unread: list[str] = []
         self.ignored: list[str] = []
         for name in spec.tensors:
@@ -38,6 +40,8 @@ class Names:
                     self.ignored.append(name)
                 continue
             self.targets[name], renamed = loaded
+            if renamed != loaded[0]:
+                self.parts.add(name)
             self.modules[name.rpartition(".")[0]] = renamed.rpartition(".")[0]
         self._files: dict[str, str] = {}
         for name, target in self.targets.items():
@@ -57,8 +61,9 @@ class Names:
         return places.most_common(1)[0][0] if places else None
 
     def absent(self, skeleton: Skeleton) -> list[str]:
-        """Linear layers in memory of which the files have no weight."""
-        weights = (t for name, t in self.targets.items() if name in self.stored and t.endswith(".weight"))
+        """Linear layers in memory of which the files have no weight, or one that is more or less than theirs."""
+        whole = ((name, target) for name, target in self.targets.items() if name in self.stored - self.parts)
+        weights = (target for name, target in whole if target.endswith(".weight"))
         loaded = {target.rpartition(".")[0] for target in weights}
         return [path for path, module in skeleton.modules.items() if kind_of(module) == "linear" and path not in loaded]
 
@@ -207,8 +212,9 @@ def _as_in_file(names: Names, parameter: str) -> str:
 def _uncoded(
     spec: Spec, skeleton: Skeleton, names: Names, lists: tuple[BlockList, ...], experts: Sequence[str]
 ) -> dict[str, Any]:
-    """The fields of a record that say which codes transformers cannot load. Numbered experts are joined, and it can."""
-    bases = tuple(f"{starred(entry.path)}.*.{base}." for entry in lists for base in experts)
+    """The fields of a record that say which codes transformers cannot load. It can load those of numbered experts of blocks."""
+    blocks = [starred(entry.path) for entry in lists if entry.kind != "tower"]
+    bases = tuple(f"{path}.*.{base}." for path in blocks for base in experts)
     tied = {*skeleton.ties, *skeleton.ties.values()}
     whole, joined = set[str](), False
     for name, target in names.targets.items():
