@@ -86,7 +86,7 @@ def test_load_recipe_reads_a_full_recipe(work: Path) -> None:
     assert recipe.data.evaluation is not None
     assert (recipe.data.evaluation.window, recipe.data.evaluation.stride) == (128, 64)
     assert [(entry.name, entry.settings) for entry in recipe.passes] == [
-        ("prune_structured", PruneStructuredSettings(layers=(1, 3), multiple_of=4, preferred_multiple=4)),
+        ("prune_structured", PruneStructuredSettings(layers=(1, 3))),
         ("prune_unstructured", PruneUnstructuredSettings(pattern=Pattern(2, 4), skip=["re:.*lm_head"])),
         ("cast", CastSettings(weights="bf16", overrides={"model.layers.*": "fp16"})),
     ]
@@ -540,7 +540,7 @@ def test_recipe_from_mapping_takes_mappings(work: Path) -> None:
     assert recipe.model == "models/tiny"
     assert recipe.seed == 5
     assert [entry.settings for entry in recipe.passes] == [
-        PruneStructuredSettings(layers=0.25, multiple_of=4, preferred_multiple=4),
+        PruneStructuredSettings(layers=0.25),
         PruneUnstructuredSettings(pattern=Pattern(2, 4)),
         CastSettings(weights="fp16"),
     ]

@@ -236,7 +236,7 @@ def test_distilling_leaves_flat_routers_as_they_are(tmp_path):
     [
         ("mixtral", {}, {}, None, "it has experts already"),
         ("bert", {}, {}, None, "bert is not one of llama, mistral, ministral, qwen2"),
-        ("t5", {}, {}, None, "an encoder's and a decoder's"),
+        ("t5", {}, {}, None, "several lists"),
         ("gpt2", {}, {}, None, "gpt2 is not one of"),
         ("qwen3", {}, {}, None, "qwen3 is not one of"),
         ("llama", {"attention_bias": True}, {}, None, "its `o_proj` has a bias"),
