@@ -54,6 +54,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "qwen4_exp_text": _INDEXER,
+    "wav2vec2-bert": {"vocab_size": 320},
+    "wav2vec2-conformer": {"vocab_size": 320},
     "xmod": {"default_language": "en_XX"},
 }
 #: Fields by `model_type` of the section; a dot leads into a nested section.

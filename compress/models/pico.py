@@ -184,9 +184,15 @@ def _media(name: str, data: Mapping[str, Any], tokens: int, generator: torch.Gen
         if flat:
             yield noise(1, 16, flat)
     elif name == "flattened_patches":
-        yield noise(1, 16, flat + 2)
+        width = flat or int(_field(data, "patch_embed_hidden_size") or 0)
+        rows = torch.arange(16)[None, :, None]
+        yield torch.cat([rows // 4 + 1.0, rows % 4 + 1.0, noise(1, 16, width)], -1)  # row, column, pixels
     elif name == "input_values":
         yield noise(1, 4000)
+        yield noise(1, 1, 4000)
+        frames, bins = _field(data, "max_length"), _field(data, "num_mel_bins")
+        if isinstance(frames, int) and isinstance(bins, int):
+            yield noise(1, frames, bins)
     else:
         bins = next((b for n in pico_sizes.BINS if isinstance(b := _field(data, n), int)), 80)
         frames = _field(data, "max_source_positions")

@@ -21,6 +21,9 @@ from compress.models.shrink import default_config, shrunken
         ("gemma3", "Gemma3ForConditionalGeneration"),
         ("whisper", "WhisperForConditionalGeneration"),
         ("vit", "ViTForImageClassification"),
+        ("pix2struct", "Pix2StructForConditionalGeneration"),
+        ("audio-spectrogram-transformer", "ASTForAudioClassification"),
+        ("wav2vec2-bert", "Wav2Vec2BertForCTC"),
     ],
 )
 def test_a_shrunken_default_config_builds_and_runs(kind: str, name: str) -> None:
