@@ -1,4 +1,4 @@
-"""Encoder-decoders, multimodal wrappers and hybrids: one calibrated recipe each, from files to a reload by stock transformers."""
+"""Encoder-decoders, multimodal wrappers, hybrids and families without a record: one calibrated recipe each, from files to a reload by stock transformers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ CASES = {
     "gemma3": ("Gemma3ForConditionalGeneration", "text"),
     "jamba": ("JambaForCausalLM", "text"),
     "m2m_100": ("M2M100ForConditionalGeneration", "pairs"),
+    "olmo2": ("Olmo2ForCausalLM", "text"),
     "bart": ("BartForConditionalGeneration", "text"),
     "falcon_h1": ("FalconH1ForCausalLM", "text"),
     "qwen3_next": ("Qwen3NextForCausalLM", "text"),
@@ -45,8 +46,8 @@ REFUSED = {
 FLOATS = ("mamba2",)
 #: Tokens of a prompt see each other both ways, so that single steps differ from one shot in stock models too.
 WITHOUT_ORDER = ("paligemma",)
-#: One recipe each in the fast tests: two are rounded, two are pruned.
-FAST = ("whisper", "gemma3", "jamba", "m2m_100")
+#: One recipe each in the fast tests: three are rounded, two are pruned.
+FAST = ("whisper", "gemma3", "olmo2", "jamba", "m2m_100")
 PASSES = [
     {"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5}},
     {"cast": {"weights": "int8", "method": "gptq", "group_size": "channel"}},
@@ -132,7 +133,7 @@ print(json.dumps(result))
 
 @pytest.mark.parametrize(
     ("kinds", "passes"),
-    [(FAST[:2], PASSES[1:]), (FAST[2:], PASSES[:1]), pytest.param(tuple(CASES), PASSES, marks=pytest.mark.slow)],
+    [(FAST[:3], PASSES[1:]), (FAST[3:], PASSES[:1]), pytest.param(tuple(CASES), PASSES, marks=pytest.mark.slow)],
     ids=["gptq", "sparsegpt", "both"],
 )
 def test_calibrated_recipes_reload_in_stock_transformers(kinds, passes, tmp_path):
