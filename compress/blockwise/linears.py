@@ -71,6 +71,29 @@ def find_linears(
     Raises:
         PassError: a wanted tensor is not a linear layer that the block runs.
     """
+    by_name, swaps = _linears_of(streamed, index, block)
+    wanted = set(wanted)
+    if missing := sorted(wanted - {linear.tensor for linear in by_name.values()}):
+        raise PassError(
+            f"{missing[0]} is not a linear layer that calibrated methods reach",
+            key="skip",
+            fix=f"skip it: skip: [{missing[0].rpartition('.')[0]}], or use method: magnitude",
+        )
+    return [linear for linear in by_name.values() if linear.tensor in wanted], swaps
+
+
+def out_of_reach(streamed: StreamedModel, wanted: Mapping[int, set[str]]) -> set[str]:
+    """The wanted tensors, by block, that are no linear layers of the class: it splits, joins or multiplies them otherwise."""
+    missing: set[str] = set()
+    for index, names in wanted.items():
+        with streamed.block(index) as block:  # transformers knows the way back to the files of what it has loaded alone
+            by_name, _ = _linears_of(streamed, index, block)
+        missing |= names - {linear.tensor for linear in by_name.values()}
+    return missing
+
+
+def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[str, TargetLinear], list[ExpertSwap]]:
+    """All linears of a loaded block by name, and its fused experts."""
     matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
     probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters()} | _expert_probes(fused)
@@ -92,14 +115,7 @@ def find_linears(
             swaps.append(ExpertSwap(block.get_submodule(parent), child, experts))
             start = f"{streamed.path_of(index)}."
             by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, start)}
-    wanted = set(wanted)
-    if missing := sorted(wanted - {linear.tensor for linear in by_name.values()}):
-        raise PassError(
-            f"{missing[0]} is not a linear layer that calibrated methods reach",
-            key="skip",
-            fix=f"skip it: skip: [{missing[0].rpartition('.')[0]}], or use method: magnitude",
-        )
-    return [linear for linear in by_name.values() if linear.tensor in wanted], swaps
+    return by_name, swaps
 
 
 def expert_linears(model: Any, spec: Spec) -> tuple[dict[str, TargetLinear], list[ExpertSwap]]:

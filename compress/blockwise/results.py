@@ -136,7 +136,7 @@ def write_block(
     result: dict[str, torch.Tensor] = {}
     for key, parameter in module.named_parameters():
         names = streamed.stored_names(index, {key: parameter.data})
-        stored = {name: value for name, value in names.items() if _is_stored(checkpoint, name)}
+        stored = {n: value for n, value in names.items() if _is_stored(checkpoint, n) and _fits(checkpoint, n, value)}
         if not stored:
             continue
         for name, value in stored.items():
@@ -144,6 +144,20 @@ def write_block(
         dtype = torch_dtype(widest([checkpoint.spec.tensors[name].dtype for name in stored]))
         parameter.data.copy_(parameter.data.to(dtype))
     workspace.save_tensors(_BLOCK.format(index), result)
+
+
+def parts_of_tensors(checkpoint: Checkpoint, streamed: StreamedModel, index: int, module: Any) -> set[int]:
+    """Ids of a block's parameters that the files hold as parts of a tensor, or otherwise, so that they cannot be written."""
+    parts = set()
+    for key, parameter in module.named_parameters():
+        stored = streamed.stored_names(index, {key: parameter.data})
+        if not all(_is_stored(checkpoint, n) and _fits(checkpoint, n, value) for n, value in stored.items()):
+            parts.add(id(parameter))
+    return parts
+
+
+def _fits(checkpoint: Checkpoint, name: str, value: torch.Tensor) -> bool:
+    return tuple(value.shape) == checkpoint.spec.tensors[name].shape
 
 
 def _changed_parts(name: str, value: torch.Tensor, before: Value, extras: TensorExtras) -> dict[str, torch.Tensor]:

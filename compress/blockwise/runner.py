@@ -11,7 +11,7 @@ the last finished block and ends with the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -20,9 +20,9 @@ from compress.blockwise.block import Block
 from compress.blockwise.details import BlockDetails
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.inputs import Inputs
-from compress.blockwise.linears import find_linears
+from compress.blockwise.linears import find_linears, out_of_reach
 from compress.blockwise.memory_budget import ALLOCATOR_RETAIN
-from compress.blockwise.results import RunnerResult, TensorExtras, write_block
+from compress.blockwise.results import RunnerResult, TensorExtras, parts_of_tensors, write_block
 from compress.blockwise.self_check import check_blockwise
 from compress.blockwise.shared import SharedTensors
 from compress.blockwise.targets import TargetStream, Teacher
@@ -51,6 +51,8 @@ class BlockRunner:
         inputs: calibration samples. workspace: for activations, results and the state to resume from.
         with_targets: also carry the original's hidden states along, for `reconstruct_block` and asymmetric calibration.
         teacher: the original, where it is not ``checkpoint``.
+        leave: tensors that stay as they are where an inferred record describes the model and they are no linear layers of
+            its class; ``left`` names them, so that the pass treats them by their weights alone.
 
     Raises:
         PassError: a wanted tensor is outside the blocks, or shared with a block that comes before it is solved.
@@ -69,6 +71,7 @@ class BlockRunner:
         with_targets: bool,
         seed: int = 0,
         teacher: Teacher | None = None,
+        leave: Collection[str] = (),
     ) -> None:
         self.checkpoint, self.inputs, self.wanted = checkpoint, inputs, wanted
         self.workspace, self.progress = workspace, progress
@@ -87,7 +90,23 @@ class BlockRunner:
                     fix="use method: magnitude for it",
                 )
             self._by_block.setdefault(index, set()).add(name)
-        self._shared = SharedTensors(self.executor, wanted, workspace)
+        self.left = self._leave(leave) if leave else frozenset()
+        self._shared = SharedTensors(self.executor, self.wanted, workspace)
+
+    def _leave(self, names: Collection[str]) -> frozenset[str]:
+        """Take out of ``wanted`` what calibration does not reach; nothing where that would be all."""
+        if self.streamed.record.source == "written":
+            return frozenset()
+        left = frozenset(out_of_reach(self.streamed, self._by_block)) & frozenset(names)
+        if not left or left == self.wanted:
+            return frozenset()
+        self.wanted = self.wanted - left
+        self._by_block = {i: rest for i, own in self._by_block.items() if (rest := own - left)}
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        self.progress.message(
+            f"{min(left)}{more}: no linear layer that calibrated methods reach, treated by the weights alone"
+        )
+        return left
 
     def run(self, change: BlockFn, title: str, before: Callable[[], None] | None = None) -> RunnerResult:
         """Change every block in order, up to the last one with a wanted tensor.
@@ -161,6 +180,8 @@ class BlockRunner:
 
     def _change(self, block: Block, change: BlockFn) -> None:
         block.frozen = self._shared.frozen(block) | self._handed_on(block)
+        if self.streamed.record.source != "written":
+            block.frozen |= parts_of_tensors(self.checkpoint, self.streamed, block.index, block.module)
         block.find_groups()
         if (split := self._shared.split(block.groups)) != block.groups:
             block.groups, block.last = split, None

@@ -42,12 +42,14 @@ def open_runner(
     workspace: Workspace,
     with_targets: bool,
     teacher: Teacher | None = None,
+    leave: Collection[str] = (),
 ) -> BlockRunner:
     """Return a block runner over the calibration data that may change the tensors ``names``.
 
     Args:
         with_targets: the runner also computes the outputs of the original blocks.
         teacher: the model that gives these outputs; None for the checkpoint itself.
+        leave: tensors that may stay where calibration does not reach, see `BlockRunner`; the pass treats them itself.
     """
     from compress.blockwise.inputs import Inputs
     from compress.blockwise.runner import BlockRunner
@@ -64,6 +66,7 @@ def open_runner(
         with_targets=with_targets,
         seed=context.seed,
         teacher=teacher,
+        leave=leave,
     )
 
 

@@ -155,6 +155,7 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         context,
         workspace=context.workspace,
         with_targets=with_targets,
+        leave=quant_formats,  # `convert` rounds them
     )
     gradients = None
     if "curvature" in correction:

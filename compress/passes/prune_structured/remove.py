@@ -136,7 +136,9 @@ def narrow(
     teacher = None
     if tuned and current is not original:
         teacher = Teacher(original, spans, channels)
-    runner = open_runner(current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher)
+    runner = open_runner(
+        current, names, context, workspace=context.workspace, with_targets=tuned, teacher=teacher, leave=names - members
+    )
     reconstruction = Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr) if tuned else None
     options = WidthOptions(
         planned.remove, planned.merges, settings.importance, settings.compensation != "none", reconstruction, scores

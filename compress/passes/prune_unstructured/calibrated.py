@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.reconstruct import Reconstruction
 from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
 from compress.passes.prune_unstructured.block import PruneOptions, prune_block
+from compress.passes.prune_unstructured.magnitude import magnitude_mask
 from compress.passes.prune_unstructured.plan import with_counts
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.spec.spec import Spec
@@ -40,14 +44,29 @@ def prune_blocks(
         method=settings.method, sparsity=sparsity, pattern=settings.pattern, reconstruction=reconstruction
     )
     runner = open_runner(
-        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None
+        checkpoint, chosen, context, workspace=context.workspace, with_targets=reconstruction is not None, leave=chosen
     )
     result = runner.run(lambda block: prune_block(block, options), f"pruning by {settings.method}")
     context.details["blocks"] = result.details
-    read = result.reader()
+    read = _with_left(result.reader(), spec, runner.left, settings)
     if not spec.exact:
         spec = with_counts(spec, checkpoint.spec, {name: int(_mask(read(name)).sum()) for name in sorted(chosen)})
     return Derived(checkpoint, spec, read)
+
+
+def _with_left(
+    read: Callable[[str], Value], spec: Spec, left: Collection[str], settings: PruneUnstructuredSettings
+) -> Callable[[str], Value]:
+    """The same function, which prunes by magnitude the tensors that calibration left."""
+    linears = model_map(spec).linears
+
+    def pruned(name: str) -> Value:
+        value, kept = read(name), spec.tensors[name].kept
+        if name not in left or kept is None:
+            return value
+        return Value(value.data, magnitude_mask(linears[name], value, kept, settings))
+
+    return pruned
 
 
 def _mask(value: Value) -> torch.Tensor:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import Linear, model_map
 from compress.checkpoint.values import Checkpoint, Derived, Value
 from compress.passes.base import Context
 from compress.passes.prune_unstructured.plan import with_counts
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.solvers.magnitude import global_counts, keep_largest, keep_n_of_m
 from compress.spec.spec import Spec
+
+
+def magnitude_mask(linear: Linear, value: Value, kept: int, settings: PruneUnstructuredSettings) -> torch.Tensor:
+    """Keep-mask of a matrix's ``kept`` largest weights, of each expert's, or of those that the pattern keeps."""
+    if settings.pattern is not None:
+        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, linear.input_axis, value.mask)
+    if linear.experts and settings.scope == "layer" and value.mask is None:
+        return torch.stack([keep_largest(expert, kept // linear.experts) for expert in value.data])
+    return keep_largest(value.data, kept, value.mask)
 
 
 def prune_by_magnitude(
@@ -24,13 +33,7 @@ def prune_by_magnitude(
     linears = model_map(spec).linears
 
     def mask_of(name: str, value: Value, kept: int) -> torch.Tensor:
-        experts = linears[name].experts
-        if settings.pattern is None and experts and settings.scope == "layer" and value.mask is None:
-            return torch.stack([keep_largest(expert, kept // experts) for expert in value.data])
-        if settings.pattern is None:
-            return keep_largest(value.data, kept, value.mask)
-        along = linears[name].input_axis
-        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, along, value.mask)
+        return magnitude_mask(linears[name], value, kept, settings)
 
     if not spec.exact:
         counts: dict[str, int] = {}
