@@ -212,7 +212,7 @@ def _evaluate_data(
     }
     model = load_checkpoint(candidate, **loading)
     beside = None if reference is None else load_checkpoint(reference, **loading)
-    with refused(candidate.spec, "the evaluation"):
+    with refused(candidate.spec, "the evaluation", of_class=True):
         document["evaluation"] = _noted(score(model, beside), candidate, settings)
     if other is not None and other["evaluation"] is None and beside is not None:
         assert reference is not None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 
 from compress.architectures.unforeseen import refused
 from compress.errors import PassError
@@ -27,3 +29,13 @@ def test_errors_of_models_without_a_written_record_are_refusals():
 def test_faults_and_lacks_of_memory_are_not_refused(model_type, error):
     with pytest.raises(type(error)), refused(spec(model_type, None), "cast"):
         raise error
+
+
+def test_what_a_class_itself_raises_is_refused_where_asked():
+    config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)  # its config lacks the token that decoders begin with
+    t5 = spec("t5", "T5ForConditionalGeneration")
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(PassError, match="the evaluation fails in T5ForConditionalGeneration itself"):  # noqa: SIM117
+        with refused(t5, "the evaluation", of_class=True):
+            model(input_ids=ids, labels=ids)
