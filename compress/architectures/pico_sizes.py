@@ -57,6 +57,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 320},
     "wav2vec2-conformer": {"vocab_size": 320},
     "xmod": {"default_language": "en_XX"},
+    "blip-2": {"image_token_index": 7},
+    "instructblip": {"image_token_index": 7},
+    "instructblipvideo": {"video_token_index": 7},
 }
 #: Fields by `model_type` of the section; a dot leads into a nested section.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -72,6 +75,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "donut-swin": {"image_size": 224},
     "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 4},
+    "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lilt": {"hidden_size": 96},
     "markuplm": {"tag_pad_id": 216, "subs_pad_id": 1001},

@@ -23,6 +23,8 @@ from compress.models.shrink import default_config, shrunken
         ("vit", "ViTForImageClassification"),
         ("pix2struct", "Pix2StructForConditionalGeneration"),
         ("audio-spectrogram-transformer", "ASTForAudioClassification"),
+        ("blip-2", "Blip2ForConditionalGeneration"),
+        ("kosmos-2", "Kosmos2ForConditionalGeneration"),
         ("wav2vec2-bert", "Wav2Vec2BertForCTC"),
     ],
 )
