@@ -31,6 +31,8 @@ _MLPS: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("w1",), "w2", 1),
     (("lin1",), "lin2", 1),
     (("c_fc",), "c_proj", 1),
+    (("c_fc_0", "c_fc_1"), "c_proj", 1),
+    (("ffn.0",), "ffn.2", 1),
     (("fc_in",), "fc_out", 1),
     (("dense_h_to_4h",), "dense_4h_to_h", 1),
     (("linear1",), "linear2", 1),

@@ -28,6 +28,8 @@ FAMILIES = {
     "phi": "PhiForCausalLM",
     "helium": "HeliumForCausalLM",
 }
+#: Those whose neurons alone are tested.
+NEURONS = {"ctrl": "CTRLLMHeadModel"}
 TIER = ("olmo2", "falcon", "glm")
 families = pytest.mark.parametrize(
     "family", [f if f in TIER else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
@@ -35,9 +37,9 @@ families = pytest.mark.parametrize(
 
 
 def save(family: str, folder: Path) -> Path:
-    pico_model(getattr(transformers, FAMILIES[family]), shrunken(default_config(family)), seed=3).save_pretrained(
-        folder
-    )
+    pico_model(
+        getattr(transformers, (FAMILIES | NEURONS)[family]), shrunken(default_config(family)), seed=3
+    ).save_pretrained(folder)
     return folder
 
 
@@ -56,7 +58,7 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-@families
+@pytest.mark.parametrize("family", [*families.args[1], *NEURONS])
 def test_neurons_that_go_equal_neurons_that_are_zero(family, tmp_path):
     before = save(family, tmp_path / "in")
     compress.apply("prune_structured", before, tmp_path / "out", mlp=0.25, **DATA_FREE)
