@@ -172,3 +172,11 @@ def test_misfit_names_what_the_class_of_a_config_has_otherwise():
     )
     fewer = replace(spec, tensors={n: t for n, t in spec.tensors.items() if n != "transformer.ln_f.bias"})
     assert misfit(fewer, spec) == "its class also has transformer.ln_f.bias"
+
+
+def test_convolutions_before_the_blocks_are_no_list_of_blocks(tmp_path):
+    torch.manual_seed(0)
+    config = shrunken(default_config("wav2vec2"))
+    transformers.Wav2Vec2ForCTC(config).eval().save_pretrained(tmp_path)
+    record = infer(open_checkpoint(tmp_path).spec)
+    assert [(entry.path, entry.kind) for entry in record.lists] == [("wav2vec2.encoder.layers", "main")]

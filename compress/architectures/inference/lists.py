@@ -38,6 +38,10 @@ def _has_matrix(module: Any) -> bool:
     return any(p.ndim >= 2 for p in module.parameters())
 
 
+def _has_linear(module: Any) -> bool:
+    return any(p.ndim == 2 for p in module.parameters())
+
+
 def owner_of(skeleton: Skeleton, path: str) -> tuple[str, Any]:
     """(path, module) of the innermost transformers model that holds a module."""
     from transformers import PreTrainedModel
@@ -76,6 +80,8 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
         return "tower" if is_tower else "stack"
 
     counted = [(path, module, kind(path)) for path, module in every if sizes[path] >= _SHARE * sizes[main]]
+    # convolutions before the blocks, as in encoders of sound, make the blocks' inputs and are no blocks
+    counted = [entry for entry in counted if entry[2] != "stack" or _has_linear(entry[1])]
     order = {"main": 0, "stack": 1, "tower": 2}
     return sorted(counted, key=lambda entry: order[entry[2]])
 
