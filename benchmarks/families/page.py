@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,9 @@ def text(rows: Rows) -> list[str]:
         "",
         "Random weights say nothing about quality.",
         "",
-        "Commits of the cells: " + ", ".join(sorted({code[:7] + "+" * code.endswith("+") for code in codes})) + ".",
+        *textwrap.wrap(
+            f"Commits of the cells: {', '.join(sorted({code[:7] + '+' * code.endswith('+') for code in codes}))}.", 118
+        ),
         "",
         "## Counts",
         "",
