@@ -237,6 +237,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
             with refused(current, entry.name):
                 following = plan_pass(current, instance, entry.settings, store)
             for name in instance.required_data(entry.settings):
+                model_map(current).require_class()
                 if (section := getattr(recipe.data, name)) is not None:
                     check_images(spec.structure.class_name, section.folder is not None)
                     if name == "calibration" and (known := model_map(current)).known:

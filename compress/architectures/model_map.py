@@ -259,6 +259,15 @@ class ModelMap:
                 fix=fix,
             )
 
+    def require_class(self) -> None:
+        """Raises `PassError` for a model that no class builds, so that it reads no data."""
+        if self.record.source == "shapes" and not self.config.get("auto_map"):
+            kind = self.config.get("model_type")
+            raise PassError(
+                f"no class of transformers builds a model of the type `{kind}`, so it reads no data",
+                fix="use a method that needs none, such as `rtn` or `magnitude`",
+            )
+
     def require_inside_blocks(self, names: Collection[str]) -> None:
         """Raises `PassError` for a tensor that calibrated methods do not reach: outside the blocks, or no linear layer."""
         if outside := sorted(name for name in names if self.block_of(name) is None):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import compress
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
 from compress.models.loading import load_model
@@ -98,6 +99,14 @@ def test_prune_unstructured_refuses_bad_settings(pico_llama, tmp_path):
     found = plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5)
     known = plan(open_checkpoint(pico_llama), "prune_unstructured", method="magnitude", sparsity=0.5)
     assert {t.name for t in found.stored() if t.kept} == {t.name for t in known.stored() if t.kept}
+    recipe = {
+        "model": str(folder),
+        "output": str(tmp_path / "out"),
+        "data": {"calibration": {"files": [str(folder / "config.json")], "samples": 2, "length": 8}},
+        "passes": [{"prune_unstructured": {"method": "sparsegpt", "sparsity": 0.5}}],
+    }
+    with pytest.raises(PassError, match=r"no class of transformers builds a model of the type `unheard_of`"):
+        compress.plan(recipe)
     named = plan(open_checkpoint(folder), "prune_unstructured", method="magnitude", sparsity=0.5, only=["*.mlp.*"])
     assert sum(t.kept is not None for t in named.stored()) == 12
 
