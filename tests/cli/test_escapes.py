@@ -53,7 +53,7 @@ def test_errors_recipes_and_diffs_escape_hostile_names(hostile, cli, tmp_path, p
     status, _, err = cli("inspect", tmp_path / f"none{OWNED}")
     assert (status, err.count("\n")) == (2, 1)
     (tmp_path / f"r{OWNED}.yaml").write_text(
-        json.dumps({"model": str(hostile), "output": "o", "passes": [{"cast": {"weights": "bf16"}}]})
+        json.dumps({"model": str(hostile), "output": str(tmp_path / "o"), "passes": [{"cast": {"weights": "bf16"}}]})
     )
     assert cli("check", tmp_path / f"r{OWNED}.yaml")[0] == 0
     assert cli("check", tmp_path / f"r{OWNED}.yaml", "--resolved")[0] == 0
