@@ -89,7 +89,7 @@ bench-memory: $(STAMP)
 bench-attention: $(STAMP)
 	$(BIN)/python -m benchmarks.attention $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
-# the family matrix, docs/families.md; WORKERS= processes; goes on where it was stopped; ARGS= such as --fresh or --only llama
+# the family matrix, docs/families.md; WORKERS= processes; goes on where it was stopped; ARGS= such as --fresh or --only llama; --peer PYTHON for llm-compressor beside it
 families: $(STAMP)
 	$(BIN)/python -m benchmarks.families --workers $(WORKERS) $(ARGS)
 

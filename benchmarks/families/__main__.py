@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.families import page
 from benchmarks.families.cells import CELLS
 from benchmarks.families.classes import KINDS, Subject, subjects
-from benchmarks.families.work import serve
+from benchmarks.families.work import PEER, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "out" / "families"
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--again", nargs="+", choices=["refused", "wrong", "unsuited", "older"], default=[],
                          help="run cells with such results, too; older: of another commit")  # fmt: skip
     options.add_argument("--results", type=Path, default=RESULTS)
+    options.add_argument("--peer", metavar="PYTHON",
+                         help="run llm-compressor's GPTQ instead, by an interpreter that has it")  # fmt: skip
     options.add_argument("--page", action="store_true", help="only write docs/families.md from the results")
     return options
 
@@ -68,7 +70,7 @@ def to_do(options: argparse.Namespace, code: str) -> deque[tuple[Subject, list[s
         if options.classes and not set(options.classes) & set(subject.kinds):
             continue
         cells = []
-        for cell in options.cells:
+        for cell in [PEER] if options.peer else options.cells:
             known = read(options.results, subject, cell)
             again = known is None or options.fresh or known["verdict"] in options.again
             if again or (known and "older" in options.again and known["code"] != code):
@@ -81,9 +83,9 @@ def to_do(options: argparse.Namespace, code: str) -> deque[tuple[Subject, list[s
 class Worker:
     """A process that runs cells, what it is at, and since when."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, python: str | None) -> None:
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=False)
+        self.process = context.Process(target=serve, args=(theirs, python), daemon=False)
         self.process.start()
         theirs.close()
         self.task: tuple[Subject, list[str]] | None = None
@@ -105,8 +107,10 @@ class Worker:
 class Run:
     """All tasks, on several workers."""
 
-    def __init__(self, tasks: deque[tuple[Subject, list[str]]], results: Path, code: str) -> None:
-        self._tasks, self._results, self._code = tasks, results, code
+    def __init__(
+        self, tasks: deque[tuple[Subject, list[str]]], results: Path, code: str, python: str | None = None
+    ) -> None:
+        self._tasks, self._results, self._code, self._python = tasks, results, code, python
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, Worker] = {}
         self._total, self._finished, self._started = len(tasks), 0, time.monotonic()
@@ -128,7 +132,7 @@ class Run:
                 worker.end()
 
     def _start(self) -> None:
-        worker = Worker(self._context)
+        worker = Worker(self._context, self._python)
         self._workers[worker.connection] = worker
 
     def _hear(self, worker: Worker) -> None:
@@ -203,12 +207,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if not options.page:
         code = commit()
-        Run(to_do(options, code), options.results, code).run(options.workers)
+        Run(to_do(options, code), options.results, code, options.peer).run(options.workers)
     rows = {subject: {cell: read(options.results, subject, cell) for cell in CELLS} for subject in subjects()}
+    peers = {subject: result for subject in rows if (result := read(options.results, subject, PEER))}
     if options.results != RESULTS:
-        return page.write(rows, options.results / "families.md")
+        return page.write(rows, options.results / "families.md", peers)
     page.put(rows, ROOT / "README.md")
-    return page.write(rows, ROOT / "docs" / "families.md")
+    return page.write(rows, ROOT / "docs" / "families.md", peers)
 
 
 if __name__ == "__main__":

@@ -27,20 +27,23 @@ class Wrong(Exception):
 
 
 class Stock:
-    """The process that runs `stock.py`; it is started when first asked, and again after it died or did not answer."""
+    """A process that answers requests; it is started when first asked, and again after it died or did not answer.
+
+    Args:
+        script: what it runs. python: the interpreter.
+    """
 
     #: Seconds to wait for an answer.
     patience = 120
 
-    def __init__(self) -> None:
+    def __init__(self, script: str = stock.__file__, python: str = sys.executable) -> None:
+        self._command = [python, "-I", script]
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> tuple[TextIO, TextIO]:
         """Start the process if there is none; where requests are written, and answers read."""
         if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", stock.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         requests, answers = self._process.stdin, self._process.stdout
         assert requests is not None and answers is not None  # noqa: PT018
         return requests, answers  # type: ignore[return-value]

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.families.cells import CELLS
@@ -26,12 +27,19 @@ GOALS = {
 }
 #: Number of reasons that the page lists.
 REASONS = 60
+#: Number of reasons of the other tool that it lists.
+PEER_REASONS = 12
 Rows = Mapping[Subject, Mapping[str, dict[str, Any] | None]]
+Peers = Mapping[Subject, dict[str, Any]]
 
 
-def write(rows: Rows, path: Path) -> int:
-    """Write the page and print the counts; 1 where a cell is wrong, else 0."""
-    lines = text(rows)
+def write(rows: Rows, path: Path, peers: Peers = MappingProxyType({})) -> int:
+    """Write the page and print the counts; 1 where a cell is wrong, else 0.
+
+    Args:
+        peers: results of another tool, by class.
+    """
+    lines = text(rows, peers)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(_counts(rows)))
@@ -62,7 +70,7 @@ def _share(rows: Rows, members: Sequence[Subject], cell: str) -> str:
     return f"{100 * works / len(run):.0f} %" if run else ""
 
 
-def text(rows: Rows) -> list[str]:
+def text(rows: Rows, peers: Peers = MappingProxyType({})) -> list[str]:
     """The lines of the page."""
     codes = sorted({result["code"] for cells in rows.values() for result in cells.values() if result})
     lines = [
@@ -94,6 +102,7 @@ def text(rows: Rows) -> list[str]:
         "",
         *_counts(rows),
         "",
+        *(_beside(rows, peers) if peers else []),
         "## Reasons",
         "",
         *_reasons(rows),
@@ -122,6 +131,37 @@ def _counts(rows: Rows) -> list[str]:
     verdicts = Counter(result["verdict"] for cells in rows.values() for result in cells.values() if result)
     total = ", ".join(f"{verdicts[key]} {key if key != 'unsuited' else 'without a pico model'}" for key in MARKS)
     return [*lines, "", f"Cells: {total}."]
+
+
+def _beside(rows: Rows, peers: Peers) -> list[str]:
+    """The section that compares int4 GPTQ with llm-compressor's."""
+    lines = [
+        "## Beside llm-compressor",
+        "",
+        '`make families ARGS="--peer PYTHON"` runs llm-compressor\'s `oneshot` with GPTQ (4 bits, a scale for each channel) '
+        "on the same pico models, by an interpreter that has it, with its default pipeline, then with `basic`. "
+        "It gets the same calibration inputs. It counts as read where its own transformers loads what it wrote "
+        "with equal outputs; other runtimes may read more. Classes that its transformers lacks are left out. "
+        f"Versions: {'; '.join(sorted({str(result.get('versions')) for result in peers.values()} - {'None'}))}.",
+        "",
+        "| classes | number | compress: written and read | llm-compressor: written | written and read |",
+        "|---|---|---|---|---|",
+    ]
+    known = {subject: result for subject, result in peers.items() if result["verdict"] not in ("absent", "unsuited")}
+    for name, causal in (("causal LM", True), ("all others", False)):
+        members = [subject for subject in known if (subject.kinds == (CAUSAL,)) == causal]
+        verdicts = Counter(known[subject]["verdict"] for subject in members)
+        share = [f"{100 * count / max(1, len(members)):.0f} %" for count in
+                 (verdicts["works"] + verdicts["unread"], verdicts["works"])]  # fmt: skip
+        lines.append(f"| {name} | {len(members)} | {_share(rows, members, 'gptq')} | {' | '.join(share)} |")
+    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for subject, result in known.items():
+        if result["verdict"] != "works":
+            reasons[result["verdict"], shape(result["reason"], subject.model_type)].append(subject.model_type)
+    lines += ["", "| llm-compressor | reason | classes |", "|---|---|---|"]
+    for (verdict, reason), types in sorted(reasons.items(), key=lambda item: -len(item[1]))[:PEER_REASONS]:
+        lines.append(f"| {'not read' if verdict == 'unread' else 'not written'} | {_cell(reason)} | {len(types)} |")
+    return [*lines, ""]
 
 
 def _reasons(rows: Rows) -> list[str]:

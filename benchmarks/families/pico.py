@@ -31,13 +31,14 @@ class Pico:
 
     Attributes:
         folder: the checkpoint. other: one of the same config with other weights, a teacher.
-        inputs: file with the arguments of a forward pass. outputs: what transformers computes from them, once saved.
+        inputs: file with the arguments of a forward pass. samples: file with a list of such arguments, for calibration.
         data: argument ``data`` of `compress.apply`. text: documents. rows: labelled texts. images: a folder for each class.
     """
 
     folder: Path
     other: Path
     inputs: Path
+    samples: Path
     data: Any
     text: Path
     rows: Path
@@ -85,6 +86,7 @@ def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
         text = " ".join(str(error).split())[:200]
         raise Unsuited(f"{stage}: {type(error).__name__}: {text}") from error
     torch.save(inputs, place / "inputs.pt")
+    torch.save(samples, place / "samples.pt")
     main = model.main_input_name
     for folder in (place / "model", place / "other") if teacher else (place / "model",):
         _write_processors(folder, main, inputs, config)
@@ -95,7 +97,8 @@ def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
     elif "input_ids" in samples[0]:
         data = torch.cat([sample["input_ids"] for sample in samples])
     return Pico(
-        place / "model", place / "other", place / "inputs.pt", data, text, rows, images, subject.class_name, main,
+        place / "model", place / "other", place / "inputs.pt", place / "samples.pt", data, text, rows, images,
+        subject.class_name, main,
         bool(getattr(config, "is_encoder_decoder", False)),
     )  # fmt: skip
 

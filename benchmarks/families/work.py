@@ -46,8 +46,14 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def cells_of(subject: Subject, cells: Sequence[str], stock: Any) -> Iterator[tuple[str, Result]]:
+#: The cell of another tool: its results are counted beside ours.
+PEER = "peer"
+
+
+def cells_of(subject: Subject, cells: Sequence[str], stock: Any, peer: Any = None) -> Iterator[tuple[str, Result]]:
     """Run cells of a class; yields each cell's name with its result, after ``(name, {})`` when it begins.
+
+    The cell `PEER` is asked of the process ``peer``, which answers with a result.
 
     A result has ``verdict`` (works, refused, wrong, unsuited), ``reason``, ``seconds`` of CPU, and ``at`` with the last
     lines of a traceback.
@@ -78,6 +84,11 @@ def cells_of(subject: Subject, cells: Sequence[str], stock: Any) -> Iterator[tup
             return
         for cell in cells:
             yield cell, {}
+            if cell == PEER:
+                request = {"folder": pico.folder, "class": pico.class_name, "samples": pico.samples, "to": place / PEER}
+                answer = peer.ask(**{key: str(value) for key, value in request.items()})
+                yield cell, {"verdict": "refused", "reason": answer.pop("error", ""), "seconds": 0, **answer}
+                continue
             yield cell, _result(lambda cell=cell: table.run(cell, pico, place, judge))
             for written in place.glob(f"{cell}*"):
                 shutil.rmtree(written, ignore_errors=True)
@@ -108,8 +119,12 @@ def _result(run: Any) -> Result:
     return {**result, "seconds": round(time.process_time() - started, 2)}
 
 
-def serve(connection: Connection) -> None:
-    """Take ``(subject, cells)`` from a connection, and send ``(cell, result)`` as in `cells_of`, then None for "next"."""
+def serve(connection: Connection, python: str | None = None) -> None:
+    """Take ``(subject, cells)`` from a connection, and send ``(cell, result)`` as in `cells_of`, then None for "next".
+
+    Args:
+        python: the interpreter of `peer.py`.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     resource.setrlimit(resource.RLIMIT_AS, (SPACE, SPACE))
     os.fsync = lambda descriptor: None  # type: ignore[assignment]  # what is written here is thrown away
@@ -120,13 +135,14 @@ def serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    from benchmarks.families import peer
     from benchmarks.families.judge import Stock
 
-    stock = Stock()
+    stock, other = Stock(), Stock(peer.__file__, python) if python else None
     try:
         connection.send(None)
         while (task := connection.recv()) is not None:
-            for cell, result in cells_of(*task, stock):
+            for cell, result in cells_of(*task, stock, other):
                 connection.send((cell, result))
             if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > GROWN:
                 return
@@ -135,3 +151,5 @@ def serve(connection: Connection) -> None:
         pass
     finally:
         stock.close()
+        if other is not None:
+            other.close()

@@ -144,7 +144,7 @@ class _Answers(judge.Stock):
 )
 def test_keys_and_errors_of_the_stock_loader_are_wrong(answer, text, tmp_path):
     where = tmp_path / "model"
-    subject = pico.Pico(where, where, where, None, where, where, where, "LlamaForCausalLM", "input_ids", False)
+    subject = pico.Pico(where, where, where, where, None, where, where, where, "LlamaForCausalLM", "input_ids", False)
     with pytest.raises(judge.Wrong, match=text):
         judge.Judge(_Answers(**answer), tmp_path).perplexity(subject, 1.0, 1)
 
@@ -165,3 +165,13 @@ def test_a_cell_that_takes_too_long_is_wrong(monkeypatch):
 def test_reasons_of_one_shape_are_counted_together():
     assert page.shape("model.layers.3.mlp.up_proj has 96 inputs") == page.shape("model.layers.0.mlp.up has 8 inputs")
     assert not re.search(r"\d", page.shape("12 of 1,024"))
+
+
+def test_another_tools_results_are_counted_beside_ours():
+    known = {Subject("a", "AForCausalLM", (page.CAUSAL,)): "works", Subject("b", "BForMaskedLM", ("masked LM",)): "unread",
+             Subject("c", "CForMaskedLM", ("masked LM",)): "absent"}  # fmt: skip
+    peers = {subject: {"verdict": verdict, "reason": "why", "versions": "tool 1"} for subject, verdict in known.items()}
+    rows = {subject: {"gptq": {"verdict": "works", "reason": "", "code": "x"}} for subject in known}
+    lines = page._beside(rows, peers)
+    assert "| causal LM | 1 | 100 % | 100 % | 100 % |" in lines
+    assert "| all others | 1 | 100 % | 100 % | 0 % |" in lines
