@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-rounded bench-attention families same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-cast bench-versus bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -81,6 +81,9 @@ bench-versus: $(STAMP)
 
 bench-rounded: $(STAMP)
 	$(BIN)/python benchmarks/rounded.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 bench-memory: $(STAMP)
 	$(BIN)/python benchmarks/memory.py $(ARGS)

@@ -1,0 +1,32 @@
+"""The GPU script runs on a CPU with a small shape, so that it cannot rot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_every_part_prints_a_line_on_a_cpu():
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--part", "gptq", "distill", "tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    model, cast, trained, tests = (json.loads(line) for line in done.stdout.splitlines())
+    assert model["part"] == "model"
+    assert cast["shape"] == "small"
+    assert len(cast["block_seconds"]) == gpu.BLOCKS
+    assert trained["tokens_per_second"] > 0
+    assert tests["skipped"]
+
+
+def test_goals_are_judged_by_the_figures_at_hand():
+    assert gpu.reached("gptq", {"seconds_8b": 299.0, "peak_gb": 7}) == {"seconds_8b": True, "peak_gb": False}
+    assert gpu.reached("distill", {"mfu": 0.41}) == {"mfu": True}
+    assert gpu.reached("distill", {}) == {}
