@@ -6,7 +6,7 @@ errors of earlier ones and can compensate for them. I inputs and O outputs of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, combinations
@@ -150,11 +150,15 @@ def _read(
         read.append(args[0].float())
         raise StopForward
 
-    def add(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        nonlocal residual
-        residual = residual + output.float().view(residual.shape)
+    def adder(one: TargetLinear) -> Callable[..., None]:
+        def add(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            nonlocal residual
+            residual = residual + one.rows(output.float())
 
-    handles = [linear.module.register_forward_pre_hook(stop), *(s.module.register_forward_hook(add) for s in earlier)]
+        return add
+
+    handles = [s.module.register_forward_hook(adder(s)) for s in earlier]
+    handles.append(linear.module.register_forward_pre_hook(stop))
     try:
         with torch.no_grad(), unfused(block.swaps), suppress(StopForward):
             forward(rows, hidden)
@@ -162,7 +166,7 @@ def _read(
         for handle in handles:
             handle.remove()
     masks = block.token_masks(rows)
-    return counted(read[0].reshape(-1, read[0].shape[-1]), masks), counted(residual, masks)
+    return counted(linear.rows(read[0]), masks), counted(residual, masks)
 
 
 @contextmanager

@@ -50,12 +50,14 @@ class ListCalls:
         values: number of values that a block returns; None where it returns its hidden states alone.
         handed: what the first block hands on; None where it hands on hidden states alone.
         same: whether all samples have the same arguments. known: these arguments by number of samples.
+        length: positions of a sample's hidden states [samples, length, h]; 0 where they have other axes.
     """
 
     values: int | None = None
     handed: Handed | None = None
     same: bool = False
     known: dict[int, list[Call]] = field(default_factory=dict)
+    length: int = 0
 
 
 class BlockCalls:
@@ -73,7 +75,7 @@ class BlockCalls:
     def beside(self) -> BlockCalls:
         """The same knowledge for blocks with other weights, whose lists end in other hidden states."""
         other = BlockCalls(self.streamed, self.inputs)
-        other._lists = [ListCalls(one.values, one.handed, one.same) for one in self._lists]
+        other._lists = [ListCalls(one.values, one.handed, one.same, length=one.length) for one in self._lists]
         return other
 
     def end(self, place: int, states: HiddenStates) -> None:
@@ -94,7 +96,8 @@ class BlockCalls:
             self._lists[place] = ListCalls()
             try:
                 self._learn_returns(place)
-                calls = self._record(place, [0])[1]
+                hidden, calls = self._record(place, [0])
+                self._lists[place].length = hidden.shape[1] if hidden.ndim == 3 else 0
                 last = self.inputs.samples - 1
                 others = self._record(place, [last])[1]
                 if last and len(self.first_hidden([0, last], place)) != 2:
@@ -176,6 +179,10 @@ class BlockCalls:
         """The return value of a block with the output ``hidden``, for models that read nothing else of it."""
         values = self._lists[self.streamed.list_of(index)].values
         return hidden if values is None else (hidden, *[None] * (values - 1))
+
+    def length(self, place: int) -> int:
+        """Positions of a sample's hidden states in a list; 0 where they are not [samples, positions, h]."""
+        return self._lists[place].length
 
     def handed_on(self, index: int) -> list[str]:
         """Names of the block's parameters that give what it hands on to later blocks, which must stay as they are."""

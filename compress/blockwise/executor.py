@@ -56,15 +56,18 @@ class BlockExecutor:
             yield own[start : start + size]
 
     def token_masks(self, rows: Sequence[int], index: int) -> tuple[torch.Tensor, ...]:
-        """Which tokens of those samples count: in front of a block, bool [len(rows), length], then those of other lists.
+        """Which tokens of those samples count: in front of a block, bool [len(rows), length], then those of the encoder.
 
         Empty where all tokens count. The lengths differ.
         """
-        return tuple(mask.to(self.device) for mask in self.inputs.masks(rows, self.streamed.list_of(index)))
+        return tuple(mask.to(self.device) for mask in self._masks(rows, self.streamed.list_of(index)))
+
+    def _masks(self, rows: Sequence[int], place: int) -> tuple[torch.Tensor, ...]:
+        return self.inputs.masks(rows, [self.calls.length(one) for one in range(place + 1)])
 
     def token_mask(self, rows: Sequence[int], index: int = 0) -> torch.Tensor | None:
         """Which tokens of those samples count in front of a block, bool [len(rows), length]; None for all."""
-        masks = self.inputs.masks(rows, place := self.streamed.list_of(index))
+        masks = self._masks(rows, place := self.streamed.list_of(index))
         own = self.inputs.mask if place == 0 else self.inputs.target_mask
         return None if own is None else masks[0].to(self.device)
 

@@ -142,7 +142,7 @@ def collect_hessians(
 
 def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().reshape(-1, args[0].shape[-1])
+        x = linear.rows(args[0].detach())
         if linear.owner is None:
             x = counted(x, getattr(module, "token_masks", ()))
         elif linear.owner.expert_mask is not None:

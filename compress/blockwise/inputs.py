@@ -15,8 +15,8 @@ class Inputs:
     Attributes:
         values: the model's inputs by name, each with samples first.
         mask: which tokens of the first of them count, bool [samples, length]; None for all.
-        target_mask: which tokens of ``decoder_input_ids`` count; None for all. Its length differs from that of ``mask``, so
-            that the length of a tensor tells which tokens it belongs to.
+        target_mask: which tokens of ``decoder_input_ids`` count; None for all. Its length differs from that of the source,
+            so that the length of a tensor tells which tokens it belongs to.
     """
 
     values: Mapping[str, torch.Tensor]
@@ -44,7 +44,25 @@ class Inputs:
         # a decoder's padding is behind its tokens, which do not look ahead
         return picked if self.mask is None else {**picked, "attention_mask": self.mask[list(rows)].long()}
 
-    def masks(self, rows: Sequence[int], place: int) -> tuple[torch.Tensor, ...]:
-        """Which tokens of those samples count: of the blocks in that list, bool [len(rows), length], then of other lists."""
-        order = (self.mask, self.target_mask) if place == 0 else (self.target_mask, self.mask)
-        return tuple(mask[list(rows)] for mask in order if mask is not None)
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model reads token ids and the like alone: no pixels, no features of sound."""
+        return not any(value.is_floating_point() for value in self.values.values())
+
+    def masks(self, rows: Sequence[int], lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Which tokens of those samples count: of a list's own tokens, bool [len(rows), length], then of the encoder's.
+
+        Args:
+            lengths: positions of hidden states in each list up to the one asked for. A model may pad texts itself, behind
+                their tokens, as Longformer does to whole windows: such positions do not count. A decoder may read an
+                encoder's outputs with them or without.
+        """
+        if len(lengths) == 1:
+            widths = [(self.mask, lengths[0])]
+        else:
+            widths = [(self.target_mask, lengths[-1]), (self.mask, lengths[0]), (self.mask, 0)]
+        return tuple(self._widened(mask[list(rows)], length) for mask, length in widths if mask is not None)
+
+    def _widened(self, mask: torch.Tensor, length: int) -> torch.Tensor:
+        more = length - mask.shape[1]
+        return torch.nn.functional.pad(mask, (0, more)) if more > 0 and self.reads_text else mask

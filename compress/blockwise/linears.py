@@ -28,6 +28,7 @@ class TargetLinear:
         weight: a view of it with outputs along rows, [O, I]; writing to it changes the block.
         transposed: whether the checkpoint shapes it [I, O]. owner: the experts it belongs to.
         module: the layer that is called with the matrix's inputs. group: linears of one group read the same inputs.
+        sequence_first: whether these are [length, samples, I], as in Longformer's attention.
         part: where the checkpoint holds the matrix within a tensor of all experts; None where it has a tensor of its own.
     """
 
@@ -38,12 +39,17 @@ class TargetLinear:
     module: torch.nn.Module
     owner: Experts | None = None
     group: int = -1
+    sequence_first: bool = False
     part: ExpertPart | None = None
 
     @property
     def tensor(self) -> str:
         """Name of the checkpoint's tensor that holds the matrix: its own, or that of all experts."""
         return self.name if self.part is None else self.part.tensor
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs or outputs of the layer as [T, …], the tokens of one sample after those of another."""
+        return (x.transpose(0, 1) if self.sequence_first else x).reshape(-1, x.shape[-1])
 
     def own(self, values: torch.Tensor) -> torch.Tensor:
         """The matrix's own values [O, I] of values in the shape of the checkpoint's tensor."""
@@ -212,12 +218,12 @@ def record_outputs(linears: Iterable[TargetLinear]) -> Iterator[dict[str, list[t
 def group_linears(
     linears: Sequence[TargetLinear], run: Callable[[], Any]
 ) -> tuple[list[list[TargetLinear]], int | None]:
-    """Linears that read the same tensor, found by running one small batch. Linears that read none (cold experts) are alone.
+    """Linears that read the same tensor, found by running one sample. Linears that read none (cold experts) are alone.
 
     Returns:
         The groups, and which one reads last in a pass; None where that may depend on the tokens (experts).
     """
-    inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in linears}
+    inputs: dict[str, list[_Read]] = {linear.name: [] for linear in linears}
     order: list[str] = []
     handles = [s.module.register_forward_pre_hook(_remember(s.name, inputs[s.name], order)) for s in linears]
     try:
@@ -226,13 +232,13 @@ def group_linears(
         for handle in handles:
             handle.remove()
     groups: list[list[TargetLinear]] = []
-    heads: list[torch.Tensor | None] = []
+    heads: list[list[_Read]] = []
     for linear in linears:
-        own = inputs[linear.name][0] if inputs[linear.name] else None
-        # the tensors are all alive, so equal addresses are the same tensor
-        place = next((i for i, h in enumerate(heads) if h is not None and own is not None and _same(h, own)), None)
-        if place is None and own is None and linear.owner is not None:
-            place = next((i for i, g in enumerate(groups) if heads[i] is None and _pair(g[0], linear)), None)
+        own = inputs[linear.name]
+        linear.sequence_first = bool(own) and own[0][0].shape[1:-1] == (1,) and len(own[0][0]) > 1
+        place = next((i for i, h in enumerate(heads) if own and _same(h, own)), None)
+        if place is None and not own and linear.owner is not None:
+            place = next((i for i, g in enumerate(groups) if not heads[i] and _pair(g[0], linear)), None)
         if place is None:
             groups.append([])
             heads.append(own)
@@ -245,16 +251,25 @@ def group_linears(
     return groups, last
 
 
-def _remember(name: str, into: list[torch.Tensor], order: list[str]) -> Callable[..., None]:
+#: A tensor that a layer was called with, and how often it had been written to by then.
+_Read = tuple[torch.Tensor, int]
+
+
+def _remember(name: str, into: list[_Read], order: list[str]) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
-        into.append(args[0])
+        into.append((args[0], 0 if args[0].is_inference() else args[0]._version))
         order.append(name)
 
     return hook
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+def _same(a: Sequence[_Read], b: Sequence[_Read]) -> bool:
+    """Whether two layers read the same in each of their calls. All tensors are alive: equal addresses are equal tensors."""
+    if len(a) != len(b):
+        return False
+    pairs = ((x, y) for (x, before), (y, now) in zip(a, b, strict=True) if before == now)
+    same = (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() for x, y in pairs)
+    return sum(same) == len(a)
 
 
 def _pair(a: TargetLinear, b: TargetLinear) -> bool:

@@ -72,7 +72,8 @@ def sample_pairs(
         )
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     source_ids, mask = padded(sources, int(padding))
-    read, target_mask = padded(targets, int(padding), other_than=None if mask is None else source_ids.shape[1])
+    uneven = mask is not None or len({*map(len, targets)}) > 1
+    read, target_mask = padded(targets, int(padding), other_than=source_ids.shape[1] if uneven else None)
     return Batches(source_ids, mask, tuple(chosen), targets=read, target_mask=target_mask)
 
 
@@ -89,7 +90,7 @@ def padded(
     """Ids [samples, length] and which of them count; None for all.
 
     Args:
-        other_than: a length that the result must not have where it is padded: the mask of the other text has it.
+        other_than: a length that the result must not have: the other text has it, and one of the two is padded.
     """
     import torch
 

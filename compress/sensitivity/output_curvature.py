@@ -179,10 +179,10 @@ class Gradients:
                 gradients = torch.autograd.grad(
                     output, list(once.values()), upstream.read(rows).to(output), allow_unused=True
                 )
-            result = {}
+            result, by_name = {}, {linear.name: linear for linear in linears}
             for name, gradient in zip(once, gradients, strict=True):
                 if gradient is not None:
-                    result[name] = counted(gradient.reshape(-1, gradient.shape[-1]).float(), masks)
+                    result[name] = counted(by_name[name].rows(gradient).float(), masks)
             yield rows, result
         stream.close()
 
