@@ -16,7 +16,7 @@ _BLOCK = 32
 #: Largest factor by which a scale may change in a round: a group of almost only zero codes says little about its scale.
 _MOST_CHANGE = 2.0
 #: Values in memory at a time where scales are fitted: outputs are split into parts.
-_VALUES = 1 << 24
+_VALUES = 1 << 22
 
 
 def quantease(
@@ -94,19 +94,22 @@ def fitted_scales(
     """
     groups, outputs = scale_GO.shape
     inputs = len(W_IO)
+    size = inputs // groups
     result = torch.empty_like(scale_GO)
-    part = max(1, _VALUES // (groups * inputs))
+    part = max(1, _VALUES // max(inputs, 2 * groups * groups))
     for start in range(0, outputs, part):
-        code_GSP = code_IO[:, start : start + part].reshape(groups, inputs // groups, -1)
-        H_IGS = H_II.view(inputs, groups, -1)
-        # H C: for each group H times its codes, [G, I, P]
-        HC_GIP = torch.stack([H_IGS[:, g] @ code_GSP[g] for g in range(groups)])
-        gram_PGG = torch.einsum("gsp,hgsp->pgh", code_GSP, HC_GIP.view(groups, groups, -1, HC_GIP.shape[2]))
-        rhs_PG = torch.einsum("gip,ip->pg", HC_GIP, W_IO[:, start : start + part])
-        gram_PGG = gram_PGG.double()
+        code_GSP = code_IO[:, start : start + part].reshape(groups, size, -1)
+        HW_GSP = (H_II @ W_IO[:, start : start + part]).view(groups, size, -1)
+        rhs_GP = HW_GSP.mul_(code_GSP).sum(1)
+        gram_PGG = torch.empty(code_GSP.shape[2], groups, groups, dtype=torch.float64, device=W_IO.device)
+        for g in range(groups):  # H times the codes of a group, for its inputs and those of later groups
+            HC_GSP = (H_II[g * size :, g * size : (g + 1) * size] @ code_GSP[g]).view(groups - g, size, -1)
+            row_PG = HC_GSP.mul_(code_GSP[g:]).sum(1).t()
+            gram_PGG[:, g, g:] = row_PG
+            gram_PGG[:, g:, g] = row_PG
         diagonal_PG = gram_PGG.diagonal(dim1=1, dim2=2)
         diagonal_PG += 1e-6 * diagonal_PG.mean(1, keepdim=True) + 1e-30
-        solved_GP = torch.linalg.solve(gram_PGG, rhs_PG.double()).t().to(scale_GO.dtype)
+        solved_GP = torch.linalg.solve(gram_PGG, rhs_GP.t().double()).t().to(scale_GO.dtype)
         before_GP = scale_GO[:, start : start + part]
         ratio_GP = solved_GP / before_GP
         stable = ((ratio_GP > 1 / _MOST_CHANGE) & (ratio_GP < _MOST_CHANGE)).all(0)

@@ -65,18 +65,19 @@ def yaqa(
     scale_GO = scales.scale.t().contiguous()
     zero_GO = None if scales.zero is None else scales.zero.t().contiguous()
     keep_IO = None if keep_OI is None else keep_OI.t().contiguous()
+    value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
+    coupled_IO = (W_IO - value_IO) @ F_OO
     for _ in range(rounds):
-        value_IO = code_IO * scale_GO.repeat_interleave(size, 0)
-        _improve_codes(W_IO, code_IO, value_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
+        _improve_codes(code_IO, value_IO, coupled_IO, H_II, F_OO, quant_format, scale_GO, zero_GO, keep_IO)
         if quant_format.format not in FIXED_GROUPS:
-            scale_GO = _scale_step(W_IO, code_IO, value_IO, H_II, F_OO, scale_GO)
+            scale_GO = _scale_step(W_IO, code_IO, value_IO, coupled_IO, H_II, F_OO, scale_GO)
     return code_IO.t().contiguous(), scales._replace(scale=scale_GO.t().contiguous())
 
 
 def _improve_codes(
-    W_IO: torch.Tensor,
     code_IO: torch.Tensor,
     value_IO: torch.Tensor,
+    coupled_IO: torch.Tensor,
     H_II: torch.Tensor,
     F_OO: torch.Tensor,
     quant_format: QuantFormat,
@@ -84,9 +85,11 @@ def _improve_codes(
     zero_GO: torch.Tensor | None,
     keep_IO: torch.Tensor | None,
 ) -> None:
-    """Visit every input once and improve its codes; ``code_IO`` and ``value_IO``, the dequantised weights, change in place."""
-    inputs, size = len(W_IO), len(W_IO) // len(scale_GO)
-    coupled_IO = (W_IO - value_IO) @ F_OO
+    """Visit every input once and improve its codes.
+
+    ``code_IO``, the dequantised weights ``value_IO`` and ``coupled_IO``, their errors times F, change in place.
+    """
+    inputs, size = len(code_IO), len(code_IO) // len(scale_GO)
     by_output, by_input = F_OO.diagonal(), H_II.diagonal().tolist()
     for start in range(0, inputs, _BLOCK):
         stop = min(start + _BLOCK, inputs)
@@ -113,6 +116,7 @@ def _scale_step(
     W_IO: torch.Tensor,
     code_IO: torch.Tensor,
     value_IO: torch.Tensor,
+    coupled_IO: torch.Tensor,
     H_II: torch.Tensor,
     F_OO: torch.Tensor,
     scale_GO: torch.Tensor,
@@ -121,17 +125,18 @@ def _scale_step(
 
     While the errors e_p of all other outputs are fixed, output o is best at the target w_o + Σ_p≠o (F_op / F_oo) e_p in the
     norm of H: a least-squares fit. All outputs then change at once, along M [I, O]. The objective along θ M is a parabola with
-    its minimum at θ = tr(F E H Mᵀ) / tr(F M H Mᵀ), clipped to [0, 1].
+    its minimum at θ = tr(F E H Mᵀ) / tr(F M H Mᵀ), clipped to [0, 1]. ``value_IO`` and ``coupled_IO``, E F, follow.
     """
-    error_IO = W_IO - value_IO
     # what each output has to add to its target because of the errors of the others
-    correction_IO = error_IO @ F_OO / F_OO.diagonal() - error_IO
+    correction_IO = coupled_IO / F_OO.diagonal() - (W_IO - value_IO)
     change_GO = fitted_scales(W_IO + correction_IO, code_IO, H_II, scale_GO) - scale_GO
     direction_IO = code_IO * change_GO.repeat_interleave(len(W_IO) // len(scale_GO), 0)
-    gradient_IO = (H_II @ direction_IO) @ F_OO
+    gradient_IO, direction_of_outputs_IO = H_II @ direction_IO, direction_IO @ F_OO
     # slope and curvature of the objective along the change
-    slope, curvature = float((gradient_IO * error_IO).sum()), float((gradient_IO * direction_IO).sum())
+    slope, curvature = float((gradient_IO * coupled_IO).sum()), float((gradient_IO * direction_of_outputs_IO).sum())
     share = max(0.0, min(1.0, slope / curvature)) if curvature > 0 else 0.0
+    value_IO.add_(direction_IO, alpha=share)
+    coupled_IO.sub_(direction_of_outputs_IO, alpha=share)
     return scale_GO + share * change_GO
 
 
