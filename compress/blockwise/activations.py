@@ -67,43 +67,59 @@ class Activations:
 
 
 class ActivationStream:
-    """Hidden states in front of each block, in files that take turns.
+    """Hidden states in front of each block of a list, and behind the last one, in files that take turns.
 
     With two files a block reads one and writes the other. The file that it reads stays as it is until the next block writes,
     so a process killed at any moment leaves the inputs of the block that it worked on. With a file for each position all
-    hidden states are kept.
+    hidden states are kept. Hidden states of another shape are in files of their own.
 
     Args:
-        name: the files are ``<folder>/<name><number>.act``. files: how many there are; position i is in file i mod files.
+        name: the files are ``<folder>/<name><number>.act``. shapes: of one sample, in front of each block and behind the last.
+        files: how many there are of a shape; position i is in file i mod files.
     """
 
     def __init__(
-        self, folder: Path, name: str, samples: int, shape: Sequence[int], dtype: torch.dtype, *, files: int = 2
+        self,
+        folder: Path,
+        name: str,
+        samples: int,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        *,
+        files: int = 2,
     ) -> None:
-        self._folder, self._name, self._files = folder, name, files
-        self._samples, self._shape, self._dtype = samples, tuple(shape), dtype
-        self._open: dict[int, Activations] = {}
+        self._folder, self._name, self._files = folder, name, min(files, len(shapes))
+        self._samples, self._dtype = samples, dtype
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._open: dict[str, Activations] = {}
+
+    def _file(self, index: int) -> str:
+        kinds = list(dict.fromkeys(self._shapes))
+        kind = kinds.index(self._shapes[index])
+        return f"{self._name}{index % self._files}{f'-{kind}' if kind else ''}.act"
 
     def before(self, index: int) -> Activations:
         """Hidden states in front of block ``index``; with a block's number + 1, behind it."""
-        number = index % self._files
-        if number not in self._open:
-            path = self._folder / f"{self._name}{number}.act"
-            self._open[number] = Activations(path, self._samples, self._shape, self._dtype)
-        return self._open[number]
+        file = self._file(index)
+        if file not in self._open:
+            self._open[file] = Activations(self._folder / file, self._samples, self._shapes[index], self._dtype)
+        return self._open[file]
 
     def release(self, index: int, *, delete: bool = False) -> None:
         """Close the file of that position, and remove it with ``delete``."""
-        file = self._open.pop(index % self._files, None)
-        if file is not None:
-            file.close()
+        self._release(self._file(index), delete)
+
+    def _release(self, file: str, delete: bool) -> None:
+        states = self._open.pop(file, None)
+        if states is not None:
+            states.close()
             if delete:
-                file.path.unlink(missing_ok=True)  # other processes have it open, for samples of their own
+                states.path.unlink(missing_ok=True)  # other processes have it open, for samples of their own
 
     def close(self) -> None:
         """Close all files; they stay on the disk."""
-        for number in list(self._open):
-            self.release(number)
+        for file in list(self._open):
+            self._release(file, delete=False)
 
 
 class BlockStreams:

@@ -91,11 +91,14 @@ def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[Target
     linears = [linear for group in block.groups for linear in group if linear.owner is None]
     with torch.no_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
         hidden = block.read_inputs([0])
-        wanted = (block.forward([0], hidden) - hidden).float()
+        output = block.forward([0], hidden)
     order = list(outputs)
     once = [g for g in block.groups if all(s.owner is None and len(outputs.get(s.name, ())) == 1 for s in g)]
     once.sort(key=lambda group: order.index(group[0].name))
     singles = sorted(chain.from_iterable(once), key=lambda linear: order.index(linear.name))
+    if output.shape != hidden.shape:
+        return once, []
+    wanted = (output - hidden).float()
     written = {s.name: outputs[s.name][0].float() for s in singles}
     fitting = [s for s in singles if written[s.name].numel() == wanted.numel()]
     bound = _UNEXPLAINED * float(wanted.abs().max())

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from compress.blockwise.activations import HiddenStates
+from compress.blockwise.arguments import Call, equal, leaves, recorded
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.streamed import StopForward, StreamedModel
 from compress.errors import PassError, one_line
 
-#: A block's arguments beside its hidden states: positional ones, and those by name.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 #: Words for a block that the model leaves out, such as cross-attention to images where there are none.
 NOT_RUN = "is not run on the calibration data"
 #: What the user can do where blocks cannot run one by one.
@@ -51,6 +50,7 @@ class ListCalls:
         handed: what the first block hands on; None where it hands on hidden states alone.
         same: whether all samples have the same arguments. known: these arguments by number of samples.
         length: positions of a sample's hidden states [samples, length, h]; 0 where they have other axes.
+        outputs: number of a block ▶ shape of its output for one sample, where it is not the shape of its input.
     """
 
     values: int | None = None
@@ -58,6 +58,7 @@ class ListCalls:
     same: bool = False
     known: dict[int, list[Call]] = field(default_factory=dict)
     length: int = 0
+    outputs: dict[int, torch.Size] = field(default_factory=dict)
 
 
 class BlockCalls:
@@ -75,7 +76,7 @@ class BlockCalls:
     def beside(self) -> BlockCalls:
         """The same knowledge for blocks with other weights, whose lists end in other hidden states."""
         other = BlockCalls(self.streamed, self.inputs)
-        other._lists = [ListCalls(one.values, one.handed, one.same, length=one.length) for one in self._lists]
+        other._lists = [replace(one, known={}) for one in self._lists]
         return other
 
     def end(self, place: int, states: HiddenStates) -> None:
@@ -92,8 +93,11 @@ class BlockCalls:
         Raises:
             PassError: a block reads something else than the output of the block before it.
         """
+        shapes = self._learn_shapes()
         for place, one in enumerate(self.streamed.lists):
-            self._lists[place] = ListCalls()
+            own = {index: shape for index, shape in shapes.items() if one.first <= index < one.end}
+            self._lists[place] = ListCalls(outputs=own)
+        for place, one in enumerate(self.streamed.lists):
             try:
                 self._learn_returns(place)
                 hidden, calls = self._record(place, [0])
@@ -109,8 +113,30 @@ class BlockCalls:
                     raise
                 raise self._refusal(one.first, f"cannot be run in its place ({_short(error)})") from None
             masked = self.inputs.mask is not None or self.inputs.target_mask is not None
-            self._lists[place].same = not masked and all(_equal(a, b) for a, b in zip(calls, others, strict=True))
+            self._lists[place].same = not masked and all(equal(a, b) for a, b in zip(calls, others, strict=True))
         self._check_once()
+
+    def _learn_shapes(self) -> dict[int, torch.Size]:
+        """Shapes of the outputs of blocks for one sample, by number, where these are not the shapes of their inputs.
+
+        Stages of models of images differ in width and resolution, and text is not read in stages.
+        """
+        shapes: dict[int, torch.Size] = {}
+        if self.streamed.record.input == "input_ids":
+            return shapes
+
+        def stub(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            before = hidden.shape
+            with self.streamed.block(index) as module:
+                output = module(hidden, *args, **kwargs)
+            after = (output[0] if isinstance(output, (tuple, list)) else output).shape
+            if after != before:
+                shapes[index] = after
+            return output
+
+        with suppress(Exception):  # what fails is named where blocks are recorded
+            self.streamed.run(self.inputs.rows([0]), stub)
+        return shapes
 
     def _check_once(self) -> None:
         """Raise `PassError` where a model runs a block more than once, as ALBERT and models that loop over their blocks do."""
@@ -120,7 +146,7 @@ class BlockCalls:
             if index in seen:
                 raise self._refusal(index, "is run more than once")
             seen.add(index)
-            return self.returned(index, hidden)
+            return self.returned(index, self.stand_in(index, hidden))
 
         try:
             self.streamed.run(self.inputs.rows([0]), stub)
@@ -140,7 +166,8 @@ class BlockCalls:
         first, calls = self._record(place, [0], until=one.first)
         with self.streamed.block(one.first) as block, _with_gradients(block):
             hidden = first.detach().clone().requires_grad_()
-            output = block(hidden * 1, *calls[0][0], **calls[0][1])  # a leaf could not be changed in place
+            args, kwargs = calls[0]
+            output = block(hidden * 1, *args, **kwargs)  # a leaf could not be changed in place
             if not isinstance(output, (tuple, list)):
                 return
             own.values = len(output)
@@ -174,6 +201,19 @@ class BlockCalls:
     def first_hidden(self, rows: Sequence[int], place: int = 0) -> torch.Tensor:
         """Hidden states in front of the first block of a list, of those samples."""
         return self._record(place, rows, until=self.streamed.lists[place].first)[0]
+
+    def shape_behind(self, index: int, before: Sequence[int]) -> torch.Size:
+        """Shape of one sample's hidden states [1, …] behind a block; ``before``: the shape in front of it."""
+        shape = self._lists[self.streamed.list_of(index)].outputs.get(index)
+        return torch.Size(before) if shape is None else shape
+
+    def stand_in(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the shape that a block outputs, which differ by sample as its inputs do."""
+        shape = self.shape_behind(index, hidden.shape)[1:]
+        if shape == hidden.shape[1:]:
+            return hidden.view_as(hidden)
+        values, count = hidden.flatten(1), shape.numel()
+        return values.repeat(1, -(-count // values.shape[1]))[:, :count].view(-1, *shape)
 
     def returned(self, index: int, hidden: torch.Tensor) -> Any:
         """The return value of a block with the output ``hidden``, for models that read nothing else of it."""
@@ -223,7 +263,7 @@ class _Recorder:
         place = owner.streamed.list_of(index)
         if place != self._place:
             ended = place in owner.ends and place < self._place and index == owner.streamed.lists[place].end - 1
-            states = owner.ends[place].read(self._rows).to(hidden) if ended else hidden
+            states = owner.ends[place].read(self._rows).to(hidden) if ended else owner.stand_in(index, hidden)
             return owner.returned(index, states)
         first = owner.streamed.lists[place].first
         if index == first:
@@ -232,18 +272,19 @@ class _Recorder:
             raise _NotSequential(due, NOT_RUN)
         elif index != due or hidden is not self._previous:
             raise _NotSequential(index, "reads more than the output of the block before it")
-        self.calls.append((args, {k: _without_cache(v) for k, v in kwargs.items()}))
+        self.calls.append(recorded(None if index == first else hidden, args, kwargs))
         if index == self.last:
             raise StopForward
-        self._previous = hidden
         if self._handed is None and (handed := owner._lists[place].handed) is not None:
             own_args, own_kwargs = self.calls[0]
             self._handed = tuple(handed.block(hidden, *own_args, **own_kwargs)[1:])
+        # an object of its own, so that the next block's arguments tell it from the inputs of earlier blocks
+        self._previous = hidden = owner.stand_in(index, hidden)
         return owner.returned(index, hidden) if self._handed is None else (hidden, *self._handed)
 
     def has_read(self, value: torch.Tensor) -> bool:
         """Whether a block was given that tensor."""
-        return any(x is value for call in self.calls for x in _leaves(call))
+        return any(x is value for call in self.calls for x in leaves(call))
 
 
 class _NotSequential(Exception):
@@ -292,32 +333,5 @@ def _reduced(block: Any, names: set[str]) -> Any:
     return copy.deepcopy(block, memo)
 
 
-def _without_cache(value: Any) -> Any:
-    return None if type(value).__name__.endswith("Cache") else value
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """The values in nested tuples, lists and dicts."""
-    if isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _leaves(one)
-    elif isinstance(value, dict):
-        yield from _leaves(list(value.values()))
-    else:
-        yield value
-
-
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return (
-            isinstance(b, (tuple, list)) and len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-        )
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return bool(a == b) if not hasattr(a, "__dict__") else a is b or type(a) is type(b)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.blockwise.activations import Activations, ActivationStream, BlockStreams, HiddenStates
+from compress.blockwise.arguments import filled
 from compress.blockwise.calls import BlockCalls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
@@ -97,7 +98,7 @@ class BlockExecutor:
 
     def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
-        args, kwargs = self.calls.of(index, rows)
+        args, kwargs = filled(self.calls.of(index, rows), hidden)
         output = module(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return result
@@ -110,7 +111,7 @@ class BlockExecutor:
         """
 
         def stub(index: int, before: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            after = hidden if index == self.depth - 1 else before
+            after = hidden if index == self.depth - 1 else self.calls.stand_in(index, before)
             return self.calls.returned(index, after)
 
         return self.streamed.predict(self.inputs.rows(rows), stub, extra)
@@ -120,10 +121,12 @@ class BlockExecutor:
         samples = self.samples if first is None else first
         lists = []
         for place, one in enumerate(self.streamed.lists):
-            shape = tuple(self.calls.first_hidden([0], place).shape[1:])
+            shapes = [tuple(self.calls.first_hidden([0], place).shape)]
+            for index in range(one.first, one.end):
+                shapes.append(tuple(self.calls.shape_behind(index, shapes[-1])))
             title = name if place == 0 else f"{name}-list{place}-"
-            count = min(files, len(one.layers) + 1)
-            lists.append((one.first, ActivationStream(folder, title, samples, shape, self.dtype, files=count)))
+            each = [shape[1:] for shape in shapes]
+            lists.append((one.first, ActivationStream(folder, title, samples, each, self.dtype, files=files)))
         return BlockStreams(lists)
 
     def enter(self, index: int, stream: BlockStreams, first: int | None = None) -> None:

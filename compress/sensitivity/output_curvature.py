@@ -110,7 +110,8 @@ class Gradients:
     def _open(self, shape: Sequence[int]) -> ActivationStream:
         """Files of the gradients at each block's output, by the block's number."""
         executor = self.executor
-        return ActivationStream(self.workspace.path, "", self.samples, shape, executor.dtype, files=executor.depth)
+        shapes = [tuple(shape)] * executor.depth
+        return ActivationStream(self.workspace.path, "", self.samples, shapes, executor.dtype, files=executor.depth)
 
     def _at_the_end(self, hidden: Activations, gradients: Activations) -> None:
         """Write the gradients at the last block's output."""

@@ -83,7 +83,55 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
     # convolutions before the blocks, as in encoders of sound, make the blocks' inputs and are no blocks
     counted = [entry for entry in counted if entry[2] != "stack" or _has_linear(entry[1])]
     order = {"main": 0, "stack": 1, "tower": 2}
-    return sorted(counted, key=lambda entry: order[entry[2]])
+    return _by_stage(skeleton, sorted(counted, key=lambda entry: order[entry[2]]))
+
+
+def _by_stage(skeleton: Skeleton, lists: list[tuple[str, Any, str]]) -> list[tuple[str, Any, str]]:
+    """The lists, with the list of blocks of every stage in place of a list of stages; the largest one is main."""
+    result: list[tuple[str, Any, str]] = []
+    for path, module, kind in lists:
+        inner = [] if kind == "tower" else stages_of(module)
+        if not inner:
+            result.append((path, module, kind))
+            continue
+        inside = [(f"{path}.{name}", skeleton.modules[f"{path}.{name}"]) for name in inner]
+        largest = max(inside, key=lambda entry: parameters(entry[1]))
+        first = [] if kind != "main" else [(*largest, "main")]
+        result = first + result if first else result
+        result += [(*entry, "stack") for entry in inside if not first or entry is not largest]
+    return result
+
+
+def stages_of(module: Any) -> list[str]:
+    """Paths, below a list, of the lists of blocks of its items where these are stages; empty where they are blocks.
+
+    Stages are lists themselves, which no model calls; or the blocks in some are wider than the same ones in others.
+    """
+    inner = [f"{number}.{name}".removesuffix(".") for number, item in module.named_children() for name in _chains(item)]
+    blocks = {path: module.get_submodule(path) for path in inner}
+    if {path.partition(".")[0] for path in inner} == set(inner):  # stages that are lists
+        return inner if len(inner) == len(module) else []
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for path, block in blocks.items():
+        for name, parameter in block[0].named_parameters():
+            shapes.setdefault(f"{path.partition('.')[2]}.{name}", set()).add(tuple(parameter.shape))
+    differing = sum(len(shape) > 1 for shape in shapes.values())
+    return inner if 2 * differing > len(shapes) else []
+
+
+def _chains(item: Any) -> list[str]:
+    """Paths of the lists of blocks in a stage; an empty path for a stage that is a list itself."""
+    import torch
+
+    result: list[str] = []
+    for path, module in item.named_modules():
+        if not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) or "expert" in path:
+            continue
+        if any(path.startswith(f"{outer}.") or not outer for outer in result):
+            continue
+        if len(module) and all(any(True for _ in part.children()) for part in module) and _has_matrix(module):
+            result.append(path)
+    return result
 
 
 def _reads_no_ids(skeleton: Skeleton, path: str) -> bool:
@@ -136,7 +184,9 @@ def section_of(config: Any, part: Any) -> str:
 
 
 def depth_key(config: Any, path: str, count: int) -> str | None:
-    """The field of a config that says how long a list is; None where no single field fits."""
+    """The field of a config that says how long a list is; None where no single field fits, and for a list of a stage."""
+    if any(part.isdigit() for part in path.split(".")):
+        return None  # configs have lists of the depths of stages
     fields = config.to_dict()
     # a class may read a field otherwise than files write it
     numbers = {k: v for k, v in _own_fields(config, fields) if type(v) is int and v == fields[k] == count}

@@ -109,8 +109,14 @@ def _lists(skeleton: Skeleton, names: Names) -> tuple[tuple[BlockList, ...], dic
         section = section_of(skeleton.config, config)
         if not section and config is not skeleton.config:
             config = skeleton.config
-        key = depth_key(config, path, len(module))
-        if key is None and config is not skeleton.config and (key := depth_key(skeleton.config, path, len(module))):
+        in_stage = any(part.isdigit() for part in path.split("."))  # the config lists the depths of stages
+        key = None if in_stage else depth_key(config, path, len(module))
+        if (
+            key is None
+            and not in_stage
+            and config is not skeleton.config
+            and (key := depth_key(skeleton.config, path, len(module)))
+        ):
             config, section = skeleton.config, ""
         whole = None if key is None else f"{section}.{key}".lstrip(".")
         if whole is not None:

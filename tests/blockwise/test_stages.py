@@ -1,0 +1,111 @@
+"""Models in stages run block by block: every stage has a list of blocks, and blocks may change the width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import FunnelConfig, HieraConfig, PvtConfig, SwinConfig
+
+from compress.architectures.inference import infer
+from compress.blockwise.inputs import Inputs
+from compress.checkpoint.open import open_checkpoint
+from compress.models.blocks import find_lists
+from tests.toolbox import runner_of
+
+SAMPLES = 3
+TWO = {"image_size": 32, "num_channels": 3, "depths": [1, 2]}
+#: Model type ▶ class, config, and the lists of blocks.
+CASES = {
+    "swin": (
+        "SwinForImageClassification",
+        SwinConfig(**TWO, embed_dim=8, num_heads=[1, 2], window_size=4),
+        ["swin.encoder.layers.0.blocks", "swin.encoder.layers.1.blocks"],
+    ),
+    "hiera": (
+        "HieraForImageClassification",
+        HieraConfig(
+            **{**TWO, "image_size": [32, 32]},
+            embed_dim=8,
+            num_heads=[1, 2],
+            num_query_pool=1,
+            masked_unit_size=[2, 2],
+            masked_unit_attention=[True, False],
+        ),
+        ["hiera.encoder.stages.0.layers", "hiera.encoder.stages.1.layers"],
+    ),
+    "pvt": (
+        "PvtForImageClassification",
+        PvtConfig(
+            **{**TWO, "image_size": 64},
+            num_encoder_blocks=2,
+            hidden_sizes=[8, 16],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            patch_sizes=[4, 2],
+            strides=[4, 2],
+            sequence_reduction_ratios=[2, 1],
+        ),
+        ["pvt.encoder.block.0", "pvt.encoder.block.1"],
+    ),
+    "funnel": (
+        "FunnelForMaskedLM",
+        FunnelConfig(
+            vocab_size=64, block_sizes=[1, 2], num_decoder_layers=1, d_model=16, n_head=2, d_head=8, d_inner=32
+        ),
+        ["funnel.encoder.blocks.0", "funnel.encoder.blocks.1", "funnel.decoder.layers"],
+    ),
+}
+
+
+def given(config) -> Inputs:
+    """Three samples."""
+    generator = torch.Generator().manual_seed(0)
+    if config.model_type == "funnel":
+        return Inputs({"input_ids": torch.randint(2, 60, (SAMPLES, 12), generator=generator)})
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    return Inputs({"pixel_values": torch.randn(SAMPLES, 3, size, size, generator=generator)})
+
+
+def outputs_of(model, record, inputs):
+    """The output of every block in a plain forward of the stock model."""
+    outputs = {}
+    for i, block in enumerate(block for modules in find_lists(model, record).values() for block in modules):
+        block.register_forward_hook(lambda m, a, o, i=i: outputs.__setitem__(i, o[0] if isinstance(o, tuple) else o))
+    with torch.no_grad():
+        model(**inputs.rows(range(SAMPLES)))
+    return outputs
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_blocks_of_stages_match_the_whole_model(kind, tmp_path):
+    """Later stages read what the changed blocks output; the originals are those of the model as it came."""
+    name, config, lists = CASES[kind]
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    cls(config).eval().save_pretrained(tmp_path / "in")
+    checkpoint, inputs = open_checkpoint(tmp_path / "in"), given(config)
+    record = infer(checkpoint.spec)
+    assert sorted(entry.path for entry in record.lists) == sorted(lists)
+    before = outputs_of(cls.from_pretrained(tmp_path / "in"), record, inputs)
+    changed = cls.from_pretrained(tmp_path / "in")
+    first = next(iter(find_lists(changed, record).values()))[0]
+    with torch.no_grad():
+        next(m for m in first.modules() if isinstance(m, torch.nn.Linear)).weight.mul_(3)
+    after = outputs_of(changed, record, inputs)
+    rows, seen = list(range(SAMPLES)), []
+
+    def change(block):
+        if block.index == 0:
+            next(m for m in block.module.modules() if isinstance(m, torch.nn.Linear)).weight.data.mul_(3)
+        with torch.no_grad():
+            output = block.forward(rows, block.inputs.read(rows))
+        for mine, stock in ((output, after[block.index]), (block.targets.read(rows), before[block.index])):
+            assert mine.shape == stock.shape
+            assert (mine - stock).abs().max() <= 1e-5 * stock.abs().max(), block.index
+        seen.append(block.index)
+        return {}
+
+    runner_of(checkpoint, tmp_path / "work", inputs, with_targets=True).run(change, "changing")
+    assert seen == list(range(len(before)))
+    assert not torch.allclose(before[len(before) - 1], after[len(before) - 1], rtol=1e-3)
