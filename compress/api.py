@@ -7,7 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from compress.errors import CompressError, from_os
+from compress.errors import CompressError, DataError, from_os
 from compress.files import expanded, place
 from compress.progress import Progress
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compress.checkpoint.store import Store
-    from compress.pipeline.apply import GivenIds
+    from compress.pipeline.apply import GivenIds, GivenInputs
     from compress.pipeline.run import RunResult
     from compress.planning import Plan
     from compress.recipe import Recipe
@@ -102,7 +102,7 @@ def apply(
     model: str | Path,
     output: str | Path,
     *,
-    data: str | Path | Sequence[str | Path] | torch.Tensor | None = None,
+    data: str | Path | Sequence[str | Path] | torch.Tensor | Mapping[str, torch.Tensor] | None = None,
     field: str = "text",
     template: str | None = None,
     text: str | Sequence[str] | None = None,
@@ -127,9 +127,9 @@ def apply(
 
     Args:
         name: of the pass; ``settings`` are its settings as in a recipe.
-        data: calibration or training data: text files, one file or tensor of token ids [samples, length], or a folder:
-            of images for each class, or for calibration of .wav files. ``field`` to ``length`` are keys of a recipe's
-            ``data.calibration`` or ``data.training``; a tensor is cut to ``samples`` and ``length``.
+        data: for calibration or training: text files, a file or tensor of token ids [samples, length], or a folder of images
+            for each class; for calibration also a folder of .wav files, or arguments of the model's forward by name, samples
+            first. ``field`` to ``length`` are keys of a recipe's ``data`` sections; they also cut a tensor.
         details: is filled with the pass's part of a report. A training that did not help leaves the weights unchanged and
             warns unless ``allow_noop`` is set; see ``details["training"]["helped"]``.
 
@@ -161,8 +161,8 @@ def apply(
 
 def _recipe_of_one(
     name: str, settings: Mapping[str, Any], data: Any, section: Mapping[str, Any], keys: Mapping[str, Any]
-) -> tuple[Recipe, GivenIds | None]:
-    """A recipe of one pass, and token ids that were given as a tensor in place of files.
+) -> tuple[Recipe, GivenIds | GivenInputs | None]:
+    """A recipe of one pass, and token ids or inputs that were given in place of files.
 
     Args:
         settings: of the pass. data, section: see `_data`. keys: the recipe's other keys.
@@ -186,21 +186,26 @@ def _recipe_of_one(
     return Recipe.model_construct(None, passes=(PassEntry(name, chosen),), data=sections, **keys), given
 
 
-def _data(data: Any, needed: Collection[str], asked: Mapping[str, Any]) -> tuple[Data, GivenIds | None]:
-    """The data section of a recipe of one pass, and token ids that were given as a tensor.
+def _data(data: Any, needed: Collection[str], asked: Mapping[str, Any]) -> tuple[Data, GivenIds | GivenInputs | None]:
+    """The data section of a recipe of one pass, and token ids or inputs that were given in place of files.
 
     Args:
         needed: names of the data sets that the pass reads. asked: settings of each; None for those not given.
     """
     import torch
 
-    from compress.pipeline.apply import GivenIds
+    from compress.data.kinds import FIELD
+    from compress.pipeline.apply import GivenIds, GivenInputs
     from compress.recipe.data import CalibrationSection, Data, TrainingData
 
     if data is None:
         return Data(), None
     if isinstance(data, torch.Tensor):
         return Data(), GivenIds(data, asked["samples"], asked["length"])
+    if isinstance(data, Mapping):
+        if odd := next((key for key, value in asked.items() if value not in (None, FIELD) and key != "samples"), None):
+            raise DataError(f"`{odd}` is no setting of inputs by name", where="data", fix="leave it out")
+        return Data(), GivenInputs(data, asked["samples"])
     files = [str(data)] if isinstance(data, (str, Path)) else [str(file) for file in data]
     kind = TrainingData if "training" in needed else CalibrationSection
     values = {key: value for key, value in asked.items() if value is not None}

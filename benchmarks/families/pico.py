@@ -94,13 +94,22 @@ def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
     data: Any = images
     if main in SOUNDS:
         data = _write_sounds(place / "sounds")
-    elif "input_ids" in samples[0]:
+    elif _is_text(samples[0]):
         data = torch.cat([sample["input_ids"] for sample in samples])
+    elif not images.exists() or not subject.class_name.endswith("ForImageClassification"):
+        data = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
     return Pico(
         place / "model", place / "other", place / "inputs.pt", place / "samples.pt", data, text, rows, images,
         subject.class_name, main,
         bool(getattr(config, "is_encoder_decoder", False)),
     )  # fmt: skip
+
+
+def _is_text(sample: dict[str, Any]) -> bool:
+    """Whether a model reads one text of token ids, and an encoder-decoder what it writes."""
+    return (
+        sample.keys() <= {"input_ids", "decoder_input_ids"} and "input_ids" in sample and sample["input_ids"].ndim == 2
+    )
 
 
 def _write_processors(folder: Path, main: str, inputs: dict[str, Any], config: Any) -> None:

@@ -54,6 +54,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "qwen4_exp_text": _INDEXER,
+    "t5": {"decoder_start_token_id": 0},
     "wav2vec2-bert": {"vocab_size": 320},
     "wav2vec2-conformer": {"vocab_size": 320},
     "xmod": {"default_language": "en_XX"},

@@ -95,7 +95,9 @@ class StreamedModel:
         self.record = model_map(checkpoint.spec).record
         with quiet_transformers():
             self.model = self._skeleton()
-            self.base: Any = self.model.base_model
+            # of a text that is classified, the whole model makes what its decoder reads
+            coder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+            self.base: Any = self.model if coder else self.model.base_model
             self.lists = self._lists()
             self.layers = [layer for one in self.lists for layer in one.layers]
             self._caching = {"use_cache": False} if "use_cache" in arguments_of(self.model) else {}
@@ -242,9 +244,13 @@ class StreamedModel:
                     )
 
     def run(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed) -> None:
-        """Run the base model with every block replaced by ``stub(index, hidden, args, kwargs)``, until `StopForward`."""
+        """Run the model with every block replaced by ``stub(index, hidden, args, kwargs)``, until `StopForward`.
+
+        The base model runs, or the whole one where that alone takes the inputs.
+        """
+        whole = not inputs.keys() <= arguments_of(self.base) and inputs.keys() <= arguments_of(self.model)
         with torch.no_grad(), self._stubs(stub), suppress(StopForward):
-            self._call(self.base, inputs, {})
+            self._call(self.model if whole else self.base, inputs, {})
 
     def predict(self, inputs: Mapping[str, torch.Tensor], stub: Stubbed, extra: Mapping[str, Any]) -> torch.Tensor:
         """The logits of the whole model with every block replaced by ``stub``; ``extra`` are further arguments."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class Batches:
         targets: int64 [samples, target length], what the decoder of an encoder-decoder reads; None for other models.
         target_mask: bool, as ``mask``, of the targets; its length is not that of ``mask``.
         features: what the model reads of sounds or images in place of ``ids``, which are then the samples' numbers.
+        given: all of the model's inputs by name, but for the mask; None where they follow from the others.
         chosen: the source of each sample: ``file#document+token`` for a window of packed text (where it begins),
             ``file#document`` for a document by itself, ``file#row`` for given token ids, ``class/file`` for an image.
     """
@@ -81,10 +82,13 @@ class Batches:
     targets: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
     features: Features | None = None
+    given: Mapping[str, torch.Tensor] | None = None
 
     @property
     def values(self) -> dict[str, torch.Tensor]:
         """The model's inputs by name, without the mask."""
+        if self.given is not None:
+            return dict(self.given)
         read: dict[str, Any] = {"input_ids": self.ids} if self.features is None else {self.features.name: self.features}
         read |= {} if self.types is None else {"token_type_ids": self.types}
         return read | ({} if self.targets is None else {"decoder_input_ids": self.targets})
@@ -124,10 +128,13 @@ class Batches:
             targets=None if self.targets is None else self.targets[rows],
             target_mask=None if self.target_mask is None else self.target_mask[rows],
             features=None if self.features is None else self.features.part(rows),
+            given=None if self.given is None else {name: value[rows] for name, value in self.given.items()},
         )
 
     def sha256(self) -> str:
-        """Digest of the ids as little-endian int64, row by row, then of masks, types, labels and targets, if any."""
+        """Digest of the ids as little-endian int64, row by row, then of masks, types, labels, targets and given inputs."""
+        import torch
+
         whole = hashlib.sha256(self.ids.contiguous().numpy().astype("<i8").tobytes())
         for mask in (self.mask, self.target_mask):
             if mask is not None:
@@ -135,6 +142,9 @@ class Batches:
         for numbers in (self.types, self.labels, self.targets):
             if numbers is not None:
                 whole.update(numbers.contiguous().numpy().astype("<i8").tobytes())
+        for name, value in sorted((self.given or {}).items()):
+            whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            whole.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return whole.hexdigest()
 
 

@@ -7,13 +7,13 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from compress.checkpoint.edits import to_json
 from compress.checkpoint.remote import is_model_class, remote_class
 from compress.checkpoint.values import Checkpoint
-from compress.errors import CheckpointError, CompressError, is_lack
+from compress.errors import CheckpointError, CompressError, DataError, is_lack
 from compress.spec.floats import decoded
 from compress.spec.spec import Structure
 
@@ -131,6 +131,17 @@ def arguments_of(model: Any) -> set[str]:
         if not any(p.kind is p.VAR_POSITIONAL or (foreign and p.kind is p.VAR_KEYWORD) for p in parameters):
             break
     return names - {"self"}
+
+
+def check_arguments(names: Collection[str], model: Any, where: str = "data") -> None:
+    """Raise `DataError` where the forward of a model's class does not take an argument of such a name."""
+    known = arguments_of(model)
+    if unknown := sorted(set(names) - known):
+        raise DataError(
+            f"{type(model).__name__} reads no `{unknown[0]}`",
+            where=where,
+            fix=f"its arguments are {', '.join(sorted(known))}",
+        )
 
 
 def cache_argument(model: Any) -> str | None:

@@ -53,9 +53,10 @@ def open_runner(
     """
     from compress.blockwise.inputs import Inputs
     from compress.blockwise.runner import BlockRunner
+    from compress.models.classes import check_arguments
 
     batches = context.data("calibration")
-    return BlockRunner(
+    runner = BlockRunner(
         checkpoint,
         Inputs(batches.values, batches.mask, batches.target_mask),
         set(names),
@@ -68,6 +69,9 @@ def open_runner(
         teacher=teacher,
         leave=leave,
     )
+    if batches.given is not None:
+        check_arguments(batches.given, runner.streamed.model)
+    return runner
 
 
 def measured_divergences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,33 @@ class GivenIds:
         return drawn if start is None else pairs.with_targets(drawn, start)
 
 
-def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GivenInputs:
+    """Arguments of the model's forward by name, which stand for every data set; see `given_inputs`."""
+
+    values: Mapping[str, torch.Tensor]
+    samples: int | None = None
+
+    def batches(self, run: Run, name: str) -> Batches:
+        """The samples, for the data set ``name``. Raises `DataError` where the model cannot read them."""
+        from compress.data import batches
+        from compress.data.given_inputs import given_inputs
+
+        assert run.data.structure is not None
+        if name == "training":
+            raise DataError("inputs by name are for calibration", where="data", fix="give text files or token ids")
+        drawn = given_inputs(self.values, self.samples)
+        if drawn.ids is drawn.values.get("input_ids"):
+            batches.check_vocabulary(drawn, run.data.structure.config.get("vocab_size"))
+            batches.check_positions(drawn.ids.shape[1], run.data.positions, name=name)
+        return drawn
+
+
+def apply_pass(recipe: Recipe, progress: Progress, given: GivenIds | GivenInputs | None) -> dict[str, Any]:
     """Apply the one pass of a recipe to its model and write the output, which must not exist.
 
     Args:
-        given: token ids in place of the recipe's data.
+        given: token ids or inputs in place of the recipe's data.
 
     Returns:
         Details of the pass for a report, JSON values.

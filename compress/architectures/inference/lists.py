@@ -76,7 +76,7 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
         if path == main:
             return "main"
         beside = text is not None and not f"{path}.".startswith(text)
-        is_tower = (generates and beside) or (reads_ids and not both and _reads_no_ids(skeleton, path))
+        is_tower = (generates and beside) or (reads_ids and _reads_no_ids(skeleton, path))
         return "tower" if is_tower else "stack"
 
     counted = [(path, module, kind(path)) for path, module in every if sizes[path] >= _SHARE * sizes[main]]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.evaluation.tasks import calibrated_by
 from compress.passes.allocation import divergence_memory
 from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory
@@ -121,11 +120,6 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             require_head(spec, "importance: taylor", "importance", "set `importance: obs`")
         if self.required_data(settings):
             mapped.require_one_list("set `importance: magnitude` and `compensation: none`")
-        if self.required_data(settings) and not calibrated_by(record.input, spec.structure.class_name):
-            raise PassError(
-                f"calibration makes no `{record.input}`, which this model reads",
-                fix="set `importance: magnitude` and `compensation: none`, and name blocks, as in layers: [3, 4]",
-            )
         if settings.searched:
             from compress.passes.prune_structured.search import estimate
 
