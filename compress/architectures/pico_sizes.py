@@ -38,6 +38,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [22, 22, 20]}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm_ocr_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-1, 1]], "downsample_rate": "1/2"},
     "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [16, 16, 16, 16]}},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "paddleocr_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
     "qwen2_5_omni_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
     "qwen2_5_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
@@ -64,6 +66,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 #: Fields by `model_type` of the section; a dot leads into a nested section.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 264,
+        "audio_token_offset": 296,
+        "vision_config.codebook_size": 32,
+        "audio_config.codebook_size": 16,
+    },
     "blt": {"use_cache": False},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "dory": {
@@ -75,25 +83,33 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "donut-swin": {"image_size": 224},
     "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+    "florence_vision": {"embed_dim": [32, 64, 128, 256], "num_heads": [1, 2, 4, 8], "num_groups": [1, 2, 4, 8]},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 4},
     "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lilt": {"hidden_size": 96},
     "markuplm": {"tag_pad_id": 216, "subs_pad_id": 1001},
     "mistral4": {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "qk_head_dim": 16, "head_dim": 16},
+    "muse_spark_audio": {"hidden_sizes": [32, 32, 64, 64]},
+    "perceiver": {"d_latents": 64, "num_latents": 16, "num_cross_attention_heads": 1},
+    "pi0": {"dit_config.head_dim": 16},  # that of the language model, whose keys it reads
     "shieldgemma2": {"yes_token_index": 100, "no_token_index": 101},
     "swin": {"image_size": 224},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 4},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
 }
 #: Rows of token ids that make one sample, by `model_type`: a row per codebook.
 ROWS = {"musicgen_decoder": 4, "musicgen_melody_decoder": 4}
-#: The same for ids of decoders.
-DECODER_ROWS = {"dia": 9}
 #: Ids per position, by `model_type`.
 STREAMS = {"kyutai_speech_to_text": 33}
-#: Sizes of images where the class has its own, by `model_type`.
-IMAGES = {"perceiver": 224}
+#: The same for ids of decoders.
+DECODER_STREAMS = {"dia": 9}
+#: Frames of a spectrogram that are one input, by `model_type`.
+STACKED = {"granite_speech5_ctc": 4}
 #: Fields with the bins of spectrograms.
 BINS = (
     "num_mel_bins",

@@ -58,13 +58,16 @@ def _scatter(values: torch.Tensor) -> None:
         return
     if not bool(values.isfinite().all()):
         values.normal_(std=0.1)
-    elif values.ndim < 2 or float(values.std()) == 0:
-        spread = float(values.std()) if values.numel() > 1 else 0.0
+        return
+    spread = float(values.std()) if values.numel() > 1 else 0.0
+    if values.ndim < 2 or spread <= 1e-6 * float(
+        values.abs().max()
+    ):  # the deviation of equal values may be a rounding error
         if spread < 0.05:
             middle = float(values.mean())
             values.normal_(mean=middle if abs(middle) > 0.01 else 0.0, std=0.1)
-    elif float(values.std()) < 0.05:
-        values.mul_(0.5 * values.shape[-1] ** -0.5 / float(values.std()))
+    elif spread < 0.05:
+        values.mul_(0.5 * values.shape[-1] ** -0.5 / spread)
 
 
 def dummy_inputs(model: Any, tokens: int = 12, seed: int = 0) -> dict[str, Any]:
@@ -100,12 +103,9 @@ def _candidates(model: Any, tokens: int, generator: torch.Generator) -> Iterator
         ids = _ids(model, data, tokens, generator)[..., None].expand(-1, -1, pico_sizes.STREAMS[config.model_type])
     decoder: dict[str, Any] = {}
     if "decoder_input_ids" in parameters:
-        decoder["decoder_input_ids"] = torch.cat(
-            [
-                _ids(model, data, tokens, generator, decoder=True)
-                for _ in range(pico_sizes.DECODER_ROWS.get(config.model_type, 1))
-            ]
-        )
+        streams = pico_sizes.DECODER_STREAMS.get(config.model_type, 0)
+        drawn = [_ids(model, data, tokens, generator) for _ in range(streams or 1)]
+        decoder["decoder_input_ids"] = torch.stack(drawn, -1) if streams else drawn[0]
     media = [m for m in ("pixel_values", "input_features", "input_values", "flattened_patches") if m in parameters]
     if "input_ids" in parameters and model.main_input_name not in media:
         yield {"input_ids": ids, **decoder}
@@ -117,6 +117,8 @@ def _candidates(model: Any, tokens: int, generator: torch.Generator) -> Iterator
             beside = {k: v for k, v in _beside(parameters, data, ids).items() if k not in alone}
             if beside:
                 yield {**alone, **beside}
+    if "shared_kv_states" in parameters:
+        yield {"input_ids": ids, **_shared_states(config, tokens, generator)}
     if "bbox" in parameters:
         yield {"input_ids": ids, "bbox": torch.zeros(1, tokens, 4, dtype=torch.long), **decoder}
 
@@ -133,15 +135,31 @@ def _beside(parameters: Mapping[str, Any], data: Mapping[str, Any], ids: torch.T
         "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
         "pixel_attention_mask": torch.ones(1, patches, dtype=torch.long),
         "spatial_shapes": torch.tensor([[4, 4]]),
-        "state": torch.ones(1, int(data.get("max_state_dim") or 1)),
         "bbox": torch.zeros(1, ids.shape[-1], 4, dtype=torch.long),
     }
+    if "state" in parameters:  # of a robot with one camera, and a noisy chunk of its actions
+        actions = int(data.get("chunk_size") or 1), int(data.get("max_action_dim") or 1)
+        known["state"] = torch.ones(1, int(data.get("max_state_dim") or 1))
+        known["noise"] = torch.linspace(-1, 1, actions[0] * actions[1]).reshape(1, *actions)
+        known["timestep"] = torch.tensor([0.5])
+        known["pixel_attention_mask"] = torch.ones(1, 1, dtype=torch.bool)
     return {name: value for name, value in known.items() if name in parameters}
 
 
-def _ids(
-    model: Any, data: Mapping[str, Any], tokens: int, generator: torch.Generator, decoder: bool = False
-) -> torch.Tensor:
+def _shared_states(config: Any, tokens: int, generator: torch.Generator) -> dict[str, Any]:
+    """The last token's vectors, and keys and values for each kind of layer, from a model that the class drafts tokens for."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    text = config.get_text_config()
+    sizes = {kind: text.per_layer_config[i] for i, kind in enumerate(text.layer_types)}
+    shapes = {kind: (1, own.num_key_value_heads, tokens, own.head_dim) for kind, own in sizes.items()}
+    states = {kind: (noise(*shape), noise(*shape)) for kind, shape in shapes.items()}
+    return {"inputs_embeds": noise(1, 1, 2 * config.backbone_hidden_size), "shared_kv_states": states}
+
+
+def _ids(model: Any, data: Mapping[str, Any], tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Token ids [1, tokens] that are no special tokens; where a class looks for the end of the text, the last is that."""
     vocabulary = min(_sizes(data, "vocab_size") or [256])
     special = set(_specials(data))
@@ -174,7 +192,7 @@ def _media(name: str, data: Mapping[str, Any], tokens: int, generator: torch.Gen
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    size = pico_sizes.IMAGES.get(str(data.get("model_type"))) or _field(data, "image_size") or 64
+    size = _field(data, "image_size") or 64
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels, patch = int(_field(data, "num_channels") or 3), _field(data, "patch_size")
     flat = channels * int(patch) ** 2 if isinstance(patch, int) else 0
@@ -195,6 +213,7 @@ def _media(name: str, data: Mapping[str, Any], tokens: int, generator: torch.Gen
             yield noise(1, frames, bins)
     else:
         bins = next((b for n in pico_sizes.BINS if isinstance(b := _field(data, n), int)), 80)
+        bins *= _field(data, "num_stacked_frames") or pico_sizes.STACKED.get(str(data.get("model_type")), 1)
         frames = _field(data, "max_source_positions")
         for count in ([2 * frames] if isinstance(frames, int) else []) + [64, 8 * tokens]:
             yield noise(1, bins, count)

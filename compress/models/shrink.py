@@ -183,9 +183,7 @@ class _Shrink:
             elif key in ("short_factor", "long_factor") and isinstance(inner, list):
                 result[key] = inner[:half]
             elif key == "mrope_section" and isinstance(inner, list):
-                share = [max(1, n * half // sum(inner)) for n in inner]
-                share[0] += half - sum(share)
-                result[key] = share
+                result[key] = _sections(inner, half)
             elif key == "original_max_position_embeddings" and isinstance(inner, int):
                 result[key] = min(inner, POSITIONS // 2)
         return result
@@ -218,8 +216,10 @@ class _Shrink:
         if DEPTHS.fullmatch(key):
             return min(value, len(blocks))
         if key == "num_kv_shared_layers":
-            return min(value, len(blocks) // 2)
+            return len(blocks) if value >= depth_of(sizes.data) else min(value, len(blocks) // 2)
         if sizes.staged:
+            if re.fullmatch(r"out_hidden_size|projection_dim", key) and value in _hiddens(self._data):
+                return HIDDEN
             return min(value, 64) if key == "image_size" else value
         for pattern, rule in _RULES:
             if pattern.fullmatch(key):
@@ -258,6 +258,9 @@ class _Shrink:
                 return value
             moved = [where[v] for v in value if v in where]
             return moved or [len(blocks) - 1]
+        if re.fullmatch(r"\w*feature_layers?", key) and all(isinstance(v, int) and v >= 0 for v in value):
+            last = sorted(set(value), reverse=True)  # of another section, which has three blocks or more
+            return [max(0, 2 - last.index(v)) for v in value]
         if depth and len(value) == depth:
             return [self._item(key, value[i], sizes, blocks) for i in blocks]
         if _TOKENS.fullmatch(key):
@@ -283,6 +286,14 @@ def _hiddens(data: Mapping[str, Any]) -> list[int]:
     """Hidden widths of all nested configs."""
     own = [_first(data, "hidden_size"), _first(data, "d_model"), _first(data, "n_embd"), _first(data, "embed_dim")]
     return [*own, *(h for v in data.values() if isinstance(v, Mapping) for h in _hiddens(v))]
+
+
+def _sections(widths: Sequence[int], half: int) -> list[int]:
+    """Sections of a rotary embedding with `half` in all, in about the same ratio; equal ones stay equal where they can."""
+    share = [max(1, n * half // sum(widths)) for n in widths]
+    single = next((i for i, n in enumerate(widths) if list(widths).count(n) == 1), 0)
+    share[single] += half - sum(share)
+    return share
 
 
 def _kv_heads(value: int, sizes: _Section, _: _Shrink) -> int:
@@ -336,9 +347,11 @@ _RULES: tuple[tuple[re.Pattern[str], Any], ...] = tuple(
         (r"(\w+_)?(num_)?(attention_)?heads|n_heads?|\w*_n_heads", _at_most(HEADS)),
         (r"qk_nope_head_dim|v_head_dim", _at_most(HEAD_DIM)),
         (r"qk_rope_head_dim", _at_most(8)),
-        (r"qk_head_dim", _at_most(24)),
+        (r"qk_head_dim", lambda value, sizes, _: min(value, 16 if sizes.data.get("qk_rope_head_dim") == 0 else 24)),
         (r"index_head_dim", _at_most(32)),
         (r"index_topk", _at_most(WINDOW)),
+        (r"index_kpool", _at_most(WINDOW // 2)),
+        (r"base_channels", _at_most(32)),  # of group norms with 32 groups
         (r"rotary_dim", _at_most(8)),
         (r"\w*head_dim|d_kv|kv_channels|d_head|dim_head|\w*head_size", _head_dim),
         (r"query_pre_attn_scalar", lambda value, sizes, shrink: shrink.head_dim(sizes)),
