@@ -12,16 +12,16 @@ from typing import Any
 #: Mappings of transformers whose classes are tried.
 MAPPINGS = (
     "CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION",
-    "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "CTC", "AUDIO_CLASSIFICATION",
 )  # fmt: skip
 
 
-def classes(mapping: str) -> dict[str, str]:
-    """Model type ▶ class name of one of `MAPPINGS`; the usual class where there are several."""
+def classes(mapping: str) -> list[tuple[str, str]]:
+    """Model types and class names of one of `MAPPINGS`; a type may have several classes."""
     from transformers.models.auto import modeling_auto
 
     names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES")
-    return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
+    return [(kind, name) for kind, of in names.items() for name in ((of,) if isinstance(of, str) else of)]
 
 
 def attempt(kind: str, name: str) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     only = set(filter(None, options.types.split(",")))
     results: dict[str, dict[str, Any]] = {}
     for mapping in options.mappings:
-        tried = {k: n for k, n in classes(mapping).items() if not only or k in only}
-        rows = {kind: attempt(kind, name) for kind, name in tried.items()}
+        tried = [pair for pair in classes(mapping) if not only or pair[0] in only]
+        rows = {f"{kind} {name}": attempt(kind, name) for kind, name in tried}
         results[mapping] = rows
-        for kind, row in rows.items():
+        for name, row in rows.items():
             if "error" in row or only:
-                print(f"{mapping} {kind} {tried[kind]}: {row.get('stage', 'ok')}: {row.get('error', row)}")
+                print(f"{mapping} {name}: {row.get('stage', 'ok')}: {row.get('error', row)}")
         works = sum("error" not in row for row in rows.values())
         print(f"{mapping}: {works} of {len(rows)}", flush=True)
     if options.json:

@@ -42,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [22, 22, 20]}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_mci3", "model_args": {"inference_mode": True}}},
     "glm4v_moe_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
     "glm4v_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
     "glm_ocr_text": {"rope_parameters": {"mrope_section": [8, 12, 12]}},
@@ -49,6 +50,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"rope_parameters": {"mrope_section": [16, 16, 16, 16]}},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "paddleocr_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {"embed_dim": 1024, "depth": 23, "img_size": [448, 448], "global_pool": ""},
+        }
+    },
     "qwen2_5_omni_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
     "qwen2_5_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
     "qwen2_vl_text": {"rope_parameters": {"mrope_section": [16, 24, 24]}},
@@ -57,6 +64,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "qwen4_exp_text": _INDEXER,
     "t5": {"decoder_start_token_id": 0},
+    "timm_wrapper": {
+        "architecture": "vit_small_patch16_224",
+        "model_args": {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    },
     "wav2vec2-bert": {"vocab_size": 320},
     "wav2vec2-conformer": {"vocab_size": 320},
     "xmod": {"default_language": "en_XX"},
@@ -83,8 +94,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "donut-swin": {"image_size": 224},
     "efficientnet": {"hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+    "fast_vlm": {
+        "vision_config.model_args": {
+            "inference_mode": True,
+            "layers": [1, 1, 1, 1, 1],
+            "embed_dims": [16, 32, 32, 32, 32],
+            "mlp_ratios": [2, 2, 2, 2, 2],
+        }
+    },
     "florence_vision": {"embed_dim": [32, 64, 128, 256], "num_heads": [1, 2, 4, 8], "num_groups": [1, 2, 4, 8]},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "gemma3n_vision": {"hidden_size": 2048, "model_args": {"channel_multiplier": 0.1}},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": [1], "num_hidden_layers": 4},
     "kosmos-2": {"latent_query_num": 4},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},

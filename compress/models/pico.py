@@ -192,7 +192,7 @@ def _media(name: str, data: Mapping[str, Any], tokens: int, generator: torch.Gen
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    size = _field(data, "image_size") or 64
+    size = _field(data, "image_size") or _field(data, "img_size") or 64
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels, patch = int(_field(data, "num_channels") or 3), _field(data, "patch_size")
     flat = channels * int(patch) ** 2 if isinstance(patch, int) else 0

@@ -8,7 +8,7 @@ import transformers
 
 from compress.models.block_kinds import kept_blocks
 from compress.models.pico import dummy_inputs, pico_model
-from compress.models.shrink import default_config, shrunken
+from compress.models.shrink import default_config, shrunken, shrunken_fields
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,10 @@ from compress.models.shrink import default_config, shrunken
         ("blip-2", "Blip2ForConditionalGeneration"),
         ("kosmos-2", "Kosmos2ForConditionalGeneration"),
         ("wav2vec2-bert", "Wav2Vec2BertForCTC"),
+        ("molmo2", "Molmo2ForConditionalGeneration"),
+        ("pi0", "PI0ForConditionalGeneration"),
+        ("gemma4_assistant", "Gemma4AssistantForCausalLM"),
+        ("swiftformer", "SwiftFormerForImageClassification"),
     ],
 )
 def test_a_shrunken_default_config_builds_and_runs(kind: str, name: str) -> None:
@@ -33,6 +37,13 @@ def test_a_shrunken_default_config_builds_and_runs(kind: str, name: str) -> None
     assert sum(p.numel() for p in model.parameters()) < 2e6
     with torch.inference_mode():
         assert model(**dummy_inputs(model)).logits.isfinite().all()
+
+
+def test_equal_rotary_sections_stay_equal() -> None:
+    for widths, small in (([22, 22, 20], [2, 2, 4]), ([16, 24, 24], [2, 3, 3]), ([16] * 4, [2] * 4)):
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": widths}
+        data = {"hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128, "rope_parameters": rope}
+        assert shrunken_fields(data)["rope_parameters"]["mrope_section"] == small
 
 
 def test_kinds_of_blocks_are_kept() -> None:
