@@ -180,3 +180,14 @@ def test_convolutions_before_the_blocks_are_no_list_of_blocks(tmp_path):
     transformers.Wav2Vec2ForCTC(config).eval().save_pretrained(tmp_path)
     record = infer(open_checkpoint(tmp_path).spec)
     assert [(entry.path, entry.kind) for entry in record.lists] == [("wav2vec2.encoder.layers", "main")]
+
+
+def test_a_larger_encoder_of_images_beside_the_text_is_a_tower(tmp_path):
+    """GIT has one config for its text, and inside it that of its images."""
+    model = pico_model(transformers.GitForCausalLM, shrunken(default_config("git")))
+    model.save_pretrained(tmp_path)
+    lists = infer(open_checkpoint(tmp_path).spec).lists
+    assert [(entry.path.partition(".")[2], entry.kind) for entry in lists] == [
+        ("encoder.layer", "main"),
+        ("image_encoder.vision_model.encoder.layers", "tower"),
+    ]

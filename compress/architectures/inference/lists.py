@@ -65,12 +65,14 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
     sizes = {path: parameters(module) for path, module in every}
     both = bool(getattr(skeleton.config, "is_encoder_decoder", False))
     text = _text_path(skeleton)
+    generates = bool(skeleton.model.can_generate())
+    reads_ids = skeleton.model.main_input_name == "input_ids" and not both
     inside = [(path, module) for path, module in every if text is not None and f"{path}.".startswith(text)]
+    if reads_ids:  # one config may describe the text, and others inside it images and sound
+        inside = [entry for entry in inside if not _reads_no_ids(skeleton, entry[0])] or inside
     if both:
         inside = [entry for entry in every if entry[1] in _parts(skeleton, "get_encoder")] or inside
     main = max(inside or every, key=lambda entry: sizes[entry[0]])[0]
-    generates = bool(skeleton.model.can_generate())
-    reads_ids = skeleton.model.main_input_name == "input_ids"
 
     def kind(path: str) -> str:
         if path == main:
