@@ -75,6 +75,7 @@ class Block:
         last: the group that reads last in a pass, if it is always the same.
         details: rows for the report.
         frozen: ids of parameters that other blocks share; they are solved for and then stay.
+        runs: whether the model runs the block on the calibration data; one that it leaves out hands on its inputs.
         reached: number of tokens that each expert read, by the expert's name in the checkpoint, where it was counted.
         unread: names of tensors outside of experts that no token reached.
         add_shared_inputs: adds to a group's statistics the inputs of other blocks that share its tensors.
@@ -93,6 +94,7 @@ class Block:
     last: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)
+    runs: bool = True
     reached: dict[str, int] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     add_shared_inputs: Callable[[list[TargetLinear], InputStatistics], None] = _no_shared_inputs

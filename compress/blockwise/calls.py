@@ -51,11 +51,15 @@ class ListCalls:
         same: whether all samples have the same arguments. known: these arguments by number of samples.
         length: positions of a sample's hidden states [samples, length, h]; 0 where they have other axes.
         outputs: number of a block ▶ shape of its output for one sample, where it is not the shape of its input.
+        left_out: numbers of the blocks that the model does not run on these data.
+        order: axes of the hidden states that become samples, tokens and others; None where samples are first in the model too.
     """
 
     values: int | None = None
     handed: Handed | None = None
     same: bool = False
+    left_out: frozenset[int] = frozenset()
+    order: tuple[int, ...] | None = None
     known: dict[int, list[Call]] = field(default_factory=dict)
     length: int = 0
     outputs: dict[int, torch.Size] = field(default_factory=dict)
@@ -100,12 +104,13 @@ class BlockCalls:
         for place, one in enumerate(self.streamed.lists):
             try:
                 self._learn_returns(place)
-                hidden, calls = self._record(place, [0])
-                self._lists[place].length = hidden.shape[1] if hidden.ndim == 3 else 0
+                recorder = self._recorded(place, [0])
+                self._lists[place].left_out = frozenset(recorder.left_out)
                 last = self.inputs.samples - 1
-                others = self._record(place, [last])[1]
-                if last and len(self.first_hidden([0, last], place)) != 2:
-                    raise self._refusal(one.first, "reads hidden states that are not laid out by sample")
+                calls, others = recorder.calls, self._record(place, [last])[1]
+                self._learn_order(place, recorder.first, self._record(place, [0, last], until=one.first)[0])
+                hidden = self.samples_first(one.first, recorder.first)
+                self._lists[place].length = hidden.shape[1] if hidden.ndim == 3 else 0
             except _NotSequential as error:
                 raise self._refusal(error.index, error.reason) from None
             except (TypeError, IndexError, ValueError, RuntimeError, AttributeError, KeyError) as error:
@@ -138,6 +143,19 @@ class BlockCalls:
             self.streamed.run(self.inputs.rows([0]), stub)
         return shapes
 
+    def _learn_order(self, place: int, single: torch.Tensor, double: torch.Tensor) -> None:
+        """Learn where samples and tokens are in the hidden states, from those of one sample and of two."""
+        axes = [i for i, (a, b) in enumerate(zip(single.shape, double.shape, strict=False)) if a != b]
+        apart = single.ndim == double.ndim and len(axes) == 1 and (single.shape[axes[0]], double.shape[axes[0]]) == (1, 2)
+        if apart and axes == [0]:
+            return
+        if not apart or self._lists[place].outputs:
+            first = self.streamed.lists[place].first
+            raise self._refusal(first, "reads hidden states that are not laid out by sample")
+        others = [i for i in range(single.ndim) if i not in axes]
+        tokens = [i for i in others if single.shape[i] == self.inputs.length][:1]
+        self._lists[place].order = (*axes, *tokens, *(i for i in others if i not in tokens))
+
     def _check_once(self) -> None:
         """Raise `PassError` where a model runs a block more than once, as ALBERT and models that loop over their blocks do."""
         seen: set[int] = set()
@@ -153,8 +171,9 @@ class BlockCalls:
         except PassError:
             raise
         except Exception as error:  # a head without weights, behind the last block
-            if len(seen) < len(self.streamed.layers):
-                raise self._refusal(len(seen), f"cannot be run in its place ({_short(error)})") from error
+            due = [i for i in range(len(self.streamed.layers)) if i not in seen and not self.is_left_out(i)]
+            if due:
+                raise self._refusal(due[0], f"cannot be run in its place ({_short(error)})") from error
 
     def _refusal(self, index: int, reason: str) -> PassError:
         model = type(self.streamed.model).__name__
@@ -199,8 +218,28 @@ class BlockCalls:
         return calls[index - first]
 
     def first_hidden(self, rows: Sequence[int], place: int = 0) -> torch.Tensor:
-        """Hidden states in front of the first block of a list, of those samples."""
-        return self._record(place, rows, until=self.streamed.lists[place].first)[0]
+        """Hidden states in front of the first block of a list, of those samples, which come first."""
+        first = self.streamed.lists[place].first
+        return self.samples_first(first, self._record(place, rows, until=first)[0])
+
+    def is_left_out(self, index: int) -> bool:
+        """Whether the model does not run a block on these data, such as cross-attention to images where there are none."""
+        return index in self._lists[self.streamed.list_of(index)].left_out
+
+    @property
+    def turned(self) -> bool:
+        """Whether samples are not first in the hidden states of some list."""
+        return any(one.order is not None for one in self._lists)
+
+    def samples_first(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states around a block as the model lays them out ▶ with the samples first, then tokens."""
+        order = self._lists[self.streamed.list_of(index)].order
+        return hidden if order is None else hidden.permute(order)
+
+    def as_in_model(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states around a block with the samples first ▶ as the model lays them out."""
+        order = self._lists[self.streamed.list_of(index)].order
+        return hidden if order is None else hidden.permute([order.index(i) for i in range(len(order))])
 
     def shape_behind(self, index: int, before: Sequence[int]) -> torch.Size:
         """Shape of one sample's hidden states [1, …] behind a block; ``before``: the shape in front of it."""
@@ -232,12 +271,20 @@ class BlockCalls:
 
     def _record(self, place: int, rows: Sequence[int], until: int | None = None) -> tuple[torch.Tensor, list[Call]]:
         """First hidden states of a list, and the arguments of its blocks up to block ``until`` (None: all)."""
+        recorder = self._recorded(place, rows, until)
+        if (other := recorder.left_out ^ {i for i in self._lists[place].left_out if i <= recorder.last}):
+            raise _NotSequential(min(other), "runs on some samples alone")
+        return recorder.first, recorder.calls
+
+    def _recorded(self, place: int, rows: Sequence[int], until: int | None = None) -> _Recorder:
+        """The recorder after a run of the model. Raises `_NotSequential` where the first block is not run."""
         one = self.streamed.lists[place]
         recorder = _Recorder(self, place, rows, one.end - 1 if until is None else until)
         self.streamed.run(self.inputs.rows(rows), recorder)
-        if len(recorder.calls) != recorder.last - one.first + 1:
-            raise _NotSequential(one.first + len(recorder.calls), NOT_RUN)
-        return recorder.first, recorder.calls
+        if not recorder.calls:
+            raise _NotSequential(one.first, NOT_RUN)
+        recorder.skip_to(recorder.last + 1)
+        return recorder
 
 
 class _Recorder:
@@ -254,6 +301,7 @@ class _Recorder:
         self, owner: BlockCalls, place: int, rows: Sequence[int], last: int, handed: tuple[Any, ...] | None = None
     ) -> None:
         self.calls: list[Call] = []
+        self.left_out: set[int] = set()
         self.last = last
         self._owner, self._place, self._rows, self._handed = owner, place, rows, handed
         self._previous: torch.Tensor | None = None
@@ -263,17 +311,20 @@ class _Recorder:
         place = owner.streamed.list_of(index)
         if place != self._place:
             ended = place in owner.ends and place < self._place and index == owner.streamed.lists[place].end - 1
-            states = owner.ends[place].read(self._rows).to(hidden) if ended else owner.stand_in(index, hidden)
+            states = owner.stand_in(index, hidden)
+            if ended:
+                states = owner.as_in_model(index, owner.ends[place].read(self._rows).to(hidden))
             return owner.returned(index, states)
-        first = owner.streamed.lists[place].first
-        if index == first:
+        if index == owner.streamed.lists[place].first:
             self.first = hidden
-        elif index > (due := first + len(self.calls)):
-            raise _NotSequential(due, NOT_RUN)
-        elif index != due or hidden is not self._previous:
+        elif not self.calls:
+            raise _NotSequential(owner.streamed.lists[place].first, NOT_RUN)
+        elif hidden is not self._previous or not self.skip_to(min(index, self.last + 1)):
             raise _NotSequential(index, "reads more than the output of the block before it")
-        self.calls.append(recorded(None if index == first else hidden, args, kwargs))
-        if index == self.last:
+        if index <= self.last:
+            first = index == owner.streamed.lists[place].first
+            self.calls.append(recorded(None if first else hidden, args, kwargs))
+        if index >= self.last:
             raise StopForward
         if self._handed is None and (handed := owner._lists[place].handed) is not None:
             own_args, own_kwargs = self.calls[0]
@@ -281,6 +332,14 @@ class _Recorder:
         # an object of its own, so that the next block's arguments tell it from the inputs of earlier blocks
         self._previous = hidden = owner.stand_in(index, hidden)
         return owner.returned(index, hidden) if self._handed is None else (hidden, *self._handed)
+
+    def skip_to(self, index: int) -> bool:
+        """Note that the model leaves out the blocks due before ``index``; whether ``index`` is the one due then."""
+        first = self._owner.streamed.lists[self._place].first
+        gap = range(first + len(self.calls), index)
+        self.left_out.update(gap)
+        self.calls.extend(((), {}) for _ in gap)
+        return first + len(self.calls) == index
 
     def has_read(self, value: torch.Tensor) -> bool:
         """Whether a block was given that tensor."""

@@ -51,7 +51,8 @@ class BlockExecutor:
 
     def batches(self, first: int | None = None) -> Iterator[list[int]]:
         """Numbers of this process's samples, a batch at a time; with ``first``, of only so many of all samples."""
-        size = max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, self.inputs.length))
+        # where samples are not first in the model, a batch of more would mix up tokens in what its layers read
+        size = 1 if self.calls.turned else max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, self.inputs.length))
         own = self.processes.shard(range(self.samples)[:first])
         for start in range(0, len(own), size):
             yield own[start : start + size]
@@ -97,11 +98,14 @@ class BlockExecutor:
         return self.calls.first_hidden(rows, self.streamed.list_of(index))
 
     def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
-        """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
+        """Outputs of a loaded block for those samples and hidden states [len(rows), …]; these where the model leaves it out."""
+        if self.calls.is_left_out(index):
+            return hidden
+        hidden = self.calls.as_in_model(index, hidden)
         args, kwargs = filled(self.calls.of(index, rows), hidden)
         output = module(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return result
+        return self.calls.samples_first(index, result)
 
     def logits(self, rows: Sequence[int], hidden: torch.Tensor, extra: Mapping[str, Any]) -> torch.Tensor:
         """The model's logits for those samples where the last block outputs ``hidden``; the head must be loaded.
@@ -110,8 +114,10 @@ class BlockExecutor:
             extra: further arguments of the model.
         """
 
+        last = max(index for index in range(self.depth) if not self.calls.is_left_out(index))
+
         def stub(index: int, before: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            after = hidden if index == self.depth - 1 else self.calls.stand_in(index, before)
+            after = self.calls.as_in_model(index, hidden) if index == last else self.calls.stand_in(index, before)
             return self.calls.returned(index, after)
 
         return self.streamed.predict(self.inputs.rows(rows), stub, extra)

@@ -79,6 +79,8 @@ def reconstruct_block(
     """
     start = time.perf_counter()
     assert block.targets is not None
+    if not block.runs:
+        return {"before": 0.0, "after": 0.0, "rate": options.rate, "steps": 0, "kept": False, "seconds": 0.0}
     order = torch.Generator().manual_seed(block.view.seed * 1_000_003 + block.index)
     samples = torch.randperm(block.view.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from compress.blockwise.activations import BlockStreams
 from compress.blockwise.block import Block
+from compress.blockwise.calls import NOT_RUN
 from compress.blockwise.details import BlockDetails
 from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.inputs import Inputs
@@ -166,6 +167,7 @@ class BlockRunner:
         linears, swaps = find_linears(self.streamed, index, module, self._by_block.get(index, ()))
         block = Block(self.executor, index, module, linears, swaps, stream.before(index))
         block.add_shared_inputs = self._shared.add
+        block.runs = not self.executor.calls.is_left_out(index)
         if self._targets is not None:
             block.originals, block.targets = self._targets.advance(index, module)
             block.original_view = self._targets.view
@@ -188,7 +190,10 @@ class BlockRunner:
         self._write(block, change(block))
         if (experts := block.experts()) is not None:
             block.details["experts"] = experts
-        if block.unread:
+        if not block.runs:
+            title = self.streamed.title_of(block.index)
+            self.progress.message(f"{title} {NOT_RUN}: its matrices are treated by their weights alone")
+        elif block.unread:
             self.progress.message(f"no calibration token reaches {block.unread[0]}: it is treated by its weights alone")
 
     def _handed_on(self, block: Block) -> set[int]:

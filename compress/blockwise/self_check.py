@@ -74,14 +74,19 @@ def _outputs(executor: BlockExecutor) -> dict[int, torch.Tensor]:
     def whole(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with executor.streamed.block(index) as module:
             output = module(hidden, *args, **kwargs)
-        outputs[index] = output[0] if isinstance(output, (tuple, list)) else output
-        if len(outputs) == executor.depth:
+        states = output[0] if isinstance(output, (tuple, list)) else output
+        outputs[index] = executor.calls.samples_first(index, states)
+        if len(outputs) == len(due):
             raise StopForward
         return output
 
+    due = [index for index in range(executor.depth) if not executor.calls.is_left_out(index)]
     executor.streamed.run(executor.inputs.rows([0]), whole)
-    if absent := [index for index in range(executor.depth) if index not in outputs]:
+    if absent := [index for index in due if index not in outputs]:
         raise _refusal(executor, absent[0], NOT_RUN)
+    for index in range(executor.depth):  # a list's first block is run
+        if index not in outputs:
+            outputs[index] = outputs[index - 1]
     return outputs
 
 
