@@ -13,15 +13,17 @@ class Inputs:
     """Calibration samples.
 
     Attributes:
-        values: the model's inputs by name, each with samples first.
+        values: the model's inputs by name, each with samples first, or with the rows of the first sample, then of the next.
         mask: which tokens of the first of them count, bool [samples, length]; None for all.
         target_mask: which tokens of ``decoder_input_ids`` count; None for all. Its length differs from that of the source,
             so that the length of a tensor tells which tokens it belongs to.
+        per_sample: rows of every value that make one sample.
     """
 
     values: Mapping[str, torch.Tensor]
     mask: torch.Tensor | None = None
     target_mask: torch.Tensor | None = None
+    per_sample: int = 1
 
     @property
     def length(self) -> int:
@@ -31,18 +33,20 @@ class Inputs:
     @property
     def tokens(self) -> int:
         """Number of tokens that count."""
-        return next(iter(self.values.values())).numel() if self.mask is None else int(self.mask.sum())
+        values = next(iter(self.values.values()))
+        return (values.numel() if self.mask is None else int(self.mask.sum())) // self.per_sample
 
     @property
     def samples(self) -> int:
         """Number of samples."""
-        return len(next(iter(self.values.values())))
+        return len(next(iter(self.values.values()))) // self.per_sample
 
     def rows(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """The model's arguments for those samples; padding is masked."""
-        picked = {name: value[list(rows)] for name, value in self.values.items()}
+        each = [row * self.per_sample + i for row in rows for i in range(self.per_sample)]
+        picked = {name: value[each] for name, value in self.values.items()}
         # a decoder's padding is behind its tokens, which do not look ahead
-        return picked if self.mask is None else {**picked, "attention_mask": self.mask[list(rows)].long()}
+        return picked if self.mask is None else {**picked, "attention_mask": self._of(self.mask, rows).long()}
 
     @property
     def reads_text(self) -> bool:
@@ -61,8 +65,12 @@ class Inputs:
             widths = [(self.mask, lengths[0])]
         else:
             widths = [(self.target_mask, lengths[-1]), (self.mask, lengths[0]), (self.mask, 0)]
-        return tuple(self._widened(mask[list(rows)], length) for mask, length in widths if mask is not None)
+        return tuple(self._widened(self._of(mask, rows), length) for mask, length in widths if mask is not None)
 
     def _widened(self, mask: torch.Tensor, length: int) -> torch.Tensor:
         more = length - mask.shape[1]
         return torch.nn.functional.pad(mask, (0, more)) if more > 0 and self.reads_text else mask
+
+    def _of(self, mask: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """A mask of those samples, of which all rows have the same."""
+        return mask[[row * self.per_sample for row in rows]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from compress.architectures.codebooks import rows_per_sample
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
     ALLOCATOR_RETAIN,
@@ -58,7 +59,7 @@ def open_runner(
     batches = context.data("calibration")
     runner = BlockRunner(
         checkpoint,
-        Inputs(batches.values, batches.mask, batches.target_mask),
+        Inputs(batches.values, batches.mask, batches.target_mask, rows_per_sample(checkpoint.spec, len(batches.ids))),
         set(names),
         workspace=workspace,
         dtype=context.dtype,
