@@ -36,11 +36,11 @@ CASES = {
     "llava": ("LlavaForConditionalGeneration", "text"),
     "paligemma": ("PaliGemmaForConditionalGeneration", "text"),
     "idefics3": ("Idefics3ForConditionalGeneration", "text"),
+    "mllama": ("MllamaForConditionalGeneration", "text"),
 }
 REFUSED = {
     "pegasus_x": "PegasusXForConditionalGeneration",
     "zamba2": "Zamba2ForCausalLM",
-    "mllama": "MllamaForConditionalGeneration",
 }
 #: Stock transformers reads weights of their layers as floats, so that codes are for `store: compact`.
 FLOATS = ("mamba2",)
@@ -227,7 +227,6 @@ def test_towers_are_left_and_rounded_where_they_are_named(tmp_path):
             r"model.encoder.layers.0 hands more than its hidden states to later blocks; use a method that needs",
         ),
         ("zamba2", r"block \d lacks shared_transformer.* after loading"),
-        ("mllama", "block 2 is not run on the calibration data; use a method that needs no calibration"),
     ],
 )
 @pytest.mark.slow
