@@ -52,7 +52,8 @@ class BlockExecutor:
     def batches(self, first: int | None = None) -> Iterator[list[int]]:
         """Numbers of this process's samples, a batch at a time; with ``first``, of only so many of all samples."""
         # where samples are not first in the model, a batch of more would mix up tokens in what its layers read
-        size = 1 if self.calls.turned else max(1, TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"] // max(1, self.inputs.length))
+        tokens = TOKENS_PER_BATCH["cpu" if self.device == "cpu" else "cuda"]
+        size = 1 if self.calls.turned else max(1, tokens // max(1, self.inputs.length))
         own = self.processes.shard(range(self.samples)[:first])
         for start in range(0, len(own), size):
             yield own[start : start + size]

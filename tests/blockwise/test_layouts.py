@@ -71,5 +71,5 @@ def test_blocks_read_what_they_read_in_the_whole_model(kind, tmp_path):
 
 def test_rows_that_make_no_whole_sample_are_refused(tmp_path):
     spec = checkpoint_of("musicgen_decoder", tmp_path).spec
-    with pytest.raises(PassError, match="6 rows of token ids make no whole number of samples.*give a multiple of 4"):
+    with pytest.raises(PassError, match=r"6 rows of token ids make no whole number of samples.*give a multiple of 4"):
         rows_per_sample(spec, 6)
