@@ -146,7 +146,9 @@ class BlockCalls:
     def _learn_order(self, place: int, single: torch.Tensor, double: torch.Tensor) -> None:
         """Learn where samples and tokens are in the hidden states, from those of one sample and of two."""
         axes = [i for i, (a, b) in enumerate(zip(single.shape, double.shape, strict=False)) if a != b]
-        apart = single.ndim == double.ndim and len(axes) == 1 and (single.shape[axes[0]], double.shape[axes[0]]) == (1, 2)
+        apart = (
+            single.ndim == double.ndim and len(axes) == 1 and (single.shape[axes[0]], double.shape[axes[0]]) == (1, 2)
+        )
         if apart and axes == [0]:
             return
         if not apart or self._lists[place].outputs:
@@ -272,7 +274,7 @@ class BlockCalls:
     def _record(self, place: int, rows: Sequence[int], until: int | None = None) -> tuple[torch.Tensor, list[Call]]:
         """First hidden states of a list, and the arguments of its blocks up to block ``until`` (None: all)."""
         recorder = self._recorded(place, rows, until)
-        if (other := recorder.left_out ^ {i for i in self._lists[place].left_out if i <= recorder.last}):
+        if other := recorder.left_out ^ {i for i in self._lists[place].left_out if i <= recorder.last}:
             raise _NotSequential(min(other), "runs on some samples alone")
         return recorder.first, recorder.calls
 
