@@ -47,11 +47,18 @@ def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSetti
     record = model_map(spec).record
     if record.source == "written":
         return
-    if unproved := next((k for k in ("keep_kv_heads", "experts") if getattr(settings, k) is not None), None):
+    if unproved := next((k for k in ("keep_kv_heads", "experts", "hidden") if getattr(settings, k) is not None), None):
         raise PassError(
             f"`{unproved}` needs a written record, and {record.model_type} has none",
             key=unproved,
             fix="remove `mlp` or `layers` instead, or write a record: docs/extend/family.md",
+        )
+    if settings.active_experts is not None and settings.compensation != "none" and record.expert_sum_key is None:
+        raise PassError(
+            f"the config of {record.model_type} does not say whether the weights of a token's experts are divided by their "
+            "sum, so what fewer of them lose is not known",
+            key="active_experts",
+            fix="set `compensation: none`, or write a record: docs/extend/family.md",
         )
     if settings.heads is not None and skeleton_of(planned.structure)[0] is None:
         raise PassError(

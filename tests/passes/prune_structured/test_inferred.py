@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 import transformers
 
 import compress
+from compress import architectures
+from compress.architectures.groups import Hidden
+from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
 from compress.models.pico import dummy_inputs, pico_model
@@ -96,9 +100,27 @@ def test_heads_go_where_a_config_has_their_width(tmp_path):
         plan(open_checkpoint(save("olmo2", tmp_path / "olmo2")), "prune_structured", heads=0.5, **DATA_FREE)
 
 
-def test_what_only_a_written_record_proves_is_refused(tmp_path):
+def test_what_only_a_written_record_proves_is_refused(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(save("glm", tmp_path / "in"))
     with pytest.raises(PassError, match="`keep_kv_heads` needs a written record, and glm has none"):
-        plan(open_checkpoint(save("glm", tmp_path / "in")), "prune_structured", keep_kv_heads=1, **DATA_FREE)
+        plan(checkpoint, "prune_structured", keep_kv_heads=1, **DATA_FREE)
+    hidden = Hidden(norms=("input_layernorm", "post_attention_layernorm"))
+    edited = replace(model_map(checkpoint.spec).record, hidden=hidden)  # as a saved record may be
+    monkeypatch.setattr(architectures, "find", lambda config: edited)
+    with pytest.raises(PassError, match="`hidden` needs a written record, and glm has none"):
+        plan(open_checkpoint(tmp_path / "in"), "prune_structured", hidden=0.25, **DATA_FREE)
+
+
+def test_fewer_active_experts_are_made_up_for_where_the_config_tells_by_how_much(tmp_path):
+    """Jamba does not divide the weights of a token's experts by their sum, and its config has no field for it."""
+    config = shrunken(default_config("jamba"))
+    pico_model(transformers.JambaForCausalLM, config).save_pretrained(tmp_path)
+    with pytest.raises(
+        PassError, match="the config of jamba does not say whether the weights of a token's experts are di"
+    ):
+        plan(open_checkpoint(tmp_path), "prune_structured", active_experts=1)
+    planned = plan(open_checkpoint(tmp_path), "prune_structured", active_experts=1, **DATA_FREE)
+    assert planned.structure.config["num_experts_per_tok"] == config.num_experts_per_tok - 1 == 1
 
 
 def test_numbers_of_blocks_follow_when_blocks_go(tmp_path):
