@@ -139,6 +139,10 @@ def _extractor(main: str, values: torch.Tensor, config: Any) -> dict[str, Any]:
     if name == "WhisperFeatureExtractor":  # two frames for each position of the encoder
         bins, frames = values.shape[-2:]
         return {**settings, "feature_size": bins, "chunk_length": 2, "hop_length": 2 * RATE // frames}
+    if main == "input_features" and name.startswith(("SeamlessM4T", "Wav2Vec2")):  # two frames beside each other
+        bins = values.shape[-1] // 2
+        name = "SeamlessM4TFeatureExtractor"
+        return {**settings, "feature_extractor_type": name, "feature_size": bins, "num_mel_bins": bins, "stride": 2}
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or values.shape[-1]
     return {**settings, "feature_size": bins, "num_mel_bins": bins}
 

@@ -115,6 +115,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_cross_attention_heads": 1},
     "pi0": {"dit_config.head_dim": 16},  # that of the language model, whose keys it reads
     "shieldgemma2": {"yes_token_index": 100, "no_token_index": 101},
+    "speecht5": {"vocab_size": 320},
     "swin": {"image_size": 224},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "vibevoice_acoustic_tokenizer": {"num_filters": 4},

@@ -59,8 +59,12 @@ def asymmetric_statistics(
     """
     once, writers = _single_readers(block)
     changed: list[ChangedTensor] = []
-    for group in once:
-        statistics, mismatch = measure(block, group, writers, changed)
+    for group in list(once):
+        measured = measure(block, group, writers, changed)
+        if measured is None:
+            once.remove(group)
+            continue
+        statistics, mismatch = measured
         before = [linear.weight.clone() for linear in group]
         yield group, statistics, mismatch, True
         changed += [ChangedTensor(s.weight, w, s.weight.clone()) for s, w in zip(group, before, strict=True)]
@@ -111,8 +115,10 @@ def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[Target
 
 def measure(
     block: Block, group: list[TargetLinear], writers: Sequence[TargetLinear], changed: Sequence[ChangedTensor]
-) -> tuple[InputStatistics, InputMismatch]:
+) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics and mismatch of a group, from passes through the block as it is and as it was before ``changed``.
+
+    None where the two read other numbers of tokens, as experts do that a router sends others.
 
     Args:
         writers: linears that write to the residual stream, in order.
@@ -126,14 +132,20 @@ def measure(
     statistics = InputStatistics(zeros(width))
     mismatch = InputMismatch(zeros(width), {s.name: zeros(len(s.weight)) for s in group if s in writers})
     earlier = writers[: writers.index(group[0])] if group[0] in writers else []
+    differing = 0
     for rows in block.view.batches():
         now, residual_now = _read(block, group[0], earlier, block.inputs, rows)
         with _restored(changed):
             then, residual_then = _read(block, group[0], earlier, block.originals, rows)
+        if len(then) != len(now) or (mismatch.residual and len(residual_now) != len(now)):
+            differing += 1
+            continue
         statistics.add(now)
         mismatch.inputs += (then - now).T @ now
         for total in mismatch.residual.values():
             total += (residual_then - residual_now).T @ now
+    if block.view.processes.reduce_sum(differing)[0]:
+        return None
     statistics.finish()
     block.sum_over_processes(statistics, mismatch.inputs, *mismatch.residual.values())
     block.add_shared_inputs(group, statistics)
@@ -169,6 +181,8 @@ def _read(
         for handle in handles:
             handle.remove()
     masks = block.token_masks(rows)
+    if not read:  # an expert without tokens
+        read.append(residual.new_zeros(0, linear.weight.shape[1]))
     return counted(linear.rows(read[0]), masks), counted(residual, masks)
 
 

@@ -12,6 +12,7 @@ import torch
 from compress.blockwise.activations import Activations, ActivationStream, BlockStreams, HiddenStates
 from compress.blockwise.arguments import filled
 from compress.blockwise.calls import BlockCalls
+from compress.blockwise.functional import projections_as_calls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
 from compress.blockwise.streamed import StreamedModel
@@ -104,7 +105,8 @@ class BlockExecutor:
             return hidden
         hidden = self.calls.as_in_model(index, hidden)
         args, kwargs = filled(self.calls.of(index, rows), hidden)
-        output = module(hidden, *args, **kwargs)
+        with projections_as_calls(module):
+            output = module(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return self.calls.samples_first(index, result)
 

@@ -58,7 +58,9 @@ def merge_heads(
     project()
     block.view.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
     changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
-    now, mismatch = measure(replace(block, originals=block.inputs), reading, [], changed)
+    measured = measure(replace(block, originals=block.inputs), reading, [], changed)
+    assert measured is not None  # no router is in front of it
+    now, mismatch = measured
     weight = output.weight.clone()
     if compensate:
         order, factor, _ = act_order_factor(now.hessian, _DAMP)
