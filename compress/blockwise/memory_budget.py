@@ -1,4 +1,4 @@
-"""Sizes that bound the memory of a run over the blocks; the plan uses the same ones. No torch here."""
+"""Sizes that bound the memory and work of a run over the blocks; the plan uses the same ones. No torch here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ STATISTICS_BYTES = 1 << 30
 GRADIENT_TOKENS = 32768
 #: Bytes of output curvatures to hold for one block; the matrices with most outputs gain least from them.
 CURVATURE_BYTES = 512 << 20
+#: Bytes of hidden states that trials without some blocks hold in memory at a time; those of one trial may exceed it.
+STATES_BYTES = 256 << 20
 #: Tokens whose logits are computed at a time.
 LOGITS_PER_CHUNK = 256
+#: Most samples that a trial without some blocks runs on, and most contiguous groups of blocks that are tried.
+TRIAL_SAMPLES, TRIAL_GROUPS = 32, 8
+
+
+def most_trials(depth: int, count: int, groups: bool) -> int:
+    """Number of sets of blocks that are tried at most to choose ``count``; with ``groups`` also contiguous ones."""
+    greedy = sum(depth - i for i in range(count))
+    return greedy + (min(TRIAL_GROUPS, depth - count + 1) if groups and count > 1 else 0)
 
 
 def curvatures_that_fit(outputs: Iterable[int]) -> list[int]:

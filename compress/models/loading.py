@@ -112,7 +112,11 @@ def load_for_samples(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     Classifiers that score a text's last token refuse several texts then. Unpadded ones need no padding token; for padded ones
     the forward pass raises `DataError`.
     """
-    model = load_checkpoint(checkpoint, **options)
+    return reading_several(load_checkpoint(checkpoint, **options))
+
+
+def reading_several(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which reads several samples at once from now on; see `load_for_samples`."""
     config: Any = model.config.get_text_config()
     if type(model).__name__.endswith(SEQUENCE_CLASSIFICATION.suffixes) and getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = -1  # no token's id, so that the last token is a text's last one

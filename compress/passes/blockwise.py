@@ -11,6 +11,7 @@ from compress.blockwise.memory_budget import (
     ALLOCATOR_RETAIN,
     FLOAT64_MAX_WIDTH,
     LOGITS_PER_CHUNK,
+    STATES_BYTES,
     STATISTICS_BYTES,
     TOKENS_PER_BATCH,
     curvatures_that_fit,
@@ -134,6 +135,24 @@ def runner_memory(
     broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
     return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
+
+
+def trials_memory(spec: Spec, width: int) -> int:
+    """Return the bytes resident at the peak while sets of blocks are left out on trial, see `sensitivity.depth`.
+
+    Embeddings, the head, one block, hidden states before and behind it, and the logits of some tokens.
+
+    Args:
+        width: bytes of a float of the computation.
+    """
+    mapped = model_map(spec)
+    outside = sum(t.count for t in mapped.outside)
+    block = max(sum(t.count for t in one.stored()) for one in mapped.blocks)
+    vocabulary = max((t.shape[0] for t in mapped.outside if t.shape), default=0)
+    broadest = max((max(t.shape) for one in mapped.blocks for t in one.stored()), default=0)
+    logits = 5 * 4 * LOGITS_PER_CHUNK * vocabulary
+    activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest
+    return width * (outside + block) + 2 * STATES_BYTES + logits + activations + ALLOCATOR_RETAIN + _SLACK
 
 
 def require_head(spec: Spec, asks: str, key: str, instead: str) -> None:

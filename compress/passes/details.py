@@ -113,7 +113,9 @@ class PassDetails(_CachedDetails, total=False):
         formats, curve: formats that a budget chose, and (bits, divergence) at other budgets.
         shapes: shapes tried for a target. widths: widths that a loss chose per block. sharing: shared blocks.
         training: the training of a student. allocation: sparsities or ranks by layer.
-        removed_blocks, loss_without_block, block_influence: depth. hidden_channels: channels that are kept.
+        removed_blocks, block_influence, loss_without_block, samples_without_block: depth; the last two by removal and block.
+            loss_without_group, samples_without_group: by contiguous group, and for the blocks that greedy removal takes.
+        hidden_channels: channels that are kept.
         windows: a row per block of a model with local attention. latent: numbers cached by latent attention.
         expert_saliency, kept_experts: by block. active_experts: experts of a token before and after; router_mass_kept: by
             block, the share of the router's weights that they have. kv_cache: static scales of a cache. groups: matrices whose
@@ -131,6 +133,9 @@ class PassDetails(_CachedDetails, total=False):
     allocation: Any
     removed_blocks: list[int]
     loss_without_block: list[dict[str, float]]
+    samples_without_block: list[dict[str, int]]
+    loss_without_group: dict[str, float]
+    samples_without_group: dict[str, int]
     block_influence: list[float]
     expert_saliency: dict[str, list[float]]
     kept_experts: dict[str, list[int]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,21 @@ def influence(before: torch.Tensor, after: torch.Tensor, weights: torch.Tensor |
     if weights is None:
         return float((1 - cosine).sum()), float(cosine.numel())
     return float(((1 - cosine) * weights).sum()), float(weights.sum())
+
+
+def angular_distance(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Angles between hidden states over π by token that counts, 0 to 1 (Gromov et al., arXiv 2403.17887, equation 7).
+
+    The paper takes the last token of each sample. Infinite where the widths differ.
+
+    Args:
+        before, after: [samples, tokens, hidden]. mask: which tokens count, bool [samples, tokens]; None for all.
+    """
+    if before.shape != after.shape:
+        return torch.tensor([math.inf])
+    cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    angles = cosine.clamp(-1, 1).arccos() / math.pi
+    return angles.flatten() if mask is None or mask.shape != angles.shape else angles[mask]
 
 
 def block_influence(

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from compress.architectures import resize
 from compress.architectures.model_map import model_map
+from compress.blockwise.memory_budget import TRIAL_SAMPLES, most_trials
 from compress.errors import PassError
 from compress.passes.allocation import divergence_memory
 from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
-from compress.passes.blockwise import require_head, runner_memory
+from compress.passes.blockwise import require_head, runner_memory, trials_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.settings import PruneStructuredSettings
@@ -45,8 +46,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     yields: ClassVar[frozenset[Storage]] = frozenset({"float", "uneven"})
     source: ClassVar[str] = (
         "obs: Optimal Brain Surgeon in groups, as in ZipLM, arXiv 2302.04089; activation: Minitron, arXiv 2407.14679; taylor: "
-        "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; experts: REAP, arXiv 2510.13999; KV heads: arXiv "
-        "2412.20677; block reconstruction: BRECQ, arXiv 2102.05426"
+        "arXiv 1906.10771; block_influence: ShortGPT, arXiv 2403.03853; contiguous blocks: arXiv 2403.17887; experts: REAP, "
+        "arXiv 2510.13999; KV heads: arXiv 2412.20677; block reconstruction: BRECQ, arXiv 2102.05426"
     )
 
     def required_data(self, settings: PruneStructuredSettings) -> frozenset[str]:
@@ -64,9 +65,18 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         return settings.model_copy(update=chosen)
 
     def plan_notes(self, spec: Spec, settings: PruneStructuredSettings) -> list[str]:
-        """The kept widths, where later passes want multiples."""
-        text = None if settings.searched else widths.multiples_note(spec, settings)
-        return [] if text is None else [text]
+        """The kept widths, where later passes want multiples; and how many sets of blocks are tried."""
+        if settings.searched:
+            return []
+        texts = [widths.multiples_note(spec, settings)]
+        if _by_trials(settings) and settings.layers is not None and not isinstance(settings.layers, tuple):
+            depth = model_map(spec).depth
+            count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
+            tries = most_trials(depth, count, groups=True)
+            texts.append(
+                f"choosing {count} of {depth} blocks tries at most {tries} sets, each on at most {TRIAL_SAMPLES} samples"
+            )
+        return [text for text in texts if text is not None]
 
     def output_storage(self, settings: PruneStructuredSettings) -> frozenset[Storage]:
         """Floats; with `allocation: kl` also uneven widths."""
@@ -79,8 +89,11 @@ class PruneStructured(Pass[PruneStructuredSettings]):
     def memory(self, spec: Spec, settings: PruneStructuredSettings, width: int) -> int | None:
         """Bytes of the block runner and its teacher; or of the whole model, to try blocks or for gradients."""
         gradients = _gradient_memory(spec, width) if _by_gradient(settings) else 0
+        trials = trials_memory(spec, width) if _by_trials(settings) else 0
         if not _sweeps(settings):
-            return gradients or None
+            if trials and model_map(spec).record.source != "written":
+                return None  # a model that does not run block by block is run whole
+            return max(gradients, trials) or None
         mapped = model_map(spec)
         names = {linear.name for linear in mapped.layers if len(linear.tensor.shape) == 2}
         tuned = settings.compensation == "reconstruction"
@@ -90,11 +103,12 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if tuned and _has_teacher(settings):
             largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
             runner += width * (sum(t.count for t in mapped.outside) + largest)
-        whole = (1 + settings.searched) * width * spec.parameters if _chosen_by_score(settings) else 0
+        loads = settings.searched or (_chosen_by_score(settings) and not trials)
+        whole = (1 + settings.searched) * width * spec.parameters if loads else 0
         if settings.allocation == "kl":
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
             whole = max(whole, divergence_memory(spec, readers))
-        return max(runner, whole, gradients)
+        return max(runner, whole, gradients, trials)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact if blocks are named or all alike. Otherwise scores on data decide which blocks are removed.
@@ -164,8 +178,13 @@ class PruneStructured(Pass[PruneStructuredSettings]):
 
 
 def _chosen_by_score(settings: PruneStructuredSettings) -> bool:
-    """Whether blocks are chosen by trying the whole model."""
+    """Whether blocks are chosen on data."""
     return settings.searched or (settings.layers is not None and not isinstance(settings.layers, tuple))
+
+
+def _by_trials(settings: PruneStructuredSettings) -> bool:
+    """Whether blocks are chosen by leaving them out on trial, one block in memory at a time."""
+    return _chosen_by_score(settings) and (settings.searched or settings.layer_importance == "kl")
 
 
 def _by_gradient(settings: PruneStructuredSettings) -> bool:

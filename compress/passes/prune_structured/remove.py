@@ -21,7 +21,7 @@ from compress.passes.prune_structured.block import WidthOptions, magnitude, prun
 from compress.passes.prune_structured.importance import channel_importance, expert_saliency
 from compress.passes.prune_structured.taylor import taylor_scores
 from compress.sensitivity.block_influence import block_influence
-from compress.sensitivity.depth import greedy_depth
+from compress.sensitivity.depth import DepthOptions, choose_blocks
 from compress.solvers.obs import keep_by_score
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def _worst_blocks(
     if context.processes.rank:
         return None
     data = context.data("calibration")
-    options: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
     if settings.layer_importance == "kl":
-        gone, steps = greedy_depth(checkpoint, data, count, **options)
-        rows = [{str(i): loss for i, loss in step.items()} for step in steps]
-        return {"blocks": gone, "details": {"loss_without_block": rows}}
-    scores = block_influence(checkpoint, data, **options)
+        options = DepthOptions(context.dtype, context.device, context.max_ram)
+        workspace = context.workspace.folder("depth").alone()
+        choice = choose_blocks(checkpoint, data, count, options, workspace=workspace, progress=context.progress)
+        return {"blocks": choice.order, "details": choice.details()}
+    scores = block_influence(checkpoint, data, dtype=context.dtype, device=context.device, progress=context.progress)
     gone = sorted(range(len(scores)), key=lambda i: (scores[i], i))[:count]
     return {"blocks": gone, "details": {"block_influence": scores}}
 

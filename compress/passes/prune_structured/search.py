@@ -282,7 +282,7 @@ def _tried(
     """Amounts of the best shape, and a row for each; None in other processes than the first."""
     if context.processes.rank:
         return None
-    from compress.sensitivity.depth import divergence, greedy_depth
+    from compress.sensitivity.depth import DepthOptions, choose_blocks, divergence
 
     if settings.max_latency_ratio is None:
         candidates = shapes(planner, checkpoint.spec, settings)
@@ -293,10 +293,12 @@ def _tried(
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
     order: list[int] = []
     if deepest := max(shape.layers for shape in candidates):
-        common: dict[str, Any] = {"dtype": context.dtype, "device": context.device, "progress": context.progress}
-        order, _ = greedy_depth(checkpoint, trying, deepest, **common)
+        options = DepthOptions(context.dtype, context.device, context.max_ram, groups=False)
+        workspace = context.workspace.folder("depth").alone()
+        choice = choose_blocks(checkpoint, trying, deepest, options, workspace=workspace, progress=context.progress)
+        order = choice.order
     rows = []
-    options = []
+    tried = []
     with context.progress.task("trying shapes", len(candidates)) as task:
         for number, shape in enumerate(candidates):
             named = tuple(sorted(order[: shape.layers])) or None
@@ -304,12 +306,12 @@ def _tried(
             quick = option.model_copy(update={"compensation": "least_squares"})
             smaller = planner.apply(checkpoint, quick, context.part(f"shape{number}", data=lambda _: trying))
             loss = divergence(checkpoint, smaller, judging, dtype=context.dtype, device=context.device)
-            options.append((loss, number, option))
+            tried.append((loss, number, option))
             row = {"layers": list(named or ()), "heads": shape.heads, "mlp": shape.neurons}
             size = {"parameters": shape.spec.parameters, "bytes": lay_out(shape.spec, _ONE_FILE).bytes}
             fast = {} if shape.prefill is None else {"prefill": shape.prefill}
             rows.append(row | size | fast | {"divergence": loss})
             task.advance(note=f"{loss:.4f}")
-    _, number, best = min(options, key=lambda o: o[:2])
+    _, number, best = min(tried, key=lambda o: o[:2])
     amounts = {"layers": best.layers, "heads": best.heads, "mlp": best.mlp}
     return {"best": amounts, "shapes": [row | {"chosen": i == number} for i, row in enumerate(rows)]}

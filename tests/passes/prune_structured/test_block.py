@@ -152,7 +152,8 @@ def test_greedy_layer_removal_matches_trying_each(tmp_path):
     said = details["loss_without_block"][0]
     assert [said[str(i)] for i in range(4)] == pytest.approx(losses, rel=1e-4)
     assert losses.index(min(losses)) in details["removed_blocks"]
-    assert len(details["loss_without_block"][1]) == 3
+    assert len(details["samples_without_block"][1]) == 3
+    assert details["samples_without_block"][0]["0"] == 32
 
 
 def test_prune_structured_ignores_padding(tmp_path):
