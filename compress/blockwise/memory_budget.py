@@ -18,7 +18,7 @@ GRADIENT_TOKENS = 32768
 #: Bytes of output curvatures to hold for one block; the matrices with most outputs gain least from them.
 CURVATURE_BYTES = 512 << 20
 #: Bytes of hidden states that trials without some blocks hold in memory at a time; those of one trial may exceed it.
-STATES_BYTES = 256 << 20
+STATES_BYTES = 128 << 20
 #: Tokens whose logits are computed at a time.
 LOGITS_PER_CHUNK = 256
 #: Most samples that a trial without some blocks runs on, and most contiguous groups of blocks that are tried.

@@ -112,7 +112,7 @@ def choose_blocks(
     trials = _open(checkpoint, samples, options, workspace, progress)
     tries = most_trials(trials.depth, count, options.groups)
     with progress.task("trying without blocks", tries * len(samples.ids), "samples") as task:
-        race = _Race(trials, _rounds(len(samples.ids), samples.ids.shape[1]), workspace, options.error, task)
+        race = _Race(trials, _rounds(len(samples.ids), trials.length), workspace, options.error, task)
         choice = _choose(race, count, options.groups)
     trials.close()
     return choice

@@ -41,10 +41,11 @@ class Trials(Protocol):
     """Measures a model without some of its blocks.
 
     Attributes:
-        depth: number of blocks. counts: number of predictions of each sample that count.
+        depth: number of blocks. length: tokens of a sample, padding included. counts: predictions of each sample that count.
     """
 
     depth: int
+    length: int
     counts: list[int]
 
     def losses(self, sets: Sequence[BlockSet], rows: Sequence[int], base: BlockSet) -> list[list[float]]:
@@ -106,6 +107,8 @@ class KeptStates:
         self._executor = BlockExecutor(checkpoint, inputs, dtype=dtype, device=device)
         self._streamed, self._folder, self._mask = self._executor.streamed, folder, samples.mask
         self.depth = self._executor.depth
+        if len(self._streamed.lists) != 1:
+            raise PassError("its blocks are in several lists")
         self._executor.learn_calls()
         model: Any = reading_several(self._streamed.model)
         self._predicts = model.base_model is not model
@@ -113,6 +116,7 @@ class KeptStates:
         self._files: dict[tuple[BlockSet, int], Activations] = {}
         self._written: dict[tuple[BlockSet, int], set[int]] = {}
         self._row = tuple(self._executor.first_hidden([0]).shape[1:])
+        self.length = prod(self._row[:-1])
         self.counts = self._checked()
 
     # ---- the model as it is ----
@@ -278,6 +282,8 @@ class WholeModel:
         self._blocks = find_blocks(self._model, model_map(checkpoint.spec).record)
         self._samples, self._predicts = samples, self._model.base_model is not self._model
         self.depth = len(self._blocks)
+        inputs = Inputs(samples.values, samples.mask, samples.target_mask)
+        self.length = inputs.length
         with torch.no_grad():
             self.counts = counts_of(self._outputs(0), samples.mask, len(samples.ids))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress import architectures
+from compress import architectures, passes
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived, Value
 from compress.data.batches import Batches
@@ -92,6 +92,20 @@ def test_remove_layers_takes_shares_and_counts(pico_llama):
             ]
             == left
         )
+
+
+def test_plan_of_chosen_blocks_says_how_many_sets_are_tried():
+    """And its memory is that of one block, where blocks are chosen by trials."""
+    instance = passes.get("prune_structured")
+    specs = [open_checkpoint(pico.folder("llama", num_hidden_layers=depth)).spec for depth in (4, 24)]
+    settings = instance.settings(layers=2)
+    said = "choosing 2 of 4 blocks tries at most 10 sets, each on at most 32 samples"  # 4, then 3, and 3 pairs
+    assert instance.plan_notes(specs[0], settings) == [said]
+    assert "tries at most 55 sets" in instance.plan_notes(specs[1], settings)[0]  # 24, then 23, and 8 of 23 pairs
+    assert instance.plan_notes(specs[0], instance.settings(layers=[1])) == []
+    for repair in ("none", "reconstruction"):
+        few, many = (instance.memory(spec, instance.settings(layers=2, compensation=repair), 4) for spec in specs)
+        assert few == many
 
 
 @pytest.mark.parametrize(
