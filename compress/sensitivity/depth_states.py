@@ -264,8 +264,9 @@ class KeptStates:
 
     def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Those samples, a batch at a time. The same rows give the same batches, and so the same rounding."""
-        tokens = TOKENS_PER_BATCH["cpu" if self._executor.device == "cpu" else "cuda"]
-        size = max(1, tokens // max(1, self._executor.inputs.length))
+        executor = self._executor
+        tokens = TOKENS_PER_BATCH["cpu" if executor.device == "cpu" else "cuda"]
+        size = 1 if executor.calls.turned else max(1, tokens // max(1, executor.inputs.length))
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
 
