@@ -144,14 +144,16 @@ class Gradients:
         hidden.requires_grad_()
         generator = torch.Generator(executor.device).manual_seed(executor.seed * 1_000_003 + row)
         length = hidden.shape[1]
-        some = "logits_to_keep" in arguments_of(executor.streamed.model)
+        # a class may read tokens of its own in front of the text, and predict none of these
+        some = "logits_to_keep" in arguments_of(executor.streamed.model) and length == executor.inputs.length
         step = LOGITS_PER_CHUNK if some else length
         for start in range(0, length, step):
             positions = torch.arange(start, min(start + step, length), device=executor.device)
             with torch.enable_grad():
                 logits = executor.logits([row], hidden, {"logits_to_keep": positions} if some else {})[0].float()
                 losses = cross_entropy(logits, draw(logits, generator), reduction="none")
-                (losses if mask is None else losses[mask[0, positions]]).sum().backward()  # type: ignore[no-untyped-call]
+                kept = losses if mask is None else losses[mask[0, positions[: len(losses)]]]
+                kept.sum().backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return hidden.grad
 
@@ -201,6 +203,7 @@ class Gradients:
         sums = {s.name: torch.zeros(len(s.weight), len(s.weight), device=s.weight.device) for s in wanted}
         for _, gradients in self.at(block, wanted, block.originals):
             for name, g in gradients.items():
-                sums[name].addmm_(g.T, g)
+                if g.shape[1] == len(sums[name]):  # a layer may give each group of inputs some of its outputs
+                    sums[name].addmm_(g.T, g)
         self.executor.processes.all_reduce(*sums.values())
         return {name: total for name, total in sums.items() if float(total.diagonal().sum()) > 0}

@@ -42,6 +42,8 @@ _MLPS: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("ffn",), "ffn_output", 1),
     (("intermediate_dense",), "output_dense", 1),
     (("up",), "down", 1),
+    (("w_in.w_0", "w_in.w_1"), "w_out", 1),
+    (("intermediate",), "output", 1),
 )
 #: Last words of the projections to queries, keys, values, and from heads.
 _ATTENTIONS: tuple[tuple[str, str, str, str], ...] = tuple(
