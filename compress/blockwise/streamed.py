@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from compress.architectures.inferred import Inferred
 from compress.architectures.model_map import model_map
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
@@ -109,9 +110,15 @@ class StreamedModel:
                     self._tensors.setdefault(index, []).append(tensor.name)
             head = f"{self.record.head}."  # with what may stand in front of it; no tensor's name begins with None
             self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
-            if len(self.lists) > 1:
+            if len(self.lists) > 1 or self._has_copies():
                 self.model.tie_weights()  # each list may have the embeddings under a name of its own
             self._compute_tables()
+
+    def _has_copies(self) -> bool:
+        """Whether the class has parameters outside the blocks, beside its head, that are tied to others."""
+        record = self.record
+        pairs = record.pairs if isinstance(record, Inferred) else ()
+        return any(p != record.head_pair and record.list_of(p[0]) is None for p in pairs)
 
     def _lists(self) -> list[LoadedList]:
         names = {id(module): name for name, module in self.model.named_modules()}
