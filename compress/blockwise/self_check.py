@@ -62,6 +62,19 @@ def check_blockwise(
                 task.advance()
 
 
+def blocks_left_out(executor: BlockExecutor) -> set[int]:
+    """Numbers of the blocks that the model does not run on the first sample."""
+    seen: set[int] = set()
+
+    def whole(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        seen.add(index)
+        with executor.streamed.block(index) as module:
+            return module(hidden, *args, **kwargs)
+
+    executor.streamed.run(executor.inputs.rows([0]), whole)
+    return {*range(executor.depth)} - seen
+
+
 def _refusal(executor: BlockExecutor, index: int, reason: str) -> PassError:
     title = executor.streamed.title_of(index)
     return PassError(f"this model cannot run block by block: {title} {reason}", fix=FIX)

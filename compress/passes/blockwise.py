@@ -76,6 +76,26 @@ def open_runner(
     return runner
 
 
+def require_run(checkpoint: Checkpoint, blocks: Collection[int], context: Context) -> None:
+    """Raise `PassError` for blocks, chosen by calibration data, that the model does not run on these."""
+    from compress.blockwise.calls import NOT_RUN
+    from compress.blockwise.executor import BlockExecutor
+    from compress.blockwise.inputs import Inputs
+    from compress.blockwise.self_check import blocks_left_out
+
+    batches = context.data("calibration")
+    inputs = Inputs(
+        batches.values, batches.mask, batches.target_mask, rows_per_sample(checkpoint.spec, len(batches.ids))
+    )
+    executor = BlockExecutor(checkpoint, inputs, dtype=context.dtype, device=context.device)
+    if absent := sorted(blocks_left_out(executor) & {*blocks}):
+        raise PassError(
+            f"block {absent[0]} would go first, as it {NOT_RUN}",
+            key="layers",
+            fix=f"name the blocks to remove, as in layers: [{absent[0]}]",
+        )
+
+
 def measured_divergences(
     checkpoint: Checkpoint, names: Sequence[str], changes: WeightDeltas, setting: tuple[str, str], context: Context
 ) -> tuple[dict[str, dict[str, float]], list[list[str]]]:

@@ -74,7 +74,7 @@ def block_influence(
     finally:
         for handle in handles:
             handle.remove()
-    return [total / count for total, count in totals]
+    return [total / count if count else 0.0 for total, count in totals]  # none where a block is not run
 
 
 def _recorder(total: list[float], loop: SampleLoop) -> Any:

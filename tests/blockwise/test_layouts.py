@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import compress
 from compress.architectures.codebooks import rows_per_sample
 from compress.blockwise.inputs import Inputs
 from compress.checkpoint.open import open_checkpoint
@@ -73,3 +74,12 @@ def test_rows_that_make_no_whole_sample_are_refused(tmp_path):
     spec = checkpoint_of("musicgen_decoder", tmp_path).spec
     with pytest.raises(PassError, match=r"6 rows of token ids make no whole number of samples.*give a multiple of 4"):
         rows_per_sample(spec, 6)
+
+
+def test_a_block_that_is_left_out_is_not_taken_for_the_least_important(tmp_path):
+    """No text changes without a layer of cross-attention to images, and it is not removed unless it is named."""
+    checkpoint = checkpoint_of("mllama_text_model", tmp_path / "in")
+    number = checkpoint.spec.structure.config["cross_attention_layers"][0]
+    data = torch.randint(2, 250, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(PassError, match=f"block {number} would go first, as it is not run .*name the blocks to remove"):
+        compress.apply("prune_structured", tmp_path / "in", tmp_path / "out", data=data, layers=1)

@@ -37,6 +37,8 @@ CASES = {
     "paligemma": ("PaliGemmaForConditionalGeneration", "text"),
     "idefics3": ("Idefics3ForConditionalGeneration", "text"),
     "mllama": ("MllamaForConditionalGeneration", "text"),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", "text"),
+    "prophetnet": ("ProphetNetForCausalLM", "text"),
 }
 REFUSED = {
     "pegasus_x": "PegasusXForConditionalGeneration",

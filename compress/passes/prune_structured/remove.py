@@ -14,7 +14,7 @@ from compress.blockwise.reconstruct import Reconstruction
 from compress.blockwise.targets import Teacher
 from compress.checkpoint.values import Checkpoint, Derived
 from compress.passes.base import Context
-from compress.passes.blockwise import open_runner
+from compress.passes.blockwise import open_runner, require_run
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.allocation import uneven_widths
 from compress.passes.prune_structured.block import WidthOptions, magnitude, prune_block_width
@@ -42,9 +42,19 @@ def drop_layers(
         choice = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
         context.details.update(choice["details"])
         drop = sorted(choice["blocks"])
+        if without_loss := _without_loss(choice):
+            require_run(checkpoint, without_loss, context)
     context.details["removed_blocks"] = list(drop)
     keep = [i for i in range(depth) if i not in drop]
     return slicing.drop_blocks(checkpoint, drop), [*keep[1:], depth]
+
+
+def _without_loss(choice: Mapping[str, Any]) -> set[int]:
+    """The chosen blocks whose removal changes nothing on the data."""
+    rows = choice["details"].get("loss_without_block") or [
+        {str(i): score for i, score in enumerate(choice["details"]["block_influence"])}
+    ]
+    return {i for i in choice["blocks"] if any(row.get(str(i)) == 0 for row in rows)}
 
 
 def _worst_blocks(
