@@ -38,7 +38,6 @@ CASES = {
     "idefics3": ("Idefics3ForConditionalGeneration", "text"),
     "mllama": ("MllamaForConditionalGeneration", "text"),
     "deepseek_v4": ("DeepseekV4ForCausalLM", "text"),
-    "prophetnet": ("ProphetNetForCausalLM", "text"),
 }
 REFUSED = {
     "pegasus_x": "PegasusXForConditionalGeneration",
