@@ -117,8 +117,9 @@ class StreamedModel:
     def _has_copies(self) -> bool:
         """Whether the class has parameters outside the blocks, beside its head, that are tied to others."""
         record = self.record
-        pairs = record.pairs if isinstance(record, Inferred) else ()
-        return any(p != record.head_pair and record.list_of(p[0]) is None for p in pairs)
+        if not isinstance(record, Inferred):
+            return False
+        return any(p != record.head_pair and record.list_of(p[0]) is None for p in record.pairs)
 
     def _lists(self) -> list[LoadedList]:
         names = {id(module): name for name, module in self.model.named_modules()}
