@@ -96,8 +96,16 @@ bench-attention: $(STAMP)
 	$(BIN)/python -m benchmarks.attention $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 # the family matrix, docs/families.md; WORKERS= processes; goes on where it was stopped; ARGS= such as --fresh or --only llama; --peer PYTHON for llm-compressor beside it
-families: $(STAMP)
-	$(BIN)/python -m benchmarks.families --workers $(WORKERS) $(ARGS)
+families: $(VENV)/families/.ready
+	$(VENV)/families/bin/python -m benchmarks.families --workers $(WORKERS) $(ARGS)
+
+# over the usual packages those that some classes are made of; by themselves, as transformers treats images otherwise with them
+$(VENV)/families/.ready: $(STAMP)
+	$(BIN)/python -m venv $(VENV)/families
+	printf 'import site; site.addsitedir("%s")\n' "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  > "$$($(VENV)/families/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth"
+	$(VENV)/families/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt timm torchvision $(TORCH_INDEX)
+	touch $@
 
 # outputs equal those of an earlier commit byte for byte; BEFORE= is the commit, ARGS= such as --only 'cast_*'
 same-bytes: $(STAMP)

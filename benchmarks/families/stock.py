@@ -6,6 +6,7 @@ A script: reads requests, JSON, one a line, and answers each with a line. It mus
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import sys
@@ -21,6 +22,24 @@ class _Guard:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] in ("compress", "benchmarks"):
             raise ImportError("this process must not import compress")
+
+
+def admit_torchvision() -> None:
+    """Make torchvision importable where its wheel was built for CUDA and torch was not; timm needs its transforms alone.
+
+    Without its library of operators, torchvision stops at those that it describes to PyTorch. They are declared here.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or "torchvision" in sys.modules:
+        return
+    try:
+        for library in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(str(library))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def first_tensor(output: Any) -> Any:
@@ -95,6 +114,7 @@ def serve(requests: Iterable[str], answers: TextIO) -> None:
     import torch
     import transformers
 
+    admit_torchvision()
     gc.freeze()  # what is imported is not looked at again
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

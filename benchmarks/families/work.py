@@ -131,12 +131,15 @@ def serve(connection: Connection, python: str | None = None) -> None:
     import torch
     import transformers
 
+    from benchmarks.families.judge import Stock
+    from benchmarks.families.stock import admit_torchvision
+
+    admit_torchvision()
     gc.freeze()  # what is imported is not looked at again
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     from benchmarks.families import peer
-    from benchmarks.families.judge import Stock
 
     stock, other = Stock(), Stock(peer.__file__, python) if python else None
     try:
