@@ -19,6 +19,7 @@ import torch
 from compress.blockwise.activations import HiddenStates
 from compress.blockwise.arguments import Call, equal, leaves, recorded
 from compress.blockwise.inputs import Inputs
+from compress.blockwise.layout import SampleLayout, layout_of
 from compress.blockwise.streamed import StopForward, StreamedModel
 from compress.errors import PassError, one_line
 
@@ -52,14 +53,14 @@ class ListCalls:
         length: positions of a sample's hidden states [samples, length, h]; 0 where they have other axes.
         outputs: number of a block ▶ shape of its output for one sample, where it is not the shape of its input.
         left_out: numbers of the blocks that the model does not run on these data.
-        order: axes of the hidden states that become samples, tokens and others; None where samples are first in the model too.
+        layout: where samples are in the hidden states.
     """
 
     values: int | None = None
     handed: Handed | None = None
     same: bool = False
     left_out: frozenset[int] = frozenset()
-    order: tuple[int, ...] | None = None
+    layout: SampleLayout = field(default_factory=SampleLayout)
     known: dict[int, list[Call]] = field(default_factory=dict)
     length: int = 0
     outputs: dict[int, torch.Size] = field(default_factory=dict)
@@ -108,7 +109,7 @@ class BlockCalls:
                 self._lists[place].left_out = frozenset(recorder.left_out)
                 last = self.inputs.samples - 1
                 calls, others = recorder.calls, self._record(place, [last])[1]
-                self._learn_order(place, recorder.first, self._record(place, [0, last], until=one.first)[0])
+                self._learn_layout(place, recorder.first, self._record(place, [0, last], until=one.first)[0])
                 hidden = self.samples_first(one.first, recorder.first)
                 self._lists[place].length = hidden.shape[1] if hidden.ndim == 3 else 0
             except _NotSequential as error:
@@ -143,20 +144,13 @@ class BlockCalls:
             self.streamed.run(self.inputs.rows([0]), stub)
         return shapes
 
-    def _learn_order(self, place: int, single: torch.Tensor, double: torch.Tensor) -> None:
+    def _learn_layout(self, place: int, single: torch.Tensor, double: torch.Tensor) -> None:
         """Learn where samples and tokens are in the hidden states, from those of one sample and of two."""
-        axes = [i for i, (a, b) in enumerate(zip(single.shape, double.shape, strict=False)) if a != b]
-        apart = (
-            single.ndim == double.ndim and len(axes) == 1 and (single.shape[axes[0]], double.shape[axes[0]]) == (1, 2)
-        )
-        if apart and axes == [0]:
-            return
-        if not apart or self._lists[place].outputs:
+        layout = layout_of(single, double, self.inputs.length)
+        if layout is None or (layout != SampleLayout() and self._lists[place].outputs):
             first = self.streamed.lists[place].first
             raise self._refusal(first, "reads hidden states that are not laid out by sample")
-        others = [i for i in range(single.ndim) if i not in axes]
-        tokens = [i for i in others if single.shape[i] == self.inputs.length][:1]
-        self._lists[place].order = (*axes, *tokens, *(i for i in others if i not in tokens))
+        self._lists[place].layout = layout
 
     def _check_once(self) -> None:
         """Raise `PassError` where a model runs a block more than once, as ALBERT and models that loop over their blocks do."""
@@ -231,17 +225,15 @@ class BlockCalls:
     @property
     def turned(self) -> bool:
         """Whether samples are not first in the hidden states of some list."""
-        return any(one.order is not None for one in self._lists)
+        return any(one.layout.order is not None for one in self._lists)
 
     def samples_first(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states around a block as the model lays them out ▶ with the samples first, then tokens."""
-        order = self._lists[self.streamed.list_of(index)].order
-        return hidden if order is None else hidden.permute(order)
+        return self._lists[self.streamed.list_of(index)].layout.samples_first(hidden)
 
     def as_in_model(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states around a block with the samples first ▶ as the model lays them out."""
-        order = self._lists[self.streamed.list_of(index)].order
-        return hidden if order is None else hidden.permute([order.index(i) for i in range(len(order))])
+        return self._lists[self.streamed.list_of(index)].layout.as_in_model(hidden)
 
     def shape_behind(self, index: int, before: Sequence[int]) -> torch.Size:
         """Shape of one sample's hidden states [1, …] behind a block; ``before``: the shape in front of it."""

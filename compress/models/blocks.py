@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from compress import architectures
-from compress.architectures.inferred import Inferred, refilled
+from compress.architectures.inferred import BlockList, Inferred, refilled
 from compress.spec.spec import Spec, Structure, Tensor
 
 
@@ -37,7 +37,7 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
         places = {
             refilled(one.path, place): place
             for one in record.of_kind("main", "stack")
-            if (place := _place(one.module, names)) is not None and _has_linears(model.get_submodule(place))
+            if (place := _place(one.module, names)) is not None and _counts(one, model.get_submodule(place))
         }
         places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is made first
     else:
@@ -47,11 +47,16 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
     return {path: model.get_submodule(place) for path, place in places.items()}
 
 
-def _has_linears(modules: Any) -> bool:
-    """Whether a list holds matrices that passes change; of convolutions, such as those in front of speech, it does not."""
+def _counts(one: BlockList, modules: Any) -> bool:
+    """Whether a list is one of blocks: a list of convolutions beside the main one, such as those in front of speech, is not.
+
+    The blocks of a stage may be convolutions.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    if one.kind == "main" or any(part.isdigit() for part in one.module.split(".")):
+        return True
     parts = list(modules.modules())
     return any(isinstance(part, (torch.nn.Linear, Conv1D)) or hasattr(part, "gate_up_proj") for part in parts)
 
