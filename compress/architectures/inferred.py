@@ -59,12 +59,14 @@ class Matrix:
     """A tensor of two axes or more.
 
     Attributes:
-        role: its role. layer: whether it is the weight of a linear layer. transposed: whether it is stored [I, O].
+        role: its role. layer: whether it is the weight of a linear layer or a convolution that passes take.
+        transposed: whether it is stored [I, O]. kernel: whether it is the kernel of a convolution.
     """
 
     role: BlockRole | OuterRole = "other"
     layer: bool = False
     transposed: bool = False
+    kernel: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Inferred(Architecture):
     Attributes:
         class_name: the class that it was read off; None for shapes alone.
         lists: the lists of blocks; the main one first, then in the order of computation.
-        matrices: tensor ▶ what it is; ``*`` stands for numbers.
+        matrices: tensor ▶ what it is; ``*`` stands for numbers. A whole name goes before its pattern.
         memory: module in files ▶ module in memory, where they differ; ``*`` stands for numbers.
         pairs: (name, source) of tied parameters, named as in files.
         head_pair: the pair that the config's ``tie_word_embeddings`` alone unties; None without one.
@@ -84,7 +86,8 @@ class Inferred(Architecture):
         defaults: config fields that the files may leave out ▶ their values in transformers.
         longest: tokens of the longest text; None where no table limits it.
         absent: linear layers in memory that the files have no tensor of; they are tied, or have random weights.
-        whole: tensors that transformers splits, joins, turns or shares, so that it loads no codes of them; ``*``: numbers.
+        whole: tensors that transformers splits, joins, turns or shares, or that linear layers of other classes than torch's
+            hold, so that it loads no codes of them; ``*``: numbers.
         joined: whether it makes weights other than experts' from several; it finds none of these beside codes.
         unknown: parts that could not be told for certain, in words.
     """
@@ -148,15 +151,22 @@ class Inferred(Architecture):
 
     def matrix_role(self, name: str, part: str | None) -> Any:
         """The role of a matrix; ``part``: its module within its block, None outside the blocks."""
-        return self.matrices.get(starred(name), Matrix()).role
+        return self._matrix(name).role
 
     def is_layer(self, name: str, in_block: bool) -> bool:
         """Whether a tensor is the weight of a linear layer that passes take."""
-        return self.matrices.get(starred(name), Matrix()).layer
+        return self._matrix(name).layer
 
     def is_transposed(self, name: str, in_block: bool) -> bool:
         """Whether a matrix is stored [I, O]."""
-        return self.matrices.get(starred(name), Matrix()).transposed
+        return self._matrix(name).transposed
+
+    def _matrix(self, name: str) -> Matrix:
+        return self.matrices.get(name) or self.matrices.get(starred(name)) or Matrix()
+
+    def is_kernel(self, name: str) -> bool:
+        """Whether a tensor is the kernel of a convolution."""
+        return self._matrix(name).kernel
 
     # ---- ties ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from compress.spec.spec import Tensor
@@ -25,7 +26,10 @@ class Linear:
         block: number of its block; None outside the blocks. part: its module, without the block's path.
         transposed: whether it is stored [I, O], or [E, I, O].
         expert: number of its expert; None outside of experts.
-        is_layer: whether it is the weight of a linear layer that passes take. Routers and tables of distances are none.
+        is_layer: whether it is the weight of a linear layer or a convolution that passes take. Routers, tables of distances,
+            a model's first convolution and depthwise ones are none.
+        kernel: whether it is the kernel of a convolution, [O, inputs of a group, *positions]. Its matrix is [O, I] with I =
+            inputs of a group x positions.
     """
 
     tensor: Tensor
@@ -35,6 +39,7 @@ class Linear:
     transposed: bool = False
     expert: int | None = None
     is_layer: bool = False
+    kernel: bool = False
 
     @property
     def name(self) -> str:
@@ -53,13 +58,13 @@ class Linear:
 
     @property
     def input_axis(self) -> int:
-        """Axis of the tensor that the inputs run along: -1, or -2 where it is transposed."""
+        """Axis that the inputs run along: -1, or -2 where it is transposed. Of a kernel, that of its matrix."""
         return -2 if self.transposed else -1
 
     @property
     def I(self) -> int:  # noqa: E743 - the letter of every formula
-        """Number of inputs."""
-        return self.tensor.shape[self.input_axis]
+        """Number of inputs; of a kernel, times its positions."""
+        return prod(self.tensor.shape[1:]) if self.kernel else self.tensor.shape[self.input_axis]
 
     @property
     def O(self) -> int:  # noqa: E743
@@ -69,7 +74,7 @@ class Linear:
     @property
     def experts(self) -> int:
         """Number of matrices in a tensor of all experts, [E, O, I] or [E, I, O]; 0 for a single matrix."""
-        return self.tensor.shape[0] if self.is_layer and len(self.tensor.shape) == 3 else 0
+        return self.tensor.shape[0] if self.is_layer and len(self.tensor.shape) == 3 and not self.kernel else 0
 
 
 @dataclass(frozen=True, slots=True)

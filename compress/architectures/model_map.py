@@ -247,7 +247,8 @@ class ModelMap:
         )
         base = next((f"{base}." for base in record.experts if part.startswith(f"{base}.")), "") if path else ""
         number = part.removeprefix(base).partition(".")[0] if base else ""
-        return Linear(tensor, role, block, part, transposed, int(number) if number.isdigit() else None, layer)
+        kernel = isinstance(record, Inferred) and record.is_kernel(tensor.name)
+        return Linear(tensor, role, block, part, transposed, int(number) if number.isdigit() else None, layer, kernel)
 
     # ---- requirements of passes ----
 

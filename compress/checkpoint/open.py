@@ -83,7 +83,7 @@ class Stored(Checkpoint):
             else:
                 codes, mask = decode_codes(parts, tensor.storage, tensor.shape, quant_format)
                 value = Value(
-                    partial(logical_values, codes, mask, quant_format),
+                    partial(logical_values, codes, mask, quant_format, tensor.shape),
                     mask,
                     Codes(*codes, static_inputs=self.static_inputs(name)),
                 )

@@ -180,9 +180,8 @@ def _values(checkpoint: Checkpoint, tensor: Tensor, wanted: torch.dtype | None) 
     if wanted is None or value.codes is None or quant_format is None or quant_format.format in FIXED_GROUPS:
         return value.data
     codes = value.codes
-    return logical_values(
-        (codes.codes, codes.scale.to(wanted), codes.zero, codes.overall), value.mask, quant_format.to_json()
-    )
+    stored = (codes.codes, codes.scale.to(wanted), codes.zero, codes.overall)
+    return logical_values(stored, value.mask, quant_format.to_json(), tensor.shape)
 
 
 def _static_inputs(checkpoint: Checkpoint, name: str) -> Mapping[str, torch.Tensor]:

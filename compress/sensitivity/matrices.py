@@ -134,7 +134,7 @@ def _linears_of(
         weight = getattr(module := modules.get(mapped.in_memory(name.removesuffix(".weight"))), "weight", None)
         if name in experts:
             linears |= {linear.name: linear for linear in experts[name]}
-        elif module is not None and weight is not None:
+        elif module is not None and weight is not None and not mapped.linears[name].kernel:
             transposed = mapped.linears[name].transposed
             linears[name] = TargetLinear(name, name, weight.T if transposed else weight, transposed, module)
         else:

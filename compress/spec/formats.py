@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -87,9 +88,14 @@ class QuantFormat:
         return self.format in CODEBOOKS
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the codes: [out, in], of all experts together; the tensor's own shape with a codebook."""
+        """Shape of the codes: [out, in], of all experts together, a convolution's kernel with in = inputs x positions.
+
+        With a codebook, the tensor's own shape.
+        """
         if self.is_codebook:
             return shape
+        if len(shape) > 2 and not self.experts:
+            return shape[0], prod(shape[1:])
         outputs, inputs = (shape[-1], shape[-2]) if self.transposed else shape[-2:]
         return max(1, self.experts) * outputs, inputs
 
@@ -112,10 +118,12 @@ class QuantFormat:
         return self.rows(shape)[1] // self.group if self.group else 1
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of that shape can have this format: matrices with whole groups; codebooks take any shape."""
+        """Whether a tensor of that shape can have this format: matrices and kernels with whole groups; codebooks take any."""
         if self.is_codebook:
             return True
-        if len(shape) not in (2, 3) or self.experts != (shape[0] if len(shape) == 3 else 0):
+        if len(shape) < 2 or (self.experts and (len(shape) != 3 or self.experts != shape[0])):
+            return False
+        if self.transposed and len(shape) > 2 and not self.experts:
             return False
         inputs = self.rows(shape)[1]
         whole = inputs % self.group == 0 if self.group else True

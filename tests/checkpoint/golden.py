@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import SqueezeBertConfig, SqueezeBertForMaskedLM
 
 import compress
 from compress.checkpoint import bundle
@@ -81,11 +82,16 @@ def coded(checkpoint: Checkpoint, quant_formats: Mapping[str, QuantFormat], shar
             continue
         data = checkpoint.tensor(tensor.name).data
         mask = None if share is None else kept(tensor.shape, share, seed)
-        codes = codebook(data, quant_format, mask) if quant_format.is_codebook else integers(data, quant_format, mask)
-        found = dequantize(
-            codes, mask if quant_format.is_codebook or mask is None or not quant_format.transposed else mask.T
+        matrix = data if quant_format.is_codebook else data.flatten(1)
+        keep = mask if mask is None or quant_format.is_codebook else mask.flatten(1)
+        codes = (
+            codebook(matrix, quant_format, keep) if quant_format.is_codebook else integers(matrix, quant_format, keep)
         )
-        values[tensor.name] = Value(found.T.contiguous() if quant_format.transposed else found, mask, codes)
+        found = dequantize(
+            codes, keep if quant_format.is_codebook or keep is None or not quant_format.transposed else keep.T
+        )
+        found = found.T.contiguous() if quant_format.transposed else found.reshape(tensor.shape)
+        values[tensor.name] = Value(found, mask, codes)
         count = None if mask is None else int(mask.sum())
         tensors[tensor.name] = replace(tensor, dtype="BF16", quant_format=quant_format, kept=count)
     return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
@@ -112,7 +118,7 @@ def integers(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor |
         codes = rounded(rows.contiguous(), quant_format, torch.bfloat16, keep, search=False)
     given = {
         "input_scale": torch.tensor(
-            [0.0625], dtype=torch.float32 if quant_format.static_inputs_dtype == "F32" else torch.bfloat16
+            [0.0625], dtype=torch.float32 if quant_format.given_dtype == "F32" else torch.bfloat16
         ),
         "input_zero_point": torch.tensor([-3], dtype=torch.int8),
         "input_global_scale": torch.tensor([448.0]),
@@ -132,6 +138,21 @@ def mask(root: Path) -> Checkpoint:
             values[tensor.name] = Value(checkpoint.tensor(tensor.name).data.to(dtype), found)
             tensors[tensor.name] = replace(tensor, dtype=name, kept=int(found.sum()))
     return changed(checkpoint, replace(checkpoint.spec, tensors=tensors), values)
+
+
+def kernels(root: Path) -> Checkpoint:
+    """Convolutions along the text, of one group and of several: packed integers with zero points, E4M3, removed weights."""
+    sizes = {"hidden_size": 16, "embedding_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    grouped = {"vocab_size": 40, "num_attention_heads": 2, "max_position_embeddings": 16, "post_attention_groups": 2}
+    torch.manual_seed(0)
+    built = SqueezeBertForMaskedLM(SqueezeBertConfig(**sizes, **grouped)).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.copy_((parameter * 1024).round().clamp(-64, 64) / 64)
+    built.to(torch.bfloat16).save_pretrained(root / "stock")
+    whole = {"query": QuantFormat("int4", 4, False), "key": QuantFormat("fp8"), "value": QuantFormat("codebook3")}
+    checkpoint = coded(open_checkpoint(root / "stock"), whole)
+    return coded(checkpoint, {"intermediate.conv1d": QuantFormat("int3", 4), "output.conv1d": QuantFormat("int8")}, 0.4)
 
 
 EMBEDDING = {"embed_tokens": QuantFormat("int4", 8)}  # stock loaders take no codes there, so the file is a compact one
@@ -346,6 +367,7 @@ MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "widths-transposed": widths_transposed,
     "windows": windows,
     "projections": projections,
+    "kernels": kernels,
 }
 SHARDED = {"masked-transposed": 6_000, "widths": 8_000}
 

@@ -61,7 +61,7 @@ def test_golden_is_read_by_the_bundled_file(stock, tmp_path):
         "import json, torch\nfrom transformers import AutoModelForCausalLM, AutoModelForMaskedLM\n"
         f"ids, result = torch.tensor({golden.IDS.tolist()}), {{}}\n"
         f"for name in {list(RECORDED)}:\n"
-        "    auto = AutoModelForMaskedLM if name == 'projections' else AutoModelForCausalLM\n"
+        "    auto = AutoModelForMaskedLM if name in ('projections', 'kernels') else AutoModelForCausalLM\n"
         f"    model = auto.from_pretrained('{tmp_path}/' + name, trust_remote_code=True, dtype='float32')\n"
         "    with torch.no_grad():\n"
         "        result[name] = model(input_ids=ids).logits[0, -1].tolist()\n"

@@ -75,6 +75,7 @@ def test_resolved_writes_out_defaults(work: Path) -> None:
                     "overrides": {},
                     "group_size": None,
                     "fused_experts": None,
+                    "convolutions": None,
                     "symmetric": True,
                     "method": "gptq",
                     "error_correction": ["asymmetric", "alternating", "curvature"],

@@ -79,7 +79,7 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
             return "main"
         beside = text is not None and not f"{path}.".startswith(text)
         is_tower = (generates and beside) or (reads_ids and _reads_no_ids(skeleton, path))
-        return "tower" if is_tower else "stack"
+        return "tower" if is_tower and not _shares(skeleton, path, main) else "stack"
 
     counted = [(path, module, kind(path)) for path, module in every if sizes[path] >= _SHARE * sizes[main]]
     # convolutions before the blocks, as in encoders of sound, make the blocks' inputs and are no blocks
@@ -134,6 +134,12 @@ def _chains(item: Any) -> list[str]:
         if len(module) and all(any(True for _ in part.children()) for part in module) and _has_matrix(module):
             result.append(path)
     return result
+
+
+def _shares(skeleton: Skeleton, path: str, main: str) -> bool:
+    """Whether a list has parameters of the main one, so that it is as much of the model's body."""
+    pairs = (pair for pair in skeleton.ties.items() if any(name.startswith(f"{main}.") for name in pair))
+    return any(name.startswith(f"{path}.") for pair in pairs for name in pair)
 
 
 def _reads_no_ids(skeleton: Skeleton, path: str) -> bool:

@@ -219,16 +219,20 @@ def _uncoded(
     spec: Spec, skeleton: Skeleton, names: Names, lists: tuple[BlockList, ...], experts: Sequence[str]
 ) -> dict[str, Any]:
     """The fields of a record that say which codes transformers cannot load. It can load those of numbered experts of blocks."""
+    import torch
+
     blocks = [starred(entry.path) for entry in lists if entry.kind != "tower"]
     bases = tuple(f"{path}.*.{base}." for path in blocks for base in experts)
     tied = {*skeleton.ties, *skeleton.ties.values()}
     whole, joined = set[str](), False
     for name, target in names.targets.items():
         pattern = skeleton.converter_of(name)
+        owner = skeleton.modules.get(target.rpartition(".")[0])
         if starred(name).startswith(bases) or len(spec.tensors[name].shape) < 2:
             continue
         joined |= pattern is not None and pattern.endswith(".weight")
-        if pattern is not None or (target in tied and any(target.startswith(f"{e.module}.") for e in lists)):
+        own = kind_of(owner) == "linear" and not isinstance(owner, torch.nn.Linear)
+        if pattern is not None or own or (target in tied and any(target.startswith(f"{e.module}.") for e in lists)):
             whole.add(starred(name))
     return {"whole": tuple(sorted(whole)), "joined": joined}
 
@@ -242,7 +246,9 @@ def _parts(
 ) -> dict[str, Any]:
     """The fields of a record that say where neurons and heads are."""
     layers = [
-        matrix for name, matrix in matrices.items() if matrix.layer and any(name.startswith(e.path) for e in lists)
+        matrix
+        for name, matrix in matrices.items()
+        if matrix.layer and not matrix.kernel and any(name.startswith(e.path) for e in lists)
     ]
     turned = {matrix.transposed for matrix in layers}
     if len(turned) != 1:

@@ -22,6 +22,8 @@ _MLP = re.compile(
     r"mlp|ffn|feed_forward|feedforward|expert|moe|^fc\d$|^wi|^wo$|dense_h_to|dense_4h|intermediate|lin[12]$",
     re.IGNORECASE,
 )
+#: Kinds of modules whose weights are kernels; axes of a kernel that runs along one axis, of sound or text.
+_KERNELS, _AXES_OF_SOUND = ("conv", "depthwise"), 3
 #: Names of modules that choose experts.
 ROUTER = re.compile(r"(?:^|\.)(?:\w*router\w*|gate|wg|shared_expert_gate|gate_network)(?:\.\w+)?$", re.IGNORECASE)
 
@@ -34,12 +36,13 @@ def matrices_of(
     embeddings: Collection[str],
     head: str | None,
 ) -> dict[str, Matrix]:
-    """Tensor of two axes or more ▶ what it is; ``*`` stands for numbers.
+    """Tensor of two axes or more ▶ what it is; ``*`` stands for numbers. Kernels that differ by block have whole names.
 
     Args:
         targets: tensor ▶ parameter. embeddings: modules in files that embed. head: module in memory that predicts.
     """
     result: dict[str, Matrix] = {}
+    kernels: dict[str, Matrix] = {}
     loose = not lists
     for tensor in spec.tensors.values():
         if len(tensor.shape) < 2 or tensor.name not in targets:
@@ -53,19 +56,27 @@ def matrices_of(
             matrix = _inside(skeleton, target, part, tensor.shape)
         key = starred(tensor.name)
         result[key] = matrix if result.get(key, matrix) == matrix else _least(result[key], matrix)
-    return result
+        if matrix.kernel:
+            kernels[tensor.name] = matrix
+    # depthwise and other convolutions may alternate in one list
+    return result | {name: matrix for name, matrix in kernels.items() if result[starred(name)] != matrix}
 
 
 def _least(a: Matrix, b: Matrix) -> Matrix:
     """The safer one of two, where tensors of the same name differ by block."""
     routers = [m for m in (a, b) if m.role == "router"]
+    alike = a.transposed == b.transposed and a.kernel == b.kernel
     return (
-        routers[0] if routers else Matrix("other", a.layer and b.layer and a.transposed == b.transposed, a.transposed)
+        routers[0] if routers else Matrix("other", a.layer and b.layer and alike, a.transposed, a.kernel and b.kernel)
     )
 
 
 def kind_of(module: Any) -> str:
-    """Kind of a module: ``linear``, ``transposed`` (a linear layer that is stored [I, O]), ``table``, ``conv`` or ``other``."""
+    """Kind of a module: ``linear``, ``transposed`` (a linear layer that is stored [I, O]), ``table``, ``conv``, ``depthwise``
+    (a convolution of each channel by itself) or ``other``.
+
+    A module of a class of its own that says how many features its matrix [O, I] takes and gives is a linear layer too.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -75,7 +86,10 @@ def kind_of(module: Any) -> str:
         return "linear"
     if isinstance(module, torch.nn.Embedding):
         return "table"
-    return "conv" if isinstance(module, torch.nn.modules.conv._ConvNd) else "other"
+    if isinstance(module, torch.nn.modules.conv._ConvNd) and not module.transposed:
+        return "depthwise" if module.groups > 1 and module.groups == module.in_channels else "conv"
+    features = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return "linear" if tuple(getattr(getattr(module, "weight", None), "shape", ())) == features else "other"
 
 
 def _outside(
@@ -90,15 +104,21 @@ def _outside(
         role = "head"
     elif module in embeddings:
         role = "embedding"
-    transposed = kind == "transposed"
-    layer = loose and role == "other" and kind in ("linear", "transposed") and target.endswith(".weight")
-    return Matrix(role, layer and not _last(skeleton, owner), transposed)
+    weight = target.endswith(".weight")
+    layer = loose and role == "other" and kind in ("linear", "transposed", "conv") and weight
+    layer = layer and owner not in (_last(skeleton), _stem(skeleton))
+    return Matrix(role, layer, kind == "transposed", weight and kind in _KERNELS)
 
 
-def _last(skeleton: Skeleton, owner: str) -> bool:
-    """Whether a module is a classifier's last layer: nothing of the model comes after it."""
-    linears = [name for name, module in skeleton.modules.items() if kind_of(module) in ("linear", "transposed")]
-    return bool(linears) and linears[-1] == owner
+def _last(skeleton: Skeleton) -> str | None:
+    """A classifier's last layer: nothing of the model comes after it."""
+    linears = (name for name, module in skeleton.modules.items() if kind_of(module) in ("linear", "transposed"))
+    return next(iter([*linears][::-1]), None)
+
+
+def _stem(skeleton: Skeleton) -> str | None:
+    """The first convolution, which reads pixels or sound: it has few weights, and all that follows depends on it."""
+    return next((name for name, module in skeleton.modules.items() if kind_of(module) in _KERNELS), None)
 
 
 def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) -> Matrix:
@@ -116,6 +136,10 @@ def _inside(skeleton: Skeleton, target: str, part: str, shape: Sequence[int]) ->
         parent, _, child = owner.rpartition(".")
         by_hand = child in _multiplied_by_hand(skeleton.modules[parent].__class__)
         return Matrix(role, not by_hand, kind == "transposed")
+    if kind in _KERNELS and name == "weight":
+        if role == "attention" and not _SELF.search(path):  # by the word `conv` alone, as in networks for images
+            role = "other" if len(shape) > _AXES_OF_SOUND else role
+        return Matrix(role, kind == "conv" and owner != _stem(skeleton), False, True)
     if fused is not None and fused.ndim == 3 and len(shape) == 2:  # an expert of a fused tensor, by itself in the files
         return Matrix("mlp", True)
     if fused is not None and fused.ndim == len(shape) == 3 and (turned := inputs_first(module)) is not None:
@@ -202,7 +226,8 @@ def experts_in(
         part = name[len(entry.path) + 1 :].partition(".")[2]
         words = part.split(".")
         place = next((i for i, word in enumerate(words) if word.isdigit()), None)
-        if place is None and len(spec.tensors[name].shape) == 3 and matrices[starred(name)].layer:
+        matrix = matrices[starred(name)]
+        if place is None and len(spec.tensors[name].shape) == 3 and matrix.layer and not matrix.kernel:
             result[part.rpartition(".")[0]] = None
         elif place and (
             "expert" in words[place - 1] or skeleton.state[target].ndim == len(spec.tensors[name].shape) + 1

@@ -81,7 +81,7 @@ def decode(
     if grid is None:
         return READERS[storage].values(parts, shape, masked)
     codes, mask = decode_codes(parts, storage, shape, grid)
-    return logical_values(codes, mask, grid), mask
+    return logical_values(codes, mask, grid, shape), mask
 
 
 #: Codes [O, I] (int8, float8, or E2M1 codes as uint8), scales [O, G], zero points [O, G] or None, and the global scale [1] or
@@ -100,6 +100,8 @@ def decode_codes(
     rows = (*shape[:-2], shape[-1], shape[-2]) if grid["transposed"] else shape
     if grid.get("experts"):
         rows = (rows[0] * rows[1], rows[2])
+    elif not _shaped(grid):
+        rows = (rows[0], torch.Size(rows[1:]).numel())
     mask = unpack_bits(parts["keep"], rows) if "keep" in parts else None
     bits, scale, zero = int(grid["bits"]), parts["scale"], parts.get("zero")
     if grid.get("whole"):
@@ -107,26 +109,36 @@ def decode_codes(
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack_codes(zero.T.contiguous(), bits, rows[0]).T.contiguous()
     codes = reader.codes(parts, rows, bits, mask, zero)
-    across = from_rows(mask, grid) if mask is not None else None
+    across = from_rows(mask, grid, shape) if mask is not None else None
     return (codes, scale, zero, parts.get("overall")), across
 
 
 def as_rows(values: torch.Tensor, grid: dict[str, Any]) -> torch.Tensor:
-    """Values in the tensor's shape ▶ [O, I], experts one after another."""
+    """Values in the tensor's shape ▶ [O, I]: experts one after another, kernels flat. With a codebook, as they are."""
     values = values.mT if grid["transposed"] else values
-    return values.flatten(0, 1) if grid.get("experts") else values
+    if grid.get("experts"):
+        return values.flatten(0, 1)
+    return values if _shaped(grid) else values.flatten(1)
 
 
-def from_rows(values: torch.Tensor, grid: dict[str, Any]) -> torch.Tensor:
-    """Values [O, I], experts one after another ▶ in the tensor's shape, contiguous."""
-    values = values.reshape(grid["experts"], -1, values.shape[1]) if grid.get("experts") else values
-    return values.mT.contiguous() if grid["transposed"] else values
+def _shaped(grid: dict[str, Any]) -> bool:
+    """Whether codes have the tensor's shape, as indices into a codebook do."""
+    return str(grid["format"]).startswith("codebook")
 
 
-def logical_values(codes: StoredCodes, mask: torch.Tensor | None, grid: dict[str, Any]) -> torch.Tensor:
-    """Dequantised values in the tensor's shape, with removed weights +0.0."""
+def from_rows(values: torch.Tensor, grid: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor:
+    """Values [O, I], as `as_rows` gives them ▶ in the tensor's shape, contiguous."""
+    if grid["transposed"]:
+        return values.reshape(*shape[:-2], shape[-1], shape[-2]).mT.contiguous()
+    return values.reshape(shape)
+
+
+def logical_values(
+    codes: StoredCodes, mask: torch.Tensor | None, grid: dict[str, Any], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Dequantised values of ``shape``, with removed weights +0.0."""
     values = dequantized(*codes)
-    values = from_rows(values, grid)
+    values = from_rows(values, grid, shape)
     return values if mask is None else values.masked_fill(~mask, 0)
 
 

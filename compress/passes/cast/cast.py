@@ -65,12 +65,14 @@ class Cast(Pass[CastSettings]):
     def completed(
         self, settings: CastSettings, given: Collection[str], store: Literal["stock", "compact"]
     ) -> CastSettings:
-        """Choose static scales of the cache if the recipe has calibration data, and fused experts where files can hold them."""
+        """Choose static scales of the cache if there is calibration data; fused experts and kernels if files can hold them."""
         update: dict[str, Any] = {}
         if settings.kv_cache is not None and settings.kv_cache_scales is None:
             update["kv_cache_scales"] = "tensor" if "calibration" in given else "none"
         if settings.fused_experts is None and settings.coded:
             update["fused_experts"] = store == "compact"
+        if settings.convolutions is None and settings.coded:
+            update["convolutions"] = store == "compact"
         return settings.model_copy(update=update)
 
     def input_multiple(self, settings: CastSettings) -> InputMultiple:

@@ -50,6 +50,6 @@ def _rounded(value: Value, tensor: Tensor, quant_format: QuantFormat, dtype: tor
     codes = rounded(across, quant_format, dtype, keep, search=search)
 
     def data() -> torch.Tensor:
-        return from_rows(dequantize(codes, keep), grid)
+        return from_rows(dequantize(codes, keep), grid, tensor.shape)
 
     return Value(data, value.mask, codes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from compress.architectures.model_map import model_map
+from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.evaluation.tasks import LANGUAGE, is_seq2seq, task_of
 from compress.passes.cast.budget import Choices
@@ -108,16 +108,18 @@ def choices(spec: Spec, settings: CastSettings, groups: Sequence[Sequence[str]])
 
 
 def left_note(spec: Spec, settings: CastSettings) -> str | None:
-    """A sentence on experts that keep their format as stock loaders would not read their codes; None without such."""
-    if settings.fused_experts or settings.only or settings.weights in DTYPES:
+    """A sentence on experts and kernels that keep their format as stock loaders read no codes of them; None without such."""
+    if settings.only or settings.weights in DTYPES:
         return None
-    left = sorted({x.module for x in model_map(spec).targets if x.experts})
-    if not left:
-        return None
-    return (
-        f"{left[0]} and its like keep their format: stock loaders read no codes of experts that files hold in one tensor; "
-        "`store: compact` casts them"
-    )
+    targets = model_map(spec).targets
+    experts = sorted({x.module for x in targets if x.experts and not settings.fused_experts})
+    kernels = sorted({x.module for x in targets if x.kernel and not settings.convolutions})
+    parts = [
+        f"{left[0]} and its like keep their format: stock loaders read no codes of {what}"
+        for left, what in ((experts, "experts that files hold in one tensor"), (kernels, "convolutions"))
+        if left
+    ]
+    return "; ".join([*parts, "`store: compact` casts them"]) if parts else None
 
 
 def encoder_note(spec: Spec, settings: CastSettings, cast: Spec) -> str | None:
@@ -148,9 +150,7 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
     routers = _routers(spec)
     default = [module for module in modules if module not in routers]
     if settings.weights not in DTYPES and not settings.only:
-        default = [
-            x.module for x in mapped.targets if len(x.tensor.shape) == 2 or (settings.fused_experts and x.experts)
-        ]
+        default = [x.module for x in mapped.targets if _takes(x, settings)]
     chosen = select(default, settings, modules)
     overrides: dict[str, Format] = {}
     for pattern, override in reversed(settings.overrides.items()):  # the first pattern that matches wins
@@ -164,11 +164,34 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
         format_ = overrides.get(tensor.module, settings.weights)
         linear = mapped.linears.get(tensor.name)
         matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
-        if format_ in DTYPES or matrix or (linear is not None and linear.experts):
+        if format_ in DTYPES or matrix or (linear is not None and (linear.experts or linear.kernel)):
             result[tensor.name] = format_
     if settings.weights not in DTYPES and settings.weights not in result.values():
-        raise PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
+        raise _nothing_left(spec, settings)
     return result
+
+
+def _takes(linear: Linear, settings: CastSettings) -> bool:
+    """Whether it gets codes by default: linear layers; where the store can hold them, experts in one tensor and kernels."""
+    if linear.kernel:
+        return bool(settings.convolutions) and not settings.solved
+    return len(linear.tensor.shape) == 2 or bool(settings.fused_experts and linear.experts)
+
+
+def _nothing_left(spec: Spec, settings: CastSettings) -> PassError:
+    """The error for a model of which no matrix gets codes."""
+    if (
+        not settings.only
+        and not settings.convolutions
+        and (kernels := [x for x in model_map(spec).targets if x.kernel])
+    ):
+        return PassError(
+            f"the weights of {spec.structure.class_name or spec.structure.model_type} are kernels of convolutions, such as "
+            f"{kernels[0].name}, and stock loaders read no codes of these",
+            key="weights",
+            fix="use `store: compact`",
+        )
+    return PassError("no weight matrix is left to cast", key="only" if settings.only else "skip")
 
 
 def _routers(spec: Spec) -> set[str]:

@@ -71,6 +71,12 @@ class CastSettings(PassSettings):
         description="Cast experts that the files hold in one tensor (gpt-oss, Granite MoE) to codes too. Stock loaders cannot "
         "read such codes, so the default is true with `store: compact` alone.",
     )
+    convolutions: bool | None = Field(
+        default=None,
+        description="Cast the kernels of convolutions inside the blocks to codes too: a kernel [out, in, *positions] as the "
+        "matrix [out, in x positions]. The first convolution and depthwise ones keep their format unless `only` or "
+        "`overrides` name them. Stock loaders cannot read such codes, so the default is true with `store: compact` alone.",
+    )
     symmetric: bool = Field(default=True, description="Integers without zero points.")
     method: Literal["rtn", "mse", "gptq"] = Field(
         default="gptq",

@@ -16,7 +16,11 @@ from compress.spec.spec import Spec
 def magnitude_mask(linear: Linear, value: Value, kept: int, settings: PruneUnstructuredSettings) -> torch.Tensor:
     """Keep-mask of a matrix's ``kept`` largest weights, of each expert's, or of those that the pattern keeps."""
     if settings.pattern is not None:
-        return keep_n_of_m(value.data, settings.pattern.n, settings.pattern.m, linear.input_axis, value.mask)
+        data, earlier = value.data, value.mask
+        if linear.kernel:
+            data, earlier = data.flatten(1), None if earlier is None else earlier.flatten(1)
+        mask = keep_n_of_m(data, settings.pattern.n, settings.pattern.m, linear.input_axis, earlier)
+        return mask.reshape(value.data.shape)
     if linear.experts and settings.scope == "layer" and value.mask is None:
         return torch.stack([keep_largest(expert, kept // linear.experts) for expert in value.data])
     return keep_largest(value.data, kept, value.mask)

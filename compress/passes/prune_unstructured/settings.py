@@ -19,10 +19,15 @@ class PruneUnstructuredSettings(PassSettings):
         "2301.00774) is a few times faster. `wanda` (arXiv 2306.11695) is faster still and worse. These read calibration "
         "data. `magnitude` removes the smallest weights, needs no data and is by far the worst.",
     )
-    sparsity: Fraction | None = Field(default=None, description="Share of the weights to remove, such as 50%.")
+    sparsity: Fraction | None = Field(
+        default=None,
+        description="Share of the weights to remove, such as 50%, of the linear layers and convolutions of blocks. The first "
+        "convolution and depthwise ones stay unless `only` names them.",
+    )
     pattern: PatternNM | None = Field(
         default=None,
-        description="N:M sparsity (arXiv 2104.08378): keep N of every M weights along the input dimension, such as 2:4.",
+        description="N:M sparsity (arXiv 2104.08378): keep N of every M weights along the input dimension, such as 2:4. The "
+        "kernel of a convolution is the matrix [out, in x positions].",
     )
     scope: Literal["layer", "global"] = Field(
         default="layer",
