@@ -102,7 +102,9 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
     """All linears of a loaded block by name, and its fused experts."""
     matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
-    probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters()} | _expert_probes(fused)
+    # of tensors of all experts that are run otherwise one entry is too little for the way back, and no layer reads them
+    probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters() if p.ndim < 3}
+    probes |= _expert_probes(fused)
     names = _stored_names(probes, lambda parameters: streamed.stored_names(index, parameters))
     by_name: dict[str, TargetLinear] = {}
     swaps: list[ExpertSwap] = []

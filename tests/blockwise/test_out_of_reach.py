@@ -48,6 +48,20 @@ def test_joined_matrices_are_pruned_by_magnitude_and_the_rest_by_calibration(lar
     assert torch.equal(stock_logits(tmp_path / "out", tmp_path), our_logits(tmp_path / "out"))
 
 
+def test_experts_of_two_numbers_are_pruned_by_magnitude(tmp_path):
+    """LongCat has experts that hand on their inputs: their gates and ups have weights, which nothing reads."""
+    model = tmp_path / "model"
+    pico_model(transformers.LongcatFlashForCausalLM, shrunken(default_config("longcat_flash"))).save_pretrained(model)
+    compress.apply("prune_unstructured", model, tmp_path / "out", data=IDS, method="sparsegpt", **PRUNE)
+    compress.apply("prune_unstructured", model, tmp_path / "magnitude", method="magnitude", **PRUNE)
+    ours, theirs = changed(model, tmp_path / "out"), changed(model, tmp_path / "magnitude")
+    assert ours.keys() == theirs.keys()
+    assert not any("router" in name for name in ours)
+    same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+    assert same == {name for name in ours if ".experts." in name}
+    assert torch.equal(stock_logits(tmp_path / "out", tmp_path), our_logits(tmp_path / "out"))
+
+
 def test_only_such_matrices_are_refused(lara, tmp_path):
     with pytest.raises(PassError, match=r"in_proj\.weight is not a linear layer that calibrated methods reach"):
         compress.apply(

@@ -174,7 +174,11 @@ def _multiplied_by_hand(cls: Any) -> frozenset[str]:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
         return frozenset()
-    patterns = (r"self\.(\w+)\.weight\s*@", r"@\s*self\.(\w+)\.weight\b", r"linear\(\s*\w+,\s*self\.(\w+)\.weight\b")
+    patterns = (
+        r"self\.(\w+)\.weight\s*@",
+        r"@\s*self\.(\w+)\.weight\b",
+        r"linear\((?:[^(),]|\([^()]*\))+,\s*self\.(\w+)\.weight\b",
+    )
     return frozenset(name for pattern in patterns for name in re.findall(pattern, source))
 
 
