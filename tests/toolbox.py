@@ -219,7 +219,8 @@ def inputs_of(checkpoint: Checkpoint, samples: int = SAMPLES, mask: torch.Tensor
 
 def matrices(checkpoint: Checkpoint) -> set[str]:
     """Names of the matrices of blocks."""
-    return {x.name for x in model_map(checkpoint.spec).layers if len(x.tensor.shape) == 2}
+    layers = model_map(checkpoint.spec).layers
+    return {x.name for x in layers if len(x.tensor.shape) == 2 and x.block is not None}
 
 
 def runner_of(

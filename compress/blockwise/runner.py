@@ -82,8 +82,13 @@ class BlockRunner:
         self.streamed, self.processes = self.executor.streamed, self.executor.processes
         self._targets = TargetStream(self.executor, teacher, workspace.path) if with_targets else None
         self._by_block: dict[int, set[str]] = {}
+        outside: set[str] = set()
+        inferred = self.streamed.record.source != "written"
         for name in sorted(wanted):
             index = self.streamed.number_of(name)
+            if index is None and inferred and name in leave:
+                outside.add(name)
+                continue
             if index is None:
                 raise PassError(
                     f"{name} is outside the blocks, where calibrated methods do not reach",
@@ -91,14 +96,18 @@ class BlockRunner:
                     fix="use method: magnitude for it",
                 )
             self._by_block.setdefault(index, set()).add(name)
-        self.left = self._leave(leave) if leave else frozenset()
+        self.left = self._leave(leave, outside) if leave else frozenset()
         self._shared = SharedTensors(self.executor, self.wanted, workspace)
 
-    def _leave(self, names: Collection[str]) -> frozenset[str]:
-        """Take out of ``wanted`` what calibration does not reach; nothing where that would be all."""
+    def _leave(self, names: Collection[str], outside: Collection[str]) -> frozenset[str]:
+        """Take out of ``wanted`` what calibration does not reach; nothing where that would be all.
+
+        Args:
+            outside: what is in no block, such as layers between stages.
+        """
         if self.streamed.record.source == "written":
             return frozenset()
-        left = frozenset(out_of_reach(self.streamed, self._by_block)) & frozenset(names)
+        left = (frozenset(out_of_reach(self.streamed, self._by_block)) & frozenset(names)) | frozenset(outside)
         if not left or left == self.wanted:
             return frozenset()
         self.wanted = self.wanted - left

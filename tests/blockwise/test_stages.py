@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from transformers import FunnelConfig, HieraConfig, MobileViTConfig, PvtConfig, SwinConfig
 
+import compress
 from compress.architectures.inference import infer
 from compress.blockwise.inputs import Inputs
 from compress.checkpoint.open import open_checkpoint
@@ -131,3 +134,29 @@ def test_blocks_of_stages_match_the_whole_model(kind, tmp_path):
     assert seen == with_linears
     last = len(before) - 1
     assert not torch.allclose(before[last], after[last], rtol=1e-3, atol=0)
+
+
+def test_layers_between_stages_are_treated_by_their_weights_alone(tmp_path):
+    """The layer that merges patches is in no block: it is pruned by magnitude, as it is cast, and stock code loads it."""
+    config = SwinConfig(**TWO, embed_dim=8, num_heads=[1, 2], window_size=4)
+    transformers.SwinForImageClassification(config).save_pretrained(tmp_path / "in")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "in")
+    lot = np.random.default_rng(0)
+    for label in ("LABEL_0", "LABEL_1"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(2):
+            pixels = lot.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+    half = {"sparsity": 0.5, "data": tmp_path / "images", "samples": 3}
+    compress.apply("prune_unstructured", tmp_path / "in", tmp_path / "out", method="sparsegpt", **half)
+    compress.apply("prune_unstructured", tmp_path / "in", tmp_path / "small", method="magnitude", sparsity=0.5)
+    ours, theirs = (open_checkpoint(tmp_path / name) for name in ("out", "small"))
+    merging = "swin.encoder.layers.0.downsample.reduction.weight"
+    inside = "swin.encoder.layers.1.blocks.1.output.dense.weight"
+    assert torch.equal(ours.tensor(merging).data, theirs.tensor(merging).data)
+    assert not torch.equal(ours.tensor(inside).data, theirs.tensor(inside).data)
+    assert all(
+        (one.tensor(name).data == 0).float().mean() == 0.5 for one in (ours, theirs) for name in (merging, inside)
+    )
+    _, missing = transformers.SwinForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(missing[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

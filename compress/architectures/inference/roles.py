@@ -43,14 +43,15 @@ def matrices_of(
     """
     result: dict[str, Matrix] = {}
     kernels: dict[str, Matrix] = {}
-    loose = not lists
+    loose, stages = not lists, _stages(lists)
     for tensor in spec.tensors.values():
         if len(tensor.shape) < 2 or tensor.name not in targets:
             continue
         target = targets[tensor.name]
         inside = next((entry for entry in lists if target.startswith(f"{entry.module}.")), None)
         if inside is None:
-            matrix = _outside(skeleton, tensor.module, target, embeddings, head, loose)
+            between = target.startswith(stages)
+            matrix = _outside(skeleton, tensor.module, target, embeddings, head, loose or between)
         else:
             part = target[len(inside.module) + 1 :].partition(".")[2]
             matrix = _inside(skeleton, target, part, tensor.shape)
@@ -60,6 +61,16 @@ def matrices_of(
             kernels[tensor.name] = matrix
     # depthwise and other convolutions may alternate in one list
     return result | {name: matrix for name, matrix in kernels.items() if result[starred(name)] != matrix}
+
+
+def _stages(lists: Sequence[BlockList]) -> tuple[str, ...]:
+    """Paths in memory, with the dot, of the lists of stages that have lists of blocks.
+
+    What is below them and in no block lies between the stages, such as the layers that merge patches.
+    """
+    paths = (entry.module.split(".") for entry in lists if entry.kind != "tower")
+    places = ((path, next((i for i, part in enumerate(path) if part.isdigit()), None)) for path in paths)
+    return tuple({".".join([*path[:place], ""]) for path, place in places if place is not None})
 
 
 def _least(a: Matrix, b: Matrix) -> Matrix:

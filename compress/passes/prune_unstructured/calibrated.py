@@ -37,7 +37,10 @@ def prune_blocks(
     if settings.allocation != "uniform":
         assert settings.sparsity is not None
         if settings.allocation == "owl":
-            sparsity = by_owl(checkpoint, chosen, settings.sparsity, context)
+            linears = model_map(checkpoint.spec).linears
+            inside = {name for name in chosen if linears[name].block is not None}
+            shares = by_owl(checkpoint, inside, settings.sparsity, context)
+            sparsity = {**dict.fromkeys(chosen, settings.sparsity), **shares}
         else:
             sparsity = by_divergence(checkpoint, chosen, settings.sparsity, settings.method, context)
     options = PruneOptions(

@@ -35,7 +35,9 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         if odd:
             raise _odd(odd, settings.pattern.m)
     if settings.method != "magnitude":
-        mapped.require_inside_blocks(names)
+        # layers between stages are pruned by magnitude, beside blocks that are calibrated
+        inside = {name for name in names if mapped.linears[name].block is not None or not mapped.linears[name].is_layer}
+        mapped.require_inside_blocks(inside or names)
     if settings.allocation == "kl":
         require_divergence(spec, names)
     return names
