@@ -104,7 +104,7 @@ def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[Target
         return once, []
     wanted = (output - hidden).float()
     written = {s.name: outputs[s.name][0].float() for s in singles}
-    fitting = [s for s in singles if written[s.name].numel() == wanted.numel()]
+    fitting = [s for s in singles if not s.kernel and written[s.name].numel() == wanted.numel()]
     bound = _UNEXPLAINED * float(wanted.abs().max())
     for writers in (list(w) for count in (1, 2) for w in combinations(fitting, count)):
         left = wanted - sum(written[s.name].view(wanted.shape) for s in writers)
@@ -181,9 +181,9 @@ def _read(
         for handle in handles:
             handle.remove()
     masks = block.token_masks(rows)
-    if not read:  # an expert without tokens
-        read.append(residual.new_zeros(0, linear.weight.shape[1]))
-    return counted(linear.rows(read[0]), masks), counted(residual, masks)
+    # an expert may have no tokens
+    inside = linear.rows(read[0]) if read else residual.new_zeros(0, linear.weight.shape[1])
+    return counted(inside, masks), counted(residual, masks)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from compress.architectures.inference.roles import kind_of
 from compress.architectures.model_map import model_map
 from compress.blockwise.experts import Experts, ExpertSwap, rows_first
+from compress.blockwise.kernels import geometry, is_kernel, patches
 from compress.blockwise.streamed import StreamedModel, names_in_files
 from compress.errors import PassError
 from compress.spec.spec import Spec
@@ -29,6 +31,7 @@ class TargetLinear:
         transposed: whether the checkpoint shapes it [I, O]. owner: the experts it belongs to.
         module: the layer that is called with the matrix's inputs. group: linears of one group read the same inputs.
         sequence_first: whether these are [length, samples, I], as in Longformer's attention.
+        kernel: whether it is that of a convolution, which the checkpoint shapes [O, inputs, *positions].
         part: where the checkpoint holds the matrix within a tensor of all experts; None where it has a tensor of its own.
     """
 
@@ -41,6 +44,7 @@ class TargetLinear:
     group: int = -1
     sequence_first: bool = False
     part: ExpertPart | None = None
+    kernel: bool = False
 
     @property
     def tensor(self) -> str:
@@ -48,13 +52,22 @@ class TargetLinear:
         return self.name if self.part is None else self.part.tensor
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs or outputs of the layer as [T, …], the tokens of one sample after those of another."""
+        """Inputs or outputs of the layer as [T, …], the tokens of one sample after those of another; of a kernel, inputs alone."""
+        if self.kernel:
+            return patches(self.module, x)
         return (x.transpose(0, 1) if self.sequence_first else x).reshape(-1, x.shape[-1])
 
     def own(self, values: torch.Tensor) -> torch.Tensor:
         """The matrix's own values [O, I] of values in the shape of the checkpoint's tensor."""
         values = values.mT if self.transposed else values
+        values = values.flatten(1) if self.kernel else values
         return values if self.part is None else values[self.part.expert, self.part.rows]
+
+    def stored(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [O, I] in the shape of the checkpoint's tensor, contiguous; of experts, those of all."""
+        if self.kernel:
+            return values.reshape(self.module.get_parameter("weight").shape).contiguous()
+        return (values.mT if self.transposed else values).contiguous()
 
 
 @dataclass(frozen=True)
@@ -112,11 +125,14 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
         parameter = f"{path}.weight"
         stored = names.get((parameter, 0), "")
         transposed = stored in matrices and matrices[stored].transposed and path not in fused
-        if transposed or isinstance(module, torch.nn.Linear):
+        if transposed or kind_of(module) == "linear":
             data: torch.Tensor = module.weight.data
             if stored not in matrices or matrices[stored].tensor.shape != tuple(data.shape):
                 continue  # the files hold its rows in several tensors
             by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
+        elif is_kernel(module) and stored in matrices and matrices[stored].tensor.shape == tuple(module.weight.shape):
+            matrix = module.weight.data.view(len(module.weight), -1)
+            by_name[stored] = TargetLinear(stored, parameter, matrix, False, module, kernel=True)
         elif path in fused:
             parent, _, child = path.rpartition(".")
             experts = Experts(module)
@@ -238,7 +254,8 @@ def group_linears(
     for linear in linears:
         own = inputs[linear.name]
         linear.sequence_first = bool(own) and own[0][0].shape[1:-1] == (1,) and len(own[0][0]) > 1
-        place = next((i for i, h in enumerate(heads) if own and _same(h, own)), None)
+        alike = (i for i, h in enumerate(heads) if own and _same(h, own))
+        place = next((i for i in alike if _patches(groups[i][0]) == _patches(linear)), None)
         if place is None and not own and linear.owner is not None:
             place = next((i for i, g in enumerate(groups) if not heads[i] and _pair(g[0], linear)), None)
         if place is None:
@@ -272,6 +289,11 @@ def _same(a: Sequence[_Read], b: Sequence[_Read]) -> bool:
     pairs = ((x, y) for (x, before), (y, now) in zip(a, b, strict=True) if before == now)
     same = (x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride() for x, y in pairs)
     return sum(same) == len(a)
+
+
+def _patches(linear: TargetLinear) -> tuple[Any, ...]:
+    """Equal for layers that make the same rows of the same input."""
+    return geometry(linear.module) if linear.kernel else ()
 
 
 def _pair(a: TargetLinear, b: TargetLinear) -> bool:

@@ -36,7 +36,11 @@ def extras_by_tensor(
     parts: Sequence[tuple[TargetLinear, torch.Tensor | None, Codes | None]],
 ) -> dict[str, TensorExtras]:
     """Keep-masks and codes by the checkpoint's tensors, of matrices with theirs [O, I]; experts are put together."""
-    whole = {x.name: TensorExtras(_as_stored(keep, x.transposed), codes) for x, keep, codes in parts if x.part is None}
+    whole = {
+        x.name: TensorExtras(None if keep is None else x.stored(keep), codes)
+        for x, keep, codes in parts
+        if x.part is None
+    }
     together: dict[str, list[tuple[TargetLinear, torch.Tensor | None, Codes | None]]] = {}
     for linear, keep, codes in parts:
         if linear.part is not None:
@@ -51,12 +55,8 @@ def extras_by_tensor(
                 if getattr(codes, name) is not None
             }
             codes = Codes(**fields)
-        whole[tensor] = TensorExtras(None if mask is None else _as_stored(mask, first.transposed), codes)
+        whole[tensor] = TensorExtras(None if mask is None else first.stored(mask), codes)
     return whole
-
-
-def _as_stored(keep: torch.Tensor | None, transposed: bool) -> torch.Tensor | None:
-    return None if keep is None else (keep.mT if transposed else keep).contiguous()
 
 
 def _stacked(parts: Sequence[tuple[TargetLinear, torch.Tensor]]) -> torch.Tensor:

@@ -152,7 +152,8 @@ def runner_memory(
             held = curvatures_that_fit(x.O for x in changed if x.expert is None)
             chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # factors of the largest too
         peak = max(peak, width * block + chosen + max(statistics, solving, 4 * trained * block))
-    broadest = max((max(t.shape) for t in spec.stored() if t.name in names), default=0)
+    linears = (linear for name in names if (linear := mapped.linears.get(name)) is not None)
+    broadest = max((max(x.O, x.I, *x.tensor.shape) for x in linears), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
     return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
 

@@ -174,7 +174,7 @@ def _formats(spec: Spec, settings: CastSettings) -> dict[str, Format | None]:
 def _takes(linear: Linear, settings: CastSettings) -> bool:
     """Whether it gets codes by default: linear layers; where the store can hold them, experts in one tensor and kernels."""
     if linear.kernel:
-        return bool(settings.convolutions) and not settings.solved
+        return bool(settings.convolutions)
     return len(linear.tensor.shape) == 2 or bool(settings.fused_experts and linear.experts)
 
 

@@ -22,9 +22,7 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         if x.tensor.is_float and x.shared_with is None:
             matrices.setdefault(x.module, []).append(x)
     aliases = {t.module: spec.tensors[t.alias_of].module for t in spec.tensors.values() if t.alias_of}
-    calibrated = settings.method != "magnitude"
-    chosen = select_linears(spec, settings, lambda x: not (calibrated and x.kernel))
-    modules = {aliases.get(module, module) for module in chosen}
+    modules = {aliases.get(module, module) for module in select_linears(spec, settings)}
     names = frozenset(x.name for module in modules for x in _layers_first(matrices.get(module, [])))
     if not names:
         raise PassError(
