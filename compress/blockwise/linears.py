@@ -52,7 +52,7 @@ class TargetLinear:
         return self.name if self.part is None else self.part.tensor
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs or outputs of the layer as [T, …], the tokens of one sample after those of another; of a kernel, inputs alone."""
+        """Inputs or outputs of the layer as [T, …], the tokens of one sample after those of another; of a kernel, inputs."""
         if self.kernel:
             return patches(self.module, x)
         return (x.transpose(0, 1) if self.sequence_first else x).reshape(-1, x.shape[-1])
