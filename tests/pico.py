@@ -85,6 +85,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 8,
             "first_k_dense_replace": 1,
             "n_routed_experts": 4,
+            "n_shared_experts": 2,
             "num_experts_per_tok": 2,
             "n_group": 1,
             "topk_group": 1,

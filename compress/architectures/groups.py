@@ -23,6 +23,7 @@ class Mlp:
     Attributes:
         up: modules whose outputs are the neurons. down: the module that reads the neurons.
         size_key: config field with the number of neurons. Without one no neuron can be removed.
+        times: config field with the number of such widths that there are neurons, as of shared experts; None for one.
         sections: how often the outputs of ``up`` hold the neurons, one run after another (2 where gate and up are fused).
         multiple: the number of neurons and the hidden width stay multiples of this.
     """
@@ -32,6 +33,7 @@ class Mlp:
     size_key: str | None = "intermediate_size"
     sections: int = 1
     multiple: int = 1
+    times: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class PrunableGroup:
         name: the module that reads the units. count: number of units.
         members: all places where the units lie. The last place is the inputs of the module ``name``.
         groups: number of equal runs of units, each of which must lose the same number of units; 1 for no such rule.
-        size_key, multiple: for neurons, as in `Mlp`.
+        size_key, multiple: for neurons, as in `Mlp`. times: number of neurons for each that the config field counts.
         alongside: further places, whose ``module`` is the full name of a parameter with one axis.
     """
 
@@ -148,6 +150,7 @@ class PrunableGroup:
     groups: int = 1
     size_key: str | None = None
     multiple: int = 1
+    times: int = 1
     alongside: tuple[Slice, ...] = ()
 
     @property
@@ -156,11 +159,12 @@ class PrunableGroup:
         return self.members[-1].width
 
 
-def neurons(mlp: Mlp, path: str, count: int) -> PrunableGroup:
-    """The neurons of an MLP of one block; ``path``: the block's path with the dot."""
+def neurons(mlp: Mlp, path: str, count: int, times: int = 1) -> PrunableGroup:
+    """The neurons of an MLP of one block; ``path``: the block's path with the dot. ``times``: as in `PrunableGroup`."""
     up = tuple(Slice(path + m, "out", sections=mlp.sections) for m in mlp.up)
     down = path + mlp.down
-    return PrunableGroup("mlp", down, count, (*up, Slice(down, "in")), size_key=mlp.size_key, multiple=mlp.multiple)
+    places = (*up, Slice(down, "in"))
+    return PrunableGroup("mlp", down, count, places, size_key=mlp.size_key, multiple=mlp.multiple, times=times)
 
 
 def heads(attention: Attention, path: str, queries: int, groups: int, head_dim: int) -> PrunableGroup:

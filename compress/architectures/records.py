@@ -313,7 +313,16 @@ RECORDS: tuple[Architecture, ...] = (
         experts=("mlp.experts",),
         experts_key="n_routed_experts",
         active_experts_key="num_experts_per_tok",
-        mlps=(_GATED, replace(_EXPERTS, size_key=None)),  # one field gives the width of routed and shared experts
+        mlps=(
+            _GATED,
+            replace(_EXPERTS, size_key="moe_intermediate_size"),
+            Mlp(
+                ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+                "mlp.shared_experts.down_proj",
+                "moe_intermediate_size",
+                times="n_shared_experts",
+            ),
+        ),
     ),
     Architecture(
         "gpt2",

@@ -40,7 +40,8 @@ def mlp_units(spec: Spec) -> dict[int, list[PrunableGroup]]:
                 one = replace(mlp, up=tuple(m.replace("*", expert) for m in mlp.up), down=mlp.down.replace("*", expert))
                 if all(f"{module}.weight" in block.tensors for module in (*one.up, one.down)):
                     inputs = mapped.linears[f"{block.path}{one.down}.weight"].I
-                    units.setdefault(block.index, []).append(neurons(one, block.path, inputs))
+                    times = int(mapped.record.value(mapped.config, mlp.times) or 1) if mlp.times else 1
+                    units.setdefault(block.index, []).append(neurons(one, block.path, inputs, times))
     return units
 
 

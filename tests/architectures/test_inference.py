@@ -22,10 +22,6 @@ from tests.toolbox import edit_config
 
 FAMILIES = [f for f in (*pico.FAMILIES, *pico.FURTHER) if architectures.find({"model_type": f})]
 KEYS = ("depth_key", "hidden_key", "heads_key", "kv_heads_key", "experts_key", "active_experts_key", "causal", "input")
-#: Facts that written records leave out, or that follow otherwise.
-BESIDE = {
-    ("deepseek_v3", "shared_experts"): "their MLP is one",
-}
 
 
 def both(family):
@@ -63,8 +59,7 @@ def test_inferred_matrices_agree_with_the_written_record(family):
         other = inferred.linears[name]
         for key in ("block", "part", "transposed", "expert", "is_layer"):
             assert getattr(matrix, key) == getattr(other, key), (name, key)
-        beside = any(kind == family and part in name for kind, part in BESIDE)
-        assert beside or matrix.role == other.role, name
+        assert matrix.role == other.role, name
         assert written.in_memory(matrix.module) == inferred.in_memory(matrix.module)
     assert (written.record.packable, written.record.input_axis) == (
         inferred.record.packable,
@@ -80,9 +75,10 @@ def test_inferred_mlps_and_attention_agree_with_the_written_record(family):
     """The field of the config for the neurons is not inferred; fused queries, and the table of T5, are left out."""
     written, inferred = both(family)
     parts = {starred(matrix.part) for matrix in written.linears.values()}
-    mlps = {replace(m, size_key=None) for m in written.record.mlps if {*map(starred, (*m.up, m.down))} <= parts}
-    further = {m for m in inferred.record.mlps if "shared_experts" in m.down}  # one width for these and the others
-    assert {*inferred.record.mlps} - (further if family == "deepseek_v3" else set()) == mlps
+    mlps = {
+        replace(m, size_key=None, times=None) for m in written.record.mlps if {*map(starred, (*m.up, m.down))} <= parts
+    }
+    assert {*inferred.record.mlps} == mlps
     attention = written.record.attention
     if attention is None or attention.layout != "separate" or attention.table:
         assert inferred.record.attention is None

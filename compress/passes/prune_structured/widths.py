@@ -188,6 +188,7 @@ def _neurons(
     if not units:
         raise PassError(f"the record of {record.model_type} names no MLP", key="mlp", fix=_FIX_RECORD)
     largest: dict[str, PrunableGroup] = {}  # by config field
+    multiple: dict[str, int] = {}
     uneven = amounts.allocation == "kl"
     if uneven:
         model_map(spec).require_nameable("allocation", UNEVEN[1])
@@ -206,7 +207,8 @@ def _neurons(
                 fix="remove `layers` instead, or set `allocation: kl`, which needs `store: compact`",
             )
         key = str(one.size_key)
-        largest[key] = max(one, largest.get(key, one), key=lambda units: units.count)
+        largest[key] = max(one, largest.get(key, one), key=lambda units: units.count // units.times)
+        multiple[key] = lcm(one.multiple, multiple.get(key, 1))
     if len(largest) > 1 and isinstance(amounts.mlp, int):
         raise PassError(
             "MLPs of two kinds, in blocks with and without experts, lose a share and no count",
@@ -214,10 +216,12 @@ def _neurons(
             fix="give a share such as mlp: 25%",
         )
     kept = {
-        key: _rounded(one.count, amounts.mlp, one.multiple, amounts.multiples, "mlp", "neurons")
+        key: _rounded(one.count // one.times, amounts.mlp, multiple[key], amounts.multiples, "mlp", "neurons")
         for key, one in largest.items()
     }
-    chosen = {i: [(one, one.count - kept[str(one.size_key)]) for one in groups] for i, groups in units.items()}
+    chosen = {
+        i: [(one, one.count - one.times * kept[str(one.size_key)]) for one in groups] for i, groups in units.items()
+    }
     return chosen, dict(config) if uneven else resize.with_size(record, config, kept)
 
 

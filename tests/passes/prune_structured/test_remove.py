@@ -39,7 +39,7 @@ MLP_OUT = (
     "DenseReluDense.wo",
 )
 HEADS_OUT = ("o_proj", "attn.c_proj", "attention.dense", "out_proj", "attention.output.dense", "out_lin", "Attention.o")
-NO_MLP_FIELD = ("bloom", "deepseek_v3")
+NO_MLP_FIELD = ("bloom",)
 #: Families whose heads share a latent, so that none goes by itself.
 LATENT = ("minicpm3", "deepseek_v3")
 #: Families whose config takes the hidden size for heads x head width.
