@@ -18,7 +18,7 @@ from compress.blockwise.activations import Activations
 from compress.blockwise.block import Block
 from compress.blockwise.experts import unfused
 from compress.blockwise.hessians import InputStatistics, counted, hessian_dtype
-from compress.blockwise.linears import TargetLinear, record_outputs
+from compress.blockwise.linears import TargetLinear, first_value, record_outputs
 from compress.blockwise.streamed import StopForward
 
 #: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
@@ -166,9 +166,9 @@ def _read(
         raise StopForward
 
     def adder(one: TargetLinear) -> Callable[..., None]:
-        def add(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        def add(module: Any, args: tuple[Any, ...], output: Any) -> None:
             nonlocal residual
-            residual = residual + one.rows(output.float())
+            residual = residual + one.rows(first_value(output).float())
 
         return add
 

@@ -116,7 +116,9 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
     matrices = model_map(streamed.checkpoint.spec).linears
     fused = {path: module for path, module in block.named_modules() if Experts.fits(module)}
     # of tensors of all experts that are run otherwise one entry is too little for the way back, and no layer reads them
-    probes = {name: torch.zeros((1,) * p.ndim) for name, p in block.named_parameters() if p.ndim < 3}
+    kernels = {f"{path}.weight" for path, module in block.named_modules() if is_kernel(module)}
+    few = [(name, p) for name, p in block.named_parameters() if p.ndim < 3 or name in kernels]
+    probes = {name: torch.zeros((1,) * p.ndim) for name, p in few}
     probes |= _expert_probes(fused)
     names = _stored_names(probes, lambda parameters: streamed.stored_names(index, parameters))
     by_name: dict[str, TargetLinear] = {}
@@ -220,8 +222,8 @@ def record_outputs(linears: Iterable[TargetLinear]) -> Iterator[dict[str, list[t
     outputs: dict[str, list[torch.Tensor]] = {}
 
     def listen(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            outputs.setdefault(name, []).append(output)
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            outputs.setdefault(name, []).append(first_value(output))
 
         return hook
 
@@ -231,6 +233,12 @@ def record_outputs(linears: Iterable[TargetLinear]) -> Iterator[dict[str, list[t
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first_value(output: Any) -> torch.Tensor:
+    """The output of a layer: the first of several values, as I-BERT's layers have a scale beside it."""
+    result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return result
 
 
 def group_linears(
