@@ -97,7 +97,8 @@ def make(subject: Subject, place: Path, *, teacher: bool = True) -> Pico:
     elif _is_text(samples[0]):
         data = torch.cat([sample["input_ids"] for sample in samples])
     elif not images.exists() or not subject.class_name.endswith("ForImageClassification"):
-        data = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+        tensors = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
+        data = {name: torch.cat([sample[name] for sample in samples]) for name in tensors}
     return Pico(
         place / "model", place / "other", place / "inputs.pt", place / "samples.pt", data, text, rows, images,
         subject.class_name, main,

@@ -163,7 +163,7 @@ class StreamedModel:
     def _skeleton(self) -> PreTrainedModel:
         """The model on the meta device, with the buffers that no file holds computed."""
         stock, config = stock_class(self.checkpoint)
-        config._attn_implementation = "sdpa" if getattr(stock, "_supports_sdpa", False) else "eager"
+        config._attn_implementation = None  # transformers chooses for the model and for each model in it
         contexts = stock.get_init_context(self.dtype, False, False, None)
         with ExitStack() as stack:
             for context in contexts:

@@ -170,7 +170,7 @@ def trials_memory(spec: Spec, width: int) -> int:
     outside = sum(t.count for t in mapped.outside)
     block = max(sum(t.count for t in one.stored()) for one in mapped.blocks)
     vocabulary = max((t.shape[0] for t in mapped.outside if t.shape), default=0)
-    broadest = max((max(t.shape) for one in mapped.blocks for t in one.stored()), default=0)
+    broadest = max((max(t.shape, default=1) for one in mapped.blocks for t in one.stored()), default=0)
     logits = 5 * 4 * LOGITS_PER_CHUNK * vocabulary
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest
     return width * (outside + block) + 2 * STATES_BYTES + logits + activations + ALLOCATOR_RETAIN + _SLACK

@@ -83,3 +83,15 @@ def test_a_block_that_is_left_out_is_not_taken_for_the_least_important(tmp_path)
     data = torch.randint(2, 250, (4, LENGTH), generator=torch.Generator().manual_seed(0))
     with pytest.raises(PassError, match=f"block {number} would go first, as it is not run .*name the blocks to remove"):
         compress.apply("prune_structured", tmp_path / "in", tmp_path / "out", data=data, layers=1)
+
+
+def test_a_model_inside_without_sdpa_has_eager_attention(tmp_path):
+    """The text blocks of a model whose tower of sounds has no fused attention run block by block."""
+    config = shrunken(default_config("vibevoice_asr"))
+    pico_model(transformers.VibeVoiceAsrForConditionalGeneration, config).save_pretrained(tmp_path / "model")
+    settings = {"weights": "int8", "method": "gptq", "only": [r"re:.*layers\.0\..*"]}
+    folder = compress.apply(
+        "cast", tmp_path / "model", tmp_path / "out", data=torch.arange(32).reshape(2, 16), **settings
+    )
+    cast = {t.module for t in open_checkpoint(folder).spec.stored() if t.quant_format}
+    assert any(name.endswith("layers.0.mlp.down_proj") for name in cast)
