@@ -1,9 +1,10 @@
 """Choice of blocks to remove: `make bench-depth [MODEL= TRAIN= HELDOUT= ARGS=]`, a section of docs/benchmarks.md.
 
 Ways: `race`, the pass's own choice; `greedy`, what greedy removal on all 32 samples takes, also on kept hidden states, without
-groups; `influence`, the blocks of least influence (ShortGPT); `angle`, the contiguous group of least angular distance (arXiv
-2403.17887). For each: CPU and wall time of the choice with loading, samples tried, KL of the model without the blocks on the
-calibration samples, and the rise of the held-out loss without repair.
+groups (after `race` it goes on from its trials, and its times include them); `influence`, the blocks of least influence
+(ShortGPT); `angle`, the contiguous group of least angular distance (arXiv 2403.17887). For each: CPU and wall time of the choice
+with loading, samples tried, KL of the model without the blocks on the calibration samples, and the rise of the held-out loss
+without repair.
 
 What is done is kept in --results. A run that was stopped, or that --seconds ends, goes on there and adds up its times.
 """
@@ -28,8 +29,9 @@ from benchmarks import page, prune  # noqa: E402
 from benchmarks.prune import calibration, heldout, loss  # noqa: E402
 from compress.progress import SilentProgress  # noqa: E402
 
-#: Samples at a time of `greedy`.
+#: Samples at a time of `greedy`, and the ratio to the leader's loss on the first ones from which on a set is not tried further.
 ROUND = 4
+HOPELESS = 2.5
 WAYS = ("race", "greedy", "influence", "angle")
 
 
@@ -106,12 +108,17 @@ def choice(way: str, model: str, samples: Any, count: int, folder: Path, clock: 
 def greedy(states: Any, count: int, work: Any, clock: _Clock) -> tuple[list[int], int]:
     """The blocks that greedy removal takes on all samples, and the samples that were tried.
 
-    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them: no choice
-    depends on that.
+    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them, or once it is
+    `HOPELESS` times that of the leader on the first ones.
+
+    Args:
+        work: its trials; those of a race that went before are used.
     """
-    known: dict[tuple[int, ...], list[float]] = {
-        tuple(map(int, k.split("-"))): v for k, v in (work.read_json("all") or {}).items()
-    }
+    from compress.workspace import Workspace
+
+    raced = Workspace(work.path.parent / "race").read_json("trials") or {}
+    seen = {**{k: v[: len(v) // ROUND * ROUND] for k, v in raced.items()}, **(work.read_json("all") or {})}
+    known: dict[tuple[int, ...], list[float]] = {tuple(map(int, k.split("-"))): v for k, v in seen.items() if v}
     gone: list[int] = []
 
     def sure(blocks: tuple[int, ...]) -> float:
@@ -124,9 +131,11 @@ def greedy(states: Any, count: int, work: Any, clock: _Clock) -> tuple[list[int]
         for ahead in (True, False):  # first the one that leads after the first samples
             for begin in range(0, len(states.counts), ROUND):
                 racing = [s for s in sets if len(known.get(s, ())) <= begin and (s not in known or sure(s) < best)]
-                if ahead and begin:
-                    leader = min(sets, key=lambda s: sum(known[s][:ROUND]))
-                    racing = [s for s in racing if s == leader]
+                if begin:
+                    first = {s: sum(known[s][:ROUND]) for s in sets}
+                    leader = min(sets, key=first.__getitem__)
+                    most = first[leader] if ahead else HOPELESS * first[leader]
+                    racing = [s for s in racing if first[s] <= most]
                 rows = range(begin, min(begin + ROUND, len(states.counts)))
                 for blocks, values in zip(racing, states.losses(racing, rows, base) if racing else (), strict=True):
                     known.setdefault(blocks, []).extend(values)
@@ -195,7 +204,10 @@ def main() -> None:
         rows = []
         dense = kept("dense", rise, args.model, [], texts)
         for way in args.ways:
-            clock = _Clock(folder / f"{way}.clock", until)
+            times = folder / f"{way}.clock"
+            if way == "greedy" and not times.exists() and (folder / "race.clock").exists():
+                shutil.copy(folder / "race.clock", times)
+            clock = _Clock(times, until)
             row = kept(way, choice, way, args.model, samples, args.count, folder, clock)
             blocks = row["blocks"]
             name = "-".join(map(str, sorted(blocks)))
