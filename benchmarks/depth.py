@@ -2,9 +2,9 @@
 
 Ways: `race`, the pass's own choice; `greedy`, what greedy removal on all 32 samples takes, also on kept hidden states, without
 groups (after `race` it goes on from its trials, and its times include them); `influence`, the blocks of least influence
-(ShortGPT); `angle`, the contiguous group of least angular distance (arXiv 2403.17887). For each: CPU and wall time of the choice
-with loading, samples tried, KL of the model without the blocks on the calibration samples, and the rise of the held-out loss
-without repair.
+(ShortGPT); `angle`, the contiguous group of least angular distance (arXiv 2403.17887). For each: CPU and wall time of the
+choice with loading, samples tried, KL without the blocks on the calibration samples, and the rise of the held-out loss without
+repair.
 
 What is done is kept in --results. A run that was stopped, or that --seconds ends, goes on there and adds up its times.
 """
