@@ -160,3 +160,10 @@ def test_layers_between_stages_are_treated_by_their_weights_alone(tmp_path):
     )
     _, missing = transformers.SwinForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(missing[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    coded = {"weights": "int8", "method": "gptq", "data": half["data"], "samples": 3}
+    compress.apply("cast", tmp_path / "in", tmp_path / "coded", **coded)
+    assert open_checkpoint(tmp_path / "coded").spec.tensors[merging].quant_format is not None
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    stock = transformers.SwinForImageClassification.from_pretrained(tmp_path / "coded", dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(stock(pixels).logits, compress.load(tmp_path / "coded")(pixels).logits)
