@@ -112,10 +112,11 @@ class KeptStates:
         self._executor.learn_calls()
         model: Any = reading_several(self._streamed.model)
         self._predicts = model.base_model is not model
-        self._some = "logits_to_keep" in arguments_of(model) and self._predicts
         self._files: dict[tuple[BlockSet, int], Activations] = {}
         self._written: dict[tuple[BlockSet, int], set[int]] = {}
         self._row = tuple(self._executor.first_hidden([0]).shape[1:])
+        # a class may read tokens of its own in front of the text, and predict none of these
+        self._some = "logits_to_keep" in arguments_of(model) and self._predicts and self._row[0] == inputs.length
         self.length = prod(self._row[:-1])
         self.counts = self._checked()
 
