@@ -140,7 +140,8 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
             experts = Experts(module)
             swaps.append(ExpertSwap(block.get_submodule(parent), child, experts))
             start = f"{streamed.path_of(index)}."
-            by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, start)}
+            linears = _expert_linears(path, experts, names, start, streamed.checkpoint.spec)
+            by_name |= {linear.name: linear for linear in linears}
     return by_name, swaps
 
 
@@ -154,7 +155,7 @@ def expert_linears(model: Any, spec: Spec) -> tuple[dict[str, TargetLinear], lis
         parent, _, child = path.rpartition(".")
         experts = Experts(module)
         swaps.append(ExpertSwap(model.get_submodule(parent), child, experts))
-        by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, "")}
+        by_name |= {linear.name: linear for linear in _expert_linears(path, experts, names, "", spec)}
     return by_name, swaps
 
 
@@ -195,10 +196,11 @@ def _expert_probes(fused: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _expert_linears(
-    path: str, experts: Experts, names: Mapping[tuple[str, int], str], start: str
+    path: str, experts: Experts, names: Mapping[tuple[str, int], str], start: str, spec: Spec
 ) -> Iterator[TargetLinear]:
     """The matrices of fused experts. ``start``: path of the block in memory, with the dot."""
     gate, up = experts.rows
+    turned = _turned(path, experts, names, spec)
     for e in range(len(experts.gate)):
         for kind, parameter, part, rows, module in (
             ("gate_proj", f"{path}.gate_up_proj", 2 * e, gate, experts.gate[e]),
@@ -209,11 +211,20 @@ def _expert_linears(
             if (name := names.get((parameter, part))) is not None:
                 yield TargetLinear(name, parameter, matrix, False, module, experts)
                 continue
-            turned = (f"{path}.gate_up_proj", -2) in names
             if (tensor := names.get((parameter, -2)) or names.get((parameter, -1))) is None:
                 continue  # the files split it otherwise
             own = f"{start}{path}.{e}.{kind}.weight"
             yield TargetLinear(own, parameter, matrix, turned, module, experts, part=ExpertPart(tensor, e, rows))
+
+
+def _turned(path: str, experts: Experts, names: Mapping[tuple[str, int], str], spec: Spec) -> bool:
+    """Whether the files hold tensors of all experts as [E, I, O]; a class may read both ways, so that shapes tell."""
+    for parameter, view, outputs in (("down_proj", experts.down[0], 1), ("gate_up_proj", experts.up[0], 2)):
+        name = names.get((f"{path}.{parameter}", -2)) or names.get((f"{path}.{parameter}", -1))
+        rows, columns = view.weight.shape
+        if name in spec.tensors and outputs * rows != columns:  # not both are square
+            return spec.tensors[name].shape[1:] == (columns, outputs * rows)
+    return (f"{path}.gate_up_proj", -2) in names
 
 
 @contextmanager

@@ -48,7 +48,14 @@ def names_in_files(model: Any, spec: Spec, parameters: Mapping[str, torch.Tensor
     def spelt(name: str) -> str:
         return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in spec.tensors), name)
 
-    return {spelt(name): value for name, value in stored.items()}
+    return {name: _as_stored(spec, name, value) for name, value in ((spelt(n), v) for n, v in stored.items())}
+
+
+def _as_stored(spec: Spec, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Experts as the files turn them: some classes read [E, O, I] and [E, I, O], and write the former alone."""
+    shape = spec.tensors[name].shape if name in spec.tensors else ()
+    turned = value.ndim == 3 and tuple(value.shape) != shape == tuple(value.mT.shape)
+    return value.mT if turned else value
 
 
 class StopForward(Exception):

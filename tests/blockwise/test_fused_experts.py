@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 import compress
 from compress.architectures.model_map import model_map
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.storage import parts
 from compress.checkpoint.write import stored_form
+from compress.data.batches import Batches
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
+from compress.models.pico import pico_model
+from compress.models.shrink import default_config, shrunken
 from compress.passes import get
 from compress.solvers.hessian import inverse_factor
 from compress.solvers.quant_format import dequantize, rounded
 from compress.solvers.sparsegpt import sparsegpt
 from compress.spec.formats import QuantFormat
 from tests import pico
-from tests.toolbox import our_logits, plan, stock_logits
+from tests.toolbox import apply, our_logits, plan, stock_logits
 
 FAMILIES = ("gpt_oss", "granitemoe")
 
@@ -145,3 +152,32 @@ def test_scales_of_all_experts_are_refused_where_each_is_solved_alone(models, tm
         PassError, match=r"has one nvfp4 scale for all experts, and `method: gptq` solves them one by one"
     ):
         cast.plan(spec, cast.settings(weights="nvfp4", only=["*.mlp.experts"]))
+
+
+def test_experts_of_a_class_that_reads_both_ways_are_pruned_alike(tmp_path):
+    """Qwen3-VL-MoE turns tensors of experts that have the other shape: published files are [E, I, O], those it writes are not."""
+    model = pico_model(transformers.Qwen3VLMoeForConditionalGeneration, shrunken(default_config("qwen3_vl_moe")))
+    model.save_pretrained(tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "turned")
+    tensors = load_file(tmp_path / "straight" / "model.safetensors")
+    turned = {n: t.mT.contiguous() if t.ndim == 3 and ".experts." in n else t for n, t in tensors.items()}
+    save_file(turned, tmp_path / "turned" / "model.safetensors", metadata={"format": "pt"})
+    ids = Batches(torch.randint(5, 250, (4, 12), generator=torch.Generator().manual_seed(0)))
+    name = "model.language_model.layers.0.mlp.experts.{}_proj"
+    pruned = [
+        apply(
+            open_checkpoint(tmp_path / layout),
+            "prune_unstructured",
+            data=ids,
+            work=tmp_path / f"{layout}-work",
+            method="sparsegpt",
+            sparsity=0.5,
+            only=("*.layers.0.mlp.experts",),
+        )
+        for layout in ("straight", "turned")
+    ]
+    for one in (name.format("gate_up"), name.format("down")):
+        straight, other = (checkpoint.tensor(one) for checkpoint in pruned)
+        assert float((straight.data == 0).float().mean()) == 0.5
+        torch.testing.assert_close(straight.data, other.data.mT)
+        assert torch.equal(straight.mask, other.mask.mT)
