@@ -219,10 +219,14 @@ def _expert_linears(
 
 def _turned(path: str, experts: Experts, names: Mapping[tuple[str, int], str], spec: Spec) -> bool:
     """Whether the files hold tensors of all experts as [E, I, O]; a class may read both ways, so that shapes tell."""
-    for parameter, view, outputs in (("down_proj", experts.down[0], 1), ("gate_up_proj", experts.up[0], 2)):
+    views: tuple[tuple[str, Any, int], ...] = (
+        ("down_proj", experts.down[0], 1),
+        ("gate_up_proj", experts.up[0], 2),
+    )
+    for parameter, view, outputs in views:
         name = names.get((f"{path}.{parameter}", -2)) or names.get((f"{path}.{parameter}", -1))
         rows, columns = view.weight.shape
-        if name in spec.tensors and outputs * rows != columns:  # not both are square
+        if name is not None and name in spec.tensors and outputs * rows != columns:  # not both are square
             return spec.tensors[name].shape[1:] == (columns, outputs * rows)
     return (f"{path}.gate_up_proj", -2) in names
 

@@ -80,7 +80,7 @@ def block_influence(
 def _recorder(total: list[float], loop: SampleLoop) -> Any:
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
+        after = output[0] if isinstance(output, (tuple, list)) else output
         changed, count = influence(before, after, loop.current.mask)
         total[0] += changed
         total[1] += count

@@ -311,7 +311,7 @@ class WholeModel:
             return lambda m, a, k: seen.update({index: a[0] if a else k["hidden_states"]})
 
         def after(m: Any, args: Any, output: Any) -> None:
-            seen[self.depth] = output[0] if isinstance(output, tuple) else output
+            seen[self.depth] = output[0] if isinstance(output, (tuple, list)) else output
 
         handles = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(self._blocks)]
         handles.append(self._blocks[-1].register_forward_hook(after))
@@ -373,7 +373,7 @@ def without(blocks: Any, numbers: Sequence[int]) -> Iterator[None]:
 def _bypass(real: Any) -> Any:
     def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         output = real(hidden_states, *args, **kwargs)
-        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+        return (hidden_states, *output[1:]) if isinstance(output, (tuple, list)) else hidden_states
 
     return forward
 

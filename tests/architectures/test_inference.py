@@ -11,6 +11,7 @@ import transformers
 import compress
 from compress import architectures
 from compress.architectures.inference import infer, misfit
+from compress.architectures.inference.roles import is_router
 from compress.architectures.inferred import starred
 from compress.architectures.model_map import ModelMap
 from compress.checkpoint.open import open_checkpoint
@@ -187,3 +188,20 @@ def test_a_larger_encoder_of_images_beside_the_text_is_a_tower(tmp_path):
         ("encoder.layer", "main"),
         ("image_encoder.vision_model.encoder.layers", "tower"),
     ]
+
+
+def test_a_gate_without_a_matrix_chooses_no_experts():
+    """Kimi Linear's forget gates are no routers, whatever their class is called."""
+
+    class ForgetGate(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A_log = torch.nn.Parameter(torch.zeros(1, 1, 4, 1))
+
+    class MoEGate(ForgetGate):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(8, 4))
+
+    assert not is_router("self_attn.forget_gate", ForgetGate(), {8})
+    assert is_router("mlp.choice", MoEGate(), {8})

@@ -199,7 +199,8 @@ def is_router(path: str, module: Any, experts: Collection[int]) -> bool:
         return False
     weight = getattr(module, "weight", None)
     outputs = int(weight.shape[0]) if weight is not None and weight.ndim == 2 else 0
-    if re.search(r"router|topk|gate$", type(module).__name__, re.IGNORECASE) and type(module).__name__ != "Linear":
+    kind = type(module).__name__
+    if re.search(r"router|topk", kind, re.IGNORECASE) or (re.search(r"gate$", kind, re.IGNORECASE) and outputs):
         return True
     return ROUTER.search(path) is not None and outputs in {*experts, 1}
 
