@@ -217,6 +217,15 @@ def inputs_of(checkpoint: Checkpoint, samples: int = SAMPLES, mask: torch.Tensor
     return Inputs({"input_ids": torch.randint(2, 250, (samples, LENGTH), generator=generator)}, mask)
 
 
+#: The linear layers of a Llama's block that read the same inputs, in the order of reading.
+GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
 def matrices(checkpoint: Checkpoint) -> set[str]:
     """Names of the matrices of blocks."""
     layers = model_map(checkpoint.spec).layers

@@ -1,25 +1,25 @@
-"""Statistics for asymmetric calibration (GPTAQ, arXiv 2504.02692): how earlier changes moved the inputs of each matrix.
+"""Statistics of a block's groups in the order in which they read, with how earlier changes moved their inputs.
 
-Groups are measured in the order in which they read. Each is changed before the next is measured, so later ones see the
-errors of earlier ones and can compensate for them. I inputs and O outputs of a matrix, T tokens.
+Each group is changed before the next is measured (GPTQ's "true sequential"), so later ones see the errors of earlier ones.
+Asymmetric calibration (GPTAQ, arXiv 2504.02692) also compares with the original, so that they can compensate for them.
+I inputs and O outputs of a matrix, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import chain, combinations
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import torch
 
 from compress.blockwise.activations import Activations
 from compress.blockwise.block import Block
 from compress.blockwise.experts import unfused
-from compress.blockwise.hessians import InputStatistics, counted, hessian_dtype
-from compress.blockwise.linears import TargetLinear, first_value, record_outputs
-from compress.blockwise.streamed import StopForward
+from compress.blockwise.hessians import InputStatistics, counted, empty_statistics, hessian_dtype
+from compress.blockwise.linears import TargetLinear, record_outputs
+from compress.blockwise.passage import Passage
 
 #: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
 _UNEXPLAINED = 1e-4
@@ -48,60 +48,99 @@ class ChangedTensor:
     now: torch.Tensor
 
 
-def asymmetric_statistics(
-    block: Block,
-) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """Yield each group, its H = Σ x̂ x̂ᵀ, its mismatch, and whether the block may be changed now.
+#: A group, its H = Σ x̂ x̂ᵀ, its mismatch, and whether the block may be changed now.
+Measured = tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]
 
-    The caller changes the group's matrices before it asks for the next group. Each group takes two passes through the block,
-    as far as the group. Groups that do not read every token exactly once (experts) come last, without mismatch; see
-    `Block.statistics`.
+
+def statistics_of(block: Block, *, tuned: bool = False) -> Iterator[Measured]:
+    """`asymmetric_statistics` in a run with targets, else `symmetric_statistics`."""
+    return (asymmetric_statistics if block.originals is not None else symmetric_statistics)(block, tuned=tuned)
+
+
+def symmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measured]:
+    """Yield each group with its statistics, and None for its mismatch.
+
+    The caller changes the group's matrices before it asks for the next group. The samples go through the block once. Groups
+    that no tape comes to (experts, and what reads behind them) come last and take another pass; see `Block.statistics`.
+
+    Args:
+        tuned: the block is tuned afterwards. Otherwise weights are rounded to their stored dtype as soon as they are changed,
+            and the runner takes the block's outputs from the same pass.
     """
-    once, writers = _single_readers(block)
+    passage = Passage(block, block.groups_once(), {})
+    once = block.groups_once()[: block.view.processes.broadcast_object(0, passage.reach())]
+    for number, group in enumerate(once):
+        statistics = empty_statistics(group, block.view.device)
+        for rows, (x,) in passage.advance(number):
+            statistics.add(counted(group[0].rows(x), block.token_masks(rows)))
+        statistics.finish()
+        block.sum_over_processes(statistics)
+        block.count(group, statistics.tokens)
+        block.add_shared_inputs(group, statistics)
+        yield group, statistics, None, True
+        if not tuned:
+            block.round(group)
+    yield from _end(block, once, passage, tuned)
+
+
+def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Measured]:
+    """The same with each group's mismatch, in a run with targets. The original's samples go through the block once as well."""
+    once, writers = block.groups_once(), _writers(block)
+    shown = {number: writers[: writers.index(g[0])] for number, g in enumerate(once) if g[0] in writers}
+    now = Passage(block, once, shown)
+    then = Passage(block, once, shown, inputs=block.originals, original=True, tapes=now.tapes)
     changed: list[ChangedTensor] = []
-    for group in list(once):
-        measured = measure(block, group, writers, changed)
+    differing: list[list[TargetLinear]] = []
+    for number, group in enumerate(once):
+        with _restored(changed):
+            then.bring(number)
+        measured = _measured(block, group, shown.get(number), (now, then, number), changed)
         if measured is None:
-            once.remove(group)
+            differing.append(group)
             continue
         statistics, mismatch = measured
         before = [linear.weight.clone() for linear in group]
         yield group, statistics, mismatch, True
+        if not tuned:
+            block.round(group)
         changed += [ChangedTensor(s.weight, w, s.weight.clone()) for s, w in zip(group, before, strict=True)]
-    if rest := [group for group in block.groups if group not in once]:
+    then.close()
+    yield from _end(block, [group for group in once if group not in differing], now, tuned)
+
+
+def mismatch_of(
+    block: Block, group: list[TargetLinear], changed: Sequence[ChangedTensor]
+) -> tuple[InputStatistics, InputMismatch] | None:
+    """Statistics of a group, and how ``changed`` has moved its inputs, on the block's own inputs; see `_measured`."""
+    now, then = (Passage(block, [group], {}, taped=False) for _ in range(2))
+    return _measured(replace(block, originals=block.inputs), group, None, (now, then, 0), changed)
+
+
+def _end(block: Block, once: list[list[TargetLinear]], passage: Passage, tuned: bool) -> Iterator[Measured]:
+    """The groups that are left. Where none are, the runner can go on with the passage."""
+    rest = [group for group in block.groups if group not in once]
+    if rest or tuned:
+        passage.close()
+    else:
+        passage.seal()
+        block.last_part = passage
+    if rest:
         for group, statistics, free in block.statistics(groups=rest):
             yield group, statistics, None, free
 
 
-def statistics_of(block: Block) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """`asymmetric_statistics` in a run with targets, else `symmetric_statistics`."""
-    return asymmetric_statistics(block) if block.originals is not None else symmetric_statistics(block)
+def _writers(block: Block) -> list[TargetLinear]:
+    """The linears that write to the residual stream, in the order of reading.
 
-
-def symmetric_statistics(
-    block: Block,
-) -> Iterator[tuple[list[TargetLinear], InputStatistics, InputMismatch | None, bool]]:
-    """`Block.statistics`, with None for each group's mismatch."""
-    for group, statistics, free in block.statistics():
-        yield group, statistics, None, free
-
-
-def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[TargetLinear]]:
-    """The groups that read once in a pass, and the linears that write to the residual stream, both in order of reading.
-
-    The writers are the one or two linears whose outputs added to the block's input make its output; none where there are no
-    such.
+    They are the one or two linears whose outputs added to the block's input make its output; none where there are no such.
     """
-    linears = [linear for group in block.groups for linear in group if linear.owner is None]
-    with torch.no_grad(), unfused(block.swaps), record_outputs(linears) as outputs:
+    linears = {linear.name: linear for group in block.groups for linear in group}
+    singles = [linears[name] for name in block.once]
+    with torch.no_grad(), unfused(block.swaps), record_outputs(singles) as outputs:
         hidden = block.read_inputs([0])
         output = block.forward([0], hidden)
-    order = list(outputs)
-    once = [g for g in block.groups if all(s.owner is None and len(outputs.get(s.name, ())) == 1 for s in g)]
-    once.sort(key=lambda group: order.index(group[0].name))
-    singles = sorted(chain.from_iterable(once), key=lambda linear: order.index(linear.name))
     if output.shape != hidden.shape:
-        return once, []
+        return []
     wanted = (output - hidden).float()
     written = {s.name: outputs[s.name][0].float() for s in singles}
     fitting = [s for s in singles if not s.kernel and written[s.name].numel() == wanted.numel()]
@@ -109,41 +148,51 @@ def _single_readers(block: Block) -> tuple[list[list[TargetLinear]], list[Target
     for writers in (list(w) for count in (1, 2) for w in combinations(fitting, count)):
         left = wanted - sum(written[s.name].view(wanted.shape) for s in writers)
         if float(left.abs().max()) <= bound:
-            return once, writers
-    return once, []
+            return writers
+    return []
 
 
-def measure(
-    block: Block, group: list[TargetLinear], writers: Sequence[TargetLinear], changed: Sequence[ChangedTensor]
+def _measured(
+    block: Block,
+    group: list[TargetLinear],
+    earlier: Sequence[TargetLinear] | None,
+    stop: tuple[Passage, Passage, int],
+    changed: Sequence[ChangedTensor],
 ) -> tuple[InputStatistics, InputMismatch] | None:
-    """Statistics and mismatch of a group, from passes through the block as it is and as it was before ``changed``.
-
-    None where the two read other numbers of tokens, as experts do that a router sends others.
+    """Statistics and mismatch of a group; None where the two read other numbers of tokens, as experts that a router chooses.
 
     Args:
-        writers: linears that write to the residual stream, in order.
+        earlier: linears that write to the residual stream before the group does; None where it does not.
+        stop: samples on their way through the block as it is and through the original, which has come to that stop.
+        changed: what differs between the two.
     """
     assert block.originals is not None
+    now, then, number = stop
     width = group[0].weight.shape[1]
 
     def zeros(rows: int) -> torch.Tensor:
         return torch.zeros(rows, width, dtype=hessian_dtype(width), device=block.view.device)
 
     statistics = InputStatistics(zeros(width))
-    mismatch = InputMismatch(zeros(width), {s.name: zeros(len(s.weight)) for s in group if s in writers})
-    earlier = writers[: writers.index(group[0])] if group[0] in writers else []
+    mismatch = InputMismatch(zeros(width), {s.name: zeros(len(s.weight)) for s in group if earlier is not None})
     differing = 0
-    for rows in block.view.batches():
-        now, residual_now = _read(block, group[0], earlier, block.inputs, rows)
-        with _restored(changed):
-            then, residual_then = _read(block, group[0], earlier, block.originals, rows)
-        if len(then) != len(now) or (mismatch.residual and len(residual_now) != len(now)):
+    for batch, (rows, (x_now, *outputs)) in enumerate(now.advance(number)):
+        with _restored(changed) if then.starts_anew(number, batch) else nullcontext():
+            x_then, *outputs_then = then.waiting(number, batch)
+        masks = block.token_masks(rows)
+        x_now, x_then = (counted(group[0].rows(x.float()), masks) for x in (x_now, x_then))
+        residual = None
+        if earlier is not None:
+            residual = counted(_residual(block, block.inputs, rows, earlier, outputs), masks)
+        if len(x_then) != len(x_now) or (residual is not None and len(residual) != len(x_now)):
             differing += 1
             continue
-        statistics.add(now)
-        mismatch.inputs += (then - now).T @ now
-        for total in mismatch.residual.values():
-            total += (residual_then - residual_now).T @ now
+        statistics.add(x_now)
+        mismatch.inputs += (x_then - x_now).T @ x_now
+        if residual is not None and earlier is not None:
+            residual_then = counted(_residual(block, block.originals, rows, earlier, outputs_then), masks)
+            for total in mismatch.residual.values():
+                total += (residual_then - residual).T @ x_now
     if block.view.processes.reduce_sum(differing)[0]:
         return None
     statistics.finish()
@@ -152,38 +201,19 @@ def measure(
     return statistics, mismatch
 
 
-def _read(
-    block: Block, linear: TargetLinear, earlier: Sequence[TargetLinear], inputs: Activations, rows: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs of a linear [T, I], and the residual stream behind ``earlier`` ones [T, hidden]; float32, without padding."""
+def _residual(
+    block: Block,
+    inputs: Activations,
+    rows: Sequence[int],
+    earlier: Sequence[TargetLinear],
+    outputs: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """The residual stream [T, hidden] behind earlier linears with those outputs, float32."""
     hidden = inputs.read(rows).to(block.view.device)
-    forward = block.forward_original if inputs is block.originals else block.forward
     residual = hidden.float().reshape(-1, hidden.shape[-1])
-    read: list[torch.Tensor] = []
-
-    def stop(module: Any, args: tuple[Any, ...]) -> None:
-        read.append(args[0].float())
-        raise StopForward
-
-    def adder(one: TargetLinear) -> Callable[..., None]:
-        def add(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal residual
-            residual = residual + one.rows(first_value(output).float())
-
-        return add
-
-    handles = [s.module.register_forward_hook(adder(s)) for s in earlier]
-    handles.append(linear.module.register_forward_pre_hook(stop))
-    try:
-        with torch.no_grad(), unfused(block.swaps), suppress(StopForward):
-            forward(rows, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    masks = block.token_masks(rows)
-    # an expert may have no tokens
-    inside = linear.rows(read[0]) if read else residual.new_zeros(0, linear.weight.shape[1])
-    return counted(inside, masks), counted(residual, masks)
+    for linear, output in zip(earlier, outputs, strict=True):
+        residual = residual + linear.rows(output.float())
+    return residual
 
 
 @contextmanager

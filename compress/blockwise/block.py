@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from compress.blockwise.activations import Activations, HiddenStates
+from compress.blockwise.arguments import Call
 from compress.blockwise.experts import ExpertSwap, unfused
 from compress.blockwise.hessians import (
     InputStatistics,
@@ -29,6 +30,7 @@ class BlockView(Protocol):
     Attributes:
         device: where blocks are. seed: of random draws. processes: the processes that work on the same blocks.
         samples: number of calibration samples. tokens: number of tokens in them that count.
+        proven: tapes of blocks that computed what the blocks did, as text.
     """
 
     device: str
@@ -36,6 +38,15 @@ class BlockView(Protocol):
     processes: ProcessGroup
     samples: int
     tokens: int
+    proven: set[str]
+
+    def arguments(self, index: int, rows: Sequence[int]) -> Call:
+        """Arguments of a block beside hidden states, for those samples."""
+        ...
+
+    def run(self, index: int, module: Any, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Outputs of a loaded block for hidden states with their samples first, and other arguments."""
+        ...
 
     def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
@@ -57,6 +68,22 @@ class BlockView(Protocol):
         """The keep-mask that a tensor has in the checkpoint, shaped as there; None where it has none."""
         ...
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor has in the checkpoint."""
+        ...
+
+
+class LastPart(Protocol):
+    """Samples that have come as far as a block's last group."""
+
+    def holds(self) -> bool:
+        """Whether the block's weights are still those that the samples met on their way."""
+        ...
+
+    def outputs(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield numbers of samples and the block's outputs for them; once."""
+        ...
+
 
 def _no_shared_inputs(group: Sequence[TargetLinear], statistics: InputStatistics) -> None:
     """Nothing to add: no other block reads with these tensors."""
@@ -72,7 +99,9 @@ class Block:
         inputs: hidden states that the changed blocks before it output.
         originals: hidden states that the original blocks before it output; targets: what the original block makes of those.
             Both None in a run without targets. original_view: the run around the original, where that is another one.
+        once: names of linears that read every token once, in the order of reading.
         last: the group that reads last in a pass, if it is always the same.
+        last_part: what is left of a pass in which the groups were changed one after another.
         details: rows for the report.
         frozen: ids of parameters that other blocks share; they are solved for and then stay.
         runs: whether the model runs the block on the calibration data; one that it leaves out hands on its inputs.
@@ -91,7 +120,9 @@ class Block:
     targets: HiddenStates | None = None
     original_view: BlockView | None = None
     groups: list[list[TargetLinear]] = field(default_factory=list)
+    once: list[str] = field(default_factory=list)
     last: int | None = None
+    last_part: LastPart | None = None
     details: dict[str, Any] = field(default_factory=dict)
     frozen: set[int] = field(default_factory=set)
     runs: bool = True
@@ -120,10 +151,22 @@ class Block:
         return self.inputs.read(rows).to(self.view.device)
 
     def find_groups(self) -> None:
-        """Set ``groups`` and ``last`` by running one sample."""
+        """Set ``groups``, ``once`` and ``last`` by running one sample."""
         rows = [0]
         with torch.no_grad(), unfused(self.swaps):
-            self.groups, self.last = group_linears(self.linears, lambda: self.forward(rows, self.read_inputs(rows)))
+            self.groups, self.once = group_linears(self.linears, lambda: self.forward(rows, self.read_inputs(rows)))
+        if len(self.once) == len(self.linears):
+            self.last = max(range(len(self.groups)), key=lambda g: self.once.index(self.groups[g][0].name))
+
+    def groups_once(self) -> list[list[TargetLinear]]:
+        """The groups that read every token once, in the order of reading."""
+        groups = [group for group in self.groups if all(linear.name in self.once for linear in group)]
+        return sorted(groups, key=lambda group: self.once.index(group[0].name))
+
+    def round(self, group: Sequence[TargetLinear]) -> None:
+        """Round weights to the dtypes that they are stored in."""
+        for linear in group:
+            linear.weight.copy_(linear.weight.to(self.view.stored_dtype(linear.tensor)))
 
     def earlier_mask(self, linear: TargetLinear) -> torch.Tensor | None:
         """The keep-mask that a linear's tensor has in the checkpoint, bool [O, I]; None where it has none."""

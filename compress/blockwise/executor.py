@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from compress.blockwise.activations import Activations, ActivationStream, BlockStreams, HiddenStates
-from compress.blockwise.arguments import filled
+from compress.blockwise.arguments import Call, filled
 from compress.blockwise.calls import BlockCalls
 from compress.blockwise.functional import projections_as_calls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
 from compress.blockwise.streamed import StreamedModel
-from compress.checkpoint.values import Checkpoint
+from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.distributed import ProcessGroup
 from compress.errors import CheckpointError
 
@@ -27,7 +27,7 @@ class BlockExecutor:
     It is the `BlockView` that blocks hold. Call `learn_calls` before anything else runs.
 
     Attributes:
-        depth: number of blocks. dtype: of the computation.
+        depth: number of blocks. dtype: of the computation. proven: see `BlockView`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class BlockExecutor:
         self.depth = len(self.streamed.layers)
         self.samples, self.tokens = inputs.samples, inputs.tokens
         self.calls = BlockCalls(self.streamed, inputs)
+        self.proven: set[str] = set()
 
     # ---- samples ----
 
@@ -79,6 +80,10 @@ class BlockExecutor:
         """The keep-mask that a tensor has in the checkpoint, shaped as there; reads values only where there is one."""
         return None if self.checkpoint.spec.tensors[name].kept is None else self.checkpoint.tensor(name).mask
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a tensor has in the checkpoint."""
+        return torch_dtype(self.checkpoint.spec.tensors[name].dtype)
+
     # ---- running ----
 
     def learn_calls(self) -> None:
@@ -99,12 +104,18 @@ class BlockExecutor:
         """Hidden states in front of the first block of the list that block ``index`` is in, of those samples."""
         return self.calls.first_hidden(rows, self.streamed.list_of(index))
 
+    def arguments(self, index: int, rows: Sequence[int]) -> Call:
+        """Arguments of a block beside hidden states, for those samples."""
+        return self.calls.of(index, rows)
+
     def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of a loaded block for those samples and hidden states [len(rows), …]; these where the model leaves it out."""
-        if self.calls.is_left_out(index):
-            return hidden
+        return hidden if self.calls.is_left_out(index) else self.run(index, module, hidden, self.arguments(index, rows))
+
+    def run(self, index: int, module: Any, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """Outputs of a loaded block for hidden states with their samples first, and other arguments."""
         hidden = self.calls.as_in_model(index, hidden)
-        args, kwargs = filled(self.calls.of(index, rows), hidden)
+        args, kwargs = filled(call, hidden)
         with projections_as_calls(module):
             output = module(hidden, *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
@@ -152,30 +163,25 @@ class BlockExecutor:
                 target.write(rows, self.first_hidden(rows, index))
             target.sync()
 
-    def write_outputs(
-        self,
-        index: int,
-        module: Any,
-        source: HiddenStates,
-        target: Activations,
-        *,
-        first: int | None = None,
-        finite: bool = False,
-    ) -> None:
-        """Write a loaded block's outputs for this process's samples.
+    def outputs(
+        self, index: int, module: Any, source: HiddenStates, first: int | None = None
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield numbers of this process's samples, and a loaded block's outputs for them, a batch at a time.
 
         Args:
-            source: the block's inputs. first: only so many of all samples. finite: refuse NaN and infinite outputs.
-
-        Raises:
-            CheckpointError: an output is not finite.
+            source: the block's inputs. first: only so many of all samples.
         """
-        with torch.no_grad():
-            for rows in self.batches(first):
+        for rows in self.batches(first):
+            with torch.no_grad():
                 output = self.forward(index, module, rows, source.read(rows).to(self.device))
-                if finite:
-                    self.check_finite(index, output)
-                target.write(rows, output)
+            yield rows, output
+
+    def write_outputs(
+        self, index: int, module: Any, source: HiddenStates, target: Activations, *, first: int | None = None
+    ) -> None:
+        """Write a loaded block's outputs for this process's samples; arguments as for `outputs`."""
+        for rows, output in self.outputs(index, module, source, first):
+            target.write(rows, output)
 
     def check_finite(self, index: int, output: torch.Tensor) -> None:
         """Raises `CheckpointError` where block ``index`` outputs NaN or infinite values."""

@@ -42,7 +42,9 @@ class InputStatistics:
         self.total = torch.zeros(len(self.hessian), dtype=torch.float64, device=self.hessian.device)
 
     def add(self, x: torch.Tensor) -> None:
-        """Add inputs [T, I]."""
+        """Add inputs [T, I]; there may be none."""
+        if not len(x):
+            return
         self._waiting.append(x.float())
         self._count += len(x)
         self.tokens += len(x)
@@ -107,6 +109,15 @@ def hessian_bytes(group: Sequence[TargetLinear]) -> int:
     return width * width * hessian_dtype(width).itemsize
 
 
+def empty_statistics(group: Sequence[TargetLinear], device: str) -> InputStatistics:
+    """Statistics of a group before any tokens."""
+    width = group[0].weight.shape[1]
+    hessian = torch.zeros(width, width, dtype=hessian_dtype(width), device=device)
+    # of many experts each would hold its own waiting inputs
+    waits = hessian.dtype == torch.float64 and group[0].owner is None
+    return InputStatistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
+
+
 def counted(x: torch.Tensor, masks: Sequence[torch.Tensor]) -> torch.Tensor:
     """The rows of x [T, …] that count: by the mask of as many tokens, [samples, length] or flat; all where none has."""
     mask = next((mask for mask in masks if mask.numel() == len(x)), None)
@@ -124,11 +135,7 @@ def collect_hessians(
     statistics = []
     handles = []
     for number, group in enumerate(groups):
-        width = group[0].weight.shape[1]
-        hessian = torch.zeros(width, width, dtype=hessian_dtype(width), device=device)
-        # of many experts each would hold its own waiting inputs
-        waits = hessian.dtype == torch.float64 and group[0].owner is None
-        sums = InputStatistics(hessian, batch=_TOKENS_PER_SUM if waits else 0)
+        sums = empty_statistics(group, device)
         statistics.append(sums)
         handles.append(group[0].module.register_forward_pre_hook(_adder(group[0], sums, number == last)))
     try:
@@ -147,8 +154,7 @@ def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[
             x = counted(x, getattr(module, "token_masks", ()))
         elif linear.owner.expert_mask is not None:
             x = x[linear.owner.expert_mask]
-        if len(x):
-            sums.add(x)
+        sums.add(x)
         if last:
             raise StopForward
 

@@ -258,11 +258,11 @@ def first_value(output: Any) -> torch.Tensor:
 
 def group_linears(
     linears: Sequence[TargetLinear], run: Callable[[], Any]
-) -> tuple[list[list[TargetLinear]], int | None]:
+) -> tuple[list[list[TargetLinear]], list[str]]:
     """Linears that read the same tensor, found by running one sample. Linears that read none (cold experts) are alone.
 
     Returns:
-        The groups, and which one reads last in a pass; None where that may depend on the tokens (experts).
+        The groups, and the names of the linears that read once in every pass, in the order of reading; no experts.
     """
     inputs: dict[str, list[_Read]] = {linear.name: [] for linear in linears}
     order: list[str] = []
@@ -287,10 +287,8 @@ def group_linears(
             place = len(groups) - 1
         linear.group = place
         groups[place].append(linear)
-    if any(linear.owner is not None or len(inputs[linear.name]) != 1 for linear in linears):
-        return groups, None
-    last = max(range(len(groups)), key=lambda g: order.index(groups[g][0].name))
-    return groups, last
+    single = {linear.name for linear in linears if linear.owner is None and len(inputs[linear.name]) == 1}
+    return groups, [name for name in order if name in single]
 
 
 #: A tensor that a layer was called with, and how often it had been written to by then.

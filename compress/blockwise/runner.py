@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from compress.blockwise.activations import BlockStreams
+from compress.blockwise.activations import Activations, BlockStreams
 from compress.blockwise.block import Block
 from compress.blockwise.calls import NOT_RUN
 from compress.blockwise.details import BlockDetails
@@ -185,9 +185,19 @@ class BlockRunner:
         if linears:
             self._change(block, change)
         if index < last:
-            self.executor.write_outputs(index, module, block.inputs, stream.after(index), finite=True)
-            stream.after(index).sync()
+            self._outputs(block, stream.after(index))
         return block.details
+
+    def _outputs(self, block: Block, target: Activations) -> None:
+        """Write the changed block's outputs; where its samples are on their way already, they go on from there."""
+        if block.last_part is not None and block.last_part.holds():
+            outputs = block.last_part.outputs()
+        else:
+            outputs = self.executor.outputs(block.index, block.module, block.inputs)
+        for rows, output in outputs:
+            self.executor.check_finite(block.index, output)
+            target.write(rows, output)
+        target.sync()
 
     def _change(self, block: Block, change: BlockFn) -> None:
         block.frozen = self._shared.frozen(block) | self._handed_on(block)

@@ -98,10 +98,10 @@ class Rounded:
 
 
 class CastSolver:
-    """`MatrixSolver` of `cast_block`."""
+    """`MatrixSolver` of `cast_block`. ``tuned``: scales are trained afterwards."""
 
-    def __init__(self, block: Block, options: CastOptions) -> None:
-        self._block, self._options = block, options
+    def __init__(self, block: Block, options: CastOptions, tuned: bool) -> None:
+        self._block, self._options, self._tuned = block, options, tuned
         self._curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
 
     def solve(
@@ -126,8 +126,11 @@ class CastSolver:
         return [part for part in parts if part is not None]
 
     def place(self, linear: TargetLinear, solution: Rounded) -> None:
-        """Write the rounded weights into the block."""
-        solution.project()
+        """Write the rounded weights into the block, with the scales that are stored unless these are trained first."""
+        if self._tuned:
+            solution.project()
+        else:
+            solution.finish(self._options.dtypes[linear.tensor])
 
 
 def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, context: Context) -> Any:
@@ -182,10 +185,11 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     ``block.details`` gets a row for each matrix (relative output error, seconds) and, with reconstruction, the block's error
     before and after.
     """
-    solver = CastSolver(block, options)
-    groups = statistics_of(block) if options.asymmetric else symmetric_statistics(block)
-    rounded = solve_block(block, groups, solver)
-    if options.reconstruction is not None and options.reconstruction.epochs:
+    tuned = options.reconstruction is not None and options.reconstruction.epochs > 0
+    solver = CastSolver(block, options, tuned)
+    measure = statistics_of if options.asymmetric else symmetric_statistics
+    rounded = solve_block(block, measure(block, tuned=tuned), solver)
+    if options.reconstruction is not None and tuned:
         _reconstruct(block, options.reconstruction, list(rounded.values()))
     return extras_by_tensor([(r.linear, r.keep, r.finish(options.dtypes[r.linear.tensor])) for r in rounded.values()])
 

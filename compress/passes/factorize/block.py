@@ -93,8 +93,9 @@ def factor_block(block: Block, options: FactorOptions) -> dict[str, TensorExtras
     In a run with targets each product is fitted to the original's outputs on the original's inputs. ``block.details`` gets a
     row for each matrix (rank, relative output error, seconds) and, with reconstruction, the block's error before and after.
     """
-    pairs = solve_block(block, statistics_of(block), FactorSolver(options.ranks))
-    if options.reconstruction is not None and options.reconstruction.epochs:
+    tuned = options.reconstruction is not None and options.reconstruction.epochs > 0
+    pairs = solve_block(block, statistics_of(block, tuned=tuned), FactorSolver(options.ranks))
+    if options.reconstruction is not None and tuned:
         _reconstruct(block, options.reconstruction, list(pairs.values()))
     return {name: TensorExtras(factors=pair.finish(options.dtypes[name])) for name, pair in pairs.items()}
 

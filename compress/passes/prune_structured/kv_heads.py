@@ -6,13 +6,12 @@ The block keeps its shape: merged heads have equal weights, which computes the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from compress.architectures.groups import KVHeadMerge, Slice
-from compress.blockwise.asymmetric import ChangedTensor, measure
+from compress.blockwise.asymmetric import ChangedTensor, mismatch_of
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
@@ -58,7 +57,7 @@ def merge_heads(
     project()
     block.view.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
     changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
-    measured = measure(replace(block, originals=block.inputs), reading, [], changed)
+    measured = mismatch_of(block, reading, changed)
     assert measured is not None  # no router is in front of it
     now, mismatch = measured
     weight = output.weight.clone()

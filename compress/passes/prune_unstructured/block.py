@@ -130,9 +130,10 @@ def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
     ``block.details`` gets a row for each matrix (relative output error, sparsity, seconds) and, with reconstruction, the
     block's error before and after.
     """
-    pruned = solve_block(block, symmetric_statistics(block), PruneSolver(block, options))
+    tuned = options.reconstruction is not None and options.reconstruction.epochs > 0
+    pruned = solve_block(block, symmetric_statistics(block, tuned=tuned), PruneSolver(block, options))
     masks = {name: solution.mask for name, solution in pruned.items()}
-    if options.reconstruction is not None and options.reconstruction.epochs:
+    if options.reconstruction is not None and tuned:
         removed = [(linear.weight, ~masks[linear.name]) for linear in block.linears]
 
         def project() -> None:

@@ -16,10 +16,10 @@ from compress.data.batches import Batches
 from compress.errors import CheckpointError, CompressError, PassError
 from compress.models.loading import load_model
 from compress.solvers.gptq import act_order_factor, gptq
-from compress.solvers.quant_format import fit, to_codes
+from compress.solvers.quant_format import dequantize, fit, to_codes
 from compress.spec.formats import QuantFormat
 from tests import pico
-from tests.toolbox import apply, our_logits, plan, stock_logits, write
+from tests.toolbox import GROUPS, apply, our_logits, plan, stock_logits, write
 
 STOCK_SETTINGS = [
     {"weights": "int4", "group_size": 16},
@@ -161,13 +161,14 @@ def test_cast_gptq_and_tuning_lower_the_error(tmp_path):
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
-def test_cast_gptq_matches_dense_inputs(folders, tmp_path):
+def test_cast_gptq_matches_inputs_behind_earlier_matrices(folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
     data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
     settings = {"weights": "int4", "group_size": 16, "error_correction": [], "reconstruction_epochs": 0}
     cast = apply(checkpoint, "cast", data=data, work=tmp_path / "work", **settings)
     model, quant_format = load_model(folders["llama"]), QuantFormat("int4", 16)
-    for name in (f"model.layers.0.{part}.weight" for part in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")):
+    for group in GROUPS:
+        name = f"model.layers.0.{group[-1]}.weight"
         module, seen = model.get_submodule(name.removesuffix(".weight")), []
         handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].flatten(0, 1).double()))
         with torch.no_grad():
@@ -178,6 +179,9 @@ def test_cast_gptq_matches_dense_inputs(folders, tmp_path):
         scales = fit(W, quant_format, H.diagonal())
         expected = to_codes(gptq(W, factor.float(), order, quant_format, scales), quant_format, scales, torch.float32)
         assert torch.equal(cast.tensor(name).codes.codes, expected.codes)
+        for part in group:  # the next ones read what these output when they are rounded
+            codes = cast.tensor(f"model.layers.0.{part}.weight").codes
+            model.get_submodule(f"model.layers.0.{part}").weight.data.copy_(dequantize(codes))
 
 
 def test_cast_keeps_pruned_weights_zero(folders, data, tmp_path):

@@ -13,7 +13,7 @@ from compress.errors import PassError
 from compress.models.loading import load_model
 from compress.workspace import Workspace
 from tests import pico
-from tests.toolbox import apply, output_error, plan, write
+from tests.toolbox import GROUPS, apply, output_error, plan, write
 
 METHODS = ["wanda", "sparsegpt", "alps"]
 
@@ -113,7 +113,7 @@ def test_calibrated_methods_keep_an_earlier_mask(method, folders, data, tmp_path
 
 
 def test_wanda_masks_match_formula(folders, data, tmp_path):
-    """The first block's masks, from |w| · ‖x‖ compared within each output, computed here with the stock model."""
+    """The first block's masks, by |w| · ‖x‖ compared within each output, computed here with the stock model behind earlier matrices."""
     pruned = apply(
         open_checkpoint(folders["llama"]),
         "prune_unstructured",
@@ -124,9 +124,9 @@ def test_wanda_masks_match_formula(folders, data, tmp_path):
         reconstruction_epochs=0,
     )
     model = load_model(folders["llama"], dtype="float32")
-    for name in ("q_proj", "o_proj", "down_proj"):
-        path = next(n for n, _ in model.named_modules() if n.startswith("model.layers.0.") and n.endswith(name))
-        module, seen = model.get_submodule(path), []
+    for group in GROUPS:
+        path, seen = f"model.layers.0.{group[0]}", []
+        module = model.get_submodule(path)
         handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
         with torch.no_grad():
             model(input_ids=data.ids)
@@ -134,6 +134,9 @@ def test_wanda_masks_match_formula(folders, data, tmp_path):
         score = module.weight.detach().abs() * seen[0].flatten(0, 1).norm(dim=0)
         expected = score > score.sort(dim=1).values[:, score.shape[1] // 2 - 1, None]
         assert torch.equal(pruned.tensor(f"{path}.weight").mask, expected)
+        for name in group:  # the next ones read what these output when they are pruned
+            path = f"model.layers.0.{name}"
+            model.get_submodule(path).weight.data.copy_(pruned.tensor(f"{path}.weight").data)
 
 
 def test_tuning_is_undone_when_it_raises_the_error(folders, data, tmp_path):
