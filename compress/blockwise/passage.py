@@ -30,7 +30,7 @@ from compress.blockwise.tape import Tape, record
 _MOST_TAPES = 8
 
 
-class Layout(NamedTuple):
+class TensorPlace(NamedTuple):
     """A tensor within the storages of a batch: number of the storage, dtype, and its place there."""
 
     storage: int
@@ -41,17 +41,17 @@ class Layout(NamedTuple):
 
 
 class WaitingValues:
-    """What is live in each batch at a stop, in two nameless files that take turns; the system removes them with the process."""
+    """Live values of each batch at a stop, in two nameless files that take turns; the system removes them with the process."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self._device = device
         self._read, self._written = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115
-        self._before: dict[int, tuple[list[tuple[int, int]], dict[int, Layout]]] = {}
-        self._after: dict[int, tuple[list[tuple[int, int]], dict[int, Layout]]] = {}
+        self._before: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
+        self._after: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
         self._end = 0
 
     def turn(self) -> None:
-        """What was written can be read, and what was read is overwritten."""
+        """Make readable what was written, and overwrite what was read."""
         self._read, self._written = self._written, self._read
         self._before, self._after, self._end = self._after, {}, 0
 
@@ -67,7 +67,7 @@ class WaitingValues:
                 data = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
                 places.append((self._end, storage.nbytes()))
                 self._end += _put(self._written.fileno(), data.cpu(), self._end)
-            layouts[slot] = Layout(
+            layouts[slot] = TensorPlace(
                 number, value.dtype, tuple(value.shape), tuple(value.stride()), int(value.storage_offset())
             )
         self._after[batch] = places, layouts
@@ -102,7 +102,7 @@ def _put(file: int, data: torch.Tensor, offset: int) -> int:
     return data.numel()
 
 
-def _tensor(storage: Any, layout: Layout, device: str) -> torch.Tensor:
+def _tensor(storage: Any, layout: TensorPlace, device: str) -> torch.Tensor:
     tensor = torch.empty(0, dtype=layout.dtype, device=device)
     return tensor.set_(storage, layout.offset, layout.size, layout.stride)
 
@@ -195,7 +195,7 @@ class Passage:
         return tape is None or number >= tape.reach
 
     def waiting(self, number: int, batch: int) -> list[torch.Tensor]:
-        """What `advance` has yielded of a batch for stop ``number``, the last one that it came to."""
+        """The tensors that `advance` has yielded of a batch for stop ``number``, the last one that it came to."""
         tape, (hidden, call) = self._of[batch], self._beginning(self._batches[batch])
         if tape is None or self.starts_anew(number, batch):
             return self._anew(number, hidden, call)
@@ -314,7 +314,7 @@ def _tensors(call: Call) -> list[torch.Tensor]:
 
 
 def _others(call: Call) -> tuple[list[Any], TreeSpec]:
-    """What else there is, with None in the tensors' places, and how all are nested."""
+    """The other arguments, with None in the tensors' places, and how all are nested."""
     leaves, shape = tree_flatten(call)
     return [None if isinstance(x, torch.Tensor) else x for x in leaves], shape
 
