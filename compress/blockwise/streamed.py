@@ -116,9 +116,12 @@ class StreamedModel:
                 if tensor.alias_of is None or index is not None:
                     self._tensors.setdefault(index, []).append(tensor.name)
             head = f"{self.record.head}."  # with what may stand in front of it; no tensor's name begins with None
-            self._load([name for name in self._tensors.get(None, ()) if not name.startswith(head)])
+            tables = {name for name, m in self.model.named_modules() if isinstance(m, torch.nn.Embedding)}
+            outside = self._tensors.get(None, [])  # a table of tokens may be the head as well
+            self._load([n for n in outside if not n.startswith(head) or self.record.head in tables])
             if len(self.lists) > 1 or self._has_copies():
                 self.model.tie_weights()  # each list may have the embeddings under a name of its own
+                self._load_copies()
             self._compute_tables()
 
     def _has_copies(self) -> bool:
@@ -135,6 +138,22 @@ class StreamedModel:
             first = lists[-1].end if lists else 0
             lists.append(LoadedList(path, names[id(modules)], modules, tuple(modules), first))
         return lists
+
+    def _load_copies(self) -> None:
+        """Give parameters outside the blocks that are tied to tables in blocks, such as UDOP's distances, their values."""
+        parts = tuple(f"{one.name}." for one in self.lists)
+        for target, source in self.model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            path, _, key = target.rpartition(".")
+            module: Any = self.model.get_submodule(path)
+            own = module._parameters.get(key)
+            if target.startswith(parts) or not source.startswith(parts) or own is None or not own.is_meta:
+                continue
+            if not isinstance(module, torch.nn.Embedding):
+                continue  # passes change what is no table
+            (name,) = names_in_files(self.model, self.checkpoint.spec, {source: own})
+            if name in self.checkpoint.spec.tensors:
+                values = self.checkpoint.tensor(name).data.to(self.device, self.dtype)
+                module._parameters[key] = torch.nn.Parameter(values, requires_grad=False)
 
     def _compute_tables(self) -> None:
         """Give the parameters that the class computes, and that files lack, their values, such as tables of sines."""
@@ -248,6 +267,7 @@ class StreamedModel:
         with quiet_transformers():
             self._load(names)
             self.model.tie_weights()
+            self._load_copies()
         try:
             yield
         finally:

@@ -39,12 +39,25 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
             for one in record.of_kind("main", "stack")
             if (place := _place(one.module, names)) is not None and _counts(one, model.get_submodule(place))
         }
-        places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is made first
+        places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is usually made first
+        places = dict(sorted(places.items(), key=lambda item: not _in_encoder(model, item[1])))
     else:
         paths = {path: f"{record.prefix}.{path}" for path in (record.blocks, *record.stacks)}
         paths |= {record.blocks: f"{record.prefix}.{record.module_blocks}"} if record.module_blocks else {}
         places = {path: place for path, whole in paths.items() if (place := _place(whole, names)) is not None}
     return {path: model.get_submodule(place) for path, place in places.items()}
+
+
+def _in_encoder(model: Any, place: str) -> bool:
+    """Whether a list is in the encoder of an encoder-decoder."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return False
+    try:
+        encoder = model.get_encoder()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    modules = model.get_submodule(place)
+    return any(part is modules for part in getattr(encoder, "modules", tuple)())
 
 
 def _counts(one: BlockList, modules: Any) -> bool:

@@ -12,6 +12,8 @@ from compress.architectures.inference.skeleton import Skeleton
 _SHARE = 0.02
 #: Words in the names of configs of models that read no token ids.
 _OTHER_INPUTS = re.compile(r"Vision|Image|Audio|Speech|Prot")
+#: Arguments of models that read images or sound.
+_MEDIA = {"pixel_values", "input_values", "input_features"}
 
 
 def parameters(module: Any) -> int:
@@ -66,12 +68,12 @@ def main_first(skeleton: Skeleton) -> list[tuple[str, Any, str]]:
     both = bool(getattr(skeleton.config, "is_encoder_decoder", False))
     text = _text_path(skeleton)
     generates = bool(skeleton.model.can_generate())
-    reads_ids = skeleton.model.main_input_name == "input_ids" and not both
+    reads_ids = skeleton.model.main_input_name == "input_ids"
     inside = [(path, module) for path, module in every if text is not None and f"{path}.".startswith(text)]
-    if reads_ids:  # one config may describe the text, and others inside it images and sound
-        inside = [entry for entry in inside if not _reads_no_ids(skeleton, entry[0])] or inside
     if both:
         inside = [entry for entry in every if entry[1] in _parts(skeleton, "get_encoder")] or inside
+    if reads_ids:  # one config may describe the text, and others inside it images and sound
+        inside = [entry for entry in inside if not _reads_no_ids(skeleton, entry[0])] or inside
     main = max(inside or every, key=lambda entry: sizes[entry[0]])[0]
 
     def kind(path: str) -> str:
@@ -145,7 +147,12 @@ def _shares(skeleton: Skeleton, path: str, main: str) -> bool:
 def _reads_no_ids(skeleton: Skeleton, path: str) -> bool:
     """Whether a list is in a model of its own, inside the whole one, with a config of images, sound or proteins."""
     config = type(getattr(owner_of(skeleton, path)[1], "config", skeleton.config))
-    return config is not type(skeleton.config) and _OTHER_INPUTS.search(config.__name__) is not None
+    if config is type(skeleton.config):
+        return False
+    parts = path.split(".")
+    owners = (skeleton.modules[".".join(parts[:end])] for end in range(1, len(parts)))
+    reads = {getattr(type(owner), "main_input_name", "input_ids") for owner in owners if hasattr(owner, "config")}
+    return _OTHER_INPUTS.search(config.__name__) is not None or bool(reads & _MEDIA)
 
 
 def _parts(skeleton: Skeleton, getter: str) -> list[Any]:
