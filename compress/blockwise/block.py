@@ -20,6 +20,7 @@ from compress.blockwise.hessians import (
 )
 from compress.blockwise.linears import TargetLinear, group_linears
 from compress.blockwise.memory_budget import STATISTICS_BYTES
+from compress.blockwise.routed import marked, routing_lists
 from compress.blockwise.streamed import StopForward
 from compress.distributed import ProcessGroup
 
@@ -206,10 +207,12 @@ class Block:
         """Statistics of groups from one pass over this process's samples."""
         end = None if self.last is None else self.groups[self.last]
         last = next((i for i, group in enumerate(groups) if group is end), None)
+        routing = list(routing_lists(self.module).values())
         with torch.no_grad(), unfused(self.swaps), collect_hessians(groups, self.view.device, last) as measured:
             for rows in self.view.batches():
-                set_token_masks(groups, self.swaps, self.token_masks(rows))
-                with suppress(StopForward):
+                masks = self.token_masks(rows)
+                set_token_masks(groups, self.swaps, masks)
+                with suppress(StopForward), marked(routing, masks):
                     self.forward(rows, self.read_inputs(rows))
             set_token_masks(groups, self.swaps, ())
         return measured

@@ -15,6 +15,7 @@ import torch
 from compress.blockwise.experts import ExpertSwap
 from compress.blockwise.linears import TargetLinear
 from compress.blockwise.memory_budget import FLOAT64_MAX_WIDTH
+from compress.blockwise.routed import counted_rows
 from compress.blockwise.streamed import StopForward
 
 #: Rows of a symmetric sum that are added at a time, from the diagonal on. Measured on CPU: 128 takes nine tenths of 256's time.
@@ -150,7 +151,9 @@ def collect_hessians(
 def _adder(linear: TargetLinear, sums: InputStatistics, last: bool) -> Callable[..., None]:
     def hook(module: Any, args: tuple[Any, ...]) -> None:
         x = linear.rows(args[0].detach())
-        if linear.owner is None:
+        if linear.routed:
+            x = counted_rows(x)
+        elif linear.owner is None:
             x = counted(x, getattr(module, "token_masks", ()))
         elif linear.owner.expert_mask is not None:
             x = x[linear.owner.expert_mask]

@@ -16,6 +16,7 @@ from compress.architectures.inference.roles import kind_of
 from compress.architectures.model_map import model_map
 from compress.blockwise.experts import Experts, ExpertSwap, rows_first
 from compress.blockwise.kernels import geometry, is_kernel, patches
+from compress.blockwise.routed import routing_lists
 from compress.blockwise.streamed import StreamedModel, names_in_files
 from compress.errors import PassError
 from compress.spec.spec import Spec
@@ -32,6 +33,7 @@ class TargetLinear:
         module: the layer that is called with the matrix's inputs. group: linears of one group read the same inputs.
         sequence_first: whether these are [length, samples, I], as in Longformer's attention.
         kernel: whether it is that of a convolution, which the checkpoint shapes [O, inputs, *positions].
+        routed: whether it reads the rows that a list of modules chooses for it (`compress.blockwise.routed`).
         part: where the checkpoint holds the matrix within a tensor of all experts; None where it has a tensor of its own.
     """
 
@@ -45,6 +47,7 @@ class TargetLinear:
     sequence_first: bool = False
     part: ExpertPart | None = None
     kernel: bool = False
+    routed: bool = False
 
     @property
     def tensor(self) -> str:
@@ -123,6 +126,7 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
     names = _stored_names(probes, lambda parameters: streamed.stored_names(index, parameters))
     by_name: dict[str, TargetLinear] = {}
     swaps: list[ExpertSwap] = []
+    routing = tuple(f"{path}." for path in routing_lists(block))
     for path, module in block.named_modules():
         parameter = f"{path}.weight"
         stored = names.get((parameter, 0), "")
@@ -131,7 +135,9 @@ def _linears_of(streamed: StreamedModel, index: int, block: Any) -> tuple[dict[s
             data: torch.Tensor = module.weight.data
             if stored not in matrices or matrices[stored].tensor.shape != tuple(data.shape):
                 continue  # the files hold its rows in several tensors
-            by_name[stored] = TargetLinear(stored, parameter, data.T if transposed else data, transposed, module)
+            matrix = data.T if transposed else data
+            routed = path.startswith(routing)
+            by_name[stored] = TargetLinear(stored, parameter, matrix, transposed, module, routed=routed)
         elif is_kernel(module) and stored in matrices and matrices[stored].tensor.shape == tuple(module.weight.shape):
             matrix = module.weight.data.view(len(module.weight), -1)
             by_name[stored] = TargetLinear(stored, parameter, matrix, False, module, kernel=True)
@@ -287,7 +293,8 @@ def group_linears(
             place = len(groups) - 1
         linear.group = place
         groups[place].append(linear)
-    single = {linear.name for linear in linears if linear.owner is None and len(inputs[linear.name]) == 1}
+    everywhere = [linear.name for linear in linears if linear.owner is None and not linear.routed]
+    single = {name for name in everywhere if len(inputs[name]) == 1}
     return groups, [name for name in order if name in single]
 
 

@@ -196,7 +196,8 @@ class Gradients:
         """
         if not self.known or block.originals is None or block.index < self.first:
             return {}
-        linears = sorted((s for s in block.linears if s.owner is None and not s.kernel), key=lambda s: len(s.weight))
+        everywhere = (s for s in block.linears if s.owner is None and not s.routed and not s.kernel)
+        linears = sorted(everywhere, key=lambda s: len(s.weight))
         wanted = linears[: len(curvatures_that_fit([len(s.weight) for s in linears]))]
         if not wanted:
             return {}

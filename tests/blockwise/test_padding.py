@@ -51,6 +51,46 @@ def test_padding_is_told_where_tokens_come_first_or_are_filled_up(name, tmp_path
         torch.testing.assert_close(seen[name].double(), x.T @ x, rtol=1e-4, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SwitchTransformersForConditionalGeneration",
+        pytest.param("NllbMoeForConditionalGeneration", marks=pytest.mark.slow),
+    ],
+)
+def test_padding_reaches_no_expert_that_a_list_of_modules_calls(name, tmp_path):
+    """Hessians of an expert are those of the tokens that the router sends there, one sample at a time and unpadded."""
+    cls = getattr(transformers, name)
+    config = shrunken(default_config(cls.config_class.model_type))
+    config.encoder_sparse_step = config.decoder_sparse_step = 2
+    pico_model(cls, config).save_pretrained(tmp_path / "in")
+    ids = torch.randint(5, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    values, mask = {"input_ids": ids, "decoder_input_ids": ids[:, :9].flip(1)}, torch.arange(12) < LENGTHS[:, None]
+    checkpoint, reads = open_checkpoint(tmp_path / "in"), {}
+    model = cls.from_pretrained(tmp_path / "in").eval()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".experts." in path:
+            module.register_forward_pre_hook(
+                lambda m, a, path=path: reads.setdefault(f"{path}.weight", []).append(a[0].double())
+            )
+    with torch.no_grad():
+        for row, length in enumerate(LENGTHS):
+            read = values["decoder_input_ids"][row : row + 1, : min(9, length)]
+            model(input_ids=ids[row : row + 1, :length], decoder_input_ids=read)
+    seen = {}
+
+    def look(block):
+        seen.update({linear.name: sums for group, sums, _ in block.statistics() for linear in group})
+        return {}
+
+    runner_of(checkpoint, tmp_path / "work", Inputs(values, mask, mask[:, :9])).run(look, "looking")
+    assert len(reads) >= 8
+    for name in reads:
+        x = torch.cat(reads[name])
+        assert seen[name].tokens == len(x), name
+        torch.testing.assert_close(seen[name].hessian.double(), x.T @ x, rtol=1e-4, atol=1e-3, msg=name)
+
+
 class Twice(torch.nn.Module):
     """Layers that begin with the same tensor, and do not read the same."""
 
