@@ -89,6 +89,9 @@ class BlockExecutor:
     def learn_calls(self) -> None:
         """Learn how blocks are called; see `BlockCalls.learn`. Raises `PassError`."""
         self.calls.learn()
+        if len(self.streamed.lists) > 1 and (inputs := self.inputs.apart(self.calls.length(0))) is not self.inputs:
+            self.inputs, self.calls = inputs, BlockCalls(self.streamed, inputs)
+            self.calls.learn()
 
     def beside(self) -> BlockExecutor:
         """The same executor for the same blocks with other weights, whose lists end in other hidden states."""

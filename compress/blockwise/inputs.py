@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,24 @@ class Inputs:
         picked = {name: value[each] for name, value in self.values.items()}
         # a decoder's padding is behind its tokens, which do not look ahead
         return picked if self.mask is None else {**picked, "attention_mask": self._of(self.mask, rows).long()}
+
+    def apart(self, frames: int) -> Inputs:
+        """The same where a decoder's texts are not as long as the encoder's hidden states, of ``frames`` positions.
+
+        Masks tell by their lengths whose tokens they are. Where both lengths are the same, the texts get a token that does
+        not count.
+        """
+        read = self.values.get("decoder_input_ids")
+        masked = self.mask is not None or self.target_mask is not None
+        if read is None or read.shape[1] != frames or not masked:
+            return self
+        own = torch.ones_like(read, dtype=torch.bool) if self.target_mask is None else self.target_mask
+        longer = torch.cat([read, read[:, -1:]], 1)
+        return replace(
+            self,
+            values={**self.values, "decoder_input_ids": longer},
+            target_mask=torch.nn.functional.pad(own, (0, 1)),
+        )
 
     @property
     def reads_text(self) -> bool:
