@@ -112,6 +112,8 @@ class KeptStates:
         self._executor.learn_calls()
         model: Any = reading_several(self._streamed.model)
         self._predicts = model.base_model is not model
+        for left in folder.glob("*.act"):  # by a process that was killed
+            left.unlink()
         self._files: dict[tuple[BlockSet, int], Activations] = {}
         self._written: dict[tuple[BlockSet, int], set[int]] = {}
         self._row = tuple(self._executor.first_hidden([0]).shape[1:])

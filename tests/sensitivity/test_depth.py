@@ -170,6 +170,7 @@ def test_choice_resumes_with_the_same_losses(tmp_path):
             choose(folder, tmp_path / str(steps), 2, progress=Killing(steps))
         assert Workspace(tmp_path / str(steps)).read_json("trials")
         assert choose(folder, tmp_path / str(steps), 2) == expected
+        assert [path.name for path in (tmp_path / str(steps)).iterdir()] == ["trials.json"]
 
 
 def test_a_model_that_reads_more_than_hidden_states_is_run_whole(tmp_path):
