@@ -7,8 +7,9 @@ Sets of blocks race: all are tried on a few samples, and on more as long as it i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,7 @@ class DepthOptions:
     Attributes:
         dtype, device: of the computation. max_ram: bytes that the whole model may take, where it must; None for no limit.
         groups: try contiguous groups too. error: see `_ERROR`; with 0 every set is tried on all samples.
+        can_go: whether a model can lose a set of blocks; None where it can lose any.
     """
 
     dtype: str
@@ -84,6 +86,7 @@ class DepthOptions:
     max_ram: int | None = None
     groups: bool = True
     error: float = _ERROR
+    can_go: Callable[[BlockSet], bool] | None = None
 
 
 def choose_blocks(
@@ -113,7 +116,7 @@ def choose_blocks(
     tries = most_trials(trials.depth, count, options.groups)
     with progress.task("trying without blocks", tries * len(samples.ids), "samples") as task:
         race = _Race(trials, _rounds(len(samples.ids), trials.length), workspace, options.error, task)
-        choice = _choose(race, count, options.groups)
+        choice = _choose(race, count, options)
     trials.close()
     return choice
 
@@ -141,20 +144,22 @@ def _rounds(samples: int, length: int) -> list[int]:
     return [*(r for r in _ROUNDS if r < samples and r * length >= _FEWEST_TOKENS), samples]
 
 
-def _choose(race: _Race, count: int, groups: bool) -> DepthChoice:
-    depth = race.trials.depth
+def _choose(race: _Race, count: int, options: DepthOptions) -> DepthChoice:
+    depth, can_go = race.trials.depth, options.can_go or (lambda blocks: True)
     gone: list[int] = []
     steps: list[dict[int, Trial]] = []
     for _ in range(count):
         base = tuple(sorted(gone))
-        sets = {_with(base, i): i for i in range(depth) if i not in gone}
+        sets = {_with(base, i): i for i in range(depth) if i not in gone and can_go(_with(base, i))}
+        if not sets:
+            raise PassError(f"no block can go beside {list(base)}" if base else "no block can go", key="layers")
         best = race.winner(sets, base)
         steps.append({i: race.trial(blocks) for blocks, i in sets.items()})
         gone.append(sets[best])
-    if not groups or count < 2:
+    if not options.groups or count < 2:
         return DepthChoice(gone, steps)
     greedy = tuple(sorted(gone))
-    runs = dict.fromkeys([greedy, *race.groups(count)])
+    runs = dict.fromkeys([greedy, *race.groups(count, can_go)])
     best = race.winner(runs, greedy, parts=False)  # blocks that undo each other's work may go together
     order = gone if best == greedy else list(best)
     return DepthChoice(order, steps, {blocks: race.trial(blocks) for blocks in runs})
@@ -185,12 +190,13 @@ class _Race:
         samples = len(self._known.get(blocks, ()))
         return Trial(self._mean(blocks, samples) if samples else math.inf, samples)
 
-    def groups(self, count: int) -> list[BlockSet]:
-        """The contiguous groups that change hidden states least, by angular distance."""
+    def groups(self, count: int, can_go: Callable[[BlockSet], bool]) -> list[BlockSet]:
+        """The contiguous groups that can go and change hidden states least, by angular distance."""
         rows = range(self._rounds[0])
         starts = range(self.trials.depth - count + 1)
         order = sorted(starts, key=lambda i: (self.trials.angle(i, i + count, rows), i))
-        return [tuple(range(i, i + count)) for i in order[:TRIAL_GROUPS]]
+        fitting = (blocks for i in order if can_go(blocks := tuple(range(i, i + count))))
+        return list(islice(fitting, TRIAL_GROUPS))
 
     def winner(self, sets: Mapping[BlockSet, Any], base: BlockSet, *, parts: bool = True) -> BlockSet:
         """The set with the least loss; of equal ones the first.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compress.architectures import resize
 from compress.architectures.inference.skeleton import config_key, skeleton_of
 from compress.architectures.model_map import model_map
-from compress.errors import CompressError, PassError, is_lack
+from compress.errors import CheckpointError, CompressError, PassError, is_lack
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.spec.spec import Spec, Structure
@@ -153,7 +153,8 @@ def _copy(key: str, about: _Anything) -> _Copy:
 def _without_blocks(copy: _Copy) -> str | None:
     """Compare the copy without each of its blocks with the copy in which that block passes its input on.
 
-    A class may run no model without the only block of a kind, such as the one with attention. Then the others are compared.
+    A class may run no model without the only block of a kind, such as the one with attention, and have a first block that is
+    unlike the others. Then the others are compared.
     """
     mapped = model_map(copy.checkpoint.spec)
     kinds = [frozenset(block.tensors) for block in mapped.blocks if not mapped.record.in_stack(f"{block.path}x")]
@@ -161,6 +162,8 @@ def _without_blocks(copy: _Copy) -> str | None:
     for index in range(mapped.depth):
         try:
             difference = _without_block(copy, index)
+        except CheckpointError:
+            continue  # the class has no place for the blocks that stay: the plan refuses to remove that one
         except CompressError:
             raise
         except Exception as error:

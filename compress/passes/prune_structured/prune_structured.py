@@ -14,6 +14,7 @@ from compress.passes.base import Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import require_head, runner_memory, trials_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
+from compress.passes.prune_structured.removable import alike, removable
 from compress.passes.prune_structured.settings import PruneStructuredSettings
 from compress.solvers.memory import OBS, OBS_WITH_BIAS
 from compress.spec.spec import Spec
@@ -143,7 +144,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             depth = mapped.depth
             count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
             named = settings.layers if isinstance(settings.layers, tuple) else tuple(range(depth - count, depth))
-            exact = exact and (isinstance(settings.layers, tuple) or _alike(spec))
+            exact = exact and (isinstance(settings.layers, tuple) or alike(spec))
             before = spec
             spec, _ = resize.without_blocks(spec, named)
             _require_class(record.source, spec, before)
@@ -170,7 +171,7 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             from compress.passes.prune_structured.search import search
 
             settings = search(self, checkpoint, settings, context)
-        current, spans = remove.drop_layers(checkpoint, settings, context)
+        current, spans = remove.drop_layers(checkpoint, settings, context, removable(self.plan, checkpoint.spec))
         current = fewer_active(current, settings, context)
         current = remove.drop_experts(current, settings, context)
         current, channels = remove.drop_hidden(current, settings, context)
@@ -217,13 +218,6 @@ def _sweeps(settings: PruneStructuredSettings) -> bool:
         others and settings.importance != "magnitude"
     )
     return settings.searched or settings.experts is not None or by_inputs or settings.compensation != "none"
-
-
-def _alike(spec: Spec) -> bool:
-    """Whether all blocks have the same tensors."""
-    blocks = model_map(spec).blocks
-    alike = {frozenset(replace(t, name=part) for part, t in b.tensors.items() if t.alias_of is None) for b in blocks}
-    return len(alike) == 1
 
 
 def _require_class(source: str, spec: Spec, before: Spec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +29,16 @@ if TYPE_CHECKING:
 
 
 def drop_layers(
-    checkpoint: Checkpoint, settings: PruneStructuredSettings, context: Context
+    checkpoint: Checkpoint,
+    settings: PruneStructuredSettings,
+    context: Context,
+    can_go: Callable[[tuple[int, ...]], bool] | None,
 ) -> tuple[Checkpoint, list[int]]:
-    """Remove blocks. Also returns for each remaining block the number of original blocks that its output stands for."""
+    """Remove blocks. Also returns for each remaining block the number of original blocks that its output stands for.
+
+    Args:
+        can_go: see `removable`.
+    """
     depth = model_map(checkpoint.spec).depth
     if settings.layers is None:
         return checkpoint, list(range(1, depth + 1))
@@ -39,7 +46,7 @@ def drop_layers(
         drop: Sequence[int] = settings.layers
     else:
         count = widths.layers_to_drop(depth, settings.layers, settings.allow_noop)
-        choice = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context))
+        choice = context.workspace.cached("blocks", lambda: _worst_blocks(checkpoint, count, settings, context, can_go))
         context.details.update(choice["details"])
         drop = sorted(choice["blocks"])
         if without_loss := _without_loss(choice):
@@ -58,14 +65,18 @@ def _without_loss(choice: Mapping[str, Any]) -> set[int]:
 
 
 def _worst_blocks(
-    checkpoint: Checkpoint, count: int, settings: PruneStructuredSettings, context: Context
+    checkpoint: Checkpoint,
+    count: int,
+    settings: PruneStructuredSettings,
+    context: Context,
+    can_go: Callable[[tuple[int, ...]], bool] | None,
 ) -> dict[str, Any] | None:
     """Indices of the blocks to remove, and their rows for the report; None in other processes than the first."""
     if context.processes.rank:
         return None
     data = context.data("calibration")
     if settings.layer_importance == "kl":
-        options = DepthOptions(context.dtype, context.device, context.max_ram)
+        options = DepthOptions(context.dtype, context.device, context.max_ram, can_go=can_go)
         workspace = context.workspace.folder("depth").alone()
         choice = choose_blocks(checkpoint, data, count, options, workspace=workspace, progress=context.progress)
         return {"blocks": choice.order, "details": choice.details()}

@@ -14,6 +14,7 @@ from compress.checkpoint.layout import lay_out
 from compress.errors import PassError
 from compress.passes.base import Context
 from compress.passes.prune_structured import widths
+from compress.passes.prune_structured.removable import removable
 from compress.passes.prune_structured.settings import TARGETS
 from compress.passes.prune_structured.speed import Stopwatch, work
 from compress.spec.spec import Spec
@@ -293,7 +294,13 @@ def _tried(
     trying, judging = data.first(min(_TRY, len(data.ids) - held)), data.last(held)
     order: list[int] = []
     if deepest := max(shape.layers for shape in candidates):
-        options = DepthOptions(context.dtype, context.device, context.max_ram, groups=False)
+        options = DepthOptions(
+            context.dtype,
+            context.device,
+            context.max_ram,
+            groups=False,
+            can_go=removable(planner.plan, checkpoint.spec),
+        )
         workspace = context.workspace.folder("depth").alone()
         choice = choose_blocks(checkpoint, trying, deepest, options, workspace=workspace, progress=context.progress)
         order = choice.order

@@ -138,3 +138,29 @@ def test_a_block_that_depends_on_its_number_is_refused(tmp_path):
     pico_model(transformers.DiffLlamaForCausalLM, shrunken(default_config("diffllama"))).save_pretrained(tmp_path)
     with pytest.raises(PassError, match=r"cannot lose `layers` by its inferred record: without block 0 .* differ by"):
         plan(open_checkpoint(tmp_path), "prune_structured", layers=(1,), **DATA_FREE)
+
+
+def test_a_block_that_the_class_needs_is_not_chosen(tmp_path):
+    """ModernBERT's first block has no norm in front of its attention, and the class gives none to whichever block is first."""
+    model = pico_model(
+        transformers.ModernBertDecoderForCausalLM, shrunken(default_config("modernbert-decoder")), seed=3
+    )
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name and parameter.ndim > 1:
+            parameter.data.zero_()  # nothing would be lost without it
+    model.save_pretrained(tmp_path / "in")
+    ids, details = torch.arange(128).view(8, 16) + 5, {}
+    compress.apply(
+        "prune_structured", tmp_path / "in", tmp_path / "out", data=ids, details=details, layers=2, compensation="none"
+    )
+    assert 0 not in details["removed_blocks"]
+    assert "0" not in details["samples_without_block"][0]
+    assert all("0" not in name.split("-") for name in details["samples_without_group"])
+    twin = stock(tmp_path / "in")
+    for index in details["removed_blocks"]:
+        for name, parameter in twin.named_parameters():
+            if f".layers.{index}." in name and parameter.ndim > 1:
+                parameter.data.zero_()
+    torch.testing.assert_close(outputs(stock(tmp_path / "out"), ids[:1]), outputs(twin, ids[:1]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(PassError, match="block"):
+        plan(open_checkpoint(tmp_path / "in"), "prune_structured", layers=[0], **DATA_FREE)
