@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-versus bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-versus bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -81,6 +81,9 @@ bench-cast: $(STAMP)
 # PEER= is the python of an environment of its own with llmcompressor
 bench-versus: $(STAMP)
 	$(BIN)/python benchmarks/versus.py --peer $(PEER) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+bench-scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py $(if $(PEER),--peer $(PEER)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 bench-rounded: $(STAMP)
 	$(BIN)/python benchmarks/rounded.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)

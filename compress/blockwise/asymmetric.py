@@ -113,7 +113,10 @@ def mismatch_of(
 ) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics of a group, and how ``changed`` has moved its inputs, on the block's own inputs; see `_measured`."""
     now, then = (Passage(block, [group], {}, taped=False) for _ in range(2))
-    return _measured(replace(block, originals=block.inputs), group, None, (now, then, 0), changed)
+    measured = _measured(replace(block, originals=block.inputs), group, None, (now, then, 0), changed)
+    now.close()
+    then.close()
+    return measured
 
 
 def _end(block: Block, once: list[list[TargetLinear]], passage: Passage, tuned: bool) -> Iterator[Measured]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -31,7 +31,7 @@ class BlockView(Protocol):
     Attributes:
         device: where blocks are. seed: of random draws. processes: the processes that work on the same blocks.
         samples: number of calibration samples. tokens: number of tokens in them that count.
-        proven: tapes of blocks that computed what the blocks did, as text.
+        proven: tapes of blocks that computed what the blocks did, as text. spare: files without a name, to use again.
     """
 
     device: str
@@ -40,6 +40,7 @@ class BlockView(Protocol):
     samples: int
     tokens: int
     proven: set[str]
+    spare: list[IO[bytes]]
 
     def arguments(self, index: int, rows: Sequence[int]) -> Call:
         """Arguments of a block beside hidden states, for those samples."""

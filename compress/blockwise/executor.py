@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -27,7 +27,7 @@ class BlockExecutor:
     It is the `BlockView` that blocks hold. Call `learn_calls` before anything else runs.
 
     Attributes:
-        depth: number of blocks. dtype: of the computation. proven: see `BlockView`.
+        depth: number of blocks. dtype: of the computation. proven, spare: see `BlockView`.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class BlockExecutor:
         self.samples, self.tokens = inputs.samples, inputs.tokens
         self.calls = BlockCalls(self.streamed, inputs)
         self.proven: set[str] = set()
+        self.spare: list[IO[bytes]] = []
 
     # ---- samples ----
 

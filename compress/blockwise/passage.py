@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
@@ -41,11 +41,19 @@ class TensorPlace(NamedTuple):
 
 
 class WaitingValues:
-    """Live values of each batch at a stop, in two nameless files that take turns; the system removes them with the process."""
+    """Live values of each batch at a stop, in two nameless files that take turns; the system removes them with the process.
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self._device = device
-        self._read, self._written = (tempfile.TemporaryFile(dir=folder) for _ in range(2))  # noqa: SIM115
+    Args:
+        folder: of new files. spare: files to use again, since memory that the system has for them already is quicker to write;
+            `close` puts them there.
+    """
+
+    def __init__(self, folder: Path, device: str, spare: list[IO[bytes]]) -> None:
+        self._device, self._spare = device, spare
+        self._read, self._written = (
+            spare.pop() if spare else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            for _ in range(2)
+        )
         self._before: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
         self._after: dict[int, tuple[list[tuple[int, int]], dict[int, TensorPlace]]] = {}
         self._end = 0
@@ -89,9 +97,8 @@ class WaitingValues:
         return data.to(self._device).untyped_storage()
 
     def close(self) -> None:
-        """Remove the files."""
-        self._read.close()
-        self._written.close()
+        """Hand back the files."""
+        self._spare += [self._read, self._written]
 
 
 def _put(file: int, data: torch.Tensor, offset: int) -> int:
@@ -142,7 +149,7 @@ class Passage:
         self._batches = list(self._view.batches())
         self._tapes: list[_Known] = [] if tapes is None else tapes
         self._of: list[Tape | None] = [] if taped else [None] * len(self._batches)
-        self._waiting = WaitingValues(self._inputs.path.parent, self._view.device)
+        self._waiting = WaitingValues(self._inputs.path.parent, self._view.device, self._view.spare)
         self._sealed: bytes | None = None
 
     @property
@@ -213,7 +220,7 @@ class Passage:
         self.close()
 
     def close(self) -> None:
-        """Remove the files."""
+        """Hand back the files."""
         self._waiting.close()
 
     # ---- weights ----

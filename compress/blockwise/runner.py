@@ -161,6 +161,8 @@ class BlockRunner:
                 self.workspace.write_json("state", asdict(state))
                 task.advance(note=f"block {index}")
         stream.close()
+        while self.executor.spare:
+            self.executor.spare.pop().close()
         if self._targets is not None:
             self._targets.close()
         return RunnerResult(self.workspace.folder("blocks").path, self.checkpoint, list(range(last + 1)), state.details)
