@@ -101,7 +101,9 @@ def outputs_of(model, record, inputs):
     return outputs
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("swin", "funnel") else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES]
+)
 def test_blocks_of_stages_match_the_whole_model(kind, tmp_path):
     """Later stages read what the changed blocks output; the originals are those of the model as it came."""
     name, config, lists = CASES[kind]
