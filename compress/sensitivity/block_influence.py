@@ -81,8 +81,16 @@ def _recorder(total: list[float], loop: SampleLoop) -> Any:
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, (tuple, list)) else output
-        changed, count = influence(before, after, loop.current.mask)
+        mask = loop.current.mask
+        changed, count = influence(before, after, None if mask is None else _laid_out(mask, before.shape[:-1]))
         total[0] += changed
         total[1] += count
 
     return record
+
+
+def _laid_out(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A mask [samples, length] for hidden states [samples, longer] or [longer, samples], which a class may fill up behind."""
+    if shape[0] != len(mask) and shape[1] == len(mask):
+        return _laid_out(mask, torch.Size((shape[1], shape[0]))).T
+    return torch.nn.functional.pad(mask, (0, max(0, shape[1] - mask.shape[1])))

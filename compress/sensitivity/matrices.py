@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compress.architectures.model_map import ModelMap, model_map
-from compress.blockwise.linears import TargetLinear, expert_linears, group_linears
+from compress.blockwise.linears import TargetLinear, expert_linears, first_value, group_linears
 from compress.checkpoint.values import Checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
@@ -97,7 +97,7 @@ def divergences(
         users = [user for source, user in _users(mapped, names) if source == name and user != name]
         shared = (mapped.in_memory(user.removesuffix(".weight")) for user in users)
         for module in [linear.module, *map(model.get_submodule, shared)]:
-            handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name], loop)))
+            handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name])))
     for embeddings in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):  # an encoder may have its own
         handles.append(embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
     generator = torch.Generator(device).manual_seed(seed)
@@ -194,18 +194,27 @@ def _users(mapped: ModelMap, names: Sequence[str]) -> list[tuple[str, str]]:
     return [*((name, name) for name in names), *((source, name) for source, name in aliases if source is not None)]
 
 
-def _product_hook(deltas: Mapping[str, torch.Tensor], sums: dict[str, float], loop: SampleLoop) -> Callable[..., None]:
-    """A forward hook that adds Σ over tokens of (gᵀ ΔW x)² to ``sums`` for each choice, once g is known."""
+def _product_hook(deltas: Mapping[str, torch.Tensor], sums: dict[str, float]) -> Callable[..., None]:
+    """A forward hook that adds Σ over tokens of (gᵀ ΔW x)² to ``sums`` for each choice, once g is known.
 
-    def forward(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    Padding needs no mask: its g is zero, as no prediction that counts depends on it.
+    """
+
+    def forward(module: Any, args: tuple[Any, ...], output: Any) -> None:
         inputs = args[0].detach()
 
-        def backward(gradient: torch.Tensor) -> None:
-            x = loop.current.counted(inputs.reshape(-1, inputs.shape[-1]))
-            g = loop.current.counted(gradient.reshape(-1, gradient.shape[-1]))
+        def backward(gradients: tuple[torch.Tensor, ...]) -> None:
+            g = gradients[0].reshape(-1, gradients[0].shape[-1])
+            x, g = inputs.reshape(-1, inputs.shape[-1])[moved := g.any(-1)], g[moved]
             for choice, delta in deltas.items():
                 sums[choice] += float(((x @ delta.float().T) * g).sum(1).double().square().sum())
 
-        output.register_hook(backward)  # type: ignore[no-untyped-call]
+        _behind(first_value(output)).register_prehook(backward)
 
     return forward
+
+
+def _behind(output: torch.Tensor) -> Any:
+    """The node that made a layer's output; a class may change the output in place, by which a view loses its own node."""
+    base = output._base
+    return output.grad_fn if base is None or base.numel() != output.numel() else base.grad_fn

@@ -110,3 +110,57 @@ def test_divergences_read_token_types(tmp_path):
     typed = measure(folder, torch.ones_like(ids))
     assert torch.equal(typed, measure(other, None))
     assert not torch.allclose(typed, measure(folder, None), rtol=1e-3)
+
+
+def test_divergences_leave_out_padding_where_tokens_come_first(tmp_path):
+    """Longformer's attention reads [length, samples, I], of texts that it fills up to whole windows."""
+    import transformers
+
+    from compress.models.pico import pico_model
+    from compress.models.shrink import default_config, shrunken
+    from compress.progress import SilentProgress
+    from compress.sensitivity.block_influence import block_influence
+    from compress.sensitivity.matrices import divergences
+    from compress.sensitivity.samples import SampleLoop, token_losses
+
+    pico_model(transformers.LongformerForMaskedLM, shrunken(default_config("longformer"))).save_pretrained(tmp_path)
+    ids = torch.randint(5, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    batches = Batches(ids, torch.arange(12) < torch.tensor([12, 5])[:, None])
+    layers = ["longformer.encoder.layer.0.attention.self.query", "longformer.encoder.layer.1.output.dense"]
+    model = transformers.LongformerForMaskedLM.from_pretrained(tmp_path).eval()
+    read, gradients = {layer: [] for layer in layers}, {layer: [] for layer in layers}
+
+    def listen(layer):
+        def hook(module, args, output):
+            read[layer].append(args[0].detach())
+            output = output.clone()  # Longformer divides queries in place, and a view would lose its hook
+            output.register_hook(gradients[layer].append)
+            return output
+
+        return hook
+
+    for layer in layers:
+        model.get_submodule(layer).register_forward_hook(listen(layer))
+    generator, loop = torch.Generator().manual_seed(0), SampleLoop(batches, "cpu")
+    for sample in loop:
+        token_losses(model, sample, generator).sum().backward()
+    found, _ = divergences(
+        open_checkpoint(tmp_path),
+        [f"{layer}.weight" for layer in layers],
+        lambda linear, weight: {"less": 0.01 * weight},
+        batches,
+        setting=("", ""),
+        device="cpu",
+        seed=0,
+        progress=SilentProgress(),
+    )
+    for layer, axis in zip(layers, (0, 1), strict=True):
+        delta, total = (0.01 * model.get_submodule(layer).weight).bfloat16().float(), 0.0
+        for x, g, length in zip(read[layer], gradients[layer], (12, 5), strict=True):
+            rows, outputs = (t.movedim(axis, 0)[:length, 0] for t in (x, g))
+            total += float(((rows @ delta.T) * outputs).sum(1).square().sum().detach())
+        assert found[f"{layer}.weight"]["less"] == pytest.approx(0.5 * total / 17, rel=1e-4)
+    influences = block_influence(
+        open_checkpoint(tmp_path), batches, dtype="float32", device="cpu", progress=SilentProgress()
+    )
+    assert len(influences) == 3
