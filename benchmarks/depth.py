@@ -31,7 +31,7 @@ from compress.progress import SilentProgress  # noqa: E402
 
 #: Samples at a time of `greedy`, and the ratio to the leader's loss on the first ones from which on a set is not tried further.
 ROUND = 4
-HOPELESS = 2.5
+HOPELESS = 1.5
 WAYS = ("race", "greedy", "influence", "angle")
 
 

@@ -26,6 +26,7 @@ from compress.models.blocks import find_blocks
 from compress.models.classes import arguments_of
 from compress.models.loading import load_for_samples, reading_several
 from compress.sensitivity.block_influence import angular_distance
+from compress.sensitivity.depth_reference import Reference, counts_of
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -63,33 +64,6 @@ class Trials(Protocol):
     def close(self) -> None:
         """Remove what was kept."""
         ...
-
-
-def divergences(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None, predicts: bool) -> torch.Tensor:
-    """Divergence of each sample summed over what counts, float64 [samples].
-
-    KL of predictions in nats, or for a model without a head the squared error of hidden states over their variance in the
-    sample.
-
-    Args:
-        before, after: logits or hidden states, float32 [samples, tokens, …]; or logits by sample, [samples, labels].
-        mask: which tokens count, bool [samples, tokens]; None for all.
-    """
-    if before.ndim == 2:
-        before, after = before[:, None], after[:, None]
-    if predicts:
-        logs = before.log_softmax(-1)
-        rows = logs.flatten(0, -2)
-        errors = torch.bmm(rows.exp()[:, None], (rows - after.log_softmax(-1).flatten(0, -2))[:, :, None])
-        values = errors.view(before.shape[:-1])
-    else:
-        values = (after - before).square().mean(-1)
-    values = values.double().flatten(1)
-    counted = torch.ones_like(values, dtype=torch.bool) if mask is None or mask.shape != values.shape else mask
-    sums = values.masked_fill(~counted, 0).sum(1)
-    if predicts:
-        return sums
-    return sums / torch.stack([x.flatten(0, -2)[c].double().var() for x, c in zip(before, counted, strict=True)])
 
 
 class KeptStates:
@@ -184,10 +158,10 @@ class KeptStates:
                     mask = None if self._mask is None else self._mask[own].to(executor.device)
                     if mask is not None and self._some:
                         mask = mask[:, positions]
-                    before = executor.logits(own, ends[()][place], extra).float()
+                    before = Reference(executor.logits(own, ends[()][place], extra).float(), mask, self._predicts)
                     for number, blocks in enumerate(sets):
                         after = executor.logits(own, ends[blocks][place], extra).float()
-                        result[number, place] += divergences(before, after, mask, self._predicts).cpu()
+                        result[number, place] += before.divergences(after).cpu()
         return result
 
     # ---- hidden states ----
@@ -296,12 +270,12 @@ class WholeModel:
         result = [[0.0] * len(rows) for _ in sets]
         with torch.no_grad():
             for place, row in enumerate(rows):
-                before = self._outputs(row)
-                mask = None if self._samples.mask is None else self._samples.mask[[row]].to(before.device)
+                mask = None if self._samples.mask is None else self._samples.mask[[row]].to(self._model.device)
+                before = Reference(self._outputs(row), mask, self._predicts)
                 for number, blocks in enumerate(sets):
                     with without(self._blocks, blocks):
                         after = self._runs(row)
-                    total = math.inf if after is None else float(divergences(before, after, mask, self._predicts))
+                    total = math.inf if after is None else float(before.divergences(after))
                     result[number][place] = total / self.counts[row]
         return result
 
@@ -345,19 +319,6 @@ class WholeModel:
 
     def close(self) -> None:
         """See `Trials.close`."""
-
-
-def counts_of(outputs: torch.Tensor, mask: torch.Tensor | None, samples: int) -> list[int]:
-    """Number of predictions that count, by sample.
-
-    Args:
-        outputs: of one sample. mask: which tokens count, bool [samples, tokens]; None for all.
-    """
-    values = 1 if outputs.ndim == 2 else outputs.shape[1:-1].numel()
-    if mask is None or outputs.ndim == 2 or mask.shape[1] != values:
-        return [values] * samples
-    counts: list[int] = mask.sum(1).tolist()
-    return counts
 
 
 @contextmanager
