@@ -30,6 +30,7 @@ from compress.blockwise.targets import TargetStream, Teacher
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
 from compress.memory import keep_freed
+from compress.models.classes import quiet_transformers
 from compress.progress import Progress
 from compress.workspace import Workspace
 
@@ -153,7 +154,7 @@ class BlockRunner:
                 start = time.perf_counter()
                 if index == begin or self.executor.is_first(index):
                     self._enter(index, stream)
-                with self.streamed.block(index) as module:
+                with quiet_transformers(), self.streamed.block(index) as module:
                     details = self._block(index, module, stream, change, last)
                 details["seconds"] = round(time.perf_counter() - start, 3)
                 state.details.append(cast("BlockDetails", {"block": index, **details}))

@@ -175,6 +175,11 @@ def quiet_transformers() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
+    if verbosity == logging.ERROR and not bars:  # inside another one; setting a level makes all loggers forget theirs
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+        return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -70,6 +70,7 @@ class Rounded:
         self.scale, self.zero, self.overall = scales.scale, scales.zero, scales.overall
         #: Codes less zero points [O, G, S].
         self.codes = codes.view(len(codes), self.scale.shape[1], -1)
+        self._stored: Codes | None = None
 
     def values(self) -> torch.Tensor:
         """The rounded weights [O, I]."""
@@ -90,11 +91,15 @@ class Rounded:
         self.scale.grad = (gradient.reshape(self.codes.shape) * self.codes).sum(2)
 
     def finish(self, dtype: torch.dtype) -> Codes:
-        """Return the codes with stored scales, and write the weights that a loader will see into the block."""
-        scales = Scales(self.scale, self.zero, self.overall)
-        codes = to_codes(self.values(), self.quant_format, scales, dtype, self.keep)
-        self.linear.weight.copy_(dequantize(codes, self.keep).to(self.linear.weight.dtype))
-        return codes
+        """Return the codes with stored scales, and write the weights that a loader will see into the block.
+
+        Called again, it returns the same: nothing is trained behind it.
+        """
+        if self._stored is None:
+            scales = Scales(self.scale, self.zero, self.overall)
+            self._stored = to_codes(self.values(), self.quant_format, scales, dtype, self.keep)
+            self.linear.weight.copy_(dequantize(self._stored, self.keep).to(self.linear.weight.dtype))
+        return self._stored
 
 
 class CastSolver:
