@@ -103,7 +103,7 @@ def choose_blocks(
     The change is the mean KL divergence per token, in nats, of the smaller model's predictions from the original's; for a
     model without a head the squared error of its last hidden states over their variance in the sample. A set is not tried where
     a part of it is clearly worse than the leader already. The contiguous groups that change hidden states least (Gromov et al.,
-    arXiv 2403.17887) race with the greedy set.
+    arXiv 2403.17887) race with the greedy set, and one is taken where it is clearly better.
 
     Args:
         samples: of which the first `TRIAL_SAMPLES` are used. workspace: for hidden states, and what a killed run measured.
@@ -161,7 +161,8 @@ def _choose(race: _Race, count: int, options: DepthOptions) -> DepthChoice:
     greedy = tuple(sorted(gone))
     runs = dict.fromkeys([greedy, *race.groups(count, can_go)])
     best = race.winner(runs, greedy, parts=False)  # blocks that undo each other's work may go together
-    order = gone if best == greedy else list(best)
+    # among many groups, one is a little better on few samples by chance alone
+    order = list(best) if race.clearly_better(best, greedy) else gone
     return DepthChoice(order, steps, {blocks: race.trial(blocks) for blocks in runs})
 
 
@@ -221,6 +222,11 @@ class _Race:
             raise CheckpointError("predictions without any one block are NaN or infinite", where="layers")
         self._leave(racing)
         return best
+
+    def clearly_better(self, blocks: BlockSet, other: BlockSet) -> bool:
+        """Whether a set is, on the samples that both were tried on."""
+        samples = min(len(self._known[blocks]), len(self._known[other]))
+        return blocks != other and other in self._behind([other], blocks, samples)
 
     def _without_worse_parts(self, sets: list[BlockSet], base: BlockSet) -> list[BlockSet]:
         """The sets of which no part was measured to be worse than the best set that is likely to lead."""

@@ -122,10 +122,10 @@ class PruneStructuredSettings(PassSettings):
         default="kl",
         description="Which blocks are removed. `kl`: greedily the block without which the KL divergence of the model's "
         "predictions is least (like SLEB, arXiv 2402.09025); models without a head are judged by their last hidden states. "
-        "Contiguous groups of blocks that change hidden states little (arXiv 2403.17887) are tried too, and the better choice "
-        "is taken. What is clearly worse after a few of at most 32 samples leaves. A model whose blocks read more than hidden "
-        "states is in memory as a whole. `block_influence`: the blocks that change their input least (ShortGPT, arXiv "
-        "2403.03853), from one pass over the data.",
+        "Contiguous groups of blocks that change hidden states little (arXiv 2403.17887) are tried too, and one is taken "
+        "where it is clearly better. What is clearly worse after a few of at most 32 samples leaves. A model whose blocks "
+        "read more than hidden states is in memory as a whole. `block_influence`: the blocks that change their input least "
+        "(ShortGPT, arXiv 2403.03853), from one pass over the data.",
     )
     compensation: Literal["reconstruction", "least_squares", "none"] = Field(
         default="reconstruction",
