@@ -231,7 +231,13 @@ def _load(
             kwargs = {**kwargs, "attn_implementation": name}
         try:
             model, info = stock.from_pretrained(
-                None, config=config, state_dict=dict(state), output_loading_info=True, trust_remote_code=False, **kwargs
+                None,
+                config=config,
+                state_dict=dict(state),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names and shapes
+                trust_remote_code=False,
+                **kwargs,
             )
             if model.can_generate() and safe_file(folder, "generation_config.json").exists():
                 model.generation_config = _generation_config(folder)
@@ -245,9 +251,12 @@ def _load(
         ("unknown to the model", "unexpected_keys"),
     ):
         if info[key]:
-            name = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info[key])[0]
+            name, *shapes = min((k if isinstance(k, tuple) else (k,) for k in info[key]), key=lambda k: str(k[0]))
+            both = [", ".join(map(str, shape)) for shape in shapes]
+            sizes = f" ([{both[0]}] in the files, [{both[1]}] by the config)" if len(both) == 2 else ""
             raise CheckpointError(
-                f"config and weights disagree: {len(info[key])} weights are {what} for {stock.__name__}, such as {name}",
+                f"config and weights disagree: {len(info[key])} weights are {what} for {stock.__name__}, "
+                f"such as {name}{sizes}",
                 where=str(folder),
             )
     result: PreTrainedModel = model.eval()

@@ -173,7 +173,7 @@ class FeatureModel:
                     self.head = last
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, AttributeError, ValueError, RuntimeError, StopIteration):
+        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError, StopIteration):
             fits = False  # its head reads more of the base than hidden states
         self.model.train(training)
         self.by_parts = fits

@@ -95,7 +95,9 @@ class Trainer:
         named = dict(student.named_parameters())
         self.masks = [(named[name], mask) for name, mask in (masks or {}).items()]
         looked_up = [m for m in student.modules() if isinstance(m, torch.nn.Embedding)]
-        tables = [end.weight for end in (*looked_up, student.get_output_embeddings()) if end is not None]
+        head = student.get_output_embeddings()
+        heads = head if isinstance(head, torch.nn.ModuleList) else [head]  # MusicGen has one for each codebook
+        tables = [end.weight for end in (*looked_up, *heads) if end is not None]
         self.optimizers = optimizers(objective, tables, options.update)
         self.parameters = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.averages: dict[str, Tensor] = {}

@@ -112,7 +112,8 @@ def _reconstruct(block: Block, reconstruction: Reconstruction, pairs: list[Pair]
     def chain_gradients() -> None:
         for pair in pairs:
             gradient = parameters[pair.linear.parameter].grad
-            assert gradient is not None
+            if gradient is None:  # the block does not use it on text, such as LUKE's queries of entities
+                continue
             pair.chain_gradients(gradient.T if pair.linear.transposed else gradient)
 
     block.details["tuning"] = reconstruct_block(

@@ -79,6 +79,23 @@ def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSetti
                 fix=_INSTEAD[kind],
             )
 
+    if isinstance(settings.layers, tuple):
+        _require_kinds(spec, planned)
+
+
+def _require_kinds(spec: Spec, planned: Spec) -> None:
+    """Raises `PassError` where the last block of a kind goes, and the class does not run without that kind."""
+    record, before, after = model_map(spec).record, spec.structure.config, planned.structure.config
+    lists = record.per_layer_values(before), record.per_layer_values(after)
+    gone = any({*map(str, values)} - {*map(str, lists[1].get(key, []))} for key, values in lists[0].items())
+    gone |= any(record.value(before, key) and not record.value(after, key) for key in getattr(record, "numbers", ()))
+    if gone and (problem := _problem(config_key(planned.structure), _Anything(planned.structure))):
+        raise PassError(
+            f"{record.model_type} does not run without the last block of a kind: {problem}",
+            key="layers",
+            fix="keep one of each kind: name other blocks in `layers`",
+        )
+
 
 def _whole_groups(spec: Spec, amount: float | int) -> bool:
     """Whether `heads` removes heads of keys and values with their queries."""
@@ -130,6 +147,20 @@ def _reason(key: tuple[Any, ...], about: _Anything) -> str | None:
         if is_lack(error):
             raise
         return f"its class cannot be built or run on a small copy of its config ({type(error).__name__})"
+
+
+@lru_cache(maxsize=64)
+def _problem(key: str, about: _Anything) -> str | None:
+    """Why a small copy of a config does not run, in words; None where it does."""
+    try:
+        _copy(key, about)
+    except CompressError as error:
+        return f"on a small copy of its config: {error.what}"
+    except Exception as error:
+        if is_lack(error):
+            raise
+        return f"its class cannot be built or run on a small copy of its config ({type(error).__name__})"
+    return None
 
 
 @lru_cache(maxsize=4)

@@ -65,6 +65,8 @@ def _first(units: PrunableGroup, remove: int) -> list[int]:
 
 def layers_to_drop(depth: int, layers: BlockAmount, allow_none: bool = False) -> int:
     """Number of blocks to remove."""
+    if not depth:
+        raise PassError("no list of blocks is known of this model", key="layers", fix="leave `layers` out")
     if isinstance(layers, tuple):
         return len(layers)
     return _count(layers, depth, "layers", "blocks", allow_none)

@@ -98,6 +98,11 @@ def test_heads_go_where_a_config_has_their_width(tmp_path):
     assert stock(tmp_path / "out").config.num_attention_heads == 2
     with pytest.raises(PassError, match="normalises the queries and keys of all heads together"):
         plan(open_checkpoint(save("olmo2", tmp_path / "olmo2")), "prune_structured", heads=0.5, **DATA_FREE)
+    pico_model(transformers.StableLmForCausalLM, shrunken(default_config("stablelm"))).save_pretrained(tmp_path / "lm")
+    with pytest.raises(
+        PassError, match=r"such as model.layers.0.self_attn.k_proj.weight \(\[32, 64\] in the files, \[64,"
+    ):
+        plan(open_checkpoint(tmp_path / "lm"), "prune_structured", heads=0.5, **DATA_FREE)
 
 
 def test_what_only_a_written_record_proves_is_refused(tmp_path, monkeypatch):
@@ -138,6 +143,13 @@ def test_a_block_that_depends_on_its_number_is_refused(tmp_path):
     pico_model(transformers.DiffLlamaForCausalLM, shrunken(default_config("diffllama"))).save_pretrained(tmp_path)
     with pytest.raises(PassError, match=r"cannot lose `layers` by its inferred record: without block 0 .* differ by"):
         plan(open_checkpoint(tmp_path), "prune_structured", layers=(1,), **DATA_FREE)
+
+
+def test_the_last_block_of_a_kind_is_kept_where_the_class_needs_one(tmp_path):
+    pico_model(transformers.BambaForCausalLM, shrunken(default_config("bamba"))).save_pretrained(tmp_path)
+    with pytest.raises(PassError, match="bamba does not run without the last block of a kind"):
+        plan(open_checkpoint(tmp_path), "prune_structured", layers=(1,), **DATA_FREE)
+    assert plan(open_checkpoint(tmp_path), "prune_structured", layers=(2,), **DATA_FREE)
 
 
 def test_a_block_that_the_class_needs_is_not_chosen(tmp_path):
