@@ -22,7 +22,9 @@ from typing import Any
 
 #: Keys of a report that are not compared, at any depth ▶ why.
 LEFT_OUT = {
-    **dict.fromkeys(("seconds", "started", "tokens_per_second", "peak_memory", "latency"), "times and memory"),
+    **dict.fromkeys(
+        ("seconds", "predicted_seconds", "started", "tokens_per_second", "peak_memory", "latency"), "times and memory"
+    ),
     **dict.fromkeys(("versions", "machine"), "not of the result"),
     **dict.fromkeys(("output", "folder", "run_folder", "checkpoint", "path"), "paths"),
     **dict.fromkeys(("resolved", "settings"), "keys of recipes, which may be renamed"),

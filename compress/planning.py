@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress import passes
-from compress.architectures.cache import CachedBytes, cache_bytes, cached_bytes, kv_bytes_per_token, plan_lengths
+from compress.architectures.cache import CachedBytes, cache_bytes, cached_bytes, kv_bytes_per_token
 from compress.architectures.model_map import model_map
 from compress.architectures.unforeseen import refused
 from compress.checkpoint.edits import EDIT_KINDS, first_without_twin
@@ -16,15 +16,17 @@ from compress.checkpoint.layout import Layout, lay_out
 from compress.checkpoint.sidecars import safe_file
 from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
-from compress.errors import CompressError, PassError
+from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values
+from compress.recipe.sizes import cache_lengths, calibration_size
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
     from compress.passes.base import Pass
     from compress.recipe import PassEntry, Recipe
+    from compress.work import Rates, Work
 
 #: Resident memory of the interpreter with torch and transformers loaded, measured on Linux with the CPU build.
 RUNTIME_BYTES = 450 * 10**6
@@ -115,6 +117,7 @@ class PlannedPass:
         index: number of the pass, from 0. name, settings: as in the recipe.
         spec: the checkpoint after the pass. size: its size in the recipe's store. other_store: in the other store, if it fits.
         peak_memory: resident bytes at the peak, the interpreter included. notes: one sentence each, for the user.
+        work: what it computes and writes; None where that is not known.
     """
 
     index: int
@@ -125,6 +128,7 @@ class PlannedPass:
     other_store: Size | None
     peak_memory: int
     notes: tuple[str, ...] = ()
+    work: Work | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ class Plan:
                 rows.append({"length": length, "original": original, "result": result})
         return rows
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, schema ``compress.plan/1``."""
+    def to_dict(self, rates: Rates | None = None) -> dict[str, Any]:
+        """JSON values, schema ``compress.plan/1``. ``rates``: of this machine, for the time of each pass."""
         return {
             "schema": "compress.plan/1",
             "store": self.store,
@@ -195,6 +199,7 @@ class Plan:
                                 **({_other(self.store): p.other_store.bytes} if p.other_store else {}),
                             },
                             "peak_memory": p.peak_memory,
+                            "seconds": None if rates is None or p.work is None else round(rates.predict(p.work), 1),
                             "notes": list(p.notes),
                         }
                         for p in stage.passes
@@ -227,9 +232,10 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
     check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
-    lengths = _cache_lengths(recipe, spec)
+    lengths = cache_lengths(recipe, spec)
     store: Store = recipe.store
     original = opened_size(spec, recipe.max_shard_size, metadata)
+    calibration = calibration_size(recipe)
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
@@ -258,6 +264,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
                 tuple(instance.plan_notes(current, entry.settings)),
+                instance.work(current, entry.settings, calibration),
             )
         )
         current = following
@@ -269,24 +276,6 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
     return Plan(original, spec, store, stages, peak, lengths)
-
-
-def _cache_lengths(recipe: Recipe, spec: Spec) -> tuple[int, ...]:
-    """Lengths at which the plan shows the cache: those of the recipe's latency, else some up to the trained positions.
-
-    Raises:
-        CompressError: a prompt would be longer than the texts that the model was made for.
-    """
-    positions, settings = model_map(spec).trained_positions, recipe.settings_of("latency")
-    asked: tuple[int, ...] = getattr(settings, "lengths", None) or ()
-    if positions is not None and asked and asked[-1] > positions:
-        index = next(i for i, entry in enumerate(recipe.evaluate or ()) if entry.name == "latency")
-        raise CompressError(
-            f"a prompt of {asked[-1]} tokens is beyond the model's {positions} positions",
-            where=f"evaluate.{index}.latency.lengths",
-            fix=f"set lengths of at most {positions}",
-        )
-    return asked or plan_lengths(positions)
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:

@@ -17,6 +17,10 @@ STATISTICS_BYTES = 1 << 30
 GRADIENT_TOKENS = 32768
 #: Bytes of output curvatures to hold for one block; the matrices with most outputs gain least from them.
 CURVATURE_BYTES = 512 << 20
+#: Share of the samples that block reconstruction holds out to see whether the error falls; at least one.
+HELD_OUT = 1 / 16
+#: Samples of a step of block reconstruction, where weights and where scales of codes are trained.
+SAMPLES_PER_STEP = {"floats": 4, "scales": 2}
 #: Bytes of hidden states that trials without some blocks hold in memory at a time; those of one trial may exceed it.
 STATES_BYTES = 128 << 20
 #: Tokens whose logits are computed at a time.

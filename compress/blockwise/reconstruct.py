@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from compress.blockwise.block import Block
+from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP
 
 #: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
 RETRY = 4
-#: Share of the samples that are held out to see whether the error falls; at least one.
-HELD_OUT = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Reconstruction:
 
     epochs: int = 5
     rate: float = 0.04
-    batch: int = 4
+    batch: int = SAMPLES_PER_STEP["floats"]
 
 
 @dataclass(frozen=True)

@@ -108,11 +108,19 @@ def check(
 
 
 @app.command()
-def plan(recipe: RecipeFile, sets: Sets = None, offline: Offline = False, json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    sets: Sets = None,
+    minutes: Annotated[
+        bool, typer.Option("--minutes", help="Measure this machine's CPU for some seconds, and keep its rates.")
+    ] = False,
+    offline: Offline = False,
+    json: AsJson = False,
+) -> None:
     """Show the sizes, parameters, peak memory and disk space of every stage. Reads headers only."""
     from compress.cli.commands import recipes
 
-    recipes.plan(recipe, sets or [], offline=offline, json=json)
+    recipes.plan(recipe, sets or [], minutes=minutes, offline=offline, json=json)
 
 
 @app.command()

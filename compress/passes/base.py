@@ -20,7 +20,9 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
     from compress.distributed import ProcessGroup
+    from compress.passes.work import CalibrationSize
     from compress.progress import Progress
+    from compress.work import Work
     from compress.workspace import Workspace
 
 Mode = Literal["stream", "blockwise", "train"]
@@ -160,6 +162,14 @@ class Pass(Generic[S]):
         """Bytes resident at the peak, beside the interpreter, with floats of ``width`` bytes.
 
         None if the mode says it: a few tensors (``stream``), or the whole model for a pass that reads data.
+        """
+        return None
+
+    def work(self, spec: Spec, settings: S, calibration: CalibrationSize | None) -> Work | None:
+        """Work of the pass, for the time that it takes, without writing; None where it is not known.
+
+        Args:
+            calibration: size of the calibration data; None without such, or where only reading them tells.
         """
         return None
 

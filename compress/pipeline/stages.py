@@ -23,6 +23,7 @@ from compress.errors import CompressError, PassError, ResourceError, is_lack, on
 from compress.files import remove
 from compress.memory import available_memory, peak_memory, reset_peak
 from compress.passes.details import PassDetails
+from compress.pipeline.forecast import Forecast, predicted_seconds
 from compress.pipeline.state import Run
 from compress.pipeline.workers import Job, dispatch
 from compress.planning import PlannedPass, PlannedStage, Size, planned_size, size_on_disk
@@ -51,6 +52,9 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
         if has_class(run.original):
             check_keys(run.original)  # the input loads cleanly
     rows, before = [], run.original
+    seconds = predicted_seconds(missing, run.device, run.recipe.dtype, run.progress)
+    run.predicted = {stage.index: one for stage, one in zip(missing, seconds, strict=True)}
+    shown, run.progress = run.progress, Forecast(run.progress, dict(run.predicted))
     for stage, print_, key, row in zip(run.plan.stages, prints, run.keys, known, strict=True):
         title = " + ".join(p.name for p in stage.passes)
         run.progress.stage(stage.index, len(run.plan.stages), title)
@@ -65,6 +69,7 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
         row["size"] = row["passes"][-1]["actual"] = asdict(size_on_disk(before))  # as it is, whatever a record says
         run.files = row.pop("files")
         rows.append({**row, "reused": reused, "folder": str(run.folder.stages / key)})
+    run.progress = shown
     return rows
 
 
@@ -197,6 +202,7 @@ def _compute(run: Run, stage: PlannedStage, before: Stored, print_: str, key: st
             ],
             "size": asdict(sizes[-1]),
             "seconds": _times(start, done),
+            "predicted_seconds": run.predicted.get(stage.index),
             "peak_memory": peak_memory(),
         },
     )

@@ -38,6 +38,7 @@ class Run:
         recipe: with the metrics that fit the model, once it is open. fresh: compute every stage and measurement anew.
         processes: of torchrun; one otherwise. notes: sentences for the report.
         original, data, plan: known once `open` has returned.
+        predicted: seconds of the stages to compute, by number; None where it is not known.
         keys: names of the stages in the run folder. files: those of the last stage, as its record lists them.
     """
 
@@ -47,6 +48,7 @@ class Run:
     processes: ProcessGroup = field(default_factory=ProcessGroup)
     notes: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    predicted: dict[int, float | None] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class Step:
         bytes: after the pass. saved: bytes that the pass removed. share: bytes over the original's.
         quality: value of the `headline` metric after the stage that the pass ends; None inside a fused stage.
         cost: how much worse it is than at the last measurement. kl: KL from the original, nats.
-        seconds: of the stage; None inside a fused stage.
+        seconds: of the stage; None inside a fused stage. predicted: of applying and writing it, before it was computed.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Step:
     cost: float | None
     kl: float | None
     seconds: float | None
+    predicted: float | None
     reused: bool
 
 
@@ -146,7 +147,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
     start = report["original"]["size"]["bytes"]
     evaluation, shown = report["original"]["evaluation"], headline(report)
     last = evaluation[shown.name] if evaluation else None
-    steps = [Step("original", "", start, 0, 1.0, last, None, None, None, False)]
+    steps = [Step("original", "", start, 0, 1.0, last, None, None, None, None, False)]
     for stage in report["stages"]:
         for row in stage["passes"]:
             ends = row is stage["passes"][-1]
@@ -164,6 +165,7 @@ def waterfall(report: Mapping[str, Any]) -> list[Step]:
                     cost=shown.cost(last, now) if now is not None and last is not None else None,
                     kl=measured.get("kl") if measured else None,
                     seconds=sum(stage["seconds"].values()) if ends else None,
+                    predicted=stage.get("predicted_seconds") if ends else None,
                     reused=stage["reused"],
                 )
             )

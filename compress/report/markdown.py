@@ -111,7 +111,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
             "" if step.kl is None else f"{step.kl:.4f}",
         ]
         if seconds:
-            row.append("" if step.seconds is None else f"{step.seconds:.1f}" + (" (reused)" if step.reused else ""))
+            row.append(_seconds(step))
         rows.append(row)
     head = [
         "pass",
@@ -124,6 +124,14 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
         *(["seconds"] if seconds else []),
     ]
     return table(head, rows, right=(1, 2, 4, 5, 6, 7))
+
+
+def _seconds(step: figures.Step) -> str:
+    if step.seconds is None:
+        return ""
+    notes = [f"predicted {step.predicted:.0f}"] if step.predicted is not None else []
+    notes += ["reused"] if step.reused else []
+    return f"{step.seconds:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _planned(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:

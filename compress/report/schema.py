@@ -227,6 +227,9 @@ class Stage(Part):
     passes: list[PassRow]
     size: SizeRow
     seconds: Seconds
+    predicted_seconds: Number | None = Field(
+        default=None, description="Of applying and writing, predicted before the stage; null where it was not known."
+    )
     peak_memory: int = Field(description="Resident bytes.")
     reused: bool
     folder: str

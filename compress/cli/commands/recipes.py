@@ -15,6 +15,7 @@ from compress.files import expanded
 if TYPE_CHECKING:
     from compress.recipe import Recipe
     from compress.spec.spec import Structure
+    from compress.work import Rates
 
 
 def run(
@@ -120,8 +121,8 @@ def _read_data(recipe: Recipe, structure: Structure | None, everything: bool) ->
     return [", ".join(counts)] if counts else ["data: nothing to compare"]
 
 
-def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
-    """``compress plan``."""
+def plan(path: Path, sets: Sequence[str], *, minutes: bool, offline: bool, json: bool) -> None:
+    """``compress plan``. Without ``minutes``, times are shown where the rates of this machine are known."""
     from compress.checkpoint.open import open_headers
     from compress.cli import tables
     from compress.planning import make_plan
@@ -134,12 +135,27 @@ def plan(path: Path, sets: Sequence[str], *, offline: bool, json: bool) -> None:
             ignore_auto_map=recipe.ignore_auto_map,
             offline=recipe.offline,
         )
-        planned = make_plan(recipe, spec, metadata).to_dict()
+        planned = make_plan(recipe, spec, metadata).to_dict(_rates(recipe, minutes))
     planned["disk_free"] = shutil.disk_usage(_existing(Path(recipe.output))).free
     if json:
         print_json(planned)
     else:
         tables.print_plan(planned)
+
+
+def _rates(recipe: Recipe, measure: bool) -> Rates | None:
+    """The rates of this machine for a recipe: those of an earlier measurement, else measured if asked to; None without."""
+    from compress.work import cached_rates, computes_on_cpu, keep_rates
+
+    if not computes_on_cpu(recipe.device) or recipe.dtype != "float32":
+        return None
+    if not measure:
+        return cached_rates()
+    from compress.blockwise.rates import measure_rates
+
+    rates = measure_rates(progress(False))
+    keep_rates(rates)
+    return rates
 
 
 def _existing(path: Path) -> Path:

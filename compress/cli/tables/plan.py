@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.cli.tables.layout import Column, make_console, print_line, print_table
 from compress.settings import format_bytes
+from compress.work import minutes_text
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
@@ -35,11 +36,23 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         for note in row["notes"]:
             print_line(console, f"{row['name']}: {note}")
     print_line(console, f"peak memory about {format_bytes(plan['peak_memory'])}")
+    _print_time(console, passes)
     free = plan["disk_free"]
     short = "" if plan["disk"] <= free else ": NOT ENOUGH"
     print_line(console, f"disk {format_bytes(plan['disk'])} for the stages, {format_bytes(free)} free{short}")
     if not all(row["exact"] for row in passes):
         print_line(console, "≈ depends on the values of the weights; the other numbers are exact", "dim")
+
+
+def _print_time(console: Any, passes: Sequence[Mapping[str, Any]]) -> None:
+    """Print how long each pass takes; nothing where no rates of this machine are known."""
+    seconds = [row["seconds"] for row in passes]
+    if all(one is None for one in seconds):
+        return
+    each = ", ".join(f"{row['name']} {minutes_text(row['seconds'])}" for row in passes)
+    total = sum(one for one in seconds if one is not None)
+    head = "about" if None not in seconds else "more than"
+    print_line(console, f"time {head} {minutes_text(total)} on this machine, without evaluation: {each}")
 
 
 def _print_cache(console: Any, cache: Sequence[Mapping[str, int]]) -> None:

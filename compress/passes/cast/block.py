@@ -13,6 +13,7 @@ from compress.blockwise.asymmetric import InputMismatch, statistics_of, symmetri
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
+from compress.blockwise.memory_budget import SAMPLES_PER_STEP
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.solve import solve_block
@@ -150,7 +151,7 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         return checkpoint.tensor
     coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
     reconstruction = (
-        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr, batch=2)
+        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr, SAMPLES_PER_STEP["scales"])
         if settings.reconstruction_epochs and coarse
         else None
     )

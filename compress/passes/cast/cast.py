@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,9 +28,11 @@ from compress.passes.cast.plan import (
     without_scales,
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
+from compress.passes.work import CalibrationSize, Tuning, runner_work
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
-from compress.spec.formats import FIXED_GROUPS
+from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import Spec
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint, Value
@@ -147,6 +149,22 @@ class Cast(Pass[CastSettings]):
         )
         return max(measuring, runner)
 
+    def work(self, spec: Spec, settings: CastSettings, calibration: CalibrationSize | None) -> Work | None:
+        """Work of the block runner, or of rounding; None for a budget and for measured scales of a cache."""
+        if settings.budgeted or settings.static_cache or not model_map(spec).known:
+            return None
+        after = self.plan(spec, settings)
+        coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
+        if settings.solved:
+            return _solved_work(spec, settings, coded, calibration)
+        work = Work()
+        for tensor in after.stored():
+            if tensor.name in coded:
+                work.add("nearest" if settings.method == "rtn" else "searched", 1, tensor.count)
+            elif tensor.is_float:
+                work.add("values", 0, 1, tensor.count)
+        return work
+
     def apply(self, checkpoint: Checkpoint, settings: CastSettings, context: Context) -> Checkpoint:
         """Run the block runner if needed. The result reads its tensors from the workspace and rounds others lazily."""
         from compress.checkpoint.values import Derived, Value
@@ -185,6 +203,26 @@ class Cast(Pass[CastSettings]):
             encoder_note(spec, settings, cast),
         )
         return [note for note in notes if note is not None]
+
+
+def _solved_work(
+    spec: Spec, settings: CastSettings, coded: Mapping[str, QuantFormat], calibration: CalibrationSize | None
+) -> Work | None:
+    if calibration is None:
+        return None
+    record, coarse = model_map(spec).record, any(quant_format.bits < FINE for quant_format in coded.values())
+    correction = settings.error_correction if coarse else []
+    epochs = settings.reconstruction_epochs if coarse else 0
+    return runner_work(
+        spec,
+        {name for name in coded if record.block_index(name) is not None},
+        calibration,
+        ["gptq", *(["quantease"] if "alternating" in correction else [])],
+        factor="factor",
+        asymmetric="asymmetric" in correction,
+        curvature="curvature" in correction,
+        tuning=Tuning(epochs, "scales") if epochs else None,
+    )
 
 
 def _require_own_scales(cast: Spec) -> None:

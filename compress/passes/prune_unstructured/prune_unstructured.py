@@ -12,11 +12,16 @@ from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Sto
 from compress.passes.blockwise import runner_memory
 from compress.passes.prune_unstructured.plan import is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
+from compress.passes.work import CalibrationSize, Tuning, runner_work
 from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
 from compress.spec.spec import Spec, Tensor
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
+
+#: Passes over each weight that choosing the largest and masking the others take.
+_SORTING = 40.0
 
 
 class PruneUnstructured(Pass[PruneUnstructuredSettings]):
@@ -86,6 +91,20 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             return runner
         assert settings.sparsity is not None
         return max(runner, divergence_memory(spec, chosen))
+
+    def work(self, spec: Spec, settings: PruneUnstructuredSettings, calibration: CalibrationSize | None) -> Work | None:
+        """Work of the block runner; sorting magnitudes; None for an allocation that is measured."""
+        chosen = targets(spec, settings)
+        if settings.method == "magnitude":
+            work = Work()
+            work.add("values", 0, 1, _SORTING * sum(spec.tensors[name].count for name in chosen))
+            return work
+        if settings.allocation != "uniform" or calibration is None or not model_map(spec).known:
+            return None
+        factor = {"wanda": None, "sparsegpt": "factor", "alps": "eigen"}[settings.method]
+        epochs = settings.reconstruction_epochs
+        tuning = Tuning(epochs, "floats") if epochs else None
+        return runner_work(spec, chosen, calibration, [settings.method], factor=factor, tuning=tuning)
 
     def apply(self, checkpoint: Checkpoint, settings: PruneUnstructuredSettings, context: Context) -> Checkpoint:
         """Mask lazily by magnitude; else run the block runner, and the result reads its tensors from the workspace."""

@@ -1,0 +1,189 @@
+"""The work of passes that go block by block, from headers: products, Hessians, solvers, reconstruction. No torch here.
+
+How often samples go through a block, and what a training step costs beside the forward pass, are the numbers below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from compress.architectures.matrices import Linear, ModelBlock
+from compress.architectures.model_map import model_map
+from compress.blockwise.memory_budget import (
+    FLOAT64_MAX_WIDTH,
+    GRADIENT_TOKENS,
+    HELD_OUT,
+    SAMPLES_PER_STEP,
+    TOKENS_PER_BATCH,
+    curvatures_that_fit,
+)
+from compress.spec.spec import Spec
+from compress.work import Work
+
+#: Passes over each value that a matrix reads or writes in a forward pass: norms, activations, sums, copies.
+_VALUES = 2.0
+#: Small operations of a forward pass of a batch through a block, with the work of Python beside them.
+_CALLS = 300
+#: Bytes that wait on disk in front of a group for each value that it reads, which float32 has four of, and the residual.
+_WAITING = 8
+#: Forward passes that gradients take: by the inputs alone, and by the weights too.
+_BACK, _BACK_WITH_WEIGHTS = 1.0, 2.0
+#: Samples whose outputs are compared before the work, whole and block by block.
+_CHECKED = 2
+#: Passes over a logit that its softmax, a drawn token and its gradient take.
+_LOGIT_VALUES = 8.0
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """How many samples a pass reads, and how many tokens each has."""
+
+    samples: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return self.samples * self.length
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block reconstruction: its epochs, and what it trains."""
+
+    epochs: int
+    trains: Literal["floats", "scales"]
+
+
+def runner_work(
+    spec: Spec,
+    names: Collection[str],
+    size: CalibrationSize,
+    solvers: Sequence[str],
+    *,
+    factor: str | None,
+    asymmetric: bool = False,
+    curvature: bool = False,
+    tuning: Tuning | None = None,
+) -> Work:
+    """Return the work of a block runner that changes the tensors ``names``.
+
+    Samples go through a block once for the statistics of all groups, which also gives its outputs unless it is tuned
+    afterwards. With targets the original block runs too, and with asymmetric calibration the original's states go through the
+    changed block and a second sum of products is taken; see `compress.blockwise.asymmetric`.
+
+    Args:
+        solvers: kinds of work on each matrix. factor: kind of work on each Hessian; None for none.
+        curvature: measured gradients weigh output errors.
+    """
+    mapped, result = model_map(spec), Work()
+    targets = tuning is not None or asymmetric or curvature
+    for block in mapped.blocks:
+        one = _BlockWork(block, size, mapped.experts_per_token)
+        changed = [x for x in block.linears if x.name in names and x.shared_with is None]
+        mixed = any(one.experts(x) > 1 for x in changed)
+        one.forward(1.0 + targets + asymmetric + (tuning is not None) + mixed, size.tokens)
+        one.forward(1.0, _CHECKED * size.length)
+        one.solve(changed, solvers, factor, 2 if asymmetric else 1)
+        if curvature and mapped.has_head:
+            _curvature(one, changed, size)
+        if tuning is not None:
+            one.tune(tuning)
+        result.add_all(one.work)
+    if curvature and (head := mapped.head_weight) is not None and mapped.has_head:
+        tokens = min(size.tokens, GRADIENT_TOKENS)
+        result.add("product", head.shape[0], head.shape[1], (1 + _BACK) * tokens)
+        result.add("values", 0, 1, _LOGIT_VALUES * head.shape[0] * tokens)
+    return result
+
+
+class _BlockWork:
+    """The work on one block."""
+
+    def __init__(self, block: ModelBlock, size: CalibrationSize, experts_per_token: int) -> None:
+        self.block, self.size, self.work = block, size, Work()
+        named = len({x.expert for x in block.linears if x.expert is not None})
+        self._count, self._active = max([named, *(x.experts for x in block.linears)]), experts_per_token
+
+    def experts(self, linear: Linear) -> int:
+        """Number of experts beside the one that a matrix belongs to, itself included; 1 for one that all tokens take."""
+        return self._count if linear.experts or linear.expert is not None else 1
+
+    def _matrices(self, linear: Linear) -> tuple[int, int, float]:
+        """Outputs of each matrix in a tensor, their number, and the share of the tokens that each takes."""
+        count = max(1, linear.experts)
+        share = min(1.0, self._active / self._count) if self.experts(linear) > 1 else 1.0
+        return linear.O // count, count, share
+
+    def forward(self, times: float, tokens: int) -> None:
+        """Add forward passes of so many tokens."""
+        for x in self.block.linears:
+            outputs, count, share = self._matrices(x)
+            rows = times * tokens * count * share
+            self.work.add("product", outputs, x.I, rows)
+            self.work.add("values", 0, 1, _VALUES * rows * (outputs + x.I))
+        self.work.add("calls", 0, 1, _CALLS * times * tokens / TOKENS_PER_BATCH["cpu"])
+        width = max((x.I for x in self.block.linears if x.role == "attention"), default=0)
+        self.work.add("attention", width, self.size.length, times * tokens)
+
+    def solve(self, changed: Sequence[Linear], solvers: Sequence[str], factor: str | None, sums: int) -> None:
+        """Add sums of Hessians, their factors, and the solver of each matrix."""
+        for width, tokens, count in self._hessians(changed):
+            single = width > FLOAT64_MAX_WIDTH
+            self.work.add("hessian_wide" if single else "hessian", 0, width, tokens * count)
+            self.work.add("spill", 0, 1, sums * _WAITING * width * tokens * count)
+            if sums > 1:  # of products that are not symmetric
+                self.work.add("product", width, width, (sums - 1) * tokens * count)
+            if factor is not None:
+                self.work.add(f"{factor}_wide" if single else factor, 0, width, count)
+        for x in changed:
+            outputs, count, _ = self._matrices(x)
+            for solver in solvers:
+                self.work.add(solver, outputs, x.I, count)
+
+    def _hessians(self, changed: Sequence[Linear]) -> list[tuple[int, float, int]]:
+        """Width, tokens and number of the Hessians; matrices that read the same have one.
+
+        Of a module those of one width share their inputs, but for attention's output, which reads what the others made.
+        """
+        widths = Counter((x.part.rpartition(".")[0], x.I, x.expert, x.experts, x.role) for x in changed)
+        attention = {module for module, *_, role in widths if role == "attention"}
+        result = []
+        for _, width, expert, many, _ in widths:
+            share = min(1.0, self._active / self._count) if many or expert is not None else 1.0
+            result.append((width, self.size.tokens * share, max(1, many)))
+        for module in attention:
+            own = [(width, count) for (one, width, *_), count in widths.items() if one == module]
+            if len(own) == 1 and own[0][1] > 1:
+                result.append((own[0][0], float(self.size.tokens), 1))
+        return result
+
+    def tune(self, tuning: Tuning) -> None:
+        """Add block reconstruction, with the first rate that is tried."""
+        held = max(1, round(HELD_OUT * self.size.samples))
+        train = max(1, self.size.samples - held)
+        self.forward(2.0, held * self.size.length)
+        self.forward(tuning.epochs * (1 + _BACK_WITH_WEIGHTS), train * self.size.length)
+        steps = tuning.epochs * -(-train // SAMPLES_PER_STEP[tuning.trains])
+        count = sum(t.count for t in self.block.tensors.values())
+        if tuning.trains == "floats":
+            self.work.add("adam", 0, 1, steps * count)
+        else:  # gradients of scales, and weights from codes and scales
+            self.work.add("values", 0, 1, 2.0 * steps * count)
+
+
+def _curvature(one: _BlockWork, changed: Sequence[Linear], size: CalibrationSize) -> None:
+    """Add gradients of the whole model at this block, then at its matrices' outputs, and their sums of products."""
+    tokens = min(size.tokens, GRADIENT_TOKENS)
+    one.forward(2 + _BACK, tokens)
+    one.forward(1 + _BACK, tokens)
+    alone = [x for x in changed if one.experts(x) == 1 and not x.kernel]
+    fitting = Counter(curvatures_that_fit(x.O for x in alone))
+    for x in sorted(alone, key=lambda x: x.O):
+        if fitting[x.O] > 0:
+            fitting[x.O] -= 1
+            one.work.add("product", x.O, x.O, tokens)
+            one.work.add("yaqa", x.O, x.I)
