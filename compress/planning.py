@@ -21,6 +21,7 @@ from compress.evaluation.tasks import check_images, check_metrics, check_sounds,
 from compress.passes.base import EDITS, accepted_values
 from compress.recipe.sizes import cache_lengths, calibration_size
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
+from compress.work import with_writing
 
 if TYPE_CHECKING:
     from compress.checkpoint.open import Stored
@@ -234,8 +235,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
     lengths = cache_lengths(recipe, spec)
     store: Store = recipe.store
-    original = opened_size(spec, recipe.max_shard_size, metadata)
-    calibration = calibration_size(recipe)
+    original, calibration = opened_size(spec, recipe.max_shard_size, metadata), calibration_size(recipe)
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
@@ -254,17 +254,18 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
         except PassError as error:
             error.where = error.where or f"passes.{index}.{entry.name}"
             raise
+        size = planned_size(following, store, recipe.max_shard_size, metadata)
         planned.append(
             PlannedPass(
                 index,
                 entry.name,
                 entry.settings,
                 following,
-                planned_size(following, store, recipe.max_shard_size, metadata),
+                size,
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
                 tuple(instance.plan_notes(current, entry.settings)),
-                instance.work(current, entry.settings, calibration),
+                with_writing(instance.work(current, entry.settings, calibration), size.bytes),
             )
         )
         current = following

@@ -126,6 +126,15 @@ class Rates:
         return dict(sorted(result.items(), key=lambda item: -item[1]))
 
 
+def with_writing(work: Work | None, count: int) -> Work | None:
+    """The same work, and that of writing so many bytes; None for None."""
+    if work is None:
+        return None
+    result = Work(dict(work.times))
+    result.add("disk", 0, 1, count)
+    return result
+
+
 def rough_seconds(work: Work) -> float:
     """A guess of the seconds that the work takes, right to a factor of a few."""
     return Rates(_ROUGH).predict(work)

@@ -129,7 +129,7 @@ def waterfall_table(report: Mapping[str, Any], *, seconds: bool) -> list[str]:
 def _seconds(step: figures.Step) -> str:
     if step.seconds is None:
         return ""
-    notes = [f"predicted {step.predicted:.0f}"] if step.predicted is not None else []
+    notes = [f"predicted {step.predicted:.0f}"] if step.predicted is not None and step.predicted >= 1 else []
     notes += ["reused"] if step.reused else []
     return f"{step.seconds:.1f}" + (f" ({', '.join(notes)})" if notes else "")
 
