@@ -20,6 +20,7 @@ from compress.blockwise.experts import unfused
 from compress.blockwise.hessians import InputStatistics, counted, empty_statistics, hessian_dtype
 from compress.blockwise.linears import TargetLinear, record_outputs
 from compress.blockwise.passage import Passage
+from compress.blockwise.spilled import SpilledValues
 
 #: Largest part of a block's output less its input that the matrices that write to the residual stream may leave unexplained.
 _UNEXPLAINED = 1e-4
@@ -33,19 +34,19 @@ class InputMismatch:
         inputs: Σ (x - x̂) x̂ᵀ [I, I].
         residual: Σ (r - r̂) x̂ᵀ [O, I] by the name of each linear that writes to the residual stream; its outputs are added
             to r.
+        readers: number of linears that are still to read them; 0 keeps the sums.
     """
 
     inputs: torch.Tensor
     residual: dict[str, torch.Tensor] = field(default_factory=dict)
+    readers: int = 0
 
-
-@dataclass(frozen=True)
-class ChangedTensor:
-    """A tensor of the block that has been changed, with its values before and after."""
-
-    tensor: torch.Tensor
-    before: torch.Tensor
-    now: torch.Tensor
+    def release(self) -> None:
+        """One linear of ``readers`` has read the sums; they are freed after the last one."""
+        self.readers -= 1
+        if self.readers == 0:
+            self.inputs = self.inputs.new_empty(0)
+            self.residual = {}
 
 
 #: A group, its H = Σ x̂ x̂ᵀ, its mismatch, and whether the block may be changed now.
@@ -89,7 +90,7 @@ def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Meas
     shown = {number: writers[: writers.index(g[0])] for number, g in enumerate(once) if g[0] in writers}
     now = Passage(block, once, shown)
     then = Passage(block, once, shown, inputs=block.originals, original=True, tapes=now.tapes)
-    changed: list[ChangedTensor] = []
+    changed: list[SpilledValues] = []
     differing: list[list[TargetLinear]] = []
     for number, group in enumerate(once):
         with _restored(changed):
@@ -99,17 +100,21 @@ def asymmetric_statistics(block: Block, *, tuned: bool = False) -> Iterator[Meas
             differing.append(group)
             continue
         statistics, mismatch = measured
-        before = [linear.weight.clone() for linear in group]
+        del measured
+        before = SpilledValues(block.inputs.path.parent, [linear.weight for linear in group])
         yield group, statistics, mismatch, True
         if not tuned:
             block.round(group)
-        changed += [ChangedTensor(s.weight, w, s.weight.clone()) for s, w in zip(group, before, strict=True)]
+        del statistics, mismatch
+        changed.append(before)
+    for before in changed:
+        before.close()
     then.close()
     yield from _end(block, [group for group in once if group not in differing], now, tuned)
 
 
 def mismatch_of(
-    block: Block, group: list[TargetLinear], changed: Sequence[ChangedTensor]
+    block: Block, group: list[TargetLinear], changed: Sequence[SpilledValues]
 ) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics of a group, and how ``changed`` has moved its inputs, on the block's own inputs; see `_measured`."""
     now, then = (Passage(block, [group], {}, taped=False) for _ in range(2))
@@ -160,7 +165,7 @@ def _measured(
     group: list[TargetLinear],
     earlier: Sequence[TargetLinear] | None,
     stop: tuple[Passage, Passage, int],
-    changed: Sequence[ChangedTensor],
+    changed: Sequence[SpilledValues],
 ) -> tuple[InputStatistics, InputMismatch] | None:
     """Statistics and mismatch of a group; None where the two read other numbers of tokens, as experts that a router chooses.
 
@@ -177,7 +182,9 @@ def _measured(
         return torch.zeros(rows, width, dtype=hessian_dtype(width), device=block.view.device)
 
     statistics = InputStatistics(zeros(width))
-    mismatch = InputMismatch(zeros(width), {s.name: zeros(len(s.weight)) for s in group if earlier is not None})
+    mismatch = InputMismatch(
+        zeros(width), {s.name: zeros(len(s.weight)) for s in group if earlier is not None}, len(group)
+    )
     differing = 0
     for batch, (rows, (x_now, *outputs)) in enumerate(now.advance(number)):
         with _restored(changed) if then.starts_anew(number, batch) else nullcontext():
@@ -220,12 +227,12 @@ def _residual(
 
 
 @contextmanager
-def _restored(changed: Sequence[ChangedTensor]) -> Iterator[None]:
+def _restored(changed: Sequence[SpilledValues]) -> Iterator[None]:
     """Within, the tensors have their values before the change."""
+    for one in changed:
+        one.swap()
     try:
-        for one in changed:
-            one.tensor.copy_(one.before)
         yield
     finally:
         for one in changed:
-            one.tensor.copy_(one.now)
+            one.swap()

@@ -23,6 +23,8 @@ HELD_OUT = 1 / 16
 SAMPLES_PER_STEP = {"floats": 4, "scales": 2}
 #: Bytes of hidden states that trials without some blocks hold in memory at a time; those of one trial may exceed it.
 STATES_BYTES = 128 << 20
+#: Bytes of activations that a backward pass keeps in memory; more of them wait in a file.
+SAVED_BYTES = 128 << 20
 #: Tokens whose logits are computed at a time.
 LOGITS_PER_CHUNK = 256
 #: Most samples that a trial without some blocks runs on, and most contiguous groups of blocks that are tried.

@@ -8,7 +8,8 @@ AutoRound (arXiv 2309.05516) do so for quantised models; this works for any chan
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from compress.blockwise.block import Block
 from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP
+from compress.blockwise.spilled import SpilledValues, spilling_backward
 
 #: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
 RETRY = 4
@@ -85,7 +87,7 @@ def reconstruct_block(
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
     before, deviation = _error(block, test or train[:1])
-    kept = [m.tensor.detach().clone() for m in trainable]
+    kept = SpilledValues(block.inputs.path.parent, [m.tensor for m in trainable])
     rate, steps, after = options.rate, 0, before
     for rate in (options.rate, options.rate / RETRY, options.rate / RETRY**2):
         steps += _descend(block, options, rate, train, trainable, deviation, order, project, chain_gradients)
@@ -93,9 +95,9 @@ def reconstruct_block(
         if after < before or not test:
             break
         with torch.no_grad():
-            for m, old in zip(trainable, kept, strict=True):
-                m.tensor.copy_(old)
+            kept.restore()
             project()
+    kept.close()
     return {
         "before": before,
         "after": after,
@@ -118,40 +120,75 @@ def _descend(
     chain_gradients: Callable[[], None] | None,
 ) -> int:
     """Train for all epochs at that rate; the number of steps."""
-    groups = [{"params": [m.tensor], "lr": rate * m.unit, "peak": rate * m.unit} for m in trainable]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), foreach=True)
-    steps, step = options.epochs * -(-len(train) // options.batch), 0
     parameters = [p for p in block.module.parameters() if p.is_floating_point()]
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
+    optimizers = {id(m.tensor): _adam(m, rate) for m in trainable}
+    steps, step = options.epochs * -(-len(train) // options.batch), 0
+    with _with_gradients(block, parameters, optimizers, keep=chain_gradients is not None):
         for _ in range(options.epochs):
             shuffled = torch.randperm(len(train), generator=order).tolist()
             for start in range(0, len(train), options.batch):
                 rows = sorted(train[i] for i in shuffled[start : start + options.batch])
-                for group in optimizer.param_groups:
+                for optimizer in optimizers.values():
+                    (group,) = optimizer.param_groups
                     group["lr"] = group["peak"] * (1 - step / steps)
                 _gradients(block, rows, parameters, deviation)
                 with torch.no_grad():
                     if chain_gradients is not None:
                         chain_gradients()
-                    optimizer.step()
+                    for optimizer in optimizers.values():
+                        optimizer.step()  # skips what has no gradient, or no longer
                     for p in parameters:
                         p.grad = None
                     project()
                 step += 1
+    return step
+
+
+def _adam(one: TrainableTensor, rate: float) -> torch.optim.Adam:
+    """The optimiser of one tensor; what is computed on the way is as large as that tensor."""
+    peak = rate * one.unit
+    return torch.optim.Adam([{"params": [one.tensor], "lr": peak, "peak": peak}], betas=(0.9, 0.95), foreach=True)
+
+
+@contextmanager
+def _with_gradients(
+    block: Block,
+    parameters: Sequence[torch.nn.Parameter],
+    optimizers: Mapping[int, torch.optim.Optimizer],
+    keep: bool,
+) -> Iterator[None]:
+    """Within, the parameters have gradients. In one process each is stepped as soon as it has its own, which is then freed.
+
+    Args:
+        optimizers: by the id of the tensor. keep: whether the gradients of other parameters are of use.
+    """
+
+    def step(p: torch.Tensor) -> None:
+        if (optimizer := optimizers.get(id(p))) is not None:
+            optimizer.step()
+        elif keep:
+            return
+        p.grad = None
+
+    alone = block.view.processes.world == 1
+    for p in parameters:
+        p.requires_grad_(True)
+    handles = [p.register_post_accumulate_grad_hook(step) for p in parameters if alone]  # type: ignore[no-untyped-call]
+    try:
+        yield
     finally:
+        for handle in handles:
+            handle.remove()
         for p in parameters:
             p.requires_grad_(False)
             p.grad = None
-    return step
 
 
 def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.Parameter], deviation: float) -> None:
     """Add the gradients of the loss on those samples; of several processes each takes some of them."""
     processes = block.view.processes
     if own := processes.shard(rows):
-        with torch.enable_grad():
+        with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters):
             output, target = _output_and_target(block, own)
             loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
             loss.backward()  # type: ignore[no-untyped-call]

@@ -81,6 +81,7 @@ class BlockRunner:
             checkpoint, inputs, dtype=dtype, device=device, seed=seed, processes=workspace.processes
         )
         self.streamed, self.processes = self.executor.streamed, self.executor.processes
+        self.streamed.map_tables(workspace.path)
         self._targets = TargetStream(self.executor, teacher, workspace.path) if with_targets else None
         self._by_block: dict[int, set[str]] = {}
         outside: set[str] = set()

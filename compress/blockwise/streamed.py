@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress.architectures.inferred import Inferred
 from compress.architectures.model_map import model_map
+from compress.blockwise.spilled import MappedTables
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
 from compress.models.blocks import find_lists
@@ -123,6 +125,12 @@ class StreamedModel:
                 self.model.tie_weights()  # each list may have the embeddings under a name of its own
                 self._load_copies()
             self._compute_tables()
+        self._mapped: MappedTables | None = None
+
+    def map_tables(self, folder: Path) -> None:
+        """Keep embedding tables outside the blocks in a file in that folder; their rows are read when they are asked for."""
+        if self._mapped is None:
+            self._mapped = MappedTables(folder, self.model)
 
     def _has_copies(self) -> bool:
         """Whether the class has parameters outside the blocks, beside its head, that are tied to others."""
@@ -294,7 +302,11 @@ class StreamedModel:
         return result
 
     def _call(self, model: Any, inputs: Mapping[str, torch.Tensor], extra: Mapping[str, Any]) -> Any:
-        return model(**{k: v.to(self.device) for k, v in inputs.items()}, **self._caching, **extra)
+        try:
+            return model(**{k: v.to(self.device) for k, v in inputs.items()}, **self._caching, **extra)
+        finally:
+            if self._mapped is not None:
+                self._mapped.release()
 
     @contextmanager
     def _stubs(self, stub: Stubbed) -> Iterator[None]:

@@ -64,6 +64,7 @@ class TargetStream:
                 seed=executor.seed,
                 processes=executor.processes,
             )
+            self._original.streamed.map_tables(work)
 
     def learn_calls(self) -> None:
         """Learn how the original's blocks are called; those of the executor must be known."""

@@ -6,11 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from compress.architectures.codebooks import rows_per_sample
+from compress.architectures.matrices import ModelBlock
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
     ALLOCATOR_RETAIN,
     FLOAT64_MAX_WIDTH,
     LOGITS_PER_CHUNK,
+    SAVED_BYTES,
     STATES_BYTES,
     STATISTICS_BYTES,
     TOKENS_PER_BATCH,
@@ -19,7 +21,7 @@ from compress.blockwise.memory_budget import (
 from compress.errors import PassError
 from compress.evaluation.tasks import EMBEDDING, task_of
 from compress.passes.base import Context
-from compress.solvers.memory import SolverMemory
+from compress.solvers.memory import SolverMemory, outputs_at_once
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
     from compress.sensitivity.matrices import WeightDeltas
     from compress.workspace import Workspace
 
-#: Float32 copies of a block that reconstruction holds: if it trains all floats of the block (weights before and after,
-#: gradients and two moments), or only scales of codes, whose moments are small.
-RECONSTRUCTION_COPIES = {"floats": 5, "scales": 2}
+#: Float32 copies of a block that reconstruction holds beside its weights: two moments, if it trains all floats of the block,
+#: or the gradients, where it trains only scales of codes.
+RECONSTRUCTION_COPIES = {"floats": 2, "scales": 1}
+#: Float32 copies of one tensor that a step computes: its gradient, and what the optimiser and the projection make on the way.
+_STEP_COPIES = 3
 #: Everything that is not counted.
 _SLACK = 96 << 20
 
@@ -133,29 +137,47 @@ def runner_memory(
         output_curvature: curvatures [O, O] are held, and gradients are measured for them.
     """
     mapped = model_map(spec)
-    outside = mapped.outside
-    head = width * sum(t.count for t in outside if t.module == mapped.record.head)
-    resident = width * sum(t.count for t in outside) - head  # only predictions of tokens load the head
-    vocabulary = max((t.shape[0] for t in outside if t.shape), default=0)
-    peak = head + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if output_curvature else 0
-    trained = RECONSTRUCTION_COPIES[reconstruction] if reconstruction is not None else 0
-    for one in mapped.blocks:
-        block = sum(t.count for t in one.stored())
-        changed = [x for x in one.linears if x.name in names and x.shared_with is None]
-        wide = [x.I for x in changed]
-        grams = [size * size * (8 if size <= FLOAT64_MAX_WIDTH else 4) for size in wide]
-        largest, matrix = max(grams, default=0), max((x.tensor.count for x in changed), default=0)
-        statistics = max(largest, min(sum(grams), STATISTICS_BYTES))
-        solving = largest + int(solver.hessians * largest) + 4 * solver.weights * matrix
-        chosen = int(solver.kept * sum(x.tensor.count for x in changed))
-        if output_curvature:
-            held = curvatures_that_fit(x.O for x in changed if x.expert is None)
-            chosen += 4 * (sum(o * o for o in held) + 4 * max(held, default=0) ** 2)  # factors of the largest too
-        peak = max(peak, width * block + chosen + max(statistics, solving, 4 * trained * block))
+    outside = sum(t.count for t in mapped.outside)
+    head = sum(t.count for t in mapped.outside if t.module == mapped.record.head)
+    table = spec.tensors[mapped.embedding].count if mapped.embedding is not None else 0
+    resident = width * (outside - head - table)  # only predictions of tokens load the head; tables are in a file
+    vocabulary = max((t.shape[0] for t in mapped.outside if t.shape), default=0)
+    predicting = width * max(head, table) + 5 * 4 * LOGITS_PER_CHUNK * vocabulary if output_curvature else 0
+    peak = max(predicting, (width + 4) * table)  # the table is converted once
     linears = (linear for name in names if (linear := mapped.linears.get(name)) is not None)
     broadest = max((max(x.O, x.I, *x.tensor.shape) for x in linears), default=0)
     activations = 4 * 6 * TOKENS_PER_BATCH["cpu"] * broadest  # of one batch
-    return resident + peak + ALLOCATOR_RETAIN + _SLACK + activations
+    for one in mapped.blocks:
+        block = sum(t.count for t in one.stored())
+        changed = [x for x in one.linears if x.name in names and x.shared_with is None]
+        grams = [_gram_bytes(x.I) for x in changed]
+        statistics = max(max(grams, default=0), min(sum(grams), STATISTICS_BYTES)) + activations
+        held = curvatures_that_fit(x.O for x in changed if x.expert is None) if output_curvature else []
+        measuring = 4 * sum(o * o for o in held) + 2 * activations
+        solving = max((_solving(x.O, x.I, solver, held) for x in changed), default=0)
+        tuning = 0
+        if reconstruction is not None:
+            copies = 4 * RECONSTRUCTION_COPIES[reconstruction] * block
+            tuning = copies + 4 * _STEP_COPIES * _largest_parameter(one) + SAVED_BYTES + activations
+        kept = int(solver.kept * sum(x.tensor.count for x in changed))
+        peak = max(peak, width * block + kept + max(statistics, measuring, solving, tuning))
+    return resident + peak + ALLOCATOR_RETAIN + _SLACK
+
+
+def _gram_bytes(width: int) -> int:
+    return width * width * (8 if width <= FLOAT64_MAX_WIDTH else 4)
+
+
+def _solving(outputs: int, inputs: int, solver: SolverMemory, held: Collection[int]) -> int:
+    """Bytes at the peak of solving for one matrix; ``held``: sizes of output curvatures, which have copies in a part's size."""
+    curvature = outputs**2 + 4 * outputs_at_once(outputs, inputs) ** 2 if outputs in held else 0
+    return solver.peak(_gram_bytes(inputs), outputs, inputs) + 4 * curvature
+
+
+def _largest_parameter(block: ModelBlock) -> int:
+    """Number of weights of a block's largest parameter; experts may be in one."""
+    experts = sum(x.tensor.count for x in block.linears if x.expert is not None)
+    return max(experts, max((t.count for t in block.stored()), default=0))
 
 
 def trials_memory(spec: Spec, width: int) -> int:

@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): quantise weights column by column; the columns not yet quantised compensate for the error.
 
-Letters: O outputs, I inputs, B columns of a block, G columns of a smaller block in it. Matrices are held transposed,
-[in, out], so that a column of W is contiguous.
+Letters: O outputs, P outputs of a part, I inputs, B columns of a block, G columns of a smaller block in it. Matrices are held
+transposed, [in, out], so that a column of W is contiguous.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from compress.solvers.codebook import borders_of
 from compress.solvers.hessian import inverse_factor
+from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, nearest
 from compress.spec.formats import QuantFormat
 
@@ -156,16 +157,19 @@ def asymmetric_target(
 
     Source: the objective of GPTAQ (arXiv 2504.02692), solved before rounding instead of column by column.
     """
-    pull_OI = W_OI.to(mismatch_II.dtype) @ mismatch_II
-    if residual_OI is not None:
-        pull_OI += residual_OI
-    change_OI = torch.empty_like(pull_OI)
-    change_OI[:, order_I] = (pull_OI[:, order_I] @ U_II.T) @ U_II
-    return (W_OI + change_OI).to(W_OI.dtype)
+    target_OI = torch.empty_like(W_OI)
+    for rows in parts_of(W_OI):  # outputs do not depend on one another
+        pull_PI = W_OI[rows].to(mismatch_II.dtype) @ mismatch_II
+        if residual_OI is not None:
+            pull_PI += residual_OI[rows]
+        change_PI = torch.empty_like(pull_PI)
+        change_PI[:, order_I] = (pull_PI[:, order_I] @ U_II.T) @ U_II
+        target_OI[rows] = W_OI[rows] + change_PI
+    return target_OI
 
 
 def act_order_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return (order [I], U [I, I], damping): `act_order` of H, and `inverse_factor` of H in that order."""
     order_I = act_order(H_II)
-    U_II, damping = inverse_factor(H_II[order_I][:, order_I], damp)
+    U_II, damping = inverse_factor(H_II, damp, order_I)
     return order_I, U_II, damping

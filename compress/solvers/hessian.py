@@ -32,9 +32,12 @@ def damped(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, torch.
 
 def damped_diagonal(H_II: torch.Tensor, damp: float) -> torch.Tensor:
     """Return the diagonal [in] of the damped H, as ``damped`` computes it."""
-    diagonal_I = H_II.diagonal()
+    return _damped_values(H_II.diagonal(), damp)
+
+
+def _damped_values(diagonal_I: torch.Tensor, damp: float) -> torch.Tensor:
     alive = max(1, int((diagonal_I != 0).sum()))
-    result_I = diagonal_I + damp * float(diagonal_I.sum(dtype=H_II.dtype)) / alive
+    result_I = diagonal_I + damp * float(diagonal_I.sum(dtype=diagonal_I.dtype)) / alive
     result_I[result_I == 0] = 1
     return result_I
 
@@ -47,7 +50,9 @@ def check_finite(H_II: torch.Tensor) -> None:
         )
 
 
-def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
+def inverse_factor(
+    H_II: torch.Tensor, damp: float = 0.01, order_I: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     """Return the upper triangular U with Uᵀ U = (damped H)⁻¹, which GPTQ and SparseGPT use, and the damping used.
 
     The damping grows tenfold, up to 1, until the Cholesky factorisation succeeds. If it never does, the eigenvalues of H are
@@ -57,6 +62,7 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
         H_II: sum of x xᵀ, symmetric, [in, in], float32 or float64; not changed. The peak is one more matrix of its size, or
             four in the eigenvalue decomposition.
         damp: the first damping to try, in units of the diagonal's mean, as for ``damped``.
+        order_I: an order of the inputs, in which U has its rows and columns; None for that of H.
 
     Returns:
         U [in, in] in H's dtype, with a positive diagonal; and the damping used: ``damp`` normally, math.inf if eigenvalues
@@ -67,24 +73,28 @@ def inverse_factor(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor
 
     Source: GPTQ (arXiv 2210.17323), section 3.3, step 3.
     """
-    return _inverted(H_II, damp, factor=True)
+    return _inverted(H_II, damp, order_I, factor=True)
 
 
 def inverse(H_II: torch.Tensor, damp: float = 0.01) -> tuple[torch.Tensor, float]:
     """Return (damped H)⁻¹ [in, in], row-major, and the damping used. Arguments, errors and memory are those of
     `inverse_factor`.
     """
-    result_II, used = _inverted(H_II, damp, factor=False)
+    result_II, used = _inverted(H_II, damp, None, factor=False)
     return (result_II.mT @ result_II if math.isinf(used) else result_II.mT), used
 
 
-def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.Tensor, float]:
+def _inverted(
+    H_II: torch.Tensor, damp: float, order_I: torch.Tensor | None, *, factor: bool
+) -> tuple[torch.Tensor, float]:
     """Return the inverse, column-major, or its factor, and the damping; always the factor if eigenvalues were raised."""
     check_finite(H_II)
     used = damp
     while True:
         # one matrix throughout, column-major as LAPACK wants it: a symmetric matrix is its own transpose
-        work_II = damped(H_II, used)[0].mT
+        work_II = _in_order(H_II, order_I)
+        work_II.diagonal().copy_(_damped_values(work_II.diagonal(), used))
+        work_II = work_II.mT
         failed = torch.empty((), dtype=torch.int32, device=H_II.device)
         torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
         if not int(failed):
@@ -97,8 +107,15 @@ def _inverted(H_II: torch.Tensor, damp: float, *, factor: bool) -> tuple[torch.T
                 return work_II, used
         del work_II
         if used >= _MOST_DAMPING:
-            return _raised_factor(H_II, damp), math.inf
+            return _raised_factor(H_II if order_I is None else _in_order(H_II, order_I), damp), math.inf
         used = min(_MOST_DAMPING, max(10 * used, 1e-4))
+
+
+def _in_order(H_II: torch.Tensor, order_I: torch.Tensor | None) -> torch.Tensor:
+    """A copy of H, row-major, with rows and columns in that order."""
+    if order_I is None:
+        return H_II.clone(memory_format=torch.contiguous_format)
+    return H_II[order_I[:, None], order_I]
 
 
 def _raised_factor(H_II: torch.Tensor, damp: float) -> torch.Tensor:

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+#: Weights that a solver works on at a time, where it keeps several floats of each; larger matrices are split by outputs.
+WEIGHTS_AT_ONCE = 1 << 24
+
+
+def outputs_at_once(outputs: int, inputs: int) -> int:
+    """Number of outputs in a part of a matrix, of equal parts that have at most `WEIGHTS_AT_ONCE` weights each."""
+    count = -(-outputs // max(1, WEIGHTS_AT_ONCE // max(1, inputs)))
+    return max(1, -(-outputs // max(1, count)))
+
+
+def parts_of(W_OI: torch.Tensor) -> Iterator[slice]:
+    """The parts of a matrix, as runs of outputs; see `outputs_at_once`."""
+    outputs, inputs = W_OI.shape
+    size = outputs_at_once(outputs, inputs)
+    for start in range(0, outputs, size):
+        yield slice(start, min(start + size, outputs))
 
 
 @dataclass(frozen=True)
@@ -13,11 +35,24 @@ class SolverMemory:
         hessians: number of matrices [I, I] in the dtype of the Hessian, beside the Hessian itself.
         weights: number of float32 matrices [O, I].
         kept: bytes per weight of the block that stay until the whole block is solved.
+        in_parts: a step on parts of a large matrix (`parts_of`): ``hessians``, ``weights``, and number of float32 matrices of
+            a part.
     """
 
     hessians: float
-    weights: int
+    weights: float
     kept: float
+    in_parts: tuple[float, float, int] | None = None
+
+    def peak(self, hessian: int, outputs: int, inputs: int) -> int:
+        """Bytes of the Hessian and all beside it, for one matrix; ``hessian``: bytes of the Hessian."""
+        count = outputs * inputs
+        whole = int((1 + self.hessians) * hessian) + int(4 * self.weights * count)
+        if self.in_parts is None:
+            return whole
+        hessians, weights, floats = self.in_parts
+        part = outputs_at_once(outputs, inputs) * inputs
+        return max(whole, int((1 + hessians) * hessian) + int(4 * weights * count) + 4 * floats * part)
 
 
 #: A run that reads activations only.
@@ -29,10 +64,11 @@ ALPS = SolverMemory(hessians=4, weights=10, kept=1)
 #: Pruning of units: H⁻¹ and H among the remaining units; with biases also the Hessian less the products of the means.
 OBS = SolverMemory(hessians=1.2, weights=4, kept=0)
 OBS_WITH_BIAS = SolverMemory(hessians=2.2, weights=4, kept=0)
-#: Quantisation: the Hessian's factor and a damped copy. Codes are kept as floats.
-GPTQ = SolverMemory(hessians=2, weights=4, kept=4)
-#: GPTQ towards the original's outputs, then QuantEase and YAQA: also the input mismatch, and each matrix before and after.
-GPTQ_CORRECTED = SolverMemory(hessians=4, weights=13, kept=12)
+#: Quantisation: the Hessian's factor. Codes are kept in two bytes, those of integers below 8 bits in one.
+GPTQ = SolverMemory(hessians=1, weights=5, kept=2.1, in_parts=(1, 2, 11))
+#: GPTQ towards the original's outputs: also the input mismatch. Then QuantEase and YAQA, on parts of large matrices, with the
+#: feedback of errors.
+GPTQ_CORRECTED = SolverMemory(hessians=2, weights=5, kept=2.1, in_parts=(2, 1.25, 10))
 #: Codebooks by weighted k-means and GPTQ. Codes are kept as floats and bytes.
 CODEBOOK = SolverMemory(hessians=4, weights=8, kept=5)
 #: Low-rank factors: the Hessian's eigenvectors and roots. Factors are kept.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from compress.blockwise.memory_budget import SAMPLES_PER_STEP
 from compress.blockwise.reconstruct import Reconstruction, TrainableTensor, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.solve import solve_block
+from compress.blockwise.spilled import SpilledByName
 from compress.checkpoint.values import Checkpoint, Codes, torch_dtype
 from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
@@ -24,7 +26,8 @@ from compress.passes.cast.plan import FINE
 from compress.passes.cast.settings import CastSettings
 from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
-from compress.solvers.hessian import damped
+from compress.solvers.hessian import damped, damped_diagonal
+from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
 from compress.solvers.quantease import quantease
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
@@ -69,7 +72,7 @@ class Rounded:
     ) -> None:
         self.linear, self.quant_format, self.keep = linear, quant_format, keep
         self.scale, self.zero, self.overall = scales.scale, scales.zero, scales.overall
-        #: Codes less zero points [O, G, S].
+        #: Codes less zero points [O, G, S], in the dtype of `compact`.
         self.codes = codes.view(len(codes), self.scale.shape[1], -1)
         self._stored: Codes | None = None
 
@@ -89,7 +92,7 @@ class Rounded:
         assert whole.is_contiguous()
         start = weight.storage_offset() - whole.storage_offset()
         gradient = whole.grad.contiguous().as_strided(weight.shape, weight.stride(), start)
-        self.scale.grad = (gradient.reshape(self.codes.shape) * self.codes).sum(2)
+        self.scale.grad = (gradient.float().reshape(self.codes.shape) * self.codes).sum(2)
 
     def finish(self, dtype: torch.dtype) -> Codes:
         """Return the codes with stored scales, and write the weights that a loader will see into the block.
@@ -108,14 +111,15 @@ class CastSolver:
 
     def __init__(self, block: Block, options: CastOptions, tuned: bool) -> None:
         self._block, self._options, self._tuned = block, options, tuned
-        self._curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
+        curvature = {} if options.gradients is None else options.gradients.by_outputs(block)
+        self._curvature = SpilledByName(block.inputs.path.parent, curvature)
 
     def solve(
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
     ) -> tuple[Rounded, dict[str, Any]]:
         """Codes and scales of a matrix, with its row for the report."""
         keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
-        F, alternating = self._curvature.pop(linear.name, None), self._options.alternating
+        F, alternating = self._curvature.take(linear.name), self._options.alternating
         codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F)
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
@@ -124,7 +128,7 @@ class CastSolver:
         keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
         weight = linear.weight.float().contiguous()
         scales = fit(weight, quant_format, None, keep, search=False)
-        return Rounded(linear, quant_format, torch.empty_like(weight), scales, keep)
+        return Rounded(linear, quant_format, compact(torch.empty_like(weight), quant_format), scales, keep)
 
     def tensors(self, solution: Rounded) -> list[torch.Tensor]:
         """Codes and scales."""
@@ -243,40 +247,103 @@ def _solve(
     if statistics.tokens == 0:
         scales = fit(weight, quant_format, None, keep)
         note = "no token reached it: rounded to nearest"
-        return integer_codes(weight, quant_format, scales, keep), scales, {"error": None, "note": note}
+        codes = compact(integer_codes(weight, quant_format, scales, keep), quant_format)
+        return codes, scales, {"error": None, "note": note}
     H = statistics.hessian
     if "order" not in shared:
         shared["order"], factor, shared["damping"] = act_order_factor(H)
         shared["whole"], shared["factor"] = factor, factor.float()
-        shared["damped"] = damped(H, min(shared["damping"], 1.0))[0].float()
     order = shared["order"]
     if mismatch is not None:
         weight = asymmetric_target(weight, mismatch.inputs, mismatch.residual.get(linear.name), shared["whole"], order)
+        mismatch.release()
     scales = fit(weight, quant_format, H.diagonal(), keep)
     updated_weights = gptq(weight, shared["factor"], order, quant_format, scales, keep)
-    codes, scales = quantease(
-        weight, updated_weights, shared["damped"], quant_format, scales, keep, _ROUNDS if alternating else 0
-    )
-    if F is not None:
-        codes, scales = _coupled(weight, codes, shared, shrunk(F), quant_format, scales, keep)
+    with _damping(H, shared) as damped_H:
+        rounds = _ROUNDS if alternating else 0
+        codes, scales = _alternated(weight, updated_weights, damped_H, quant_format, scales, keep, rounds)
+        del updated_weights
+        if F is not None:
+            codes, scales = _coupled(weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
     return codes, scales, row
 
 
+@contextmanager
+def _damping(H: torch.Tensor, shared: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Within, H damped, float32; of a float32 H that is H itself."""
+    damping = min(shared["damping"], 1.0)
+    if H.dtype != torch.float32:
+        if "damped" not in shared:
+            shared["damped"] = damped(H, damping)[0].float()
+        yield shared["damped"]
+        return
+    diagonal = H.diagonal().clone()
+    H.diagonal().copy_(damped_diagonal(H, damping))
+    try:
+        yield H
+    finally:
+        H.diagonal().copy_(diagonal)
+
+
+def compact(codes: torch.Tensor, quant_format: QuantFormat) -> torch.Tensor:
+    """Codes less zero points in the smallest dtype that holds them all: int8 for integers below 8 bits, else bfloat16."""
+    return codes.to(torch.int8 if quant_format.is_integer and quant_format.bits < 8 else torch.bfloat16)
+
+
+def _part(scales: Scales, rows: slice) -> Scales:
+    return Scales(scales.scale[rows], None if scales.zero is None else scales.zero[rows], scales.overall)
+
+
+def _alternated(
+    weight: torch.Tensor,
+    start: torch.Tensor,
+    H: torch.Tensor,
+    quant_format: QuantFormat,
+    scales: Scales,
+    keep: torch.Tensor | None,
+    rounds: int,
+) -> tuple[torch.Tensor, Scales]:
+    """`quantease`, some outputs of a large matrix at a time, as they do not depend on one another; compact codes."""
+    codes = compact(torch.empty_like(weight, device="meta"), quant_format).new_empty(weight.shape, device=weight.device)
+    scale = torch.empty_like(scales.scale)
+    for rows in parts_of(weight):
+        own = None if keep is None else keep[rows]
+        part = quantease(weight[rows], start[rows], H, quant_format, _part(scales, rows), own, rounds)
+        codes[rows], scale[rows] = part[0].to(codes.dtype), part[1].scale
+    return codes, scales._replace(scale=scale)
+
+
 def _coupled(
     weight: torch.Tensor,
     codes: torch.Tensor,
+    H: torch.Tensor,
     shared: dict[str, Any],
     F: torch.Tensor,
     quant_format: QuantFormat,
     scales: Scales,
     keep: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Scales]:
-    """Codes and scales refined under both curvatures, from the better of the given codes and those of Kronecker GPTQ."""
-    H = shared["damped"]
-    anew = gptq_kronecker(weight, shared["factor"], shared["order"], F, quant_format, scales, keep)
-    if kronecker_error(weight, anew, scales, H, F) < kronecker_error(weight, codes, scales, H, F):
-        codes = anew
-    return yaqa(weight, codes, H, F, quant_format, scales, keep)
+    """Codes and scales refined under both curvatures, from the better of the given codes and those of Kronecker GPTQ.
+
+    Some outputs of a large matrix are refined at a time, while the errors E of the others are fixed. With F_pp the curvature of
+    these outputs and F_pq that of these and others, tr(F E H Eᵀ) is least where tr(F_pp E' H E'ᵀ) is, with
+    E' = E_p + F_pp⁻¹ F_pq E_q: the same problem with another target.
+    """
+    for rows in parts_of(weight):
+        target, own, F_pp = weight[rows], None if keep is None else keep[rows], F[rows, rows]
+        if len(target) < len(weight):
+            error = scaled(codes, scales.scale).neg_().add_(weight)
+            pull = F[rows] @ error - F_pp @ error[rows]
+            del error
+            target = target + torch.linalg.solve(F_pp, pull)
+        start, part = codes[rows].float(), _part(scales, rows)
+        anew = gptq_kronecker(target, shared["factor"], shared["order"], F_pp, quant_format, part, own)
+        if kronecker_error(target, anew, part, H, F_pp) < kronecker_error(target, start, part, H, F_pp):
+            start = anew
+        del anew
+        start, part = yaqa(target, start, H, F_pp, quant_format, part, own)
+        codes[rows], scales.scale[rows] = start.to(codes.dtype), part.scale
+    return codes, scales

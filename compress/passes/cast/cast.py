@@ -30,7 +30,7 @@ from compress.passes.cast.plan import (
 from compress.passes.cast.settings import DTYPES, CastSettings
 from compress.passes.work import CalibrationSize, Tuning, runner_work
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
 from compress.work import Work
 
@@ -137,13 +137,15 @@ class Cast(Pass[CastSettings]):
             return max(measuring, cached) or None
         coarse = any(t.quant_format is not None and t.quant_format.bits < FINE for t in quant_formats)
         names = [t.name for t in quant_formats]
+        bytewise = all(t.quant_format is not None and INTEGERS.get(t.quant_format.format, 8) < 8 for t in quant_formats)
+        kept = GPTQ.kept - bytewise
         if not coarse or not (settings.error_correction or settings.reconstruction_epochs):
-            return max(measuring, runner_memory(spec, names, width, GPTQ))
+            return max(measuring, runner_memory(spec, names, width, replace(GPTQ, kept=kept)))
         runner = runner_memory(
             spec,
             names,
             width,
-            GPTQ_CORRECTED,
+            replace(GPTQ_CORRECTED, kept=kept),
             reconstruction="scales" if settings.reconstruction_epochs else None,
             output_curvature="curvature" in settings.error_correction and model_map(spec).has_head,
         )

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from compress.architectures.groups import KVHeadMerge, Slice
-from compress.blockwise.asymmetric import ChangedTensor, mismatch_of
+from compress.blockwise.asymmetric import mismatch_of
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
+from compress.blockwise.spilled import SpilledValues
 from compress.solvers.gptq import act_order_factor, asymmetric_target
 from compress.solvers.hessian import damped
 from compress.solvers.kv_merge import align_keys, align_values, merge
@@ -56,8 +57,9 @@ def merge_heads(
     separate = [rows.clone() for rows in heads]
     project()
     block.view.processes.broadcast(0, *(linear.weight for linear in linears.values()), *heads)
-    changed = [ChangedTensor(rows, was, rows.clone()) for rows, was in zip(heads, separate, strict=True)]
-    measured = mismatch_of(block, reading, changed)
+    apart = SpilledValues(block.inputs.path.parent, heads, separate)
+    measured = mismatch_of(block, reading, [apart])
+    apart.close()
     assert measured is not None  # no router is in front of it
     now, mismatch = measured
     weight = output.weight.clone()

@@ -133,14 +133,17 @@ def prune_block(block: Block, options: PruneOptions) -> dict[str, TensorExtras]:
     tuned = options.reconstruction is not None and options.reconstruction.epochs > 0
     pruned = solve_block(block, symmetric_statistics(block, tuned=tuned), PruneSolver(block, options))
     masks = {name: solution.mask for name, solution in pruned.items()}
+    pruned.clear()
     if options.reconstruction is not None and tuned:
-        removed = [(linear.weight, ~masks[linear.name]) for linear in block.linears]
+        removed = [(linear.weight, masks[linear.name].logical_not_()) for linear in block.linears]
 
         def project() -> None:
             for weight, gone in removed:
                 weight.masked_fill_(gone, 0)
 
         block.details["tuning"] = reconstruct_block(block, options.reconstruction, trainable_floats(block), project)
+        for mask in masks.values():
+            mask.logical_not_()
     return extras_by_tensor([(linear, masks[linear.name], None) for linear in block.linears])
 
 
