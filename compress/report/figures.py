@@ -292,8 +292,8 @@ def changed_settings(name: str, settings: Mapping[str, Any]) -> str:
         usual = defaults(passes.get(name).settings, settings)
     except (CompressError, ImportError):  # a plug-in that is not installed here
         usual = {}
-    # a switch without a default that is off was chosen by the recipe's other settings
-    unset = {k for k, v in settings.items() if v in (None, [], {}) or (v is False and usual.get(k) is None)}
+    # a switch without a default was chosen by the recipe's other settings
+    unset = {k for k, v in settings.items() if v in (None, [], {}) or (isinstance(v, bool) and usual.get(k) is None)}
     shown = {k: v for k, v in settings.items() if k not in unset and v != usual.get(k)}
     return ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(_without_none(v))}" for k, v in shown.items())
 
