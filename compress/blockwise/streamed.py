@@ -21,7 +21,7 @@ from compress.architectures.model_map import model_map
 from compress.blockwise.spilled import MappedTables
 from compress.checkpoint.values import Checkpoint
 from compress.errors import PassError
-from compress.models.blocks import find_lists
+from compress.models.blocks import find_lists, require_lists
 from compress.models.classes import arguments_of, quiet_transformers, stock_class
 from compress.spec.spec import Spec
 
@@ -142,7 +142,8 @@ class StreamedModel:
     def _lists(self) -> list[LoadedList]:
         names = {id(module): name for name, module in self.model.named_modules()}
         lists: list[LoadedList] = []
-        for path, modules in find_lists(self.model, self.record).items():
+        require_lists(places := find_lists(self.model, self.record), self.model, self.record)
+        for path, modules in places.items():
             first = lists[-1].end if lists else 0
             lists.append(LoadedList(path, names[id(modules)], modules, tuple(modules), first))
         return lists

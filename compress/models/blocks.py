@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from compress import architectures
 from compress.architectures.inferred import BlockList, Inferred, refilled
+from compress.errors import PassError
 from compress.spec.spec import Spec, Structure, Tensor
 
 
@@ -20,11 +21,39 @@ def record_of(model: Any) -> architectures.Architecture:
 
 
 def find_blocks(model: Any, record: architectures.Architecture) -> Any:
-    """The main list of blocks of a transformers model."""
+    """The main list of blocks of a transformers model. Raises `PassError` where the model has no list at the record's place."""
     if not isinstance(record, Inferred):
-        return next(iter(find_lists(model, record).values()))
+        require_lists(lists := find_lists(model, record), model, record)
+        return next(iter(lists.values()))
     names = {name for name, _ in model.named_modules()}
-    return model.get_submodule(_place(record.lists[0].module, names) or "")
+    place = _place(record.lists[0].module, names) if record.lists else None
+    require_lists({} if place is None else {place: model}, model, record)
+    return model.get_submodule(place or "")
+
+
+def require_lists(lists: Mapping[str, Any], model: Any, record: architectures.Architecture) -> None:
+    """Raises `PassError` where no list of blocks was found in the model."""
+    if lists:
+        return
+    name, paths = type(model).__name__, _paths(record)
+    if not paths:
+        raise PassError(
+            f"no list of blocks is known of {name}", fix="use a method that needs none, such as `rtn` or `magnitude`"
+        )
+    raise PassError(
+        f"the record of {record.model_type} names a list of blocks that {name} does not have: {next(iter(paths.values()))}",
+        fix="correct the record: docs/extend/family.md",
+    )
+
+
+def _paths(record: architectures.Architecture) -> dict[str, str]:
+    """`Architecture.list_of` ▶ the list in memory, in a class with a head; the main one first."""
+    if isinstance(record, Inferred):
+        return {one.path: one.module for one in record.of_kind("main", "stack")}
+    if not record.blocks:
+        return {}
+    paths = {path: f"{record.prefix}.{path}" for path in (record.blocks, *record.stacks)}
+    return paths | ({record.blocks: f"{record.prefix}.{record.module_blocks}"} if record.module_blocks else {})
 
 
 def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]:
@@ -42,8 +71,7 @@ def find_lists(model: Any, record: architectures.Architecture) -> dict[str, Any]
         places = dict(sorted(places.items(), key=lambda item: names.index(item[1])))  # an encoder is usually made first
         places = dict(sorted(places.items(), key=lambda item: not _in_encoder(model, item[1])))
     else:
-        paths = {path: f"{record.prefix}.{path}" for path in (record.blocks, *record.stacks)}
-        paths |= {record.blocks: f"{record.prefix}.{record.module_blocks}"} if record.module_blocks else {}
+        paths = _paths(record)
         places = {path: place for path, whole in paths.items() if (place := _place(whole, names)) is not None}
     return {path: model.get_submodule(place) for path, place in places.items()}
 

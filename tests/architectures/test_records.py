@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from compress import architectures
+from compress.architectures.inference import infer
 from compress.architectures.model_map import model_map
+from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.layout import lay_out
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import PassError
@@ -339,6 +343,30 @@ def test_find_reads_records_of_entry_points(monkeypatch):
             architectures.of({"model_type": "foreign"})
     finally:
         _by_type.cache_clear()
+
+
+def test_a_record_with_a_place_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    """`blocks` of files is compared with the headers; where the list is in memory shows when the model is built."""
+    transformers.MistralForCausalLM(pico.config("mistral")).save_pretrained(tmp_path / "in")
+    right = architectures.of({"model_type": "mistral"})
+    spec = open_checkpoint(tmp_path / "in").spec
+    inferred = infer(spec)
+    elsewhere = replace(inferred, source="written", lists=(replace(inferred.lists[0], module="model.layerz"),))
+    nowhere = replace(inferred, source="written", lists=())
+    model = load_model(tmp_path / "in")
+    assert len(find_blocks(model, right)) == len(find_blocks(model, inferred))
+    place = "the record of mistral names a list of blocks that MistralForCausalLM does not have: model.layerz; correct"
+    for record, message in (
+        (replace(right, module_blocks="layerz"), place),
+        (elsewhere, place),
+        (nowhere, "no list of blocks is known of MistralForCausalLM; use a method that needs none"),
+    ):
+        with pytest.raises(PassError, match=message):
+            find_blocks(model, record)
+        checkpoint = open_checkpoint(tmp_path / "in")
+        model_map(checkpoint.spec).__dict__["record"] = record
+        with pytest.raises(PassError, match=message):
+            StreamedModel(checkpoint, dtype=torch.float32, device="cpu")
 
 
 FOREIGN = architectures.Architecture("foreign", prefix="model", blocks="layers", embeddings=("embed_tokens",))

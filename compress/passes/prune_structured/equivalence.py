@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 #: Largest difference, relative to the larger of 1 and the largest output: sums are rounded in another order.
 _TOLERANCE = 1e-4
 _TOKENS, _PROMPT = 16, 6
+#: Numbers of heads that are tried where a class does not take the one asked for.
+_TRIES = 16
 _INSTEAD = {
     "layers": "remove `mlp` or `heads` instead, or write a record: docs/extend/family.md",
     "mlp": "remove `layers` instead, or write a record: docs/extend/family.md",
@@ -60,12 +63,6 @@ def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSetti
             key="active_experts",
             fix="set `compensation: none`, or write a record: docs/extend/family.md",
         )
-    if settings.heads is not None and skeleton_of(planned.structure)[0] is None:
-        raise PassError(
-            f"{record.model_type} takes no config with that number of heads",
-            key="heads",
-            fix="remove another number of heads",
-        )
     kinds = [kind for kind in _INSTEAD if getattr(settings, kind) is not None or settings.searched]
     for kind in kinds:
         whole = kind == "heads" and (settings.heads is None or _whole_groups(spec, settings.heads))
@@ -79,8 +76,31 @@ def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSetti
                 fix=_INSTEAD[kind],
             )
 
+    if settings.heads is not None:
+        _require_number(spec, planned)
     if isinstance(settings.layers, tuple):
         _require_kinds(spec, planned)
+
+
+def _require_number(spec: Spec, planned: Spec) -> None:
+    """Raises `PassError` where the class takes no config with the number of heads that is left, with one that it takes."""
+    if skeleton_of(planned.structure)[0] is not None:
+        return
+    mapped = model_map(spec)
+    queries, record = mapped.heads, mapped.record
+    left = int(record.value(planned.structure.config, record.heads_key))
+    fits = None
+    for count in sorted(range(1, queries), key=lambda n: abs(queries - left - n))[:_TRIES]:
+        with suppress(PassError):
+            smaller = widths.widths(spec, PruneStructuredSettings(heads=count, compensation="none"))
+            if skeleton_of(replace(planned.structure, config=smaller.config))[0] is not None:
+                fits = count
+                break
+    raise PassError(
+        f"{record.model_type} takes no config with {left} of {queries} heads",
+        key="heads",
+        fix=f"set `heads: {fits}`" if fits else "remove `mlp` or `layers` instead",
+    )
 
 
 def _require_kinds(spec: Spec, planned: Spec) -> None:
@@ -247,7 +267,13 @@ def _without_units(copy: _Copy, kind: str, whole: bool, allocation: str) -> str 
             chosen.append((one, keep_by_score(score, remove, runs=one.groups)))
     if not chosen:
         return f"a small copy of its config has no {kind}"
-    smaller = _load(slicing.narrow(copy.checkpoint, chosen, planned))
+    try:
+        smaller = _load(slicing.narrow(copy.checkpoint, chosen, planned))
+    except CheckpointError as error:
+        if kind != "heads":
+            raise
+        problem = error.what.removeprefix("config and weights disagree: ")
+        return f"its class takes no other number of heads (on a small copy of its config, {problem})"
     twin = _load(_zeroed(copy.checkpoint, chosen))
     if difference := _difference(smaller, twin, copy.inputs):
         return f"without some of them a small copy of its config {difference} those with them zeroed"
@@ -268,10 +294,11 @@ def _amounts(spec: Spec, kind: str, whole: bool, allocation: str) -> widths.Widt
     if record.attention is None:
         raise PassError("its attention is not known")
     gone = groups // 2 if whole else 0
-    fewer = gone * (queries // groups) if whole else groups
+    each = max(1, queries // groups // 2)  # classes may want a number that divides the hidden size
+    fewer = gone * (queries // groups) if whole else groups * each
     config = resize.with_heads(record, mapped.config, queries - fewer, groups - gone)
     units = resize.head_units(spec, whole_groups=whole)
-    return widths.Widths({i: [(one, gone or groups) for one in all_] for i, all_ in units.items()}, {}, config)
+    return widths.Widths({i: [(one, gone or fewer) for one in all_] for i, all_ in units.items()}, {}, config)
 
 
 def _zeroed(checkpoint: Checkpoint, kept: Sequence[resize.Kept]) -> Checkpoint:

@@ -50,11 +50,14 @@ def shared_parts(spec: Spec, settings: ShareSettings) -> list[str]:
         raise PassError(
             f"experts of {mapped.record.model_type} are not shared", key="parts", fix="set `parts: attention`"
         )
+    if not mapped.blocks:
+        raise PassError("no list of blocks is known of this model", key="groups", fix="leave `groups` out")
     roles = ("attention", "mlp") if settings.parts == "matrices" else (settings.parts,)
     first = mapped.blocks[0]
     inside = [part for part, tensor in first.tensors.items() if tensor.is_float]
     if settings.parts != "all":
-        matrices = {x.name for x in first.linears if x.role in roles and len(x.tensor.shape) == 2}
+        # a class may hold buffers of two axes beside its weights
+        matrices = {x.name for x in first.linears if x.role in roles and x.is_layer and len(x.tensor.shape) == 2}
         inside = [part for part in inside if first.path + part in matrices]
     chosen = select(
         [block.tensors[part].module for block in mapped.blocks for part in inside if part in block.tensors],

@@ -100,9 +100,13 @@ def test_heads_go_where_a_config_has_their_width(tmp_path):
         plan(open_checkpoint(save("olmo2", tmp_path / "olmo2")), "prune_structured", heads=0.5, **DATA_FREE)
     pico_model(transformers.StableLmForCausalLM, shrunken(default_config("stablelm"))).save_pretrained(tmp_path / "lm")
     with pytest.raises(
-        PassError, match=r"such as model.layers.0.self_attn.k_proj.weight \(\[32, 64\] in the files, \[64,"
+        PassError, match=r"no other number of heads .*layers.0.self_attn.k_proj.weight \(\[32, 64\] in the files, \[64,"
     ):
-        plan(open_checkpoint(tmp_path / "lm"), "prune_structured", heads=0.5, **DATA_FREE)
+        plan(open_checkpoint(tmp_path / "lm"), "prune_structured", heads=1, **DATA_FREE)
+    pico_model(transformers.ArceeForCausalLM, shrunken(default_config("arcee"))).save_pretrained(tmp_path / "arcee")
+    with pytest.raises(PassError, match=r"arcee takes no config with 3 of 4 heads; set `heads: 2`") as error:
+        plan(open_checkpoint(tmp_path / "arcee"), "prune_structured", heads=1, **DATA_FREE)
+    assert error.value.key == "heads"
 
 
 def test_what_only_a_written_record_proves_is_refused(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ import transformers
 
 import compress
 from compress.api import unpack
+from compress.architectures.model_map import model_map
 from compress.blockwise.saved_hessians import SavedHessians
 from compress.checkpoint.open import open_checkpoint
 from compress.errors import CompressError, PassError
 from compress.models.loading import load_model
+from compress.passes.share.groups import shared_parts
+from compress.passes.share.settings import ShareSettings
 from compress.passes.share.solve import ShareOptions, Solver
 from compress.workspace import Workspace
 from tests import pico
@@ -311,6 +315,20 @@ def test_share_refuses_experts_and_encoder_decoders(tmp_path):
     pico.save(tmp_path / "t5", "t5")
     with pytest.raises(PassError, match="cannot be changed block by block"):
         share(tmp_path / "t5", tmp_path / "no", groups=2)
+
+
+def test_share_takes_linear_layers_alone(tmp_path):
+    """I-BERT has a buffer of two axes beside each weight; a record may name no list of blocks."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.IBertModel(transformers.IBertConfig(**sizes, vocab_size=40)).save_pretrained(tmp_path / "in")
+    spec = open_checkpoint(tmp_path / "in").spec
+    parts = shared_parts(spec, ShareSettings(groups=[[0, 1]], residual_rank=0))
+    assert len(parts) == 6
+    assert all(part.endswith(".weight") for part in parts)
+    other = replace(spec)
+    model_map(other).__dict__["record"] = replace(model_map(spec).record, lists=())
+    with pytest.raises(PassError, match="no list of blocks is known of this model; leave `groups` out"):
+        shared_parts(other, ShareSettings(groups=[[0, 1]]))
 
 
 def test_share_ties_embeddings_towards_both(folders, tmp_path, stock):
