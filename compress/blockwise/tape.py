@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -108,16 +109,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation and note it."""
         kwargs = kwargs or {}
+        if self.refused is not None:  # the code went on after the pass was stopped
+            raise StopForward
         try:
             operation, memory = self._noted(func, args, kwargs)
         except (Unrecordable, NotImplementedError, RuntimeError) as error:
-            self.refused = f"{func}: {error}"
-            raise StopForward from None
+            self.refuse(f"{func}: {error}")
         result = func(*args, **kwargs)
         for one in tree_leaves(result):
             operation.makes.append(self._made(one, memory) if isinstance(one, torch.Tensor) else None)
         self.operations.append(operation)
         return result
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Stop the pass, and note why."""
+        self.refused = reason
+        raise StopForward
 
     def _noted(self, func: Any, args: Any, kwargs: Any) -> tuple[Operation, dict[int, int]]:
         """An operation about to run, and the roots of its arguments by memory."""
@@ -154,6 +161,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor._slot = (self, number)
         self.roots.append(memory.setdefault(_memory(tensor), number))
         return number
+
+
+class _Reads(TorchFunctionMode):
+    """Within, a pass stops where its code reads values of a tensor in a way that no operation shows, such as ``tolist``."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch, or stop."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        # new tensors from lists of others, and places to split at, are read without an operation
+        given = tree_leaves((args[1:] if name in ("new_tensor", "tensor_split") else args, kwargs))
+        if name in ("tolist", "numpy", "__array__", "__array_interface__") or (
+            name in ("tensor", "as_tensor", "asarray", "new_tensor", "tensor_split")
+            and any(isinstance(x, torch.Tensor) for x in given)
+        ):
+            self._recorder.refuse(f"{name}: depends on values")
+        return func(*args, **kwargs)
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -336,6 +366,8 @@ def record(
 
     def reads(number: int) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if recorder.refused is not None:
+                raise StopForward
             if number == len(cuts):
                 try:
                     slots = (recorder.slot(args[0]), *(outputs[id(m)] for m in shown.get(number, ())))
@@ -355,9 +387,9 @@ def record(
     handles += [m.register_forward_hook(writes) for m in {m for several in shown.values() for m in several}]
     output: int | None = None
     try:
-        with torch.no_grad(), suppress(StopForward, Unrecordable), recorder:
+        with torch.no_grad(), suppress(StopForward, Unrecordable), recorder, _Reads(recorder):
             result = run()
-            output = recorder.slot(result)
+            output = None if recorder.refused is not None else recorder.slot(result)
     finally:
         for handle in handles:
             handle.remove()

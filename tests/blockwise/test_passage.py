@@ -116,6 +116,14 @@ def test_tape_runs_again_in_parts(between):
         assert torch.equal(tape.output([y], tape.run(2, [y], state)), y + net.second(inputs))
 
 
+def or_else(net, x):
+    """Goes on where the pass is stopped."""
+    try:
+        return x * float(x.sum())
+    except Exception:
+        return x
+
+
 @pytest.mark.parametrize(
     "between",
     [
@@ -124,6 +132,11 @@ def test_tape_runs_again_in_parts(between):
         lambda net, x: torch.nn.functional.dropout(x, 0.5),
         lambda net, x: x * net.elsewhere,
         lambda net, x: x * net.table.add_(1),
+        lambda net, x: x.roll(x.argmax(-1).tolist()[0], -1),
+        lambda net, x: x * float(x.numpy().sum()),
+        lambda net, x: x * torch.tensor(list(x[0])),
+        lambda net, x: torch.cat(x.tensor_split(x.argmax(-1)[:1], -1)[::-1], -1),
+        or_else,
     ],
 )
 def test_tape_ends_where_it_could_not_be_run_again(between):
