@@ -14,6 +14,8 @@ import torch
 
 #: Smallest loss, for logarithms. Smallest variance of a logarithm of a ratio of losses.
 _LEAST, _LEAST_VARIANCE = 1e-12, 1e-8
+#: Standard normal value from which on a variance counts as an outlier, 1 in 100.
+_OUTLIER = 2.326
 #: Degrees of freedom from which on Student's t counts as normal.
 _NORMAL = 1000.0
 
@@ -34,7 +36,7 @@ def behind(losses: torch.Tensor, leader: torch.Tensor, error: float) -> torch.Te
     if samples < 2 or error <= 0 or not racing or not torch.isfinite(leader).all():
         return worse if error > 0 else torch.zeros_like(worse)
     ratios = (losses[~fails].clamp(min=_LEAST).log() - leader.clamp(min=_LEAST).log()).double()
-    variances, freedom = moderated(ratios.var(1), samples - 1)
+    variances, freedom = _without_outliers(ratios.var(1), samples - 1)
     scores = ratios.mean(1) / (variances / samples).sqrt()
     level = error / len(losses)
     worse[~fails] = torch.tensor([upper_tail(float(score), freedom) < level for score in scores])
@@ -61,6 +63,17 @@ def moderated(variances: torch.Tensor, freedom: int) -> tuple[torch.Tensor, floa
     common = (logs.mean() + torch.digamma(torch.tensor(prior / 2)) - math.log(prior / 2)).exp()
     shrunk = (prior * common + freedom * variances.double()) / (prior + freedom)
     return shrunk.clamp(min=_LEAST_VARIANCE), prior + freedom
+
+
+def _without_outliers(variances: torch.Tensor, freedom: int) -> tuple[torch.Tensor, float]:
+    """The same, but for variances that are above the shrunk ones by more than chance explains, which stay as they are.
+
+    One sample with an unusual loss makes such a variance; Phipson et al. (Annals of Applied Statistics 10, 2016).
+    """
+    shrunk, beside = moderated(variances, freedom)
+    spread = 2 / (9 * freedom)  # Wilson and Hilferty's cube root of χ² / freedom
+    bound = (1 - spread + _OUTLIER * math.sqrt(spread)) ** 3
+    return torch.where(variances > bound * shrunk, variances.double(), shrunk), beside
 
 
 def _inverse_trigamma(value: float) -> float:

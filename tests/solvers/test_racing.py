@@ -69,3 +69,13 @@ def test_a_candidate_that_fails_leaves_at_once():
     losses = torch.tensor([[1.0], [math.inf], [1.1]])
     assert behind(losses, losses[0], 0.05).tolist() == [False, True, False]
     assert behind(losses, losses[0], 0).tolist() == [False, False, False]
+
+
+def test_an_unusual_sample_of_the_best_candidate_does_not_drop_it():
+    """It loses less than the leader on each sample but one, where it loses twenty times as much; all others are alike."""
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(100, 60, 2, generator=generator).double() * 0.1
+    noise[:, -1] -= 0.05
+    noise[:, -1, 0] += math.log(20)
+    leader = torch.ones(2, dtype=torch.float64)
+    assert not any(behind(race.exp(), leader, 0.01)[-1] for race in noise)
