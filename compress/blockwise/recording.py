@@ -79,6 +79,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unrecordable("a tensor from elsewhere")
         return int(made)
 
+    def root(self, tensor: torch.Tensor) -> int | None:
+        """The slot that first had the memory of a tensor that was there before; None of another one."""
+        number = self._slots.get(id(tensor))
+        return None if number is None else self.roots[number]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -178,7 +183,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 def _require_repeatable(func: Any, args: Any, kwargs: Any) -> None:
     """Raise `Unrecordable` for an operation whose shapes, or the code behind it, depend on values, or that draws numbers."""
     tags = func.tags
-    if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
+    numbers = func is torch.ops.aten.index.Tensor and all(
+        x is None or x.dtype in (torch.int64, torch.int32) for x in args[1]
+    )  # of a mask, the shape depends on values
+    if torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and not numbers):
         raise Unrecordable("depends on values")
     if torch.Tag.nondeterministic_seeded in tags:
         names = [argument.name for argument in func._schema.arguments]

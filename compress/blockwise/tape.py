@@ -220,4 +220,16 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+    if _reads_early(recorder, cuts, groups):
+        output = None
     return Tape(recorder, len(given), cuts, output)
+
+
+def _reads_early(recorder: Recorder, cuts: Sequence[Cut], groups: Sequence[Sequence[torch.nn.Module]]) -> bool:
+    """Whether an operation in front of a group's cut reads the group's weights, so that it is to run again once they change."""
+    for cut, group in zip(cuts, groups, strict=False):
+        weights = {recorder.root(module.get_parameter("weight")) for module in group}
+        before = recorder.operations[: cut.position]
+        if any(recorder.roots[slot] in weights for one in before for slot in one.reads):
+            return True
+    return False
