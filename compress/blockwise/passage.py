@@ -69,6 +69,7 @@ class WaitingValues:
         places: list[tuple[int, int]] = []
         layouts = {}
         for slot, value in values.items():
+            value = value.resolve_conj().resolve_neg()  # what a view says of itself is not in the file
             storage = value.untyped_storage()
             number = storages.setdefault(storage._cdata, len(places))
             if number == len(places):

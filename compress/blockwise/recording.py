@@ -65,7 +65,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.constants: dict[int, torch.Tensor] = {}
         self.operations: list[Operation] = []
         self.refused: str | None = None
-        self._slots = {id(x): number for number, x in enumerate(given)}
+        self._slots: dict[int, int] = {}
+        for number, x in enumerate(given):  # a block may be given a buffer of its own, and another tensor the next time
+            self._slots.setdefault(id(x), number)
         storages: dict[int, int] = {}
         #: The slot that first had a slot's memory, by slot.
         self.roots = [storages.setdefault(_memory(x), number) for number, x in enumerate(given)]

@@ -7,7 +7,7 @@ import torch
 
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
-from compress.blockwise.passage import Passage
+from compress.blockwise.passage import Passage, WaitingValues
 from compress.blockwise.tape import record
 from compress.checkpoint.open import open_checkpoint
 from tests import pico
@@ -127,6 +127,14 @@ def test_tape_has_no_output_where_a_weight_is_read_before_it_changes():
     assert (tape.reach, tape.complete) == (2, False)
 
 
+def test_tape_reads_an_argument_where_the_first_one_was_a_buffer():
+    net, x, other = Net(lambda net, x: x * net.given), torch.randn(3, 4), torch.randn(4)
+    net.given = net.table
+    tape = record(lambda: net(x), [x, net.table], [*net.parameters(), net.table], [[net.first], [net.second]], {})
+    state = tape.run(1, [x, other], tape.run(0, [x, other], {}))
+    assert torch.equal(tape.shown(1, [x, other], state)[0], net.first(x) * other)
+
+
 def or_else(net, x):
     """Goes on where the pass is stopped."""
     try:
@@ -155,3 +163,16 @@ def test_tape_ends_where_it_could_not_be_run_again(between):
     tape = record(lambda: net(x), [x], [*net.parameters(), *net.buffers()], [[net.first], [net.second]], {})
     assert (tape.reach, tape.complete) == (1, False)
     assert torch.equal(tape.shown(0, [x], tape.run(0, [x], {}))[0], x)
+
+
+def test_waiting_values_are_read_as_they_were(tmp_path):
+    """Views of one memory still are, and those that are to be conjugated or negated have their own values."""
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    values = {4: z, 5: z[:, 1:].T, 6: z.conj(), 7: z.conj().imag, 8: torch.empty(0)}
+    waiting = WaitingValues(tmp_path, "cpu", [])
+    waiting.write(0, values)
+    waiting.turn()
+    read = waiting.read(0)
+    assert all(torch.equal(read[slot], value) for slot, value in values.items())
+    read[4][0, 1] = 7
+    assert read[5][0, 0] == 7
