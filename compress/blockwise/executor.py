@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import torch
 
+from compress.architectures.model_map import model_map
 from compress.blockwise.activations import Activations, ActivationStream, BlockStreams, HiddenStates
 from compress.blockwise.arguments import Call, filled
 from compress.blockwise.calls import BlockCalls
@@ -18,7 +19,7 @@ from compress.blockwise.memory_budget import TOKENS_PER_BATCH
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.distributed import ProcessGroup
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, PassError
 
 
 class BlockExecutor:
@@ -91,8 +92,25 @@ class BlockExecutor:
         """Learn how blocks are called; see `BlockCalls.learn`. Raises `PassError`."""
         self.calls.learn()
         if len(self.streamed.lists) > 1 and (inputs := self.inputs.apart(self.calls.length(0))) is not self.inputs:
+            frames, longest = self.calls.length(0), self._longest()
+            problem = PassError(
+                f"texts of the decoder are as long as what the encoder outputs, {frames} positions, so that their masks cannot "
+                "be told apart, and the decoder takes no longer ones",
+                fix="give texts that are shorter by a token",
+            )
+            if longest is not None and frames >= longest:
+                raise problem
             self.inputs, self.calls = inputs, BlockCalls(self.streamed, inputs)
-            self.calls.learn()
+            try:
+                self.calls.learn()  # no table may be longer than a config says
+            except PassError as error:
+                raise problem from error
+
+    def _longest(self) -> int | None:
+        """Tokens of the longest text that the decoder takes, as far as table and config tell; None where they do not."""
+        mapped = model_map(self.checkpoint.spec)
+        own = mapped.config.get("max_target_positions")
+        return own if isinstance(own, int) else mapped.trained_positions
 
     def beside(self) -> BlockExecutor:
         """The same executor for the same blocks with other weights, whose lists end in other hidden states."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from compress import architectures
+from compress.blockwise.executor import BlockExecutor
 from compress.blockwise.inputs import Inputs
 from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Derived
@@ -78,6 +80,20 @@ def test_both_lists_match_the_whole_model(masked, target, folders, tmp_path):
         x = (x.flatten(0, 1) if mask is None else x[mask]).double()
         assert sums.tokens == len(x), name
         assert torch.allclose(sums.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-4 * float((x.T @ x).abs().max())), name
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_decoder_at_its_longest_position_gets_no_further_token(told, tmp_path, monkeypatch):
+    """Where its texts are as long as what the encoder outputs, masks cannot be told apart without one."""
+    sizes = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    config = transformers.BartConfig(**sizes, **heads, vocab_size=256, d_model=16, max_position_embeddings=SOURCE)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "in")
+    if not told:
+        monkeypatch.setattr(BlockExecutor, "_longest", lambda self: None)
+    line = "as long as what the encoder outputs, 12 positions.* takes no longer ones; give texts that are shorter by a token"
+    with pytest.raises(PassError, match=line):
+        runner_of(open_checkpoint(tmp_path / "in"), tmp_path, pairs(True, SOURCE)).run(lambda block: {}, "looking")
 
 
 def test_the_decoder_reads_the_encoder_as_it_was_changed(folders, tmp_path):
