@@ -91,3 +91,20 @@ def test_model_map_reads_shapes_of_an_unheard_model_type():
     assert [block.path for block in mapped.blocks] == [block.path for block in known.blocks]
     assert [x.name for x in mapped.targets] == [x.name for x in known.targets]
     assert (mapped.embedding, mapped.record.head_tie) == (known.embedding, "lm_head.weight")
+
+
+def test_shapes_tell_tables_of_distances_routers_and_gates():
+    """Of an unheard model type: biases of positions and routers are no linear layers, a gate of a plain MLP is one."""
+
+    def unheard(family, rename=lambda name: name):
+        spec = spec_of(family)
+        tensors = {rename(name): replace(t, name=rename(name)) for name, t in spec.tensors.items() if not t.alias_of}
+        config = {**spec.structure.config, "model_type": "unheard"}
+        return model_map(replace(spec, structure=replace(spec.structure, config=config), tensors=tensors))
+
+    for family in ("t5", "mixtral", "qwen3_moe"):
+        assert {x.name for x in unheard(family).targets} == {x.name for x in model_map(spec_of(family)).targets}
+    routers = unheard("mixtral", lambda name: name.replace("block_sparse_moe.gate", "moe.router.classifier"))
+    assert not [x.name for x in routers.targets if "router" in x.name]
+    gates = unheard("llama", lambda name: name.replace("gate_proj", "gate"))
+    assert len([x for x in gates.targets if x.name.endswith("mlp.gate.weight")]) == gates.depth

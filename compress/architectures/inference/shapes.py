@@ -11,7 +11,10 @@ from compress.spec.spec import Spec, Tensor
 _TABLE = re.compile(r"emb|wte|wpe|position|tokens?$", re.IGNORECASE)
 _HEAD = re.compile(r"(?:^|\.)(?:\w*lm_head|embed_out|output|decoder|vocab_projector|generator|head)$")
 _NORM = re.compile(r"norm|ln_?\w*$|^ln", re.IGNORECASE)
-_ROUTER = re.compile(r"(?:^|\.)(?:gate|router|wg)$")
+_ROUTER = re.compile(r"(?:^|\.)(?:gate|wg)$|(?:^|\.)router(?:\.|$)")
+_EXPERTS = re.compile(r"expert|moe|router", re.IGNORECASE)
+#: A table of distances, added to attention scores.
+_DISTANCES = re.compile(r"bias|^rel(?:ative)?_|distance", re.IGNORECASE)
 #: Share of the largest list's elements from which another list counts.
 _SHARE = 0.02
 
@@ -26,11 +29,12 @@ def by_shapes(spec: Spec, reason: str) -> Inferred:
     outside = [t for t in spec.tensors.values() if not any(t.name.startswith(f"{e.path}.") for e in lists)]
     embedding, head = _ends(spec, outside)
     matrices: dict[str, Matrix] = {}
+    routed = any(_EXPERTS.search(name) for name in spec.tensors)
     for tensor in spec.tensors.values():
         if len(tensor.shape) < 2:
             continue
         inside = any(tensor.name.startswith(f"{entry.path}.") for entry in lists)
-        matrices[starred(tensor.name)] = _matrix(tensor, inside, not lists, embedding, head)
+        matrices[starred(tensor.name)] = _matrix(tensor, inside, not lists, embedding, head, routed)
     prefix, _, blocks = lists[0].path.rpartition(".") if lists else ("", "", "")
     below = f"{prefix}." if prefix else ""
     return Inferred(
@@ -82,14 +86,21 @@ def _ends(spec: Spec, outside: list[Tensor]) -> tuple[str | None, str | None]:
     return None if embedding is None else embedding.name, None if head is None else head.name
 
 
-def _matrix(tensor: Tensor, inside: bool, loose: bool, embedding: str | None, head: str | None) -> Matrix:
+def _matrix(tensor: Tensor, inside: bool, loose: bool, embedding: str | None, head: str | None, routed: bool) -> Matrix:
+    """Role of a tensor, and whether passes take it.
+
+    Args:
+        inside: whether it is in a list of blocks. loose: whether the model has none. routed: whether the model has experts.
+    """
     last = tensor.module.rpartition(".")[2]
     if tensor.name == head:
         return Matrix("head")
     if tensor.name == embedding or (not inside and _TABLE.search(tensor.module) and not _HEAD.search(tensor.module)):
         return Matrix("embedding")
-    if _ROUTER.search(tensor.module) and inside:
+    if routed and _ROUTER.search(tensor.module) and (inside or loose):
         return Matrix("router")
+    if _DISTANCES.search(last):
+        return Matrix("distances" if inside else "other")
     flat = len(tensor.shape) == 2 and tensor.name.endswith(".weight") and min(tensor.shape) > 1
     linear = flat and not _NORM.search(last) and not _TABLE.search(last)
     return Matrix("other", linear and (inside or loose))

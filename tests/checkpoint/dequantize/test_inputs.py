@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import compress
@@ -17,8 +18,9 @@ from compress.checkpoint.headers import TensorEntry
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.errors import CheckpointError
 from compress.inspection import inspect
+from compress.models.pico import dummy_inputs
 from tests import pico
-from tests.checkpoint.dequantize.small import MAKERS
+from tests.checkpoint.dequantize.small import MAKERS, wrapped
 from tests.toolbox import write
 
 
@@ -119,6 +121,40 @@ def test_recipe_from_small_files_to_stock_reload(name, folders, texts, stock_out
     outputs = stock_outputs({name: (type(model).__name__, result.checkpoint, tmp_path / "expected.pt")}, dtype="auto")
     assert outputs[name].get("difference", outputs[name]) <= 1e-5
     assert (pico.logits(model) - pico.logits(compress.load(folders[name]))).abs().max() > 0
+
+
+WRAPPED = [
+    ("LlavaForConditionalGeneration", "fp8"),
+    ("BartForConditionalGeneration", "gptq"),
+    pytest.param("LlavaForConditionalGeneration", "gptq", marks=pytest.mark.slow),
+    pytest.param("Gemma3ForConditionalGeneration", "fp8", marks=pytest.mark.slow),
+    pytest.param("Gemma3ForConditionalGeneration", "gptq", marks=pytest.mark.slow),
+    pytest.param("Qwen2_5_VLForConditionalGeneration", "fp8", marks=pytest.mark.slow),
+    pytest.param("Qwen2_5_VLForConditionalGeneration", "gptq", marks=pytest.mark.slow),
+    pytest.param("WhisperForConditionalGeneration", "fp8", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("class_name", "method"), WRAPPED)
+def test_small_wrappers_and_encoder_decoders_reload_in_stock(class_name, method, tmp_path):
+    folder = wrapped(tmp_path / "in", class_name, method)
+    before, model = open_checkpoint(folder), compress.load(folder)
+    inputs = dummy_inputs(model.float(), 12)
+    data = {name: value.repeat(4, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
+    data = data if "input_features" in data else data["input_ids"]
+    coded = {"method": "gptq", "weights": "int4", "group_size": "channel", "data": data}
+    for name, settings in {"prune_unstructured": {"method": "magnitude", "sparsity": 0.5}, "cast": coded}.items():
+        out = compress.apply(name, folder, tmp_path / name, **settings)
+        assert {t.name for t in open_checkpoint(out).spec.stored()} == {t.name for t in before.spec.stored()}
+        stock, info = getattr(transformers, class_name).from_pretrained(out, dtype="auto", output_loading_info=True)
+        assert not any(info.values())
+        ours = compress.load(out)
+        assert ours.dtype == stock.dtype
+        typed = {n: v.to(ours.dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        with torch.no_grad():
+            a, b, c = (m.eval()(**typed).logits.float() for m in (stock, ours, model.to(ours.dtype)))
+        assert torch.equal(a, b)
+        assert not torch.equal(b, c)
 
 
 def test_scales_may_be_in_another_shard(folders, tmp_path):
