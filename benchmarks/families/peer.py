@@ -51,9 +51,12 @@ def gptq(request: dict[str, Any]) -> dict[str, Any]:
     cls = getattr(transformers, request["class"], None)
     if cls is None:
         return {"verdict": "absent", "reason": f"transformers {transformers.__version__} has no {request['class']}"}
-    loaded = cls.from_pretrained(request["folder"], output_loading_info=True)[1]
-    if any(loaded.values()):
-        return {"verdict": "absent", "reason": f"transformers {transformers.__version__} does not load the original"}
+    old = {"verdict": "absent", "reason": f"transformers {transformers.__version__} does not load the original"}
+    try:
+        if any(cls.from_pretrained(request["folder"], output_loading_info=True)[1].values()):
+            return old
+    except Exception:
+        return old
     answer = {}
     for pipeline in ("independent", "basic"):  # its default, and the one that does not run layer by layer
         try:
@@ -80,9 +83,12 @@ def quantised(cls: Any, request: dict[str, Any], pipeline: str) -> dict[str, Any
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     modifier = GPTQModifier(config_groups={"all": scheme}, ignore=["re:.*head", "re:.*classifier.*", "re:.*score"])
     loader = torch.utils.data.DataLoader(samples, batch_size=None)
-    processor = None
+    processor: Any = None  # it asks for one, though the inputs are made
     if (Path(request["folder"]) / "tokenizer.json").exists():
         processor = transformers.AutoTokenizer.from_pretrained(request["folder"])
+    elif (Path(request["folder"]) / "preprocessor_config.json").exists():
+        kind = transformers.AutoImageProcessor if "pixel_values" in samples[0] else transformers.AutoFeatureExtractor
+        processor = kind.from_pretrained(request["folder"])
     oneshot(model=model, dataset=loader, recipe=modifier, pipeline=pipeline, processor=processor)
     after = computed(model, samples[0])
     shutil.rmtree(request["to"], ignore_errors=True)

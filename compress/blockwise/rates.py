@@ -227,8 +227,8 @@ def _solvers() -> dict[str, list[SizeSeconds]]:
 
 def _disk() -> dict[str, list[SizeSeconds]]:
     data = os.urandom(1 << 24)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "data"
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "data"
 
         def there_and_back() -> None:
             path.write_bytes(data)

@@ -70,23 +70,23 @@ class KeptStates:
     """Trials on kept hidden states; see `Trials`.
 
     Args:
-        folder: for files of hidden states, at most 2 × (blocks + 1) × samples of them.
+        place: folder for files of hidden states, at most 2 × (blocks + 1) × samples of them.
 
     Raises:
         PassError: the model cannot be run block by block, or its head reads more than the last hidden states.
     """
 
-    def __init__(self, checkpoint: Checkpoint, samples: Batches, folder: Path, *, dtype: str, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, samples: Batches, place: Path, *, dtype: str, device: str) -> None:
         inputs = Inputs(samples.values, samples.mask, samples.target_mask)
         self._executor = BlockExecutor(checkpoint, inputs, dtype=dtype, device=device)
-        self._streamed, self._folder, self._mask = self._executor.streamed, folder, samples.mask
+        self._streamed, self._place, self._mask = self._executor.streamed, place, samples.mask
         self.depth = self._executor.depth
         if len(self._streamed.lists) != 1:
             raise PassError("its blocks are in several lists")
         self._executor.learn_calls()
         model: Any = reading_several(self._streamed.model)
         self._predicts = model.base_model is not model
-        for left in folder.glob("*.act"):  # by a process that was killed
+        for left in place.glob("*.act"):  # by a process that was killed
             left.unlink()
         self._files: dict[tuple[BlockSet, int], Activations] = {}
         self._written: dict[tuple[BlockSet, int], set[int]] = {}
@@ -214,7 +214,7 @@ class KeptStates:
             return
         if key not in self._files:
             name = "-".join(map(str, blocks)) or "all"
-            path = self._folder / f"{name}.{index}.act"
+            path = self._place / f"{name}.{index}.act"
             self._files[key] = Activations(path, self._executor.samples, self._row, self._executor.dtype)
         self._files[key].write(rows, states)
         self._written[key].update(rows)

@@ -124,11 +124,11 @@ def test_thin_tables_error_falls_with_rank_and_passes_follow(tmp_path):
     text = {"data": ROOT / "examples/text/train.txt", "samples": 16, "length": 128, "document_separator": "<|doc|>"}
     trained, found = ROOT / "examples/tiny-lm", []
     ids = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(0))
-    for rank in (16, 48, 96):
+    for rank in (16, 96):
         settings = {"embeddings": "factorize", "embedding_rank": rank}
         compress.apply("share", trained, tmp_path / f"t{rank}", store="compact", **text, **settings)
         found.append(divergence(load_model(trained), load_model(tmp_path / f"t{rank}"), ids))
-    assert found[0] > found[1] > found[2] > 0
+    assert found[0] > found[1] > 0
     original = pico.save(tmp_path / "in", "llama", tie_word_embeddings=True)
     compress.apply("share", original, tmp_path / "r12", store="compact", data=IDS, **SETTINGS)
     steps = [
