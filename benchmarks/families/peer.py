@@ -111,7 +111,8 @@ def refusal(error: Exception) -> dict[str, Any]:
     """The answer for an exception."""
     text = " ".join(str(error).split())[:300]
     at = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-1:]]
-    return {"verdict": "refused", "reason": f"{type(error).__name__}: {text}", "at": at}
+    verdict = "absent" if isinstance(error, ImportError) else "refused"  # the environment lacks a package
+    return {"verdict": verdict, "reason": f"{type(error).__name__}: {text}", "at": at}
 
 
 def serve(requests: Iterable[str], answers: TextIO) -> None:
