@@ -81,7 +81,9 @@ def quantised(cls: Any, request: dict[str, Any], pipeline: str) -> dict[str, Any
     before = computed(model, samples[0])
     args = QuantizationArgs(num_bits=4, symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    modifier = GPTQModifier(config_groups={"all": scheme}, ignore=["re:.*head", "re:.*classifier.*", "re:.*score"])
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    ignore = [*heads, "re:.*head", "re:.*classifier.*", "re:.*score"]
+    modifier = GPTQModifier(config_groups={"all": scheme}, ignore=ignore)
     loader = torch.utils.data.DataLoader(samples, batch_size=None)
     processor: Any = None  # it asks for one, though the inputs are made
     if (Path(request["folder"]) / "tokenizer.json").exists():
