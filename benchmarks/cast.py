@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--store", choices=["stock", "compact"], default="stock", help="GPT-2's codes need compact")
     parser.add_argument("--reference", type=Path, help="figures of other tools, JSON: {job: what they reach}")
     parser.add_argument("--section", default="cast", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
@@ -68,7 +69,7 @@ def main() -> None:
             for train in args.train if job in ("int4 default", "int3 default") else args.train[:1]:
                 shutil.rmtree(scratch, ignore_errors=True)
                 data = calibration(train, args.samples)
-                start, source, store = time.perf_counter(), args.model, "stock"
+                start, source, store = time.perf_counter(), args.model, args.store
                 if job.startswith("50%"):
                     source, store = scratch / "half", "compact"
                     compress.apply("prune_unstructured", args.model, source, store=store, sparsity=0.5, **data)

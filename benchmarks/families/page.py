@@ -138,12 +138,15 @@ def _beside(rows: Rows, peers: Peers) -> list[str]:
     lines = [
         "## Beside llm-compressor",
         "",
-        '`make families ARGS="--peer PYTHON"` runs llm-compressor\'s `oneshot` with GPTQ (4 bits, a scale for each channel) '
-        "on the same pico models, by an interpreter that has it, with its default pipeline, then with `basic`. "
-        "It gets the same calibration inputs. It counts as read where its own transformers loads what it wrote "
-        "with equal outputs; other runtimes may read more. "
-        "Classes that its transformers does not load, or that need a package, are left out. "
-        f"Versions: {'; '.join(sorted({str(result.get('versions')) for result in peers.values()} - {'None'}))}.",
+        *textwrap.wrap(
+            '`make families ARGS="--peer PYTHON"` runs llm-compressor\'s `oneshot` with GPTQ (4 bits, a scale for each '
+            "channel) on the same pico models, by an interpreter that has it, with its default pipeline, then with `basic`. "
+            "It gets the same calibration inputs. It counts as read where its own transformers loads what it wrote "
+            "with equal outputs; other runtimes may read more. Classes that its transformers does not load, or that need "
+            "a package, are left out. "
+            f"Versions: {'; '.join(sorted({str(result.get('versions')) for result in peers.values()} - {'None'}))}.",
+            118,
+        ),
         "",
         "| classes | number | compress: written and read | llm-compressor: written | written and read |",
         "|---|---|---|---|---|",
