@@ -217,6 +217,15 @@ def _other(store: Store) -> Store:
     return "compact" if store == "stock" else "stock"
 
 
+def _check_evaluation(recipe: Recipe, spec: Spec) -> None:
+    """Raises `CompressError` where a metric does not fit the model, or no class builds a model that is evaluated."""
+    evaluation = recipe.data.evaluation
+    check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
+    check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
+    if evaluation is not None and recipe.metrics:
+        model_map(spec).require_class("leave out `data.evaluation`, or set `evaluate: []`")
+
+
 def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = None) -> Plan:
     """The plan of a recipe.
 
@@ -230,9 +239,8 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     """
     from compress.data.batches import check_positions
 
-    recipe, evaluation = recipe.fitted(task_of(spec.structure.class_name)), recipe.data.evaluation
-    check_metrics(spec.structure.class_name, recipe.metrics, given=None if evaluation is None else evaluation.given)
-    check_speed(spec.structure.class_name, spec.structure.config, recipe.metrics)
+    recipe = recipe.fitted(task_of(spec.structure.class_name))
+    _check_evaluation(recipe, spec)
     lengths = cache_lengths(recipe, spec)
     store: Store = recipe.store
     original, calibration = opened_size(spec, recipe.max_shard_size, metadata), calibration_size(recipe)

@@ -260,13 +260,13 @@ class ModelMap:
                 fix=fix,
             )
 
-    def require_class(self) -> None:
-        """Raises `PassError` for a model that no class builds, so that it reads no data."""
+    def require_class(self, fix: str = "use a method that needs none, such as `rtn` or `magnitude`") -> None:
+        """Raises `PassError`, with that fix, for a model that no class builds, so that it reads no data."""
         if self.record.source == "shapes" and not self.config.get("auto_map"):
             kind = self.config.get("model_type")
             raise PassError(
                 f"no class of transformers builds a model of the type `{kind}`, so it reads no data",
-                fix="use a method that needs none, such as `rtn` or `magnitude`",
+                fix=fix,
             )
 
     def require_inside_blocks(self, names: Collection[str]) -> None:

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 
+import compress
 from compress.architectures.model_map import model_map
 from compress.checkpoint.edits.factors import factored
 from compress.checkpoint.edits.projected import projected
 from compress.checkpoint.edits.shared import shared
 from compress.checkpoint.open import open_checkpoint
+from compress.errors import CompressError
 from compress.models.loading import load_model
 from tests import pico
+from tests.toolbox import edit_config
 
 
 def spec_of(family):
@@ -108,3 +111,21 @@ def test_shapes_tell_tables_of_distances_routers_and_gates():
     assert not [x.name for x in routers.targets if "router" in x.name]
     gates = unheard("llama", lambda name: name.replace("gate_proj", "gate"))
     assert len([x for x in gates.targets if x.name.endswith("mlp.gate.weight")]) == gates.depth
+
+
+def test_an_evaluation_of_an_unheard_model_type_is_refused_when_planned(tmp_path):
+    """Nothing builds the model, which a run would find out behind its passes."""
+    folder = pico.save(tmp_path / "in", "llama")
+    edit_config(folder, model_type="unheard")
+    (tmp_path / "text.txt").write_text("some text")
+    recipe = {
+        "model": str(folder),
+        "output": str(tmp_path / "out"),
+        "data": {"evaluation": {"files": [str(tmp_path / "text.txt")], "window": 16}},
+        "passes": [{"cast": {"weights": "int8", "method": "rtn"}}],
+    }
+    with pytest.raises(
+        CompressError, match=r"no class .* type `unheard`.*leave out `data.evaluation`, or set `evaluate"
+    ):
+        compress.plan(recipe)
+    compress.plan(recipe | {"evaluate": []})
