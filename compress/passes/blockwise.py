@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 RECONSTRUCTION_COPIES = {"floats": 2, "scales": 1}
 #: Float32 copies of one tensor that a step computes: its gradient, and what the optimiser and the projection make on the way.
 _STEP_COPIES = 3
-#: Everything that is not counted.
-_SLACK = 96 << 20
+#: The process with torch and this package, about 250 MiB, and everything else that is not counted.
+_SLACK = 320 << 20
 
 
 def open_runner(
