@@ -101,6 +101,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_world_of_two_finds_what_one_process_does(tmp_path):
     """Sums in another order differ in their last digits, so a mask may differ where two weights are all but equal."""
     folders = [pico.save(tmp_path / f, f, with_tokenizer=False, num_hidden_layers=2) for f in ("llama", "qwen3_moe")]
@@ -211,6 +212,7 @@ def test_world_of_two_shares_widths_chosen_by_loss(recipe_file, tmp_path):
     assert tensors["model.embed_tokens.weight"].shape[1] == 12
 
 
+@pytest.mark.slow
 def test_world_of_two_measures_the_windows_that_one_process_does(recipe_file):
     recipe = json.loads(recipe_file.read_text())
     passes = [{"local_attention": {"window": 8, "full": 2, "tune_epochs": 1}}]

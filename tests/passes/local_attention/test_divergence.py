@@ -100,6 +100,7 @@ def recipe(name, folder, texts, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_bytes(texts, tmp_path):
     compress.run(str(recipe("whole", pico.folder(), texts, tmp_path)))
     report = json.loads((tmp_path / "whole.run/report.json").read_text())

@@ -120,6 +120,7 @@ def test_thin_tables_load_in_stock(family, tied, tmp_path):
     torch.testing.assert_close(torch.load(out / "logits.pt"), ours, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_thin_tables_error_falls_with_rank_and_passes_follow(tmp_path):
     text = {"data": ROOT / "examples/text/train.txt", "samples": 16, "length": 128, "document_separator": "<|doc|>"}
     trained, found = ROOT / "examples/tiny-lm", []
