@@ -1,6 +1,6 @@
 """Held-out loss after casting to few bits: `make bench-cast [MODEL= TRAIN= HELDOUT=]`, as `make bench-prune`.
 
-Arguments and measure are those of benchmarks/prune.py. Bytes are those of the weight files as written.
+Arguments are those of benchmarks/prune.py, scores those of benchmarks/scoring.py, bytes those of the weight files as written.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
-from benchmarks.prune import WINDOW, calibration, heldout, loss  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 
 UNTUNED: dict[str, Any] = {"reconstruction_epochs": 0}
 JOBS: dict[str, dict[str, Any]] = {
@@ -48,7 +47,7 @@ def main() -> None:
         default=[str(ROOT / "examples/text/train.txt")],
         help="defaults of int4 and int3 run with each",
     )
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--store", choices=["stock", "compact"], default="stock", help="GPT-2's codes need compact")
@@ -58,17 +57,15 @@ def main() -> None:
     import compress
 
     reference = json.loads(args.reference.read_text()) if args.reference else {}
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
-    print(f"dense: {dense:.5f}", flush=True)
+    texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for job in args.jobs:
-            rises, seconds, size = [], [], 0
+            draws, seconds, size = [], [], 0
             for train in args.train if job in ("int4 default", "int3 default") else args.train[:1]:
                 shutil.rmtree(scratch, ignore_errors=True)
-                data = calibration(train, args.samples)
+                data = scoring.calibration(train, args.samples)
                 start, source, store = time.perf_counter(), args.model, args.store
                 if job.startswith("50%"):
                     source, store = scratch / "half", "compact"
@@ -76,9 +73,8 @@ def main() -> None:
                 compress.apply("cast", source, scratch / "out", store=store, **data, **JOBS[job])
                 seconds.append(time.perf_counter() - start)
                 size = sum(f.stat().st_size for f in (scratch / "out").glob("*.safetensors"))
-                rises.append(loss(str(scratch / "out"), texts) - dense)
-            shown = " / ".join(f"{rise:+.4f}" for rise in rises)
-            rows.append([job, shown, f"{size:,}", f"{statistics.mean(seconds):.1f}"])
+                draws.append(texts.score(scratch / "out"))
+            rows.append([job, *texts.cells(draws), f"{size:,}", f"{statistics.mean(seconds):.1f}"])
             rows[-1] += [str(reference.get(job, ""))] if reference else []
             print(*rows[-1], flush=True)
     finally:
@@ -87,13 +83,12 @@ def main() -> None:
         f"## Casting {Path(args.model).name}",
         "",
         f"`{page.command('bench-cast', parser, args)}`: {page.environment()} "
-        f"{args.samples} × {WINDOW} calibration tokens; held out: "
-        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
+        f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
         "Integers are symmetric, in groups of 64 (int8: per channel). `default` is the pass with its defaults: GPTQ with "
         "every error correction, then block reconstruction; `untuned` omits the reconstruction. Seconds cover the whole "
         "call: loading, self-check and writing.",
         "",
-        *page.table(["job", "ΔNLL", "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
+        *page.table(["job", *scoring.COLUMNS, "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
     ]
     page.deliver(args.section, table)
 

@@ -3,8 +3,8 @@
 Ways: `race`, the pass's own choice; `greedy`, what greedy removal on all 32 samples takes, also on kept hidden states, without
 groups (after `race` it goes on from its trials, and its times include them); `influence`, the blocks of least influence
 (ShortGPT); `angle`, the contiguous group of least angular distance (arXiv 2403.17887). For each: CPU and wall time of the
-choice with loading, samples tried, KL without the blocks on the calibration samples, and the rise of the held-out loss without
-repair.
+choice with loading, samples tried, KL without the blocks on the calibration samples, and the scores of benchmarks/scoring.py
+without repair.
 
 What is done is kept in --results. A run that was stopped, or that --seconds ends, goes on there and adds up its times.
 """
@@ -19,14 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page, prune  # noqa: E402
-from benchmarks.prune import calibration, heldout, loss  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 from compress.progress import SilentProgress  # noqa: E402
 
 #: Samples at a time of `greedy`, and the ratio to the leader's loss on the first ones from which on a set is not tried further.
@@ -159,16 +159,14 @@ def divergence(model: str, samples: Any, blocks: list[int], folder: Path) -> flo
     return sum(v * n for v, n in zip(values, states.counts, strict=True)) / sum(states.counts)
 
 
-def rise(model: str, blocks: list[int], texts: list[Any]) -> float:
-    """Held-out loss without those blocks; of the whole model without any."""
+def scored(model: str, blocks: list[int], texts: Callable[[], scoring.HeldOut]) -> list[str]:
+    """Held-out scores without those blocks, entries of a row."""
     import compress
 
-    if not blocks:
-        return loss(model, texts)
     with tempfile.TemporaryDirectory() as scratch:
         gone: dict[str, Any] = {"layers": sorted(blocks), "compensation": "none", "importance": "magnitude"}
         compress.apply("prune_structured", model, f"{scratch}/out", **gone)
-        return loss(f"{scratch}/out", texts)
+        return texts().cells([texts().score(f"{scratch}/out")])
 
 
 def main() -> None:
@@ -176,11 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--train", default=str(ROOT / "examples/text/train.txt"))
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--count", type=int, default=1, help="blocks to remove")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--windows", type=int, default=prune.WINDOWS, help="of each held-out text")
     parser.add_argument("--results", type=Path, default=ROOT / "out/bench-depth")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, to go on later")
     parser.add_argument("--section", default="depth", help="of docs/benchmarks.md; '-' prints only")
@@ -189,7 +186,7 @@ def main() -> None:
     folder = args.results / f"{Path(args.model).name}-{args.count}"
     folder.mkdir(parents=True, exist_ok=True)
     samples = given(args.model, args.train, args.samples)
-    texts = [text[: args.windows] for text in heldout(args.model, args.heldout)]
+    texts = cache(lambda: scoring.held_out(args))
 
     def kept(name: str, compute: Callable[..., Any], *of: Any) -> Any:
         file = folder / f"{name}.json"
@@ -202,7 +199,7 @@ def main() -> None:
 
     try:
         rows = []
-        dense = kept("dense", rise, args.model, [], texts)
+        note = kept("note", lambda: texts().note())
         for way in args.ways:
             times = folder / f"{way}.clock"
             if way == "greedy" and not times.exists() and (folder / "race.clock").exists():
@@ -212,10 +209,10 @@ def main() -> None:
             blocks = row["blocks"]
             name = "-".join(map(str, sorted(blocks)))
             kl = kept(f"kl-{name}", divergence, args.model, samples, blocks, folder / "kl")
-            more = kept(f"loss-{name}", rise, args.model, blocks, texts) - dense
+            scores = kept(f"scores-{name}", scored, args.model, blocks, texts)
             tried = f"{row['tried']:,}" if row["tried"] else "–"
             numbers = ", ".join(map(str, blocks))
-            rows.append([way, numbers, tried, f"{row['cpu']:.0f}", f"{row['wall']:.0f}", f"{kl:.4f}", f"{more:+.4f}"])
+            rows.append([way, numbers, tried, f"{row['cpu']:.0f}", f"{row['wall']:.0f}", f"{kl:.4f}", *scores])
     except _Stopped:
         print("stopped; the same command goes on")
         return
@@ -225,12 +222,11 @@ def main() -> None:
         [
             f"## Choice of {args.count} blocks of {Path(args.model).name}",
             "",
-            f"`{page.command('bench-depth', parser, args)}`: {page.environment()} {args.samples} × {prune.WINDOW} calibration "
-            f"tokens, of which the choice uses 32; {args.windows} windows of {prune.WINDOW} of each of "
-            f"{', '.join(Path(f).name for f in args.heldout)}, dense {dense:.4f}. Float32, no repair. "
+            f"`{page.command('bench-depth', parser, args)}`: {page.environment()} {args.samples} × {scoring.WINDOW} "
+            f"calibration tokens, of which the choice uses 32. {note} Float32, no repair. "
             "Blocks in order of removal. `tried`: samples × sets of blocks. `benchmarks/depth.py` describes the ways.",
             "",
-            *page.table(["way", "blocks", "tried", "CPU s", "wall s", "KL, calibration", "ΔNLL, held out"], rows),
+            *page.table(["way", "blocks", "tried", "CPU s", "wall s", "KL, calibration", *scoring.COLUMNS], rows),
         ],
     )
 
@@ -244,11 +240,11 @@ def given(model: str, train: str, samples: int) -> Any:
     from compress.data.sampling import sample_windows
     from compress.models.processors import load_tokenizer
 
-    asked = calibration(train, samples)
+    asked = scoring.calibration(train, samples)
     if isinstance(asked["data"], torch.Tensor):
         return Batches(asked["data"])
     documents = read_documents(asked["data"], asked["document_separator"], "text", None)
-    return sample_windows(load_tokenizer(model), documents, samples, prune.WINDOW, 0)
+    return sample_windows(load_tokenizer(model), documents, samples, scoring.WINDOW, 0)
 
 
 if __name__ == "__main__":

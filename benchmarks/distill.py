@@ -3,8 +3,8 @@
 `make bench-distill [MODEL= TRAIN= HELDOUT=]`, sections of docs/benchmarks.md.
 
 Blocks and neurons go from a model, then it is trained on TOKENS tokens of TRAIN text: under the original, on hard labels alone,
-and under a cache of the original's k likeliest tokens. The rise of the held-out loss over the original's is as in
-benchmarks/prune.py. With --jobs memory also the memory of a step at vocabularies of 4 and 128 thousand, by micro-batches and
+and under a cache of the original's k likeliest tokens. Scores are those of benchmarks/scoring.py.
+With --jobs memory also the memory of a step at vocabularies of 4 and 128 thousand, by micro-batches and
 checkpointing, beside a plain implementation; with speed the time of steps beside a plain loop's; with classifier what a student
 of half the blocks keeps of a text classifier's accuracy; with ensemble what two teachers are worth beside one.
 """
@@ -25,8 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
-from benchmarks.prune import heldout, loss  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 
 WAYS: dict[str, dict[str, Any]] = {
     "hard labels": {"losses": {"labels": 1.0}},
@@ -54,9 +53,7 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     """Held-out loss before and after training, each way with the same student, samples, steps and schedule."""
     import compress
 
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
-    print(f"dense: {dense:.5f}", flush=True)
+    texts = scoring.held_out(args)
     cut = {"layers": args.layers, "mlp": args.mlp}
     ids = {"data": args.calibration or args.train, "samples": 128, "length": 256, "document_separator": "<|doc|>"}
     named = args.calibration is not None and args.calibration.partition(":")
@@ -66,10 +63,11 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     for name, how in (("bare", simple), ("student", {})):
         if not (scratch / name).exists():
             compress.apply("prune_structured", args.model, scratch / name, **ids, **cut, **how)
-    bare, start = (loss(str(scratch / name), texts) - dense for name in ("bare", "student"))
-    print(f"removed: {bare:+.4f}, repaired: {start:+.4f}", flush=True)
-    rows = [["removed, no repair", f"{bare:+.4f}", "", "", ""]]
-    rows.append(["prune_structured (default)", f"{start:+.4f}", f"{1 - start / bare:.0%}", "", ""])
+    bare, start = (texts.score(scratch / name) for name in ("bare", "student"))
+    lost = texts.rise(bare)
+    rows = [["removed, no repair", *texts.cells([bare]), "", "", ""]]
+    rows.append(["prune_structured (default)", *texts.cells([start]), f"{1 - texts.rise(start) / lost:.0%}", "", ""])
+    print(rows, flush=True)
     for way in args.ways:
         settings = dict(WAYS[way])
         if "teacher_cache" in settings:
@@ -82,16 +80,17 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
             "distill", scratch / "student", out, data=args.train, document_separator="<|doc|>",
             teacher=args.model, tokens=args.tokens, autocast=args.autocast, details=details, **settings,
         )  # fmt: skip
-        rise = loss(str(out), texts) - dense
+        seconds = f"{time.perf_counter() - begun:.0f}"
+        scores = texts.score(out)
         training = details["training"]
         per_token = training.get("teacher_cache", {}).get("bytes_per_token")
         rows.append(
             [
                 way,
-                f"{rise:+.4f}",
-                f"{1 - rise / bare:.0%}",
+                *texts.cells([scores]),
+                f"{1 - texts.rise(scores) / lost:.0%}",
                 f"{training['held_out'][-1]['loss']:.4f}",
-                f"{time.perf_counter() - begun:.0f}" + (f", {per_token} bytes per token" if per_token else ""),
+                seconds + (f", {per_token} bytes per token" if per_token else ""),
             ]
         )
         print(*rows[-1], flush=True)
@@ -99,11 +98,10 @@ def quality(args: argparse.Namespace, scratch: Path) -> list[str]:
     return [
         f"{args.layers} of the blocks and {args.mlp:.0%} of the neurons of {Path(args.model).name} are removed. The student "
         f"then trains on {args.tokens:,} tokens of {', '.join(Path(f).name for f in args.train)} with the defaults of the "
-        f"pass, except for the losses named{cast}. Held out: {', '.join(Path(f).name for f in args.heldout)}. "
-        f"ΔNLL is in nats per token over the {dense:.4f} before. "
+        f"pass, except for the losses named{cast}. {texts.note()} "
         "Won back: share of the loss that removal alone costs. Seconds cover the whole call.",
         "",
-        *page.table(["", "ΔNLL", "won back", "last held-out loss in training", "seconds"], rows),
+        *page.table(["", *scoring.COLUMNS, "won back", "last held-out loss in training", "seconds"], rows),
     ]
 
 
@@ -155,7 +153,7 @@ def ensemble(args: argparse.Namespace, scratch: Path) -> list[str]:
     """Two small models trained on labels, which differ in their random weights alone, and students of their size under them."""
     import compress
 
-    texts = heldout(args.model, args.heldout)
+    texts = [scoring.token_windows(args.model, file, args.windows)[0] for file in args.heldout]
     data = {
         "data": args.train,
         "document_separator": "<|doc|>",
@@ -170,7 +168,7 @@ def ensemble(args: argparse.Namespace, scratch: Path) -> list[str]:
         out = scratch / name
         shutil.rmtree(out, ignore_errors=True)
         compress.apply("distill", scratch / f"fresh{seed}", out, **data, **settings)
-        rows.append([what, f"{loss(str(out), texts):.4f}"])
+        rows.append([what, f"{scoring.mean_loss(out, texts):.4f}"])
         print(*rows[-1], flush=True)
         return out
 
@@ -373,7 +371,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")])
     parser.add_argument("--calibration", help="token ids to prune with, file.safetensors:name; by default of --train")
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--autocast", choices=["bfloat16"], help="of the training")
     parser.add_argument("--layers", type=int, default=2)

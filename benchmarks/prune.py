@@ -1,7 +1,6 @@
 """Held-out loss after pruning: `make bench-prune [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
 
-For each method and sparsity: the rise of the mean negative log-likelihood per token over the dense model, in nats, on the first
-400 windows of 256 tokens of each held-out text (each read as one stream); the mean relative error of the layers; seconds.
+For each method and sparsity: the scores of benchmarks/scoring.py, the mean relative error of the layers, seconds.
 TRAIN is text, or token ids (``file.safetensors:name``). REFERENCE may name a JSON file with figures of other tools, to stand
 beside ours, those of a method beside that method's and all beside the default's: {"published ALPS 50%": 0.0271, …}.
 """
@@ -21,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 
 AMOUNTS: dict[str, dict[str, Any]] = {
     "50%": {"sparsity": 0.5},
@@ -39,55 +38,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt-loss": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "kl"},
     "default-loss": {"allocation": "kl"},
 }
-WINDOW, WINDOWS = 256, 400
-
-
-def heldout(model: str, files: list[str]) -> list[Any]:
-    """Token windows of each text, int64 [windows, 256]."""
-    import torch
-
-    from compress.models.processors import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    result = []
-    for file in files:
-        text = Path(file).read_text(encoding="utf-8")[: WINDOWS * WINDOW * 12]
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        count = min(len(ids) // WINDOW, WINDOWS)
-        result.append(ids[: count * WINDOW].view(count, WINDOW))
-    return result
-
-
-def loss(folder: str, texts: list[Any]) -> float:
-    """Mean over the texts of the mean negative log-likelihood per token, float32."""
-    import torch
-
-    from compress.models.loading import load_model
-
-    model = load_model(folder, dtype="float32")
-    means = []
-    for windows in texts:
-        total = 0.0
-        with torch.no_grad():
-            for batch in windows.split(16):
-                logits = model(batch).logits[:, :-1].float()
-                total += float(
-                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-                )
-        means.append(total / windows[:, 1:].numel())
-    return statistics.mean(means)
-
-
-def calibration(train: str, samples: int) -> dict[str, Any]:
-    """What `compress.apply` is told of its data: windows of a text file, or token ids."""
-    file, _, name = train.partition(".safetensors:")
-    data: Any = [train]
-    if name:
-        from safetensors.torch import load_file
-
-        data = load_file(f"{file}.safetensors")[name][:samples].long()
-    separator = "<|doc|>" if train.endswith(".txt") else None
-    return {"data": data, "samples": samples, "length": WINDOW, "document_separator": separator}
 
 
 def main() -> None:
@@ -101,7 +51,7 @@ def main() -> None:
         default=[str(ROOT / "examples/text/train.txt")],
         help="each method that calibrates runs with each",
     )
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
     parser.add_argument("--samples", type=int, default=128)
@@ -111,9 +61,7 @@ def main() -> None:
     import compress
 
     reference = json.loads(args.reference.read_text()) if args.reference else {}
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
-    print(f"dense: {dense:.5f}", flush=True)
+    texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
@@ -121,7 +69,7 @@ def main() -> None:
             for method in args.methods:
                 if "pattern" in AMOUNTS[amount] and "allocation" in METHODS[method]:
                     continue  # N:M leaves nothing to allocate
-                rises, seconds, errors = [], [], []
+                draws, seconds, errors = [], [], []
                 for train in args.train if method != "magnitude" else args.train[:1]:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     start, details = time.perf_counter(), {}
@@ -129,14 +77,14 @@ def main() -> None:
                         "prune_unstructured",
                         args.model,
                         scratch / "out",
-                        **calibration(train, args.samples),
+                        **scoring.calibration(train, args.samples),
                         details=details,
                         **AMOUNTS[amount],
                         **METHODS[method],
                     )
                     seconds.append(time.perf_counter() - start)
                     errors += [t["error"] for b in details.get("blocks", ()) for t in b.get("tensors", {}).values()]
-                    rises.append(loss(str(scratch / "out"), texts) - dense)
+                    draws.append(texts.score(scratch / "out"))
                 error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
                 peers = [
                     f"{k.removesuffix(' ' + amount)} {v:.4f}"
@@ -144,8 +92,7 @@ def main() -> None:
                     if k.endswith(f" {amount}")
                     and (method.startswith("default") or method.partition("-")[0] in k.lower())
                 ]
-                shown = " / ".join(f"{rise:+.4f}" for rise in rises)
-                rows.append([amount, method, shown, error, f"{statistics.mean(seconds):.1f}"])
+                rows.append([amount, method, *texts.cells(draws), error, f"{statistics.mean(seconds):.1f}"])
                 rows[-1] += [", ".join(peers)] if reference else []
                 print(*rows[-1], flush=True)
     finally:
@@ -153,8 +100,7 @@ def main() -> None:
     model = Path(args.model).name
     notes = [
         f"`{page.command('bench-prune', parser, args)}`: {page.environment()}",
-        f"{args.samples} × {WINDOW} calibration tokens; held out: {', '.join(Path(f).name for f in args.heldout)}.",
-        f"ΔNLL is in nats per token over the dense model's {dense:.4f}.",
+        f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()}",
     ]
     if any(method.startswith("default") for method in args.methods):
         notes.append("`default` is the pass with its defaults: ALPS, then block reconstruction.")
@@ -167,7 +113,8 @@ def main() -> None:
         " ".join(notes),
         "",
         *page.table(
-            ["removed", "method", "ΔNLL", "layer error", "seconds", *(["others, ΔNLL"] if reference else [])], rows
+            ["removed", "method", *scoring.COLUMNS, "layer error", "seconds", *(["others, ΔNLL"] if reference else [])],
+            rows,
         ),
     ]
     page.deliver(args.section, table)

@@ -5,8 +5,8 @@
 Half of the blocks' parameters go: blocks are dropped, or share in pairs, as the pass does it and by the plain mean, with and
 without residuals; each is then distilled under the original with the same tokens, samples and settings. And weight matrices
 become factors of 60 % of their parameters: by the singular values of the weights, as ASVD (arXiv 2312.05821) and SVD-LLM (arXiv
-2403.07378) have it, after their published formulas, and by the pass; beside structured pruning of as many bytes. The rise of
-the held-out loss is as in benchmarks/prune.py.
+2403.07378) have it, after their published formulas, and by the pass; beside structured pruning of as many bytes. Scores are
+those of benchmarks/scoring.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
-from benchmarks.prune import calibration, heldout, loss  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 
 SHARE: dict[str, tuple[str, dict[str, Any]]] = {
     "half of the blocks dropped": ("prune_structured", {"layers": 0.5}),
@@ -58,12 +57,10 @@ def sharing(args: argparse.Namespace, scratch: Path) -> list[str]:
     from compress import architectures
     from compress.checkpoint.open import open_headers
 
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
+    texts = scoring.held_out(args)
     config = open_headers(args.model)[0].structure.config
     depth = architectures.of(config).depth(config)
-    data = calibration(args.calibration or args.train[0], args.samples)
-    print(f"dense: {dense:.5f}", flush=True)
+    data = scoring.calibration(args.calibration or args.train[0], args.samples)
     before, held = size(Path(args.model)), resident(Path(args.model))
     rows = []
     for way in args.ways:
@@ -73,7 +70,7 @@ def sharing(args: argparse.Namespace, scratch: Path) -> list[str]:
             more = {"groups": depth // 2} if name == "share" else {}
             compress.apply(name, args.model, folder, store="compact", **more, **settings, **data)
         row = [way, f"{size(folder) / before:.3f} ×", f"{resident(folder) / held:.3f} ×"]
-        row.append(f"{loss(str(folder), texts) - dense:+.4f}")
+        row += [*texts.cells([texts.score(folder)]), ""]
         if args.tokens and way in DISTILLED:
             trained, begun = scratch / f"{folder.name}-distilled", time.perf_counter()
             if not trained.exists():
@@ -81,16 +78,17 @@ def sharing(args: argparse.Namespace, scratch: Path) -> list[str]:
                     "distill", folder, trained, data=args.train, document_separator="<|doc|>", teacher=args.model,
                     tokens=args.tokens, autocast=args.autocast, store="compact",
                 )  # fmt: skip
-            row += [f"{loss(str(trained), texts) - dense:+.4f}", f"{time.perf_counter() - begun:.0f}"]
-        rows.append([*row, *[""] * (6 - len(row))])
+            rows.append(row)
+            seconds = f"{time.perf_counter() - begun:.0f}"
+            row = ["… distilled", *row[1:3], *texts.cells([texts.score(trained)]), seconds]
+        rows.append(row)
         print(*rows[-1], flush=True)
     cast = " but autocast" * bool(args.autocast)
     return [
         f"{Path(args.model).name}, {depth} blocks; then {args.tokens:,} tokens of "
-        f"{', '.join(Path(f).name for f in args.train)}, with the defaults of `distill`{cast}. Held out: "
-        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before.",
+        f"{', '.join(Path(f).name for f in args.train)}, with the defaults of `distill`{cast}. {texts.note()}",
         "",
-        *page.table(["", "file", "parameters in memory", "ΔNLL", "ΔNLL distilled", "seconds of distilling"], rows),
+        *page.table(["", "file", "parameters in memory", *scoring.COLUMNS, "seconds of distilling"], rows),
     ]
 
 
@@ -110,13 +108,12 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
     from compress.solvers.low_rank import low_rank
     from compress.workspace import Workspace
 
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
+    texts = scoring.held_out(args)
     checkpoint = open_checkpoint(args.model)
-    data = calibration(args.calibration or args.train[0], args.samples)
+    data = scoring.calibration(args.calibration or args.train[0], args.samples)
     ids = data["data"]
     if not isinstance(ids, torch.Tensor):
-        ids = heldout(args.model, [args.train[0]])[0][: args.samples]
+        ids = scoring.token_windows(args.model, args.train[0], args.samples)[0]
     rows: list[list[str]] = []
     targets = model_map(checkpoint.spec).targets
     names = [linear.name for linear in targets]
@@ -166,7 +163,7 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
         write_checkpoint(
             Derived(checkpoint, checkpoint.spec, lambda n, c=changed: c.get(n) or checkpoint.tensor(n)), folder
         )
-        rows.append([way, f"{100 * error / len(names):.2f} %", f"{loss(str(folder), texts) - dense:+.4f}", "", ""])
+        rows.append([way, f"{100 * error / len(names):.2f} %", *texts.cells([texts.score(folder)]), "", ""])
         print(*rows[-1], flush=True)
     passes: dict[str, tuple[str, dict[str, Any]]] = {
         "factorize, uniform, not tuned": ("factorize", {"allocation": "uniform", "reconstruction_epochs": 0}),
@@ -177,30 +174,23 @@ def factors(args: argparse.Namespace, scratch: Path) -> list[str]:
         folder, begun = scratch / way.replace(" ", "-"), time.perf_counter()
         if not folder.exists():
             compress.apply(name, args.model, folder, store="compact", keep_parameters=KEEP, **settings, **data)
-        rise = loss(str(folder), texts) - dense
-        rows.append([way, "", f"{rise:+.4f}", f"{size(folder):,}", f"{time.perf_counter() - begun:.0f}"])
+        seconds = f"{time.perf_counter() - begun:.0f}"
+        rows.append([way, "", *texts.cells([texts.score(folder)]), f"{size(folder):,}", seconds])
         print(*rows[-1], flush=True)
     target, begun = size(scratch / "factorize-(default)"), time.perf_counter()
     folder = scratch / "structured"
     if not folder.exists():
         compress.apply("prune_structured", args.model, folder, max_bytes=target, **data)
-    rise = loss(str(folder), texts) - dense
-    rows.append(
-        [
-            "prune_structured, as many bytes",
-            "",
-            f"{rise:+.4f}",
-            f"{size(folder):,}",
-            f"{time.perf_counter() - begun:.0f}",
-        ]
-    )
+    seconds = f"{time.perf_counter() - begun:.0f}"
+    cells = texts.cells([texts.score(folder)])
+    rows.append(["prune_structured, as many bytes", "", *cells, f"{size(folder):,}", seconds])
     print(*rows[-1], flush=True)
     return [
         f"{Path(args.model).name}: every weight matrix of the blocks becomes two factors with {KEEP:.0%} of its parameters; "
         "in the pass, of all matrices together. Error: mean over matrices of ‖(W - W')X‖² / ‖WX‖², with X from the whole "
-        "model.",
+        f"model. {texts.note()}",
         "",
-        *page.table(["", "error", "ΔNLL", "bytes", "seconds"], rows),
+        *page.table(["", "error", *scoring.COLUMNS, "bytes", "seconds"], rows),
     ]
 
 
@@ -210,7 +200,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")])
     parser.add_argument("--calibration", help="token ids, file.safetensors:name; by default the training text")
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2_000_000, help="to distill with; 0 for none")
     parser.add_argument("--autocast", choices=["bfloat16"], help="of distillation")

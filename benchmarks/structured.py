@@ -2,7 +2,7 @@
 
 `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
-The rise of the held-out loss over the dense model's as in benchmarks/prune.py, for each kind of removal: chosen by activation
+The scores of benchmarks/scoring.py for each kind of removal: chosen by activation
 (or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
 prompt (logits of its last token alone) and to generate, and the peak memory, of a random Llama of 124 M parameters that loses
 half of its blocks' parameters; `--jobs --speed` measures and prints that alone.
@@ -24,8 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
-from benchmarks.prune import WINDOW, calibration, heldout, loss  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 from benchmarks.versus import wide  # noqa: E402
 
 JOBS: dict[str, dict[str, Any]] = {
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--train", nargs="+", default=[str(ROOT / "examples/text/train.txt")], help="defaults run with each"
     )
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
@@ -106,19 +105,15 @@ def main() -> None:
     import compress
 
     reference = json.loads(args.reference.read_text()) if args.reference else {}
-    texts = heldout(args.model, args.heldout)
-    dense = loss(args.model, texts)
-    print(f"dense: {dense:.5f}", flush=True)
+    texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
         for job in args.jobs:
-            row, seconds = [job], []
             for way, settings in WAYS.items():
                 if way == "least squares" and "block" in job:
-                    row.append("–")  # nothing reads what is gone
-                    continue
-                rises = []
+                    continue  # nothing reads what is gone
+                draws, seconds = [], []
                 for train in args.train if way == "default" else args.train[:1]:
                     shutil.rmtree(scratch / "out", ignore_errors=True)
                     start = time.perf_counter()
@@ -127,30 +122,29 @@ def main() -> None:
                         args.model,
                         scratch / "out",
                         store="compact" if "uneven" in job else "stock",
-                        **calibration(train, args.samples),
+                        **scoring.calibration(train, args.samples),
                         **JOBS[job],
                         **settings,
                     )
-                    if way == "default":
-                        seconds.append(time.perf_counter() - start)
-                    rises.append(loss(str(scratch / "out"), texts) - dense)
-                row.append(" / ".join(f"{rise:+.4f}" for rise in rises))
-            row.append(f"{statistics.mean(seconds):.1f}")
-            rows.append([*row, *([f"{reference[job]:.4f}" if job in reference else ""] if reference else [])])
-            print(*rows[-1], flush=True)
+                    seconds.append(time.perf_counter() - start)
+                    draws.append(texts.score(scratch / "out"))
+                others = [f"{reference[job]:.4f}" if job in reference else ""] if reference else []
+                rows.append([job, way, *texts.cells(draws), f"{statistics.mean(seconds):.1f}", *others])
+                print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table = [
         f"## Removing units of {Path(args.model).name}",
         "",
         f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
-        f"{args.samples} × {WINDOW} calibration tokens; held out: "
-        f"{', '.join(Path(f).name for f in args.heldout)}. ΔNLL is in nats per token over the dense model's {dense:.4f}. "
+        f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
         "`uneven`: with `allocation: kl`. "
         "`simple score, no repair` removes the least active neurons and heads, and the blocks that change their input "
-        "least. `default` is the pass with its defaults; seconds cover its whole call: loading, self-check and writing.",
+        "least. `default` is the pass with its defaults; seconds cover the whole call: loading, self-check and writing.",
         "",
-        *page.table(["removed", *WAYS, "seconds", *(["others, no repair"] if reference else [])], rows),
+        *page.table(
+            ["removed", "way", *scoring.COLUMNS, "seconds", *(["others, no repair"] if reference else [])], rows
+        ),
     ]
     page.deliver(args.section, table + (speed(args.model) if args.speed else []))
 

@@ -1,9 +1,9 @@
 """Half of the MLP for each token: experts carved out of it, beside neurons pruned from it, before and after distillation.
 
-Both ways are tuned block by block on the same samples and distilled under the original with the same tokens and settings. The
-rise of the held-out loss is as in benchmarks/prune.py. Times are of 512 tokens at once on one thread, CPU seconds, each way
-in turn with the dense one; the smallest of the repeats counts. Stock transformers runs experts by grouped products
-(``grouped_mm``, its default) or one after the other (``eager``).
+Both ways are tuned block by block on the same samples and distilled under the original with the same tokens and settings.
+Scores are those of benchmarks/scoring.py. Times are of 512 tokens at once on one thread, CPU seconds, each way in turn with
+the dense one; the smallest of the repeats counts. Stock transformers runs experts by grouped products (``grouped_mm``, its
+default) or one after the other (``eager``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import page
-from benchmarks.prune import calibration, heldout, loss
+from benchmarks import page, scoring
 
 if TYPE_CHECKING:
     from benchmarks.attention.__main__ import Options
@@ -45,28 +44,27 @@ def quality(options: Options, scratch: Path) -> list[str]:
     """Held-out loss of each way before and after distillation, file, neurons of a token, and time of a prompt."""
     import compress
 
-    texts, tokens = heldout(options.model, list(options.heldout)), 40_000 if options.quick else TOKENS
-    dense, data = loss(options.model, texts), calibration(options.train, 16 if options.quick else SAMPLES)
+    texts, tokens = scoring.HeldOut(options.model, options.heldout), 40_000 if options.quick else TOKENS
+    data = scoring.calibration(options.train, 16 if options.quick else SAMPLES)
     size = _bytes(Path(options.model))
     table = []
     for way, (name, settings) in WAYS.items():
         folder, trained = scratch / name, scratch / f"{name}-distilled"
         compress.apply(name, options.model, folder, **settings, **data)
-        before = loss(str(folder), texts) - dense
+        before = texts.cells([texts.score(folder)])
         compress.apply(
             "distill", folder, trained, data=[options.train], length=256, document_separator="<|doc|>",
             teacher=options.model, tokens=tokens, allow_noop=options.quick,
         )  # fmt: skip
-        table.append([
-            way, f"{_bytes(folder) / size:.3f} ×", f"{before:+.4f}", f"{loss(str(trained), texts) - dense:+.4f}",
-            prompt_speed(options.model, str(folder), 3 if options.quick else 15),
-        ])  # fmt: skip
-        print(*table[-1], flush=True)
+        speed = prompt_speed(options.model, str(folder), 3 if options.quick else 15)
+        table.append([way, f"{_bytes(folder) / size:.3f} ×", *before, speed])
+        table.append(["… distilled", "", *texts.cells([texts.score(trained)]), ""])
+        print(*table[-2:], flush=True)
     return [
         f"{Path(options.model).name}; then {tokens:,} tokens of {Path(options.train).name}, with the defaults of `distill`. "
-        f"Held out: {', '.join(Path(f).name for f in options.heldout)}. ΔNLL is in nats per token over the {dense:.4f} before.",
+        f"{texts.note()}",
         "",
-        *page.table(["", "file", "ΔNLL tuned", "ΔNLL distilled", f"time of {PROMPT} tokens"], table),
+        *page.table(["", "file", *scoring.COLUMNS, f"time of {PROMPT} tokens"], table),
     ]
 
 

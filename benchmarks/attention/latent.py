@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import page
-from benchmarks.prune import WINDOW, calibration, heldout, loss
+from benchmarks import page, scoring
+from benchmarks.scoring import WINDOW
 
 if TYPE_CHECKING:
     from benchmarks.attention.__main__ import Options
@@ -33,11 +33,9 @@ def rows(options: Options) -> list[str]:
     from compress.architectures.cache import cache_values
     from compress.checkpoint.open import open_checkpoint
 
-    texts = [
-        windows[: WINDOWS // 4 if options.quick else WINDOWS] for windows in heldout(options.model, [*options.heldout])
-    ]
-    data = calibration(options.train, 16 if options.quick else 64)
-    dense, spec = loss(options.model, texts), open_checkpoint(options.model).spec
+    texts = scoring.HeldOut(options.model, options.heldout, windows=WINDOWS // 4 if options.quick else WINDOWS)
+    data = scoring.calibration(options.train, 16 if options.quick else 64)
+    spec = open_checkpoint(options.model).spec
     whole = cache_values(spec, 1) or 0
     table, scratch = [], Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
@@ -46,7 +44,8 @@ def rows(options: Options) -> list[str]:
             "latent_attention", options.model, scratch / "exact", repair="none",
             **dict(zip(("keys", "values"), head, strict=True)), **{**data, "samples": 8},
         )  # fmt: skip
-        differences = [difference(options.model, exact, texts[0][:2], steps) for steps in (0, STEPS)]
+        ids = scoring.token_windows(options.model, options.heldout[0], 2)[0]
+        differences = [difference(options.model, exact, ids, steps) for steps in (0, STEPS)]
         for name, settings in JOBS.items():
             shutil.rmtree(scratch / "out", ignore_errors=True)
             start = time.perf_counter()
@@ -57,19 +56,20 @@ def rows(options: Options) -> list[str]:
             cached, times = cache_values(after, 1) or 0, decode(options.model, scratch / "out")
             table.append([
                 name, f"{cached / whole:.1%}", f"{config['qk_rope_head_dim']} + {config['kv_lora_rank']}",
-                f"{loss(str(scratch / 'out'), texts) - dense:+.4f}", f"{after.parameters / spec.parameters:.2f} ×",
+                *texts.cells([texts.score(scratch / "out")]), f"{after.parameters / spec.parameters:.2f} ×",
                 f"{times[1] / times[0]:.2f} ×", f"{seconds:.0f}",
             ])  # fmt: skip
             print(*table[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return [
-        f"{Path(options.model).name}, {data['samples']} × {WINDOW} calibration tokens, "
-        f"{sum(len(t) for t in texts)} × {WINDOW} held-out tokens, dense loss {dense:.4f}. ΔNLL is in nats per token. "
+        f"{Path(options.model).name}, {data['samples']} × {WINDOW} calibration tokens. {texts.note()} "
         f"With all numbers kept, the largest difference of logits is {differences[0]:.1e} in one pass and {differences[1]:.1e} "
         f"over {STEPS} cached steps (float32). Decode: CPU seconds per token after {DEPTH} cached tokens, over the original's.",
         "",
-        *page.table(["cache", "cached", "key + latent", "ΔNLL", "weights", "decode, transformers", "s"], table),
+        *page.table(
+            ["cache", "cached", "key + latent", *scoring.COLUMNS, "weights", "decode, transformers", "s"], table
+        ),
     ]
 
 
