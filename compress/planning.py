@@ -18,7 +18,7 @@ from compress.checkpoint.storage.compressed_tensors.loaders import stock_holds
 from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
-from compress.passes.base import EDITS, accepted_values
+from compress.passes.base import EDITS, accepted_values, chosen_by_effort
 from compress.recipe.sizes import cache_lengths, calibration_size
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
 from compress.work import with_writing
@@ -272,7 +272,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 size,
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
-                tuple(instance.plan_notes(current, entry.settings)),
+                (*chosen_by_effort(instance, entry.settings), *instance.plan_notes(current, entry.settings)),
                 with_writing(instance.work(current, entry.settings, calibration), size.bytes),
             )
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, T
 from pydantic import Field
 
 from compress.passes.details import PassDetails
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Settings
 from compress.spec.spec import Spec
 
@@ -34,7 +35,13 @@ EDITED: frozenset[Storage] = frozenset({"shared", "factored", "uneven", "windowe
 
 
 class PassSettings(Settings):
-    """Settings that every pass has."""
+    """Settings that every pass has.
+
+    Attributes:
+        efforts: defaults that the setting ``effort`` chooses; None for a pass without that setting.
+    """
+
+    efforts: ClassVar[EffortDefaults | None] = None
 
     only: list[str] = Field(
         default_factory=list,
@@ -46,6 +53,12 @@ class PassSettings(Settings):
     allow_noop: bool = Field(
         default=False, description="Continue if the pass would change nothing. Otherwise that is an error."
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the defaults by effort."""
+        if cls.efforts is not None:
+            cls.efforts.check(cls)
 
 
 @dataclass(frozen=True)
@@ -203,6 +216,15 @@ EDITS = {
     "uneven": "has a width of its own",
     "windowed": "has windows by head, first tokens that stay, or a pattern",
 }
+
+
+def chosen_by_effort(instance: Pass[Any], settings: PassSettings) -> list[str]:
+    """What the effort chose, one sentence for the plan; nothing where the recipe gave all, or no data are read."""
+    if settings.efforts is None or not instance.required_data(settings):
+        return []
+    effort: Effort = getattr(settings, "effort")  # noqa: B009  # a field of the subclass
+    shown = settings.efforts.shown(effort, leave=settings.model_fields_set)
+    return [f"effort {effort} chooses {shown}"] if shown else []
 
 
 def accepted_values(instance: Pass[Any]) -> str:

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from compress import passes
+from compress.passes.effort import USUAL
 
 
 def describe_all() -> dict[str, Any]:
@@ -60,13 +61,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def describe_settings(model: type[BaseModel]) -> list[dict[str, Any]]:
     """Name, type in words, default and description of every field of a settings model."""
-    schema = model.model_json_schema()
-    return [_setting(key, field, schema) for key, field in model.model_fields.items()]
+    schema, efforts = model.model_json_schema(), getattr(model, "efforts", None)
+    usual = {} if efforts is None else efforts.table[USUAL]
+    return [_setting(key, field, schema, usual.get(key)) for key, field in model.model_fields.items()]
 
 
-def _setting(key: str, field: FieldInfo, schema: dict[str, Any]) -> dict[str, Any]:
+def _setting(key: str, field: FieldInfo, schema: dict[str, Any], usual: Any) -> dict[str, Any]:
+    """One setting; ``usual``: its default where that depends on other settings."""
     entry = schema["properties"][key]
-    default = None
+    default = to_jsonable_python(usual)
     if not field.is_required() and not field.default_factory_takes_validated_data:
         default = to_jsonable_python(field.get_default(call_default_factory=True))
     return {

@@ -248,7 +248,7 @@ r.yaml:10:5: duplicate key `window`
 r.yaml:12:26: unknown key `sparcity` in prune_unstructured
    12 |   - prune_unstructured: {sparcity: 50%}
       |                          ^^^^^^^^
-   expected one of: method, sparsity, pattern, scope, allocation, reconstruction_epochs, reconstruction_lr, only, skip, allow_noop; did you mean `sparsity`?
+   expected one of: effort, method, sparsity, pattern, scope, allocation, reconstruction_epochs, reconstruction_lr, only, skip, allow_noop; did you mean `sparsity`?
 r.yaml:13:21: weights: expected bf16, fp16, fp32, int8, int6, int5, int4, int3, int2, fp8, mxfp4 or nvfp4, got 'bf61'
    13 |   - cast: {weights: bf61}
       |                     ^^^^

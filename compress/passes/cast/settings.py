@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
@@ -17,6 +18,12 @@ Correction = Literal["asymmetric", "alternating", "curvature"]
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
 #: Float formats ▶ their dtypes in files.
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+#: Defaults by effort: `fast` is GPTQ alone.
+EFFORTS = EffortDefaults(
+    fast={"error_correction": [], "reconstruction_epochs": 0},
+    balanced={"error_correction": ["asymmetric", "alternating"], "reconstruction_epochs": 0},
+    best={"error_correction": list(CORRECTIONS), "reconstruction_epochs": 1},
+)
 #: Group sizes that a budget may choose instead of 64.
 _LARGER = ("128", "channel")
 
@@ -30,6 +37,8 @@ def _corrections(value: list[Correction]) -> list[Correction]:
 class CastSettings(PassSettings):
     """Settings of `cast`."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     weights: Format | None = Field(
         default=None,
         description="Format of the weights; or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, fp32) apply to "
@@ -85,17 +94,16 @@ class CastSettings(PassSettings):
         "of each group. `mse`: round to nearest within the range of least squared error. `rtn` and `mse` need no data.",
     )
     error_correction: Annotated[list[Correction], AfterValidator(_corrections)] = Field(
-        default=list(CORRECTIONS),
+        default_factory=EFFORTS.of("error_correction"),
         description="With `method: gptq`, below 6 bits: methods that reduce the error further. `asymmetric`: each matrix "
         "matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, arXiv "
         "2504.02692). `alternating`: improve codes and scales in turns (QuantEase, arXiv 2309.01885). `curvature`: weigh "
         "output errors by their effect on the loss (YAQA, arXiv 2505.22988). It needs a model that predicts tokens and is "
         "skipped for others. It takes gradients of up to 32768 tokens, with one block in memory and one float per token, "
-        "hidden channel and block on disk. With an empty list and `reconstruction_epochs: 0`, GPTQ runs alone; that takes "
-        "about a seventh of the time.",
+        "hidden channel and block on disk. With an empty list and `reconstruction_epochs: 0`, GPTQ runs alone.",
     )
     reconstruction_epochs: int = Field(
-        default=1,
+        default_factory=EFFORTS.of("reconstruction_epochs"),
         ge=0,
         description="With `method: gptq`, below 6 bits: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Scales, "
         "norms and biases of each block are trained towards the original block's output. 0 for none.",

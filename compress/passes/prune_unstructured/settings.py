@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Fraction, PatternNM
+
+#: Defaults by effort: `fast` is SparseGPT alone.
+EFFORTS = EffortDefaults(
+    fast={"method": "sparsegpt", "reconstruction_epochs": 0},
+    balanced={"method": "sparsegpt", "reconstruction_epochs": 1},
+    best={"method": "alps", "reconstruction_epochs": 5},
+)
 
 
 class PruneUnstructuredSettings(PassSettings):
     """Settings of `prune_unstructured`."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = Field(
-        default="alps",
+        default_factory=EFFORTS.of("method"),
         description="How weights are chosen. `alps` (arXiv 2406.07831) keeps the most quality. `sparsegpt` (arXiv "
         "2301.00774) is a few times faster. `wanda` (arXiv 2306.11695) is faster still and worse. These read calibration "
         "data. `magnitude` removes the smallest weights, needs no data and is by far the worst.",
@@ -42,7 +52,7 @@ class PruneUnstructuredSettings(PassSettings):
         "same. `owl` and `kl` read calibration data.",
     )
     reconstruction_epochs: int = Field(
-        default=5,
+        default_factory=EFFORTS.of("reconstruction_epochs"),
         ge=0,
         description="With calibration data: epochs of block reconstruction (BRECQ, arXiv 2102.05426). Each pruned block is "
         "trained towards the original block's output; masks stay fixed. 0 for none. It takes most of the time, and lowers "
