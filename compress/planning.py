@@ -272,7 +272,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 size,
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
-                (*chosen_by_effort(instance, entry.settings), *instance.plan_notes(current, entry.settings)),
+                (*instance.plan_notes(current, entry.settings), *chosen_by_effort(instance, entry.settings)),
                 with_writing(instance.work(current, entry.settings, calibration), size.bytes),
             )
         )

@@ -156,6 +156,10 @@ class Pass(Generic[S]):
         """Names of the data sets that these settings need; by default all of ``needs``."""
         return self.needs
 
+    def depends_on_effort(self, settings: S) -> bool:
+        """Whether what the setting ``effort`` chooses has an effect; by default if data are read."""
+        return bool(self.required_data(settings))
+
     def check_samples(self, settings: S, name: str, length: int) -> None:
         """Check the number of tokens per sample of a data set that the pass reads. Raises `DataError`."""
 
@@ -219,8 +223,8 @@ EDITS = {
 
 
 def chosen_by_effort(instance: Pass[Any], settings: PassSettings) -> list[str]:
-    """What the effort chose, one sentence for the plan; nothing where the recipe gave all, or no data are read."""
-    if settings.efforts is None or not instance.required_data(settings):
+    """What the effort chose, one sentence for the plan; nothing where the recipe gave all, or it has no effect."""
+    if settings.efforts is None or not instance.depends_on_effort(settings):
         return []
     effort: Effort = getattr(settings, "effort")  # noqa: B009  # a field of the subclass
     shown = settings.efforts.shown(effort, leave=settings.model_fields_set)

@@ -69,6 +69,10 @@ def test_plan_says_what_the_effort_chose() -> None:
     assert note(method="wanda") == ["effort best chooses `reconstruction_epochs: 5`"]
     assert note(method="wanda", reconstruction_epochs=1) == []
     assert note(method="magnitude") == []  # reads no data
+    cast = passes.get("cast")
+    assert chosen_by_effort(cast, cast.settings(weights="int3")) != []
+    assert chosen_by_effort(cast, cast.settings(weights="int8")) == []
+    assert chosen_by_effort(cast, cast.settings(weights="int3", method="mse", kv_cache="fp8")) == []
 
 
 def _model(efforts: EffortDefaults, key: str, field: Any) -> None:

@@ -91,6 +91,11 @@ class Cast(Pass[CastSettings]):
         """Calibration data in mode ``blockwise``."""
         return self.needs if self.mode_for(settings) == "blockwise" else frozenset()
 
+    def depends_on_effort(self, settings: CastSettings) -> bool:
+        """With `gptq` to few bits: finer codes get no correction."""
+        codes = settings.formats_used - set(DTYPES)
+        return settings.solved and any(settings.quant_format(f).bits < FINE for f in codes)
+
     def output_storage(self, settings: CastSettings) -> frozenset[Storage]:
         """Floats, and integers (codes of any kind) if the settings ask for codes."""
         return frozenset({"float", "integer"} if settings.coded else {"float"})
