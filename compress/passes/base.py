@@ -223,7 +223,7 @@ EDITS = {
 
 
 def chosen_by_effort(instance: Pass[Any], settings: PassSettings) -> list[str]:
-    """What the effort chose, one sentence for the plan; nothing where the recipe gave all, or it has no effect."""
+    """Return what the effort chose, one sentence for the plan; nothing where the recipe gave all, or it has no effect."""
     if settings.efforts is None or not instance.depends_on_effort(settings):
         return []
     effort: Effort = getattr(settings, "effort")  # noqa: B009  # a field of the subclass

@@ -50,7 +50,7 @@ class EffortDefaults:
         return lambda fields: deepcopy(self.table[fields["effort"]][key])
 
     def shown(self, effort: Effort, leave: frozenset[str] | set[str] = frozenset()) -> str:
-        """What an effort sets, as in a recipe, without the keys to ``leave``."""
+        """Return what an effort sets, as in a recipe, without the keys to ``leave``."""
         values = {k: to_jsonable_python(v) for k, v in self.table[effort].items() if k not in leave}
         return ", ".join(f"`{k}: {v if isinstance(v, str) else json.dumps(v)}`" for k, v in values.items())
 
