@@ -139,10 +139,15 @@ def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], conf
     )
 
 
-def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, groups: int) -> dict[str, Any]:
+def with_heads(
+    record: Architecture, config: Mapping[str, Any], queries: int, groups: int, key: str = "heads"
+) -> dict[str, Any]:
     """The config with new numbers of query heads and of key and value heads; the head width stays.
 
     It is that of a relative where this family's config cannot express the numbers.
+
+    Args:
+        key: the setting that asks for them.
 
     Raises:
         PassError: no stock config can express them.
@@ -152,23 +157,23 @@ def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, gr
     if not attention.free and record.source == "written":
         raise PassError(
             f"{record.model_type} cannot have fewer heads: its config takes the hidden size for heads x head width",
-            key="heads",
+            key=key,
             fix="remove `mlp` or `layers` instead",
         )
     if queries != int(record.value(config, record.heads_key)):
-        record.require_heads_apart("heads")
+        record.require_heads_apart(key)
     result = with_field(record, config, record.heads_key, queries)
-    if key := record.head_dim_key or (None if record.source == "written" else "head_dim"):  # many classes read it
-        result = with_field(record, result, key, record.head_dim(config))
+    if width := record.head_dim_key or (None if record.source == "written" else "head_dim"):  # many classes read it
+        result = with_field(record, result, width, record.head_dim(config))
     if record.kv_heads_key:
         result = with_field(record, result, record.kv_heads_key, groups)
     hidden = int(record.value(config, record.hidden_key))
     if attention.even and hidden % queries:
-        result = _as_relative(record, result, hidden, queries)
+        result = _as_relative(record, result, hidden, queries, key)
     return result
 
 
-def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int) -> dict[str, Any]:
+def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, queries: int, key: str) -> dict[str, Any]:
     """The config of the relative that computes the same. Raises `PassError` where there is none."""
     relative = record.relative
     barred = relative is not None and next((key for key in relative.unless if config.get(key)), None)
@@ -176,7 +181,7 @@ def _as_relative(record: Architecture, config: dict[str, Any], hidden: int, quer
         raise PassError(
             f"{record.model_type} wants a number of heads that divides the hidden size {hidden}, and {queries} does not"
             + (f" (with `{barred}` no other family does the same)" if barred else ""),
-            key="heads",
+            key=key,
             fix="remove another number of heads",
         )
     here, there = relative.classes

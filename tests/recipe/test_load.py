@@ -257,7 +257,7 @@ r.yaml:14:5: unknown pass `prun_structured`
    14 |   - prun_structured: {layers: 2}
       |     ^^^^^^^^^^^^^^^
    expected one of: PASSES; did you mean `prune_structured`?
-r.yaml:15:5: give what to remove: `layers`, `active_experts`, `experts`, `hidden`, `heads`, `keep_kv_heads`, `mlp`, `keep_parameters`, `max_bytes`, `max_latency_ratio`
+r.yaml:15:5: give what to remove: `layers`, `active_experts`, `experts`, `hidden`, `heads`, `kv_heads`, `keep_kv_heads`, `mlp`, `keep_parameters`, `max_bytes`, `max_latency_ratio`
    15 |   - prune_structured:
       |     ^^^^^^^^^^^^^^^^
 r.yaml:16:5: expected one pass, got `cast`, `weights`

@@ -50,7 +50,9 @@ def require_equivalent(spec: Spec, planned: Spec, settings: PruneStructuredSetti
     record = model_map(spec).record
     if record.source == "written":
         return
-    if unproved := next((k for k in ("keep_kv_heads", "experts", "hidden") if getattr(settings, k) is not None), None):
+    if unproved := next(
+        (k for k in ("kv_heads", "keep_kv_heads", "experts", "hidden") if getattr(settings, k) is not None), None
+    ):
         raise PassError(
             f"`{unproved}` needs a written record, and {record.model_type} has none",
             key=unproved,
@@ -296,7 +298,7 @@ def _amounts(spec: Spec, kind: str, whole: bool, allocation: str) -> widths.Widt
     gone = groups // 2 if whole else 0
     each = max(1, queries // groups // 2)  # classes may want a number that divides the hidden size
     fewer = gone * (queries // groups) if whole else groups * each
-    config = resize.with_heads(record, mapped.config, queries - fewer, groups - gone)
+    config = resize.with_heads(record, mapped.config, queries - fewer, groups - gone, "heads")
     units = resize.head_units(spec, whole_groups=whole)
     return widths.Widths({i: [(one, gone or fewer) for one in all_] for i, all_ in units.items()}, {}, config)
 

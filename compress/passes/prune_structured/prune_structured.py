@@ -190,8 +190,12 @@ def _by_trials(settings: PruneStructuredSettings) -> bool:
 
 def _by_gradient(settings: PruneStructuredSettings) -> bool:
     """Whether units are chosen by gradients of the whole model."""
-    narrower = settings.searched or settings.mlp is not None or settings.heads is not None
+    narrower = settings.searched or settings.mlp is not None or _fewer_heads(settings)
     return narrower and settings.importance == "taylor"
+
+
+def _fewer_heads(settings: PruneStructuredSettings) -> bool:
+    return settings.heads is not None or settings.kv_heads is not None
 
 
 def _gradient_memory(spec: Spec, width: int) -> int:
@@ -212,7 +216,7 @@ def _has_teacher(settings: PruneStructuredSettings) -> bool:
 
 
 def _sweeps(settings: PruneStructuredSettings) -> bool:
-    widths = settings.mlp is not None or settings.heads is not None
+    widths = settings.mlp is not None or _fewer_heads(settings)
     others = settings.hidden is not None or settings.keep_kv_heads is not None
     by_inputs = (widths and settings.importance in ("obs", "activation")) or (
         others and settings.importance != "magnitude"

@@ -59,6 +59,10 @@ class PruneStructuredSettings(PassSettings):
         description="Query heads to remove from every block: a share or a count. If every group of shared keys and values "
         "can lose the same number, heads go within the groups; otherwise whole groups go.",
     )
+    kv_heads: Amount | None = Field(
+        default=None,
+        description="KV heads to remove from every block, with the query heads that read them: a share or a count.",
+    )
     keep_kv_heads: int | None = Field(
         default=None,
         ge=1,
@@ -151,8 +155,9 @@ class PruneStructuredSettings(PassSettings):
             raise ValueError(f"give amounts or a target, not both `{amounts[0]}` and `{targets[0]}`")
         if not amounts and not targets:
             raise ValueError(f"give what to remove: {', '.join(f'`{key}`' for key in (*KINDS, *TARGETS))}")
-        if self.heads is not None and self.keep_kv_heads is not None:
-            raise ValueError("`heads` removes heads and `keep_kv_heads` merges them: give one, or use two passes")
+        heads = [key for key in HEADS if getattr(self, key) is not None]
+        if len(heads) > 1:
+            raise ValueError(f"`{heads[0]}` and `{heads[1]}` both change heads: give one, or use two passes")
         if self.allocation == "kl" and self.mlp is None:
             raise ValueError("`allocation: kl` goes with `mlp`, the number of neurons to remove in total")
         if self.allocation == "kl" and self.importance not in ("obs", "activation"):
@@ -172,5 +177,6 @@ class PruneStructuredSettings(PassSettings):
         return any(getattr(self, key) is not None for key in TARGETS)
 
 
-KINDS = ("layers", "active_experts", "experts", "hidden", "heads", "keep_kv_heads", "mlp")
+HEADS = ("heads", "kv_heads", "keep_kv_heads")
+KINDS = ("layers", "active_experts", "experts", "hidden", *HEADS, "mlp")
 TARGETS = ("keep_parameters", "max_bytes", "max_latency_ratio")

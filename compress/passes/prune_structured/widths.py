@@ -168,8 +168,8 @@ def widths(spec: Spec, amounts: PruneStructuredSettings, own: Mapping[str, int] 
     mapped = model_map(spec)
     config: Mapping[str, Any] = spec.structure.config
     remove: dict[int, list[tuple[PrunableGroup, int]]] = {i: [] for i in range(mapped.depth)}
-    if amounts.heads is not None:
-        chosen, config = _heads(spec, amounts.heads)
+    if amounts.heads is not None or amounts.kv_heads is not None:
+        chosen, config = _heads(spec, amounts)
         for index, groups in chosen.items():
             remove.setdefault(index, []).extend(groups)
     merges: dict[int, KVHeadMerge] = {}
@@ -227,28 +227,35 @@ def _neurons(
     return chosen, dict(config) if uneven else resize.with_size(record, config, kept)
 
 
-def _heads(spec: Spec, amount: WidthAmount) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
-    """Remove heads within their groups if each group can lose the same number, else whole groups."""
+def _heads(
+    spec: Spec, amounts: PruneStructuredSettings
+) -> tuple[dict[int, list[tuple[PrunableGroup, int]]], dict[str, Any]]:
+    """Remove heads within their groups if each group can lose the same number, else whole groups; with `kv_heads` groups."""
     mapped = model_map(spec)
     record, config, queries, groups = mapped.record, mapped.config, mapped.heads, mapped.kv_heads
+    key = "heads" if amounts.heads is not None else "kv_heads"
     if record.attention is None:
-        raise PassError(f"the record of {record.model_type} names no attention", key="heads", fix=_FIX_RECORD)
+        raise PassError(f"the record of {record.model_type} names no attention", key=key, fix=_FIX_RECORD)
     per_group = queries // groups
-    count = _count(amount, queries, "heads", "heads")
-    if per_group > 1 and count % groups == 0:
-        by_block = resize.head_units(spec, whole_groups=False)
-        less = {i: [(one, count) for one in units] for i, units in by_block.items()}
-        return less, resize.with_heads(record, config, queries - count, groups)
-    if count % per_group:
-        raise PassError(
-            f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
-            key="heads",
-            fix=f"remove a multiple of {groups if groups < per_group else per_group}",
-        )
-    gone = count // per_group
+    if amounts.kv_heads is not None:
+        gone = _count(amounts.kv_heads, groups, key, "KV heads")
+    else:
+        assert amounts.heads is not None
+        count = _count(amounts.heads, queries, key, "heads")
+        if per_group > 1 and count % groups == 0:
+            by_block = resize.head_units(spec, whole_groups=False)
+            less = {i: [(one, count) for one in units] for i, units in by_block.items()}
+            return less, resize.with_heads(record, config, queries - count, groups)
+        if count % per_group:
+            raise PassError(
+                f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
+                key=key,
+                fix=f"remove a multiple of {groups if groups < per_group else per_group}",
+            )
+        gone = count // per_group
     by_block = resize.head_units(spec, whole_groups=True)
     less = {i: [(one, gone) for one in units] for i, units in by_block.items()}
-    return less, resize.with_heads(record, config, queries - count, groups - gone)
+    return less, resize.with_heads(record, config, queries - gone * per_group, groups - gone, key)
 
 
 def _merges(spec: Spec, left: int) -> tuple[dict[int, KVHeadMerge], dict[str, Any]]:

@@ -202,5 +202,5 @@ def test_kv_heads_refuse_pruned_weights(tmp_path):
 def test_kv_heads_refuse_heads_at_the_same_time():
     from compress.passes.prune_structured.settings import PruneStructuredSettings
 
-    with pytest.raises(ValueError, match="`heads` removes heads and `keep_kv_heads` merges them: give one, or use two"):
+    with pytest.raises(ValueError, match="`heads` and `keep_kv_heads` both change heads: give one, or use two"):
         PruneStructuredSettings(heads=1, keep_kv_heads=1)

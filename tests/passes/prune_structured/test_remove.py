@@ -242,6 +242,17 @@ def test_remove_heads_refuses_counts_without_a_stock_config(family, folders):
         plan(open_checkpoint(folders[family]), "prune_structured", heads=1, **DATA_FREE)
 
 
+def test_remove_kv_heads_takes_their_queries_along(tmp_path):
+    """One of two KV heads goes with both of its query heads, where `heads: 2` takes one from each group."""
+    original = open_checkpoint(pico.folder("llama"))
+    pruned = check(original, HEADS_OUT, tmp_path, kv_heads=1)
+    config = pruned.spec.structure.config
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 1)
+    assert plan(original, "prune_structured", kv_heads="50%", **DATA_FREE).tensors == pruned.spec.tensors
+    with pytest.raises(PassError, match="cannot remove 2 of 2 KV heads; at most 1 can go"):
+        plan(original, "prune_structured", kv_heads=2, **DATA_FREE)
+
+
 def test_remove_heads_turns_llama_of_three_heads_into_mistral(tmp_path):
     original = open_checkpoint(pico.save(tmp_path / "in", "llama", num_key_value_heads=4))
     pruned = check(original, HEADS_OUT, tmp_path, heads=1)
@@ -268,7 +279,7 @@ def test_remove_heads_takes_their_logits_along(groups, tmp_path):
     assert pruned.spec.tensors["model.layers.0.self_attn.sinks"].shape == (2,)
 
 
-@pytest.mark.parametrize("settings", [{"heads": 2}, {"keep_kv_heads": 1}])
+@pytest.mark.parametrize("settings", [{"heads": 2}, {"kv_heads": 1}, {"keep_kv_heads": 1}])
 def test_remove_heads_refuses_norms_over_all_heads(settings):
     with pytest.raises(PassError, match="normalises the queries and keys of all heads together"):
         plan(open_checkpoint(pico.folder("olmo3")), "prune_structured", **settings, **DATA_FREE)
