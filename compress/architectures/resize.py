@@ -139,15 +139,10 @@ def resized(spec: Spec, entries: Mapping[str, Mapping[int, Sequence[int]]], conf
     )
 
 
-def with_heads(
-    record: Architecture, config: Mapping[str, Any], queries: int, groups: int, key: str = "heads"
-) -> dict[str, Any]:
-    """The config with new numbers of query heads and of key and value heads; the head width stays.
+def with_heads(record: Architecture, config: Mapping[str, Any], queries: int, groups: int, key: str) -> dict[str, Any]:
+    """The config with new numbers of query heads and of key and value heads, asked for by the setting ``key``.
 
-    It is that of a relative where this family's config cannot express the numbers.
-
-    Args:
-        key: the setting that asks for them.
+    It is that of a relative where this family's config cannot express the numbers. The head width stays.
 
     Raises:
         PassError: no stock config can express them.
@@ -377,6 +372,7 @@ def hidden_entries(spec: Spec, channels: Sequence[int]) -> tuple[dict[str, dict[
         {**smaller, **({record.head_dim_key: record.head_dim(config)} if record.head_dim_key else {})},
         mapped.heads,
         mapped.kv_heads,
+        "heads",
     )
 
 

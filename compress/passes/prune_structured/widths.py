@@ -245,7 +245,7 @@ def _heads(
         if per_group > 1 and count % groups == 0:
             by_block = resize.head_units(spec, whole_groups=False)
             less = {i: [(one, count) for one in units] for i, units in by_block.items()}
-            return less, resize.with_heads(record, config, queries - count, groups)
+            return less, resize.with_heads(record, config, queries - count, groups, key)
         if count % per_group:
             raise PassError(
                 f"{count} heads are neither the same number from each of {groups} groups, nor whole groups of {per_group}",
