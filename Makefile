@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-versus bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -56,9 +56,9 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
 
-# MODEL= TRAIN= HELDOUT= REFERENCE= for another model, its calibration and its held-out text
+# MODEL= TRAIN= HELDOUT= for another model, its calibration and its held-out text
 bench-prune: $(STAMP)
-	$(BIN)/python benchmarks/prune.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+	$(BIN)/python benchmarks/prune.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-distill: $(STAMP)
 	$(BIN)/python benchmarks/distill.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
@@ -70,17 +70,21 @@ bench-share: $(STAMP)
 	$(BIN)/python benchmarks/share.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-structured: $(STAMP)
-	$(BIN)/python benchmarks/structured.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+	$(BIN)/python benchmarks/structured.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-depth: $(STAMP)
 	$(BIN)/python benchmarks/depth.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-cast: $(STAMP)
-	$(BIN)/python benchmarks/cast.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+	$(BIN)/python benchmarks/cast.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 # PEER= is the python of an environment of its own with llmcompressor
 bench-versus: $(STAMP)
 	$(BIN)/python benchmarks/versus.py --peer $(PEER) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+# other tools, each in an environment of its own: PEER= its python, ARGS="--tool auto-round --jobs 'AutoRound int4'"
+bench-peers: $(STAMP)
+	$(BIN)/python -m benchmarks.peers $(if $(PEER),--peer $(PEER)) $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py $(if $(PEER),--peer $(PEER)) $(if $(MODEL),--model $(MODEL)) $(ARGS)

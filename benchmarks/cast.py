@@ -6,7 +6,6 @@ Arguments are those of benchmarks/prune.py, scores those of benchmarks/scoring.p
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -35,6 +34,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4},
     "50% sparse + int4": {"weights": "int4"},
 }
+#: Other tools' method beside ours; None for all.
+PEERS: dict[str, str | None] = {"default": None, "untuned": "gptq"}
 
 
 def main() -> None:
@@ -51,12 +52,10 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--store", choices=["stock", "compact"], default="stock", help="GPT-2's codes need compact")
-    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON: {job: what they reach}")
     parser.add_argument("--section", default="cast", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
     import compress
 
-    reference = json.loads(args.reference.read_text()) if args.reference else {}
     texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
@@ -75,12 +74,13 @@ def main() -> None:
                 size = sum(f.stat().st_size for f in (scratch / "out").glob("*.safetensors"))
                 draws.append(texts.score(scratch / "out"))
             rows.append([job, *texts.cells(draws), f"{size:,}", f"{statistics.mean(seconds):.1f}"])
-            rows[-1] += [str(reference.get(job, ""))] if reference else []
+            amount, _, way = job.partition(" ")
+            rows[-1].append(page.others(args.model, amount, PEERS.get(way, way)))
             print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table = [
-        f"## Casting {Path(args.model).name}",
+        f"## Casting {page.model_name(args.model)}",
         "",
         f"`{page.command('bench-cast', parser, args)}`: {page.environment()} "
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
@@ -88,7 +88,7 @@ def main() -> None:
         "every error correction, then block reconstruction; `untuned` omits the reconstruction. Seconds cover the whole "
         "call: loading, self-check and writing.",
         "",
-        *page.table(["job", *scoring.COLUMNS, "bytes", "seconds", *(["others, ΔNLL"] if reference else [])], rows),
+        *page.table(["job", *scoring.COLUMNS, "bytes", "seconds", "others, ΔNLL"], rows),
     ]
     page.deliver(args.section, table)
 

@@ -185,7 +185,7 @@ def main() -> None:
     until = time.perf_counter() + args.seconds
     folder = args.results / f"{Path(args.model).name}-{args.count}"
     folder.mkdir(parents=True, exist_ok=True)
-    samples = given(args.model, args.train, args.samples)
+    samples = scoring.calibration_samples(args.model, args.train, args.samples)
     texts = cache(lambda: scoring.held_out(args))
 
     def kept(name: str, compute: Callable[..., Any], *of: Any) -> Any:
@@ -229,22 +229,6 @@ def main() -> None:
             *page.table(["way", "blocks", "tried", "CPU s", "wall s", "KL, calibration", *scoring.COLUMNS], rows),
         ],
     )
-
-
-def given(model: str, train: str, samples: int) -> Any:
-    """The calibration samples that the pass gets from such text."""
-    import torch
-
-    from compress.data.batches import Batches
-    from compress.data.documents import read_documents
-    from compress.data.sampling import sample_windows
-    from compress.models.processors import load_tokenizer
-
-    asked = scoring.calibration(train, samples)
-    if isinstance(asked["data"], torch.Tensor):
-        return Batches(asked["data"])
-    documents = read_documents(asked["data"], asked["document_separator"], "text", None)
-    return sample_windows(load_tokenizer(model), documents, samples, scoring.WINDOW, 0)
 
 
 if __name__ == "__main__":

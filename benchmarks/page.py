@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEAD = "# Benchmarks\n\nEach section is written by the command it names. Shared machines are noisy: read the ratios.\n"
@@ -25,7 +27,7 @@ def environment() -> str:
 
 
 #: Options that are variables of `make`.
-_VARIABLES = ("model", "train", "heldout", "reference")
+_VARIABLES = ("model", "train", "heldout", "peer")
 
 
 def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -40,6 +42,34 @@ def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespa
         else:
             rest.append(f"--{key} {words}")
     return " ".join(["make", target, *variables, *([f'ARGS="{" ".join(rest)}"'] if rest else [])])
+
+
+def model_name(model: str | Path) -> str:
+    """Name of a model in titles: its folder's, or that of the folder around one called ``model``."""
+    path = Path(model).resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def peers_file(model: str | Path) -> Path:
+    """Where figures of other tools on a model are kept; see `benchmarks.peers`."""
+    return Path(__file__).resolve().parent / f"peers_{model_name(model)}.json"
+
+
+def known_peers(model: str | Path) -> list[dict[str, Any]]:
+    """Figures of other tools: ``tool``, ``method``, ``amount``, ``rise`` of the loss, and what else was measured."""
+    file = peers_file(model)
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def others(model: str | Path, amount: str, method: str | None = None) -> str:
+    """Entry of the column "others": ΔNLL and KL of other tools for an amount such as ``50%``, of all methods or of one."""
+    shown = []
+    for row in known_peers(model):
+        first = row["method"].split()[0]
+        if row["amount"] == amount and method in (None, first.lower()):
+            tool = row["tool"] if first in row["tool"] else f"{row['tool']} {row['method']}"
+            shown.append(f"{tool} {row['rise']:.4f}" + (f" (KL {row['kl']:.4f})" if "kl" in row else ""))
+    return ", ".join(shown)
 
 
 def put(section: str, rows: list[str]) -> None:

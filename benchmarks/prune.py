@@ -1,14 +1,13 @@
 """Held-out loss after pruning: `make bench-prune [MODEL= TRAIN= HELDOUT=]` writes a section of docs/benchmarks.md.
 
 For each method and sparsity: the scores of benchmarks/scoring.py, the mean relative error of the layers, seconds.
-TRAIN is text, or token ids (``file.safetensors:name``). REFERENCE may name a JSON file with figures of other tools, to stand
-beside ours, those of a method beside that method's and all beside the default's: {"published ALPS 50%": 0.0271, …}.
+TRAIN is text, or token ids (``file.safetensors:name``). Figures of other tools (`benchmarks.peers`) stand beside ours, those of
+a method beside that method's and all beside the default's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -55,12 +54,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=usual, choices=list(METHODS))
     parser.add_argument("--amounts", nargs="+", default=list(AMOUNTS), choices=list(AMOUNTS))
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
     parser.add_argument("--section", default="prune", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
     import compress
 
-    reference = json.loads(args.reference.read_text()) if args.reference else {}
     texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
@@ -86,18 +83,14 @@ def main() -> None:
                     errors += [t["error"] for b in details.get("blocks", ()) for t in b.get("tensors", {}).values()]
                     draws.append(texts.score(scratch / "out"))
                 error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
-                peers = [
-                    f"{k.removesuffix(' ' + amount)} {v:.4f}"
-                    for k, v in reference.items()
-                    if k.endswith(f" {amount}")
-                    and (method.startswith("default") or method.partition("-")[0] in k.lower())
-                ]
                 rows.append([amount, method, *texts.cells(draws), error, f"{statistics.mean(seconds):.1f}"])
-                rows[-1] += [", ".join(peers)] if reference else []
+                rows[-1].append(
+                    page.others(args.model, amount, None if "default" in method else method.partition("-")[0])
+                )
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    model = Path(args.model).name
+    model = page.model_name(args.model)
     notes = [
         f"`{page.command('bench-prune', parser, args)}`: {page.environment()}",
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()}",
@@ -113,7 +106,7 @@ def main() -> None:
         " ".join(notes),
         "",
         *page.table(
-            ["removed", "method", *scoring.COLUMNS, "layer error", "seconds", *(["others, ΔNLL"] if reference else [])],
+            ["removed", "method", *scoring.COLUMNS, "layer error", "seconds", "others, ΔNLL"],
             rows,
         ),
     ]

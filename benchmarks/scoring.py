@@ -89,6 +89,10 @@ class HeldOut:
         """Rise of the loss over the dense model's, nats per token: the mean over the held-out texts."""
         return self.loss(scores) - self.loss(self.dense)
 
+    def second_rise(self, scores: Sequence[TextScore]) -> float:
+        """Rise of the loss on the second text, nats per token."""
+        return scores[-1].loss - self.dense[-1].loss
+
     def loss(self, scores: Sequence[TextScore]) -> float:
         """Mean loss over the held-out texts, nats per token."""
         return statistics.mean(s.loss for s in scores[:-1])
@@ -99,7 +103,7 @@ class HeldOut:
             " / ".join(f"{self.rise(scores):+.4f}" for scores in draws),
             " / ".join(f"{self.kl(scores):.4f}" for scores in draws),
             " / ".join(f"{self.bits_per_byte(scores):.4f}" for scores in draws),
-            " / ".join(f"{scores[-1].loss - self.dense[-1].loss:+.4f}" for scores in draws),
+            " / ".join(f"{self.second_rise(scores):+.4f}" for scores in draws),
             " / ".join(f"{scores[-1].kl:.4f}" for scores in draws),
         ]
 
@@ -197,6 +201,22 @@ def calibration(train: str, samples: int) -> dict[str, Any]:
         data = load_file(f"{file}.safetensors")[name][:samples].long()
     separator = "<|doc|>" if train.endswith(".txt") else None
     return {"data": data, "samples": samples, "length": WINDOW, "document_separator": separator}
+
+
+def calibration_samples(model: str, train: str, samples: int) -> Any:
+    """The calibration samples, `Batches`, that `compress.apply` draws from `calibration` with its default seed."""
+    import torch
+
+    from compress.data.batches import Batches
+    from compress.data.documents import read_documents
+    from compress.data.sampling import sample_windows
+    from compress.models.processors import load_tokenizer
+
+    asked = calibration(train, samples)
+    if isinstance(asked["data"], torch.Tensor):
+        return Batches(asked["data"])
+    documents = read_documents(asked["data"], asked["document_separator"], "text", None)
+    return sample_windows(load_tokenizer(model), documents, samples, WINDOW, 0)
 
 
 def _second(files: Sequence[Path]) -> Path:
