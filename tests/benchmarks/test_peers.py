@@ -1,0 +1,50 @@
+"""Other tools get an equal model, and their figures stand beside ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import page
+from benchmarks.peers import alps, worker
+from compress.models.loading import load_model
+from tests import pico
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_workers_model_is_equal_and_what_it_writes_too(family: str, tmp_path: Path):
+    folder = pico.folder(family)
+    stock, model = load_model(folder, dtype="float32"), worker.linear_model(str(folder))
+    assert not any(isinstance(module, worker.Conv1D) for module in model.modules())
+    ids = pico.inputs(stock)["input_ids"]
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits)
+    next(m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)).weight[0, 0] = 7.0
+    worker.write(model, str(folder), str(tmp_path / "out"))
+    torch.testing.assert_close(load_model(tmp_path / "out")(ids).logits, model(ids).logits)
+
+
+def test_alps_gets_the_same_largest_entries():
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert set(alps.topk(values, 300)[1].tolist()) == set(torch.topk(values, 300).indices.tolist())
+
+
+def test_figures_of_other_tools_stand_at_their_amount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [
+        {"tool": "llm-compressor 0.14", "method": "GPTQ asymmetric", "amount": "int4", "rise": 0.0078},
+        {"tool": "ALPS as published", "method": "ALPS", "amount": "50%", "rise": 0.0271, "kl": 0.03},
+        {"tool": "simple score", "method": "no repair", "amount": "MLP 50%", "rise": 0.8},
+    ]
+    file = tmp_path / "peers.json"
+    file.write_text(json.dumps(rows))
+    monkeypatch.setattr(page, "peers_file", lambda model: file)
+    assert page.others("m", "int4", "gptq") == "llm-compressor 0.14 GPTQ asymmetric 0.0078"
+    assert page.others("m", "int4", "rtn") == page.others("m", "70%") == ""
+    assert page.others("m", "50%") == "ALPS as published 0.0271 (KL 0.0300)"
+
+
+def test_a_folder_called_model_is_named_by_the_one_around_it():
+    assert page.model_name("benchmarks/third/model") == "third"
+    assert page.model_name("examples/tiny-lm") == "tiny-lm"
