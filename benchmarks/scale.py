@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
-from benchmarks.versus import PEER, seconds, wide  # noqa: E402
+from benchmarks import page, peers  # noqa: E402
+from benchmarks.versus import PEERS, wide  # noqa: E402
 
 #: Passes and their settings by job, those of `benchmarks/versus.py`.
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,8 +122,9 @@ def main() -> None:
                 own = ours(job, model, ids)
                 theirs = None
                 if args.peer and job in SHARED:
-                    script = PEER.replace("perf_counter", "process_time")
-                    theirs = seconds(args.peer, script, job, model, str(scratch / "ids.safetensors"))
+                    module, its, _ = PEERS[job]
+                    file = str(scratch / "ids.safetensors")
+                    theirs = peers.timed(args.peer, module, model, file, its)["cpu_s"]
                 rows.append(
                     [
                         Path(model).name,

@@ -3,9 +3,9 @@
 PEER is the interpreter of an environment of its own with torch and llmcompressor. Both prune by SparseGPT (60 %) or cast by
 GPTQ (4 bits, groups of 64, activation order) on the same 128 x 256 random token ids, in turns; the time is that of the method,
 without loading and writing. Models: MODEL, and random weights of a Llama of 124 M parameters, 12 blocks of width 768 (--wide).
-The job `alps` runs beside the published code: --alps is the file alps.py of mazumder-lab/ALPS, which wants a GPU; its `cuda:0`
-is read as `cpu`, and block by block it gets what its own llama.py would give it. The job `tuned` is the default int4 beside
-auto-round (200 steps a block, its default), with --autoround the interpreter of an environment that has it.
+The job `alps` runs beside the published code: --alps is the file alps.py of mazumder-lab/ALPS. The job `tuned` is the default
+int4 beside auto-round (200 steps a block, its default), with --autoround the interpreter of an environment that has it. The
+other tools run as in `benchmarks.peers`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import page  # noqa: E402
+from benchmarks import page, peers  # noqa: E402
 
 OURS = """
 import json, sys, tempfile
@@ -39,91 +39,13 @@ with tempfile.TemporaryDirectory() as folder:
 print(json.dumps({"seconds": sum(block["seconds"] for block in details["blocks"])}))
 """
 
-PEER = """
-import json, sys, time
-import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.pruning import SparseGPTModifier
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-ids = load_file(sys.argv[4])["ids"]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
-data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
-args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=64, actorder="static")
-modifier = {
-    "sparsegpt": lambda: SparseGPTModifier(sparsity=0.6, mask_structure="0:0", ignore=["re:.*lm_head.*"]),
-    "gptq": lambda: GPTQModifier(
-        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=args)}, ignore=["lm_head"]
-    ),
-}[sys.argv[2]]()
-start = time.perf_counter()
-oneshot(model=model, dataset=data, recipe=[modifier], max_seq_length=ids.shape[1], num_calibration_samples=len(ids))
-print(json.dumps({"seconds": time.perf_counter() - start}))
-"""
-
-ALPS = """
-import json, sys, time, types
-from pathlib import Path
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-published = types.ModuleType("alps")
-exec(Path(sys.argv[5]).read_text().replace("cuda:0", "cpu"), published.__dict__)
-torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
-ids = load_file(sys.argv[4])["ids"]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32).eval()
-start = time.perf_counter()
-with torch.no_grad():
-    inputs, blocks = [], model.model.layers
-    class Stop(Exception):
-        pass
-    def catch(module, args, kwargs):
-        inputs.append((args[0], {**kwargs, "past_key_values": None}))
-        raise Stop
-    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
-    for row in ids:
-        try:
-            model(row[None], use_cache=False)
-        except Stop:
-            pass
-    handle.remove()
-    for block in blocks:
-        layers = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
-        solvers = [published.ALPS_prune(layer, nsamples=len(ids), seqlen=ids.shape[1]) for layer in layers]
-        handles = [
-            layer.register_forward_hook(lambda _, x, y, solver=solver: solver.add_batch(x[0].data, y.data))
-            for layer, solver in zip(layers, solvers, strict=True)
-        ]
-        for x, rest in inputs:
-            block(x, **rest)
-        for handle in handles:
-            handle.remove()
-        for solver in solvers:
-            solver.ALPS_admm(sp=0.6, rho=0.1)
-            solver.free()
-        outputs = [block(x, **rest) for x, rest in inputs]
-        inputs = [(y[0] if isinstance(y, tuple) else y, rest) for y, (_, rest) in zip(outputs, inputs, strict=True)]
-print(json.dumps({"seconds": time.perf_counter() - start}))
-"""
-
-AUTOROUND = """
-import json, sys, time
-import torch
-from auto_round import AutoRound
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-ids = load_file(sys.argv[4])["ids"]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
-start = time.perf_counter()
-AutoRound(
-    model, AutoTokenizer.from_pretrained(sys.argv[3]), scheme="W4A16", bits=4, group_size=64, sym=True, iters=200,
-    nsamples=len(ids), seqlen=ids.shape[1], dataset=[{"input_ids": row[None]} for row in ids], device_map="cpu",
-).quantize()
-print(json.dumps({"seconds": time.perf_counter() - start}))
-"""
+#: Module of a tool's worker in `benchmarks.peers`, its job, and its name in the table.
+PEERS = {
+    "sparsegpt": ("llm_compressor", "SparseGPT 60%", "llm-compressor"),
+    "gptq": ("llm_compressor", "GPTQ int4", "llm-compressor"),
+    "alps": ("alps", "ALPS 60%", "alps.py as published"),
+    "tuned": ("auto_round", "AutoRound int4", "auto-round"),
+}
 
 
 def seconds(python: str, script: str, *arguments: str) -> float:
@@ -182,16 +104,15 @@ def main() -> None:
         for model in models:
             for job in args.jobs:
                 pairs = []
-                python, script, peer = {
-                    "alps": (sys.executable, ALPS, "alps.py as published"),
-                    "tuned": (args.autoround, AUTOROUND, "auto-round"),
-                }.get(job, (args.peer, PEER, "llm-compressor"))
+                module, its, peer = PEERS[job]
+                python = {"alps": sys.executable, "tuned": args.autoround}.get(job, args.peer)
+                file = str(scratch / "ids.safetensors")
                 for _ in range(args.rounds if model == args.model else 1):
-                    arguments = (job, model, str(scratch / "ids.safetensors"), str(args.alps))
-                    pairs.append((seconds(sys.executable, OURS, *arguments), seconds(python, script, *arguments)))
-                ours, theirs = (" ".join(f"{pair[i]:.1f}" for pair in pairs) for i in (0, 1))
+                    theirs = peers.timed(python, module, model, file, its, code=args.alps)["wall_s"]
+                    pairs.append((seconds(sys.executable, OURS, job, model, file), theirs))
+                shown = (" ".join(f"{pair[i]:.1f}" for pair in pairs) for i in (0, 1))
                 ratio = statistics.median(a / b for a, b in pairs)
-                rows.append([Path(model).name, job, ours, peer, theirs, f"{ratio:.2f}"])
+                rows.append([Path(model).name, job, next(shown), peer, next(shown), f"{ratio:.2f}"])
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import page, scoring
+from benchmarks.peers import call
 
 #: Module of the worker, and the package whose version is named.
 TOOLS = {
@@ -69,19 +70,14 @@ def measured(args: argparse.Namespace, job: str, scratch: Path) -> dict[str, Any
     """One job of the tool: its name with version, CPU and wall seconds, peak MiB. The result is in the folder ``out``."""
     module, package = TOOLS[args.tool]
     method, _, amount = job.rpartition(" ")
-    request = {"model": str(Path(args.model).resolve()), "ids": str(scratch / "ids.safetensors"), "method": method}
-    request |= {"amount": amount, "out": str(scratch / "out"), "code": args.code}
     shutil.rmtree(scratch / "out", ignore_errors=True)
-    command = [args.peer, "-m", f"benchmarks.peers.{module}", json.dumps(request)]
-    done = subprocess.run(command, cwd=scoring.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
+    answer = call(args.peer, module, args.model, str(scratch / "ids.safetensors"), job, scratch / "out", args.code)
     tool = "ALPS as published"
     if package:
         code = f"import importlib.metadata as m; print(m.version({package!r}))"
         number = subprocess.run([args.peer, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         tool = f"{args.tool} {number}"
-    return {"tool": tool, "method": method, "amount": amount, **json.loads(done.stdout.strip().splitlines()[-1])}
+    return {"tool": tool, "method": method, "amount": amount, **answer}
 
 
 def figures(texts: scoring.HeldOut, folder: Path) -> dict[str, float]:

@@ -15,6 +15,14 @@ import torch
 
 from benchmarks.peers import worker
 
+#: What the published file says ▶ what runs here.
+GPU = {
+    "cuda:0": "cpu",
+    "torch.topk(": "topk(",
+    "torch.cuda.synchronize()": "None",
+    "torch.cuda.empty_cache()": "None",
+}
+
 
 class _Stop(Exception):
     pass
@@ -51,10 +59,12 @@ def compress(model: Any, ids: torch.Tensor, request: dict[str, Any]) -> None:
 
 def published(code: str) -> Any:
     """The class, on a CPU."""
+    text = Path(code).read_text()
+    for old, new in GPU.items():
+        text = text.replace(old, new)
     module = types.ModuleType("published")
     module.__dict__["topk"] = topk
-    exec(Path(code).read_text().replace("cuda:0", "cpu").replace("torch.topk(", "topk("), module.__dict__)
-    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
+    exec(text, module.__dict__)
     return module.ALPS_prune
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,54 @@ def test_workers_model_is_equal_and_what_it_writes_too(family: str, tmp_path: Pa
 def test_alps_gets_the_same_largest_entries():
     values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     assert set(alps.topk(values, 300)[1].tolist()) == set(torch.topk(values, 300).indices.tolist())
+
+
+#: Stands for the published class: it keeps what a layer reads, and removes all of its weights.
+PUBLISHED = """
+class ALPS_prune:
+    reads = {}
+
+    def __init__(self, layer, nsamples, seqlen):
+        self.layer = layer
+
+    def add_batch(self, inputs, outputs):
+        self.reads.setdefault(self.layer, []).append(inputs)
+
+    def ALPS_admm(self, **settings):
+        assert settings == {"rho": 0.1, "sp": 0.5, "nm_n": 2, "nm_m": 4}
+        self.layer.weight.data.zero_()
+
+    def free(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_alps_goes_block_by_block_on_what_pruned_ones_give(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "alps.py").write_text(PUBLISHED)
+    published = alps.published(str(tmp_path / "alps.py"))
+    monkeypatch.setattr(alps, "published", lambda code: published)
+    model, twin = worker.linear_model(str(pico.folder(family))), worker.linear_model(str(pico.folder(family)))
+    ids = pico.inputs(model)["input_ids"][:1].repeat(2, 1)
+    alps.compress(model, ids, {"code": None, "amount": "2:4"})
+    first, second = (linears(block) for block in blocks(model)[:2])
+    assert all(len(published.reads[layer]) == len(ids) for layer in (*first, *second))
+    for layer in linears(blocks(twin)[0]):
+        layer.weight.zero_()
+    read = []
+    linears(blocks(twin)[1])[0].register_forward_pre_hook(lambda _, x: read.append(x[0]))
+    twin(ids[:1])
+    torch.testing.assert_close(published.reads[second[0]][0], read[0])
+
+
+def blocks(model: Any) -> Any:
+    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def linears(block: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def test_figures_of_other_tools_stand_at_their_amount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
