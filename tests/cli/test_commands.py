@@ -15,6 +15,7 @@ import pytest
 from compress import passes
 from compress.cli import main
 from compress.models.loading import load_model
+from tests import processes
 from tests.conftest import ROOT
 
 
@@ -74,13 +75,7 @@ def place(tmp_path_factory, pico_llama, texts):
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     code = f"import sys; sys.argv = ['compress', 'run', {str(folder / 'recipe.yaml')!r}, '--json', '--quiet']; from compress.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = processes.run(code)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     (folder / "stdout.json").write_text(done.stdout)
@@ -391,39 +386,37 @@ def test_launchers_run_the_command(command):
     assert "prune_unstructured" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
+def test_commands_without_torch_import_none(place):
+    """All of them in one cold interpreter."""
+    (place / "bad.yaml").write_text("model: 3\n")
+    commands = [
         (["--help"], 0),
         (["run", "--help"], 0),
-        (["check", "RECIPE"], 0),
-        (["check", "BAD"], 2),
-        (["plan", "RECIPE"], 0),
-        (["plan", "RECIPE", "--json"], 0),
+        (["check", "recipe.yaml"], 0),
+        (["check", "bad.yaml"], 2),
+        (["plan", "recipe.yaml"], 0),
+        (["plan", "recipe.yaml", "--json"], 0),
         (["schema"], 0),
         (["passes"], 0),
-        (["inspect", "MODEL"], 0),
-        (["gate", "REPORT"], 0),
-    ],
-)
-def test_commands_without_torch_import_none(place, arguments, status):
-    (place / "bad.yaml").write_text("model: 3\n")
-    names = {"RECIPE": "recipe.yaml", "BAD": "bad.yaml", "MODEL": "model", "REPORT": "small.run/report.json"}
-    arguments = [str(place / names[a]) if a in names else a for a in arguments]
+        (["inspect", "model"], 0),
+        (["gate", "small.run/report.json"], 0),
+    ]
     code = (
-        "import sys\n"
-        f"sys.argv = ['compress', *{arguments!r}]\n"
+        "import os, sys\n"
         "from compress.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    status = end.code or 0\n"
-        f"assert status == {status}, status\n"
-        "loaded = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
+        f"os.chdir({str(place)!r})\n"
+        f"for arguments, expected in {commands!r}:\n"
+        "    sys.argv, status = ['compress', *arguments], 0\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        status = end.code or 0\n"
+        "    assert status == expected, (arguments, status)\n"
+        "    loaded = {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "    assert not loaded, (arguments, loaded)\n"
     )
     done = process(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zsh", "fish"))])
 def test_shell_completion_is_installed(shell):
     script = process(
         "compress",

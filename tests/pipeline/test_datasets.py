@@ -110,10 +110,10 @@ def test_datasets_refuse_bad_token_ids(with_data, texts, tmp_path, pico_llama):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("prune_unstructured", {"method": "wanda", "sparsity": 0.5}),
+        pytest.param("prune_unstructured", {"method": "wanda", "sparsity": 0.5}, marks=pytest.mark.slow),
         ("prune_structured", {"layers": 1, "layer_importance": "block_influence", "compensation": "none"}),
         ("prune_structured", {"mlp": "25%"}),
-        ("cast", {"weights": "int4", "method": "gptq", "group_size": 32}),
+        pytest.param("cast", {"weights": "int4", "effort": "fast", "group_size": 32}, marks=pytest.mark.slow),
         ("cast", {"bits": 4.5, "group_size": 32}),
     ],
 )

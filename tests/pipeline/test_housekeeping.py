@@ -119,7 +119,7 @@ def test_clean_leaves_what_a_living_process_writes(tmp_path):
 
 
 def test_clean_takes_work_of_another_recipe(recipe, tmp_path):
-    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%"}}]
+    passes = [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "60%", "effort": "fast"}}]
 
     def work():
         RunFolder.finish = lambda *a, **k: os._exit(9)

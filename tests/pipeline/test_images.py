@@ -307,7 +307,7 @@ def test_passes_calibrate_on_images(pictures, tmp_path):
     compress.apply("prune_structured", folder, tmp_path / "small", data=train, samples=8, **settings)
     small = transformers.ViTForImageClassification.from_pretrained(tmp_path / "small")
     assert small.config.intermediate_size == 48
-    compress.apply("cast", folder, tmp_path / "codes", weights="int4", method="gptq", data=train, samples=36)
+    compress.apply("cast", folder, tmp_path / "codes", weights="int4", effort="fast", data=train, samples=36)
     rounded = compress.apply("cast", folder, tmp_path / "nearest", weights="int4", method="rtn")
     model, codes, nearest = (compress.load(place) for place in (folder, tmp_path / "codes", rounded))
     pixels = torch.cat(

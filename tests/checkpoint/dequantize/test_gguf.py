@@ -79,7 +79,7 @@ def test_recipe_from_gguf_to_stock_reload(texts, stock_outputs, tmp_path):
                 "calibration": {"files": [str(texts[0])], "samples": 4, "length": 32},
                 "evaluation": {"files": [str(texts[1])], "window": 32, "max_documents": 4},
             },
-            "passes": [{"cast": {"method": "gptq", "weights": "int4", "group_size": 32}}],
+            "passes": [{"cast": {"effort": "fast", "weights": "int4", "group_size": 32}}],
             "evaluate": ["kl"] if place.suffix else [],
         }
         result = compress.run(recipe)

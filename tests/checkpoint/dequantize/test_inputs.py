@@ -95,7 +95,7 @@ def test_unpack_writes_floats_that_stock_loads(folders, stock_outputs, tmp_path)
 
 
 RECIPES = {
-    "fp8": [{"cast": {"method": "gptq", "weights": "int4", "group_size": "channel"}}],
+    "fp8": [{"cast": {"effort": "fast", "weights": "int4", "group_size": "channel"}}],
     "mxfp4": [{"prune_unstructured": {"method": "sparsegpt", "sparsity": "50%", "reconstruction_epochs": 1}}],
 }
 
@@ -142,7 +142,7 @@ def test_small_wrappers_and_encoder_decoders_reload_in_stock(class_name, method,
     inputs = dummy_inputs(model.float(), 12)
     data = {name: value.repeat(4, *[1] * (value.ndim - 1)) for name, value in inputs.items()}
     data = data if "input_features" in data else data["input_ids"]
-    coded = {"method": "gptq", "weights": "int4", "group_size": "channel", "data": data}
+    coded = {"effort": "fast", "weights": "int4", "group_size": "channel", "data": data}
     for name, settings in {"prune_unstructured": {"method": "magnitude", "sparsity": 0.5}, "cast": coded}.items():
         out = compress.apply(name, folder, tmp_path / name, **settings)
         assert {t.name for t in open_checkpoint(out).spec.stored()} == {t.name for t in before.spec.stored()}

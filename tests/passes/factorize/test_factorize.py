@@ -77,12 +77,9 @@ def test_factorize_is_reproducible(folders, tmp_path):
 
 def test_factorize_is_followed_by_other_passes(folders, tmp_path):
     factorize(folders["gpt2"], tmp_path / "factors", rank=8, reconstruction_epochs=0)
-    compress.apply(
-        "prune_unstructured", tmp_path / "factors", tmp_path / "sparse", sparsity=0.5, data=IDS, store="compact"
-    )
-    compress.apply(
-        "cast", tmp_path / "sparse", tmp_path / "codes", weights="int4", group_size=32, data=IDS, store="compact"
-    )
+    common = {"data": IDS, "store": "compact", "effort": "fast"}
+    compress.apply("prune_unstructured", tmp_path / "factors", tmp_path / "sparse", sparsity=0.5, **common)
+    compress.apply("cast", tmp_path / "sparse", tmp_path / "codes", weights="int4", group_size=32, **common)
     spec = open_checkpoint(tmp_path / "codes").spec
     factors = [t for t in spec.stored() if t.name.endswith((".down.weight", ".up.weight"))]
     assert len(factors) == 2 * 4 * 4

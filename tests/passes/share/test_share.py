@@ -154,8 +154,8 @@ def test_share_arrangements_place_blocks(arrangement, folders, tmp_path):
         (
             [
                 ("share", {"groups": 2, "residual_rank": 0}),
-                ("prune_unstructured", {"sparsity": 0.5}),
-                ("cast", {"weights": "int4", "group_size": 32}),
+                ("prune_unstructured", {"sparsity": 0.5, "effort": "fast"}),
+                ("cast", {"weights": "int4", "group_size": 32, "effort": "fast"}),
             ],
             0.5,
         ),
