@@ -3,7 +3,8 @@
 It needs no make, no pip and no network: the machine's own torch, random weights that are made on the device, the shipped
 text. A package that is missing is named, and what needs it is skipped. Each part runs in a process of its own, the most
 important first, and prints one line of JSON; all take at most 8 minutes. --part chooses. Four blocks are timed, and the time
-of 32 is extrapolated: 32 times the median block, and the rest once. Without a GPU a small shape runs the same code.
+of 32 is extrapolated: 32 times the median block, and the rest once. A part that fails or takes too long says so in its line,
+with the blocks that it finished. Without a GPU a small shape runs the same code.
 
 Parts:
     gptq: int4 by GPTQ alone, goal 300 s and 6 GB for 8B. int4: the default, goal 900 s. distill: tokens a second and MFU by
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,8 +46,8 @@ CALIBRATION = {"large": (128, 2048), "small": (8, 128)}
 #: Dense bf16 operations a second by the maker's data sheet, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12}
 GOALS = {"gptq": {"seconds_8b": 300, "peak_gb": 6}, "int4": {"seconds_8b": 900}, "distill": {"mfu": 0.4}}
-#: Seconds after which a part is stopped; those of all together.
-PATIENCE, TOTAL = 200, 480
+#: Seconds after which a part is stopped, 60 where none are named; those of all together.
+PATIENCE, TOTAL = {"gptq": 130, "int4": 160, "distill": 90, "alps": 90, "peer": 120}, 480
 
 
 def shape(device: str) -> tuple[str, dict[str, int]]:
@@ -95,6 +96,36 @@ def token_ids(samples: int, length: int, vocabulary: int) -> Any:
     return (ids * (vocabulary // 2048)).reshape(samples, length)
 
 
+class Finished:
+    """Progress that prints a line of JSON for each finished block: what is known of a part that is stopped."""
+
+    def __init__(self, title: str = "") -> None:
+        self.title, self.start = title, time.perf_counter()
+
+    def stage(self, index: int, total: int, title: str) -> None:
+        """Nothing."""
+
+    def task(self, title: str, total: int | None = None, unit: str = "tensors") -> Finished:
+        """A task that prints a line for each block."""
+        return Finished(title)
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Print the seconds since the last step where it was a block."""
+        now = time.perf_counter()
+        if note.startswith("block "):
+            print(json.dumps({"done": f"{self.title}, {note}", "seconds": round(now - self.start, 2)}), flush=True)
+        self.start = now
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
 def measured(device: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``work`` returns, with its seconds and the most bytes of the device's memory."""
     import torch
@@ -119,7 +150,7 @@ def applied(name: str, settings: dict[str, Any], folder: Path, device: str) -> d
 
     def work() -> dict[str, Any]:
         out = folder.parent / "out"
-        compress.apply(name, folder, out, data=ids, device=device, details=details, **settings)
+        compress.apply(name, folder, out, data=ids, device=device, details=details, progress=Finished(), **settings)
         return {"samples": samples, "length": length}
 
     facts = measured(device, work)
@@ -279,7 +310,7 @@ def main() -> int:
             flush=True,
         )
         for part in args.part:
-            left = min(PATIENCE, TOTAL - (time.monotonic() - start))
+            left = min(PATIENCE.get(part, 60), TOTAL - (time.monotonic() - start))
             if left < 10:
                 print(json.dumps({"part": part, "skipped": "no time is left"}), flush=True)
                 continue
@@ -295,15 +326,28 @@ def _run(part: str, folder: Path, device: str, seconds: float) -> int:
         command = [sys.executable, __file__, "--part", part, "--device", device, "--inside", str(own)]
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)
-        except subprocess.TimeoutExpired:
-            print(json.dumps({"part": part, "failed": f"took more than {seconds:.0f} seconds"}), flush=True)
-            return 1
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        print(json.dumps({"part": part, "failed": last[0][:400]}), flush=True)
-        return 1
-    print(done.stdout.strip().splitlines()[-1], flush=True)
+        except subprocess.TimeoutExpired as stopped:
+            return _failed(part, f"took more than {seconds:.0f} seconds", stopped.stdout or b"")
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return _failed(part, last_error(done.stderr) or f"status {done.returncode}", done.stdout)
+    print(lines[-1], flush=True)
     return 0
+
+
+def last_error(text: str) -> str:
+    """The last line of an error, and the innermost line of code of this repository."""
+    lines = text.strip().splitlines()
+    places = [line.strip() for line in lines if line.startswith('  File "' + str(ROOT))]
+    return "; ".join([lines[-1][:400], *places[-1:]]) if lines else ""
+
+
+def _failed(part: str, why: str, output: str | bytes) -> int:
+    """Print the line of a part without a result, with the steps that it finished."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output
+    done = [json.loads(line) for line in text.splitlines() if line.startswith('{"done"') and line.endswith("}")]
+    print(json.dumps({"part": part, "failed": why, "done": done}), flush=True)
+    return 1
 
 
 if __name__ == "__main__":

@@ -122,6 +122,16 @@ def _no_fsync() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU, and a GPU where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def pico_llama() -> Path:
     """A float32 pico Llama with tokenizer; read only."""

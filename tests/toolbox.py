@@ -238,6 +238,7 @@ def runner_of(
     inputs: Inputs | None = None,
     wanted: set[str] | None = None,
     with_targets: bool = False,
+    device: str = "cpu",
 ) -> BlockRunner:
     """A runner over the blocks in float32, whose state lies in ``work``."""
     return BlockRunner(
@@ -246,7 +247,7 @@ def runner_of(
         wanted or matrices(checkpoint),
         workspace=Workspace(work),
         dtype="float32",
-        device="cpu",
+        device=device,
         progress=SilentProgress(),
         with_targets=with_targets,
     )

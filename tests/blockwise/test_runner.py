@@ -216,9 +216,9 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_resumed_run_ends_with_the_same_bytes(at, folders, tmp_path):
+def test_resumed_run_ends_with_the_same_bytes(at, device, folders, tmp_path):
     checkpoint = open_checkpoint(folders["llama"])
-    whole = runner_of(checkpoint, tmp_path / "whole", with_targets=True).run(halve, "halving")
+    whole = runner_of(checkpoint, tmp_path / "whole", with_targets=True, device=device).run(halve, "halving")
 
     def stopping(block):
         if block.index == at:
@@ -227,9 +227,9 @@ def test_resumed_run_ends_with_the_same_bytes(at, folders, tmp_path):
         return halve(block)
 
     with pytest.raises(Stop):
-        runner_of(checkpoint, tmp_path / "broken", with_targets=True).run(stopping, "halving")
+        runner_of(checkpoint, tmp_path / "broken", with_targets=True, device=device).run(stopping, "halving")
     computed = []
-    runner_of(checkpoint, tmp_path / "broken", with_targets=True).run(
+    runner_of(checkpoint, tmp_path / "broken", with_targets=True, device=device).run(
         lambda b: computed.append(b.index) or halve(b), "halving"
     )
     assert computed == list(range(at, 4))

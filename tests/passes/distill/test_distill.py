@@ -33,9 +33,9 @@ def ids(rows=48, length=16, seed=0):
 
 def distilled(tmp_path, model, name="out", data=None, **settings):
     details = {}
-    how = {"steps": 8, "batch_size": 8, "validation_samples": 8, "evaluate_every": 4, **settings}
+    how = {"steps": 8, "batch_size": 8, "validation_samples": 8, "evaluate_every": 4, "device": "cpu", **settings}
     out = compress.apply(
-        "distill", model, tmp_path / name, data=ids() if data is None else data, details=details, device="cpu", **how
+        "distill", model, tmp_path / name, data=ids() if data is None else data, details=details, **how
     )
     return out, details["training"]
 
@@ -100,8 +100,8 @@ def test_distill_weighs_padded_samples_by_token(tmp_path, pico_llama, texts):
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=2e-3)
 
 
-def test_distill_is_reproducible(tmp_path, pruned, pico_llama):
-    how = {"teacher": str(pico_llama), "ema_decay": 0.9, "optimizer": "muon"}
+def test_distill_is_reproducible(tmp_path, pruned, pico_llama, device):
+    how = {"teacher": str(pico_llama), "ema_decay": 0.9, "optimizer": "muon", "device": device}
     assert same(distilled(tmp_path, pruned, "a", **how)[0], distilled(tmp_path, pruned, "b", **how)[0])
 
 
