@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import scoring  # noqa: E402
 from benchmarks.depth import given  # noqa: E402
-from benchmarks.prune import WINDOWS, heldout, loss  # noqa: E402
 
 #: Kind of unit, and the share or number that goes.
 JOBS: dict[str, tuple[str, float]] = {
@@ -87,27 +86,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "examples/tiny-lm"))
     parser.add_argument("--train", default=str(ROOT / "examples/text/train.txt"), help="text, or ids.safetensors:name")
-    parser.add_argument("--heldout", nargs="+", default=[str(ROOT / "examples/text/test.txt")])
+    scoring.options(parser)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="of each held-out text")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    texts = [windows[: args.windows] for windows in heldout(args.model, args.heldout)]
+    texts = scoring.held_out(args)
     ids = given(args.model, args.train, args.samples).ids
-    config = load_model(args.model, dtype="float32").config
-    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    found = scores(load_model(args.model, dtype="float32"), ids, groups)
-    dense, result = loss(args.model, texts), {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for job in args.jobs:
-            model = load_model(args.model, dtype="float32")
-            with torch.no_grad():
-                remove(model, *JOBS[job], found)
-            model.save_pretrained(scratch)
-            result[job] = round(loss(scratch, texts) - dense, 4)
-            print(job, result[job], flush=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    model = load_model(args.model, dtype="float32")
+    groups = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
+    found, result = scores(model, ids, groups), {}
+    for job in args.jobs:
+        model = load_model(args.model, dtype="float32")
+        with torch.no_grad():
+            remove(model, *JOBS[job], found)
+        draw = texts.score(model)
+        result[job] = round(texts.rise(draw), 4)
+        print(job, *texts.cells([draw]), flush=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
