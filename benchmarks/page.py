@@ -27,7 +27,7 @@ def environment() -> str:
 
 
 #: Options that are variables of `make`.
-_VARIABLES = ("model", "train", "heldout", "peer")
+_VARIABLES = ("model", "train", "heldout", "reference", "peer")
 
 
 def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
@@ -59,6 +59,13 @@ def known_peers(model: str | Path) -> list[dict[str, Any]]:
     """Figures of other tools: ``tool``, ``method``, ``amount``, ``rise`` of the loss, and what else was measured."""
     file = peers_file(model)
     return json.loads(file.read_text()) if file.exists() else []
+
+
+def keep_peer(model: str | Path, row: dict[str, Any]) -> None:
+    """Keep figures of another tool, in place of those of the same job."""
+    known = [one for one in known_peers(model) if any(one[key] != row[key] for key in ("tool", "method", "amount"))]
+    lines = ",\n".join(f" {json.dumps(one, ensure_ascii=False)}" for one in [*known, row])
+    peers_file(model).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def others(model: str | Path, amount: str, method: str | None = None) -> str:

@@ -107,6 +107,17 @@ class HeldOut:
             " / ".join(f"{scores[-1].kl:.4f}" for scores in draws),
         ]
 
+    def figures(self, scores: Sequence[TextScore]) -> dict[str, float]:
+        """The entries of `cells` for one draw, as numbers."""
+        numbers = {
+            "rise": self.rise(scores),
+            "kl": self.kl(scores),
+            "bits_per_byte": self.bits_per_byte(scores),
+            "second_rise": self.second_rise(scores),
+            "second_kl": scores[-1].kl,
+        }
+        return {name: round(number, 5) for name, number in numbers.items()}
+
     def kl(self, scores: Sequence[TextScore]) -> float:
         """Mean divergence over the held-out texts."""
         return statistics.mean(s.kl for s in scores[:-1])

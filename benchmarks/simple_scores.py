@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import scoring  # noqa: E402
-from benchmarks.depth import given  # noqa: E402
 
 #: Kind of unit, and the share or number that goes.
 JOBS: dict[str, tuple[str, float]] = {
@@ -92,7 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     texts = scoring.held_out(args)
-    ids = given(args.model, args.train, args.samples).ids
+    ids = scoring.calibration_samples(args.model, args.train, args.samples).ids
     model = load_model(args.model, dtype="float32")
     groups = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
     found, result = scores(model, ids, groups), {}

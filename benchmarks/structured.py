@@ -6,11 +6,13 @@ The scores of benchmarks/scoring.py for each kind of removal: chosen by activati
 (or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
 prompt (logits of its last token alone) and to generate, and the peak memory, of a random Llama of 124 M parameters that loses
 half of its blocks' parameters; `--jobs --speed` measures and prints that alone.
+REFERENCE may name a JSON file with figures of other tools: {"MLP 25%": 0.0838, …}.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
@@ -93,6 +95,7 @@ def main() -> None:
     scoring.options(parser)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
     parser.add_argument("--speed", action="store_true", help="measure time on a larger model too")
     parser.add_argument("--section", default="structured", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
@@ -101,6 +104,7 @@ def main() -> None:
         return
     import compress
 
+    reference = json.loads(args.reference.read_text()) if args.reference else {}
     texts = scoring.held_out(args)
     rows = []
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
@@ -124,13 +128,13 @@ def main() -> None:
                     )
                     seconds.append(time.perf_counter() - start)
                     draws.append(texts.score(scratch / "out"))
-                others = page.others(args.model, job) if way == "default" else ""
-                rows.append([job, way, *texts.cells(draws), f"{statistics.mean(seconds):.1f}", others])
+                others = [f"{reference[job]:.4f}" if job in reference else ""] if reference else []
+                rows.append([job, way, *texts.cells(draws), f"{statistics.mean(seconds):.1f}", *others])
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table = [
-        f"## Removing units of {page.model_name(args.model)}",
+        f"## Removing units of {Path(args.model).name}",
         "",
         f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
@@ -138,7 +142,9 @@ def main() -> None:
         "`simple score, no repair` removes the least active neurons and heads, and the blocks that change their input "
         "least. `default` is the pass with its defaults; seconds cover the whole call: loading, self-check and writing.",
         "",
-        *page.table(["removed", "way", *scoring.COLUMNS, "seconds", "others, ΔNLL"], rows),
+        *page.table(
+            ["removed", "way", *scoring.COLUMNS, "seconds", *(["others, no repair"] if reference else [])], rows
+        ),
     ]
     page.deliver(args.section, table + (speed(args.model) if args.speed else []))
 

@@ -46,7 +46,6 @@ def main() -> None:
     args = parser.parse_args()
     from safetensors.torch import save_file
 
-    known = page.known_peers(args.model)
     texts = None
     scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
     try:
@@ -55,15 +54,13 @@ def main() -> None:
         for job in args.jobs:
             row = measured(args, job, scratch)
             texts = texts or scoring.held_out(args)
-            row |= figures(texts, scratch / "out")
-            known = [one for one in known if any(one[key] != row[key] for key in ("tool", "method", "amount"))] + [row]
-            lines = ",\n".join(f" {json.dumps(one, ensure_ascii=False)}" for one in known)
-            page.peers_file(args.model).write_text(f"[\n{lines}\n]\n")
+            row |= texts.figures(texts.score(scratch / "out"))
+            page.keep_peer(args.model, row)
             print(json.dumps(row, ensure_ascii=False), flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if texts:
-        page.put(f"peers-{page.model_name(args.model)}", section(parser, args, texts, known))
+        page.put(f"peers-{page.model_name(args.model)}", section(parser, args, texts))
 
 
 def measured(args: argparse.Namespace, job: str, scratch: Path) -> dict[str, Any]:
@@ -80,25 +77,11 @@ def measured(args: argparse.Namespace, job: str, scratch: Path) -> dict[str, Any
     return {"tool": tool, "method": method, "amount": amount, **answer}
 
 
-def figures(texts: scoring.HeldOut, folder: Path) -> dict[str, float]:
-    """Scores of a checkpoint, as numbers."""
-    scores = texts.score(folder)
-    return {
-        "rise": round(texts.rise(scores), 5),
-        "kl": round(texts.kl(scores), 5),
-        "bits_per_byte": round(texts.bits_per_byte(scores), 5),
-        "second_rise": round(texts.second_rise(scores), 5),
-        "second_kl": round(scores[-1].kl, 5),
-    }
-
-
-def section(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, texts: scoring.HeldOut, known: list[dict[str, Any]]
-) -> list[str]:
+def section(parser: argparse.ArgumentParser, args: argparse.Namespace, texts: scoring.HeldOut) -> list[str]:
     """The table of all figures that are known of a model."""
     rows = [
         [one["tool"], one["method"], one["amount"], *(shown(key, one.get(key)) for key in FIGURES)]
-        for one in sorted(known, key=lambda one: (one["amount"], one["rise"]))
+        for one in sorted(page.known_peers(args.model), key=lambda one: (one["amount"], one["rise"]))
     ]
     return [
         f"## Other tools on {page.model_name(args.model)}",

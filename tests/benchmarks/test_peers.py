@@ -84,7 +84,7 @@ def test_figures_of_other_tools_stand_at_their_amount(tmp_path: Path, monkeypatc
     rows = [
         {"tool": "llm-compressor 0.14", "method": "GPTQ asymmetric", "amount": "int4", "rise": 0.0078},
         {"tool": "ALPS as published", "method": "ALPS", "amount": "50%", "rise": 0.0271, "kl": 0.03},
-        {"tool": "simple score", "method": "no repair", "amount": "MLP 50%", "rise": 0.8},
+        {"tool": "other", "method": "units", "amount": "MLP 50%", "rise": 0.8},
     ]
     file = tmp_path / "peers.json"
     file.write_text(json.dumps(rows))
@@ -92,6 +92,8 @@ def test_figures_of_other_tools_stand_at_their_amount(tmp_path: Path, monkeypatc
     assert page.others("m", "int4", "gptq") == "llm-compressor 0.14 GPTQ asymmetric 0.0078"
     assert page.others("m", "int4", "rtn") == page.others("m", "70%") == ""
     assert page.others("m", "50%") == "ALPS as published 0.0271 (KL 0.0300)"
+    page.keep_peer("m", {**rows[1], "rise": 0.02})
+    assert page.known_peers("m") == [rows[0], rows[2], {**rows[1], "rise": 0.02}]
 
 
 def test_a_folder_called_model_is_named_by_the_one_around_it():
