@@ -146,7 +146,7 @@ def test_cast_block_by_block_writes_what_is_planned(family, symmetric, folders, 
 def test_cast_gptq_and_tuning_lower_the_error(tmp_path):
     original = pico.folder("llama", num_hidden_layers=2)
     checkpoint = open_checkpoint(original)
-    data = Batches(torch.randint(2, 250, (64, 24), generator=torch.Generator().manual_seed(1)))
+    data = Batches(torch.randint(2, 250, (32, 24), generator=torch.Generator().manual_seed(1)))
 
     def error(i, **settings):
         cast = apply(checkpoint, "cast", data=data, work=tmp_path / f"w{i}", weights="int3", group_size=16, **settings)
@@ -155,10 +155,15 @@ def test_cast_gptq_and_tuning_lower_the_error(tmp_path):
             a, b = (load_model(f)(input_ids=data.ids).logits for f in (original, folder))
         return float((a - b).square().mean())
 
+    alone = {"error_correction": []}
     errors = [
-        error(0, method="rtn"), error(1, method="mse"), error(2, reconstruction_epochs=0), error(3, reconstruction_epochs=10),
-    ]  # fmt: skip
+        error(0, method="rtn"),
+        error(1, method="mse"),
+        error(2, reconstruction_epochs=0, **alone),
+        error(3, reconstruction_epochs=5, **alone),
+    ]
     assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[2] > error(4, reconstruction_epochs=0)
 
 
 def test_cast_gptq_matches_inputs_behind_earlier_matrices(folders, tmp_path):
