@@ -66,6 +66,18 @@ class TargetLinear:
         values = values.flatten(1) if self.kernel else values
         return values if self.part is None else values[self.part.expert, self.part.rows]
 
+    def gradient(self, parameters: Mapping[str, torch.nn.Parameter]) -> torch.Tensor | None:
+        """The gradient of the matrix, float32 [O, I], from those of the block's parameters; None where it has none.
+
+        So it is where the block does not use the matrix, such as the cross-attention of a decoder alone.
+        """
+        whole = parameters[self.parameter]
+        if whole.grad is None:
+            return None
+        assert whole.is_contiguous()
+        start = self.weight.storage_offset() - whole.storage_offset()
+        return whole.grad.contiguous().as_strided(self.weight.shape, self.weight.stride(), start).float()
+
     def stored(self, values: torch.Tensor) -> torch.Tensor:
         """Values [O, I] in the shape of the checkpoint's tensor, contiguous; of experts, those of all."""
         if self.kernel:

@@ -1,8 +1,8 @@
-"""Number formats of quantised weights: integers, small floats and codebooks. Imports no torch.
+"""Number formats of quantised weights: integers, small floats, codebooks and trellis codes. Imports no torch.
 
 Rows are outputs. Each row, or each group of consecutive inputs of a row, has a scale s; asymmetric formats also have an
 integer zero point z. A code q has the value (q - z) · s. With a codebook, codes are indices into the values of one codebook
-per tensor.
+per tensor. Trellis codes name states of a shift register, and each state has a value; see `checkpoint.storage.trellis`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ INTEGERS: Mapping[str, int] = MappingProxyType({f"int{bits}": bits for bits in (
 FLOATS: Mapping[str, int] = MappingProxyType({"fp8": 8, "mxfp4": 4, "nvfp4": 4})
 #: Codebook formats ▶ bits of an index.
 CODEBOOKS: Mapping[str, int] = MappingProxyType({f"codebook{bits}": bits for bits in range(8, 1, -1)})
+#: Trellis formats ▶ bits of a code.
+TRELLISES: Mapping[str, int] = MappingProxyType({f"trellis{bits}": bits for bits in (4, 3, 2)})
+#: Fewest outputs of a matrix in a trellis format: with fewer, the states of a sequence would overlap.
+LEAST_OUTPUTS = 16
 _E4M3 = "torch.float8_e4m3fn"
 #: Formats whose definition fixes the group size ▶ that size.
 FIXED_GROUPS: Mapping[str, int] = MappingProxyType({"mxfp4": 32, "nvfp4": 16})
@@ -51,7 +55,7 @@ class QuantFormat:
 
     Attributes:
         format: ``int2`` … ``int8``, ``fp8`` (E4M3), ``mxfp4`` (OCP MX: E2M1 with a power of two for each 32), ``nvfp4`` (E2M1
-            with an E4M3 scale for each 16 and one float32 for all), ``codebook2`` … ``codebook8``.
+            with an E4M3 scale for each 16 and one float32 for all), ``codebook2`` … ``codebook8``, ``trellis2`` … ``trellis4``.
         group: inputs per scale; 0 for one scale per row.
         symmetric: whether there are no zero points.
         transposed: whether the checkpoint shapes the matrix [in, out] (GPT-2). Codes and scales are stored as [out, in] all the
@@ -75,7 +79,10 @@ class QuantFormat:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return INTEGERS.get(self.format) or FLOATS.get(self.format) or CODEBOOKS[self.format]
+        for formats in (INTEGERS, FLOATS, TRELLISES):
+            if self.format in formats:
+                return formats[self.format]
+        return CODEBOOKS[self.format]
 
     @property
     def is_integer(self) -> bool:
@@ -86,6 +93,16 @@ class QuantFormat:
     def is_codebook(self) -> bool:
         """Whether codes are indices into a codebook."""
         return self.format in CODEBOOKS
+
+    @property
+    def is_trellis(self) -> bool:
+        """Whether codes are steps through a trellis."""
+        return self.format in TRELLISES
+
+    @property
+    def compact_only(self) -> bool:
+        """Whether compressed-tensors has no such format, so that only compact checkpoints hold it."""
+        return self.is_codebook or self.is_trellis
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the codes: [out, in], of all experts together, a convolution's kernel with in = inputs x positions.
@@ -125,7 +142,9 @@ class QuantFormat:
             return False
         if self.transposed and len(shape) > 2 and not self.experts:
             return False
-        inputs = self.rows(shape)[1]
+        outputs, inputs = self.rows(shape)
+        if self.is_trellis and (self.experts or outputs < LEAST_OUTPUTS):
+            return False
         whole = inputs % self.group == 0 if self.group else True
         return whole and (inputs % 2 == 0 or self.format not in FIXED_GROUPS)
 
@@ -163,4 +182,7 @@ class QuantFormat:
         assert FIXED_GROUPS.get(quant_format.format, quant_format.group) == quant_format.group
         assert quant_format.symmetric or quant_format.format not in FIXED_GROUPS
         assert not quant_format.is_codebook or quant_format == cls(quant_format.format)
+        assert not quant_format.is_trellis or quant_format == cls(
+            quant_format.format, transposed=quant_format.transposed
+        )
         return quant_format

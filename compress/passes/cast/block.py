@@ -24,6 +24,7 @@ from compress.passes.base import Context
 from compress.passes.blockwise import open_runner
 from compress.passes.cast.plan import FINE
 from compress.passes.cast.settings import CastSettings
+from compress.passes.cast.trellis import TrellisRounded, solve_trellis
 from compress.sensitivity.output_curvature import Gradients
 from compress.solvers.gptq import act_order_factor, asymmetric_target, gptq
 from compress.solvers.hessian import damped, damped_diagonal
@@ -86,13 +87,9 @@ class Rounded:
 
     def chain_gradients(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Set the gradients of the scales from those of the weights."""
-        whole, weight = parameters[self.linear.parameter], self.linear.weight
-        if whole.grad is None:  # the block does not use it, such as the cross-attention of a decoder alone
-            return
-        assert whole.is_contiguous()
-        start = weight.storage_offset() - whole.storage_offset()
-        gradient = whole.grad.contiguous().as_strided(weight.shape, weight.stride(), start)
-        self.scale.grad = (gradient.float().reshape(self.codes.shape) * self.codes).sum(2)
+        gradient = self.linear.gradient(parameters)
+        if gradient is not None:
+            self.scale.grad = (gradient.reshape(self.codes.shape) * self.codes).sum(2)
 
     def finish(self, dtype: torch.dtype) -> Codes:
         """Return the codes with stored scales, and write the weights that a loader will see into the block.
@@ -116,26 +113,32 @@ class CastSolver:
 
     def solve(
         self, linear: TargetLinear, statistics: InputStatistics, mismatch: InputMismatch | None, shared: dict[str, Any]
-    ) -> tuple[Rounded, dict[str, Any]]:
+    ) -> tuple[Rounded | TrellisRounded, dict[str, Any]]:
         """Codes and scales of a matrix, with its row for the report."""
         keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
         F, alternating = self._curvature.take(linear.name), self._options.alternating
+        if quant_format.is_trellis:
+            solution, row = solve_trellis(linear, statistics, mismatch, quant_format, shared)
+            return solution, {"format": quant_format.format, **row}
         codes, scales, row = _solve(linear, statistics, mismatch, quant_format, keep, alternating, shared, F)
         return Rounded(linear, quant_format, codes, scales, keep), {"format": quant_format.format, **row}
 
-    def blank(self, linear: TargetLinear) -> Rounded:
+    def blank(self, linear: TargetLinear) -> Rounded | TrellisRounded:
         """Codes and scales of the right shapes."""
         keep, quant_format = self._block.earlier_mask(linear), self._options.quant_formats[linear.tensor]
         weight = linear.weight.float().contiguous()
+        if quant_format.is_trellis:
+            states = torch.empty(weight.shape, dtype=torch.int16, device=weight.device)
+            return TrellisRounded(linear, quant_format, states, weight.new_empty(len(weight), 1))
         scales = fit(weight, quant_format, None, keep, search=False)
         return Rounded(linear, quant_format, compact(torch.empty_like(weight), quant_format), scales, keep)
 
-    def tensors(self, solution: Rounded) -> list[torch.Tensor]:
+    def tensors(self, solution: Rounded | TrellisRounded) -> list[torch.Tensor]:
         """Codes and scales."""
         parts = (solution.codes, solution.scale, solution.zero, solution.overall)
         return [part for part in parts if part is not None]
 
-    def place(self, linear: TargetLinear, solution: Rounded) -> None:
+    def place(self, linear: TargetLinear, solution: Rounded | TrellisRounded) -> None:
         """Write the rounded weights into the block, with the scales that are stored unless these are trained first."""
         if self._tuned:
             solution.project()
@@ -160,7 +163,7 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         else None
     )
     dtypes = {n: torch_dtype(spec.tensors[n].dtype) for n in quant_formats}
-    correction = settings.error_correction if coarse else []
+    correction = settings.correction(quant_formats.values()) if coarse else []
     with_targets = "asymmetric" in correction or "curvature" in correction or reconstruction is not None
     runner = open_runner(
         checkpoint,
@@ -204,7 +207,7 @@ def cast_block(block: Block, options: CastOptions) -> dict[str, TensorExtras]:
     return extras_by_tensor([(r.linear, r.keep, r.finish(options.dtypes[r.linear.tensor])) for r in rounded.values()])
 
 
-def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rounded]) -> None:
+def _reconstruct(block: Block, reconstruction: Reconstruction, rounded: list[Rounded | TrellisRounded]) -> None:
     """Train the scales of formats that have free ones, and the floats of the block."""
     parameters = dict(block.module.named_parameters())
     coded = {id(parameters[s.parameter]) for s in block.linears}

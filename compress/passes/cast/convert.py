@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from compress.checkpoint.storage.reading import as_rows, from_rows
-from compress.checkpoint.values import Value, torch_dtype
+from compress.checkpoint.values import Codes, Value, torch_dtype
 from compress.errors import CheckpointError, PassError
 from compress.solvers.quant_format import dequantize, overflowing, rounded
+from compress.solvers.trellis import trellis_nearest
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import Spec, Tensor
 
@@ -47,7 +48,11 @@ def _rounded(value: Value, tensor: Tensor, quant_format: QuantFormat, dtype: tor
     grid = quant_format.to_json()
     across = as_rows(value.data, grid)
     keep = None if value.mask is None else as_rows(value.mask, grid)
-    codes = rounded(across, quant_format, dtype, keep, search=search)
+    if quant_format.is_trellis:
+        states, scale = trellis_nearest(across.float().contiguous(), quant_format.bits)
+        codes = Codes(states, scale.to(dtype))
+    else:
+        codes = rounded(across, quant_format, dtype, keep, search=search)
 
     def data() -> torch.Tensor:
         return from_rows(dequantize(codes, keep), grid, tensor.shape)

@@ -12,7 +12,7 @@ from typing import NoReturn
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
 from compress.passes.cast.settings import DTYPES, CastSettings
-from compress.spec.formats import FIXED_GROUPS, QuantFormat
+from compress.spec.formats import FIXED_GROUPS, LEAST_OUTPUTS, QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec
 
 #: Group sizes to fall back to, those that the kernels of servers know; then a whole channel.
@@ -61,6 +61,8 @@ class GroupSizes:
             quant_format = replace(quant_format, experts=linear.experts)
         if _leftover(linear.I, quant_format):
             _refuse([linear], quant_format)
+        if quant_format.is_trellis:
+            _require_trellis(linear, quant_format)
         if quant_format.format in FIXED_GROUPS and self._wide is not None:
             raise PassError(
                 f"{quant_format.format} goes with bfloat16 weights beside it, and {self._wide.name} is "
@@ -104,6 +106,21 @@ class GroupSizes:
     @staticmethod
     def _odd_factor(linear: Linear, quant_format: QuantFormat) -> bool:
         return linear.role == "factor" and _leftover(linear.I, quant_format) > 0
+
+
+def _require_trellis(linear: Linear, quant_format: QuantFormat) -> None:
+    """Raise `PassError` for a tensor that has no trellis codes: few outputs, experts in one tensor, a keep-mask."""
+    tensor = linear.tensor
+    if tensor.kept is not None:
+        what, key, fix = "a keep-mask, which trellis codes do not hold", "weights", "use an integer format"
+    elif linear.experts:
+        what, key, fix = "all experts, which trellis codes do not hold", "fused_experts", "set `fused_experts: false`"
+    elif not quant_format.fits(tensor.shape):
+        what, key = f"{linear.O} outputs, and trellis codes need {LEAST_OUTPUTS}", "weights"
+        fix = f"skip it: skip: [{linear.module}]"
+    else:
+        return
+    raise PassError(f"{linear.name} has {what}", key=key, fix=fix)
 
 
 def _leftover(inputs: int, quant_format: QuantFormat) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,7 +12,7 @@ from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 
-Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
+Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4", "trellis4", "trellis3", "trellis2"]
 CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 #: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
@@ -175,6 +176,11 @@ class CastSettings(PassSettings):
     def solved(self) -> bool:
         """Whether codes are chosen block by block on calibration data."""
         return self.coded and self.method == "gptq"
+
+    def correction(self, quant_formats: Collection[QuantFormat]) -> list[Correction]:
+        """The corrections that apply to any of these formats: `asymmetric` alone applies to trellis codes."""
+        trellises = all(quant_format.is_trellis for quant_format in quant_formats)
+        return [name for name in self.error_correction if name == "asymmetric" or not trellises]
 
     @property
     def options(self) -> dict[str, str]:

@@ -46,7 +46,7 @@ def stock_holds(spec: Spec) -> Callable[[Tensor], bool]:
             or len(tensor.shape) != 2
             or starred(tensor.name) in whole
             or quant_format.transposed
-            or quant_format.is_codebook
+            or quant_format.compact_only
             or (format_chain(quant_format) == PACKED and not quant_format.symmetric)
         ):
             return False
@@ -62,6 +62,6 @@ def fusible(quant_format: QuantFormat) -> bool:
     return (
         quant_format.activations is None
         and quant_format.symmetric
-        and not quant_format.is_codebook
+        and not quant_format.compact_only
         and quant_format.format != "nvfp4"
     )
