@@ -57,9 +57,7 @@ class Trellis:
             best_SR.fill_(1e30)[number_S, ends_S] = 0
         least_PSQ = x_NS.new_empty(P, S, Q)
         for n in range(N):
-            torch.baddbmm(
-                best_SR.expand(P, S, R), factors_NS2[n].expand(P, S, 2), self._powers, out=cost_NPSR[n]
-            )
+            torch.baddbmm(best_SR.expand(P, S, R), factors_NS2[n].expand(P, S, 2), self._powers, out=cost_NPSR[n])
             # the next state forgets the highest bits of this one: of those that differ in them alone, the best counts
             torch.amin(cost_NPSR[n].view(P, S, P, Q), 2, out=least_PSQ)
             best_SR = least_PSQ.permute(1, 2, 0).reshape(S, R)

@@ -32,6 +32,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.values import Checkpoint, Codes, Derived, Value
 from compress.checkpoint.write import write_checkpoint
 from compress.solvers.quant_format import Scales, dequantize, rounded, to_codes
+from compress.solvers.trellis import trellis_nearest
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import FLOAT_DTYPES, Spec
 from tests import pico
@@ -84,9 +85,12 @@ def coded(checkpoint: Checkpoint, quant_formats: Mapping[str, QuantFormat], shar
         mask = None if share is None else kept(tensor.shape, share, seed)
         matrix = data if quant_format.is_codebook else data.flatten(1)
         keep = mask if mask is None or quant_format.is_codebook else mask.flatten(1)
-        codes = (
-            codebook(matrix, quant_format, keep) if quant_format.is_codebook else integers(matrix, quant_format, keep)
-        )
+        if quant_format.is_codebook:
+            codes = codebook(matrix, quant_format, keep)
+        elif quant_format.is_trellis:
+            codes = trellis(matrix, quant_format)
+        else:
+            codes = integers(matrix, quant_format, keep)
         found = dequantize(
             codes, keep if quant_format.is_codebook or keep is None or not quant_format.transposed else keep.T
         )
@@ -103,6 +107,13 @@ def codebook(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor |
     values = torch.linspace(-1, 1, 2 * half).bfloat16()
     codes = (data.float()[..., None] - values.float()).abs().argmin(-1) - half
     return Codes((codes if mask is None else codes.masked_fill(~mask, 0)).to(torch.int8), values)
+
+
+def trellis(data: torch.Tensor, quant_format: QuantFormat) -> Codes:
+    """The nearest trellis codes."""
+    rows = data.T if quant_format.transposed else data
+    states, scale = trellis_nearest(rows.float().contiguous(), quant_format.bits)
+    return Codes(states, ((scale * 64).round() / 64).bfloat16())
 
 
 def integers(data: torch.Tensor, quant_format: QuantFormat, mask: torch.Tensor | None) -> Codes:
@@ -259,6 +270,14 @@ def masked_transposed(root: Path) -> Checkpoint:
     return coded(base(root, "gpt2"), quant_formats, 0.4)
 
 
+def trellises(root: Path) -> Checkpoint:
+    """Trellis codes of every number of bits, of matrices shaped [in, out] and wider than one sequence."""
+    formats = {"c_attn": "trellis2", "attn.c_proj": "trellis3", "mlp.c_fc": "trellis4", "mlp.c_proj": "trellis2"}
+    return coded(
+        base(root, "gpt2", n_inner=272), {end: QuantFormat(name, transposed=True) for end, name in formats.items()}
+    )
+
+
 def factors(root: Path) -> Checkpoint:
     """Two thin matrices in place of one, of a layer with a bias and one without."""
     checkpoint = base(root, attention_bias=True)
@@ -368,6 +387,7 @@ MAKERS: dict[str, Callable[[Path], Checkpoint]] = {
     "windows": windows,
     "projections": projections,
     "kernels": kernels,
+    "trellises": trellises,
 }
 SHARDED = {"masked-transposed": 6_000, "widths": 8_000}
 

@@ -22,7 +22,7 @@ from compress.checkpoint.open import open_checkpoint
 from compress.checkpoint.storage import CHAINS, parts
 from compress.checkpoint.storage.compressed_tensors import write as compressed_tensors
 from compress.checkpoint.store import with_storage
-from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, QuantFormat
+from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, TRELLISES, QuantFormat
 from tests.checkpoint import golden
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/format.md").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def keys_of(data):
 def test_format_page_has_every_name_that_is_written(tmp_path):
     quoted = " ".join(re.findall(r"`([^`\n]+)`", PAGE))
     named = {*re.findall(r"[\w.\-]+", quoted), *re.findall(r"[\w\-]+", quoted)}
-    named |= {f"int{bits}" for bits in range(2, 7)} | set(CODEBOOKS)  # the page gives first and last
+    named |= {f"int{bits}" for bits in range(2, 7)} | {*CODEBOOKS, *TRELLISES}  # the page gives first and last
     written, suffixes = (
         {METADATA_KEY, "mask", *INPUT_ARRAYS, *INTEGERS, *FLOATS, *ACTIVATIONS, *EDIT_KINDS},
         set(),

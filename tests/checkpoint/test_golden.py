@@ -14,7 +14,7 @@ from compress.checkpoint.edits import EDIT_KINDS
 from compress.checkpoint.open import open_checkpoint, open_headers
 from compress.checkpoint.storage import CHAINS
 from compress.checkpoint.write import write_checkpoint
-from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS
+from compress.spec.formats import ACTIVATIONS, CODEBOOKS, FLOATS, INTEGERS, TRELLISES
 from tests.checkpoint import golden
 
 RECORDED = json.loads((golden.FOLDER / golden.EXPECTED).read_text())
@@ -45,7 +45,8 @@ def test_golden_covers_each_codec_and_edit():
     tensors = [tensor for spec in specs for tensor in spec.stored()]
     assert {tensor.storage for tensor in tensors} == set(CHAINS)
     quant_formats = {tensor.quant_format for tensor in tensors if tensor.quant_format is not None}
-    assert {quant_format.format for quant_format in quant_formats} == INTEGERS.keys() | FLOATS.keys() | CODEBOOKS.keys()
+    formats = {*INTEGERS, *FLOATS, *CODEBOOKS, *TRELLISES}
+    assert {quant_format.format for quant_format in quant_formats} == formats
     assert {quant_format.activations for quant_format in quant_formats} == {None, *ACTIVATIONS}
     assert {edit.kind for spec in specs for edit in spec.structure.edits} == EDIT_KINDS.keys()
     turned = {architectures.of(spec.structure.config).input_axis == 0 for spec in specs if spec.structure.edits}

@@ -10,9 +10,25 @@ from pydantic import AfterValidator, Field, model_validator
 from compress.passes.base import PassSettings
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
-from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
+from compress.spec.formats import FIXED_GROUPS, INTEGERS, TRELLISES, QuantFormat
 
-Format = Literal["bf16", "fp16", "fp32", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4", "trellis4", "trellis3", "trellis2"]
+Format = Literal[
+    "bf16",
+    "fp16",
+    "fp32",
+    "int8",
+    "int6",
+    "int5",
+    "int4",
+    "int3",
+    "int2",
+    "fp8",
+    "mxfp4",
+    "nvfp4",
+    "trellis4",
+    "trellis3",
+    "trellis2",
+]
 CodeFormat = Literal["int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4", "nvfp4"]
 #: Corrections after and before `gptq`, in the order in which they work.
 Correction = Literal["asymmetric", "alternating", "curvature"]
@@ -43,8 +59,9 @@ class CastSettings(PassSettings):
     weights: Format | None = Field(
         default=None,
         description="Format of the weights; or give a budget, `bits` or `max_bytes`. Floats (bf16, fp16, fp32) apply to "
-        "every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4) apply to the "
-        "matrices of blocks. Embeddings and head keep their format unless `overrides` names them.",
+        "every tensor and round to nearest even. Codes (int8 … int2; fp8, which is E4M3; mxfp4; nvfp4; trellis4 … trellis2) "
+        "apply to the matrices of blocks. Trellis codes (QTIP, arXiv 2406.11235) are the most accurate at 2 to 4 bits; only "
+        "`store: compact` holds them. Embeddings and head keep their format unless `overrides` names them.",
     )
     bits: float | None = Field(
         default=None,
@@ -142,6 +159,8 @@ class CastSettings(PassSettings):
         formats = self.formats_used
         if isinstance(self.group_size, int) and self.group_size < 1:
             raise ValueError("`group_size` is a number from 1 up, or `channel`")
+        if self.group_size is not None and formats & set(TRELLISES):
+            raise ValueError("trellis codes have one scale for each output: leave `group_size` out")
         if fixed := next((f for f in formats if f in FIXED_GROUPS and self.group_size is not None), None):
             raise ValueError(f"{fixed} has groups of {FIXED_GROUPS[fixed]}: leave `group_size` out")
         if self.activations is not None and formats - set(DTYPES) != {self.activations}:

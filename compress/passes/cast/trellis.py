@@ -26,7 +26,9 @@ class TrellisRounded:
     zero: torch.Tensor | None = None
     overall: torch.Tensor | None = None
 
-    def __init__(self, linear: TargetLinear, quant_format: QuantFormat, states: torch.Tensor, scale: torch.Tensor) -> None:
+    def __init__(
+        self, linear: TargetLinear, quant_format: QuantFormat, states: torch.Tensor, scale: torch.Tensor
+    ) -> None:
         self.linear, self.quant_format, self.codes, self.scale = linear, quant_format, states, scale
         self._stored: Codes | None = None
 

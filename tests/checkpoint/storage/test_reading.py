@@ -13,8 +13,9 @@ from compress.checkpoint.storage import CHAINS, encode, format_chain, parts
 from compress.checkpoint.storage.mask import MASKED
 from compress.checkpoint.storage.reading import decode, part_names
 from compress.checkpoint.store import needs_code, with_storage
-from compress.checkpoint.values import Value, canonical
+from compress.checkpoint.values import Codes, Value, canonical
 from compress.solvers.quant_format import dequantize, fit, to_codes
+from compress.solvers.trellis import trellis_nearest
 from compress.spec.formats import QuantFormat
 from compress.spec.spec import DENSE, Tensor
 
@@ -84,6 +85,23 @@ def test_codes_round_trip_in_every_store(format_, symmetric, transposed, outputs
         data, found = decode(encoded, chain, shape, chain[0] == "mask", quant_format.to_json())
         assert torch.equal(data, value.data)
         assert found is None or torch.equal(found, value.mask)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(20, 24), (300, 7), (16, 3, 5)])
+def test_trellis_codes_round_trip(bits, shape):
+    quant_format = QuantFormat(f"trellis{bits}")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits))
+    states, scale = trellis_nearest(weight.flatten(1), bits)
+    codes = Codes(states, scale.bfloat16())
+    tensor = Tensor("w", shape, "BF16", quant_format=quant_format, storage=format_chain(quant_format))
+    encoded = encode(Value(dequantize(codes).view(shape), None, codes), tensor)
+    for part in parts(tensor):
+        assert tuple(encoded[part.role].shape) == part.shape
+        assert encoded[part.role].nbytes == part.bytes
+    data, mask = decode(encoded, tensor.storage, shape, False, quant_format.to_json())
+    assert mask is None
+    assert torch.equal(data, dequantize(codes).view(shape))
 
 
 def test_mask_chain_is_taken_when_smaller():
