@@ -69,6 +69,8 @@ GPTQ = SolverMemory(hessians=1, weights=5, kept=2.1, in_parts=(1, 2, 11))
 #: GPTQ towards the original's outputs: also the input mismatch. Then QuantEase and YAQA, on parts of large matrices, with the
 #: feedback of errors.
 GPTQ_CORRECTED = SolverMemory(hessians=2, weights=5, kept=2.1, in_parts=(2, 1.25, 10))
+#: Trellis codes: the rotated Hessian, damped, and the factors of both. States are kept.
+TRELLIS = SolverMemory(hessians=5, weights=8, kept=2.1)
 #: Codebooks by weighted k-means and GPTQ. Codes are kept as floats and bytes.
 CODEBOOK = SolverMemory(hessians=4, weights=8, kept=5)
 #: Low-rank factors: the Hessian's eigenvectors and roots. Factors are kept.

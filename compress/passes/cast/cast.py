@@ -29,7 +29,7 @@ from compress.passes.cast.plan import (
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
 from compress.passes.work import CalibrationSize, Tuning, runner_work
-from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER
+from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, TRELLIS
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
 from compress.work import Work
@@ -144,24 +144,28 @@ class Cast(Pass[CastSettings]):
         names = [t.name for t in quant_formats]
         bytewise = all(t.quant_format is not None and INTEGERS.get(t.quant_format.format, 8) < 8 for t in quant_formats)
         kept = GPTQ.kept - bytewise
-        if not coarse or not (settings.error_correction or settings.reconstruction_epochs):
-            return max(measuring, runner_memory(spec, names, width, replace(GPTQ, kept=kept)))
+        formats = [t.quant_format for t in quant_formats if t.quant_format is not None]
+        trellis, correction = any(f.is_trellis for f in formats), settings.correction(formats)
+        if not coarse or not (correction or settings.reconstruction_epochs):
+            return max(measuring, runner_memory(spec, names, width, TRELLIS if trellis else replace(GPTQ, kept=kept)))
         runner = runner_memory(
             spec,
             names,
             width,
-            replace(GPTQ_CORRECTED, kept=kept),
+            TRELLIS if trellis else replace(GPTQ_CORRECTED, kept=kept),
             reconstruction="scales" if settings.reconstruction_epochs else None,
-            output_curvature="curvature" in settings.error_correction and model_map(spec).has_head,
+            output_curvature="curvature" in correction and model_map(spec).has_head,
         )
         return max(measuring, runner)
 
     def work(self, spec: Spec, settings: CastSettings, calibration: CalibrationSize | None) -> Work | None:
-        """Work of the block runner, or of rounding; None for a budget and for measured scales of a cache."""
+        """Work of the block runner, or of rounding; None for a budget, measured scales of a cache, and trellis codes."""
         if settings.budgeted or settings.static_cache or not model_map(spec).known:
             return None
         after = self.plan(spec, settings)
         coded = {t.name: t.quant_format for t in after.stored() if t.quant_format is not None}
+        if any(quant_format.is_trellis for quant_format in coded.values()):
+            return None
         if settings.solved:
             return _solved_work(spec, settings, coded, calibration)
         work = Work()
