@@ -116,7 +116,7 @@ def rotate(values: torch.Tensor, back: bool = False) -> torch.Tensor:
         pairs = turned.reshape(len(values), inputs // (2 * step), 2, step)
         turned = torch.cat([pairs[:, :, :1] + pairs[:, :, 1:], pairs[:, :, :1] - pairs[:, :, 1:]], 2)
         step *= 2
-    turned = turned.reshape(values.shape) * size**-0.5
+    turned = turned.reshape(values.shape) * float(size**-0.5)
     return turned * sign if back else turned
 
 
