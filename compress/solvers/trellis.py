@@ -24,8 +24,8 @@ _COLUMNS = 8
 _BLOCK = 128
 
 
-class Trellis:
-    """The trellis of ``bits`` bits a weight on a device."""
+class TrellisCoder:
+    """Finds codes of the trellis of ``bits`` bits a weight on a device."""
 
     def __init__(self, bits: int, device: torch.device) -> None:
         self.P, self.R = 1 << bits, 1 << (STATE_BITS - bits)
@@ -108,7 +108,7 @@ def row_scales(W_OI: torch.Tensor) -> torch.Tensor:
 def trellis_nearest(W_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """States, int16 [O, I], and scales [O, 1] of weights, float32, without calibration: least squares after rotation."""
     rotated = rotate(W_OI)
-    trellis, scale_O1 = Trellis(bits, W_OI.device), row_scales(rotated)
+    trellis, scale_O1 = TrellisCoder(bits, W_OI.device), row_scales(rotated)
     states_OI = trellis.columns(rotated.t().contiguous(), scale_O1[:, 0]).t().contiguous()
     values = trellis.values[states_OI.int()]
     return states_OI, (rotated * values).sum(1, keepdim=True) / values.square().sum(1, keepdim=True)
@@ -126,7 +126,7 @@ def trellis_gptq(
         U_II, order_I: factor and order of the rotated Hessian, as in `gptq.compensated`.
     """
     scale_O1 = row_scales(W_OI)
-    trellis, scale_O = Trellis(bits, W_OI.device), scale_O1[:, 0]
+    trellis, scale_O = TrellisCoder(bits, W_OI.device), scale_O1[:, 0]
     W_IO = W_OI.t()[order_I].contiguous()
     states_IO = torch.empty(W_IO.shape, dtype=torch.int16, device=W_OI.device)
     step = min(_COLUMNS, max(1, _AT_ONCE // len(sequences(len(W_OI)))))

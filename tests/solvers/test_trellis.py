@@ -9,7 +9,7 @@ import torch
 
 from compress.checkpoint.storage.trellis import rotate, sequences, state_values, states_of
 from compress.solvers.gptq import act_order_factor
-from compress.solvers.trellis import Trellis, trellis_gptq, trellis_nearest, values_of
+from compress.solvers.trellis import TrellisCoder, trellis_gptq, trellis_nearest, values_of
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +26,7 @@ def test_path_is_the_best_of_all_sequences() -> None:
         state = low * 4 + codes[:, n]
         error += weight[n] * (x[n] - state_values()[state][..., None]).square()
         low = state % 256
-    found = Trellis(2, x.device)._path(x, weight, None)
+    found = TrellisCoder(2, x.device)._path(x, weight, None)
     assert all((found[n] // 4 == found[n - 1] % 256).all() for n in (1, 2))
     least = error.flatten(0, 1).amin(0)
     torch.testing.assert_close((weight * (x - state_values()[found]).square()).sum(0), least)
@@ -59,7 +59,7 @@ def test_error_is_below_that_of_the_best_fixed_values(bits: int, most: float) ->
 def test_gptq_of_uncorrelated_inputs_rounds_to_nearest() -> None:
     weight = random(40, 24)
     states, _ = trellis_gptq(weight, torch.eye(24), torch.arange(24).flip(0), 2)
-    expected = Trellis(2, weight.device).columns(weight.t().contiguous(), weight.square().mean(1).sqrt()).t()
+    expected = TrellisCoder(2, weight.device).columns(weight.t().contiguous(), weight.square().mean(1).sqrt()).t()
     assert torch.equal(states, expected)
 
 
