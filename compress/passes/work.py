@@ -14,7 +14,6 @@ from compress.architectures.matrices import Linear, ModelBlock
 from compress.architectures.model_map import model_map
 from compress.blockwise.memory_budget import (
     FLOAT64_MAX_WIDTH,
-    GRADIENT_TOKENS,
     HELD_OUT,
     SAMPLES_PER_STEP,
     TOKENS_PER_BATCH,
@@ -66,7 +65,7 @@ def runner_work(
     *,
     factor: str | None,
     asymmetric: bool = False,
-    curvature: bool = False,
+    curvature: int = 0,
     tuning: Tuning | None = None,
 ) -> Work:
     """Return the work of a block runner that changes the tensors ``names``.
@@ -77,10 +76,10 @@ def runner_work(
 
     Args:
         solvers: kinds of work on each matrix. factor: kind of work on each Hessian; None for none.
-        curvature: measured gradients weigh output errors.
+        curvature: output errors are weighed by gradients of so many tokens; 0 for none.
     """
     mapped, result = model_map(spec), Work()
-    targets = tuning is not None or asymmetric or curvature
+    targets = tuning is not None or asymmetric or curvature > 0
     for block in mapped.blocks:
         one = _BlockWork(block, size, mapped.experts_per_token)
         changed = [x for x in block.linears if x.name in names and x.shared_with is None]
@@ -89,12 +88,12 @@ def runner_work(
         one.forward(1.0, _CHECKED * size.length)
         one.solve(changed, solvers, factor, 2 if asymmetric else 1)
         if curvature and mapped.has_head:
-            _curvature(one, changed, size)
+            _curvature(one, changed, min(size.tokens, curvature))
         if tuning is not None:
             one.tune(tuning)
         result.add_all(one.work)
     if curvature and (head := mapped.head_weight) is not None and mapped.has_head:
-        tokens = min(size.tokens, GRADIENT_TOKENS)
+        tokens = min(size.tokens, curvature)
         result.add("product", head.shape[0], head.shape[1], (1 + _BACK) * tokens)
         result.add("values", 0, 1, _LOGIT_VALUES * head.shape[0] * tokens)
     return result
@@ -175,9 +174,8 @@ class _BlockWork:
             self.work.add("values", 0, 1, 2.0 * steps * count)
 
 
-def _curvature(one: _BlockWork, changed: Sequence[Linear], size: CalibrationSize) -> None:
+def _curvature(one: _BlockWork, changed: Sequence[Linear], tokens: int) -> None:
     """Add gradients of the whole model at this block, then at its matrices' outputs, and their sums of products."""
-    tokens = min(size.tokens, GRADIENT_TOKENS)
     one.forward(2 + _BACK, tokens)
     one.forward(1 + _BACK, tokens)
     alone = [x for x in changed if one.experts(x) == 1 and not x.kernel]

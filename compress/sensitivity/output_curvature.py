@@ -49,6 +49,7 @@ class Gradients:
 
     Args:
         visitor: sees every block at work, also the first; gradients are then not kept, and a killed run starts again.
+        tokens: gradients of as many are measured, rounded up to whole samples.
 
     Attributes:
         first: number of the first block that has gradients; those of an encoder in front of a decoder have none.
@@ -57,12 +58,18 @@ class Gradients:
     """
 
     def __init__(
-        self, executor: BlockExecutor, workspace: Workspace, progress: Progress, visitor: Visitor | None = None
+        self,
+        executor: BlockExecutor,
+        workspace: Workspace,
+        progress: Progress,
+        visitor: Visitor | None = None,
+        *,
+        tokens: int = GRADIENT_TOKENS,
     ) -> None:
         self.executor, self.workspace, self.progress, self.known = executor, workspace, progress, False
         self._visitor, self._view = visitor, executor
         self.first = executor.streamed.lists[-1].first
-        self.samples = min(-(-GRADIENT_TOKENS // max(1, executor.inputs.length)), executor.samples)
+        self.samples = min(-(-tokens // max(1, executor.inputs.length)), executor.samples)
 
     def measure(self) -> None:
         """Run the model forwards and backwards, unless an earlier run has."""

@@ -31,7 +31,7 @@ from compress.solvers.hessian import damped, damped_diagonal
 from compress.solvers.memory import parts_of
 from compress.solvers.quant_format import Scales, dequantize, fit, integer_codes, scaled, to_codes
 from compress.solvers.quantease import quantease
-from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
+from compress.solvers.yaqa import gptq_kronecker, kronecker_error, refitted, shrunk, yaqa
 from compress.spec.formats import FIXED_GROUPS, QuantFormat
 from compress.spec.spec import Spec
 
@@ -48,8 +48,8 @@ class CastOptions:
         quant_formats: format of every tensor to cast.
         dtypes: dtypes of stored scales, by tensor.
         asymmetric: match the original's outputs on the original's inputs, if the runner has targets (GPTAQ).
-        alternating: after GPTQ, improve codes and scales in turns (QuantEase).
-        gradients: measured gradients weigh output errors by their effect on the prediction, as a last step (YAQA).
+        alternating: after GPTQ, improve codes and scales in turns (QuantEase; YAQA's descent where there are gradients).
+        gradients: measured gradients weigh output errors by their effect on the prediction (YAQA).
     """
 
     reconstruction: Reconstruction | None
@@ -175,7 +175,9 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
     )
     gradients = None
     if "curvature" in correction:
-        gradients = Gradients(runner.executor, context.workspace.folder("gradients"), context.progress)
+        gradients = Gradients(
+            runner.executor, context.workspace.folder("gradients"), context.progress, tokens=settings.curvature_tokens
+        )
     options = CastOptions(
         reconstruction, quant_formats, dtypes, "asymmetric" in correction, "alternating" in correction, gradients
     )
@@ -267,7 +269,7 @@ def _solve(
         codes, scales = _alternated(weight, updated_weights, damped_H, quant_format, scales, keep, rounds)
         del updated_weights
         if F is not None:
-            codes, scales = _coupled(weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep)
+            codes, scales = _coupled(weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating)
     row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
@@ -328,9 +330,11 @@ def _coupled(
     quant_format: QuantFormat,
     scales: Scales,
     keep: torch.Tensor | None,
+    alternating: bool,
 ) -> tuple[torch.Tensor, Scales]:
-    """Codes and scales refined under both curvatures, from the better of the given codes and those of Kronecker GPTQ.
+    """Codes and scales under both curvatures, from the better of the given codes and those of Kronecker GPTQ.
 
+    These are improved in turns if ``alternating``; else the scales are fitted once.
     Some outputs of a large matrix are refined at a time, while the errors E of the others are fixed. With F_pp the curvature of
     these outputs and F_pq that of these and others, tr(F E H Eᵀ) is least where tr(F_pp E' H E'ᵀ) is, with
     E' = E_p + F_pp⁻¹ F_pq E_q: the same problem with another target.
@@ -347,6 +351,9 @@ def _coupled(
         if kronecker_error(target, anew, part, H, F_pp) < kronecker_error(target, start, part, H, F_pp):
             start = anew
         del anew
-        start, part = yaqa(target, start, H, F_pp, quant_format, part, own)
+        if alternating:
+            start, part = yaqa(target, start, H, F_pp, quant_format, part, own)
+        else:
+            part = refitted(target, start, H, F_pp, quant_format, part)
         codes[rows], scales.scale[rows] = start.to(codes.dtype), part.scale
     return codes, scales

@@ -231,7 +231,7 @@ def _solved_work(
         ["gptq", *(["quantease"] if "alternating" in correction else [])],
         factor="factor",
         asymmetric="asymmetric" in correction,
-        curvature="curvature" in correction,
+        curvature=settings.curvature_tokens if "curvature" in correction else 0,
         tuning=Tuning(epochs, "scales") if epochs else None,
     )
 

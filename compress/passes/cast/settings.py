@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
+from compress.blockwise.memory_budget import GRADIENT_TOKENS
 from compress.passes.base import PassSettings
 from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import ByteSize, distinct
@@ -37,9 +38,9 @@ CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
 DTYPES: dict[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Defaults by effort: `fast` is GPTQ alone.
 EFFORTS = EffortDefaults(
-    fast={"error_correction": [], "reconstruction_epochs": 0},
-    balanced={"error_correction": ["asymmetric", "alternating"], "reconstruction_epochs": 0},
-    best={"error_correction": list(CORRECTIONS), "reconstruction_epochs": 1},
+    fast={"error_correction": [], "curvature_tokens": 4096, "reconstruction_epochs": 0},
+    balanced={"error_correction": ["asymmetric", "curvature"], "curvature_tokens": 4096, "reconstruction_epochs": 0},
+    best={"error_correction": list(CORRECTIONS), "curvature_tokens": GRADIENT_TOKENS, "reconstruction_epochs": 1},
 )
 #: Group sizes that a budget may choose instead of 64.
 _LARGER = ("128", "channel")
@@ -117,8 +118,13 @@ class CastSettings(PassSettings):
         "matches the original's outputs on the original's inputs, so it corrects the error of earlier layers (GPTAQ, arXiv "
         "2504.02692). `alternating`: improve codes and scales in turns (QuantEase, arXiv 2309.01885). `curvature`: weigh "
         "output errors by their effect on the loss (YAQA, arXiv 2505.22988). It needs a model that predicts tokens and is "
-        "skipped for others. It takes gradients of up to 32768 tokens, with one block in memory and one float per token, "
+        "skipped for others. It takes gradients of some tokens, with one block in memory and one float per token, "
         "hidden channel and block on disk. With an empty list and `reconstruction_epochs: 0`, GPTQ runs alone.",
+    )
+    curvature_tokens: int = Field(
+        default_factory=EFFORTS.of("curvature_tokens"),
+        ge=1,
+        description="Calibration tokens whose gradients `curvature` takes, at most.",
     )
     reconstruction_epochs: int = Field(
         default_factory=EFFORTS.of("reconstruction_epochs"),
