@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 STAMP  := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
+.PHONY: setup quickstart test test-unit test-all check bench bench-prune bench-distill bench-recover bench-share bench-structured bench-depth bench-cast bench-effort bench-versus bench-peers bench-scale bench-memory bench-gpu bench-rounded bench-attention families same-bytes docs clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,9 @@ bench-depth: $(STAMP)
 
 bench-cast: $(STAMP)
 	$(BIN)/python benchmarks/cast.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
+
+bench-effort: $(STAMP)
+	$(BIN)/python benchmarks/effort.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 # PEER= is the python of an environment of its own with llmcompressor
 bench-versus: $(STAMP)

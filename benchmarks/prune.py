@@ -2,7 +2,7 @@
 
 For each method and sparsity: the scores of benchmarks/scoring.py, the mean relative error of the layers, seconds.
 TRAIN is text, or token ids (``file.safetensors:name``). Figures of other tools (`benchmarks.peers`) stand beside ours, those of
-a method beside that method's and all beside the default's.
+a method beside that method's and all beside the best's.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda": {"method": "wanda", "reconstruction_epochs": 0},
     "sparsegpt": {"method": "sparsegpt", "reconstruction_epochs": 0},
     "alps": {"method": "alps", "reconstruction_epochs": 0},
-    "default": {},
+    "best": {"effort": "best"},
     "sparsegpt-owl": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "owl"},
     "sparsegpt-loss": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "kl"},
-    "default-loss": {"allocation": "kl"},
+    "best-loss": {"effort": "best", "allocation": "kl"},
 }
 
 
@@ -85,7 +85,7 @@ def main() -> None:
                 error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
                 rows.append([amount, method, *texts.cells(draws), error, f"{statistics.mean(seconds):.1f}"])
                 rows[-1].append(
-                    page.others(args.model, amount, None if "default" in method else method.partition("-")[0])
+                    page.others(args.model, amount, None if "best" in method else method.partition("-")[0])
                 )
                 print(*rows[-1], flush=True)
     finally:
@@ -95,13 +95,13 @@ def main() -> None:
         f"`{page.command('bench-prune', parser, args)}`: {page.environment()}",
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()}",
     ]
-    if any(method.startswith("default") for method in args.methods):
-        notes.append("`default` is the pass with its defaults: ALPS, then block reconstruction.")
+    if any(method.startswith("best") for method in args.methods):
+        notes.append("`best` is `effort: best`: ALPS, then block reconstruction.")
     if tried := [method for method in args.methods if "allocation" in METHODS[method]]:
         notes.append(f"{', '.join(f'`{m}`' for m in tried)}: with that `allocation`; the others are uniform.")
     notes.append("Seconds cover the whole call: loading, self-check and writing.")
     table = [
-        f"## Pruning {model}" + ("" if args.methods in (usual, ["default"]) else f": {', '.join(args.methods)}"),
+        f"## Pruning {model}" + ("" if args.methods in (usual, ["best"]) else f": {', '.join(args.methods)}"),
         "",
         " ".join(notes),
         "",

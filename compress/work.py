@@ -46,6 +46,7 @@ TERMS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "alps": ((1, 1), (1, 2), (0, 3)),
     "gptq": ((0, 1), (1, 1), (1, 2)),
     "quantease": ((0, 1), (1, 1), (1, 2)),
+    "kronecker": ((1, 0), (0, 1), (1, 2), (2, 1)),
     "yaqa": ((0, 1), (1, 1), (1, 2), (2, 1)),
     "spill": ((0, 1),),
     "calls": ((0, 1),),
@@ -59,7 +60,8 @@ _ROUGH: Mapping[str, tuple[float, ...]] = {
     "product": (0.0, 0.0, 2e-11), "hessian": (1e-9, 1e-11), "hessian_wide": (1e-11,), "values": (4e-10,),
     "attention": (5e-11,), "adam": (5e-9,), "factor": (2e-8, 4e-11), "factor_wide": (4e-11,), "eigen": (7e-8, 1.2e-10),
     "eigen_wide": (1.2e-10,), "wanda": (1e-8, 4e-11), "sparsegpt": (1e-5, 1.5e-8, 5e-11), "alps": (3e-7, 1e-9, 2e-10),
-    "gptq": (1e-5, 1.5e-8, 5e-11), "quantease": (7e-5, 2e-8, 1.6e-10), "yaqa": (5e-4, 0.0, 0.0, 1.2e-9),
+    "gptq": (1e-5, 1.5e-8, 5e-11), "quantease": (7e-5, 2e-8, 1.6e-10), "kronecker": (2e-4, 2e-4, 0.0, 4e-10),
+    "yaqa": (3e-4, 0.0, 0.0, 8e-10),
     "spill": (6e-10,), "calls": (2e-6,), "nearest": (1e-9,), "searched": (1e-8,), "disk": (4e-9,),
 }  # fmt: skip
 

@@ -206,11 +206,14 @@ class _Matrix:
     def quantease(self) -> None:
         quantease(self.weight, self.updated, self.held, _FORMAT, self.scales, None, _ROUNDS)
 
-    def yaqa(self) -> None:
+    def kronecker(self) -> None:
         F = shrunk(self.curvature.clone())
         anew = gptq_kronecker(self.weight, self.factor, self.order, F, _FORMAT, self.scales, None)
         for codes in (anew, self.codes):
             kronecker_error(self.weight, codes, self.scales, self.held, F)
+
+    def yaqa(self) -> None:
+        F = shrunk(self.curvature.clone())
         yaqa(self.weight, self.codes, self.held, F, _FORMAT, self.scales, None)
 
 
@@ -218,8 +221,8 @@ def _solvers() -> dict[str, list[SizeSeconds]]:
     rows: dict[str, list[SizeSeconds]] = {}
     for outputs, inputs in ((256, 256), (1024, 256), (256, 768), (768, 768)):
         matrix = _Matrix(torch.randn(outputs, inputs) / inputs**0.5, _hessian(inputs)[0])
-        for kind in ("wanda", "sparsegpt", "alps", "gptq", "quantease", "yaqa"):
-            most = 0.01 if kind in ("alps", "yaqa") else 0.1
+        for kind in ("wanda", "sparsegpt", "alps", "gptq", "quantease", "kronecker", "yaqa"):
+            most = 0.01 if kind in ("alps", "kronecker", "yaqa") else 0.1
             if kind != "alps" or outputs < 1024:
                 rows.setdefault(kind, []).append((outputs, inputs, _seconds(getattr(matrix, kind), most)))
     return rows

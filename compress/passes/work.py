@@ -88,7 +88,8 @@ def runner_work(
         one.forward(1.0, _CHECKED * size.length)
         one.solve(changed, solvers, factor, 2 if asymmetric else 1)
         if curvature and mapped.has_head:
-            _curvature(one, changed, min(size.tokens, curvature))
+            kinds = ["kronecker", *(["yaqa"] if "quantease" in solvers else [])]
+            _curvature(one, changed, min(size.tokens, curvature), kinds)
         if tuning is not None:
             one.tune(tuning)
         result.add_all(one.work)
@@ -174,8 +175,8 @@ class _BlockWork:
             self.work.add("values", 0, 1, 2.0 * steps * count)
 
 
-def _curvature(one: _BlockWork, changed: Sequence[Linear], tokens: int) -> None:
-    """Add gradients of the whole model at this block, then at its matrices' outputs, and their sums of products."""
+def _curvature(one: _BlockWork, changed: Sequence[Linear], tokens: int, kinds: Sequence[str]) -> None:
+    """Add gradients of the whole model at this block, then at its matrices' outputs, their sums of products, and solvers."""
     one.forward(2 + _BACK, tokens)
     one.forward(1 + _BACK, tokens)
     alone = [x for x in changed if one.experts(x) == 1 and not x.kernel]
@@ -184,4 +185,5 @@ def _curvature(one: _BlockWork, changed: Sequence[Linear], tokens: int) -> None:
         if fitting[x.O] > 0:
             fitting[x.O] -= 1
             one.work.add("product", x.O, x.O, tokens)
-            one.work.add("yaqa", x.O, x.I)
+            for kind in kinds:
+                one.work.add(kind, x.O, x.I)

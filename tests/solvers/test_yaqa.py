@@ -11,7 +11,7 @@ from compress.solvers.gptq import act_order_factor, gptq
 from compress.solvers.hessian import damped
 from compress.solvers.quant_format import Scales, code_range, fit, integer_codes
 from compress.solvers.quantease import quantease
-from compress.solvers.yaqa import _compatible_steps, gptq_kronecker, kronecker_error, shrunk, yaqa
+from compress.solvers.yaqa import _compatible_steps, gptq_kronecker, kronecker_error, refitted, shrunk, yaqa
 from compress.spec.formats import QuantFormat
 from tests.solvers.test_quantease import layer
 
@@ -77,6 +77,22 @@ def test_yaqa_lowers_error_until_no_single_code_helps(quant_format, pruned):
     else:
         values = codes * scales.scale.repeat_interleave(quant_format.group or W.shape[1], 1)
         assert torch.equal(codes, integer_codes(values, quant_format, scales))
+
+
+@pytest.mark.parametrize("quant_format", GRIDS, ids=str)
+def test_refitted_scales_lower_error_as_far_as_they_go(quant_format):
+    W, H, _, codes, scales = start(quant_format)
+    F = curvature(len(W))
+    before = cost(W, codes, scales, H, F)
+    found = refitted(W, codes, H, F, quant_format, scales)
+    assert found.zero is scales.zero
+    if quant_format.format == "mxfp4":
+        assert found is scales
+        return
+    assert cost(W, codes, found, H, F) < before
+    for share in (-0.1, 0.1):  # along the way it went, no other place is better
+        other = found._replace(scale=found.scale + share * (found.scale - scales.scale))
+        assert cost(W, codes, other, H, F) >= cost(W, codes, found, H, F) * (1 - 1e-6)
 
 
 def rounded_one_by_one(W, H, F, order_I, quant_format, scales, keep):
