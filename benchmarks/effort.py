@@ -68,7 +68,7 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table = [
-        f"## What an effort costs and gains: {Path(args.model).resolve().name}",
+        f"## What an effort costs and gains: {page.model_name(args.model)}",
         "",
         f"`{page.command('bench-effort', parser, args)}`: {page.environment()} "
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "

@@ -84,9 +84,7 @@ def main() -> None:
                     draws.append(texts.score(scratch / "out"))
                 error = f"{statistics.mean(e for e in errors if e is not None):.4f}" if errors else "–"
                 rows.append([amount, method, *texts.cells(draws), error, f"{statistics.mean(seconds):.1f}"])
-                rows[-1].append(
-                    page.others(args.model, amount, None if "best" in method else method.partition("-")[0])
-                )
+                rows[-1].append(page.others(args.model, amount, None if "best" in method else method.partition("-")[0]))
                 print(*rows[-1], flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

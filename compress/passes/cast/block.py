@@ -269,7 +269,9 @@ def _solve(
         codes, scales = _alternated(weight, updated_weights, damped_H, quant_format, scales, keep, rounds)
         del updated_weights
         if F is not None:
-            codes, scales = _coupled(weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating)
+            codes, scales = _coupled(
+                weight, codes, damped_H, shared, shrunk(F), quant_format, scales, keep, alternating
+            )
     row: dict[str, Any] = {"error": statistics.relative_error(weight, scaled(codes, scales.scale))}
     if shared["damping"] != 0.01:
         row["damping"] = shared["damping"]
