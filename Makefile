@@ -70,7 +70,7 @@ bench-share: $(STAMP)
 	$(BIN)/python benchmarks/share.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-structured: $(STAMP)
-	$(BIN)/python benchmarks/structured.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(if $(REFERENCE),--reference $(REFERENCE)) $(ARGS)
+	$(BIN)/python benchmarks/structured.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)
 
 bench-depth: $(STAMP)
 	$(BIN)/python benchmarks/depth.py $(if $(MODEL),--model $(MODEL)) $(if $(TRAIN),--train $(TRAIN)) $(if $(HELDOUT),--heldout $(HELDOUT)) $(ARGS)

@@ -1,15 +1,14 @@
-"""Held-out loss after removing units by simple scores, without repair: `benchmarks/simple_scores.py --output FILE`.
+"""Held-out loss after removing units by simple scores, without repair: `benchmarks/simple_scores.py [--model … --heldout …]`.
 
 The peer of benchmarks/structured.py, without this package's passes. Neurons and groups of heads go by the activation score of
 Minitron (arXiv 2407.14679): mean magnitude over the tokens of a sample, then the root of the sum of squares over samples, all
 on the original model. Blocks go by block influence (ShortGPT, arXiv 2403.03853). What goes is set to zero, which computes the
-same as a smaller model. FILE gets {"MLP 25%": ΔNLL, …}, which `make bench-structured REFERENCE=FILE` reads.
+same as a smaller model. The figures go to those of other tools on the model, which `make bench-structured` reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import scoring  # noqa: E402
+from benchmarks import page, scoring  # noqa: E402
 
 #: Kind of unit, and the share or number that goes.
 JOBS: dict[str, tuple[str, float]] = {
@@ -88,21 +87,20 @@ def main() -> None:
     scoring.options(parser)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
-    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     texts = scoring.held_out(args)
     ids = scoring.calibration_samples(args.model, args.train, args.samples).ids
     model = load_model(args.model, dtype="float32")
     groups = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)
-    found, result = scores(model, ids, groups), {}
+    found = scores(model, ids, groups)
     for job in args.jobs:
         model = load_model(args.model, dtype="float32")
         with torch.no_grad():
             remove(model, *JOBS[job], found)
         draw = texts.score(model)
-        result[job] = round(texts.rise(draw), 4)
+        row = {"tool": "simple score", "method": "no repair", "amount": job}
+        page.keep_peer(args.model, row | {"rise": round(texts.rise(draw), 4), "kl": round(texts.kl(draw), 4)})
         print(job, *texts.cells([draw]), flush=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 `make bench-structured [MODEL= TRAIN= HELDOUT=]`, a section of docs/benchmarks.md.
 
-The scores of benchmarks/scoring.py for each kind of removal: chosen by activation
-(or block influence) without repair, with least squares, and with the pass's defaults. With --speed also the time to read a
-prompt (logits of its last token alone) and to generate, and the peak memory, of a random Llama of 124 M parameters that loses
-half of its blocks' parameters; `--jobs --speed` measures and prints that alone.
-REFERENCE may name a JSON file with figures of other tools: {"MLP 25%": 0.0838, …}.
+The scores of benchmarks/scoring.py for each kind of removal and each effort of the pass; `simple` chooses by activation, or
+block influence, and repairs nothing. With --speed also the time to read a prompt (logits of its last token alone) and to
+generate, and the peak memory, of a random Llama of 124 M parameters that loses half of its blocks' parameters; `--jobs --speed`
+measures and prints that alone. What is done is kept in --results, where a run that was stopped goes on. `others` has
+the figures of benchmarks/simple_scores.py.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ JOBS: dict[str, dict[str, Any]] = {
     "MLP 25% uneven": {"mlp": 0.25, "allocation": "kl"},
     "MLP 50% uneven": {"mlp": 0.5, "allocation": "kl"},
     "heads 25%": {"heads": 0.25},
+    "1 KV group": {"kv_heads": 1},
     "1 block": {"layers": 1},
     "2 blocks": {"layers": 2},
     "3 blocks": {"layers": 3},
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "simple score, no repair": {
-        "importance": "activation",
-        "layer_importance": "block_influence",
-        "compensation": "none",
-    },
-    "least squares": {"compensation": "least_squares"},
-    "default": {},
+    "simple": {"importance": "activation", "layer_importance": "block_influence", "compensation": "none"},
+    "fast": {"effort": "fast"},
+    "balanced": {},
+    "best": {"effort": "best"},
 }
 
 
@@ -85,6 +83,28 @@ def speed(model: str) -> list[str]:
     ]
 
 
+def measured(args: argparse.Namespace, texts: scoring.HeldOut, job: str, way: str) -> list[str]:
+    """Scores and CPU seconds of one removal; by the usual effort on each draw of the calibration."""
+    import compress
+
+    draws, seconds = [], []
+    with tempfile.TemporaryDirectory(prefix="compress-bench-") as scratch:
+        for number, train in enumerate(args.train if way == "balanced" else args.train[:1]):
+            start = time.process_time()
+            compress.apply(
+                "prune_structured",
+                args.model,
+                f"{scratch}/{number}",
+                store="compact" if "uneven" in job else "stock",
+                **scoring.calibration(train, args.samples),
+                **JOBS[job],
+                **WAYS[way],
+            )
+            seconds.append(time.process_time() - start)
+            draws.append(texts.score(f"{scratch}/{number}"))
+    return [*texts.cells(draws), f"{statistics.mean(seconds):.0f}"]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -94,57 +114,39 @@ def main() -> None:
     )
     scoring.options(parser)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--reference", type=Path, help="figures of other tools, JSON")
+    parser.add_argument("--results", type=Path, default=ROOT / "out/bench-structured")
     parser.add_argument("--speed", action="store_true", help="measure time on a larger model too")
     parser.add_argument("--section", default="structured", help="of docs/benchmarks.md; '-' prints only")
     args = parser.parse_args()
     if not args.jobs:
         print("\n".join(speed(args.model)))
         return
-    import compress
-
-    reference = json.loads(args.reference.read_text()) if args.reference else {}
     texts = scoring.held_out(args)
+    file = args.results / f"{page.model_name(args.model)}-{args.samples}-{args.windows}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done: dict[str, list[str]] = json.loads(file.read_text()) if file.exists() else {}
     rows = []
-    scratch = Path(tempfile.mkdtemp(prefix="compress-bench-"))
-    try:
-        for job in args.jobs:
-            for way, settings in WAYS.items():
-                if way == "least squares" and "block" in job:
-                    continue  # nothing reads what is gone
-                draws, seconds = [], []
-                for train in args.train if way == "default" else args.train[:1]:
-                    shutil.rmtree(scratch / "out", ignore_errors=True)
-                    start = time.perf_counter()
-                    compress.apply(
-                        "prune_structured",
-                        args.model,
-                        scratch / "out",
-                        store="compact" if "uneven" in job else "stock",
-                        **scoring.calibration(train, args.samples),
-                        **JOBS[job],
-                        **settings,
-                    )
-                    seconds.append(time.perf_counter() - start)
-                    draws.append(texts.score(scratch / "out"))
-                others = [f"{reference[job]:.4f}" if job in reference else ""] if reference else []
-                rows.append([job, way, *texts.cells(draws), f"{statistics.mean(seconds):.1f}", *others])
-                print(*rows[-1], flush=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for job in args.jobs:
+        for way in args.ways:
+            key = f"{job}, {way}"
+            if key not in done:
+                done[key] = measured(args, texts, job, way)
+                file.write_text(json.dumps(done, indent=1))
+            rows.append([job, way, *done[key], page.others(args.model, job) if way == args.ways[-1] else ""])
+            print(*rows[-1], flush=True)
     table = [
-        f"## Removing units of {Path(args.model).name}",
+        f"## Removing units of {page.model_name(args.model)}",
         "",
         f"`{page.command('bench-structured', parser, args)}`: {page.environment()} "
         f"{args.samples} × {scoring.WINDOW} calibration tokens. {texts.note()} "
         "`uneven`: with `allocation: kl`. "
-        "`simple score, no repair` removes the least active neurons and heads, and the blocks that change their input "
-        "least. `default` is the pass with its defaults; seconds cover the whole call: loading, self-check and writing.",
+        "Ways are the efforts of the pass; `simple` removes the least active neurons and heads, and the blocks that change "
+        "their input least, and repairs nothing. CPU seconds cover the whole call: loading, self-check and "
+        "writing.",
         "",
-        *page.table(
-            ["removed", "way", *scoring.COLUMNS, "seconds", *(["others, no repair"] if reference else [])], rows
-        ),
+        *page.table(["removed", "way", *scoring.COLUMNS, "CPU s", "others, ΔNLL"], rows),
     ]
     page.deliver(args.section, table + (speed(args.model) if args.speed else []))
 

@@ -15,7 +15,15 @@ from compress.passes.effort import EFFORTS, Effort, EffortDefaults
 from compress.recipe import recipe_from_mapping, resolved
 
 #: Passes with the setting ▶ settings that they need.
-NEEDED: dict[str, dict[str, Any]] = {"cast": {"weights": "int4"}, "prune_unstructured": {"sparsity": "50%"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "carve_experts": {},
+    "cast": {"weights": "int4"},
+    "factorize": {"keep_parameters": "60%"},
+    "latent_attention": {"max_cache": "75%"},
+    "prune_structured": {"mlp": "25%"},
+    "prune_unstructured": {"sparsity": "50%"},
+    "share": {"groups": 2},
+}
 
 
 def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +77,9 @@ def test_plan_says_what_the_effort_chose() -> None:
     assert note(method="wanda") == ["effort best chooses `reconstruction_epochs: 5`"]
     assert note(method="wanda", reconstruction_epochs=1) == []
     assert note(method="magnitude") == []  # reads no data
+    structured = passes.get("prune_structured")
+    assert len(chosen_by_effort(structured, structured.settings(mlp=0.25))) == 1
+    assert chosen_by_effort(structured, structured.settings(mlp=0.25, compensation="none")) == []
     cast = passes.get("cast")
     assert chosen_by_effort(cast, cast.settings(weights="int3")) != []
     assert chosen_by_effort(cast, cast.settings(weights="int8")) == []

@@ -46,6 +46,10 @@ class CarveExperts(Pass[CarveExpertsSettings]):
         unset = settings.multiple_of is None and later.needed > 1
         return settings.model_copy(update={"multiple_of": later.needed}) if unset else settings
 
+    def depends_on_effort(self, settings: CarveExpertsSettings) -> bool:
+        """Where blocks are tuned, or could be with another effort."""
+        return settings.repair == "tune" or "repair" not in settings.model_fields_set
+
     def plan(self, spec: Spec, settings: CarveExpertsSettings) -> Spec:
         """Exact: sizes do not depend on data."""
         model_map(spec).require_one_list("leave the pass out")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Fraction, parse_share
 
 
@@ -22,9 +23,19 @@ ActiveShare = Annotated[
 ]
 
 
+#: Defaults by effort: `fast` trains nothing.
+EFFORTS = EffortDefaults(
+    fast={"repair": "least_squares", "tune_epochs": 1},
+    balanced={"repair": "tune", "tune_epochs": 3},
+    best={"repair": "tune", "tune_epochs": 10},
+)
+
+
 class CarveExpertsSettings(PassSettings):
     """Settings of `carve_experts`. ``only`` and ``skip`` name MLPs; those that are left out stay dense."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     active: ActiveShare = Field(
         default=0.5,
         description="Share of each MLP's neurons that a token uses. With `100%` the result computes what the model did.",
@@ -49,11 +60,15 @@ class CarveExpertsSettings(PassSettings):
         description="How experts are chosen for a token. `linear`: a matrix that learns each expert's share of the outputs.",
     )
     repair: Literal["none", "least_squares", "tune"] = Field(
-        default="tune",
+        default_factory=EFFORTS.of("repair"),
         description="How the weights make up for what a token no longer uses. `least_squares`: solve for the down projections. "
         "`tune`: do that, then train each block towards the original block's output.",
     )
-    tune_epochs: int = Field(default=10, ge=1, description="With `repair: tune`: epochs over the calibration data.")
+    tune_epochs: int = Field(
+        default_factory=EFFORTS.of("tune_epochs"),
+        ge=1,
+        description="With `repair: tune`: epochs over the calibration data.",
+    )
     tune_lr: float = Field(
         default=0.04, gt=0, lt=1, description="Learning rate of tuning, relative to the size of each tensor's values."
     )

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Fraction
+
+#: Defaults by effort: `fast` trains nothing and measures no divergence.
+EFFORTS = EffortDefaults(
+    fast={"allocation": "uniform", "reconstruction_epochs": 0},
+    balanced={"allocation": "kl", "reconstruction_epochs": 2},
+    best={"allocation": "kl", "reconstruction_epochs": 5},
+)
 
 
 class FactorizeSettings(PassSettings):
     """Settings of `factorize`."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     keep_parameters: Fraction | None = Field(
         default=None,
         description="Share of the chosen matrices' parameters that their factors have in total. The factors are those of least "
@@ -28,13 +38,13 @@ class FactorizeSettings(PassSettings):
         "M of a pattern N:M, and the groups of mxfp4, nvfp4 and `group_size`.",
     )
     allocation: Literal["kl", "uniform"] = Field(
-        default="kl",
+        default_factory=EFFORTS.of("allocation"),
         description="With `keep_parameters`: how ranks are distributed. `kl`: each matrix gets the rank of least KL "
         "divergence of the model's predictions, estimated from gradients with the whole model in memory; some matrices may "
         "stay whole. `uniform`: every matrix keeps the same share.",
     )
     reconstruction_epochs: int = Field(
-        default=5,
+        default_factory=EFFORTS.of("reconstruction_epochs"),
         ge=0,
         description="Epochs of block reconstruction (BRECQ, arXiv 2102.05426): each factorised block is trained towards the "
         "original block's output. 0 for none.",

@@ -43,6 +43,10 @@ class LatentAttention(Pass[LatentAttentionSettings]):
         "reconstruction: BRECQ, arXiv 2102.05426"
     )
 
+    def depends_on_effort(self, settings: LatentAttentionSettings) -> bool:
+        """Where blocks are tuned, or could be with another effort."""
+        return settings.repair == "tune" or "repair" not in settings.model_fields_set
+
     def plan(self, spec: Spec, settings: LatentAttentionSettings) -> Spec:
         """Exact with `keys` and `values`. With `max_cache` trials divide the numbers, so weights are an estimate."""
         if settings.only or settings.skip:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.architectures.conversions.latent import TARGETS
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Fraction
+
+#: Defaults by effort: `fast` trains nothing.
+EFFORTS = EffortDefaults(
+    fast={"repair": "none", "tune_epochs": 1},
+    balanced={"repair": "tune", "tune_epochs": 2},
+    best={"repair": "tune", "tune_epochs": 5},
+)
 
 
 class LatentAttentionSettings(PassSettings):
     """Settings of `latent_attention`."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     max_cache: Fraction | None = Field(
         default=None,
         description="Largest share of the original's numbers per token that is cached. Trials on calibration data divide them "
@@ -36,11 +46,15 @@ class LatentAttentionSettings(PassSettings):
         description=f"Model type of the result: {' or '.join(TARGETS)}, which compute the same. By default the first.",
     )
     repair: Literal["none", "tune"] = Field(
-        default="tune",
+        default_factory=EFFORTS.of("repair"),
         description="`tune` trains each block towards the original block's output on the calibration data; `none` leaves the "
         "weights as the components give them. `distill` after the pass repairs more.",
     )
-    tune_epochs: int = Field(default=5, ge=1, description="Passes over the calibration data of `repair: tune`.")
+    tune_epochs: int = Field(
+        default_factory=EFFORTS.of("tune_epochs"),
+        ge=1,
+        description="Passes over the calibration data of `repair: tune`.",
+    )
     tune_rate: float = Field(
         default=0.04,
         gt=0,

@@ -15,7 +15,7 @@ from compress.passes.blockwise import require_head, runner_memory, trials_memory
 from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.removable import alike, removable
-from compress.passes.prune_structured.settings import PruneStructuredSettings
+from compress.passes.prune_structured.settings import KINDS, PruneStructuredSettings
 from compress.solvers.memory import OBS, OBS_WITH_BIAS
 from compress.spec.spec import Spec
 
@@ -55,6 +55,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         """Calibration data, unless all blocks are named, or scored by weights alone, and nothing is repaired."""
         reads = _chosen_by_score(settings) or _by_gradient(settings) or _sweeps(settings)
         return self.needs if reads else frozenset()
+
+    def depends_on_effort(self, settings: PruneStructuredSettings) -> bool:
+        """Where blocks are reconstructed, or could be with another effort."""
+        return settings.compensation == "reconstruction" or "compensation" not in settings.model_fields_set
 
     def followed_by(self, settings: PruneStructuredSettings, later: InputMultiple) -> PruneStructuredSettings:
         """Choose multiples that later passes need and prefer, where none are given and any width changes."""
@@ -221,7 +225,10 @@ def _sweeps(settings: PruneStructuredSettings) -> bool:
     by_inputs = (widths and settings.importance in ("obs", "activation")) or (
         others and settings.importance != "magnitude"
     )
-    return settings.searched or settings.experts is not None or by_inputs or settings.compensation != "none"
+    repaired = settings.compensation == "reconstruction" or (
+        settings.compensation == "least_squares" and any(getattr(settings, kind) is not None for kind in KINDS[1:])
+    )
+    return settings.searched or settings.experts is not None or by_inputs or repaired
 
 
 def _require_class(source: str, spec: Spec, before: Spec) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from compress.passes.base import InputMultiple, PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 from compress.settings import Amount, ByteSize, Fraction, parse_amount
 
 
@@ -35,8 +36,19 @@ Layers = Annotated[
 ]
 
 
+#: Defaults by effort: `fast` trains nothing.
+EFFORTS = EffortDefaults(
+    fast={"compensation": "least_squares", "reconstruction_epochs": 1},
+    balanced={"compensation": "reconstruction", "reconstruction_epochs": 3},
+    best={"compensation": "reconstruction", "reconstruction_epochs": 10},
+)
+
+
 class PruneStructuredSettings(PassSettings):
     """Settings of `prune_structured`."""
+
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
 
     layers: Layers | None = Field(
         default=None,
@@ -132,13 +144,15 @@ class PruneStructuredSettings(PassSettings):
         "(ShortGPT, arXiv 2403.03853), from one pass over the data.",
     )
     compensation: Literal["reconstruction", "least_squares", "none"] = Field(
-        default="reconstruction",
+        default_factory=EFFORTS.of("compensation"),
         description="How the kept weights compensate for removed units. `least_squares`: solve for the weights that read "
         "the kept units, towards the original outputs. `reconstruction`: do that, then train each block towards the "
         "original block's output (BRECQ, arXiv 2102.05426). Both read calibration data. `none`: leave them unchanged.",
     )
     reconstruction_epochs: int = Field(
-        default=10, ge=1, description="With `compensation: reconstruction`: epochs over the calibration data."
+        default_factory=EFFORTS.of("reconstruction_epochs"),
+        ge=1,
+        description="With `compensation: reconstruction`: epochs over the calibration data.",
     )
     reconstruction_lr: float = Field(
         default=0.04,

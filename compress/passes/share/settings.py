@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.passes.base import PassSettings
+from compress.passes.effort import Effort, EffortDefaults
 
 BlockGroups = list[list[int]]
 
@@ -16,18 +17,24 @@ DEFAULT_RANK = 8
 
 
 Arrangement = Literal["best", "sequence", "cycle", "nearest"]
+#: Defaults by effort: `fast` tries nothing. Which arrangement wins differs by model, so the others try all.
+EFFORTS = EffortDefaults(
+    fast={"arrangement": "sequence"}, balanced={"arrangement": "best"}, best={"arrangement": "best"}
+)
 
 
 class ShareSettings(PassSettings):
     """Settings of `share`."""
 
+    efforts: ClassVar[EffortDefaults | None] = EFFORTS
+    effort: Effort = EFFORTS.setting()
     groups: int | BlockGroups | None = Field(
         default=None,
         description="Number of blocks to store; each is used by the same number of blocks. Or lists of block indices that "
         "share, such as [[1, 2], [3, 4]]; blocks in no list stay as they are.",
     )
     arrangement: Arrangement = Field(
-        default="best",
+        default_factory=EFFORTS.of("arrangement"),
         description="Which blocks share, if `groups` is a number. `sequence`: neighbours (0 1, 2 3). `cycle`: every n-th "
         "block (0 3, 1 4) (both in arXiv 2104.06022). `nearest`: the blocks whose outputs change least. `best`: the "
         "arrangement of these whose predictions on held-out calibration samples are nearest to the original's, with two "

@@ -48,6 +48,10 @@ class Share(Pass[ShareSettings]):
         "2209.04836; fisher: arXiv 2111.09832; codebooks: Deep Compression, arXiv 1510.00149, and SqueezeLLM, arXiv 2306.07629"
     )
 
+    def depends_on_effort(self, settings: ShareSettings) -> bool:
+        """Where the arrangement is chosen."""
+        return isinstance(settings.groups, int)
+
     def output_storage(self, settings: ShareSettings) -> frozenset[Storage]:
         """Floats; integers with codebooks, shared tensors with groups, factors with thin embeddings."""
         storage: set[Storage] = {"float"}
