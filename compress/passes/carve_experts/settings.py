@@ -26,7 +26,7 @@ ActiveShare = Annotated[
 #: Defaults by effort: `fast` trains nothing.
 EFFORTS = EffortDefaults(
     fast={"repair": "least_squares", "tune_epochs": 1},
-    balanced={"repair": "tune", "tune_epochs": 3},
+    balanced={"repair": "tune", "tune_epochs": 5},
     best={"repair": "tune", "tune_epochs": 10},
 )
 

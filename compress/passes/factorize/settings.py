@@ -13,7 +13,7 @@ from compress.settings import Fraction
 #: Defaults by effort: `fast` trains nothing and measures no divergence.
 EFFORTS = EffortDefaults(
     fast={"allocation": "uniform", "reconstruction_epochs": 0},
-    balanced={"allocation": "kl", "reconstruction_epochs": 2},
+    balanced={"allocation": "kl", "reconstruction_epochs": 3},
     best={"allocation": "kl", "reconstruction_epochs": 5},
 )
 

@@ -14,7 +14,7 @@ from compress.settings import Fraction
 #: Defaults by effort: `fast` trains nothing.
 EFFORTS = EffortDefaults(
     fast={"repair": "none", "tune_epochs": 1},
-    balanced={"repair": "tune", "tune_epochs": 2},
+    balanced={"repair": "tune", "tune_epochs": 3},
     best={"repair": "tune", "tune_epochs": 5},
 )
 

@@ -39,7 +39,7 @@ Layers = Annotated[
 #: Defaults by effort: `fast` trains nothing.
 EFFORTS = EffortDefaults(
     fast={"compensation": "least_squares", "reconstruction_epochs": 1},
-    balanced={"compensation": "reconstruction", "reconstruction_epochs": 3},
+    balanced={"compensation": "reconstruction", "reconstruction_epochs": 5},
     best={"compensation": "reconstruction", "reconstruction_epochs": 10},
 )
 
