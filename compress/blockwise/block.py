@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -20,6 +20,7 @@ from compress.blockwise.hessians import (
 )
 from compress.blockwise.linears import TargetLinear, group_linears
 from compress.blockwise.memory_budget import STATISTICS_BYTES
+from compress.blockwise.predictions import Predict
 from compress.blockwise.routed import marked, routing_lists
 from compress.blockwise.streamed import StopForward
 from compress.distributed import ProcessGroup
@@ -52,6 +53,10 @@ class BlockView(Protocol):
 
     def forward(self, index: int, module: Any, rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
         """Outputs of a loaded block for those samples and hidden states [len(rows), …]."""
+        ...
+
+    def predictions(self, index: int) -> AbstractContextManager[Predict | None]:
+        """Within, logits for hidden states behind a block; None where others than these decide them."""
         ...
 
     def batches(self, first: int | None = None) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from compress.blockwise.calls import BlockCalls
 from compress.blockwise.functional import projections_as_calls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
+from compress.blockwise.predictions import Predict, predictions_of
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.distributed import ProcessGroup
@@ -157,6 +159,10 @@ class BlockExecutor:
             return self.calls.returned(index, after)
 
         return self.streamed.predict(self.inputs.rows(rows), stub, extra)
+
+    def predictions(self, index: int) -> AbstractContextManager[Predict | None]:
+        """See `predictions_of`."""
+        return predictions_of(self, index)
 
     def open_stream(self, folder: Path, name: str, *, first: int | None = None, files: int = 2) -> BlockStreams:
         """Files for hidden states in front of blocks, of all samples or the first so many; nothing is written yet."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from compress.blockwise.block import Block
 from compress.blockwise.memory_budget import HELD_OUT, SAMPLES_PER_STEP
+from compress.blockwise.predictions import Predict, depends_on_hidden_alone, divergence
 from compress.blockwise.spilled import SpilledValues, spilling_backward
 
 #: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
@@ -30,11 +31,13 @@ class Reconstruction:
     Attributes:
         epochs: passes over the samples; 0 for none. rate: Adam's step, relative to the root mean square of each tensor.
         batch: samples per step.
+        predictions: train the last block towards the original's predictions, at lower rates, where it alone decides them.
     """
 
     epochs: int = 5
     rate: float = 0.04
     batch: int = SAMPLES_PER_STEP["floats"]
+    predictions: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def reconstruct_block(
 ) -> dict[str, Any]:
     """Train a block in place.
 
-    The loss is the mean squared difference to ``block.targets`` over their variance. The optimiser is Adam, with a rate that
+    The loss is the mean squared difference to ``block.targets`` over their variance; for predictions their mean KL divergence
+    from those that ``block.targets`` give, in nats per token. The optimiser is Adam, with a rate that
     falls linearly to zero. If the error on held-out samples does not fall, all tensors are restored and training starts again
     at a lower rate; if no rate lowers it, the block stays as it was.
 
@@ -75,37 +79,49 @@ def reconstruct_block(
         chain_gradients: called before every step; sets the gradients of ``trainable`` from those of the block's weights.
 
     Returns:
-        ``before`` and ``after``: relative error on the held-out samples; ``rate``: the last one tried; ``steps``: in all;
+        ``before`` and ``after``: that loss on the held-out samples; ``rate``: the last one tried; ``steps``: in all;
         ``kept``: whether the error fell; ``seconds``.
     """
     start = time.perf_counter()
     assert block.targets is not None
     if not block.runs:
         return {"before": 0.0, "after": 0.0, "rate": options.rate, "steps": 0, "kept": False, "seconds": 0.0}
+    with block.view.predictions(block.index) if options.predictions else nullcontext() as predict:
+        if predict is not None and not (
+            block.view.samples > 1 and depends_on_hidden_alone(predict, _target(block, [0]))
+        ):
+            predict = None
+        result = _reconstruct(block, options, trainable, project, chain_gradients, predict)
+    return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _reconstruct(
+    block: Block,
+    options: Reconstruction,
+    trainable: Sequence[TrainableTensor],
+    project: Callable[[], None],
+    chain_gradients: Callable[[], None] | None,
+    predict: Predict | None,
+) -> dict[str, Any]:
+    """Train, held out against restored tensors; see `reconstruct_block`. ``predict``: compare what it gives."""
     order = torch.Generator().manual_seed(block.view.seed * 1_000_003 + block.index)
     samples = torch.randperm(block.view.samples, generator=order).tolist()
     held = max(1, round(HELD_OUT * len(samples))) if len(samples) > 1 else 0
     test, train = samples[:held], samples[held:]
-    before, deviation = _error(block, test or train[:1])
+    before, deviation = _error(block, test or train[:1], predict)
     kept = SpilledValues(block.inputs.path.parent, [m.tensor for m in trainable])
-    rate, steps, after = options.rate, 0, before
-    for rate in (options.rate, options.rate / RETRY, options.rate / RETRY**2):
-        steps += _descend(block, options, rate, train, trainable, deviation, order, project, chain_gradients)
-        after = _error(block, test)[0] if test else 0.0
+    peak = options.rate if predict is None else options.rate / RETRY
+    rate, steps, after = peak, 0, before
+    for rate in (peak, peak / RETRY, peak / RETRY**2):
+        steps += _descend(block, options, rate, train, trainable, deviation, order, project, chain_gradients, predict)
+        after = _error(block, test, predict)[0] if test else 0.0
         if after < before or not test:
             break
         with torch.no_grad():
             kept.restore()
             project()
     kept.close()
-    return {
-        "before": before,
-        "after": after,
-        "rate": rate,
-        "steps": steps,
-        "kept": after < before or not test,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    return {"before": before, "after": after, "rate": rate, "steps": steps, "kept": after < before or not test}
 
 
 def _descend(
@@ -118,6 +134,7 @@ def _descend(
     order: torch.Generator,
     project: Callable[[], None],
     chain_gradients: Callable[[], None] | None,
+    predict: Predict | None,
 ) -> int:
     """Train for all epochs at that rate; the number of steps."""
     parameters = [p for p in block.module.parameters() if p.is_floating_point()]
@@ -131,7 +148,7 @@ def _descend(
                 for optimizer in optimizers.values():
                     (group,) = optimizer.param_groups
                     group["lr"] = group["peak"] * (1 - step / steps)
-                _gradients(block, rows, parameters, deviation)
+                _gradients(block, rows, parameters, deviation, predict)
                 with torch.no_grad():
                     if chain_gradients is not None:
                         chain_gradients()
@@ -184,14 +201,25 @@ def _with_gradients(
             p.grad = None
 
 
-def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.Parameter], deviation: float) -> None:
+def _gradients(
+    block: Block,
+    rows: Sequence[int],
+    parameters: Sequence[torch.nn.Parameter],
+    deviation: float,
+    predict: Predict | None,
+) -> None:
     """Add the gradients of the loss on those samples; of several processes each takes some of them."""
     processes = block.view.processes
     if own := processes.shard(rows):
         with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters):
-            output, target = _output_and_target(block, own)
-            loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
-            loss.backward()  # type: ignore[no-untyped-call]
+            if predict is None:
+                output, target = _output_and_target(block, own)
+                loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                output = block.forward(own, block.read_inputs(own))
+                gradients = _gradients_of_predictions(block, own, output.detach(), predict) / len(rows)
+                output.backward(gradients)  # type: ignore[no-untyped-call]
     if processes.world > 1:
         for p in parameters:
             if p.grad is None:
@@ -199,22 +227,51 @@ def _gradients(block: Block, rows: Sequence[int], parameters: Sequence[torch.nn.
             processes.all_reduce(p.grad)
 
 
+def _gradients_of_predictions(
+    block: Block, rows: Sequence[int], output: torch.Tensor, predict: Predict
+) -> torch.Tensor:
+    """Gradients of the samples' mean divergences by the block's output, shaped as that; logits of one sample at a time."""
+    output.requires_grad_(True)
+    for number, row in enumerate(rows):
+        total, tokens = _divergence(block, row, output[number : number + 1], predict)
+        (total / max(tokens, 1)).backward()  # type: ignore[no-untyped-call]
+    assert output.grad is not None
+    return output.grad
+
+
+def _divergence(block: Block, row: int, output: torch.Tensor, predict: Predict) -> tuple[torch.Tensor, int]:
+    """Divergence of a sample's predictions, summed over the tokens that count, and the number of these."""
+    with torch.no_grad():
+        expected = predict([row], _target(block, [row]))
+    mask = block.token_mask([row])
+    tokens = expected.shape[1] if mask is None else int(mask.sum())
+    return divergence(expected, predict([row], output), mask), tokens
+
+
+def _target(block: Block, rows: Sequence[int]) -> torch.Tensor:
+    assert block.targets is not None
+    return block.targets.read(rows).to(block.view.device)
+
+
 def _output_and_target(block: Block, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the block as it is, and target, of those samples; of padded ones the tokens that count."""
-    assert block.targets is not None
-    target = block.targets.read(rows).to(block.view.device)
+    target = _target(block, rows)
     output = block.forward(rows, block.read_inputs(rows))
     if (mask := block.token_mask(rows)) is not None:
         return output[mask], target[mask]
     return output, target
 
 
-def _error(block: Block, rows: Sequence[int]) -> tuple[float, float]:
-    """Squared error over the squared deviation of the targets, over all those samples; and the deviation per value."""
+def _error(block: Block, rows: Sequence[int], predict: Predict | None) -> tuple[float, float]:
+    """The loss over all those samples, and the deviation per value of the targets; 1 for predictions."""
     total, scale, count = 0.0, 0.0, 0
     own = block.view.processes.shard(rows)
     with torch.no_grad():
-        for start in range(0, len(own), 8):
+        for row in own if predict is not None else ():
+            assert predict is not None
+            lost, tokens = _divergence(block, row, block.forward([row], block.read_inputs([row])), predict)
+            total, scale, count = total + float(lost), scale + tokens, count + tokens
+        for start in range(0, len(own) if predict is None else 0, 8):
             output, target = _output_and_target(block, own[start : start + 8])
             total += float((output - target).float().square().sum())
             scale += float((target.float() - target.float().mean()).square().sum())

@@ -108,6 +108,8 @@ class PruneStructured(Pass[PruneStructuredSettings]):
         if tuned and _has_teacher(settings):
             largest = max(sum(t.count for t in block.stored()) for block in mapped.blocks)
             runner += width * (sum(t.count for t in mapped.outside) + largest)
+        if tuned and settings.reconstruction_target == "predictions":
+            runner += _prediction_memory(spec, width)
         loads = settings.searched or (_chosen_by_score(settings) and not trials)
         whole = (1 + settings.searched) * width * spec.parameters if loads else 0
         if settings.allocation == "kl":
@@ -211,6 +213,12 @@ def _gradient_memory(spec: Spec, width: int) -> int:
         width * sum(sum(t.shape) for t in matrices) + 3 * 4 * vocabulary
     )  # logits, their softmax, gradient
     return width * (spec.parameters + sum(t.count for t in matrices)) + activations
+
+
+def _prediction_memory(spec: Spec, width: int) -> int:
+    """Bytes of the largest table outside the blocks, the head at most, and five float32 logits of 1,024 tokens."""
+    head = max(model_map(spec).outside, key=lambda t: t.count)
+    return width * head.count + 1024 * 5 * 4 * head.shape[0]
 
 
 def _has_teacher(settings: PruneStructuredSettings) -> bool:

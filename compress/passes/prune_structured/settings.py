@@ -38,9 +38,9 @@ Layers = Annotated[
 
 #: Defaults by effort: `fast` trains nothing.
 EFFORTS = EffortDefaults(
-    fast={"compensation": "least_squares", "reconstruction_epochs": 1},
-    balanced={"compensation": "reconstruction", "reconstruction_epochs": 5},
-    best={"compensation": "reconstruction", "reconstruction_epochs": 10},
+    fast={"compensation": "least_squares", "reconstruction_epochs": 1, "reconstruction_target": "outputs"},
+    balanced={"compensation": "reconstruction", "reconstruction_epochs": 5, "reconstruction_target": "outputs"},
+    best={"compensation": "reconstruction", "reconstruction_epochs": 10, "reconstruction_target": "predictions"},
 )
 
 
@@ -153,6 +153,13 @@ class PruneStructuredSettings(PassSettings):
         default_factory=EFFORTS.of("reconstruction_epochs"),
         ge=1,
         description="With `compensation: reconstruction`: epochs over the calibration data.",
+    )
+    reconstruction_target: Literal["outputs", "predictions"] = Field(
+        default_factory=EFFORTS.of("reconstruction_target"),
+        description="With `compensation: reconstruction`: what the last block is trained towards, the original block's "
+        "`outputs` or the original's `predictions` of tokens. The other blocks are always trained towards outputs. "
+        "`predictions` holds the head and the logits of a sample in memory. Without effect with `hidden`, and on models "
+        "that do not predict the next token.",
     )
     reconstruction_lr: float = Field(
         default=0.04,

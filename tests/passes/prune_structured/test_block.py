@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from compress.blockwise.memory_budget import HELD_OUT
+from compress.blockwise.predictions import divergence
 from compress.checkpoint.open import open_checkpoint
 from compress.data.batches import Batches
 from compress.errors import PassError
@@ -80,6 +82,28 @@ def test_compensation_methods_lower_the_error_in_turn(family, folders, tmp_path)
         assert errors["least_squares"] < 1.01 * errors["none"]
         for name, error_before in layers["none"].items():
             assert layers["least_squares"][name] < 0.9 * error_before
+
+
+@pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "phi3", "gemma2"], tier=("llama",)))
+def test_last_block_is_trained_towards_predictions(family, folders, tmp_path):
+    """The last block's row holds the divergence of the whole model on the held-out samples; other blocks are as without it."""
+    original, settings = open_checkpoint(folders[family]), {"mlp": "50%", "effort": "best", "reconstruction_epochs": 2}
+    rows, folder = {}, {}
+    for target in ("outputs", "predictions"):
+        details: dict = {}
+        out = smaller(original, tmp_path / target, details=details, reconstruction_target=target, **settings)
+        rows[target], folder[target] = [block["tuning"] for block in details["blocks"]], out.folder
+    before, after = rows["outputs"], rows["predictions"]
+    assert [row["after"] for row in before[:-1]] == [row["after"] for row in after[:-1]]
+    order = torch.Generator().manual_seed(len(before) - 1)
+    held = IDS[torch.randperm(len(IDS), generator=order)[: round(HELD_OUT * len(IDS))]]
+    kl = {}
+    with torch.no_grad():
+        expected = load_model(folders[family])(input_ids=held).logits
+        for target, out in folder.items():
+            kl[target] = float(divergence(expected, load_model(out)(input_ids=held).logits, None)) / held.numel()
+    assert after[-1]["after"] == pytest.approx(kl["predictions"], rel=1e-3)
+    assert kl["predictions"] < after[-1]["before"]
 
 
 @pytest.mark.parametrize("family", pico.families(["llama", "gpt2", "mixtral", "bert"], tier=("llama", "mixtral")))

@@ -1,0 +1,53 @@
+"""The predictions of a model from hidden states behind its last block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compress.blockwise.executor import BlockExecutor
+
+#: Numbers of samples and hidden states behind the last block [len(rows), length, …] ▶ logits [len(rows), length, vocabulary].
+Predict = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def predictions_of(executor: BlockExecutor, index: int) -> Iterator[Predict | None]:
+    """Within, the head is loaded; yields the logits for hidden states behind block ``index``.
+
+    None where that is not the last block, or where the model predicts tokens from something else too.
+    """
+    streamed = executor.streamed
+    model: Any = streamed.model
+    has_head = streamed.record.has_head(executor.checkpoint.spec) and model.get_output_embeddings() is not None
+    if index != executor.depth - 1 or not has_head or executor.calls.is_left_out(index):
+        yield None
+        return
+
+    def predict(rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
+        return executor.logits(rows, hidden, {}).float()
+
+    with streamed.head():
+        yield predict
+
+
+def depends_on_hidden_alone(predict: Predict, hidden: torch.Tensor) -> bool:
+    """Whether two samples with the same hidden states [1, length, …] have the same predictions, one for each token."""
+    try:
+        with torch.no_grad():
+            first, second = predict([0], hidden), predict([1], hidden)
+    except (TypeError, IndexError, ValueError, AttributeError, KeyError):
+        return False
+    return first.ndim == 3 and first.shape[:2] == hidden.shape[:2] and torch.equal(first, second)
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """KL divergence of predictions, summed over the tokens that count; logits [n, length, vocabulary], mask [n, length]."""
+    kl = torch.nn.functional.kl_div(
+        after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    return kl.sum() if mask is None else kl[mask].sum()
