@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ from compress.blockwise.calls import BlockCalls
 from compress.blockwise.functional import projections_as_calls
 from compress.blockwise.inputs import Inputs
 from compress.blockwise.memory_budget import TOKENS_PER_BATCH
-from compress.blockwise.predictions import Predict, predictions_of
+from compress.blockwise.predictions import Predict
 from compress.blockwise.streamed import StreamedModel
 from compress.checkpoint.values import Checkpoint, torch_dtype
 from compress.distributed import ProcessGroup
@@ -160,9 +160,19 @@ class BlockExecutor:
 
         return self.streamed.predict(self.inputs.rows(rows), stub, extra)
 
-    def predictions(self, index: int) -> AbstractContextManager[Predict | None]:
-        """See `predictions_of`."""
-        return predictions_of(self, index)
+    @contextmanager
+    def predictions(self, index: int) -> Iterator[Predict | None]:
+        """Within, the head is loaded; yields the logits for hidden states behind block ``index``.
+
+        None where that is not the last block, or the model has no head that predicts tokens.
+        """
+        model: Any = self.streamed.model
+        has_head = self.streamed.record.has_head(self.checkpoint.spec) and model.get_output_embeddings() is not None
+        if index != self.depth - 1 or not has_head or self.calls.is_left_out(index):
+            yield None
+            return
+        with self.streamed.head():
+            yield lambda rows, hidden: self.logits(rows, hidden, {}).float()
 
     def open_stream(self, folder: Path, name: str, *, first: int | None = None, files: int = 2) -> BlockStreams:
         """Files for hidden states in front of blocks, of all samples or the first so many; nothing is written yet."""

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-if TYPE_CHECKING:
-    from compress.blockwise.executor import BlockExecutor
-
 #: Numbers of samples and hidden states behind the last block [len(rows), length, …] ▶ logits [len(rows), length, vocabulary].
 Predict = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
-
-
-@contextmanager
-def predictions_of(executor: BlockExecutor, index: int) -> Iterator[Predict | None]:
-    """Within, the head is loaded; yields the logits for hidden states behind block ``index``.
-
-    None where that is not the last block, or where the model predicts tokens from something else too.
-    """
-    streamed = executor.streamed
-    model: Any = streamed.model
-    has_head = streamed.record.has_head(executor.checkpoint.spec) and model.get_output_embeddings() is not None
-    if index != executor.depth - 1 or not has_head or executor.calls.is_left_out(index):
-        yield None
-        return
-
-    def predict(rows: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
-        return executor.logits(rows, hidden, {}).float()
-
-    with streamed.head():
-        yield predict
 
 
 def depends_on_hidden_alone(predict: Predict, hidden: torch.Tensor) -> bool:
