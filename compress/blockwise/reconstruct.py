@@ -22,6 +22,8 @@ from compress.blockwise.spilled import SpilledValues, spilling_backward
 
 #: Where the held-out error does not fall, training starts again at a rate so many times lower, at most twice.
 RETRY = 4
+#: Below this width of the hidden states products take too little of the time for bfloat16 to pay.
+_NARROW = 128
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,14 @@ class Reconstruction:
 
     Attributes:
         epochs: passes over the samples; 0 for none. rate: Adam's step, relative to the root mean square of each tensor.
-        batch: samples per step.
+        batch: samples per step. bfloat16: train with products in bfloat16, where the machine has units for them.
         predictions: train the last block towards the original's predictions, at lower rates, where it alone decides them.
     """
 
     epochs: int = 5
     rate: float = 0.04
     batch: int = SAMPLES_PER_STEP["floats"]
+    bfloat16: bool = True
     predictions: bool = False
 
 
@@ -139,6 +142,7 @@ def _descend(
     """Train for all epochs at that rate; the number of steps."""
     parameters = [p for p in block.module.parameters() if p.is_floating_point()]
     optimizers = {id(m.tensor): _adam(m, rate) for m in trainable}
+    reduced = options.bfloat16 and runs_in_bfloat16(block, train[:1])
     steps, step = options.epochs * -(-len(train) // options.batch), 0
     with _with_gradients(block, parameters, optimizers, keep=chain_gradients is not None):
         for _ in range(options.epochs):
@@ -148,7 +152,7 @@ def _descend(
                 for optimizer in optimizers.values():
                     (group,) = optimizer.param_groups
                     group["lr"] = group["peak"] * (1 - step / steps)
-                _gradients(block, rows, parameters, deviation, predict)
+                _gradients(block, rows, parameters, deviation, predict, reduced)
                 with torch.no_grad():
                     if chain_gradients is not None:
                         chain_gradients()
@@ -164,7 +168,7 @@ def _descend(
 def _adam(one: TrainableTensor, rate: float) -> torch.optim.Adam:
     """The optimiser of one tensor; what is computed on the way is as large as that tensor."""
     peak = rate * one.unit
-    return torch.optim.Adam([{"params": [one.tensor], "lr": peak, "peak": peak}], betas=(0.9, 0.95), foreach=True)
+    return torch.optim.Adam([{"params": [one.tensor], "lr": peak, "peak": peak}], betas=(0.9, 0.95), fused=True)
 
 
 @contextmanager
@@ -201,23 +205,49 @@ def _with_gradients(
             p.grad = None
 
 
+def runs_in_bfloat16(block: Block, rows: Sequence[int]) -> bool:
+    """Whether float32 products of a block may be in bfloat16: the machine has units, and the code copes with both dtypes."""
+    device, hidden = torch.device(block.view.device).type, block.read_inputs(rows)
+    if hidden.dtype != torch.float32 or hidden.shape[-1] < _NARROW or not _has_units(device):
+        return False
+    try:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            return bool(block.forward(rows, hidden).isfinite().all())
+    except RuntimeError:  # an operation that wants one dtype for all that it reads
+        return False
+
+
+def _has_units(device: str) -> bool:
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _gradients(
     block: Block,
     rows: Sequence[int],
     parameters: Sequence[torch.nn.Parameter],
     deviation: float,
     predict: Predict | None,
+    reduced: bool,
 ) -> None:
-    """Add the gradients of the loss on those samples; of several processes each takes some of them."""
+    """Add the gradients of the loss on those samples; of several processes each takes some of them.
+
+    Args:
+        reduced: the block's products are in bfloat16; sums, weights and their gradients are as they were.
+    """
     processes = block.view.processes
     if own := processes.shard(rows):
         with torch.enable_grad(), spilling_backward(block.inputs.path.parent, parameters):
+            products = torch.autocast(torch.device(block.view.device).type, torch.bfloat16, enabled=reduced)
             if predict is None:
-                output, target = _output_and_target(block, own)
+                with products:
+                    output, target = _output_and_target(block, own)
                 loss = (output - target).float().square().mean() / deviation * (len(own) / len(rows))
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
-                output = block.forward(own, block.read_inputs(own))
+                with products:
+                    output = block.forward(own, block.read_inputs(own))
                 gradients = _gradients_of_predictions(block, own, output.detach(), predict) / len(rows)
                 output.backward(gradients)  # type: ignore[no-untyped-call]
     if processes.world > 1:

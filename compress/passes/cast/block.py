@@ -158,7 +158,9 @@ def cast_blocks(checkpoint: Checkpoint, spec: Spec, settings: CastSettings, cont
         return checkpoint.tensor
     coarse = any(quant_format.bits < FINE for quant_format in quant_formats.values())
     reconstruction = (
-        Reconstruction(settings.reconstruction_epochs, settings.reconstruction_lr, SAMPLES_PER_STEP["scales"])
+        Reconstruction(
+            settings.reconstruction_epochs, settings.reconstruction_lr, SAMPLES_PER_STEP["scales"], bfloat16=False
+        )
         if settings.reconstruction_epochs and coarse
         else None
     )
