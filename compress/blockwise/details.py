@@ -45,7 +45,7 @@ class BlockDetails(TypedDict):
 
     Attributes:
         tensors: its matrices by name. tuning: its reconstruction. experts: tokens by expert.
-        kept, saliency, importance, outliers, energies, router_mass: results that a pass reads from the rows and removes.
+        kept, saliency, importance, outliers, divergence, energies, router_mass: results that a pass reads from the rows and removes.
     """
 
     block: int
@@ -57,5 +57,6 @@ class BlockDetails(TypedDict):
     saliency: NotRequired[Any]
     importance: NotRequired[Any]
     outliers: NotRequired[Any]
+    divergence: NotRequired[Any]
     energies: NotRequired[Any]
     router_mass: NotRequired[float]

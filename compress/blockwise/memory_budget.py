@@ -17,6 +17,10 @@ STATISTICS_BYTES = 1 << 30
 GRADIENT_TOKENS = 32768
 #: Bytes of output curvatures to hold for one block; the matrices with most outputs gain least from them.
 CURVATURE_BYTES = 512 << 20
+#: Bytes of changes on trial that are measured in one pass of the samples; one group's changes may exceed it.
+PROBE_BYTES = 512 << 20
+#: Tokens that divergences of changes on trial are measured on.
+PROBE_TOKENS = 8192
 #: Share of the samples that block reconstruction holds out to see whether the error falls; at least one.
 HELD_OUT = 1 / 16
 #: Samples of a step of block reconstruction, where weights and where scales of codes are trained.

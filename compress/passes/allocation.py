@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from compress.architectures.model_map import model_map
+from compress.blockwise.memory_budget import PROBE_BYTES
 from compress.errors import PassError
 from compress.spec.spec import Spec
 
@@ -46,3 +47,12 @@ def require_divergence(
 def divergence_memory(spec: Spec, names: Collection[str]) -> int:
     """Bytes for measuring divergences: the model in float32, and the change of every probe in bfloat16."""
     return 4 * spec.parameters + 2 * (2 * STEPS + 1) * sum(spec.tensors[name].count for name in names)
+
+
+def probes_memory(spec: Spec, names: Collection[str]) -> int:
+    """Bytes of the changes of a block's matrices, in bfloat16, that wait to be measured together."""
+    peak = 0
+    for one in model_map(spec).blocks:
+        sizes = [2 * (2 * STEPS + 1) * x.tensor.count // max(1, x.experts) for x in one.linears if x.name in names]
+        peak = max(peak, min(sum(sizes), max(PROBE_BYTES, max(sizes, default=0))))
+    return peak

@@ -94,7 +94,7 @@ def divergences(
     sums = {name: dict.fromkeys(row, 0.0) for name, row in deltas.items()}
     handles = []
     for name, linear in linears.items():
-        users = [user for source, user in _users(mapped, names) if source == name and user != name]
+        users = [user for source, user in users_of(mapped, names) if source == name and user != name]
         shared = (mapped.in_memory(user.removesuffix(".weight")) for user in users)
         for module in [linear.module, *map(model.get_submodule, shared)]:
             handles.append(module.register_forward_hook(_product_hook(deltas[name], sums[name])))
@@ -109,7 +109,7 @@ def divergences(
     for handle in handles:
         handle.remove()
     divergence = {name: {o: 0.5 * total / max(tokens, 1) for o, total in row.items()} for name, row in sums.items()}
-    divergence = _by_tensor(linears, _with_cold_experts(mapped, linears, divergence))
+    divergence = by_tensor(linears, with_cold_experts(mapped, linears, divergence))
     return divergence, [list(dict.fromkeys(linear.tensor for linear in group)) for group in groups]
 
 
@@ -153,7 +153,7 @@ def _deltas(
     return deltas
 
 
-def _by_tensor(
+def by_tensor(
     linears: Mapping[str, TargetLinear], divergence: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
     """Divergences by tensor: the sum of its matrices'."""
@@ -165,7 +165,7 @@ def _by_tensor(
     return totals
 
 
-def _with_cold_experts(
+def with_cold_experts(
     mapped: ModelMap, linears: Mapping[str, TargetLinear], divergence: dict[str, dict[str, float]]
 ) -> dict[str, dict[str, float]]:
     """Divergences where an expert that no token reached has the mean of the block's other experts, not none."""
@@ -183,7 +183,7 @@ def _with_cold_experts(
     return divergence
 
 
-def _users(mapped: ModelMap, names: Sequence[str]) -> list[tuple[str, str]]:
+def users_of(mapped: ModelMap, names: Sequence[str]) -> list[tuple[str, str]]:
     """Each tensor with each name that it has: its own, and those of blocks that share it."""
     known = set(names)
     aliases = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from compress.passes.allocation import SPARSITY, probe_sparsities
+from compress.passes.allocation import probe_sparsities
 from compress.passes.base import Context
-from compress.passes.blockwise import measured_divergences, open_runner
+from compress.passes.blockwise import open_runner
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -29,42 +29,42 @@ def by_divergence(
     """Sparsity of every tensor, for the least divergence of the model's predictions. Each matrix is measured alone.
 
     Probes are pruned by Wanda if that is the method, else by SparseGPT, each matrix on the inputs of the unpruned model.
+    Tensors that are not measured are pruned to the common sparsity.
     """
     levels = probe_sparsities(sparsity)
     workspace = context.workspace.folder("loss")
 
     def measured() -> dict[str, Any] | None:
-        from compress.passes.prune_unstructured.block import probe_pruning
+        from compress.blockwise.memory_budget import PROBE_TOKENS
+        from compress.passes.prune_unstructured.divergence import pruning_divergences
+        from compress.sensitivity.output_curvature import Gradients
 
-        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False)
-        read = probe_pruning(runner, "wanda" if method == "wanda" else "sparsegpt", levels)
-        return None if context.processes.rank else _shares(checkpoint, sorted(names), levels, sparsity, read, context)
+        runner = open_runner(checkpoint, names, context, workspace=workspace, with_targets=False, leave=names)
+        folder = workspace.folder("gradients")
+        gradients = Gradients(runner.executor, folder, context.progress, tokens=PROBE_TOKENS)
+        losses = pruning_divergences(runner, gradients, "wanda" if method == "wanda" else "sparsegpt", levels)
+        return None if context.processes.rank else _shares(checkpoint, losses, levels, sparsity)
 
     allocation = context.workspace.cached("allocation", measured)
     workspace.remove()
     context.details["allocation"] = allocation
-    shares: dict[str, float] = allocation["sparsity"]
-    return shares
+    return {**dict.fromkeys(names, sparsity), **allocation["sparsity"]}
 
 
 def _shares(
-    checkpoint: Checkpoint,
-    names: list[str],
-    levels: list[float],
-    sparsity: float,
-    read: Any,
-    context: Context,
+    checkpoint: Checkpoint, losses: Mapping[str, list[float]], levels: list[float], sparsity: float
 ) -> dict[str, Any]:
+    """Sparsity of the measured tensors, and what was measured, by sparsity."""
     from compress.solvers.sparsity_allocation import allocate_sparsity
 
-    losses, _ = measured_divergences(checkpoint, names, lambda linear, _: read(linear.name), SPARSITY, context)
+    names = sorted(losses)
     tensors = [checkpoint.spec.tensors[name] for name in names]
     sizes = [t.count for t in tensors]
     most = [t.count if t.kept is None else t.kept for t in tensors]
-    rows = [list(losses[name].values()) for name in names]
+    rows = [losses[name] for name in names]
     kept = allocate_sparsity(sizes, most, levels, rows, sum(sizes) - round(sparsity * sum(sizes)))
     shares = {n: 1 - k / size for n, k, size in zip(names, kept, sizes, strict=True)}
     return {
         "sparsity": shares,
-        "divergence": {n: dict(zip(map(str, levels), losses[n].values(), strict=True)) for n in names},
+        "divergence": {name: dict(zip(map(str, levels), losses[name], strict=True)) for name in names},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from compress.blockwise.asymmetric import InputMismatch, symmetric_statistics
 from compress.blockwise.block import Block
 from compress.blockwise.hessians import InputStatistics
 from compress.blockwise.linears import TargetLinear
-from compress.blockwise.probe import probe_matrices
 from compress.blockwise.reconstruct import Reconstruction, reconstruct_block, trainable_floats
 from compress.blockwise.results import TensorExtras, extras_by_tensor
 from compress.blockwise.runner import BlockRunner
@@ -68,23 +67,21 @@ def owl_allocation(runner: BlockRunner, sparsity: float) -> tuple[dict[str, floa
     return by_name, {"outlier_share": ratios, "sparsity": chosen}
 
 
-def probe_pruning(
-    runner: BlockRunner, method: Method, sparsities: Sequence[float]
-) -> Callable[[str], dict[str, torch.Tensor]]:
-    """Change ΔW of each matrix if it alone were pruned, by number of the sparsity; see `probe.probe_matrices`."""
-
-    def measure(block: Block) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        for group, statistics, _ in block.statistics():
-            shared: dict[str, Any] = {}
-            for linear in group if not block.view.processes.rank else ():
-                earlier, changes = block.earlier_mask(linear), {}
-                for number, sparsity in enumerate(sparsities):
-                    options = PruneOptions(method, {linear.tensor: sparsity}, None, None)
-                    weight, mask, _ = _solve(linear, statistics, options, earlier, shared)
-                    changes[str(number)] = weight.masked_fill(~mask, 0) - linear.weight
-                yield linear.name, changes
-
-    return probe_matrices(runner, "pruning on trial", measure)[0]
+def pruned_on_trial(
+    block: Block,
+    linear: TargetLinear,
+    statistics: InputStatistics,
+    method: Method,
+    sparsities: Sequence[float],
+    shared: dict[str, Any],
+) -> list[torch.Tensor]:
+    """Change ΔW [O, I] of a matrix at each sparsity, bfloat16; ``shared`` is that of `_solve`."""
+    earlier, changes = block.earlier_mask(linear), []
+    for sparsity in sparsities:
+        options = PruneOptions(method, {linear.tensor: sparsity}, None, None)
+        weight, mask, _ = _solve(linear, statistics, options, earlier, shared)
+        changes.append((weight.masked_fill(~mask, 0) - linear.weight).bfloat16())
+    return changes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from compress.passes.blockwise import open_runner
 from compress.passes.prune_unstructured.allocation import by_divergence, by_owl
 from compress.passes.prune_unstructured.block import PruneOptions, prune_block
 from compress.passes.prune_unstructured.magnitude import magnitude_mask
-from compress.passes.prune_unstructured.plan import with_counts
+from compress.passes.prune_unstructured.plan import allocation_of, with_counts
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.spec.spec import Spec
 
@@ -34,9 +34,10 @@ def prune_blocks(
         else None
     )
     sparsity = None if settings.sparsity is None else dict.fromkeys(chosen, settings.sparsity)
-    if settings.allocation != "uniform":
+    allocation = allocation_of(checkpoint.spec, settings)
+    if allocation != "uniform":
         assert settings.sparsity is not None
-        if settings.allocation == "owl":
+        if allocation == "owl":
             linears = model_map(checkpoint.spec).linears
             inside = {name for name in chosen if linears[name].block is not None}
             shares = by_owl(checkpoint, inside, settings.sparsity, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from compress.architectures.model_map import Linear, model_map
 from compress.errors import PassError
@@ -36,9 +37,17 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
         # layers between stages are pruned by magnitude, beside blocks that are calibrated
         inside = {name for name in names if mapped.linears[name].block is not None or not mapped.linears[name].is_layer}
         mapped.require_inside_blocks(inside or names)
-    if settings.allocation == "kl":
+    if allocation_of(spec, settings) == "kl":
         require_divergence(spec, names)
     return names
+
+
+def allocation_of(spec: Spec, settings: PruneUnstructuredSettings) -> Literal["uniform", "owl", "kl"]:
+    """The allocation that ``auto`` stands for: by divergence, where there is something to allocate and predictions to measure."""
+    if settings.allocation != "auto":
+        return settings.allocation
+    allocates = settings.sparsity is not None and settings.method != "magnitude"
+    return "kl" if allocates and model_map(spec).has_head else "uniform"
 
 
 def _odd(linears: list[Linear], m: int) -> PassError:
@@ -61,7 +70,7 @@ def _layers_first(linears: list[Linear]) -> list[Linear]:
 
 def is_exact(spec: Spec, chosen: frozenset[str], settings: PruneUnstructuredSettings) -> bool:
     """Whether the number of weights that each matrix keeps is known before any weight is read."""
-    if settings.allocation != "uniform" or settings.scope == "global":
+    if allocation_of(spec, settings) != "uniform" or settings.scope == "global":
         return False
     if not all(_halves_fit(model_map(spec).linears[name], settings) for name in chosen):
         return False

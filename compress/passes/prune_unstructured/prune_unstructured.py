@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.architectures.model_map import model_map
 from compress.errors import PassError
-from compress.passes.allocation import divergence_memory
+from compress.passes.allocation import probes_memory
 from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Storage
 from compress.passes.blockwise import runner_memory
-from compress.passes.prune_unstructured.plan import is_exact, kept_weights, targets
+from compress.passes.prune_unstructured.plan import allocation_of, is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
 from compress.passes.work import CalibrationSize, Tuning, runner_work
 from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
@@ -87,10 +87,10 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         chosen = targets(spec, settings)
         reconstruction: Literal["floats"] | None = "floats" if settings.reconstruction_epochs else None
         runner = runner_memory(spec, chosen, width, solver, reconstruction=reconstruction)
-        if settings.allocation != "kl":
+        if allocation_of(spec, settings) != "kl":
             return runner
-        assert settings.sparsity is not None
-        return max(runner, divergence_memory(spec, chosen))
+        probing = runner_memory(spec, chosen, width, WANDA if settings.method == "wanda" else SPARSEGPT, output_curvature=True)
+        return max(runner, probing + probes_memory(spec, chosen))
 
     def work(self, spec: Spec, settings: PruneUnstructuredSettings, calibration: CalibrationSize | None) -> Work | None:
         """Work of the block runner; sorting magnitudes; None for an allocation that is measured."""
@@ -99,7 +99,7 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
             work = Work()
             work.add("values", 0, 1, _SORTING * sum(spec.tensors[name].count for name in chosen))
             return work
-        if settings.allocation != "uniform" or calibration is None or not model_map(spec).known:
+        if allocation_of(spec, settings) != "uniform" or calibration is None or not model_map(spec).known:
             return None
         factor = {"wanda": None, "sparsegpt": "factor", "alps": "eigen"}[settings.method]
         epochs = settings.reconstruction_epochs

@@ -12,9 +12,9 @@ from compress.settings import Fraction, PatternNM
 
 #: Defaults by effort: `fast` is SparseGPT alone.
 EFFORTS = EffortDefaults(
-    fast={"method": "sparsegpt", "reconstruction_epochs": 0},
-    balanced={"method": "sparsegpt", "reconstruction_epochs": 1},
-    best={"method": "alps", "reconstruction_epochs": 5},
+    fast={"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "uniform"},
+    balanced={"method": "sparsegpt", "reconstruction_epochs": 1, "allocation": "uniform"},
+    best={"method": "alps", "reconstruction_epochs": 5, "allocation": "auto"},
 )
 
 
@@ -44,12 +44,13 @@ class PruneUnstructuredSettings(PassSettings):
         description="With `method: magnitude`: one threshold for each weight matrix (`layer`), or one for all of them "
         "(`global`).",
     )
-    allocation: Literal["uniform", "owl", "kl"] = Field(
-        default="uniform",
+    allocation: Literal["auto", "uniform", "owl", "kl"] = Field(
+        default_factory=EFFORTS.of("allocation"),
         description="How the sparsity is distributed over the matrices. `uniform`: the same everywhere. `owl`: blocks with "
         "more outliers are pruned less (OWL, arXiv 2310.05175). `kl`: each matrix by the KL divergence of the model's "
-        "predictions that its pruning causes, estimated from gradients with the whole model in memory. The total stays the "
-        "same. `owl` and `kl` read calibration data.",
+        "predictions that its pruning causes, estimated from gradients with one block in memory; convolutions, and an encoder in "
+        "front of a decoder, have the common sparsity. `auto`: `kl` where `sparsity` is given and the model predicts tokens, else "
+        "`uniform`. The total stays the same. `owl` and `kl` read calibration data.",
     )
     reconstruction_epochs: int = Field(
         default_factory=EFFORTS.of("reconstruction_epochs"),
@@ -71,7 +72,7 @@ class PruneUnstructuredSettings(PassSettings):
             raise ValueError("give either `sparsity` or `pattern`")
         if self.pattern is not None and self.scope == "global":
             raise ValueError("`scope: global` goes with `sparsity`, not with `pattern`")
-        if self.allocation != "uniform" and (self.method == "magnitude" or self.sparsity is None):
+        if self.allocation in ("owl", "kl") and (self.method == "magnitude" or self.sparsity is None):
             raise ValueError("`allocation` goes with `sparsity` and with a method that reads calibration data")
         if self.method != "magnitude" and self.scope == "global":
             raise ValueError("`scope: global` goes with `method: magnitude`")

@@ -50,7 +50,7 @@ def test_allocation_by_loss_prunes_idle_blocks_most(method, idle_block, data, tm
 
 
 def test_allocation_by_loss_beats_uniform_and_resumes(idle_block, data, tmp_path, monkeypatch):
-    from compress.sensitivity import matrices
+    from compress.passes.prune_unstructured import divergence
 
     checkpoint, results = open_checkpoint(idle_block), []
     for i, allocation in enumerate(("uniform", "kl", "kl")):
@@ -61,7 +61,7 @@ def test_allocation_by_loss_beats_uniform_and_resumes(idle_block, data, tmp_path
         results.append(write(pruned, tmp_path / f"out{i}").folder)
         if i == 1:  # what was measured lies in the work folder
             (tmp_path / "1/state.json").unlink()
-            monkeypatch.setattr(matrices, "divergences", None)
+            monkeypatch.setattr(divergence, "pruning_divergences", None)
     assert output_error(idle_block, results[1], data.ids) < 0.8 * output_error(idle_block, results[0], data.ids)
     assert (results[1] / "model.safetensors").read_bytes() == (results[2] / "model.safetensors").read_bytes()
 
@@ -84,16 +84,12 @@ def test_allocation_by_loss_of_gpt2_and_refusals(folders, data, tmp_path):
         plan(open_checkpoint(folders["gpt2"]), "prune_unstructured", pattern="2:4", allocation="kl")
 
 
-def test_allocation_by_loss_memory_is_that_of_the_model(folders):
+def test_allocation_by_loss_takes_the_memory_of_one_block(folders):
     instance = passes.get("prune_unstructured")
     spec = open_checkpoint(folders["llama"]).spec
     rename = architectures.of(spec.structure.config).renumber
     blocks = [t for t in spec.stored() if ".layers.0." in t.name]
-    copies = {(name := rename(t.name, i)): replace(t, name=name) for i in range(9000) for t in blocks}
+    copies = {(name := rename(t.name, i)): replace(t, name=name) for i in range(900) for t in blocks}
     big = replace(spec, tensors={**spec.tensors, **copies})
-    most = [
-        instance.memory(big, instance.settings(sparsity=0.5, reconstruction_epochs=0, method="wanda", allocation=a), 4)
-        for a in ("owl", "kl")
-    ]
-    pruned = sum(t.count for t in big.stored() if ".layers." in t.name and len(t.shape) == 2)
-    assert most[1] == 4 * big.parameters + 10 * pruned > most[0]
+    settings = instance.settings(sparsity=0.5, allocation="kl")
+    assert instance.memory(big, settings, 4) == instance.memory(spec, settings, 4)
