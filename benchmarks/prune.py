@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "best": {"effort": "best"},
     "sparsegpt-owl": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "owl"},
     "sparsegpt-loss": {"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "kl"},
-    "best-loss": {"effort": "best", "allocation": "kl"},
+    "best-uniform": {"effort": "best", "allocation": "uniform"},
 }
 
 

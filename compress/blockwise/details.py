@@ -45,7 +45,7 @@ class BlockDetails(TypedDict):
 
     Attributes:
         tensors: its matrices by name. tuning: its reconstruction. experts: tokens by expert.
-        kept, saliency, importance, outliers, divergence, energies, router_mass: results that a pass reads from the rows and removes.
+        kept, saliency, importance, outliers, divergence, energies, router_mass: results that a pass reads and removes.
     """
 
     block: int

@@ -1,7 +1,7 @@
-"""What pruning each matrix alone would cost the model's predictions, with one block in memory at a time.
+"""Divergence of the model's predictions if one matrix alone were pruned, with one block in memory at a time.
 
-To second order the KL divergence is ½ E (gᵀ ΔW x)², with x a token's inputs of the matrix and g the gradient, at its outputs, of
-the log-likelihood of a token drawn from the model's own prediction (the Fisher information).
+To second order the KL divergence is ½ E (gᵀ ΔW x)², with x a token's inputs of the matrix and g the gradient, at its outputs,
+of the log-likelihood of a token drawn from the model's own prediction (the Fisher information).
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def targets(spec: Spec, settings: PruneUnstructuredSettings) -> frozenset[str]:
 
 
 def allocation_of(spec: Spec, settings: PruneUnstructuredSettings) -> Literal["uniform", "owl", "kl"]:
-    """The allocation that ``auto`` stands for: by divergence, where there is something to allocate and predictions to measure."""
+    """The allocation that ``auto`` stands for: by divergence where a sparsity is given and the model predicts tokens."""
     if settings.allocation != "auto":
         return settings.allocation
     allocates = settings.sparsity is not None and settings.method != "magnitude"

@@ -89,7 +89,9 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         runner = runner_memory(spec, chosen, width, solver, reconstruction=reconstruction)
         if allocation_of(spec, settings) != "kl":
             return runner
-        probing = runner_memory(spec, chosen, width, WANDA if settings.method == "wanda" else SPARSEGPT, output_curvature=True)
+        probing = runner_memory(
+            spec, chosen, width, WANDA if settings.method == "wanda" else SPARSEGPT, output_curvature=True
+        )
         return max(runner, probing + probes_memory(spec, chosen))
 
     def work(self, spec: Spec, settings: PruneUnstructuredSettings, calibration: CalibrationSize | None) -> Work | None:

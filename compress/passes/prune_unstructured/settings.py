@@ -12,9 +12,9 @@ from compress.settings import Fraction, PatternNM
 
 #: Defaults by effort: `fast` is SparseGPT alone.
 EFFORTS = EffortDefaults(
-    fast={"method": "sparsegpt", "reconstruction_epochs": 0, "allocation": "uniform"},
-    balanced={"method": "sparsegpt", "reconstruction_epochs": 1, "allocation": "uniform"},
-    best={"method": "alps", "reconstruction_epochs": 5, "allocation": "auto"},
+    fast={"method": "sparsegpt", "reconstruction_epochs": 0, "reconstruction_lr": 0.04, "allocation": "uniform"},
+    balanced={"method": "sparsegpt", "reconstruction_epochs": 1, "reconstruction_lr": 0.04, "allocation": "uniform"},
+    best={"method": "alps", "reconstruction_epochs": 15, "reconstruction_lr": 0.015, "allocation": "auto"},
 )
 
 
@@ -48,9 +48,9 @@ class PruneUnstructuredSettings(PassSettings):
         default_factory=EFFORTS.of("allocation"),
         description="How the sparsity is distributed over the matrices. `uniform`: the same everywhere. `owl`: blocks with "
         "more outliers are pruned less (OWL, arXiv 2310.05175). `kl`: each matrix by the KL divergence of the model's "
-        "predictions that its pruning causes, estimated from gradients with one block in memory; convolutions, and an encoder in "
-        "front of a decoder, have the common sparsity. `auto`: `kl` where `sparsity` is given and the model predicts tokens, else "
-        "`uniform`. The total stays the same. `owl` and `kl` read calibration data.",
+        "predictions that its pruning causes, estimated from gradients with one block in memory; convolutions, and an "
+        "encoder in front of a decoder, have the common sparsity. `auto`: `kl` where `sparsity` is given and the model "
+        "predicts tokens, else `uniform`. The total stays the same. `owl` and `kl` read calibration data.",
     )
     reconstruction_epochs: int = Field(
         default_factory=EFFORTS.of("reconstruction_epochs"),
@@ -60,7 +60,7 @@ class PruneUnstructuredSettings(PassSettings):
         "the loss on unseen text too.",
     )
     reconstruction_lr: float = Field(
-        default=0.04,
+        default_factory=EFFORTS.of("reconstruction_lr"),
         gt=0,
         lt=1,
         description="Learning rate of block reconstruction, relative to the size of each tensor's values.",
