@@ -73,9 +73,10 @@ def test_plan_says_what_the_effort_chose() -> None:
     def note(**given: Any) -> list[str]:
         return chosen_by_effort(instance, instance.settings(sparsity=0.5, effort="best", **given))
 
-    assert note() == ["effort best chooses `method: alps`, `reconstruction_epochs: 5`"]
-    assert note(method="wanda") == ["effort best chooses `reconstruction_epochs: 5`"]
-    assert note(method="wanda", reconstruction_epochs=1) == []
+    rest = "`reconstruction_epochs: 15`, `reconstruction_lr: 0.015`, `allocation: auto`"
+    assert note() == [f"effort best chooses `method: alps`, {rest}"]
+    assert note(method="wanda") == [f"effort best chooses {rest}"]
+    assert note(method="wanda", reconstruction_epochs=1, reconstruction_lr=0.1, allocation="owl") == []
     assert note(method="magnitude") == []  # reads no data
     structured = passes.get("prune_structured")
     assert len(chosen_by_effort(structured, structured.settings(mlp=0.25))) == 1
