@@ -36,7 +36,8 @@ def command(target: str, parser: argparse.ArgumentParser, args: argparse.Namespa
     for key, value in vars(args).items():
         if value == parser.get_default(key):
             continue
-        words = " ".join(Path(str(v)).name for v in (value if isinstance(value, list) else [value]))
+        named = model_name if key == "model" else lambda v: Path(str(v)).name
+        words = " ".join(named(v) for v in (value if isinstance(value, list) else [value]))
         if key in _VARIABLES:
             variables.append(f"{key.upper()}=" + (f'"{words}"' if " " in words else words))
         else:

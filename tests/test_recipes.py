@@ -42,6 +42,14 @@ def small():
     return made
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The first thirtieth of the training text: a recipe reads all of it."""
+    path = tmp_path_factory.mktemp("short") / "train.txt"
+    path.write_text((ROOT / "examples/text/train.txt").read_text(encoding="utf-8")[:100_000])
+    return path
+
+
 def lenient(loaded):
     """Whatever a gate asks for, a model of random weights passes; latency takes two interpreters, which its own tests start."""
     limits = {"max_ratio": 10, "max_increase": "10000%", "max_drop": 100, "max": 1000, "min": 0}
@@ -64,7 +72,7 @@ def exact(report):
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in QUICK], ids=lambda p: p.stem)
-def test_recipe_runs_on_a_pico_model(path, small, tmp_path, monkeypatch):
+def test_recipe_runs_on_a_pico_model(path, small, short, tmp_path, monkeypatch):
     """Every pass as the recipe says it; on the example model in `make test-all`."""
     monkeypatch.chdir(ROOT)
     loaded = load_recipe(path)
@@ -75,6 +83,10 @@ def test_recipe_runs_on_a_pico_model(path, small, tmp_path, monkeypatch):
         sets += ["data.evaluation.max_documents=2", "data.evaluation.window=64"]
     if data.calibration is not None:
         sets += ["data.calibration.samples=4", "data.calibration.length=48"]
+    for key in ("training", "calibration"):
+        section = getattr(data, key)
+        if section is not None and str(section.files[0]).endswith("train.txt"):
+            sets.append(f"data.{key}.files={json.dumps([str(short)])}")
     for i, entry in enumerate(loaded.passes):
         if entry.name == "distill":
             sets += [f"passes.{i}.distill.{key}=null" for key in ("tokens", "epochs")]
