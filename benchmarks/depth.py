@@ -29,9 +29,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import page, scoring  # noqa: E402
 from compress.progress import SilentProgress  # noqa: E402
 
-#: Samples at a time of `greedy`, and the ratio to the leader's loss on the first ones from which on a set is not tried further.
+#: Samples at a time of `greedy`.
 ROUND = 4
-HOPELESS = 1.5
 WAYS = ("race", "greedy", "influence", "angle")
 
 
@@ -108,8 +107,7 @@ def choice(way: str, model: str, samples: Any, count: int, folder: Path, clock: 
 def greedy(states: Any, count: int, work: Any, clock: _Clock) -> tuple[list[int], int]:
     """The blocks that greedy removal takes on all samples, and the samples that were tried.
 
-    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them, or once it is
-    `HOPELESS` times that of the leader on the first ones.
+    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them: it cannot win.
 
     Args:
         work: its trials; those of a race that went before are used.
@@ -131,11 +129,8 @@ def greedy(states: Any, count: int, work: Any, clock: _Clock) -> tuple[list[int]
         for ahead in (True, False):  # first the one that leads after the first samples
             for begin in range(0, len(states.counts), ROUND):
                 racing = [s for s in sets if len(known.get(s, ())) <= begin and (s not in known or sure(s) < best)]
-                if begin:
-                    first = {s: sum(known[s][:ROUND]) for s in sets}
-                    leader = min(sets, key=first.__getitem__)
-                    most = first[leader] if ahead else HOPELESS * first[leader]
-                    racing = [s for s in racing if first[s] <= most]
+                if begin and ahead:
+                    racing = [s for s in racing if s == min(sets, key=lambda s: sum(known[s][:ROUND]))]
                 rows = range(begin, min(begin + ROUND, len(states.counts)))
                 for blocks, values in zip(racing, states.losses(racing, rows, base) if racing else (), strict=True):
                     known.setdefault(blocks, []).extend(values)

@@ -16,8 +16,9 @@ class Reference:
     def __init__(self, outputs: torch.Tensor, mask: torch.Tensor | None, predicts: bool) -> None:
         self._outputs, self._mask, self._predicts = _by_token(outputs), mask, predicts
         if predicts:
-            self._logs = self._outputs.log_softmax(-1).flatten(0, -2)
-            self._shares = self._logs.exp()[:, None]
+            self._logs = self._outputs.log_softmax(-1)
+            self._shares = self._logs.exp()
+            self._scratch = torch.empty_like(self._logs)  # pages of new memory cost as much as the sums
 
     def divergences(self, outputs: torch.Tensor) -> torch.Tensor:
         """Divergence of each sample summed over what counts, float64 [samples].
@@ -27,8 +28,8 @@ class Reference:
         """
         after, before = _by_token(outputs), self._outputs
         if self._predicts:
-            lower = after.log_softmax(-1).flatten(0, -2).neg_().add_(self._logs)
-            values = torch.bmm(self._shares, lower[:, :, None]).view(before.shape[:-1])
+            logs = torch.log_softmax(after, -1, out=self._scratch)
+            values = torch.sub(self._logs, logs, out=logs).mul_(self._shares).sum(-1)
         else:
             values = (after - before).square().mean(-1)
         values = values.double().flatten(1)
