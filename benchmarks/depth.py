@@ -98,7 +98,9 @@ def choice(way: str, model: str, samples: Any, count: int, folder: Path, clock: 
     else:
         states = depth_states.KeptStates(checkpoint, some, folder / way, **on)
         rows = range(len(some.ids))
-        start = min(range(states.depth - count + 1), key=lambda i: states.angle(i, i + count, rows))
+        starts = range(states.depth - count + 1)
+        angles = states.angles([(i, i + count) for i in starts], rows)
+        start = min(starts, key=angles.__getitem__)
         blocks = list(range(start, start + count))
         states.close()
     return {"blocks": blocks, "tried": tried, **clock.seconds()}
@@ -107,7 +109,7 @@ def choice(way: str, model: str, samples: Any, count: int, folder: Path, clock: 
 def greedy(states: Any, count: int, work: Any, clock: _Clock) -> tuple[list[int], int]:
     """The blocks that greedy removal takes on all samples, and the samples that were tried.
 
-    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them: it cannot win.
+    A set leaves once its loss on some samples, the rest taken for 0, is above that of another one on all of them.
 
     Args:
         work: its trials; those of a race that went before are used.

@@ -19,7 +19,8 @@ from compress.checkpoint.store import Store, needs_code, with_storage
 from compress.errors import PassError
 from compress.evaluation.tasks import check_images, check_metrics, check_sounds, check_speed, task_of
 from compress.passes.base import EDITS, accepted_values, chosen_by_effort
-from compress.recipe.sizes import cache_lengths, calibration_size
+from compress.recipe.sizes import cache_lengths, data_sizes
+from compress.recipe.work import evaluation_work, preparation_work
 from compress.spec.spec import DTYPE_BITS, FLOAT_DTYPES, Edit, Spec
 from compress.work import with_writing
 
@@ -151,8 +152,9 @@ class Plan:
 
     Attributes:
         original, original_spec: the recipe's model. store: where the result is written. stages: in order.
-        lengths: at which the bytes of the cache are shown.
         peak_memory: resident bytes at the peak of the run.
+        lengths: at which the bytes of the cache are shown.
+        preparation, evaluation: work before the passes, and of all evaluations; None where it is not known.
     """
 
     original: Size
@@ -161,6 +163,8 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     peak_memory: int
     lengths: tuple[int, ...] = ()
+    preparation: Work | None = None
+    evaluation: Work | None = None
 
     @property
     def disk(self) -> int:
@@ -186,6 +190,10 @@ class Plan:
             "original": asdict(self.original),
             "notes": list(self.original_spec.notes),
             "cache": self.cache,
+            "seconds": {
+                "preparation": _seconds(self.preparation, rates),
+                "evaluation": _seconds(self.evaluation, rates),
+            },
             "stages": [
                 {
                     "index": stage.index,
@@ -200,7 +208,7 @@ class Plan:
                                 **({_other(self.store): p.other_store.bytes} if p.other_store else {}),
                             },
                             "peak_memory": p.peak_memory,
-                            "seconds": None if rates is None or p.work is None else round(rates.predict(p.work), 1),
+                            "seconds": _seconds(p.work, rates),
                             "notes": list(p.notes),
                         }
                         for p in stage.passes
@@ -211,6 +219,10 @@ class Plan:
             "peak_memory": self.peak_memory,
             "disk": self.disk,
         }
+
+
+def _seconds(work: Work | None, rates: Rates | None) -> float | None:
+    return None if rates is None or work is None else round(rates.predict(work), 1)
 
 
 def _other(store: Store) -> Store:
@@ -243,7 +255,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     _check_evaluation(recipe, spec)
     lengths = cache_lengths(recipe, spec)
     store: Store = recipe.store
-    original, calibration = opened_size(spec, recipe.max_shard_size, metadata), calibration_size(recipe)
+    original, sizes = opened_size(spec, recipe.max_shard_size, metadata), data_sizes(recipe, spec)
     current, planned = spec, []
     for index, entry in enumerate(recipe.passes):
         instance = passes.get(entry.name)
@@ -273,7 +285,7 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
                 _other_size(following, store, recipe.max_shard_size, metadata),
                 _peak(current, following, entry, recipe.dtype),
                 (*instance.plan_notes(current, entry.settings), *chosen_by_effort(instance, entry.settings)),
-                with_writing(instance.work(current, entry.settings, calibration), size.bytes),
+                with_writing(instance.work(current, entry.settings, sizes), size.bytes),
             )
         )
         current = following
@@ -284,7 +296,9 @@ def make_plan(recipe: Recipe, spec: Spec, metadata: Mapping[str, str] | None = N
     if recipe.data.evaluation is not None and recipe.metrics:
         width = {"float32": 4, "bfloat16": 2, "float16": 2}[recipe.dtype]
         peak = max(peak, RUNTIME_BYTES + (spec.parameters + current.parameters) * width)
-    return Plan(original, spec, store, stages, peak, lengths)
+    needed = {name for p in planned for name in passes.get(p.name).required_data(p.settings)}
+    evaluation = evaluation_work(recipe, spec, [stage.passes[-1].spec for stage in stages])
+    return Plan(original, spec, store, stages, peak, lengths, preparation_work(recipe, needed), evaluation)
 
 
 def plan_pass(spec: Spec, instance: Pass[Any], settings: Any, store: Store) -> Spec:

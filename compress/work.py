@@ -20,16 +20,18 @@ from compress.errors import CompressError
 from compress.files import read_record, write_record
 
 #: Version of the models of time below and of the code that measures rates.
-_VERSION = 3
+_VERSION = 5
 
 #: Kind ▶ the terms of its time, each as exponents of (O, I). Of products, Hessians, and passes over values: for one token, row
 #: or value.
 #: `product`: one row times a matrix. `hessian`, `hessian_wide`: one token's part of Σ x xᵀ, summed in float64 and in float32.
 #: `values`: a few operations on each value. `attention`: of one token and O channels to I others. `adam`: a step of one
 #: value. `factor`, `factor_wide`: a Hessian's order and inverse factor, in float64 and in float32. `eigen`, `eigen_wide`: the
-#: problem of ALPS. `nearest`, `searched`: rounding one matrix without data. `spill`: a byte of
-#: activations written and read. `calls`: a small operation. `disk`: a byte written, digested, read and digested
-#: again. Others: solving one matrix.
+#: problem of ALPS. `inverse`: a Hessian's inverse. `obs`: a step of removing units. `nearest`, `searched`: rounding one matrix
+#: without data. `low_rank`, `low_rank_tall`: factors of a matrix with O <= I, and of others. `logits`: of one logit, its
+#: probability and a divergence. `adamw`: a step of one value in training. `spill`: a byte of activations written and read.
+#: `calls`: a small operation. `disk`: a byte written, digested, read and digested again. `text`: a byte made tokens.
+#: `start`: a process with torch and transformers. `clock`: seconds that something lasts. Others: solving one matrix.
 TERMS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "product": ((1, 0), (0, 1), (1, 1)),
     "hessian": ((0, 1), (0, 2)),
@@ -48,11 +50,22 @@ TERMS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "quantease": ((0, 1), (1, 1), (1, 2)),
     "kronecker": ((1, 0), (0, 1), (1, 2), (2, 1)),
     "yaqa": ((0, 1), (1, 1), (1, 2), (2, 1)),
+    "inverse": ((0, 2), (0, 3)),
+    "obs": ((0, 1), (1, 1), (0, 2)),
+    "least_squares": ((0, 2), (1, 2), (0, 3)),
+    "low_rank": ((1, 2), (3, 0)),
+    "low_rank_tall": ((1, 2), (0, 3)),
+    "shared_matrix": ((0, 2), (1, 2), (0, 3)),
+    "logits": ((0, 1),),
+    "adamw": ((0, 1),),
     "spill": ((0, 1),),
     "calls": ((0, 1),),
     "nearest": ((1, 1),),
     "searched": ((1, 1),),
     "disk": ((0, 1),),
+    "text": ((0, 1),),
+    "start": ((0, 1),),
+    "clock": ((0, 1),),
 }
 
 #: Rates of a core of 2024, which tell whether it pays to measure those of this machine.
@@ -61,8 +74,10 @@ _ROUGH: Mapping[str, tuple[float, ...]] = {
     "attention": (5e-11,), "adam": (5e-9,), "factor": (2e-8, 4e-11), "factor_wide": (4e-11,), "eigen": (7e-8, 1.2e-10),
     "eigen_wide": (1.2e-10,), "wanda": (1e-8, 4e-11), "sparsegpt": (1e-5, 1.5e-8, 5e-11), "alps": (3e-7, 1e-9, 2e-10),
     "gptq": (1e-5, 1.5e-8, 5e-11), "quantease": (7e-5, 2e-8, 1.6e-10), "kronecker": (2e-4, 2e-4, 0.0, 4e-10),
-    "yaqa": (3e-4, 0.0, 0.0, 8e-10),
-    "spill": (6e-10,), "calls": (2e-6,), "nearest": (1e-9,), "searched": (1e-8,), "disk": (4e-9,),
+    "yaqa": (3e-4, 0.0, 0.0, 8e-10), "inverse": (2e-8, 5e-11), "obs": (5e-7, 1e-9, 1e-9),
+    "least_squares": (1e-8, 6e-11, 2e-11), "low_rank": (6e-11, 2e-10), "low_rank_tall": (6e-11, 2e-10),
+    "shared_matrix": (1e-8, 1.5e-10, 4e-11), "logits": (5e-9,), "adamw": (3e-9,), "spill": (6e-10,), "calls": (2e-6,),
+    "nearest": (1e-9,), "searched": (1e-8,), "disk": (4e-9,), "text": (1.2e-6,), "start": (5.0,), "clock": (1.0,),
 }  # fmt: skip
 
 

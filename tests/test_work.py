@@ -7,9 +7,12 @@ import pytest
 from compress import passes
 from compress.blockwise.rates import _fitted
 from compress.checkpoint.open import open_headers
-from compress.passes.work import CalibrationSize
+from compress.passes.work import DataSizes, SampleSize
 from compress.pipeline.forecast import Forecast
+from compress.planning import make_plan
 from compress.progress import SilentProgress
+from compress.recipe import recipe_from_mapping
+from compress.recipe.sizes import text_tokens
 from compress.work import _ROUGH, TERMS, Rates, Work, cached_rates, keep_rates, minutes_text, terms
 from tests import pico
 
@@ -52,7 +55,7 @@ def test_rates_are_cached_by_machine_and_damaged_ones_are_not_read(tmp_path, mon
 
 def _work(name, folder, tokens, **settings):
     instance = passes.get(name)
-    return instance.work(open_headers(folder)[0], instance.settings(**settings), CalibrationSize(tokens, 16))
+    return instance.work(open_headers(folder)[0], instance.settings(**settings), DataSizes(SampleSize(tokens, 16)))
 
 
 def test_work_counts_the_products_and_hessians_of_a_llama():
@@ -83,7 +86,60 @@ def test_work_grows_with_samples_and_corrections(family):
     few, many = (ROUGH.predict(_work("cast", folder, n, **alone)) for n in (8, 64))
     assert few < many
     assert ROUGH.predict(_work("cast", folder, 64, weights="int4", group_size="channel")) > many
-    assert passes.get("cast").work(open_headers(folder)[0], passes.get("cast").settings(**alone), None) is None
+    assert passes.get("cast").work(open_headers(folder)[0], passes.get("cast").settings(**alone), DataSizes()) is None
+
+
+def test_work_of_training_counts_passes_of_student_and_teacher():
+    """Forward and two products backward of the student, forward of the teacher, and of both for each look at held-out text."""
+    folder, sizes = pico.folder("llama"), DataSizes(training=SampleSize(100, 16))
+    spec = open_headers(folder)[0]
+    instance = passes.get("distill")
+    settings = instance.settings(steps=6, batch_size=4, validation_samples=8, evaluate_every=3)
+    work = instance.work(spec, settings, sizes)
+    matrices = sum(t.count for n, t in spec.tensors.items() if ".layers." in n and len(t.shape) == 2)
+    head = spec.structure.config["vocab_size"] * spec.structure.config["hidden_size"]
+    products = sum(o * i * times for (kind, o, i), times in work.times.items() if kind == "product")
+    assert products == (matrices + head) * 16 * (6 * 4 * (3 + 1) + 3 * 8 * 2)
+    assert sum(times for (kind, *_), times in work.times.items() if kind == "adamw") == 6 * spec.parameters
+    other = instance.settings(steps=6, teacher="elsewhere/teacher")
+    assert instance.work(spec, other, sizes) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "less", "more"),
+    [
+        ("prune_structured", {"layers": 1, "compensation": "none"}, {"layers": 2}),
+        ("prune_structured", {"mlp": "25%", "compensation": "least_squares"}, {"mlp": "25%", "heads": 2}),
+        ("factorize", {"rank": 4, "reconstruction_epochs": 0}, {"keep_parameters": "60%"}),
+        ("share", {"groups": [[0, 1]], "residual_rank": 2}, {"groups": 2, "residual_rank": 2}),
+    ],
+)
+def test_work_of_other_passes_grows_with_what_they_do(name, less, more):
+    folder = pico.folder("llama")
+    few, many = (ROUGH.predict(_work(name, folder, 32, **settings)) for settings in (less, more))
+    assert 0 < few < many
+
+
+def test_plan_tells_the_time_of_evaluation(tmp_path):
+    """The original reads the text once alone and once beside each stage, which reads it too."""
+    (tmp_path / "text.txt").write_text("some words " * 600)
+    recipe = recipe_from_mapping(
+        {
+            "model": str(pico.folder("llama")),
+            "output": str(tmp_path / "out"),
+            "data": {"evaluation": {"files": [str(tmp_path / "text.txt")], "window": 64}},
+            "passes": [{"prune_unstructured": {"sparsity": 0.5, "method": "magnitude"}}, {"cast": {"weights": "bf16"}}],
+            "evaluate": ["bits_per_byte"],
+        }
+    )
+    spec = open_headers(pico.folder("llama"))[0]
+    plan = make_plan(recipe, spec)
+    tokens = text_tokens(6600, spec)
+    head = spec.structure.config["vocab_size"] * spec.structure.config["hidden_size"]
+    rows = plan.evaluation.times["product", spec.structure.config["vocab_size"], spec.structure.config["hidden_size"]]
+    assert rows == pytest.approx(5 * tokens, rel=0.05)
+    assert plan.to_dict(ROUGH)["seconds"]["evaluation"] > 5 * tokens * head * 1e-11
+    assert plan.to_dict()["seconds"] == {"preparation": None, "evaluation": None}
 
 
 def test_minutes_are_readable():
@@ -104,27 +160,50 @@ class _Heard(SilentProgress):
     def message(self, text):
         self.lines.append(text)
 
+    def task(self, title, total=None, unit="tensors"):
+        return self
+
+    def advance(self, steps=1, note=""):
+        self.lines.append(note)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
 
 def test_forecast_follows_what_stages_and_blocks_take():
     now, heard = [0.0], _Heard()
-    forecast = Forecast(heard, {1: 600.0, 2: 1200.0, 3: None}, lambda: now[0])
+    forecast = Forecast(heard, {1: 600.0, 2: 1200.0, 3: None, 4: 60.0}, lambda: now[0])
     forecast.stage(1, 3, "cast")
     with forecast.task("casting", 10, "blocks") as task:
-        for _ in range(2):
+        for number in range(2):
             now[0] += 120.0  # twice the prediction
-            task.advance(note="block")
+            task.advance(note=f"block {number}")
     now[0] = 1200.0
     forecast.stage(2, 3, "prune")
     now[0] += 61.0
     with forecast.task("write", 3) as task:
         task.advance()
     forecast.stage(3, 3, "other")
+    with forecast.task("write", 3) as task:
+        task.advance(note="x")
+    forecast.evaluation()
+    with forecast.task("evaluate", 3, "windows") as task:
+        task.advance(note="a.txt")
+        now[0] += 30
+        task.advance()
     assert heard.lines == [
-        "about 10 min, 30 min for all stages, without those whose time is not known",
-        "about 28 min left of the stages, without those whose time is not known",
-        "about 36 min left of the stages, without those whose time is not known",
-        "about 40 min, 40 min for all stages, without those whose time is not known",
-        "about 39 min left of the stages, without those whose time is not known",
+        "about 10 min, more than 31 min to the end of the run",
+        "more than 29 min to the end · block 0",
+        "more than 37 min to the end · block 1",
+        "about 40 min, more than 42 min to the end of the run",
+        "more than 41 min to the end",
+        "x",
+        "about 42 s",
+        "42 s to the end · a.txt",
+        "12 s to the end · a.txt",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A micro-benchmark of this machine's CPU: seconds per unit of each kind of work, in a few seconds.
+"""A micro-benchmark of this machine's CPU: seconds per unit of each kind of work, in half a minute.
 
 Every solver is measured as passes call it, on small matrices of random weights and inputs whose covariance falls as that of
 trained models does. With one thread CPU seconds are measured, which other processes change little.
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +21,19 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention, silu
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.functional import kl_div, scaled_dot_product_attention, silu
 
 from compress.blockwise.hessians import InputStatistics, hessian_dtype
 from compress.progress import Progress
 from compress.solvers.alps import alps, problem
 from compress.solvers.gptq import act_order_factor, gptq
-from compress.solvers.hessian import damped, inverse_factor
+from compress.solvers.hessian import damped, inverse, inverse_factor
+from compress.solvers.low_rank import low_rank
+from compress.solvers.obs import least_squares, obs_prune_groups
 from compress.solvers.quant_format import fit, integer_codes
 from compress.solvers.quantease import quantease
+from compress.solvers.shared_matrix import shared_matrix
 from compress.solvers.sparsegpt import sparsegpt
 from compress.solvers.wanda import keep_wanda
 from compress.solvers.yaqa import gptq_kronecker, kronecker_error, shrunk, yaqa
@@ -47,7 +55,7 @@ def measure_rates(progress: Progress) -> Rates:
     seconds: dict[str, tuple[float, ...]] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        measures = [_products, _values, _factors, _solvers, _disk]
+        measures = [_products, _values, _training, _factors, _solvers, _pruning, _low_rank, _disk, _start]
         with progress.task("measuring this machine", len(measures), "parts") as task:
             for measure in measures:
                 seconds |= {kind: _fitted(kind, rows) for kind, rows in measure().items()}
@@ -145,12 +153,33 @@ def _rounded(weight: torch.Tensor, search: bool) -> None:
     integer_codes(weight, _FORMAT, fit(weight, _FORMAT, None, None, search=search))
 
 
+def _training() -> dict[str, list[SizeSeconds]]:
+    parameter = torch.nn.Parameter(torch.randn(1024, 1024))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-9, fused=True)
+
+    def step() -> None:
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    logits, others = torch.randn(2, 128, 1 << 15)
+
+    def diverge() -> None:
+        kl_div(logits.log_softmax(-1), others.log_softmax(-1), reduction="sum", log_target=True)
+
+    return {
+        "adamw": [(0, 1, _seconds(step) / parameter.numel())],
+        "logits": [(0, 1, _seconds(diverge) / logits.numel())],
+    }
+
+
 def _factors() -> dict[str, list[SizeSeconds]]:
-    rows: dict[str, list[SizeSeconds]] = {"factor": [], "factor_wide": [], "eigen": [], "eigen_wide": []}
+    kinds = ("factor", "factor_wide", "eigen", "eigen_wide", "inverse")
+    rows: dict[str, list[SizeSeconds]] = {kind: [] for kind in kinds}
     for width in (256, 768):
         hessian = _hessian(width)[1]
         rows["factor"].append((0, width, _seconds(partial(_factor, hessian))))
         rows["eigen"].append((0, width, _seconds(partial(problem, hessian))))
+        rows["inverse"].append((0, width, _seconds(partial(inverse, hessian))))
     single = _hessian(1024)[1].float()
     rows["factor_wide"].append((0, 1024, _seconds(partial(_factor, single))))
     rows["eigen_wide"].append((0, 1024, _seconds(partial(_eigen, single), 0.01)))
@@ -226,6 +255,46 @@ def _solvers() -> dict[str, list[SizeSeconds]]:
             if kind != "alps" or outputs < 1024:
                 rows.setdefault(kind, []).append((outputs, inputs, _seconds(getattr(matrix, kind), most)))
     return rows
+
+
+def _pruning() -> dict[str, list[SizeSeconds]]:
+    rows: dict[str, list[SizeSeconds]] = {"obs": [], "least_squares": []}
+    for outputs, inputs in ((256, 256), (1024, 256), (256, 768)):
+        weight, hessian = torch.randn(outputs, inputs), _hessian(inputs)[1]
+        inverted = _seconds(partial(inverse, hessian))
+        steps = inputs // 4
+        pruned = _seconds(partial(obs_prune_groups, weight, hessian, steps))
+        rows["obs"].append((outputs, inputs, max(pruned - inverted, pruned / 10) / steps))
+        solve = partial(least_squares, weight, hessian, torch.arange(inputs - steps))
+        rows["least_squares"].append((outputs, inputs, _seconds(solve)))
+    return rows
+
+
+def _low_rank() -> dict[str, list[SizeSeconds]]:
+    rows: dict[str, list[SizeSeconds]] = {"low_rank": [], "low_rank_tall": [], "shared_matrix": []}
+    for outputs, inputs in ((256, 256), (256, 768), (768, 768), (768, 256), (1024, 512)):
+        weight, hessian = torch.randn(outputs, inputs), _hessian(inputs)[1]
+        kind = "low_rank" if outputs <= inputs else "low_rank_tall"
+        rows[kind].append((outputs, inputs, _seconds(partial(low_rank, weight, hessian, 64), 0.05)))
+        two = partial(shared_matrix, [weight, weight], [hessian, hessian])
+        rows["shared_matrix"].append((outputs, inputs, _seconds(two, 0.05) / 2))
+    return rows
+
+
+def _start() -> dict[str, list[SizeSeconds]]:
+    """Tokenising, by a vocabulary of words that are drawn as often as they are in text; and a process that loads torch."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlucmf", k=draw.randint(1, 9))) for _ in range(20000)]
+    text = " ".join(draw.choices(words, [1 / (i + 1) for i in range(len(words))], k=40000))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=4096, show_progress=False))
+    encoded = _seconds(partial(tokenizer.encode_batch, [text]))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"text": [(0, 1, encoded / len(text))], "start": [(0, 1, started)], "clock": [(0, 1, 1.0)]}
 
 
 def _disk() -> dict[str, list[SizeSeconds]]:

@@ -112,7 +112,7 @@ def plan(
     recipe: RecipeFile,
     sets: Sets = None,
     minutes: Annotated[
-        bool, typer.Option("--minutes", help="Measure this machine's CPU for some seconds, and keep its rates.")
+        bool, typer.Option("--minutes", help="Measure this machine's CPU for half a minute, and keep its rates.")
     ] = False,
     offline: Offline = False,
     json: AsJson = False,

@@ -21,7 +21,7 @@ from compress.spec.spec import Spec
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
     from compress.distributed import ProcessGroup
-    from compress.passes.work import CalibrationSize
+    from compress.passes.work import DataSizes
     from compress.progress import Progress
     from compress.work import Work
     from compress.workspace import Workspace
@@ -182,11 +182,11 @@ class Pass(Generic[S]):
         """
         return None
 
-    def work(self, spec: Spec, settings: S, calibration: CalibrationSize | None) -> Work | None:
+    def work(self, spec: Spec, settings: S, sizes: DataSizes) -> Work | None:
         """Work of the pass, for the time that it takes, without writing; None where it is not known.
 
         Args:
-            calibration: size of the calibration data; None without such, or where only reading them tells.
+            sizes: of the recipe's data.
         """
         return None
 

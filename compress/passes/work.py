@@ -1,4 +1,4 @@
-"""The work of passes that go block by block, from headers: products, Hessians, solvers, reconstruction. No torch here.
+"""The work of block runners and of whole models, from headers: products, Hessians, solvers, reconstruction. No torch here.
 
 How often samples go through a block, and what a training step costs beside the forward pass, are the numbers below.
 """
@@ -6,7 +6,7 @@ How often samples go through a block, and what a training step costs beside the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,16 +29,16 @@ _CALLS = 300
 #: Bytes that wait on disk in front of a group for each value that it reads, which float32 has four of, and the residual.
 _WAITING = 8
 #: Forward passes that gradients take: by the inputs alone, and by the weights too.
-_BACK, _BACK_WITH_WEIGHTS = 1.0, 2.0
+BACK, BACK_WITH_WEIGHTS = 1.0, 2.0
+#: Samples on which divergences of matrices are measured, as `compress.sensitivity.matrices` has them.
+DIVERGENCE_SAMPLES = 32
 #: Samples whose outputs are compared before the work, whole and block by block.
 _CHECKED = 2
-#: Passes over a logit that its softmax, a drawn token and its gradient take.
-_LOGIT_VALUES = 8.0
 
 
 @dataclass(frozen=True)
-class CalibrationSize:
-    """How many samples a pass reads, and how many tokens each has."""
+class SampleSize:
+    """How many samples there are, and how many tokens each has."""
 
     samples: int
     length: int
@@ -47,6 +47,19 @@ class CalibrationSize:
     def tokens(self) -> int:
         """Tokens of all samples."""
         return self.samples * self.length
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """Sizes of a recipe's data; None without such data, or where only reading them tells.
+
+    Attributes:
+        original: headers of the recipe's model, which may be a teacher.
+    """
+
+    calibration: SampleSize | None = None
+    training: SampleSize | None = None
+    original: Spec | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +73,15 @@ class Tuning:
 def runner_work(
     spec: Spec,
     names: Collection[str],
-    size: CalibrationSize,
+    size: SampleSize,
     solvers: Sequence[str],
     *,
     factor: str | None,
     asymmetric: bool = False,
     curvature: int = 0,
     tuning: Tuning | None = None,
+    targets: bool = False,
+    passes: float = 1.0,
 ) -> Work:
     """Return the work of a block runner that changes the tensors ``names``.
 
@@ -77,14 +92,17 @@ def runner_work(
     Args:
         solvers: kinds of work on each matrix. factor: kind of work on each Hessian; None for none.
         curvature: output errors are weighed by gradients of so many tokens; 0 for none.
+        targets: the original block runs although nothing is tuned.
+        passes: of the samples through a block that changes, for its statistics.
     """
     mapped, result = model_map(spec), Work()
-    targets = tuning is not None or asymmetric or curvature > 0
+    targets = targets or tuning is not None or asymmetric or curvature > 0
     for block in mapped.blocks:
         one = _BlockWork(block, size, mapped.experts_per_token)
         changed = [x for x in block.linears if x.name in names and x.shared_with is None]
         mixed = any(one.experts(x) > 1 for x in changed)
-        one.forward(1.0 + targets + asymmetric + (tuning is not None) + mixed, size.tokens)
+        again = (passes if changed else 1.0) + asymmetric + (tuning is not None) + mixed
+        one.forward(again + targets, size.tokens)
         one.forward(1.0, _CHECKED * size.length)
         one.solve(changed, solvers, factor, 2 if asymmetric else 1)
         if curvature and mapped.has_head:
@@ -93,17 +111,57 @@ def runner_work(
         if tuning is not None:
             one.tune(tuning)
         result.add_all(one.work)
-    if curvature and (head := mapped.head_weight) is not None and mapped.has_head:
-        tokens = min(size.tokens, curvature)
-        result.add("product", head.shape[0], head.shape[1], (1 + _BACK) * tokens)
-        result.add("values", 0, 1, _LOGIT_VALUES * head.shape[0] * tokens)
+    if curvature and mapped.has_head:
+        result.add_all(prediction_work(spec, min(size.tokens, curvature), BACK))
+    return result
+
+
+def model_work(spec: Spec, size: SampleSize, passes: float = 1.0) -> Work:
+    """Return the work of so many passes of all samples through all blocks.
+
+    Args:
+        passes: a backward pass is `BACK` of them, or `BACK_WITH_WEIGHTS`.
+    """
+    mapped, result = model_map(spec), Work()
+    for block in mapped.blocks:
+        one = _BlockWork(block, size, mapped.experts_per_token)
+        one.forward(passes, size.tokens)
+        result.add_all(one.work)
+    return result
+
+
+def prediction_work(spec: Spec, tokens: float, back: float = 0.0) -> Work:
+    """Return the work of predicting so many tokens from the last hidden states; nothing for a model without a head.
+
+    Args:
+        back: products of the backward pass for each one of the forward pass.
+    """
+    mapped, result = model_map(spec), Work()
+    if mapped.has_head and (head := mapped.head_weight) is not None:
+        result.add("product", head.shape[0], head.shape[1], (1 + back) * tokens)
+        result.add("logits", 0, 1, (1 + (back > 0)) * head.shape[0] * tokens)
+    return result
+
+
+def divergence_work(spec: Spec, probes: Mapping[str, int], size: SampleSize) -> Work:
+    """Return the work of measuring what changes of matrices cost; see `compress.sensitivity.matrices.divergences`.
+
+    Args:
+        probes: number of changes by tensor.
+    """
+    some = SampleSize(min(DIVERGENCE_SAMPLES, size.samples), size.length)
+    result = model_work(spec, some, 1 + BACK)
+    result.add_all(prediction_work(spec, some.tokens, BACK))
+    for name, count in probes.items():
+        x = model_map(spec).linears[name]
+        result.add("product", x.O, x.I, count * some.tokens)
     return result
 
 
 class _BlockWork:
     """The work on one block."""
 
-    def __init__(self, block: ModelBlock, size: CalibrationSize, experts_per_token: int) -> None:
+    def __init__(self, block: ModelBlock, size: SampleSize, experts_per_token: int) -> None:
         self.block, self.size, self.work = block, size, Work()
         named = len({x.expert for x in block.linears if x.expert is not None})
         self._count, self._active = max([named, *(x.experts for x in block.linears)]), experts_per_token
@@ -166,7 +224,7 @@ class _BlockWork:
         held = max(1, round(HELD_OUT * self.size.samples))
         train = max(1, self.size.samples - held)
         self.forward(2.0, held * self.size.length)
-        self.forward(tuning.epochs * (1 + _BACK_WITH_WEIGHTS), train * self.size.length)
+        self.forward(tuning.epochs * (1 + BACK_WITH_WEIGHTS), train * self.size.length)
         steps = tuning.epochs * -(-train // SAMPLES_PER_STEP[tuning.trains])
         count = sum(t.count for t in self.block.tensors.values())
         if tuning.trains == "floats":
@@ -177,8 +235,8 @@ class _BlockWork:
 
 def _curvature(one: _BlockWork, changed: Sequence[Linear], tokens: int, kinds: Sequence[str]) -> None:
     """Add gradients of the whole model at this block, then at its matrices' outputs, their sums of products, and solvers."""
-    one.forward(2 + _BACK, tokens)
-    one.forward(1 + _BACK, tokens)
+    one.forward(2 + BACK, tokens)
+    one.forward(1 + BACK, tokens)
     alone = [x for x in changed if one.experts(x) == 1 and not x.kernel]
     fitting = Counter(curvatures_that_fit(x.O for x in alone))
     for x in sorted(alone, key=lambda x: x.O):

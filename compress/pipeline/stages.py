@@ -52,9 +52,8 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
         if has_class(run.original):
             check_keys(run.original)  # the input loads cleanly
     rows, before = [], run.original
-    seconds = predicted_seconds(missing, run.device, run.recipe.dtype, run.progress)
-    run.predicted = {stage.index: one for stage, one in zip(missing, seconds, strict=True)}
-    shown, run.progress = run.progress, Forecast(run.progress, dict(run.predicted))
+    run.predicted = predicted_seconds(run.plan, missing, run.device, run.recipe.dtype, run.progress)
+    run.progress = forecast = Forecast(run.progress, dict(run.predicted))
     for stage, print_, key, row in zip(run.plan.stages, prints, run.keys, known, strict=True):
         title = " + ".join(p.name for p in stage.passes)
         run.progress.stage(stage.index, len(run.plan.stages), title)
@@ -69,7 +68,7 @@ def run_stages(run: Run) -> list[dict[str, Any]]:
         row["size"] = row["passes"][-1]["actual"] = asdict(size_on_disk(before))  # as it is, whatever a record says
         run.files = row.pop("files")
         rows.append({**row, "reused": reused, "folder": str(run.folder.stages / key)})
-    run.progress = shown
+    forecast.evaluation()
     return rows
 
 

@@ -1,7 +1,9 @@
-"""Sizes that a recipe and the headers of its model tell: of calibration data, and the lengths of a plan's cache. No torch."""
+"""Sizes that a recipe and the headers of its model tell: of its data, and the lengths of a plan's cache. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +13,24 @@ from compress.checkpoint.headers import read_header
 from compress.data.kinds import FIELD, holds_ids
 from compress.errors import CompressError
 from compress.files import expanded
-from compress.passes.work import CalibrationSize
+from compress.passes.work import DataSizes, SampleSize
 from compress.spec.spec import Spec
 
 if TYPE_CHECKING:
+    from compress.recipe.data import TrainingData
     from compress.recipe.model import Recipe
 
+#: Bytes of English that a token has for each bit of the vocabulary's size, less a constant; seen from 4,096 to 49,152 tokens.
+_BYTES_PER_BIT, _BYTES_LESS = 0.36, 1.3
 
-def calibration_size(recipe: Recipe) -> CalibrationSize | None:
-    """The size of a recipe's calibration data; None without such, and where only reading them tells."""
+
+def data_sizes(recipe: Recipe, spec: Spec) -> DataSizes:
+    """The sizes of a recipe's calibration and training data. ``spec``: headers of its model."""
+    training = recipe.data.training
+    return DataSizes(_calibration_size(recipe), None if training is None else _training_size(training, spec), spec)
+
+
+def _calibration_size(recipe: Recipe) -> SampleSize | None:
     section = recipe.data.calibration
     if section is None or not section.files or section.mode != "packed":
         return None
@@ -30,7 +41,29 @@ def calibration_size(recipe: Recipe) -> CalibrationSize | None:
             return None
         samples = min(samples or shape[0], shape[0])
         length = min(length or shape[1], shape[1])
-    return CalibrationSize(samples, length) if samples is not None and length is not None else None
+    return SampleSize(samples, length) if samples is not None and length is not None else None
+
+
+def _training_size(section: TrainingData, spec: Spec) -> SampleSize | None:
+    if not section.files or section.mode != "packed":
+        return None
+    if holds_ids(section.files[0]):
+        shape = _ids_shape(expanded(section.files[0]), section.field)
+        return None if shape is None else SampleSize(shape[0], min(section.length or shape[1], shape[1]))
+    assert section.length is not None
+    return SampleSize(int(text_tokens(text_bytes(section.files), spec)) // section.length, section.length)
+
+
+def text_bytes(files: Sequence[str]) -> int:
+    """Bytes of text files, as they are on the disk; of token ids none, and none of files that are missing."""
+    paths = [expanded(file) for file in files if not holds_ids(file)]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def text_tokens(count: int, spec: Spec) -> float:
+    """About how many tokens so many bytes of text are; a larger vocabulary has longer tokens."""
+    vocabulary = int(spec.structure.config.get("vocab_size") or 1 << 15)
+    return count / max(1.0, _BYTES_PER_BIT * log2(max(2, vocabulary)) - _BYTES_LESS)
 
 
 def _ids_shape(file: Path, field: str) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from compress.errors import CheckpointError, PassError
 from compress.models.loading import load_for_samples
 from compress.sensitivity.depth_states import BlockSet, KeptStates, Trials, WholeModel
 from compress.sensitivity.samples import Sample, SampleLoop
-from compress.solvers.racing import behind
+from compress.solvers.racing import behind, expected_gain
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -28,9 +29,15 @@ if TYPE_CHECKING:
     from compress.workspace import Workspace
 
 #: Numbers of samples after which sets leave the race, and fewest tokens of these samples.
-_ROUNDS, _FEWEST_TOKENS = (4, 6, 8, 12, 16, 24, 32), 512
-#: Probability that the set that would win on endless samples of this kind leaves a race.
-_ERROR = 0.05
+_ROUNDS, _FEWEST_TOKENS = (2, 3, 4, 6, 8, 12, 16, 24, 32), 512
+#: Probability that the set that would win on endless samples of this kind leaves a race as clearly worse.
+_ERROR = 0.1
+#: Samples from which on a set leaves too whose expected gain, as a share of the loss, is not worth trying it on more.
+_WORTH, _WORTH_SAMPLES = 0.003, 4
+#: Fewest blocks of which influence tells some that are not worth a trial, and by how many standard deviations of its error.
+_INFLUENCE_BLOCKS, _INFLUENCE_ERRORS = 12, 3.0
+#: Samples, at most, on which parts of a set are compared with the leader.
+_PART_SAMPLES = 4
 #: Tokens at a time of `divergence`: logits over a large vocabulary are wide.
 _TOKENS_PER_BATCH = 1024
 
@@ -162,6 +169,7 @@ def _choose(race: _Race, count: int, options: DepthOptions) -> DepthChoice:
     runs = dict.fromkeys([greedy, *race.groups(count, can_go)])
     best = race.winner(runs, greedy, parts=False)  # blocks that undo each other's work may go together
     # among many groups, one is a little better on few samples by chance alone
+    race.measure_all([best, greedy])
     order = list(best) if race.clearly_better(best, greedy) else gone
     return DepthChoice(order, steps, {blocks: race.trial(blocks) for blocks in runs})
 
@@ -183,6 +191,7 @@ class _Race:
         self.trials = trials
         self._rounds, self._workspace, self._task = rounds, workspace, task
         self._error = error / (len(rounds) + 1)
+        self._unlikely: set[int] = set()
         saved: dict[str, list[float]] = workspace.read_json("trials") or {}
         self._known: dict[BlockSet, list[float]] = {_blocks(name): values for name, values in saved.items()}
 
@@ -195,7 +204,8 @@ class _Race:
         """The contiguous groups that can go and change hidden states least, by angular distance."""
         rows = range(self._rounds[0])
         starts = range(self.trials.depth - count + 1)
-        order = sorted(starts, key=lambda i: (self.trials.angle(i, i + count, rows), i))
+        angles = self.trials.angles([(i, i + count) for i in starts], rows)
+        order = sorted(starts, key=lambda i: (angles[i], i))
         fitting = (blocks for i in order if can_go(blocks := tuple(range(i, i + count))))
         return list(islice(fitting, TRIAL_GROUPS))
 
@@ -208,12 +218,12 @@ class _Race:
         Raises:
             CheckpointError: no set has a finite loss.
         """
-        racing = self._without_worse_parts(list(sets), base) if parts else list(sets)
+        racing = self._without_worse_parts(self._likely(list(sets), base), base) if parts else list(sets)
         for samples in self._rounds:
             self._measure(racing, samples, base)
             best = min(racing, key=lambda blocks: (self._mean(blocks, samples), blocks))
             others = [blocks for blocks in racing if blocks != best]
-            worse = self._behind(others, best, samples)
+            worse = self._behind(others, best, samples) | self._hopeless(others, best, samples)
             racing = [blocks for blocks in racing if blocks == best or blocks not in worse]
             self._leave([blocks for blocks in others if blocks in worse])
             if len(racing) == 1:
@@ -222,6 +232,29 @@ class _Race:
             raise CheckpointError("predictions without any one block are NaN or infinite", where="layers")
         self._leave(racing)
         return best
+
+    def measure_all(self, sets: Sequence[BlockSet]) -> None:
+        """Measure sets on all samples, where they differ."""
+        if len(set(sets)) > 1 and self._error > 0:
+            self._measure(sets, self._rounds[-1], ())
+
+    def _likely(self, sets: list[BlockSet], base: BlockSet) -> list[BlockSet]:
+        """The sets without blocks of which influence says, before any trial, that they cost much more than the best.
+
+        Half of the blocks, those that turn hidden states least, are tried on the samples of the first round. The logarithm of
+        the loss without a block is taken to be a linear function of that of its angle, and what it is for the other half to
+        have the error that it has on the first.
+        """
+        if self._error > 0 and not base and len(sets) >= _INFLUENCE_BLOCKS:
+            rows, blocks = range(self._rounds[0]), [i for (i,) in sets]
+            angles = dict(zip(blocks, self.trials.angles([(i, i + 1) for i in blocks], rows), strict=True))
+            order = sorted(blocks, key=lambda i: (angles[i], i))
+            half = order[: len(order) // 2]
+            self._measure([(i,) for i in half], len(rows), base)
+            known = {i: self._mean((i,), len(rows)) for i in half}
+            self._unlikely = _too_influential(angles, known)
+            self._leave([(i,) for i in self._unlikely])
+        return [blocks for blocks in sets if not self._unlikely & set(blocks)]
 
     def clearly_better(self, blocks: BlockSet, other: BlockSet) -> bool:
         """Whether a set is, on the samples that both were tried on."""
@@ -234,10 +267,12 @@ class _Race:
         if self._error <= 0 or not any(part.values()):
             return sets
         leader = min(sets, key=lambda blocks: (self._promise(blocks), blocks))
-        samples = self._rounds[0]
-        self._measure([leader], samples, base)
+        most = max(n for n in self._rounds if n <= max(_PART_SAMPLES, self._rounds[0]))
+        self._measure([leader], most, base)
         parts = sorted({p for blocks, p in part.items() if p is not None and blocks != leader})
-        worse = self._behind(parts, leader, samples)
+        worse = set()
+        for samples in (n for n in self._rounds if n <= most):
+            worse |= self._behind([p for p in parts if min(most, len(self._known[p])) == samples], leader, samples)
         gone = [blocks for blocks in sets if blocks != leader and part[blocks] in worse]
         self._leave(gone)
         return [blocks for blocks in sets if blocks not in gone]
@@ -261,6 +296,16 @@ class _Race:
         lead = torch.tensor(self._known[leader][:samples], dtype=torch.float64)
         return {blocks for blocks, gone in zip(sets, behind(losses, lead, self._error).tolist(), strict=True) if gone}
 
+    def _hopeless(self, sets: Sequence[BlockSet], leader: BlockSet, samples: int) -> set[BlockSet]:
+        """Which sets are so unlikely to be better than the leader that further samples are not worth it."""
+        known = [self._known[blocks][:samples] for blocks in (leader, *sets)]
+        finite = [b for b, values in zip(sets, known[1:], strict=True) if all(map(math.isfinite, values))]
+        if self._error <= 0 or samples < _WORTH_SAMPLES or not finite or not all(map(math.isfinite, known[0])):
+            return set()
+        losses = torch.tensor([self._known[blocks][:samples] for blocks in finite], dtype=torch.float64)
+        gains = expected_gain(losses, torch.tensor(known[0], dtype=torch.float64))
+        return {blocks for blocks, gain in zip(finite, gains.tolist(), strict=True) if gain < _WORTH}
+
     def _mean(self, blocks: BlockSet, samples: int) -> float:
         """Loss per prediction that counts, on the first samples."""
         counts = self.trials.counts[:samples]
@@ -281,6 +326,19 @@ class _Race:
     def _leave(self, sets: Sequence[BlockSet]) -> None:
         """Count the samples that sets are spared as done."""
         self._task.advance(sum(self._rounds[-1] - len(self._known.get(blocks, ())) for blocks in sets))
+
+
+def _too_influential(angles: Mapping[int, float], losses: Mapping[int, float]) -> set[int]:
+    """Blocks without a loss whose angle tells that it is clearly above the least, by regression on those with one."""
+    measured = [(log(angles[i]), log(x)) for i, x in losses.items() if 0 < angles[i] < math.inf and 0 < x < math.inf]
+    if len(measured) < _INFLUENCE_BLOCKS // 2:
+        return set()
+    x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*measured, strict=True))
+    slope = max(0.0, float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum().clamp(min=1e-12)))
+    error = float((y - y.mean() - slope * (x - x.mean())).square().sum() / (len(measured) - 2)) ** 0.5
+    bound = float(y.min()) + _INFLUENCE_ERRORS * error
+    others = (i for i in angles if i not in losses and 0 < angles[i] < math.inf)
+    return {i for i in others if float(y.mean()) + slope * (log(angles[i]) - float(x.mean())) > bound}
 
 
 def _spans(rounds: Sequence[int]) -> Iterator[tuple[int, int]]:

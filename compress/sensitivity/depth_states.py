@@ -57,8 +57,8 @@ class Trials(Protocol):
         """
         ...
 
-    def angle(self, first: int, last: int, rows: Sequence[int]) -> float:
-        """Angular distance of the original's hidden states in front of block ``last`` from those in front of ``first``."""
+    def angles(self, pairs: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[float]:
+        """Angular distances of the original's hidden states in front of the second block of a pair from those of the first."""
         ...
 
     def close(self) -> None:
@@ -228,16 +228,17 @@ class KeptStates:
                 file.path.unlink(missing_ok=True)
                 self._written.pop((blocks, index))
 
-    def angle(self, first: int, last: int, rows: Sequence[int]) -> float:
-        """See `Trials.angle`."""
-        angles = []
+    def angles(self, pairs: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[float]:
+        """See `Trials.angles`."""
+        angles: list[list[torch.Tensor]] = [[] for _ in pairs]
         for some in self._batches(rows):
             with torch.no_grad():
                 self._states([()], some, ())
-                before, after = (self._read((), index, some) for index in (first, last))
-            mask = None if self._mask is None else self._mask[some].to(before.device)
-            angles.append(angular_distance(before, after, mask))
-        return float(torch.cat(angles).mean())
+            for pair, values in zip(pairs, angles, strict=True):
+                before, after = (self._read((), index, some) for index in pair)
+                mask = None if self._mask is None else self._mask[some].to(before.device)
+                values.append(angular_distance(before, after, mask))
+        return [float(torch.cat(values).mean()) for values in angles]
 
     def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """Those samples, a batch at a time. The same rows give the same batches, and so the same rounding."""
@@ -279,8 +280,8 @@ class WholeModel:
                     result[number][place] = total / self.counts[row]
         return result
 
-    def angle(self, first: int, last: int, rows: Sequence[int]) -> float:
-        """See `Trials.angle`."""
+    def angles(self, pairs: Sequence[tuple[int, int]], rows: Sequence[int]) -> list[float]:
+        """See `Trials.angles`."""
         seen: dict[int, torch.Tensor] = {}
 
         def before(index: int) -> Any:
@@ -291,17 +292,18 @@ class WholeModel:
 
         handles = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(self._blocks)]
         handles.append(self._blocks[-1].register_forward_hook(after))
-        angles = []
+        angles: list[list[torch.Tensor]] = [[] for _ in pairs]
         try:
             for row in rows:
                 with torch.no_grad():
                     self._outputs(row)
-                mask = None if self._samples.mask is None else self._samples.mask[[row]].to(seen[first].device)
-                angles.append(angular_distance(seen[first], seen[last], mask))
+                mask = None if self._samples.mask is None else self._samples.mask[[row]].to(seen[0].device)
+                for (first, last), values in zip(pairs, angles, strict=True):
+                    values.append(angular_distance(seen[first], seen[last], mask))
         finally:
             for handle in handles:
                 handle.remove()
-        return float(torch.cat(angles).mean())
+        return [float(torch.cat(values).mean()) for values in angles]
 
     def _runs(self, row: int) -> torch.Tensor | None:
         """Those outputs; None for a model that does not run without some blocks, such as one that changes the width."""

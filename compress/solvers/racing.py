@@ -43,6 +43,32 @@ def behind(losses: torch.Tensor, leader: torch.Tensor, error: float) -> torch.Te
     return worse
 
 
+def expected_gain(losses: torch.Tensor, leader: torch.Tensor) -> torch.Tensor:
+    """Expected fall of the logarithm of the leader's loss by a candidate, where that is better, else 0; float64 [candidates].
+
+    E max(0, -r) where the mean r of the logarithms of the ratios of losses has Student's t distribution around what was
+    measured: the expected improvement of Bayesian optimisation, in its form for t (Tracey and Wolpert, arXiv 1801.06147).
+
+    Args:
+        losses: finite, by candidate and sample, [candidates, samples], of two samples or more. leader: on the same samples.
+    """
+    samples = losses.shape[1]
+    ratios = (losses.clamp(min=_LEAST).log() - leader.clamp(min=_LEAST).log()).double()
+    variances, freedom = _without_outliers(ratios.var(1), samples - 1)
+    errors = (variances / samples).sqrt()
+    scores = ratios.mean(1) / errors
+    gains = []
+    for score, error in zip(scores.tolist(), errors.tolist(), strict=True):
+        if freedom > _NORMAL:
+            density, spread = math.exp(-score * score / 2) / math.sqrt(2 * math.pi), 1.0
+        else:
+            log_density = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
+            density = math.exp(log_density - (freedom + 1) / 2 * math.log1p(score * score / freedom))
+            spread = (freedom + score * score) / max(freedom - 1, 1e-9)
+        gains.append(error * (spread * density - score * upper_tail(score, freedom)))
+    return torch.tensor(gains, dtype=torch.float64)
+
+
 def moderated(variances: torch.Tensor, freedom: int) -> tuple[torch.Tensor, float]:
     """Variances shrunk towards a common one, and their degrees of freedom; Smyth 2004, sections 5 and 6.
 

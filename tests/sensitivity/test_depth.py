@@ -60,8 +60,9 @@ def test_losses_on_kept_states_match_the_whole_model(family, name, tmp_path):
         for rows in ([0, 1], [2, 3, 4, 5]):
             expected = torch.tensor(whole.losses(sets, rows, base))
             torch.testing.assert_close(torch.tensor(kept.losses(sets, rows, base)), expected, rtol=1e-4, atol=1e-6)
-    assert kept.angle(1, 3, [0, 1, 2]) == pytest.approx(whole.angle(1, 3, [0, 1, 2]), rel=1e-5)
-    assert kept.angle(0, 4, [1]) == pytest.approx(whole.angle(0, 4, [1]), rel=1e-5)
+    for rows in ([0, 1, 2], [1]):
+        expected = pytest.approx(whole.angles([(1, 3), (0, 4)], rows), rel=1e-5)
+        assert kept.angles([(1, 3), (0, 4)], rows) == expected
     assert any((tmp_path / "states").iterdir())
     kept.close()
     assert not any((tmp_path / "states").iterdir())

@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 import torch
 
-from compress.solvers.racing import behind, moderated, upper_tail
+from compress.solvers.racing import behind, expected_gain, moderated, upper_tail
 
 
 @pytest.mark.parametrize("freedom", [1, 2.5, 7, 40, math.inf])
@@ -18,6 +18,18 @@ def test_upper_tail_matches_scipy(freedom):
     for score in (-3.0, 0.0, 0.7, 3.0, 9.0):
         expected = scipy.stats.norm.sf(score) if math.isinf(freedom) else scipy.stats.t.sf(score, freedom)
         assert upper_tail(score, freedom) == pytest.approx(expected, abs=1e-7)
+
+
+def test_expected_gain_is_the_mean_of_what_is_better():
+    """Of one candidate and a leader, E max(0, -r) with r of Student's t distribution around the measured mean."""
+    generator = torch.Generator().manual_seed(4)
+    leader = torch.rand(7, generator=generator).double() + 0.5
+    for shift in (-0.4, 0.05, 0.6):
+        losses = leader * torch.exp(shift + 0.2 * torch.randn(1, 7, generator=generator).double())
+        ratios = (losses / leader).log()[0]
+        spread = scipy.stats.t(6, float(ratios.mean()), float(ratios.std() / math.sqrt(7)))
+        expected = -spread.expect(lb=-50, ub=0)
+        assert float(expected_gain(losses, leader)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_moderated_variances_match_their_definition():

@@ -36,7 +36,7 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         for note in row["notes"]:
             print_line(console, f"{row['name']}: {note}")
     print_line(console, f"peak memory about {format_bytes(plan['peak_memory'])}")
-    _print_time(console, passes)
+    _print_time(console, passes, plan["seconds"])
     free = plan["disk_free"]
     short = "" if plan["disk"] <= free else ": NOT ENOUGH"
     print_line(console, f"disk {format_bytes(plan['disk'])} for the stages, {format_bytes(free)} free{short}")
@@ -44,15 +44,16 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         print_line(console, "≈ depends on the values of the weights; the other numbers are exact", "dim")
 
 
-def _print_time(console: Any, passes: Sequence[Mapping[str, Any]]) -> None:
-    """Print how long each pass takes; nothing where no rates of this machine are known."""
-    seconds = [row["seconds"] for row in passes]
-    if all(one is None for one in seconds):
+def _print_time(console: Any, passes: Sequence[Mapping[str, Any]], others: Mapping[str, float | None]) -> None:
+    """Print how long the run takes, and each part; nothing where no rates of this machine are known."""
+    parts = [("start and data", others["preparation"]), *((row["name"], row["seconds"]) for row in passes)]
+    parts.append(("evaluation", others["evaluation"]))
+    known = [one for _, one in parts if one is not None]
+    if not known:
         return
-    each = ", ".join(f"{row['name']} {minutes_text(row['seconds'])}" for row in passes)
-    total = sum(one for one in seconds if one is not None)
-    head = "about" if None not in seconds else "more than"
-    print_line(console, f"time {head} {minutes_text(total)} on this machine, without evaluation: {each}")
+    each = ", ".join(f"{name} {minutes_text(one)}" for name, one in parts if one != 0)
+    head = "about" if len(known) == len(parts) else "more than"
+    print_line(console, f"time {head} {minutes_text(sum(known))} on this machine: {each}")
 
 
 def _print_cache(console: Any, cache: Sequence[Mapping[str, int]]) -> None:

@@ -28,7 +28,7 @@ from compress.passes.cast.plan import (
     without_scales,
 )
 from compress.passes.cast.settings import DTYPES, CastSettings
-from compress.passes.work import CalibrationSize, Tuning, runner_work
+from compress.passes.work import DataSizes, SampleSize, Tuning, runner_work
 from compress.solvers.memory import GPTQ, GPTQ_CORRECTED, NO_SOLVER, TRELLIS
 from compress.spec.formats import FIXED_GROUPS, INTEGERS, QuantFormat
 from compress.spec.spec import Spec
@@ -158,7 +158,7 @@ class Cast(Pass[CastSettings]):
         )
         return max(measuring, runner)
 
-    def work(self, spec: Spec, settings: CastSettings, calibration: CalibrationSize | None) -> Work | None:
+    def work(self, spec: Spec, settings: CastSettings, sizes: DataSizes) -> Work | None:
         """Work of the block runner, or of rounding; None for a budget, measured scales of a cache, and trellis codes."""
         if settings.budgeted or settings.static_cache or not model_map(spec).known:
             return None
@@ -167,7 +167,7 @@ class Cast(Pass[CastSettings]):
         if any(quant_format.is_trellis for quant_format in coded.values()):
             return None
         if settings.solved:
-            return _solved_work(spec, settings, coded, calibration)
+            return _solved_work(spec, settings, coded, sizes.calibration)
         work = Work()
         for tensor in after.stored():
             if tensor.name in coded:
@@ -217,7 +217,7 @@ class Cast(Pass[CastSettings]):
 
 
 def _solved_work(
-    spec: Spec, settings: CastSettings, coded: Mapping[str, QuantFormat], calibration: CalibrationSize | None
+    spec: Spec, settings: CastSettings, coded: Mapping[str, QuantFormat], calibration: SampleSize | None
 ) -> Work | None:
     if calibration is None:
         return None

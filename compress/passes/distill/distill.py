@@ -21,8 +21,11 @@ from compress.passes.distill.plan import (
     student_cut,
 )
 from compress.passes.distill.settings import DistillSettings
+from compress.passes.distill.work import distill_work
 from compress.passes.prune_structured.prune_structured import PruneStructured
+from compress.passes.work import DataSizes
 from compress.spec.spec import Spec
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -66,6 +69,10 @@ class Distill(Pass[DistillSettings]):
             # sizes of other teachers are unknown here; assume that of the input
             teachers = len(settings.teacher) * width * spec.parameters
         return student * each + teachers + _activations(spec, settings)
+
+    def work(self, spec: Spec, settings: DistillSettings, sizes: DataSizes) -> Work | None:
+        """Work of the training, and of cutting a student."""
+        return distill_work(self.plan(spec, settings), sizes.original or spec, settings, sizes.training)
 
     def plan(self, spec: Spec, settings: DistillSettings) -> Spec:
         """Shapes of the student. Only values change: masks and dtypes stay."""

@@ -17,6 +17,8 @@ from compress.spec.spec import Spec
 
 #: Peak rate for at least this number of steps, and at most this width.
 RATE, RATE_STEPS, RATE_WIDTH = 5e-4, 500, 256
+#: Fewest training samples per held-out sample, so that validation takes little of the time.
+_LOOKED = 4
 
 
 def check_losses(spec: Spec, settings: DistillSettings) -> None:
@@ -151,6 +153,12 @@ def default_rate(steps: int, width: int) -> float:
 def default_warmup(steps: int) -> float:
     """Share of the steps with a rising rate, since Adam's first steps are as large as its rate."""
     return max(0.05, min(0.25, 5 / steps))
+
+
+def evaluate_every(settings: DistillSettings, steps: int) -> int:
+    """Steps between validations; by default so many that these take little of the time."""
+    least = _LOOKED * settings.validation_samples // settings.batch_size
+    return settings.evaluate_every or max(1, steps // 20, least)
 
 
 def unhelped(name: str, training: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from compress.models.loading import load_checkpoint, load_for_samples
 from compress.models.processors import load_tokenizer
 from compress.passes.base import Context
 from compress.passes.details import TrainingDetails
-from compress.passes.distill.plan import check_cache, default_rate, default_warmup, losses, pairs_inside
+from compress.passes.distill.plan import check_cache, default_rate, default_warmup, evaluate_every, losses, pairs_inside
 from compress.passes.distill.settings import DistillSettings
 from compress.passes.distill.teachers import (
     blocks_of,
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 _ATTEMPTS = 3
 #: Routers are trained whose root mean square is at least so many times the learning rate.
 _SMALL = 10
-#: Fewest training samples per held-out sample, so that validation takes little of the time.
-_LOOKED = 4
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,7 @@ def _training_options(
         clip=settings.max_grad_norm,
         autocast=settings.autocast,
         average=settings.ema_decay,
-        every=settings.evaluate_every
-        or max(1, steps // 20, _LOOKED * settings.validation_samples // settings.batch_size),
+        every=evaluate_every(settings, steps),
         patience=settings.patience,
         seed=context.seed,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from compress.architectures.model_map import model_map
 from compress.checkpoint.edits.factors import factored
 from compress.passes.allocation import require_divergence
 from compress.passes.base import Context, InputMultiple, Pass, Storage
@@ -14,8 +15,11 @@ from compress.passes.blockwise import (
 from compress.passes.factorize.allocation import allocate_ranks
 from compress.passes.factorize.plan import ALLOCATION, targets, uniform_ranks
 from compress.passes.factorize.settings import FactorizeSettings
+from compress.passes.factorize.work import factorize_work
+from compress.passes.work import DataSizes
 from compress.solvers.memory import LOW_RANK
 from compress.spec.spec import Spec
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint, Value
@@ -67,6 +71,12 @@ class Factorize(Pass[FactorizeSettings]):
         if not settings.by_divergence:
             return runner
         return max(runner, 4 * spec.parameters + 2 * sum(spec.tensors[n].count for n in names))
+
+    def work(self, spec: Spec, settings: FactorizeSettings, sizes: DataSizes) -> Work | None:
+        """Work of the block runner, and of measuring divergences where they allocate the ranks."""
+        if sizes.calibration is None or not model_map(spec).known:
+            return None
+        return factorize_work(spec, uniform_ranks(spec, settings), settings, sizes.calibration)
 
     def apply(self, checkpoint: Checkpoint, settings: FactorizeSettings, context: Context) -> Checkpoint:
         """Run the block runner; the result reads its factors from the workspace."""

@@ -16,8 +16,11 @@ from compress.passes.prune_structured import slicing, widths
 from compress.passes.prune_structured.equivalence import require_equivalent
 from compress.passes.prune_structured.removable import alike, removable
 from compress.passes.prune_structured.settings import KINDS, PruneStructuredSettings
+from compress.passes.prune_structured.work import structured_work
+from compress.passes.work import DataSizes
 from compress.solvers.memory import OBS, OBS_WITH_BIAS
 from compress.spec.spec import Spec
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -116,6 +119,10 @@ class PruneStructured(Pass[PruneStructuredSettings]):
             readers = [f"{units.name}.weight" for units, _ in widths.widths(spec, settings).mlps()]
             whole = max(whole, divergence_memory(spec, readers))
         return max(runner, whole, gradients, trials)
+
+    def work(self, spec: Spec, settings: PruneStructuredSettings, sizes: DataSizes) -> Work | None:
+        """Work of choosing blocks, and of the block runner."""
+        return structured_work(spec, settings, sizes.calibration)
 
     def plan(self, spec: Spec, settings: PruneStructuredSettings) -> Spec:
         """Exact if blocks are named or all alike. Otherwise scores on data decide which blocks are removed.

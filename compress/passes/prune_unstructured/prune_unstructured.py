@@ -12,7 +12,7 @@ from compress.passes.base import EDITED, Context, InputMultiple, Mode, Pass, Sto
 from compress.passes.blockwise import runner_memory
 from compress.passes.prune_unstructured.plan import allocation_of, is_exact, kept_weights, targets
 from compress.passes.prune_unstructured.settings import PruneUnstructuredSettings
-from compress.passes.work import CalibrationSize, Tuning, runner_work
+from compress.passes.work import DataSizes, Tuning, runner_work
 from compress.solvers.memory import ALPS, SPARSEGPT, WANDA
 from compress.spec.spec import Spec, Tensor
 from compress.work import Work
@@ -94,9 +94,9 @@ class PruneUnstructured(Pass[PruneUnstructuredSettings]):
         )
         return max(runner, probing + probes_memory(spec, chosen))
 
-    def work(self, spec: Spec, settings: PruneUnstructuredSettings, calibration: CalibrationSize | None) -> Work | None:
+    def work(self, spec: Spec, settings: PruneUnstructuredSettings, sizes: DataSizes) -> Work | None:
         """Work of the block runner; sorting magnitudes; None for an allocation that is measured."""
-        chosen = targets(spec, settings)
+        chosen, calibration = targets(spec, settings), sizes.calibration
         if settings.method == "magnitude":
             work = Work()
             work.add("values", 0, 1, _SORTING * sum(spec.tensors[name].count for name in chosen))

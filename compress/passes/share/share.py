@@ -14,8 +14,11 @@ from compress.passes.share.codebooks import cluster, clustered
 from compress.passes.share.embeddings import thin, thinned, tied
 from compress.passes.share.groups import candidate_groups, check_packages, is_open, shared_parts, shared_spec
 from compress.passes.share.settings import ShareSettings
+from compress.passes.share.work import share_work
+from compress.passes.work import DataSizes
 from compress.solvers.memory import CODEBOOK, SHARED_MATRIX
 from compress.spec.spec import Spec
+from compress.work import Work
 
 if TYPE_CHECKING:
     from compress.checkpoint.values import Checkpoint
@@ -106,6 +109,10 @@ class Share(Pass[ShareSettings]):
             names = [t.name for t in planned.stored() if t.quant_format is not None]
             peak = max(peak, runner_memory(planned, names, width, CODEBOOK))
         return peak
+
+    def work(self, spec: Spec, settings: ShareSettings, sizes: DataSizes) -> Work | None:
+        """Work of Hessians, of solving for shared matrices, and of comparing arrangements."""
+        return share_work(spec, settings, sizes.calibration)
 
     def prepare(self, checkpoint: Checkpoint, settings: ShareSettings, context: Context) -> None:
         """Refuse settings whose package is not installed."""
